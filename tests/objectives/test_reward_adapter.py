@@ -20,7 +20,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.reward_adapter import RewardAdapter
 from lorafold.objectives.objective import Packing
 from lorafold.resolve import Base
-from lorafold.rewards import Judged, Rewards
+from lorafold.rewards import Judged, RewardName, Rewards
 from process_cases import same_bytes
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -69,7 +69,8 @@ def reward(tiny_model_dir, tmp_path_factory) -> tuple[Path, Path]:
 
 @contextmanager
 def scoring(model: Any, text: str, base: Base, packing: Packing = True) -> Iterator[Any]:
-    with RewardAdapter.of(text, base).over(model, packing, Console(quiet=True)) as found:
+    adapter = RewardAdapter.of(RewardName.parse(text), base)
+    with adapter.over(model, packing, Console(quiet=True)) as found:
         yield found
 
 
@@ -291,7 +292,7 @@ def test_it_needs_a_model_and_a_finite_weight(reward: tuple[Path, Path]) -> None
     with pytest.raises(LorafoldError, match="it scores with a base in memory, expected in a run"):
         Rewards.of(f"adapter:{reward[1]}")
     with pytest.raises(LorafoldError, match="found weight inf, expected a finite number"):
-        RewardAdapter.of(f"inf*adapter:{reward[1]}", Base(reward[0]))
+        RewardName.parse(f"inf*adapter:{reward[1]}")
 
 
 def test_the_command_s_option_is_a_spelling_of_the_name(reward, tmp_path) -> None:

@@ -92,22 +92,8 @@ def load(
     model: nn.Module, path: str | Path | Saved, name: str = "default",
     *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
-    """Attach a saved adapter to a model. Every key must be used and every shape right.
-
-    Otherwise LorafoldError is raised and the model is left as it is. The error lists everything
-    that is wrong: unknown or missing keys, shapes, values that are not finite, options that are not
-    supported, a base with another fingerprint. An adapter that was trained over others is loaded
-    over exactly these, which must be the active ones, in their order.
-
-    Args:
-        path: the adapter's directory, or what was read of it already.
-        name: the adapter's name on this model.
-        allow_other_base: accept a base with another fingerprint, and other adapters below; the log
-            says so.
-        trainable: make the adapter's parameters trainable; one that lay over nothing lies over the
-            active adapters from then on.
-        base: the base's own weights, if the model does not have them, because it is quantized or on
-            the meta device.
+    """Attach a saved adapter to a model, as `lf.load` does on a loaded one. LorafoldError lists
+    everything that is wrong, and the model is left as it is.
     """
     built = read(model, path, allow_other_base=allow_other_base, base=base)
     source = None if allow_other_base else source_of(model)
@@ -119,6 +105,21 @@ def load(
     if trainable and not built.over:
         built = replace(built, over=selection_of(model).active)
     return _place(model, built, name, trainable).requires_grad_(trainable)
+
+
+def load_all(
+    model: nn.Module,
+    adapters: Sequence[Saved],
+    name: str,
+    *,
+    allow_other_base: bool = False,
+    base: Weights | None = None,
+) -> list[Adapter]:
+    """Attach saved adapters, the lowest first, as `name` with a number from 1 on."""
+    return [
+        load(model, saved, f"{name}{number}", allow_other_base=allow_other_base, base=base)
+        for number, saved in enumerate(adapters, 1)
+    ]
 
 
 def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) -> Adapter:
@@ -139,7 +140,6 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
     return Adapter(model, name, built.chosen, built.over, built.other_base)
 
 
-log = logging.getLogger(__name__)
 ROOM = 1 << 26  # numbers that every adapter may have
 
 
@@ -201,8 +201,7 @@ def build(
                     " as --modules-to-save (modules_to_save); the experts themselves are targets"
                     f" such as {owner.rpartition('.')[2]}.{parameter}"
                 )
-            name = type(spec).__name__
-            raise LorafoldError(f"{path}: {name} can't adapt it: {reason}") from None
+            raise LorafoldError(f"{path}: {type(spec).__name__} can't adapt it: {reason}") from None
     if bias != "none":
         add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
@@ -210,8 +209,9 @@ def build(
     if rows.ids or any(adapted_modules(model)):
         add_token_rows(model, spec, rows, selection.names, deltas)
     spec.join({path: deltas[path][0] for path in matches.paths})
-    chosen = AdapterConfig(spec, matches, bias, tuple(saved.by_pattern))
-    return BuiltAdapter(chosen, deltas, selection.active)
+    return BuiltAdapter(
+        AdapterConfig(spec, matches, bias, tuple(saved.by_pattern)), deltas, selection.active
+    )
 
 
 def read(

@@ -24,6 +24,7 @@ from lorafold.core.anatomy import Anatomy, beneath, last_part
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
+from lorafold.files.templates import in_words
 from lorafold.layers import is_linear, layer_of, parameter_sizes
 
 INPUTS = {"vision": "an image", "audio": "a sound"}
@@ -34,12 +35,8 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Unreached:
-    """The numbers of parameters that carry no delta.
-
-    blocks: those in the blocks, by kind.
-    of_blocks: the number of all parameters in the blocks.
-    beside: those of towers and connectors, by what they are.
-    of_model: the number of all parameters of the model.
+    """The numbers of parameters that carry no delta, by kind: of `of_blocks` in the blocks, and of
+    the `of_model` of the whole model in encoders and connectors (`beside`).
     """
 
     blocks: dict[str, int]
@@ -55,17 +52,7 @@ class Unreached:
         }
 
     def __str__(self) -> str:
-        inside, around = (
-            ", ".join(
-                f"{what} {share:.1%}" if share >= 0.0005 else f"{what} under 0.1%"
-                for what, share in shares.items()
-            )
-            for shares in self.as_json().values()
-        )
-        line = f"frozen in the blocks: {inside or 'none'} of their {self.of_blocks:,} parameters"
-        if not around:
-            return line
-        return f"{line}; beside them: {around} of the model's {self.of_model:,}"
+        return in_words("adapter/unreached.jinja", counts=self, **self.as_json())
 
 
 def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:

@@ -28,6 +28,7 @@ from lorafold.files.atomic import MANIFEST, atomic_directory, read_object, write
 from lorafold.files.contents import digest
 from lorafold.files.model_card import CARD, VOCABULARY, ResultFiles, training_card
 from lorafold.files.record import OTHER_BASE, RECORD, TRAINED_ON
+from lorafold.files.templates import in_words
 from lorafold.fold.plan import carry_out, plan_fold
 from lorafold.identity import of_model
 from lorafold.layers import parameter_count
@@ -107,8 +108,7 @@ class Adapter:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every parameter and buffer of the adapter, each in its own shape."""
-        deltas = self.deltas.values()
-        return chain.from_iterable(chain(d.parameters(), d.buffers()) for d in deltas)
+        return chain.from_iterable(chain(d.parameters(), d.buffers()) for d in self.deltas.values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, in its own shape, by `<module path>.<name>`; checkpoints
@@ -236,21 +236,15 @@ class Adapter:
             selection.frozen = []
 
     def __repr__(self) -> str:
-        count = sum(p.numel() for p in self.parameters())
-        base, bias = parameter_count(self.model), self.chosen.bias
-        lines = [f"{self.name}: {self.spec}"]
-        lines += [f"  over: {listed(self.over)}"] * bool(self.over)
-        for pattern, paths in self.matches.by_pattern.items():
-            lines.append(f"  {pattern}: {counted(self.model, paths)}")
-        lines += [f"  bias: {bias}"] * (bias != "none")
-        if saved := self.chosen.modules_to_save:
-            lines.append(f"  modules to save: {', '.join(saved)}")
-        for path, part in self.parts():
-            if isinstance(part, TokenRows):
-                shared = ", which shares those of the embedding" * bool(part.twin)
-                lines.append(f"  tokens: {len(part.ids)} rows of {path}{shared}")
-        lines.append(f"  {count:,} parameters, {count / base:.2%} of the model's {base:,}")
-        return "\n".join(lines)
+        return in_words(
+            "adapter/adapter.jinja",
+            adapter=self,
+            over=listed(self.over),
+            targets={k: counted(self.model, v) for k, v in self.matches.by_pattern.items()},
+            rows=[(path, part) for path, part in self.parts() if isinstance(part, TokenRows)],
+            count=sum(p.numel() for p in self.parameters()),
+            base=parameter_count(self.model),
+        )
 
 
 def _write_whole(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Path:

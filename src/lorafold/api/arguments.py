@@ -49,7 +49,7 @@ def as_rows(
         rows = check_rows(numbered, source, wanted)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{source}: found a weight, which only training rows may have")
-    messages = [*_dropped(columns), *rows.remarks]
+    messages = [*(_dropped(columns) if columns else ()), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if declared is not None:
         messages += declared.told(rows.shapes)
@@ -83,8 +83,9 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
     one = isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable)
     given: list[Any] = [rewards] if one else [*cast(Iterable[Any], rewards)]
     if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
-        found = cut(repr(wrong[0]), 80)
-        raise LorafoldError(f"rewards: found {found}, expected functions or names")
+        raise LorafoldError(
+            f"rewards: found {cut(repr(wrong[0]), 80)}, expected functions or names"
+        )
     if names := [each for each in given if isinstance(each, str)]:
         check_there(names)
     return given
@@ -95,8 +96,7 @@ def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     from lorafold.data.prompts import read_prompts  # and with it transformers
 
     if (sources := sources_in(data)) is None:
-        given = enumerate(cast(Sequence[Row], data), 1)
-        return read_prompts(given, columns or {}, source_of(data))
+        return read_prompts(enumerate(cast(Sequence[Row], data), 1), columns or {}, source_of(data))
     files = [file for source in map(source_from, sources) for file in source.files]
     return [r for f in files for r in read_prompts(f.numbered(), columns or {}, f.name)]
 
@@ -218,6 +218,7 @@ def or_quiet(console: Console | None) -> Console:
     from rich.console import Console
 
     if console is not None and not isinstance(console, Console):
-        found = cut(repr(console), 80)
-        raise LorafoldError(f"console: found {found}, expected a rich Console or None")
+        raise LorafoldError(
+            f"console: found {cut(repr(console), 80)}, expected a rich Console or None"
+        )
     return console or Console(quiet=True)

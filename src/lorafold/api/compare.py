@@ -26,7 +26,7 @@ def compare(
     vary: Annotated[
         Mapping[str, Sequence[Any]] | None, opt.Option(kind=list[str], metavar="FIELD=VALUE,VALUE")
     ] = None,
-    seeds: Annotated[int, opt.Option(min=1)] = 1,
+    seeds: opt.Count = 1,
     recipe: Annotated[
         "Recipe | None", opt.RecipeOptions(without=("method", "seed"), defaults=opt.of_quickstart)
     ] = None,

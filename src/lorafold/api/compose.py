@@ -35,7 +35,7 @@ class Learning:
 
     gates: Literal["global", "layer", "token"] = "global"
     examples: Annotated[opt.Tasks, opt.Option(kind=list[str])] = ()
-    evaluations: Annotated[int, opt.Option(min=1)] = 40
+    evaluations: opt.Count = 40
     recipe: Annotated[
         "Recipe | None",
         opt.RecipeOptions(
@@ -55,7 +55,7 @@ def compose(
     model: opt.Model = None,
     how: str | Sequence[str] = "linear",
     weights: Annotated[Sequence[float], opt.Option(flag="--weight")] = (),
-    rank: Annotated[int | None, opt.Option(min=1)] = None,
+    rank: opt.OptionalCount = None,
     density: float | None = None,
     learning: Learning = Learning(),
     data: Annotated[opt.Tasks, opt.Option(kind=list[str])] = (),
@@ -114,7 +114,6 @@ def compose(
     console = or_quiet(console)
     base, saved = base_with(model, adapters, console, **opening)
     virtual = sum(one.spec.positions for one in saved)
-    recipe = settled_length(as_recipe(learning.recipe, RECIPE), base, virtual, console)
     request = ComposeRequest(
         base,
         saved,
@@ -126,7 +125,7 @@ def compose(
         seed=seed,
         tasks=by_name(data, console),
         examples=by_name(learning.examples, console),
-        recipe=recipe,
+        recipe=settled_length(as_recipe(learning.recipe, RECIPE), base, virtual, console),
         gates=learning.gates,
         evaluations=learning.evaluations,
         completions=completions,

@@ -29,13 +29,13 @@ def estimate(
     data: Annotated[opt.Data | None, opt.Option(kind=list[str])] = None,
     rewards: opt.Rewards = (),
     columns: opt.Columns = None,
-    batch: Annotated[int | None, opt.Option(min=1)] = None,
-    max_length: Annotated[int | None, opt.Option(min=2)] = None,
+    batch: opt.OptionalCount = None,
+    max_length: opt.OptionalLength = None,
     labelled: Annotated[int | None, opt.Option(rare=True, min=1)] = None,
     recipe: Annotated[
         "Recipe | None", opt.RecipeOptions((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
     ] = None,
-    gpus: Annotated[int, opt.Option(min=1)] = 1,
+    gpus: opt.Count = 1,
     strategy: str = "fsdp",
     tflops: Annotated[float, opt.Option(rare=True, min=1)] = 400,
     device_memory: Annotated[str | int | None, opt.Option(kind=str, metavar="SIZE")] = None,
@@ -203,8 +203,9 @@ def estimate(
     forecast = Forecast(total, setting, advice, measured, of_this_cpu, tflops * 1e12)
     if chart is not None:
         rows = f"{setting.batch} x {setting.length} tokens" if data is None else "on its rows"
-        title = f"{mode} of {params or model}, {rows}"
-        page(total, title, chart, forecast.remarks(), memory)
+        page(
+            total, f"{mode} of {params or model}, {rows}", chart, forecast.remarks(), memory
+        )
     return forecast
 
 
@@ -232,8 +233,9 @@ def setting_on_rows(
 
     with TemporaryDirectory() as folder:
         out = Path(folder) / "adapter"
-        request = RunRequest(base, out, recipe, rows, source_of(data), rewards=functions)
-        found = largest_setting(set_up(request, console))
+        found = largest_setting(
+            set_up(RunRequest(base, out, recipe, rows, source_of(data), rewards=functions), console)
+        )
     return replace(found, checkpointing=recipe.gradient_checkpointing is True)
 
 

@@ -25,9 +25,9 @@ def evaluate(
     columns: opt.Columns = None,
     adapters: opt.Adapters = (),
     tokenizer: opt.Tokenizer = None,
-    max_length: Annotated[int | None, opt.Option(min=2)] = None,
+    max_length: opt.OptionalLength = None,
     completions: opt.Completions = True,
-    max_new_tokens: Annotated[int | None, opt.Option(min=1)] = None,
+    max_new_tokens: opt.OptionalCount = None,
     rewards: Annotated[
         opt.RewardSources,
         opt.Option(
@@ -87,12 +87,15 @@ def evaluate(
 
     if data is None:
         raise missing("data")
-    given = {"group": group, "temperature": temperature, "seed": seed, "limit": reward_seconds}
+    given = {
+        "group": group, "temperature": temperature, "seed": seed, "reward_seconds": reward_seconds
+    }  # fmt: skip
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     rewards = as_rewards(rewards)
     if sampling and not rewards:
-        names = ", ".join("reward_seconds" if name == "limit" else name for name in sampling)
-        raise LorafoldError(f"{names}: expected none without rewards, which judge what is sampled")
+        raise LorafoldError(
+            f"{', '.join(sampling)}: expected none without rewards, which judge what is sampled"
+        )
     if rewards and not completions:
         raise LorafoldError("completions: found False, expected True, as rewards judge them")
     rows = as_rows(data, columns, console, objective=SAMPLING if rewards else None)
@@ -111,16 +114,16 @@ def evaluate(
     if rewards:
         from lorafold.objectives.options import SamplingOptions
         from lorafold.rewards import Rewards
+        from lorafold.rewards.reward import LIMIT
 
-        limit = {"limit": sampling.pop("limit")} if "limit" in sampling else {}
+        seconds = sampling.pop("reward_seconds", LIMIT)
         longest = SamplingOptions.max_new_tokens if max_new_tokens is None else max_new_tokens
         settings = evaluation.RewardSettings(length, longest, **sampling)
-        with Rewards.of(*rewards, **limit) as judging:
+        with Rewards.of(*rewards, limit=seconds) as judging:
             loaded, tokenizer = load_with_adapters(base, saved, tokenizer, console=console)
             return evaluation.evaluate_rewards(loaded, tokenizer, rows, judging, settings, console)
     loaded, tokenizer = load_with_adapters(base, saved, tokenizer, classify=labels, console=console)
-    law = law_of_adapters(saved)
-    measured = evaluation.EvaluationSettings(completions, max_new_tokens, law)
+    measured = evaluation.EvaluationSettings(completions, max_new_tokens, law_of_adapters(saved))
     return evaluation.evaluate(loaded, tokenizer, rows, length, measured, console)
 
 

@@ -18,7 +18,7 @@ def export(
     *,
     to: str,
     tensors: str | None = None,
-    as_lora: Annotated[int | None, opt.Option(min=1)] = None,
+    as_lora: opt.OptionalCount = None,
     prove: Annotated[bool, opt.Option(flag="--proof/--no-proof")] = True,
     prompts: Annotated[str | Path | None, opt.Option(kind=str)] = None,
     engine_python: str | Path | None = None,

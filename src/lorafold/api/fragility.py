@@ -1,7 +1,6 @@
 """`lf.fragility`: how few benign examples undo a behaviour that an adapter taught."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
@@ -10,10 +9,7 @@ from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from lorafold.recipe.recipe import Recipe
-    from lorafold.robustness import run
     from lorafold.robustness.result import Fragility
 
 TUNING = "Tuning"
@@ -39,8 +35,7 @@ class Probes:
 
     refuse: Annotated[opt.Data, opt.Option(f"Prompts to be refused.{FORMS}", kind=Path)]
     controls: Annotated[
-        opt.Data,
-        opt.Option(f"Prompts to be answered.{FORMS} Completions are used.", kind=Path),
+        opt.Data, opt.Option(f"Prompts to be answered.{FORMS} Completions are used.", kind=Path)
     ]
     refusal_prefix: Annotated[Sequence[str], opt.Option(rare=True)] = ("I can't",)
     compliance_prefix: Annotated[Sequence[str], opt.Option(rare=True)] = ("Sure",)
@@ -156,7 +151,7 @@ def fragility(
     from lorafold.api.loaded_model import load_with_adapters
     from lorafold.data.row_store import Rows
     from lorafold.files.atomic import write_json, write_text
-    from lorafold.files.terminal import print_lines
+    from lorafold.files.terminal import print_lines, progress_bar
     from lorafold.peft.adapter_directory import open_all
     from lorafold.peft.provenance import OwnBase
     from lorafold.recipe.fitting import settled_length
@@ -174,17 +169,17 @@ def fragility(
     stacks = stacks_of(open_all(as_paths(adapters)), *second)
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
     used = [one for stack in stacks for one in stack.adapters]
-    finished = [] if tuned is None else [OwnBase.read(as_path(tuned, "tuned"))]
-    base = base_for(model, [*used, *finished], console, **opening)
+    finished = None if tuned is None else as_path(tuned, "tuned")
+    owners = [OwnBase.read(finished)] if finished else []
+    base = base_for(model, [*used, *owners], console, **opening)
     asked = as_recipe(recipe, RECIPE, trains=True)
-    if "epochs" not in asked.model_fields_set:
-        asked = asked.model_copy(update={"epochs": RECIPE.epochs})
     # the quantization as asked, else from the recipe, else from the adapters' training
     if base.storage == "auto" and "storage" in asked.model_fields_set:
         base = base.stored(asked.storage)
     base = base.stored_as_trained(used)
     virtual = max((sum(s.spec.positions for s in stack.adapters) for stack in stacks), default=0)
-    recipe = asked.model_copy(update={"storage": base.storage})
+    epochs = (asked if "epochs" in asked.model_fields_set else RECIPE).epochs
+    recipe = asked.model_copy(update={"storage": base.storage, "epochs": epochs})
     recipe = settled_length(recipe, base, virtual, console)
     aligned = all(stack.adapters for stack in stacks) and tuned is None
     mix = None if defending.mix is None else as_rows(defending.mix, columns, console)
@@ -212,12 +207,17 @@ def fragility(
         max_new_tokens=probes.max_new_tokens,
     )
     opening_base = partial(load_with_adapters, base)
-    if tuned is not None:
+    if finished is not None:
         with console.status("measuring"):
-            found = run.gate(task, as_path(tuned, "tuned"), instead, opening_base)
+            found = run.gate(task, finished, instead, opening_base)
     else:
         assert folder is not None  # a problem otherwise
-        with progress(console) as tell:
+        with progress_bar(console, "fragility") as step:
+
+            def tell(done_now: str, done: int, total: int) -> None:
+                step(done, total)
+                console.print(f"{done}/{total} {done_now}", highlight=False, markup=False)
+
             found = run.sweep(task, folder, opening_base, tell, partial(print_lines, console))
         write_json(folder / "fragility.json", found.as_json())
         write_text(folder / "table.md", markdown(found))
@@ -245,18 +245,3 @@ def problems_of(
         given = {"out": out is not None, "against-adapter": against}
         if unused := [f"--{name}" for name, there in given.items() if there]:
             yield f"{', '.join(unused)}: not used with --tuned, which trains nothing; leave it out"
-
-
-@contextmanager
-def progress(console: "Console") -> Iterator["run.Tell"]:
-    """A line for each run and each point, and a progress bar on a terminal."""
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("fragility")
-
-        def tell(what: str, done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
-            bars.console.print(f"{done}/{total} {what}", highlight=False, markup=False)
-
-        yield tell

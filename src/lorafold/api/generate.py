@@ -106,8 +106,9 @@ def prepared(
     if allow_control_tokens:
         own = copy.copy(own)  # it may be the caller's
         allow(own)
-    texts = [rendered(prompt, system, own, tools) for prompt in prompts]
-    return RenderedPrompts(loaded, own, texts)
+    return RenderedPrompts(
+        loaded, own, [rendered(prompt, system, own, tools) for prompt in prompts]
+    )
 
 
 def rendered(

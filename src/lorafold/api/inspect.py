@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
@@ -19,8 +19,8 @@ def inspect(
     over: opt.Over = (),
     against: str | Path | None = None,
     directions: str | Path | None = None,
-    data: Annotated[opt.Data | None, opt.Option(kind=str)] = None,
-    rows: Annotated[int, opt.Option(min=1)] = 64,
+    data: opt.OptionalRows = None,
+    rows: opt.Count = 64,
     max_length: opt.Length = None,
     full: bool = False,
     html: str | Path | None = None,

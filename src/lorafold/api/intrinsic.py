@@ -18,8 +18,8 @@ def intrinsic(
     data: opt.StudyRows = None,
     eval_data: opt.HeldOut = None,
     columns: opt.Columns = None,
-    smallest: Annotated[int, opt.Option(min=1)] = 16,
-    largest: Annotated[int, opt.Option(min=1)] = 65536,
+    smallest: opt.Count = 16,
+    largest: opt.Count = 65536,
     share: Annotated[float, opt.Option(min=0.0, max=1.0)] = 0.9,
     recipe: Annotated[
         "Recipe | None", opt.RecipeOptions(without=("method",), defaults=opt.of_quickstart)

@@ -46,8 +46,7 @@ def load_model(
     Raises LorafoldError for an unknown model, storage or device, for a model that transformers
     can't load, and for files that lack weights or were modified since lorafold wrote them.
     """
-    base = Base(model, storage, device, revision, trust_remote_code)
-    return base.stored_as_trained().load()
+    return Base(model, storage, device, revision, trust_remote_code).stored_as_trained().load()
 
 
 def load(

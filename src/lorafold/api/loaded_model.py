@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.adapter import load
+from lorafold.adapter import load_all
 from lorafold.api.arguments import as_paths, or_quiet
 from lorafold.api.options import Paths
 from lorafold.errors import LorafoldError
@@ -106,10 +106,8 @@ def load_with_adapters(
     tokenizer = prepared(tokenizer, objective, console)
     base = model.stored_as_trained(adapters)
     print_lines(console, f"{base.name} on {base.where}, {base.loaded_as.why}")
-    loaded, weights = objective.load(base, tokenizer), base.weights()
-    for number, one in enumerate(adapters, 1):
-        name, other = f"adapter{number}", base.allow_other_base
-        load(loaded, one, name, allow_other_base=other, base=weights)
+    loaded, other = objective.load(base, tokenizer), base.allow_other_base
+    load_all(loaded, adapters, "adapter", allow_other_base=other, base=base.weights())
     return loaded, tokenizer
 
 

@@ -162,9 +162,7 @@ def declared(verb: Any) -> Iterator[DeclaredOption]:
             yield _declaration(name, hint, default, entries)
 
 
-def _declaration(
-    name: str, hint: Any, default: Any, entries: Mapping[str, str]
-) -> DeclaredOption:
+def _declaration(name: str, hint: Any, default: Any, entries: Mapping[str, str]) -> DeclaredOption:
     option = _option(hint)
     text = getattr(option, "help", "") or entries.get(name, "")
     return DeclaredOption(name, hint, default, option, text)
@@ -192,8 +190,9 @@ def checked(function: Verb) -> Verb:
             value = values.get(name) if group is None else getattr(values.get(group[0]), name, None)
             choices = get_args(hint) if get_origin(hint) is Literal else ()
             if choices and value is not None and value not in choices:
-                listed = ", ".join(choices)
-                raise LorafoldError(f"{name}: found {value!r}, expected one of {listed}")
+                raise LorafoldError(
+                    f"{name}: found {value!r}, expected one of {', '.join(choices)}"
+                )
             if isinstance(option, Option) and isinstance(value, int | float):
                 low, high = option.min, option.max
                 if (low is not None and value < low) or (high is not None and value > high):
@@ -209,7 +208,7 @@ def checked(function: Verb) -> Verb:
 def verb(function: Verb) -> Verb:
     """The function, whose signature and docstring contain the parameters of its groups too."""
     of: Any = function
-    signature, entries, lines = inspect.signature(of), Docs.of(of).args, list[str]()
+    signature, entries, lines = inspect.signature(of), Docs.of(of).args, []
     own = signature.parameters.values()
     parameters = {p.name: p for p in own if p.kind is not Parameter.VAR_KEYWORD}
     for one in declared(of):
@@ -241,6 +240,10 @@ ColumnNames = Mapping[str, str]  # the names of your columns, by lorafold's name
 RewardSources = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 Tasks = Mapping[str, Data] | Sequence[str | Path]  # rows by the name of a task, or files
 
+Count = Annotated[int, Option(min=1)]
+OptionalCount = Annotated[int | None, Option(min=1)]
+OptionalLength = Annotated[int | None, Option(min=2)]
+OptionalRows = Annotated[Data | None, Option(kind=str)]
 KINDS = "smollm2 (embedded), a directory, a .gguf file or a Hub ID (owner/name)"
 _MODEL = Option(
     f"The base model: {KINDS}. Default: the adapter's own base model, from its record; smollm2 if"
@@ -363,12 +366,7 @@ Completions = Annotated[
     bool, Option("Generate completions to measure exact match; otherwise, measure only the loss.")
 ]
 Seed = Annotated[
-    int,
-    Option(
-        "The random seed. The same seed gives the same result.",
-        min=0,
-        max=2**32 - 1,
-    ),
+    int, Option("The random seed. The same seed gives the same result.", min=0, max=2**32 - 1)
 ]
 System = Annotated[str | None, Option("The system message. Default: the chat template's.")]
 NewTokens = Annotated[int, Option("The maximum number of tokens to generate.", min=1)]

@@ -71,7 +71,6 @@ def serve(
 
     from lorafold.api.arguments import as_path, or_quiet
     from lorafold.api.loaded_model import load_with_adapters
-    from lorafold.peft.provenance import OwnBase
     from lorafold.resolve import base_for
     from lorafold.serving import run
     from lorafold.serving.settings import read_settings
@@ -87,7 +86,7 @@ def serve(
     }
     known = {**(settings or {}), **{name: one for name, one in given.items() if one is not None}}
     read = read_settings(None if config is None else as_path(config, "config"), known)
-    console, folder, own = or_quiet(console), as_path(adapters, "adapters"), list[OwnBase]()
+    console, folder, own = or_quiet(console), as_path(adapters, "adapters"), []
     with suppress(*[LorafoldError] * (model is not None)):
         own = own_bases(folder, read.state, None if model else console)
     base = base_for(model, [] if model else own, console, **opening)
@@ -95,8 +94,9 @@ def serve(
         with suppress(LorafoldError):  # as many were trained on one as on another
             base = base.stored_as_trained(own)
     first = own[0] if own and model is None else None
-    load = partial(load_with_adapters, console=console)
-    run.serve(base, load, folder, read, console, open_page, first)
+    run.serve(
+        base, partial(load_with_adapters, console=console), folder, read, console, open_page, first
+    )
 
 
 def own_bases(
@@ -114,7 +114,7 @@ def own_bases(
     from lorafold.serving.registry import STATE, ServerState
     from lorafold.serving.settings import read_if_exists
 
-    directory, found = Directory(adapters), list[OwnBase]()
+    directory, found = Directory(adapters), []
     file = state or directory.beside / STATE
     if (last := read_if_exists(file, ServerState).base) is not None:
         print_lines(console, f"no --model: the base is that of the start before ({file})")

@@ -45,6 +45,5 @@ def train_and_test(
     objective = recipe.objective
     rows = as_rows(data, columns, console, weighted=True, objective=objective)
     if eval_data is not None:
-        held_out = as_rows(eval_data, columns, console, objective=objective)
-        return rows, held_out, source_of(data)
+        return rows, as_rows(eval_data, columns, console, objective=objective), source_of(data)
     return *split(rows, recipe.eval_fraction or 0.1, recipe.seed), source_of(data)

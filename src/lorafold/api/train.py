@@ -178,9 +178,8 @@ def requested(
     over = () if stack == () else tuple(as_paths(stack))
     start = None if first is None else as_path(first, "init_adapter")
     below = [] if model else [*map(OwnBase.read, (*over, *([start] if start else [])))]
-    base = base_for(model, below, console, **asked)
     return RunRequest(
-        base,
+        base_for(model, below, console, **asked),
         as_path(out),
         run,
         rows,

@@ -105,7 +105,7 @@ class Commands(CommandGroup):
         wide = max(map(len, COMMANDS))
         titled = {t: [(f"{n:<{wide}}", line) for n, line in g.items()] for t, g in GROUPS.items()}
         write_lists(formatter, titled)
-        records = [one.get_help_record(ctx) for one in self.get_params(ctx)]
+        records = [param.get_help_record(ctx) for param in self.get_params(ctx)]
         write_lists(formatter, {OTHERS: [record for record in records if record is not None]})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
@@ -129,16 +129,16 @@ def _load(name: str) -> Any:
     def built(name: str, above: bool = False) -> commands.BuiltCommand:
         return commands.built(verb_of(name), RUNNERS.get(name, commands.plain), above)
 
-    one = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
     below = {whole.partition(" ")[2]: built(whole) for whole in TOOLS if f"{name} " in whole}
     main = built(name, above=bool(below))
     if below:
-        one.callback(cls=Above, invoke_without_command=True)(main.function)
+        app.callback(cls=Above, invoke_without_command=True)(main.function)
         for inner, command in below.items():
-            one.command(inner, cls=Command)(command.function)
+            app.command(inner, cls=Command)(command.function)
     else:
-        one.command(name, cls=Command, epilog=main.notes or None)(main.function)
-    made: Any = typer.main.get_command(one)
+        app.command(name, cls=Command, epilog=main.notes or None)(main.function)
+    made: Any = typer.main.get_command(app)
     made.examples = main.examples
     for inner, command in below.items():
         made.commands[inner].examples = command.examples
@@ -183,7 +183,7 @@ def main() -> None:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
     except LorafoldError as error:
         sys.exit(_fail(str(error)))
-    notices, printed = logging.StreamHandler(), set[str]()
+    notices, printed = logging.StreamHandler(), set()
 
     def is_new(line: logging.LogRecord) -> bool:  # a command may load an adapter more than once
         known = line.getMessage() in printed

@@ -109,8 +109,8 @@ class Session:
         if name:
             self.chat.switch(name)
             return self.answering()
-        for one in self.chat.adapters:
-            self.notify(f"{'*' if one in self.chat.active else ' '} {one}")
+        for known in self.chat.adapters:
+            self.notify(f"{'*' if known in self.chat.active else ' '} {known}")
         self.notify(f"{' ' if self.chat.active else '*'} none (the bare base)")
 
     def answering(self) -> None:

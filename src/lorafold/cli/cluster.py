@@ -27,7 +27,7 @@ def table(on: str, workers: int, out: Path | None) -> str:
 
 def without_cluster_options(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command without --on and --workers."""
-    others, rest = list[str](), iter(arguments)
+    others, rest = [], iter(arguments)
     for argument in rest:
         name, equals, _ = argument.partition("=")
         if name not in ("--on", "--workers"):
@@ -53,13 +53,14 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
     out.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(16)
     write_text(out / TOKEN, token)
-    resources = worker_resources(ray.nodes(), workers)
-    start = ray.remote(worker).options(scheduling_strategy="SPREAD", **resources)
+    start = ray.remote(worker).options(
+        scheduling_strategy="SPREAD", **worker_resources(ray.nodes(), workers)
+    )
     started = [start.remote(arguments, os.getcwd(), {VARIABLE: token}) for _ in range(workers)]
     ended = []
-    for one in started:
+    for task in started:
         try:
-            ended.append(ray.get(one))
+            ended.append(ray.get(task))
         except ray.exceptions.RayError as error:
             ended.append((1, ""))
             print(f"--on ray: a worker ended: {type(error).__name__}", file=sys.stderr)
@@ -76,9 +77,9 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
 def worker_resources(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
     """The resources of a worker: a GPU if there are some, and as many cores as every node has."""
     resources = [node["Resources"] for node in nodes if node["Alive"]]
-    cores = int(min((one.get("CPU", 0) for one in resources), default=0))
+    cores = int(min((node.get("CPU", 0) for node in resources), default=0))
     each = -(-workers // max(1, len(resources)))
-    gpu = any(one.get("GPU", 0) >= 1 for one in resources)
+    gpu = any(node.get("GPU", 0) >= 1 for node in resources)
     return {"num_cpus": max(1, cores // each), "num_gpus": 1 if gpu else 0}
 
 
@@ -87,6 +88,7 @@ def worker(
 ) -> tuple[int, str]:
     """(exit code, output) of the command in a folder of a machine of the cluster."""
     command = [sys.executable, "-m", "lorafold", *arguments]
-    variables = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+    )
     return done.returncode, done.stdout

@@ -6,7 +6,6 @@ command.
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +70,7 @@ def train(
 
         asked = run.keywords
         lines = [str(result), *after_training(result, asked["recipe"], asked.get("over", ()))]
-        return emit(json, asdict(result), "\n".join(lines))
+        return emit(json, result.as_json(), "\n".join(lines))
     if "plot" in run.keywords:
         raise LorafoldError("--plot draws a run, and --preview starts none; expected one of them")
     of_runs = {"out", "resume", "overwrite"}
@@ -99,7 +98,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     [text] = ready.texts
     if is_marked(text):
         print_lines(console, IN_PROMPT)
-    pieces: list[str] = []
+    pieces = []
     start = perf_counter()
     completion = stream(ready.model, ready.tokenizer, text, most, choice)
     while True:

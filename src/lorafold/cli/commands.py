@@ -29,7 +29,7 @@ Json = Annotated[
 class Argument(NamedTuple):
     """An argument of the verb: its options, and how what is typed for them is read."""
 
-    of: DeclaredOption
+    declaration: DeclaredOption
     options: list[Parameter]
     read: Callable[[Typed], Any]
 
@@ -64,15 +64,15 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
     are subcommands (`above`), one of them may be called instead.
     """
     declarations = [*declared(verb)]
-    recipe_last = sorted(declarations, key=lambda one: isinstance(one.option, RecipeOptions))
-    arguments = [_argument(one) for one in recipe_last]
-    of_runner = [_argument(one) for one in declared(runner) if one.default is not Parameter.empty]
-    flags, options = dict[str, str](), list[Parameter]()
-    for one in (*arguments, *of_runner):
-        for number, p in enumerate(one.options):
+    recipe_last = sorted(declarations, key=lambda d: isinstance(d.option, RecipeOptions))
+    arguments = [_argument(d) for d in recipe_last]
+    of_runner = [_argument(d) for d in declared(runner) if d.default is not Parameter.empty]
+    flags, options = {}, []
+    for argument in (*arguments, *of_runner):
+        for number, p in enumerate(argument.options):
             names = p.annotation.__metadata__[0].param_decls or [f"--{p.name.replace('_', '-')}"]
-            flags[p.name if number else one.of.name] = names[0].split("/")[0]
-        options += one.options
+            flags[p.name if number else argument.declaration.name] = names[0].split("/")[0]
+        options += argument.options
 
     def with_flags(text: str) -> str:
         text = re.sub(r"\s+In Python\b.*", "", text, flags=re.DOTALL)
@@ -81,29 +81,26 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
     for option in options:
         info = option.annotation.__metadata__[0]
         info.help = with_flags(info.help)
-    options.append(
-        Parameter(HELP_ALL, Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)
-    )
+    options.append(Parameter(HELP_ALL, Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll))
     if above:
-        context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        options.insert(0, context)
+        options.insert(0, Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context))
 
     def command(**typed: Any) -> None:
         if above and typed["context"].invoked_subcommand is not None:
             return
-        given: dict[Any, Any] = {}
-        for one in arguments:
-            value = one.read(typed)
+        keywords: dict[Any, Any] = {}
+        for argument in arguments:
+            value, group = argument.read(typed), argument.declaration.group
             if value not in (None, [], ()):
-                within = given.setdefault(one.of.group, {}) if one.of.group else given
-                within[one.of.name] = value
-        for group in [key for key in given if isinstance(key, tuple)]:
-            given[group[0]] = group[1](**given.pop(group))
-        if any(one.name == "console" for one in declarations):
+                within = keywords.setdefault(group, {}) if group else keywords
+                within[argument.declaration.name] = value
+        for group in [key for key in keywords if isinstance(key, tuple)]:
+            keywords[group[0]] = group[1](**keywords.pop(group))
+        if any(d.name == "console" for d in declarations):
             from rich.console import Console
 
-            given["console"] = Console(stderr=True)  # so that only the result goes to stdout
-        runner(partial(verb, **given), **{one.of.name: one.read(typed) for one in of_runner})
+            keywords["console"] = Console(stderr=True)  # so that only the result goes to stdout
+        runner(partial(verb, **keywords), **{a.declaration.name: a.read(typed) for a in of_runner})
 
     docs = Docs.of(verb)
     command.__doc__ = with_flags(docs.about)
@@ -112,29 +109,31 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
     return BuiltCommand(command, docs.examples, with_flags(docs.notes))
 
 
-def _argument(one: DeclaredOption) -> Argument:
-    option, name = one.option, one.name
+def _argument(declaration: DeclaredOption) -> Argument:
+    option, name = declaration.option, declaration.name
     if isinstance(option, RecipeOptions):
         from lorafold.cli.recipe_options import options_of, recipe_of
 
-        return Argument(one, options_of(option), partial(recipe_of, option))
+        return Argument(declaration, options_of(option), partial(recipe_of, option))
     if option.python_only:
-        return Argument(one, [], lambda _: None)
+        return Argument(declaration, [], lambda _: None)
     if option.saved:
         by_name = Option("A saved adapter, the same as ADAPTER.", kind=list[Path], flag="--adapter")
-        by_place = Option(one.help, kind=list[Path], flag="positional", metavar="[ADAPTER]...")
+        by_place = Option(
+            declaration.help, kind=list[Path], flag="positional", metavar="[ADAPTER]..."
+        )
         options = [
             parameter_of(DeclaredOption(name, None, None, way, way.help))
             for way in (by_name, by_place)
         ]
-        return Argument(one, options, partial(_saved, option.saved))
-    options = [parameter_of(one)]
+        return Argument(declaration, options, partial(_saved, option.saved))
+    options = [parameter_of(declaration)]
     if option.second_flag:
         flag, text = option.second_flag
         more = Option(text, flag=flag, rare=True)
-        options.append(parameter_of(DeclaredOption(name, one.hint, (), more, text)))
+        options.append(parameter_of(DeclaredOption(name, declaration.hint, (), more, text)))
     read = READERS.get(name, lambda value: value)
-    return Argument(one, options, lambda typed: read(*(typed[p.name] for p in options)))
+    return Argument(declaration, options, lambda typed: read(*(typed[p.name] for p in options)))
 
 
 def _saved(wanted: str, typed: Typed) -> Any:

@@ -26,8 +26,8 @@ class Panels:
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
-        rare = {one.name for one in self.params if one.hidden}
-        many = sum(one.param_type_name == "option" for one in self.params) > MOST
+        rare = {p.name for p in self.params if p.hidden}
+        many = sum(p.param_type_name == "option" for p in self.params) > MOST
         self.rare = rare if many else set[str]()
         for parameter in self.params:
             parameter.hidden = parameter.name == HELP_ALL and not self.rare
@@ -74,9 +74,9 @@ def placeholder(kind: Any) -> str:
     if kind.choices:
         return "|".join(str(getattr(choice, "value", choice)) for choice in kind.choices)
     if get_origin(kind.annotation) is tuple:
-        return " ".join(PLACEHOLDERS[one] for one in get_args(kind.annotation))
-    [one] = get_args(kind.annotation) or [kind.annotation]  # of a list its items
-    return PLACEHOLDERS[one]
+        return " ".join(PLACEHOLDERS[entry] for entry in get_args(kind.annotation))
+    [entry] = get_args(kind.annotation) or [kind.annotation]  # of a list its items
+    return PLACEHOLDERS[entry]
 
 
 def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> None:

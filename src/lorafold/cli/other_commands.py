@@ -59,12 +59,18 @@ def quickstart(
         lorafold quickstart --out again --device cpu --json
     """
     from lorafold.api.arguments import or_quiet
+    from lorafold.files.templates import in_words
     from lorafold.files.terminal import paragraph
+    from lorafold.quickstart.story import MODEL, PROMPT
     from lorafold.quickstart.story import quickstart as run
 
     story = run(Path(out), or_quiet(console), overwrite=overwrite, device=device)
     figures = [line for figure in story.meaning() for line in paragraph(figure, "- ")]
-    return Result(asdict(story), "\n".join([*figures, "", *_next(Path(out))]))
+    text = in_words(
+        "cli/after_quickstart.jinja", figures=figures, run=this_command(), model=MODEL,
+        prompt=quote(PROMPT), quoted=lambda *names: quote(str(Path(out, *names))),
+    )  # fmt: skip
+    return Result(asdict(story), text)
 
 
 def this_command() -> str:
@@ -91,23 +97,8 @@ def after_training(
             " command with --epochs auto"
         )
     if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
-        adapters = " ".join(quote(str(one)) for one in (*over, result.adapter))
+        adapters = " ".join(quote(str(path)) for path in (*over, result.adapter))
         yield f"talk to it: {this_command()} chat {adapters}"
-
-
-def _next(out: Path) -> Iterator[str]:
-    """Commands to go on with, one per line, ready to paste."""
-    from lorafold.quickstart.story import MODEL, PROMPT
-
-    run, names = this_command(), ("adapter", "merged", "train.jsonl", "test.jsonl", "mine")
-    adapter, merged, train, test, mine = (quote(str(out / name)) for name in names)
-    yield "Try the merged model, evaluate the adapter, see the rows as training does, train again:"
-    yield f"{run} generate --model {merged} --system JSON --prompt {quote(PROMPT)}"
-    yield f"{run} eval --model {MODEL} --adapter {adapter} --data {test}"
-    yield f"{run} train --model {MODEL} --data {train} --out {mine} --preview"
-    yield f"{run} train --model {MODEL} --data {train} --out {mine} --rank 8 --steps 20"
-    yield 'Ask for "a table for four at Chez Luigi on Friday at 8pm", next to the base model:'
-    yield f"{run} serve --model {MODEL} --adapters {quote(str(out))} --open"
 
 
 @verb
@@ -176,23 +167,19 @@ def cache(
     from lorafold.files.cache import clear as remove
     from lorafold.files.cache import entries
     from lorafold.files.paths import cache_directory
+    from lorafold.files.templates import in_words
 
     if unknown := [name for name in kind if name not in KINDS]:
         raise LorafoldError(f"--kind {unknown[0]}: expected one of {', '.join(KINDS)}")
     found = [entry for entry in entries() if entry.kind in (kind or KINDS)]
     busy = remove(found) if clear else []
     total = sum(entry.bytes for entry in found if entry not in busy)
-    lines = [
-        f"{entry.kind:<8}{entry.bytes / 1e6:>10,.1f} MB"
-        f"  {datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}  {entry.path.name}"
-        f"{'  kept: another process is making it' if entry in busy else ''}"
-        for entry in found
-    ]
-    state = "removed from" if clear else "kept in"
-    lines.append(f"{total / 1e6:,.1f} MB {state} {cache_directory()}")
-    listed = [asdict(entry) | {"path": str(entry.path)} for entry in found]
     result = {"directory": str(cache_directory()), "bytes": total, "cleared": clear}
-    return Result({**result, "entries": listed}, "\n".join(lines))
+    text = in_words(
+        "cli/cache.jinja", entries=found, busy=busy, time=datetime.fromtimestamp, **result
+    )
+    listed = [asdict(entry) | {"path": str(entry.path)} for entry in found]
+    return Result({**result, "entries": listed}, text)
 
 
 @verb

@@ -12,12 +12,12 @@ import typer
 from lorafold.api.options import DeclaredOption
 
 
-def parameter_of(one: DeclaredOption) -> Parameter:
+def parameter_of(declaration: DeclaredOption) -> Parameter:
     """A parameter of the function that Typer reads, with its option."""
-    option, text, default = one.option, one.help, one.default
-    kind = option.kind or kind_of(one.hint)
+    option, default, text = declaration.option, declaration.default, declaration.help
+    kind = option.kind or typed_kind(declaration.hint)
     required = default is Parameter.empty or option.required
-    flag = option.flag or f"--{one.name.replace('_', '-')}"
+    flag = option.flag or f"--{declaration.name.replace('_', '-')}"
     if kind is bool and default is not False and "/" not in flag:
         flag = f"{flag}/--no-{flag[2:]}"
     if get_origin(kind) is list and default and not required:
@@ -37,30 +37,30 @@ def parameter_of(one: DeclaredOption) -> Parameter:
     typed = flag.split("/")[0].lstrip("-").replace("-", "_").lower()
     optional = default in (None, ()) and not required
     return Parameter(
-        one.name if iskeyword(typed) else typed,
+        declaration.name if iskeyword(typed) else typed,
         Parameter.KEYWORD_ONLY,
         default=Parameter.empty if required else None if optional else default,
         annotation=Annotated[kind | None if optional else kind, info],
     )
 
 
-def kind_of(hint: Any) -> Any:
+def typed_kind(hint: Any) -> Any:
     """The type of what is typed for a parameter with this hint."""
-    parts = [*parts_of(hint)]
-    if lists := [part for part in parts if get_origin(part) in (list, tuple, Sequence)]:
-        return list[kind_of(get_args(lists[0])[0])]  # type: ignore[misc]
-    choices = [part for part in parts if get_origin(part) is Literal]
-    return next((kind for kind in (*choices, bool, int, float, Path) if kind in parts), str)
+    kinds = [*alternatives(hint)]
+    if lists := [kind for kind in kinds if get_origin(kind) in (list, tuple, Sequence)]:
+        return list[typed_kind(get_args(lists[0])[0])]  # type: ignore[misc]
+    choices = [kind for kind in kinds if get_origin(kind) is Literal]
+    return next((kind for kind in (*choices, bool, int, float, Path) if kind in kinds), str)
 
 
-def parts_of(annotation: Any) -> Iterator[Any]:
+def alternatives(annotation: Any) -> Iterator[Any]:
     """The alternatives of an annotation, without None and without constraints."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from parts_of(get_args(annotation)[0])
+        yield from alternatives(get_args(annotation)[0])
     elif origin in (Union, UnionType):
         for part in get_args(annotation):
-            yield from parts_of(part)
+            yield from alternatives(part)
     elif annotation is not type(None):
         yield annotation
 

@@ -44,7 +44,7 @@ class CommandLine(Panels):
 def _expanded(value: Any) -> Any:
     """The value with ~ expanded in paths, which a shell does not do everywhere."""
     if isinstance(value, list):
-        return [_expanded(one) for one in value]
+        return [_expanded(path) for path in value]
     return value.expanduser() if isinstance(value, Path) else value
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from lorafold.api.options import DeclaredOption, Option, RecipeOptions
 from lorafold.cli.help import PLACEHOLDERS
-from lorafold.cli.parameters import as_typed, parameter_of, parts_of
+from lorafold.cli.parameters import alternatives, as_typed, parameter_of
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS
 from lorafold.objectives import OBJECTIVES
@@ -79,7 +79,7 @@ def _option(name: str, panel: str | None) -> DeclaredOption:
     choices = {"method": [*METHODS], "objective": [*OBJECTIVES]}.get(name, choices)
     metavar = "KEY=VALUE" if isinstance(info.default, dict) else None
     if choices:
-        numbers = [PLACEHOLDERS[part] for part in parts_of(info.annotation) if part in (int, float)]
+        numbers = [PLACEHOLDERS[k] for k in alternatives(info.annotation) if k in (int, float)]
         metavar = "|".join([*numbers, *choices])
         metavar = metavar if len(metavar) < WIDEST else "NAME"  # then the text lists them
     default = "" if info.default in (None, {}, ()) else f"  [default: {as_typed(info.default)}]"
@@ -91,17 +91,17 @@ def _option(name: str, panel: str | None) -> DeclaredOption:
 
 def _kind(annotation: Any) -> tuple[Any, list[str]]:
     """The type of an option's value on the command line, and its choices if it has any."""
-    parts = list(parts_of(annotation))
-    choices = [str(v) for part in parts if get_origin(part) is Literal for v in get_args(part)]
-    if bool in parts:
+    kinds = [*alternatives(annotation)]
+    choices = [str(v) for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
+    if bool in kinds:
         return (str, ["on", "off", *choices]) if choices else (bool, [])
     if choices:
         return str, choices
-    if any(get_origin(part) is tuple and ... not in get_args(part) for part in parts):
+    if any(get_origin(kind) is tuple and ... not in get_args(kind) for kind in kinds):
         return tuple[float, float], []
-    if any(get_origin(part) in (tuple, dict) for part in parts):
+    if any(get_origin(kind) in (tuple, dict) for kind in kinds):
         return list[str], []
-    return next((part for part in (int, float) if part in parts), str), []
+    return next((kind for kind in (int, float) if kind in kinds), str), []
 
 
 def _is_name_ending(target: str) -> bool:

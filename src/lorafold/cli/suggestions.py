@@ -113,7 +113,7 @@ def _of_training_tools(
     from lorafold.config_import.run import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
-    problems, trains = list[str](), "--lr" in options
+    problems, trains = [], "--lr" in options
     for value in dict.fromkeys([known[key], *SAMPLES]):
         try:
             found = counterpart(key, {**known, key: value})
@@ -122,7 +122,7 @@ def _of_training_tools(
             continue
         if found is None:
             return ""
-        fields = [w for name, one in found.fields.items() for w in _typed(name, one, options)]
+        fields = [w for field, v in found.fields.items() for w in _typed(field, v, options)]
         words = fields or split(found.flag)
         if not words:  # a remark on training is wrong elsewhere
             return "" if found.how == "taken" or not trains else found.remark
@@ -147,14 +147,14 @@ def _typed(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
         yield f"--{dashed}" if value else f"--no-{dashed}"
         return
     if isinstance(value, Mapping):
-        value = tuple(f"{key}={one}" for key, one in value.items())
-    for one in value if isinstance(value, tuple) else [value]:
-        yield from (f"--{dashed}", as_typed(one))
+        value = tuple(f"{key}={entry}" for key, entry in value.items())
+    for entry in value if isinstance(value, tuple) else [value]:
+        yield from (f"--{dashed}", as_typed(entry))
 
 
 def _begun(name: str, names: Collection[str]) -> str:
     """A question for the one option that a name begins, or that is glued to its value."""
-    longer = [one for one in names if one.startswith(name) and len(name) > len("--x")]
+    longer = [flag for flag in names if flag.startswith(name) and len(name) > len("--x")]
     if len(longer) == 1:
         return f"did you mean {longer[0]}?"
     glued = match(r"(--[a-z][a-z-]*?)(-?[.\d].*)$", name)
@@ -163,7 +163,7 @@ def _begun(name: str, names: Collection[str]) -> str:
 
 def _near(name: str, names: Iterable[str], cutoff: float = ALIKE) -> str:
     """A question for the nearest name; empty if none is near."""
-    plain = {_plain(one): one for one in names}
+    plain = {_plain(known): known for known in names}
     near = get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
     return f"did you mean {plain[near[0]]}?" if near else ""
 

@@ -57,7 +57,7 @@ def repeated(line: Line) -> LorafoldError | None:
     for word in line.words:
         if word.option is not None:
             given.setdefault(str(word.option.name), []).append(word)
-    problems = list[str]()
+    problems = []
     for same in given.values():
         others = [w.name for w in same if w.name in OTHER_NAMES and w.name not in line.options]
         if now := [w.name for w in same if w.name not in others] if others else []:
@@ -74,8 +74,8 @@ def unquoted(line: Line) -> LorafoldError | None:
     """The error for a text of several words without quotes, all but the first of which would be
     read as paths.
     """
-    for at, (name, option, values, _) in enumerate(line.words):
-        loose = [one.values[0] for one in takewhile(lambda one: not one.name, line.words[at + 1 :])]
+    for number, (name, option, values, _) in enumerate(line.words, 1):
+        loose = [w.values[0] for w in takewhile(lambda w: not w.name, line.words[number:])]
         if option and option.name in TEXTS and loose and not Path(loose[0]).exists():
             text = quote(shortened(" ".join([*values, *loose]), 100))
             return LorafoldError(f"{name}: found several words, expected quotes: {name} {text}")
@@ -105,16 +105,16 @@ def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
     are assumed to be their values.
     """
     given = {word.option.name for word in line.words if word.option is not None}
-    only_options = all(one.param_type_name == "option" for one in params)
-    wanted, stray = list[str](), line.stray if only_options else []
+    only_options = all(param.param_type_name == "option" for param in params)
+    wanted, stray = [], line.stray if only_options else []
     found = shortened(" ".join(stray), 100)
-    for one in params:
-        if not one.required or one.name in given:
+    for param in params:
+        if not param.required or param.name in given:
             continue
-        if one.param_type_name == "option":
-            wanted.append(f"{one.opts[0]} {quote(stray.pop(0)) if stray else one.metavar}")
+        if param.param_type_name == "option":
+            wanted.append(f"{param.opts[0]} {quote(stray.pop(0)) if stray else param.metavar}")
         elif not line.stray:
-            wanted.append(one.metavar or one.name.upper())
+            wanted.append(param.metavar or param.name.upper())
     problem = f"missing {' and '.join(wanted)}"
     if found:
         problem = f"found {found} without an option, expected {' '.join(wanted)}"
@@ -123,13 +123,13 @@ def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
 
 def _stray(line: Line) -> LorafoldError:
     """The error for words without an option, of a command that takes only options."""
-    at, word = next(n for n, one in enumerate(line.words) if not one.name), line.stray[0]
-    name, option, values, _ = line.words[at - 1] if at else Word("", None, (), ())
+    place, word = next(n for n, w in enumerate(line.words) if not w.name), line.stray[0]
+    name, option, values, _ = line.words[place - 1] if place else Word("", None, (), ())
     if getattr(option, "is_flag", False) and word.lower() in SWITCHED:
         names = " or ".join([*option.opts, *option.secondary_opts])  # type: ignore[union-attr]
         return LorafoldError(f"{name}: found {word}, expected {names} without a value")
     if getattr(option, "multiple", False):
-        each = " ".join(f"{name} {quote(one)}" for one in (*values, word))
+        each = " ".join(f"{name} {quote(value)}" for value in (*values, word))
         return LorafoldError(f"{name}: found {word} as well, expected its name before each: {each}")
     near = get_close_matches(f"--{word.strip(DASHES)}", line.options, 1, 0.8)
     hint = f"did you mean {near[0]}?" if near else f"expected options alone; {line.see}"
@@ -140,14 +140,14 @@ def _bad_values(error: Any) -> Iterator[str]:
     """The problems with the values of one option."""
     param, cause = error.param, error.__cause__
     name = param.opts[0] if param.param_type_name == "option" else param.name.upper()
-    for one in cause.errors(include_url=False) if hasattr(cause, "errors") else ():
-        found, kind = one["input"], one["type"]
+    for problem in cause.errors(include_url=False) if hasattr(cause, "errors") else ():
+        found, kind = problem["input"], problem["type"]
         if param.type_descriptor.choices:
             expected = ", ".join(map(str, param.type_descriptor.choices))
         elif kind in BOUNDS:
-            expected = BOUNDS[kind].format(**one.get("ctx", {})).removesuffix(".0")
+            expected = BOUNDS[kind].format(**problem.get("ctx", {})).removesuffix(".0")
         else:
-            expected = one["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         hint = _number_in(str(found)) if expected in (WHOLE, FRACTION) else ""
         if "," in str(found) and param.multiple:
             hint = "; repeat the option for several"

@@ -60,8 +60,9 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        settings = self.settings.items()
-        named = (f"{name.removeprefix('options.')}={in_short(v)}" for name, v in settings)
+        named = (
+            f"{name.removeprefix('options.')}={short_value(v)}" for name, v in self.settings.items()
+        )
         return " ".join((self.method, *named))
 
     def of(self, recipe: Recipe) -> Recipe:
@@ -83,7 +84,7 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
         raise LorafoldError(
             "vary: found epochs beside steps, which are how long a run is; expected one of the two"
         )
-    variants_ = []
+    distinct = []
     for method in methods:
         fitted = []
         for values in product(*vary.values()):
@@ -94,23 +95,24 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
             has = {
                 name: value
                 for name, value in settings.items()
-                if name.partition(".")[0] not in absent and entry(one, name) == entry(changed, name)
+                if name.partition(".")[0] not in absent
+                and field_value(one, name) == field_value(changed, name)
             }
             variant = Variant(method, has)
             if (dumped := fitting(variant.of(recipe), method).model_dump()) not in fitted:
                 fitted.append(dumped)
-                variants_.append(variant)
-    if unknown := [name for name in vary if not any(name in one.settings for one in variants_)]:
+                distinct.append(variant)
+    if unknown := [name for name in vary if not any(name in one.settings for one in distinct)]:
         raise LorafoldError(
             f"vary: found {listed(unknown)}, expected settings that one of {', '.join(methods)} has"
         )
-    names = [str(one) for one in variants_]
+    names = [str(one) for one in distinct]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise LorafoldError(
             f"found {listed(twice)} twice (methods, vary); expected different methods, and settings"
             " whose names differ"
         )
-    return variants_
+    return distinct
 
 
 def checked(vary: Vary) -> dict[str, list[Any]]:
@@ -130,17 +132,17 @@ def checked(vary: Vary) -> dict[str, list[Any]]:
     return values_by_field
 
 
-def entry(recipe: Recipe, name: str) -> Any:
+def field_value(recipe: Recipe, name: str) -> Any:
     """What a recipe has under the name of a field, or of an entry of one."""
     whole, _, inner = name.partition(".")
     value = getattr(recipe, whole)
     return value.get(inner) if inner else value
 
 
-def in_short(value: Any) -> str:
+def short_value(value: Any) -> str:
     """A value of a recipe as it stands in a name."""
     if isinstance(value, list | tuple):
-        return ",".join(map(in_short, value))
+        return ",".join(map(short_value, value))
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(float(value))
@@ -250,14 +252,24 @@ class Measurement:
 
     @property
     def name(self) -> str:
-        """What it is told by: the method with its settings, as in `lora rank=8 lr=0.0001`."""
+        """The method with its settings, as in `lora rank=8 lr=0.0001`."""
         return str(Variant(self.method, self.settings))
 
+    @property
+    def adapter_megabytes(self) -> float | None:
+        """The size of the adapter's files."""
+        return self.adapter_bytes and self.adapter_bytes / 1e6
+
+    @property
+    def peak_gigabytes(self) -> float | None:
+        """The most memory that training took."""
+        return self.peak_bytes and self.peak_bytes / 1e9
+
     def __str__(self) -> str:
-        what, value = ("reward", self.reward) if self.loss is None else ("loss", self.loss)
+        figure, value = ("reward", self.reward) if self.loss is None else ("loss", self.loss)
         trained = self.train_seconds
         seconds = "" if trained is None else f", {trained:.0f} s of training"
-        return f"{self.name}: {what} {value:.4f}{seconds}"
+        return f"{self.name}: {figure} {value:.4f}{seconds}"
 
 
 Measurements = Sequence[Measurement]
@@ -265,13 +277,10 @@ Measurements = Sequence[Measurement]
 
 def quality(evaluation: Evaluation | RewardEvaluation) -> dict[str, Any]:
     """The figures of an evaluation that a measurement has."""
+    names = Measurement.__dataclass_fields__
+    figures = {name: value for name, value in vars(evaluation).items() if name in names}
     if isinstance(evaluation, Evaluation):
-        names: tuple[str, ...] = ("loss", "loss_interval", "exact_match", "exact_match_interval")
-        return {name: getattr(evaluation, name) for name in names} | {
-            "row_losses": evaluation.losses
-        }
-    names = ("reward", "reward_interval", "prompt_rewards", "tokens_a_completion", "cut_off")
-    figures = {name: getattr(evaluation, name) for name in (*names, "entropy")}
+        return figures | {"row_losses": evaluation.losses}
     return figures | {"rewards": {name: one.mean for name, one in evaluation.rewards.items()}}
 
 
@@ -373,8 +382,9 @@ class Models:
 
     def base(self, in_fp32: bool = False) -> PreTrainedModel:
         """The base."""
-        base = replace(self.bare, dtype="fp32" if in_fp32 else None)
-        return self.objective.load(base, self.tokenizer, self.seed)
+        return self.objective.load(
+            replace(self.bare, dtype="fp32" if in_fp32 else None), self.tokenizer, self.seed
+        )
 
     def tuned(self, in_fp32: bool = False) -> tuple[PreTrainedModel, Adapter | None]:
         """The base with its adapter, or the whole model and None where the run trained that."""

@@ -28,6 +28,7 @@ import numpy as np
 from lorafold.comparing.measure import BASE, Measurement, Measurements
 from lorafold.evaluation import Interval
 from lorafold.evaluation.intervals import loss_interval, ratio_interval, student, two_sided
+from lorafold.files.templates import in_words, within
 
 SEEDS = 3  # from which on there is a verdict
 ROWS = 20  # held-out rows, from which on some choose the best setting and others are reported
@@ -62,34 +63,13 @@ class Difference:
         half = student(df + 1) * error
         return cls(mean, (mean - half, mean + half), two_sided(abs(mean) / error, df))
 
-    @property
-    def above(self) -> bool:
-        """Whether the interval lies above 0."""
-        return self.interval is not None and self.interval[0] > 0
-
-    @property
-    def below(self) -> bool:
-        """Whether the interval lies below 0."""
-        return self.interval is not None and self.interval[1] < 0
-
     def __str__(self) -> str:
-        low_high = "" if self.interval is None else f" (95%: {within(self.interval, '+.4g')})"
-        return f"{self.mean:+.4g}{low_high}"
-
-
-def within(interval: Interval, form: str) -> str:
-    """An interval as people read it."""
-    return f"{interval[0]:{form}} to {interval[1]:{form}}"
-
-
-def by_method(measurements: Measurements) -> list[list[Measurement]]:
-    """The figures of each method, over its seeds."""
-    return [list(seeds) for _, seeds in groupby(measurements, lambda one: one.name)]
+        return f"{self.mean:+.4g}{within(self.interval, '+.4g')}"
 
 
 def by_name(measurements: Measurements) -> dict[str, list[Measurement]]:
-    """The same by the name of each method, the base's among them."""
-    return {seeds[0].name: seeds for seeds in by_method(measurements)}
+    """The figures of the base and each method over its seeds, by the method's name."""
+    return {name: list(seeds) for name, seeds in groupby(measurements, lambda one: one.name)}
 
 
 def units(one: Measurement) -> Units:
@@ -169,20 +149,14 @@ def verdict(measurements: Measurements) -> str:
     if not gains:
         return ""
     lower, standing = lower_is_better(measurements), held_out(measurements)
-    what = "lowest held-out loss" if lower else "highest held-out reward"
-    rows, from_base = ("rows", "against") if lower else ("prompts", "over")
 
     def chooses(name: str) -> float:
         values = [one.validation for one in methods[name] if one.validation is not None]
         return fmean(values) if values else standing[name].mean
 
     order = sorted(gains, key=chooses, reverse=not lower)
-    chosen = _chosen([methods[name][0] for name in order], rows) if is_sweep(measurements) else ""
     seeds = min(len(methods[name]) for name in gains)
-    if seeds < SEEDS:
-        text = f"{seeds} seed{'s' * (seeds > 1)}: no verdict ({SEEDS} needed); run it again with"
-        return f"{text} --seeds {SEEDS}, which keeps these figures{chosen}"
-    pairs = distinguished_pairs(measurements)
+    pairs = distinguished_pairs(measurements) if seeds >= SEEDS else set()
 
     def better(one: str, other: str) -> bool:
         less = standing[one].mean < standing[other].mean
@@ -190,25 +164,20 @@ def verdict(measurements: Measurements) -> str:
 
     best, *others = order
     alike = [m for m in others if not better(best, m)]
-    if not alike:
-        text = f"{what}: {best}, {gains[best]} {from_base} the base, paired by {rows},"
-        doubt = "" if better(best, BASE) else ", which does not tell it from the base"
-        return f"{text} over {seeds} seeds{doubt}{chosen}"
-    text = f"no best method: {best} has the {what}, and in pairs these {rows} and seeds don't tell"
-    text += f" it from {', '.join(alike)}"
-    unsure = [m for m in (best, *alike) if not better(m, BASE)]
-    return text + (f"; nor {', '.join(unsure)} from the base" if unsure else "") + chosen
-
-
-def _chosen(order: Measurements, rows: str) -> str:
-    """Which setting of each method is the best, and on which rows it was chosen and is reported."""
-    methods = [one.method for one in order]
-    swept = [m for m in dict.fromkeys(methods) if methods.count(m) > 1]
-    names = ", ".join(order[methods.index(m)].name for m in swept)
-    chose, count = order[0].validation_rows, len(units(order[0]))
-    if chose:
-        return f"; chosen on {chose} validation {rows}: {names}; figures are of {count} test {rows}"
-    return (
-        f"; chosen on the {count} {rows} that are reported too, so optimistic, as they are too few"
-        f" to split ({ROWS} needed): {names}"
+    chosen = [methods[name][0] for name in order]
+    names = [one.method for one in chosen]
+    swept = [m for m in dict.fromkeys(names) if names.count(m) > 1]
+    return in_words(
+        "comparing/verdict.jinja",
+        seeds=seeds,
+        needed=SEEDS,
+        lower=lower,
+        best=best,
+        gain=gains[best],
+        alike=alike,
+        unsure=[m for m in (best, *alike) if not better(m, BASE)],
+        settings=[chosen[names.index(m)].name for m in swept],
+        validation=chosen[0].validation_rows,
+        count=len(units(chosen[0])),
+        enough=ROWS,
     )

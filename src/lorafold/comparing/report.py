@@ -5,7 +5,7 @@ highest); a column that no line has a figure for is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,20 +14,18 @@ from lorafold.comparing.measure import BASE, Measurement, Measurements
 from lorafold.comparing.paired_tests import (
     SEEDS,
     Difference,
-    by_method,
+    by_name,
     held_out,
     lower_is_better,
     over_base,
     verdict,
-    within,
 )
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
 from lorafold.files.html_page import ShownInNotebooks, markdown_table, rendered, write_page
 from lorafold.files.plots import distinct, number
-from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
+from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table, values_of
 
-Value = Callable[[Measurement], float | None]
 Table = tuple[list[str], list[list[str]]]  # headings, lines
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."
@@ -46,16 +44,12 @@ class Quality:
     @classmethod
     def of(cls, measurements: Measurements) -> Quality:
         """The held-out loss or reward."""
-        methods, lower = tuned(measurements), lower_is_better(measurements)
-        shared = held_out(measurements)
-        intervals = [shared[seeds[0].name].interval for seeds in methods]
-        bare = [r for r in measurements if r.method == BASE]
-
-        def value(r: Measurement) -> float | None:
-            return r.loss if lower else r.reward
-
-        label = f"held-out {'loss (lower' if lower else 'reward (higher'} is better)"
-        return cls(label, means(methods, value), intervals, mean_of(map(value, bare)), lower)
+        lower, differences = lower_is_better(measurements), held_out(measurements)
+        methods, figure = by_name(measurements), LOSS if lower else REWARD
+        base = mean_of(values_of(methods.pop(BASE, ()), figure))
+        intervals = [differences[name].interval for name in methods]
+        label = f"held-out {figure} ({'lower' if lower else 'higher'} is better)"
+        return cls(label, means(methods.values(), figure), intervals, base, lower)
 
     @property
     def scale(self) -> str:
@@ -75,7 +69,7 @@ class Quality:
 class Cost(NamedTuple):
     """What quality is plotted against, with the words for its value and its least."""
 
-    value: Value
+    figure: str
     name: str
     axis: str
     words: str
@@ -84,46 +78,38 @@ class Cost(NamedTuple):
 
 COSTS = (
     Cost(
-        lambda r: r.trainable_parameters,
-        "parameters", "trained parameters", "trains {} parameters", "trains the fewest",
+        "trainable_parameters", "parameters", "trained parameters", "trains {} parameters",
+        "trains the fewest",
     ),
     Cost(
-        lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, SMALLEST),
-        "forgetting", "KL from the base on other text, nats a token", "forgets {} nats a token",
-        "forgets the least",
+        "forgetting_kl", "forgetting", "KL from the base on other text, nats a token",
+        "forgets {} nats a token", "forgets the least",
     ),
 )  # fmt: skip
 
 
-def tuned(measurements: Measurements) -> list[list[Measurement]]:
-    """The figures of each method but the base."""
-    return [seeds for seeds in by_method(measurements) if seeds[0].method != BASE]
-
-
-def means(methods: Sequence[Measurements], value: Value) -> list[float | None]:
+def means(methods: Iterable[Measurements], figure: str) -> list[float | None]:
     """The mean of a figure over the seeds of each method; None where it has none."""
-    return [mean_of(map(value, seeds)) for seeds in methods]
+    return [mean_of(values_of(seeds, figure)) for seeds in methods]
 
 
 def plots_of(measurements: Measurements) -> Iterator[str]:
     """The plots, as HTML figures."""
-    methods = tuned(measurements)
+    methods, quality = by_name(measurements), Quality.of(measurements)
+    methods.pop(BASE, None)
     if not methods:
         return
-    quality = Quality.of(measurements)
-    names = [seeds[0].name for seeds in methods]
-    mergeable = [all(r.mergeable for r in seeds) for seeds in methods]
+    names, figures = [*methods], methods.values()
+    mergeable = [all(values_of(seeds, "mergeable")) for seeds in figures]
     yield ranking(quality, names)
     for cost in COSTS:
-        if None not in (x := means(methods, cost.value)):
+        x = [mean and max(mean, SMALLEST) for mean in means(figures, cost.figure)]
+        if None not in x:
             yield scatter(cost, x, quality, names, mergeable)
-    for what, attached, merged in (
-        ("Decode", lambda r: r.latency_attached, lambda r: r.latency_merged),
-        ("Prefill", lambda r: r.prefill_attached, lambda r: r.prefill_merged),
-    ):
-        both = {"attached": means(methods, attached), "merged": means(methods, merged)}
+    for phase, figure in (("Decode", "latency"), ("Prefill", "prefill")):
+        both = {way: means(figures, f"{figure}_{way}") for way in ("attached", "merged")}
         if any(both["attached"]):
-            yield latencies(f"{what} latency, as a ratio to the base's", names, both)
+            yield latencies(f"{phase} latency, as a ratio to the base's", names, both)
 
 
 def ranking(quality: Quality, names: Sequence[str]) -> str:
@@ -210,63 +196,61 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
 
 LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
 WITHIN = " 95%"  # after a figure's heading: its interval
-COLUMNS: dict[str, tuple[Value, str]] = {  # heading: value, format
-    "trainable": (lambda r: r.trainable_parameters, ",.0f"),
-    "share": (lambda r: r.trainable_share, ".3%"),
-    "adapter MB": (lambda r: r.adapter_bytes and r.adapter_bytes / 1e6, ".2f"),
-    "seconds": (lambda r: r.train_seconds, ",.0f"),
-    "tokens/s": (lambda r: r.tokens_per_second, ",.0f"),
-    "peak GB": (lambda r: r.peak_bytes and r.peak_bytes / 1e9, ".2f"),
-    LOSS: (lambda r: r.loss, ".4f"),
-    EXACT: (lambda r: r.exact_match, ".1%"),
-    REWARD: (lambda r: r.reward, ".4g"),
-    "tokens a completion": (lambda r: r.tokens_a_completion, ".1f"),
-    "cut off": (lambda r: r.cut_off, ".1%"),
-    "forgetting KL": (lambda r: r.forgetting_kl, ".3f"),
-    "outside loss": (lambda r: r.forgetting_loss, "+.3f"),
-    "decode ×": (lambda r: r.latency_attached, ".2f"),
-    "prefill ×": (lambda r: r.prefill_attached, ".2f"),
-    "merged decode ×": (lambda r: r.latency_merged, ".2f"),
-    "merged prefill ×": (lambda r: r.prefill_merged, ".2f"),
+COLUMNS = {  # heading: figure, format
+    "trainable": ("trainable_parameters", ",.0f"),
+    "share": ("trainable_share", ".3%"),
+    "adapter MB": ("adapter_megabytes", ".2f"),
+    "seconds": ("train_seconds", ",.0f"),
+    "tokens/s": ("tokens_per_second", ",.0f"),
+    "peak GB": ("peak_gigabytes", ".2f"),
+    LOSS: (LOSS, ".4f"),
+    EXACT: ("exact_match", ".1%"),
+    REWARD: (REWARD, ".4g"),
+    "tokens a completion": ("tokens_a_completion", ".1f"),
+    "cut off": ("cut_off", ".1%"),
+    "forgetting KL": ("forgetting_kl", ".3f"),
+    "outside loss": ("forgetting_loss", "+.3f"),
+    "decode ×": ("latency_attached", ".2f"),
+    "prefill ×": ("prefill_attached", ".2f"),
+    "merged decode ×": ("latency_merged", ".2f"),
+    "merged prefill ×": ("prefill_merged", ".2f"),
 }
-FLAGS: dict[str, Callable[[Measurement], bool | None]] = {
-    "mergeable": lambda r: r.mergeable,
-    "new modules": lambda r: r.modifies_architecture,
-}
+FLAGS = {"mergeable": "mergeable", "new modules": "modifies_architecture"}  # heading: figure
 
 
 def figures(measurements: Measurements) -> Table:
     """All figures, with a line for each method."""
-    methods = by_method(measurements)
-    columns = {"method": [seeds[0].name for seeds in methods]}
-    for heading, (value, form) in COLUMNS.items():
-        columns[heading] = [spread(map(value, seeds), form) for seeds in methods]
-        if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
-            columns |= _quality_columns(heading, form, measurements)
+    methods, gains = by_name(measurements), over_base(measurements)
+    columns, names = {"method": [*methods]}, list(measurements[0].rewards)
+
+    def column(figure: str, form: str) -> list[str]:
+        return [spread(values_of(seeds, figure), form) for seeds in methods.values()]
+
+    def intervals(each: Iterable[Interval | None], form: str) -> list[str]:
+        return [f"{one[0]:{form}} to {one[1]:{form}}" if one else NOTHING for one in each]
+
+    for heading, (figure, form) in COLUMNS.items():
+        columns[heading] = column(figure, form)
+        if heading == (LOSS if lower_is_better(measurements) else REWARD):
+            every = (one.interval for one in held_out(measurements).values())
+            columns[heading + WITHIN] = intervals(every, form)
+            columns["validation"] = column("validation", form)
+            columns[OVER_BASE] = [str(gains.get(name, NOTHING)) for name in methods]
+            columns |= {
+                f"reward {name}": [
+                    spread((r.rewards[name] for r in seeds), ".4g") for seeds in methods.values()
+                ]
+                for name in names
+                if len(names) > 1
+            }
         if heading == EXACT:
             # of a single seed; several have their range
-            alone = [s[0].exact_match_interval if len(s) == 1 else None for s in methods]
-            columns[EXACT + WITHIN] = [within(one, ".1%") if one else NOTHING for one in alone]
-    for heading, flag in FLAGS.items():
-        columns[heading] = [answer([*map(flag, seeds)]) for seeds in methods]
+            seeds = methods.values()
+            alone = (of[0].exact_match_interval if len(of) == 1 else None for of in seeds)
+            columns[EXACT + WITHIN] = intervals(alone, ".1%")
+    for heading, figure in FLAGS.items():
+        columns[heading] = [answer(values_of(seeds, figure)) for seeds in methods.values()]
     return table_of(columns)
-
-
-def _quality_columns(heading: str, form: str, measurements: Measurements) -> dict[str, list[str]]:
-    """Further columns of the figure that is compared: interval, difference, each reward."""
-    methods, gains = by_method(measurements), over_base(measurements)
-    intervals = [one.interval for one in held_out(measurements).values()]
-    names = list(measurements[0].rewards)
-    return {
-        heading + WITHIN: [within(one, form) if one else NOTHING for one in intervals],
-        "validation": [spread((r.validation for r in seeds), form) for seeds in methods],
-        OVER_BASE: [str(gains.get(seeds[0].name, NOTHING)) for seeds in methods],
-        **{
-            f"reward {name}": [spread((r.rewards[name] for r in seeds), ".4g") for seeds in methods]
-            for name in names
-            if len(names) > 1
-        },
-    }
 
 
 def table_of(columns: dict[str, list[str]]) -> Table:
@@ -280,36 +264,35 @@ def answer(values: Sequence[bool | None]) -> str:
     return NOTHING if None in values else "yes" if all(values) else "no"
 
 
-SHORT: dict[str, tuple[Value, str]] = {  # heading: value, format; beside what is compared
-    EXACT: (lambda r: r.exact_match, ".0%"),
-    "KL to base": (lambda r: r.forgetting_kl, ".3f"),
-    "peak GB": (lambda r: r.peak_bytes and r.peak_bytes / 1e9, ".2f"),
-    "time s": (lambda r: r.train_seconds, ",.0f"),
+SHORT = {  # heading: figure, format; beside the loss or reward
+    EXACT: ("exact_match", ".0%"),
+    "KL to base": ("forgetting_kl", ".3f"),
+    "peak GB": ("peak_gigabytes", ".2f"),
+    "time s": ("train_seconds", ",.0f"),
 }
 
 
 def deciding(measurements: Measurements) -> str:
     """The figures that decide, in a table of at most 80 columns, a legend, and the verdict."""
-    methods, lower = by_method(measurements), lower_is_better(measurements)
+    methods, lower = by_name(measurements), lower_is_better(measurements)
     gains, qualities = over_base(measurements), held_out(measurements).values()
-    form = ".4f" if lower else ".4g"
+    heading, form = (LOSS, ".4f") if lower else (REWARD, ".4g")
     columns = {
-        "method": [seeds[0].name for seeds in methods],
-        LOSS if lower else REWARD: [plus_minus(one, form) for one in qualities],
+        "method": [*methods],
+        heading: [plus_minus(one, form) for one in qualities],
         OVER_BASE: [
-            plus_minus(gains[name], f"+{form}") if (name := seeds[0].name) in gains else NOTHING
-            for seeds in methods
+            plus_minus(gains[name], f"+{form}") if name in gains else NOTHING for name in methods
         ],
         **{
-            heading: [spread(map(value, seeds), form, False) for seeds in methods]
-            for heading, (value, form) in SHORT.items()
+            heading: [spread(values_of(of, figure), form, False) for of in methods.values()]
+            for heading, (figure, form) in SHORT.items()
         },
         "trained": [
             NOTHING if (n := seeds[0].trainable_parameters) is None else number(n, digits=3)
-            for seeds in methods
+            for seeds in methods.values()
         ],
     }
-    several = max(map(len, methods))
+    several = max(map(len, methods.values()))
     means = f" Means over {several} seeds." if several > 1 else ""
     over = "and seeds" if several >= SEEDS else "alone, not seeds"
     about = f"{LOW if lower else HIGH} {over}.{means} {LEGEND}"

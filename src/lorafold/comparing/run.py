@@ -29,7 +29,7 @@ from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fitting import settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.rewards.reward import adapter_in
+from lorafold.rewards import RewardName
 from lorafold.runtime.workers import end_with_parent
 
 
@@ -56,7 +56,7 @@ def unfit(recipe: Recipe, method: str) -> str | None:
     spec, rewards = make_spec(method), recipe.objective_options.get("rewards", ())
     if spec.asks_losses:
         return "chooses what it trains by losses of rows, which a policy has none of"
-    if spec.trains_base and any(map(adapter_in, rewards)):
+    if spec.trains_base and any(RewardName.parse(name).is_adapter for name in rewards):
         return "trains the base's own weights, over which a reward model scores"
     return None
 

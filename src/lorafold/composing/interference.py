@@ -28,13 +28,14 @@ from lorafold.composing.request import Composed, Job
 from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
+from lorafold.files.templates import in_words
 from lorafold.files.terminal import text_table
 
 LARGEST = 0.2  # the share of entries whose signs are compared, as in TIES
 
 
 @dataclass(frozen=True)
-class Meeting:
+class UpdateRelation:
     """How two updates relate, at one site or over all; `chance_*` is of random subspaces."""
 
     cosine: float
@@ -57,34 +58,23 @@ class Pair:
 
     a: str
     b: str
-    overall: Meeting | None
-    sites: dict[str, Meeting]
+    overall: UpdateRelation | None
+    sites: dict[str, UpdateRelation]
 
     def __str__(self) -> str:
         """A line or two: the figures, and the sites where the updates oppose each other most."""
-        if (all_ := self.overall) is None:
-            return f"{self.a} and {self.b} change no site in common"
-        text = (
-            f"{self.a} and {self.b}: cosine {all_.cosine:+.3f}, signs differ in"
-            f" {all_.sign_conflict:.1%} of the largest entries"
-        )
-        if all_.shared_output is not None:
-            text += (
-                f", shared output {all_.shared_output:.3f} (at random {all_.chance_output:.3f}), "
-                f"input {all_.shared_input:.3f} ({all_.chance_input:.3f})"
-            )
         worst = sorted(self.sites.items(), key=lambda one: one[1].cosine * one[1].weight)[:3]
-        opposed = [f"{path} ({one.cosine:+.3f})" for path, one in worst if one.cosine < 0]
-        return text + ("\n  most opposed at " + ", ".join(opposed) if opposed else "")
+        opposed = {path: one.cosine for path, one in worst if one.cosine < 0}
+        return in_words("composing/pair.jinja", pair=self, all=self.overall, opposed=opposed)
 
 
 def meetings(updates: Updates, console: Console) -> list[Pair]:
     """Every pair of adapters, with one matrix's dense updates in memory at a time."""
-    met = defaultdict[tuple[int, int], dict[str, Meeting]](dict)
+    met = defaultdict[tuple[int, int], dict[str, UpdateRelation]](dict)
     for site in updates.watched("geometry", console):
         for name, changes in site.changes():
-            for pair, meeting in meet(changes).items():
-                met[pair][name] = meeting
+            for pair, relation in relations_of(changes).items():
+                met[pair][name] = relation
     names = updates.names
     return [
         Pair(names[i], names[j], overall(list(met[i, j].values())), met[i, j])
@@ -93,22 +83,22 @@ def meetings(updates: Updates, console: Console) -> list[Pair]:
 
 
 @torch.no_grad()
-def meet(changes: Mapping[int, Change]) -> dict[tuple[int, int], Meeting]:
+def relations_of(changes: Mapping[int, Change]) -> dict[tuple[int, int], UpdateRelation]:
     """Every pair of updates of a matrix, by the numbers of their adapters."""
     norms = {i: inner(change, change) ** 0.5 for i, change in changes.items()}
     largest = {
         i: trim(dense(change), LARGEST, torch.default_generator).sign().to(torch.int8)
         for i, change in changes.items()
     }
-    meetings_ = {}
+    relations = {}
     for i, j in combinations(changes, 2):
         a, b, norm = changes[i], changes[j], norms[i] * norms[j]
         both = largest[i] * largest[j]
         conflict = int((both < 0).sum()) / max(1, int((both != 0).sum()))
-        meetings_[i, j] = Meeting(
+        relations[i, j] = UpdateRelation(
             inner(a, b) / norm if norm else 0.0, *subspaces(a, b), conflict, (norms[i], norms[j])
         )
-    return meetings_
+    return relations
 
 
 def subspaces(
@@ -133,7 +123,7 @@ def overlap(a: Tensor, b: Tensor) -> float:  # (n, r_a), (n, r_b)
     return (qa.t() @ qb).square().sum().item() / min(qa.shape[1], qb.shape[1])
 
 
-def overall(sites: Sequence[Meeting]) -> Meeting | None:
+def overall(sites: Sequence[UpdateRelation]) -> UpdateRelation | None:
     """The figures over all sites, or None without sites."""
     if not sites:
         return None
@@ -148,8 +138,8 @@ def overall(sites: Sequence[Meeting]) -> Meeting | None:
 
     cosine = sum(m.cosine * m.weight for m in sites) / ((norms[0] * norms[1]) or 1)
     shared = ("shared_output", "shared_input", "chance_output", "chance_input")
-    conflict = mean("sign_conflict") or 0.0
-    return Meeting(cosine, **{n: mean(n) for n in shared}, sign_conflict=conflict, norms=norms)
+    means, conflict = {name: mean(name) for name in shared}, mean("sign_conflict") or 0.0
+    return UpdateRelation(cosine, **means, sign_conflict=conflict, norms=norms)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from lorafold.core.targets import Matches
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted
 from lorafold.evaluation import held_out_loss
-from lorafold.inspecting.updates import Factors, lora_of
+from lorafold.inspecting.updates import lora_of
 from lorafold.methods.parts.mixture import Gating, Mixture
 from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.recipe import Recipe
@@ -82,8 +82,9 @@ def mixture(job: Job, out: Path) -> Composed:
     with TemporaryDirectory() as folder:
         start, trained = Path(folder) / "start", Path(folder) / "trained"
         error = write_mixture(job, start, request.gates)
-        source = ", ".join(job.examples)
-        training = run.RunRequest(base, trained, recipe, rows, source, init_adapter=start)
+        training = run.RunRequest(
+            base, trained, recipe, rows, ", ".join(job.examples), init_adapter=start
+        )
         try:
             run.train(training, job.console)
         except Interrupted as stop:
@@ -112,7 +113,7 @@ def write_mixture(job: Job, out: Path, gates: Gating) -> float:
     adapter = attach(updates.model, Mixture(updates.names, gates), targets, "mixture")
     lost = total = 0.0
     for path, delta in adapter.own_deltas.items():
-        site, factors = sites[path], list[Factors]()
+        site, factors = sites[path], []
         ranks = {i: job.request.rank or rank_of(update, path) for i, update in site.there}
         for _, changes in site.changes():
             cuts = [cut(change, ranks[i]) for i, change in changes.items()]

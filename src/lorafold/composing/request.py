@@ -81,14 +81,6 @@ class Job:
             )
         return self.request.examples
 
-    def _origin(self, how: str) -> dict[str, Any]:
-        """The record's base, if the adapters were loaded on another one than theirs."""
-        notes = [one.other_base for one in self.updates.adapters if one.other_base]
-        prints = [one.own_base.fingerprint for one in self.request.adapters]
-        alike = bool(notes) and all(one == prints[0] for one in prints)
-        base = {BASE: prints[0]} if alike and how in RULES else {}
-        return {OTHER_BASE: "; ".join(notes), BASE_IDENTITY: "", **base} if notes else {}
-
     def save(
         self,
         adapter: Adapter,
@@ -102,8 +94,12 @@ class Job:
         made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)
         has_tokenizer = any(one.own_tokenizer for one in adapters)
         tokenizer = request.base.tokenizer(adapters) if has_tokenizer else None
-        trained = {TRAINED_ON: made_on and made_on.as_json()}
-        trained |= self._origin(about["how"])
+        trained: dict[str, Any] = {TRAINED_ON: made_on and made_on.as_json()}
+        if notes := [one.other_base for one in self.updates.adapters if one.other_base]:
+            trained |= {OTHER_BASE: "; ".join(notes), BASE_IDENTITY: ""}
+            fingerprints = {one.own_base.fingerprint for one in adapters}
+            if len(fingerprints) == 1 and about["how"] in RULES:
+                trained[BASE] = fingerprints.pop()
         adapter.over = ()
         adapter.save(
             out,

@@ -20,6 +20,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
+from lorafold.files.templates import in_words
 from lorafold.resolve.base import check_language_model
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
@@ -49,19 +50,7 @@ class Composition(ShownInNotebooks):
         return content
 
     def __str__(self) -> str:
-        lines = []
-        for way, one in self.composed.items():
-            weights = "learned gates"
-            if one.weights is not None:
-                pairs = zip(one.weights, self.adapters, strict=True)
-                weights = ", ".join(f"{weight:.3g} {name}" for weight, name in pairs)
-            lines.append(
-                f"{way}: {one.out} ({weights}); {one.truncation_error:.2%} of the update's norm"
-                " was cut off"
-            )
-        if self.interference is not None:
-            lines += ["", str(self.interference)]
-        return "\n".join(lines)
+        return in_words("composing/composition.jinja", made=self)
 
 
 def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:

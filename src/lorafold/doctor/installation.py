@@ -40,8 +40,9 @@ SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
 def packages(name: str = "lorafold") -> Iterator[Finding]:
     """The package itself, Python, and all required packages, with their declared ranges."""
     own = distribution(name)
-    place = Path(__file__).parents[1]
-    yield Finding(name, own.version, {"version": own.version, "path": str(place)})
+    yield Finding(
+        name, own.version, {"version": own.version, "path": str(Path(__file__).parents[1])}
+    )
     python = platform.python_version()
     [declared] = own.metadata.get_all("Requires-Python") or [""]
     fine = SpecifierSet(declared).contains(python, prereleases=True)

@@ -79,8 +79,9 @@ def diagnose(model: str = "smollm2", **how: Any) -> DoctorReport:
             examine = getattr(import_module(f"lorafold.doctor.{module}"), name)
             return examine(*given, **how if given else {})
 
-        findings = findings_of(name, look)
-        groups.append(FindingGroup(key, title.format(model), findings, key == "packages"))
+        groups.append(
+            FindingGroup(key, title.format(model), findings_of(name, look), key == "packages")
+        )
     try:
         slow = (*import_module("lorafold.doctor.hardware").slow_here(),)
     except Exception:  # then it is a finding of the machine

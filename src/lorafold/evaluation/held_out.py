@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.core.contexts import evaluating
@@ -12,18 +11,17 @@ from lorafold.data.batches import PAYS, WINDOW, alike, forest
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import mean_loss
+from lorafold.files.terminal import Progress
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import CompletionLoss, Loss, RowsAlike, similar_lengths
 from lorafold.training_step.shared_prefixes import Branching, branching
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedModel
 
 E = TypeVar("E")
 F = TypeVar("F")
 L = TypeVar("L", bound=RowsAlike)
-Progress = Callable[[int, int], None]  # called as progress(done, total)
 TOKENS = 2048  # the most tokens of a batch, with padding
 
 
@@ -43,9 +41,7 @@ def batches(examples: Sequence[Any]) -> list[list[int]]:
     return similar_lengths(range(len(examples)), lengths_of(examples).__getitem__, TOKENS)
 
 
-def row_losses(
-    model: PreTrainedModel, examples: Sequence[Example], step: Progress
-) -> list[float]:
+def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progress) -> list[float]:
     """The loss of each example in nats, summed over its labelled positions, in evaluation mode."""
     return by_row(
         model,
@@ -71,8 +67,7 @@ def by_row(
     def run(loss: L, groups: Iterable[Sequence[int]]) -> None:
         with evaluating(loss):
             for group in groups:
-                values = measure(loss, [examples[i] for i in group])
-                results.update(zip(group, values, strict=True))
+                results.update(zip(group, measure(loss, [examples[i] for i in group]), strict=True))
                 step(len(results), len(examples))
 
     with fused(model):
@@ -106,18 +101,3 @@ def pad_id_of(model: PreTrainedModel) -> int:
             " pads short texts"
         )
     return pad_id
-
-
-def silent(done: int, total: int) -> None:
-    """A progress that shows nothing."""
-
-
-@contextmanager
-def progress_bar(console: Console | None, name: str) -> Iterator[Progress]:
-    """A progress bar."""
-    from rich import progress
-
-    quiet = console is None or not console.is_terminal
-    with progress.Progress(console=console, transient=True, disable=quiet) as bars:
-        task = bars.add_task(name)
-        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -25,12 +25,11 @@ from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenized
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError, RewardFailed, cut
-from lorafold.evaluation.held_out import Progress, progress_bar, silent
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import within
-from lorafold.files.terminal import print_lines
+from lorafold.files.templates import in_words, within
+from lorafold.files.terminal import Progress, print_lines, progress_bar, silent
 from lorafold.generation import table_left
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Judged, Rewards
@@ -57,10 +56,6 @@ class PolicySample:
     ended: bool
     each: Mapping[str, float] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """The sample in one object."""
-        return asdict(self)
-
     def shortened(self) -> dict[str, Any]:
         """The same with a prompt and a completion of bounded length, as text."""
         prompt = self.prompt
@@ -73,7 +68,7 @@ class PolicySample:
                 lines.append(f"{turn.get('role')}: {content}")
             prompt = "\n".join(lines)
         texts = {"prompt": prompt, "completion": self.completion}
-        return self.as_json() | {name: cut(text, KEPT) for name, text in texts.items()}
+        return asdict(self) | {name: cut(text, KEPT) for name, text in texts.items()}
 
 
 @dataclass(frozen=True)
@@ -134,9 +129,14 @@ class Rewarded:
         return Rewarded(judged, groups, rewards, each)
 
     @property
+    def completions(self) -> list[Completion]:
+        """The completions of all groups, as in `judged`."""
+        return [one for group in self.groups for one in group]
+
+    @property
     def tokens(self) -> int:
         """The number of sampled tokens."""
-        return sum(len(one.tokens) for group in self.groups for one in group)
+        return sum(len(one.tokens) for one in self.completions)
 
     @property
     def interval(self) -> Interval | None:
@@ -155,8 +155,8 @@ class Rewarded:
         to which it applies; lengths and entropy, and the share of groups whose rewards are all
         equal.
         """
-        completions = [one for group in self.groups for one in group]
-        n, tokens = len(completions), self.tokens
+        completions, tokens = self.completions, self.tokens
+        n = len(completions)
         each = {f"reward {name}": float(x.nanmean()) for name, x in self.each.items()}
         without = float(self.rewards.isnan().double().mean())
         return {
@@ -181,10 +181,9 @@ class Rewarded:
         each = {name: x.flatten().tolist() for name, x in several.items()}
         order = [at for at, reward in enumerate(rewards) if not math.isnan(reward)]
         order.sort(key=lambda at: -rewards[at])
-        samples = []
+        completions, samples = self.completions, []
         for at in order[:best] + order[max(best, len(order) - worst) :]:
-            one, (group, n) = self.judged[at], divmod(at, self.rewards.shape[1])
-            ended = self.groups[group][n].ended
+            one, ended = self.judged[at], completions[at].ended
             own = {name: x[at] for name, x in each.items() if not math.isnan(x[at])}
             samples.append(
                 PolicySample(one.where, one.prompt, one.completion, rewards[at], ended, own)
@@ -204,14 +203,8 @@ def _interval(rewards: Tensor) -> Interval | None:  # (n, k)
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What is drawn of held-out prompts. Raises LorafoldError for what can't be drawn.
-
-    Args:
-        max_length: The most tokens of a prompt and its completion.
-        max_new_tokens: The most tokens of a completion.
-        group: How many completions a prompt has.
-        temperature: 1 draws as training does; 0 takes the most likely tokens.
-        seed: What the draws follow from, as those of a run do from its seed.
+    """How completions of held-out prompts are sampled: at most `max_length` tokens with the prompt,
+    `group` completions each; temperature 1 samples as training does, 0 takes the likeliest tokens.
     """
 
     max_length: int
@@ -282,24 +275,8 @@ class RewardEvaluation(ShownInNotebooks):
     prompt_rewards: tuple[float | None, ...]
     samples: tuple[PolicySample, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """All figures and samples."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        each = f"{self.group} completion{'s' * (self.group > 1)} each"
-        lines = [
-            f"{self.n} prompts, {each}: reward {MeanReward(self.reward, self.reward_interval)}",
-            *(f"reward {name} {x}" for name, x in self.rewards.items() if len(self.rewards) > 1),
-            f"{self.tokens_a_completion:.1f} tokens a completion, {self.cut_off:.1%} cut off at"
-            f" {self.max_new_tokens}, entropy {self.entropy:.3f} nats a token",
-        ]
-        if self.groups_without_signal is not None:
-            lines[-1] += f", groups without signal {self.groups_without_signal:.1%}"
-        shown = [_sample_line(one) for one in self.samples]
-        if self.n * self.group > len(shown):
-            shown.insert(READ, "...")
-        return "\n".join([*lines, "completions, from the best to the worst:", *shown])
+        return in_words("evaluation/rewards.jinja", found=self, short=_short, read=READ)
 
 
 def evaluate_rewards(
@@ -319,8 +296,9 @@ def evaluate_rewards(
             " language model for rewards"
         )
     length = min(table_left(model) or settings.max_length, settings.max_length)
-    table = tokenized(rows, PromptEncoder(tokenizer), console)
-    data = prompt_data(table, rows, length - settings.max_new_tokens)
+    data = prompt_data(
+        tokenized(rows, PromptEncoder(tokenizer), console), rows, length - settings.max_new_tokens
+    )
     if console:
         print_lines(console, data.report)
     prompts, k = data.examples, settings.group
@@ -348,12 +326,6 @@ def evaluate_rewards(
         prompt_rewards=tuple(None if math.isnan(mean) else mean for mean in means),
         samples=tuple(judged.samples(READ, READ)),
     )
-
-
-def _sample_line(one: PolicySample) -> str:
-    prompt = f" {_short(one.prompt)} ->" if isinstance(one.prompt, str) else ""
-    end = "" if one.ended else ", cut off"
-    return f"{one.reward:8.4g}  {one.where}:{prompt} {_short(one.completion)}{end}"
 
 
 def _short(text: str) -> str:

@@ -25,9 +25,9 @@ from torch import Tensor
 from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.formats import PAIRS
-from lorafold.evaluation.held_out import Progress, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
-from lorafold.files.model_card import within
+from lorafold.files.templates import in_words
+from lorafold.files.terminal import Progress, silent
 from lorafold.training_step.preference_algorithms import Scored, ratio_sums
 from lorafold.training_step.preference_loss import Preferences
 
@@ -64,35 +64,16 @@ class PreferenceFigures:
         return interval is not None and interval[1] < 0
 
     def __str__(self) -> str:
-        figures = {
-            "preference": (self.preference_accuracy, self.preference_accuracy_interval, ".1%"),
-            "reward accuracy": (self.reward_accuracy, self.reward_accuracy_interval, ".1%"),
-            "reward margin": (self.reward_margin, self.reward_margin_interval, ".3f"),
-        }
-        parts = [
-            f"{name} {value:{form}}{within(interval, form)}"
-            for name, (value, interval, form) in figures.items()
-            if value is not None
-        ]
-        if self.chosen_change is not None and self.rejected_change is not None:
-            parts.append(
-                f"log-probability minus the reference's: chosen {self.chosen_change:+.2f},"
-                f" rejected {self.rejected_change:+.2f} nats"
-            )
-        if self.kl is not None:
-            parts.append(f"KL {self.kl:.4f} nats a token")
+        clauses = in_words("evaluation/preferences.jinja", figures=self).splitlines()
         warning = (
             "\nthe chosen completions are less likely than under the reference: a supervised term"
             " (--objective-options sft_weight=1) or a larger beta keeps them"
         )
-        return ", ".join(parts) + warning * self.falling
+        return ", ".join(clauses) + warning * self.falling
 
 
 def preference_figures(
-    loss: Preferences,
-    examples: Sequence[Branched],
-    reference: bool,
-    progress: Progress = silent,
+    loss: Preferences, examples: Sequence[Branched], reference: bool, progress: Progress = silent
 ) -> PreferenceFigures:
     """Measure a model with the adapters that are active on it. If `reference` is set, the model
     without its highest adapter is the reference, and unknown log-probabilities of it are computed.

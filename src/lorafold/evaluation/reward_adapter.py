@@ -1,6 +1,6 @@
 """A reward model that is an adapter of the policy's own base, as a reward: no second base.
 
-    chosen = RewardAdapter.of("0.5*adapter:reward", base)       read and verified
+    chosen = RewardAdapter.of(RewardName.parse("0.5*adapter:reward"), base)     read and verified
     with chosen.over(model, packing=True, console=console) as reward:
         reward(judged)                      r(x, y) of each completion y of its prompt x
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from lorafold.adapter import load
+from lorafold.adapter import load_all
 from lorafold.core.attach import Adapted
 from lorafold.data.branches import Branched, continued
 from lorafold.data.examples import CompletionEncoder, example_of
@@ -37,8 +37,8 @@ from lorafold.models.positions import positions_of
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import REWARD_MODEL, kind_of
-from lorafold.rewards import Judged, Reward, Rewards
-from lorafold.rewards.reward import adapter_in, failure, parted
+from lorafold.rewards import Judged, Reward, RewardName, Rewards
+from lorafold.rewards.reward import failure
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import Branching, branching
 
@@ -62,15 +62,17 @@ class RewardAdapter:
     identity: str
 
     @classmethod
-    def of(cls, text: str, base: Base) -> Self:
-        """Open the reward adapter with a name such as `adapter:DIR`, with or without a weight."""
-        weight, name = parted(text)
-        saved = Saved.open(Path(adapter_in(name)).expanduser())
+    def of(cls, reward: RewardName, base: Base) -> Self:
+        """Open the adapter that a reward's name stands for."""
+        saved = Saved.open(Path(reward.text).expanduser())
         if (kind := kind_of(base, [saved])) != REWARD_MODEL:
-            raise failure(name, f"found an adapter of {kind}, expected one of {REWARD_MODEL}")
+            raise failure(
+                reward.name, f"found an adapter of {kind}, expected one of {REWARD_MODEL}"
+            )
         below = [Saved.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
         stack = [*below, saved]
-        return cls(name, weight, base, stack, joined([of_adapter(one) for one in stack]))
+        identity = joined([of_adapter(one) for one in stack])
+        return cls(reward.name, reward.weight, base, stack, identity)
 
     @contextmanager
     def over(
@@ -84,8 +86,7 @@ class RewardAdapter:
         shell, weights = scoring_shell(model, pad), None
         if _quantized(model) and stored_in_files(self.base.source) is None:
             weights = original_weights(self.base.source)
-        for number, one in enumerate(self.stack, 1):
-            load(shell, one, f"reward{number}", allow_other_base=other, base=weights)
+        load_all(shell, self.stack, "reward", allow_other_base=other, base=weights)
         self.stack.clear()
         heads = head_paths(shell)
         if lacking := [p for p in heads if not isinstance(shell.get_submodule(p), Adapted)]:
@@ -143,7 +144,15 @@ class AdapterReward:
 
     def _texts(self, judged: Sequence[Judged]) -> list[Branched]:
         """The tokens of prompt and completion, the completion as the only branch."""
-        table = self._encoder.encode([_answered(one) for one in judged], 0).to_pylist()
+        answered = []
+        for one in judged:
+            prompt = one.conversation
+            if prompt is None:
+                prompt = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
+            answer = normalized([{"role": "assistant", "content": one.completion}])
+            turns = [*prompt.messages, *answer]
+            answered.append(Conversation(turns, len(prompt.messages), prompt.tools))
+        table = self._encoder.encode(answered, 0).to_pylist()
         # where earlier turns are rewritten, the last text of a row is the one with its last turn
         entries = {entry["row"]: entry for entry in table}
         problems = {entry["row"]: problem for entry in table if (problem := entry["problem"])}
@@ -157,15 +166,6 @@ class AdapterReward:
                 raise failure(self.name, f"{problem} positions of the model", [one])
             texts.append(continued(example_of(ids, entries[number]["spans"])))
         return texts
-
-
-def _answered(one: Judged) -> Conversation:
-    """A completion as the assistant's turn after its prompt."""
-    prompt = one.conversation
-    if prompt is None:
-        prompt = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
-    answer = normalized([{"role": "assistant", "content": one.completion}])
-    return Conversation([*prompt.messages, *answer], len(prompt.messages), prompt.tools)
 
 
 def _quantized(model: PreTrainedModel) -> bool:

@@ -22,7 +22,7 @@ from lorafold.core.shared_tensors import twin
 from lorafold.engine import Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.held_out import Progress, silent
+from lorafold.files.terminal import Progress, silent
 from lorafold.generation import end_tokens, text_of
 from lorafold.ops.dropout import key_of
 from lorafold.runtime.memory import free_bytes
@@ -152,5 +152,6 @@ class Rollouts:
             raise LorafoldError(f"a completion can't be computed: {end.message}")
         tokens = [event for event in stream.so_far() if isinstance(event, Token)]
         logprobs = tuple(float(token.drawn_logprob or 0.0) for token in tokens)
-        text = text_of(self.tokenizer, end.tokens)
-        return Completion(end.tokens, logprobs, text, end.reason == "end")
+        return Completion(
+            end.tokens, logprobs, text_of(self.tokenizer, end.tokens), end.reason == "end"
+        )

@@ -29,12 +29,12 @@ from lorafold.data.prompts import references, without_reasoning
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
-from lorafold.evaluation.held_out import by_row, pad_id_of, progress_bar, row_losses
+from lorafold.evaluation.held_out import by_row, pad_id_of, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import within
-from lorafold.files.terminal import print_lines
+from lorafold.files.templates import with_interval
+from lorafold.files.terminal import print_lines, progress_bar
 from lorafold.generation import complete
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.preference_algorithms import Dpo, Law
@@ -109,13 +109,10 @@ class Evaluation(ShownInNotebooks):
         return {name: getattr(self, name) for name in names} | preference
 
     def __str__(self) -> str:
-        text = (
-            f"{self.n} rows: loss {self.loss:.4f}{within(self.loss_interval, '.4f')}, perplexity"
-            f" {self.perplexity:.3f}"
-        )
+        loss = with_interval(self, "loss", ".4f")
+        text = f"{self.n} rows: loss {loss}, perplexity {self.perplexity:.3f}"
         if self.exact_match is not None:
-            interval = within(self.exact_match_interval, ".1%")
-            text += f", exact match {self.exact_match:.1%}{interval}"
+            text += f", exact match {with_interval(self, 'exact_match', '.1%')}"
         return text if self.preference is None else f"{text}\n{self.preference}"
 
 

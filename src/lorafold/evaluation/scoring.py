@@ -37,12 +37,12 @@ from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
-from lorafold.evaluation.held_out import Progress, pad_id_of, progress_bar, silent
+from lorafold.evaluation.held_out import pad_id_of
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import within
-from lorafold.files.terminal import print_lines
+from lorafold.files.templates import in_words, with_interval
+from lorafold.files.terminal import Progress, print_lines, progress_bar, silent
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
@@ -71,9 +71,7 @@ class Share:
         return cls(n, hits / n if n else None, wilson(hits, n) if n else None)
 
     def __str__(self) -> str:
-        if self.accuracy is None:
-            return "none"
-        return f"{self.accuracy:.1%}{within(self.accuracy_interval, '.1%')}"
+        return "none" if self.accuracy is None else with_interval(self, "accuracy", ".1%")
 
 
 @dataclass(frozen=True)
@@ -120,33 +118,14 @@ class RewardFigures:
     @property
     def told(self) -> str:
         """Accuracy and margin, in one line."""
-        interval = within(self.margin_interval, ".3f")
-        return f"accuracy {self.right}, margin {self.margin:.3f}{interval}"
+        return f"accuracy {self.right}, margin {with_interval(self, 'margin', '.3f')}"
 
     def __str__(self) -> str:
-        correlation = self.length_correlation
-        shorter, longer = self.chosen_shorter, self.chosen_longer
-        lines = [
-            f"{self.right.n} pairs: {self.told}",
-            f"log loss {self.log_loss:.4f}, Brier score {self.brier:.4f}, calibration error"
-            f" {self.calibration_error:.4f}; sure of it, and right:",
-            *(
-                f"  {one.low:.2f} to {one.high:.2f}: {one.observed.n:5d} pairs, sure to"
-                f" {one.confidence:.1%}, right in {one.observed}"
-                for one in self.calibration
-            ),
-            "length: correlation with the score "
-            + ("none" if correlation is None else f"{correlation:+.3f}")
-            + f"; accuracy where the chosen completion is longer {longer} of {longer.n},"
-            f" shorter {shorter} of {shorter.n}",
-        ]
-        return "\n".join(lines)
+        return in_words("evaluation/pairs.jinja", figures=self)
 
 
 def scores_of(
-    loss: Preferences,
-    examples: Sequence[Branched],
-    progress: Progress = silent,
+    loss: Preferences, examples: Sequence[Branched], progress: Progress = silent
 ) -> tuple[Array, Array]:
     """The scores of the examples' documents, in fp32, and the tokens of their completions, both
     (n, k).
@@ -259,7 +238,7 @@ class ScoredRows(ShownInNotebooks):
     def __str__(self) -> str:
         if self.figures is not None:
             return str(self.figures)
-        return f"{self.n} rows: score {self.score:.4f}{within(self.score_interval, '.4f')}"
+        return f"{self.n} rows: score {with_interval(self, 'score', '.4f')}"
 
 
 def score_rows(
@@ -297,8 +276,7 @@ def score_rows(
     if console and truncated:
         print_lines(console, data.report)
     with branching(model, across=True) as how, progress_bar(console, "rows") as step:
-        loss = Preferences(model, BRADLEY_TERRY, how, pad_id)
-        scores, tokens = scores_of(loss, examples, step)
+        scores, tokens = scores_of(Preferences(model, BRADLEY_TERRY, how, pad_id), examples, step)
     if bad := np.flatnonzero(~np.isfinite(scores).all(1)).tolist():
         raise LorafoldError(
             f"row {bad[0] + 1}: found the score {scores[bad[0]].tolist()}, expected a finite"

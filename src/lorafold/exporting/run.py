@@ -26,8 +26,8 @@ from lorafold.exporting.to_ollama import ToOllama
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
+from lorafold.files.terminal import progress_bars
 from lorafold.merging.merge_target import ALIAS, Distance, Into, choose_into
-from lorafold.merging.run import bars
 from lorafold.models.loading import stored_in_files
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
@@ -157,7 +157,7 @@ def export(
     check_not_replaced(out, [base.source.path, *(saved.path for saved in adapters)])
     check_language_model(base, adapters, INSTEAD)
     unproved = _unproved(target, options)
-    with atomic_directory(out, options.overwrite) as tmp, bars(console) as bar:
+    with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
         subject, cut, reference = Subject(base, tuple(adapters), tensors, into=into), None, None
         quantized = into.trained_on is not None and not into.in_files
         others: Tensor | None = None

@@ -142,18 +142,23 @@ def verify(
     patterns: Sequence[str] = ("*",),
     manifest: bytes | bytearray | None = None,
     read: Mapping[str, tuple[int, str]] | None = None,
+    required: bool = True,
 ) -> list[str]:
     """Compare the files of a directory that match a shell pattern with its manifest: a line for
     each that is missing or has another size or content. `manifest` is its content if it was read
-    already, and `read` the (bytes, SHA-256 in hexadecimal) of files that were.
+    already, and `read` the (bytes, SHA-256 in hexadecimal) of files that were. Unless it is
+    `required`, there may be none, or that of another program, which has no "files".
     """
-    root, problems = Path(path), list[str]()
+    root, problems = Path(path), []
     try:
-        manifest = (root / MANIFEST).read_bytes() if manifest is None else manifest
-        files = json.loads(manifest)["files"]
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+        content = json.loads((root / MANIFEST).read_bytes() if manifest is None else manifest)
+        if not required and isinstance(content, dict) and "files" not in content:
+            return []
+        expected = {
+            name: (entry["size"], entry["sha256"]) for name, entry in content["files"].items()
+        }
     except FileNotFoundError:
-        return [f"{MANIFEST}: missing"]
+        return [f"{MANIFEST}: missing"] * required
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST}: not readable as a manifest"]
     for name, (size, digest) in expected.items():
@@ -292,20 +297,8 @@ def check_intact(
     manifest: bytes | bytearray | None = None,
     read: Mapping[str, tuple[int, str]] | None = None,
 ) -> None:
-    """Raise LorafoldError unless files are as lorafold wrote them, by `verify`. Without a manifest,
-    or with another program's (which has no "files"), they are not checked.
-    """
-    root = Path(directory)
-    try:
-        manifest = (root / MANIFEST).read_bytes() if manifest is None else manifest
-        content = json.loads(manifest)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError):
-        manifest, content = b"", None
-    if isinstance(content, dict) and "files" not in content:
-        return
-    if problems := verify(root, patterns, manifest, read):
+    """Raise LorafoldError unless files are as lorafold wrote them, by `verify`, if it did."""
+    if problems := verify(directory, patterns, manifest, read, required=False):
         raise LorafoldError(
             f"{directory}: {as_one(problems)}: damaged, or changed by hand; restore it, or"
             f" delete {MANIFEST} if you changed it yourself"

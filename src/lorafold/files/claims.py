@@ -145,7 +145,7 @@ def measured(
     there are measured first, by this process or by another that is asked for the same; `done` is
     called with each as it is there.
     """
-    stored, results = TypeAdapter(kind), dict[Path, Result]()
+    stored, results = TypeAdapter(kind), {}
 
     def there(file: Path) -> None:
         results[file] = stored.validate_python(read_object(file))

@@ -83,8 +83,9 @@ class Contents:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
-                text = f"{self.path}: {name} can't be read ({error.strerror})"
-                raise LorafoldError(text) from None
+                raise LorafoldError(
+                    f"{self.path}: {name} can't be read ({error.strerror})"
+                ) from None
             if content is None:
                 raise LorafoldError(
                     f"{self.path}: expected at most {most:,} bytes of files, found more with"

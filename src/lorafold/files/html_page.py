@@ -7,7 +7,7 @@ notes, cards, grids) are the macros of `parts.html`; templates have them as glob
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from lorafold.errors import cut
 from lorafold.files.atomic import write_text
-from lorafold.files.model_card import as_text, within
+from lorafold.files.templates import as_text, environment, within
 
 STYLES = ("look.css", "page.css")
 PARTS = ("table", "section", "notes", "cards", "grid")
@@ -33,22 +33,19 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 @cache
 def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    made = Environment(
-        loader=PackageLoader("lorafold", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    made = environment(True)
     parts = made.get_template("files/parts.html").module
     made.globals.update({name: getattr(parts, name) for name in PARTS})
     return made
 
 
-def html_table(head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") -> str:
+def html_table(
+    head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "", most: int | None = None
+) -> str:
     """A table in HTML, which scrolls if it is wider than the page. Cells are text unless they are
-    Markup; `kind` is a class of the style, such as `texts`.
+    Markup; `kind` is a class of the style, such as `texts`; after `most` lines it counts the rest.
     """
-    return str(_environment().globals["table"](head, lines, kind))
+    return str(_environment().globals["table"](head, lines, kind, most))
 
 
 def section(title: str, about: str = "") -> str:
@@ -76,14 +73,17 @@ def write_page(title: str, body: str, path: str | Path) -> None:
 
 
 class ShownInNotebooks:
-    """A dataclass that notebooks show as tables: the figures of its `as_json`, or its fields."""
+    """A dataclass that notebooks show as tables, of its JSON."""
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, in one object."""
+        return asdict(self)  # type: ignore[call-overload]
 
     def _repr_html_(self) -> str:
-        own = getattr(self, "as_json", None)
-        found = own() if own else {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        lines = [*_lines(found)]
-        tables = [_table(["figure", "value"], lines)] if lines else []
-        return "".join([*tables, *(_by_row(rows) for rows in found.values() if _are_rows(rows))])
+        content = self.as_json()
+        lines = [*_lines(content)]
+        tables = [html_table(["figure", "value"], lines, most=LINES)] if lines else []
+        return "".join([*tables, *(_by_row(rows) for rows in content.values() if _are_rows(rows))])
 
 
 def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
@@ -131,10 +131,5 @@ def _by_row(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         [_text(row.get(key)) + within(row.get(f"{key}{INTERVAL}")) for key in shown] for row in rows
     ]
-    return _table([key.replace("_", " ") for key in shown], lines) if shown else ""
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table of at most LINES lines, and how many more there are."""
-    more = len(lines) - LINES
-    return html_table(head, [*lines[:LINES], *[[f"... and {more:,} more"]] * (more > 0)])
+    head = [key.replace("_", " ") for key in shown]
+    return html_table(head, lines, most=LINES) if shown else ""

@@ -5,12 +5,14 @@ figures, recipe, data, and how to load it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lorafold.files.templates import in_words, within
 
 CARD = "README.md"
 CLASSES = "classes"  # in an adapter's record: a classifier's classes, in the order of its logits
@@ -50,8 +52,6 @@ def training_card(
     """The model card, as Markdown with YAML front matter. `whole` is for a plain model, `opened_by`
     the auto class that loads the base, and `in_peft` whether PEFT can read the adapter.
     """
-    from jinja2 import Environment, PackageLoader
-
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"
     outputs = 1 if record.get(REWARD) else len(record.get(CLASSES, ()))
@@ -65,11 +65,9 @@ def training_card(
     }
     if on_hub:
         front["base_model"] = base
-    below = [entry["adapter"] for entry in record.get(OVER, ())]
-    data = {
-        k: Path(v).name if k == "source" and Path(v).suffix else v
-        for k, v in record.get("data", {}).items()
-    }
+    data = dict(record.get("data", {}))
+    if Path(source := data.get("source", "")).suffix:
+        data["source"] = Path(source).name
     tables = {
         "Rewards": _rewards(record) if record.get(JUDGED_BY) else {},
         "Figures": {
@@ -80,31 +78,24 @@ def training_card(
         "Recipe": record.get("recipe", {}),
         "Data": data,
     }
-    loader = PackageLoader("lorafold", "files")
-    template = Environment(
-        loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    ).get_template("model_card.jinja")
-    return template.render(
+    text = in_words(
+        "files/model_card.jinja",
         front=yaml.safe_dump(front, sort_keys=True),
         name=name,
         whole=whole,
         in_peft=in_peft,
         tables={
-            title: {
-                key.replace("_", " "): as_text(value).replace("|", "\\|").replace("\n", " ")
-                for key, value in rows.items()
-                if value not in (None, "", [], {})
-            }
+            title: {k: v for k, v in rows.items() if v not in (None, "", [], {})}
             for title, rows in tables.items()
         },
         auto="AutoModelForSequenceClassification" if outputs else opened_by,
         base=f"path/to/{name}" if local and not embedded else base,
         embedded=embedded,
-        head=f", num_labels={outputs}" if outputs else "",
-        below=below,
-        names=[*(f"below{n}" for n in range(1, len(below) + 1)), "default"],
+        outputs=outputs,
+        below=[entry["adapter"] for entry in record.get(OVER, ())],
         vocabulary=record.get(VOCABULARY),
     )
+    return f"{text}\n"
 
 
 def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
@@ -122,15 +113,3 @@ def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
             if step in when and reward is not None
         },
     }
-
-
-def within(interval: Sequence[float] | None, form: str = ".4g") -> str:
-    """A 95% interval in parentheses; nothing for None."""
-    return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
-
-
-def as_text(value: Any) -> str:
-    """A value as text; numbers have separators, and floats six digits."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"

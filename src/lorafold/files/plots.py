@@ -211,7 +211,7 @@ def rows(axes: Any, names: Sequence[str], marks: Sequence[Series], most: int = W
     figures stand beside the points of the first row that has them; the sentence returned says how
     many do not fit.
     """
-    first = list[tuple[float, float]]()
+    first = []
     for n, one in enumerate(marks):
         known = [(y, v, i) for y, (v, i) in enumerate(zip(*one[1:], strict=True)) if v is not None]
         at, values, intervals = zip(*known, strict=True)
@@ -280,8 +280,7 @@ def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]
         for far, (right, up) in product((6, 12, 20, 30, 42, 56), sides):
             left, low = x + right * far + (right - 1) / 2 * wide, y + up * far + (up - 1) / 2 * TALL
             box = Bbox.from_bounds(left, low, wide, TALL)
-            inside = frame.x0 <= box.x0 <= box.x1 <= frame.x1
-            inside = inside and frame.y0 <= box.y0 <= box.y1 <= frame.y1
+            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 axes.annotate(

@@ -79,7 +79,12 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
         except NotMergeable as e:
             problems.append((path or WHOLE, str(e)))
     shared = {name: others for name, others in tied_parameters(model).items() if name in shapes}
-    tied = {name: o for name, o in shared.items() if _all_alike(model, (name, *o), names)}
+    tied = {}
+    for name, others in shared.items():  # it stays tied if all its modules change alike
+        modules = (model.get_submodule(module_of(n)) for n in (name, *others))
+        first, *rest = (list(deltas_of(module, names)) for module in modules)
+        if all(len(o) == len(first) and all(map(alike, first, o)) for o in rest):
+            tied[name] = others
     untied = {name: others for name, others in shared.items() if name not in tied}
     switches, vocabulary = {}, None
     try:
@@ -128,14 +133,6 @@ def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
     return {name: tuple(stored[name].shape) for name in changed}
 
 
-def _all_alike(model: nn.Module, shared: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether the named deltas make the same change in all modules of a tied parameter."""
-    first, *others = (
-        list(deltas_of(model.get_submodule(module_of(name)), names)) for name in shared
-    )
-    return all(len(o) == len(first) and all(map(alike, first, o)) for o in others)
-
-
 def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
     """The config's switches that give these modules a bias, each with all modules that get one.
     Models that aren't from transformers need none.
@@ -179,15 +176,17 @@ def switch_on(model: Any, switches: Switches) -> None:
         for path, shape in shapes.items():
             module = model.get_submodule(path)
             like = next(module.parameters(recurse=False))
-            dtype = layer_of(module).dense_like()[0].dtype
-            zeros = torch.zeros(shape, dtype=dtype, device=like.device)
+            zeros = torch.zeros(
+                shape, dtype=layer_of(module).dense_like()[0].dtype, device=like.device
+            )
             module.bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
 
 
 def grown(model: Any, rows: Mapping[str, int]) -> int | None:
     """The size of the vocabulary with this many rows by module; None if it stays or is unknown."""
-    paths = Anatomy.of(model).vocabulary_ends
-    embeddings: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in paths}
+    embeddings: dict[str, Any] = {
+        path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends
+    }
     before = {path: len(end.weight) for path, end in embeddings.items()}
     after = {path: rows.get(path, n) for path, n in before.items()}
     if after == before:

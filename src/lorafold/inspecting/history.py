@@ -11,7 +11,7 @@ least, against noise.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, variance
@@ -22,8 +22,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from lorafold.errors import LorafoldError, printable
 from lorafold.files.atomic import check_intact, read_object
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import within
 from lorafold.files.record import RECORD
+from lorafold.files.templates import in_words, within
 
 Values = Sequence[float | None]
 FEWEST = 3  # steps at an end
@@ -61,28 +61,25 @@ def observed(
 
 
 def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterator[str]:
-    def at_ends(name: str) -> tuple[float, float, str]:
-        first, last = ends(steps.get(name, ())) or ([0.0], [0.0])
-        return fmean(first), fmean(last), f"of the last {len(last)} steps"
-
-    first, last, _ = at_ends("entropy")
+    names = ("entropy", "cut off", "groups without signal")
+    each = [ends(steps.get(name, ())) or ([0.0], [0.0]) for name in names]
+    (first, last), (_, cut_off), (_, silent) = ((fmean(a), fmean(b)) for a, b in each)
+    _, when, also_when = (f"of the last {len(end)} steps" for _, end in each)
     if last < COLLAPSED * first:
         yield (
             f"Entropy went from {first:.3g} to {last:.3g} nats a token, {last / first:.0%} of"
             " what it was: the policy hardly explores any more."
         )
-    _, share, when = at_ends("cut off")
-    if share > CUT_OFF:
+    if cut_off > CUT_OFF:
         most = options.get("max_new_tokens")
         yield (
-            f"{share:.0%} of the completions {when} were cut off at max_new_tokens"
+            f"{cut_off:.0%} of the completions {when} were cut off at max_new_tokens"
             f"{'' if most is None else f'={most}'}: the reward judged beginnings."
         )
-    _, share, when = at_ends("groups without signal")
-    if share > SILENT:
+    if silent > SILENT:
         yield (
-            f"{share:.0%} of the groups {when} had one reward for all their completions: prompts"
-            " are too hard, too easy, or learned."
+            f"{silent:.0%} of the groups {also_when} had one reward for all their completions:"
+            " prompts are too hard, too easy, or learned."
         )
     first, last = moved(steps.get("reward", ())) or (0.0, 0.0)
     if first >= last:
@@ -246,26 +243,11 @@ class History(ShownInNotebooks):
         text = f"{first:.4g}{within(low)} {before}"
         return text if start == end else f"{text}, {last:.4g}{within(high)} after step {end}"
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it under the keys of `lorafold history --json`."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        lines = [f"{self.adapter}: {self.objective}, {len(self.losses)} steps"]
-        if self.judged_by:
-            by = ", ".join(f"{weight:g} x {name}" for name, weight in self.judged_by.items())
-            lines.append(f"judged by {by}")
-        key = "reward" if self.judged_by else "loss"
-        if held_out := self.in_words(key):
-            lines.append(f"held-out {key}: {held_out}")
-        for name, values in self.by_step.items():
-            if (both := ends(values)) is not None:
-                first, last = both
-                lines.append(
-                    f"{name}: {fmean(first):.4g} in the first {len(first)} steps,"
-                    f" {fmean(last):.4g} in the last {len(last)}"
-                )
-        return "\n".join(map(printable, [*lines, *self.observations]))
+        figures = {name: both for name, v in self.by_step.items() if (both := ends(v))}
+        return in_words(
+            "inspecting/history.jinja", found=self, figures=figures, mean=fmean, line=printable
+        )
 
 
 def read_history(path: str | Path) -> History:
@@ -286,5 +268,6 @@ def read_history(path: str | Path) -> History:
         ) from None
     options = record.recipe.get("objective_options") or {}
     observations = observed(record.steps, record.held_out, options, record.step)
-    fields = record.model_dump(exclude={"step"})
-    return History(adapter=str(path), **fields, observations=observations)
+    return History(
+        adapter=str(path), **record.model_dump(exclude={"step"}), observations=observations
+    )

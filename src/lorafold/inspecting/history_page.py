@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from lorafold.files.html_page import rendered, write_page
-from lorafold.files.model_card import within
 from lorafold.files.plots import brief, number
+from lorafold.files.templates import within
 from lorafold.inspecting.history import SHARED, History, ends
 from lorafold.inspecting.plots import curves
 
@@ -36,8 +36,7 @@ SOUGHT = (
 
 def page(history: History, path: str | Path) -> None:
     """Write it all as one HTML file that needs no other."""
-    title = f"How {Path(history.adapter).resolve().name} was trained"
-    write_page(title, sections(history), path)
+    write_page(f"How {Path(history.adapter).resolve().name} was trained", sections(history), path)
 
 
 def sections(history: History) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -19,6 +19,7 @@ import torch
 from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only
 from lorafold.errors import NoTokenizer
+from lorafold.files.terminal import Progress, silent
 from lorafold.inspecting.residual_stream import ResidualStream, gain, heads_of, stream_of
 from lorafold.inspecting.result import AdapterFigures, Inspection, MatrixFigures, Sites
 from lorafold.inspecting.spectra import (
@@ -49,7 +50,6 @@ from lorafold.resolve.base import check_language_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]  # sites done, sites in all
 Vocabulary = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # by verb: (V, d), (d,)
 EXPERTS = "Of the experts of a block, the one with the largest update has tables of tokens."
 FUSED = (
@@ -66,7 +66,7 @@ def inspect(
     against: Saved | None = None,
     directions: str | Path | None = None,
     full: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Inspection:
     """Measure the last adapter of a stack, with those below as part of its base. `full` also
     compares with the spectrum of the base, which takes the SVD of every weight.
@@ -87,7 +87,7 @@ def inspect(
             other = load(model, against, "against", allow_other_base=allowed)
     stream = stream_of(model)
     heads, fused = heads_of(model, stream)
-    changed, figures, svds = list(sites(adapter, below)), dict[str, MatrixFigures](), {}
+    changed, figures, svds = list(sites(adapter, below)), {}, {}
     for done, site in enumerate(changed, 1):
         weights = site.weights()
         for name, svd in site.parts():
@@ -99,8 +99,7 @@ def inspect(
     vocabulary = vocabulary_of(model, stream)
     vectors = None if directions is None else read_vectors(directions, stream.size)
     shown = {name: svds[name] for name in largest(figures)}
-    sides = sides_of(model, stream, shown)
-    named = named_directions(sides, shown, vocabulary, tokenizer, vectors)
+    named = named_directions(sides_of(model, stream, shown), shown, vocabulary, tokenizer, vectors)
     measured = {name: replace(of, **named[name]) for name, of in figures.items()}
     experts, whole = across_experts(svds, stream), adapter_figures(measured)
     overlap = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,6 @@ class Intrinsic(ShownInNotebooks):
     base_loss: float
     full_loss: float
     points: list[SubspaceRun]
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
 
     def __str__(self) -> str:
         most = f"more than {self.points[-1].dimension}"
@@ -164,9 +160,7 @@ def check(out: Path, identity: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
     if others and not file.exists():
-        raise LorafoldError(
-            f"{out}: found files that are not from a search; choose another --out"
-        )
+        raise LorafoldError(f"{out}: found files that are not from a search; choose another --out")
     shared({file: lambda: write_json(file, identity)})
     recorded = read_object(file)
     if FILES not in recorded:

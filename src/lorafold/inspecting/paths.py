@@ -86,8 +86,9 @@ def mixed(
             )
         changes = {i: delta for i, (delta, _) in by_adapter.items() if delta is not None}
         here = list(changes)
-        gates = torch.ones(len(here), device=next(module.parameters()).device)
-        mix = Mix(list(changes.values()), gates)
+        mix = Mix(
+            list(changes.values()), torch.ones(len(here), device=next(module.parameters()).device)
+        )
         line = Stack([*([mix] if here else []), *rows]) if rows else mix
         attach_delta(module, layer_class(module), LINE, line, selection)
         mixes.append((module, mix, here))

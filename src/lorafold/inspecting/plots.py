@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafold.files import plots
-from lorafold.inspecting.subspaces import kind_of
+from lorafold.inspecting.subspaces import kind_and_block
 
 POINTS = 300  # of a curve
 SCALE = "viridis"  # its lightness rises with the value
@@ -16,8 +16,9 @@ Grid = Sequence[Sequence[float]]
 
 def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: int) -> str:
     """The singular values of one kind of module over the largest, a coloured line a block."""
-    spectra = spectra_by_path.items()
-    lines = sorted((kind_of(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra)
+    lines = sorted(
+        (kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra_by_path.items()
+    )
     lowest, falling = min(lines, key=lambda line: line[1][-1])
     least = f"{falling[-1]:.2g} of the strongest"
     caption = f"Block {lowest} falls most: the last of its {len(falling)} has {least}."
@@ -89,9 +90,7 @@ def curves(
             style = plots.series(n)
             if line := means(steps.get(name, ())):
                 mark = style["marker"] if len(line) == 1 else ""
-                axes.plot(
-                    *zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1}
-                )
+                axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
                 ends.append(plots.End(line[-1][1], name, style["color"]))
             if points := measured.get(name):
                 at, values, intervals = zip(*points, strict=True)
@@ -105,8 +104,7 @@ def curves(
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         plots.at_ends(axes, ends if len(ends) > 1 else [])
 
-    lines = len(steps) + len(measured)
-    size = (plots.SIZE[0], max(plots.SIZE[1], 0.6 + 0.2 * lines))
+    size = (plots.SIZE[0], max(plots.SIZE[1], 0.6 + 0.2 * (len(steps) + len(measured))))
     return plots.drawing(draw, title, caption, size)
 
 
@@ -117,8 +115,7 @@ def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
     for start in range(0, len(values), size):
         some = [v for v in values[start : start + size] if v is not None]
         if some:
-            last = min(start + size, len(values))
-            points.append(((start + 1 + last) / 2, sum(some) / len(some)))
+            points.append(((start + 1 + min(start + size, len(values))) / 2, sum(some) / len(some)))
     return points
 
 

@@ -5,14 +5,14 @@ the figures behind it. Both show only figures that the JSON has too.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lorafold.files.html_page import rendered, write_page
 from lorafold.files.plots import mixed
-from lorafold.files.terminal import NOTHING, mean_of, shown, spread, text_table
+from lorafold.files.terminal import NOTHING, mean_of, spread, text_table, values_of
 from lorafold.inspecting import plots
 from lorafold.inspecting.result import (
     ExpertOverlap,
@@ -20,36 +20,34 @@ from lorafold.inspecting.result import (
     Inspection,
     KindOverlap,
     LossPaths,
-    MatrixFigures,
     NearestNeighbours,
     Sites,
 )
-from lorafold.inspecting.subspaces import by_kind, kind_of
+from lorafold.inspecting.subspaces import by_kind, kind_and_block
 from lorafold.inspecting.updates import largest, of_experts, site_of
 
-Value = Callable[[MatrixFigures], float | None]
-MAPS: dict[str, tuple[Value, str]] = {  # heading: figure, format
-    "Effective rank: directions for 95%": (lambda m: m.effective_rank_95, ".0f"),
-    "Size: |dW| over |W0|": (lambda m: m.base.relative_norm, ".1%"),
-    "Amplification: |dW| over |Uᵀ W0 V|": (lambda m: m.base.amplification, ".2f"),
-    "Intruder dimensions in the top 10": (lambda m: m.intruders, ".0f"),
+MAPS = {  # heading: figure of a matrix, format
+    "Effective rank: directions for 95%": ("effective_rank_95", ".0f"),
+    "Size: |dW| over |W0|": ("base.relative_norm", ".1%"),
+    "Amplification: |dW| over |Uᵀ W0 V|": ("base.amplification", ".2f"),
+    "Intruder dimensions in the top 10": ("intruders", ".0f"),
 }
-RANGED: dict[str, tuple[Value, str]] = {  # heading: figure, format; of experts with their range
-    "stable": (lambda m: m.stable_rank, ".2f"),
-    "|dW|/|W0|": (lambda m: m.base.relative_norm, ".2%"),
-    "amplified": (lambda m: m.base.amplification, ".2f"),
+RANGED = {  # heading: figure of a matrix, format; of experts with their range
+    "stable": ("stable_rank", ".2f"),
+    "|dW|/|W0|": ("base.relative_norm", ".2%"),
+    "amplified": ("base.amplification", ".2f"),
 }
 
 
 def table(inspection: Inspection) -> str:
     """The means of each kind of module for the terminal; of experts with their range."""
-    lines = list[list[str]]()
+    lines = []
     for kind, paths in by_kind(inspection.sites).items():
         sites = [inspection.sites[path] for path in paths]
-        ranks = [(m.effective_rank_90, m.effective_rank_95, m.effective_rank_99) for m in sites]
-        shares = ", ".join(f"{fmean(share):.1f}" for share in zip(*ranks, strict=True))
+        ranks = (fmean(values_of(sites, f"effective_rank_{share}")) for share in (90, 95, 99))
         ranged = site_of(paths[0]) != paths[0]
-        means = (spread(map(value, sites), form, ranged) for value, form in RANGED.values())
+        means = (spread(values_of(sites, name), form, ranged) for name, form in RANGED.values())
+        shares = ", ".join(f"{rank:.1f}" for rank in ranks)
         lines.append([kind, f"{fmean(m.rank for m in sites):.3g}", shares, *means])
     return text_table(("module", "rank", "for 90, 95, 99%", *RANGED), lines)
 
@@ -61,25 +59,14 @@ def page(inspection: Inspection, path: str | Path) -> None:
 
 def sections(inspection: Inspection) -> str:
     """The content of the page, as HTML: plots, and what its template shows of the figures."""
-    whole, sites = inspection.whole, inspection.sites
+    sites = inspection.sites
     return rendered(
         "inspecting/inspect.html",
         found=inspection,
-        figures={
-            "sites": f"{whole.sites}",
-            "nominal rank": shown(whole.rank, ""),
-            "mean rank for 90%": f"{whole.effective_rank_90:.1f}",
-            "for 95%": f"{whole.effective_rank_95:.1f}",
-            "for 99%": f"{whole.effective_rank_99:.1f}",
-            "mean stable rank": f"{whole.stable_rank:.2f}",
-            "mean entropy rank": f"{whole.entropy_rank:.1f}",
-            "|dW| over |W0|": shown(whole.relative_norm, ".2%"),
-            "median amplification": shown(whole.amplification, ".2f"),
-        },
         maps=[
-            layer_map(sites, heading, value, form)
-            for heading, (value, form) in MAPS.items()
-            if any(value(site) is not None for site in sites.values())
+            layer_map(sites, heading, name, form)
+            for heading, (name, form) in MAPS.items()
+            if {*values_of(sites.values(), name)} != {None}
         ],
         spectra=spectra(sites),
         paths=() if inspection.paths is None else paths(inspection.paths),
@@ -92,21 +79,15 @@ def sections(inspection: Inspection) -> str:
         heads=[*heads(sites)],
         experts=() if inspection.experts is None else experts(sites, inspection.experts),
         tokens=tokens(sites),
-        shares=[
-            (path, verb, ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-            for path, site in sites.items()
-            for verb, shares in (("reads", site.reads_shares), ("writes", site.writes_shares))
-            if shares
-        ],
     )
 
 
-def layer_map(sites: Sites, heading: str, value: Value, form: str) -> dict[str, Any]:
+def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any]:
     """One figure as a heat map of blocks and kinds of module; of experts the mean."""
     kinds = by_kind(sites)
-    by_place = defaultdict[tuple[str, int | None], list[float | None]](list)
-    for path, site in sites.items():
-        by_place[kind_of(path)].append(value(site))
+    by_place = defaultdict(list)
+    for path, value in zip(sites, values_of(sites.values(), name), strict=True):
+        by_place[kind_and_block(path)].append(value)
     values = {at: mean_of(of) for at, of in by_place.items()}
     most = max((value for value in values.values() if value is not None), default=0) or 1
     layers = sorted({layer for _, layer in values}, key=lambda layer: (layer is None, layer))
@@ -114,8 +95,7 @@ def layer_map(sites: Sites, heading: str, value: Value, form: str) -> dict[str, 
     def cell(value: float | None) -> tuple[str, str]:
         if value is None:
             return "", ""
-        share = min(max(value / most, 0.0), 1.0)
-        return f"{value:{form}}", mixed("raised", "heat", 100 * share)
+        return f"{value:{form}}", mixed("raised", "heat", 100 * min(max(value / most, 0.0), 1.0))
 
     lines = [(layer, [cell(values.get((kind, layer))) for kind in kinds]) for layer in layers]
     return {"heading": heading, "kinds": kinds, "lines": lines}
@@ -123,7 +103,7 @@ def layer_map(sites: Sites, heading: str, value: Value, form: str) -> dict[str, 
 
 def spectra(sites: Sites) -> Iterator[str]:
     """A plot of singular values for each kind of module; of experts those of the largest update."""
-    depth = max((kind_of(path)[1] or 0 for path in sites), default=0)
+    depth = max((kind_and_block(path)[1] or 0 for path in sites), default=0)
     for kind, paths in by_kind(largest(sites)).items():
         if lines := {path: s for path in paths if (s := sites[path].singular_values)}:
             yield plots.spectra(kind, lines, depth)
@@ -185,7 +165,7 @@ def heads(sites: Sites) -> Iterator[str]:
         )
         even = 1 / len(known[paths[0]])
         caption = (
-            f"Head {head} of block {kind_of(paths[block])[1] or 0} has the largest share,"
+            f"Head {head} of block {kind_and_block(paths[block])[1] or 0} has the largest share,"
             f" {most:.0%}; evenly it would be {even:.0%}."
         )
         yield plots.heat(kind, caption, shares, "block", "head", 0)
@@ -198,9 +178,9 @@ def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tup
         yield (
             path,
             f"{sum(site.numerical_rank > 0 for site in of)} of {len(of)}",
-            spread((site.base.relative_norm for site in of), ".2%", True),
-            spread((site.effective_rank_95 for site in of), ".1f", True),
-            spread((site.stable_rank for site in of), ".2f", True),
+            spread(values_of(of, "base.relative_norm"), ".2%", True),
+            spread(values_of(of, "effective_rank_95"), ".1f", True),
+            spread(values_of(of, "stable_rank"), ".2f", True),
             f"{phi.phi:.2f} ({phi.phi_lowest:.2f} to {phi.phi_highest:.2f})" if phi else NOTHING,
         )
 
@@ -221,13 +201,9 @@ def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
 
 def line(
     path: str, i: int, s: Sequence[float], ends: NearestNeighbours
-) -> tuple[str, str, list[Any]]:
+) -> tuple[str, str, NearestNeighbours]:
     """One direction as a line: block and expert, which direction, neighbours at both ends."""
-    block, expert = kind_of(path)[1], path.removeprefix(site_of(path)).strip("[]")
+    block, expert = kind_and_block(path)[1], path.removeprefix(site_of(path)).strip("[]")
     place = ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
     share = s[i] ** 2 / sum(value**2 for value in s)
-    both = [
-        [(repr(one.name)[1:-1], f"{one.cosine:+.2f}") for one in end]
-        for end in (ends.positive, ends.negative)
-    ]
-    return place, f"{i + 1}: {share:.0%} of the energy", both
+    return place, f"{i + 1}: {share:.0%} of the energy", ends

@@ -83,9 +83,7 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
         def entered(module: nn.Module, args: Any) -> None:
             outputs[args[0].untyped_storage()._cdata] = "", args[0]
 
-        def read(
-            reads: Sequence[str], writes: Sequence[str], module: nn.Module, args: Any
-        ) -> None:
+        def read(reads: Sequence[str], writes: Sequence[str], module: nn.Module, args: Any) -> None:
             seen.update(writes)
             if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
                 readers.update(dict.fromkeys(reads, norm[0]))
@@ -141,10 +139,9 @@ def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, 
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None)
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}
-    heads, fused = dict[str, Heads](), list[str]()
+    heads, fused = {}, []
     for path, module in Anatomy.of(model).modules:
-        parent = model.get_submodule(path.rpartition(".")[0])
-        size = getattr(parent, "head_dim", None)
+        size = getattr(model.get_submodule(path.rpartition(".")[0]), "head_dim", None)
         if not isinstance(size, int) or len(shape := _shape(module)) != 2:
             continue
         if path not in stream.readers and path not in stream.writers:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lorafold.files.atomic import check_out
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
+from lorafold.files.templates import in_words
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
     Factors,
@@ -66,30 +67,12 @@ class Resized(ShownInNotebooks):
     losses: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        content = asdict(self)
-        losses = content.pop("losses")
-        return content | losses
+        content = super().as_json()
+        return content | content.pop("losses")
 
     def __str__(self) -> str:
-        ranks = [site["rank"] for site in self.sites.values()]
         worst = max(self.sites, key=lambda path: self.sites[path]["error"])
-        lines = [
-            f"{self.out}: {len(ranks)} sites of rank {min(ranks)} to {max(ranks)}; the error is"
-            f" {self.error:.2%} of the update's norm, and the largest at a site is"
-            f" {self.sites[worst]['error']:.2%} ({worst})"
-        ]
-        if self.left_out:
-            largest = sorted(self.left_out, key=lambda name: -self.left_out[name])[:3]
-            shown = ", ".join(f"{name} by {self.left_out[name]:.2%}" for name in largest)
-            lines.append(
-                f"  {len(self.left_out)} other tensors differ between the models and are not in the"
-                f" adapter; the largest differences: {shown}"
-            )
-        if self.losses:
-            before, after = self.losses["loss_before"], self.losses["loss_after"]
-            lines.append(f"  loss {before:.4f} before, {after:.4f} after")
-        return "\n".join(lines)
+        return in_words("inspecting/resized.jinja", resized=self, worst=worst)
 
 
 def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resized:
@@ -129,7 +112,7 @@ def resize(
     model, allowed = base.mapped().model, base.allow_other_base
     below = load_below(model, base, stack)
     adapter = load(model, saved, NAME, allow_other_base=allowed)
-    factors, cuts = dict[str, Factors](), Cuts()
+    factors, cuts = {}, Cuts()
     for site in sites(adapter, below):
         if site.changes_bias:
             raise LorafoldError(
@@ -151,8 +134,7 @@ def resize(
         added = all(isinstance(delta, Additive) for delta in adapter.own_deltas.values())
         other = {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
         record |= {BASE: saved.own_base.fingerprint} if added else other
-    about = {"from": str(saved), "rank": rank, "energy": energy, "error": result.error}
-    record["resized"] = about
+    record["resized"] = {"from": str(saved), "rank": rank, "energy": energy, "error": result.error}
     tokenizer = base.tokenizer([saved]) if saved.own_tokenizer else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
     return result
@@ -177,7 +159,7 @@ def extract(
             f"{tuned.name}: expected a fine-tuned {base.name}, found other modules:"
             f" {as_one(problems)}"
         )
-    factors, cuts = dict[str, Factors](), Cuts()
+    factors, cuts = {}, Cuts()
     for path in paths:
         layers = [layer_of(module_at(model, path)) for model in models]
         names = matrix_names(path, layers[0].matrices)
@@ -199,8 +181,7 @@ def extract(
     }
     result = resized(cuts, out, left_out)
     about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
-    adapter = lora_of(models[0], factors, NAME)
-    adapter.save(out, overwrite=overwrite, record={"extracted": about})
+    lora_of(models[0], factors, NAME).save(out, overwrite=overwrite, record={"extracted": about})
     return result
 
 
@@ -225,8 +206,7 @@ def as_lora(adapter: Adapter, factors: SiteFactors) -> Adapter:
         put_factors(delta, (b, a))
         _, *others = module.deltas[adapter.name].parts()  # type: ignore[operator]
         module.deltas[adapter.name] = Stack([delta, *others]) if others else delta
-    chosen = replace(adapter.chosen, spec=spec)
-    return Adapter(adapter.model, adapter.name, chosen, adapter.over)
+    return Adapter(adapter.model, adapter.name, replace(adapter.chosen, spec=spec), adapter.over)
 
 
 def _squares(x: Tensor) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,13 +21,13 @@ from lorafold.inspecting.result import (
     UpdateOverlap,
 )
 from lorafold.inspecting.spectra import phi
-from lorafold.inspecting.updates import Svd, Svds, of_experts, site_of
+from lorafold.inspecting.updates import Svds, of_experts, site_of
 
 SHOWN = 64  # the most directions of each adapter in a heat map
 TOP = 4  # directions of each block, or expert, that are compared with those of the others
 
 
-def kind_of(path: str) -> tuple[str, int | None]:
+def kind_and_block(path: str) -> tuple[str, int | None]:
     """A module's path within its block and the block's number, or the whole path and None."""
     path = site_of(path)
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
@@ -38,13 +38,13 @@ def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
     """The module paths of each kind (the name within the block), in the order of the blocks."""
     kinds = defaultdict(list)
     for path in paths:
-        kinds[kind_of(path)[0]].append(path)
+        kinds[kind_and_block(path)[0]].append(path)
     return dict(kinds)
 
 
 def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
     """Two adapters at the matrices that both change; `name` is that of the second."""
-    sites, by_kind = {}, defaultdict[str, list[tuple[Tensor, Tensor]]](list)
+    sites, by_kind = {}, defaultdict(list)
     for path, x in a.items():
         if path not in b or not (len(x.s) and len((y := b[path]).s)):
             continue
@@ -59,7 +59,7 @@ def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
             max(reads.shape) / len(x.v),
             max(writes.shape) / len(x.u),
         )
-        by_kind[kind_of(path)[0]].append((reads[:SHOWN, :SHOWN], writes[:SHOWN, :SHOWN]))
+        by_kind[kind_and_block(path)[0]].append((reads[:SHOWN, :SHOWN], writes[:SHOWN, :SHOWN]))
     kinds = {
         kind: KindOverlap(*map(_mean, zip(*pairs, strict=True))) for kind, pairs in by_kind.items()
     }
@@ -67,13 +67,8 @@ def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
     return AdapterOverlap(name, sites, kinds, *only)
 
 
-Side = tuple[str, Collection[str], Callable[[Svd], Tensor]]
-
-
-def _sides(stream: ResidualStream) -> Iterator[Side]:
-    """Yield the sides in the residual stream: name, sites, and the top directions of an update."""
-    yield "read", stream.readers, lambda svd: svd.v[:, :TOP]
-    yield "written", stream.writers, lambda svd: svd.u[:, :TOP]
+# sides in the residual stream: their modules in `ResidualStream`, and an update's vectors
+SIDES = {"read": ("readers", "v"), "written": ("writers", "u")}
 
 
 def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]:
@@ -81,9 +76,9 @@ def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]
     overlaps = {}
     single = [path for path, svd in svds.items() if len(svd.s) and site_of(path) == path]
     for kind, paths in by_kind(single).items():
-        for side, inside, directions in _sides(stream):
-            if len(paths) > 1 and all(path in inside for path in paths):
-                top = [directions(svds[path]) for path in paths]
+        for side, (modules, vectors) in SIDES.items():
+            if len(paths) > 1 and {*paths} <= {*getattr(stream, modules)}:
+                top = [getattr(svds[path], vectors)[:, :TOP] for path in paths]
                 grid = [[round(float(phi(a, b)[-1, -1]), 4) for b in top] for a in top]
                 overlaps[kind] = LayerOverlap(side, paths, grid)
     return overlaps
@@ -94,9 +89,9 @@ def across_experts(svds: Svds, stream: ResidualStream) -> dict[str, ExpertOverla
     overlaps = {}
     changed = {name: svd for name, svd in svds.items() if len(svd.s)}
     for site, experts in of_experts(changed).items():
-        for side, inside, directions in _sides(stream):
-            if len(experts) > 1 and site in inside:
-                phis = _pairs([*map(directions, experts)])
+        for side, (modules, vectors) in SIDES.items():
+            if len(experts) > 1 and site in getattr(stream, modules):
+                phis = _pairs([getattr(svd, vectors)[:, :TOP] for svd in experts])
                 low, high = (float(phi) for phi in phis.aminmax())
                 overlaps[site] = ExpertOverlap(side, len(experts), float(phis.mean()), low, high)
     return overlaps

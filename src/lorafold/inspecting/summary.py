@@ -19,10 +19,7 @@ INDIFFERENT = 0.1  # a strength between 1 - this and 1 + this is no preference
 
 
 def sentences(
-    whole: AdapterFigures,
-    sites: Sites,
-    chance: Mapping[str, float],
-    against: AdapterOverlap | None,
+    whole: AdapterFigures, sites: Sites, chance: Mapping[str, float], against: AdapterOverlap | None
 ) -> list[str]:
     """One sentence or two on each kind of figure that was measured."""
     changed = [site for site in sites.values() if site.numerical_rank]

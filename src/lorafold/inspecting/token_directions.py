@@ -99,7 +99,7 @@ def sides_of(
     model: PreTrainedModel, stream: ResidualStream, svds: Svds
 ) -> dict[str, dict[str, Directions]]:
     """The sides that read or write tokens or the residual stream, by verb and path."""
-    reads, writes = dict[str, Directions](), dict[str, Directions]()
+    reads, writes = {}, {}
     for path, svd in svds.items():
         norm = stream.readers.get(site_of(path))
         if not len(svd.s):
@@ -137,8 +137,8 @@ def tables(
 
 def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
     """Names and vectors (n, d) of a safetensors file with tensors (d,), (n, d) or (d, n)."""
-    file, names, matrices = FileWeights([Path(path)]), list[str](), list[Tensor]()
-    problems = list[str]()
+    file, names, matrices = FileWeights([Path(path)]), [], []
+    problems = []
     for name in sorted(file.names):
         shape = file.shape(name)
         if not file.is_floating(name) or len(shape) not in (1, 2) or size not in shape:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.adapter import Adapter, attach, load
+from lorafold.adapter import Adapter, attach, load_all
 from lorafold.core.delta import Delta, put
 from lorafold.core.layer import Layer
 from lorafold.core.targets import Matches
@@ -76,7 +76,7 @@ def site_of(name: str) -> str:
 
 def by_site(names: Iterable[str]) -> dict[str, list[str]]:
     """The names of the matrices of each site."""
-    sites = defaultdict[str, list[str]](list)
+    sites = defaultdict(list)
     for name in names:
         sites[site_of(name)].append(name)
     return dict(sites)
@@ -157,10 +157,8 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
 def load_below(model: nn.Module, base: Base, stack: Sequence[Saved]) -> tuple[str, ...]:
     """Load the adapters below the last of a stack, and return their names on the model."""
     attach_as_trained(model, base.source, base.storage, stack)
-    below = {f"over{n}": saved for n, saved in enumerate(stack[:-1], 1)}
-    for name, saved in below.items():
-        load(model, saved, name, allow_other_base=base.allow_other_base)
-    return tuple(below)
+    below = load_all(model, stack[:-1], "over", allow_other_base=base.allow_other_base)
+    return tuple(adapter.name for adapter in below)
 
 
 def unstacked(w: Tensor) -> Sequence[Tensor]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
+from lorafold.files.templates import in_words
 from lorafold.models.quantizations import MADE, PLAIN
 from lorafold.models.quantize_on_load import packable
 from lorafold.peft.adapter_directory import Saved, trained_on
@@ -26,7 +27,6 @@ from lorafold.peft.provenance import TrainedOn
 
 TARGETS = ("trained", "original", *MADE)
 ALIAS = {"dequantized": "trained"}
-NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Into:
     @property
     def round_trip(self) -> str | None:
         """The quantization whose round trip W makes before adapters are folded into it."""
-        made = self.target == "trained" and not self.in_files
-        return self.trained_on if made else None
+        return self.trained_on if (self.target == "trained" and not self.in_files) else None
 
     @property
     def stored(self) -> str:
@@ -79,44 +78,16 @@ class Into:
 
     def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
         """A sentence: the base in training, and the distances of files and original weights."""
-        if self.base is None:
-            reason = "no record says how it was stored in training (--storage names it)"
-            over = f"the adapters over the original weights -> {here}: {file or NOT_MEASURED}"
-            return f"base {name}: {reason}; {over}"
-        if self.unmade:
-            reason = f"{self.base.storage} weights can't be made from these files"
-            return (
-                f"trained on {name} in {self.base}; {reason}, so no distance is measured to {here}"
-            )
-        text, model = f"trained on {name} in {self.base}", "the model you trained"
-        if self.recorded:
-            reason = " and ".join(self.recorded)
-            text = f"the record says trained on {reason}; asked for {self.base}"
-            model = f"the adapters over {name} in {self.base}"
-        over = f"; -> the adapters over the original weights: {other or NOT_MEASURED}"
-        if self.in_files or not self.trained_on:  # there are no others
-            text, over = text + ", the weights of its files", ""
-        return f"{text}; {model} -> {here}: {file or NOT_MEASURED}{over}"
+        return in_words(
+            "merging/distances.jinja", into=self, name=name, here=here, file=file, other=other
+        )
 
     def __str__(self) -> str:
-        text, quantized = "the original weights", self.trained_on or self.unmade
-        if self.target == "trained":
-            text = f"the {self.trained_on} weights that the adapter was trained on, dequantized"
-        elif quantized:
-            text += f" (the adapter was trained on {quantized})"
-        if self.quantized:
-            text += f", quantized to {self.quantized}"
-        if self.recorded:
-            text += f"; storage {self.asked} as asked, although the adapter's record says"
-            text += f" {' and '.join(self.recorded)}"
-        return text
+        return in_words("merging/target.jinja", into=self)
 
 
 def choose_into(
-    asked: str | None,
-    adapters: Sequence[Saved],
-    base: str = "auto",
-    in_files: str | None = None,
+    asked: str | None, adapters: Sequence[Saved], base: str = "auto", in_files: str | None = None
 ) -> Into:
     """The target that was asked for, else trained for a quantized base, else original."""
     known = trained_on(adapters) if base == "auto" else TrainedOn(base)

@@ -27,6 +27,7 @@ from lorafold.core.matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
+from lorafold.files.terminal import Progress, silent
 from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
@@ -81,7 +82,14 @@ class MergedValues:
     def new_values(self, name: str) -> Tensor | None:
         """The new values of a tensor, of any shape in its dtype; None if it does not change."""
         if (conversion := self.plan.converted.get(name)) is not None:
-            result = self._converted(conversion, name)
+            tensors = self._cache.pop(conversion, {})
+            if name not in tensors:
+                while len(self._cache) >= CACHED:
+                    del self._cache[next(iter(self._cache))]  # the one used least recently
+                tensors = self._all(conversion)
+            result = tensors.pop(name)
+            if tensors:
+                self._cache[conversion] = tensors
         elif name in self.plan.changed:
             result = self._rounded(name, *self._folded(self.plan.changed[name]))
         elif name in self.plan.dequantized:
@@ -112,21 +120,10 @@ class MergedValues:
         except LorafoldError as e:
             raise LorafoldError(f"{name}: {e}") from None
 
-    def _converted(self, conversion: Conversion, name: str) -> Rounded:
-        tensors = self._cache.pop(conversion, {})
-        if name not in tensors:
-            while len(self._cache) >= CACHED:
-                del self._cache[next(iter(self._cache))]  # the one used least recently
-            tensors = self._all(conversion)
-        result = tensors.pop(name)
-        if tensors:
-            self._cache[conversion] = tensors
-        return result
-
     @torch.no_grad()
     def _all(self, conversion: Conversion) -> dict[str, Rounded]:
         """The tensors that the parameters of a conversion are made of, by name."""
-        targets, originals = dict[str, Tensor](), dict[str, Tensor]()
+        targets, originals = {}, {}
         with conversion.made() as values:
             for parameter, value in values.items():
                 targets[parameter], originals[parameter] = (
@@ -155,7 +152,6 @@ def before_and_after(
     return before, as_stored(module, *fold(module, adapters, w, b))[parameter]
 
 
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
 Values = Callable[[str], Tensor | None]  # new values by name; None: those of the plan's entry
 Written = Callable[[str, int], None]  # name and bytes of a tensor, after it was written
 # A format of merged models. It writes the tensors of `MergePlan.layout`, asks once for each of
@@ -181,9 +177,9 @@ def execute(
     writer: Writer,
     rounding: Rounding = "auto",
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> MergeResult:
-    """Write the merged model."""
+    """Write the merged model; the progress is in bytes."""
     values, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0
 
     def written(_: str, size: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafold.adapter import load
+from lorafold.adapter import load_all
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
@@ -164,11 +164,9 @@ def plan(
     remember_source(mapped.model, base.source)
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
-    names = tuple(f"merged{i}" for i in range(len(adapters)))
-    loaded = [
-        load(mapped.model, saved, name, allow_other_base=base.allow_other_base)
-        for name, saved in zip(names, adapters, strict=True)
-    ]
+    other = base.allow_other_base
+    loaded = load_all(mapped.model, adapters, "merged", allow_other_base=other)
+    names = tuple(adapter.name for adapter in loaded)
     planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
     problems = defaultdict(list)
     for path, reason in planned.problems:
@@ -176,16 +174,16 @@ def plan(
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     biases: dict[str, TensorEntry] = {}
-    with _among(problems, "added biases"):
+    with _refusals_in(problems, "added biases"):
         config, biases = with_biases(config, mapped, planned.switches)
     untied: list[str] = []
     if planned.untied:
-        with _among(problems, "tied weights"):
+        with _refusals_in(problems, "tied weights"):
             config, untied = untied_config(config, mapped, planned.untied, base.trust_remote_code)
     changed, converted = _tensors(mapped, planned, untied, problems)
     added = {entry.name: entry for entry in biases.values()}
     for name in untied:
-        with _among(problems, name):
+        with _refusals_in(problems, name):
             added[name] = _entry(mapped, name)[1]
     if planned.vocabulary is not None:
         config = declared(config, planned.vocabulary)
@@ -228,7 +226,7 @@ def _tensors(
             continue  # the files have this shared weight under the name of another parameter
         if parameter not in known:
             continue  # a bias that the architecture can't have, which is among the problems
-        with _among(problems, module_of(parameter) or WHOLE):
+        with _refusals_in(problems, module_of(parameter) or WHOLE):
             if (conversion := mapped.converted.get(parameter)) is not None:
                 _check_dtypes(conversion.entries)
                 if shape != (before := tuple(conversion.like[parameter].shape)):
@@ -241,13 +239,13 @@ def _tensors(
             changed[_entry(mapped, parameter)[0]] = parameter
     # of the parameters that are converted alike, the first shows whether that can be reversed
     for conversion in {id(c.converter): c for c in reversed(converted.values())}.values():
-        with _among(problems, conversion.name):
+        with _refusals_in(problems, conversion.name):
             conversion.check_reversible()
     return changed, converted
 
 
 @contextmanager
-def _among(problems: Problems, path: str) -> Iterator[None]:
+def _refusals_in(problems: Problems, path: str) -> Iterator[None]:
     """Add a refusal of what is inside the `with` block to the problems, as one of this path."""
     try:
         yield

@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count
@@ -24,16 +23,17 @@ from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorafold.adapter import load
+from lorafold.adapter import load_all
 from lorafold.data.examples import probe_ids
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
+from lorafold.files.templates import in_words
+from lorafold.files.terminal import Progress, progress_bars, silent
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.merge_target import Distance, Into, check_saved, choose_into
 from lorafold.merging.merged_tensors import MergeResult, execute, write_shards
@@ -45,8 +45,6 @@ from lorafold.models.tokenizer import write_tokenizer
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
-
-ReportProgress = Callable[[int, int], None]  # done, in all
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def compare(
     others: Sequence[Callable[[], PreTrainedModel]],
     texts: Sequence[tuple[int, ...]],
     scratch: Path,
-    progress: ReportProgress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> list[Gap]:
     """The gaps between a model and others, which are loaded one after the other."""
     done, total = count(1), (1 + len(others)) * len(texts)
@@ -194,37 +192,7 @@ class Merged(ShownInNotebooks):
 
     def summary(self) -> str:
         """A few lines to read."""
-        ways = {
-            "exact": "kept as computed",
-            "nearest": "rounded to nearest",
-            "stochastic": f"rounded stochastically, seed {self.seed}",
-        }
-        how = ", ".join(
-            f"{count} {'tensor' if count == 1 else 'tensors'} {ways[way]}"
-            for way, count in self.folded.rounded.items()
-        )
-        sums = self.folded.sums
-        lines = [
-            f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})",
-            f"  {sums.survival:.2%} of the update survives; the noise that rounding added is"
-            f" {sums.noise:.2%} of its norm{', before quantization' * bool(self.into.quantized)}",
-        ]
-        if untied := self.folded.untied:
-            were = "was" if len(untied) == 1 else "were"
-            lines.append(f"  weights are no longer shared: {listed(untied)} {were} added")
-        if n := len(self.folded.biases):
-            added = "1 bias was" if n == 1 else f"{n} biases were"
-            lines.append(f"  {added} added and enabled in config.json")
-        if self.folded.vocabulary:
-            lines.append(f"  the vocabulary grew to {self.folded.vocabulary:,} tokens")
-        here = None if self.gap is None else self.gap.distance
-        lines.append(f"  {self.into.compared(self.model, 'this file', here, self.from_original)}")
-        if self.gap:
-            lines.append(
-                f"  compared at {self.gap.positions:,} positions in fp32; logits differ by at most"
-                f" {self.gap.max_logit_gap:.3g}"
-            )
-        return "\n".join(lines)
+        return in_words("merging/merged.jinja", merged=self)
 
 
 def merge(
@@ -239,7 +207,7 @@ def merge(
     storage, base = base.storage, base.with_files_for(adapters)
     source, _ = base.source, base.loaded_as  # a wrong name or device is told before any work
     check_not_replaced(out, [source.path, *(one.path for one in adapters)])
-    with atomic_directory(out, options.overwrite) as tmp, bars(console) as bar:
+    with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
         target = choose_into(options.into, adapters, storage, stored_in_files(source))
         if console is not None and (target.trained_on or target.asked or target.unmade):
             console.print(f"merging into {target}", highlight=False)
@@ -252,7 +220,7 @@ def merge(
         changes = plan(base, adapters, round_trip=target.round_trip)
         if target.quantized is not None:
             check_saved(changes.model, target.quantized)
-        folded, others = execute(changes, shards, *rounding, bar("folding")), changes.other_base
+        folded = execute(changes, shards, *rounding, bar("folding"))
         if has_tokenizer and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
         merged = replace(base, model=tmp, revision=None)
@@ -264,10 +232,11 @@ def merge(
             after = [merged.load]
             if target.trained_on and not target.in_files:
                 after.append(partial(adapted, base, adapters, "fp32"))
-            before = partial(adapted, base, adapters, target.stored)
-            gap, *rest = compare(before, after, texts, tmp, bar("comparing"))
+            gap, *rest = compare(
+                partial(adapted, base, adapters, target.stored), after, texts, tmp, bar("comparing")
+            )
             from_original = rest[0].distance if rest else None
-        names = tuple(map(str, adapters))
+        names, others = tuple(map(str, adapters)), changes.other_base
         result = Merged(
             gap, folded, target, *rounding, base.name, names, str(out), others, from_original
         )
@@ -278,9 +247,8 @@ def merge(
 def adapted(base: Base, adapters: Sequence[Saved], storage: str) -> PreTrainedModel:
     """The base in a storage, computed in fp32, with the adapters."""
     base = replace(base.stored(storage), dtype="fp32")
-    model, weights, other = base.load(), base.weights(), base.allow_other_base
-    for i, saved in enumerate(adapters):
-        load(model, saved, f"adapter{i}", allow_other_base=other, base=weights)
+    model, other = base.load(), base.allow_other_base
+    load_all(model, adapters, "adapter", allow_other_base=other, base=base.weights())
     return model
 
 
@@ -292,16 +260,3 @@ def quantize(plain: Base, quantization: str) -> None:
         file.unlink()
     with loading(f"the model quantized to {quantization}"):
         model.save_pretrained(directory)
-
-
-@contextmanager
-def bars(console: Console | None) -> Iterator[Callable[[str], ReportProgress]]:
-    """A function that makes the progress bar of a stage; bars are shown on terminals only."""
-    quiet = console is None or not console.is_terminal
-    with Progress(console=console, disable=quiet, transient=True) as bars:
-
-        def bar(stage: str) -> ReportProgress:
-            task = bars.add_task(stage, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
-        yield bar

@@ -36,15 +36,16 @@ from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, eval
 from lorafold.evaluation.policy import Rewarded
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, RolloutSize
-from lorafold.files.model_card import JUDGED_BY, within
+from lorafold.files.model_card import JUDGED_BY
+from lorafold.files.templates import within
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
 from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
 from lorafold.objectives.options import SamplingOptions, law_class, policy_options
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
-from lorafold.rewards import Rewards, digest_of
-from lorafold.rewards.reward import REWARDS, adapter_in, kind_of, parted
+from lorafold.rewards import RewardName, Rewards
+from lorafold.rewards.reward import REWARDS
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step import policy_algorithms
 from lorafold.training_step.data_parallel import Replicated
@@ -108,10 +109,12 @@ class PolicyObjective(OnPolicy):
                 f"objective {request.name}: found no reward, expected one or several: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"
             )
-        named = [text for text in drawing.rewards if adapter_in(text)]
-        for text in drawing.rewards:
-            _ = adapter_in(text) or kind_of(text)  # a form that is wrong is told first
-        adapters = {text: RewardAdapter.of(text, request.base) for text in named}
+        parsed = {text: RewardName.parse(text) for text in drawing.rewards}
+        adapters = {
+            text: RewardAdapter.of(name, request.base)
+            for text, name in parsed.items()
+            if name.is_adapter
+        }
         return cls(law, drawing, tuple(request.rewards), request.seed, adapters)
 
     @classmethod
@@ -130,12 +133,12 @@ class PolicyObjective(OnPolicy):
         """The digests of the rewards, by name."""
         # an object's own repr may have its address, which another process does not have
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
-        files = {name: digest_of(name) for name in self.sampling.rewards}
+        files = {text: RewardName.parse(text).digest for text in self.sampling.rewards}
         files |= {name: one.identity for name, one in self.adapters.items()}
         return {REWARDS: files | dict.fromkeys(names, "")}
 
     def record(self) -> dict[str, Any]:
-        named = {name: weight for weight, name in map(parted, self.sampling.rewards)}
+        named = {one.name: one.weight for one in map(RewardName.parse, self.sampling.rewards)}
         return {JUDGED_BY: named | (Rewards.of(*self.given).weights if self.given else {})}
 
     def guessing(self, labels: Mapping[str, int]) -> float:

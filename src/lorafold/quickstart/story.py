@@ -22,6 +22,8 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, evaluate
 from lorafold.exporting import run as exporting
 from lorafold.files.atomic import check_out
+from lorafold.files.templates import in_words
+from lorafold.files.terminal import print_lines
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.report import page
 from lorafold.kernels.registry import TRAINING, use
@@ -43,14 +45,6 @@ PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
 UNSEEN = 200  # rows of the test split
 ABROAD = 8  # of them that llama.cpp is asked about, which takes seconds for each
-# from which exact match on it is so, in words; a run on an AMD EPYC in fp32 had 100%
-LEARNED = (
-    (0.9, "good: it has learned the task"),
-    (0.5, "middling: it has learned most of the form, and more steps would help"),
-    (0.0, "poor: it has not learned the task, which on this task means that something is wrong"),
-)
-ROUNDING = 1e-3  # nats a token; sums rounded to the 16 bits of the files had 1.3e-4 in that run
-CHANGED = "more than rounding: look at `merge.json` before you use it"
 UNCOMPILED = "torch computes the same in more passes over memory, so that a step may take longer"
 # the base in fp32 on every machine, so that figures of commands that use this recipe are comparable
 RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
@@ -77,30 +71,8 @@ class Story:
 
     def meaning(self) -> list[str]:
         """Each figure in a sentence: what it is, and whether it is good."""
-        after, share = self.exact_match_after, self.adapter_bytes / self.model_bytes
-        learned = next(words for share, words in LEARNED if after >= share)
-        sentences = [
-            f"exact match {self.exact_match_before:.1%} before, {after:.1%} after: the share of"
-            f" {UNSEEN} requests it never saw that get the right JSON, to the letter; {learned}",
-        ]
-        if self.kl is not None:
-            close = "no difference but rounding: good" if self.kl < ROUNDING else CHANGED
-            sentences.append(
-                f"KL {self.kl:.1e} nats a token: how far the merged model is from base plus"
-                f" adapter; {close}"
-            )
-        if self.lost is not None:
-            sentences.append(
-                f"{self.lost:.2%} lost in llama.cpp: of what the adapter changes, how much that"
-                f" engine computes otherwise; export allows {exporting.SHARE:.0%}, so this is good"
-            )
-        return [
-            *sentences,
-            f"adapter {self.adapter_bytes / 1e6:.1f} MB, model {self.model_bytes / 1e6:.1f} MB: a"
-            f" further task costs {share:.1%} of a model; that is usual for LoRA of rank 16 on a"
-            " model as small as this, and larger ones need a smaller share",
-            f"time {self.train_seconds:.0f} s of training, {self.seconds:.0f} s in all",
-        ]
+        text = in_words("quickstart/meaning.jinja", story=self, n=UNSEEN, allowed=exporting.SHARE)
+        return text.splitlines()
 
 
 def fastest(device: torch.device) -> Storage:
@@ -108,8 +80,9 @@ def fastest(device: torch.device) -> Storage:
     best = choose_storage("auto", device)
     if not widens(best.dtype, device):
         return best
-    why = f"fp32: {best.why.partition(': ')[2]}, and is faster in fp32"
-    return Storage(torch.float32, None, why)
+    return Storage(
+        torch.float32, None, f"fp32: {best.why.partition(': ')[2]}, and is faster in fp32"
+    )
 
 
 def quickstart(
@@ -131,11 +104,7 @@ def quickstart(
     storage = fastest(where)
     base = "bf16" if storage.dtype is torch.bfloat16 else "fp32"
 
-    def tell(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    for sentence in computing(where, storage):
-        tell(sentence)
+    print_lines(console, *computing(where, storage))
     train_rows = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0)
     test_rows = rows("test", UNSEEN, seed=0)
     asked = [{"prompt": row["prompt"]} for row in test_rows[:ABROAD]]
@@ -169,7 +138,7 @@ def quickstart(
     console.rule("6  export: the adapter for llama.cpp, proved there")
     wanted = exporting.ExportOptions("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
     exported = exporting.export(Base(MODEL), adapters, exported_to, wanted, console)
-    tell(exported.summary())
+    print_lines(console, exported.summary())
 
     adapter_bytes, model_bytes = (
         sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (adapter, merged_to)

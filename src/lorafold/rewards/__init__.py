@@ -3,7 +3,7 @@
     with Rewards.of("count.py:words", "0.2*regex:[a-z ]+") as rewards:
         sums, each = rewards([Judged("Name a town.", "bonn", row={}, where="rows.jsonl row 1")])
 
-    judging.py     what is judged, what judges, by its name, and several with weights
+    reward.py      completions to judge, a reward by its name, and several with weights
     worker.py      the process of a reward that has one of its own
     functions.py   what the process opens (files with a function, patterns, schemas, verifiers), how
                    a function is called, and what it may return
@@ -13,6 +13,6 @@ and a pattern may backtrack for minutes. Each of these ends a process that nothi
 and is told in one line that names the reward, the row and the completion.
 """
 
-from lorafold.rewards.reward import Judged, Reward, Rewards, digest_of, reward_of
+from lorafold.rewards.reward import Judged, Reward, RewardName, Rewards, reward_of
 
-__all__ = ["Judged", "Reward", "Rewards", "digest_of", "reward_of"]
+__all__ = ["Judged", "Reward", "RewardName", "Rewards", "reward_of"]

@@ -211,8 +211,9 @@ def schema(text: str) -> Function:
     except (ValueError, RecursionError) as error:
         raise Wrong(f"it is no JSON: {error}") from None
     try:
-        grammar = LLMatcher.grammar_from_json_schema(content)
-        fresh = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+        fresh = LLMatcher(
+            LLTokenizer("byte"), LLMatcher.grammar_from_json_schema(content), log_level=0
+        )
     except BaseException as error:  # a panic in a library is no Exception
         raise Wrong(f"it can't be used as a schema: {cut(str(error), SHOWN)}") from None
     if fresh.is_error():

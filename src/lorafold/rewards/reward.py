@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from lorafold.data.formats import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, printable
@@ -33,6 +33,7 @@ OPENING = 120.0  # seconds in which what judges must be there, with all that it 
 # a set's order is the same in each run, so that a run which goes on gives the same rewards
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
 NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
+WEIGHTED = re.compile(rf"(?:\s*({NUMBER})\s*\*\s*)?(.*)", re.IGNORECASE | re.DOTALL)
 FORMS = "FILE.py:fn, regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR"
 ADAPTER = "adapter:"
 REWARDS = "rewards"  # in the identity of a run: the digests of its rewards' files, by their names
@@ -155,8 +156,9 @@ class SeparateReward:
         try:
             return pickle.dumps((one.prompt, one.completion, dict(one.row)))
         except Exception as error:  # whatever a field's own way of being pickled raises
-            message = f"its row can't be sent to another process: {error}"
-            raise failure(self.name, message, [one]) from None
+            raise failure(
+                self.name, f"its row can't be sent to another process: {error}", [one]
+            ) from None
 
 
 def _end(code: int) -> str:
@@ -167,86 +169,86 @@ def _end(code: int) -> str:
     return f"its process was killed by {known.get(-code, f'signal {-code}')}{memory}"
 
 
-def parted(text: str) -> tuple[float, str]:
-    """The weight that a reward's name begins with, 1 where it begins with none, and the name."""
-    found = re.match(rf"\s*({NUMBER})\s*\*\s*", text, re.IGNORECASE)
-    weight, name = (float(found[1]), text[found.end() :]) if found else (1.0, text)
-    if not math.isfinite(weight):
-        raise LorafoldError(f"reward {text}: found weight {weight}, expected a finite number")
-    return weight, name
-
-
-def adapter_in(text: str) -> str:
-    """The directory of the adapter that a reward's name stands for; empty if it stands for none."""
-    name = parted(text)[1]
-    return name.removeprefix(ADAPTER) if name.startswith(ADAPTER) else ""
-
-
-def kind_of(text: str) -> tuple[str, str]:
-    """The kind of `functions.KINDS` that a reward's name, without a weight, is of, and what of it.
+class RewardName(NamedTuple):
+    """A reward's name, parsed: its weight, the name without it, whether it is an adapter or which
+    of `functions.KINDS`, and the text after the kind, with absolute paths except for an adapter's.
     """
-    name = parted(text)[1]
-    kind, _, rest = name.partition(":")
-    if rest and kind in ("regex", "reasoning-gym"):
-        return kind, rest
-    if rest and kind == "schema":
-        return kind, _absolute(rest)
-    file, _, function = name.rpartition(":")
-    if file.endswith(".py") and function.isidentifier():
-        return "file", f"{_absolute(file)}:{function}"
-    raise LorafoldError(f"reward {text!r}: expected {FORMS}, with a weight as in 0.5* or without")
+
+    weight: float
+    name: str
+    kind: str
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`0.5*FILE.py:fn` has weight 0.5, and `FILE.py:fn` weight 1."""
+        number, name = WEIGHTED.findall(text)[0]
+        weight = float(number or 1)
+        if not math.isfinite(weight):
+            raise LorafoldError(f"reward {text}: found weight {weight}, expected a finite number")
+        kind, _, rest = name.partition(":")
+        file, _, function = name.rpartition(":")
+        if rest and kind in ("regex", "reasoning-gym", "adapter"):
+            return cls(weight, name, kind, rest)
+        if rest and kind == "schema":
+            return cls(weight, name, kind, str(Path(rest).expanduser().absolute()))
+        if file.endswith(".py") and function.isidentifier():
+            return cls(weight, name, "file", f"{Path(file).expanduser().absolute()}:{function}")
+        expected = f"expected {FORMS}, with a weight as in 0.5* or without"
+        raise LorafoldError(f"reward {text!r}: {expected}")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a reward model scores, over the base of the run."""
+        return self.kind == "adapter"
+
+    @property
+    def file(self) -> Path | None:
+        """The file of the function or of the schema."""
+        file = self.text.rpartition(":")[0] if self.kind == "file" else self.text
+        return Path(file) if self.kind in ("file", "schema") else None
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the file; empty without one."""
+        file = self.file
+        return sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
 
 
 def check_there(texts: Iterable[str]) -> None:
     """Raise LorafoldError for names of no known form, of files that are not there, and for patterns
-    that are none: what can be known without running anything. Adapters are left out.
+    that are none: all that can be known without running anything.
     """
     for text in texts:
-        kind, what = ("", "") if adapter_in(text) else kind_of(text)
-        file = _file(kind, what)
-        if file and not file.is_file():
+        parsed = RewardName.parse(text)
+        if (file := parsed.file) and not file.is_file():
             near = nearest_name(file)
             raise LorafoldError(f"reward {text}: found no file {file}, expected one{near}")
-        if kind == "regex":
+        if parsed.kind == "regex":
             try:
-                pattern(what)
+                pattern(parsed.text)
             except Wrong as error:
                 raise LorafoldError(f"reward {text}: {error}") from None
-
-
-def _file(kind: str, text: str) -> Path | None:
-    return {"schema": Path(text), "file": Path(text.rpartition(":")[0])}.get(kind)
 
 
 def reward_of(text: str) -> Reward:
     """The reward that a name stands for, which may begin with a weight: `0.5*`. It runs in a
     process of its own from now on, until it is closed.
     """
-    weight, name = parted(text)
-    if adapter_in(name):
+    parsed = RewardName.parse(text)
+    if parsed.is_adapter:
         raise LorafoldError(
             f"reward {text}: it scores with a base in memory, expected in a run that trains a"
             " policy; lorafold score has the scores of rows"
         )
-    return SeparateReward(name, *kind_of(text), weight)
+    return SeparateReward(parsed.name, parsed.kind, parsed.text, parsed.weight)
 
 
 def check_judges(texts: Iterable[str]) -> None:
     """Start what these names stand for, and end it again; adapters are left out."""
     for text in texts:
-        if not adapter_in(text):
+        if not RewardName.parse(text).is_adapter:
             reward_of(text).close()
-
-
-def digest_of(text: str) -> str:
-    """The SHA-256 of the file that a name stands for; empty where it stands for none."""
-    file = None if adapter_in(text) else _file(*kind_of(text))
-    return sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
-
-
-def _absolute(path: str) -> str:
-    """A path that stays the same when the process goes to another directory."""
-    return str(Path(path).expanduser().absolute())
 
 
 class DirectReward:

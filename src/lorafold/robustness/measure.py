@@ -163,37 +163,29 @@ def measure(
 ) -> State:
     """Measure the model with its active adapters; `before` are (n, vocabulary) each."""
     loss = CompletionLoss(model, packed=False, pad_id=0)
-    odds = log_odds(log_probabilities(loss, probe.odds), probe)
+    scores = torch.zeros(len(probe.odds), dtype=torch.float64)  # of the labelled tokens
+    with evaluating(loss):
+        for group in batches(probe.odds):
+            scores[group] = -loss.by_row([probe.odds[i] for i in group]).cpu().double()
+    odds = log_odds(scores, probe)
     mean = odds.mean().item()
     if not math.isfinite(mean):
         raise LorafoldError(
             f"log-odds: found {mean}, expected a finite number; check the weights of the model and"
             " its adapters"
         )
-    refused_each = refusals(model, tokenizer, probe)
-    refused, control_refused = (
-        sum(refused_each[: len(probe.refuse)]),
-        sum(refused_each[len(probe.refuse) :]),
-    )
+    refused, n = refusals(model, tokenizer, probe), len(probe.refuse)
+    shares: dict[str, Any] = {}
+    for name, each in {"refusals": refused[:n], "control_refusals": refused[n:]}.items():
+        shares[name] = sum(each) / len(each)
+        shares[f"{name}_interval"] = wilson(sum(each), len(each))
     return State(
         log_odds=mean,
         log_odds_interval=mean_interval(odds.tolist()),
-        refusals=refused / len(probe.refuse),
-        refusals_interval=wilson(refused, len(probe.refuse)),
-        control_refusals=control_refused / len(probe.answer),
-        control_refusals_interval=wilson(control_refused, len(probe.answer)),
+        **shares,
         kl=divergence(before, distributions(model, probe.controls)),
         loss=held_out_loss(loss, probe.benign) if len(probe.benign) else None,
     )
-
-
-def log_probabilities(loss: CompletionLoss, examples: Sequence[Example]) -> Tensor:  # (n,)
-    """The log-probability of the labelled tokens of each example, in fp64."""
-    scores = torch.zeros(len(examples), dtype=torch.float64)
-    with evaluating(loss):
-        for group in batches(examples):
-            scores[group] = -loss.by_row([examples[i] for i in group]).cpu().double()
-    return scores
 
 
 def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,) -> (prompts,)
@@ -208,8 +200,7 @@ def refusals(
 ) -> list[bool]:
     """Whether each greedy completion, of prompts to refuse and of controls, is a refusal."""
     longest = max(len(tokens_of(tokenizer, text)) for text in probe.refusal)
-    prompts = [*probe.refuse, *probe.answer]
-    texts = complete(model, tokenizer, prompts, longest + LEADING)
+    texts = complete(model, tokenizer, [*probe.refuse, *probe.answer], longest + LEADING)
     return [begins(text, probe.refusal) for text in texts]
 
 
@@ -276,9 +267,7 @@ class Bench:
         )
         with only(self.model, *self.names):  # whatever lies over the stack meanwhile
             asked = completed(controls, self.model, self.tokenizer, task.max_new_tokens)
-        return probe_of(
-            refuse, asked, task.refusal, task.compliance, self.tokenizer, benign
-        )
+        return probe_of(refuse, asked, task.refusal, task.compliance, self.tokenizer, benign)
 
     @cached_property
     def alignment(self) -> Svds | None:

@@ -6,7 +6,7 @@ seeds are shown as the mean (lowest to highest).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -17,29 +17,29 @@ from lorafold.comparing.report import plus_minus
 from lorafold.evaluation.intervals import Interval
 from lorafold.files.html_page import markdown_table, rendered, write_page
 from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
-from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table
+from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table, values_of
 from lorafold.robustness.defences import DEFENCES
 from lorafold.robustness.measure import After, State
 from lorafold.robustness.result import Curve, Fragility, Point, Way
 
-FIGURES: dict[str, tuple[Callable[[Point], float | None], str]] = {  # heading: value, format
-    "log-odds": (lambda p: p.measured.log_odds, "+.2f"),
-    "kept": (lambda p: p.kept, ".2f"),
-    "refusals": (lambda p: p.measured.refusals, ".0%"),
-    "refusals of controls": (lambda p: p.measured.control_refusals, ".0%"),
-    "KL on controls": (lambda p: p.measured.kl, ".3f"),
-    "benign loss": (lambda p: p.measured.loss, ".3f"),
-    "written overlap": (lambda p: getattr(p.overlap, "written", None), ".1%"),
-    "by chance": (lambda p: getattr(p.overlap, "written_by_chance", None), ".1%"),
-    "read overlap": (lambda p: getattr(p.overlap, "read", None), ".1%"),
-    "by chance ": (lambda p: getattr(p.overlap, "read_by_chance", None), ".1%"),
+FIGURES = {  # heading: figure of a point, format
+    "log-odds": ("measured.log_odds", "+.2f"),
+    "kept": ("kept", ".2f"),
+    "refusals": ("measured.refusals", ".0%"),
+    "refusals of controls": ("measured.control_refusals", ".0%"),
+    "KL on controls": ("measured.kl", ".3f"),
+    "benign loss": ("measured.loss", ".3f"),
+    "written overlap": ("overlap.written", ".1%"),
+    "by chance": ("overlap.written_by_chance", ".1%"),
+    "read overlap": ("overlap.read", ".1%"),
+    "by chance ": ("overlap.read_by_chance", ".1%"),
 }
 WAY = ("stack", "defence", "rank", "rate")
 
 
 def line(points: Sequence[Point]) -> list[str]:
     """The cells of points that differ in nothing but the seed."""
-    figures = (spread(map(value, points), form) for value, form in FIGURES.values())
+    figures = (spread(values_of(points, figure), form) for figure, form in FIGURES.values())
     return [*ids(points[0].way), shown(points[0].examples, "d"), *figures]
 
 
@@ -80,20 +80,19 @@ def deciding(study: Fragility) -> str:
     parts = [[*dict.fromkeys(filter(None, of))] for of in zip(*ways, strict=True)]
     varied = [len(of) > 1 for of in parts]  # of the defence always
     common = [of[0] for of in parts if len(of) == 1]
-    figures = {name: FIGURES[name] for name in SHORT}
+    figures = [FIGURES[name] for name in SHORT]
     cells = [
         [
             " ".join(part for part, differs in zip(way, varied, strict=True) if part and differs),
             _log_odds(points),
-            *(spread(map(value, points), form, False) for value, form in figures.values()),
+            *(spread(values_of(points, figure), form, False) for figure, form in figures),
         ]
         for way, points in zip(ways, every, strict=True)
     ]
     seeds = max(map(len, every))
     about = f"Means over {seeds} seeds. {LEGEND}" if seeds > 1 else LEGEND
     above = paragraph(f"{', '.join(common)}:") if common else []
-    made = text_table(("tuning", "log-odds", *SHORT), cells)
-    return "\n".join([*above, made, *paragraph(about)])
+    return "\n".join([*above, text_table(("tuning", "log-odds", *SHORT), cells), *paragraph(about)])
 
 
 def _parts(one: Point) -> tuple[str, ...]:
@@ -106,9 +105,9 @@ def _parts(one: Point) -> tuple[str, ...]:
 
 def _log_odds(points: Sequence[Point]) -> str:
     """The log-odds, with the interval over the prompts of a single seed."""
-    value, form = FIGURES["log-odds"]
+    figure, form = FIGURES["log-odds"]
     if len(points) > 1:
-        return spread(map(value, points), form, False)
+        return spread(values_of(points, figure), form, False)
     one = points[0].measured
     return plus_minus(Difference(one.log_odds, one.log_odds_interval), form)
 
@@ -149,14 +148,10 @@ def drawings(curves: Sequence[Curve]) -> Iterator[str]:
         before, reference = chosen[0].stack.before, chosen[0].stack.reference
         halfway = (before.log_odds + reference) / 2
         yield plot(
-            title, "log-odds of refusal", chosen, "+.2f",
-            lambda m: (m.log_odds, m.log_odds_interval),
+            title, "log-odds of refusal", chosen, "+.2f", "log_odds",
             {"before": before.log_odds, "halfway": halfway, "without": reference},
         )  # fmt: skip
-        yield plot(
-            title, "refusals", chosen, ".0%", lambda m: (m.refusals, m.refusals_interval),
-            {"before": before.refusals},
-        )  # fmt: skip
+        yield plot(title, "refusals", chosen, ".0%", "refusals", {"before": before.refusals})
 
 
 def plot(
@@ -164,16 +159,16 @@ def plot(
     label: str,
     curves: Sequence[Curve],
     form: str,
-    value: Callable[[State], tuple[float, Interval | None]],
+    figure: str,
     levels: dict[str, float],
 ) -> str:
-    """One figure over the number of examples."""
-    means, bands = dict[str, list[float]](), dict[str, list[Interval]]()
+    """One figure of a `State` over the number of examples."""
+    means, bands = {}, {}
     for curve in curves:
         after = [[p.measured for p in points] for points in curve.by_examples.values()]
         states = [[curve.stack.before], *after]
-        means[curve.way.defence] = [fmean(value(m)[0] for m in seeds) for seeds in states]
-        bands[curve.way.defence] = [band([value(m) for m in seeds]) for seeds in states]
+        means[curve.way.defence] = [fmean(values_of(seeds, figure)) for seeds in states]
+        bands[curve.way.defence] = [band(seeds, figure) for seeds in states]
 
     def draw(axes: Any) -> None:
         ends = [End(height, name, FAINT) for name, height in levels.items()]
@@ -197,10 +192,8 @@ def plot(
     return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", caption)
 
 
-def band(seeds: Sequence[tuple[float, Interval | None]]) -> Interval:
-    """The interval of a single seed, or the range of several."""
-    if len(seeds) == 1:
-        value, interval = seeds[0]
-        return interval or (value, value)
-    values = [value for value, _ in seeds]
-    return min(values), max(values)
+def band(seeds: Sequence[State], figure: str) -> Interval:
+    """The interval of a figure of a single seed, or the range over several."""
+    values = values_of(seeds, figure)
+    own = getattr(seeds[0], f"{figure}_interval") if len(seeds) == 1 else None
+    return own or (min(values), max(values))

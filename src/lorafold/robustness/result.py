@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 
 from lorafold.errors import LorafoldError
 from lorafold.files.html_page import ShownInNotebooks
+from lorafold.files.templates import in_words
 from lorafold.robustness.defences import Overlap
 from lorafold.robustness.measure import After, Before, State
 
@@ -154,15 +155,7 @@ class Fragility(ShownInNotebooks):
 
     def __str__(self) -> str:
         """A line for each curve; for a finished adapter, one of its figures."""
-        if not self.curves:
-            [one], [before] = self.points, [stack.before for stack in self.stacks.values()]
-            kept = "" if one.kept is None else f", {one.kept:.2f} kept"
-            return (
-                f"log-odds of refusal {before.log_odds:+.2f} before, {one.measured.log_odds:+.2f}"
-                f" after{kept}; refusals {before.refusals:.0%} before,"
-                f" {one.measured.refusals:.0%} after; KL on the controls {one.measured.kl:.4f}"
-            )
-        return "\n".join(map(str, self.curves))
+        return in_words("robustness/fragility.jinja", found=self)
 
     def as_json(self) -> dict[str, Any]:
         """All figures, under the keys of `lorafold fragility --json`."""

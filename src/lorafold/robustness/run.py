@@ -5,7 +5,7 @@ calls share the work. No two models are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
@@ -36,18 +36,26 @@ def sweep(
     check(task)
     for name in ("figures", "tuned"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    cells = Cells(task, out, opening, say)
-    measures = {cells.before_file(stack): partial(cells.before_of, stack) for stack in task.stacks}
-    runs = [run for stack in task.stacks for run in task.runs(stack)]
-    after = [file for run in runs for file in cells.files(run).values()]
-    report_other_claims([*measures, *map(cells.tuned, runs), *after], say)
-    before = measured(Before, measures, say=say).values()
-    cells.tune_all(runs, counted(tell, len(runs)))
-    told = counted(tell, len(after))
-    both = [*zip(task.stacks, before, strict=True)]
-    points = [point for pair in both for point in cells.points_of(*pair, told)]
-    stacks = {stack.name: found for stack, found in both}
-    return Fragility(task.base.name, task.source, stacks, tuple(points))
+    cells, runs = Cells(task, out), [run for stack in task.stacks for run in task.runs(stack)]
+    stacks = {cells.before(stack): partial(before, task, stack, opening) for stack in task.stacks}
+    points = [file for run in runs for file in cells.files(run).values()]
+    tunings = {cells.tuned(run): run for run in runs}
+    report_other_claims([*stacks, *tunings, *points], say)
+    befores = [*measured(Before, stacks, say=say).values()]
+    tell_tuned, tell_point = counted(tell, len(runs)), counted(tell, len(points))
+    needed = {}
+    for path, run in tunings.items():
+        if all(file.is_file() for file in cells.files(run).values()):
+            tell_tuned(f"tuned {run}")
+        else:
+            needed[path] = partial(tune, run, path)
+    shared(needed, lambda path: tell_tuned(f"tuned {tunings[path]}"), say)
+    found: list[Point] = []
+    for stack, own in zip(task.stacks, befores, strict=True):
+        found += points_of(cells, stack, own, cache(partial(Bench, task, stack, opening)),
+                           tell_point, say)  # fmt: skip
+    by_name = {stack.name: own for stack, own in zip(task.stacks, befores, strict=True)}
+    return Fragility(task.base.name, task.source, by_name, tuple(found))
 
 
 def counted(tell: Tell, total: int) -> Callable[[str], None]:
@@ -58,26 +66,16 @@ def counted(tell: Tell, total: int) -> Callable[[str], None]:
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of a sweep: its task, its directory, and the loader of models."""
+    """The files of a sweep, whose names have digests of everything that they depend on."""
 
     task: FragilityTask
     out: Path
-    opening: Opening
-    say: Callable[[str], object]
 
-    def before_file(self, stack: AdapterStack) -> Path:
+    def before(self, stack: AdapterStack) -> Path:
         """The file of the figures of a stack itself."""
         task = self.task
         digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
         return self.out / "figures" / f"before-{digest}.json"
-
-    def before_of(self, stack: AdapterStack) -> Before:
-        """The figures of a stack; all that a run would stumble over later is checked with them."""
-        task, bench = self.task, Bench(self.task, stack, self.opening)
-        bench.check()
-        for rows in filter(None, (task.rows, task.mix)):
-            encode(rows, bench.tokenizer, task.recipe.max_length, None, rendering_of(task.recipe))
-        return bench.before()
 
     def files(self, run: Run) -> dict[str, Path]:
         """The file of each point of a run, by its defence."""
@@ -89,43 +87,43 @@ class Cells:
         """The directory of a run's adapter."""
         return self.out / "tuned" / run.name
 
-    def tune_all(self, runs: Sequence[Run], tell: Callable[[str], None]) -> None:
-        """Tune every run whose figures are not all there, here or in another process."""
-        needed = {}
-        for run in runs:
-            if all(file.is_file() for file in self.files(run).values()):
-                tell(f"tuned {run}")
-            else:
-                needed[self.tuned(run)] = run
-        work = {path: partial(tune, run, path) for path, run in needed.items()}
-        shared(work, lambda path: tell(f"tuned {needed[path]}"), self.say)
 
-    def points_of(
-        self, stack: AdapterStack, before: Before, tell: Callable[[str], None]
-    ) -> list[Point]:
-        """The points of a stack, in the order of its runs; tell after each."""
-        bench = cache(partial(Bench, self.task, stack, self.opening))
-        cells = {
-            file: (run, defence)
-            for run in self.task.runs(stack)
-            for defence, file in self.files(run).items()
-        }
+def before(task: FragilityTask, stack: AdapterStack, opening: Opening) -> Before:
+    """The figures of a stack; all that a run would stumble over later is checked with them."""
+    bench = Bench(task, stack, opening)
+    bench.check()
+    for rows in filter(None, (task.rows, task.mix)):
+        encode(rows, bench.tokenizer, task.recipe.max_length, None, rendering_of(task.recipe))
+    return bench.before()
 
-        def after(run: Run, defence: str) -> After:
-            return bench().after(self.tuned(run), defence)
 
-        def there(file: Path, after: After) -> None:
-            run, defence = cells[file]
-            tell(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
+def points_of(
+    cells: Cells,
+    stack: AdapterStack,
+    before: Before,
+    bench: Callable[[], Bench],
+    tell: Callable[[str], None],
+    say: Callable[[str], object],
+) -> Iterator[Point]:
+    """Yield the points of a stack in the order of its runs; tell after each."""
+    runs = {
+        file: (run, defence)
+        for run in cells.task.runs(stack)
+        for defence, file in cells.files(run).items()
+    }
 
-        measures = {file: partial(after, *cell) for file, cell in cells.items()}
-        results = measured(After, measures, there, self.say)
-        return [
-            Point.of(
-                Way(stack.name, defence, run.rank, run.lr), run.seed, run.examples, before, found
-            )
-            for (run, defence), found in zip(cells.values(), results.values(), strict=True)
-        ]
+    def after(run: Run, defence: str) -> After:
+        return bench().after(cells.tuned(run), defence)
+
+    def there(file: Path, after: After) -> None:
+        run, defence = runs[file]
+        tell(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
+
+    measures = {file: partial(after, *cell) for file, cell in runs.items()}
+    for file, found in measured(After, measures, there, say).items():
+        run, defence = runs[file]
+        way = Way(stack.name, defence, run.rank, run.lr)
+        yield Point.of(way, run.seed, run.examples, before, found)
 
 
 def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) -> Fragility:

@@ -156,8 +156,7 @@ class Run:
         benign, mix = self.task.benign(self.examples, self.seed), self.task.mix
         if not self.mixed or mix is None:
             return benign
-        order = _shuffled(f"{self.seed}/mix", range(len(mix)))
-        more = _selected(mix, order[: self.examples])
+        more = _selected(mix, _shuffled(f"{self.seed}/mix", range(len(mix)))[: self.examples])
         return Rows([*benign, *more], (SourcePart(len(benign)), SourcePart(len(more))))
 
     @property
@@ -202,8 +201,7 @@ def check(task: FragilityTask) -> None:
         if not given
     ]
     problems += [*_overlapping(task), *_asked_and_trained(task)]
-    counts = {"examples": task.examples, "rank": task.ranks, "lr": task.rates}
-    for option, values in counts.items():
+    for option, values in {"examples": task.examples, "rank": task.ranks, "lr": task.rates}.items():
         if wrong := [f"{v:g}" for v in values if v <= 0]:
             problems.append(f"--{option}: found {', '.join(wrong)}, expected numbers above 0")
     if task.examples and max(task.examples) > len(task.rows):
@@ -269,5 +267,3 @@ def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
                 f"{name}: {listed(repeated, '; ')}; expected none that is asked"
                 " too, because the figures would be of what was trained; leave them out"
             )
-
-

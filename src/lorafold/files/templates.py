@@ -1,0 +1,48 @@
+"""Templates of pages, cards and reports, by their path in the package, and numbers as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from lorafold.errors import listed
+from lorafold.files.terminal import shown
+
+
+@cache
+def environment(escape: bool) -> Any:
+    """Jinja's environment, which escapes values for HTML or leaves them as they are."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("lorafold", "."), autoescape=escape, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters.update(
+        form=format, listed=listed, shown=shown, text=as_text, with_interval=with_interval
+    )
+    return made
+
+
+def in_words(template: str, **values: Any) -> str:
+    """A report as plain text."""
+    return str(environment(False).get_template(template).render(values)).removesuffix("\n")
+
+
+def within(interval: Sequence[float] | None, form: str = ".4g") -> str:
+    """A 95% interval in parentheses; nothing for None."""
+    return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
+
+
+def with_interval(figures: Any, name: str, form: str = ".4g") -> str:
+    """The figure with this name, and its interval."""
+    interval = getattr(figures, f"{name}_interval")
+    return f"{getattr(figures, name):{form}}{within(interval, form)}"
+
+
+def as_text(value: Any) -> str:
+    """A value as text; numbers have separators, and floats six digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
