@@ -147,8 +147,7 @@ def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[s
         f"{len(rows)} rows of {len(classes)} classes ({shares}); the longest row has"
         f" {whole.max()} tokens"
     )
-    report = Report(line, max_length, int((whole > max_length).sum()))
-    return Encoded(examples, report, rows.parts)
+    return Encoded(examples, Report(line, max_length, int((whole > max_length).sum())), rows.parts)
 
 
 def preview_labelled(

@@ -122,10 +122,7 @@ class PromptRow(NamedTuple):
 
 def _conversation(row: Row) -> Conversation:
     shape = shape_of(row, ASKING)
-    if shape is None:
-        return Conversation([])
-    given = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
-    return given
+    return Conversation([]) if shape is None else shape.given(CONVERSATIONS, row)
 
 
 def read_prompts(
@@ -189,8 +186,7 @@ class TokenizedPrompt:
     @property
     def conversation(self) -> Conversation:
         """The prompt as messages, with the tools of its row."""
-        given = self._shape.given(PROMPTS, dict(self.row))
-        return given
+        return self._shape.given(PROMPTS, dict(self.row))
 
     @property
     def answer(self) -> str | None:

@@ -105,8 +105,7 @@ class ArrowRows(Items[Row]):
 
     def item(self, index: int) -> Row:
         at = index if self._chosen is None else int(self._chosen[index])
-        row = json.loads(self._text[at].as_py())
-        return row
+        return json.loads(self._text[at].as_py())
 
     def __iter__(self) -> Iterator[Row]:
         return map(json.loads, self.texts())

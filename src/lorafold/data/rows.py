@@ -41,7 +41,6 @@ SAID = {
 WORDED = re.compile(r"[^\W\d_]")  # a text with a letter is no number or date
 GUESS = " (a guess by their order, if the file begins with names)"
 PLAIN = {"system", "user", "assistant", "tool", "developer"}
-SHOWN = 5  # roles that one line names
 # what databases, spreadsheets and pandas write where there is nothing, or a wrong formula
 NOTHING = {
     *("NULL", "null", "None", "NaN", "nan", "\\N"),
@@ -126,9 +125,7 @@ class RowRemarks:
         counts = self._counts.items()
         lines = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
         for what, roles in self._roles.items():
-            named = ", ".join(map(repr, list(roles)[:SHOWN]))
-            more = f" and {len(roles) - SHOWN} more" if len(roles) > SHOWN else ""
-            lines.append(f"{roles.total():,} {what}: {named}{more}")
+            lines.append(f"{roles.total():,} {what}: {listed(map(repr, roles))}")
         return tuple(lines)
 
 

@@ -27,7 +27,7 @@ from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
 from lorafold.data.branches import Branched
 from lorafold.data.checks import Findings
-from lorafold.data.templates import day_of, is_dated, on_day
+from lorafold.data.templates import day_of, on_day
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
@@ -181,7 +181,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         began = RunDirectory(request.out).recorded("day") if request.resume else None
         day = str(began or request.day or day)
         dated = on_day(tokenizer, day)
-        written = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
+        written = "the day of each rendering" if day_of(dated) else f"{day} throughout this run"
         print_lines(console, f"the chat template writes the date: {written}")
     feed, held_out, findings = tokenized(request, dated, objective, console)
     print_lines(console, f"base: {base.loaded_as.why}")
