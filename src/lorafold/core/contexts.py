@@ -46,15 +46,13 @@ def undropped(model: nn.Module) -> Iterator[float]:
     of dropout, and the probabilities that other modules keep by that name. Yields the largest.
     """
 
-    def drops(module: nn.Module, name: str) -> bool:
-        layer = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
-        return layer or "dropout" in name or name.endswith("pdrop")
-
     rates = [
         (module, name, p)
         for module in model.modules()
         for name, p in vars(module).items()
-        if isinstance(p, float) and p > 0 and drops(module, name)
+        if isinstance(p, float) and p > 0
+        if "dropout" in name or name.endswith("pdrop")
+        or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
     ]
     for module, name, _ in rates:
         setattr(module, name, 0.0)

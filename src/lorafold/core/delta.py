@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -86,7 +86,7 @@ class Delta(nn.Module, ABC):
         Raises NotMergeable if the change has no weight-space form.
         """
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
+    def factors(self) -> Factors | None:
         """up (out, r), with every scale in it, and down (r, in), if folding gives W + up @ down;
         None if the change has no such factors.
         """
@@ -118,6 +118,10 @@ class Delta(nn.Module, ABC):
     def values_at(self) -> Sequence[int]:
         """The indices, in the stored weight's first dimension, that folding overwrites."""
         return ()
+
+
+Factors = tuple[Tensor, Tensor]  # up (*matrices, out, r), down (*matrices, r, in)
+DeltasByPath = Mapping[str, Delta]  # the deltas of one adapter by module path
 
 
 class Opaque(Delta):
@@ -173,7 +177,7 @@ class LowRank(Additive):
         self.dropout = dropout
 
     @abstractmethod
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """up (out, r), with every scale in it, and down (r, in): dW = up @ down."""
 
     def scaled(self) -> tuple[Tensor, Tensor, float]:

@@ -452,6 +452,5 @@ def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
 
 def _workspace(model: PreTrainedModel, rows: int, tokens: int, ledger: Ledger) -> int:
     ledger.peak = start = ledger.now
-    ids = token_ids(rows, tokens)
-    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    model(input_ids=token_ids(rows, tokens), use_cache=False, logits_to_keep=1)
     return ledger.peak - start

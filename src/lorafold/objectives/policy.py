@@ -232,8 +232,7 @@ class PolicyObjective(OnPolicy):
         for attempt in range(1, self.sampling.fill + 1):
             if not (empty := (~learns).nonzero().flatten().tolist()):
                 break
-            prompts = [planned[i] for i in empty]
-            more = self._sample(prompts, key_of(key, attempt), loss, seconds)
+            more = self._sample([planned[i] for i in empty], key_of(key, attempt), loss, seconds)
             judged, again = judged.replaced(empty, more), again + len(empty)
             tokens += more.tokens
             advantages, learns = self._advantages(judged)

@@ -181,9 +181,9 @@ class Saved:
         if whole is None:
             return self
         names = {old: renamed(old, whole.inward) for old in self.weights.names}
-        moved = {new: self.weights.get(old) for old, new in names.items() if new != old}
-        hidden = {old for old, new in names.items() if new != old}
-        weights = self.weights.with_others(hidden, moved)
+        names = {old: new for old, new in names.items() if new != old}
+        moved = {new: self.weights.get(old) for old, new in names.items()}
+        weights = self.weights.with_others(names, moved)
         return replace(self, selection=self.selection.under(whole.paths), weights=weights)
 
     def targets(self, model: nn.Module) -> Matches:
@@ -227,13 +227,13 @@ class Saved:
         expected = saved_tensors(sites_of(model, parts, targets, base))
         keys = set(self.weights.names)
         loaded = {key: self.weights.get(key) for key in sorted(keys & expected.keys())}
-        wrong = list(problems)
-        strays = (stray(key, self.weights, base) for key in sorted(keys - expected.keys()))
-        wrong += [text for text in strays if text]
-        wrong += [f"missing key {key}" for key in sorted(expected.keys() - keys)]
-        misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
-        wrong += [text for text in misfits if text]
-        if wrong:
+        wrong = [
+            *problems,
+            *(stray(key, self.weights, base) for key in sorted(keys - expected.keys())),
+            *(f"missing key {key}" for key in sorted(expected.keys() - keys)),
+            *(misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items()),
+        ]
+        if wrong := [*filter(None, wrong)]:
             raise LorafoldError(as_one(wrong))
         for key, saved in expected.items():
             saved.assign(loaded[key])

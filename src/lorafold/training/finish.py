@@ -355,10 +355,9 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
 def _in_record(record: Mapping[str, Any], out: Path) -> Trained:
     """The result from a record: without times, memory and counts."""
     losses = [math.nan if loss is None else loss for loss in record["losses"]]
-    evals = record.get("evals", {})
     return Trained(
         train_loss=mean_of_last(losses),
-        eval_loss=evals.get(str(record.get("step", len(losses)))),
+        eval_loss=record.get("evals", {}).get(str(record.get("step", len(losses)))),
         tokens_per_second=math.nan,
         peak_bytes=None,
         trainable_parameters=None,

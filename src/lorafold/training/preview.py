@@ -74,9 +74,8 @@ def show(
     tokenizer, _ = tokenizer_for(request, objective, console, saved)
     findings = _findings(request, objective, tokenizer, console)
     first, rendering = request.first_rows(rows), rendering_of(request.recipe)
-    limit = request.recipe.max_length
     train = examples_of(
-        objective, first, tokenizer, limit, console, rendering, "the first rows"
+        objective, first, tokenizer, request.recipe.max_length, console, rendering, "the first rows"
     )
     examples = list(_previewed(request, first, train, objective, tokenizer))
     template = [] if tokenizer.chat_template is None else describe_template(tokenizer).lines

@@ -263,8 +263,7 @@ def adapted_model(
         adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
     print_lines(console, unknown)
     if stored is None:
-        fresh = extras(setup, model)
-        adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
+        adapter = attach(model, setup.spec, recipe.targets, base=weights, **extras(setup, model))
     elif missing := [
         path
         for path in objective.modules_to_save(model, adapter.spec, recipe.targets)
