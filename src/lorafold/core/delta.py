@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
-from lorafold.errors import LorafoldError, NotMergeable, cut, listed
+from lorafold.errors import LorafoldError, NotMergeable, cut, differing, listed
 
 
 class Gained(NamedTuple):
@@ -346,8 +346,7 @@ def check_settings(delta: Delta, given: Tensor, what: str) -> None:
     if own != there:
         lines = [
             f"found {name} {_shown(there.get(name))}, expected {_shown(own.get(name))}"
-            for name in sorted(own.keys() | there.keys())
-            if own.get(name) != there.get(name)
+            for name in differing(own, there)
         ]
         raise LorafoldError(
             f"{what}: the state to load is of another adapter: {listed(lines, '; ')}; attach one"

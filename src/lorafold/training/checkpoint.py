@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorafold.errors import LorafoldError, as_one, listed, shortened
+from lorafold.errors import LorafoldError, as_one, differing, listed, shortened
 from lorafold.files.atomic import (
     MANIFEST,
     atomic_directory,
@@ -183,9 +183,10 @@ class RunDirectory:
             ) from None
         files = stored.pop(FILES, {})
         changes = [
-            f"{k}: was {shortened(repr(then), 80)}, now {shortened(repr(now), 80)}"
-            for k in sorted((stored.keys() | identity.keys()) - {FILES})
-            if (then := stored.get(k)) != (now := identity.get(k))
+            f"{k}: was {shortened(repr(stored.get(k)), 80)}, now"
+            f" {shortened(repr(identity.get(k)), 80)}"
+            for k in differing(stored, identity)
+            if k != FILES
         ]
         others = [
             f"{what}: {of['name']} had other files when the run began"

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.adapter.coverage import unreached
 from lorafold.core.attach import base_state
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, differing, listed, shortened
 from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
@@ -344,9 +344,7 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
         yield "it lay over other adapters"
     if DEPENDS_ON in record:  # which earlier versions did not write
         here = depends_on(request, objective_of(request, open_all(request.adapters)))
-        for name in sorted(here.keys() | record[DEPENDS_ON].keys()):
-            if here.get(name) != record[DEPENDS_ON].get(name):
-                yield f"{name} had other contents"
+        yield from (f"{name} had other contents" for name in differing(here, record[DEPENDS_ON]))
     began = request.init_adapter and of_adapter(Saved.open(request.init_adapter))
     if record.get(INIT_ADAPTER, {}).get("sha256") != began:
         yield "it started from another adapter"

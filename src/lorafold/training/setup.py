@@ -28,7 +28,7 @@ from lorafold.data.batches import BatchFeed
 from lorafold.data.branches import Branched
 from lorafold.data.checks import Findings
 from lorafold.data.templates import day_of, on_day
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, differing, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
@@ -218,17 +218,16 @@ def check_alike(setup: Setup) -> None:
     }
     if request.resume:
         here["the run to resume"] = RunDirectory(request.out).checkpoint_label()
-    (host, first), *others = processes.gather((socket.gethostname(), here))
-    for number, (there, theirs) in enumerate(others, 1):
-        if differing := [
+    (host, first), *each = processes.gather((socket.gethostname(), here))
+    for number, (there, theirs) in enumerate(each, 1):
+        if others := [
             f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} there,"
             f" {shortened(first.get(name, 'none'), SHOWN)} in process 0"
-            for name in dict.fromkeys([*first, *theirs])
-            if theirs.get(name) != first.get(name)
+            for name in differing(first, theirs)
         ]:
             where = there if there == host else f"{there}, process 0 on {host}"
             raise LorafoldError(
-                f"process {number} on {where}: found {listed(differing, '; ', room=140)}; expected"
+                f"process {number} on {where}: found {listed(others, '; ', room=140)}; expected"
                 " the same in all processes"
             )
 
