@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
 from lorafold.data.formats import PAIRS
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import check_rows, read_rows, renamed
+from lorafold.data.rows import check_rows, checked, read_rows, renamed
 from lorafold.data.sources import Row, source_from
 from lorafold.errors import LorafoldError, cut
 from lorafold.files.terminal import print_lines
@@ -92,25 +92,31 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
 
 def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     """Prompts after checks; their rows need no completion."""
-    from lorafold.data.prompts import read_prompts  # and with it transformers
+    from lorafold.data.prompts import ASKING  # and with it transformers
 
+    each: list[tuple[Iterable[tuple[int, Any]], str]]
     if (sources := sources_in(data)) is None:
-        given = enumerate(cast(Sequence[Row], data), 1)
-        return read_prompts(given, columns or {}, source_of(data))
-    files = [file for source in map(source_from, sources) for file in source.files]
-    return [r for f in files for r in read_prompts(f.numbered(), columns or {}, f.name)]
+        each = [(enumerate(cast(Sequence[Row], data), 1), source_of(data))]
+    else:
+        files = [file for source in map(source_from, sources) for file in source.files]
+        each = [(file.numbered(), file.name) for file in files]
+    return [
+        row
+        for numbered, name in each
+        for *_, row in checked(renamed(numbered, columns or {}), name, shapes=ASKING)
+    ]
 
 
 def as_stream(
     data: Data, columns: ColumnNames | None, console: Console | None, objective: str
 ) -> RowStream:
     """The stream of the rows for a recipe with `streaming`."""
-    from lorafold.data.stream import stream_of
+    from lorafold.data.stream import RowStream
 
     if (sources := sources_in(data)) is None:
         raise LorafoldError("streaming: found rows given in Python, expected the name of a source")
     declared = OBJECTIVES[objective]
-    stream = stream_of(sources, columns, declared.takes)
+    stream = RowStream(tuple(map(source_from, sources)), columns or {}, declared.takes)
     remarks = stream.remarks()
     messages = [source.described() for source in stream.sources if source.several]
     messages += [*_dropped(columns), *declared.told(stream.shapes)]

@@ -31,7 +31,6 @@ from lorafold.data.formats import (
 )
 from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import checked, renamed
 from lorafold.data.sources import Row
 from lorafold.data.templates import apply, template_of
 from lorafold.data.tokenizing import Encoded, Encoder, Report
@@ -125,13 +124,6 @@ def _conversation(row: Row) -> Conversation:
     return Conversation([]) if shape is None else shape.given(CONVERSATIONS, row)
 
 
-def read_prompts(
-    numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str], source: str
-) -> list[Row]:
-    """The rows, once they are known to be prompts of one shape."""
-    return [row for *_, row in checked(renamed(numbered, columns), source, shapes=ASKING)]
-
-
 def questions_in(row: Row) -> list[str]:
     """The texts before each turn of the assistant, or the whole row, without case and outer space.
     """
@@ -146,7 +138,7 @@ def questions_in(row: Row) -> list[str]:
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[PromptRow]:
-    """The rendered prompts of rows that `read_prompts` checked, which messages call by this name.
+    """The rendered prompts of checked rows of ASKING, which messages call by this name.
     """
     prompts = []
     for number, row in enumerate(rows, 1):

@@ -21,7 +21,7 @@ from lorafold.data.examples import Examples
 from lorafold.data.formats import Shape, shapes_for
 from lorafold.data.json_input import Row
 from lorafold.data.rows import RowRemarks, check_given, checked, renamed
-from lorafold.data.sources import DataSource, source_from
+from lorafold.data.sources import DataSource
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
@@ -89,16 +89,6 @@ class RowStream:
                     yield f"{file.name}: row {number}", row, shape
             if not any_row:
                 raise LorafoldError(f"{source.name}: no rows found, expected at least one")
-
-
-def stream_of(
-    sources: str | Sequence[str], columns: Mapping[str, str] | None = None, wanted: str = ""
-) -> RowStream:
-    """The stream of one or several sources, with columns and what is wanted as for `read_rows`."""
-    named = [sources] if isinstance(sources, str) else sources
-    stream = RowStream(tuple(map(source_from, named)), columns or {}, wanted)
-    stream.remarks()
-    return stream
 
 
 @dataclass(eq=False)

@@ -162,11 +162,6 @@ KEPT = 3  # of an adapter's factors: as they are held, as passes read them, and 
 TOKENS = 4, 8  # below any window of attention
 
 
-def nothing(model: PreTrainedModel) -> dict[str, Any]:
-    """Return no further arguments of `attach`: the default of `Setting.beside`."""
-    return {}
-
-
 @dataclass(frozen=True)
 class Setting:
     """What an estimate is of: a base, a method, and the rows of a micro-batch. It does not depend
@@ -201,7 +196,7 @@ class Setting:
     base: Storage
     spec: Spec | None = None
     targets: Any = None
-    beside: Callable[[PreTrainedModel], Mapping[str, Any]] = nothing
+    beside: Callable[[PreTrainedModel], Mapping[str, Any]] = lambda model: {}
     rows: tuple[int, ...] = (1024,)
     labelled: int | None = None
     packed: bool = True
@@ -273,8 +268,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     # a softmax with a logit that is of no key, as that of gpt-oss, is of no packed rows
     sinks = any("sinks" in module._parameters for module in model.modules())
     setting = replace(setting, packed=setting.packed and not sinks)
-    if setting.below:
-        attach_below(model, setting)
+    attach_below(model, setting)
     weights = collected(ledger)
     setting.attach(model)
     sum_in_fp32(model)
