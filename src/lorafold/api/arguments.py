@@ -18,7 +18,7 @@ from lorafold.data.rows import check_rows, checked, read_rows, renamed
 from lorafold.data.sources import Row, source_from
 from lorafold.errors import LorafoldError, cut
 from lorafold.files.terminal import print_lines
-from lorafold.objectives import DEFAULT, OBJECTIVES, named
+from lorafold.objectives import DEFAULT, OBJECTIVES
 from lorafold.recipe.parsing import check_trackers
 from lorafold.rewards.reward import check_there
 
@@ -67,7 +67,7 @@ def with_rewards(
     """The recipe with the rewards that are names, and the rewards that are functions."""
     given = as_rewards(rewards)
     if given and not OBJECTIVES[recipe.objective].draws:
-        sampling = named(name for name, one in OBJECTIVES.items() if one.draws)
+        sampling = " or ".join(name for name, one in OBJECTIVES.items() if one.draws)
         raise LorafoldError(
             f"rewards: the objective {recipe.objective} takes none; expected {sampling}"
         )

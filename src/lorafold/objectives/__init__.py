@@ -9,7 +9,7 @@ measuring follow from them, and name none.
 
 import importlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.formats import CONVERSATIONS, JUDGED, LABELS, PAIRS, PROMPTS, Shape, shapes_for
@@ -42,13 +42,14 @@ class Declared:
     maker: "str | type[Objective]"
     about: str
     takes: str
-    law: "str | type[Law]" = field(default="", kw_only=True)
-    keys: tuple[str, ...] = field(default=(), kw_only=True)
-    unread: str = field(default="", kw_only=True)
-    streams: bool = field(default=False, kw_only=True)
-    head: bool = field(default=False, kw_only=True)
-    compared: bool = field(default=False, kw_only=True)
-    draws: bool = field(default=False, kw_only=True)
+    _: KW_ONLY
+    law: "str | type[Law]" = ""
+    keys: tuple[str, ...] = ()
+    unread: str = ""
+    streams: bool = False
+    head: bool = False
+    compared: bool = False
+    draws: bool = False
 
     @property
     def kind(self) -> "type[Objective]":
@@ -83,9 +84,10 @@ OBJECTIVES: dict[str, Declared] = {
     "classify": Declared(
         "classify.Classify", "predict the label of a text", LABELS, head=True, compared=True
     ),
-    "dpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Dpo"),
-    "ipo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Ipo"),
-    "hinge": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Hinge"),
+    **{
+        law.lower(): Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law=law)
+        for law in ("Dpo", "Ipo", "Hinge", "Orpo", "Simpo")
+    },
     "kto": Declared(
         "preference.Preference",
         "the same for completions that are judged one by one",
@@ -93,8 +95,6 @@ OBJECTIVES: dict[str, Declared] = {
         law="Kto",
         keys=("label",),
     ),
-    "orpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Orpo"),
-    "simpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Simpo"),
     "reward": Declared(
         "reward.RewardModel", "score completions", PAIRS, law="BradleyTerry", head=True
     ),
@@ -103,11 +103,6 @@ OBJECTIVES: dict[str, Declared] = {
         for law in ("Reinforce", "Rloo", "Ppo", "Grpo", "Gspo", "Cispo")
     },
 }
-
-
-def named(wanted: Iterable[str]) -> str:
-    """Names of objectives as a message lists them."""
-    return " or ".join(wanted)
 
 
 def descriptions() -> str:
@@ -128,7 +123,7 @@ def check_shapes(shapes: Iterable[Shape | None], objective: str) -> None:
             fitting = [n for n, d in OBJECTIVES.items() if shape and d.takes in shape.gives]
             # completions that rows have are for learning them, before they are for being drawn
             others = [n for n in fitting if not OBJECTIVES[n].draws] or fitting
-            other = f", which are for --objective {named(others)}" if others else ""
+            other = f", which are for --objective {' or '.join(others)}" if others else ""
             raise LorafoldError(
                 f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
                 f" {expected}"
