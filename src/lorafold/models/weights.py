@@ -108,13 +108,11 @@ class InMemory(Weights):
         those on the meta device, count as absent.
         """
         state = base_state(model)
-        parameters, buffers = (
-            named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers)
-        )
-        tensors = {name: state[name] for name, _ in (*parameters, *buffers) if name in state}
+        buffers = model.named_buffers(remove_duplicate=False)
         return cls({
             name: t
-            for name, t in tensors.items()
+            for name, _ in (*model.named_parameters(remove_duplicate=False), *buffers)
+            if (t := state.get(name)) is not None
             if t.is_floating_point() and t.itemsize > 1 and not t.is_meta
         })  # fmt: skip
 

@@ -104,6 +104,11 @@ class Field:
             raise LorafoldError(f"{self.key}: found {value!r}; {message}") from None
 
 
+TensorConversion = Callable[[Tensor, TargetModule], Tensor]
+# What is wrong with a tensor of the file, given the site and all tensors of the adapter
+Misfit = Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]
+
+
 @dataclass(frozen=True)
 class FileTensor:
     """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`
@@ -117,9 +122,9 @@ class FileTensor:
 
     attribute: str
     template: str
-    to_file: Callable[[Tensor, TargetModule], Tensor] | None = None
-    from_file: Callable[[Tensor, TargetModule], Tensor] | None = None
-    misfit: Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None] | None = None
+    to_file: TensorConversion | None = None
+    from_file: TensorConversion | None = None
+    misfit: Misfit | None = None
 
 
 Entries = Callable[[TargetModule], list[FileTensor]]  # those of the site's delta
