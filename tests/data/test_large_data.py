@@ -29,7 +29,7 @@ from rich.console import Console
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from conversation_cases import prompts
-from large_cases import N, row, train, written
+from large_cases import N, row, stream_of, train, written
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
 from lorafold.data.batches import Batches, epoch_size
@@ -41,7 +41,6 @@ from lorafold.data.render import ensure_chat_template, render_trained
 from lorafold.data.row_store import ArrowRows, Rows, SourcePart
 from lorafold.data.rows import read_rows
 from lorafold.data.sources import source_from
-from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
 from lorafold.files import cache
 from lorafold.files.atomic import MANIFEST
@@ -360,7 +359,7 @@ def test_a_stream_is_seeded_endless_and_read_row_by_row(tmp_path: Path, name: st
 
 def test_a_stream_mixes_sources_by_their_weights(tmp_path: Path) -> None:
     a, b = written(tmp_path / "a.jsonl", 40), written(tmp_path / "b.jsonl", 40, first=1000)
-    rows = stream_of([str(a), f"{b}:0.25"]).rows(0, 10)
+    rows = stream_of(a, f"{b}:0.25").rows(0, 10)
     labels = Counter(next(rows)[0].split(":")[0] for _ in range(2000))
     assert labels[str(a)] / 2000 == pytest.approx(0.8, abs=0.03)
 

@@ -15,13 +15,13 @@ import pytest
 from rich.console import Console
 
 from conftest import make_tokenizer
+from large_cases import stream_of
 from lorafold.api.arguments import as_prompts, as_rows
 from lorafold.data.examples import encode, preview
 from lorafold.data.formats import CONVERSATIONS, JUDGED, PAIRS, Compared
 from lorafold.data.prompts import references
 from lorafold.data.render import Rendering
 from lorafold.data.rows import read_rows
-from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
 from lorafold.objectives import check_shapes
 

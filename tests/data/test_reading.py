@@ -16,13 +16,13 @@ import pytest
 from rich.console import Console
 
 import lorafold as lf
+from large_cases import stream_of
 from lorafold.api.arguments import as_rows
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
 from lorafold.data.row_store import SourcePart
 from lorafold.data.rows import read_rows
 from lorafold.data.sources import source_from
-from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
 
 ROW = {"prompt": "2024-01-02", "completion": "Hi"}

@@ -333,13 +333,14 @@ def test_fingerprint_of_a_model_and_of_its_files(
 ) -> None:
     for kind in ("llama", "gpt2", "gemma", "qwen2"):
         model, files = tiny_model(kind), FileWeights(model_files(tiny_model_dir(kind)))
-        of_model, of_files = fingerprint.of_model(model), fingerprint.of_files(tiny_model_dir(kind))
+        of_model = fingerprint.of_model(model)
+        in_files = fingerprint.of(files)
         assert 10 < len(of_model) <= fingerprint.TENSORS
-        assert {k: of_model[k] for k in of_model.keys() & of_files.keys()} == {
-            k: of_files[k] for k in of_model.keys() & of_files.keys()
+        assert {k: of_model[k] for k in of_model.keys() & in_files.keys()} == {
+            k: in_files[k] for k in of_model.keys() & in_files.keys()
         }
         # tied weights are in the one and absent in the other
-        for known in (of_model, of_files):
+        for known in (of_model, in_files):
             for weights in (
                 InMemory.of_model(model),
                 files,
@@ -367,7 +368,7 @@ def test_fingerprint_under_the_body_s_own_names(
     body = FileWeights(model_files(tmp_path / "body"))
     assert "wte.weight" in body.names
     assert fingerprint.differences(fingerprint.of_model(model), body) == []
-    in_files = fingerprint.of_files(tmp_path / "body")
+    in_files = fingerprint.of(FileWeights(model_files(tmp_path / "body")))
     assert fingerprint.differences(in_files, InMemory.of_model(model)) == []
     assert fingerprint.differences(fingerprint.of_model(tiny_model("llama")), body) != []
 

@@ -26,7 +26,6 @@ from lorafold.files.atomic import MANIFEST, verify
 from lorafold.files.paths import cache_directory
 from lorafold.inspecting.resize import extract
 from lorafold.inspecting.spectra import cached_svd
-from lorafold.models import fingerprint
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
@@ -235,7 +234,6 @@ def test_a_bit_of_a_merged_model(
     flip(shard, 1)
     for storage in (torch.float32, Storage(torch.float32, "nf4")):
         assert says_damaged(refusal(load_model, merged, storage), shard.name)
-    assert says_damaged(refusal(fingerprint.of_files, merged), shard.name)
     assert says_damaged(refusal(merge, str(merged), [adapter], tmp_path / "out"), shard.name)
     pair = Base(base), Base(merged)
     assert says_damaged(refusal(extract, *pair, tmp_path / "out", rank=2), shard.name)

@@ -16,10 +16,16 @@ from adapter_cases import resaved
 from lorafold.errors import LorafoldError
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.classifier import load_classifier
-from lorafold.models.fingerprint import of_files
+from lorafold.models.fingerprint import of
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
+from lorafold.models.weights import FileWeights, model_files
+
+
+def of_files(path: Path) -> Any:
+    return of(FileWeights(model_files(path)))
+
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "plain": lambda path: load_model(path, torch.float32),

@@ -27,7 +27,7 @@ from lorafold.layers.bitsandbytes import Quantized
 from lorafold.memory.estimate import advise, estimate
 from lorafold.memory.presets import llama, setting_of
 from lorafold.memory.result import verdict
-from lorafold.memory.trace import Setting, nothing
+from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import head_paths
@@ -246,7 +246,7 @@ def alone() -> dict[str, int]:
     ),
 )
 def test_over_frozen_adapters(below: str, checkpointing: bool) -> None:
-    over = replace(LORA, below=((make_spec(below), nothing),) * 2, checkpointing=checkpointing)
+    over = replace(LORA, below=((make_spec(below), LORA.beside),) * 2, checkpointing=checkpointing)
     found = close(CONFIGS["llama"], over)
     assert found["weights"] > alone()["weights"]
     assert found["optimizer"] == alone()["optimizer"]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -25,8 +24,7 @@ from pydantic import BaseModel, PositiveInt, StringConstraints, TypeAdapter, Val
 from torch import Tensor, nn
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import check_intact
-from lorafold.models.weights import MODEL_FILES, FileWeights, InMemory, Weights, model_files
+from lorafold.models.weights import InMemory, Weights
 
 Fingerprint = dict[str, dict[str, Any]]
 
@@ -61,12 +59,6 @@ def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
     modules that are not part of the base, such as a new head.
     """
     return of(InMemory.of_model(model), without)
-
-
-def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
-    """The fingerprint of the safetensors files of a model directory."""
-    check_intact(directory, MODEL_FILES)
-    return of(FileWeights(model_files(Path(directory))), without)
 
 
 def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
