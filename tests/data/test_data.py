@@ -13,7 +13,7 @@ from conversation_cases import prompts
 from lorafold.api.arguments import as_rows
 from lorafold.data.batches import Batches, split
 from lorafold.data.examples import NO_LOSS, encode, preview
-from lorafold.data.formats import Conversation, shape_of
+from lorafold.data.formats import Conversation, format_of
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
@@ -199,7 +199,7 @@ def test_sharegpt_and_alpaca_are_conversations(tmp_path):
         ),
     ]:
         (read,) = read_rows(jsonl(tmp_path, row))
-        assert shape_of(read).conversation(read) == Conversation(messages, trained)
+        assert format_of(read).conversation(read) == Conversation(messages, trained)
     turn = {"from": "narrator", "value": None}
     message = refused(read_rows, jsonl(tmp_path, {"conversations": [turn]}))
     assert "conversations[0].from: found 'narrator', expected one of human, prompter" in message

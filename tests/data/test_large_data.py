@@ -36,7 +36,7 @@ from lorafold.data.batches import Batches, epoch_size
 from lorafold.data.classification import encode_labelled
 from lorafold.data.control_tokens import ids_of
 from lorafold.data.examples import CompletionEncoder, encode, in_pieces
-from lorafold.data.formats import CONVERSATIONS, shape_of
+from lorafold.data.formats import CONVERSATIONS, format_of
 from lorafold.data.render import ensure_chat_template, render_trained
 from lorafold.data.row_store import ArrowRows, Rows, SourcePart
 from lorafold.data.rows import read_rows
@@ -100,11 +100,11 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
     pieces = ["Book", " a", "\n", "\n\n", "###", " ", "  ", "é", "🙂", "<|im_end|>", "{", "tab"]
     texts = ["".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(600)]
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts[::2], texts[1::2], strict=True)]
-    found = CompletionEncoder(tokenizer).encode(Rows.of(rows).given(CONVERSATIONS), 0).to_pylist()
+    found = CompletionEncoder(tokenizer).encode(Rows.of(rows).extract(CONVERSATIONS), 0).to_pylist()
     for (prompt, _), example, data in zip(prompts(rows, tokenizer), found, rows, strict=True):
         alone = ids_of(prompt, tokenizer)
         assert example["ids"][: example["spans"][0]] == alone
-        [rendered] = render_trained(shape_of(data).conversation(data), tokenizer).renderings  # type: ignore[union-attr, misc]
+        [rendered] = render_trained(format_of(data).conversation(data), tokenizer).renderings  # type: ignore[union-attr, misc]
         assert (example["ids"], example["spans"]) == in_pieces(rendered, tokenizer)
 
 

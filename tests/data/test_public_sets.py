@@ -23,7 +23,7 @@ from lorafold.data.prompts import references
 from lorafold.data.render import Rendering
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
-from lorafold.objectives import check_shapes
+from lorafold.objectives import check_formats
 
 Told = list[str]
 
@@ -54,10 +54,10 @@ def read(row: dict[str, Any], objective: str | None = "sft", **columns: str) -> 
     """What a row gives the objective, and what is told."""
     console = Console(file=io.StringIO(), width=1000)
     rows = as_rows([row], columns, console, objective=objective)
-    check_shapes(rows.shapes, objective or "sft")
+    check_formats(rows.formats, objective or "sft")
     wanted = {"sft": CONVERSATIONS, "kto": JUDGED}.get(objective or "sft", PAIRS)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return rows.given(wanted)[0], [line.partition(": ")[2] for line in lines]
+    return rows.extract(wanted)[0], [line.partition(": ")[2] for line in lines]
 
 
 SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
@@ -213,9 +213,9 @@ def test_sets_of_preferences(name: str, objective: str | None) -> None:
     row, prompt, told = BOTH[name]
     console = Console(file=io.StringIO(), width=1000)
     rows = as_rows([row], None, console, objective=objective)
-    assert rows.given(PAIRS) == [[Compared(prompt, {"chosen": [said("b")],
+    assert rows.extract(PAIRS) == [[Compared(prompt, {"chosen": [said("b")],
                                                     "rejected": [said("c")]})]]  # fmt: skip
-    assert [len(one.completions) for one in rows.given(JUDGED)[0]] == [1, 1]
+    assert [len(one.completions) for one in rows.extract(JUDGED)[0]] == [1, 1]
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert [line.partition(": ")[2] for line in lines] == told
     given, lines = read(row)
@@ -232,10 +232,10 @@ def test_a_set_of_judged_completions() -> None:
 
 def test_a_stream_and_prompts_take_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(ULTRA) + "\n")
-    for wanted, shape in ((PAIRS, "{prompt, chosen, rejected}"), (CONVERSATIONS, "{messages}")):
+    for wanted, shown in ((PAIRS, "{prompt, chosen, rejected}"), (CONVERSATIONS, "{messages}")):
         stream = stream_of(str(tmp_path / "a.jsonl"), wanted=wanted)
-        assert [str(found) for found in stream.shapes] == [shape]
-        assert str(read_rows(str(tmp_path / "a.jsonl"), wanted=wanted).shapes[0]) == shape
+        assert [str(found) for found in stream.formats] == [shown]
+        assert str(read_rows(str(tmp_path / "a.jsonl"), wanted=wanted).formats[0]) == shown
     assert as_prompts([SETS["text of messages"][0]]) == [{"messages": [user("a"), said("b")]}]
 
 
@@ -300,7 +300,7 @@ def test_a_turn_that_says_so_is_not_trained_on(off: dict[str, Any]) -> None:
 
 def test_such_a_turn_is_no_reference() -> None:
     rows = as_rows([{"messages": [user("a"), said("b"), user("c"), said("d", weight=0)]}])
-    [reference] = references(rows.given(CONVERSATIONS), make_tokenizer())
+    [reference] = references(rows.extract(CONVERSATIONS), make_tokenizer())
     assert reference.text == "b"
 
 

@@ -81,5 +81,5 @@ def starting_points(name: str, row: dict[str, Any]) -> dict[int, list[int]]:
 
 def prompts(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[str, str]]:
     """(prompt ready for generation, reference completion) of each row."""
-    given = Rows.of(rows).given(CONVERSATIONS)
+    given = Rows.of(rows).extract(CONVERSATIONS)
     return [(found.prompt, found.text) for found in references(given, tokenizer)]

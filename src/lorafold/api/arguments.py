@@ -52,10 +52,10 @@ def as_rows(
     messages = [*_dropped(columns), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if declared is not None:
-        messages += declared.told(rows.shapes)
+        messages += declared.notices(rows.formats)
         ignored = [] if declared.draws else [key for key in ignored if key not in declared.keys]
     if ignored:
-        messages.insert(0, f"{_ignored(ignored)} (rows of {rows.shapes[0]})")
+        messages.insert(0, f"{_ignored(ignored)} (rows of {rows.formats[0]})")
     for text in messages:
         print_lines(console, f"{source}: {text}")
     return rows
@@ -92,7 +92,7 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
 
 def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     """Prompts after checks; their rows need no completion."""
-    from lorafold.data.prompts import ASKING  # and with it transformers
+    from lorafold.data.prompts import PROMPT_FORMATS  # and with it transformers
 
     each: list[tuple[Iterable[tuple[int, Any]], str]]
     if (sources := sources_in(data)) is None:
@@ -103,7 +103,7 @@ def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     return [
         row
         for numbered, name in each
-        for *_, row in checked(renamed(numbered, columns or {}), name, shapes=ASKING)
+        for *_, row in checked(renamed(numbered, columns or {}), name, formats=PROMPT_FORMATS)
     ]
 
 
@@ -119,7 +119,7 @@ def as_stream(
     stream = RowStream(tuple(map(source_from, sources)), columns or {}, declared.takes)
     remarks = stream.remarks()
     messages = [source.described() for source in stream.sources if source.several]
-    messages += [*_dropped(columns), *declared.told(stream.shapes)]
+    messages += [*_dropped(columns), *declared.notices(stream.formats)]
     messages += [f"the first rows: {text}" for text in remarks.lines]
     if remarks.ignored:
         messages.append(_ignored([*remarks.ignored]))

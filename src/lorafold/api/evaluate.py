@@ -83,7 +83,7 @@ def evaluate(
         lorafold eval demo/adapter --data demo/test.jsonl --reward "regex:^\\{"
     """
     from lorafold.api.arguments import as_rewards, as_rows, missing
-    from lorafold.data.formats import LABELS, PROMPT_ALONE, PROMPTS
+    from lorafold.data.formats import LABELS, PROMPT_ONLY, PROMPTS
 
     if data is None:
         raise missing("data")
@@ -96,17 +96,17 @@ def evaluate(
     if rewards and not completions:
         raise LorafoldError("completions: found False, expected True, as rewards judge them")
     rows = as_rows(data, columns, console, objective=SAMPLING if rewards else None)
-    wrong = [one for one in rows.shapes if one is None or PROMPTS not in one.gives]
+    wrong = [one for one in rows.formats if one is None or PROMPTS not in one.provides]
     if rewards and wrong:
         raise LorafoldError(
             f"data: found rows of {wrong[0]}, expected rows with a prompt for rewards, such as"
-            f" {PROMPT_ALONE} with or without a completion"
+            f" {PROMPT_ONLY} with or without a completion"
         )
     from lorafold import evaluation
     from lorafold.api.loaded_model import length_for, load_with_adapters, model_with
 
     base, saved = model_with(model, adapters, console, **opening)
-    labels = rows.give(LABELS) and not rewards
+    labels = rows.provides(LABELS) and not rewards
     length = length_for(base, max_length, saved, console, head=labels)
     if rewards:
         from lorafold.objectives.options import SamplingOptions

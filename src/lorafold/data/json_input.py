@@ -128,7 +128,7 @@ def kind_of(value: Any) -> str:
 
 
 def as_known(row: Any) -> Found:
-    """The row with the keys and lists that shapes know, or the reason why it can't be read."""
+    """The row with the keys and lists that formats know, or the reason why it can't be read."""
     if not isinstance(row, dict):
         return row if isinstance(row, str) else as_row(row)
     known = row

@@ -1,6 +1,6 @@
 """Prompts of rows: for models that are asked, and as examples that a policy completes by itself.
 
-    {"prompt": text or messages}        or a row of any shape that is a conversation
+    {"prompt": text or messages}        or a row of any format that is a conversation
 
 The prompt of a conversation is all that comes before its last assistant turn, if it ends with one.
 That turn is then the reference that generation is measured against. The row of an example goes
@@ -21,13 +21,13 @@ from lorafold.data.control_tokens import as_text, ids_of, is_marked
 from lorafold.data.examples import identity_of
 from lorafold.data.formats import (
     CONVERSATIONS,
-    PROMPT_ALONE,
+    PROMPT_ONLY,
     PROMPTS,
-    SHAPES,
+    ROW_FORMATS,
     Conversation,
-    Shape,
-    shape_of,
-    shapes_for,
+    RowFormat,
+    format_of,
+    formats_for,
 )
 from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
 from lorafold.data.row_store import Rows
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-ASKING = tuple(shape for shape in (*SHAPES, PROMPT_ALONE) if PROMPTS in shape.gives)
+PROMPT_FORMATS = tuple(f for f in (*ROW_FORMATS, PROMPT_ONLY) if PROMPTS in f.provides)
 
 
 NO_PROMPT = "found no message before the assistant's turn, expected a prompt"
@@ -120,8 +120,8 @@ class PromptRow(NamedTuple):
 
 
 def _conversation(row: Row) -> Conversation:
-    shape = shape_of(row, ASKING)
-    return Conversation([]) if shape is None else shape.given(CONVERSATIONS, row)
+    row_format = format_of(row, PROMPT_FORMATS)
+    return Conversation([]) if row_format is None else row_format.extract(CONVERSATIONS, row)
 
 
 def questions_in(row: Row) -> list[str]:
@@ -138,7 +138,7 @@ def questions_in(row: Row) -> list[str]:
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[PromptRow]:
-    """The rendered prompts of checked rows of ASKING, which messages call by this name.
+    """The rendered prompts of checked rows of PROMPT_FORMATS, which messages call by this name.
     """
     prompts = []
     for number, row in enumerate(rows, 1):
@@ -171,19 +171,19 @@ class TokenizedPrompt:
     @property
     def question(self) -> Any:
         """The row's field `prompt`, or else the messages before its answer."""
-        if "prompt" in self._shape.keys:
+        if "prompt" in self._format.keys:
             return self.row["prompt"]
         return [dict(message) for message in self.conversation.messages]
 
     @property
     def conversation(self) -> Conversation:
         """The prompt as messages, with the tools of its row."""
-        return self._shape.given(PROMPTS, dict(self.row))
+        return self._format.extract(PROMPTS, dict(self.row))
 
     @property
     def answer(self) -> str | None:
         """The text of the row's own answer, if it has one."""
-        said = self._shape.conversation(dict(self.row)).messages[len(self.conversation.messages) :]
+        said = self._format.conversation(dict(self.row)).messages[len(self.conversation.messages) :]
         return said[-1].get("content") or None if said else None
 
     @property
@@ -195,10 +195,10 @@ class TokenizedPrompt:
         return fields
 
     @property
-    def _shape(self) -> Shape:
-        shape = shape_of(dict(self.row), shapes_for(PROMPTS))
-        assert shape is not None  # of a row that was checked
-        return shape
+    def _format(self) -> RowFormat:
+        row_format = format_of(dict(self.row), formats_for(PROMPTS))
+        assert row_format is not None  # of a row that was checked
+        return row_format
 
 
 @dataclass(frozen=True, eq=False)

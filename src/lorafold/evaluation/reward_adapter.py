@@ -23,7 +23,7 @@ from lorafold.adapter import load
 from lorafold.core.attach import Adapted
 from lorafold.data.branches import Branched, continued
 from lorafold.data.examples import CompletionEncoder, example_of
-from lorafold.data.formats import PROMPT_ALONE, PROMPTS, Conversation
+from lorafold.data.formats import PROMPT_ONLY, PROMPTS, Conversation
 from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
 from lorafold.engine.adapters import found_below
@@ -163,7 +163,7 @@ def _answered(one: Judged) -> Conversation:
     """A completion as the assistant's turn after its prompt."""
     prompt = one.conversation
     if prompt is None:
-        prompt = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
+        prompt = PROMPT_ONLY.extract(PROMPTS, {**one.row, "prompt": one.prompt})
     answer = normalized([{"role": "assistant", "content": one.completion}])
     return Conversation([*prompt.messages, *answer], len(prompt.messages), prompt.tools)
 

@@ -12,7 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.formats import CONVERSATIONS, JUDGED, LABELS, PAIRS, PROMPTS, Shape, shapes_for
+from lorafold.data.formats import (
+    CONVERSATIONS,
+    JUDGED,
+    LABELS,
+    PAIRS,
+    PROMPTS,
+    RowFormat,
+    formats_for,
+)
 from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
@@ -27,7 +35,7 @@ class Declared:
     maker: `module.Class` in this package, imported when it is first used, or a subclass of
         `Objective` itself.
     about: What it does, as help says it.
-    takes: What it reads in rows, of what shapes give.
+    takes: What it reads in rows, of what formats provide.
     law: For an objective over completions, its class in `training_step.preference_algorithms` or
         `training_step.policy_algorithms`, by name or itself.
     keys: Further keys that it reads in rows.
@@ -63,9 +71,9 @@ class Declared:
         """Its options by name, with their defaults; `beta` among them where the recipe's is one."""
         return self.kind.options(self)
 
-    def told(self, shapes: Iterable[Shape | None]) -> list[str]:
-        """Notices for a user who gives it rows of these shapes."""
-        pairs = any(shape is not None and PAIRS in shape.gives for shape in shapes)
+    def notices(self, formats: Iterable[RowFormat | None]) -> list[str]:
+        """Notices for a user who gives it rows of these formats."""
+        pairs = any(of_source is not None and PAIRS in of_source.provides for of_source in formats)
         return [self.unread] if self.unread and pairs else []
 
 
@@ -113,18 +121,19 @@ def descriptions() -> str:
     return " ".join(f"{', '.join(of)}: {about}." for about, of in names.items())
 
 
-def check_shapes(shapes: Iterable[Shape | None], objective: str) -> None:
-    """Raise LorafoldError if the objective does not train on rows of one of these shapes."""
+def check_formats(formats: Iterable[RowFormat | None], objective: str) -> None:
+    """Raise LorafoldError if the objective does not train on rows of one of these formats."""
     takes = OBJECTIVES[objective].takes
-    for shape in shapes:
-        if shape is None or takes not in shape.gives:
-            known = [str(one) for one in shapes_for(takes) if takes in one.gives]
+    for row_format in formats:
+        if row_format is None or takes not in row_format.provides:
+            known = [str(one) for one in formats_for(takes) if takes in one.provides]
             expected = " or ".join(known) if len(known) < 4 else listed(known, room=90)
-            fitting = [n for n, d in OBJECTIVES.items() if shape and d.takes in shape.gives]
+            provided = row_format.provides if row_format else ()
+            fitting = [name for name, other in OBJECTIVES.items() if other.takes in provided]
             # completions that rows have are for learning them, before they are for being drawn
             others = [n for n in fitting if not OBJECTIVES[n].draws] or fitting
             other = f", which are for --objective {' or '.join(others)}" if others else ""
             raise LorafoldError(
-                f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
+                f"data: found rows of {row_format}{other}; --objective {objective} expects rows of"
                 f" {expected}"
             )

@@ -138,7 +138,7 @@ def _previewed(
             yield PreviewExample(f"example {number}: {len(one.ids)} tokens", Conversation([]), text)
         return
     limit = request.recipe.max_length
-    conversations = Rows.of(rows).given(CONVERSATIONS)
+    conversations = Rows.of(rows).extract(CONVERSATIONS)
     for number, (row, given) in enumerate(zip(rows, conversations, strict=True), 1):
         examples, trained = encode_row(row, tokenizer, rendering_of(request.recipe))
         left = f"; {trained.left_out} turns are left out" if trained.left_out else ""

@@ -24,7 +24,7 @@ from lorafold.files.contents import file_digest
 from lorafold.files.terminal import print_lines
 from lorafold.models.built_in_templates import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template
-from lorafold.objectives import OBJECTIVES, check_shapes
+from lorafold.objectives import OBJECTIVES, check_formats
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
 from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.fitting import settled_length, spec_of
@@ -105,7 +105,7 @@ def objective_of(request: RunRequest, saved: Sequence[Saved] = ()) -> Objective:
     """The run's objective for its model and the adapters that it loads."""
     recipe = request.recipe
     rows = () if isinstance(request.rows, RowStream) else request.rows
-    check_shapes(request.data.shapes, recipe.objective)
+    check_formats(request.data.formats, recipe.objective)
     wanted = ObjectiveRequest(
         recipe.objective, rows, request.base, saved, recipe.beta, recipe.objective_options,
         request.rewards, recipe.seed,
