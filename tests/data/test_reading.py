@@ -114,7 +114,7 @@ def test_files_of_a_directory_may_have_shapes_of_their_own(tmp_path: Path) -> No
     (path / "c.jsonl").write_text(json.dumps(CHAT) + "\n")
     rows = read_rows(f"{path}:0.5")
     assert rows.parts == (SourcePart(5, 0.5), SourcePart(1, 0.5))
-    assert [str(shape) for shape in rows.shapes] == ["{prompt, completion}", "{messages}"]
+    assert [str(form) for form in rows.formats] == ["{prompt, completion}", "{messages}"]
     (path / "d.jsonl").write_text(LINE + json.dumps(CHAT) + "\n")
     message = refusal(path)
     assert message.startswith(f"{path / 'd.jsonl'}: row 2: shape {{messages}}, but row 1 has")
