@@ -268,7 +268,8 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     # a softmax with a logit that is of no key, as that of gpt-oss, is of no packed rows
     sinks = any("sinks" in module._parameters for module in model.modules())
     setting = replace(setting, packed=setting.packed and not sinks)
-    attach_below(model, setting)
+    if setting.below:
+        attach_below(model, setting)
     weights = collected(ledger)
     setting.attach(model)
     sum_in_fp32(model)
