@@ -27,7 +27,7 @@ from lorafold.models.loading import load_model, weights_of
 from lorafold.models.quantizations import STORAGES, Storage, choose_storage
 from lorafold.models.sources import resolve_model
 from lorafold.ops import nf4
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.request import RunRequest
@@ -234,7 +234,7 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
     model = load_model(path, held("nf4"))
     weights = weights_of(source, held("nf4"))
     lf.attach(model, lf.LoRA()).save(tmp_path / "a", base=weights)
-    assert fingerprint.differences(Saved.open(tmp_path / "a").record["base"], weights) == []
+    assert fingerprint.differences(SavedAdapter.open(tmp_path / "a").record["base"], weights) == []
     lf.load(plain, tmp_path / "a")
     lf.load(load_model(path, held("int8")), tmp_path / "a", base=weights)
     lf.load(load_model(path, held("int8", torch.bfloat16)), tmp_path / "a")  # by what is not packed
@@ -311,7 +311,7 @@ def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path
     model = str(tiny_model_dir("llama-wide"))
     lines = Console(record=True, quiet=True)
     train(RunRequest(Base(model), tmp_path / "a", Recipe(steps=2, batch=4), ROWS, "rows"), lines)
-    assert Saved.open(tmp_path / "a").record["recipe"]["storage"] == "nf4"
+    assert SavedAdapter.open(tmp_path / "a").record["recipe"]["storage"] == "nf4"
     train(
         RunRequest(
             Base(model), tmp_path / "b", Recipe(steps=1, batch=4, storage="int8"), ROWS, "rows"
@@ -329,7 +329,7 @@ def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path
         ),
         lines,
     )
-    assert Saved.open(tmp_path / "c").record["recipe"]["storage"] == "int8"
+    assert SavedAdapter.open(tmp_path / "c").record["recipe"]["storage"] == "int8"
     train(
         RunRequest(
             Base(model), tmp_path / "d", Recipe(steps=1, batch=4, method="full"), ROWS, "rows"

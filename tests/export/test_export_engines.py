@@ -17,7 +17,7 @@ from lorafold.errors import LorafoldError
 from lorafold.exporting.servers import ToSglang
 from lorafold.exporting.target import Subject
 from lorafold.exporting.to_mlx import keys_of, older_config
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from mixtures import mixture
 
@@ -221,7 +221,7 @@ def test_sglang_reads_back_what_is_there(tiny_model, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     saved = noisy(tiny_model("llama"), lf.LoRA(rank=4), tmp_path / "adapter")
     exported(base, saved, tmp_path / "out", "sglang")
-    subject, target = Subject(Base(base), (Saved.open(saved),)), ToSglang()
+    subject, target = Subject(Base(base), (SavedAdapter.open(saved),)), ToSglang()
     assert "14 modules" in target.read_back(subject, tmp_path / "out")
     file = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
     whole = tensors_in(file)

@@ -32,7 +32,7 @@ from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
 from lorafold.models.weight_conversion import Conversion, OnDemand, SourceTensor
 from lorafold.models.weights import read_container, write_container
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 
@@ -358,7 +358,7 @@ def test_experts_of_several_dtypes_are_refused(moe, tmp_path) -> None:
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     found[name] = found[name].bfloat16()
     save_file(found, base / "model.safetensors", metadata={"format": "pt"})
-    asked, saved = Base(base, allow_other_base=True), Saved.open(tmp_path / "a")
+    asked, saved = Base(base, allow_other_base=True), SavedAdapter.open(tmp_path / "a")
     with pytest.raises(NotMergeable, match="stored as BF16 and F32"):
         plan(asked, [saved])
 

@@ -30,7 +30,7 @@ from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.peft.adapter_directory import FILES, Saved, open_all
+from lorafold.peft.adapter_directory import FILES, SavedAdapter, open_all
 from lorafold.resolve import Base
 from lorafold.resolve.base import known_classes
 from lorafold.training.checkpoint import RunDirectory
@@ -212,10 +212,10 @@ def test_what_is_gone_is_not_overlooked(base: Path, adapter: Path) -> None:
     """Without its record an adapter fits every base, without its tokenizer it speaks another."""
     (adapter / "tokenizer_config.json").unlink()
     assert "tokenizer_config.json: missing" in refusal(
-        Base(base).tokenizer, [Saved.open(adapter)]
+        Base(base).tokenizer, [SavedAdapter.open(adapter)]
     )
     (adapter / "lorafold.json").unlink()
-    assert "lorafold.json: missing" in refusal(Saved.open, adapter)
+    assert "lorafold.json: missing" in refusal(SavedAdapter.open, adapter)
     assert "lorafold.json: missing" in refusal(lf.load, load_model(base, torch.float32), adapter)
 
 
@@ -283,7 +283,7 @@ def test_what_is_not_read_does_not_matter(base: Path, adapter: Path, merged: Pat
         (path / "README.md").write_text("# My own words\n")
         (path / "notes.txt").write_text("added")
     lf.load(load_model(base, torch.float32), adapter)
-    Base(base).tokenizer([Saved.open(adapter)])
+    Base(base).tokenizer([SavedAdapter.open(adapter)])
     load_model(merged, torch.float32)
     load_tokenizer(merged)
     # nor do the tokenizer's files where the weights are read, and the other way round
@@ -302,7 +302,7 @@ def test_without_a_manifest_of_ours_all_is_as_ever(
     if manifest is not None:
         (adapter / MANIFEST).write_text(manifest)
     assert lf.load(tiny_model("llama"), adapter).spec.alpha == 1
-    Base(base).tokenizer([Saved.open(adapter)])
+    Base(base).tokenizer([SavedAdapter.open(adapter)])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, load_tokenizer, set_template, tokenizer_of
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training import loop
@@ -209,7 +209,7 @@ def test_a_template_alone_travels_with_the_adapter(
     assert tokenizer_of(source, [tmp_path / "a"]).chat_template == TEMPLATE
     train(request(tiny_model_dir("llama"), tmp_path / "b", new_tokens=()), quiet())
     assert not (tmp_path / "b" / "tokenizer.json").exists()
-    found = Base(tiny_model_dir("llama")).tokenizer([Saved.open(tmp_path / "b")])
+    found = Base(tiny_model_dir("llama")).tokenizer([SavedAdapter.open(tmp_path / "b")])
     assert found.chat_template == load_tokenizer(source).chat_template
 
 

@@ -10,7 +10,7 @@ from lorafold.rewards.reward import FORMS
 
 if TYPE_CHECKING:
     from lorafold.evaluation import Evaluation, RewardEvaluation
-    from lorafold.peft.adapter_directory import Saved
+    from lorafold.peft.adapter_directory import SavedAdapter
     from lorafold.training_step.preference_algorithms import Law
 
 SAMPLING = next(name for name, one in OBJECTIVES.items() if one.draws)  # any of them will do
@@ -124,7 +124,7 @@ def evaluate(
     return evaluation.evaluate(loaded, tokenizer, rows, length, measured, console)
 
 
-def law_of_adapters(adapters: Sequence["Saved"]) -> "Law":
+def law_of_adapters(adapters: Sequence["SavedAdapter"]) -> "Law":
     """The preference algorithm of the last adapter, or DPO if it was trained otherwise."""
     from lorafold.objectives.options import law_of
     from lorafold.training_step.preference_algorithms import Dpo

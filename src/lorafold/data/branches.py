@@ -22,7 +22,7 @@ import numpy as np
 from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, batch_of, digests
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
 from lorafold.data.formats import JUDGED, PAIRS, Compared, Conversation
-from lorafold.data.json_input import kind_of
+from lorafold.data.json_input import json_type
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows, named, parts_of
 from lorafold.data.rows import as_checked
@@ -143,7 +143,7 @@ class Branches(Encoder):
 
     def _problem(self, one: Compared, documents: list[list[dict[str, Any]]]) -> str:
         if not isinstance(one.desirable, bool):
-            return f"field label: found {kind_of(one.desirable)}, expected true or false"
+            return f"field label: found {json_type(one.desirable)}, expected true or false"
         for name, entries in zip(one.completions, documents, strict=True):
             if problem := str(entries[0]["problem"]):
                 return problem

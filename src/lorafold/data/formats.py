@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
-from lorafold.data.json_input import Row, kind_of
+from lorafold.data.json_input import Row, json_type
 from lorafold.data.messages import (
     CALLERS,
     REASONING,
@@ -309,8 +309,8 @@ def _pair_problems(row: Row) -> Iterator[str]:
     kinds = [type(row[key]) for key in ("prompt", "completion")]
     if {*kinds} == {str, list}:
         yield (
-            f"fields prompt and completion: found {kind_of(row['prompt'])} and"
-            f" {kind_of(row['completion'])}, expected both text or both lists of messages"
+            f"fields prompt and completion: found {json_type(row['prompt'])} and"
+            f" {json_type(row['completion'])}, expected both text or both lists of messages"
         )
         return
     # of a prompt that is no list of messages, neither is the completion

@@ -34,9 +34,9 @@ from lorafold.models.checkpoint import original_weights
 from lorafold.models.classifier import head_paths, padding_id, scoring_shell
 from lorafold.models.loading import stored_in_files
 from lorafold.models.positions import positions_of
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
-from lorafold.resolve.base import REWARD_MODEL, kind_of
+from lorafold.resolve.base import REWARD_MODEL, model_kind
 from lorafold.rewards import Judged, Reward, Rewards
 from lorafold.rewards.reward import adapter_in, failure, parted
 from lorafold.training_step.preference_loss import Preferences
@@ -58,17 +58,17 @@ class RewardAdapter:
     name: str
     weight: float
     base: Base
-    stack: list[Saved]
+    stack: list[SavedAdapter]
     identity: str
 
     @classmethod
     def of(cls, text: str, base: Base) -> Self:
         """Open the reward adapter with a name such as `adapter:DIR`, with or without a weight."""
         weight, name = parted(text)
-        saved = Saved.open(Path(adapter_in(name)).expanduser())
-        if (kind := kind_of(base, [saved])) != REWARD_MODEL:
+        saved = SavedAdapter.open(Path(adapter_in(name)).expanduser())
+        if (kind := model_kind(base, [saved])) != REWARD_MODEL:
             raise failure(name, f"found an adapter of {kind}, expected one of {REWARD_MODEL}")
-        below = [Saved.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
+        below = [SavedAdapter.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
         stack = [*below, saved]
         return cls(name, weight, base, stack, joined([of_adapter(one) for one in stack]))
 

@@ -43,7 +43,7 @@ from lorafold.layers import layer_of
 from lorafold.merging.merge_target import Into
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
 if TYPE_CHECKING:
@@ -212,9 +212,9 @@ class Subject:
     """
 
     base: Base
-    adapters: tuple[Saved, ...]
+    adapters: tuple[SavedAdapter, ...]
     tensors: str | None = None
-    given: tuple[Saved, ...] = ()
+    given: tuple[SavedAdapter, ...] = ()
     into: Into = ORIGINAL
 
     @property

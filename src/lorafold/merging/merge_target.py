@@ -21,7 +21,7 @@ from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.quantizations import MADE, PLAIN
 from lorafold.models.quantize_on_load import packable
-from lorafold.peft.adapter_directory import Saved, trained_on
+from lorafold.peft.adapter_directory import SavedAdapter, trained_on
 from lorafold.peft.provenance import TrainedOn
 
 TARGETS = ("trained", "original", *MADE)
@@ -114,7 +114,7 @@ class Into:
 
 def choose_into(
     asked: str | None,
-    adapters: Sequence[Saved],
+    adapters: Sequence[SavedAdapter],
     base: str = "auto",
     in_files: str | None = None,
 ) -> Into:

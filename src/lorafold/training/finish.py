@@ -32,7 +32,7 @@ from lorafold.files.terminal import print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
-from lorafold.peft.adapter_directory import Saved, open_all
+from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.form import form_of
 from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
 from lorafold.peft.tensors import saved_tensors, sites_of
@@ -275,7 +275,7 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
     else:
         base = base or InMemory.of_model(model)
-        saved = Saved.open(path).within(model)
+        saved = SavedAdapter.open(path).within(model)
         if saved.selection.tokens:
             _, saved = saved.token_rows(model, base)
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
@@ -345,7 +345,7 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
     if DEPENDS_ON in record:  # which earlier versions did not write
         here = depends_on(request, objective_of(request, open_all(request.adapters)))
         yield from (f"{name} had other contents" for name in differing(here, record[DEPENDS_ON]))
-    began = request.init_adapter and of_adapter(Saved.open(request.init_adapter))
+    began = request.init_adapter and of_adapter(SavedAdapter.open(request.init_adapter))
     if record.get(INIT_ADAPTER, {}).get("sha256") != began:
         yield "it started from another adapter"
 

@@ -39,7 +39,7 @@ from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
-from lorafold.peft.adapter_directory import Saved, open_all
+from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.provenance import mismatch, same_adapters
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
@@ -77,7 +77,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     words: Words
     files: dict[str, dict[str, str]]
-    saved: list[Saved]  # the adapters to load, lowest first; none once they are loaded
+    saved: list[SavedAdapter]  # the adapters to load, lowest first; none once they are loaded
     own_tokenizer: bool  # whether the run's tokenizer differs from the base's
     feed: BatchFeed
     held_out: Data | None
@@ -139,7 +139,7 @@ def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) 
                 )
 
 
-def saved_adapters(request: RunRequest) -> list[Saved]:
+def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
     """The adapters that the run loads, lowest first."""
     saved = [*open_all(request.adapters)]
     origins = [Origin(path=str(one), sha256=one.sha256) for one in saved]
