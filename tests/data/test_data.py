@@ -149,7 +149,7 @@ def test_bad_rows_are_told_together_by_line(tmp_path):
             " 9 more; did you mean --columns prompt=question,completion=answer",
             "row 2: field messages[0].content: found null, expected text; row 2: field messages[1]:"
             " found 3, expected an object with role and content",
-            "row 2: shape {prompt, completion}, but row 1 has {messages}",
+            "row 2: format {prompt, completion}, but row 1 has {messages}",
             "row 2: field messages: found an empty list, expected a list of messages",
         ]
     ):

@@ -117,7 +117,7 @@ def test_files_of_a_directory_may_have_shapes_of_their_own(tmp_path: Path) -> No
     assert [str(form) for form in rows.formats] == ["{prompt, completion}", "{messages}"]
     (path / "d.jsonl").write_text(LINE + json.dumps(CHAT) + "\n")
     message = refusal(path)
-    assert message.startswith(f"{path / 'd.jsonl'}: row 2: shape {{messages}}, but row 1 has")
+    assert message.startswith(f"{path / 'd.jsonl'}: row 2: format {{messages}}, but row 1 has")
 
 
 def test_a_file_that_changed_at_one_size_and_time_is_read_again(

@@ -138,7 +138,7 @@ ROWS = {
     "ON pretty.jsonl": "found a list, expected an object a line; name the file .json",
     "ON python.jsonl": "found single quotes, expected double ones",
     "ON ends.jsonl": "row 2: not JSON: found no end of the text that begins at column 17",
-    "ON mixed.jsonl": "row 2: shape {messages}, but row 1 has {prompt, completion}",
+    "ON mixed.jsonl": "row 2: format {messages}, but row 1 has {prompt, completion}",
     "ON null.jsonl": "row 2: field completion: found null, expected a value",
     "ON number.jsonl": "row 1: field completion: found 2, expected text",
     "ON labels.jsonl": "which are for --objective classify",

@@ -225,7 +225,7 @@ def checked(
             problems = list(row_format.problems(row))
             if row_format is not first[1]:
                 nulls = _null(first[1], row)
-                problems += nulls or [f"shape {row_format}, but row {first[0]} has {first[1]}"]
+                problems += nulls or [f"format {row_format}, but row {first[0]} has {first[1]}"]
             if not (problems or bad or (remarks and remarks.left_out(row, place, row_format))):
                 if remarks:
                     remarks.add(row_format, row)

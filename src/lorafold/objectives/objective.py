@@ -107,7 +107,7 @@ class Objective(ABC):
 
     @abstractmethod
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
-        """What makes tables of tokens of what the shapes of rows give.
+        """What makes tables of tokens of what the formats of rows provide.
 
         Args:
             tokenizer: After `set_up`.

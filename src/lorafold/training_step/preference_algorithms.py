@@ -78,7 +78,7 @@ def ratio_sums(ratios: Tensor) -> Tensor:
 class Law(ABC):
     """Abstract: one law over completions that are compared."""
 
-    kind: ClassVar[str] = PAIRS  # what it is over, of what shapes of rows give
+    kind: ClassVar[str] = PAIRS  # what it is over, of what formats of rows provide
     has_reference: ClassVar[bool] = True
     reads_head: ClassVar[bool] = False  # scores of a head in place of log-probabilities
     trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
