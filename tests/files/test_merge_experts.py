@@ -299,7 +299,7 @@ def test_the_original_weights_have_the_model_s_names(kind, moe) -> None:
         assert weights.is_floating(name)
         assert torch.equal(weights.get(name), loaded[name])
         where = torch.stack([torch.randint(n, (9,)) for n in loaded[name].shape], 1)
-        assert torch.equal(weights.at(name, where), loaded[name][where.unbind(1)])
+        assert torch.equal(weights.elements(name, where), loaded[name][where.unbind(1)])
 
 
 def on_demand(base: Path) -> Iterator[tuple[str, OnDemand, torch.Tensor]]:

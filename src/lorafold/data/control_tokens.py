@@ -92,7 +92,7 @@ class ControlTokenFinder(NamedTuple):
     """Finds control tokens: of all roles but the assistant's, its own, and their first letters."""
 
     all: re.Pattern[str]
-    own: re.Pattern[str]
+    assistant: re.Pattern[str]
     first: tuple[str, ...]
 
 
@@ -107,7 +107,7 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
         messages.append({
             key: value
             if key in ("role", "weight")
-            else _mark(value, finder.own if key in own else finder.all, finder)
+            else _mark(value, finder.assistant if key in own else finder.all, finder)
             for key, value in message.items()
         })
     tools = tuple(_mark(tool, finder.all, finder) for tool in conversation.tools)

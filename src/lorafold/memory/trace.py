@@ -144,7 +144,7 @@ class Traced:
     forward_operations: int = 0
     backward_operations: int = 0
 
-    def at(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
+    def extrapolated(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
         """Extrapolate to blocks[2] blocks, given that this is for blocks[0] blocks and the other
         for blocks[1].
         """

@@ -78,7 +78,7 @@ def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
     chosen = [*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors]
     fingerprint = {}
     for name in [*dict.fromkeys(chosen)][:TENSORS]:
-        values = weights.at(name, _positions(shapes[name]))
+        values = weights.elements(name, _positions(shapes[name]))
         fingerprint[name] = {
             "shape": list(shapes[name]),
             "dtype": str(values.dtype).removeprefix("torch."),
@@ -169,5 +169,5 @@ def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | 
         return f"{name} (shape {shape}, expected {wanted})"
     positions = _positions(wanted)
     both = positions[:, 0] < shape[0]  # of a resized vocabulary, the tokens that both have
-    agrees = same(weights.at(name, positions[both]), _values(expected)[both])
+    agrees = same(weights.elements(name, positions[both]), _values(expected)[both])
     return None if agrees else f"{name} (other values)"

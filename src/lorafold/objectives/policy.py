@@ -96,7 +96,7 @@ class PolicyObjective(OnPolicy):
 
     law: PolicyLaw
     sampling: SamplingOptions
-    given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python
+    functions: tuple[Callable[..., Any], ...] = ()  # rewards in Python
     seed: int = 0
     adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by what names them
 
@@ -129,14 +129,14 @@ class PolicyObjective(OnPolicy):
     def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
         """The digests of the rewards, by name."""
         # an object's own repr may have its address, which another process does not have
-        names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
+        names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.functions]
         files = {name: digest_of(name) for name in self.sampling.rewards}
         files |= {name: one.identity for name, one in self.adapters.items()}
         return {REWARDS: files | dict.fromkeys(names, "")}
 
     def record(self) -> dict[str, Any]:
         named = {name: weight for weight, name in map(parted, self.sampling.rewards)}
-        return {JUDGED_BY: named | (Rewards.of(*self.given).weights if self.given else {})}
+        return {JUDGED_BY: named | (Rewards.of(*self.functions).weights if self.functions else {})}
 
     def guessing(self, labels: Mapping[str, int]) -> float:
         return math.inf  # a loss of advantages says nothing
@@ -282,7 +282,7 @@ class PolicyObjective(OnPolicy):
         return evaluation
 
     def _rewards(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
-        given: list[Any] = [*self.sampling.rewards, *self.given]
+        given: list[Any] = [*self.sampling.rewards, *self.functions]
         limit = self.sampling.reward_seconds
         return rewards_over(model, given, self.adapters, limit, packing, console)
 

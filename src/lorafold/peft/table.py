@@ -85,13 +85,13 @@ def dora(site: TargetModule) -> list[FileTensor]:
 
 def with_bias(offset: Tensor, site: TargetModule) -> Tensor:
     """The bias itself (out,), from the offset (out,) that is trained."""
-    own = site.own("bias")
+    own = site.base_parameter("bias")
     return offset if own is None else offset + own.to(offset)
 
 
 def without_bias(bias: Tensor, site: TargetModule) -> Tensor:
     """The offset (out,) that is trained, from the bias (out,) of a file."""
-    own = site.own("bias")
+    own = site.base_parameter("bias")
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
 

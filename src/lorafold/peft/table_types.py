@@ -66,7 +66,7 @@ class TargetModule:
     window: tuple[int, ...] = ()
     turned: bool = False
 
-    def own(self, name: str) -> Tensor | None:
+    def base_parameter(self, name: str) -> Tensor | None:
         """The module's parameter of this name in the base, of any shape, or None."""
         key = self.base.find(f"{self.path}.{name}")
         return None if key is None else self.base.get(key)
