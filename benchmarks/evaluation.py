@@ -75,7 +75,7 @@ def main() -> None:
     a = parsed(parser, rounds=1, storage="bf16", rows=8, steps=2)
     torch.set_num_threads(a.threads)
     tokenizer = load_tokenizer(MODEL)
-    found = references(Rows.of(rows("test", a.rows, seed=0)).given(CONVERSATIONS), tokenizer)
+    found = references(Rows.of(rows("test", a.rows, seed=0)).extract(CONVERSATIONS), tokenizer)
     figures: dict[str, list[dict[str, float]]] = defaultdict(list)
     texts: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ from lorafold.exporting.gguf_model import FILE_TYPES
 from lorafold.exporting.proof import ReferenceAnswers, proof
 from lorafold.exporting.target import Subject
 from lorafold.exporting.to_gguf import file_of, write_file
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
 ENGINE = "llamacpp"
@@ -60,10 +60,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lora = lf.LoRA(rank=8, alpha=16, dropout=0.0)
         path = args.adapter or made(Path(folder) / "adapter", lora, args.model)
-        measured(args, (Saved.open(path),), Path(folder))
+        measured(args, (SavedAdapter.open(path),), Path(folder))
 
 
-def measured(args: argparse.Namespace, adapters: tuple[Saved, ...], out: Path) -> None:
+def measured(args: argparse.Namespace, adapters: tuple[SavedAdapter, ...], out: Path) -> None:
     """Print a line for each type of tensors."""
     base = Base(args.model, device="cpu")
     ours = ReferenceAnswers.of(Subject(base, adapters), None, quietly)

@@ -23,7 +23,7 @@ from lib.short import parsed
 from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import measure
 from lorafold.memory.presets import setting_of
-from lorafold.memory.trace import Setting, nothing
+from lorafold.memory.trace import Setting
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_model
@@ -139,8 +139,8 @@ def settings(only: str | None) -> Iterator[tuple[dict[str, Any], str, Setting]]:
             setting = setting_of(mode, Recipe(**recipe), batch, length)
             setting = replace(setting, widened=widens(setting.base.dtype))
             if name == "bert":
-                beside = nothing if mode == "full" else with_head
-                setting = replace(setting, classes=2, packed=False, beside=beside)
+                setting = replace(setting, classes=2, packed=False)
+                setting = setting if mode == "full" else replace(setting, beside=with_head)
             words = [
                 f"{k.removeprefix('gradient_')}" if v is True else f"{k} {v}"
                 for k, v in recipe.items()

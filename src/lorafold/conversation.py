@@ -129,8 +129,7 @@ class Chat:
                 f"this message{system}: found {used} tokens, expected fewer than"
                 f" {context}, the model's context; it was not sent"
             )
-        dropped = (first - self._first) // 2
-        return Turn(text, prompt, min(self.max_new_tokens, left), first, dropped)
+        return Turn(text, prompt, min(self.max_new_tokens, left), first, (first - self._first) // 2)
 
     def answer(self, turn: Turn, names: Sequence[str]) -> Generator[str, None, None]:
         """The answer under these adapters, a piece of text a token. Closing the iterator ends it;

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import errno
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 
 UNTIL = "0.3"  # the version that no longer knows old names
@@ -122,6 +122,11 @@ def listed(
 def as_one(problems: Sequence[object]) -> str:
     """One problem whole, with what to do about it, or the first of several."""
     return str(problems[0]) if len(problems) == 1 else listed(problems, "; ")
+
+
+def differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
+    """The keys, sorted, whose values differ or that only one of both has."""
+    return [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
 def shortened(text: str, most: int) -> str:

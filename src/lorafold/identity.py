@@ -17,7 +17,7 @@ from lorafold.files.contents import file_digest, files_digest
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
-from lorafold.peft.adapter_directory import FILES, Saved
+from lorafold.peft.adapter_directory import FILES, SavedAdapter
 from lorafold.peft.config import CONFIG, no_adapter
 
 WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
@@ -62,10 +62,10 @@ def _code_elsewhere(path: Path) -> list[str]:
     return sorted(files_digest(folder, (CODE,)) for folder in folders)
 
 
-def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
+def of_adapter(adapter: str | Path | SavedAdapter, words: bool = True) -> str:
     """The SHA-256 over an adapter's configuration, weights, record and tokenizer, in hexadecimal.
     """
-    if isinstance(adapter, Saved):
+    if isinstance(adapter, SavedAdapter):
         path, read = adapter.path, adapter.files
     else:
         path, read = Path(adapter), {}

@@ -23,7 +23,7 @@ from lorafold.models import fingerprint
 from lorafold.models.loading import load_model, weights_of
 from lorafold.models.quantizations import STORAGES, Storage, choose_storage
 from lorafold.models.sources import resolve_model
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.request import RunRequest
@@ -210,7 +210,7 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
     model = load_model(path, held("nf4"))
     weights = weights_of(source, held("nf4"))
     lf.attach(model, lf.LoRA()).save(tmp_path / "a", base=weights)
-    assert fingerprint.differences(Saved.open(tmp_path / "a").record["base"], weights) == []
+    assert fingerprint.differences(SavedAdapter.open(tmp_path / "a").record["base"], weights) == []
     lf.load(plain, tmp_path / "a")
     lf.load(load_model(path, held("int8")), tmp_path / "a", base=weights)
     lf.load(load_model(path, held("int8", torch.bfloat16)), tmp_path / "a")  # by what is not packed

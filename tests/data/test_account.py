@@ -14,7 +14,7 @@ from families import embedded
 from families import tokenizer_of as family
 from lorafold.data.checks import describe_template
 from lorafold.data.examples import encode, encode_row, identity_of
-from lorafold.data.templates import is_dated, on_day
+from lorafold.data.templates import day_of, on_day
 from lorafold.doctor.hardware import template as looked_at
 from lorafold.errors import LorafoldError
 from lorafold.training.checkpoint import RunDirectory
@@ -112,10 +112,10 @@ def test_a_date_is_that_of_the_rendering_and_part_of_what_ids_depend_on() -> Non
     assert tokenizer.decode(example.ids).startswith("03 February 2024")
     assert identity_of(fixed)["day"] == ""
     tokenizer.chat_template = "{% if strftime_now is defined %}" + DATED + "{% endif %}"
-    assert is_dated(tokenizer)
-    assert not is_dated(on_day(tokenizer, "2024-02-03"))
+    assert day_of(tokenizer)
+    assert not day_of(on_day(tokenizer, "2024-02-03"))
     tokenizer.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + DATED
-    assert is_dated(on_day(tokenizer, "2024-02-03"))  # the day of each rendering, which a run says
+    assert day_of(on_day(tokenizer, "2024-02-03"))  # the day of each rendering, which a run says
     tokenizer.chat_template = DATED
     [[example], _] = encode_row(row, tokenizer)
     assert tokenizer.decode(example.ids).startswith(date.today().strftime("%d %B %Y"))

@@ -15,7 +15,7 @@ from error_cases import told_of
 from lorafold.api.arguments import as_rows
 from lorafold.data.batches import Batches, split
 from lorafold.data.examples import NO_LOSS, encode, preview
-from lorafold.data.formats import Conversation, shape_of
+from lorafold.data.formats import Conversation, format_of
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.rows import read_rows
 
@@ -109,7 +109,7 @@ def test_bad_rows_are_told_together_by_line(tmp_path):
         "row 2: field messages[0].content: found null, expected text; row 2: field messages[1]:"
         " found 3, expected an object with role and content":
             {"messages": [{"role": "user", "content": None}, 3]},
-        "row 2: shape {prompt, completion}, but row 1 has {messages}": PAIR,
+        "row 2: format {prompt, completion}, but row 1 has {messages}": PAIR,
         "row 2: field messages: found an empty list, expected a list of messages": {"messages": []},
     }  # fmt: skip
     source = jsonl(tmp_path, CHAT, "", '{"messages": [', "[1]", *bad.values())
@@ -157,7 +157,7 @@ def test_sharegpt_and_alpaca_are_conversations(tmp_path):
         ({"instruction": "Hi", "output": "Yo", "system": "Be brief."}, [system, *said], 2),
     ]:
         (read,) = read_rows(jsonl(tmp_path, row))
-        assert shape_of(read).conversation(read) == Conversation(messages, trained)
+        assert format_of(read).conversation(read) == Conversation(messages, trained)
     turn = {"from": "narrator", "value": None}
     message = refused(read_rows, jsonl(tmp_path, {"conversations": [turn]}))
     assert "conversations[0].from: found 'narrator', expected one of human, prompter" in message

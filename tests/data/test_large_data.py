@@ -26,19 +26,18 @@ import lorafold as lf
 from conftest import lorafold, make_tokenizer, refused
 from conversation_cases import jsonl, prompts, said, user
 from error_cases import refusal
-from large_cases import N, row, train, written
+from large_cases import N, row, stream_of, train, written
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
 from lorafold.data.batches import Batches, epoch_size
 from lorafold.data.classification import encode_labelled
 from lorafold.data.control_tokens import ids_of
 from lorafold.data.examples import CompletionEncoder, encode, in_pieces
-from lorafold.data.formats import CONVERSATIONS, shape_of
+from lorafold.data.formats import CONVERSATIONS, format_of
 from lorafold.data.render import ensure_chat_template, render_trained
 from lorafold.data.row_store import ArrowRows, Rows, SourcePart
 from lorafold.data.rows import read_rows
 from lorafold.data.sources import source_from
-from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
 from lorafold.files import cache
 from lorafold.files.atomic import MANIFEST
@@ -96,11 +95,11 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
     pieces = ["Book", " a", "\n", "\n\n", "###", " ", "  ", "é", "🙂", "<|im_end|>", "{", "tab"]
     texts = ["".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(600)]
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts[::2], texts[1::2], strict=True)]
-    found = CompletionEncoder(tokenizer).encode(Rows.of(rows).given(CONVERSATIONS), 0).to_pylist()
+    found = CompletionEncoder(tokenizer).encode(Rows.of(rows).extract(CONVERSATIONS), 0).to_pylist()
     for (prompt, _), example, data in zip(prompts(rows, tokenizer), found, rows, strict=True):
         alone = ids_of(prompt, tokenizer)
         assert example["ids"][: example["spans"][0]] == alone
-        [rendered] = render_trained(shape_of(data).conversation(data), tokenizer).renderings  # type: ignore[union-attr, misc]
+        [rendered] = render_trained(format_of(data).conversation(data), tokenizer).renderings  # type: ignore[union-attr, misc]
         assert (example["ids"], example["spans"]) == in_pieces(rendered, tokenizer)
 
 
@@ -335,7 +334,7 @@ def test_a_stream_is_seeded_endless_and_read_row_by_row(tmp_path: Path, name: st
 
 def test_a_stream_mixes_sources_by_their_weights(tmp_path: Path) -> None:
     a, b = written(tmp_path / "a.jsonl", 40), written(tmp_path / "b.jsonl", 40, first=1000)
-    rows = stream_of([str(a), f"{b}:0.25"]).rows(0, 10)
+    rows = stream_of(a, f"{b}:0.25").rows(0, 10)
     labels = Counter(next(rows)[0].split(":")[0] for _ in range(2000))
     assert labels[str(a)] / 2000 == pytest.approx(0.8, abs=0.03)
 

@@ -13,15 +13,15 @@ import pytest
 from conftest import make_tokenizer
 from conversation_cases import said, trained_texts, user
 from error_cases import refusal, told_of
+from large_cases import stream_of
 from lorafold.api.arguments import as_prompts, as_rows
 from lorafold.data.examples import encode
 from lorafold.data.formats import CONVERSATIONS, JUDGED, PAIRS, Compared
 from lorafold.data.prompts import references
 from lorafold.data.render import Rendering
 from lorafold.data.rows import read_rows
-from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
-from lorafold.objectives import check_shapes
+from lorafold.objectives import check_formats
 
 Told = list[str]
 
@@ -43,9 +43,9 @@ WEIGHED = said("b") | {"weight": 0}
 def read(row: dict[str, Any], objective: str | None = "sft", **columns: str) -> tuple[Any, Told]:
     """What a row gives the objective, and what is told."""
     rows = as_rows([row], columns, objective=objective)
-    check_shapes(rows.shapes, objective or "sft")
+    check_formats(rows.formats, objective or "sft")
     wanted = {"sft": CONVERSATIONS, "kto": JUDGED}.get(objective or "sft", PAIRS)
-    return rows.given(wanted)[0], lines_of(row, columns, objective)
+    return rows.extract(wanted)[0], lines_of(row, columns, objective)
 
 
 def lines_of(row: Any, columns: dict[str, str] | None, objective: str | None) -> Told:
@@ -202,8 +202,8 @@ def test_sets_of_preferences(name: str, objective: str | None) -> None:
     row, prompt, told = BOTH[name]
     rows = as_rows([row], objective=objective)
     answers = {"chosen": [said("b")], "rejected": [said("c")]}
-    assert rows.given(PAIRS) == [[Compared(prompt, answers)]]
-    assert [len(one.completions) for one in rows.given(JUDGED)[0]] == [1, 1]
+    assert rows.extract(PAIRS) == [[Compared(prompt, answers)]]
+    assert [len(one.completions) for one in rows.extract(JUDGED)[0]] == [1, 1]
     assert lines_of(row, None, objective) == told
     given, lines = read(row)
     assert given.messages == [*prompt, said("b")]
@@ -219,10 +219,10 @@ def test_a_set_of_judged_completions() -> None:
 
 def test_a_stream_and_prompts_take_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(ULTRA) + "\n")
-    for wanted, shape in ((PAIRS, "{prompt, chosen, rejected}"), (CONVERSATIONS, "{messages}")):
+    for wanted, shown in ((PAIRS, "{prompt, chosen, rejected}"), (CONVERSATIONS, "{messages}")):
         stream = stream_of(str(tmp_path / "a.jsonl"), wanted=wanted)
-        assert [str(found) for found in stream.shapes] == [shape]
-        assert str(read_rows(str(tmp_path / "a.jsonl"), wanted=wanted).shapes[0]) == shape
+        assert [str(found) for found in stream.formats] == [shown]
+        assert str(read_rows(str(tmp_path / "a.jsonl"), wanted=wanted).formats[0]) == shown
     assert as_prompts([SETS["text of messages"][0]]) == [{"messages": [user("a"), said("b")]}]
 
 
@@ -283,7 +283,7 @@ def test_a_turn_that_says_so_is_not_trained_on(off: dict[str, Any]) -> None:
 
 def test_such_a_turn_is_no_reference() -> None:
     rows = as_rows([{"messages": [user("a"), said("b"), user("c"), said("d") | {"weight": 0}]}])
-    [reference] = references(rows.given(CONVERSATIONS), make_tokenizer())
+    [reference] = references(rows.extract(CONVERSATIONS), make_tokenizer())
     assert reference.text == "b"
 
 

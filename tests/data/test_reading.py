@@ -17,13 +17,13 @@ import pytest
 import error_cases
 import lorafold as lf
 from error_cases import told_of as told
+from large_cases import stream_of
 from lorafold.api.arguments import as_rows
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
 from lorafold.data.row_store import SourcePart
 from lorafold.data.rows import read_rows
 from lorafold.data.sources import source_from
-from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
 
 ROW = {"prompt": "2024-01-02", "completion": "Hi"}
@@ -104,10 +104,10 @@ def test_files_of_a_directory_may_have_shapes_of_their_own(tmp_path: Path) -> No
     (path / "c.jsonl").write_text(json.dumps(CHAT) + "\n")
     rows = read_rows(f"{path}:0.5")
     assert rows.parts == (SourcePart(5, 0.5), SourcePart(1, 0.5))
-    assert [str(shape) for shape in rows.shapes] == ["{prompt, completion}", "{messages}"]
+    assert [str(form) for form in rows.formats] == ["{prompt, completion}", "{messages}"]
     (path / "d.jsonl").write_text(LINE + json.dumps(CHAT) + "\n")
     message = refusal(path)
-    assert message.startswith(f"{path / 'd.jsonl'}: row 2: shape {{messages}}, but row 1 has")
+    assert message.startswith(f"{path / 'd.jsonl'}: row 2: format {{messages}}, but row 1 has")
 
 
 def test_a_file_that_changed_at_one_size_and_time_is_read_again(tmp_path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from conversation_cases import HOW, ROME, ROWS, said, starting_points, trained_t
 from families import as_taken, names, tokenizer_of
 from lorafold.data import templates
 from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
-from lorafold.data.formats import shape_of
+from lorafold.data.formats import format_of
 from lorafold.data.render import Rendering, TrainedRenderings, render_trained
 from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
@@ -130,7 +130,7 @@ def test_what_a_family_does_with_tools_thinking_and_history(name: str) -> None:
     found, hidden = [], 0
     for kind in ("plain", "tools", "thinking", "both"):
         try:
-            shape = shape_of(ROWS[kind])
+            shape = format_of(ROWS[kind])
             assert shape is not None
             trained = render_trained(shape.conversation(ROWS[kind]), tokenizer_of(name))
         except LorafoldError:

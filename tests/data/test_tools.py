@@ -34,7 +34,7 @@ from families import as_taken, embedded, names, tokenizer_of
 from lorafold.cli import app
 from lorafold.data.calls import parse_calls
 from lorafold.data.examples import NO_LOSS, encode, encode_row
-from lorafold.data.formats import PAIRS, Compared, Conversation, shape_of
+from lorafold.data.formats import PAIRS, Compared, Conversation, format_of
 from lorafold.data.messages import normalized, tools_of
 from lorafold.data.prompts import without_reasoning
 from lorafold.data.render import render
@@ -65,10 +65,10 @@ def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def conversation(row: dict[str, Any]) -> Conversation:
-    shape = shape_of(row)
-    assert shape is not None
-    assert list(shape.problems(row)) == []
-    return shape.conversation(row)
+    row_format = format_of(row)
+    assert row_format is not None
+    assert list(row_format.problems(row)) == []
+    return row_format.conversation(row)
 
 
 @pytest.fixture
@@ -141,8 +141,8 @@ def test_sharegpt_has_calls_and_tools() -> None:
     assert roles == ["system", "user", "assistant", "tool", "assistant"]
     assert found.messages[2] == {"role": "assistant", "tool_calls": [call("f", {"a": 1})]}
     turns[1]["value"] = "f(1)"
-    assert shape_of(row) is not None
-    [problem] = list(shape_of(row).problems(row))  # type: ignore[union-attr]
+    assert format_of(row) is not None
+    [problem] = list(format_of(row).problems(row))  # type: ignore[union-attr]
     assert problem.startswith("field conversations[1].value: found no JSON (")
 
 
@@ -531,8 +531,8 @@ def test_preferences_have_one_form_and_sft_trains_on_the_chosen() -> None:
          "rejected": {"from": "gpt", "value": "Cold."}},
     ]  # fmt: skip
     for row in rows:
-        shape: Any = shape_of(row)
-        [pair] = shape.given(PAIRS, row)
+        shape: Any = format_of(row)
+        [pair] = shape.extract(PAIRS, row)
         assert pair == Compared(prompt, {"chosen": good, "rejected": bad})
         assert conversation(row) == Conversation(prompt + good, 1)
         assert "rejected is not used by --objective sft" in told_of([row])

@@ -18,7 +18,7 @@ from lorafold.errors import LorafoldError
 from lorafold.exporting.servers import ToSglang
 from lorafold.exporting.target import Subject
 from lorafold.exporting.to_mlx import keys_of, older_config
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from mixtures import mixture
 
@@ -208,7 +208,7 @@ def test_sglang_reads_back_what_is_there(llama, tmp_path):
     """A scale that is lost, a tensor too many and one that is not there are found."""
     base, saved, out = llama(lf.LoRA(rank=4))
     exported(base, saved, out, to="sglang")
-    subject, target = Subject(Base(base), (Saved.open(saved),)), ToSglang()
+    subject, target = Subject(Base(base), (SavedAdapter.open(saved),)), ToSglang()
     assert "14 modules" in target.read_back(subject, tmp_path / "out")
     file = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
     whole = tensors_in(file)

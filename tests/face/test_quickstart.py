@@ -19,7 +19,7 @@ from rich.console import Console
 from lorafold.cli.other_commands import this_command
 from lorafold.models.quantizations import Storage
 from lorafold.ops.arithmetic import multiplying
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.quickstart import story as module
 from lorafold.quickstart.story import RECIPE, Story, computing, fastest, quickstart
 from lorafold.quickstart.task import INTENTS, NUMBERS, SYSTEM, Row, Split, rows
@@ -61,7 +61,7 @@ def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.Monke
     with multiplying(widened=False):
         found = quickstart(tmp_path / "out", console, device="cpu")
     assert found.base == "bf16"
-    assert Saved.open(found.adapter).record["recipe"]["storage"] == "bf16"
+    assert SavedAdapter.open(found.adapter).record["recipe"]["storage"] == "bf16"
     text = console.file.getvalue()  # type: ignore[attr-defined]
     first, second, third, *_ = text.splitlines()
     assert first.startswith(f"processor: {processor_name()}, ")

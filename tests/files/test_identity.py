@@ -14,7 +14,7 @@ from lorafold.files import contents
 from lorafold.files.atomic import sha256
 from lorafold.identity import joined, of_adapter, of_code, of_model
 from lorafold.models.sources import ModelSource
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_an_adapter_is_another_with_another_word_and_a_stack_with_another_order(
     (two / "chat_template.jinja").write_text("{{ messages }}")
     assert of_adapter(one) != of_adapter(two)
     assert of_adapter(one, words=False) == of_adapter(two, words=False)
-    assert of_adapter(Saved.open(two)) == of_adapter(two)
+    assert of_adapter(SavedAdapter.open(two)) == of_adapter(two)
     first, second = of_adapter(one), of_adapter(two)
     assert joined(["base", first, second]) != joined(["base", second, first])
     assert joined(["base", first]) != joined(["other", first])

@@ -29,7 +29,7 @@ from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.models.weights import read_tensors
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
 OPAQUE = ("houlsby", "pfeiffer", "prompt", "prefix")
@@ -242,7 +242,7 @@ def test_another_format_is_a_writer(tiny_model_dir, tmp_path):
                 found[name] = read_tensors(entry.file, [name])[name] if own is None else own
                 written(name, entry.size)
 
-    planned = plan(Base(base), [Saved.open(adapter)])
+    planned = plan(Base(base), [SavedAdapter.open(adapter)])
     folded = execute(planned, write, progress=lambda done, total: sizes.append((done, total)))
     merge(str(base), adapter, tmp_path / "merged", certificate=False)
     expected = tensors_of(tmp_path / "merged")

@@ -32,7 +32,7 @@ from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
 from lorafold.models.weight_conversion import Conversion, OnDemand, SourceTensor
 from lorafold.models.weights import read_container, write_container
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 
@@ -276,7 +276,7 @@ def test_the_original_weights_have_the_model_s_names(kind, moe) -> None:
         assert weights.is_floating(name)
         assert torch.equal(weights.get(name), loaded[name])
         where = torch.stack([torch.randint(n, (9,)) for n in loaded[name].shape], 1)
-        assert torch.equal(weights.at(name, where), loaded[name][where.unbind(1)])
+        assert torch.equal(weights.elements(name, where), loaded[name][where.unbind(1)])
 
 
 def on_demand(base: Path) -> Iterator[tuple[str, OnDemand, torch.Tensor]]:
@@ -332,7 +332,7 @@ def test_experts_of_several_dtypes_are_refused(moe, tmp_path) -> None:
     adapted(base, tmp_path / "a")
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     change(base, lambda t: t.update({name: t[name].bfloat16()}), MODEL)
-    asked, saved = Base(base, allow_other_base=True), Saved.open(tmp_path / "a")
+    asked, saved = Base(base, allow_other_base=True), SavedAdapter.open(tmp_path / "a")
     with pytest.raises(NotMergeable, match="stored as BF16 and F32"):
         plan(asked, [saved])
 

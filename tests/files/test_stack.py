@@ -19,7 +19,7 @@ from lorafold.core.attach import selection_of
 from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
-from lorafold.peft.adapter_directory import Saved, open_all
+from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.provenance import parse_over
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
@@ -96,11 +96,11 @@ METHODS = ("lora", "dora", "ia3", "loha")
 
 def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(base, sft: Path, tmp_path) -> None:
     before = files(sft)
-    [below] = Saved.open(trained(base, tmp_path / "dpo", (sft,))).record["over"]
+    [below] = SavedAdapter.open(trained(base, tmp_path / "dpo", (sft,))).record["over"]
     assert files(sft) == before
     assert below["adapter"] == str(sft)
     assert len(below["sha256"]) == 64
-    assert "over" not in Saved.open(sft).record
+    assert "over" not in SavedAdapter.open(sft).record
 
 
 def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(base, sft, tmp_path) -> None:
@@ -171,14 +171,14 @@ def test_in_memory_an_adapter_knows_those_that_were_active(base, sft: Path, tmp_
     new = lf.attach(model, lf.LoRA(rank=2), name="new")
     above = lf.attach(model, lf.LoRA(rank=2), name="above")
     first = above.save(tmp_path / "first")
-    assert [entry["adapter"] for entry in Saved.open(first).record["over"]] == [str(sft)]
+    assert [entry["adapter"] for entry in SavedAdapter.open(first).record["over"]] == [str(sft)]
     new.save(tmp_path / "new")
     second = above.save(tmp_path / "second")
     over = [str(sft), str(tmp_path / "new")]
-    assert [entry["adapter"] for entry in Saved.open(second).record["over"]] == over
+    assert [entry["adapter"] for entry in SavedAdapter.open(second).record["over"]] == over
     model = stacked(base, sft, tmp_path / "new")
     again = lf.load(model, second, "again").save(tmp_path / "again")
-    assert Saved.open(again).record["over"] == Saved.open(second).record["over"]
+    assert SavedAdapter.open(again).record["over"] == SavedAdapter.open(second).record["over"]
 
 
 def test_what_is_merged_is_part_of_the_base(base: Path, sft: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_what_is_merged_is_part_of_the_base(base: Path, sft: Path, tmp_path: Pat
     below = lf.load(model, sft, "sft")
     above = lf.attach(model, lf.LoRA(rank=2), name="above")
     below.merge()
-    assert "over" not in Saved.open(above.save(tmp_path / "above")).record
+    assert "over" not in SavedAdapter.open(above.save(tmp_path / "above")).record
 
 
 def test_peft_reads_a_stack_of_lora(base: Path, sft: Path, dpo: Path) -> None:
@@ -201,7 +201,7 @@ def test_an_adapter_of_peft_can_be_below(base: Path, sft: Path, tmp_path: Path) 
     theirs = PeftModel.from_pretrained(fresh_model(base), sft)
     theirs.save_pretrained(tmp_path / "peft")
     over = trained(base, tmp_path / "over", (tmp_path / "peft",))
-    assert len(Saved.open(over).record["over"]) == 1
+    assert len(SavedAdapter.open(over).record["over"]) == 1
     stacked(base, tmp_path / "peft", over)
 
 
@@ -286,7 +286,8 @@ def test_what_training_over_refuses(base: Path, sft: Path, dpo: Path, tmp_path: 
 
 def test_an_adapter_over_others_is_trained_further(base, sft: Path, dpo: Path, tmp_path) -> None:
     trained(base, tmp_path / "more", (sft,), steps=2, init_adapter=dpo)
-    assert Saved.open(tmp_path / "more").record["over"] == Saved.open(dpo).record["over"]
+    more, first = SavedAdapter.open(tmp_path / "more"), SavedAdapter.open(dpo)
+    assert more.record["over"] == first.record["over"]
     assert not torch.equal(*(next(iter(weights(p).values())) for p in (dpo, tmp_path / "more")))
 
 
@@ -298,7 +299,7 @@ def test_a_quantized_base_is_that_of_the_ones_below(tiny_model_dir, tmp_path: Pa
     given = asked.recipe.model_dump(exclude_unset=True)
     del given["storage"]
     run.train(replace(asked, recipe=Recipe(**given)), quiet())
-    assert Saved.open(tmp_path / "second").record["recipe"]["storage"] == "nf4"
+    assert SavedAdapter.open(tmp_path / "second").record["recipe"]["storage"] == "nf4"
     merged = lf.merge(base, [first, tmp_path / "second"], tmp_path / "merged", device="cpu")
     assert str(merged.into) == "the nf4 weights that the adapter was trained on, dequantized"
     assert merged.gap.max_logit_gap < 0.05
@@ -307,9 +308,9 @@ def test_a_quantized_base_is_that_of_the_ones_below(tiny_model_dir, tmp_path: Pa
 
 def test_new_tokens_below_are_known_above(base: Path, worded, tmp_path: Path) -> None:
     first, second = worded
-    assert not Saved.open(second).own_tokenizer
+    assert not SavedAdapter.open(second).own_tokenizer
     model = stacked(base, first, second)
-    assert logits(model).shape[-1] == Saved.open(first).record["vocabulary"]
+    assert logits(model).shape[-1] == SavedAdapter.open(first).record["vocabulary"]
     lf.merge(base, [first, second], tmp_path / "merged")
     merged = load_model(tmp_path / "merged", torch.float32)
     torch.testing.assert_close(logits(merged), logits(model))
@@ -320,7 +321,7 @@ def test_new_tokens_above_new_tokens(base: Path, tmp_path: Path) -> None:
     first = trained(base, tmp_path / "first", new_tokens=["<a>"])
     second = trained(base, tmp_path / "second", (first,), new_tokens=["<a>", "<b>"])
     tokenizer = Base(base).tokenizer(open_all([first, second]))
-    size = Saved.open(second).record["vocabulary"]
+    size = SavedAdapter.open(second).record["vocabulary"]
     assert set(tokenizer.convert_tokens_to_ids(["<a>", "<b>"])) == {size - 2, size - 1}
     assert logits(stacked(base, first, second)).shape[-1] == size
 
@@ -342,7 +343,7 @@ def test_the_engine_serves_a_stack_under_one_name(base, sft: Path, dpo: Path, tm
     assert alone(model, lora, {"dpo": dpo}) == expected
     # also where both were moved together, but not where the one below is missing
     moved = shutil.copytree(dpo, tmp_path / "dpo")
-    [below] = Saved.open(moved).record["over"]
+    [below] = SavedAdapter.open(moved).record["over"]
     configure(moved, "lorafold.json", over=[below | {"adapter": "gone/sft"}])
     with pytest.raises(LorafoldError, match=f"over gone/sft .* found in {tmp_path / 'sft'}; put"):
         alone(model, lora, {"dpo": moved})
@@ -377,7 +378,7 @@ def test_the_engine_refuses_rows_of_tokens_in_a_stack(base: Path, worded) -> Non
 def test_composing_a_whole_stack_gives_what_the_stack_computes(base, sft, dpo, tmp_path) -> None:
     lf.compose([sft, dpo], tmp_path / "both", model=base, how="linear", weights=[1, 1])
     both = tmp_path / "both"
-    assert "over" not in Saved.open(both).record
+    assert "over" not in SavedAdapter.open(both).record
     torch.testing.assert_close(logits(stacked(base, both)), logits(stacked(base, sft, dpo)))
     with pytest.raises(LorafoldError, match=f"--adapter {sft} --adapter {dpo}"):
         lf.compose([dpo], tmp_path / "alone", model=base)
@@ -449,7 +450,7 @@ def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     assert resized.returncode == 0
     figures = json.loads(resized.stdout.splitlines()[-1])
     assert figures["loss_after"] == pytest.approx(figures["loss_before"], rel=1e-3)
-    assert Saved.open(small).record["over"] == Saved.open(b).record["over"]
+    assert SavedAdapter.open(small).record["over"] == SavedAdapter.open(b).record["over"]
     assert lorafold("train", *recipe, "--over", a, "--out", b, "--preview").returncode == 0
     assert lorafold("train", *recipe, "--over", a, "--out", a, "--overwrite").returncode == 2
 
@@ -457,7 +458,7 @@ def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
 def test_a_server_reads_what_is_below_from_its_own_directory_only(base, sft, dpo, tmp_path) -> None:
     adapters = tmp_path / "adapters"
     shutil.copytree(dpo, adapters / "dpo")
-    (origin,) = parse_over(Saved.open(dpo).record)
+    (origin,) = parse_over(SavedAdapter.open(dpo).record)
 
     def below() -> Path:
         return Directory(adapters).below(origin, adapters / "dpo")

@@ -270,13 +270,14 @@ def test_module_to_save_without_a_name_in_peft(tmp_path: Path) -> None:
 def test_fingerprint_of_a_model_and_of_its_files(tiny_model: Model, tiny_model_dir) -> None:
     for kind in ("llama", "gpt2", "gemma", "qwen2"):
         model, files = tiny_model(kind), FileWeights(model_files(tiny_model_dir(kind)))
-        of_model, of_files = fingerprint.of_model(model), fingerprint.of_files(tiny_model_dir(kind))
+        of_model = fingerprint.of_model(model)
+        in_files = fingerprint.of(files)
         assert 10 < len(of_model) <= fingerprint.TENSORS
-        shared = of_model.keys() & of_files.keys()
-        assert {k: of_model[k] for k in shared} == {k: of_files[k] for k in shared}
+        shared = of_model.keys() & in_files.keys()
+        assert {k: of_model[k] for k in shared} == {k: in_files[k] for k in shared}
         # tied weights are in the one and absent in the other
         halves = [tiny_model(kind).to(dtype) for dtype in (torch.bfloat16, torch.float16)]
-        for known in (of_model, of_files, *map(fingerprint.of_model, halves)):
+        for known in (of_model, in_files, *map(fingerprint.of_model, halves)):
             for weights in (files, *map(InMemory.of_model, (model, *halves))):
                 assert fingerprint.differences(known, weights) == []
 
@@ -288,7 +289,7 @@ def test_fingerprint_under_the_body_s_own_names(tiny_model, tiny_model_dir, tmp_
     body = FileWeights(model_files(tmp_path / "body"))
     assert "wte.weight" in body.names
     assert fingerprint.differences(fingerprint.of_model(model), body) == []
-    in_files = fingerprint.of_files(tmp_path / "body")
+    in_files = fingerprint.of(FileWeights(model_files(tmp_path / "body")))
     assert fingerprint.differences(in_files, InMemory.of_model(model)) == []
     assert fingerprint.differences(fingerprint.of_model(tiny_model("llama")), body) != []
 

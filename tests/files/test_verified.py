@@ -26,12 +26,11 @@ from lorafold.files.atomic import MANIFEST, verify
 from lorafold.files.paths import cache_directory
 from lorafold.inspecting.resize import extract
 from lorafold.inspecting.spectra import cached_svd
-from lorafold.models import fingerprint
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.peft.adapter_directory import FILES, Saved, open_all
+from lorafold.peft.adapter_directory import FILES, SavedAdapter, open_all
 from lorafold.resolve import Base
 from lorafold.resolve.base import known_classes
 from lorafold.training.checkpoint import RunDirectory
@@ -182,10 +181,10 @@ def test_an_adapter_is_opened_once(verb: str, base, adapter, tmp_path: Path, mon
 def test_what_is_gone_is_not_overlooked(base: Path, adapter: Path) -> None:
     """Without its record an adapter fits every base, without its tokenizer it speaks another."""
     (adapter / "tokenizer_config.json").unlink()
-    told = refusal(Base(base).tokenizer, [Saved.open(adapter)])
+    told = refusal(Base(base).tokenizer, [SavedAdapter.open(adapter)])
     assert "tokenizer_config.json: missing" in told
     (adapter / "lorafold.json").unlink()
-    assert "lorafold.json: missing" in refusal(Saved.open, adapter)
+    assert "lorafold.json: missing" in refusal(SavedAdapter.open, adapter)
     assert "lorafold.json: missing" in refusal(lf.load, load_model(base, torch.float32), adapter)
 
 
@@ -202,7 +201,6 @@ def test_a_bit_of_a_merged_model(file: str, base, merged, adapter, tmp_path: Pat
     flip(shard, 1)
     for storage in (torch.float32, Storage(torch.float32, "nf4")):
         assert says_damaged(refusal(load_model, merged, storage), shard.name)
-    assert says_damaged(refusal(fingerprint.of_files, merged), shard.name)
     assert says_damaged(refusal(merge, str(merged), [adapter], tmp_path / "out"), shard.name)
     pair = Base(base), Base(merged)
     assert says_damaged(refusal(extract, *pair, tmp_path / "out", rank=2), shard.name)
@@ -249,7 +247,7 @@ def test_what_is_not_read_does_not_matter(base: Path, adapter: Path, merged: Pat
         (path / "README.md").write_text("# My own words\n")
         (path / "notes.txt").write_text("added")
     lf.load(load_model(base, torch.float32), adapter)
-    Base(base).tokenizer([Saved.open(adapter)])
+    Base(base).tokenizer([SavedAdapter.open(adapter)])
     load_model(merged, torch.float32)
     load_tokenizer(merged)
     # nor do the tokenizer's files where the weights are read, and the other way round
@@ -266,7 +264,7 @@ def test_without_a_manifest_of_ours_all_is_as_ever(manifest, base, adapter, tiny
     if manifest is not None:
         (adapter / MANIFEST).write_text(manifest)
     assert lf.load(tiny_model("llama"), adapter).spec.alpha == 1
-    Base(base).tokenizer([Saved.open(adapter)])
+    Base(base).tokenizer([SavedAdapter.open(adapter)])
 
 
 @pytest.mark.parametrize(

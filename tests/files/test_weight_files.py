@@ -21,11 +21,16 @@ from lorafold.errors import LorafoldError
 from lorafold.files.safetensors_header import SIZES
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.classifier import load_classifier
-from lorafold.models.fingerprint import of_files
+from lorafold.models.fingerprint import of
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
-from lorafold.models.weights import DTYPES, InMemory
+from lorafold.models.weights import DTYPES, FileWeights, InMemory, model_files
+
+
+def of_files(path: Path) -> Any:
+    return of(FileWeights(model_files(path)))
+
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "plain": lambda path: load_model(path, torch.float32),

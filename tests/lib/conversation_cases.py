@@ -98,5 +98,5 @@ def jsonl(path: Path, *rows: Any) -> str:
 
 def prompts(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[str, str]]:
     """(prompt ready for generation, reference completion) of each row."""
-    given = Rows.of(rows).given(CONVERSATIONS)
+    given = Rows.of(rows).extract(CONVERSATIONS)
     return [(found.prompt, found.text) for found in references(given, tokenizer)]

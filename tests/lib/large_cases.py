@@ -6,6 +6,8 @@ from pathlib import Path
 import lorafold as lf
 from lorafold.data import row_store
 from lorafold.data import rows as reading
+from lorafold.data.sources import source_from
+from lorafold.data.stream import RowStream
 
 N = 2100  # three batches
 
@@ -13,6 +15,13 @@ N = 2100  # three batches
 def lowered() -> None:
     """Let data of 100 kB be large, in this process."""
     row_store.LARGE = reading.LARGE = 100_000
+
+
+def stream_of(*sources: object, wanted: str = "") -> RowStream:
+    """The stream of one or several sources, whose first rows are checked."""
+    stream = RowStream(tuple(source_from(str(source)) for source in sources), {}, wanted)
+    stream.remarks()
+    return stream
 
 
 def row(n: int) -> dict:

@@ -54,9 +54,9 @@ def test_rows_of_another_weight_are_measured_anew(tiny_model_dir) -> None:
 def test_rows_reach_the_process_that_measures() -> None:
     """Also once their shapes are known, as those of held-out rows from a file are."""
     rows = as_rows(ROWS)
-    assert rows.shapes
+    assert rows.formats
     again = pickle.loads(pickle.dumps(rows))
-    assert (again, again.shapes, again.sha256) == (rows, rows.shapes, rows.sha256)
+    assert (again, again.shapes, again.sha256) == (rows, rows.formats, rows.sha256)
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_prompts_need_no_completion_and_keep_the_one_they_have(model_dir) -> Non
     [
         ([{"prompt": "a"}, {"prompt": 3}], "row 2: field prompt: found 3, expected text"),
         ([{"prompt": "a"}, {"text": "b"}], "row 2: keys found: 'text'; expected one of"),
-        ([{"prompt": "a"}, {"prompt": "a", "completion": "b"}], "row 2: shape {prompt, completi"),
+        ([{"prompt": "a"}, {"prompt": "a", "completion": "b"}], "row 2: format {prompt, complet"),
         ([], "no rows found, expected at least one"),
     ],
 )

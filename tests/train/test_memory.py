@@ -32,7 +32,7 @@ from lorafold.memory.measure import allocated, peak_of
 from lorafold.memory.preflight import documents, largest_batch
 from lorafold.memory.presets import llama, setting_of
 from lorafold.memory.result import verdict
-from lorafold.memory.trace import Setting, nothing, trace
+from lorafold.memory.trace import Setting, trace
 from lorafold.methods import make_spec
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import head_paths
@@ -206,7 +206,7 @@ def alone() -> dict[str, int]:
     ),
 )
 def test_over_frozen_adapters(below: str, checkpointing: bool) -> None:
-    over = replace(LORA, below=((make_spec(below), nothing),) * 2, checkpointing=checkpointing)
+    over = replace(LORA, below=((make_spec(below)),) * 2, checkpointing=checkpointing)
     found = close(LLAMA, over)
     assert found["weights"] > alone()["weights"]
     assert found["optimizer"] == alone()["optimizer"]

@@ -27,7 +27,7 @@ from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, load_tokenizer, set_template, tokenizer_of
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.preview import show
@@ -157,7 +157,7 @@ def test_a_template_alone_travels_with_the_adapter(tiny_model_dir, template, tmp
     assert tokenizer_of(source, [tmp_path / "a"]).chat_template == TEMPLATE
     trained(tiny_model_dir("llama"), tmp_path / "b", new_tokens=())
     assert not (tmp_path / "b" / "tokenizer.json").exists()
-    found = Base(tiny_model_dir("llama")).tokenizer([Saved.open(tmp_path / "b")])
+    found = Base(tiny_model_dir("llama")).tokenizer([SavedAdapter.open(tmp_path / "b")])
     assert found.chat_template == load_tokenizer(source).chat_template
 
 

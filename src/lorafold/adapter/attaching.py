@@ -45,7 +45,7 @@ from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import new_heads
 from lorafold.models.sources import name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
-from lorafold.peft.adapter_directory import AdapterConfig, Saved
+from lorafold.peft.adapter_directory import AdapterConfig, SavedAdapter
 from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, mismatch, same_adapters
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def attach(
 
 
 def load(
-    model: nn.Module, path: str | Path | Saved, name: str = "default",
+    model: nn.Module, path: str | Path | SavedAdapter, name: str = "default",
     *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
     """Attach a saved adapter to a model, as `lf.load` does on a loaded one. LorafoldError lists
@@ -109,7 +109,7 @@ def load(
 
 def load_all(
     model: nn.Module,
-    adapters: Sequence[Saved],
+    adapters: Sequence[SavedAdapter],
     name: str,
     *,
     allow_other_base: bool = False,
@@ -216,7 +216,7 @@ def build(
 
 def read(
     model: nn.Module,
-    path: str | Path | Contents | Saved,
+    path: str | Path | Contents | SavedAdapter,
     *,
     allow_other_base: bool = False,
     base: Weights | None = None,
@@ -226,7 +226,7 @@ def read(
     over (None: the model's active ones).
     """
     keep_scale(model)
-    saved = (path if isinstance(path, Saved) else Saved.open(path)).within(model)
+    saved = (path if isinstance(path, SavedAdapter) else SavedAdapter.open(path)).within(model)
     if saved.over:  # one of those replaces the head that was drawn for this model
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
     base, problems = base or InMemory.of_model(model), []
@@ -263,7 +263,7 @@ def read(
     return replace(built, over=over, files=files, base_identity=trained_on, other_base=other_base)
 
 
-def _refused(saved: Saved, model: nn.Module, reason: str) -> LorafoldError:
+def _refused(saved: SavedAdapter, model: nn.Module, reason: str) -> LorafoldError:
     """The error for an adapter that does not fit a model; its path is cut if the base differs."""
     path, hint = str(saved), saved.own_base.hint(name_of_base(model))
     if reason.startswith(OTHER):

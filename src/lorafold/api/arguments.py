@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
 from lorafold.data.formats import PAIRS
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import check_rows, read_rows, renamed
+from lorafold.data.rows import check_rows, checked, read_rows, renamed
 from lorafold.data.sources import Row, source_from
 from lorafold.errors import LorafoldError, cut
 from lorafold.files.terminal import print_lines
-from lorafold.objectives import DEFAULT, OBJECTIVES, named
+from lorafold.objectives import DEFAULT, OBJECTIVES
 from lorafold.recipe.parsing import check_trackers
 from lorafold.rewards.reward import check_there
 
@@ -52,10 +52,10 @@ def as_rows(
     messages = [*(_dropped(columns) if columns else ()), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if declared is not None:
-        messages += declared.told(rows.shapes)
+        messages += declared.notices(rows.formats)
         ignored = [] if declared.draws else [key for key in ignored if key not in declared.keys]
     if ignored:
-        messages.insert(0, f"{_ignored(ignored)} (rows of {rows.shapes[0]})")
+        messages.insert(0, f"{_ignored(ignored)} (rows of {rows.formats[0]})")
     for text in messages:
         print_lines(console, f"{source}: {text}")
     return rows
@@ -67,7 +67,7 @@ def with_rewards(
     """The recipe with the rewards that are names, and the rewards that are functions."""
     given = as_rewards(rewards)
     if given and not OBJECTIVES[recipe.objective].draws:
-        sampling = named(name for name, one in OBJECTIVES.items() if one.draws)
+        sampling = " or ".join(name for name, one in OBJECTIVES.items() if one.draws)
         raise LorafoldError(
             f"rewards: the objective {recipe.objective} takes none; expected {sampling}"
         )
@@ -93,27 +93,34 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
 
 def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     """Prompts after checks; their rows need no completion."""
-    from lorafold.data.prompts import read_prompts  # and with it transformers
+    from lorafold.data.prompts import PROMPT_FORMATS  # and with it transformers
 
+    each: list[tuple[Iterable[tuple[int, Any]], str]]
     if (sources := sources_in(data)) is None:
-        return read_prompts(enumerate(cast(Sequence[Row], data), 1), columns or {}, source_of(data))
-    files = [file for source in map(source_from, sources) for file in source.files]
-    return [r for f in files for r in read_prompts(f.numbered(), columns or {}, f.name)]
+        each = [(enumerate(cast(Sequence[Row], data), 1), source_of(data))]
+    else:
+        files = [file for source in map(source_from, sources) for file in source.files]
+        each = [(file.numbered(), file.name) for file in files]
+    return [
+        row
+        for numbered, name in each
+        for *_, row in checked(renamed(numbered, columns or {}), name, formats=PROMPT_FORMATS)
+    ]
 
 
 def as_stream(
     data: Data, columns: ColumnNames | None, console: Console | None, objective: str
 ) -> RowStream:
     """The stream of the rows for a recipe with `streaming`."""
-    from lorafold.data.stream import stream_of
+    from lorafold.data.stream import RowStream
 
     if (sources := sources_in(data)) is None:
         raise LorafoldError("streaming: found rows given in Python, expected the name of a source")
     declared = OBJECTIVES[objective]
-    stream = stream_of(sources, columns, declared.takes)
+    stream = RowStream(tuple(map(source_from, sources)), columns or {}, declared.takes)
     remarks = stream.remarks()
     messages = [source.described() for source in stream.sources if source.several]
-    messages += [*_dropped(columns), *declared.told(stream.shapes)]
+    messages += [*_dropped(columns), *declared.notices(stream.formats)]
     messages += [f"the first rows: {text}" for text in remarks.lines]
     if remarks.ignored:
         messages.append(_ignored([*remarks.ignored]))

@@ -10,7 +10,7 @@ from lorafold.rewards.reward import FORMS
 
 if TYPE_CHECKING:
     from lorafold.evaluation import Evaluation, RewardEvaluation
-    from lorafold.peft.adapter_directory import Saved
+    from lorafold.peft.adapter_directory import SavedAdapter
     from lorafold.training_step.preference_algorithms import Law
 
 SAMPLING = next(name for name, one in OBJECTIVES.items() if one.draws)  # any of them will do
@@ -83,7 +83,7 @@ def evaluate(
         lorafold eval demo/adapter --data demo/test.jsonl --reward "regex:^\\{"
     """
     from lorafold.api.arguments import as_rewards, as_rows, missing
-    from lorafold.data.formats import LABELS, PROMPT_ALONE, PROMPTS
+    from lorafold.data.formats import LABELS, PROMPT_ONLY, PROMPTS
 
     if data is None:
         raise missing("data")
@@ -99,17 +99,17 @@ def evaluate(
     if rewards and not completions:
         raise LorafoldError("completions: found False, expected True, as rewards judge them")
     rows = as_rows(data, columns, console, objective=SAMPLING if rewards else None)
-    wrong = [one for one in rows.shapes if one is None or PROMPTS not in one.gives]
+    wrong = [one for one in rows.formats if one is None or PROMPTS not in one.provides]
     if rewards and wrong:
         raise LorafoldError(
             f"data: found rows of {wrong[0]}, expected rows with a prompt for rewards, such as"
-            f" {PROMPT_ALONE} with or without a completion"
+            f" {PROMPT_ONLY} with or without a completion"
         )
     from lorafold import evaluation
     from lorafold.api.loaded_model import length_for, load_with_adapters, model_with
 
     base, saved = model_with(model, adapters, console, **opening)
-    labels = rows.give(LABELS) and not rewards
+    labels = rows.provides(LABELS) and not rewards
     length = length_for(base, max_length, saved, console, head=labels)
     if rewards:
         from lorafold.objectives.options import SamplingOptions
@@ -127,7 +127,7 @@ def evaluate(
     return evaluation.evaluate(loaded, tokenizer, rows, length, measured, console)
 
 
-def law_of_adapters(adapters: Sequence["Saved"]) -> "Law":
+def law_of_adapters(adapters: Sequence["SavedAdapter"]) -> "Law":
     """The preference algorithm of the last adapter, or DPO if it was trained otherwise."""
     from lorafold.objectives.options import law_of
     from lorafold.training_step.preference_algorithms import Dpo

@@ -68,7 +68,7 @@ def inspect(
     from lorafold.inspecting.paths import measured_paths
     from lorafold.inspecting.report import page
     from lorafold.inspecting.summary import of_paths
-    from lorafold.peft.adapter_directory import Saved, open_all
+    from lorafold.peft.adapter_directory import SavedAdapter, open_all
     from lorafold.resolve import base_for
 
     place, console, below = as_page(html), or_quiet(console), as_paths(over)
@@ -79,7 +79,7 @@ def inspect(
         )
     examples = None if data is None else as_rows(data, None, console)[:rows]
     stack = open_all([*below, as_path(adapter, "adapter")])
-    other = None if against is None else Saved.open(against)
+    other = None if against is None else SavedAdapter.open(against)
     base = base_for(model, stack if other is None else (*stack, other), console, **opening)
     length = 0 if examples is None else length_for(base, max_length, stack, console)
     with console.status("sites") as status:

@@ -14,7 +14,7 @@ from lorafold.adapter import load as load_on
 from lorafold.api.arguments import missing
 from lorafold.api.options import checked
 from lorafold.models.weights import Weights
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base, base_for
 from lorafold.resolve.base import check_language_model
 
@@ -51,7 +51,7 @@ def load_model(
 
 def load(
     model: nn.Module | str | Path | None = None,
-    path: str | Path | Saved | None = None,
+    path: str | Path | SavedAdapter | None = None,
     name: str = "default",
     *,
     allow_other_base: bool = False,
@@ -81,7 +81,8 @@ def load(
     if path is None:
         raise missing("path")
     if not isinstance(model, nn.Module):
-        path = path if isinstance(path, Saved) else Saved.open(Path(path).expanduser())
+        if not isinstance(path, SavedAdapter):
+            path = SavedAdapter.open(Path(path).expanduser())
         found = base_for(model, [path], allow_other_base=allow_other_base)
         check_language_model(found, [path])
         found = found.stored_as_trained([path])

@@ -19,10 +19,10 @@ from lorafold.objectives.classify import Classify
 from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
-from lorafold.peft.adapter_directory import Saved, open_all
+from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.recipe.fitting import fitted_length
 from lorafold.resolve import Base, base_for
-from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
+from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, known_classes, model_kind
 from lorafold.training_step.preference_algorithms import BradleyTerry
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class LoadedModel:
 
 def base_with(
     model: str | Path | ModelSource | None, adapters: Paths, console: Console | None, **how: Any
-) -> tuple[Base, tuple[Saved, ...]]:
+) -> tuple[Base, tuple[SavedAdapter, ...]]:
     """The base model as `base_for` finds it, and the saved adapters, opened but not loaded."""
     saved = open_all(as_paths(adapters))
     return base_for(model, saved, console, **how), saved
@@ -51,7 +51,7 @@ def model_with(
     adapters: Paths,
     console: Console | None = None,
     **how: Any,
-) -> tuple[Base | LoadedModel, tuple[Saved, ...]]:
+) -> tuple[Base | LoadedModel, tuple[SavedAdapter, ...]]:
     """As `base_with`, but the model may be loaded. LorafoldError for arguments, `how` among them,
     that have no effect on a loaded model.
     """
@@ -71,7 +71,7 @@ def model_with(
 
 def load_with_adapters(
     model: Base | LoadedModel,
-    adapters: Sequence[Saved] = (),
+    adapters: Sequence[SavedAdapter] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     classify: bool = False,
@@ -88,7 +88,7 @@ def load_with_adapters(
         tokenizer = tokenizer or load_tokenizer(str(loaded.name_or_path), None, trusted)
         return loaded, tokenizer if classify else prepared(tokenizer, Sft(), console)
     tokenizer = tokenizer or model.tokenizer(adapters)
-    kind, classes = kind_of(model, adapters), known_classes(model, adapters)
+    kind, classes = model_kind(model, adapters), known_classes(model, adapters)
     wanted = "a classifier" if classify else REWARD_MODEL if reward else LANGUAGE_MODEL
     if wanted != ("a classifier" if classes else kind):
         found = f"no {wanted.removeprefix('a ')}" if kind == LANGUAGE_MODEL else kind
@@ -114,7 +114,7 @@ def load_with_adapters(
 def length_for(
     model: Base | LoadedModel,
     asked: int | None,
-    adapters: Sequence[Saved],
+    adapters: Sequence[SavedAdapter],
     console: Console | None,
     *,
     head: bool = False,

@@ -225,7 +225,7 @@ def verb(function: Verb) -> Verb:
 
 
 def rows(text: str, weighted: bool = False) -> str:
-    """The help of rows that have the shapes in `text`."""
+    """The help of rows that have the formats in `text`."""
     share = " FILE:0.3 uses 30% of its rows in each epoch." if weighted else ""
     return (
         "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory, a"

@@ -53,7 +53,7 @@ def resize(
     from lorafold.api.loaded_model import length_for, load_with_adapters
     from lorafold.inspecting import resize as best
     from lorafold.inspecting.paths import losses_of
-    from lorafold.peft.adapter_directory import Saved, open_all
+    from lorafold.peft.adapter_directory import SavedAdapter, open_all
     from lorafold.resolve import base_for
 
     best.check_request(rank, energy)  # before any rows are read
@@ -65,7 +65,7 @@ def resize(
     if rows is None:
         return result
     # reading them has already checked the base and the base adapters
-    base, both = replace(base, allow_other_base=True), (*stack, Saved.open(out))
+    base, both = replace(base, allow_other_base=True), (*stack, SavedAdapter.open(out))
     loaded, tokenizer = load_with_adapters(base, both, console=console)
     return replace(result, losses=losses_of(loaded, tokenizer, rows, length, len(stack) - 1))
 

@@ -10,7 +10,7 @@ from lorafold.api.options import ColumnNames, Data
 from lorafold.data.batches import split
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
-from lorafold.objectives import OBJECTIVES, named
+from lorafold.objectives import OBJECTIVES
 from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.recipe.recipe import Recipe
 
@@ -35,7 +35,7 @@ def train_and_test(
     if recipe.objective not in fitting:
         raise LorafoldError(
             f"objective: found {recipe.objective}, expected one whose figures are compared:"
-            f" {named(fitting)}"
+            f" {' or '.join(fitting)}"
         )
     if recipe.streaming:
         raise LorafoldError("streaming: is for lorafold train; here all rows must fit in memory")

@@ -36,7 +36,7 @@ from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
 from lorafold.layers import parameter_count
 from lorafold.methods import known_options
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fields import OF_METHOD, OF_TRAINING
 from lorafold.recipe.fitting import fitting, settled_base, spec_of
@@ -365,7 +365,7 @@ class Models:
     def __init__(self, request: RunRequest, bare: Base) -> None:
         self.objective, self.seed = objective_of(request), request.recipe.seed
         self.bare, self.whole = bare, replace(bare, model=request.out, revision=None)
-        self.saved = Saved.open(request.out) if (request.out / CONFIG).is_file() else None
+        self.saved = SavedAdapter.open(request.out) if (request.out / CONFIG).is_file() else None
         if not request.out.exists():
             tokenizer, _ = tokenizer_for(request, self.objective, Console(quiet=True))
         else:

@@ -36,7 +36,7 @@ from lorafold.errors import Interrupted
 from lorafold.evaluation import held_out_loss
 from lorafold.inspecting.updates import lora_of
 from lorafold.methods.parts.mixture import Gating, Mixture
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.training import run
 from lorafold.training_step.losses import CompletionLoss
@@ -91,7 +91,7 @@ def mixture(job: Job, out: Path) -> Composed:
             raise Interrupted(
                 "stopped during the training of the gates; nothing was written", stop.code
             ) from None
-        saved = Saved.open(trained)
+        saved = SavedAdapter.open(trained)
         # the fingerprints of its parts were checked when they were read
         adapter = load(job.updates.model, saved, "mixture", allow_other_base=True)
         weights = tuple(next(adapter.parameters()).tolist()) if request.gates == "global" else None

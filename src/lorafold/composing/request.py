@@ -16,7 +16,7 @@ from lorafold.files.model_card import training_card
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.methods.parts.mixture import Gating
 from lorafold.models.architecture import opened_by_name
-from lorafold.peft.adapter_directory import Saved, trained_on
+from lorafold.peft.adapter_directory import SavedAdapter, trained_on
 from lorafold.peft.form import form_of
 from lorafold.peft.provenance import BASE_IDENTITY, TrainedOn
 from lorafold.recipe.recipe import Recipe
@@ -37,7 +37,7 @@ class ComposeRequest:
     """
 
     base: Base
-    adapters: tuple[Saved, ...]
+    adapters: tuple[SavedAdapter, ...]
     ways: tuple[str, ...]
     out: Path
     weights: tuple[float, ...] = ()

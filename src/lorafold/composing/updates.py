@@ -45,7 +45,7 @@ from lorafold.errors import LorafoldError, as_one
 from lorafold.inspecting.updates import Factors, matrix_names, stacked, unstacked
 from lorafold.layers import layer_of
 from lorafold.ops.svd import best_of_rank, svd_of_product
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
 Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
@@ -103,7 +103,7 @@ class Updates:
         return track(self.sites, what, console=console, transient=True, disable=quiet)
 
 
-def read(base: Base, adapters: Sequence[Saved]) -> Updates:
+def read(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
     """Attach saved adapters to their base, whose weights stay in their files."""
     model, allowed = base.mapped().model, base.allow_other_base
     attached, problems = [], []

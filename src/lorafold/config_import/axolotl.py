@@ -21,25 +21,30 @@ from lorafold.config_import.rules import (
     OFF,
     PLACEHOLDER,
     SAME,
+    TURNS,
     Outcome,
     Reader,
     Rule,
-    SourceRows,
+    SourceDataset,
     Table,
     ToolSettings,
     cases,
     changed,
     choice,
+    dataset,
     either,
     given_as_data,
+    if_on,
     is_off,
     left,
-    of_hub,
     refusing,
+    rows_wanted,
     switch,
     table,
     taken,
     to,
+    turn_keys,
+    without_counterpart,
 )
 from lorafold.config_import.unsupported import AXOLOTL, SYSTEM
 from lorafold.errors import LorafoldError
@@ -81,10 +86,11 @@ OF_TURNS = {
     "message_field_content", "field_tools", "field_chosen", "field_rejected",
 }  # fmt: skip
 AS_HERE = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
-TURNS = (("role", "content"), ("from", "value"))
-FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that stand for data_files
 
 
+BATCH = trainer.batch(
+    "GPU", lambda settings: bool(settings["sample_packing"]), "axolotl sequence_len", accumulation
+)
 TOO_LONG = cases(
     {"truncate": taken("longer rows are cut")},
     changed("longer rows are cut here, and the run says how many; filter them out before"),
@@ -129,10 +135,6 @@ def _require(keys: str, settings: ToolSettings) -> None:
         raise LorafoldError(f"{', '.join(missing)} missing, and axolotl has no default for it")
 
 
-def _part_of_method(value: Any, settings: ToolSettings) -> Outcome:
-    return trainer.OF_METHOD if value else OFF
-
-
 def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     modules = "all-linear" if settings["lora_target_linear"] else settings["lora_target_modules"]
     return trainer.target_parameters(modules, names(value))
@@ -158,11 +160,6 @@ def unless_bf16(outcome: Outcome) -> Reader:
         return None if (is_quantized(settings) or settings["bf16"] in (True, "full")) else outcome
 
     return read
-
-
-def _batch(value: Any, settings: ToolSettings) -> Outcome:
-    packed = "axolotl sequence_len" if settings["sample_packing"] else ""
-    return trainer.batch(integer(value) * accumulation(settings), "GPU", packed)
 
 
 def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
@@ -243,7 +240,7 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
 
 def tracker(name: str) -> Reader:
     """The reader of a tracker's switch, such as `use_wandb`, which becomes this tracker."""
-    return lambda value, settings: taken(trackers=(name,)) if value else OFF
+    return if_on(taken(trackers=(name,)))
 
 
 def _plugins(value: Any, settings: ToolSettings) -> Outcome:
@@ -261,20 +258,18 @@ def _plugins(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def _datasets(value: Any, settings: ToolSettings) -> Outcome:
-    wanted = trainer.rows_wanted(objectives.objective_of(settings))
+    objective = objectives.objective_of(settings)
     sources = value if isinstance(value, list) else [value]
     if not all(isinstance(one, Mapping) and one.get("path") for one in sources):
-        return left(f"{wanted}: {value}", PLACEHOLDER)
-    return given_as_data([*map(_rows, sources)], wanted)
+        return left(f"{rows_wanted(objective)}: {value}", PLACEHOLDER)
+    return given_as_data([*map(_dataset, sources)], objective)
 
 
-def _rows(one: Mapping[str, Any]) -> SourceRows:
-    path, files = one["path"], one.get("data_files")
-    if path in FILES and files and isinstance(files, str):
-        path, files = files, None
-    at = of_hub(path, one.get("name"), one.get("split"), files)
-    name = f"{path} ({one.get('type', 'no type')})"
-    return SourceRows(name, at.path, _columns(one), [*at.remarks, *_remarks(one)])
+def _dataset(one: Mapping[str, Any]) -> SourceDataset:
+    return dataset(
+        one["path"], one.get("name"), one.get("split"), one.get("data_files"),
+        f"{one['path']} ({one.get('type', 'no type')})", _columns(one), _remarks(one),
+    )  # fmt: skip
 
 
 def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,15 +302,12 @@ def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
         yield f"its prompt form{form_of} is not written, but the model's chat template is"
     elif form == "chat_template":
         known |= OF_TURNS
-        if _properties(one) not in TURNS:
-            named = " and ".join(_properties(one))
-            yield f"its turns have {named}: rename them to role and content"
+        yield from turn_keys(*_properties(one))
     if template not in (None, "tokenizer_default"):
         yield f"its template {template}: write it to a file, --chat-template FILE"
     known |= {"field"} if kind == "completion" else set()
     rest = {k: v for k, v in one.items() if k not in known and not is_off(v)}
-    if others := [key for key, value in rest.items() if AS_HERE.get(key) != value]:
-        yield f"{', '.join(others)}: without a counterpart"
+    yield from without_counterpart([k for k, v in rest.items() if AS_HERE.get(k) != v])
 
 
 OWN: Table = {
@@ -330,7 +322,7 @@ OWN: Table = {
     "lr_scheduler": (trainer.schedule, "cosine"),
     "optimizer": (trainer.optimizer, "adamw_torch_fused"),
     "num_epochs": (SAME, 1.0),
-    "micro_batch_size": (of_policy(grpo.batch, _batch), 1),
+    "micro_batch_size": (of_policy(grpo.batch, BATCH), 1),
     "gradient_accumulation_steps": (
         of_policy(
             grpo.accumulation, lambda value, settings: taken(accumulate=accumulation(settings))
@@ -404,8 +396,8 @@ OWN: Table = {
     **AXOLOTL,
 }
 OF_METHOD: Table = {
-    "peft_use_dora peft_use_rslora": (_part_of_method, False),
-    "peft_init_lora_weights peft": _part_of_method,
+    "peft_use_dora peft_use_rslora": (if_on(trainer.OF_METHOD), False),
+    "peft_init_lora_weights peft": if_on(trainer.OF_METHOD),
     "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": SAME,
     "lora_dropout": (objectives.dropout, 0.0),
     "lora_target_linear": switch(taken(targets="all-linear")),

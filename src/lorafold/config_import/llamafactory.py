@@ -21,17 +21,17 @@ from lorafold.config_import.rules import (
     SAME,
     Outcome,
     Rule,
-    SourceRows,
+    SourceDataset,
     Table,
     ToolSettings,
     cases,
     changed,
     choice,
+    dataset,
     flagged,
     given_as_data,
     is_off,
     left,
-    of_hub,
     read_with,
     refused,
     refusing,
@@ -39,7 +39,9 @@ from lorafold.config_import.rules import (
     table,
     taken,
     to,
+    turn_keys,
     where,
+    without_counterpart,
 )
 from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
 from lorafold.errors import LorafoldError
@@ -195,11 +197,6 @@ def _neat_packing(value: Any, settings: ToolSettings) -> Outcome:
     return changed(why, packing=packed)
 
 
-def _batch(value: Any, settings: ToolSettings) -> Outcome:
-    rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
-    return trainer.batch(rows, "device", "LLaMA-Factory cutoff_len" if is_packed(settings) else "")
-
-
 def _pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
     objective = objective_of(settings)
     if objective == "reward":
@@ -266,20 +263,19 @@ def _ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome |
 def _dataset(value: Any, settings: ToolSettings) -> Outcome:
     folder = Path(str(settings["dataset_dir"] or "data"))
     info = read_object(folder / INFO) if (folder / INFO).is_file() else {}
-    sources = [_rows(name, info.get(name), folder) for name in names(value)]
-    return given_as_data(sources, trainer.rows_wanted(objective_of(settings)))
+    sources = [_listed_dataset(name, info.get(name), folder) for name in names(value)]
+    return given_as_data(sources, objective_of(settings))
 
 
-def _rows(name: str, info: Any, folder: Path) -> SourceRows:
+def _listed_dataset(name: str, info: Any, folder: Path) -> SourceDataset:
     if str(folder) == ONLINE:
-        return SourceRows(name, name)
+        return SourceDataset(name, name)
     if not isinstance(info, Mapping):
-        return SourceRows(name, None, {}, [f"not found in {folder / INFO}"])
+        return SourceDataset(name, None, {}, [f"not found in {folder / INFO}"])
     file = info.get("file_name")
     path = info.get("hf_hub_url") or (str(folder / file) if file else None)
-    at = of_hub(path or name, info.get("subset"), info.get("split"))
-    remarks = [*at.remarks, *_remarks(info)]
-    return SourceRows(name, at.path if path else None, _columns(info), remarks)
+    subset, split = info.get("subset"), info.get("split")
+    return dataset(path, subset, split, None, name, _columns(info), _remarks(info))
 
 
 def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,13 +291,10 @@ def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def _remarks(info: Mapping[str, Any]) -> Iterator[str]:
     tags, given = info.get("tags") or {}, info.get("columns") or {}
-    pair = (tags.get("role_tag", "from"), tags.get("content_tag", "value"))
-    if pair not in (("from", "value"), ("role", "content")):
-        yield f"its turns have {pair[0]} and {pair[1]}: rename them to role and content"
+    yield from turn_keys(tags.get("role_tag", "from"), tags.get("content_tag", "value"))
     others = [key for key in LEFT if given.get(key)]
     others += [key for key, value in info.items() if key not in READ and not is_off(value)]
-    if others:
-        yield f"{', '.join(others)}: without a counterpart"
+    yield from without_counterpart(others)
 
 
 OWN: Table = {
@@ -344,7 +337,9 @@ OWN: Table = {
         False,
     ),
     "learning_rate": (to("lr", number), 5e-5),
-    "per_device_train_batch_size": (_batch, 8),
+    "per_device_train_batch_size": (
+        trainer.batch("device", is_packed, "LLaMA-Factory cutoff_len"), 8,
+    ),
     "gradient_accumulation_steps": (SAME, 1),
     "cutoff_len": (SAME, 2048),
     "packing": taken("neat_packing is read with it"),

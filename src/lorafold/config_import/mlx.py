@@ -20,16 +20,16 @@ from lorafold.config_import.rules import (
     Outcome,
     Reader,
     Rule,
-    SourceRows,
+    SourceDataset,
     Table,
     ToolSettings,
     changed,
     choice,
+    dataset,
     flagged,
     given_as_data,
     left,
     objects_with_path,
-    of_hub,
     read_with,
     switch,
     table,
@@ -59,9 +59,7 @@ FEATURES = {  # lorafold's columns by theirs
 }
 
 
-def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained, and not whole layers."""
-    return bool(settings["fine_tune_type"] != "full")
+is_lora = where("fine_tune_type", "lora", "dora")  # and not whole layers
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -196,7 +194,7 @@ def _data(value: Any, settings: ToolSettings) -> Outcome:
     if settings["hf_dataset"]:
         return taken("hf_dataset takes its place")
     columns = {ours: settings[theirs] for ours, theirs in FEATURES.items()}
-    rows = given_as_data([SourceRows(str(value), str(value), columns)], trainer.rows_wanted(None))
+    rows = given_as_data([SourceDataset(str(value), str(value), columns)], None)
     valid = shlex.quote(str(PurePath(str(value)) / "valid.jsonl"))
     said = f"{rows.remark}; of a directory train.jsonl is taken: --eval-data {valid}"
     return replace(rows, remark=said)
@@ -205,10 +203,10 @@ def _data(value: Any, settings: ToolSettings) -> Outcome:
 def _hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
     sources = []
     for one in objects_with_path(value):
-        rows = of_hub(one["path"], one.get("config"), one.get("train_split", "train[:80%]"))
+        place = one["path"], one.get("config"), one.get("train_split", "train[:80%]")
         columns = {ours: one.get(theirs) for ours, theirs in FEATURES.items()}
-        sources.append(replace(rows, columns=columns))
-    return given_as_data(sources, trainer.rows_wanted(None))
+        sources.append(dataset(*place, columns=columns))
+    return given_as_data(sources, None)
 
 
 def model(value: Any, settings: ToolSettings) -> Outcome:

@@ -11,18 +11,22 @@ lorafold has no way to train; all of these are reported together.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from lorafold.advice import ELSEWHERE, boolean, near, number
+from lorafold.data.formats import JUDGED
 from lorafold.errors import LorafoldError, as_one, shortened
+from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import OF_ADAPTER
 
 T = TypeVar("T")
 
 NOT_KNOWN = "it is not known here"
 PLACEHOLDER = "--data DATA"
+TURNS = (("role", "content"), ("from", "value"))
 SAME = "="  # stands for the reader of a key that `ELSEWHERE` has
 
 
@@ -178,6 +182,11 @@ def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") 
     return read
 
 
+def if_on(outcome: Outcome) -> Reader:
+    """The reader of a key with the same outcome for each value that turns it on."""
+    return lambda value, settings: outcome if value else OFF
+
+
 def flagged(name: str, value: Any) -> Outcome:
     """The key is left, and its value goes to the option `name` of `lorafold train`."""
     return left(f"pass it as {name}", f"{name} {shlex.quote(str(value))}")
@@ -262,9 +271,9 @@ def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[Translated
 
 
 @dataclass(frozen=True)
-class SourceRows:
-    """The rows of one source. `path`: a file, a directory or a hub dataset, or None where no
-    option can name them; `columns`: theirs by lorafold's names; `remarks`: what differs.
+class SourceDataset:
+    """One dataset. `path`: a file, a directory or a hub dataset, or None where no option can name
+    it; `columns`: its own by lorafold's names; `remarks`: what differs.
     """
 
     name: str
@@ -276,24 +285,69 @@ class SourceRows:
         return f"{self.name} ({'; '.join(self.remarks)})" if self.remarks else self.name
 
 
-def given_as_data(sources: Sequence[SourceRows], wanted: str) -> Outcome:
+FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that stand for data_files
+
+
+def dataset(
+    path: Any, config: Any = None, split: Any = None, files: Any = None, name: str = "",
+    columns: Mapping[str, Any] = MappingProxyType({}), remarks: Iterable[str] = (),
+) -> SourceDataset:  # fmt: skip
+    """A dataset as `datasets` loads it; lorafold reads its default configuration and train."""
+    if path in FILES and isinstance(files, str):
+        path, files = files or path, None
+    parts = [f"its configuration {config}"] if config is not None else []
+    parts += [f"its split {split}"] if split not in (None, "train") else []
+    parts += [f"its files {files}"] if files else []
+    if parts:
+        parts[-1] += ": save these rows to a file, as --data reads the default and train"
+    place = None if parts or path is None else str(path)
+    return SourceDataset(name or str(path), place, columns, [*parts, *remarks])
+
+
+def turn_keys(*keys: Any) -> Iterator[str]:
+    """A remark on turns whose role and content have other names."""
+    if keys not in TURNS:
+        yield f"its turns have {' and '.join(keys)}: rename them to role and content"
+
+
+def without_counterpart(keys: Sequence[str]) -> Iterator[str]:
+    """A remark on keys of a dataset that ask for something."""
+    if keys:
+        yield f"{', '.join(keys)}: without a counterpart"
+
+
+def given_as_data(sources: Sequence[SourceDataset], objective: str | None) -> Outcome:
     """Rows are left, and the command names them and the columns with other names than lorafold's.
-    `wanted` are the shapes of rows that the objective takes, in words.
+    `objective` is None where the file's is supervised.
     """
     pairs = {
         (ours, str(theirs))
-        for rows in sources
-        for ours, theirs in rows.columns.items()
+        for source in sources
+        for ours, theirs in source.columns.items()
         if theirs and theirs != ours
     }
     listed, columns = ", ".join(map(str, sources)), sorted(pairs)
     if len(dict(columns)) < len(columns):
         listed += "; their columns have other names in each: rename them in the files"
         columns = []
-    flags = [PLACEHOLDER if r.path is None else f"--data {shlex.quote(r.path)}" for r in sources]
+    flags = [PLACEHOLDER if s.path is None else f"--data {shlex.quote(s.path)}" for s in sources]
     if columns:
         flags.append(f"--columns {shlex.quote(','.join(map('='.join, columns)))}")
-    return left(f"{wanted}: {listed}", " ".join(dict.fromkeys(flags)) or PLACEHOLDER)
+    remark = f"{rows_wanted(objective)}: {listed}"
+    return left(remark, " ".join(dict.fromkeys(flags)) or PLACEHOLDER)
+
+
+def rows_wanted(objective: str | None) -> str:
+    """The rows to give as --data, in words."""
+    if objective is None:
+        rows = "messages, of prompt and completion, or of text"
+    elif OBJECTIVES[objective].draws:
+        rows = "prompt, and of what the rewards read,"
+    elif OBJECTIVES[objective].takes == JUDGED:
+        rows = "prompt, completion and label (true or false)"
+    else:
+        rows = "prompt, chosen and rejected"
+    return f"pass rows of {rows} as --data"
 
 
 def objects_with_path(value: Any) -> list[Mapping[str, Any]]:
@@ -303,13 +357,3 @@ def objects_with_path(value: Any) -> list[Mapping[str, Any]]:
         if not isinstance(one, dict) or not one.get("path"):
             raise LorafoldError(f"found {one!r}, expected an object with path")
     return objects
-
-
-def of_hub(path: Any, config: Any = None, split: Any = None, files: Any = None) -> SourceRows:
-    """The rows of a path or hub dataset; lorafold reads its default configuration and train."""
-    remarks = [f"its configuration {config}"] if config is not None else []
-    remarks += [f"its split {split}"] if split not in (None, "train") else []
-    remarks += [f"its files {files}"] if files else []
-    if remarks:
-        remarks[-1] += ": save these rows to a file, as --data reads the default and train"
-    return SourceRows(str(path), None if remarks or path is None else str(path), {}, remarks)

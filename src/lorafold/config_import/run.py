@@ -38,8 +38,7 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.options import law_of, policy_options
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
-from lorafold.recipe.parsing import kind_of as in_words
-from lorafold.recipe.parsing import parse_yaml, text_of
+from lorafold.recipe.parsing import parse_yaml, text_of, yaml_type
 from lorafold.recipe.recipe import UNWORDED, Recipe
 
 WIDTH = 100
@@ -263,7 +262,7 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
     config = _read(source, kind)
-    tool = TOOLS[kind or kind_of(source, config)]
+    tool = TOOLS[kind or tool_of(source, config)]
     try:
         entries = tool.entries(config)
         recipe = _recipe(entries)
@@ -302,7 +301,7 @@ def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
     config = parse_yaml(text, str(path))
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise LorafoldError(
-            f"{path}: found {in_words(config)}, expected `name: value` lines of a training"
+            f"{path}: found {yaml_type(config)}, expected `name: value` lines of a training"
             " configuration"
         )
     return config
@@ -355,7 +354,7 @@ def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> Transla
     return replace(entry, outcome=replace(entry.outcome, fields=rest) if rest else outcome)
 
 
-def kind_of(path: Path, config: Mapping[str, Any]) -> str:
+def tool_of(path: Path, config: Mapping[str, Any]) -> str:
     """The tool that a file is of."""
     signs, unknown = {}, {}
     for kind, tool in TOOLS.items():

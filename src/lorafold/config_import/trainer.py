@@ -40,7 +40,6 @@ from lorafold.config_import.rules import (
     to_options,
 )
 from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
-from lorafold.data.formats import JUDGED
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.options import law_class
@@ -168,18 +167,30 @@ def rate(is_lora: Condition) -> Reader:
     )
 
 
-def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
-    """Micro-batch times accumulation becomes the batch; `packed`: the tool and its key that a
-    packed sequence fills.
+def accumulation(settings: ToolSettings) -> int:
+    """The number of micro-batches in a step."""
+    return settings.read("gradient_accumulation_steps", integer)
+
+
+def batch(
+    of_one: str, packed: Condition, fills: str, steps: Callable[[ToolSettings], int] = accumulation
+) -> Reader:
+    """The reader of a micro-batch, which times accumulation becomes the batch. Where rows are
+    packed, `fills` is the tool and its key that a sequence fills.
     """
-    if not packed:
-        return taken(f"micro-batch times accumulation, of one {of_one}", batch=rows)
-    tool, _, fills = packed.partition(" ")
-    return changed(
-        f"{tool} counts packed sequences and lorafold counts rows: to see as many tokens a step"
-        f" raise batch by the rows that fill {fills}",
-        batch=rows,
-    )
+
+    def read(value: Any, settings: ToolSettings) -> Outcome:
+        rows = integer(value) * steps(settings)
+        if not packed(settings):
+            return taken(f"micro-batch times accumulation, of one {of_one}", batch=rows)
+        tool, _, key = fills.partition(" ")
+        return changed(
+            f"{tool} counts packed sequences and lorafold counts rows: to see as many tokens a step"
+            f" raise batch by the rows that fill {key}",
+            batch=rows,
+        )
+
+    return read
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
@@ -352,19 +363,6 @@ def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
         return None
     remark = "TRL 1 does not read it for this loss; for cDPO pass --objective-options"
     return left(f"{remark} label_smoothing={smoothing:g}")
-
-
-def rows_wanted(objective: str | None) -> str:
-    """The rows to give as --data, in words."""
-    if objective is None:
-        rows = "messages, of prompt and completion, or of text"
-    elif OBJECTIVES[objective].draws:
-        rows = "prompt, and of what the rewards read,"
-    elif OBJECTIVES[objective].takes == JUDGED:
-        rows = "prompt, completion and label (true or false)"
-    else:
-        rows = "prompt, chosen and rejected"
-    return f"pass rows of {rows} as --data"
 
 
 def dropout(turned_off: Condition) -> Reader:

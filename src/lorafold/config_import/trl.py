@@ -8,7 +8,6 @@ default. A batch is counted for one process; where TRL packs, it counts packed s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,18 @@ from lorafold.config_import.rules import (
     OFF,
     SAME,
     Outcome,
-    Row,
     Table,
     ToolSettings,
     cases,
     changed,
     choice,
+    dataset,
     either,
     flagged,
     given_as_data,
+    if_on,
     left,
     objects_with_path,
-    of_hub,
     read_with,
     refusing,
     switch,
@@ -98,15 +97,10 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
     return taken(storage=made_of(4))
 
 
-def part_of(key: str) -> Row:
-    """The row of a switch that the rule of another key reads."""
-    return lambda value, settings: read_with(key) if value else OFF
-
-
 # Of the model: ModelConfig and what goes with it
 SWITCHES: Table = {
     "use_peft": (_use_peft, False),
-    "use_dora use_rslora": (part_of("use_peft"), False),
+    "use_dora use_rslora": (if_on(read_with("use_peft")), False),
     "lora_task_type": cases(
         dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("the objective decides"))
     ),
@@ -115,8 +109,8 @@ SWITCHES: Table = {
     "bnb_4bit_quant_type": (taken("it is part of the base"), "nf4"),
     "use_bnb_nested_quant": taken("nf4 always quantizes its scales"),
     "torch_dtype": dtype,
-    "bf16": (part_of("dtype"), True),
-    "fp16": (part_of("dtype"), False),
+    "bf16": (if_on(read_with("dtype")), True),
+    "fp16": (if_on(read_with("dtype")), False),
     "gradient_checkpointing": (to("gradient_checkpointing", boolean), True),
     "model_name_or_path": "--model",
     "model_revision": lambda value, settings: (
@@ -163,10 +157,9 @@ def _packing(value: Any, settings: ToolSettings) -> Outcome:
     return changed(why if mixed else "", packing=boolean(value))
 
 
-def _batch(value: Any, settings: ToolSettings) -> Outcome:
-    rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
-    packed = settings["packing"] and settings.on("packing")
-    return trainer.batch(rows, "process", "TRL max_length" if packed else "")
+def is_packed(settings: ToolSettings) -> bool:
+    """Whether rows are packed, of a trainer that may."""
+    return settings["packing"] is not None and settings.on("packing")
 
 
 def _max_length(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -206,8 +199,8 @@ def data_rows(objective: str | None) -> Table:
     def name(value: Any, settings: ToolSettings) -> Outcome:
         if settings["datasets"]:
             return taken("datasets takes its place")
-        rows = of_hub(value, settings["dataset_config"], settings["dataset_train_split"])
-        return given_as_data([rows], trainer.rows_wanted(objective))
+        config, split = settings["dataset_config"], settings["dataset_train_split"]
+        return given_as_data([dataset(value, config, split)], objective)
 
     def several(value: Any, settings: ToolSettings) -> Outcome | None:
         if not isinstance(value, list):
@@ -215,10 +208,10 @@ def data_rows(objective: str | None) -> Table:
         sources = []
         for one in objects_with_path(value):
             files = one.get("data_files") or one.get("data_dir")
-            rows = of_hub(one["path"], one.get("name"), one.get("split"), files)
             remarks = [f"its columns {one['columns']} alone"] if one.get("columns") else []
-            sources.append(replace(rows, remarks=[*rows.remarks, *remarks]))
-        return given_as_data(sources, trainer.rows_wanted(objective)) if sources else None
+            place = one["path"], one.get("name"), one.get("split"), files
+            sources.append(dataset(*place, remarks=remarks))
+        return given_as_data(sources, objective) if sources else None
 
     return {
         "dataset_name": name,
@@ -233,7 +226,7 @@ LORA_DROPOUT = trainer.dropout(
 )
 RATE = trainer.rate(is_lora)
 GIVEN: Table = {
-    "per_device_train_batch_size": (_batch, 8),
+    "per_device_train_batch_size": (trainer.batch("process", is_packed, "TRL max_length"), 8),
     "gradient_accumulation_steps": (SAME, 1),
     "max_length": (_max_length, 1024),
     "max_prompt_length max_completion_length": changed(

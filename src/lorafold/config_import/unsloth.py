@@ -27,10 +27,11 @@ from lorafold.config_import.rules import (
     TranslatedKey,
     by_rules,
     changed,
+    dataset,
     given_as_data,
     left,
-    of_hub,
     read_with,
+    rows_wanted,
     table,
     taken,
     to,
@@ -128,16 +129,14 @@ def _length(value: Any, settings: ToolSettings) -> Outcome:
     return taken(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
-def wanted(settings: ToolSettings) -> str:
-    """The rows that the script's trainer takes, in words."""
-    return trainer.rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
+def objective_of(settings: ToolSettings) -> str | None:
+    """The objective of the script's trainer; None for supervised training."""
+    return OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), ""))
 
 
 def _loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
     name, split, files = (settings[f"{SET}{key}"] for key in ("name", "split", "data_files"))
-    if isinstance(files, str) and value in ("json", "csv", "parquet", "text"):
-        return given_as_data([of_hub(files)], wanted(settings))
-    return given_as_data([of_hub(value, name, split, files)], wanted(settings))
+    return given_as_data([dataset(value, name, split, files)], objective_of(settings))
 
 
 def _of(prefix: str, rows: Table) -> Table:
@@ -209,7 +208,7 @@ OWN: tuple[Rule, ...] = (
             "train_dataset": lambda value, settings: (
                 taken("it is load_dataset's")
                 if settings[f"{SET}path"]
-                else left(wanted(settings), PLACEHOLDER)
+                else left(rows_wanted(objective_of(settings)), PLACEHOLDER)
             ),
             "eval_dataset": trainer.EVAL_DATA,
             "get_chat_template.chat_template": lambda value, settings: left(

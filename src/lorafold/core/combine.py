@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta, LowRank, Opaque, Over, Upon
+from lorafold.core.delta import Delta, Factors, LowRank, Opaque, Over, Upon
 from lorafold.core.layer import Layer, add
 
 
@@ -40,7 +40,7 @@ class Stack(Delta):
     def parts(self) -> Iterable[Delta]:
         return (part for delta in self.deltas for part in delta.parts())  # type: ignore[operator]
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
+    def factors(self) -> Factors | None:
         pairs = [delta.factors() for delta in self.deltas]  # type: ignore[operator]
         if any(pair is None for pair in pairs):
             return None
@@ -138,8 +138,7 @@ class PerExample(Opaque):
                 )
             elif len(rows := taken.nonzero()[:, 0]):
                 own = x[rows]
-                part = delta(Given(layer, y[rows], own), own)
-                out = out.index_copy(0, rows, part.to(y.dtype))
+                out = out.index_copy(0, rows, delta(Given(layer, y[rows], own), own).to(y.dtype))
         return add(out, onto).to(y.dtype)
 
 

@@ -12,7 +12,7 @@ on them to find how much memory it takes; code that branches on values asks `is_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,15 +46,13 @@ def undropped(model: nn.Module) -> Iterator[float]:
     of dropout, and the probabilities that other modules keep by that name. Yields the largest.
     """
 
-    def drops(module: nn.Module, name: str) -> bool:
-        layer = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
-        return layer or "dropout" in name or name.endswith("pdrop")
-
     rates = [
         (module, name, p)
         for module in model.modules()
         for name, p in vars(module).items()
-        if isinstance(p, float) and p > 0 and drops(module, name)
+        if isinstance(p, float) and p > 0
+        if "dropout" in name or name.endswith("pdrop")
+        or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
     ]
     for module, name, _ in rates:
         setattr(module, name, 0.0)
@@ -63,6 +61,14 @@ def undropped(model: nn.Module) -> Iterator[float]:
     finally:
         for module, name, p in rates:
             setattr(module, name, p)
+
+
+def replace_attribute(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set owner.name to a value until the stack unwinds."""
+    before = getattr(owner, name)
+    undo = (setattr, owner, name, before) if name in vars(owner) else (delattr, owner, name)
+    stack.callback(*undo)
+    setattr(owner, name, value)
 
 
 def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
-from lorafold.errors import LorafoldError, NotMergeable, cut, listed
+from lorafold.errors import LorafoldError, NotMergeable, cut, differing, listed
 
 
 class Gained(NamedTuple):
@@ -86,7 +86,7 @@ class Delta(nn.Module, ABC):
         Raises NotMergeable if the change has no weight-space form.
         """
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
+    def factors(self) -> Factors | None:
         """up (out, r), with every scale in it, and down (r, in), if folding gives W + up @ down;
         None if the change has no such factors.
         """
@@ -118,6 +118,10 @@ class Delta(nn.Module, ABC):
     def values_at(self) -> Sequence[int]:
         """The indices, in the stored weight's first dimension, that folding overwrites."""
         return ()
+
+
+Factors = tuple[Tensor, Tensor]  # up (*matrices, out, r), down (*matrices, r, in)
+DeltasByPath = Mapping[str, Delta]  # the deltas of one adapter by module path
 
 
 class Opaque(Delta):
@@ -173,7 +177,7 @@ class LowRank(Additive):
         self.dropout = dropout
 
     @abstractmethod
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """up (out, r), with every scale in it, and down (r, in): dW = up @ down."""
 
     def scaled(self) -> tuple[Tensor, Tensor, float]:
@@ -342,8 +346,7 @@ def check_settings(delta: Delta, given: Tensor, what: str) -> None:
     if own != there:
         lines = [
             f"found {name} {_shown(there.get(name))}, expected {_shown(own.get(name))}"
-            for name in sorted(own.keys() | there.keys())
-            if own.get(name) != there.get(name)
+            for name in differing(own, there)
         ]
         raise LorafoldError(
             f"{what}: the state to load is of another adapter: {listed(lines, '; ')}; attach one"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from lorafold.core.delta import Delta
+from lorafold.core.delta import Delta, DeltasByPath
 from lorafold.core.layer import Layer
 
 # losses(n, rows=None) yields n scalar training losses, each the mean over `rows` rows (None: over a
@@ -71,24 +71,24 @@ class Spec(ABC):
         """The spec for one module path, with overrides by pattern applied."""
         return self
 
-    def join(self, deltas: Mapping[str, Delta]) -> None:
+    def join(self, deltas: DeltasByPath) -> None:
         """Set up what deltas share; `attach` calls it once all of an adapter's deltas, by module
         path, are built.
         """
         return None
 
-    def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
+    def prepare(self, deltas: DeltasByPath, losses: Losses) -> None:
         """Prepare the deltas for training; called once, before the first step of a run.
 
         `losses` yields scalars to call `backward()` on; a spec that calls it `asks_losses`.
         """
         return None
 
-    def penalty(self, deltas: Mapping[str, Delta]) -> Tensor | None:
+    def penalty(self, deltas: DeltasByPath) -> Tensor | None:
         """A scalar that is added to the training loss at each step, or None."""
         return None
 
-    def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
+    def after_step(self, deltas: DeltasByPath, step: int, total: int) -> None:
         """Update the deltas after an optimizer step, whose gradients are still there.
 
         Args:
@@ -97,7 +97,7 @@ class Spec(ABC):
         """
         return None
 
-    def report(self, deltas: Mapping[str, Delta]) -> str:
+    def report(self, deltas: DeltasByPath) -> str:
         """A text on what the run decided about the deltas (ranks, say), which is printed at the
         end of the run; empty if there is nothing to report.
         """

@@ -22,7 +22,7 @@ import numpy as np
 from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, batch_of, digests
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
 from lorafold.data.formats import JUDGED, PAIRS, Compared, Conversation
-from lorafold.data.json_input import kind_of
+from lorafold.data.json_input import json_type
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows, named, parts_of
 from lorafold.data.rows import as_checked
@@ -143,7 +143,7 @@ class Branches(Encoder):
 
     def _problem(self, one: Compared, documents: list[list[dict[str, Any]]]) -> str:
         if not isinstance(one.desirable, bool):
-            return f"field label: found {kind_of(one.desirable)}, expected true or false"
+            return f"field label: found {json_type(one.desirable)}, expected true or false"
         for name, entries in zip(one.completions, documents, strict=True):
             if problem := str(entries[0]["problem"]):
                 return problem
@@ -162,7 +162,7 @@ class Branches(Encoder):
 
 class BranchedExamples(TableExamples[Branched]):
     """The examples of a table that `Branches` made. `lengths` (n,) are the tokens that are computed
-    for each, `whole` (n, k) those of its documents.
+    for each, `whole` (n, k) those of its documents, `tails` (n, k) those of its branches.
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
@@ -172,20 +172,20 @@ class BranchedExamples(TableExamples[Branched]):
         self.compared_by = self._ids, self._starts, self._spans, self._desirable
         pairs = zip(self._starts, self._ids.lengths.tolist(), strict=True)
         borders = np.array([[*starts.tolist(), length] for starts, length in pairs])
-        shared, own = borders[:, 0], np.diff(borders)  # (n,), and of the branches (n, k)
+        shared, tails = borders[:, 0], np.diff(borders)  # (n,), and of the branches (n, k)
         self.shared = np.minimum(shared, max_length)
-        self.own = np.minimum(own, max_length - self.shared[:, None])  # cut
-        self.whole: Array = shared[:, None] + own
-        self.lengths = self.shared + self.own.sum(1)
+        self.tails = np.minimum(tails, max_length - self.shared[:, None])  # cut
+        self.whole: Array = shared[:, None] + tails
+        self.lengths = self.shared + self.tails.sum(1)
 
     @cached_property
     def ends_lost(self) -> Array:  # type: ignore[override]
         """Whether a row lost tokens that it trains at the maximum length, (n,)."""
         lost = np.any(self.whole > self._max_length, axis=1)
         for n in np.flatnonzero(lost).tolist():
-            starts, own, spans = self._starts[n], self.own[n], self._spans[n].reshape(-1, 2)
+            starts, tails, spans = self._starts[n], self.tails[n], self._spans[n].reshape(-1, 2)
             of = np.searchsorted(starts, spans[:, 0], "right") - 1  # the branch of each span
-            lost[n] = np.any(spans[:, 1] - starts[of] > own[of])
+            lost[n] = np.any(spans[:, 1] - starts[of] > tails[of])
         return lost
 
     @cached_property
@@ -207,13 +207,14 @@ class BranchedExamples(TableExamples[Branched]):
         """The SHA-256 of all that the examples are made of."""
         digest = sha256(type(self).__name__.encode())
         lists = (self._ids, self._starts, self._spans)
-        for array in (*(a for of in lists for a in (*of.ends, *of.values)), self.shared, self.own):
+        arrays = (array for of in lists for array in (*of.ends, *of.values))
+        for array in (*arrays, self.shared, self.tails):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
     def item(self, index: int) -> Branched:
         ids, starts = self._ids[index].tolist(), self._starts[index].tolist()
-        spans, lengths = self._spans[index].reshape(-1, 2), self.own[index].tolist()
+        spans, lengths = self._spans[index].reshape(-1, 2), self.tails[index].tolist()
         branches = []
         for (start, end), length in zip(pairwise([*starts, len(ids)]), lengths, strict=False):
             own = spans[(spans[:, 0] >= start) & (spans[:, 1] <= end)] - start
@@ -229,9 +230,9 @@ class MismatchedExamples(BranchedExamples):
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
         super().__init__(table, max_length)
-        other = np.roll(self.own, 1, axis=0)
-        self.own = np.hstack([self.own, np.minimum(other, max_length - self.shared[:, None])])
-        self.lengths = self.shared + self.own.sum(1)
+        other = np.roll(self.tails, 1, axis=0)
+        self.tails = np.hstack([self.tails, np.minimum(other, max_length - self.shared[:, None])])
+        self.lengths = self.shared + self.tails.sum(1)
 
     @cached_property
     def judged(self) -> Judgements:  # type: ignore[override]
@@ -242,7 +243,7 @@ class MismatchedExamples(BranchedExamples):
 
     def item(self, index: int) -> Branched:
         own, other = super().item(index), super().item((index or len(self)) - 1)
-        [branch], [strange], length = own.branches, other.branches, int(self.own[index, 1])
+        [branch], [strange], length = own.branches, other.branches, int(self.tails[index, 1])
         ids = (branch.ids[:1] + strange.ids[1:])[:length]
         return replace(own, branches=(branch, Example(ids, strange.labels[:length])))
 
@@ -269,16 +270,16 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encode
     examples = EXAMPLES[kind](table, max_length)
     cut = np.any(examples.whole > max_length, axis=1)
     refuse_cut(rows, examples, max_length, cut)
-    own = examples.own[:, : examples.whole.shape[1]]
-    columns = {"chosen": own[:, 0], "rejected": own[:, -1]}
-    if own.shape[1] == 1:
+    tails = examples.tails[:, : examples.whole.shape[1]]
+    columns = {"chosen": tails[:, 0], "rejected": tails[:, -1]}
+    if tails.shape[1] == 1:
         good = np.array(table.column("desirable").to_pylist())
         names = ("desirable", "undesirable") if good[0] else ("undesirable", "desirable")
-        columns = {name: own[good == (name == "desirable"), 0] for name in names}
+        columns = {name: tails[good == (name == "desirable"), 0] for name in names}
     means = [f"{name} {of.mean() - 1:.1f}" for name, of in columns.items() if len(of)]
     line = (
         f"{len(rows)} rows, {examples.lengths.sum()} tokens"
-        f" ({(examples.shared[:, None] + examples.own).sum()} if each completion had its own"
+        f" ({(examples.shared[:, None] + examples.tails).sum()} if each completion had its own"
         f" prompt); completions have on average {', '.join(means)} tokens; the longest document has"
         f" {examples.whole.max()}"
     )

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,11 +103,6 @@ class TemplateSummary:
             self.plain: self.plain,
         }
         return [line for line, applies in remarks.items() if applies]
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
-
 
 def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     """What the tokenizer's chat template does."""

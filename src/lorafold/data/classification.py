@@ -17,7 +17,7 @@ from lorafold.data.arrow import Judgements, Lists, TableExamples, batch_of, colu
 from lorafold.data.examples import NO_LOSS, identity_of, shown
 from lorafold.data.formats import LABELS, Labelled
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import as_checked, check_given
+from lorafold.data.rows import as_checked, check_provided
 from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
 from lorafold.errors import LorafoldError, listed, shortened
@@ -45,8 +45,8 @@ class LabelledExample:
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
     """Return the rows' labels, sorted: whole numbers by size, text by character."""
     known = Rows.of(rows, LABELS)
-    check_given(known.shapes, LABELS)
-    labels = {given.label for given in known.given(LABELS)}
+    check_provided(known.formats, LABELS)
+    labels = {given.label for given in known.extract(LABELS)}
     if not all(isinstance(label, int) for label in labels):
         labels = set(map(str, labels))
     if len(labels) < 2:
@@ -147,8 +147,7 @@ def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[s
         f"{len(rows)} rows of {len(classes)} classes ({shares}); the longest row has"
         f" {whole.max()} tokens"
     )
-    report = Report(line, max_length, int((whole > max_length).sum()))
-    return Encoded(examples, report, rows.parts)
+    return Encoded(examples, Report(line, max_length, int((whole > max_length).sum())), rows.parts)
 
 
 def preview_labelled(

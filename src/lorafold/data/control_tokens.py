@@ -25,7 +25,7 @@ from lorafold.data.formats import Conversation
 from lorafold.data.messages import Tool
 from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.errors import LorafoldError
-from lorafold.models.built_in_templates import JOINED
+from lorafold.models.built_in_templates import JOINED, rewrite_templates, template_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,24 +47,25 @@ SAID = ("content", "reasoning_content")  # what the assistant writes itself
 def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
     """Let contents have these tokens too, but for those that the template writes; None allows all.
     """
-    if not (template := tokenizer.chat_template):
+    if not tokenizer.chat_template:
         return
-    named = template if isinstance(template, dict) else {"": template}
     if words is not None:
         words = frozenset(words)
-        words -= written_by("".join(named.values()), tokenizer, words) if words else words
+        if words:
+            words -= written_by("".join(template_texts(tokenizer)), tokenizer, words)
         if not words:
             return
-    noted = dict(named)
-    for name, text in named.items():
+
+    def noted(text: str) -> str:
         if text.endswith(JOINED):
-            continue
+            return text
         before = allowed(text)
         given = True if words is None or before is None else sorted({*before, *words})
         # a comment ends with #}, which no word may write
         note = json.dumps(given).replace("#", "\\u0023")
-        noted[name] = f"{{# control tokens in contents: {note} #}}\n{NOTE.sub('', text)}"
-    tokenizer.chat_template = noted if isinstance(template, dict) else noted[""]
+        return f"{{# control tokens in contents: {note} #}}\n{NOTE.sub('', text)}"
+
+    rewrite_templates(tokenizer, noted)
 
 
 def written_by(
@@ -91,7 +92,7 @@ class ControlTokenFinder(NamedTuple):
     """Finds control tokens: of all roles but the assistant's, its own, and their first letters."""
 
     all: re.Pattern[str]
-    own: re.Pattern[str]
+    assistant: re.Pattern[str]
     first: tuple[str, ...]
 
 
@@ -106,7 +107,7 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
         messages.append({
             key: value
             if key in ("role", "weight")
-            else _mark(value, finder.own if key in own else finder.all, finder)
+            else _mark(value, finder.assistant if key in own else finder.all, finder)
             for key, value in message.items()
         })
     tools = tuple(_mark(tool, finder.all, finder) for tool in conversation.tools)
@@ -192,10 +193,8 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = Fal
         backend = tokenizer.backend_tokenizer
         whole = backend.truncation is None and backend.padding is None
         if whole and backend.encode_special_tokens == tokenizer.split_special_tokens:
-            ids = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
-            return ids
-    encoded = tokenizer(text, add_special_tokens=special, verbose=False)
-    return list(encoded.input_ids)
+            return backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+    return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
 
 @dataclass(frozen=True)

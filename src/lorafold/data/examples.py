@@ -364,7 +364,7 @@ def encode_row(
 ) -> tuple[list[Example], TrainedRenderings]:
     """The examples of one row, whole, and how many of its turns are left out or lack reasoning."""
     encoder = CompletionEncoder(tokenizer, rendering)
-    entries = encoder.encode(Rows.of([row], encoder.takes).given(encoder.takes), 0).to_pylist()
+    entries = encoder.encode(Rows.of([row], encoder.takes).extract(encoder.takes), 0).to_pylist()
     if problem := entries[0]["problem"]:
         raise LorafoldError(problem)
     examples = [example_of(entry["ids"], entry["spans"]) for entry in entries]

@@ -1,9 +1,9 @@
-"""The shapes that a user's rows may have, and what they give of a row: conversations, completions
-to compare, labels. `SHAPES` is the table of shapes: a new shape is a new entry.
+"""The formats that a user's rows may have, and what they give of a row: conversations, completions
+to compare, labels. `ROW_FORMATS` is the table of formats: a new format is a new entry.
 
 Texts of preferences may be turns, as "\\n\\nHuman: Hi\\n\\nAssistant: Yes". Where answers begin
-with the messages of the prompt, what follows is taken. A row of several shapes has that of which
-most is asked (`shapes_for`). Encoders take what a shape gives: the row itself goes no further.
+with the messages of the prompt, what follows is taken. A row of several formats has that of which
+most is asked (`formats_for`). Encoders take what a format gives: the row itself goes no further.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
-from lorafold.data.json_input import Row, kind_of
+from lorafold.data.json_input import Row, json_type
 from lorafold.data.messages import (
     CALLERS,
     REASONING,
@@ -156,7 +156,7 @@ def _prompt(prompt: str) -> list[Message]:
     return turns[:-1] if opened and len(turns) > 1 else said_by("user", prompt)
 
 
-# What a shape may give of its rows, each row once.
+# What a format may give of its rows, each row once.
 CONVERSATIONS = "conversations"  # a Conversation
 PAIRS = "pairs"  # a list of one Compared, of a chosen completion and a rejected one
 JUDGED = "judged"  # a list of Compared, of one completion each
@@ -212,8 +212,8 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One shape of rows: the keys by which it is recognized, a function that lists what is wrong
+class RowFormat:
+    """One format of rows: the keys by which it is recognized, a function that lists what is wrong
     with them in a row, one that reads the messages of a checked row (those of a prompt and of each
     completion; None for a text), what is given of it, and the keys that a row may have besides.
     """
@@ -221,7 +221,7 @@ class Shape:
     keys: tuple[str, ...]
     wrong: Callable[[Row], Iterator[str]]
     read: Callable[[Row], Said] | None
-    gives: tuple[str, ...]
+    provides: tuple[str, ...]
     optional: tuple[str, ...] = ("system", "tools")
 
     def __str__(self) -> str:
@@ -229,7 +229,7 @@ class Shape:
 
     @cached_property
     def known(self) -> frozenset[str]:
-        """The keys that are part of the shape."""
+        """The keys that are part of the format."""
         return frozenset((*self.keys, *self.optional))
 
     def problems(self, row: Row) -> Iterator[str]:
@@ -241,8 +241,8 @@ class Shape:
         if "tools" in self.optional and row.get("tools") is not None:
             yield from tool_problems(row["tools"])
 
-    def given(self, what: str, row: Row) -> Any:
-        """One of what the shape `gives`, of a checked row."""
+    def extract(self, what: str, row: Row) -> Any:
+        """One of what the format `provides`, of a checked row."""
         if self.read is None:
             if what == LABELS:
                 return Labelled(row["text"], row["label"])
@@ -264,8 +264,8 @@ class Shape:
         return Conversation([*before, *said], len(before) if prompt else 0, tools)
 
     def conversation(self, row: Row) -> Conversation:
-        """The conversation of a row; one without messages where the shape gives none."""
-        conversation = self.given(CONVERSATIONS, row) if CONVERSATIONS in self.gives else None
+        """The conversation of a row; one without messages where the format gives none."""
+        conversation = self.extract(CONVERSATIONS, row) if CONVERSATIONS in self.provides else None
         return conversation or Conversation([])
 
     def answered(self, row: Row) -> bool:
@@ -285,23 +285,23 @@ class Shape:
 
 
 @lru_cache
-def shapes_for(wanted: str = "") -> tuple[Shape, ...]:
-    """SHAPES, those that give what is wanted of rows before the others; for prompts PROMPT_ALONE
-    too. A shape goes before those whose keys it includes: a row of text and label is none of text.
+def formats_for(wanted: str = "") -> tuple[RowFormat, ...]:
+    """ROW_FORMATS, first those that provide what is wanted of rows; for prompts PROMPT_ONLY too. A
+    format goes before those whose keys it includes: a row of text and label is none of text.
     """
-    table = (*SHAPES, PROMPT_ALONE) if wanted == PROMPTS else SHAPES
-    giving = [shape for shape in table if wanted in shape.gives]
+    table = (*ROW_FORMATS, PROMPT_ONLY) if wanted == PROMPTS else ROW_FORMATS
+    giving = [row_format for row_format in table if wanted in row_format.provides]
     over = [s for s in table if any(set(g.keys) <= set(s.keys) for g in giving)]
-    return (*over, *(shape for shape in table if shape not in over))
+    return (*over, *(row_format for row_format in table if row_format not in over))
 
 
-def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
-    """Return the first shape, of SHAPES or those that are given, whose keys the row has (a key with
+def format_of(row: Row, formats: Sequence[RowFormat] | None = None) -> RowFormat | None:
+    """The first format, of ROW_FORMATS or those that are given, whose keys the row has (a key with
     the value null counts as absent), or None if there is none.
     """
-    for shape in SHAPES if shapes is None else shapes:
-        if all(row.get(key) is not None for key in shape.keys):
-            return shape
+    for row_format in ROW_FORMATS if formats is None else formats:
+        if all(row.get(key) is not None for key in row_format.keys):
+            return row_format
     return None
 
 
@@ -309,8 +309,8 @@ def _pair_problems(row: Row) -> Iterator[str]:
     kinds = [type(row[key]) for key in ("prompt", "completion")]
     if {*kinds} == {str, list}:
         yield (
-            f"fields prompt and completion: found {kind_of(row['prompt'])} and"
-            f" {kind_of(row['completion'])}, expected both text or both lists of messages"
+            f"fields prompt and completion: found {json_type(row['prompt'])} and"
+            f" {json_type(row['completion'])}, expected both text or both lists of messages"
         )
         return
     # of a prompt that is no list of messages, neither is the completion
@@ -325,28 +325,28 @@ def _label_problems(row: Row) -> Iterator[str]:
         yield unlike("label", row["label"], "text or a whole number")
 
 
-def _instruction(answered: str, beside: str) -> Shape:
+def _instruction(answered: str, beside: str) -> RowFormat:
     wrong = partial(instruction_problems, answered, beside)
     read, keys = partial(instruction, answered, beside), ("instruction", answered)
-    return Shape(keys, wrong, read, CHAT, (beside, "system", "tools"))
+    return RowFormat(keys, wrong, read, CHAT, (beside, "system", "tools"))
 
 
 CHAT = (CONVERSATIONS, PROMPTS)
 TWO = (*CHAT, PAIRS, JUDGED)
-PROMPT_ALONE = Shape(  # elsewhere such a row lacks a completion
+PROMPT_ONLY = RowFormat(  # elsewhere such a row lacks a completion
     ("prompt",),
     lambda row: content_problems("prompt", row["prompt"]),
     lambda row: (said_by("user", row["prompt"]), {}),
     (PROMPTS,),
 )
-SHAPES = (
-    Shape(
+ROW_FORMATS = (
+    RowFormat(
         ("messages",),
         lambda row: message_problems("messages", row["messages"]),
         lambda row: ([], {"messages": normalized(row["messages"])}),
         CHAT,
     ),
-    Shape(
+    RowFormat(
         ("prompt", "completion"),
         _pair_problems,
         lambda row: (
@@ -355,10 +355,10 @@ SHAPES = (
         ),
         (*CHAT, JUDGED),
     ),
-    Shape(("prompt", *COMPARED), preference_problems, preference, TWO),
-    Shape(("conversations", *COMPARED), turns_preference_problems, turns_preference, TWO),
-    Shape(COMPARED, implicit_problems, implicit_preference, TWO),
-    Shape(
+    RowFormat(("prompt", *COMPARED), preference_problems, preference, TWO),
+    RowFormat(("conversations", *COMPARED), turns_preference_problems, turns_preference, TWO),
+    RowFormat(COMPARED, implicit_problems, implicit_preference, TWO),
+    RowFormat(
         ("conversations",),
         turns_problems,
         lambda row: ([], {"conversations": turns_to_messages(row["conversations"])}),
@@ -366,7 +366,9 @@ SHAPES = (
     ),
     _instruction("output", "input"),
     _instruction("response", "context"),
-    Shape(("query", "answers", "tools"), query_problems, query, CHAT),
-    Shape(("text", "label"), _label_problems, None, (LABELS,), ()),
-    Shape(("text",), lambda row: text_problems("text", row["text"]), None, (CONVERSATIONS,), ()),
+    RowFormat(("query", "answers", "tools"), query_problems, query, CHAT),
+    RowFormat(("text", "label"), _label_problems, None, (LABELS,), ()),
+    RowFormat(
+        ("text",), lambda row: text_problems("text", row["text"]), None, (CONVERSATIONS,), ()
+    ),
 )

@@ -89,7 +89,7 @@ def row_of(line: bytes) -> Found:
 def as_row(value: Any, look: bool = True) -> Found:
     """The value as a row, if it is an object, and one that can be used if it is looked through."""
     if not isinstance(value, dict):
-        return f"found {kind_of(value)}, expected an object"
+        return f"found {json_type(value)}, expected an object"
     return (unusable(value) if look else "") or value
 
 
@@ -119,7 +119,7 @@ def unusable(value: Any) -> str:
     return ""
 
 
-def kind_of(value: Any) -> str:
+def json_type(value: Any) -> str:
     """What a JSON value is, for messages: text, a list, an object, or a number or null itself."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
@@ -128,7 +128,7 @@ def kind_of(value: Any) -> str:
 
 
 def as_known(row: Any) -> Found:
-    """The row with the keys and lists that shapes know, or the reason why it can't be read."""
+    """The row with the keys and lists that formats know, or the reason why it can't be read."""
     if not isinstance(row, dict):
         return row if isinstance(row, str) else as_row(row)
     known = row

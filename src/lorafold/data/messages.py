@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lorafold.data.json_input import Row, kind_of, parsed
+from lorafold.data.json_input import Row, json_type, parsed
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
@@ -35,7 +35,7 @@ TURN_KEYS = {"from", "value", *ASKING}
 
 def unlike(field: str, value: Any, expected: str) -> str:
     """The message for a value that is not what is expected."""
-    return f"field {field}: found {kind_of(value)}, expected {expected}"
+    return f"field {field}: found {json_type(value)}, expected {expected}"
 
 
 def text_problems(name: str, value: Any) -> Iterator[str]:
@@ -239,7 +239,7 @@ def _other(text: str, kind: type) -> str:
         value = parsed(text)
     except ValueError as error:
         return "no JSON" if "not JSON" in str(error) else f"JSON of which can't be used: {error}"
-    return "" if isinstance(value, kind) else f"JSON of {kind_of(value)}"
+    return "" if isinstance(value, kind) else f"JSON of {json_type(value)}"
 
 
 def turns_problems(row: Row) -> Iterator[str]:

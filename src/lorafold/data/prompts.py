@@ -1,6 +1,6 @@
 """Prompts of rows: for models that are asked, and as examples that a policy completes by itself.
 
-    {"prompt": text or messages}        or a row of any shape that is a conversation
+    {"prompt": text or messages}        or a row of any format that is a conversation
 
 The prompt of a conversation is all that comes before its last assistant turn, if it ends with one.
 That turn is then the reference that generation is measured against. The row of an example goes
@@ -21,17 +21,16 @@ from lorafold.data.control_tokens import as_text, ids_of, is_marked
 from lorafold.data.examples import identity_of
 from lorafold.data.formats import (
     CONVERSATIONS,
-    PROMPT_ALONE,
+    PROMPT_ONLY,
     PROMPTS,
-    SHAPES,
+    ROW_FORMATS,
     Conversation,
-    Shape,
-    shape_of,
-    shapes_for,
+    RowFormat,
+    format_of,
+    formats_for,
 )
 from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import checked, renamed
 from lorafold.data.sources import Row
 from lorafold.data.templates import apply, template_of
 from lorafold.data.tokenizing import Encoded, Encoder, Report
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-ASKING = tuple(shape for shape in (*SHAPES, PROMPT_ALONE) if PROMPTS in shape.gives)
+PROMPT_FORMATS = tuple(f for f in (*ROW_FORMATS, PROMPT_ONLY) if PROMPTS in f.provides)
 
 
 NO_PROMPT = "found no message before the assistant's turn, expected a prompt"
@@ -121,18 +120,8 @@ class PromptRow(NamedTuple):
 
 
 def _conversation(row: Row) -> Conversation:
-    shape = shape_of(row, ASKING)
-    if shape is None:
-        return Conversation([])
-    given = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
-    return given
-
-
-def read_prompts(
-    numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str], source: str
-) -> list[Row]:
-    """The rows, once they are known to be prompts of one shape."""
-    return [row for *_, row in checked(renamed(numbered, columns), source, shapes=ASKING)]
+    row_format = format_of(row, PROMPT_FORMATS)
+    return Conversation([]) if row_format is None else row_format.extract(CONVERSATIONS, row)
 
 
 def questions_in(row: Row) -> list[str]:
@@ -149,7 +138,7 @@ def questions_in(row: Row) -> list[str]:
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[PromptRow]:
-    """The rendered prompts of rows that `read_prompts` checked, which messages call by this name.
+    """The rendered prompts of checked rows of PROMPT_FORMATS, which messages call by this name.
     """
     prompts = []
     for number, row in enumerate(rows, 1):
@@ -182,20 +171,19 @@ class TokenizedPrompt:
     @property
     def question(self) -> Any:
         """The row's field `prompt`, or else the messages before its answer."""
-        if "prompt" in self._shape.keys:
+        if "prompt" in self._format.keys:
             return self.row["prompt"]
         return [dict(message) for message in self.conversation.messages]
 
     @property
     def conversation(self) -> Conversation:
         """The prompt as messages, with the tools of its row."""
-        given = self._shape.given(PROMPTS, dict(self.row))
-        return given
+        return self._format.extract(PROMPTS, dict(self.row))
 
     @property
     def answer(self) -> str | None:
         """The text of the row's own answer, if it has one."""
-        said = self._shape.conversation(dict(self.row)).messages[len(self.conversation.messages) :]
+        said = self._format.conversation(dict(self.row)).messages[len(self.conversation.messages) :]
         return said[-1].get("content") or None if said else None
 
     @property
@@ -207,10 +195,10 @@ class TokenizedPrompt:
         return fields
 
     @property
-    def _shape(self) -> Shape:
-        shape = shape_of(dict(self.row), shapes_for(PROMPTS))
-        assert shape is not None  # of a row that was checked
-        return shape
+    def _format(self) -> RowFormat:
+        row_format = format_of(dict(self.row), formats_for(PROMPTS))
+        assert row_format is not None  # of a row that was checked
+        return row_format
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,8 +68,7 @@ def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedRe
     begins = file.peek(2)[:2]
     if not windows and begins not in WIDE:
         return file
-    stream = _Utf8(_recoded(file, begins in WIDE, tell))
-    return io.BufferedReader(stream, PIECE)
+    return io.BufferedReader(_Utf8(_recoded(file, begins in WIDE, tell)), PIECE)
 
 
 class _Utf8(io.RawIOBase):
@@ -178,8 +177,7 @@ def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedRe
 
     if (begins := file.peek(4)) and not begins.startswith(MAGIC[compression]):
         raise Unreadable(f"found no {compression}, as its name says; rename it if it is plain text")
-    stream = pa.CompressedInputStream(file, compression)
-    return io.BufferedReader(stream)
+    return io.BufferedReader(pa.CompressedInputStream(file, compression))
 
 
 def _lines(lines: Iterable[bytes]) -> Numbered:

@@ -188,7 +188,8 @@ class ConversationRenderings:
     def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.tools = tokenizer, conversation.tools
         self.messages = conversation.messages
-        self.template, self.own = template_of(tokenizer, self.tools), template_of(tokenizer)
+        self.template = template_of(tokenizer, self.tools)
+        self.without_tools = template_of(tokenizer)
         self.formed = self.template.form.of(self.messages)
 
     def draw(self, messages: list[Message]) -> Drawn:
@@ -228,7 +229,7 @@ class ConversationRenderings:
                 text, marks = plain, plain_marks
         if not text.startswith(prompt):
             said = self.messages[i].get("content", "")
-            block, specials = self.own.block, self.own.specials
+            block, specials = self.without_tools.block, self.without_tools.specials
             joined = after_block(prompt, after, (reasoning, said), block, specials)
             if joined is None:
                 before = attempt(self.messages[:i], self.tokenizer, self.tools)
@@ -242,13 +243,13 @@ class ConversationRenderings:
 
     def end(self, i: int, turn: TrainedTurn) -> str:
         """The end of turn i, which its text lacks: the template does not write it with the turn."""
-        ending, text = self.own.ending, turn.text[: turn.end]
+        ending, text = self.without_tools.ending, turn.text[: turn.end]
         if ending.written == WITH_NEXT:
             follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]
             following = [*self.messages[: i + 1], *(follows or [ASKED])]
             longer = attempt(following, self.tokenizer, self.tools)
             if longer.startswith(text):
-                return self.own.through_special(longer[len(text) :]) or ending.text
+                return self.without_tools.through_special(longer[len(text) :]) or ending.text
         return ending.text
 
 
@@ -280,13 +281,13 @@ def render_trained(
         if messages[i].keys() & {"reasoning_content", "tool_calls"}:
             lost += hidden(messages[i], turn.said)
         text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
-        if rendering.end_of_turn == "auto" and renderings.own.ending.written != WITH_TURN:
+        if rendering.end_of_turn == "auto" and renderings.without_tools.ending.written != WITH_TURN:
             text = text[:end] + renderings.end(i, turn)
             if marks is not None and any(last > start for _, last in marks):
                 marks = (*marks, (end, len(text)))
             end = len(text)
         if rendering.mask_reasoning:
-            start += renderings.own.block.end(text[start:end], text[:start])
+            start += renderings.without_tools.block.end(text[start:end], text[:start])
         # a mark may go on to the end of the line, behind the token that ends the turn
         marks = ((start, end),) if marks is None else marks
         cut = ((max(start, first), min(len(text), last)) for first, last in marks)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorafold.data.arrow import Array, Items, open_table
-from lorafold.data.formats import Shape, shape_of, shapes_for
+from lorafold.data.formats import RowFormat, format_of, formats_for
 from lorafold.data.json_input import Row
 
 CHUNK = 1000  # rows of an Arrow record batch
@@ -105,8 +105,7 @@ class ArrowRows(Items[Row]):
 
     def item(self, index: int) -> Row:
         at = index if self._chosen is None else int(self._chosen[index])
-        row = json.loads(self._text[at].as_py())
-        return row
+        return json.loads(self._text[at].as_py())
 
     def __iter__(self) -> Iterator[Row]:
         return map(json.loads, self.texts())
@@ -126,10 +125,10 @@ class ArrowRows(Items[Row]):
 
 @dataclass(frozen=True)
 class Rows(Items[Row]):
-    """Checked rows. `ignored` are their keys that no shape has, in the order of appearance, and
-    `known` is the digest and the bytes of large rows. `wanted` of what shapes give chose theirs,
-    `remarks` are lines on them, `files` has the rows of each file of a source that
-    is made of several, and `origins` says where each is from.
+    """Checked rows. `ignored` are their keys that no format has, in the order of appearance, and
+    `known` is the digest and the bytes of large rows. `wanted` chose their formats,
+    `remarks` are lines on them, `files` has the rows of each file of a source that is made of
+    several, and `origins` says where each is from.
     """
 
     rows: Sequence[Row]
@@ -149,7 +148,7 @@ class Rows(Items[Row]):
         return Rows(rows, (SourcePart(len(rows)),), wanted=wanted)
 
     def __getstate__(self) -> dict[str, Any]:
-        # another process finds their shapes again, which have functions that can't be sent
+        # another process finds their formats again, which have functions that can't be sent
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def __len__(self) -> int:
@@ -196,25 +195,23 @@ class Rows(Items[Row]):
         return digest.hexdigest(), size
 
     @cached_property
-    def shapes(self) -> tuple[Shape | None, ...]:
-        """The shape of the rows of each source that has any; None for those of none."""
+    def formats(self) -> tuple[RowFormat | None, ...]:
+        """The format of the rows of each source that has any; None for those of none."""
         starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
         firsts = [self.rows[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
-        return tuple(shape_of(row, shapes_for(self.wanted)) for row in firsts)
+        return tuple(format_of(row, formats_for(self.wanted)) for row in firsts)
 
-    def give(self, what: str) -> bool:
-        """Whether the rows of the first source give this, a key of `Shape.gives`."""
-        return any(shape is not None and what in shape.gives for shape in self.shapes[:1])
+    def provides(self, what: str) -> bool:
+        """Whether the rows of the first source give this, a key of `RowFormat.gives`."""
+        return any(first is not None and what in first.provides for first in self.formats[:1])
 
-    def given(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
-        """What the shapes of the rows give, a key of `Shape.gives`: of all rows or of `some`, of
-        which the first has the index `first`.
-        """
+    def extract(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
+        """As `RowFormat.extract`, of all rows or of `some`, whose first has the index `first`."""
         rows = self.rows if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])
         source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()
-        shapes = [shape for shape in self.shapes if shape is not None]
-        return [shapes[n].given(what, row) for n, row in zip(source, rows, strict=True)]
+        formats = [row_format for row_format in self.formats if row_format is not None]
+        return [formats[n].extract(what, row) for n, row in zip(source, rows, strict=True)]
 
     def texts(self) -> Iterator[str]:
         """The rows as JSON text."""

@@ -1,4 +1,4 @@
-"""Reads a user's rows, and checks that those of one file are well-formed and of one shape.
+"""Reads a user's rows, and checks that those of one file are well-formed and of one format.
 
     rows = read_rows(["mine.jsonl", "other.jsonl:0.3"])       an epoch takes 0.3 of the second
 
@@ -19,7 +19,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lorafold.data.formats import PAIRS, PROMPTS, SHAPES, Shape, as_turns, shape_of, shapes_for
+from lorafold.data.formats import (
+    PAIRS,
+    PROMPTS,
+    ROW_FORMATS,
+    RowFormat,
+    as_turns,
+    format_of,
+    formats_for,
+)
 from lorafold.data.json_input import SPOKEN, Row, as_known, unusable
 from lorafold.data.messages import KEYS, TURN_KEYS, asks, role_of
 from lorafold.data.row_store import LARGE, ArrowRows, Origins, Rows, SourcePart, write_rows
@@ -41,7 +49,6 @@ SAID = {
 WORDED = re.compile(r"[^\W\d_]")  # a text with a letter is no number or date
 GUESS = " (a guess by their order, if the file begins with names)"
 PLAIN = {"system", "user", "assistant", "tool", "developer"}
-SHOWN = 5  # roles that one line names
 # what databases, spreadsheets and pandas write where there is nothing, or a wrong formula
 NOTHING = {
     *("NULL", "null", "None", "NaN", "nan", "\\N"),
@@ -58,9 +65,9 @@ AS_THEY_ARE = "messages go to the chat template with roles of their own, and are
 
 @dataclass
 class RowRemarks:
-    """Gathers remarks on good rows, row by row: `ignored` are the keys that are no part of shapes,
+    """Gathers remarks on good rows, row by row: `ignored` are the keys that are no part of formats,
     as they appear (messages[].id for one inside), and `lines` all else. `wanted` is what is asked
-    of the rows, of what shapes give.
+    of the rows, of what formats provide.
     """
 
     wanted: str = ""
@@ -69,26 +76,26 @@ class RowRemarks:
     _counts: Counter[str] = field(default_factory=Counter)
     _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by what becomes of them
 
-    def left_out(self, row: Any, place: str, shape: Shape | None = None) -> bool:
+    def left_out(self, row: Any, place: str, row_format: RowFormat | None = None) -> bool:
         """Whether a row is left out: all its fields are empty or, where answers are needed, one is.
         """
-        if shape is None:
+        if row_format is None:
             values = row.values() if isinstance(row, dict) else [row]
             filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
             why, out = BLANK, not any(filled)
         else:
-            why, out = UNANSWERED, self.wanted != PROMPTS and not shape.answered(row)
+            why, out = UNANSWERED, self.wanted != PROMPTS and not row_format.answered(row)
         if out:
             self._counts[why] += 1
             self._first.setdefault(why, f"; the first: {place}")
         return out
 
-    def add(self, shape: Shape, row: Row) -> None:
+    def add(self, row_format: RowFormat, row: Row) -> None:
         """Look at one more row that is used."""
         for key, value in row.items():
             if value is None:
                 continue
-            if key not in shape.known:
+            if key not in row_format.known:
                 self.ignored[key] = None
             elif isinstance(value, str):
                 if len(value) <= LONGEST and value in NOTHING and key != "label":
@@ -97,7 +104,7 @@ class RowRemarks:
                 inside = isinstance(value, list)
                 for message in value if inside else [value] * isinstance(value, dict):
                     self._look(f"{key}[]" if inside else key, message)
-        if PAIRS in shape.gives and (remark := as_turns(row)):
+        if PAIRS in row_format.provides and (remark := as_turns(row)):
             self._counts[remark] += 1
 
     def _look(self, name: str, message: dict[str, Any]) -> None:
@@ -126,15 +133,13 @@ class RowRemarks:
         counts = self._counts.items()
         lines = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
         for what, roles in self._roles.items():
-            named = ", ".join(map(repr, list(roles)[:SHOWN]))
-            more = f" and {len(roles) - SHOWN} more" if len(roles) > SHOWN else ""
-            lines.append(f"{roles.total():,} {what}: {named}{more}")
+            lines.append(f"{roles.total():,} {what}: {listed(map(repr, roles))}")
         return tuple(lines)
 
 
 def proposed_columns(row: Row) -> str:
-    """The option `--columns` to try for a row of no known shape: known names first, else a guess of
-    the first and the last column of text, if there are two.
+    """The option `--columns` to try for a row of no known format: known names, else a guess of the
+    first and the last column of text, if there are two.
     """
     texts = [key for key, value in row.items() if isinstance(value, str) and WORDED.search(value)]
     prompts, answers = ([k for k in texts if k.strip().lower() in n] for n in (ASKED, SAID))
@@ -191,12 +196,12 @@ def checked(
     numbered: Iterable[tuple[int, Any]],
     source: str,
     at_once: bool = False,
-    shapes: Sequence[Shape] = SHAPES,
+    formats: Sequence[RowFormat] = ROW_FORMATS,
     none: bool = False,
     remarks: RowRemarks | None = None,
-) -> Iterator[tuple[int, Shape, Row]]:
-    """Yield the rows that are well-formed and of the first one's shape, with the keys by which
-    shapes know them, each after its number and the shape. In place of a row that could not be read
+) -> Iterator[tuple[int, RowFormat, Row]]:
+    """Yield the rows that are well-formed and of the first one's format, with the keys by which
+    formats know them, each after its number and format. In place of a row that could not be read
     there is the reason, a text.
 
     After the last row, or the first bad one with `at_once`, raises LorafoldError that lists the bad
@@ -213,19 +218,19 @@ def checked(
         row = as_known(given)
         if isinstance(row, str):
             problems = [row]
-        elif (shape := shape_of(row, shapes)) is None:
-            problems = [*_shapeless(row, shapes)]
+        elif (row_format := format_of(row, formats)) is None:
+            problems = [*_without_format(row, formats)]
         else:
-            first = first or (number, shape)
-            problems = list(shape.problems(row))
-            if shape is not first[1]:
+            first = first or (number, row_format)
+            problems = list(row_format.problems(row))
+            if row_format is not first[1]:
                 nulls = _null(first[1], row)
-                problems += nulls or [f"shape {shape}, but row {first[0]} has {first[1]}"]
-            if not (problems or bad or (remarks and remarks.left_out(row, place, shape))):
+                problems += nulls or [f"format {row_format}, but row {first[0]} has {first[1]}"]
+            if not (problems or bad or (remarks and remarks.left_out(row, place, row_format))):
                 if remarks:
-                    remarks.add(shape, row)
+                    remarks.add(row_format, row)
                 used = True
-                yield number, shape, row
+                yield number, row_format, row
         for problem in problems:
             bad.setdefault(problem, []).append(number)
         if bad and at_once:
@@ -245,30 +250,30 @@ def _numbers(rows: Sequence[int]) -> str:
     return f"row {first}" if first == last else f"rows {first} to {last}"
 
 
-def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:
-    """What is wrong with a row of no shape: keys without a value, or absent ones."""
-    if near := [shape for shape in shapes if {*shape.keys} <= row.keys()]:
+def _without_format(row: Row, formats: Sequence[RowFormat]) -> Iterator[str]:
+    """What is wrong with a row of no format: keys without a value, or absent ones."""
+    if near := [row_format for row_format in formats if {*row_format.keys} <= row.keys()]:
         yield from _null(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
         return
     keys = listed(map(repr, row), room=80) or "none"
     guess = proposed_columns(row)
-    known = listed(shapes, room=40 if guess else 90)
+    known = listed(formats, room=40 if guess else 90)
     renames = f"; {guess}" if guess else " (--columns renames)"
     yield f"keys found: {keys}; expected one of {known}{renames}"
 
 
-def _null(shape: Shape, row: Row) -> list[str]:
-    keys = [key for key in shape.keys if key in row and row[key] is None]
-    expected = f"expected a value, as rows of {shape} have one"
+def _null(row_format: RowFormat, row: Row) -> list[str]:
+    keys = [key for key in row_format.keys if key in row and row[key] is None]
+    expected = f"expected a value, as rows of {row_format} have one"
     return [f"field {key}: found null, {expected}" for key in keys]
 
 
-def check_given(shapes: Iterable[Shape | None], what: str) -> None:
-    """Raise LorafoldError if the shape of a source's rows does not give what is taken."""
-    for shape in shapes:
-        if shape is None or what not in shape.gives:
-            expected = " or ".join(str(known) for known in SHAPES if what in known.gives)
-            raise LorafoldError(f"data: found rows of {shape}, expected rows of {expected}")
+def check_provided(formats: Iterable[RowFormat | None], what: str) -> None:
+    """Raise LorafoldError if the format of a source's rows does not give what is taken."""
+    for row_format in formats:
+        if row_format is None or what not in row_format.provides:
+            expected = " or ".join(str(known) for known in ROW_FORMATS if what in known.provides)
+            raise LorafoldError(f"data: found rows of {row_format}, expected rows of {expected}")
 
 
 @dataclass
@@ -292,17 +297,17 @@ def _reading(
     notice: Notice,
     read: RowsRead,
 ) -> Iterator[Row]:
-    remarks, shapes = RowRemarks(wanted), shapes_for(wanted)
+    remarks, formats = RowRemarks(wanted), formats_for(wanted)
     for number, source in enumerate(sources):
         last = None
         for file in source.files:
             read.files.append([number, 0])
             numbered = renamed(file.numbered(read.guessed.append), columns)
-            rows = checked(numbered, file.name, False, shapes, source.several, remarks)
-            for place, shape, row in rows:
-                if shape is not last:  # files of one source and one shape are one part
+            rows = checked(numbered, file.name, False, formats, source.several, remarks)
+            for place, row_format, row in rows:
+                if row_format is not last:  # files of one source and one format are one part
                     read.parts.append([number, 0])
-                    last = shape
+                    last = row_format
                 file_number, run = len(read.files) - 1, read.runs[-1] if read.runs else [-1]
                 if run[0] != file_number or place != sum(run[1:]):
                     read.runs.append([file_number, place, 0])
@@ -326,8 +331,8 @@ def read_rows(
     files, or hub datasets (their train split). SOURCE:0.3 gives a source a weight.
 
     `columns` are the names that keys have in the sources, by those that lorafold knows, as in
-    {"prompt": "question"}. `wanted` is what is asked of the rows, of what shapes give: it chooses
-    the shape of rows that have the keys of several.
+    {"prompt": "question"}. `wanted` is what is asked of the rows, as formats provide it: it chooses
+    the format of rows that have the keys of several.
     """
     named = [source_from(text) for text in ([sources] if isinstance(sources, str) else sources)]
     columns, read, known = columns or {}, RowsRead(), None
@@ -375,12 +380,12 @@ def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
 
 
 def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "") -> Rows:
-    """Return rows, once they are known to be well-formed and of one shape; `source` is the name of
+    """Return rows, once they are known to be well-formed and of one format; `source` is the name of
     the data in messages.
     """
     remarks, rows, runs = RowRemarks(wanted), [], [[0, 0]]
     usable = ((n, (unusable(row) or row) if isinstance(row, dict) else row) for n, row in numbered)
-    for place, _, row in checked(usable, source, shapes=shapes_for(wanted), remarks=remarks):
+    for place, _, row in checked(usable, source, formats=formats_for(wanted), remarks=remarks):
         rows.append(row)
         if place != sum(runs[-1]):
             runs.append([place, 0])

@@ -18,14 +18,14 @@ from lorafold.data.arrow import Lists
 from lorafold.data.batches import BatchFeed
 from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import Examples
-from lorafold.data.formats import Shape, shapes_for
+from lorafold.data.formats import RowFormat, formats_for
 from lorafold.data.json_input import Row
-from lorafold.data.rows import RowRemarks, check_given, checked, renamed
-from lorafold.data.sources import DataSource, source_from
+from lorafold.data.rows import RowRemarks, check_provided, checked, renamed
+from lorafold.data.sources import DataSource
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
-Named = tuple[str, Row, Shape]  # the name of a row in messages, the row, and its shape
+Named = tuple[str, Row, RowFormat]  # the name of a row in messages, the row, and its format
 PEEKED = 100  # rows that are looked at before a run starts
 
 
@@ -65,8 +65,8 @@ class RowStream:
                 yield waiting.pop()
 
     @property
-    def shapes(self) -> tuple[Shape, ...]:
-        """The shape of the rows of each source."""
+    def formats(self) -> tuple[RowFormat, ...]:
+        """The format of the rows of each source."""
         return tuple(next(self._endless(source))[2] for source in self.sources)
 
     def remarks(self) -> RowRemarks:
@@ -78,27 +78,17 @@ class RowStream:
         return remarks
 
     def _endless(self, source: DataSource, remarks: RowRemarks | None = None) -> Iterator[Named]:
-        remarks, shapes = remarks or RowRemarks(self.wanted), shapes_for(self.wanted)
+        remarks, formats = remarks or RowRemarks(self.wanted), formats_for(self.wanted)
         while True:
             any_row = False
             for file in source.files:
                 rows = renamed(file.numbered(streaming=True), self.columns)
-                good = checked(rows, file.name, True, shapes, source.several, remarks)
-                for number, shape, row in good:
+                good = checked(rows, file.name, True, formats, source.several, remarks)
+                for number, row_format, row in good:
                     any_row = True
-                    yield f"{file.name}: row {number}", row, shape
+                    yield f"{file.name}: row {number}", row, row_format
             if not any_row:
                 raise LorafoldError(f"{source.name}: no rows found, expected at least one")
-
-
-def stream_of(
-    sources: str | Sequence[str], columns: Mapping[str, str] | None = None, wanted: str = ""
-) -> RowStream:
-    """The stream of one or several sources, with columns and what is wanted as for `read_rows`."""
-    named = [sources] if isinstance(sources, str) else sources
-    stream = RowStream(tuple(map(source_from, named)), columns or {}, wanted)
-    stream.remarks()
-    return stream
 
 
 @dataclass(eq=False)
@@ -139,8 +129,9 @@ class StreamFeed(BatchFeed):
         import pyarrow as pa
 
         chunk, takes = list(islice(rows, n)), self.encoder.takes
-        check_given((shape for *_, shape in chunk), takes)
-        batch = self.encoder.encode([shape.given(takes, row) for _, row, shape in chunk], 0)
+        check_provided((row_format for *_, row_format in chunk), takes)
+        given = [row_format.extract(takes, row) for _, row, row_format in chunk]
+        batch = self.encoder.encode(given, 0)
         for entry in batch.select(["row", "problem"]).to_pylist():
             if entry["problem"]:
                 raise LorafoldError(f"{chunk[entry['row']][0]}: {entry['problem']}")

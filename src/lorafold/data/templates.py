@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from os.path import commonprefix
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -26,6 +26,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafold.data.messages import Message, Tool
 from lorafold.errors import LorafoldError
+from lorafold.models.built_in_templates import rewrite_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -320,11 +321,6 @@ def attempt(
         return ""
 
 
-def is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template asks for the date, so that it renders otherwise tomorrow."""
-    return bool(day_of(tokenizer))
-
-
 def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The date of today, as 2026-11-28, where the chat template asks for it; else empty."""
     return date.today().isoformat() if DATED.search(str(tokenizer.chat_template)) else ""
@@ -336,16 +332,8 @@ def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerB
     """
     if not day:
         return tokenizer
-    fixed, template = copy.copy(tokenizer), tokenizer.chat_template
-
-    def written(text: str) -> str:
-        form = datetime.fromisoformat(day).strftime
-        return ASKING.sub(lambda match: json.dumps(form(match[2])), text)
-
-    if isinstance(template, dict):
-        fixed.chat_template = {name: written(text) for name, text in template.items()}
-    else:
-        fixed.chat_template = written(template)
+    fixed, form = copy.copy(tokenizer), datetime.fromisoformat(day).strftime
+    rewrite_templates(fixed, partial(ASKING.sub, lambda match: json.dumps(form(match[2]))))
     return fixed
 
 

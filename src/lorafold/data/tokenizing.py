@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.data.arrow import open_table
 from lorafold.data.control_tokens import MARKED
 from lorafold.data.row_store import CHUNK, LARGE, Rows, SourcePart, named
-from lorafold.data.rows import check_given
+from lorafold.data.rows import check_provided
 from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
 from lorafold.runtime.workers import workers
@@ -40,7 +40,7 @@ PACKAGES = ("jinja2", "tokenizers", "transformers")
 class Encoder(ABC):
     """Abstract: what makes examples of rows. It is copied into worker processes.
 
-    takes: What it makes examples of, one of what shapes give.
+    takes: What it makes examples of, one of what formats provide.
     """
 
     takes: str
@@ -92,13 +92,13 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    check_given(rows.shapes, encoder.takes)
+    check_provided(rows.formats, encoder.takes)
     if rows.measured[1] > LARGE:
         table = _kept(rows, encoder, console)
     else:
         with closing(_chunks(rows.rows, len(rows), console)) as chunks:
             batches = [
-                encoder.encode(rows.given(encoder.takes, chunk, first), first)
+                encoder.encode(rows.extract(encoder.takes, chunk, first), first)
                 for first, chunk in chunks
             ]
         table = pa.Table.from_batches(batches or [encoder.encode([], 0)])
@@ -122,7 +122,7 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(directory: Path) -> None:
-        first = encoder.encode(rows.given(encoder.takes, rows[:CHUNK]), 0)
+        first = encoder.encode(rows.extract(encoder.takes, rows[:CHUNK]), 0)
         size = first.nbytes * len(rows) // min(CHUNK, len(rows))
         free = shutil.disk_usage(directory).free
         if free < size:
@@ -152,7 +152,7 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
 
 
 def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
-    return encoder.encode(rows.given(encoder.takes, [*map(json.loads, texts)], first), first)
+    return encoder.encode(rows.extract(encoder.takes, [*map(json.loads, texts)], first), first)
 
 
 def _chunks(

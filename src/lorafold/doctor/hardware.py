@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -295,4 +295,4 @@ def template(model: str, **how: Any) -> Iterator[Finding]:
         yield Finding("template", "none; a plain one is used (### User: / ### Assistant:)", "")
         return
     account = describe_template(tokenizer)
-    yield Finding("template", "; ".join(account.lines), account.as_json())
+    yield Finding("template", "; ".join(account.lines), asdict(account))

@@ -23,7 +23,7 @@ from lorafold.adapter import load_all
 from lorafold.core.attach import Adapted
 from lorafold.data.branches import Branched, continued
 from lorafold.data.examples import CompletionEncoder, example_of
-from lorafold.data.formats import PROMPT_ALONE, PROMPTS, Conversation
+from lorafold.data.formats import PROMPT_ONLY, PROMPTS, Conversation
 from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
 from lorafold.engine.adapters import found_below
@@ -34,9 +34,9 @@ from lorafold.models.checkpoint import original_weights
 from lorafold.models.classifier import head_paths, padding_id, scoring_shell
 from lorafold.models.loading import stored_in_files
 from lorafold.models.positions import positions_of
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
-from lorafold.resolve.base import REWARD_MODEL, kind_of
+from lorafold.resolve.base import REWARD_MODEL, model_kind
 from lorafold.rewards import Judged, Reward, RewardName, Rewards
 from lorafold.rewards.reward import failure
 from lorafold.training_step.preference_loss import Preferences
@@ -58,18 +58,18 @@ class RewardAdapter:
     name: str
     weight: float
     base: Base
-    stack: list[Saved]
+    stack: list[SavedAdapter]
     identity: str
 
     @classmethod
     def of(cls, reward: RewardName, base: Base) -> Self:
         """Open the adapter that a reward's name stands for."""
-        saved = Saved.open(Path(reward.text).expanduser())
-        if (kind := kind_of(base, [saved])) != REWARD_MODEL:
+        saved = SavedAdapter.open(Path(reward.text).expanduser())
+        if (kind := model_kind(base, [saved])) != REWARD_MODEL:
             raise failure(
                 reward.name, f"found an adapter of {kind}, expected one of {REWARD_MODEL}"
             )
-        below = [Saved.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
+        below = [SavedAdapter.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
         stack = [*below, saved]
         identity = joined([of_adapter(one) for one in stack])
         return cls(reward.name, reward.weight, base, stack, identity)
@@ -148,7 +148,7 @@ class AdapterReward:
         for one in judged:
             prompt = one.conversation
             if prompt is None:
-                prompt = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
+                prompt = PROMPT_ONLY.extract(PROMPTS, {**one.row, "prompt": one.prompt})
             answer = normalized([{"role": "assistant", "content": one.completion}])
             turns = [*prompt.messages, *answer]
             answered.append(Conversation(turns, len(prompt.messages), prompt.tools))

@@ -176,7 +176,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model with the adapters that are active on it."""
     rows = as_checked(rows, PAIRS)
-    if rows.give(LABELS):
+    if rows.provides(LABELS):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
     data = encode(rows, tokenizer, max_length)
     if console and (data.report.truncated or data.report.unlabelled):
@@ -191,7 +191,7 @@ def evaluate(
     if settings.completions:
         answers = _completions(model, tokenizer, rows, settings.max_new_tokens, console)
     hits = sum(answer.exact for answer in answers)
-    if rows.give(PAIRS):
+    if rows.provides(PAIRS):
         pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
         with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
             law = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
@@ -217,7 +217,7 @@ def _completions(
     console: Console | None,
 ) -> tuple[Answer, ...]:
     """The greedy completion of every row; none for rows without references."""
-    given = rows.given(CONVERSATIONS)
+    given = rows.extract(CONVERSATIONS)
     if not given[0].messages:
         return ()
     expected = references(given, tokenizer)

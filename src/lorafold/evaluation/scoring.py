@@ -257,7 +257,7 @@ def score_rows(
         )
     pad_id = pad_id_of(model)
     rows = as_checked(rows, PAIRS)
-    paired = rows.give(PAIRS)
+    paired = rows.provides(PAIRS)
     data: Any
     if paired:
         data = encode_preferred(rows, tokenizer, max_length, PAIRS, console)

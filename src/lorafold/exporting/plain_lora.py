@@ -25,7 +25,7 @@ from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
 from lorafold.inspecting.updates import lora_of, padded
 from lorafold.layers import layer_of
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.resolve import Base
 
@@ -38,13 +38,13 @@ FORM = "a server's plain LoRA"
 HEADS = ("embed_tokens", "lm_head")
 
 
-def write_canonical(base: Base, factors: SiteFactors, out: Path) -> Saved:
+def write_canonical(base: Base, factors: SiteFactors, out: Path) -> SavedAdapter:
     """Write the directory of an adapter over the bare base, and open it."""
     rank = max(down.shape[-2] for _, down in factors.values())
     same_rank = {path: padded(pair, rank) for path, pair in factors.items()}
     adapter = lora_of(base.mapped().model, same_rank, NAME)
     adapter.save(out, record={"exported": {"rank": rank}, TRAINED_ON: None})
-    return Saved.open(out)
+    return SavedAdapter.open(out)
 
 
 @dataclass(frozen=True)

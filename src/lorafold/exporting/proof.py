@@ -73,12 +73,12 @@ def prompts_of(
     """The prompts, as the chat template renders them for a completion."""
     ensure_chat_template(tokenizer)
     rows = read_rows(str(source or BUILT_IN), wanted=PROMPTS)
-    if not rows.give(PROMPTS):
+    if not rows.provides(PROMPTS):
         raise LorafoldError(
             f"--prompts {source}: found rows of text, which ask nothing; expected rows with prompts"
             ' or conversations, such as {"prompt": ...}'
         )
-    conversations = rows.given(PROMPTS)
+    conversations = rows.extract(PROMPTS)
     texts = tuple(prompt_of(chat, tokenizer) for chat in conversations)
     chats = tuple({"messages": chat.messages, "tools": chat.tools} for chat in conversations)
     return ProofPrompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)

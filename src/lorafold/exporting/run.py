@@ -29,7 +29,7 @@ from lorafold.files.paths import check_not_replaced
 from lorafold.files.terminal import progress_bars
 from lorafold.merging.merge_target import ALIAS, Distance, Into, choose_into
 from lorafold.models.loading import stored_in_files
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 
@@ -142,7 +142,7 @@ class Exported(ShownInNotebooks):
 
 def export(
     base: Base,
-    adapters: Sequence[Saved],
+    adapters: Sequence[SavedAdapter],
     out: Path,
     options: ExportOptions,
     console: Console | None = None,
@@ -224,7 +224,7 @@ def _has_tokenizer(subject: Subject) -> bool:
         return False
 
 
-def _named_otherwise(base: Base, adapters: Sequence[Saved]) -> dict[str, str]:
+def _named_otherwise(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, str]:
     """Notes on adapters that know their base by its name alone, and have another name for it."""
     notes = {str(saved): saved.own_base.hint(base.name).removeprefix("; ") for saved in adapters}
     names = {str(saved): Path(saved.own_base.name).name for saved in adapters}
@@ -245,7 +245,7 @@ def _check_representable(
         raise LorafoldError(f"{options.to}: {as_one(problems)}{enough}")
 
 
-def _into(base: Base, adapters: Sequence[Saved], target: Target, into: str | None) -> Into:
+def _into(base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None) -> Into:
     """The weights that the files are for; an adapter alone is for the original ones."""
     in_files = stored_in_files(base.source)
     expected = ("trained", "original", *ALIAS) if target.merged else ("original",)

@@ -44,7 +44,7 @@ from lorafold.layers import layer_of
 from lorafold.merging.merge_target import Into
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -210,9 +210,9 @@ class Subject:
     """
 
     base: Base
-    adapters: tuple[Saved, ...]
+    adapters: tuple[SavedAdapter, ...]
     tensors: str | None = None
-    original: tuple[Saved, ...] = ()
+    original: tuple[SavedAdapter, ...] = ()
     into: Into = ORIGINAL
 
     @property

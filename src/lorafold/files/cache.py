@@ -42,7 +42,11 @@ def cached(
     """The directory of an entry, complete and undamaged. `write` fills an empty directory unless
     the entry exists already; `notice` receives the reason for a delay.
     """
-    path = _place(kind, key)
+    return filled(_place(kind, key), write, notice)
+
+
+def filled(path: Path, write: Callable[[Path], None], notice: Callable[[str], None]) -> Path:
+    """As `cached`, for the directory of an entry."""
     with _locked(path, notice):
         if path.is_dir():
             if not (problems := verify(path)):

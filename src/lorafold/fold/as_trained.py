@@ -19,7 +19,7 @@ from lorafold.models.loading import stored_in_files
 from lorafold.models.quantizations import MADE, STORAGES
 from lorafold.models.quantize_on_load import packable
 from lorafold.models.sources import ModelSource
-from lorafold.peft.adapter_directory import Saved, trained_on
+from lorafold.peft.adapter_directory import SavedAdapter, trained_on
 from lorafold.peft.provenance import TrainedOn
 
 ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the adapters
@@ -61,7 +61,7 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
 
 
 def attach_as_trained(
-    model: nn.Module, source: ModelSource, storage: str, adapters: Sequence[Saved]
+    model: nn.Module, source: ModelSource, storage: str, adapters: Sequence[SavedAdapter]
 ) -> None:
     """Attach the round trip of the adapters' quantization, unless the files are quantized."""
     made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)

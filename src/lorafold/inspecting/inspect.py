@@ -43,7 +43,7 @@ from lorafold.inspecting.token_directions import (
 )
 from lorafold.inspecting.updates import AdaptedModule, Svd, Svds, largest, load_below, sites
 from lorafold.layers import layer_of
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 
@@ -61,9 +61,9 @@ FUSED = (
 @torch.no_grad()
 def inspect(
     base: Base,
-    stack: Sequence[Saved],
+    stack: Sequence[SavedAdapter],
     *,
-    against: Saved | None = None,
+    against: SavedAdapter | None = None,
     directions: str | Path | None = None,
     full: bool = False,
     progress: Progress = silent,

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lorafold.data.row_store import Rows
 from lorafold.data.templates import on_day
-from lorafold.errors import Interrupted, LorafoldError
+from lorafold.errors import Interrupted, LorafoldError, differing
 from lorafold.files.atomic import read_object, write_json
 from lorafold.files.claims import TOKEN, measured, shared, silent
 from lorafold.files.html_page import ShownInNotebooks
@@ -168,11 +168,9 @@ def check(out: Path, identity: dict[str, Any]) -> None:
             f"{out}: found a search of an earlier lorafold, which does not say what was in the"
             " files of its model; choose another --out"
         )
-    now = json.loads(json.dumps(identity))
-    names = sorted(recorded.keys() | now.keys())
-    if differing := [name for name in names if recorded.get(name) != now.get(name)]:
+    if names := differing(recorded, json.loads(json.dumps(identity))):
         raise LorafoldError(
-            f"{out}: found another search, which differs in {', '.join(differing)}; choose"
+            f"{out}: found another search, which differs in {', '.join(names)}; choose"
             " another --out"
         )
 

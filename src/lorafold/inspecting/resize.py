@@ -45,7 +45,7 @@ from lorafold.inspecting.updates import (
 from lorafold.layers import is_linear, layer_of
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.ops.svd import best_of_rank
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.provenance import BASE_IDENTITY
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
@@ -96,7 +96,7 @@ def check_request(rank: int | None, energy: float | None) -> None:
 
 def resize(
     base: Base,
-    stack: Sequence[Saved],
+    stack: Sequence[SavedAdapter],
     out: str | Path,
     *,
     rank: int | None = None,

@@ -29,7 +29,7 @@ from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
 from lorafold.inspecting.result import Sites
 from lorafold.methods.lora import of_ranks
 from lorafold.ops.svd import svd_of_product
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
 # of a matrix: up (out, r), with every scale in it, and down (r, in); of several (E, out, r) and
@@ -154,7 +154,7 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
         yield AdaptedModule(path, delta, layer)
 
 
-def load_below(model: nn.Module, base: Base, stack: Sequence[Saved]) -> tuple[str, ...]:
+def load_below(model: nn.Module, base: Base, stack: Sequence[SavedAdapter]) -> tuple[str, ...]:
     """Load the adapters below the last of a stack, and return their names on the model."""
     attach_as_trained(model, base.source, base.storage, stack)
     below = load_all(model, stack[:-1], "over", allow_other_base=base.allow_other_base)

@@ -109,7 +109,7 @@ def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
     if blocks != few or setting.processes > 1:
         more = few + period(config)
         first, other = traced, trace(config, setting, more)
-        traced = first.at(other, (few, more, blocks))
+        traced = first.extrapolated(other, (few, more, blocks))
         if setting.processes > 1:
             pairs = zip(astuple(first), astuple(other), strict=True)
             block = Traced(*((b - a) // (more - few) for a, b in pairs))

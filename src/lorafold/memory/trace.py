@@ -144,7 +144,7 @@ class Traced:
     forward_operations: int = 0
     backward_operations: int = 0
 
-    def at(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
+    def extrapolated(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
         """Extrapolate to blocks[2] blocks, given that this is for blocks[0] blocks and the other
         for blocks[1].
         """
@@ -160,11 +160,6 @@ SETTINGS = EngineSettings()  # those of the tokens of prompts that are read in o
 COPIES = 3  # of a pass's logits: the head's, those of the rows in order, and those that are chosen
 KEPT = 3  # of an adapter's factors: as they are held, as passes read them, and zeros for other rows
 TOKENS = 4, 8  # below any window of attention
-
-
-def nothing(model: PreTrainedModel) -> dict[str, Any]:
-    """Return no further arguments of `attach`: the default of `Setting.beside`."""
-    return {}
 
 
 @dataclass(frozen=True)
@@ -201,7 +196,7 @@ class Setting:
     base: Storage
     spec: Spec | None = None
     targets: Any = None
-    beside: Callable[[PreTrainedModel], Mapping[str, Any]] = nothing
+    beside: Callable[[PreTrainedModel], Mapping[str, Any]] = lambda model: {}
     rows: tuple[int, ...] = (1024,)
     labelled: int | None = None
     packed: bool = True
@@ -452,6 +447,5 @@ def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
 
 def _workspace(model: PreTrainedModel, rows: int, tokens: int, ledger: Ledger) -> int:
     ledger.peak = start = ledger.now
-    ids = token_ids(rows, tokens)
-    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    model(input_ids=token_ids(rows, tokens), use_cache=False, logits_to_keep=1)
     return ledger.peak - start

@@ -22,7 +22,7 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.files.templates import in_words
 from lorafold.models.quantizations import MADE, PLAIN
 from lorafold.models.quantize_on_load import packable
-from lorafold.peft.adapter_directory import Saved, trained_on
+from lorafold.peft.adapter_directory import SavedAdapter, trained_on
 from lorafold.peft.provenance import TrainedOn
 
 TARGETS = ("trained", "original", *MADE)
@@ -87,7 +87,10 @@ class Into:
 
 
 def choose_into(
-    asked: str | None, adapters: Sequence[Saved], base: str = "auto", in_files: str | None = None
+    asked: str | None,
+    adapters: Sequence[SavedAdapter],
+    base: str = "auto",
+    in_files: str | None = None,
 ) -> Into:
     """The target that was asked for, else trained for a quantized base, else original."""
     known = trained_on(adapters) if base == "auto" else TrainedOn(base)

@@ -40,7 +40,7 @@ from lorafold.models.checkpoint import (
 from lorafold.models.sources import HUB_FILES, remember_source
 from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import TensorEntry
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
 
@@ -155,7 +155,7 @@ class MergePlan:
 
 
 def plan(
-    base: Base, adapters: Sequence[Saved], *, round_trip: str | None = None
+    base: Base, adapters: Sequence[SavedAdapter], *, round_trip: str | None = None
 ) -> MergePlan:
     """Attach the adapters to the model and find what they change. Nothing is computed or written.
     """

@@ -42,7 +42,7 @@ from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model, stored_in_files
 from lorafold.models.quantizations import Storage
 from lorafold.models.tokenizer import write_tokenizer
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 
@@ -197,7 +197,7 @@ class Merged(ShownInNotebooks):
 
 def merge(
     base: Base,
-    adapters: Sequence[Saved],
+    adapters: Sequence[SavedAdapter],
     out: Path,
     options: MergeOptions,
     console: Console | None = None,
@@ -244,7 +244,7 @@ def merge(
     return result
 
 
-def adapted(base: Base, adapters: Sequence[Saved], storage: str) -> PreTrainedModel:
+def adapted(base: Base, adapters: Sequence[SavedAdapter], storage: str) -> PreTrainedModel:
     """The base in a storage, computed in fp32, with the adapters."""
     base = replace(base.stored(storage), dtype="fp32")
     model, other = base.load(), base.allow_other_base

@@ -7,7 +7,8 @@ names too (`lf.LoRA`); the imports for type checkers say so to them. A method's 
 """
 
 import importlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections import UserDict
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 Row = str | tuple[str, dict[str, Any]] | Callable[..., "Spec"]
 
 
-class Methods(MutableMapping[str, Callable[..., "Spec"]]):
+class Methods(UserDict[str, Any]):
     """Makers of specs by the names of methods.
 
     A row is `module.Class` in this package, or that with options, and is imported when it is first
@@ -47,14 +48,14 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
     """
 
     def __init__(self, rows: dict[str, Row]) -> None:
-        self._rows = rows
+        super().__init__(rows)
         named = [row for row in rows.values() if not callable(row)]
         places = [row if isinstance(row, str) else row[0] for row in named]
         # what imports each of this package's spec classes, by the name of the class
         self.classes = {place.partition(".")[2]: partial(_imported, place) for place in places}
 
     def __getitem__(self, name: str) -> Callable[..., "Spec"]:
-        row = self._rows[name]
+        row = self.data[name]
         if callable(row):
             return row
         where, options = (row, {}) if isinstance(row, str) else row
@@ -66,18 +67,6 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
         maker = self[name]
         cls = getattr(maker, "func", maker)
         return cls if isinstance(cls, type) else type(maker())
-
-    def __setitem__(self, name: str, row: Row) -> None:
-        self._rows[name] = row
-
-    def __delitem__(self, name: str) -> None:
-        del self._rows[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
 
 def _imported(place: str) -> "type[Spec]":

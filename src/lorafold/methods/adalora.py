@@ -30,7 +30,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta, LowRank
+from lorafold.core.delta import DeltasByPath, Factors, LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
@@ -70,7 +70,7 @@ class AdaLoRADelta(LowRank):
                 zero = torch.zeros_like(getattr(self, part)).detach()
                 self.register_buffer(f"{name}_{part}", zero)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         return self.P * (self.scale * self.E[..., None, :]), self.Q
 
     def scaled(self) -> tuple[Tensor, Tensor, float]:
@@ -154,7 +154,7 @@ class AdaLoRA(Spec):
         left = 1 - min(max((step - first) / (last - first), 0), 1)
         return int((full - target) * left**3 + target)
 
-    def penalty(self, deltas: Mapping[str, Delta]) -> Tensor:
+    def penalty(self, deltas: DeltasByPath) -> Tensor:
         adapted: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
         grams = defaultdict[int, list[Tensor]](list)  # by rank, (n, r, r)
         for delta in adapted:
@@ -166,7 +166,7 @@ class AdaLoRA(Spec):
         ]
         return self.orth_reg * torch.cat(norms).mean()
 
-    def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
+    def after_step(self, deltas: DeltasByPath, step: int, total: int) -> None:
         adapted: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
         first, last = self.phases(total)
         if step < last:
@@ -180,7 +180,7 @@ class AdaLoRA(Spec):
             with torch.no_grad():  # no E where the last allocation left the triplet out
                 torch._foreach_mul_([d.E for d in adapted], [d.kept for d in adapted])
 
-    def report(self, deltas: Mapping[str, Delta]) -> str:
+    def report(self, deltas: DeltasByPath) -> str:
         """The ranks that are left: one line for the matrices whose paths differ in numbers only, in
         the order of the blocks.
         """
@@ -241,7 +241,7 @@ def number_of_matrices(delta: Any) -> int:
     return prod(delta.kept.shape[:-1])
 
 
-def ranks(deltas: Mapping[str, Delta]) -> dict[str, float]:
+def ranks(deltas: DeltasByPath) -> dict[str, float]:
     """The rank of each matrix after the last allocation, by module path; the mean for experts."""
     return {
         path: int(delta.kept.sum()) / number_of_matrices(delta)  # type: ignore[operator]

@@ -16,7 +16,7 @@ dropout included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorafold.core.combine import up_names_in
 from lorafold.core.contexts import in_backward, scope
-from lorafold.core.delta import Additive, Delta, Gained
+from lorafold.core.delta import Additive, Delta, DeltasByPath, Gained
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
 from lorafold.errors import LorafoldError
@@ -158,22 +158,22 @@ class DoRA(Spec):
             )
         return DoRADelta(inner, layer)
 
-    def join(self, deltas: Mapping[str, Delta]) -> None:
+    def join(self, deltas: DeltasByPath) -> None:
         self.over.join(inners(deltas))
 
-    def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
+    def prepare(self, deltas: DeltasByPath, losses: Losses) -> None:
         self.over.prepare(inners(deltas), losses)
 
-    def penalty(self, deltas: Mapping[str, Delta]) -> Tensor | None:
+    def penalty(self, deltas: DeltasByPath) -> Tensor | None:
         return self.over.penalty(inners(deltas))
 
-    def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
+    def after_step(self, deltas: DeltasByPath, step: int, total: int) -> None:
         self.over.after_step(inners(deltas), step, total)
 
-    def report(self, deltas: Mapping[str, Delta]) -> str:
+    def report(self, deltas: DeltasByPath) -> str:
         return self.over.report(inners(deltas))
 
 
-def inners(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+def inners(deltas: DeltasByPath) -> dict[str, Delta]:
     """The additive deltas inside DoRA's deltas, by module path."""
     return {path: delta.inner for path, delta in deltas.items()}  # type: ignore[misc]

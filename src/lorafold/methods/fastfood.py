@@ -16,7 +16,6 @@ the weight has as many.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta, Dense
+from lorafold.core.delta import DeltasByPath, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
 from lorafold.core.spec import Spec
@@ -134,7 +133,7 @@ class Fastfood(Spec):
     def build(self, layer: Layer) -> FastfoodDelta:
         return FastfoodDelta((*layer.matrices, *layer.shape), self.seed, layer.device)
 
-    def join(self, deltas: Mapping[str, Delta]) -> None:
+    def join(self, deltas: DeltasByPath) -> None:
         adapted: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]
         generator, first = torch.Generator().manual_seed(self.seed), adapted[0]
         for delta in adapted:

@@ -12,13 +12,12 @@ saves a plain model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta
+from lorafold.core.delta import Delta, DeltasByPath
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
@@ -68,6 +67,6 @@ class Full(Spec):
             )
         return FullDelta(module)
 
-    def join(self, deltas: Mapping[str, Delta]) -> None:
+    def join(self, deltas: DeltasByPath) -> None:
         for delta in deltas.values():
             delta.requires_grad_(True)  # attaching an earlier adapter may have frozen them

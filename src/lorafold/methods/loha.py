@@ -49,8 +49,7 @@ class LoHaDelta(Dense):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if not self.small:
             return super().forward(layer, x, onto)
-        small = recomputed(partial(self.branch, layer), x)
-        return layer(x, onto=add(small, onto))
+        return layer(x, onto=add(recomputed(partial(self.branch, layer), x), onto))
 
     def branch(self, layer: Layer, x: Tensor) -> Tensor:
         """U V x, (..., in) -> (..., out). U and V are built again in the backward: the factors that

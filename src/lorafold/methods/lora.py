@@ -23,7 +23,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.delta import LowRank
+from lorafold.core.delta import Factors, LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
@@ -54,7 +54,7 @@ class LoRADelta(LowRank):
         else:
             kaiming(self.A)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         return self.scale * self.B, self.A
 
     def scaled(self) -> tuple[Tensor, Tensor, float]:

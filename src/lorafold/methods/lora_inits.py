@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.delta import LowRank
+from lorafold.core.delta import Factors, LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
@@ -47,17 +47,26 @@ class OffsetDelta(LowRank):
         self.register_buffer("A0", a.clone())
         self.register_buffer("B0", b.clone())
 
-    def factors(self) -> tuple[Tensor, Tensor]:  # up (out, 2 r), down (2 r, in)
+    def factors(self) -> Factors:  # up (out, 2 r), down (2 r, in)
         up = self.scale * torch.cat([self.B - self.B0, self.B0], -1)
         return up, torch.cat([self.A, self.A - self.A0], -2)
 
 
+@dataclass(frozen=True)
 class FromWeight(Spec):
-    """Abstract: LoRA whose factors start from the layer's own matrix."""
+    """Abstract: LoRA whose factors start from the layer's own matrix.
 
-    rank: int
-    alpha: float | None
-    dropout: float
+    Args:
+        rank: the rank r.
+        alpha: the numerator of the scale (None: r).
+        dropout: the probability of dropout on the branch.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    lr = 5e-4
 
     def __post_init__(self) -> None:
         check(self, whole=("rank",), below_one=("dropout",))
@@ -69,7 +78,7 @@ class FromWeight(Spec):
         return self.alpha / self.rank  # type: ignore[operator]
 
     @abstractmethod
-    def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def start(self, w: Tensor) -> Factors:
         """B0 (*matrices, out, r) and A0 (*matrices, r, in) for matrices w (*matrices, out, in)."""
 
     def build(self, layer: Layer) -> OffsetDelta:
@@ -87,39 +96,19 @@ class PiSSA(FromWeight):
     """PiSSA. Raises LorafoldError for values out of range.
 
     Args:
-        rank: the rank r.
-        alpha: the numerator of the scale (None: r).
-        dropout: the probability of dropout on the branch.
         niter: the subspace iterations of the randomized SVD (0: the full SVD).
     """
 
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
     niter: int = 16
 
-    lr = 5e-4
-
-    def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def start(self, w: Tensor) -> Factors:
         return best_of_rank(w, self.rank, self.scale, self.niter)
 
 
 @dataclass(frozen=True)
 class OLoRA(FromWeight):
-    """OLoRA. Raises LorafoldError for values out of range.
+    """OLoRA. Raises LorafoldError for values out of range."""
 
-    Args:
-        rank: the rank r.
-        alpha: the numerator of the scale (None: r).
-        dropout: the probability of dropout on the branch.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-
-    lr = 5e-4
-
-    def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def start(self, w: Tensor) -> Factors:
         q, r = torch.linalg.qr(w)
         return q[..., : self.rank], r[..., : self.rank, :]

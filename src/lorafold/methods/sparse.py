@@ -15,7 +15,6 @@ change the same entry.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lorafold.core.delta import Delta, Dense
+from lorafold.core.delta import DeltasByPath, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
 from lorafold.methods.parts.options import check, zeros
@@ -85,7 +84,7 @@ class _Sparse(Spec):
         at = torch.randperm(size)[: max(1, round(self.density * size))].sort().values
         return SparseDelta(shape, at.to(layer.device))
 
-    def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
+    def prepare(self, deltas: DeltasByPath, losses: Losses) -> None:
         sparse = [d for d in deltas.values() if isinstance(d, SparseDelta)]
         for delta in sparse:
             delta.select(None)

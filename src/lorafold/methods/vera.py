@@ -13,13 +13,12 @@ which gives PEFT's numbers bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta, LowRank
+from lorafold.core.delta import DeltasByPath, Factors, LowRank
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.methods.parts.options import check, zeros
@@ -65,7 +64,7 @@ class VeRADelta(LowRank):
         self.d = nn.Parameter(d)
         self.b = zeros((*matrices, self.shape[0]), device)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         out, inn = self.shape
         return (
             self.b[..., None] * self.projections.B[:out],
@@ -107,7 +106,7 @@ class VeRA(Spec):
     def build(self, layer: Layer) -> VeRADelta:
         return VeRADelta(layer, self.rank, self.d_initial, self.dropout)
 
-    def join(self, deltas: Mapping[str, Delta]) -> None:
+    def join(self, deltas: DeltasByPath) -> None:
         adapted: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]
         out, inn = (max(delta.shape[i] for delta in adapted) for i in (0, 1))
         by_device = {}

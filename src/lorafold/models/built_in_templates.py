@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
@@ -117,13 +117,11 @@ def with_tools(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
     """Give variables of the tokenizer's chat template values."""
-    template = tokenizer.chat_template
-    if template is None:
+    if tokenizer.chat_template is None:
         raise LorafoldError(
             f"template_kwargs: found {', '.join(values)}, but the model has no chat template that"
             " could read it; --chat-template sets one"
         )
-    named = template if isinstance(template, dict) else {"default": template}
     own = variables_of(tokenizer)
     if strange := [name for name in values if name not in own]:
         raise LorafoldError(
@@ -135,15 +133,30 @@ def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any])
         "{%- endif %}"
         for name, value in values.items()
     )
-    templates = {name: before + text for name, text in named.items()}
-    tokenizer.chat_template = templates if isinstance(template, dict) else templates["default"]
+    rewrite_templates(tokenizer, before.__add__)
+
+
+def rewrite_templates(
+    tokenizer: PreTrainedTokenizerBase, rewritten: Callable[[str], str]
+) -> None:
+    """Replace the text of each of the tokenizer's chat templates."""
+    template = tokenizer.chat_template
+    tokenizer.chat_template = (
+        {name: rewritten(text) for name, text in template.items()}
+        if isinstance(template, dict)
+        else rewritten(template)
+    )
+
+
+def template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of the tokenizer's chat templates."""
+    template = tokenizer.chat_template
+    return [*template.values()] if isinstance(template, dict) else [template]
 
 
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The variables of the tokenizer's chat templates that a caller may set."""
-    template = tokenizer.chat_template
-    texts = template.values() if isinstance(template, dict) else [template]
-    known = {name for text in texts for name in _read(text)}
+    known = {name for text in template_texts(tokenizer) for name in _read(text)}
     return known - GIVEN - GLOBALS - set(tokenizer.special_tokens_map)
 
 

@@ -127,8 +127,7 @@ def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) 
     """
     path = source.intact(*patterns)
     files = {file.name: read_container(file) for file in model_files(path)}
-    sharded = SINGLE not in files
-    return Checkpoint(source, files, read_object(path / INDEX) if sharded else None)
+    return Checkpoint(source, files, None if SINGLE in files else read_object(path / INDEX))
 
 
 def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:

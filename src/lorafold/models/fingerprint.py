@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -25,8 +24,7 @@ from pydantic import BaseModel, PositiveInt, StringConstraints, TypeAdapter, Val
 from torch import Tensor, nn
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import check_intact
-from lorafold.models.weights import MODEL_FILES, FileWeights, InMemory, Weights, model_files
+from lorafold.models.weights import InMemory, Weights
 
 Fingerprint = dict[str, dict[str, Any]]
 
@@ -63,12 +61,6 @@ def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
     return of(InMemory.of_model(model), without)
 
 
-def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
-    """The fingerprint of the safetensors files of a model directory."""
-    check_intact(directory, MODEL_FILES)
-    return of(FileWeights(model_files(Path(directory))), without)
-
-
 def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
     """The fingerprint of named weights; `without` as `of_model` takes it."""
     outside = tuple(f"{path}." for path in without)
@@ -86,7 +78,7 @@ def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
     chosen = [*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors]
     fingerprint = {}
     for name in [*dict.fromkeys(chosen)][:TENSORS]:
-        values = weights.at(name, _positions(shapes[name]))
+        values = weights.elements(name, _positions(shapes[name]))
         fingerprint[name] = {
             "shape": list(shapes[name]),
             "dtype": str(values.dtype).removeprefix("torch."),
@@ -177,5 +169,5 @@ def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | 
         return f"{name} (shape {shape}, expected {wanted})"
     positions = _positions(wanted)
     both = positions[:, 0] < shape[0]  # of a resized vocabulary, the tokens that both have
-    agrees = same(weights.at(name, positions[both]), _values(expected)[both])
+    agrees = same(weights.elements(name, positions[both]), _values(expected)[both])
     return None if agrees else f"{name} (other values)"

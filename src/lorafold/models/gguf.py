@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.atomic import MANIFEST, atomic_directory, verify
+from lorafold.files.atomic import MANIFEST
+from lorafold.files.cache import filled
 from lorafold.files.contents import digest, file_digest
 from lorafold.files.paths import cache_directory
 from lorafold.models.gguf_rope import FREQUENCIES, SCALED, scale_positions, value
@@ -37,6 +36,9 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
 
+SUFFIX = ".gguf"
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+BESIDE = "mmproj"  # how the files of a model's towers begin
 HALF = re.compile(r"^(.+\.ffn_)(gate|up)(_exps\..+)$")
 OTHER_HALF = {"gate": "up", "up": "gate"}
 BLOCK = re.compile(r"blk\.(\d+)\.(?!attn_rot_embd)")  # old files have those positions' angles
@@ -113,50 +115,26 @@ def gguf_of(files: Sequence[Path], fp32: bool = False) -> Gguf:
 
 
 def unpacked(gguf: Gguf) -> Path:
-    """The directory of the copy of a model, which is made if there is none; processes that run this
-    at the same time make one copy.
-    """
+    """The directory of the copy of a model, which is made if there is none."""
     copy = gguf.copy
-    if not (copy / MANIFEST).is_file():
-        with _locked(gguf, copy):
-            if not (copy / MANIFEST).is_file():
-                log.info("unpacking %s to %s (once)", gguf.files[0].name, copy)
-                shutil.rmtree(copy, ignore_errors=True)
-                _unpack(gguf, copy)
-    return copy
+    return copy if (copy / MANIFEST).is_file() else renew(gguf, copy)
 
 
-def renew(gguf: Gguf, copy: Path) -> None:
-    """Make a damaged copy anew, unless another process has done so. Raises as `unpacked` does."""
-    with _locked(gguf, copy):
-        if problems := verify(copy):
-            name = gguf.files[0].name
-            log.info("%s is damaged (%s): unpacking %s anew", copy, "; ".join(problems), name)
-            _unpack(gguf, copy)
-
-
-@contextmanager
-def _locked(gguf: Gguf, copy: Path) -> Iterator[None]:
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(copy.with_name(copy.name + ".lock")):
-            yield
-    except OSError as error:
-        raise LorafoldError(
-            f"{copy}: the copy of {gguf} could not be written: {error.strerror or error}; set"
-            " LORAFOLD_CACHE to another directory"
-        ) from error
+def renew(gguf: Gguf, copy: Path) -> Path:
+    """The directory of the copy, which is made if there is none, and made anew if it is damaged."""
+    return filled(copy, partial(_unpack, gguf), log.info)
 
 
 def _unpack(gguf: Gguf, copy: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    log.info("unpacking %s to %s (once)", gguf.files[0].name, gguf.copy)
     what, readers = f"model {gguf}", read(gguf.files)
     dtype, in_file = _dtypes(_types(readers), gguf.fp32)
-    with loading(what), atomic_directory(copy, overwrite=True) as tmp:
+    with loading(what):
         file = gguf.files[0]
         if len(readers) > 1:
-            file = tmp / f"joined{SUFFIX}"
+            file = copy / f"joined{SUFFIX}"
             join(readers, file)
         auto: Any = AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -183,8 +161,8 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
                 parameter.data = narrow
         if len(readers) > 1:
             file.unlink()
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
+        model.save_pretrained(copy)
+        tokenizer.save_pretrained(copy)
 
 
 def _types(readers: Sequence[GGUFReader]) -> set[str]:
@@ -200,14 +178,6 @@ def _dtypes(types: set[str], fp32: bool) -> tuple[torch.dtype, torch.dtype]:
     # vectors, and the matrices of routers, are F32 in every file
     matrices = types - {"F32"} if len(types) > 1 else types
     return torch.float32, getattr(torch, PLAIN.get("".join(matrices), "float32"))
-
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
-
-SUFFIX = ".gguf"
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-BESIDE = "mmproj"  # how the files of a model's towers begin
 
 
 def files_of(file: Path) -> tuple[Path, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +70,8 @@ def each_registered(keep: Callable[[Tensor], None]) -> Iterator[None]:
         finish()
         last.append((module, name))
 
-    with ExitStack() as hooks:
-        hooks.callback(register_module_parameter_registration_hook(register).remove)
-        hooks.callback(register_module_buffer_registration_hook(register).remove)
+    of_parameters = register_module_parameter_registration_hook(register)
+    with of_parameters, register_module_buffer_registration_hook(register):
         yield
         finish()
 

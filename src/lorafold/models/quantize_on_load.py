@@ -202,11 +202,8 @@ def experts_quantized(quantization: str) -> Iterator[None]:
         codes._is_hf_initialized = True  # else transformers fills it with random numbers
         return codes
 
-    hook = register_module_parameter_registration_hook(quantize)
-    try:
+    with register_module_parameter_registration_hook(quantize):
         yield
-    finally:
-        hook.remove()
 
 
 def route_quantized(model: torch.nn.Module) -> None:

@@ -94,10 +94,8 @@ def resolve_model(
     text, path = str(name), Path(name).expanduser()
     if revision is not None:
         check_revision(text, revision)
-    if text == EMBEDDED:
-        gguf = Gguf((_embedded_gguf(),))  # the same on every machine
-        return ModelSource(unpacked(gguf), text, gguf, trust_remote_code)
-    files = gguf_at(path)
+    embedded = text == EMBEDDED
+    files = (_embedded_gguf(),) if embedded else gguf_at(path)
     if not files and not path.is_dir():
         if path.exists() or path.suffix == SUFFIX or not HUB_ID.fullmatch(text):
             what = "not a model" if path.exists() else "no such file or directory"
@@ -114,7 +112,7 @@ def resolve_model(
             if not any((path / name).is_file() for name in CONFIGS):
                 files = gguf_on_hub(text, revision)
     if files:
-        gguf = gguf_of(files, fp32)
+        gguf = gguf_of(files, fp32 and not embedded)  # which is the same on every machine
         return ModelSource(unpacked(gguf), text, gguf, trust_remote_code)
     return ModelSource(_checked(path, text), text, None, trust_remote_code)
 

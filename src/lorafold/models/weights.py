@@ -2,7 +2,7 @@
 that are written one tensor at a time.
 
     weights.shape(name)           no data is read
-    weights.at(name, where)       some elements, where (n, rank)  ->  (n,)
+    weights.elements(name, i)     some elements, i (n, rank)  ->  (n,)
     weights.get(name)             the whole tensor
 
     8 bytes: the header's length, little-endian | the header, JSON | the tensors' bytes, in order
@@ -67,7 +67,7 @@ class Weights(ABC):
         """Tell whether a tensor has a floating-point dtype of 16 bits or more: fewer are codes."""
 
     @abstractmethod
-    def at(self, name: str, where: Tensor) -> Tensor:
+    def elements(self, name: str, indices: Tensor) -> Tensor:
         """The elements at indices (n, rank) of a tensor: (n,), on the CPU, in its dtype."""
 
     @abstractmethod
@@ -108,13 +108,11 @@ class InMemory(Weights):
         those on the meta device, count as absent.
         """
         state = base_state(model)
-        parameters, buffers = (
-            named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers)
-        )
-        tensors = {name: state[name] for name, _ in (*parameters, *buffers) if name in state}
+        buffers = model.named_buffers(remove_duplicate=False)
         return cls({
             name: t
-            for name, t in tensors.items()
+            for name, _ in (*model.named_parameters(remove_duplicate=False), *buffers)
+            if (t := state.get(name)) is not None
             if t.is_floating_point() and t.itemsize > 1 and not t.is_meta
         })  # fmt: skip
 
@@ -147,9 +145,9 @@ class InMemory(Weights):
     def is_floating(self, name: str) -> bool:
         return self.tensors[name].is_floating_point()
 
-    def at(self, name: str, where: Tensor) -> Tensor:
+    def elements(self, name: str, indices: Tensor) -> Tensor:
         tensor = self.tensors[name]
-        return tensor[tuple(where.to(tensor.device).unbind(1))].cpu()
+        return tensor[tuple(indices.to(tensor.device).unbind(1))].cpu()
 
     def get(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -177,10 +175,10 @@ class FileWeights(Weights):
         dtype = self.slice(name).get_dtype()
         return dtype.startswith(("F", "BF")) and not dtype.startswith("F8")
 
-    def at(self, name: str, where: Tensor) -> Tensor:
+    def elements(self, name: str, indices: Tensor) -> Tensor:
         lazy = self.slice(name)
         return torch.cat(
-            [lazy[tuple(slice(i, i + 1) for i in index)].flatten() for index in where.tolist()]
+            [lazy[tuple(slice(i, i + 1) for i in index)].flatten() for index in indices.tolist()]
         )
 
     def get(self, name: str) -> Tensor:

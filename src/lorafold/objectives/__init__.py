@@ -9,10 +9,18 @@ measuring follow from them, and name none.
 
 import importlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.formats import CONVERSATIONS, JUDGED, LABELS, PAIRS, PROMPTS, Shape, shapes_for
+from lorafold.data.formats import (
+    CONVERSATIONS,
+    JUDGED,
+    LABELS,
+    PAIRS,
+    PROMPTS,
+    RowFormat,
+    formats_for,
+)
 from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
@@ -27,7 +35,7 @@ class Declared:
     maker: `module.Class` in this package, imported when it is first used, or a subclass of
         `Objective` itself.
     about: What it does, as help says it.
-    takes: What it reads in rows, of what shapes give.
+    takes: What it reads in rows, of what formats provide.
     law: For an objective over completions, its class in `training_step.preference_algorithms` or
         `training_step.policy_algorithms`, by name or itself.
     keys: Further keys that it reads in rows.
@@ -42,13 +50,14 @@ class Declared:
     maker: "str | type[Objective]"
     about: str
     takes: str
-    law: "str | type[Law]" = field(default="", kw_only=True)
-    keys: tuple[str, ...] = field(default=(), kw_only=True)
-    unread: str = field(default="", kw_only=True)
-    streams: bool = field(default=False, kw_only=True)
-    head: bool = field(default=False, kw_only=True)
-    compared: bool = field(default=False, kw_only=True)
-    draws: bool = field(default=False, kw_only=True)
+    _: KW_ONLY
+    law: "str | type[Law]" = ""
+    keys: tuple[str, ...] = ()
+    unread: str = ""
+    streams: bool = False
+    head: bool = False
+    compared: bool = False
+    draws: bool = False
 
     @property
     def kind(self) -> "type[Objective]":
@@ -62,9 +71,9 @@ class Declared:
         """Its options by name, with their defaults; `beta` among them where the recipe's is one."""
         return self.kind.options(self)
 
-    def told(self, shapes: Iterable[Shape | None]) -> list[str]:
-        """Notices for a user who gives it rows of these shapes."""
-        pairs = any(shape is not None and PAIRS in shape.gives for shape in shapes)
+    def notices(self, formats: Iterable[RowFormat | None]) -> list[str]:
+        """Notices for a user who gives it rows of these formats."""
+        pairs = any(of_source is not None and PAIRS in of_source.provides for of_source in formats)
         return [self.unread] if self.unread and pairs else []
 
 
@@ -83,9 +92,10 @@ OBJECTIVES: dict[str, Declared] = {
     "classify": Declared(
         "classify.Classify", "predict the label of a text", LABELS, head=True, compared=True
     ),
-    "dpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Dpo"),
-    "ipo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Ipo"),
-    "hinge": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Hinge"),
+    **{
+        law.lower(): Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law=law)
+        for law in ("Dpo", "Ipo", "Hinge", "Orpo", "Simpo")
+    },
     "kto": Declared(
         "preference.Preference",
         "the same for completions that are judged one by one",
@@ -93,8 +103,6 @@ OBJECTIVES: dict[str, Declared] = {
         law="Kto",
         keys=("label",),
     ),
-    "orpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Orpo"),
-    "simpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Simpo"),
     "reward": Declared(
         "reward.RewardModel", "score completions", PAIRS, law="BradleyTerry", head=True
     ),
@@ -105,11 +113,6 @@ OBJECTIVES: dict[str, Declared] = {
 }
 
 
-def named(wanted: Iterable[str]) -> str:
-    """Names of objectives as a message lists them."""
-    return " or ".join(wanted)
-
-
 def descriptions() -> str:
     """The descriptions of all objectives for the help; objectives that do the same share one."""
     names: dict[str, list[str]] = {}
@@ -118,18 +121,19 @@ def descriptions() -> str:
     return " ".join(f"{', '.join(of)}: {about}." for about, of in names.items())
 
 
-def check_shapes(shapes: Iterable[Shape | None], objective: str) -> None:
-    """Raise LorafoldError if the objective does not train on rows of one of these shapes."""
+def check_formats(formats: Iterable[RowFormat | None], objective: str) -> None:
+    """Raise LorafoldError if the objective does not train on rows of one of these formats."""
     takes = OBJECTIVES[objective].takes
-    for shape in shapes:
-        if shape is None or takes not in shape.gives:
-            known = [str(one) for one in shapes_for(takes) if takes in one.gives]
+    for row_format in formats:
+        if row_format is None or takes not in row_format.provides:
+            known = [str(one) for one in formats_for(takes) if takes in one.provides]
             expected = " or ".join(known) if len(known) < 4 else listed(known, room=90)
-            fitting = [n for n, d in OBJECTIVES.items() if shape and d.takes in shape.gives]
+            provided = row_format.provides if row_format else ()
+            fitting = [name for name, other in OBJECTIVES.items() if other.takes in provided]
             # completions that rows have are for learning them, before they are for being drawn
             others = [n for n in fitting if not OBJECTIVES[n].draws] or fitting
-            other = f", which are for --objective {named(others)}" if others else ""
+            other = f", which are for --objective {' or '.join(others)}" if others else ""
             raise LorafoldError(
-                f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
+                f"data: found rows of {row_format}{other}; --objective {objective} expects rows of"
                 f" {expected}"
             )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 class Classify(Objective):
     """The class of a text, by a head on the decoder; every method trains the whole head too."""
 
-    packs: ClassVar[bool] = False
+    packs = False
     classes: tuple[str, ...]
 
     @classmethod

@@ -23,7 +23,7 @@ from lorafold.evaluation import Evaluation, Measured, RewardEvaluation, evaluate
 from lorafold.evaluation.rollouts import RolloutSize
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.losses import next_token_loss
@@ -64,7 +64,7 @@ class ObjectiveRequest:
     name: str
     rows: Sequence[Row]
     base: Base
-    adapters: Sequence[Saved] = ()
+    adapters: Sequence[SavedAdapter] = ()
     beta: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     rewards: Sequence[Callable[..., Any]] = ()
@@ -107,7 +107,7 @@ class Objective(ABC):
 
     @abstractmethod
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
-        """What makes tables of tokens of what the shapes of rows give.
+        """What makes tables of tokens of what the formats of rows provide.
 
         Args:
             tokenizer: After `set_up`.

@@ -10,14 +10,13 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
-from pydantic.dataclasses import dataclass as checked
 
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.objective import given_options
 from lorafold.training_step import policy_algorithms, preference_algorithms
-from lorafold.training_step.policy_algorithms import STRICT, PolicyLaw
-from lorafold.training_step.preference_algorithms import Law
+from lorafold.training_step.policy_algorithms import PolicyLaw
+from lorafold.training_step.preference_algorithms import Law, algorithm
 
 L = TypeVar("L")
 
@@ -48,7 +47,7 @@ def checked_options(
         ) from None
 
 
-@checked(frozen=True, config=STRICT)
+@algorithm
 class SamplingOptions:
     """What is drawn of a prompt, and what judges it.
 

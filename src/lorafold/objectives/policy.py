@@ -97,7 +97,7 @@ class PolicyObjective(OnPolicy):
 
     law: PolicyLaw
     sampling: SamplingOptions
-    given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python
+    functions: tuple[Callable[..., Any], ...] = ()  # rewards in Python
     seed: int = 0
     adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by what names them
 
@@ -132,14 +132,14 @@ class PolicyObjective(OnPolicy):
     def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
         """The digests of the rewards, by name."""
         # an object's own repr may have its address, which another process does not have
-        names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
+        names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.functions]
         files = {text: RewardName.parse(text).digest for text in self.sampling.rewards}
         files |= {name: one.identity for name, one in self.adapters.items()}
         return {REWARDS: files | dict.fromkeys(names, "")}
 
     def record(self) -> dict[str, Any]:
         named = {one.name: one.weight for one in map(RewardName.parse, self.sampling.rewards)}
-        return {JUDGED_BY: named | (Rewards.of(*self.given).weights if self.given else {})}
+        return {JUDGED_BY: named | (Rewards.of(*self.functions).weights if self.functions else {})}
 
     def guessing(self, labels: Mapping[str, int]) -> float:
         return math.inf  # a loss of advantages says nothing
@@ -235,8 +235,7 @@ class PolicyObjective(OnPolicy):
         for attempt in range(1, self.sampling.fill + 1):
             if not (empty := (~learns).nonzero().flatten().tolist()):
                 break
-            prompts = [planned[i] for i in empty]
-            more = self._sample(prompts, key_of(key, attempt), loss, seconds)
+            more = self._sample([planned[i] for i in empty], key_of(key, attempt), loss, seconds)
             judged, again = judged.replaced(empty, more), again + len(empty)
             tokens += more.tokens
             advantages, learns = self._advantages(judged)
@@ -286,7 +285,7 @@ class PolicyObjective(OnPolicy):
         return evaluation
 
     def _rewards(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
-        given: list[Any] = [*self.sampling.rewards, *self.given]
+        given: list[Any] = [*self.sampling.rewards, *self.functions]
         limit = self.sampling.reward_seconds
         return rewards_over(model, given, self.adapters, limit, packing, console)
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lorafold.core.attach import adapted_modules, selection_of
-from lorafold.data.arrow import Array
+from lorafold.data.arrow import Array, Items
 from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.branches import Branched, BranchedExamples, Branches, preferred
 from lorafold.data.examples import WHOLE, preview
@@ -111,7 +111,7 @@ class Comparing(Objective):
         return tokenizer.pad_token_id or 0
 
 
-class Referenced(Sequence[Branched]):
+class Referenced(Items[Branched]):
     """Examples with the log-probabilities of their completions under the reference, (n, k)."""
 
     def __init__(self, examples: Sequence[Branched], logps: Array) -> None:
@@ -120,9 +120,7 @@ class Referenced(Sequence[Branched]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Branched:
         return replace(self.examples[index], reference=tuple(self.logps[index].tolist()))
 
 
@@ -153,8 +151,7 @@ def referenced(
     code = of_code(*TRAINING, packages=COMPUTED_WITH)
     made = [*below, digest(loss.model), examples.digest]
     shared = [loss.how is not None and getattr(loss.how, name) for name in ("shares", "across")]
-    key = json.dumps([code, made, *shared])
-    path = layout.cached("reference", key, write, notice) / FILE
+    path = layout.cached("reference", json.dumps([code, made, *shared]), write, notice) / FILE
     notice(f"reference: log-probabilities of {len(examples)} examples, {source}")
     return Referenced(examples, np.load(path))
 

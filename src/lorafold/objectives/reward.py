@@ -26,7 +26,7 @@ from lorafold.objectives.classify import class_loss, head_to_save
 from lorafold.objectives.objective import ObjectiveRequest
 from lorafold.objectives.preference import Comparing
 from lorafold.resolve import Base
-from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
+from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, known_classes, model_kind
 from lorafold.training_step.preference_algorithms import BradleyTerry, Scored
 from lorafold.training_step.preference_loss import Preferences
 
@@ -47,7 +47,7 @@ class RewardModel(Comparing):
         objective = super().of(request)
         if known_classes(request.base, request.adapters):
             raise LorafoldError(
-                f"{request.start}: found {kind_of(request.base, request.adapters)}, expected"
+                f"{request.start}: found {model_kind(request.base, request.adapters)}, expected"
                 f" {REWARD_MODEL}, or {LANGUAGE_MODEL}, to start from"
             )
         return objective

@@ -87,7 +87,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedAdapter:
     """An adapter directory that was read and verified; its tensors are not interpreted yet."""
 
     path: Path
@@ -104,7 +104,7 @@ class Saved:
     own_tokenizer: bool
 
     @classmethod
-    def open(cls, path: str | Path | Contents) -> Saved:
+    def open(cls, path: str | Path | Contents) -> SavedAdapter:
         """Read an adapter directory, or take what was read of it."""
         contents = path if isinstance(path, Contents) else Contents(path, FILES)
         if CONFIG not in contents.files:
@@ -172,7 +172,7 @@ class Saved:
         heads = [name for name in self.weights.names if name.endswith(HEADS)]
         return bool(heads) and self.weights.shape(heads[0])[0] == 1
 
-    def within(self, model: nn.Module) -> Saved:
+    def within(self, model: nn.Module) -> SavedAdapter:
         """The adapter with the module paths that this model has."""
         modules = {path for path, _ in Anatomy.of(model).modules}
         own = [name.removeprefix(START) for name in self.weights.names if name.startswith(START)]
@@ -181,9 +181,9 @@ class Saved:
         if whole is None:
             return self
         names = {old: renamed(old, whole.inward) for old in self.weights.names}
-        moved = {new: self.weights.get(old) for old, new in names.items() if new != old}
-        hidden = {old for old, new in names.items() if new != old}
-        weights = self.weights.with_others(hidden, moved)
+        names = {old: new for old, new in names.items() if new != old}
+        moved = {new: self.weights.get(old) for old, new in names.items()}
+        weights = self.weights.with_others(names, moved)
         return replace(self, selection=self.selection.under(whole.paths), weights=weights)
 
     def targets(self, model: nn.Module) -> Matches:
@@ -205,7 +205,7 @@ class Saved:
             "modules_to_save": self.selection.saved(model),
         }
 
-    def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, Saved]:
+    def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, SavedAdapter]:
         """The ids of the tokens whose vectors the adapter has, as its selection says that it has
         some, by module path, and the adapter with exactly these vectors among its weights.
         """
@@ -227,13 +227,13 @@ class Saved:
         expected = saved_tensors(sites_of(model, parts, targets, base))
         keys = set(self.weights.names)
         loaded = {key: self.weights.get(key) for key in sorted(keys & expected.keys())}
-        wrong = list(problems)
-        strays = (stray(key, self.weights, base) for key in sorted(keys - expected.keys()))
-        wrong += [text for text in strays if text]
-        wrong += [f"missing key {key}" for key in sorted(expected.keys() - keys)]
-        misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
-        wrong += [text for text in misfits if text]
-        if wrong:
+        wrong = [
+            *problems,
+            *(stray(key, self.weights, base) for key in sorted(keys - expected.keys())),
+            *(f"missing key {key}" for key in sorted(expected.keys() - keys)),
+            *(misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items()),
+        ]
+        if wrong := [*filter(None, wrong)]:
             raise LorafoldError(as_one(wrong))
         for key, saved in expected.items():
             saved.assign(loaded[key])
@@ -293,20 +293,20 @@ def write(
     return Path(path)
 
 
-def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
+def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
     """The adapters in these directories."""
     problems: list[str] = []
-    adapters = [_attempt(problems, partial(Saved.open, path)) for path in paths]
+    adapters = [_attempt(problems, partial(SavedAdapter.open, path)) for path in paths]
     if problems:
         raise LorafoldError(as_one(problems))
     return tuple(one for one in adapters if one is not None)
 
 
-def trained_on(adapters: Sequence[Saved | OwnBase]) -> TrainedOn | None:
+def trained_on(adapters: Sequence[SavedAdapter | OwnBase]) -> TrainedOn | None:
     """How the base of these adapters stored its weights in training; None if no record has it, and
     where they were trained on plain weights of different dtypes.
     """
-    own = [one.own_base if isinstance(one, Saved) else one for one in adapters]
+    own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
     records = {str(one.adapter): one.trained_on for one in own if one.trained_on}
     storages = {one.storage for one in records.values()}
     if len(storages) > 1 and not storages <= {*PLAIN, "auto"}:

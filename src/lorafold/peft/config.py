@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import Anatomy, ends_in, last_part
+from lorafold.core.anatomy import Anatomy, beneath, ends_in, last_part
 from lorafold.core.attach import base_state
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
@@ -246,15 +246,11 @@ class PeftSelection:
         if self.preset is not None:
             return match(model, self.preset, is_linear)
         patterns = self.target_modules
+        saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in self.modules_to_save]
         modules = {
             p: m
             for p, m in Anatomy.of(model).modules
             if p and (self.experts or not isinstance(m, Matrices))
-        }
-        saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in self.modules_to_save]
-        modules = {
-            p: m
-            for p, m in modules.items()
             if not (_matches(self.exclude_modules, p) or any(r.match(p) for r in saved))
         }
         if patterns == "all-linear":
@@ -399,21 +395,19 @@ def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The paths of all modules with parameters at or below the modules that PEFT finds for these
     `modules_to_save`.
     """
-    roots = tuple(f"{path}." for path in PeftSelection((), tuple(names)).saved(model).paths)
-    modules = Anatomy.of(model).modules
-    return [path for path, m in modules if m._parameters and f"{path}.".startswith(roots)]
+    inside = beneath(PeftSelection((), tuple(names)).saved(model).paths)
+    return [path for path, m in Anatomy.of(model).modules if m._parameters and inside(path)]
 
 
 def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """The floating-point buffers in a model's state, of any shape, by name, of the modules that
     PEFT finds for these `modules_to_save`, and of those below.
     """
-    roots = tuple(f"{path}." for path in PeftSelection((), tuple(names)).saved(model).paths)
-    state = base_state(model)
+    inside, state = beneath(PeftSelection((), tuple(names)).saved(model).paths), base_state(model)
     return {
         name: buffer
         for name, buffer in model.named_buffers()
-        if name.startswith(roots) and name in state and buffer.is_floating_point()
+        if inside(name) and name in state and buffer.is_floating_point()
     }
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from dataclasses import Field as OfSpec
 from math import prod
@@ -33,7 +33,7 @@ from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.linear_probe import LinearProbe
 from lorafold.methods.parts.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
-from lorafold.peft.table_types import Field, FileTensor, Method, TargetModule, fixed, named
+from lorafold.peft.table_types import Field, FileTensor, Method, Misfit, TargetModule, fixed, named
 
 PREFIX = "LORAFOLD_"
 
@@ -135,7 +135,7 @@ def not_owners(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) ->
     return f"expected int64 numbers of {n} adapters, from 0"
 
 
-def not_frozen(dim: int) -> Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]:
+def not_frozen(dim: int) -> Misfit:
     """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in):
     dimension `dim`, -1 or -2, has a column for each owner, and the others are those of the layer.
     """

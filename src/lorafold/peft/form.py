@@ -71,7 +71,7 @@ class WrittenForm:
     parameters: The paths of the parameters by site, for the sites that PEFT adapts as parameters;
         empty in a form of our own.
     renamed: PEFT renames target modules of this model, so that only lists of names are safe.
-    own: The form is one of our own because PEFT has no such method for parameters.
+    own_format: The form is one of our own because PEFT has no such method for parameters.
     dropout: The dropout that the config can't have.
     refused: The targets for which PEFT does not load it, by the last part of their paths.
     past: Likewise the others whose weights the model reads itself, without PEFT's update.
@@ -80,7 +80,7 @@ class WrittenForm:
     method: Method
     parameters: Mapping[str, str]
     renamed: bool = False
-    own: bool = False
+    own_format: bool = False
     dropout: float = 0.0
     refused: tuple[str, ...] = ()
     past: tuple[str, ...] = ()
@@ -121,14 +121,14 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
     # the matrices of which PEFT would take for one
     flat = any(isinstance(module, Matrices) and module.stored.flat for module in modules)
     if flat or not method.parameters:
-        return WrittenForm(over_experts(method), {}, own=True)
+        return WrittenForm(over_experts(method), {}, own_format=True)
     dropout = spec.dropout  # type: ignore[attr-defined]
     return WrittenForm(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
 
 
 def warn_limits(form: WrittenForm, path: object) -> None:
     """Log what the form means to a user of PEFT."""
-    if form.own:
+    if form.own_format:
         log.warning(
             f"{path}: PEFT adapts experts and grouped linears with LoRA alone, and experts in"
             " parameters of three dimensions, so it refuses this adapter (peft_type"

@@ -10,7 +10,7 @@ a peft_type of our own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from lorafold.methods.parts.extras import BiasDelta, ReplaceDelta
 from lorafold.methods.parts.trainable_tokens import EmbeddingRows, HeadRows
 from lorafold.peft import derived, table_lora, table_others
 from lorafold.peft.convolution import all_flat, as_channels
-from lorafold.peft.table_types import FileTensor, Method, TargetModule
+from lorafold.peft.table_types import FileTensor, Method, TargetModule, TensorConversion
 from lorafold.peft.tokens import ROWS
 
 PLAIN = (*table_lora.METHODS, *table_others.METHODS)
@@ -71,7 +71,7 @@ def more_methods() -> tuple[Method, ...]:
 
 def dora(site: TargetModule) -> list[FileTensor]:
     """The tensors of DoRA: its magnitudes, and those of the delta that it lies over."""
-    def of_inner(change: Any) -> Callable[[Tensor, TargetModule], Tensor] | None:
+    def of_inner(change: Any) -> TensorConversion | None:
         return change and (lambda tensor, site: change(tensor, inside(site)))
 
     within = inside(site)
@@ -85,13 +85,13 @@ def dora(site: TargetModule) -> list[FileTensor]:
 
 def with_bias(offset: Tensor, site: TargetModule) -> Tensor:
     """The bias itself (out,), from the offset (out,) that is trained."""
-    own = site.own("bias")
+    own = site.base_parameter("bias")
     return offset if own is None else offset + own.to(offset)
 
 
 def without_bias(bias: Tensor, site: TargetModule) -> Tensor:
     """The offset (out,) that is trained, from the bias (out,) of a file."""
-    own = site.own("bias")
+    own = site.base_parameter("bias")
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
 

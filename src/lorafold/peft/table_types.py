@@ -66,7 +66,7 @@ class TargetModule:
     window: tuple[int, ...] = ()
     turned: bool = False
 
-    def own(self, name: str) -> Tensor | None:
+    def base_parameter(self, name: str) -> Tensor | None:
         """The module's parameter of this name in the base, of any shape, or None."""
         key = self.base.find(f"{self.path}.{name}")
         return None if key is None else self.base.get(key)
@@ -104,6 +104,11 @@ class Field:
             raise LorafoldError(f"{self.key}: found {value!r}; {message}") from None
 
 
+TensorConversion = Callable[[Tensor, TargetModule], Tensor]
+# What is wrong with a tensor of the file, given the site and all tensors of the adapter
+Misfit = Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]
+
+
 @dataclass(frozen=True)
 class FileTensor:
     """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`
@@ -117,9 +122,9 @@ class FileTensor:
 
     attribute: str
     template: str
-    to_file: Callable[[Tensor, TargetModule], Tensor] | None = None
-    from_file: Callable[[Tensor, TargetModule], Tensor] | None = None
-    misfit: Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None] | None = None
+    to_file: TensorConversion | None = None
+    from_file: TensorConversion | None = None
+    misfit: Misfit | None = None
 
 
 Entries = Callable[[TargetModule], list[FileTensor]]  # those of the site's delta

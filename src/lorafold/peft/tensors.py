@@ -36,11 +36,11 @@ class SavedTensor:
 
     site: TargetModule
     entry: FileTensor
-    own: Tensor
+    parameter: Tensor
 
     def encoded(self) -> Tensor:
         """The tensor, of any shape, as the file stores it: in fp32, or as integers."""
-        tensor, to_file = self.own.detach(), self.entry.to_file
+        tensor, to_file = self.parameter.detach(), self.entry.to_file
         tensor = to_file(tensor, self.site) if to_file else tensor
         return tensor.float() if tensor.is_floating_point() else tensor
 
@@ -48,7 +48,7 @@ class SavedTensor:
         """Replace the delta's tensor by a copy of this one of the file, of any shape, in the
         delta's dtype and on its device (the CPU if it is on the meta device).
         """
-        own, from_file = self.own, self.entry.from_file
+        own, from_file = self.parameter, self.entry.from_file
         tensor = from_file(tensor, self.site) if from_file else tensor
         value = tensor.to("cpu" if own.is_meta else own.device, own.dtype, copy=True)
         if isinstance(own, nn.Parameter):

@@ -20,7 +20,7 @@ from lorafold.models.positions import Positions, positions_in
 from lorafold.models.quantizations import MADE, PLAIN, QUANTIZED
 from lorafold.models.sources import ModelSource
 from lorafold.objectives import OBJECTIVES
-from lorafold.peft.adapter_directory import Saved, trained_on
+from lorafold.peft.adapter_directory import SavedAdapter, trained_on
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 
@@ -86,7 +86,7 @@ def trainable_storage(recipe: Recipe) -> str:
 
 
 def settled_base(
-    recipe: Recipe, spec: Spec, source: ModelSource, adapters: Sequence[Saved] = ()
+    recipe: Recipe, spec: Spec, source: ModelSource, adapters: Sequence[SavedAdapter] = ()
 ) -> str:
     """Return the storage to load the base in.
 

@@ -92,7 +92,7 @@ def text_of(path: Path, what: str) -> str:
         raise LorafoldError(f"{path}: can't be read as {what}: {reason}") from error
 
 
-def kind_of(value: Any) -> str:
+def yaml_type(value: Any) -> str:
     """What a value of YAML is, in words."""
     names = {dict: "other keys than text", list: "a list", str: "a text", type(None): "nothing"}
     return names.get(type(value), repr(value))
@@ -127,7 +127,7 @@ def _read(config: Path) -> Mapping[str, Any]:
         return {}
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise LorafoldError(
-            f"{config}: expected recipe fields as `name: value` lines, found {kind_of(fields)};"
+            f"{config}: expected recipe fields as `name: value` lines, found {yaml_type(fields)};"
             f" {TRANSLATES.format(config)}"
         )
     theirs = [name for name in fields if name not in {*Recipe.model_fields, *RENAMED}]

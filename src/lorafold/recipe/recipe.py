@@ -21,7 +21,7 @@ from pydantic import (
 from lorafold.advice import advice
 from lorafold.errors import LorafoldError, called_now, cut, listed
 from lorafold.files.record import RENAMED, named_as_now
-from lorafold.objectives import OBJECTIVES, named
+from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import OF_METHOD, Fields
 
 WORDS = {
@@ -113,7 +113,7 @@ class Recipe(Fields):
         if self.streaming and self.eval_fraction:
             raise ValueError("eval_fraction: a stream has no rows to hold out; give held-out rows")
         if self.streaming and not OBJECTIVES[self.objective].streams:
-            streamed = named(name for name, one in OBJECTIVES.items() if one.streams)
+            streamed = " or ".join(name for name, one in OBJECTIVES.items() if one.streams)
             raise ValueError(f"streaming: expected the objective {streamed}")
         return self
 

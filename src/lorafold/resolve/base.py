@@ -38,7 +38,7 @@ from lorafold.models.quantizations import (
 from lorafold.models.sources import HUB_ID, ModelSource, configuration, gguf_at, resolve_model
 from lorafold.models.tokenizer import BUILT_IN, read_tokenizer, set_template, tokenizer_of
 from lorafold.models.weights import FileWeights, model_files
-from lorafold.peft.adapter_directory import Saved, trained_on
+from lorafold.peft.adapter_directory import SavedAdapter, trained_on
 from lorafold.peft.provenance import ALLOWED, OwnBase
 from lorafold.runtime.devices import choose_device, native_bf16
 from lorafold.runtime.hub_offline import cache
@@ -126,7 +126,7 @@ class Base:
             "code": of_code(*TRAINING, *packages, packages=COMPUTED_WITH),
         }
 
-    def date(self, template: str | None, saved: Sequence[Saved] = ()) -> str:
+    def date(self, template: str | None, saved: Sequence[SavedAdapter] = ()) -> str:
         """Today's date if a recipe's chat template, or the one of the model and the adapters that
         are loaded on it, writes it, so that figures are cached for one day; else empty.
         """
@@ -139,7 +139,7 @@ class Base:
         """The same model in a storage that was chosen."""
         return replace(self, model=self.source, storage=storage)
 
-    def stored_as_trained(self, adapters: Sequence[Saved | OwnBase] = ()) -> Base:
+    def stored_as_trained(self, adapters: Sequence[SavedAdapter | OwnBase] = ()) -> Base:
         """The same model, if its storage is auto, in that of its files or in the one that the
         adapters were trained on, computing in the dtype that they were trained in. Where the device
         does not multiply bf16 natively, an adapter that was trained in bf16 is computed in fp32.
@@ -157,7 +157,7 @@ class Base:
             storage, dtype = "auto" if storage in PLAIN else storage, None
         return replace(own.stored(storage), dtype=dtype)
 
-    def with_files_for(self, adapters: Sequence[Saved | OwnBase]) -> Base:
+    def with_files_for(self, adapters: Sequence[SavedAdapter | OwnBase]) -> Base:
         """The same model; where it is a quantized GGUF file and the adapters were trained on it in
         fp32, with what bf16 would round.
         """
@@ -181,7 +181,7 @@ class Base:
             return load_model(self.source, rounded, self.where).float()
         return load_model(self.source, self.loaded_as, self.where)
 
-    def tokenizer(self, adapters: Sequence[Saved] = ()) -> PreTrainedTokenizerBase:
+    def tokenizer(self, adapters: Sequence[SavedAdapter] = ()) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the model's. Contents may have tokens
         that the adapters trained.
         """
@@ -215,7 +215,7 @@ class Base:
         return weights_of(self.source, self.loaded_as) if self.loaded_as.quantization else None
 
 
-def known_classes(base: Base, adapters: Sequence[Saved]) -> tuple[str, ...] | None:
+def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ...] | None:
     """The classes of the adapters, or else of the model, or None if neither has classes."""
     by_adapter = {str(one): classes for one in adapters if (classes := one.classes)}
     if len(set(by_adapter.values())) > 1:
@@ -229,7 +229,7 @@ def known_classes(base: Base, adapters: Sequence[Saved]) -> tuple[str, ...] | No
     return outputs if outputs and len(outputs) > 1 else None
 
 
-def kind_of(base: Base, adapters: Sequence[Saved]) -> str:
+def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
     """In words: a language model, a reward model, or a classifier of its classes."""
     if classes := known_classes(base, adapters):
         return f"a classifier of {listed(classes, room=60)}"
@@ -237,9 +237,9 @@ def kind_of(base: Base, adapters: Sequence[Saved]) -> str:
     return REWARD_MODEL if scores else LANGUAGE_MODEL
 
 
-def check_language_model(base: Base, adapters: Sequence[Saved], advice: str = "") -> None:
+def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: str = "") -> None:
     """Raise LorafoldError unless the adapters are those of a language model."""
-    if (kind := kind_of(base, adapters)) != LANGUAGE_MODEL:
+    if (kind := model_kind(base, adapters)) != LANGUAGE_MODEL:
         raise LorafoldError(
             f"{listed(adapters)}: found {kind}, expected an adapter of a language"
             f" model{advice}"
@@ -255,7 +255,7 @@ SHORT = 44  # characters of a name or path, so that a message has less than 300
 
 def base_for(
     model: str | Path | ModelSource | None,
-    adapters: Sequence[Saved | OwnBase],
+    adapters: Sequence[SavedAdapter | OwnBase],
     console: Console | None = None,
     **how: Any,
 ) -> Base:
@@ -263,7 +263,7 @@ def base_for(
     """
     if model is not None:
         return Base(model, **how)
-    own = [one.own_base if isinstance(one, Saved) else one for one in adapters]
+    own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
     if not own:
         return Base(**how)
     base, line = _opened(_agreed(own), how)

@@ -35,7 +35,7 @@ from lorafold.evaluation.held_out import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.generation import complete, tokens_of
 from lorafold.inspecting.updates import Svds, of_factors
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.robustness.defences import DEFENCES, Overlap, laid, overlap, updates_of
 from lorafold.robustness.task import AdapterStack, FragilityTask
 from lorafold.training.request import rendering_of
@@ -238,7 +238,7 @@ def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterat
 TUNED = "tuned"
 KEPT = 1e9  # bytes of distributions
 Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
-Opening = Callable[[Sequence[Saved]], Opened]  # loads the model with these adapters over it
+Opening = Callable[[Sequence[SavedAdapter]], Opened]  # loads the model with these adapters over it
 
 
 class Bench:
@@ -320,7 +320,7 @@ class Bench:
                 return
             yield group
 
-    def _load(self, saved: Path | Saved, name: str) -> Adapter:
+    def _load(self, saved: Path | SavedAdapter, name: str) -> Adapter:
         allowed = self.task.base.allow_other_base
         return load(self.model, saved, name, base=self._weights, allow_other_base=allowed)
 

@@ -22,7 +22,7 @@ from lorafold.files.claims import digest_of
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
 from lorafold.objectives import DEFAULT
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.robustness.defences import DEFENCES
@@ -37,7 +37,7 @@ ROOMS = ("composing", "inspecting", "robustness")  # that measure
 class AdapterStack:
     """Adapters over the base, lowest first, and a name for them."""
 
-    adapters: tuple[Saved, ...]
+    adapters: tuple[SavedAdapter, ...]
     name: str
 
     @cached_property
@@ -46,7 +46,7 @@ class AdapterStack:
         return [*map(of_adapter, self.adapters)]
 
 
-def stacks_of(*adapters: Sequence[Saved]) -> tuple[AdapterStack, ...]:
+def stacks_of(*adapters: Sequence[SavedAdapter]) -> tuple[AdapterStack, ...]:
     """The stacks, named uniquely by their adapters' directories; one of none is the base."""
     short = iter(names([one.path for stack in adapters for one in stack]))
     return tuple(

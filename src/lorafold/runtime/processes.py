@@ -35,7 +35,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 from lorafold.errors import Interrupted, LorafoldError
 
@@ -169,10 +170,7 @@ PATIENT = timedelta(days=7)  # one may compute alone for long; the lifeline tell
 BUCKET = 1 << 26  # bytes that are sent at a time
 CAUSE = 3.0  # seconds in which a connection that broke turns out to be a death
 PORT = 29500  # torch's own, where a launcher names none
-MPI = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-)
+ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # a variable that `accelerate launch` sets
 
 
 @dataclass(eq=False)
@@ -341,73 +339,63 @@ class Launched:
         return self.rank == 0
 
 
+class Launcher(NamedTuple):
+    """A launcher, and the variables in which it leaves the numbers of a process."""
+
+    name: str
+    rank: str
+    world: str
+    local_rank: str
+
+
+LAUNCHERS = (
+    Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    Launcher("mpirun", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))),
+    Launcher("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
+
 def launched(environment: Mapping[str, str] = os.environ) -> Launched:
     """This process as the launcher's environment describes it."""
-    for variable, of_launcher in LAUNCHERS.items():
-        if variable in environment and (here := of_launcher(environment)):
-            return here
-    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment:
+    number = partial(_number, environment)
+    for name, rank_name, world_name, local_name in LAUNCHERS:
+        given = rank_name if rank_name in environment else world_name
+        if (given if name == "torchrun" else world_name) not in environment:
+            continue
+        world = number(world_name, given)
+        # the script of a job of SLURM has the job's tasks in its environment, and is one process
+        if world == 1 and name != "torchrun":
+            continue
+        rank = number(rank_name, given)
+        if not 0 <= rank < world:
+            raise LorafoldError(
+                f"{rank_name}: found {rank}, expected one of the {world} of {world_name}"
+            )
+        if world == 1:
+            return Launched()
+        local = number(local_name, given, rank if name == "mpirun" else None)
+        address, port = environment.get("MASTER_ADDR", ""), PORT
+        if name == "srun":
+            nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+            address = address or first_node(nodes or "")
+            job, step = (number(f"SLURM_{of}_ID", default=0) for of in ("JOB", "STEP"))
+            port = 20000 + (31 * job + step) % 20000
+        elif name == "torchrun":
+            name = "accelerate launch" if ACCELERATE in environment else name
+            if not address:
+                raise LorafoldError(
+                    f"MASTER_ADDR: found none beside RANK={rank}, expected the address of process 0"
+                )
+        port = number("MASTER_PORT", default=port)
+        return Launched(name, rank, world, local, address or "127.0.0.1", port)
+    if ACCELERATE in environment and "MASTER_PORT" in environment:
         raise LorafoldError(
             "accelerate launch started one process: on processors it takes --num_processes for"
             " mpirun alone; expected torchrun --nproc_per_node N -m lorafold ..., or accelerate"
             " launch with --num_processes 1"
         )
     return Launched()
-
-
-def _of_torchrun(environment: Mapping[str, str]) -> Launched:
-    given = "RANK" if "RANK" in environment else "WORLD_SIZE"
-    rank, world = (_number(environment, name, given) for name in ("RANK", "WORLD_SIZE"))
-    if not 0 <= rank < world:
-        raise LorafoldError(f"RANK: found {rank}, expected one of the {world} of WORLD_SIZE")
-    if world == 1:
-        return Launched()
-    by = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in environment else "torchrun"
-    local = _number(environment, "LOCAL_RANK", "RANK")
-    if "MASTER_ADDR" not in environment:
-        raise LorafoldError(
-            f"MASTER_ADDR: found none beside RANK={rank}, expected the address of process 0"
-        )
-    port = _number(environment, "MASTER_PORT", default=PORT)
-    return Launched(by, rank, world, local, environment["MASTER_ADDR"], port)
-
-
-def _of_srun(environment: Mapping[str, str]) -> Launched | None:
-    # the script of a job has the job's tasks in its environment, and is one process
-    if _number(environment, "SLURM_STEP_NUM_TASKS", default=1) == 1:
-        return None
-    rank, world, local = (
-        _number(environment, name, "SLURM_STEP_NUM_TASKS")
-        for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    )
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    address = environment.get("MASTER_ADDR") or first_node(nodes)
-    numbers = ("SLURM_JOB_ID", "SLURM_STEP_ID")
-    job, step = (_number(environment, name, default=0) for name in numbers)
-    port = _number(environment, "MASTER_PORT", default=20000 + (31 * job + step) % 20000)
-    return Launched("srun", rank, world, local, address, port)
-
-
-def _of_mpirun(environment: Mapping[str, str]) -> Launched | None:
-    for names in MPI:
-        if _number(environment, names[1], default=1) == 1:
-            continue
-        rank, world = (_number(environment, name, names[1]) for name in names[:2])
-        local = _number(environment, names[2], default=rank)
-        address = environment.get("MASTER_ADDR", "127.0.0.1")
-        port = _number(environment, "MASTER_PORT", default=PORT)
-        return Launched("mpirun", rank, world, local, address, port)
-    return None
-
-
-# by a variable that a launcher sets
-LAUNCHERS: dict[str, Callable[[Mapping[str, str]], Launched | None]] = {
-    "RANK": _of_torchrun,
-    "WORLD_SIZE": _of_torchrun,
-    "SLURM_STEP_NUM_TASKS": _of_srun,
-    "OMPI_COMM_WORLD_SIZE": _of_mpirun,
-    "PMI_SIZE": _of_mpirun,
-}
 
 
 def first_node(nodes: str) -> str:

@@ -24,13 +24,14 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorafold.errors import LorafoldError, as_one, listed, shortened
+from lorafold.errors import LorafoldError, as_one, differing, listed, shortened
 from lorafold.files.atomic import (
     MANIFEST,
     atomic_directory,
     check_intact,
     check_out,
     clear_leftovers,
+    read_object,
     remove,
     verify,
 )
@@ -163,29 +164,31 @@ class RunDirectory:
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """The identity of the run as it was stored; None if there is none."""
+        try:
+            return read_object(self.path / "run.json")
+        except (OSError, LorafoldError):
+            return None  # `check` says what is wrong
+
     def recorded(self, name: str) -> Any:
         """A field of the run's identity, such as the day of its chat template, or None."""
-        try:
-            return json.loads((self.path / "run.json").read_text()).get(name)
-        except (OSError, ValueError, AttributeError):
-            return None  # `check` says what is wrong
+        return (self.identity or {}).get(name)
 
     def check(self, identity: dict) -> None:
         """Raise LorafoldError unless the stored run has the same recipe, model and data, and read
         the same files.
         """
         check_intact(self.path, ["run.json"])
-        try:
-            stored = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):
-            raise LorafoldError(
-                f"{self.path}: found no run to resume; start one without --resume"
-            ) from None
+        if (stored := self.identity) is None:
+            raise LorafoldError(f"{self.path}: found no run to resume; start one without --resume")
         files = stored.pop(FILES, {})
         changes = [
-            f"{k}: was {shortened(repr(then), 80)}, now {shortened(repr(now), 80)}"
-            for k in sorted((stored.keys() | identity.keys()) - {FILES})
-            if (then := stored.get(k)) != (now := identity.get(k))
+            f"{k}: was {shortened(repr(stored.get(k)), 80)}, now"
+            f" {shortened(repr(identity.get(k)), 80)}"
+            for k in differing(stored, identity)
+            if k != FILES
         ]
         others = [
             f"{what}: {of['name']} had other files when the run began"
@@ -208,9 +211,9 @@ class RunDirectory:
     @property
     def last_good(self) -> str:
         """A clause that names the last checkpoint, for a run that fails."""
-        good = self.checkpoints()
-        last = f"the last good checkpoint is {good[max(good)]}" if good else ""
-        return last or "no checkpoint was written yet"
+        if not (good := self.checkpoints()):
+            return "no checkpoint was written yet"
+        return f"the last good checkpoint is {good[max(good)]}"
 
     def checkpoint_label(self) -> str:
         """The last checkpoint, as a text that processes on several machines compare."""

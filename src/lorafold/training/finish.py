@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.adapter.coverage import unreached
 from lorafold.core.attach import base_state
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, differing, listed, shortened
 from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
@@ -32,7 +32,7 @@ from lorafold.files.terminal import print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
-from lorafold.peft.adapter_directory import Saved, open_all
+from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.form import form_of
 from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
 from lorafold.peft.tensors import saved_tensors, sites_of
@@ -275,7 +275,7 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
     else:
         base = base or InMemory.of_model(model)
-        saved = Saved.open(path).within(model)
+        saved = SavedAdapter.open(path).within(model)
         if saved.selection.tokens:
             _, saved = saved.token_rows(model, base)
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
@@ -344,10 +344,8 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
         yield "it lay over other adapters"
     if DEPENDS_ON in record:  # which earlier versions did not write
         here = depends_on(request, objective_of(request, open_all(request.adapters)))
-        for name in sorted(here.keys() | record[DEPENDS_ON].keys()):
-            if here.get(name) != record[DEPENDS_ON].get(name):
-                yield f"{name} had other contents"
-    began = request.init_adapter and of_adapter(Saved.open(request.init_adapter))
+        yield from (f"{name} had other contents" for name in differing(here, record[DEPENDS_ON]))
+    began = request.init_adapter and of_adapter(SavedAdapter.open(request.init_adapter))
     if record.get(INIT_ADAPTER, {}).get("sha256") != began:
         yield "it started from another adapter"
 
@@ -355,10 +353,9 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
 def _in_record(record: Mapping[str, Any], out: Path) -> Trained:
     """The result from a record: without times, memory and counts."""
     losses = [math.nan if loss is None else loss for loss in record["losses"]]
-    evals = record.get("evals", {})
     return Trained(
         train_loss=mean_of_last(losses),
-        eval_loss=evals.get(str(record.get("step", len(losses)))),
+        eval_loss=record.get("evals", {}).get(str(record.get("step", len(losses)))),
         tokens_per_second=math.nan,
         peak_bytes=None,
         trainable_parameters=None,

@@ -348,8 +348,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
         for i, part in enumerate([[share[j] for j in part] for part in parts] + [[0]] * idle):
             batch = [examples[j] for j in part]
             inputs = loss.collate(batch, plan.device)
-            names = loss.names(batch, [rows[j] for j in part], inputs)
-            with drawing(selection, Draws(key, names)):
+            with drawing(selection, Draws(key, loss.names(batch, [rows[j] for j in part], inputs))):
                 value = loss(**inputs, **of_step)
                 if i >= len(parts):
                     value = 0 * value

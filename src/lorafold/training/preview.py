@@ -74,9 +74,8 @@ def show(
     tokenizer, _ = tokenizer_for(request, objective, console, saved)
     findings = _findings(request, objective, tokenizer, console)
     first, rendering = request.first_rows(rows), rendering_of(request.recipe)
-    limit = request.recipe.max_length
     train = examples_of(
-        objective, first, tokenizer, limit, console, rendering, "the first rows"
+        objective, first, tokenizer, request.recipe.max_length, console, rendering, "the first rows"
     )
     examples = list(_previewed(request, first, train, objective, tokenizer))
     template = [] if tokenizer.chat_template is None else describe_template(tokenizer).lines
@@ -139,7 +138,7 @@ def _previewed(
             yield PreviewExample(f"example {number}: {len(one.ids)} tokens", Conversation([]), text)
         return
     limit = request.recipe.max_length
-    conversations = Rows.of(rows).given(CONVERSATIONS)
+    conversations = Rows.of(rows).extract(CONVERSATIONS)
     for number, (row, given) in enumerate(zip(rows, conversations, strict=True), 1):
         examples, trained = encode_row(row, tokenizer, rendering_of(request.recipe))
         left = f"; {trained.left_out} turns are left out" if trained.left_out else ""

@@ -24,9 +24,9 @@ from lorafold.files.contents import file_digest
 from lorafold.files.terminal import print_lines
 from lorafold.models.built_in_templates import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template
-from lorafold.objectives import OBJECTIVES, check_shapes
+from lorafold.objectives import OBJECTIVES, check_formats
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
@@ -101,11 +101,11 @@ def rendering_of(recipe: Recipe) -> Rendering:
     return Rendering(recipe.train_on, recipe.mask_reasoning, recipe.end_of_turn)
 
 
-def objective_of(request: RunRequest, saved: Sequence[Saved] = ()) -> Objective:
+def objective_of(request: RunRequest, saved: Sequence[SavedAdapter] = ()) -> Objective:
     """The run's objective for its model and the adapters that it loads."""
     recipe = request.recipe
     rows = () if isinstance(request.rows, RowStream) else request.rows
-    check_shapes(request.data.shapes, recipe.objective)
+    check_formats(request.data.formats, recipe.objective)
     wanted = ObjectiveRequest(
         recipe.objective, rows, request.base, saved, recipe.beta, recipe.objective_options,
         request.rewards, recipe.seed,
@@ -113,7 +113,7 @@ def objective_of(request: RunRequest, saved: Sequence[Saved] = ()) -> Objective:
     return OBJECTIVES[recipe.objective].kind.of(wanted)
 
 
-def with_length(request: RunRequest, saved: Sequence[Saved], console: Console) -> RunRequest:
+def with_length(request: RunRequest, saved: Sequence[SavedAdapter], console: Console) -> RunRequest:
     """The request with the length that rows are cut to: that of the run to resume, if the recipe
     does not set one, else as `settled_length` finds it.
     """
@@ -128,7 +128,7 @@ def with_length(request: RunRequest, saved: Sequence[Saved], console: Console) -
 
 
 def tokenizer_for(
-    request: RunRequest, objective: Objective, console: Console, saved: Sequence[Saved] = ()
+    request: RunRequest, objective: Objective, console: Console, saved: Sequence[SavedAdapter] = ()
 ) -> tuple[PreTrainedTokenizerBase, Words]:
     """The tokenizer of the model, or of an adapter that has its own, with the recipe's chat
     template and new tokens, and the ids of these tokens.

@@ -27,8 +27,8 @@ from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
 from lorafold.data.branches import Branched
 from lorafold.data.checks import Findings
-from lorafold.data.templates import day_of, is_dated, on_day
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.data.templates import day_of, on_day
+from lorafold.errors import LorafoldError, differing, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
@@ -39,7 +39,7 @@ from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
-from lorafold.peft.adapter_directory import Saved, open_all
+from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.provenance import mismatch, same_adapters
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
@@ -77,7 +77,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     words: Words
     files: dict[str, dict[str, str]]
-    saved: list[Saved]  # the adapters to load, lowest first; none once they are loaded
+    saved: list[SavedAdapter]  # the adapters to load, lowest first; none once they are loaded
     own_tokenizer: bool  # whether the run's tokenizer differs from the base's
     feed: BatchFeed
     held_out: Data | None
@@ -139,7 +139,7 @@ def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) 
                 )
 
 
-def saved_adapters(request: RunRequest) -> list[Saved]:
+def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
     """The adapters that the run loads, lowest first."""
     saved = [*open_all(request.adapters)]
     origins = [Origin(path=str(one), sha256=one.sha256) for one in saved]
@@ -181,7 +181,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         began = RunDirectory(request.out).recorded("day") if request.resume else None
         day = str(began or request.day or day)
         dated = on_day(tokenizer, day)
-        written = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
+        written = "the day of each rendering" if day_of(dated) else f"{day} throughout this run"
         print_lines(console, f"the chat template writes the date: {written}")
     feed, held_out, findings = tokenized(request, dated, objective, console)
     print_lines(console, f"base: {base.loaded_as.why}")
@@ -218,17 +218,16 @@ def check_alike(setup: Setup) -> None:
     }
     if request.resume:
         here["the run to resume"] = RunDirectory(request.out).checkpoint_label()
-    (host, first), *others = processes.gather((socket.gethostname(), here))
-    for number, (there, theirs) in enumerate(others, 1):
-        if differing := [
+    (host, first), *each = processes.gather((socket.gethostname(), here))
+    for number, (there, theirs) in enumerate(each, 1):
+        if others := [
             f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} there,"
             f" {shortened(first.get(name, 'none'), SHOWN)} in process 0"
-            for name in dict.fromkeys([*first, *theirs])
-            if theirs.get(name) != first.get(name)
+            for name in differing(first, theirs)
         ]:
             where = there if there == host else f"{there}, process 0 on {host}"
             raise LorafoldError(
-                f"process {number} on {where}: found {listed(differing, '; ', room=140)}; expected"
+                f"process {number} on {where}: found {listed(others, '; ', room=140)}; expected"
                 " the same in all processes"
             )
 
@@ -263,8 +262,7 @@ def adapted_model(
         adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
     print_lines(console, unknown)
     if stored is None:
-        fresh = extras(setup, model)
-        adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
+        adapter = attach(model, setup.spec, recipe.targets, base=weights, **extras(setup, model))
     elif missing := [
         path
         for path in objective.modules_to_save(model, adapter.spec, recipe.targets)

@@ -34,7 +34,7 @@ from lorafold.files.atomic import atomic_directory, check_out, read_object, veri
 from lorafold.layers.bitsandbytes import quietly
 from lorafold.models.sources import name_of_base
 from lorafold.models.weights import SINGLE, InMemory
-from lorafold.peft.adapter_directory import Saved
+from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.provenance import mismatch, same_adapters
 
 with quietly():  # transformers imports PEFT here, and that bitsandbytes
@@ -227,7 +227,7 @@ class AdapterCallback(TrainerCallback):
                     f"{checkpoint / part}: no adapter that could be resumed:"
                     f" {as_one(problems)}; {last or 'there is no complete checkpoint'}"
                 )
-        saved = Saved.open(checkpoint / ADAPTER)
+        saved = SavedAdapter.open(checkpoint / ADAPTER)
         model = self.adapter.model
         wrong = saved.own_base.problems(InMemory.of_model(model), name_of_base(model))
         if not same_adapters(saved.over, self.adapter.over):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import Adapted
-from lorafold.core.contexts import evaluating, is_fake
+from lorafold.core.contexts import evaluating, is_fake, replace_attribute
 from lorafold.core.matrices import expert_parameters
 from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_of
@@ -92,7 +92,7 @@ def fused(
                 for path, block in blocks.items():
                     for module in block:
                         if (_free(module) or not free) and (form := fuse(module)) is not None:
-                            _put(stack, module, name, form)
+                            replace_attribute(stack, module, name, form)
                             lacking[path].discard(part)
             if linears:
                 plain = [module for block in blocks.values() for module in block if _free(module)]
@@ -103,7 +103,7 @@ def fused(
                 for module in filter(is_linear, plain):
                     # multiplies in the dtype that is fastest on this processor, from any storage
                     layer = layer_of(module)
-                    _put(stack, module, "forward", partial(layer.called, layer))
+                    replace_attribute(stack, module, "forward", partial(layer.called, layer))
         counted = [*filter(beneath(anatomy.language_blocks), blocks)]
         fast = sum(not lacking[path] for path in counted)
         plain_parts = set[str]().union(*(lacking[path] for path in counted))
@@ -118,14 +118,6 @@ def _free(module: nn.Module) -> bool:
     unchanged = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
     # one input: some norms take a gate as well, which the fused norm does not
     return unchanged and len(inspect.signature(module.forward).parameters) == 1
-
-
-def _put(stack: ExitStack, owner: Any, name: str, forward: Forward) -> None:
-    """Set owner.name to `forward` until the stack unwinds."""
-    before = getattr(owner, name)
-    undo = (setattr, owner, name, before) if name in vars(owner) else (delattr, owner, name)
-    stack.callback(*undo)
-    setattr(owner, name, forward)
 
 
 def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:

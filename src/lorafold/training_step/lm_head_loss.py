@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.contexts import is_fake
+from lorafold.core.contexts import is_fake, replace_attribute
 from lorafold.data.examples import NO_LOSS
 from lorafold.errors import LorafoldError
 from lorafold.ops.arithmetic import FEW
@@ -161,11 +161,8 @@ def until_head(
         caught.extend((h, last))
         return output
 
-    handle = _decoder(model).register_forward_hook(catch)
-    try:
+    with _decoder(model).register_forward_hook(catch):
         output = model(**inputs, use_cache=False)
-    finally:
-        handle.remove()
     h, last, *_ = caught
     h = h[:, -labels.shape[1] :].flatten(0, 1)
     if is_fake(labels):  # they have no values: all positions count as labelled
@@ -237,14 +234,9 @@ def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         given.append(h)
         return model(inputs_embeds=h[None], use_cache=False).logits[0, -len(h) :]
 
-    replaced = decoder.__dict__.get("forward")  # accelerate's hooks are stored there
-    decoder.forward = forward
-    try:
+    with ExitStack() as stack:
+        replace_attribute(stack, decoder, "forward", forward)
         yield head
-    finally:
-        del decoder.forward
-        if replaced is not None:
-            decoder.forward = replaced
 
 
 def head_of(model: Any, h: Tensor, least: int = 0) -> Tensor:

@@ -200,8 +200,7 @@ class CompletionLoss(RowsAlike):
     def by_row(self, examples: Sequence[Example]) -> Tensor:
         """The loss of each row, (n,), summed over its labelled positions, without gradients."""
         if not self.shared_in(examples):
-            padded = collate(examples, False, self.pad_id)
-            inputs = all_sent(padded, self.device)
+            inputs = all_sent(collate(examples, False, self.pad_id), self.device)
             labels = inputs.pop("labels")
             row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
             return document_losses(self.model, labels, inputs, row, len(labels))[0]

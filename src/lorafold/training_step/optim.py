@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.core.delta import Delta
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, differing, listed
 
 SHARED = {"qmap1", "qmap2"}  # of 8-bit optimizers: constants that all parameters have in common
 # the parameters that may have a learning rate of their own, as a run tells them
@@ -151,8 +151,7 @@ def restore_optimizer(
     )
     if wrong := [
         f"{key}: expected {expected.get(key, 'none')}, found {found.get(key, 'none')}"
-        for key in sorted(expected.keys() | found.keys())
-        if expected.get(key) != found.get(key)
+        for key in differing(expected, found)
     ]:
         raise LorafoldError(
             f"the checkpoint's optimizer state is that of another optimizer:"

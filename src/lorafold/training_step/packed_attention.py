@@ -96,8 +96,7 @@ def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tenso
     inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
     if model.get_output_embeddings() is None:
         return at_head(model, inputs).hidden[0].float()
-    logits = model(**inputs, use_cache=False).logits
-    return logits[0].float()
+    return model(**inputs, use_cache=False).logits[0].float()
 
 
 def near(model: PreTrainedModel, logits: Tensor, expected: Tensor, units: int) -> bool:

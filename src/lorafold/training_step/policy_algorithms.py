@@ -17,13 +17,13 @@ from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 
-Weight = Annotated[float, Field(ge=0)]
+from lorafold.training_step.preference_algorithms import Positive, Weight, algorithm
+
 Share = Annotated[float, Field(gt=0, lt=1)]
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Scale = Literal["group", "batch", "none"]  # whose deviation advantages are divided by
 TINY = 1e-4  # beside a standard deviation, which may be 0
 
 # What losses of tokens are averaged over: the tokens of the step; the tokens of a completion, then
@@ -70,7 +70,7 @@ def deviation(x: Tensor) -> Tensor:
     return (squares.nansum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class PolicyLaw(ABC):
     """Abstract: one law over completions that the policy drew.
 
@@ -82,7 +82,7 @@ class PolicyLaw(ABC):
     pace: ClassVar[float] = 0.25  # of a method's own learning rates
     beta: Weight = 0.0
     average: Average = "tokens"
-    scale: Literal["group", "batch", "none"] = "none"
+    scale: Scale = "none"
 
     @abstractmethod
     def surrogate(self, tokens: SampledTokens) -> Tensor:
@@ -113,7 +113,7 @@ class PolicyLaw(ABC):
         return advantages.where(~advantages.isnan(), 0.0)
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Reinforce(PolicyLaw):
     """The policy gradient (Williams 1992, Machine Learning 8, theorem 1), with the mean of the
     group as the baseline.
@@ -125,7 +125,7 @@ class Reinforce(PolicyLaw):
         return -tokens.advantages * tokens.logps
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Rloo(Reinforce):
     """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, eq. 7): the baseline is the
     mean of the group's other completions, and a completion is one action.
@@ -138,7 +138,7 @@ class Rloo(Reinforce):
         return (rewards.nansum(1, keepdim=True) - rewards) / others
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Ppo(PolicyLaw):
     """The clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with the mean of the
     group in place of a learned value, over the deviation of the batch.
@@ -148,9 +148,9 @@ class Ppo(PolicyLaw):
     clip_high is clip unless it is given; DAPO has 0.28 (Yu et al. 2025, arXiv 2503.14476, eq. 10).
     """
 
-    scale: Literal["group", "batch", "none"] = "batch"
+    scale: Scale = "batch"
     clip: Share = 0.2
-    clip_high: Annotated[float, Field(gt=0)] | None = None
+    clip_high: Positive | None = None
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -171,7 +171,7 @@ class Ppo(PolicyLaw):
         return ((w < low) & (a < 0)) | ((w > high) & (a > 0))
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Grpo(Ppo):
     """Group relative policy optimization (Shao et al. 2024, arXiv 2402.03300, eq. 3): advantages
     over the deviation of the group. Tokens count alike, as in DAPO (Yu et al. 2025, arXiv
@@ -179,10 +179,10 @@ class Grpo(Ppo):
     `scale=none` is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
     """
 
-    scale: Literal["group", "batch", "none"] = "group"
+    scale: Scale = "group"
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Gspo(Grpo):
     """Group sequence policy optimization (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7): one
     ratio a completion, the geometric mean of its tokens'.
@@ -190,13 +190,13 @@ class Gspo(Grpo):
 
     average: Average = "per-sequence"
     clip: Share = 3e-4
-    clip_high: Annotated[float, Field(gt=0)] | None = 4e-4
+    clip_high: Positive | None = 4e-4
 
     def ratios(self, tokens: SampledTokens) -> Tensor:
         return tokens.mean(tokens.logps - tokens.sampled).exp()
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Cispo(PolicyLaw):
     """Clipped weights of importance sampling (MiniMax 2025, arXiv 2506.13585, eq. 4 and 5): every
     token keeps its gradient, and its ratio, which has none, is bounded above.
@@ -204,8 +204,8 @@ class Cispo(PolicyLaw):
         loss_t = -min(w_t, 1 + clip_high) A log pi(y_t)
     """
 
-    scale: Literal["group", "batch", "none"] = "group"
-    clip_high: Annotated[float, Field(gt=0)] = 4.0
+    scale: Scale = "group"
+    clip_high: Positive = 4.0
 
     def surrogate(self, tokens: SampledTokens) -> Tensor:
         weight = tokens.ratios.detach().clamp(max=1 + self.clip_high)

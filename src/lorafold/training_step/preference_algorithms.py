@@ -13,7 +13,7 @@ The first completion is in column 0, the second in column 1. A loss is in nats a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,13 @@ from lorafold.data.formats import JUDGED, PAIRS
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def algorithm(cls: type[T]) -> type[T]:
+    """A frozen dataclass, whose options are checked when it is made."""
+    return dataclass(frozen=True, config=STRICT)(cls)  # type: ignore[return-value]
 
 
 class Scored(NamedTuple):
@@ -71,7 +78,7 @@ def ratio_sums(ratios: Tensor) -> Tensor:
 class Law(ABC):
     """Abstract: one law over completions that are compared."""
 
-    kind: ClassVar[str] = PAIRS  # what it is over, of what shapes of rows give
+    kind: ClassVar[str] = PAIRS  # what it is over, of what formats of rows provide
     has_reference: ClassVar[bool] = True
     reads_head: ClassVar[bool] = False  # scores of a head in place of log-probabilities
     trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
@@ -88,7 +95,7 @@ class Law(ABC):
         return self.beta * (scored.ratios if self.has_reference else scored.means)
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Dpo(Law):
     """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
@@ -109,7 +116,7 @@ class Dpo(Law):
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Ipo(Law):
     """Identity preference optimization (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
@@ -128,7 +135,7 @@ class Ipo(Law):
         return (r[:, 0] - r[:, 1] - 1 / (2 * self.beta)).square()
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Hinge(Law):
     """The hinge of SLiC on DPO's margin (Zhao et al. 2023, arXiv 2305.10425; in this form Liu et
     al. 2023, arXiv 2309.06657, eq. 13).
@@ -142,7 +149,7 @@ class Hinge(Law):
         return (1 - self.beta * scored.margins).relu()
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Orpo(Law):
     """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7).
 
@@ -153,7 +160,7 @@ class Orpo(Law):
     replace supervised fine-tuning.
     """
 
-    has_reference: ClassVar[bool] = False
+    has_reference = False
     beta: Positive = 0.1
 
     def loss(self, scored: Scored) -> Tensor:
@@ -162,7 +169,7 @@ class Orpo(Law):
         return scored.nll - self.beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Simpo(Law):
     """Simple preference optimization (Meng et al. 2024, arXiv 2405.14734, eq. 6).
 
@@ -172,9 +179,9 @@ class Simpo(Law):
     sft_weight a is the variant of the paper's appendix with a supervised term.
     """
 
-    has_reference: ClassVar[bool] = False
+    has_reference = False
     beta: Positive = 2.0
-    gamma: Annotated[float, Field(ge=0)] = 1.0
+    gamma: Weight = 1.0
     sft_weight: Weight = 0.0
 
     def loss(self, scored: Scored) -> Tensor:
@@ -182,7 +189,7 @@ class Simpo(Law):
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class Kto(Law):
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8), for
     completions that are judged one by one.
@@ -194,8 +201,8 @@ class Kto(Law):
     Column 0 has the completion, column 1 that of another prompt, on which z is measured.
     """
 
-    kind: ClassVar[str] = JUDGED
-    trained: ClassVar[int] = 1
+    kind = JUDGED
+    trained = 1
     beta: Positive = 0.1
     desirable_weight: Positive = 1.0
     undesirable_weight: Positive = 1.0
@@ -210,7 +217,7 @@ class Kto(Law):
         return weight * (1 - torch.sigmoid(self.beta * sign * (scored.ratios[:, 0] - z)))
 
 
-@dataclass(frozen=True, config=STRICT)
+@algorithm
 class BradleyTerry(Law):
     """A reward model of the preferences (Bradley and Terry 1952; Ouyang et al. 2022, arXiv
     2203.02155, eq. 1).
@@ -223,9 +230,9 @@ class BradleyTerry(Law):
     arXiv 2312.09244), so that scores of different prompts compare; TRL recommends 0.01.
     """
 
-    has_reference: ClassVar[bool] = False
-    reads_head: ClassVar[bool] = True
-    pace: ClassVar[float] = 0.3  # the head is new, and has to be learned
+    has_reference = False
+    reads_head = True
+    pace = 0.3  # the head is new, and has to be learned
     margin: Weight = 0.0
     centre: Weight = 0.0
 

@@ -42,11 +42,8 @@ def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
     def catch(module: nn.Module, args: Any, output: Tensor) -> None:
         caught.append(AtHead(args[0], output))
 
-    handle = head.register_forward_hook(catch)
-    try:
+    with head.register_forward_hook(catch):
         model(**inputs, use_cache=False)
-    finally:
-        handle.remove()
     if len(paths) > 1 or [one.hidden.shape[:2] for one in caught] != [shape]:
         raise LorafoldError(
             f"{type(model).__name__}: found the heads {', '.join(paths)}, expected one that is"

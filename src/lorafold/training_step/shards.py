@@ -76,7 +76,7 @@ class Parted:
         self.storage, self.size = storage, storage.nbytes()
         each = -(-self.size // (processes.count * UNIT)) * UNIT
         self._index, self.padded, self.kept = processes.index, each * processes.count, each
-        self.own = torch.zeros(each, dtype=torch.uint8, device=storage.device)
+        self.part = torch.zeros(each, dtype=torch.uint8, device=storage.device)
         self._keep(_bytes(storage) if content is None else content)
         self.whole = True
         self.written = False  # whether an operation wrote to it since it is whole
@@ -84,7 +84,7 @@ class Parted:
     def _keep(self, content: Tensor) -> None:
         first = self._index * self.kept
         mine = content[first : min(first + self.kept, self.size)]
-        self.own[: len(mine)] = mine
+        self.part[: len(mine)] = mine
 
     def fill(self) -> None:
         """Gather all bytes, in all processes at once."""
@@ -93,11 +93,11 @@ class Parted:
         whole = _bytes(self.storage)
         if whole.is_cuda:
             gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-            gather(whole, self.own)
+            gather(whole, self.part)
             return
         for index, part in enumerate(whole.split(self.kept)):  # gloo would gather into a copy
             if index == self._index:
-                part.copy_(self.own)
+                part.copy_(self.part)
             dist.broadcast(part, index)
 
     def empty(self) -> None:
@@ -120,7 +120,7 @@ class Parted:
         mine = owner == processes.index
         self.storage.resize_(self.padded if mine else 0)
         parts = [*_bytes(self.storage).split(self.kept)] if mine else None
-        dist.gather(self.own, parts, owner)
+        dist.gather(self.part, parts, owner)
         self.storage.resize_(self.size if mine else 0)
 
     def reduce_gradient(self) -> None:

@@ -16,7 +16,7 @@ there. `lorafold compose --how mixture` makes a mixture and trains the gates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta, LowRank, Opaque
+from lorafold.core.delta import DeltasByPath, Factors, LowRank, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
@@ -86,7 +86,7 @@ class MixtureDelta(LowRank):
     def borrowed(self) -> Iterable[nn.Parameter]:
         return self.gates.parameters()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         return self.up * self.gates.values.to(self.up.device)[self.owner], self.down
 
 
@@ -142,7 +142,7 @@ class Mixture(Spec):
             return RoutedDelta(layer, n)
         return MixtureDelta(layer, n, self.gates == "global")
 
-    def join(self, deltas: Mapping[str, Delta]) -> None:
+    def join(self, deltas: DeltasByPath) -> None:
         if self.gates == "global":
             first, *others = deltas.values()
             for delta in others:
