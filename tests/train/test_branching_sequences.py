@@ -13,11 +13,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafold as lf
+import reference_ops as reference
 from fused_cases import assert_same_step
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec
 from lorafold.models.loading import load_model
-from lorafold.ops import cross_entropy, packed_documents, reference
+from lorafold.ops import cross_entropy, packed_documents
 from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
 from lorafold.training_step.fused_modules import fused

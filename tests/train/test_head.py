@@ -11,8 +11,9 @@ import transformers as tf
 from torch import Tensor, nn
 
 import lorafold as lf
+import reference_ops as reference
 from lorafold.errors import LorafoldError
-from lorafold.ops import cross_entropy, reference
+from lorafold.ops import cross_entropy
 from lorafold.ops.cross_entropy import LinearHead, head_cross_entropy, head_losses
 from lorafold.training_step import lm_head_loss as head_of_step
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss, linear_form
