@@ -149,11 +149,12 @@ CHECKS: dict[str, Any] = {
 }
 
 
-def test_every_operation_says_whether_its_rows_are_independent() -> None:
+INDEPENDENT = ("write", "rotary", "scale")  # also in plain torch
+
+
+def test_every_operation_is_checked() -> None:
     operations = {of.name for of in DECODING if of is not STORED}  # which computes nothing
     assert CHECKS.keys() == operations
-    assert Operations().independent <= operations
-    assert Operations("cpu").independent == operations
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -171,10 +172,10 @@ def test_values_are_those_of_torch(name: str, dtype: torch.dtype, size, native) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["plain", "native"])
 @pytest.mark.parametrize("name", CHECKS)
-def test_rows_that_are_said_to_be_independent_are(name, kind, dtype, size, request) -> None:
+def test_rows_are_independent(name, kind, dtype, size, request) -> None:
+    if kind == "plain" and name not in INDEPENDENT:
+        pytest.skip("torch has other orders of summation for other shapes")
     of = Operations() if kind == "plain" else request.getfixturevalue("native")
-    if name not in of.independent:
-        pytest.skip("it does not say so")
     compute = CHECKS[name](of, dtype, size)
     whole = compute(*WHOLE)
     for b in range(B):
