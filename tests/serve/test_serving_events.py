@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
+from lorafold.serving.directory import Directory
 from lorafold.serving.routes import models as routes
 from serving_cases import ADMIN, Running
 
@@ -108,6 +109,26 @@ def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(server, mon
     while not server.idle() or time.monotonic() - looks[-1] < 2 * routes.EACH:
         assert time.monotonic() < late
         time.sleep(0.05)  # nobody listens, and nobody looks
+
+
+def test_a_listener_learns_at_once_what_is_and_that_the_server_ends(server, monkeypatch) -> None:
+    monkeypatch.setattr(routes, "EACH", 1.0)
+    acme, described, page = server.keys["acme"], list[str](), Directory.page
+    with listening(server, ADMIN) as events:
+        next(events)
+        server.parts.registry.pin("a", True)
+        with listening(server, acme) as late:
+            assert next(late)["data"][1]["pinned"]
+        until(events, "a", pinned=True, state="resident")
+        monkeypatch.setattr(Directory, "page", lambda d, n: described.append(n) or page(d, n))
+        server.parts.registry.pin("a", False)
+        server.parts.host.draining = True
+        assert next(events)["status"] == "the server is about to end"
+        assert {*described} <= {"a"}  # of ten thousand models the others make no work
+        began = time.monotonic()
+        assert next(events, None) is None
+        assert time.monotonic() - began < 0.5
+        server.parts.host.draining = False
 
 
 def test_the_administrator_learns_what_is_not_served_and_why(server: Running) -> None:

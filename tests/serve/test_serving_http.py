@@ -181,7 +181,9 @@ REFUSED = [
         *(({"text": {"format": form}}, "text.format")
           for form in (AMBIGUOUS_TEXT, "x", schema(CIRCLE), schema(FALSE))),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"text": {"verbosity": ""}}, "text.verbosity"),
         ({"reasoning": {"effort": 5}}, "reasoning.effort"),
+        ({"reasoning": {"effort": 0}}, "reasoning.effort"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"input": [{"type": "image"}]}, "input[0].type"),
         ({"input": [{"type": "reasoning", "content": "x"}]}, "input[0].content"),

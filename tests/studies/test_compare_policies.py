@@ -17,7 +17,7 @@ import lorafold as lf
 from command_cases import rows_file, words
 from conftest import lorafold, refused
 from lorafold.comparing import measure as module
-from lorafold.comparing import run
+from lorafold.comparing import report, run
 from lorafold.comparing.measure import BASE, Measurement, Variant, measure
 from lorafold.comparing.paired_tests import Difference, distinguished_pairs, over_base, verdict
 from lorafold.comparing.report import Comparison, Quality, deciding, figures, markdown, page
@@ -203,6 +203,11 @@ def test_a_difference_is_of_prompts_in_pairs() -> None:
     assert (one.mean, one.interval, one.p) == (1.0, None, 1.0)  # one prompt says nothing
     two = [BEFORE, replace(BEFORE, seed=1), BETTER, policy("lora", 0.1, 0.5, 0.9, seed=1)]
     assert over_base(two)["lora"].mean == pytest.approx(0.03)
+
+
+def test_a_method_that_forgets_nothing_has_its_place_on_a_logarithmic_axis() -> None:
+    none = [replace(one, forgetting_kl=0.0) for one in (BETTER, SAME)]
+    assert "forgets 0.000001 nats a token" in "".join(report.plots_of([BEFORE, *none]))
 
 
 WORSE = policy("ia3", *(x - gain for x, gain in zip(HARD, (0.05, 0.06, 0.07), strict=True)))

@@ -103,7 +103,7 @@ def plots_of(measurements: Measurements) -> Iterator[str]:
     mergeable = [all(values_of(seeds, "mergeable")) for seeds in figures]
     yield ranking(quality, names)
     for cost in COSTS:
-        x = [mean and max(mean, SMALLEST) for mean in means(figures, cost.figure)]
+        x = [mean if mean is None else max(mean, SMALLEST) for mean in means(figures, cost.figure)]
         if None not in x:
             yield scatter(cost, x, quality, names, mergeable)
     for phase, figure in (("Decode", "latency"), ("Prefill", "prefill")):

@@ -152,7 +152,8 @@ def chat_of(
     for name, sent_as in names.items():
         outer, _, key = sent_as.partition(".")
         value = getattr(body, outer, None)
-        chat[name] = (value or {}).get(key) or None if key else value
+        chat[name] = (value or {}).get(key) if key else value
+    chat["response_format"] = chat.get("response_format") or None
     chat |= fields | {"messages": [message for _, message in messages], "tools": [*tools]}
     names = {
         **names,

@@ -96,8 +96,8 @@ def serve(
     open_page: bool = False,
     derived_base: OwnBase | None = None,
 ) -> None:
-    """Serve until a signal ends it. `own` is the base as the adapters name it, if no option named
-    one: the next start takes the same.
+    """Serve until a signal ends it. `derived_base` is the base as the adapters name it, if no
+    option named one: the next start takes the same.
     """
     directory = Directory(adapters)
     keys = Keys(settings.keys, settings.admin_key, settings.metrics_key)

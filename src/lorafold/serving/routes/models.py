@@ -4,7 +4,7 @@ adapters and aliases.
     async for data in feed.events(caller, admin):     the whole list, then the changes
 
 Once a second, if somebody listens, the feed takes a `Snapshot`, and each listener gets the
-difference from the one it got last.
+difference from the one it got last. Only models that differ are described again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from lorafold.serving.registry import REASON, AliasTarget, Registry
 from lorafold.serving.request_body import Body, sse_event
 from lorafold.serving.server import Server, answer, authorization, record_of
 
+K = TypeVar("K")
 T = TypeVar("T")
 EACH = 1.0  # seconds between two snapshots
 ACTS = ("pin", "unpin", "quarantine")
@@ -118,7 +119,7 @@ class Snapshot:
         self.load = Counter((job.adapter, job.began is not None) for job in jobs)
         self.uses = {name: (use.requests, use.tokens) for name, use in uses}
         self.taken, self.draining = time.monotonic(), server.host.draining
-        self._views: dict[object, dict[str, dict[str, Any]]] = {}
+        self._changed: dict[float, list[str]] = {}
         self._events: dict[object, bytes] = {}
 
     def event(self, before: Snapshot | None, caller: Caller, admin: bool) -> bytes:
@@ -131,22 +132,32 @@ class Snapshot:
         return self._events[key]
 
     def _event(self, before: Snapshot | None, caller: Caller, admin: bool) -> bytes:
-        models = self._view(caller, admin)
         if before is None:
-            head = {"object": "list", "data": list(models.values())}
+            head = {"object": "list", "data": self.models(caller, admin)}
             return sse_event(head | {"status": self.ready, "administrator": admin})
-        old = before._view(caller, admin)
-        new = [model for name, model in models.items() if old.get(name) != model]
-        changes = {"object": "changes", "data": new, "removed": [*(old.keys() - models.keys())]}
-        if before.ready != self.ready:
-            return sse_event(changes | {"status": self.ready})
-        return sse_event(changes) if new or changes["removed"] else b""
+        if before.taken not in self._changed:
+            self._changed[before.taken] = sorted(self._differing_from(before))
+        names = [name for name in self._changed[before.taken] if self._sees(caller, name)]
+        models = {name: self._described(name, admin) for name in names}
+        new = [model for model in models.values() if model]
+        gone = [n for n, model in models.items() if not model and before._described(n, admin)]
+        status = {} if self.ready == before.ready else {"status": self.ready}
+        changes = {"object": "changes", "data": new, "removed": gone}
+        return sse_event(changes | status) if new or gone or status else b""
 
-    def _view(self, caller: Caller, admin: bool) -> dict[str, dict[str, Any]]:
-        key = caller.adapters, caller.base, admin
-        if key not in self._views:
-            self._views[key] = {model["id"]: model for model in self.models(caller, admin)}
-        return self._views[key]
+    def _differing_from(self, before: Snapshot) -> set[str]:
+        """The names of models that differ, are new, or are gone."""
+        old, a, b = before.adapters, before.state, self.state
+        names = {name for name, adapter in self.adapters.items() if old.get(name) is not adapter}
+        names |= old.keys() - self.adapters.keys() | (before.unverified ^ self.unverified)
+        keys = _differing(before.states.adapters, self.states.adapters)
+        names |= {key.partition("@")[0] for key in keys}
+        names |= {name for name, _ in _differing(before.load, self.load)}
+        names |= _differing(before.rejected, self.rejected) | _differing(before.uses, self.uses)
+        if a is not b:
+            names |= {*a.pinned} ^ {*b.pinned} | {*a.unloaded} ^ {*b.unloaded}
+            names |= _differing(a.quarantined, b.quarantined) | _differing(a.aliases, b.aliases)
+        return names
 
     def models(self, caller: Caller, admin: bool = False) -> list[dict[str, Any]]:
         """A caller's models, the base first, aliases last; for the administrator all."""
@@ -154,12 +165,14 @@ class Snapshot:
         if admin:
             names |= {*self.rejected, *self.state.unloaded}
         ordered = [self.registry.base, *sorted(names - aliases.keys()), *sorted(aliases)]
-        return [self._described(name, admin) for name in ordered if self._sees(caller, name)]
+        models = (self._described(name, admin) for name in ordered if self._sees(caller, name))
+        return [model for model in models if model]
 
     def _sees(self, caller: Caller, name: str) -> bool:
         return caller.base if name == self.registry.base else caller.may(name)
 
-    def _described(self, name: str, admin: bool) -> dict[str, Any]:
+    def _described(self, name: str, admin: bool) -> dict[str, Any] | None:
+        """An entry of the list, None if there is no such model."""
         if name == self.registry.base:
             return self.base()
         if name in self.state.aliases:
@@ -171,9 +184,11 @@ class Snapshot:
             return self.adapter(adapter) | shown
         if name in self.unverified:
             return self._model(name, state="unverified")
-        if name in self.state.unloaded:
+        if admin and name in self.state.unloaded:
             return self._model(name, state="unloaded")
-        return self._model(name, state="wrong", why=self.rejected[name])
+        if admin and name in self.rejected:
+            return self._model(name, state="wrong", why=self.rejected[name])
+        return None
 
     def base(self) -> dict[str, Any]:
         """The base's entry."""
@@ -219,6 +234,10 @@ class Snapshot:
         }
 
 
+def _differing(a: Mapping[K, object], b: Mapping[K, object]) -> set[K]:
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+
 class ModelChanges:
     """The changes of one server's models."""
 
@@ -228,21 +247,23 @@ class ModelChanges:
 
     async def events(self, caller: Caller, admin: bool) -> AsyncGenerator[bytes, None]:
         """The whole list, then the changes, until the server ends."""
-        before, ended = None, False
-        while not ended:
+        before = None
+        while True:
             async with self._turn:
                 changes = partial(self._changes, before, caller, admin)
                 now, data = await self._server.host.think(changes, tenant="")
             if data:
                 yield data
-            before, ended = now, now.draining
+            if now.draining:
+                return
+            before = now
             await asyncio.sleep(now.taken + EACH - time.monotonic())
 
     def _changes(
         self, before: Snapshot | None, caller: Caller, admin: bool
     ) -> tuple[Snapshot, bytes]:
         now = self._snapshot
-        if time.monotonic() - now.taken >= EACH:
+        if before is None or time.monotonic() - now.taken >= EACH:
             now = self._snapshot = Snapshot(self._server)
         return now, now.event(before, caller, admin)
 
