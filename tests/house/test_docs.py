@@ -39,7 +39,7 @@ NOT_RUN = "Not run by the tests: "
 # embedded GGUF file itself, which is none where the model is tiny: the fast tests only parse them
 LONG = {"quickstart", "compare", "intrinsic", "fragility"}
 LONG_PAGES = {
-    "cli.md", "compare.md", "compose.md", "concepts.md", "conversations.md", "export-llamacpp.md",
+    "cli.md", "compare.md", "compose.md", "concepts.md", "conversations.md", "export-gguf.md",
     "export.md", "fragility.md", "from-unsloth.md", "inspect.md", "memory.md", "qlora.md",
 }  # fmt: skip
 # what a page of the cookbook must reach on the embedded model: the share of right completions
