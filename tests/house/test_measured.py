@@ -90,7 +90,7 @@ def test_a_figure_that_differs_is_found() -> None:
 
 def test_the_pages_of_measurements_are_marked() -> None:
     pages = {page for page, _, _ in TABLES}
-    assert pages >= {"measured.md", "measured-methods.md", "memory.md", "inspect.md", "fits.md"}
+    assert pages >= {"measured.md", "memory.md", "inspect.md", "faq.md", "fragility.md"}
     assert {name for _, name, _ in ROWS} >= {
         "alignment",
         "memory_grid",
