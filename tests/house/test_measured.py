@@ -1,6 +1,6 @@
 """What stands on a page is what was measured: a table below a mark has figures of that file.
 
-    <!-- results: ranks -->     the table that follows is from benchmarks/results/ranks.md
+    <!-- results: ranks -->     the table that follows is from benchmarks/results/ranks.json
 
 Each figure beyond the first column is one of the file's, rounded as the page has it; shares may be
 written as percent in one of both. So is each of a row that names `benchmarks/ranks.py` as where its
@@ -35,7 +35,8 @@ def named() -> Iterator[tuple[str, str, str]]:
     """Page, name of the results, row that names the benchmark they are from."""
     for page in sorted((ROOT / "docs").rglob("*.md")):
         for found in FROM.finditer(MARKED.sub("", page.read_text(encoding="utf-8"))):
-            if all((RESULTS / f"{name}.md").exists() for name in NAMES.get(found[1], (found[1],))):
+            files = [RESULTS / f"{name}.json" for name in NAMES.get(found[1], (found[1],))]
+            if all(file.exists() for file in files):
                 yield str(page.relative_to(ROOT / "docs")), found[1], found[0]
 
 
@@ -70,14 +71,14 @@ def foreign(rows: str, results: str) -> list[float]:
 )
 def test_a_page_has_the_figures_that_were_measured(page: str, name: str, table: str) -> None:
     body = table.split("\n", 2)[2]
-    assert foreign(body, (RESULTS / f"{name}.md").read_text(encoding="utf-8")) == []
+    assert foreign(body, (RESULTS / f"{name}.json").read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
     ("page", "name", "row"), ROWS, ids=[f"{p}-{n}-{i}" for i, (p, n, _) in enumerate(ROWS)]
 )
 def test_a_row_has_the_figures_of_the_benchmark_it_names(page: str, name: str, row: str) -> None:
-    files = [RESULTS / f"{file}.md" for file in NAMES.get(name, (name,))]
+    files = [RESULTS / f"{file}.json" for file in NAMES.get(name, (name,))]
     results = "\n".join(file.read_text(encoding="utf-8") for file in files)
     assert foreign(ASIDE.sub("", row), results) == []
 
