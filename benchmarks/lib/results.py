@@ -31,8 +31,8 @@ def processor() -> str:
 
 def commit() -> str:
     """The commit that is measured; a plus sign marks changes that are not in it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty=+"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    git = ["git", "describe", "--always", "--abbrev=10", "--dirty=+"]
+    done = subprocess.run(git, cwd=HERE.parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
