@@ -38,6 +38,7 @@ from lorafold.recipe.recipe import Recipe
 ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
 MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
+NOT_RUN = re.compile(r' title="Not run by the tests: [^"]*"')
 VERB = re.compile(r"^::: lorafold\.([a-z]\w+)$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
@@ -69,6 +70,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page with its marks replaced by what they stand for."""
+    markdown = NOT_RUN.sub("", markdown)  # the tests need it, readers do not
     made = MARK.sub(lambda found: GENERATED[found[1]](*filter(None, [found[2]])), markdown)
     return VERB.sub(with_shared, made)
 
