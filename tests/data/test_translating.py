@@ -115,7 +115,7 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
         ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
         (f"{AXOLOTL}plugins: [axolotl.integrations.kd.KDPlugin]", "learns a teacher's"),
         ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),
-        ("a: 1\nb: 2", "can't tell which tool's it is by its keys (a, b)"),
+        ("a: 1\nb: 2", "its keys do not identify the tool (a, b)"),
         ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory"),
         ("- a", "found a list, expected `name: value` lines"),
         ("a: [1", "not YAML at line 1"),

@@ -139,7 +139,7 @@ class Lifeline:
             return
         if self._code is not None:
             os._exit(self._code)
-        how = "it said nothing: killed, perhaps for its memory"
+        how = "it printed nothing: killed, perhaps for lack of memory"
         self._end(1, peer, f" died {self.place()}; {how}" if self.rank <= 1 else "")
 
     def _end(self, code: int, peer: int, problem: str) -> NoReturn:
