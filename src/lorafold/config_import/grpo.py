@@ -116,7 +116,7 @@ def beta(value: Any, settings: ToolSettings) -> Outcome:
     why = ""
     if is_leave_one_out(settings):
         why = (
-            "TRL takes the KL of a completion off its reward, and lorafold adds that of each token"
+            "TRL takes the KL of a completion off its reward, and lorafold adds each token's KL"
             " to its loss"
         )
     elif objective_of(settings) == "gspo" or not settings.on("use_bias_correction_kl"):
@@ -355,7 +355,7 @@ RLOO: Table = {
         switch(
             changed(
                 "TRL divides by the deviation of the batch's advantages, and lorafold by"
-                " that of its rewards",
+                " the deviation of its rewards",
                 objective_options={"scale": "batch"},
             ),
             taken(objective_options={"scale": "none"}),

@@ -59,8 +59,8 @@ NOTES = {
     "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
 }
 STRANGERS = {  # keys of files that stand beside configurations, and what such a file is
-    "compute_environment": "a file of accelerate's, which says how processes start and not what"
-    " they train: torchrun --nproc_per_node 2 -m lorafold train starts two",
+    "compute_environment": "a file of accelerate's, which configures the start of processes, not"
+    " the training: torchrun --nproc_per_node 2 -m lorafold train starts two",
     "zero_optimization": "a file of DeepSpeed's, which configures sharding:"
     " lorafold train --strategy fsdp divides them among processes",
     "model_class": "a file of LLaMA-Factory's v1, of which nothing is read: expected the form that"

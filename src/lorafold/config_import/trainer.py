@@ -273,7 +273,7 @@ NO_SECOND_MODEL = (
 DPO_LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}  # of TRL's DPOTrainer
 SUPERVISED = (
     "TRL averages the supervised term over the chosen tokens of a micro-batch, and lorafold over"
-    " those of each row"
+    " the tokens of each row"
 )
 ORPO_TERM = (
     "TRL's supervised term also learns the prompts, and averages over the tokens of a micro-batch;"

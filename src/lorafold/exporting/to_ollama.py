@@ -127,7 +127,7 @@ def _around(text: str, contents: Sequence[str]) -> list[str]:
         before, mark, text = text.partition(content)
         if not mark or content in text:
             raise LorafoldError(
-                f"the model's chat template does not write {content!r}, said in a plain chat,"
+                f"the model's chat template does not write {content!r}, a text of a plain chat,"
                 " once and in its place"
             )
         parts.append(before)

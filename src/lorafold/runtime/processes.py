@@ -403,8 +403,8 @@ def first_node(nodes: str) -> str:
     first = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
     if first is None:
         raise LorafoldError(
-            f"SLURM_STEP_NODELIST: found {nodes!r}, expected machines; MASTER_ADDR names that of"
-            " process 0"
+            f"SLURM_STEP_NODELIST: found {nodes!r}, expected machines; set MASTER_ADDR to"
+            " rank 0's machine"
         )
     return "".join(part or "" for part in first.groups())
 

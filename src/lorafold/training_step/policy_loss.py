@@ -220,5 +220,5 @@ class Policy(BranchedLoss):
             by = "the model without the adapter that trains"
         raise LorafoldError(
             f"completions were sampled by {by}: found log-probabilities that differ by {mean:.3g} a"
-            f" token from those of the weights that train, expected at most {self.bound:g}"
+            f" token from the trained weights', expected at most {self.bound:g}"
         )
