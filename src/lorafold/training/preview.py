@@ -46,10 +46,9 @@ if TYPE_CHECKING:
 
 SOME = 4_000_000  # bytes of rows of which a preview makes all tokens
 LEGEND = (
-    "<h2>The first rows</h2><p><mark>Marked</mark> text counts in the loss; the rest is the context that the"
-    " model reads before it.</p>"
+    "<h2>The first rows</h2>"
+    "<p><mark>Marked</mark> text counts in the loss; the rest is context.</p>"
 )
-
 
 @dataclass(frozen=True)
 class PreviewExample:
