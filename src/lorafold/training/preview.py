@@ -50,6 +50,7 @@ LEGEND = (
     "<p><mark>Marked</mark> text counts in the loss; the rest is context.</p>"
 )
 
+
 @dataclass(frozen=True)
 class PreviewExample:
     """One example of a row: what heads it, the row's conversation, and its text, in which what
