@@ -141,7 +141,7 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
             said("b") | {"content": [{"type": "text", "text": "b", "cache_control": {}}]},
         ]},
         [user("a") | {"id": 2, "name": "n"}, said("b")],
-        ["ignored keys: id, messages[].id, messages[].content[].cache_control; those of messages"
+        ["ignored keys: id, messages[].id, messages[].content[].cache_control; keys of messages"
          " go to the chat template (rows of {messages})"],
     ),
 }  # fmt: skip

@@ -82,7 +82,7 @@ def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path,
 
 def test_plugins_that_learn_the_same_are_passed_over_and_unknown_ones_named(tmp_path):
     fast = "axolotl.integrations.liger.LigerPlugin"
-    assert "do not change what is" in remark(axolotl_of(tmp_path, plugins=[fast]), "plugins")
+    assert "concern speed" in remark(axolotl_of(tmp_path, plugins=[fast]), "plugins")
     found = axolotl_of(tmp_path, plugins=[fast, "my.Plugin"])
     assert "what my.Plugin does" in remark(found, "plugins")
 
@@ -234,7 +234,7 @@ def test_what_pefts_file_says_beside_the_method(tmp_path):
     }  # fmt: skip
     assert remark(found, "velvet") == NOT_KNOWN
     assert "--model acme/tiny" in found.command()
-    assert "defaults hold" in str(found)
+    assert "defaults apply" in str(found)
     with pytest.raises(LorafoldError, match="task_type: found 'TOKEN_CLS'"):
         peft_file(tmp_path, task_type="TOKEN_CLS")
     with pytest.raises(LorafoldError, match="peft_type 'OFT' is not supported"):
