@@ -215,8 +215,14 @@ def listed(text: str) -> str:
 
 def commands() -> str:
     """The commands by what they are for."""
+    has = re.compile(r"^<!-- generated: options (\w+) -->$", re.MULTILINE)
+    pages = {
+        name: f"{page.name}#lorafold-{name}"
+        for page in (ROOT / "docs" / "cli").glob("*.md")
+        for name in has.findall(page.read_text(encoding="utf-8"))
+    }
     rows = [
-        [f"[`lorafold {name}`](cli/{name}.md)", cell(line), group.lower()]
+        [f"[`lorafold {name}`](cli/{pages[name]})", cell(line), group.lower()]
         for group, lines in COMMANDS.items()
         for name, line in lines.items()
     ]
@@ -230,14 +236,14 @@ def objects() -> str:
     from lorafold.methods import METHODS  # needs torch
 
     rows: list[list[str]] = []
-    for page in ("train", "use", "shape", "studies", "adapters", "methods"):
-        text = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
+    for page in ("api/train", "api/use", "api/shape", "api/studies", "api", "api/methods"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         for place in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
             name = place.rpartition(".")[2]
             of = getattr(lorafold, name)
             of = inspect.getmodule(of) if name in METHODS.classes else of
             first = re.split(r"(?<=\.)\s", inspect.getdoc(of) or "")[0]
-            rows.append([f"[`lf.{name}`](api/{page}.md#{place})", cell(first)])
+            rows.append([f"[`lf.{name}`]({page}.md#{place})", cell(first)])
     return table(["name", "what it is"], rows)
 
 
