@@ -12,7 +12,7 @@ completions with every value right in whatever order. The files of the supervise
 compared byte by byte. DPO alone goes on to push pairs apart that are told apart already, which
 costs the skill; a supervised term holds the chosen completions (`sft_weight`), and both are
 measured. What was trained stays in --out, and is not trained again. Prints a table, which is also
-written to results/alignment.md.
+written to results/alignment.json.
 """
 
 import argparse

@@ -10,7 +10,7 @@ clients ask a server, greedily, and then one asks the same alone. Where all toke
 same, the logits of both runs are compared: their largest difference is the rounding bound b. Two
 runs whose logits differ by at most b can only choose different tokens where two candidates are
 closer than 2 b, in logits (greedy) or in the logarithms of the draw's odds (sampled, after
-temperature). Prints JSON and a table, which `--keep` writes to results/alone.md.
+temperature). Prints JSON and a table, which `--keep` writes to results/alone.json.
 """
 
 import argparse
@@ -224,7 +224,7 @@ def inside(storage: str, count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=500)
-    parser.add_argument("--keep", action="store_true", help="write results/alone.md")
+    parser.add_argument("--keep", action="store_true", help="write results/alone.json")
     parser.add_argument("--storage", nargs="+", default=["bf16"], help="bf16, int8, nf4")
     parser.add_argument("--http", action="store_true", help="six clients of a server")
     a = parsed(parser, requests=8)

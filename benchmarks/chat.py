@@ -11,7 +11,7 @@ which a step of lorafold computes one. Seconds are those of the whole process, i
 tokenizing, logging and saving included, and of training alone as each reports it; tokens are the
 real ones of the rows. Both take the same steps over the same rows; TRL labels one token more of
 each, the newline that the template writes after a turn. The sides run in turn; figures are medians.
-Prints JSON lines and a table, which is also written to results/chat.md. Linux only.
+Prints JSON lines and a table, which is also written to results/chat.json. Linux only.
 """
 
 import argparse

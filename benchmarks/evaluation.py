@@ -8,7 +8,7 @@ Seconds are those of the completions alone, without the loss, and of 16 tokens f
 `tokens` counts the completions. The sides run in turn in one process after a short round that warms
 up, and figures are medians. Without `--adapter` the quickstart's is trained first. `--texts FILE`
 writes all completions as JSON, by side, so that two versions of the code can be compared. Prints
-JSON lines and a table, which `--keep` writes to results/evaluation.md.
+JSON lines and a table, which `--keep` writes to results/evaluation.json.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--rows", type=int, default=UNSEEN, help="unseen ones")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="of the adapter's training")
-    parser.add_argument("--keep", action="store_true", help="write results/evaluation.md")
+    parser.add_argument("--keep", action="store_true", help="write results/evaluation.json")
     a = parsed(parser, rounds=1, storage="bf16", rows=8, steps=2)
     torch.set_num_threads(a.threads)
     tokenizer = load_tokenizer(MODEL)

@@ -7,7 +7,7 @@ Random models of about 180M parameters in bf16, rank 16 on every linear of the b
 expert, AdamW, every token labelled, no dropout (which PEFT refuses on experts). Each side is a
 process of its own and the two take their steps in turn; figures are medians, ratios those of each
 turn. Peak memory is all that the process is resident in. lorafold also on NF4, in which PEFT can't
-hold experts. Prints a table, which is also written to results/experts.md. Linux only.
+hold experts. Prints a table, which is also written to results/experts.json. Linux only.
 """
 
 import argparse

@@ -8,7 +8,7 @@ as soon as the one before has ended; the flood keeps 100 times as many going, an
 refused again after about the seconds of Retry-After. First the small tenant is alone, then the
 flood is beside it. Prints the median and the 95th percentile of the small tenant's times, to the
 whole answer and to the first token, and what became of the flood's requests; `--keep` writes
-results/fairness.md.
+results/fairness.json.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--flood", type=int, default=200)
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--settings", default="", help="further lines of serve.yaml")
-    parser.add_argument("--keep", action="store_true", help="write results/fairness.md")
+    parser.add_argument("--keep", action="store_true", help="write results/fairness.json")
     a = parsed(parser, seconds=2, flood=4, streams=1)
     model = load_model(resolve_model("smollm2").path, torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:

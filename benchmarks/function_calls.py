@@ -5,7 +5,7 @@ training on synthetic calls, measured by the exact match of the call on unseen r
 
 Rows have tools, and calls with text, numbers, dates and choices (`lib/function_tasks.py`); the chat
 template is the built-in one with tools. The calls that the model says are parsed back through the
-template. Prints JSON lines and a table, which is also written to results/function_calls.md.
+template. Prints JSON lines and a table, which is also written to results/function_calls.json.
 """
 
 import argparse

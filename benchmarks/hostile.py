@@ -12,7 +12,7 @@ tests/lib/hostile_adapters: they lie there when it starts, the administrator loa
 are asked for. Meanwhile /livez is asked every 20 ms, and the good ones all the time. In the server
 a task of the event loop and a thread note by how much they wake too late, and so does a process
 that does nothing else: what it sees is the machine's. Prints the figures as JSON and as a table,
-which --keep also writes to results/hostile.md.
+which --keep also writes to results/hostile.json.
 """
 
 import argparse

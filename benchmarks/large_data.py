@@ -8,7 +8,7 @@ trains three steps of four rows. Tokenizing alone is the tokenizer on the finish
 process a core, each with its share. Memory is the anonymous memory of the process and its children
 (shared pages are divided among them), at its peak, less that of the same command on 1,000 rows.
 TRL maps its data set with one process a core. Prints JSON lines and a table, which is also written
-to results/large_data.md. Linux only; it takes 4 GB of the disk for a while.
+to results/large_data.json. Linux only; it takes 4 GB of the disk for a while.
 """
 
 import argparse

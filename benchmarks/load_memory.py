@@ -1,5 +1,5 @@
 """What loading a model as NF4 needs: peak memory over an interpreter with everything imported, and
-seconds. One JSON object a line, and a table in results/load_memory.md.
+seconds. One JSON object a line, and a table in results/load_memory.json.
 
     python benchmarks/load_memory.py [--gigabytes 2.2]
 

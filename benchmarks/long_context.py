@@ -7,7 +7,7 @@ The embedded model in bf16, LoRA of rank 16 with dropout 0.05 on every linear of
 token labelled, with gradient checkpointing and without. Each side is a process of its own; a side
 that runs out of memory is told. Seconds are medians of whole steps after one that warms up (the
 only step, with --rounds 0), peak memory is all that the process was resident in. Writes
-results/long_context.md. Linux only.
+results/long_context.json. Linux only.
 """
 
 import argparse

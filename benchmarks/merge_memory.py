@@ -1,5 +1,5 @@
 """What a fold needs: peak anonymous memory over an interpreter with everything imported, and
-seconds. One JSON object a line, and a table in results/merge_memory.md. Linux only.
+seconds. One JSON object a line, and a table in results/merge_memory.json. Linux only.
 
     python benchmarks/merge_memory.py [--gigabytes 2.2]
 

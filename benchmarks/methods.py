@@ -8,7 +8,7 @@ it. Each is a process of its own that takes its steps in turn with LoRA's, and a
 method's penalty and its work after the optimizer (step 21 of 100 and those after it). Ratios are
 the medians of those of each turn, times medians. Peak memory is all that the process is resident
 in. LoRA has a dropout of 0.05, the other methods none. Prints a table, which is also written to
-results/methods.md. Linux only.
+results/methods.json. Linux only.
 """
 
 import argparse

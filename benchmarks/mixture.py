@@ -6,7 +6,7 @@ generated with.
 The embedded model upcycled to two experts a block (`lib/mixtures.py`), the quickstart's task, the
 recipe's defaults with the quickstart's rate. Exact match is on unseen rows: of the base, of the
 adapter on NF4, and of the merged model in bf16. Bytes are those of the experts in memory. Prints a
-table, which is also written to results/mixture.md.
+table, which is also written to results/mixture.json.
 """
 
 import argparse

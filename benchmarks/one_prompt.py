@@ -6,7 +6,7 @@ Seconds from the first submission to the last first token, greedy, of a prompt o
 of one completion, and of eight of the same prompt, under an adapter of rank 16 on every linear and
 under none, the embedded model in bf16. The last column has eight prompts that differ. The sides run
 in turn, and nothing is left of one for the next; figures are medians. Prints a table, which is also
-written to results/one_prompt.md.
+written to results/one_prompt.json.
 """
 
 import argparse

@@ -6,7 +6,7 @@ The embedded model in bf16, LoRA of rank 16 with dropout 0.05 on every linear of
 as `lorafold train` does, after two steps that warm up. An operation is what Python or autograd
 calls (aten::mm, lorafold::rms_norm), not what it calls in turn; a copy is any aten::copy_. A part
 is the autograd function that they are called in. Milliseconds are the part's own, of one step under
-the profiler. Prints a table, which is also written to results/operations.md.
+the profiler. Prints a table, which is also written to results/operations.json.
 """
 
 import argparse

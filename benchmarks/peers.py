@@ -10,7 +10,7 @@ medians, ratios those of each turn. The floor is two passes of the linears and t
 head at the speed of a large product, in bf16 or fp32, whichever the machine is faster with,
 measured after each of lorafold's steps. Peak memory is all that the process is resident in, on a
 GPU all that its tensors take there. One JSON object a line, then the table, which is also written
-to results/peers.md. Linux only.
+to results/peers.json. Linux only.
 """
 
 import argparse

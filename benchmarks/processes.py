@@ -17,7 +17,7 @@ counted once.
 speed: `--strategy ddp`, LoRA of rank 16 on the embedded model in bf16, two processes of one thread
 beside one process of two, in turn; medians.
 
-Prints JSON lines and tables, which are also written to results/processes_*.md. Linux only.
+Prints JSON lines and tables, which are also written to results/processes_*.json. Linux only.
 """
 
 import argparse

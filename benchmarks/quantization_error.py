@@ -13,7 +13,7 @@ levels:
                         have less
     lloyd-max-exact     the least squared error with -1, 0 and 1 among the levels, as NF4 has them
     lloyd-max-normal    those for N(0, 1), on the weights
-One JSON object a line, and a table of smollm2's, also written to results/quantization_error.md:
+One JSON object a line, and a table of smollm2's, also written to results/quantization_error.json:
 relative_error |W - Q(W)| / |W| over all matrices together, worst_matrix the largest of a single
 one, max_error in units of the block's largest weight, entropy of the codes' use in bits,
 above_bound the error against lloyd-max's, kl of the model's answers on the probe texts against the

@@ -13,7 +13,7 @@ Of both sides, ours first: the optimizer steps, the trained parameters, by how m
 rates are apart at most, labelled tokens a step, the first step's loss as it is reported, the mean
 loss of the second half of the steps, and the loss of held-out rows, of pairs the margin of their
 rewards, with half the range over the seeds. Losses of later steps are in nats a row, since tools
-differ in what they label after a turn. Written to results/recipes.md.
+differ in what they label after a turn. Written to results/recipes.json.
 """
 
 import argparse

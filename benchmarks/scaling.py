@@ -6,7 +6,7 @@ figure.
 
 The embedded model in bf16, LoRA with dropout 0.05 on every linear of the blocks, one row of each
 length (rank 16), four rows of 256 tokens with each rank. The two sides take their steps in turn
-(see lib/worker.py); figures are medians. Writes results/scaling.md and results/scaling.svg. Linux
+(see lib/worker.py); figures are medians. Writes results/scaling.json and results/scaling.svg. Linux
 only.
 """
 

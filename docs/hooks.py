@@ -38,6 +38,7 @@ from lorafold.recipe.recipe import Recipe
 ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
 MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
+NOT_RUN = re.compile(r' title="Not run by the tests: [^"]*"')
 VERB = re.compile(r"^::: lorafold\.([a-z]\w+)$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
@@ -69,6 +70,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page with its marks replaced by what they stand for."""
+    markdown = NOT_RUN.sub("", markdown)  # the tests need it, readers do not
     made = MARK.sub(lambda found: GENERATED[found[1]](*filter(None, [found[2]])), markdown)
     return VERB.sub(with_shared, made)
 
@@ -213,8 +215,14 @@ def listed(text: str) -> str:
 
 def commands() -> str:
     """The commands by what they are for."""
+    has = re.compile(r"^<!-- generated: options (\w+) -->$", re.MULTILINE)
+    pages = {
+        name: f"{page.name}#lorafold-{name}"
+        for page in (ROOT / "docs" / "cli").glob("*.md")
+        for name in has.findall(page.read_text(encoding="utf-8"))
+    }
     rows = [
-        [f"[`lorafold {name}`](cli/{name}.md)", cell(line), group.lower()]
+        [f"[`lorafold {name}`](cli/{pages[name]})", cell(line), group.lower()]
         for group, lines in COMMANDS.items()
         for name, line in lines.items()
     ]
@@ -228,14 +236,14 @@ def objects() -> str:
     from lorafold.methods import METHODS  # needs torch
 
     rows: list[list[str]] = []
-    for page in ("train", "use", "shape", "studies", "adapters", "methods"):
-        text = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
+    for page in ("api/train", "api/use", "api/shape", "api/studies", "api", "api/methods"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         for place in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
             name = place.rpartition(".")[2]
             of = getattr(lorafold, name)
             of = inspect.getmodule(of) if name in METHODS.classes else of
             first = re.split(r"(?<=\.)\s", inspect.getdoc(of) or "")[0]
-            rows.append([f"[`lf.{name}`](api/{page}.md#{place})", cell(first)])
+            rows.append([f"[`lf.{name}`]({page}.md#{place})", cell(first)])
     return table(["name", "what it is"], rows)
 
 

@@ -1,9 +1,13 @@
 """Tables of figures, printed and kept beside the scripts."""
 
+import json
 import os
 import platform
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,53 +16,67 @@ from lib.short import is_short
 HERE = Path(__file__).parent.parent / "results"
 
 
-def machine() -> str:
-    """Processor with what it multiplies in, cores, and the versions that count."""
+def processor() -> str:
+    """The processor, with the matrix units that decide which dtype is fast."""
     about = dict(
         line.split(":", 1)
         for line in Path("/proc/cpuinfo").read_text().replace("\t", "").splitlines()
         if ":" in line
     )
-    names = [about["model name"].strip()] if "model name" in about else []
     flags = about.get("flags", "").split()
     known = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512"}
-    units = next((told for flag, told in known.items() if flag in flags), "without AVX-512")
-    packages = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")
-    )
-    name = names[0] if names else platform.machine()
-    return f"{name} ({units}), {os.cpu_count()} cores; {packages}"
+    units = next((unit for flag, unit in known.items() if flag in flags), "without AVX-512")
+    return f"{about.get('model name', platform.machine()).strip()} ({units})"
+
+
+def commit() -> str:
+    """The commit that is measured; a plus sign marks changes that are not in it."""
+    git = ["git", "describe", "--always", "--abbrev=10", "--dirty=+"]
+    done = subprocess.run(git, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def cells(rows: Sequence[dict]) -> list[list[str]]:
+    """The columns of rows that may lack some, and below them the rows; floats with three digits."""
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    values = [[row.get(name, "") for name in head] for row in rows]
+    lines = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in values]
+    return [head, *lines]
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """Rows that may lack columns as a table; floats with three digits."""
-    head = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [
-        [
-            f"{v:.3g}" if isinstance(v, float) else str(v)
-            for v in (row.get(name, "") for name in head)
-        ]
-        for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
+    head, *lines = cells(rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def written(runs: Sequence[dict]) -> str:
+    """Runs as JSON with a line for each row of a table."""
+    text = json.dumps(runs, indent=1, ensure_ascii=False)
+    row = re.compile(r'\[\s+("(?:[^"\\]|\\.)*"(?:,\s+"(?:[^"\\]|\\.)*")*)\s+\]')
+    return row.sub(lambda found: f"[{re.sub(chr(10) + ' +', ' ', found[1])}]", text) + "\n"
 
 
 def keep(name: str, *tables: Sequence[dict]) -> None:
-    """Print tables and write them, with the command, to results/NAME.md: under this machine's
-    heading, beside what others measured. A short form prints alone.
+    """Print tables and write them to results/NAME.json with the command, the commit, the date and
+    the machine. They replace those of the same command and processor. A short form prints alone.
     """
-    text = "\n\n".join(map(markdown, tables))
-    print("\n" + text)
+    print("\n" + "\n\n".join(map(markdown, tables)))
     if is_short():
         return
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    run = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "versions": {package: version(package) for package in packages},
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit(),
+        "date": str(date.today()),
+        "tables": [{"columns": head, "rows": rows} for head, *rows in map(cells, tables)],
+    }
     HERE.mkdir(exist_ok=True)
-    file, title = HERE / f"{name}.md", machine()
-    sections = file.read_text().split("## ")[1:] if file.exists() else []
-    others = [section for section in sections if not section.startswith(title.split(";")[0])]
-    file.write_text(
-        "\n\n".join(
-            f"## {section.strip()}" for section in (f"{title}\n\n`{command}`\n\n{text}", *others)
-        )
-        + "\n"
-    )
+    file = HERE / f"{name}.json"
+    runs = json.loads(file.read_text()) if file.exists() else []
+    same = [all(other[key] == run[key] for key in ("processor", "command")) for other in runs]
+    others = [other for other, replaced in zip(runs, same, strict=True) if not replaced]
+    file.write_text(written([run, *others]))

@@ -162,7 +162,7 @@ class Chat:
         """
         file = Path(path).expanduser()
         if not self.messages:
-            raise LorafoldError(f"{path} was not written: nothing has been said yet")
+            raise LorafoldError(f"{path} was not written: the conversation is empty")
         if file.suffix != ".jsonl":
             raise LorafoldError(f"{path}: expected a name that ends in .jsonl")
         rows = list(read_rows(str(file))) if file.exists() else []

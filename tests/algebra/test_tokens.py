@@ -405,7 +405,7 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(case: str, tiny_model) ->
 
 def test_a_module_that_says_nothing_of_embeddings_needs_names() -> None:
     model = nn.ModuleDict({"at": nn.Embedding(11, 6), "beside": nn.Linear(6, 6)})
-    told = "ModuleDict does not say which module its embedding is; give the ids by module name"
+    told = "ModuleDict does not define its embedding module; pass the ids by module name"
     with pytest.raises(lf.LorafoldError, match=told):
         lf.attach(model, lf.LoRA(rank=2), ["beside"], tokens=(3,))
 

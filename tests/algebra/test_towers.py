@@ -270,7 +270,7 @@ def test_it_trains_saves_loads_and_merges(spec, saved: tuple[str, ...], tmp_path
 
 
 def test_ids_of_tokens_are_refused_by_what_has_no_vocabulary() -> None:
-    with pytest.raises(lf.LorafoldError, match="does not say which module its embedding is"):
+    with pytest.raises(lf.LorafoldError, match="does not define its embedding module"):
         lf.attach(vit(), lf.LoRA(rank=2), tokens=(1, 2))
 
 

@@ -82,7 +82,7 @@ def test_what_is_said_beside_a_call_is_counted_where_it_is_left_out() -> None:
         (lambda: family("qwen3_5_nothink"), ["has an empty block of reasoning (<think></think>)"]),
         (lambda: family("qwen2_5"), ["without a system message it writes 'You are Qwen"]),
         (lambda: family("llama3"), ["does not show tools, calls, reasoning"]),
-        (lambda: family("llama3_1"), ["what is said beside a call", "a second call"]),
+        (lambda: family("llama3_1"), ["text next to a call", "a second call"]),
         (lambda: tokenizer_of(CASES["glm"]), ["<|user|>, which it writes before the next"]),
         (lambda: tokenizer_of(CASES["minicpm"]), ["ends no turn: <|im_end|> is trained after"]),
     ],

@@ -83,7 +83,7 @@ def test_json_is_read_as_the_shell_of_windows_writes_it(name: str, tmp_path: Pat
     (tmp_path / name).write_bytes(text.encode("utf-16"))
     assert list(read_rows(str(tmp_path / name))) == [row]
     (tmp_path / name).write_bytes(text.encode("utf-16")[:-1])
-    assert "no UTF-16, as its first bytes say" in refused(tmp_path / name)
+    assert "not UTF-16 despite its first bytes" in refused(tmp_path / name)
 
 
 def test_cells_that_name_nothing_are_said_to_be_words(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
             turn("gpt", "d", weight=1.0),
         ]},
         [system("Be brief."), user("a"), WEIGHED, user("c"), said("d")],
-        ["1 assistant turns are not trained on, as their rows say"],
+        ["1 assistant turns are not trained on, because their rows exclude them"],
     ),
     "ultrachat_200k": (
         {"prompt": "a", "prompt_id": "x", "messages": [user("a"), said("b")]},
@@ -110,7 +110,7 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
             {"role": "function", "name": "f", "content": "2"}, said("b"),
          ], "functions": [TOOL]},
         [user("a"), CALLED, {"role": "tool", "name": "f", "content": "2"}, said("b")],
-        ["1 messages are read as those of tool: 'function'"],
+        ["1 messages are read as tool: 'function'"],
     ),
     "columns of messages": (
         {"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}},
@@ -123,8 +123,8 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
         {"messages": [{"role": "Human", "content": "a"}, {"role": "bot", "content": "b"},
                       {"role": "narrator", "content": "c"}, {"role": "Assistant", "content": "d"}]},
         [user("a"), said("b"), {"role": "narrator", "content": "c"}, said("d")],
-        ["1 messages are read as those of user: 'Human'",
-         "2 messages are read as those of assistant: 'bot', 'Assistant'",
+        ["1 messages are read as user: 'Human'",
+         "2 messages are read as assistant: 'bot', 'Assistant'",
          "1 messages go to the chat template with roles of their own, and are not "
          "trained on: 'narrator'"],
     ),
@@ -141,7 +141,7 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
             said("b") | {"content": [{"type": "text", "text": "b", "cache_control": {}}]},
         ]},
         [user("a") | {"id": 2, "name": "n"}, said("b")],
-        ["ignored keys: id, messages[].id, messages[].content[].cache_control; those of messages"
+        ["ignored keys: id, messages[].id, messages[].content[].cache_control; keys of messages"
          " go to the chat template (rows of {messages})"],
     ),
 }  # fmt: skip

@@ -233,7 +233,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("a.json", '{"data": [1,\n 2]}', "row 1: keys found: 'data'; expected one of"),
         ("a.json", '{"prompt": "a",\n "x": }', "row 1: not JSON: Expecting property name enclosed"),
         ("a.json", '{\n"prompt": "a",\n "x": }', "a.json: line 3: not JSON: Expecting value at"),
-        ("a.jsonl.gz", b"no", "found no gzip, as its name says"),
+        ("a.jsonl.gz", b"no", "found no gzip, despite its name"),
         ("a.zip", b"PK", "found a .zip file, expected .jsonl"),
     ],
 )  # fmt: skip

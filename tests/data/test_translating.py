@@ -82,7 +82,7 @@ def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path,
 
 def test_plugins_that_learn_the_same_are_passed_over_and_unknown_ones_named(tmp_path):
     fast = "axolotl.integrations.liger.LigerPlugin"
-    assert "do not change what is" in remark(axolotl_of(tmp_path, plugins=[fast]), "plugins")
+    assert "concern speed" in remark(axolotl_of(tmp_path, plugins=[fast]), "plugins")
     found = axolotl_of(tmp_path, plugins=[fast, "my.Plugin"])
     assert "what my.Plugin does" in remark(found, "plugins")
 
@@ -115,7 +115,7 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
         ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
         (f"{AXOLOTL}plugins: [axolotl.integrations.kd.KDPlugin]", "learns a teacher's"),
         ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),
-        ("a: 1\nb: 2", "can't tell which tool's it is by its keys (a, b)"),
+        ("a: 1\nb: 2", "its keys do not identify the tool (a, b)"),
         ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory"),
         ("- a", "found a list, expected `name: value` lines"),
         ("a: [1", "not YAML at line 1"),
@@ -234,7 +234,7 @@ def test_what_pefts_file_says_beside_the_method(tmp_path):
     }  # fmt: skip
     assert remark(found, "velvet") == NOT_KNOWN
     assert "--model acme/tiny" in found.command()
-    assert "defaults hold" in str(found)
+    assert "defaults apply" in str(found)
     with pytest.raises(LorafoldError, match="task_type: found 'TOKEN_CLS'"):
         peft_file(tmp_path, task_type="TOKEN_CLS")
     with pytest.raises(LorafoldError, match="peft_type 'OFT' is not supported"):

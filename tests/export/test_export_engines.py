@@ -229,7 +229,7 @@ REFUSED = {
     "mlx, tied": ("mlx", "gemma", TWO, TIED, "embedding and head are tied"),
     "mlx, no product": ("mlx", "llama", lf.DoRA(over=lf.LoHa()), SITE, "DoRADelta is no product"),
     "vllm, head": ("vllm", "gemma", TWO, TIED, "adapts no embedding"),
-    "vllm, norms": ("vllm", "llama", TWO, {"modules_to_save": ["norm"]}, "can't say"),
+    "vllm, norms": ("vllm", "llama", TWO, {"modules_to_save": ["norm"]}, "can't represent"),
     "vllm, none": ("vllm", "gpt2", TWO, {}, "vLLM has no LoRA for models of type gpt2"),
     "vllm, rank": (
         "vllm", "llama", lf.LoRA(rank=513, alpha=1), SITE,

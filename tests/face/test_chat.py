@@ -203,7 +203,7 @@ def test_sampled_answers_repeat_by_seed_and_differ_from_turn_to_turn(chat: Chat)
 
 def test_saved_conversations_are_rows_that_train_reads(chat: Chat, tmp_path: Path) -> None:
     file = tmp_path / "talks.jsonl"
-    with pytest.raises(LorafoldError, match="nothing has been said yet"):
+    with pytest.raises(LorafoldError, match="the conversation is empty"):
         chat.save(file)
     talk(chat, "über \N{GRINNING FACE}")
     assert chat.save(file) == 1

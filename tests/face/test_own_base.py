@@ -285,7 +285,7 @@ def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_mode
     told = io.StringIO()
     own = own_bases(folder, None, Console(file=told, width=60))
     assert base_for(None, own).source.path == place / "base"
-    said = f"the base is that of the start before ({folder / STATE})"
+    said = f"using the base of the last start ({folder / STATE})"
     assert told.getvalue() == f"no --model: {said}\n"
     shutil.copytree(place, place.parent / "moved")  # found beside it again
     shutil.rmtree(place)

@@ -102,12 +102,12 @@ def test_a_file_of_a_split_model_that_is_not_there_is_named(split):
             with pytest.raises(LorafoldError, match=r"missing beside it: tiny-00002-of-00003"):
                 read(given)
     alone = split[0].rename(split[0].with_name("model.gguf"))
-    with pytest.raises(LorafoldError, match=r"says that it is file 1 of 3, expected file 1 of 1"):
+    with pytest.raises(LorafoldError, match=r"describes file 1 of 3, expected file 1 of 1"):
         resolve_model(alone)
     split[2].rename(split[0])
     split[1].with_name("elsewhere").rename(split[1])
     split[1].with_name(split[2].name).write_bytes(alone.read_bytes())
-    with pytest.raises(LorafoldError, match=r"says that it is file 3 of 3, expected file 1 of 3"):
+    with pytest.raises(LorafoldError, match=r"describes file 3 of 3, expected file 1 of 3"):
         resolve_model(split[1])
 
 
@@ -327,7 +327,7 @@ def test_a_rule_that_nobody_knows_is_refused_and_none_is_told(tiny, caplog):
         resolve_model(tiny(pre="kimi-k2"))
     with caplog.at_level(logging.WARNING, "lorafold"):
         resolve_model(tiny(pre=None))
-    assert "does not say by which rule its tokenizer splits text" in caplog.text
+    assert "does not name its tokenizer's rule for splitting text" in caplog.text
 
 
 def llama3_factors(dims: int, theta: float) -> np.ndarray:

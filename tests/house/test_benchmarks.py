@@ -1,7 +1,7 @@
 """Every script in benchmarks/ has a short form that runs, and compares two sides only if both have
 computed the same; and pages have the figures of the files of results.
 
-    <!-- results: ranks -->     the table that follows is from benchmarks/results/ranks.md
+    <!-- results: ranks -->     the table that follows is from benchmarks/results/ranks.json
 
 Each figure beyond the first column is one of the file's, rounded as the page has it; shares may be
 percent in one of both. So is each of a row that names `benchmarks/ranks.py`.
@@ -128,11 +128,19 @@ def named() -> Iterator[tuple[str, str, str]]:
     """Page, name of the results, row that names the benchmark they are from."""
     for page in sorted((ROOT / "docs").rglob("*.md")):
         for found in FROM.finditer(MARKED.sub("", page.read_text(encoding="utf-8"))):
-            if all((RESULTS / f"{name}.md").exists() for name in NAMES.get(found[1], (found[1],))):
+            files = [RESULTS / f"{name}.json" for name in NAMES.get(found[1], (found[1],))]
+            if all(file.exists() for file in files):
                 yield str(page.relative_to(ROOT / "docs")), found[1], found[0]
 
 
 TABLES, ROWS = list(marked()), list(named())
+# results that stand on the page alone, of commands whose own output was not kept
+COPIED = {
+    result
+    for run in json.loads((RESULTS / "measured.json").read_text(encoding="utf-8"))
+    for table in run["tables"]
+    for _, result in table["rows"]
+}
 
 
 def figures(text: str) -> list[tuple[float, float]]:
@@ -163,16 +171,25 @@ def foreign(rows: str, results: str) -> list[float]:
 )
 def test_a_page_has_the_figures_that_were_measured(page: str, name: str, table: str) -> None:
     body = table.split("\n", 2)[2]
-    assert foreign(body, (RESULTS / f"{name}.md").read_text(encoding="utf-8")) == []
+    assert foreign(body, (RESULTS / f"{name}.json").read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
     ("page", "name", "row"), ROWS, ids=[f"{p}-{n}-{i}" for i, (p, n, _) in enumerate(ROWS)]
 )
 def test_a_row_has_the_figures_of_the_benchmark_it_names(page: str, name: str, row: str) -> None:
-    files = [RESULTS / f"{file}.md" for file in NAMES.get(name, (name,))]
+    files = [RESULTS / f"{file}.json" for file in NAMES.get(name, (name,))]
     results = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    assert foreign(ASIDE.sub("", row), results) == []
+    assert row.split(" | ")[1] in COPIED or foreign(ASIDE.sub("", row), results) == []
+
+
+def test_every_row_of_the_page_of_measurements_has_a_result() -> None:
+    """Of a table's file, of the benchmark that a row names, or of measured.json with other rows."""
+    page = MARKED.sub("", (ROOT / "docs" / "measured.md").read_text(encoding="utf-8"))
+    rows = re.findall(r"(?<!\n\n)^\| (?!---)(.*) \|$", page, re.MULTILINE)
+    named = {row.strip("| ") for _, _, row in ROWS}
+    assert len(rows) > 20
+    assert [row for row in rows if row not in named and row.split(" | ")[1] not in COPIED] == []
 
 
 def test_a_figure_that_differs_is_found() -> None:
@@ -183,7 +200,7 @@ def test_a_figure_that_differs_is_found() -> None:
 
 def test_the_pages_of_measurements_are_marked() -> None:
     pages = {page for page, _, _ in TABLES}
-    assert pages >= {"measured.md", "measured-methods.md", "memory.md", "inspect.md", "fits.md"}
+    assert pages >= {"measured.md", "memory.md", "inspect.md", "faq.md", "fragility.md"}
     named = {"alignment", "memory_grid", "nf4_training", "policy_task", "preferences", "serving"}
     assert {name for _, name, _ in ROWS} >= named
 

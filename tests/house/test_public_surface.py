@@ -41,7 +41,8 @@ def exported(path: str) -> set[str]:
 def test_the_public_surface_is_what_type_checkers_see_and_what_the_page_on_the_api_has():
     names = sorted(lorafold.__all__)
     assert names == sorted(exported("__init__.py") | exported("methods/__init__.py"))
-    pages = sorted((SRC.parents[1] / "docs" / "api").glob("*.md"))
+    docs = SRC.parents[1] / "docs"
+    pages = [docs / "api.md", *sorted((docs / "api").glob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     shown = re.findall(r"^::: lorafold(?:\.methods\.\w+)?\.(\w+)$", text, re.MULTILINE)
     assert names == sorted(shown)

@@ -71,7 +71,7 @@ CUT = """() => {
 }"""
 
 
-API = re.compile(r"/(v1/|readyz$)")
+API = re.compile(r"/(v1/|admin/|readyz$)")
 
 
 @pytest.fixture(scope="module")

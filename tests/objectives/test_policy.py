@@ -195,7 +195,7 @@ def test_completions_of_other_weights_end_the_run(model, tokenizer) -> None:
             rollouts.engine.adopt("policy", [])
         below = rollouts_of(rollouts)
     loss = Policy(model, Grpo(), None, 0, longest=5)
-    with pytest.raises(LorafoldError, match="drawn by the model without the adapter that trains"):
+    with pytest.raises(LorafoldError, match="sampled by the model without the adapter that trains"):
         loss(**loss.collate(below, loss.device))
     with torch.no_grad():
         next(iter(adapter.parameters())).add_(1.0)

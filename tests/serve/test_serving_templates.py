@@ -263,7 +263,7 @@ def test_reasoning_is_told_apart(server):
     for event in events:
         TypeAdapter(ResponseStreamEvent).validate_python(event)
     talk, off = {"model": "thinks", "messages": HELLO}, {"thinking": {"type": "disabled"}}
-    blocks = server.ask("/v1/messages", talk | {"max_tokens": 6}).json
+    blocks = server.ask("/v1/messages", talk | {"max_tokens": 6, "temperature": 0}).json
     assert [block["type"] for block in blocks["content"]] == ["thinking"]
     all, fewer = (server.ask("/v1/messages/count_tokens", b).json for b in (talk, talk | off))
     assert fewer["input_tokens"] < all["input_tokens"]

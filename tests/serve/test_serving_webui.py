@@ -1,4 +1,4 @@
-"""Open WebUI against the server, as docs/serve-chat.md points it there.
+"""Open WebUI against the server, as docs/serve.md configures it.
 
 It has an environment of its own; the test runs where its command `open-webui` is on the path.
 """
@@ -23,7 +23,7 @@ from serving_cases import Running
 
 pytest_plugins = ["serving_fixtures"]
 COMMAND = shutil.which("open-webui")
-DOCS = Path(__file__).parents[2] / "docs" / "serve-chat.md"
+DOCS = Path(__file__).parents[2] / "docs" / "serve.md"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(COMMAND is None, reason="open-webui is not on the path"),
@@ -39,7 +39,8 @@ def server(serve) -> Running:
 
 def told(server: Running) -> dict[str, str]:
     """The environment that the page tells, with this server's address and key."""
-    block = DOCS.read_text(encoding="utf-8").partition("```sh")[2].partition("```")[0]
+    section = DOCS.read_text(encoding="utf-8").partition("### Open WebUI\n")[2]
+    block = section.partition("```sh")[2].partition("```")[0]
     found = dict(re.findall(r"^export (\w+)=(\S*)", block, re.MULTILINE))
     assert found["OPENAI_API_BASE_URL"] == "http://127.0.0.1:8000/v1"
     ours = {"OPENAI_API_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": server.keys["acme"]}

@@ -373,7 +373,7 @@ def test_methods_that_can_not_are_left_out_and_named(tiny_model_dir, tmp_path, m
     compared(tmp_path / "c", tiny_model_dir("llama"), **given)
     assert not {"fish", "lt-sft", "linear-probe", "fastfood"} & {*planned}
     assert {"lora", "dora", "full", "prefix"} <= {*planned}
-    left_out = [line for line in told.getvalue().splitlines() if "chooses what" in line]
+    left_out = [line for line in told.getvalue().splitlines() if "chooses the trained" in line]
     assert [line.split()[0] for line in left_out] == ["lt-sft", "fish"]
     scored = lf.Recipe(objective="grpo", objective_options={"rewards": ["0.5*adapter:a"]})
     assert "over which a reward model scores" in str(run.unfit(scored, "full"))

@@ -324,7 +324,7 @@ def test_a_batch_that_is_not_the_layout_is_an_error() -> None:
         ):
             model(**given.inputs, use_cache=False)
         with (
-            pytest.raises(LorafoldError, match="found no attention of the model that was told"),
+            pytest.raises(LorafoldError, match="found no attention of the model that received"),
             branches.over(given.docs),
         ):
             model(input_ids=given.inputs["input_ids"][:, :7], use_cache=False)

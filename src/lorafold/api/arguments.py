@@ -135,7 +135,7 @@ def _dropped(columns: ColumnNames | None) -> list[str]:
 
 def _ignored(keys: Sequence[str]) -> str:
     inside = any(key.startswith("messages[]") for key in keys)
-    of = "; those of messages go to the chat template" if inside else ""
+    of = "; keys of messages go to the chat template" if inside else ""
     return f"ignored keys: {', '.join(keys)}{of}"
 
 

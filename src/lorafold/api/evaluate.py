@@ -94,7 +94,7 @@ def evaluate(
     rewards = as_rewards(rewards)
     if sampling and not rewards:
         raise LorafoldError(
-            f"{', '.join(sampling)}: expected none without rewards, which judge what is sampled"
+            f"{', '.join(sampling)}: expected none without rewards, which judge sampled completions"
         )
     if rewards and not completions:
         raise LorafoldError("completions: found False, expected True, as rewards judge them")

@@ -440,7 +440,7 @@ class Opening(Stacking, total=False):
     storage: Annotated[
         str,
         _storage(
-            "what the adapter was trained with, or else bf16 or fp32, whichever is faster on the"
+            "the adapter's own, or else bf16 or fp32, whichever is faster on the"
             " device"
         ),
     ]
@@ -449,7 +449,7 @@ class Opening(Stacking, total=False):
 class AsTrained(Stacking, total=False):
     """How to find the base model of adapters that are written into files."""
 
-    storage: Annotated[str, _storage("what the adapters' records contain", " during training")]
+    storage: Annotated[str, _storage("the adapters' records", " during training")]
 
 
 class OfDirectory(Stacking, total=False):

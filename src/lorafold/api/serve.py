@@ -117,7 +117,7 @@ def own_bases(
     directory, found = Directory(adapters), []
     file = state or directory.beside / STATE
     if (last := read_if_exists(file, ServerState).base) is not None:
-        print_lines(console, f"no --model: the base is that of the start before ({file})")
+        print_lines(console, f"no --model: using the base of the last start ({file})")
         return [replace(last, adapter=directory.beside / last.adapter.name)]
     for name in sorted(directory.names()):
         with suppress(LorafoldError):

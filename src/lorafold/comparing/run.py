@@ -55,7 +55,7 @@ def unfit(recipe: Recipe, method: str) -> str | None:
         return None
     spec, rewards = make_spec(method), recipe.objective_options.get("rewards", ())
     if spec.asks_losses:
-        return "chooses what it trains by losses of rows, which a policy has none of"
+        return "chooses the trained entries by losses of rows, which a policy does not have"
     if spec.trains_base and any(RewardName.parse(name).is_adapter for name in rewards):
         return "trains the base's own weights, over which a reward model scores"
     return None

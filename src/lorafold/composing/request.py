@@ -97,9 +97,9 @@ class Job:
         trained: dict[str, Any] = {TRAINED_ON: made_on and made_on.as_json()}
         if notes := [one.other_base for one in self.updates.adapters if one.other_base]:
             trained |= {OTHER_BASE: "; ".join(notes), BASE_IDENTITY: ""}
-            fingerprints = {one.own_base.fingerprint for one in adapters}
-            if len(fingerprints) == 1 and about["how"] in RULES:
-                trained[BASE] = fingerprints.pop()
+            first, *others = (one.own_base.fingerprint for one in adapters)
+            if about["how"] in RULES and all(other == first for other in others):
+                trained[BASE] = first
         adapter.over = ()
         adapter.save(
             out,

@@ -93,7 +93,7 @@ BATCH = trainer.batch(
 )
 TOO_LONG = cases(
     {"truncate": taken("longer rows are cut")},
-    changed("longer rows are cut here, and the run says how many; filter them out before"),
+    changed("longer rows are truncated here and counted; filter them out before"),
 )
 
 
@@ -254,7 +254,7 @@ def _plugins(value: Any, settings: ToolSettings) -> Outcome:
             others.append(name)
     if others:
         return left(f"what {', '.join(others)} does there is not known and not done")
-    return left("they make steps faster there, measure or log, and do not change what is learned")
+    return left("they concern speed, measuring or logging, not the training")
 
 
 def _datasets(value: Any, settings: ToolSettings) -> Outcome:
@@ -369,7 +369,7 @@ OWN: Table = {
         left("expected an object of variables of the chat template")
         if not isinstance(value, dict)
         else changed(
-            "a run refuses those that the model's chat template does not read",
+            "a run refuses variables that the model's chat template does not read",
             template_kwargs=value,
         )
     ),

@@ -47,7 +47,7 @@ DEFAULTS = {"max_completion_length": grpo.WITHOUT_LIMIT, "use_bias_correction_kl
 # `beta` is read with the other keys that may hold it
 IN_BLOCK: Table = {
     "rollout_func": refusing("lorafold draws completions itself, of one turn"),
-    "replay_buffer_size": refusing("what was drawn is not used again"),
+    "replay_buffer_size": refusing("completions are not reused"),
     "reroll_start_fraction": unless(1, "prompts are drawn in their order"),
     "skip_zero_advantage_batches": taken("groups without a signal are always left out"),
     "use_data_producer async_prefetch prefetch_depth vllm_sync_interval"
@@ -135,7 +135,7 @@ def rl(value: Any, settings: ToolSettings) -> Outcome:
         raise LorafoldError(f"found {value!r} and sample_packing, which axolotl refuses together")
     if value not in OTHERS:
         key = "dpo_loss_type" if value == "dpo" else "trl.loss_type"
-        return taken(f"{key} says which objective")
+        return taken(f"{key} decides the objective")
     if value == "simpo" and settings["simpo_gamma"] is None:
         raise LorafoldError("simpo_gamma missing, and axolotl has no default for it")
     return changed(trainer.ORPO_TERM if value == "orpo" else "", objective=value)

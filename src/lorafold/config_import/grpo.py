@@ -90,7 +90,7 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
                 " itself, so that no weight would be 1; expected more than 1, as 5"
             )
         options["clip_high"] = float(f"{bound - 1:.12g}")
-    why = "TRL averages over the tokens of a micro-batch, and lorafold over those of the step"
+    why = "TRL averages over the tokens of a micro-batch, and lorafold over the tokens of the step"
     return changed(
         why if value == "bnpo" else "", objective=objective_of(settings), objective_options=options
     )
@@ -116,7 +116,7 @@ def beta(value: Any, settings: ToolSettings) -> Outcome:
     why = ""
     if is_leave_one_out(settings):
         why = (
-            "TRL takes the KL of a completion off its reward, and lorafold adds that of each token"
+            "TRL takes the KL of a completion off its reward, and lorafold adds each token's KL"
             " to its loss"
         )
     elif objective_of(settings) == "gspo" or not settings.on("use_bias_correction_kl"):
@@ -144,7 +144,7 @@ def _completion_length(value: Any, settings: ToolSettings) -> Outcome:
         longest = LIMIT
         remarks.append(f"completions have no limit there, and {LIMIT} tokens here")
     if settings["max_prompt_length"] is None:
-        remarks.append(f"prompts have none there; here a run refuses those of more than {BESIDE}")
+        remarks.append(f"prompts have none there; here a run refuses prompts of more than {BESIDE}")
     else:
         prompt = settings.read("max_prompt_length", integer)
     longest = integer(longest)
@@ -255,7 +255,7 @@ def draws_for(factor: str) -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome:
         sampled = integer(value) / (count(factor, settings) if factor else 1)
         if sampled <= count("gradient_accumulation_steps", settings):
-            return taken("a step learns from what it draws")
+            return taken("a step learns from the completions that it samples")
         return changed("several updates learn from one draw there; here each draws for itself")
 
     return read
@@ -355,7 +355,7 @@ RLOO: Table = {
         switch(
             changed(
                 "TRL divides by the deviation of the batch's advantages, and lorafold by"
-                " that of its rewards",
+                " the deviation of its rewards",
                 objective_options={"scale": "batch"},
             ),
             taken(objective_options={"scale": "none"}),

@@ -140,7 +140,7 @@ def _stage(value: Any, settings: ToolSettings) -> Outcome:
     }
     choice(value, "pt", "sft", "rm", "ppo", "dpo", "kto")
     if value == "dpo":
-        return taken("pref_loss says which objective")
+        return taken("pref_loss decides the objective")
     if value == "pt" and not is_lora(settings):
         raise LorafoldError("found 'pt' of the whole model, but lorafold does not pretrain")
     if value == "ppo":
@@ -246,7 +246,7 @@ def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
 def _ref_model(value: Any, settings: ToolSettings) -> Outcome:
     theirs = names(settings["ref_model_adapters"] or ())
     if value == settings["model_name_or_path"] and theirs == adapters_below(settings):
-        return taken("it is what lies below the new adapter, and so lorafold's reference")
+        return taken("it is below the new adapter, and so lorafold's reference")
     over = " over ".join((*reversed(theirs), str(value)))
     raise LorafoldError(f"found {over} as the reference, but {trainer.NO_SECOND_MODEL}")
 

@@ -122,7 +122,7 @@ def _about(key: str, value: Any) -> Outcome:
     if key in options and value:
         return flagged(options[key], value)
     if key != "task_type" or value is None:
-        return left("it says how the file was made") if value else OFF
+        return left("it records how the file was made") if value else OFF
     if str(value) not in OBJECTIVES:
         raise LorafoldError(
             f"{CONFIG}: task_type: found {value!r}, but lorafold's objectives are sft (CAUSAL_LM)"

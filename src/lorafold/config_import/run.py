@@ -50,7 +50,7 @@ HEADS = {
 
 
 AFTER_TURNS = (
-    "what the chat template writes after the end of a turn, often a newline, counts in the loss"
+    "text of the chat template after the end of a turn, often a newline, counts in the loss"
     " there and not here"
 )
 NOTES = {
@@ -59,13 +59,13 @@ NOTES = {
     "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
 }
 STRANGERS = {  # keys of files that stand beside configurations, and what such a file is
-    "compute_environment": "a file of accelerate's, which says how processes start and not what"
-    " they train: torchrun --nproc_per_node 2 -m lorafold train starts two",
-    "zero_optimization": "a file of DeepSpeed's, which says how weights are divided:"
+    "compute_environment": "a file of accelerate's, which configures the start of processes, not"
+    " the training: torchrun --nproc_per_node 2 -m lorafold train starts two",
+    "zero_optimization": "a file of DeepSpeed's, which configures sharding:"
     " lorafold train --strategy fsdp divides them among processes",
     "model_class": "a file of LLaMA-Factory's v1, of which nothing is read: expected the form that"
     " has stage and finetuning_type",
-    "architectures": "a model's configuration, expected that of a training run",
+    "architectures": "a model's configuration, expected a training run's",
 }
 SHOWN = 3  # the most fields that a line names
 
@@ -111,7 +111,7 @@ TOOLS: dict[str, Tool] = {
         unsloth.SIGNS,
         unsloth.entries,
         unsloth.KNOWN,
-        "a script is read and not executed: what it does with its rows before it trains is not"
+        "a script is read and not executed: its processing of rows before training is not"
         " seen, and is to be done to them before",
     ),
     "peft": Tool(
@@ -119,7 +119,7 @@ TOOLS: dict[str, Tool] = {
         peft_config.SIGNS,
         peft_config.entries,
         None,
-        "such a file says nothing of data, base, rates, batch and length: lorafold's defaults hold",
+        "it has no data, base, learning rates, batch and length: lorafold's defaults apply",
     ),
 }
 # Switches that their tools read with another key, and what that is then
@@ -383,7 +383,7 @@ def tool_of(path: Path, config: Mapping[str, Any]) -> str:
     else:
         why, kinds = "they are no tool's own", TOOLS
     raise LorafoldError(
-        f"{path}: can't tell which tool's it is by its keys ({_some(list(config)) or 'none'}):"
+        f"{path}: its keys do not identify the tool ({_some(list(config)) or 'none'}):"
         f" {why}; expected --kind {', '.join(kinds)}"
     )
 

@@ -259,7 +259,7 @@ ARGUMENTS: Table = {
     "num_train_epochs": (SAME, 3.0),
     "use_cpu": switch(left("pass --device cpu", "--device cpu")),
     "report_to": trackers,
-    "overwrite_output_dir": "pass --overwrite to replace what an earlier run wrote",
+    "overwrite_output_dir": "pass --overwrite to replace the output of an earlier run",
     "model_name_or_path": "--model",
     **TRANSFORMERS,
 }
@@ -267,13 +267,13 @@ ARGUMENTS: Table = {
 
 NO_DROPOUT = "there it is off while preferences are trained"
 NO_SECOND_MODEL = (
-    "lorafold loads one model, and its reference is what lies below the new adapter: the base, or"
+    "lorafold loads one model, and its reference is the model below the new adapter: the base, or"
     " the adapters of --over"
 )
 DPO_LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}  # of TRL's DPOTrainer
 SUPERVISED = (
     "TRL averages the supervised term over the chosen tokens of a micro-batch, and lorafold over"
-    " those of each row"
+    " the tokens of each row"
 )
 ORPO_TERM = (
     "TRL's supervised term also learns the prompts, and averages over the tokens of a micro-batch;"

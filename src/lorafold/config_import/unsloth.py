@@ -196,7 +196,7 @@ OF_LORA: Table = {
 OWN: tuple[Rule, ...] = (
     *table(
         {
-            "trainer": taken("it says which objective"),
+            "trainer": taken("it decides the objective"),
             **_of(LOADED, AT_LOADING),
             "max_length max_seq_length": read_with(f"{LOADED}max_seq_length"),
             **_of(ADAPTED, AT_ADAPTING),
@@ -226,8 +226,8 @@ OWN: tuple[Rule, ...] = (
                     )
                 },
             ),
-            "ref_model": "the reference is what lies beneath the new adapter",
-            "formatting_func": "what it does is to be done to the rows themselves",
+            "ref_model": "the reference is the model below the new adapter",
+            "formatting_func": "apply it to the rows before training",
             "callbacks compute_metrics": ROWS,
         }
     ),

@@ -12,7 +12,7 @@ PROCESSES = "accelerate launches several processes, and batch is the total of al
 ROWS = "lorafold reads, tokenizes and orders rows in its own way"
 DECAY = "the schedule decays to zero, and AdamW has the arguments that a recipe names"
 ABSENT = "lorafold has no such option and trains without it"
-MEMORY = "it concerns memory or speed, and not what is trained"
+MEMORY = "it concerns memory or speed, not the training"
 LOGGING = "a run shows its loss by itself and keeps the best checkpoint"
 SYSTEM = "give the rows a column system with it, or their messages one of that role"
 HUB = "a saved adapter is uploaded with the hub's own command"
@@ -21,7 +21,7 @@ NEW_TOKENS = "words that are to be tokens: --new-tokens"
 BEST_FIT = "lorafold packs rows by best fit and keeps each apart from the others"
 EVERY_LAYER = "every linear layer of the language model's blocks can be a target"
 OTHER_STAGE = "it belongs to another stage or method than the file asks for"
-REFERENCE = "one model is loaded, and what the reference computes is kept from one run to the next"
+REFERENCE = "one model is loaded, and the reference's log-probabilities are cached between runs"
 
 # Of transformers' Trainer: what TRL, axolotl and LLaMA-Factory have, and what the first and last do
 TRAINER = {

@@ -147,7 +147,7 @@ class Selection:
                 other = ", ".join(map(repr, self._entries[-1].names)) or "no adapter"
                 raise LorafoldError(
                     "lf.only: another thread or task is inside lf.only on this model, with"
-                    f" {other} active; what is active belongs to the model, so enter one at a time"
+                    f" {other} active; active adapters belong to the model, so enter one at a time"
                     " (a lock), or let lorafold.engine run requests under many adapters at once"
                 )
             entry = OnlyBlock(names, self.names)

@@ -49,7 +49,7 @@ SHOWN = 5  # rows that one line names
 HELD_OUT = "held_out_in_training"
 SAID = {
     "duplicates": "are the same as an earlier one",
-    HELD_OUT: "are trained on too, so the figures of held-out rows tell less",
+    HELD_OUT: "are trained on too, so the figures of held-out rows are too good",
     "empty_answers": "have an empty answer to train on",
     "contradictions": "{}",
     "ends_lost": "lose the end of an answer at max_length {}",
@@ -130,7 +130,7 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
         "system messages": VALUE in attempt([SYSTEM, ASKED], tokenizer),
         "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,
         "calls": template.shows_calls,
-        "what is said beside a call": BESIDE in beside or not template.shows_calls,
+        "text next to a call": BESIDE in beside or not template.shows_calls,
         "a second call": OTHER in several or not template.shows_calls,
         "reasoning": block.shown,
     }

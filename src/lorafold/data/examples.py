@@ -270,8 +270,8 @@ class EncodingReport:
             ),
             (
                 self.reasoning_hidden,
-                "assistant turns are trained on without their reasoning, or without what they say"
-                " beside a call: the chat template leaves it out",
+                "assistant turns are trained on without their reasoning, or without their text"
+                " next to a call: the chat template leaves it out",
             ),
             (self.marked, MARKED),
         )

@@ -266,7 +266,7 @@ def turn_problems(name: str, turn: Any) -> Iterator[str]:
         try:
             calls = parsed(value)
         except ValueError as error:
-            yield f"field {name}.value: found no JSON ({error}), expected that of a call"
+            yield f"field {name}.value: found no JSON ({error}), expected a call"
             return
         yield from call_problems(f"{name}.value", calls if isinstance(calls, list) else [calls])
 
@@ -304,7 +304,7 @@ def query_problems(row: Row) -> Iterator[str]:
     try:
         yield from call_problems("answers", _answers(row))
     except ValueError as error:
-        yield f"field answers: found no JSON ({error}), expected that of a list of calls"
+        yield f"field answers: found no JSON ({error}), expected a list of calls"
 
 
 def query(row: Row) -> Said:

@@ -50,8 +50,8 @@ SIGNS = {
     b"PAR1": "Parquet; expected a name that ends with .parquet",
     b"ARROW1": "Arrow; expected a name that ends with .arrow",
     b"version https://git-lfs": "what git-lfs keeps in place of the file: git lfs pull fetches it",
-    b"<!doctype": "a web page, expected rows; what was fetched is not the file itself",
-    b"<html": "a web page, expected rows; what was fetched is not the file itself",
+    b"<!doctype": "a web page, expected rows; the download is not the file itself",
+    b"<html": "a web page, expected rows; the download is not the file itself",
 }
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 FOREIGN = re.compile(r"[^\W\d_a-zA-Z]{4}")  # letters of another alphabet, read as Windows-1252
@@ -103,7 +103,7 @@ def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]
         except UnicodeDecodeError as error:
             whole = waiting + piece
             if wide:
-                raise Unreadable("no UTF-16, as its first bytes say; save it as UTF-8") from error
+                raise Unreadable("not UTF-16 despite its first bytes; save it as UTF-8") from error
             if not (plain and whole[: error.start].isascii()):
                 yield whole  # whoever reads the rows says which of them is no text
                 yield from iter(lambda: file.read1(PIECE), b"")
@@ -176,7 +176,7 @@ def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedRe
     import pyarrow as pa
 
     if (begins := file.peek(4)) and not begins.startswith(MAGIC[compression]):
-        raise Unreadable(f"found no {compression}, as its name says; rename it if it is plain text")
+        raise Unreadable(f"found no {compression}, despite its name; rename it if it is plain text")
     return io.BufferedReader(pa.CompressedInputStream(file, compression))
 
 

@@ -58,7 +58,7 @@ LONGEST = max(map(len, NOTHING))
 AS_WORD = "which is read as that word and not as an empty cell"
 BLANK = "rows are blank and are left out"
 UNANSWERED = "rows have an empty answer and are left out (weight: 1 in its message keeps one)"
-LEFT = "assistant turns are not trained on, as their rows say"
+LEFT = "assistant turns are not trained on, because their rows exclude them"
 OTHERS = "turns that rows want trained are not of the assistant, and are not trained on"
 AS_THEY_ARE = "messages go to the chat template with roles of their own, and are not trained on"
 
@@ -124,7 +124,7 @@ class RowRemarks:
         elif meant != "assistant" and trained:
             self._counts[OTHERS] += 1
         if not turn and role not in PLAIN:
-            what = f"messages are read as those of {meant}" if meant in PLAIN else AS_THEY_ARE
+            what = f"messages are read as {meant}" if meant in PLAIN else AS_THEY_ARE
             self._roles.setdefault(what, Counter())[role] += 1
 
     @property

@@ -267,7 +267,7 @@ def _this() -> Finding:
 def _accelerate(cuda: int) -> Finding:
     """On CPUs it starts one process, whatever you ask for, unless mpirun starts them."""
     if not cuda:
-        return Finding("accelerate launch", "1 on processors, whatever --num_processes says", 1)
+        return Finding("accelerate launch", "1 on CPUs, regardless of --num_processes", 1)
     file = Path(os.environ.get("HF_HOME", HF_HOME)).expanduser() / CONFIG
     try:
         asked = yaml.safe_load(file.read_text())["num_processes"]

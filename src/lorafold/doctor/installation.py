@@ -199,7 +199,7 @@ def tuning() -> Iterator[Finding]:
     value = {"would_set": missing, "set": {n: os.environ[n] for n in WISHES if n in os.environ}}
     yield Finding("environment", text, value)
     pages = huge_pages()
-    yield Finding("huge pages", pages or "the system does not say", pages or "")
+    yield Finding("huge pages", pages or "the system does not report it", pages or "")
     threads = set_threads()
     text = ", ".join(f"{name}={value}" for name, value in threads.items())
     yield Finding("threads", text or "not set: torch uses one per core", threads)

@@ -234,7 +234,7 @@ class AdapterCache:
                 else:
                     raise LorafoldError(
                         f"adapter {entry.name!r}: found {loaded.nbytes:,} bytes, expected at most"
-                        f" {self.budget:,} in all, with those that are pinned"
+                        f" {self.budget:,} in total, including pinned adapters"
                     )
                 old = self._names.get(entry.name)
                 if naming and (old is None or old.generation < entry.generation):

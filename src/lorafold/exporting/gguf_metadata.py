@@ -111,7 +111,7 @@ def architecture_of(config: Any) -> Architecture:
     if scale not in (None, width):
         wrong.append(f"query_pre_attn_scalar = {scale}, which it takes for {width}")
     if wrong:
-        raise LorafoldError(f"llama.cpp can't say {wrong[0]}")
+        raise LorafoldError(f"llama.cpp can't represent {wrong[0]}")
     return row
 
 
@@ -349,7 +349,7 @@ def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> Non
     if eos is None:
         eos = next(iter(ends), None)
     if eos is None:
-        raise LorafoldError("neither tokenizer nor configuration says which token ends a text")
+        raise LorafoldError("neither tokenizer nor configuration defines a token that ends a text")
     bos = tokenizer.bos_token_id
     # llama.cpp takes token 11 for one that a file leaves out
     writer.add_bos_token_id(eos if bos is None else bos)

@@ -139,7 +139,7 @@ class Cut(ShownInNotebooks):
             return line
         least = f"rank {self.enough}" if self.enough else f"no rank up to {LARGEST}"
         return (
-            f"{line}, KL {self.kl:.1e} nats, {self.share:.2%} of what the adapters change;"
+            f"{line}, KL {self.kl:.1e} nats, {self.share:.2%} of the adapters' effect;"
             f" {least} stays below {ENOUGH:.0%}"
         )
 
@@ -168,9 +168,9 @@ def rank_enough(subject: Subject, source: str | Path | None, progress: Progress)
     """What to advise where adapters can't be said exactly: the end of a refusal."""
     kls, distance = kl_by_rank(ReferenceAnswers.of(subject, source, progress), subject, POWERS)
     if (rank := _enough(kls, distance)) is None:
-        return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of what they change"
+        return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of their effect"
     lost = kls[rank] / distance
-    return f"; --as-lora {rank} writes the best LoRA, which loses {lost:.2%} of what they change"
+    return f"; --as-lora {rank} writes the best LoRA, which loses {lost:.2%} of their effect"
 
 
 @torch.no_grad()

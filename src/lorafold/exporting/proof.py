@@ -257,7 +257,7 @@ class Proof(ShownInNotebooks):
 
     def __str__(self) -> str:
         n = self.prompts
-        part = "" if self.share is None else f", {self.share:.2%} of what the adapters change"
+        part = "" if self.share is None else f", {self.share:.2%} of the adapters' effect"
         prompts = f"{n} prompt{'s' * (n != 1)}"
         alone = "" if self.alone is None else f" ({self.alone:.1e} for the base alone)"
         top = f"the same likeliest token {self.top} of {n}"

@@ -324,6 +324,6 @@ def _check(proof: Proof, target: Target, tensors: str | None) -> None:
         )
     if lost and not proof.rounding:
         raise LorafoldError(
-            f"{start}: KL {proof.kl:.1e} nats, {proof.share:.1%} of what the adapters change,"
+            f"{start}: KL {proof.kl:.1e} nats, {proof.share:.1%} of the adapters' effect,"
             f" expected at most {allowed:.0%}; nothing was written"
         )

@@ -315,7 +315,7 @@ class Target(ABC):
 
 def only_products(update: Update, name: str) -> list[str]:
     """Why a form that has nothing but factors of matrices can't say this update, a line each."""
-    reasons = [f"{path}: {kind}, which {name} can't say" for path, kind in update.other.items()]
+    reasons = [f"{p}: {kind}, which {name} can't represent" for p, kind in update.other.items()]
     if not (reasons or update.factors or update.dense):
         return ["found no adapter that changes anything, expected one"]
     methods: dict[str, list[str]] = {}

@@ -224,7 +224,7 @@ def _unnamed(subject: Subject, path: str) -> str:
             return f"{path}: embedding and head are tied, and mlx-lm adapts both or neither"
         return ""
     if block is None:
-        return f"{path}: found none of mlx-lm's names, expected those of model.layers"
+        return f"{path}: found none of mlx-lm's names, expected names in model.layers"
     if EXPERTS.fullmatch(block[2]) and kind not in SWITCH:
         known = ", ".join(SWITCH)
         return f"{path}: mlx-lm's names for experts are known of {known}, not of {kind}"

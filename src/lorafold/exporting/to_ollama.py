@@ -91,7 +91,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
         if not wrong[-1]:
             return turns
     raise LorafoldError(
-        f"the model's chat template can't be said in Ollama's language: it writes {wrong[0]};"
+        f"the model's chat template can't be expressed in Ollama's language: it writes {wrong[0]};"
         " --to gguf-model has the template itself, which llama.cpp's server applies"
     )
 
@@ -107,9 +107,9 @@ def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         )
     spaced = f" {U} "
     if spaced not in render(_chat("u", [spaced]), tokenizer, for_generation=True):
-        notes.append("the model's template trims what is said, which Ollama's language can't")
+        notes.append("the model's template trims messages, which Ollama's language can't do")
     if re.search(r"strftime_now\s*\(", template):
-        notes.append("the model's template writes today's date, and Ollama's keeps that of today")
+        notes.append("the model's template writes the current date; Ollama's keeps today's")
     return notes
 
 
@@ -127,7 +127,7 @@ def _around(text: str, contents: Sequence[str]) -> list[str]:
         before, mark, text = text.partition(content)
         if not mark or content in text:
             raise LorafoldError(
-                f"the model's chat template does not write {content!r}, said in a plain chat,"
+                f"the model's chat template does not write {content!r}, a text of a plain chat,"
                 " once and in its place"
             )
         parts.append(before)

@@ -148,7 +148,7 @@ def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
     if left:
         raise NotMergeable(
             f"{listed(sorted(left))}: the adapter adds a bias, and {type(model).__name__} has"
-            " none there, whatever its config says; keep the adapter separate"
+            " none there, regardless of its config; keep the adapter separate"
         )
     return switches
 

@@ -68,7 +68,7 @@ def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterat
     if last < COLLAPSED * first:
         yield (
             f"Entropy went from {first:.3g} to {last:.3g} nats a token, {last / first:.0%} of"
-            " what it was: the policy hardly explores any more."
+            " its start: the policy hardly explores any more."
         )
     if cut_off > CUT_OFF:
         most = options.get("max_new_tokens")

@@ -28,7 +28,7 @@ SCALES = {  # what a figure is, under its name
     "KL": "KL to the reference, nats a token",
 }
 SOUGHT = (
-    "Nothing of what is looked for was found: a collapse of the entropy, completions that are cut"
+    "No problems found (checked for a collapse of the entropy, completions that are cut"
     " off, grow or shrink, groups without signal, one reward that falls while the sum rises, a"
     " held-out reward that falls. Read the completions nevertheless."
 )

@@ -54,7 +54,7 @@ Vocabulary = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # by verb: 
 EXPERTS = "Of the experts of a block, the one with the largest update has tables of tokens."
 FUSED = (
     "The heads of projections that are one matrix for queries, keys and values are left out: which"
-    " rows are whose is not said."
+    " rows are whose is unknown."
 )
 
 

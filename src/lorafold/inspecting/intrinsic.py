@@ -165,7 +165,7 @@ def check(out: Path, identity: dict[str, Any]) -> None:
     recorded = read_object(file)
     if FILES not in recorded:
         raise LorafoldError(
-            f"{out}: found a search of an earlier lorafold, which does not say what was in the"
+            f"{out}: found a search of an earlier lorafold, which does not record the"
             " files of its model; choose another --out"
         )
     if names := differing(recorded, json.loads(json.dumps(identity))):

@@ -169,7 +169,7 @@ def extract(
             factors[path] = stacked(parts, layers[0].matrices)
     if not factors:
         raise LorafoldError(
-            f"{tuned.name}: the linear layers of its blocks equal those of {base.name}, so there is"
+            f"{tuned.name}: the linear layers of its blocks are the same as in {base.name}:"
             " nothing to extract"
         )
     extracted = {parameter_path(module_at(models[0], p), p, "weight") for p in paths}

@@ -72,7 +72,7 @@ CASES = (
     ),
     Case(
         "7b", "qlora", 4, 2048, 12,
-        "the activations are those of LoRA, whatever the storage of the weights",
+        "the activations are LoRA's, whatever the quantization of the weights",
     ),
     Case(
         "7b", "qlora", 4, 2048, 12,

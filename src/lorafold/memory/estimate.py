@@ -73,7 +73,7 @@ TERMS = {
     "exchanged": "What several processes send each other: with fsdp the weights of the largest"
     " part, a block or embedding or head, and their gradients where they train; with ddp a bucket"
     " of gradients.",
-    "process": "What the process of a run on a CPU holds besides tensors: its tokenizer and rows,"
+    "process": "The memory of a run's process on a CPU besides tensors: its tokenizer and rows,"
     " compiled matmul kernels and their buffers, and gaps in the heap. The libraries themselves do"
     " not count.",
 }

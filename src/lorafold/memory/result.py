@@ -45,7 +45,7 @@ def page(
     parts = (
         notes(lines),
         picture(estimate, memory, counted),
-        section("What each term is"),
+        section("The terms"),
         html_table(("term", "bytes", "share", "what it is"), cells, "texts"),
         f"<p>Counted: {counted}.</p>",
     )

@@ -55,7 +55,7 @@ def untied_config(
     still = tied_parameters(build(loose, trust_remote_code))
     if wrong := sorted(still.keys() & set(apart)):
         raise LorafoldError(
-            f"{', '.join(wrong)}: the architecture shares these weights whatever its config"
+            f"{', '.join(wrong)}: the architecture shares these weights despite its config"
             " says, so they can't be untied"
         )
     there, lacking = {*mapped.entries, *mapped.converted}, []

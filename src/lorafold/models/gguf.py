@@ -238,7 +238,7 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
         own, count = value(reader, "split.no") or 0, value(reader, "split.count") or 1
         if (own, count) != (number, len(files)):
             raise LorafoldError(
-                f"{file}: its metadata says that it is file {own + 1} of {count}, expected file"
+                f"{file}: its metadata describes file {own + 1} of {count}, expected file"
                 f" {number + 1} of {len(files)}; the files of a model are named"
                 f" NAME-00001-of-{count:05}{SUFFIX} and so on, in one folder"
             )

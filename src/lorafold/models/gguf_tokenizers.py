@@ -152,7 +152,7 @@ def _rule(
     learned = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
     guessed = not any(len(token) > 1 and re.search("[0-9]", token) for token in learned)
     log.warning(
-        "%s: it does not say by which rule its tokenizer splits text (tokenizer.ggml.pre); it is"
+        "%s: it does not name its tokenizer's rule for splitting text (tokenizer.ggml.pre); text is"
         " split as GPT-2 does%s",
         what, ", with every digit alone, as in its vocabulary" if guessed else "",
     )  # fmt: skip

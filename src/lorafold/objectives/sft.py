@@ -54,8 +54,8 @@ class Sft(Objective):
                 )
             elif packing == "auto" and loss.how is None:
                 notice = (
-                    "packing: this model does not compute once what rows begin with in common; each"
-                    " row is computed apart, in more memory than was estimated"
+                    "packing: this model can't compute shared prefixes once; each"
+                    " row is computed separately, in more memory than was estimated"
                 )
             print_lines(console, notice)
             yield loss

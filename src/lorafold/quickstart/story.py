@@ -94,7 +94,7 @@ def quickstart(
     start = time.perf_counter()
     if out.exists() and not overwrite:
         raise LorafoldError(
-            f"{out} exists; pass --overwrite to replace what an earlier quickstart wrote to it"
+            f"{out} exists; pass --overwrite to replace the output of an earlier quickstart"
         )
     adapter, merged_to, exported_to = parts = [out / p for p in ("adapter", "merged", "gguf")]
     for part in parts:

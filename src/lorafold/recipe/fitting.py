@@ -49,14 +49,14 @@ def spec_of(recipe: Recipe) -> Spec:
         if given := recipe.options.get("dropout", recipe.dropout):
             raise LorafoldError(
                 f"dropout: found {given}, expected 0: the objective {recipe.objective}"
-                " compares what trains with what drew the completions"
+                " compares the trained model with the model that sampled the completions"
             )
         fields["dropout"] = 0.0
     spec = make_spec(recipe.method, **fields | recipe.options)
     if samples and spec.asks_losses:
         raise LorafoldError(
-            f"method: found {recipe.method}, which chooses what it trains by the losses of rows;"
-            f" the objective {recipe.objective} has no loss before completions are drawn"
+            f"method: found {recipe.method}, which chooses its entries by the losses of rows;"
+            f" the objective {recipe.objective} has no loss before completions are sampled"
         )
     return spec
 

@@ -123,7 +123,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def _read(config: Path) -> Mapping[str, Any]:
     fields = parse_yaml(text_of(config, "a recipe"), str(config))
     if fields is None:
-        log.warning("%s: it says nothing, so the defaults hold", config)
+        log.warning("%s: it is empty, so the defaults apply", config)
         return {}
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise LorafoldError(

@@ -279,7 +279,7 @@ def _agreed(own: Sequence[OwnBase]) -> OwnBase:
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
         raise LorafoldError(
-            f"{shortened(str(own[0].adapter), SHORT)}: says nothing of the base that it was"
+            f"{shortened(str(own[0].adapter), SHORT)}: does not name the base that it was"
             " trained on; expected --model PATH (model)"
         )
     first = known[0]
@@ -289,7 +289,7 @@ def _agreed(own: Sequence[OwnBase]) -> OwnBase:
             for each in (first, other)
         )
         raise LorafoldError(
-            f"adapters of different bases: {one}, and {another}; expected those of one base, or"
+            f"adapters of different bases: {one}, and {another}; expected adapters of one base, or"
             f" it as --model (model) with {ALLOWED}"
         )
     return first

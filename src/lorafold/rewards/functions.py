@@ -60,7 +60,7 @@ class Function:
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
-            raise Wrong("its parameters can't be told, expected a function in Python") from None
+            raise Wrong("its parameters can't be read, expected a Python function") from None
         self._named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self._every = any(p.kind == p.VAR_KEYWORD for p in parameters)
         names = {p.name for p in self._named}

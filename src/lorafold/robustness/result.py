@@ -149,7 +149,7 @@ class Fragility(ShownInNotebooks):
         if one.kept >= least:
             return None
         return (
-            f"kept {one.kept:.2f} of what the alignment added to the log-odds of refusal ({odds}),"
+            f"kept {one.kept:.2f} of the alignment's effect on the log-odds of refusal ({odds}),"
             f" expected at least {least:g}"
         )
 

@@ -265,5 +265,5 @@ def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
         if repeated:
             yield (
                 f"{name}: {listed(repeated, '; ')}; expected none that is asked"
-                " too, because the figures would be of what was trained; leave them out"
+                " too, because the figures would be from training data; leave them out"
             )

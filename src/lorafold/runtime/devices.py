@@ -70,7 +70,7 @@ def own_device(name: str | None, here: Launched) -> str | None:
     if device.index is not None:
         raise LorafoldError(
             f"device {name}: found {here.world} processes, expected cuda: each takes a GPU of its"
-            " own; CUDA_VISIBLE_DEVICES says which there are"
+            " own; CUDA_VISIBLE_DEVICES selects them"
         )
     count = torch.cuda.device_count()
     if here.by == "srun" and count == 1:

@@ -139,7 +139,7 @@ class Lifeline:
             return
         if self._code is not None:
             os._exit(self._code)
-        how = "it said nothing: killed, perhaps for its memory"
+        how = "it printed nothing: killed, perhaps for lack of memory"
         self._end(1, peer, f" died {self.place()}; {how}" if self.rank <= 1 else "")
 
     def _end(self, code: int, peer: int, problem: str) -> NoReturn:
@@ -403,8 +403,8 @@ def first_node(nodes: str) -> str:
     first = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
     if first is None:
         raise LorafoldError(
-            f"SLURM_STEP_NODELIST: found {nodes!r}, expected machines; MASTER_ADDR names that of"
-            " process 0"
+            f"SLURM_STEP_NODELIST: found {nodes!r}, expected machines; set MASTER_ADDR to"
+            " rank 0's machine"
         )
     return "".join(part or "" for part in first.groups())
 

@@ -118,7 +118,7 @@ class ChatBody(Completing):
             message = "found allowed_tools without tools or a mode, expected mode auto or required"
             raise wrong("tool_choice", message)
         if not tools:
-            raise wrong("tool_choice", "found no tools, expected those that are allowed")
+            raise wrong("tool_choice", "found no tools, expected the allowed ones")
         allowed = [_tool_name(tool, names) for tool in tools]
         return allowed, allowed if inner["mode"] == "required" else None
 

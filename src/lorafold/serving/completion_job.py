@@ -129,9 +129,9 @@ class CompletionJob:
             message = f"{self.adapter}: the model's logits are not finite under it"
             return Refusal(500, "adapter_numerics", message, "model")
         if self.began is None:
-            message = f"{self.adapter} can't be read now; the server's log says why"
+            message = f"{self.adapter} can't be read now; see the server's log"
             return Refusal(503, "adapter_unavailable", message, "model")
-        return Refusal(500, "not_computed", "the completion failed; the server's log says why")
+        return Refusal(500, "not_computed", "the completion failed; see the server's log")
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class Registry:
             return ServedModel(name, adapter.key, self.verifier.renderer(adapter), self.plain.base)
         except LorafoldError as error:
             log.error("%s", error)
-            message = f"{name} can't be read now; the server's log says why"
+            message = f"{name} can't be read now; see the server's log"
             raise Refusal(503, "adapter_unavailable", message, "model") from None
 
     def version(self, caller: Caller, model: str) -> AdapterFiles:
@@ -382,7 +382,7 @@ class DirectoryWatcher:
                 try:
                     self._registry.verifier.cache.save()
                 except Exception:
-                    log.exception("what was verified can't be kept")
+                    log.exception("the record of verified adapters can't be written")
             self.closing.wait(LOOK)
 
     def _verified(self, name: str) -> bool:

@@ -229,7 +229,7 @@ def answer(value: object, status: int = 200, headers: Mapping[str, str] | None =
 def defect(record: Record, error: BaseException) -> Refusal:
     """Log an unexpected error and return what the client is told of it."""
     log.error("%s failed", record.id, exc_info=error)
-    message = f"the server failed; its log says why under {record.id}"
+    message = f"the server failed; see its log under {record.id}"
     record.outcome, record.status = "internal_error", record.status or 500
     return Refusal(500, "internal_error", message)
 

@@ -99,7 +99,7 @@ class VerifiedCache:
                 self._failed = False
             except LorafoldError as error:
                 if not self._failed:
-                    log.warning("what was verified can't be kept yet: %s", error)
+                    log.warning("the record of verified adapters can't be written yet: %s", error)
                 self._changed = self._failed = True
 
 

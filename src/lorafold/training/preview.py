@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 SOME = 4_000_000  # bytes of rows of which a preview makes all tokens
 LEGEND = (
-    "<h2>The first rows</h2><p>What is <mark>marked</mark> counts in the loss; the rest is what the"
-    " model reads before it.</p>"
+    "<h2>The first rows</h2>"
+    "<p><mark>Marked</mark> text counts in the loss; the rest is context.</p>"
 )
 
 

@@ -279,7 +279,7 @@ def sample_losses(
     if issubclass(OBJECTIVES[recipe.objective].kind, OnPolicy):
         raise LorafoldError(
             f"method {recipe.method}: it asks for losses of rows before the first step, where the"
-            f" objective {recipe.objective} has none, expected a spec that says so (asks_losses)"
+            f" objective {recipe.objective} has none, expected a spec with asks_losses"
         )
     loss.train()
     for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):

@@ -154,7 +154,7 @@ def restore_optimizer(
         for key in differing(expected, found)
     ]:
         raise LorafoldError(
-            f"the checkpoint's optimizer state is that of another optimizer:"
+            f"the checkpoint's optimizer state is from another optimizer:"
             f" {listed(wrong, '; ')}; resume with the optimizer that wrote it"
         )
     for i, p in enumerate(trained):

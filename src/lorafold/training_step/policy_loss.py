@@ -219,6 +219,6 @@ class Policy(BranchedLoss):
         if float((reference() - sampled).abs().mean()) <= self.bound:
             by = "the model without the adapter that trains"
         raise LorafoldError(
-            f"completions were drawn by {by}: found log-probabilities that differ by {mean:.3g} a"
-            f" token from those of the weights that train, expected at most {self.bound:g}"
+            f"completions were sampled by {by}: found log-probabilities that differ by {mean:.3g} a"
+            f" token from the trained weights', expected at most {self.bound:g}"
         )

@@ -65,7 +65,7 @@ class Branching:
             yield
             if not self._used:
                 raise LorafoldError(
-                    "packed documents: found no attention of the model that was told the layout of"
+                    "packed documents: found no attention of the model that received the layout of"
                     f" the batch, expected documents of {docs.own} own tokens; train without"
                     " shared prompts"
                 )

@@ -208,7 +208,7 @@ class TrainableTokens:
             named = dict.fromkeys(Anatomy.of(model).vocabulary_ends, tuple(self.ids))
             if not named:
                 problems.append(
-                    f"{type(model).__name__} does not say which module its embedding is; give the"
+                    f"{type(model).__name__} does not define its embedding module; pass the"
                     " ids by module name"
                 )
         by_path: dict[str, tuple[int, ...]] = {}
