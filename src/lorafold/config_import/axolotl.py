@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,10 +267,11 @@ def _datasets(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def _dataset(one: Mapping[str, Any]) -> SourceDataset:
-    return dataset(
+    made = dataset(
         one["path"], one.get("name"), one.get("split"), one.get("data_files"),
-        f"{one['path']} ({one.get('type', 'no type')})", _columns(one), _remarks(one),
+        columns=_columns(one), remarks=_remarks(one),
     )  # fmt: skip
+    return replace(made, name=f"{made.name} ({one.get('type', 'no type')})")
 
 
 def _columns(one: Mapping[str, Any]) -> dict[str, Any]:

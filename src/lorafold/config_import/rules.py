@@ -307,7 +307,7 @@ def dataset(
 def turn_keys(*keys: Any) -> Iterator[str]:
     """A remark on turns whose role and content have other names."""
     if keys not in TURNS:
-        yield f"its turns have {' and '.join(keys)}: rename them to role and content"
+        yield f"its turns have {' and '.join(map(str, keys))}: rename them to role and content"
 
 
 def without_counterpart(keys: Sequence[str]) -> Iterator[str]:
