@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,11 +266,10 @@ def _datasets(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def _dataset(one: Mapping[str, Any]) -> SourceDataset:
-    made = dataset(
+    return dataset(
         one["path"], one.get("name"), one.get("split"), one.get("data_files"),
-        columns=_columns(one), remarks=_remarks(one),
+        columns=_columns(one), remarks=_remarks(one), kind=f" ({one.get('type', 'no type')})",
     )  # fmt: skip
-    return replace(made, name=f"{made.name} ({one.get('type', 'no type')})")
 
 
 def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
