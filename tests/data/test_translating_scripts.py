@@ -99,7 +99,8 @@ def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
           "message_property_mappings": {"role": "who", "content": "what"}}, "", "who and what"),
         ({"path": "acme/alpaca", "type": "alpaca"}, "--data acme/alpaca", "### Instruction"),
         ({"path": "acme/text", "type": "completion", "field": "body"}, "--columns text=body", ""),
-        ({"path": "json", "data_files": "a.jsonl", "ds_type": "json"}, "--data a.jsonl", ""),
+        ({"path": "json", "data_files": "a.jsonl", "ds_type": "json"},
+         "--data a.jsonl", "a.jsonl (no type)"),
         ({"path": "acme/a", "type": "chat_template.default", "field_messages": "asked",
           "field_chosen": "better", "roles": {"user": ["human"]}},
          "--columns chosen=better,prompt=asked", "roles: without a counterpart"),
@@ -130,6 +131,9 @@ def test_llamafactorys_rows(tmp_path, monkeypatch):
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
     found = llamafactory_of(tmp_path, dataset="chef,chats")
     assert "--data data/chef.json --data acme/chats --columns messages=talk" in found.command()
+    info["chef"]["tags"] = {"role_tag": 1, "content_tag": None}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    assert "turns have 1 and None" in remark(llamafactory_of(tmp_path, dataset="chef"), "dataset")
     online = llamafactory_of(tmp_path, dataset="acme/a", dataset_dir="ONLINE")
     assert "--data acme/a" in online.command()
 

@@ -1,5 +1,6 @@
 """GGUF files are read as transformers reads them, in their precision, or refused."""
 
+import errno
 import logging
 import shutil
 from pathlib import Path
@@ -137,6 +138,15 @@ def test_a_header_that_its_bytes_do_not_agree_with_is_refused(tiny):
         file.write_bytes(whole[:at] + value + whole[at + len(value) :])
         with pytest.raises(LorafoldError, match=rf"{file}: its header is damaged: found {said}"):
             resolve_model(file)
+
+
+def test_a_copy_for_which_the_disk_has_no_room(tiny, cache, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(LorafoldError, match=rf"^{cache}/\S+ was not written: No space left"):
+        resolve_model(tiny())
 
 
 def test_a_folder_has_one_model(tiny, tmp_path):

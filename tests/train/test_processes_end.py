@@ -43,7 +43,7 @@ def the_line(done: list[One], code: int) -> str:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("--data", "{other}"), "the rows: "),
+        (("--data", "{other}", "--set", "alpha=3"), "found the rows: "),
         (("--data", "none.jsonl"), "none.jsonl: there is no such file"),
         (("--set", "seed=3"), "seed: 3 there, 0 in process 0"),
     ],

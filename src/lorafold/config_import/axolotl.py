@@ -268,7 +268,7 @@ def _datasets(value: Any, settings: ToolSettings) -> Outcome:
 def _dataset(one: Mapping[str, Any]) -> SourceDataset:
     return dataset(
         one["path"], one.get("name"), one.get("split"), one.get("data_files"),
-        f"{one['path']} ({one.get('type', 'no type')})", _columns(one), _remarks(one),
+        columns=_columns(one), remarks=_remarks(one), kind=f" ({one.get('type', 'no type')})",
     )  # fmt: skip
 
 

@@ -290,9 +290,11 @@ FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that stand for data
 
 def dataset(
     path: Any, config: Any = None, split: Any = None, files: Any = None, name: str = "",
-    columns: Mapping[str, Any] = MappingProxyType({}), remarks: Iterable[str] = (),
+    columns: Mapping[str, Any] = MappingProxyType({}), remarks: Iterable[str] = (), kind: str = "",
 ) -> SourceDataset:  # fmt: skip
-    """A dataset as `datasets` loads it; lorafold reads its default configuration and train."""
+    """A dataset as `datasets` loads it; lorafold reads its default configuration and train. Its
+    `kind` follows the path in messages.
+    """
     if path in FILES and isinstance(files, str):
         path, files = files or path, None
     parts = [f"its configuration {config}"] if config is not None else []
@@ -301,13 +303,13 @@ def dataset(
     if parts:
         parts[-1] += ": save these rows to a file, as --data reads the default and train"
     place = None if parts or path is None else str(path)
-    return SourceDataset(name or str(path), place, columns, [*parts, *remarks])
+    return SourceDataset(name or f"{path}{kind}", place, columns, [*parts, *remarks])
 
 
 def turn_keys(*keys: Any) -> Iterator[str]:
     """A remark on turns whose role and content have other names."""
     if keys not in TURNS:
-        yield f"its turns have {' and '.join(keys)}: rename them to role and content"
+        yield f"its turns have {' and '.join(map(str, keys))}: rename them to role and content"
 
 
 def without_counterpart(keys: Sequence[str]) -> Iterator[str]:

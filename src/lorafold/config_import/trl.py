@@ -159,7 +159,7 @@ def _packing(value: Any, settings: ToolSettings) -> Outcome:
 
 def is_packed(settings: ToolSettings) -> bool:
     """Whether rows are packed, of a trainer that may."""
-    return settings["packing"] is not None and settings.on("packing")
+    return bool(settings["packing"]) and settings.on("packing")
 
 
 def _max_length(value: Any, settings: ToolSettings) -> Outcome | None:

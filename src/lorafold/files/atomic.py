@@ -47,7 +47,7 @@ def atomic_directory(
     check_out(path, overwrite)
     target = Path(path).expanduser().resolve()
     absent = [folder for folder in target.parents if not folder.exists()]
-    with _writing(path):
+    with writing(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         tmp = _sibling(target, "partial")
         tmp.mkdir()
@@ -71,7 +71,7 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     target = Path(path).expanduser()
     check_name(path)
     _try(path, target.resolve().parent)
-    with _writing(path):
+    with writing(path):
         clear_leftovers(target.resolve())
     if not os.path.lexists(target):
         return
@@ -125,7 +125,7 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a file, replacing an old one in one step."""
     _check_no_directory(path)
     target = Path(path).resolve()
-    with _writing(path):
+    with writing(path):
         tmp = _sibling(target, "partial")
         try:
             tmp.write_text(text, encoding="utf-8")
@@ -191,7 +191,7 @@ def is_abandoned(name: str) -> bool:
 
 
 @contextmanager
-def _writing(path: str | Path) -> Iterator[None]:
+def writing(path: str | Path) -> Iterator[None]:
     """Turn errors of the file system and of safetensors into a LorafoldError."""
     from safetensors import SafetensorError
 

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.atomic import MANIFEST
+from lorafold.files.atomic import MANIFEST, writing
 from lorafold.files.cache import filled
 from lorafold.files.contents import digest, file_digest
 from lorafold.files.paths import cache_directory
@@ -131,7 +131,7 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
     log.info("unpacking %s to %s (once)", gguf.files[0].name, gguf.copy)
     what, readers = f"model {gguf}", read(gguf.files)
     dtype, in_file = _dtypes(_types(readers), gguf.fp32)
-    with loading(what):
+    with loading(what), writing(gguf.copy):
         file = gguf.files[0]
         if len(readers) > 1:
             file = copy / f"joined{SUFFIX}"

@@ -28,7 +28,7 @@ from lorafold.data.batches import BatchFeed
 from lorafold.data.branches import Branched
 from lorafold.data.checks import Findings
 from lorafold.data.templates import day_of, on_day
-from lorafold.errors import LorafoldError, differing, listed, shortened
+from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
@@ -223,7 +223,8 @@ def check_alike(setup: Setup) -> None:
         if others := [
             f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} there,"
             f" {shortened(first.get(name, 'none'), SHOWN)} in process 0"
-            for name in differing(first, theirs)
+            for name in {**first, **theirs}  # what explains others is before them
+            if theirs.get(name) != first.get(name)
         ]:
             where = there if there == host else f"{there}, process 0 on {host}"
             raise LorafoldError(
