@@ -199,7 +199,7 @@ def test_completions_of_other_weights_end_the_run(model, tokenizer) -> None:
         loss(**loss.collate(below, loss.device))
     with torch.no_grad():
         next(iter(adapter.parameters())).add_(1.0)
-    with pytest.raises(LorafoldError, match="drawn by other weights, of another step"):
+    with pytest.raises(LorafoldError, match="sampled by other weights, of another step"):
         loss(**loss.collate(examples, loss.device))
 
 
