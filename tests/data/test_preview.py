@@ -252,7 +252,7 @@ def test_rows_of_both_sides_are_named(found: Any, tmp_path: Path) -> None:
     held_out = written(tmp_path / "test.jsonl", [asked(9), asked(4), asked(4, "no")])
     findings, lines = found(train, held_out)
     assert lines == [
-        "held out: 1 of 3 rows are trained on too, so the figures of held-out rows are too good:"
+        "held out: 1 of 3 rows are trained on too, so held-out figures look better than they are:"
         f" {held_out}: row 2 (as {train}: row 5)"
     ]
     assert counts(findings) == {"held_out_in_training": 1}

@@ -259,7 +259,7 @@ FILES = {
         {"base_model", "datasets", "output_dir", "vllm", "trl.use_vllm", "trl.vllm_server_timeout",
          "trl.async_prefetch", "trl.oddity"},
         {"trl.oddity": NOT_KNOWN, "trl.use_vllm": grpo.OWN_DRAWS,
-         "datasets": "rows of prompt, and of what the rewards read",
+         "datasets": "rows of prompt, with the columns that the rewards read",
          "trl.reward_funcs": "lists of messages"},
     ),
     "trl-grpo": File(

@@ -98,13 +98,13 @@ CALLS: dict[str, Callable[[Path, Console], object]] = {
 def test_every_verb_takes_the_adapters_own_base_and_says_so(verb: str, place: Path) -> None:
     told = io.StringIO()
     CALLS[verb](place, Console(file=told, width=1000))
-    assert f"base: {place / 'base'}, as the adapter's record says\n" in told.getvalue()
+    assert f"base: {place / 'base'}, from the adapter's record\n" in told.getvalue()
 
 
 def test_commands_do_too(place: Path) -> None:
     done = lorafold("generate", str(place / "adapter"), "--prompt", "Book", "--max-new-tokens=2")
     assert done.returncode == 0
-    assert f"base: {place / 'base'}, as the adapter's record says\n" in done.stderr
+    assert f"base: {place / 'base'}, from the adapter's record\n" in done.stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -124,7 +124,7 @@ def test_an_adapter_is_loaded_with_its_base(place: Path) -> None:
 def test_what_has_no_record_says_it_in_its_configuration(place: Path) -> None:
     base, told = found(named(place / "adapter", str(place / "base"), record=False))
     assert base.source.path == place / "base"
-    assert told == f"base: {place / 'base'}, as the adapter's adapter_config.json says\n"
+    assert told == f"base: {place / 'base'}, from the adapter's adapter_config.json\n"
 
 
 @pytest.mark.parametrize("name", ["base", "models/base", "/gone/base", "../base"])
@@ -133,7 +133,7 @@ def test_a_base_is_found_by_a_relative_name_and_beside_the_adapter(name: str, pl
     for record in (True, False):
         base, told = found(named(at, name, record))
         assert base.source.path.resolve() == place / "base"
-        assert f"says {name}\n" in told
+        assert f"names {name}\n" in told
 
 
 def test_a_base_that_was_renamed_is_found_by_its_fingerprint(place: Path, hub: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_base_that_was_renamed_is_found_by_its_fingerprint(place: Path, hub: P
     (place / "base").rename(place / "renamed")
     base, told = found(adapter)
     assert base.source.path == place / "renamed"
-    told_ = f"found by its fingerprint; the adapter's record says {place / 'base'}\n"
+    told_ = f"found by its fingerprint; the adapter's record names {place / 'base'}\n"
     assert told == f"base: {place / 'renamed'}, {told_}"
     other.mkdir(parents=True)
     adapter.rename(other / "adapter")  # it lies where the record says that it did
@@ -166,7 +166,7 @@ def test_a_base_of_the_hub_is_taken_from_its_cache(place: Path, hub: Path) -> No
     for record in (True, False):
         base, told = found(named(place / "adapter", "acme/tiny", record))
         assert (base.name, base.source.path) == ("acme/tiny", snapshot)
-        assert re.fullmatch(r"base: acme/tiny, as the adapter's \S+ says\n", told)
+        assert re.fullmatch(r"base: acme/tiny, from the adapter's \S+\n", told)
 
 
 def test_a_base_is_found_in_the_hubs_cache_by_its_fingerprint(place: Path, hub: Path) -> None:
@@ -239,7 +239,7 @@ def test_without_adapters_it_is_the_embedded_model(place: Path) -> None:
     assert base_for(None, []).name == "smollm2"
     base, told = found(named(place / "adapter", "smollm2", record=False))
     assert base.name == "smollm2"
-    assert told == "base: smollm2, as the adapter's adapter_config.json says\n"
+    assert told == "base: smollm2, from the adapter's adapter_config.json\n"
 
 
 def test_a_server_takes_that_of_its_directory(place: Path) -> None:

@@ -256,10 +256,10 @@ def test_what_a_method_has_one_choice_of_does_not_vary() -> None:
 @pytest.mark.parametrize(
     ("vary", "said"),
     [
-        ({"seed": [1, 2]}, "vary: found seed, expected a field that changes what is trained and not"
-         " what it is measured by: .*; give a number of seeds"),
+        ({"seed": [1, 2]}, "vary: found seed, expected a field that changes training and not the"
+         " evaluation: .*; give a number of seeds"),
         ({"method": ["lora"]}, "; name methods"),
-        ({"max_length": [64, 128]}, "vary: found max_length, expected a field that changes what"),
+        ({"max_length": [64, 128]}, "vary: found max_length, expected a field that changes"),
         ({"objective_options.group": [2]}, "vary: found objective_options.group, expected"),
         ({"ranks": [2]}, "vary: found ranks, expected a field"),
         ({"rank": []}, r"vary: rank: found \[\], expected a list of values"),

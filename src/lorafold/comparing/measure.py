@@ -122,8 +122,8 @@ def checked(vary: Vary) -> dict[str, list[Any]]:
         if (whole := name.partition(".")[0]) not in OF_TRAINING:
             instead = {"method": "; name methods", "seed": "; give a number of seeds"}.get(whole)
             raise LorafoldError(
-                f"vary: found {name}, expected a field that changes what is trained and not what it"
-                f" is measured by: {', '.join(sorted(OF_TRAINING))}{instead or ''}"
+                f"vary: found {name}, expected a field that changes training and not the"
+                f" evaluation: {', '.join(sorted(OF_TRAINING))}{instead or ''}"
             )
         several = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
         values_by_field[name] = [*values] if several else []

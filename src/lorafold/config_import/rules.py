@@ -344,7 +344,7 @@ def rows_wanted(objective: str | None) -> str:
     if objective is None:
         rows = "messages, of prompt and completion, or of text"
     elif OBJECTIVES[objective].draws:
-        rows = "prompt, and of what the rewards read,"
+        rows = "prompt, with the columns that the rewards read,"
     elif OBJECTIVES[objective].takes == JUDGED:
         rows = "prompt, completion and label (true or false)"
     else:

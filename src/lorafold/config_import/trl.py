@@ -173,7 +173,7 @@ def _max_length(value: Any, settings: ToolSettings) -> Outcome | None:
 def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
     if Path(str(value)).suffix in (".jinja", ".j2", ".txt"):
         return taken(chat_template=str(value))
-    return left(f"{NO_TEMPLATE}, that of {value}")
+    return left(f"{NO_TEMPLATE}: {value}")
 
 
 def losses(settings: ToolSettings) -> tuple[str, ...]:

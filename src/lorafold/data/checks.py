@@ -49,7 +49,7 @@ SHOWN = 5  # rows that one line names
 HELD_OUT = "held_out_in_training"
 SAID = {
     "duplicates": "are the same as an earlier one",
-    HELD_OUT: "are trained on too, so the figures of held-out rows are too good",
+    HELD_OUT: "are trained on too, so held-out figures look better than they are",
     "empty_answers": "have an empty answer to train on",
     "contradictions": "{}",
     "ends_lost": "lose the end of an answer at max_length {}",

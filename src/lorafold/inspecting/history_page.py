@@ -30,7 +30,7 @@ SCALES = {  # what a figure is, under its name
 SOUGHT = (
     "No problems found (checked for a collapse of the entropy, completions that are cut"
     " off, grow or shrink, groups without signal, one reward that falls while the sum rises, a"
-    " held-out reward that falls. Read the completions nevertheless."
+    " held-out reward that falls). Read the completions nevertheless."
 )
 
 

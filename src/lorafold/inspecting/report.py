@@ -66,7 +66,7 @@ def sections(inspection: Inspection) -> str:
         maps=[
             layer_map(sites, heading, name, form)
             for heading, (name, form) in MAPS.items()
-            if {*values_of(sites.values(), name)} != {None}
+            if any(value is not None for value in values_of(sites.values(), name))
         ],
         spectra=spectra(sites),
         paths=() if inspection.paths is None else paths(inspection.paths),

@@ -55,8 +55,8 @@ def untied_config(
     still = tied_parameters(build(loose, trust_remote_code))
     if wrong := sorted(still.keys() & set(apart)):
         raise LorafoldError(
-            f"{', '.join(wrong)}: the architecture shares these weights despite its config"
-            " says, so they can't be untied"
+            f"{', '.join(wrong)}: the architecture shares these weights despite its config,"
+            " so they can't be untied"
         )
     there, lacking = {*mapped.entries, *mapped.converted}, []
     for name in mapped.tied:

@@ -192,7 +192,7 @@ class SavedAdapter:
         if each and any(isinstance(m, Matrices) for _, m in Anatomy.of(model).modules):
             raise LorafoldError(
                 f"found {len(each)} tensors of single experts, such as {min(each)}, as"
-                " transformers 4 had them; expected those of target_parameters: load the adapter"
+                " in transformers 4; expected PEFT's target_parameters: load the adapter"
                 " with PEFT, which converts it, and save it again"
             )
         return self.selection.targets(model)

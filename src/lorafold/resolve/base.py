@@ -304,8 +304,8 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
 
     def line(path: str, found_by: str = "") -> str:
         if path == own.name:
-            return f"{path}, as {own.named_in} says"
-        return f"{path}{found_by}; {own.named_in} says {_name(own)}"
+            return f"{path}, from {own.named_in}"
+        return f"{path}{found_by}; {own.named_in} names {_name(own)}"
 
     if own.name == EMBEDDED:
         return Base(**how), line(EMBEDDED)

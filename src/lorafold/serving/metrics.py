@@ -140,8 +140,8 @@ class Gauges(Collector):
         host, now, jobs = self._host, self._host.backend.states(), list(self._host.jobs.values())
         slots, waiting, running = host.settings.slots, host.waiting(), host.running()
         for name, about, value in (
-            ("keys_outdated", "Whether the key file can't be read, so that the keys are those of"
-             " before", self._keys.refresh()),
+            ("keys_outdated", "Whether the key file can't be read, so that the earlier keys still"
+             " apply", self._keys.refresh()),
             ("ready", "Whether requests are computed", not host.ready),
             ("waiting", "Completions that wait for a slot", waiting),
             ("running", "Completions that run", running),

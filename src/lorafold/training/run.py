@@ -31,7 +31,7 @@ from lorafold.files.terminal import format_bytes, print_lines
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Data, OnPolicy
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
-from lorafold.rewards.reward import ADAPTER, REWARDS
+from lorafold.rewards.reward import ADAPTER, REWARDS, WEIGHTED
 from lorafold.runtime.memory import KEPT, RETURNED, freed_blocks
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
@@ -191,7 +191,7 @@ def begin(
     if resumes:
         judged, judges = run.recorded(REWARDS) or {}, identity.get(REWARDS, {})
         others = [name for name, digest in judged.items() if judges.get(name) != digest]
-        adapted = any(ADAPTER in name for name in others)
+        adapted = any(WEIGHTED.findall(name)[0][1].startswith(ADAPTER) for name in others)
         if others and judged.keys() == judges.keys() and not adapted:
             identity[REWARDS] = judged  # as one that failed and was mended is
             changed = f"reward {', '.join(others)}: changed"

@@ -147,7 +147,7 @@ def started(job: Job) -> tuple[Any, str]:
                 time.sleep(0.05)
             why = next(iter(re.findall(r"(?m)^[\d.]+ E .*?: (.*)$", stderr())), "") or str(error)
             if re.fullmatch(r"[\w:]+", why):  # the name of a function of C++ that raised
-                why = f"it can't read {os.path.basename(job['base'])}, and says {why} alone"
+                why = f"it can't read {os.path.basename(job['base'])}, and reports only {why}"
             raise SystemExit(why) from None
 
 
