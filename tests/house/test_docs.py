@@ -31,6 +31,7 @@ from embedded_cases import embed_a_tiny_model
 from lorafold.cli import COMMANDS, _load, app
 from lorafold.layers import LAYERS
 from lorafold.methods import METHODS
+from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.recipe import Recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -137,8 +138,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def tables() -> Iterator[None]:
-    """The tables of methods and storages, which pages that extend them leave as they were."""
-    before = [(table, dict(table)) for table in (METHODS, LAYERS)]
+    """The tables that pages extend, which are afterwards as they were."""
+    before = [(table, dict(table)) for table in (METHODS, LAYERS, OBJECTIVES)]
     yield
     for table, entries in before:
         table.clear()
