@@ -1,12 +1,10 @@
-"""The choice between multiplying 16-bit matrices in 16 bits and widening them to fp32.
+"""The choice between multiplying 16-bit matrices in 16 bits and widening them to fp32 on a CPU.
 
-    x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; both ways sum in fp32 and round
-                                            once
+    x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; both ways sum in fp32
 
 Processors with AMX, and AMD's with AVX512-BF16, multiply bf16 at least twice as fast as fp32; other
-CPUs are faster in fp32. The processor's features decide, not a measurement, so that a run is
-reproducible on a busy machine. A backward pass multiplies in the dtype of its forward pass. Graphs
-of `torch.compile` and devices other than the CPU always multiply in 16 bits.
+CPUs are faster in fp32. The processor's features decide, not a measurement, so that runs are
+reproducible. A backward pass uses the dtype of its forward pass.
 """
 
 from __future__ import annotations
@@ -41,8 +39,7 @@ _chosen: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(No
 
 @contextmanager
 def multiplying(*, widened: bool, rows: int = ROWS) -> Iterator[None]:
-    """Override whether 16-bit matrices are widened to fp32, in this thread or task, until the
-    `with` block ends. The innermost block counts.
+    """Override whether 16-bit matrices are widened, in this thread or task, for the `with` block.
     """
     token = _chosen.set((widened, rows))
     try:
@@ -60,8 +57,8 @@ def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
-    """The dtype in which x (..., in) is multiplied: fp32 if x is widened and has enough input
-    vectors to repay the conversion, otherwise its own.
+    """The dtype in which x (..., in) is multiplied. Widening to fp32 pays only from a number of
+    rows on.
     """
     if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
@@ -70,7 +67,7 @@ def arithmetic(x: Tensor) -> torch.dtype:
 
 @cache
 def widening_pays(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a 16-bit dtype clearly faster in fp32."""
+    """Whether this CPU multiplies matrices of a 16-bit dtype faster in fp32."""
     if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
         return False
     info = Path("/proc/cpuinfo")
@@ -89,7 +86,7 @@ def multiplies_bf16() -> bool:
 
 
 class _Widened(Exact):
-    """x m^T + b in fp32. Saves the narrow inputs for the backward pass."""
+    """x m^T + b in fp32, saving the narrow inputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
@@ -110,8 +107,7 @@ class _Widened(Exact):
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
-    """k a b (n, m) in `dtype`, for a (n, l) and b (l, m). On CUDA, 16-bit matrices are summed in
-    fp32 without rounding, and the matmul applies k.
+    """k a b (n, m) in `dtype`, for a (n, l) and b (l, m); on CUDA without rounding the fp32 sums.
     """
     if not a.is_cuda:
         y = (a @ b).to(dtype)
@@ -149,7 +145,7 @@ Form = tuple[float, torch.dtype]
 
 
 class _Copy:
-    """k x in a dtype, with the scopes in which it was computed and last requested."""
+    """k x in a dtype, and the scopes in which it was computed and last used."""
 
     def __init__(self, x: Tensor, form: Form, family: _Family) -> None:
         self.factor, self.form, self.family = weakref.ref(x), form, family
@@ -159,17 +155,14 @@ class _Copy:
 
 
 class _Family:
-    """The copies requested in one step, which are renewed together. Each lives as long as its
-    factor.
-    """
+    """Copies used in one step, which are renewed together."""
 
     def __init__(self, during: Scope) -> None:
         self.during = during
         self.copies: list[weakref.ref[_Copy]] = []
 
     def renew(self, during: Scope) -> None:
-        """Recompute the copies that the previous scope used, with a few foreach kernels, and drop
-        the rest.
+        """Recompute the copies that the previous scope used, in a few kernels, and drop the rest.
         """
         copies = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
         used = [(c, x) for c, x in copies if c.asked is self.during]
@@ -191,11 +184,10 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # factor -> {form:
 
 
 def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
-    """k x, of any shape, multiplied in x's dtype and rounded once to `dtype`; x itself if nothing
-    changes. Not differentiable.
+    """k x (any shape), rounded once to `dtype`; x itself if nothing changes. Not differentiable.
 
-    On CUDA the copy of a parameter is cached for the training step (`core.contexts`), because
-    casting it in every layer and micro-batch costs two kernel launches each.
+    On CUDA, copies of parameters are cached for a training step (`core.contexts`), because each
+    would cost two kernel launches per layer and micro-batch.
     """
     if k == 1.0 and x.dtype is dtype:
         return x

@@ -4,10 +4,9 @@
                             i - window < j <= i
 
 q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk)
-(grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Documents are computed in tiles of
-at most TILE queries, so no tensor has size T x T; the backward pass recomputes the probabilities.
-If documents share prefixes (`ops.packed_documents`), k and v are gathered once for all tiles and
-their gradients are accumulated in fp32. On CUDA, torch's FlashAttention
+(grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Computed in tiles of at most TILE
+queries, so no tensor has size T x T; the backward pass recomputes the probabilities. Gradients of
+keys in shared prefixes are accumulated in fp32. On CUDA, torch's FlashAttention
 (Dao 2023, arXiv 2307.08691) is used if it supports the inputs.
 """
 
@@ -59,9 +58,7 @@ BACKWARD = operator(
 def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor | None]:
-    """The probabilities (b, G * t, s) for q (b, G * t, D) and k (b, s, D), and the tanh that the
-    backward pass of a cap needs.
-    """
+    """The probabilities (b, G * t, s), and the tanh for the backward pass of a cap."""
     p, (scale, cap) = torch.bmm(q, k.mT), scores
     if cap is None:
         SOFTMAX(p, mask, scale)
@@ -73,7 +70,6 @@ def _probabilities(
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) -> Tensor:
-    """The output (T, H, Dv) for queries (T, H, D), keys (T, Hk, D) and values (T, Hk, Dv)."""
     dtype, k, v = arithmetic(q), docs.gathered(k), docs.gathered(v)
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     out = q.new_empty(*q.shape[:2], v.shape[-1])
@@ -89,7 +85,6 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) 
 def _attended_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, given the gradient of the output (T, H, Dv)."""
     dtype, kv_heads, groups = arithmetic(q), k.shape[1], q.shape[1] // k.shape[1]
     # several tiles, and documents with a shared prefix, add to a key's gradient, and in bf16 each
     # sum would be rounded

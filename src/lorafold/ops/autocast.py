@@ -1,9 +1,7 @@
-"""Fused operations under `torch.autocast`.
+"""Fused operations under `torch.autocast`, which casts only the operands of single matmuls.
 
-Autocast casts the operands of torch's matmuls one by one. A fused operation consists of several
-matmuls with sums between them, so `lowered` casts its activations once and runs it with autocast
-disabled. Parameters stay in fp32 until they are multiplied. `Exact` disables autocast in the
-forward and backward of autograd functions that are called without `lowered`.
+`lowered` casts the activations of a fused operation once and runs it without autocast, so that sums
+between its matmuls are not cast. `Exact` does the same for autograd functions called directly.
 """
 
 from __future__ import annotations
@@ -30,8 +28,8 @@ def autocasting(x: Tensor) -> bool:
 
 
 def lower(x: Tensor) -> Tensor:
-    """x (any shape) in autocast's dtype; x itself if autocast is off or does not cast it
-    (integers, fp64). Layers that read the same x get the same tensor.
+    """x (any shape) in autocast's dtype, shared by all layers that read x; unchanged if autocast is
+    off or does not cast it (integers, fp64).
     """
     if not autocasting(x) or not x.is_floating_point() or x.dtype is torch.float64:
         return x

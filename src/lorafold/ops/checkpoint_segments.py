@@ -4,12 +4,10 @@
     y = kept(make)              inside: make() in the forward pass; in the replay, its output again
     once(x, (A,), make)         make() for the first layer that reads x with A; its result for all
 
-`kept` is for outputs that are expensive to compute and cheap to hold. An output that was modified
-in place is computed again. `once` is for independent layers that read one tensor, such as q, k and
-v. It caches the value on x itself, and computes it again if x or A was modified in place, in
-another segment (which must be able to replay alone), and if grad mode changed. The value may depend
-only on x and on frozen tensors, and its graph must not reference x, because x would then keep
-itself alive.
+`kept` recomputes an output that was modified in place. `once`, for layers such as q, k and v,
+recomputes the value if x or A was modified in place, in another segment (which must be able to
+replay alone), and if grad mode changed. The value is cached on x, so its graph must not reference
+x, which would keep itself alive.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ def kept(make: Make) -> Tensor:
 
 
 class _By(AbstractContextManager[None]):
-    """Uses the `kept` implementation that `way()` returns until the `with` block ends."""
+    """Uses the `kept` implementation that `way()` returns, in the `with` block."""
 
     def __init__(self, way: Callable[[], Way]) -> None:
         self._way = way
@@ -85,7 +83,6 @@ def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> T
 
 
 def running_segment() -> ReferenceType[Any] | None:
-    """The running checkpointed segment, identified by its saved-tensor hooks; None outside of one.
-    """
+    """The running checkpointed segment, identified by its saved-tensor hooks, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else ref(hooks[0])

@@ -1,16 +1,12 @@
-"""Cross-entropy over a large vocabulary, in chunks of positions.
+"""Cross-entropy over a large vocabulary, with logits for only CHUNK positions at a time.
 
     loss_i = -log softmax(f(h_i))[y_i],   h (n, d) hidden states, f a head, y (n,) targets
 
-Logits exist for at most CHUNK positions at a time.
-
-- `linear_cross_entropy`: the loss of each position under a frozen linear head. Its gradient in h_i
-  depends on loss_i alone, so it is computed in the forward pass, and the backward is one
-  multiplication.
-- `head_cross_entropy`: the sum under any head f, a function. Its gradients, including those of the
-  head's own tensors summed over the positions, are computed in the forward pass too.
-- `head_losses`: the loss of each position under any head. The weights of the positions are known
-  only in the backward pass, which therefore computes each chunk again.
+- `linear_cross_entropy`: per position, under a frozen linear head. The gradient in h_i depends on
+  loss_i alone, so it is computed in the forward pass.
+- `head_cross_entropy`: the sum, under any head f. All gradients are computed in the forward pass.
+- `head_losses`: per position, under any head. The weights of the positions are known only in the
+  backward pass, which therefore computes each chunk again.
 
 The gradient of a chunk's logits z (m, V) overwrites them:
 
@@ -18,9 +14,6 @@ The gradient of a chunk's logits z (m, V) overwrites them:
     gu_ij  = scale (p_ij - [j = y]) (1 - (z_ij / cap)^2)
                                                p = softmax(z), z = cap tanh(scale u / cap); without
                                                a cap z = scale u, and the last factor is 1
-
-The linear kernel takes its working memory as arguments, so that an estimate on fake tensors counts
-it.
 """
 
 from __future__ import annotations
@@ -49,8 +42,8 @@ def chunks(n: int) -> list[slice]:
 
 
 def _scaled(gradient: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * g, multiplied in g's precision: in bf16 the factor 1 / n of a mean would be off by
-    up to 0.4% in all gradients alike.
+    """gradient * g in g's precision: in bf16, the factor 1 / n of a mean would be off by up to
+    0.4%.
     """
     return (gradient.to(g.dtype) * g).to(dtype)
 
@@ -152,15 +145,15 @@ class LinearHead(NamedTuple):
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
     def new_slab(self, like: Tensor) -> Tensor:
-        """A buffer (m, d) for the rows of W that are converted to the dtype of `like` at a time; m
-        is 0 if W already has that dtype.
+        """A buffer (m, d) for rows of W converted to the dtype of `like`; m is 0 if W has that
+        dtype.
         """
         size = 0 if like.dtype is self.w.dtype else max(1, SLAB // self.w.shape[1])
         return like.new_empty(size, self.w.shape[1])
 
     def slabs(self, slab: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield consecutive row slices of W, each with its rows (m, d) in the slab's dtype. Each
-        part overwrites the previous one in the slab; with an empty slab, W comes as one part.
+        """Yield row slices of W, each with its rows (m, d) in the slab's dtype. Each overwrites the
+        previous one in the slab; with an empty slab, W is a single part.
         """
         if not len(slab):
             yield slice(0, len(self.w)), self.w
@@ -185,8 +178,8 @@ def _kernel(
     """Return the losses (n,), and write the gradient of h to `gradient` (n, d), unless it is
     (0, d).
 
-    logits (CHUNK, V), block (BLOCK, V) in fp32 or wider, and slab are overwritten: probabilities
-    and their gradients share the memory of the logits.
+    The working memory is passed in, so that an estimate on fake tensors counts it: logits
+    (CHUNK, V), block (BLOCK, V) in fp32 or wider, and slab.
     """
     linear = LinearHead(w, b, scale, cap)
     losses = h.new_empty(len(h), dtype=block.dtype)
@@ -245,8 +238,7 @@ def _losses(
     cap: float | None,
     gradient: bool,
 ) -> None:
-    """Write the losses (m,) of logits z (m, V) and, if `gradient`, overwrite z with the gradient of
-    W h + b. targets (m,); block (BLOCK, V).
+    """Write the losses (m,) of logits z (m, V), and with `gradient` the gradient of W h + b over z.
     """
     blocks = (x.split(BLOCK) for x in (z, targets[:, None], losses))
     for z_block, y, loss in zip(*blocks, strict=True):

@@ -6,8 +6,8 @@
                                                         K, Dv), m (B, 1, T, K) -> (B, T, H, Dv)
     write       buffer_s(b), start_b + t = x_bt         x (B, Hk, T, D) -> buffer (slots, Hk, L, D)
 
-A single query is multiplied on the right, as the smaller factor, which takes half the time. Stacked
-factors are fp32 on a CPU, where batched matmuls with one row are three times as fast as in bf16.
+Stacked factors are fp32 on a CPU, where batched matmuls with one row are three times as fast as in
+bf16.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lorafold.ops.operators import Operation
 
 
 class SlotFactors(NamedTuple):
-    """Stacked factors down (slots, r, in) and up (slots, r, width), None if no slot has any.
-    `ranks` (slots,), int64 on the CPU, are the ranks that are not zero padding.
+    """Stacked factors down (slots, r, in) and up (slots, r, width), or None, with their ranks
+    (slots,), int64 on the CPU.
     """
 
     down: Tensor | None
@@ -43,8 +43,8 @@ def stored(factors: Tensor) -> torch.dtype:
 
 
 def low_rank(parts: Sequence[SlotFactors], slots: Tensor) -> Product:
-    """A function of x that multiplies each of B rows with the factors of its slot and concatenates
-    the outputs of all parts. slots (B,).
+    """A function of x that multiplies each of B rows with the factors of its slot (B,), and
+    concatenates the parts.
     """
     products = [_low_rank(part, slots) for part in parts]
 
@@ -92,8 +92,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
 
 
 def _of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
-    """The mask (B, 1, T, K) repeated for each of B * kv heads, (B kv, groups T, K), in fp32 for one
-    query. It is cached on the mask, which all layers share.
+    """The mask (B, 1, T, K) for B * kv heads, (B kv, groups T, K), cached on the mask for all
+    layers.
     """
     known = vars(mask).setdefault("_lorafold_of_heads", {})
     if (kv, groups) not in known:
@@ -105,8 +105,8 @@ def _of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
 
 
 def write(buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
-    """Write the tokens of each row x (B, Hk, T, D) to its slot in buffer (slots, Hk, L, D), from
-    position starts (B,) on. slots (B,).
+    """Write the tokens x (B, Hk, T, D) to buffer (slots, Hk, L, D) at slots (B,), from position
+    starts (B,).
     """
     known = vars(starts).setdefault("_lorafold_places", {})  # shared by the KV caches of all layers
     if (tokens := x.shape[2]) not in known:

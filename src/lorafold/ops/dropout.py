@@ -4,15 +4,11 @@
     element (t, j) of x (T, in) is dropped if h < round(65536 p), h 16 bits of
     philox(counter = (call of j, position of t, row of t, site), key of the step)
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") maps a counter and
-a key to four 32-bit words without any state. One call covers 8 neighbouring elements: the low and
-the high half of each of its four words. Tokens are identified by names (`core.selection`), so which
-elements of a row are dropped depends only on the row's name, and a resumed run or a replay samples
-the same ones. Without names, each call takes a key from torch's default CPU generator.
-
-On a CPU, the backward pass keeps the indices of the n p dropped elements instead of a mask; a
-boolean mask is used if the size of a tensor must not be random (accelerators, compiled code). Use
-`shared` inside a fused operation, `dropout` anywhere else.
+One call of Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") covers
+8 neighbouring elements: the low and the high half of each of its four words. Tokens are identified
+by names (`core.selection`), so a resumed run or a replay drops the same elements; without names,
+each call takes a key from torch's default CPU generator. The backward pass keeps the indices of the
+dropped elements on a CPU, and elsewhere a mask, whose size is not random.
 """
 
 from __future__ import annotations
@@ -33,10 +29,7 @@ AT_ONCE = 1 << 16  # Philox calls whose words are in memory at a time
 
 
 def keep_scale(p: float) -> float:
-    """1 / (1 - p), the factor of the kept elements that preserves the mean.
-
-    Raises ValueError for p outside [0, 1).
-    """
+    """1 / (1 - p). Raises ValueError for p outside [0, 1)."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability: found {p!r}, expected 0 or more and below 1")
     return 1 / (1 - p)
@@ -49,8 +42,7 @@ def threshold(p: float) -> int:
 
 def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, Tensor]:
     """x (..., in) with zeros at the dropped elements, and their places: ascending int32 indices
-    (m,) into the flattened x, or a boolean mask in x's shape. Not differentiable. Raises ValueError
-    for p outside [0, 1).
+    (m,) into the flattened x, or a boolean mask. Not differentiable.
     """
     keep_scale(p)
     x = x.detach()
@@ -65,8 +57,7 @@ def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, 
 
 
 def source(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
-    """The names of the rows of x (..., in), flattened, and the key. Without names, these are row
-    numbers and a key from torch's generator.
+    """The flattened names of the rows of x (..., in), and the key; made up if there are no names.
     """
     if names is not None:
         return names.flatten(), key
@@ -144,9 +135,8 @@ class _Kept(Function):
 
 
 class Dropped(NamedTuple):
-    """An input (..., in) with dropped elements, their places (see `dropped`) and the factor of the
-    kept ones; and the version of the input, the checkpointed segment and the readers of this
-    sample.
+    """An input (..., in) with dropped elements, their places and the factor of the kept ones; the
+    version of the input, the checkpointed segment and the readers of this sample.
     """
 
     x: Tensor
@@ -158,12 +148,10 @@ class Dropped(NamedTuple):
 
 
 def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dropped:
-    """x (any shape) with elements dropped once for all layers that read this tensor, such as q, k
-    and v.
+    """x (any shape) with elements dropped once for all layers that read it, such as q, k and v.
 
-    The result is cached on x and sampled for the site of its first reader. A reader that asks again
-    gets a new sample. Checkpointed segments do not share samples, because each must drop the same
-    elements when it is replayed alone. Not differentiable. Raises ValueError for p outside [0, 1).
+    Cached on x. A reader that asks again gets a new sample. Checkpointed segments do not share
+    samples, because each must drop the same elements when it is replayed alone. Not differentiable.
     """
     # inference tensors have no version counter
     segment, version = running_segment(), None if x.is_inference() else x._version
@@ -178,10 +166,8 @@ def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dr
 
 
 def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
-    """Dropout of x (any shape), in its dtype. The backward pass keeps the places of the dropped
-    elements and not x.
-
-    Raises ValueError for p outside [0, 1).
+    """Dropout of x (any shape). The backward pass keeps the places of the dropped elements and not
+    x.
     """
     if torch.compiler.is_compiling():
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)

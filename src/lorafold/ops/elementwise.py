@@ -1,15 +1,13 @@
 """The elementwise parts of a block, each of which saves only its inputs for the backward pass.
 
-    rms_norm   y = x r g,   r = (mean(x^2) + eps)^-1/2
+    rms_norm   y = x r g,   r = (mean(x^2) + eps)^-1/2      x (..., d), g (d,); in fp32
                gx = r (g gy) - x r^3 mean(g gy x)
-    gated      y = act(gate) * up
-    rotary     y = x cos + rotate(x) sin,   rotate([a, b]) = [-b, a]
+    gated      y = act(gate) * up                           gate, up (..., k)
+    rotary     y = x cos + rotate(x) sin,   rotate([a, b]) = [-b, a]        x (..., T, D)
 
-Root mean square normalization: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4; x (..., d), g
-(d,); sums and products in fp32, rounded once at the end. Gated activations: Shazeer 2020, arXiv
-2002.05202, SwiGLU for silu, GEGLU for gelu; gate, up (..., k). Rotary position embedding: Su et al.
-2021, arXiv 2104.09864, in the layout of transformers; x (..., T, D) with halves a and b; cos and
-sin broadcast to x.
+Root mean square normalization: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4. Gated
+activations: Shazeer 2020, arXiv 2002.05202, SwiGLU for silu, GEGLU for gelu. Rotary position
+embedding: Su et al. 2021, arXiv 2104.09864, in the layout of transformers.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
     (-1)^s 2^(e - 7) (1 + m / 8), or 2^-6 m / 8 where e = 0        |value| <= 448
 
-Shifted left by seven bits, a code is the fp16 number with the same sign, exponent and mantissa. The
-exponent bias of fp16 is 15 instead of 7, so the value is that number times 2^8. On a CPU this is
-sixteen times as fast as torch's conversion. It maps the NaN code (all bits set except the sign) to
-480, so check `is_nan` first.
+Shifted left by seven bits, a code is an fp16 number, whose exponent bias is 15 instead of 7, so the
+value is that number times 2^8. On a CPU this is sixteen times as fast as torch's conversion. NaN
+becomes 480.
 """
 
 from __future__ import annotations

@@ -4,26 +4,22 @@ them.
     y  = addmm(onto, x, W^T)        x (T, in), W (out, in), onto (T, out) or (out,): one sum in the
     gx = g W,  gonto = g            GEMM's fp32 accumulator, rounded once
 
-`read` returns W in a dtype. A quantized W (NF4, int8) is dequantized for each use, so that a step
-never holds more than one dequantized matrix.
+`read` returns W in a dtype. A quantized W is dequantized for each use, so that a step never holds
+more than one dequantized matrix.
 
     u  = drop(x) A^T                        a low-rank update: A = down (r, in), B = up (out, r),
     y  = addmm(u (k B)^T, x, W^T)           rounded once in the forward and in the backward
     gx = addmm(drop((g k B) A), g, W)       the same elements of (T, in) dropped in both
 
-k is the update's scale times 1 / (1 - p). Only drop(x), u, the indices of the dropped elements and
-the small factors are saved. `Layer.low_rank` computes the same for any other layer.
+k is the update's scale times 1 / (1 - p).
 
     y  = x W'^T                             W' = W + values (k,) at places `at` (LT-SFT, FISH mask)
     gx = g W',  gvalues[e] = sum_t g[t, i_e] x[t, j_e]      (i_e, j_e) row and column of entry e
 
-If there are few entries, the gradient is computed at these alone, from rows of the transposed g and
-x.
-
     y = u (diag(b) M diag(d))^T             M (out, r) frozen, gains b (out,) and d (r,) (VeRA)
     gu = g (diag(b) M diag(d)),  H = g^T u * M,  gb = H d,  gd = b H
 
-The gains are multiplied into M in fp32, which is rounded once. The scaled matrix is not saved.
+The gains are multiplied into M in fp32, which is rounded once.
 """
 
 from __future__ import annotations
@@ -71,9 +67,8 @@ frozen_linear: Callable[[Tensor, Tensor | None, Read], Tensor] = _FrozenLinear.a
 def low_rank_parts(
     x: Tensor, down: Tensor, up: Tensor, drop: Dropped | None, k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, float]:
-    """x and the factors in the dtype in which they are multiplied, up with all scales applied;
-    drop(x); the places of the dropped elements, or None; and the scale. x (T, in); down
-    (..., r, in); up (..., out, r).
+    """x (T, in) and the factors, down (..., r, in) and scaled up (..., out, r), in the dtype of
+    their matmuls; drop(x); the places of the dropped elements, or None; the scale.
     """
     dtype, xd, where, scale = arithmetic(x), x, None, k
     if drop is not None:
@@ -146,8 +141,8 @@ class _SparseLinear(Exact):
 
 
 def product_at(g: Tensor, x: Tensor, at: Tensor) -> Tensor:
-    """The entries (k,) of g^T x (out, in) at the flat indices `at` (k,), in fp32 or wider if they
-    are few. g (T, out); x (T, in).
+    """The entries (k,) of g^T x at the flat indices `at` (k,), in fp32 or wider if they are few. g
+    (T, out); x (T, in).
     """
     dtype = arithmetic(x)
     if g.device.type != "cpu" or FEW * len(at) > g.shape[1] * x.shape[1]:

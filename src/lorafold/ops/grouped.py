@@ -5,15 +5,12 @@ matrix.
     y_s = W_e x_s + B_e A_e drop(x_s)   the same with a frozen W and a low-rank update, summed in
                                         one accumulator and rounded once (`ops.frozen`: one matrix)
 
-The rows of a group are contiguous. Only groups with rows are computed, so a quantized W is
-dequantized for those experts alone, one at a time. The backward passes save the same tensors as in
-`ops.frozen` and read W again. oneDNN compiles a kernel for every new matmul shape, and the number
-of tokens per expert changes at every step, so groups are padded to multiples of `Groups.step` rows,
-and the low-rank factors are multiplied with tiles of that many rows.
+Only groups with rows are computed, so a quantized W is dequantized one expert at a time. oneDNN
+compiles a kernel for every new matmul shape, so groups are padded to multiples of `Groups.step`
+rows, and the low-rank factors are multiplied with tiles of that many rows.
 
 GPUs of compute capability 9 and 10 use `torch._grouped_mm` in bf16: it keeps the group sizes on the
-device, so the host never waits. It cannot start from an accumulator, so the sum is rounded a second
-time.
+device, so the host never waits.
 """
 
 from __future__ import annotations
@@ -40,10 +37,11 @@ from lorafold.ops.scale import SCALE
 
 @dataclass(frozen=True)
 class Groups:
-    """S sorted rows in groups, each padded to a multiple of `step` rows.
+    """S sorted rows in groups, each padded to a multiple of `step` rows. `of_row` (S,) is the group
+    of each row.
 
-    `of_row` (S,) is the group of each row. `known` are the group sizes, or None if only the device
-    has them; then `ends` (E,), int32, is the end of each group.
+    `known` are the group sizes, or None if only the device has them; then `ends` (E,), int32, is
+    the end of each group.
     """
 
     of_row: Tensor
@@ -65,8 +63,8 @@ class Groups:
         return self.of_row[:: self.step]
 
     def spans(self, times: int = 1) -> Iterator[tuple[int, slice]]:
-        """Yield the number and the slice of rows of each group that has rows, with each row counted
-        `times` times.
+        """Yield the number and rows of each group that has rows, with each row counted `times`
+        times.
         """
         start = 0
         for number, size in enumerate(self.sizes):
@@ -76,11 +74,11 @@ class Groups:
 
 
 def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
-    """Sort S rows into `number` groups, padded with copies of the first row to P rows.
+    """Sort S rows into `number` groups by `of_row` (S,), padded with copies of the first row to P
+    rows.
 
     Returns the groups, the source row of each of the P places (P,) and the place of each row (S,).
-    `of_row` (S,) is the group of each row; fake tensors have no values, so their groups get equal
-    sizes.
+    For fake tensors, the groups have equal sizes.
     """
     n, device = len(of_row), of_row.device
     # sizes are multiples of a quarter of their mean, as a power of two
@@ -141,8 +139,8 @@ class FrozenMatrices(NamedTuple):
         """W_e x_s + onto_s (S, width) of all rows x (S, in), rounded once; with `back`, the
         transposed W_e. `out` (S, width), which may be `onto`, is overwritten.
 
-        `torch._grouped_mm` has no accumulator to start from, so its sum with `onto` is rounded with
-        a dither, which preserves a small update on average.
+        `torch._grouped_mm` can't start from an accumulator, so its sum with `onto` is rounded with
+        a dither, which preserves small updates on average.
         """
         if self.at_once(x, width):
             every = self.read_all(x.dtype)

@@ -1,8 +1,6 @@
-"""The elementwise (Hadamard) product of two low-rank matrices.
+"""The elementwise (Hadamard) product of two low-rank matrices, saving only the factors.
 
     P = s (A1 B1) * (A2 B2)         A (..., out, r), B (..., r, in)
-
-Only the factors are saved for the backward pass, not the two products (out, in).
 """
 
 from __future__ import annotations

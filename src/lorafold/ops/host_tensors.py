@@ -1,10 +1,7 @@
 """Tensors sent from the host to a device, with the values that the host still has.
 
     x = sent(ids, device)       on a GPU, an asynchronous copy
-    on_host(x)                  the values on the CPU: immediately, if x was sent and is unchanged
-
-Lengths, labels and positions are known on the host before they are sent, so reading them back must
-not make the host wait for the GPU's queue.
+    on_host(x)                  the values on the CPU; no wait if x was sent and is unchanged
 """
 
 from __future__ import annotations
@@ -34,9 +31,7 @@ def all_sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, T
 
 
 def on_host(x: Tensor) -> Tensor:
-    """x (any shape) on the CPU. Waits for the device only if x was not sent by the host or was
-    modified since.
-    """
+    """x (any shape) on the CPU. Waits for the device unless x was sent and is unchanged."""
     if x.device.type == "cpu":
         return x
     known = _host_of(x)

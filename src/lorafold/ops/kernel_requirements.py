@@ -20,8 +20,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Demand(NamedTuple):
-    """The requirements of an attention kernel: dtypes, the largest head size and its divisor, and
-    the minimum compute capability of the GPU.
+    """An attention kernel's dtypes, largest head size and its divisor, and minimum compute
+    capability.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -53,8 +53,8 @@ _said: ContextVar[DeviceKind | None] = ContextVar("place", default=None)
 
 @contextmanager
 def as_on(place: DeviceKind) -> Iterator[None]:
-    """Compute tensors as if they were on another device, in this thread, until the `with` block
-    ends. Estimates use it for devices that this machine may not have.
+    """Compute tensors as if they were on another device, in this thread, in the `with` block.
+    Estimates use it for devices that this machine lacks.
     """
     token = _said.set(place)
     try:

@@ -23,10 +23,11 @@ PAIRS = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
 
 def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The values (..., 32 G), in the order of their codes, for blocks (..., G, 16) and scales
-    (..., G). Both codes of a byte are looked up at once.
+    (..., G).
     """
     device = blocks.device
     exact = torch.bfloat16 if dtype is torch.float16 else dtype  # fp16 lacks most of the scales
+    # both codes of a byte are looked up at once
     values = (*MAGNITUDES, *(-v for v in MAGNITUDES))
     of_code = torch.tensor(values, dtype=exact, device=device)
     pairs = torch.stack([of_code.repeat(16), of_code.repeat_interleave(16)], 1)

@@ -1,10 +1,8 @@
-"""4-bit NormalFloat (NF4): its levels, and its block sizes: 64 weights, and 256 constants if the
-constants are quantized too.
+"""The levels of 4-bit NormalFloat (NF4), and its block sizes.
 
 The levels are quantiles of N(0, 1), scaled so that the outermost are -1 and 1. Sixteen levels that
 include zero can't be symmetric, so 7 are negative and 8 positive, each side at even steps of
-probability between 1/2 and 0.9677083. That is the mean of 1 - 1/32 and 1 - 1/30, the middles of the
-outermost of 16 and of 15 bins of equal mass.
+probability between 1/2 and 0.9677083, the mean of 1 - 1/32 and 1 - 1/30.
 
 Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E, which lists these levels;
 equation 4 averages neighbouring quantiles instead.

@@ -1,12 +1,12 @@
-"""Operations with a plain form in torch, which specifies them, and faster forms per kind of device,
-which `lorafold.kernels.registry` lists.
+"""Operations with a plain form in torch, which specifies them, and faster forms per kind of device
+(`lorafold.kernels.registry`).
 
     NORM = operator("rms_norm(...) -> Tensor", plain, fake)     with tensor arguments
     FORWARD = Operation("document_attention", plain)            with any arguments
     with plainly(): ...             computes the plain forms, to test the faster ones
 
-`operator` registers torch.ops.lorafold.NAME in torch's dispatcher, with a fake form so that an
-estimate on fake tensors counts its memory. torch.library.custom_op adds about 20 us to each call.
+`operator` registers torch.ops.lorafold.NAME, with a fake form so that estimates count its memory.
+torch.library.custom_op would add 20 us to each call.
 """
 
 from __future__ import annotations

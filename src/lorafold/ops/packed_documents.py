@@ -3,10 +3,9 @@
     document i: keys key_at(i) + [0, lens[i]), queries at(i) + [0, lens[i] - starts[i])
 
 The j-th query of a document sees its keys (j - window, j]. Without shared prefixes, starts is 0 and
-every token is one query and one key. Documents may share prefixes to any depth: the shared tokens
-are queries of the first document only, and keys of all of them. `prefixed` documents have keys in
-front without queries (the virtual tokens of prompt and prefix tuning), so no (T, n + T) mask is
-needed.
+every token is one query and one key. Tokens of a shared prefix are queries of the first document
+only, and keys of all of them. `prefixed` documents have keys in front without queries (the virtual
+tokens of prompt and prefix tuning).
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ TILE = 128
 class Tile(NamedTuple):
     """Queries lo:hi against keys first:hi of each of n consecutive documents of one length.
 
-    Each document's own queries begin at position `start`. The own queries of the first document
-    begin at token `at`, and its keys at key `key_at`.
+    Each document's own queries begin at position `start`; the first document's are at token `at`,
+    its keys at key `key_at`.
     """
 
     at: int
@@ -85,11 +84,11 @@ class Tile(NamedTuple):
 @dataclass(frozen=True)
 class Documents:
     """The documents in a batch: `lens` are their lengths in tokens, sequence after sequence, with
-    sum B * T. With a window, query i sees the keys in (i - window, i].
+    sum B * T.
 
-    Documents may share prefixes. Then the own tokens of document i are starts[i]:lens[i], these are
-    packed into one sequence of T tokens, and `keys` (S,), S = sum(lens), maps each key of each
-    document to one of the T tokens.
+    With shared prefixes, the own tokens of document i are starts[i]:lens[i], packed into one
+    sequence of T tokens, and `keys` (S,), S = sum(lens), maps each key of each document to one of
+    the T tokens.
     """
 
     lens: tuple[int, ...]
@@ -171,9 +170,7 @@ class Documents:
         )  # fmt: skip
 
     def _borders(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The offsets of each document's keys and of its queries, including the end: int32
-        (documents + 1,) each, copied to the device once for all layers.
-        """
+        """The offsets of each document's keys and of its queries: int32 (documents + 1,) each."""
         if device not in self._ends:
             borders = {
                 lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
@@ -183,10 +180,8 @@ class Documents:
         return self._ends[device]
 
     def tiles(self) -> Iterator[Tile]:
-        """Yield tiles that contain every query once.
-
-        Consecutive documents with the same length and number of own tokens share their tiles, so
-        that a batch of equal documents is one batched matmul.
+        """Yield tiles that contain every query once. Consecutive documents with the same length and
+        start share their tiles, so that a batch of equal documents is one batched matmul.
         """
         at = key_at = 0
         for (length, start), equal in groupby(zip(self.lens, self.starts, strict=True)):
@@ -202,9 +197,7 @@ class Documents:
 
     def mask(self, tile: Tile, groups: int, like: Tensor) -> Tensor:
         """The mask (G * t, s), 0 or -inf, added to the scores of a tile's t queries and s keys.
-
-        Aligned at the last key, all tiles of t queries have the same mask, so only the widest is
-        cached, for all layers, and the others are its last columns.
+        Only the widest mask is cached: aligned at the last key, the others are its last columns.
         """
         t, columns = tile.hi - tile.lo, tile.hi - tile.first
         key = t, groups, like.dtype, like.device
@@ -218,7 +211,7 @@ class Documents:
         return self._masks[key][:, -columns:]
 
     def dense(self, batch: int, device: torch.device) -> Tensor:
-        """The whole mask, boolean (B, 1, T, T): True if a query sees a token; (B, 1, T, n + T) with
+        """The whole mask, boolean (B, 1, T, T), True if a query sees a token; (B, 1, T, n + T) with
         n tokens in front.
         """
         if self.behind is not None:
@@ -236,9 +229,7 @@ class Documents:
         return seen if self.window is None else seen & (i[:, None] - self.window < i)
 
     def _dense_shared(self, document: Tensor, begins: Tensor, keys: Tensor) -> Tensor:
-        """The whole mask (1, 1, T, T) of documents with shared prefixes. document (S,); begins
-        (documents,); keys (S,).
-        """
+        """The whole mask (1, 1, T, T) of documents with shared prefixes."""
         j = torch.arange(len(document), device=document.device)
         first = begins + torch.tensor(self.starts, device=document.device)
         i = j[j >= first[document]]  # (T,), each token's key in its own document

@@ -3,7 +3,7 @@
     z = g * y + c + onto            y, onto (..., k); g, c (k,) fp32
 
 In bf16 the sum is rounded with a dither (`core.rounding`): rounded to the nearest, a gain below 1 +
-2^-9 would have no effect, because y is already bf16. Only y and g are saved for the backward pass.
+2^-9 would have no effect, because y is already bf16.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
                         2; the transform of y is x
 
 H of n = a b is the Kronecker product of H_a and H_b, so for x reshaped to a matrix X (a, b) the
-transform is H_a X H_b. In practice two matmuls are faster than the n log n additions of the fast
-transform.
+transform is H_a X H_b, which is faster than the n log n additions of the fast transform.
 """
 
 from __future__ import annotations
