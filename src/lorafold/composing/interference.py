@@ -65,7 +65,6 @@ class Pair:
     sites: dict[str, UpdateRelation]
 
     def __str__(self) -> str:
-        """The figures, and the sites whose updates oppose each other most."""
         worst = sorted(self.sites.items(), key=lambda one: one[1].cosine * one[1].weight)[:3]
         opposed = {path: one.cosine for path, one in worst if one.cosine < 0}
         return in_words("composing/pair.jinja", pair=self, all=self.overall, opposed=opposed)

@@ -32,9 +32,8 @@ Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 @dataclass(frozen=True)
 class ComposeRequest:
-    """The adapters to compose, the methods, and the output directory. `tasks` are rows for
-    evaluation, and `examples` rows that lorahub and mixture learn from; `recipe` and `gates` are
-    for mixture.
+    """The adapters to compose, the methods and the output. `tasks` are rows for evaluation,
+    `examples` rows that lorahub and mixture learn from.
     """
 
     base: Base

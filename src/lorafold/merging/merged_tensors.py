@@ -54,8 +54,8 @@ def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tenso
 
 
 def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(target, original), both (n', k), made equal in the rows that adapters replace or append, so
-    that these count neither as update nor as noise.
+    """(target, original), both (n', k), made equal in rows that adapters replace or append, which
+    are neither update nor noise.
     """
     at = torch.tensor(
         [*(i for i in values if i < len(original)), *range(len(original), len(target))],

@@ -77,7 +77,6 @@ def _without_ties(config: dict[str, Any], declare: bool) -> dict[str, Any]:
 
 
 def _of_language_model(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with these values for the language model."""
     if "text_config" not in config:
         return {**config, **values}
     return {**config, "text_config": {**config["text_config"], **values}}
@@ -86,8 +85,8 @@ def _of_language_model(config: Mapping[str, Any], values: Mapping[str, Any]) -> 
 def with_biases(
     config: dict[str, Any], mapped: MappedModel, switches: Switches
 ) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """(`config.json`, entries of added biases by parameter). Sets the model's new biases to zero. A
-    bias can't be added beside a weight that transformers converts on loading.
+    """(`config.json`, entries of added biases by parameter). Sets the new biases of the model to
+    zero.
     """
     model = mapped.model
     switch_on(model, switches)

@@ -40,9 +40,8 @@ Row = str | tuple[str, dict[str, Any]] | Callable[..., "Spec"]
 class Methods(UserDict[str, Any]):
     """Spec factories by method name.
 
-    A row is `module.Class` in this package, optionally with options, and is imported on first use,
-    so that the names are known without importing torch. A row may also be a spec class, or a
-    function that returns a spec.
+    A row is `module.Class` in this package, optionally with options, imported on first use so that
+    the names are known without torch; or a spec class or function.
     """
 
     def __init__(self, rows: dict[str, Row]) -> None:
@@ -68,7 +67,6 @@ class Methods(UserDict[str, Any]):
 
 
 def _imported(place: str) -> "type[Spec]":
-    """The class `module.Class` of this package."""
     module, _, name = place.partition(".")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
@@ -100,8 +98,8 @@ METHODS = Methods(
 
 
 def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
-    """The names of the options that `make_spec` accepts for a method. For a method on top of
-    another one (`over`, a name; None: its default), the options of that method are included.
+    """The option names that `make_spec` accepts for a method, including those of the method that it
+    is on top of (`over`).
     """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")

@@ -42,8 +42,8 @@ AVERAGES = ("sensitivity", "uncertainty")
 
 
 class AdaLoRADelta(LowRank):
-    """P (*matrices, out, r), E (*matrices, r), Q (*matrices, r, in), fp32; kept (*matrices, r), the
-    triplets that the last allocation kept; and two running averages for each of P, E and Q.
+    """P (*matrices, out, r), E (*matrices, r), Q (*matrices, r, in), fp32; kept (*matrices, r); and
+    two running averages for each of P, E and Q.
     """
 
     up_names = ("P",)
@@ -181,9 +181,6 @@ class AdaLoRA(Spec):
                 torch._foreach_mul_([d.E for d in adapted], [d.kept for d in adapted])
 
     def report(self, deltas: DeltasByPath) -> str:
-        """The remaining ranks: one line for the matrices whose paths differ only in numbers, in the
-        order of the blocks.
-        """
         left = ranks(deltas)
         lines: dict[str, list[str]] = {}
         for path, rank in left.items():
@@ -196,8 +193,8 @@ class AdaLoRA(Spec):
 
 @torch.no_grad()
 def observe(deltas: list[AdaLoRADelta], beta1: float, beta2: float) -> None:
-    """Update the averages of all deltas (eq. 9 and 10) from the parameters and their gradients.
-    `beta1` smooths sensitivity, `beta2` uncertainty.
+    """Update the averages (eq. 9 and 10) from parameters and gradients. `beta1` smooths
+    sensitivity, `beta2` uncertainty.
     """
     of = [(delta, part) for delta in deltas for part in PARTS]
     parameters = [getattr(delta, part) for delta, part in of]

@@ -40,8 +40,8 @@ def squares(w: Tensor) -> Tensor:  # (*matrices, out, in) -> (*matrices, out)
 
 
 class CachedValue:
-    """A value computed from tensors, recomputed once one of these was replaced, moved or modified
-    in place. The value is not copied or pickled.
+    """A value computed from tensors, recomputed once one was replaced, moved or modified in place.
+    It is not copied or pickled.
     """
 
     def __init__(self) -> None:
@@ -86,8 +86,8 @@ class DoRADelta(Delta):
     def row_norms(self, layer: Layer) -> Tensor:  # (*matrices, out), fp32 or wider
         """The norm of each row of V, 1 where that is 0.
 
-        |w|^2 is cached until W changes. Outside training so are the norms; in training they are
-        cached for one optimizer step, and for the replay of a checkpointed block.
+        Cached until W or the inner delta changes; in training, for one optimizer step and for the
+        replay of a checkpointed block.
         """
         base = layer.sources()
 

@@ -7,10 +7,8 @@
 
 The smallest d that reaches 90% of full training's performance is the task's intrinsic dimension (Li
 et al. 2018, arXiv 1804.08838). The projection is Fastfood (Le et al. 2013), with a learned scale
-per matrix (Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2). B and Q are shared, since separate
-Gaussian values already make the matrices independent. Because of the division by sqrt(d), a step of
-AdamW moves the weights equally far at any d, so one learning rate fits all. All random values come
-from `seed`. The method is a diagnostic: it builds dW in every step, in bf16 for bf16 weights.
+per matrix (Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2). Dividing by sqrt(d) lets one
+learning rate fit all d. The method is a diagnostic: it builds dW in every step.
 """
 
 from __future__ import annotations
@@ -52,8 +50,8 @@ class Subspace(nn.Module):
             self.register_buffer(name, tensor.to(device), persistent=False)
 
     def transformed(self, x: Tensor) -> Tensor:  # (..., L)
-        """sqrt(L) times the Walsh-Hadamard transform of x (..., L). Without the factor 1 / sqrt(L),
-        the matrices' entries are signs, which are exact in 16 bits.
+        """sqrt(L) times the Walsh-Hadamard transform of x (..., L): with signs as entries, which
+        are exact in 16 bits.
         """
         return walsh(x, self.left.sign().to(x), self.right.sign().to(x))
 

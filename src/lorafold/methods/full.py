@@ -3,10 +3,9 @@
     y = layer(x)                    W itself is the parameter; there is no copy and nothing to merge
 
 The baseline of every other method. With its gradient and AdamW's fp32 moments, a parameter takes 16
-bytes on an fp32 base and 12 on a bf16 one. In bf16 most updates are smaller than half a unit in the
-last place, so the optimizer has to round stochastically, as `training_step.adamw` does. Two rules
-for adapters do not hold here: `only(model)` is the model as trained so far, because the old weights
-are gone, and `detach` keeps the trained weights. It saves a plain model.
+bytes on an fp32 base and 12 on a bf16 one; in bf16 the optimizer has to round stochastically
+(`training_step.adamw`), because most updates are below half a unit. It saves a plain model. The old
+weights are gone: `only(model)` is the model as trained so far, and `detach` keeps trained weights.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class FullDelta(Delta):
 class Full(Spec):
     """Full fine-tuning, which has no options. If you set targets, it trains only those modules.
 
-    Building fails for weights that can have no gradient, such as those of a quantized base.
+    Building fails for weights that can have no gradient, for example in a quantized base.
     """
 
     targets = "parameters"

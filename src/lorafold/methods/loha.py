@@ -3,12 +3,12 @@
     y = (W + dW) x + b              dW = alpha / r (A1 B1) * (A2 B2), A (out, r), B (r, in), B2 zero
                                     at start
     dW = U V                        U (out, r^2) the products of a column of A1 and one of A2, V
-                                    (r^2, in) those of a row of B1 and one of B2
+                                    (r^2, in) the products of a row of B1 and one of B2
 
 Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, prop. 1; LyCORIS: Yeh et al. 2024, arXiv
 2309.14859. It reaches rank r^2 with twice the parameters of LoRA at rank r, but takes more time.
-Use it if LoRA's rank is too small. If U and V are small compared to W, it runs as the low-rank
-update U V; at larger ranks, dW is built at every step.
+Use it if LoRA's rank is too small. At small ranks it runs as the low-rank update U V; at larger
+ones, dW is built at every step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LoHaDelta(Dense):
 
     def branch(self, layer: Layer, x: Tensor) -> Tensor:
         """U V x, (..., in) -> (..., out). The backward pass builds U and V again, because the
-        factors are much smaller.
+        factors are smaller.
         """
         up = self.w1_a[..., :, None] * (self.scale * self.w2_a)[..., None, :]
         down = self.w1_b[..., :, None, :] * self.w2_b[..., None, :, :]

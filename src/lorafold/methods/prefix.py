@@ -46,11 +46,9 @@ class PrefixDelta(Sender):
 
     @property
     def positions(self) -> int:
-        """n."""
         return len(self.prefix)
 
     def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
-        """The keys (1, Hk, n, D) and the values (1, Hk, n, D) by `layer_idx`."""
         return {i: (kv[:1], kv[1:]) for i, kv in zip(self.layers, self.by_layer(), strict=True)}
 
 @dataclass(frozen=True)

@@ -33,12 +33,11 @@ class PromptDelta(Sender):
 
     @property
     def positions(self) -> int:
-        """n."""
         return len(self.embeddings)
 
     def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
-        """The keys and values of positions 0 to n - 1, by `layer_idx`. They are computed if there
-        is no cache or it is empty, and then stored on the cache.
+        """The keys and values of positions 0 to n - 1, by `layer_idx`: from the KV cache unless it
+        is empty.
         """
         kept = getattr(cache, "virtual_tokens", {})
         if cache is not None and cache.get_seq_length() and id(self) in kept:

@@ -73,7 +73,6 @@ class _Sparse(Spec):
     asks_losses = True
 
     def check(self, *wrong: str, whole: str) -> None:
-        """Raise LorafoldError with all invalid options."""
         if not 0 < self.density <= 1:
             wrong = (f"density: found {self.density!r}, expected above 0, at most 1", *wrong)
         check(self, *wrong, whole=(whole,))
@@ -155,8 +154,8 @@ class FishMask(_Sparse):
 
 
 def largest(scores: list[Tensor], density: float) -> list[Tensor]:
-    """The ascending positions (k_i,) in each weight of the fraction `density` of entries with the
-    largest scores over all weights; a weight may have none. The scores are (out * in,) per weight.
+    """The ascending positions (k_i,) in each weight of the fraction `density` of largest scores
+    (out * in,) over all weights.
     """
     sizes = [len(s) for s in scores]
     keep = max(1, round(density * sum(sizes)))

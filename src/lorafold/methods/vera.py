@@ -26,10 +26,10 @@ from lorafold.ops.frozen import scaled_product
 
 
 class Projections(nn.Module):
-    """A (r, in), B (out, r), frozen, fp32.
+    """A (r, in), B (out, r), frozen, fp32. If `saved`, adapter files contain them.
 
     All deltas of an adapter have the same module, so that it stays shared through `.to`, deepcopy
-    and pickle. If `saved`, adapter files contain A and B.
+    and pickle.
     """
 
     setting_names = ("key",)  # the seed of A and B

@@ -30,8 +30,8 @@ CAUSAL = "AutoModelForCausalLM"
 
 @dataclass(frozen=True)
 class Whole:
-    """The multimodal model (on the meta device) that contains a language model, and the paths of
-    their common parts: path in the language model -> path in the whole model.
+    """The multimodal model (on the meta device) that contains a language model, and its paths of
+    their common parts by path in the language model.
     """
 
     model: nn.Module
@@ -48,7 +48,6 @@ class Whole:
 
 
 def _moved(path: str, roots: Iterable[tuple[str, str]]) -> str:
-    """The path with its root replaced by the second of the first pair that matches."""
     for a, b in roots:
         if f"{path}.".startswith(f"{a}."):
             return b + path[len(a) :]
@@ -105,7 +104,7 @@ def auto_class(config: PreTrainedConfig, what: str) -> Any:
 
 def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
     """The auto class for this configuration, preferably the one that maps to `cls`; if there is
-    none, the causal one, whose error lists the known models.
+    none, the causal one.
     """
     import transformers as tf
 

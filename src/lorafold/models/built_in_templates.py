@@ -8,9 +8,7 @@
              </tool_call>, <tool_response> ... </tool_response>
 
 Reasoning precedes the content of every turn in <think></think>, so that a later turn never changes
-an earlier one. For a tokenizer without ChatML's tokens, messages start with `### Role:` and end
-with its end-of-sequence token. `set_variables` writes the defaults into the template itself, so
-that they also apply outside lorafold.
+an earlier one. For a tokenizer without ChatML's tokens, messages start with `### Role:`.
 """
 
 from __future__ import annotations
@@ -179,7 +177,6 @@ def _read(template: str) -> set[str]:
 
 
 def _literal(name: str, value: Any) -> str:
-    """The value as a Jinja literal."""
     if value is None:
         return "none"
     if isinstance(value, list | tuple):

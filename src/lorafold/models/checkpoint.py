@@ -105,8 +105,8 @@ class Checkpoint:
 class MappedModel:
     """A model whose parameters are tensors of its files.
 
-    `entries` maps a parameter to the file's tensor, `tied` to the other names of a shared
-    parameter, and `converted` to the conversion that computes it from several tensors.
+    `entries`: the file's tensor by parameter; `tied`: the other names of a shared parameter;
+    `converted`: the conversion by parameter computed from several tensors.
     """
 
     model: PreTrainedModel
@@ -235,8 +235,8 @@ def by_parameter(
 def conversions(
     model: PreTrainedModel, parts: Parts, entries: Iterable[TensorEntry]
 ) -> tuple[dict[str, Tensor], dict[str, Conversion], dict[str, str]]:
-    """The mapped tensors of the files (any shape) by name, the conversion of each parameter made
-    from `parts`, and an error message for each parameter that can't be made.
+    """The mapped tensors (any shape) by name, the conversions by parameter, and an error message
+    for each parameter that can't be made.
     """
     by_file = defaultdict(list)
     for entry in entries:
@@ -268,8 +268,6 @@ def _parameters(
     converted: dict[str, Conversion],
     tied: dict[str, tuple[str, ...]],
 ) -> dict[str, nn.Parameter]:
-    """The parameters that the files contain, by name; two tied ones with equal tensors become one.
-    """
     parameters = {n: nn.Parameter(tensors[entry.name], False) for n, entry in entries.items()}
     # if the files contain both tensors, transformers ties them only if they are equal
     for name in tied.keys() & parameters.keys():
@@ -282,8 +280,8 @@ def _parameters(
 def _place(
     model: nn.Module, parameters: dict[str, nn.Parameter], tied: dict[str, tuple[str, ...]]
 ) -> None:
-    """Set these parameters, and buffers of these names, in the model. A parameter that is not among
-    them becomes the one that it is tied to.
+    """Set these parameters, and buffers of these names. Other parameters become those that they are
+    tied to.
     """
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)
@@ -319,11 +317,8 @@ def original_weights(source: ModelSource) -> Weights:
 def as_plain(
     checkpoint: Checkpoint, mapped: MappedModel
 ) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
-    """The checkpoint and model with the entries of an unquantized model: each quantized weight has
-    its dequantized shape and dtype, without scales. Also returns tensor name -> module path of the
-    quantized weights.
-
-    Nothing is dequantized here. The modules later dequantize to the config's dtype, or to bf16.
+    """The checkpoint and model with the entries of an unquantized model, and tensor name -> path of
+    the quantized module. Nothing is dequantized here.
     """
     dtype = mapped.model.config.dtype
     dtype = dtype if dtype in PLAIN else torch.bfloat16
@@ -350,9 +345,8 @@ def as_plain(
 def _quantized(
     mapped: MappedModel,
 ) -> Iterator[tuple[str, Any, str, list[str], tuple[int, ...]]]:
-    """Yield each quantized weight: its path, the module whose `compute_dtype` is its dequantized
-    dtype, its parameter's path in a plain model, the paths of its tensors, codes first, and its
-    plain shape.
+    """Yield each quantized weight: its path, the module with its `compute_dtype`, its parameter's
+    path in a plain model, the paths of its tensors, codes first, and its plain shape.
     """
     by_module = defaultdict(list)
     for name in mapped.entries:

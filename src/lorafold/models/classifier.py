@@ -41,9 +41,8 @@ def load_classifier(
     *,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Load a classifier in evaluation mode, with a reward model's single score for one class.
-    `pad_id` is the token that pads texts on the right; `seed` initializes a head that the files
-    lack.
+    """Load a classifier in evaluation mode, or with one class a reward model. `pad_id` pads texts
+    on the right; `seed` initializes a head that the files lack.
     """
     with loading(f"model {source.name}"):
         from transformers import AutoModelForSequenceClassification
@@ -72,8 +71,8 @@ def load_classifier(
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
-    """The paths of the head's modules: those with parameters outside the body and the encoders
-    beside it, and a new pooler in the body.
+    """The paths of the head's modules: those with parameters outside the body and encoders, and a
+    new pooler.
     """
     anatomy = Anatomy.of(model)
     body = anatomy.decoder
@@ -122,14 +121,13 @@ def expect_poolers(model: Any) -> None:
 
 
 def _poolers(names: Iterable[str]) -> tuple[str, ...]:
-    """The paths of pooler modules among parameters with these names."""
     paths = {name.rpartition(".")[0] for name in names}
     return tuple(sorted(path for path in paths if POOLER in path.split(".")))
 
 
 def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
-    """Make 16-bit heads of a classifier without adapters compute in fp32. `files` have the
-    unrounded values of heads that are not new.
+    """Make 16-bit heads compute in fp32. `files` have the unrounded values of heads that are not
+    new.
     """
     for path in head_paths(model):
         head = model.get_submodule(path)
@@ -144,7 +142,6 @@ def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
 
 
 def _widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A forward pre-hook that casts activations to fp32."""
     return tuple(x.float() if isinstance(x, Tensor) else x for x in args)
 
 
@@ -171,9 +168,7 @@ def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
 
 
 def scoring_shell(model: Any, pad_id: int) -> Any:
-    """A reward model over the decoder of a loaded language model, without its adapters and with a
-    head (1, d) of zeros.
-    """
+    """A reward model on the decoder of a loaded language model, with a head (1, d) of zeros."""
     of_base = twin(model)
     for path, module in [*adapted_modules(of_base)]:
         deltas: Any = module.deltas.values()

@@ -136,9 +136,7 @@ def fake_model(
 
 
 def _even(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
-    """The outputs of JetMoe's router for x (T, H) with equally many rows per expert, because its
-    own forward needs values to count them.
-    """
+    """JetMoe's routing of x (T, H) with equally many rows per expert; its own needs values."""
     logits = router.layer(x).float()  # (T, E)
     gates = logits.topk(router.top_k, dim=1)[0].softmax(1).type_as(x)  # (T, k)
     order = gates.flatten().argsort()

@@ -85,8 +85,8 @@ def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
 
 
 def differences(expected: Fingerprint, weights: Weights) -> list[str]:
-    """A message about the differences between the weights and a fingerprint; none if they agree.
-    Missing tensors (tied or renamed) are skipped, unless all are missing.
+    """A message if the weights differ from a fingerprint. Missing tensors (tied or renamed) are
+    skipped, unless all are missing.
     """
     here = {name: found for name in expected if (found := weights.find(name)) is not None}
     if expected and not here:
@@ -104,8 +104,8 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
 
 
 def fits(expected: Fingerprint, weights: Weights) -> bool:
-    """Whether the weights match a fingerprint. Compares all shapes before any values, and small
-    tensors first, to read little of a different model.
+    """Whether the weights match a fingerprint. Compares all shapes first and small tensors next, to
+    read little of a different model.
     """
     here = dict[str, str]()
     for name, sample in expected.items():
@@ -126,9 +126,7 @@ def agree(a: Fingerprint, b: Fingerprint) -> bool:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two floating-point tensors of any shape are equal after both are rounded to the
-    narrower of their dtypes.
-    """
+    """Whether two floating-point tensors (any shape) are equal in the narrower of their dtypes."""
     return bool(equal(a, b).all())
 
 

@@ -168,7 +168,6 @@ def _types(readers: Sequence[GGUFReader]) -> set[str]:
 
 
 def _dtypes(types: set[str], fp32: bool) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype in which to read tensors of these types, and the dtype of the copy."""
     import torch
 
     if not types <= EXACT:
@@ -247,8 +246,8 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
 
 
 def check_places(reader: GGUFReader, file: Path) -> None:
-    """Check that the tensors fill the file after its header without gaps. With a damaged header,
-    wrong bytes would be read as values.
+    """Check that the tensors fill the file after its header without gaps; otherwise wrong bytes
+    would be read as values.
     """
     end = 0
     for tensor in reader.tensors:

@@ -12,9 +12,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Silence transformers in the block, and turn its errors into a LorafoldError that begins with
-    `what`.
-    """
+    """Silence transformers, and turn its errors into a LorafoldError that begins with `what`."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -56,9 +54,8 @@ def one_line(error: Exception, limit: int = 300) -> str:
 def check_complete(
     what: str, missing: Sequence[str], misfits: Iterable[tuple[str, Any, Any]] = ()
 ) -> None:
-    """Raise an error that begins with `what` if weights are missing or have wrong shapes, because
-    transformers fills these with random values. Misfits are (name, shape in the files, shape in the
-    model).
+    """Check for missing weights and wrong shapes (name, in the files, in the model), because
+    transformers fills these with random values.
     """
     if wrong := [f"{n}: shape {list(a)}, expected {list(b)}" for n, a, b in misfits]:
         raise LorafoldError(f"{what}: {listed(sorted(wrong), '; ')}")

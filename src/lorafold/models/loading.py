@@ -35,9 +35,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def loaded_in_turn() -> Iterator[None]:
-    """Make transformers read a tensor only when a module gets it, so that the model is never whole
-    in memory.
-    """
+    """Make transformers read a tensor only when a module gets it, to save memory."""
     before = os.environ.get(IN_TURN)
     os.environ[IN_TURN] = "1"
     try:
@@ -51,7 +49,7 @@ def loaded_in_turn() -> Iterator[None]:
 @contextmanager
 def each_registered(keep: Callable[[Tensor], None]) -> Iterator[None]:
     """Call `keep` with each parameter and buffer (any shape) that a module gets, once the next one
-    comes or the block ends: until then other hooks may still replace it.
+    comes, because until then other hooks may replace it.
     """
     last: list[tuple[Any, str]] = []
 
@@ -77,8 +75,8 @@ def load_model(
     storage: Storage | torch.dtype,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Load a language model in evaluation mode. Its `name_or_path` is the requested name. Missing
-    weights are an error, because transformers would fill them with random values.
+    """Load a language model in evaluation mode. Missing weights are an error, because transformers
+    would fill them with random values.
     """
     source = resolve_model(source)
     what = f"model {source.name}"
@@ -98,8 +96,8 @@ def read_weights(
     device: torch.device | str,
     **config: Any,
 ) -> tuple[Any, Any]:
-    """Load a model with an auto class and these fields of its configuration replaced. Returns it
-    with transformers' report on missing, misshapen and unread weights.
+    """Load a model with an auto class and these config fields replaced, and transformers' report on
+    its weights.
     """
     import torch
 
@@ -138,8 +136,8 @@ def read_weights(
 
 
 def recorded_storage(model: nn.Module) -> dict[str, str] | None:
-    """The quantization and the compute dtype of a loaded transformers model, by the names used in
-    records; None for any other model.
+    """The quantization and compute dtype of a transformers model for records; None for any other
+    model.
     """
     config = getattr(model, "config", None)
     find = getattr(model, "get_input_embeddings", None)
@@ -176,9 +174,7 @@ def stored_in_files(source: ModelSource) -> str | None:
 
 
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
-    """The unquantized weights from a base's files, if the model was quantized on load; else None.
-    `load_model` must have checked the files.
-    """
+    """The unquantized weights from a base's files, if it was quantized on load; else None."""
     if storage.quantization is None or stored_in_files(source) is not None:
         return None
     from lorafold.models.checkpoint import original_weights

@@ -55,8 +55,8 @@ class Positions:
         return replace(self, table=self.table - before)
 
     def fitted(self, length: int | None, usual: int) -> tuple[int, str | None]:
-        """The length to cut rows to, for a requested length or the usual one, and a message if
-        positions limit it or the model was trained on fewer.
+        """The length to cut rows to, for a requested length or the usual one, and a message about
+        limits.
         """
         table, trained = self.table, self.trained
         if length is None:
@@ -78,8 +78,8 @@ class Positions:
 
 
 def positions_of(model: PreTrainedModel) -> Positions:
-    """The positions of a model. Its tables are those of the language model with about as many rows
-    as the configuration has positions.
+    """The positions of a model. Tables with about as many rows as its configuration has positions
+    limit rows.
     """
     config, anatomy = model.config.get_text_config(), Anatomy.of(model)
     given, bounds = _given(config) or 0, [sequence_of(model)]
@@ -100,8 +100,8 @@ def positions_of(model: PreTrainedModel) -> Positions:
 def positions_in(
     config: PreTrainedConfig, classifies: bool, trust_remote_code: bool = False
 ) -> Positions:
-    """The positions of a configuration's model. If only tables can limit them, one block is built
-    without values.
+    """The positions of a configuration's model, from one block without values if only tables can
+    limit them.
     """
     from lorafold.models.fake import fake_model, without_values
 
@@ -126,8 +126,7 @@ def sequence_of(model: nn.Module) -> int | None:
 
 def trained_on(config: PreTrainedConfig) -> int | None:
     """The number of positions that a model with RoPE was trained on; None for other models. With a
-    scaling factor, some configurations contain the number before scaling, some only the number
-    after it.
+    scaling factor, some configurations lack the number before scaling.
     """
     given, rotary = _given(config), getattr(config, "rope_parameters", None)
     if given is None or not isinstance(rotary, Mapping) or getattr(config, "alibi", False):

@@ -104,8 +104,8 @@ def of_codes(kind: str, bits: int) -> str | None:
 
 
 class Storage(NamedTuple):
-    """How a base stores its weights: the compute dtype, the quantization of its linear layers if
-    any, and the reason for the choice.
+    """The compute dtype of a base, the quantization of its linear layers if any, and the reason for
+    the choice.
     """
 
     dtype: torch.dtype

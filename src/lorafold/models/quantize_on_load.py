@@ -1,9 +1,9 @@
 """Loading quantized models: bitsandbytes quantizes one tensor at a time, or the files are
 quantized.
 
-Every linear layer of the blocks and every matrix of experts is quantized, from bf16; embeddings,
-norms, routers and heads stay in 16 bits. Tensors are read and not mapped, so peak memory is the
-quantized model plus one tensor, or one block's experts.
+Linear layers of the blocks and matrices of experts are quantized; embeddings, norms, routers and
+heads stay in 16 bits. Tensors are not mapped, so peak memory is the quantized model plus one
+tensor.
 """
 
 from __future__ import annotations
@@ -81,9 +81,8 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
 
 
 def packable(model: PreTrainedModel) -> list[str]:
-    """The paths of the matrices to quantize: those of the blocks whose number of inputs is a
-    multiple of 64, NF4's block size. For others, bitsandbytes' own forward, which runs without an
-    adapter, is wrong on some CPUs.
+    """The paths of the matrices to quantize: those of the blocks with a number of inputs divisible
+    by 64, because bitsandbytes' own forward is wrong for others on some CPUs.
     """
     anatomy = Anatomy.of(model)
     inside = filter(beneath([anatomy.decoder]), block_linears(model, is_linear))
@@ -94,8 +93,8 @@ def packable(model: PreTrainedModel) -> list[str]:
 def read_quantized(
     auto: Any, source: ModelSource, storage: Storage, device: torch.device, **config: Any
 ) -> tuple[Any, Any]:
-    """Load a quantized model with an auto class and these fields of its configuration replaced, and
-    return it with transformers' report on its weights.
+    """Load a quantized model with an auto class and these config fields replaced, and transformers'
+    report.
 
     Raises ImportError if bitsandbytes has to quantize and is not installed.
     """
@@ -159,7 +158,7 @@ def read_quantized(
 
 
 def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
-    """A subclass of a model's class that is built with the quantized layers of the files."""
+    """A subclass of a model's class, built with the files' quantized layers."""
     from lorafold.models.checkpoint import by_parameter, entries_of
 
     make_quantized(model, settings, what)

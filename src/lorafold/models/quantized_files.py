@@ -7,10 +7,8 @@ MXFP4.
     mxfp4    experts.gate_up_proj_blocks (E, out, in / 32, 16), two codes a byte, and
              experts.gate_up_proj_scales (E, out, in / 32), powers of two    0.27
 
-The package compressed-tensors parses its configurations and matches their modules. Linear layers
-become `layers.compressed.CompressedLinear`, and experts in MXFP4 get parameters with the files'
-names (`layers.expert_storage`), so the codes stay unchanged and the results do not depend on other
-packages' kernels.
+The package compressed-tensors only parses configurations; the codes stay unchanged in memory, and
+the results do not depend on other packages' kernels.
 """
 
 from __future__ import annotations
@@ -44,8 +42,8 @@ PARTS = (
 
 
 def _codes_by_method(settings: Mapping[str, Any]) -> str | None:
-    """The type of codes that the `quant_method` alone implies: float for fine-grained FP8, empty
-    for MXFP4; None otherwise.
+    """The type of codes that the `quant_method` implies: float for fine-grained FP8, empty for
+    MXFP4; else None.
     """
     name = of_method(settings.get("quant_method"))
     return None if name is None else STORAGES[name].codes[0]
@@ -111,9 +109,7 @@ def as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry], what: str)
 
 
 def check_quantized(model: nn.Module, what: str) -> None:
-    """Check that scales are finite and not zero, codes are not NaN, and recorded shapes match the
-    model.
-    """
+    """Check scales (finite, not zero), codes (not NaN) and recorded shapes."""
     for path, module in _compressed(model):
         name, codes, own = module.codes.scale, module.codes, module._parameters
         scale: Any = own[name]
@@ -141,7 +137,7 @@ def check_quantized(model: nn.Module, what: str) -> None:
 
 
 def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
-    """Give the experts of a model parameters for blocks and scales, without values."""
+    """Give experts parameters for blocks and scales, without values."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     plain, quantized = settings.get("modules_to_not_convert"), 0
@@ -174,8 +170,7 @@ def _mxfp4_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def remark(settings: Mapping[str, Any], what: str) -> str | None:
-    """A message that begins with `what` about quantization in the files that lorafold does not
-    apply, or None.
+    """A message that begins with `what` about quantization that lorafold does not apply, or None.
     """
     groups = (settings.get("config_groups") or {}).values()
     sides = ("input_activations", "output_activations")

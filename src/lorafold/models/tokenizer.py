@@ -39,15 +39,14 @@ BUILT_IN = {NONE: joined, TOOLS: with_tools}  # chat templates by their names in
 
 @dataclass(frozen=True)
 class Words:
-    """The ids of words that are single tokens with trained embeddings, and the words that are new
-    to the tokenizer.
+    """Single tokens whose embeddings are trained: their ids, and those that are new to the
+    tokenizer.
     """
 
     ids: dict[str, int]
     new: frozenset[str]
 
     def __str__(self) -> str:
-        """A line that lists the words; empty if there are none."""
         new = ", ".join(f"{word} {i}" for word, i in self.ids.items() if word in self.new)
         known = [
             f"{word} is a token already ({i}), its embedding is trained too"
@@ -58,9 +57,7 @@ class Words:
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words:
-    """Make each word a single token. New words become special tokens, which are left out of the
-    text of completions.
-    """
+    """Make each word a single token. New words become special tokens, which completions omit."""
     from transformers import AddedToken
 
     if wrong := [word for word in words if not word.strip() or list(words).count(word) > 1]:
@@ -106,8 +103,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
 
 
 def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the last of these adapters that have one, and add the new tokens of the
-    others. An error if two adapters use one id for different tokens.
+    """The tokenizer of the last of these adapters, with the new tokens of the others. An error if
+    two use one id for different tokens.
     """
     *earlier, last = (
         read_tokenizer(replace(source, path=p, name=str(p), gguf=None), f"tokenizer of {p}")
@@ -150,8 +147,8 @@ def load_tokenizer(
 
 
 def read_tokenizer(source: ModelSource, what: str = "") -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a directory. Raises NoTokenizer if there is no vocabulary (depending on
-    the class, transformers would make an empty tokenizer or fail).
+    """Load the tokenizer of a directory. Raises NoTokenizer if there is no vocabulary, for which
+    transformers may make an empty one.
     """
     what = what or f"model {source.name}"
     source.intact(*TOKENIZER_FILES)

@@ -33,8 +33,8 @@ from lorafold.models.weights import TensorEntry
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor that a parameter is made from: its entry, its mapped values, its name's pattern in
-    the converter, and its name in the reverse conversion.
+    """A tensor that a parameter is made from: its entry, mapped values, name pattern in the
+    converter, and name in the reverse conversion.
     """
 
     entry: TensorEntry
@@ -74,9 +74,7 @@ class Conversion:
         return self._run(converter, self.name)
 
     def reversed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the files by name, for values of all parameters (any shape). An error if
-        transformers has no reverse that gives these tensors.
-        """
+        """The tensors of the files by name, from values of all parameters (any shape)."""
         tensors: dict[str, Tensor] = {}
         names, renamed = {s.renamed: s.entry for s in self.sources}, ""
         try:
@@ -109,8 +107,8 @@ class Conversion:
         return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
     def elements(self, where: Tensor) -> Tensor | None:
-        """The elements (n,) of the parameter at indices (n, rank), without the whole conversion;
-        None if this is not possible.
+        """The elements (n,) at indices (n, rank) without the whole conversion, or None if not
+        possible.
         """
         first, *rest = self.converter.operations
         joined = rest[0] if rest else None
@@ -135,7 +133,7 @@ class Conversion:
 
     @contextmanager
     def made(self) -> Iterator[dict[str, Tensor]]:
-        """Context in which the model has the parameters in memory (any shape); yields them by name.
+        """Context in which the model has the parameters (any shape) in memory; yields them by name.
         """
         values = self.values()
         before = {name: self._put(name, nn.Parameter(t, False)) for name, t in values.items()}
@@ -162,9 +160,8 @@ class Conversion:
 
 
 class OnDemand(Tensor):
-    """A read-only CPU tensor whose values, and those of its views, are computed by each operation
-    that needs them. `like` has its shape and dtype on the meta device; `elements` returns the
-    elements at indices (n, rank).
+    """A read-only CPU tensor, computed by each operation that needs its values or its views. `like`
+    is on the meta device; `elements` returns the elements at indices (n, rank).
     """
 
     make: Callable[[], Tensor]
@@ -216,7 +213,6 @@ class OnDemand(Tensor):
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors (any shape) have the same bytes."""
     return a.dtype == b.dtype and torch.equal(
         a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     )

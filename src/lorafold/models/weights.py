@@ -77,8 +77,7 @@ class Weights(ABC):
 
     def find(self, name: str) -> str | None:
         """The name here of a tensor called `name` elsewhere, or None. Files often lack the first
-        part of the model's names ("transformer.", "model."), and a language model loaded from a
-        multimodal one the second part ("model.language_model.").
+        part of names ("model."), and multimodal files have a second part ("model.language_model.").
         """
         if name in self.names:
             return name
@@ -105,8 +104,7 @@ class InMemory(Weights):
 
     @classmethod
     def of_model(cls, model: nn.Module) -> InMemory:
-        """The floating-point base weights of a model, without adapters, quantized weights and
-        weights on the meta device.
+        """The floating-point base weights of a model, without adapters, quantized and meta weights.
         """
         state = base_state(model)
         buffers = model.named_buffers(remove_duplicate=False)
@@ -120,7 +118,7 @@ class InMemory(Weights):
     @classmethod
     def read(cls, content: bytearray, path: Path) -> InMemory:
         """The tensors of a safetensors file in memory, which share its bytes and must not be
-        written to. (`load` of safetensors copies them, and holds the GIL.)
+        written to. (safetensors' `load` copies them and holds the GIL.)
         """
         try:
             entries = places(content)
@@ -220,9 +218,7 @@ def model_files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: its name and dtype in the file, its shape, and the offset and number of
-    its bytes.
-    """
+    """A tensor of a file: its name and dtype there, its shape, offset and size in bytes."""
 
     name: str
     dtype: str
@@ -291,11 +287,10 @@ def write_container(
     changed: Callable[[str], Tensor | None],
     written: Callable[[str, int], None],
 ) -> None:
-    """Write a safetensors file whose tensors are copied from other files or have new values.
+    """Write a safetensors file of copied and new tensors.
 
-    `layout` has (name, entry) pairs in file order, with each tensor's dtype and shape. `changed`
-    returns a tensor's new values in its entry's shape, or None to copy its bytes; `written` is
-    called with the name and number of bytes after each tensor.
+    `layout`: (name, entry) pairs in file order, with dtype and shape. `changed` returns new values,
+    or None to copy the entry's bytes; `written` is called with name and bytes after each tensor.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0

@@ -86,8 +86,6 @@ def multiplies_bf16() -> bool:
 
 
 class _Widened(Exact):
-    """x m^T + b in fp32, saving the narrow inputs."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, m)
@@ -198,7 +196,6 @@ def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
 
 
 def _cached(x: Tensor, form: Form) -> _Copy | None:
-    """The cached copy for the current step; None outside of a step."""
     during = scope()
     if during is None and not in_backward():
         return None

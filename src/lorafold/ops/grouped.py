@@ -163,8 +163,6 @@ def _ones(n: int, device: torch.device) -> Tensor:
 
 
 class _Product(Exact):
-    """x (S, in) times m (E, k, in), by groups."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor, spans: list[tuple[int, slice]]) -> Tensor:
         ctx.dtype = dtype = arithmetic(x)
@@ -203,8 +201,6 @@ def product(x: Tensor, m: Tensor, groups: Groups) -> Tensor:
 
 
 class _Frozen(Exact):
-    """x (S, in) times frozen W_e (out, in), plus onto (S, out)."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, onto: Tensor | None, w: FrozenMatrices, out: int) -> Tensor:
         ctx.w, ctx.width = w, x.shape[1]

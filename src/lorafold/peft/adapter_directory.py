@@ -75,8 +75,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The method of an adapter, the adapted modules by the user's patterns, the biases that are
-    trained, and the user's names for modules to save.
+    """The method of an adapter, its targets by the user's patterns, trained biases, and the user's
+    names of modules to save.
     """
 
     spec: Spec
@@ -302,8 +302,8 @@ def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
 
 
 def trained_on(adapters: Sequence[SavedAdapter | OwnBase]) -> TrainedOn | None:
-    """How the base of these adapters stored its weights in training; None if no record contains it,
-    or if they were trained on unquantized weights of different dtypes.
+    """How the base of these adapters stored its weights in training; None if unknown, or if they
+    had different unquantized dtypes.
     """
     own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
     records = {str(one.adapter): one.trained_on for one in own if one.trained_on}

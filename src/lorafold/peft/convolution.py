@@ -47,8 +47,8 @@ def all_flat(v: Tensor, site: TargetModule) -> Tensor:
 
 
 def not_down(a: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """The problem with a lora_A (r, channels, ...) of a file, or None. For a grouped convolution,
-    PEFT's has all input channels: an update that mixes groups, which the weight can't represent.
+    """The problem with a lora_A (r, channels, ...) of a file, or None. With all input channels of a
+    grouped convolution, the update mixes groups, which the weight can't represent.
     """
     expected = as_kernel(site.delta.A, site).shape  # type: ignore[arg-type]
     mixes = a.dim() == len(expected) and a.shape[1] > expected[1]
@@ -74,8 +74,7 @@ def not_whole(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str
     """The problem with a lokr_w2 (any shape) of a file, or None.
 
     For a Conv1d, PEFT 0.21 multiplies a w2 (o2, i2, k) in another order, kron(w2, w1), than its own
-    factors, its Conv2d and LyCORIS. Such a file is rejected. lorafold writes the matrix instead,
-    which PEFT rejects, so neither misreads the other's files.
+    factors and LyCORIS. Such a file is rejected, and lorafold writes a matrix, which PEFT rejects.
     """
     other = len(site.window) == 1 and w2.dim() == 3
     hint = (

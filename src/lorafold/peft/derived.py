@@ -136,8 +136,8 @@ def not_owners(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) ->
 
 
 def not_frozen(dim: int) -> Misfit:
-    """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in):
-    dimension `dim`, -1 or -2, is R, and the others match the layer.
+    """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in), whose
+    dimension `dim` is R.
     """
 
     def misfit(factor: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:

@@ -161,8 +161,8 @@ def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
 
 
 def renames(model: nn.Module) -> bool:
-    """Whether PEFT treats some target modules of LoRA in this model with experts as parameters; it
-    decides by the model type's family in transformers.
+    """Whether PEFT treats some LoRA targets in this model with experts as parameters, by the model
+    type's family.
     """
     from transformers import conversion_mapping
 
@@ -226,8 +226,8 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
 
 
 def renamed_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) -> dict[str, V]:
-    """PEFT's ranks or alphas by regular expression, with entries added for each (old, new) path
-    whose new name would get a different value.
+    """Ranks or alphas by regular expression, with entries for new names of (old, new) paths that
+    would get other values.
     """
     def of(path: str) -> Any:
         return next((v for key, v in values.items() if pattern_matches(key, path)), None)

@@ -143,8 +143,8 @@ class OwnBase:
         ]
 
     def check(self, base: Weights, called: str) -> None:
-        """Raise LorafoldError for another base, unless none of the fingerprinted weights is found:
-        files may use other names than the model.
+        """Raise LorafoldError for another base, unless none of its weights is found: files may use
+        other names.
         """
         known = any(base.find(name) for name in self.fingerprint)
         if known and (problems := self.problems(base, called)):
@@ -152,9 +152,7 @@ class OwnBase:
             raise LorafoldError(f"{path}: {problems[0]}")
 
     def hint(self, called: str) -> str:
-        """The end of a message about a base that does not fit, if the adapter has no fingerprint
-        and names another one.
-        """
+        """The end of a message about a base that does not fit, if the adapter names another one."""
         if self.fingerprint or self.name in ("", called):
             return ""
         that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
@@ -188,8 +186,8 @@ def parse_over(record: Mapping[str, Any]) -> tuple[Origin, ...]:
 
 
 def expected_path(origin: Origin, over: Path) -> Path:
-    """The path at which an engine or a server looks for a base adapter: beside the adapter on top
-    of it. The recorded path is not used, because downloaded files must not choose what is read.
+    """The path at which engine and server look for a base adapter: beside the adapter on top of it,
+    because a downloaded record must not choose the files to read.
     """
     return over.resolve().parent / Path(origin.path).name
 

@@ -48,9 +48,7 @@ def dora_over(method: Method) -> Method:
 
 
 def over_experts(method: Method) -> Method:
-    """The row of a method on experts, which PEFT does not support: the same layout under an own
-    peft_type, with the modules' own paths and shapes.
-    """
+    """The row of a method on experts, which PEFT lacks: the same layout under an own peft_type."""
     kind = f"{derived.PREFIX}EXPERTS_{method.peft_type}"
     return replace(method, peft_type=kind, parameters=False)
 
@@ -100,7 +98,7 @@ def unlike_base(
     name: str, found: Tensor, site: TargetModule, file: Mapping[str, Tensor]
 ) -> str | None:
     """The problem with a buffer (any shape) of a module to save, or None. It must equal the base's,
-    because it is not trained, and a merged model keeps the base's.
+    which a merged model keeps.
     """
     own = site.delta.get_submodule("copy").get_buffer(name)
     if own.shape == found.shape and (own.is_meta or torch.equal(own.cpu(), found.to(own.dtype))):

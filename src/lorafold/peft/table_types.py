@@ -74,8 +74,8 @@ class TargetModule:
 
 @dataclass(frozen=True)
 class Field:
-    """A config key and the spec's field, with the type in the file (for pydantic), PEFT's default
-    if the key is absent, conversions, and the value of null if it is not converted.
+    """A config key and the spec's field, the type in the file, PEFT's default, conversions, and the
+    value of null if it is not converted.
     """
 
     key: str
@@ -111,10 +111,10 @@ Misfit = Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]
 @dataclass(frozen=True)
 class FileTensor:
     """A tensor of a delta (a dotted name) and its key in the file: a template with `at` and
-    `under`, the path of the module with the base's own weights.
+    `under`, the path of the module with the base's weights.
 
-    `to_file` and `from_file` convert between both if they differ. `misfit` checks a tensor whose
-    shape depends on the file instead of the spec.
+    `to_file` and `from_file` convert between them. `misfit` checks a tensor whose shape depends on
+    the file.
     """
 
     attribute: str

@@ -123,8 +123,8 @@ def not_finite(key: str, tensor: Tensor) -> str | None:
 
 def stray(key: str, stored: Weights, base: Weights) -> str | None:
     """The problem with a tensor of no delta, or None if it is a copy of a base weight or of another
-    tensor, which PEFT sometimes saves. For a replaced module, additional rows at the end may
-    differ, because new rows of a vocabulary start at random values.
+    tensor, which PEFT sometimes saves. Of a replaced module, rows at the end may differ: new rows
+    start at random.
     """
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):

@@ -33,9 +33,8 @@ Ids = tuple[int, ...] | ByPath
 
 
 def describe(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
-    """The config's key for these ids by module path: a list if only the input embedding has rows of
-    its own, else lists by module name. Names are the shortest unique path ends, because PEFT
-    matches path ends.
+    """The config's key for these ids by module path: a list for the input embedding alone, else
+    lists by shortest unique path end.
     """
     if [*own] == Anatomy.of(model).vocabulary_ends[:1]:
         return {INDICES: next(iter(own.values()))}
@@ -100,7 +99,7 @@ def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
 
 def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | None:
     """The ids of rows in the file's matrix that are new or differ from the base's; None if it is
-    not the base's matrix, resized for these tokens.
+    not the base's matrix resized.
     """
     old = len(own)
     same_width = matrix.dim() == 2 and matrix.shape[1:] == own.shape[1:]

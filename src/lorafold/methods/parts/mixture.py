@@ -44,9 +44,8 @@ class Gates(nn.Module):
 
 
 def add_factor_buffers(delta: nn.Module, layer: Layer) -> None:
-    """Give a delta empty buffers for the frozen factors: up (*matrices, out, R), down
-    (*matrices, R, in), fp32, and owner (R,) int64, the index of the adapter that a column of up
-    belongs to.
+    """Give a delta empty buffers for frozen factors: up (*matrices, out, R), down
+    (*matrices, R, in), fp32, and owner (R,) int64, each column's adapter.
     """
     (out, inn), device = layer.shape, layer.device
     for name, sides in {"up": (out, 0), "down": (0, inn)}.items():

@@ -18,10 +18,9 @@ def check(
     below_one: Sequence[str] = (),
     one_of: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Raise one LorafoldError with all invalid options of a spec.
-
-    `whole` are integers from 1 (or patterns of them), `below_one` probabilities below 1, `one_of`
-    choices, and `wrong` messages about other options.
+    """Raise one LorafoldError with all invalid options: `whole` must be integers from 1 (or
+    patterns of them), `below_one` probabilities, `one_of` choices; `wrong` are messages about
+    others.
     """
     lines = []
     for name in whole:
@@ -50,8 +49,8 @@ def set_alpha(spec: Any, default: float) -> None:
 
 
 def kaiming(factor: Tensor) -> None:
-    """Fill a factor (*matrices, k, in) with kaiming-uniform values, as PEFT does: between -b and b,
-    with b = 1 / sqrt(in), one matrix after another.
+    """Fill a factor (*matrices, k, in) with kaiming-uniform values, matrix by matrix, as PEFT does:
+    up to 1 / sqrt(in).
     """
     for matrix in factor.detach().view(-1, *factor.shape[-2:]):
         nn.init.kaiming_uniform_(matrix, a=5**0.5)

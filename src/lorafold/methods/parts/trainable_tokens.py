@@ -6,16 +6,13 @@
     fold        the matrix (V, d) with these rows at their ids; rows of ids from V on are appended:
                 (V + m, d)
 
-Use them for tokens that you add to a tokenizer (roles of a conversation, say), or for existing
-tokens that should change their meaning. The base is never resized: the m rows that it lacks belong
-to the delta, so the vocabulary is V + m while the adapter is active and V without it. If head and
-embedding are tied, the rows are parameters of the embedding's delta alone, which is the `twin` of
-the head's delta.
+For tokens added to a tokenizer, and for existing tokens that should change their meaning. The base
+is never resized: the m rows that it lacks belong to the delta. If head and embedding are tied, the
+rows are parameters of the embedding's delta alone, which is the `twin` of the head's delta.
 
-A row of the base keeps its value at start. A new row starts as the mean of all rows, so that a new
-token's logit is the mean of the others' for any text, and its probability at most their average
-(Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). The new entries of
-a head's bias are the mean of the bias, and are not trained. Rows are fp32, and rounded to the
+A new row starts as the mean of all rows, so that a new token's probability is at most the average
+for any text (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). New
+entries of a head's bias are the mean of the bias, and are not trained. Rows are rounded to the
 nearest before use, as a merged model stores them.
 """
 
@@ -40,7 +37,7 @@ from lorafold.layers import is_linear, layer_class, layer_of
 
 class TokenRows(Delta):
     """Abstract: the rows (k, d), fp32, of the ids (k,) in the given order; its own parameters, or
-    those of its twin.
+    its twin's.
     """
 
     setting_names = ("ids",)
@@ -192,8 +189,8 @@ class TrainableTokens:
         return deltas
 
     def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-        """The ids by module path, and the problems. Each embedding comes before the modules tied to
-        it, which get the same ids unless the user set others.
+        """The ids by module path, and the problems. Modules tied to an embedding come after it, and
+        get its ids unless the user set others.
         """
         problems = []
         if isinstance(self.ids, Mapping):

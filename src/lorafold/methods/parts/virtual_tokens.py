@@ -3,16 +3,14 @@
     attention(q, [K_virtual, K], [V_virtual, V])        K_virtual (1, Hk, n, D) of each layer, seen
                                                         by every query
 
-A delta on the decoder (the sender) computes the keys and values of n virtual tokens, which precede
-the first real token; positions shift by n. It passes them as one keyword argument, which
-transformers' decoders forward to their attentions. On each attention, a second delta (the receiver)
-removes the argument, wraps the KV cache to prepend the virtual keys and values, and extends the
-mask by n columns. The cache itself contains only real tokens, so lengths, reordering, cropping and
-resuming work as usual, every packed document sees the virtual tokens, and gradient checkpointing
-passes the same tensors again when it recomputes.
+A delta on the decoder (the sender) computes the keys and values of n virtual tokens, and passes
+them as one keyword argument, which transformers' decoders forward to their attentions; positions
+shift by n. On each attention, a second delta (the receiver) removes the argument, wraps the KV
+cache to prepend the virtual keys and values, and extends the mask by n columns. The cache itself
+contains only real tokens, so lengths, reordering, cropping and resuming work as usual.
 
-Virtual tokens stay visible under a sliding window. Models without attention layers, or whose
-decoder does not forward such arguments, are rejected.
+Virtual tokens stay visible under a sliding window. Models whose decoder does not forward such
+arguments are rejected.
 """
 
 from __future__ import annotations
@@ -44,8 +42,8 @@ _CACHE_NAMES = ("cache", "layer_past")  # names of an attention's KV cache argum
 
 
 class Virtual:
-    """The argument that senders pass to the attentions: the keys and values of every sender so far,
-    and a dictionary in which to record a layer's own keys and values, or None.
+    """The argument that senders pass to attentions: every sender's keys and values, and a
+    dictionary in which to record a layer's own, or None.
     """
 
     def __init__(self, before: tuple[KeysAndValues, ...], seen: Seen | None) -> None:
@@ -61,8 +59,8 @@ class Virtual:
         return [kv[layer_idx] for kv in self.before]
 
     def mask(self, mask: Any, n: int, x: Tensor) -> Any:
-        """`widened` for a mask (B, 1, T, Tk), documents or None, and the attention's input x
-        (B, T, d). Documents, which all layers share, are widened once.
+        """`widened` for a mask (B, 1, T, Tk), documents or None, and input x (B, T, d); documents
+        are widened once for all layers.
         """
         if not isinstance(mask, Documents):
             return widened(mask, n, x)
@@ -77,8 +75,8 @@ class Virtual:
 class _Prepended:
     """A wrapper of an attention's KV cache (None: no cache) that prepends the virtual tokens.
 
-    Without a mask, attention is causal over its own `tokens`; then the unused positions of a
-    fixed-size cache are cut off.
+    Without a mask, attention is causal over its own `tokens`, so unused positions of a fixed-size
+    cache are cut off.
     """
 
     def __init__(
@@ -132,8 +130,8 @@ class Receiver(Opaque):
 
 
 def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Documents | None:
-    """An attention's mask with n columns in front that every query sees: (B, 1, T, n + Tk), boolean
-    or additive; documents with n keys in front; None if there is nothing to mask.
+    """An attention's mask with n columns in front that every query sees, (B, 1, T, n + Tk);
+    documents with n keys in front; None if there is nothing to mask.
     """
     if isinstance(mask, Documents):
         if mask.window is None:
