@@ -216,7 +216,7 @@ def inner(a: Change, b: Change) -> float:
 
 @dataclass(frozen=True)
 class ComposeWay:
-    """A method of composing: weights 1/n or 1, the rank of a site, the density of entries."""
+    """A method of composing; the weights are 1/n if `mean`, else 1."""
 
     join: Join
     mean: bool

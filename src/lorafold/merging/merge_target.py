@@ -46,7 +46,7 @@ class Into:
 
     trained_on: The quantization of the base in training, or None. in_files: The base's files are
     quantized. asked: The storage named by the user. recorded: Other storages in the adapters'
-    records. base: The storage of the base in training, or None.
+    records.
     """
 
     target: str
@@ -79,8 +79,7 @@ class Into:
         return self.target if self.target in MADE else None
 
     def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
-        """A sentence with the base in training, and the distances from files and original weights.
-        """
+        """A sentence on the base in training, and the distances from files and original weights."""
         return in_words(
             "merging/distances.jinja", into=self, name=name, here=here, file=file, other=other
         )

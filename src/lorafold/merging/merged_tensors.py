@@ -160,8 +160,8 @@ Writer = Callable[[MergePlan, Values, Written], None]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The result of `execute`: rounding statistics, numbers of tensors by rounding, added tensors
-    and biases, and the new vocabulary size if it grew.
+    """Rounding statistics, the number of tensors by rounding, and added tensors, biases and
+    vocabulary.
     """
 
     sums: Sums

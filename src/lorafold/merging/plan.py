@@ -118,12 +118,12 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The tensors to write.
+    """The tensors to write, by name.
 
-    changed: Tensor -> changed parameter. converted: Tensor -> the conversion that makes its
-    parameter. added: Tensor -> entry; in `zeros` if no adapter changes it. dequantized: Tensor ->
-    module. sites: Changed parameter -> module path and name. shapes: Shapes of changed tensors.
-    vocabulary: Its size if it grew. other_base: A message for each adapter of another base.
+    changed: The changed parameter. converted: The conversion of a changed parameter. added: The
+    entry of a new tensor; in `zeros` if no adapter changes it. dequantized: The path of the
+    quantized module. sites: Changed parameter -> module path and name. vocabulary: Its size if it
+    grew. other_base: A message for each adapter of another base.
     """
 
     checkpoint: Checkpoint
@@ -255,9 +255,7 @@ def _refusals_in(problems: Problems, path: str) -> Iterator[None]:
 
 
 def _entry(mapped: MappedModel, parameter: str) -> tuple[str, TensorEntry]:
-    """The name of a parameter in the files, and the entry with its values, possibly a tied
-    parameter's.
-    """
+    """The name of a parameter in the files, and its entry or a tied parameter's."""
     names = (parameter, *mapped.tied.get(parameter, ()))
     if any(n in mapped.converted for n in names):
         raise NotMergeable(

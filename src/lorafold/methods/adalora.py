@@ -59,7 +59,7 @@ class AdaLoRADelta(LowRank):
         rank = next(iter(spec.rank_pattern.values()), first)
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
         self.init_rank = first
-        self.scale = alpha / (first + 1e-5)  # stays that of the rank at start
+        self.scale = alpha / (first + 1e-5)  # of the initial rank, also after pruning
         p, q = (*matrices, out, rank), (*matrices, rank, inn)
         self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
         self.E = zeros((*matrices, rank), device)

@@ -30,8 +30,8 @@ CAUSAL = "AutoModelForCausalLM"
 
 @dataclass(frozen=True)
 class Whole:
-    """The multimodal model (on the meta device) that contains a language model, and its paths of
-    their common parts by path in the language model.
+    """The multimodal model (on the meta device) around a language model, and their common modules'
+    paths.
     """
 
     model: nn.Module
@@ -88,9 +88,7 @@ def whole_of(model: nn.Module) -> Whole | None:
 
 
 def auto_class(config: PreTrainedConfig, what: str) -> Any:
-    """The auto class of a language model with this configuration; an error if it can't run on text
-    alone.
-    """
+    """The auto class of a language model; an error if it can't run on text alone."""
     auto = opened_by(config)
     cls = auto._model_mapping.get(type(config), None)
     if auto.__name__ != CAUSAL and cls and (needed := _beside_text(config, cls)):
@@ -103,8 +101,8 @@ def auto_class(config: PreTrainedConfig, what: str) -> Any:
 
 
 def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
-    """The auto class for this configuration, preferably the one that maps to `cls`; if there is
-    none, the causal one.
+    """The auto class for this configuration, preferably one that maps to `cls`, by default the
+    causal one.
     """
     import transformers as tf
 
@@ -116,7 +114,7 @@ def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
 
 
 def opened_by_name(model: Any) -> str:
-    """The name of the auto class that opens a model again, for its model card."""
+    """The auto class that opens a model again, for its model card."""
     whole = whole_of(model)
     shown = model if whole is None else whole.model
     config = getattr(shown, "config", None)

@@ -86,9 +86,7 @@ def joined(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning of a template: the beginning-of-sequence token, if the tokenizer adds it to
-    texts.
-    """
+    """The beginning-of-sequence token, if the tokenizer adds it to texts."""
     starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
         tokenizer.bos_token_id
     ]

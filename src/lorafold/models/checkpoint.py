@@ -74,7 +74,7 @@ PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weight files of a model directory by name, and their index if there is one."""
+    """The weight files of a model directory, and their index if there is one."""
 
     source: ModelSource
     files: dict[str, Container]
@@ -91,9 +91,7 @@ class Checkpoint:
         return {name: entry for file in self.files.values() for name, entry in file.entries.items()}
 
     def other_files(self) -> list[Path]:
-        """The relative paths of all other files (config, tokenizer, chat template ...), without
-        hidden files and the manifest.
-        """
+        """The relative paths of all other files, without hidden files and the manifest."""
         files = (p for p in sorted(self.path.rglob("*")) if p.is_file())
         paths = (p.relative_to(self.path) for p in files if not p.name.endswith(WEIGHTS))
         return [
@@ -103,10 +101,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class MappedModel:
-    """A model whose parameters are tensors of its files.
-
-    `entries`: the file's tensor by parameter; `tied`: the other names of a shared parameter;
-    `converted`: the conversion by parameter computed from several tensors.
+    """A model whose parameters are mapped: its `entries` in files by parameter, the other names of
+    `tied` parameters, and the conversion of each parameter computed from several tensors.
     """
 
     model: PreTrainedModel
@@ -116,9 +112,7 @@ class MappedModel:
 
 
 def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
-    """Read the headers of all weight files of a model directory. Files that match `patterns` must
-    be undamaged.
-    """
+    """Read the headers of a model's weight files. Files that match `patterns` must be undamaged."""
     path = source.intact(*patterns)
     files = {file.name: read_container(file) for file in model_files(path)}
     return Checkpoint(source, files, None if SINGLE in files else read_object(path / INDEX))
@@ -136,8 +130,8 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def mapped_model(checkpoint: Checkpoint) -> MappedModel:
-    """Build the model of a checkpoint over its mapped files. The error lists every weight that is
-    missing or has a wrong shape.
+    """Build a checkpoint's model over its mapped files. The error lists all missing and misshapen
+    weights.
     """
     what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):
@@ -180,9 +174,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
 
 
 def mapped_model_of(source: ModelSource) -> MappedModel:
-    """Open the model of a source over its mapped files. Its `name_or_path` is the source's name,
-    which attached adapters record as their base.
-    """
+    """Open a source's model over its mapped files, with the source's name as `name_or_path`."""
     mapped = mapped_model(open_checkpoint(source))
     remember_source(mapped.model, source)
     mapped.model.config._name_or_path = mapped.model.name_or_path = source.name
@@ -206,8 +198,8 @@ Parts = dict[tuple[str, WeightConverter], list[tuple[TensorEntry, str, str]]]
 def by_parameter(
     model: PreTrainedModel, entries: dict[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], Parts]:
-    """The tensors of the files by parameter name (including unknown ones), and those from which
-    transformers computes parameters.
+    """The tensors of the files by parameter name, and those from which transformers computes
+    parameters.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
@@ -295,8 +287,7 @@ def _place(
 
 
 def original_weights(source: ModelSource) -> Weights:
-    """The weights in the files of a quantized base, under its parameters' names. The files must
-    have been checked.
+    """The weights in a base's files under its parameters' names. The files must have been checked.
     """
     config = source.config()
     kinds = {config.get("model_type"), config.get("text_config", {}).get("model_type")}

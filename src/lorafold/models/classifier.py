@@ -93,9 +93,7 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
 
 
 def new_heads(model: nn.Module) -> tuple[str, ...]:
-    """The paths of head modules that the files lack. They are initialized in the body's dtype, so
-    their values depend on it.
-    """
+    """The paths of head modules that the files lack; their values depend on the body's dtype."""
     return model.__dict__.get("new_heads", ())
 
 
@@ -105,9 +103,7 @@ def new_poolers(model: nn.Module) -> tuple[str, ...]:
 
 
 def expect_poolers(model: Any) -> None:
-    """Treat the pooler of a classifier built without files as new if the class in its configuration
-    has none.
-    """
+    """Treat a classifier's pooler as new if the class in its configuration has none."""
     import transformers as tf
 
     poolers = _poolers(name for name, _ in model.named_parameters())

@@ -41,7 +41,7 @@ GROUPED = torch.ops.aten._grouped_mm.default
 
 
 def without_values() -> AbstractContextManager[Any]:
-    """Make all tensors fake that are created inside the `with` block or computed from fake ones."""
+    """Make all tensors fake that are created in the `with` block or computed from fake ones."""
     return _Fake(allow_non_fake_inputs=True)
 
 
@@ -68,8 +68,8 @@ def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
 
 
 def period(config: PreTrainedConfig) -> int:
-    """The number of blocks after which their types repeat: 1 if all are alike, 2 if sliding windows
-    and full attention alternate.
+    """The number of blocks after which their types repeat, for example 2 if sliding windows and
+    full attention alternate.
     """
     kinds = [*(getattr(config.get_text_config(), "layer_types", None) or [""])]
     size = len(kinds)
@@ -83,8 +83,8 @@ def fake_model(
     classes: int = 0,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A frozen model of the first `blocks` blocks, with random weights outside of `without_values`.
-    With `classes` it is a classifier.
+    """A frozen model of the first `blocks` blocks, or a classifier with `classes`; random outside
+    of `without_values`.
     """
     import transformers as tf
 

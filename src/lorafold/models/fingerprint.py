@@ -52,8 +52,8 @@ def parse(value: Any) -> Fingerprint:
 
 
 def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
-    """The fingerprint of a model's base weights. `without` lists module paths that are not part of
-    the base, such as a new head.
+    """The fingerprint of a model's base weights, except in the modules `without`, such as a new
+    head.
     """
     return of(InMemory.of_model(model), without)
 

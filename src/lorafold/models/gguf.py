@@ -48,9 +48,7 @@ EXACT = {*PLAIN, "Q8_0"}  # types that are copied exactly
 
 
 def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str) -> None:
-    """Warn about tensors that transformers does not read; an error if they are in the model's
-    blocks.
-    """
+    """Warn about tensors that transformers does not read; an error if they are in blocks."""
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -216,9 +214,7 @@ def files_in(folder: Path) -> tuple[Path, ...]:
 
 
 def read(files: Sequence[Path]) -> list[GGUFReader]:
-    """Read the metadata of a model's files, and check that each is a complete GGUF file and in its
-    place.
-    """
+    """Read the metadata of a model's files, and check that they are complete and in order."""
     from gguf import GGUFReader
 
     readers = []
@@ -268,7 +264,7 @@ def check_places(reader: GGUFReader, file: Path) -> None:
 
 @contextmanager
 def one_file(files: Sequence[Path]) -> Iterator[Path]:
-    """A temporary file with the metadata and tensor names of a model, but not all values."""
+    """A temporary file with all metadata and tensor names of a model, but not all values."""
     with tempfile.TemporaryDirectory() as folder:
         file = files[0]
         if len(files) > 1:

@@ -94,9 +94,7 @@ RULES = {
 def split_as_learned(
     tokenizer: PreTrainedTokenizerBase, kind: str, pre: str | None, what: str
 ) -> None:
-    """Set the pre-tokenizer of a tokenizer that transformers read from a GGUF file to the file's
-    rule.
-    """
+    """Set the pre-tokenizer of a tokenizer read from a GGUF file to the file's rule."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     if kind != BYTE_LEVEL:

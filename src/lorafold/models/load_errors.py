@@ -54,8 +54,8 @@ def one_line(error: Exception, limit: int = 300) -> str:
 def check_complete(
     what: str, missing: Sequence[str], misfits: Iterable[tuple[str, Any, Any]] = ()
 ) -> None:
-    """Check for missing weights and wrong shapes (name, in the files, in the model), because
-    transformers fills these with random values.
+    """Raise for missing weights and wrong shapes (name, in the files, in the model), which
+    transformers fills with random values.
     """
     if wrong := [f"{n}: shape {list(a)}, expected {list(b)}" for n, a, b in misfits]:
         raise LorafoldError(f"{what}: {listed(sorted(wrong), '; ')}")

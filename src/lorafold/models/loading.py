@@ -75,9 +75,7 @@ def load_model(
     storage: Storage | torch.dtype,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Load a language model in evaluation mode. Missing weights are an error, because transformers
-    would fill them with random values.
-    """
+    """Load a language model in evaluation mode; missing weights are an error."""
     source = resolve_model(source)
     what = f"model {source.name}"
     with loading(what):

@@ -119,7 +119,7 @@ def positions_in(
 
 
 def sequence_of(model: nn.Module) -> int | None:
-    """The maximum number of tokens in a sequence, packed or not; None if no buffer limits it."""
+    """The maximum number of tokens in a sequence, packed or not, or None."""
     shapes = [tuple(buffer.shape) for buffer in model.buffers() if buffer.ndim == 4]
     return min((n for *one, m, n in shapes if one == [1, 1] and m == n > 1), default=None)
 

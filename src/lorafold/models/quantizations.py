@@ -129,8 +129,8 @@ def check_storage(name: str) -> None:
 
 def choose_storage(base: str, device: torch.device | str) -> Storage:
     """The storage for auto or a name in STORAGES on this device, with the reason as a line to
-    print. auto is bf16 if the device multiplies it natively, else fp32, because emulated bf16 is
-    slower. Quantized weights are dequantized to the dtype that auto would choose.
+    print. auto is bf16 if the device multiplies it natively, else fp32; quantized weights are
+    dequantized to the same dtype.
     """
     import torch
 

@@ -179,7 +179,7 @@ def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, wh
 
 @contextmanager
 def experts_quantized(quantization: str) -> Iterator[None]:
-    """Quantize parameters of experts as modules get them, so that only one at a time is in 16 bits.
+    """Quantize parameters of experts as modules get them, so that only one is in 16 bits at a time.
     """
     pack = STORAGES[quantization].pack
 
@@ -206,9 +206,7 @@ def route_quantized(model: torch.nn.Module) -> None:
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a quantized model compute in this dtype: dequantize to it, and convert the other
-    weights.
-    """
+    """Make a quantized model dequantize to this dtype, and convert its other weights."""
     for module in model.modules():
         set_compute_dtype(module, dtype)
         if isinstance(module, CompressedLinear):  # already in this dtype, except for its scales

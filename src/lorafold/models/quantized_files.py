@@ -190,9 +190,7 @@ def remark(settings: Mapping[str, Any], what: str) -> str | None:
 
 
 def misfits(model: nn.Module, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
-    """Yield a message for each tensor of a quantized weight that is missing or has a wrong dtype or
-    shape.
-    """
+    """Yield a message for each tensor of a quantized weight that is missing or misshapen."""
     known = dict(model.named_parameters(remove_duplicate=False))
     expected = [(name, p, ["U8"], False) for name, p in _mxfp4_parameters(model)]
     for path, module in _compressed(model):

@@ -45,8 +45,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: its directory, its requested name, the GGUF files it was converted
-    from, and whether its own code may run.
+    """A model on this machine: its directory, requested name and original GGUF files, and whether
+    its own code may run.
     """
 
     path: Path
@@ -55,8 +55,8 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def intact(self, *patterns: str) -> Path:
-        """Check that files matching the patterns are undamaged, and return `path`. A damaged copy
-        of GGUF files is made again.
+        """Check that files matching the patterns are undamaged, or renew a copy of GGUF files;
+        return `path`.
         """
         if self.gguf is None:
             check_intact(self.path, patterns)
@@ -150,7 +150,7 @@ def configuration(
 
 
 def suggestion(name: str) -> str:
-    """A "did you mean" question for a model name; empty if there is no suggestion."""
+    """A "did you mean" question for a model name, or an empty string."""
     if page := re.match(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)", name):
         return f"did you mean {page[1]}?"
     if get_close_matches(name.lower(), [EMBEDDED], 1, 0.8):
@@ -160,8 +160,8 @@ def suggestion(name: str) -> str:
 
 
 def gguf_at(path: Path) -> tuple[Path, ...]:
-    """The GGUF files of the model at a path: one of its files, or a folder without safetensors.
-    Empty for any other path.
+    """The GGUF files of the model at a path, a file or a folder without safetensors; empty
+    otherwise.
     """
     if path.is_file() and path.suffix == SUFFIX:
         return files_of(path.absolute())
@@ -171,9 +171,7 @@ def gguf_at(path: Path) -> tuple[Path, ...]:
 
 
 def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
-    """The GGUF files of the only model in a Hub repository, downloaded if necessary; empty if there
-    are none.
-    """
+    """The downloaded GGUF files of the only model in a Hub repository; empty if there are none."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HTTPError
 

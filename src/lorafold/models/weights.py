@@ -63,9 +63,7 @@ class Weights(ABC):
 
     @abstractmethod
     def is_floating(self, name: str) -> bool:
-        """Whether a tensor has a floating-point dtype of at least 16 bits, so that it is not
-        quantized.
-        """
+        """Whether a tensor has a floating-point dtype of at least 16 bits."""
 
     @abstractmethod
     def elements(self, name: str, indices: Tensor) -> Tensor:
@@ -247,7 +245,7 @@ class PendingTensor:
 
 @dataclass(frozen=True)
 class Container:
-    """A safetensors file: its tensors by name, in the order of their bytes, and its metadata."""
+    """A safetensors file: its tensors by name, in file order, and its metadata."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -287,10 +285,10 @@ def write_container(
     changed: Callable[[str], Tensor | None],
     written: Callable[[str, int], None],
 ) -> None:
-    """Write a safetensors file of copied and new tensors.
+    """Write a safetensors file of copied and new tensors, in the order of `layout`.
 
-    `layout`: (name, entry) pairs in file order, with dtype and shape. `changed` returns new values,
-    or None to copy the entry's bytes; `written` is called with name and bytes after each tensor.
+    `changed` returns a tensor's new values, or None to copy its entry's bytes; `written` is called
+    with name and bytes after each tensor.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0

@@ -2,8 +2,8 @@
 
     x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; both ways sum in fp32
 
-Processors with AMX, and AMD's with AVX512-BF16, multiply bf16 at least twice as fast as fp32; other
-CPUs are faster in fp32. The processor's features decide, not a measurement, so that runs are
+x86 processors with AMX, and AMD's with AVX512-BF16, multiply bf16 at least twice as fast as fp32;
+others are faster in fp32. The processor's features decide, not a measurement, so that runs are
 reproducible. A backward pass uses the dtype of its forward pass.
 """
 

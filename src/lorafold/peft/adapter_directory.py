@@ -75,8 +75,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The method of an adapter, its targets by the user's patterns, trained biases, and the user's
-    names of modules to save.
+    """An adapter's method, targets by the user's patterns, biases, and the user's names of modules
+    to save.
     """
 
     spec: Spec
@@ -205,9 +205,7 @@ class SavedAdapter:
         }
 
     def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, SavedAdapter]:
-        """The ids of trained tokens by module path, and the adapter with exactly their rows in its
-        weights.
-        """
+        """The ids of trained tokens by module path, and the adapter with exactly their rows."""
         resolved = tokens.resolve(model, self.selection.tokens)
         ids, weights = tokens.completed(model, resolved, self.weights, base)
         return ids, replace(self, weights=weights)
@@ -220,9 +218,7 @@ class SavedAdapter:
         base: Weights,
         problems: Sequence[str] = (),
     ) -> None:
-        """Set the values of attached deltas, in fp32, on their modules' devices (the CPU for meta
-        modules).
-        """
+        """Set the values of attached deltas, in fp32; on the CPU for meta modules."""
         expected = saved_tensors(sites_of(model, parts, targets, base))
         keys = set(self.weights.names)
         loaded = {key: self.weights.get(key) for key in sorted(keys & expected.keys())}
@@ -302,8 +298,8 @@ def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
 
 
 def trained_on(adapters: Sequence[SavedAdapter | OwnBase]) -> TrainedOn | None:
-    """How the base of these adapters stored its weights in training; None if unknown, or if they
-    had different unquantized dtypes.
+    """The base's storage in training; None if unknown, or if the adapters had different unquantized
+    dtypes.
     """
     own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
     records = {str(one.adapter): one.trained_on for one in own if one.trained_on}

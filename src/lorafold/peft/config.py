@@ -50,8 +50,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def as_patterns(value: str | list[str]) -> Patterns:
-    """Names as a tuple, or a regular expression unchanged; the preset all-linear may have any case.
-    """
+    """Names as a tuple, or a regular expression; all-linear in any case."""
     if not isinstance(value, str):
         return tuple(value)
     return value.lower() if value.lower() == "all-linear" else value
@@ -279,8 +278,8 @@ class PeftSelection:
         return Matches({pattern: hits for pattern, hits in matches.items() if hits})
 
     def spec_in(self, model: nn.Module, spec: Spec) -> Spec:
-        """The spec with the ranks and alphas that PEFT would use: it looks up a module adapted as a
-        parameter by its weight's path.
+        """The spec with PEFT's ranks and alphas, which it looks up by weight for modules adapted as
+        parameters.
         """
         if not self.target_parameters:
             return spec
@@ -293,8 +292,8 @@ class PeftSelection:
         return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)  # type: ignore[type-var]
 
     def saved(self, model: nn.Module) -> Matches:
-        """The modules to save, by name. Names without a match are omitted, because PEFT lists the
-        heads of all architectures for a classifier.
+        """The modules to save, by name. PEFT lists the heads of all architectures for a classifier,
+        so names without a match are omitted.
         """
         paths = [p for p, _ in Anatomy.of(model).modules if p]
         names = self.modules_to_save
@@ -364,8 +363,7 @@ def simplest_selection(
 
 
 def task_of(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
-    """PEFT's task for the model, and the heads that PEFT then saves; None and () if there is none.
-    """
+    """PEFT's task for the model, and the heads that PEFT then saves."""
     name = type(model).__name__
     return next(((task, heads) for end, task, heads in TASKS if name.endswith(end)), (None, ()))
 
@@ -387,16 +385,13 @@ def _with_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The paths of all modules with parameters in the modules that PEFT finds for these
-    `modules_to_save`.
-    """
+    """The paths of all modules with parameters in these `modules_to_save`."""
     inside = beneath(PeftSelection((), tuple(names)).saved(model).paths)
     return [path for path, m in Anatomy.of(model).modules if m._parameters and inside(path)]
 
 
 def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """The floating-point buffers (any shape) in the state dict, by name, in the modules that PEFT
-    finds for these `modules_to_save`.
+    """The floating-point buffers (any shape) of the state dict in these `modules_to_save`, by name.
     """
     inside, state = beneath(PeftSelection((), tuple(names)).saved(model).paths), base_state(model)
     return {

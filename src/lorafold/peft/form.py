@@ -68,14 +68,11 @@ V = TypeVar("V")
 class WrittenForm:
     """The format of a written adapter.
 
-    method: The row of the table.
-    parameters: Target module -> parameter, for modules that PEFT adapts as parameters; empty in
-        lorafold's own format.
-    renamed: PEFT renames target modules of this model, so that only lists of names are safe.
-    own_format: PEFT does not have this method for parameters.
-    dropout: The dropout that the config can't contain.
-    refused: Target names because of which PEFT does not load the adapter.
-    past: Other target names whose weights the model reads without PEFT's update.
+    parameters: Target module -> parameter, for modules that PEFT adapts as parameters. renamed:
+    PEFT renames target modules of this model, so that only lists of names are safe. own_format:
+    PEFT does not have this method for parameters. dropout: The dropout that the config can't
+    contain. refused: Target names because of which PEFT does not load the adapter. past: Other
+    target names whose weights the model reads without PEFT's update.
     """
 
     method: Method
@@ -237,9 +234,7 @@ def renamed_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) 
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
-    """Yield (path, module path, module, name) of each parameter; for quantized experts as in a
-    plain model.
-    """
+    """Yield (path, module path, module, name) of each parameter, for experts as if unquantized."""
     anatomy = Anatomy.of(model)
     for path, module in anatomy.modules:
         own = [name for name, parameter in module._parameters.items() if parameter is not None]

@@ -39,8 +39,7 @@ SHORT = 30  # maximum characters of a name in a message
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The storage and compute dtype of a base in training; the dtype is None in records of earlier
-    versions.
+    """The storage and compute dtype of a base in training; no dtype in records of earlier versions.
     """
 
     storage: str
@@ -68,12 +67,8 @@ class TrainedOn:
 
 @dataclass(frozen=True)
 class OwnBase:
-    """The base recorded in an adapter; unknown fields are empty.
-
-    adapter: The directory of the adapter. name: The name or path by which the base was opened.
-    revision: The Hub revision, as recorded by PEFT. fingerprint: The fingerprint of the base's
-    weights. identity: The identity of the base's files. trained_on: The storage and compute dtype
-    of the base in training.
+    """The base recorded in an adapter (a directory): its name or path, Hub revision, fingerprint
+    and identity, and its storage in training. Unknown fields are empty.
     """
 
     adapter: Path

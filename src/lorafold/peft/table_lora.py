@@ -177,8 +177,8 @@ def offset(site: TargetModule) -> list[FileTensor]:
 
 
 def adalora_derived(sites: Sequence[TargetModule]) -> dict[str, Any]:
-    """Keys that PEFT requires: a complete schedule, and for each module a list, as long as the
-    initial rank, of the kept triplets.
+    """Keys that PEFT requires: a schedule, and each module's kept triplets in a list of the initial
+    rank.
     """
     pattern = {}
     for site in sites:

@@ -89,8 +89,8 @@ def lokr(site: TargetModule) -> list[FileTensor]:
 
 
 def feedforward_modules(sites: Sequence[TargetModule]) -> dict[str, Any]:
-    """A regular expression for the modules whose inputs IA3 scales: by last path part if that is
-    unambiguous, else by whole path.
+    """A regular expression for the modules whose inputs IA3 scales, by last path part if
+    unambiguous.
     """
     scaled = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
     paths = [path for path, of_input in scaled.items() if of_input]

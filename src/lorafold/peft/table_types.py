@@ -45,14 +45,9 @@ Regex = Annotated[str, AfterValidator(compiles)]
 class TargetModule:
     """A delta on a module.
 
-    path: The module's path.
-    layer: The class of its `BaseLayer`.
-    target: The method adapts this module, so PEFT moves the module itself to `base_layer`.
-    base: The base's weights.
-    at: The module's path in PEFT's names.
-    wrappers: For experts that PEFT adapts too, the number of its wrappers over these (`form`); None
-        otherwise.
-    window: The kernel size of a convolution; () for any other module.
+    target: The method adapts this module, so PEFT moves the module itself to `base_layer`. at: The
+    module's path in PEFT's names. wrappers: For experts that PEFT adapts too, the number of its
+    wrappers over these (`form`). window: The kernel size of a convolution; () for any other module.
     turned: PEFT exchanges inputs and outputs of the matrices (`form.turned`).
     """
 
@@ -141,12 +136,11 @@ def named(**templates: str) -> Entries:
 class Method:
     """The config of a method.
 
-    fields: The config keys that are fields of the spec. marks: The values that distinguish it from
-    other methods of the same `peft_type`. irrelevant: Keys that do not change the outputs of a
-    saved adapter. derived: Returns further keys, from the sites. outer: A spec that takes this one
-    as its `over`, such as DoRA. biases: PEFT's config of this method has a key for biases. preset:
-    The method's fixed targets; its config has no target modules. parameters: PEFT supports the
-    method for parameters, under `target_parameters`.
+    marks: The values that distinguish it from other methods of the same `peft_type`. irrelevant:
+    Keys that do not change the outputs of a saved adapter. derived: Returns further keys, from the
+    sites. outer: A spec that takes this one as its `over`, such as DoRA. biases: PEFT's config of
+    this method has a key for biases. preset: The method's fixed targets; its config has no target
+    modules. parameters: PEFT supports the method for parameters, under `target_parameters`.
     """
 
     spec: type[Spec]
