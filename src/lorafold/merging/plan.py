@@ -157,7 +157,7 @@ class MergePlan:
 def plan(
     base: Base, adapters: Sequence[SavedAdapter], *, round_trip: str | None = None
 ) -> MergePlan:
-    """Attach the adapters to the model and determine what they change, without computing or
+    """Attach the adapters to the model and find the tensors that change, without computing or
     writing.
     """
     checkpoint = open_checkpoint(base.source, HUB_FILES)  # all, because unchanged files are copied

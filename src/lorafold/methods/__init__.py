@@ -98,8 +98,8 @@ METHODS = Methods(
 
 
 def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
-    """The option names that `make_spec` accepts for a method, including those of the method that it
-    is on top of (`over`).
+    """The option names that `make_spec` accepts for a method, including the options of the method
+    below it (`over`).
     """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")

@@ -157,7 +157,7 @@ def variables_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _read(template: str) -> set[str]:
-    """The variables that a template reads, including those that it sets by default."""
+    """The variables that a template reads, including its own default values."""
     from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 
     # remove transformers' own tag, which Jinja does not know

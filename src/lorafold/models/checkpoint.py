@@ -272,8 +272,7 @@ def _parameters(
 def _place(
     model: nn.Module, parameters: dict[str, nn.Parameter], tied: dict[str, tuple[str, ...]]
 ) -> None:
-    """Set these parameters, and buffers of these names. Other parameters become those that they are
-    tied to.
+    """Set these parameters, and buffers of these names. Other parameters are tied to one of them.
     """
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)

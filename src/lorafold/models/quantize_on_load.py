@@ -81,8 +81,8 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
 
 
 def packable(model: PreTrainedModel) -> list[str]:
-    """The paths of the matrices to quantize: those of the blocks with a number of inputs divisible
-    by 64, because bitsandbytes' own forward is wrong for others on some CPUs.
+    """The paths of the matrices in blocks whose number of inputs is divisible by 64: for others,
+    bitsandbytes' own forward is wrong on some CPUs.
     """
     anatomy = Anatomy.of(model)
     inside = filter(beneath([anatomy.decoder]), block_linears(model, is_linear))

@@ -39,7 +39,7 @@ BUILT_IN = {NONE: joined, TOOLS: with_tools}  # chat templates by their names in
 
 @dataclass(frozen=True)
 class Words:
-    """Single tokens whose embeddings are trained: their ids, and those that are new to the
+    """Single tokens whose embeddings are trained: their ids, and the words that are new to the
     tokenizer.
     """
 

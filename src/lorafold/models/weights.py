@@ -287,8 +287,8 @@ def write_container(
 ) -> None:
     """Write a safetensors file of copied and new tensors, in the order of `layout`.
 
-    `changed` returns a tensor's new values, or None to copy its entry's bytes; `written` is called
-    with name and bytes after each tensor.
+    `changed` returns a tensor's new values (of its entry's shape, any shape), or None to copy its
+    bytes; `written` is called with name and bytes after each tensor.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0

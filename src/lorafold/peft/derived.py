@@ -45,8 +45,8 @@ def method(spec: type[Spec], peft_type: str) -> Method:
 
 
 def methods(known: Collection[type[Spec]]) -> list[Method]:
-    """The rows of the registered methods that are not `known`, except those that train the base and
-    are saved as models.
+    """The rows of the registered methods that are not `known`. Methods that train the base have
+    none, because they are saved as models.
     """
     rows: dict[str, tuple[str, Method]] = {}
     seen = {*known}

@@ -211,7 +211,7 @@ def mismatch(needed: Sequence[Origin], below: Sequence[Origin]) -> str:
 
 
 def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
-    """How to load an adapter on top of those that it needs."""
+    """How to load an adapter on top of the adapters that it needs."""
     options = " ".join(f"--adapter {p}" for p in (*(o.path for o in needed), path))
     first = ", ".join(f'lf.load(model, "{o.path}", "{Path(o.path).name}")' for o in needed)
     return (
