@@ -88,12 +88,12 @@ def figures(row: dict) -> dict[str, object]:
     return {
         "tokens/s": f"{ours['tokens_per_second']:.0f}",
         "PEFT": f"{peft['tokens_per_second']:.0f}",
-        "times as fast": row["over_peft"],
-        "of the floor": f"{ours['of_floor']:.0%}",
-        "PEFT's share": f"{peft['of_floor']:.0%}",
+        "speed-up": row["over_peft"],
+        "matmul share": f"{ours['of_floor']:.0%}",
+        "PEFT's matmul share": f"{peft['of_floor']:.0%}",
         "peak GB": f"{ours['peak_bytes'] / 1e9:.2f}",
         "PEFT's peak": f"{peft['peak_bytes'] / 1e9:.2f}",
-        "ratio": row["memory_over_peft"],
+        "memory relative to PEFT": row["memory_over_peft"],
     }
 
 
@@ -135,7 +135,7 @@ def main() -> None:
                 }
             )
     if not asked.no_keep:
-        keep(f"peers_{asked.shape}" if asked.shape else "peers", table)
+        keep(f"peers_{asked.shape}" if asked.shape else "peers", table, dtypes="bf16 or NF4")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
     <!-- generated: recipe -->           the fields of the recipe, from `Recipe.model_fields`
     <!-- generated: methods -->          the methods, from the table of methods
     <!-- generated: figure NAME -->      a drawing of `figures.py`
+    <!-- generated: results NAME -->     measured tables (`results.py`)
 
 A build fails where a page would load anything from another host or has a link that leads nowhere.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
+import results
 import sitelinks
 import typer
 from mkdocs.exceptions import PluginError
@@ -37,7 +39,7 @@ from lorafold.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
-MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- generated: (\w+)(?: (.+))? -->$", re.MULTILINE)
 NOT_RUN = re.compile(r' title="Not run by the tests: [^"]*"')
 VERB = re.compile(r"^::: lorafold\.([a-z]\w+)$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
@@ -316,4 +318,5 @@ GENERATED = {
     "recipe": recipe,
     "methods": methods,
     "figure": figures.figure,
+    "results": results.results,
 }
