@@ -141,7 +141,8 @@ def main() -> None:
         with lorafold("smollm2", paths, Path(folder), more) as server, server.awake():
             rows = asyncio.run(measure(server.port, keys, a))
     keep("fairness", rows, dtypes="bf16") if a.keep else print(markdown(rows))
-    print(f"p95 beside the flood: {rows[1]['whole_p95'] / rows[0]['whole_p95']:.2f} of alone")
+    busy, alone = (row["answer, 95th percentile"] for row in (rows[1], rows[0]))
+    print(f"95th percentile beside the other tenant: {busy / alone:.2f} of that alone")
 
 
 if __name__ == "__main__":
