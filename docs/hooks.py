@@ -2,12 +2,12 @@
 
     <!-- generated: about train -->      what a command does, and
     <!-- generated: options train -->    its options, from the command itself
+    <!-- generated: results NAME -->     measured tables, from `results.py`
     <!-- generated: commands -->         the commands with a line and a page each
     <!-- generated: objects -->          the public names with a line and a place each
     <!-- generated: recipe -->           the fields of the recipe, from `Recipe.model_fields`
     <!-- generated: methods -->          the methods, from the table of methods
     <!-- generated: figure NAME -->      a drawing of `figures.py`
-    <!-- generated: results NAME -->     measured tables (`results.py`)
 
 A build fails where a page would load anything from another host or has a link that leads nowhere.
 """
@@ -313,10 +313,10 @@ def power(rate: float) -> str:
 GENERATED = {
     "about": about,
     "options": options,
+    "results": results.results,
     "commands": commands,
     "objects": objects,
     "recipe": recipe,
     "methods": methods,
     "figure": figures.figure,
-    "results": results.results,
 }
