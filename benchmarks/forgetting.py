@@ -152,7 +152,7 @@ def main() -> None:
         table.append(row | {f"KL at loss {loss:g}": at(path, loss) for loss in asked.losses})
         along = {f"step {p['step']}": f"{p['loss']:.4f}, {p['kl']:.3f}" for p in path}
         paths.append({"loss, KL": name} | along)
-    keep("forgetting", table, paths)
+    keep("forgetting", table, paths, dtypes="fp32")
 
 
 if __name__ == "__main__":

@@ -90,12 +90,12 @@ def figures(row: dict) -> dict[str, object]:
     return {
         "tokens/s": f"{ours['tokens_per_second']:.0f}",
         **{f"PEFT {dtype}": f"{row[dtype]['tokens_per_second']:.0f}" for dtype in DTYPES},
-        "times as fast": f"{row['over_peft']:.2f}",
-        "of the floor": f"{ours['of_floor']:.0%}",
-        "PEFT's share": f"{peft['of_floor']:.0%}",
+        "speed-up": f"{row['over_peft']:.2f}",
+        "matmul share": f"{ours['of_floor']:.0%}",
+        "PEFT's matmul share": f"{peft['of_floor']:.0%}",
         "peak GB": f"{ours['peak_bytes'] / 1e9:.2f}",
         "PEFT's peak": f"{peft['peak_bytes'] / 1e9:.2f}",
-        "ratio": f"{row['memory_over_peft']:.2f}",
+        "memory relative to PEFT": f"{row['memory_over_peft']:.2f}",
     }
 
 
@@ -105,7 +105,7 @@ def means(rows: dict[str, dict]) -> list[dict[str, object]]:
     for name, dropout in ("with dropout", True), ("without dropout", False), ("all", None):
         some = [row for n, row in rows.items() if dropout in (None, n.endswith("-dropout"))]
         if some:
-            columns = {"times as fast": "over_peft", "memory": "memory_over_peft"}
+            columns = {"speed-up": "over_peft", "memory relative to PEFT": "memory_over_peft"}
             figures = {
                 head: f"{statistics.geometric_mean(row[key] for row in some):.2f}"
                 for head, key in columns.items()
@@ -152,7 +152,9 @@ def main() -> None:
                 }
             )
     if not asked.no_keep:
-        keep(f"peers_{asked.shape}" if asked.shape else "peers", table, means(rows))
+        name = f"peers_{asked.shape}" if asked.shape else "peers"
+        dtypes = "bf16 or NF4; PEFT in bf16 and fp32, compared in the faster one"
+        keep(name, table, means(rows), dtypes=dtypes)
 
 
 if __name__ == "__main__":

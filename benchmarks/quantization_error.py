@@ -278,7 +278,11 @@ def main() -> None:
         codes["lloyd-max-normal"] = best
     for steps in (1, 5) if asked.loftq else ():
         report("smollm2", f"loftq T={steps}", lambda w, steps=steps: (loftq(w, steps), None))
-    keep("quantization_error", [row for row in table if row["data"] == "smollm2"])
+    keep(
+        "quantization_error",
+        [row for row in table if row["data"] == "smollm2"],
+        dtypes="see the rows",
+    )
 
 
 if __name__ == "__main__":
