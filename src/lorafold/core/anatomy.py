@@ -26,9 +26,11 @@ _made: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 class Anatomy:
     """Paths of the modules of a model, by role.
 
-    blocks: the elements of the outermost ModuleLists. experts: the modules that hold expert
-    weights, with their numbers of experts. indexers: the modules that choose the positions for
-    sparse attention; their choice has no gradient. attentions: the causal self-attentions.
+    blocks: the elements of the outermost ModuleLists.
+    experts: the modules that hold expert weights, with their numbers of experts.
+    indexers: the modules that choose the positions for sparse attention; their choice has no
+        gradient.
+    attentions: the causal self-attentions.
     embedding: the input embedding; None if it is undefined or not a module (Perceiver's latents).
     head: the output embedding, or None.
     """

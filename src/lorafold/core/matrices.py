@@ -40,10 +40,11 @@ class ExpertsForm:
     """How a module holds expert weights.
 
     parameters: in the order of use. If the last has fewer matrices, the extra experts return their
-    input. called: how the forward assigns rows to experts. around: that forward belongs to the
-    parent of this module. activation: the attribute applied to the gates (the first half of the
-    first parameter's output, or all of it if there are three parameters); empty for transformers'
-    experts interface.
+        input.
+    called: how the forward assigns rows to experts.
+    around: that forward belongs to the parent of this module.
+    activation: the attribute applied to the gates (the first half of the first parameter's output,
+        or all of it if there are three parameters); empty for transformers' experts interface.
     """
 
     parameters: Mapping[str, Stored]

@@ -36,9 +36,11 @@ from lorafold.training_step.packed_attention import (
 class Branching:
     """The model's support for shared prefixes, and the layout of the current batch.
 
-    packs: packed documents do not influence each other. shares: documents of a row may share a
-    prefix. across: so may documents of different rows. longest: the most tokens of a document that
-    shares, or None; a layout can't express the borders of chunked attention.
+    packs: packed documents do not influence each other.
+    shares: documents of a row may share a prefix.
+    across: so may documents of different rows.
+    longest: the most tokens of a document that shares, or None; a layout can't express the borders
+        of chunked attention.
     """
 
     packs: bool
