@@ -113,7 +113,6 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
 
 
 def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
-    """The kind of a module that has parameters."""
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
     if isinstance(module, _ConvNd):
         return "convolutions"

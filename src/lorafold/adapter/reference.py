@@ -96,11 +96,9 @@ class _Reference(nn.Module):
         super().__setattr__(name, own)
 
     def train(self, mode: bool = True) -> Self:
-        """Nothing: each call is in evaluation mode."""
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Nothing: it has no gradients, and its parameters are the model's."""
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -109,8 +107,6 @@ class _Reference(nn.Module):
 
 @cache
 def _reference_class(cls: type[nn.Module]) -> type[_Reference]:
-    """The subclass of a module's class for `_twin`, with its name."""
-
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         [module], [model] = self._reference_of, self._model
         with only(model, *self._under), evaluating(module):

@@ -28,11 +28,9 @@ class Anatomy:
 
     blocks: the elements of the outermost ModuleLists.
     experts: the modules that hold expert weights, with their numbers of experts.
-    indexers: the modules that choose the positions for sparse attention; their choice has no
-        gradient.
+    indexers: the modules that choose the positions for sparse attention, without gradients.
     attentions: the causal self-attentions.
-    embedding: the input embedding; None if it is undefined or not a module (Perceiver's latents).
-    head: the output embedding, or None.
+    embedding, head: the input and output embedding, or None if undefined.
     """
 
     def __init__(self, model: nn.Module, tree: Tree) -> None:
@@ -83,9 +81,7 @@ class Anatomy:
 
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:
-        """Each module that is not part of a delta, once, under its first path. Expert weights are
-        `Matrices`, under their parameters' paths.
-        """
+        """Each module outside deltas, once, under its first path; expert weights as `Matrices`."""
         modules: dict[str, nn.Module] = {}
         for path, kept in self._tree:
             module: Any = kept()
@@ -138,9 +134,7 @@ class Anatomy:
 
     @cached_property
     def heads(self) -> list[str]:
-        """The modules on top of the base model, such as a classifier's head, or else the output
-        embedding.
-        """
+        """The modules on top of the base model, or else the output embedding."""
         base = getattr(self._model(), "base_model", self._model())
         if base is not self._model():
             return [name for name, child in self._model().named_children() if child is not base]
@@ -265,7 +259,6 @@ def _steps(path: str) -> list[tuple[str, str]]:
 
 
 def _of_text(module: nn.Module) -> bool:
-    """Whether the module has the configuration of a text model."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "get_text_config"):
         return False

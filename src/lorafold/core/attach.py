@@ -1,8 +1,7 @@
-"""Attaches deltas by a class swap: a module's class is replaced by a subclass that runs the active
-deltas.
+"""Attaches deltas by replacing a module's class with a subclass that runs the active deltas.
 
-The model's keys, `isinstance`, the module's own kernel, `generate` and `save_pretrained` keep
-working. The deltas' tensors are in the state dict as `<module path>.deltas.<adapter>.<tensor>`.
+The module's keys, `isinstance` and kernel stay. The deltas' tensors are in the state dict as
+`<module path>.deltas.<adapter>.<tensor>`.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ _base_alone: ContextVar[bool] = ContextVar("base_alone", default=False)
 class Deltas(nn.ModuleDict):
     """The deltas attached to one module, by adapter name.
 
-    A delta without trainable parameters stays in evaluation mode, so that its dropout does not
-    affect an adapter trained on top of it.
+    Frozen ones stay in evaluation mode: their dropout must not affect an adapter trained on top.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -79,8 +77,8 @@ class Deltas(nn.ModuleDict):
         self._given = prefix, set(names.values()) & set(self)
 
     def _forgive(self, _: nn.Module, incompatible: Any) -> None:
-        """Remove the keys of adapters that are absent from the state from the missing ones, so that
-        a base state can be loaded into an adapted model.
+        """Don't report keys of adapters that are absent from the state as missing: a base state can
+        be loaded.
         """
         missing, (prefix, given) = incompatible.missing_keys, self._given
         for key in self._keys_of_base(prefix, missing):
@@ -92,9 +90,8 @@ class Deltas(nn.ModuleDict):
 
 
 class Adapted(nn.Module):
-    """A module with deltas attached: the mixin that `adapted_class` adds to the module's class.
-
-    `base_class` is the module's original class, `layer_class` its `BaseLayer`, `site` its path.
+    """Mixin of a module with deltas: its original class, its `BaseLayer` class, and its path
+    `site`.
     """
 
     base_class: ClassVar[type[nn.Module]]
@@ -168,9 +165,7 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """The model's selection, or a new one. If parts of the model were adapted before they were
-    joined, their selections are merged into one.
-    """
+    """The model's selection, merged if parts of the model were adapted before they were joined."""
     selections = list({id(m.selection): m.selection for _, m in adapted_modules(model)}.values())
     first, *others = selections or [Selection()]
     for other in others:

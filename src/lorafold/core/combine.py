@@ -47,10 +47,7 @@ class Stack(Delta):
 
 @dataclass(eq=False)
 class Slots:
-    """The delta of each element of the next batch, for a whole model.
-
-    `at` (batch,) holds integers: 0 for no delta, i for the i-th.
-    """
+    """The delta of each element of the next batch: `at` (batch,), 0 for none, i for the i-th."""
 
     at: Tensor
 

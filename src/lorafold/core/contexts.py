@@ -71,7 +71,7 @@ def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
 
 @dataclass(eq=False)
 class Scope:
-    """One `with unchanged()` block, and the values cached for it."""
+    """One `unchanged` block, and the values cached for it."""
 
     open: bool = True
     kept: dict[Any, Any] = field(default_factory=dict)
@@ -82,8 +82,8 @@ _scope: ContextVar[Scope | None] = ContextVar("unchanged", default=None)
 
 @contextmanager
 def unchanged() -> Iterator[None]:
-    """Context: no parameter changes in this thread or task, so values that depend only on
-    parameters are computed once. (Parameter versions don't show changes by fused optimizers.)
+    """Context: parameters don't change in this thread or task, so values that depend only on them
+    are computed once (fused optimizers don't change a parameter's version).
     """
     token = _scope.set(made := Scope())
     try:
@@ -109,9 +109,8 @@ def is_fake(x: Tensor) -> bool:
 
 
 def keep_scale(model: nn.Module) -> None:
-    """Undo and disable RWKV's rescaling of weights in place for inference (every `rescale_every`
-    blocks). A delta would not be rescaled with its matrix, so merged weights would be wrong by a
-    power of two.
+    """Undo and disable RWKV's in-place rescaling of weights for inference: a delta would not be
+    rescaled with its matrix, so merged weights would be wrong by a power of two.
     """
     for module in model.modules():
         own: Any = module

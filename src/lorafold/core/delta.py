@@ -28,8 +28,8 @@ from lorafold.errors import LorafoldError, NotMergeable, cut, differing, listed
 
 
 class Gained(NamedTuple):
-    """The form g z + c of an output: z is the output of the delta `under` on the layer, or of the
-    layer itself if `under` is None; g (*matrices, out), c (*matrices, out) or None, fp32 or wider.
+    """An output as g z + c: z the output of `under` on the layer, or of the layer if None; g and c
+    (*matrices, out), fp32 or wider, c may be None.
     """
 
     under: Delta | None
@@ -208,7 +208,7 @@ def on_meta(delta: Delta) -> Delta:
 
 
 def put(delta: Delta, name: str, value: Tensor) -> None:
-    """Set the tensor of a delta at a dotted name, in place if `value` (any shape) has its shape."""
+    """Set a delta's tensor by its dotted name, in place if `value` (any shape) has its shape."""
     owner, _, leaf = name.rpartition(".")
     module = delta.get_submodule(owner)
     old = getattr(module, leaf)

@@ -1,12 +1,10 @@
 """Expert weights as modules, so that deltas can be attached to them.
 
-transformers stores the experts of a block in parameters like `experts.gate_up_proj` (E, 2 I, H).
-The target path is the parameter's path; a `Matrices`, which has no parameters, becomes a child of
-the parameter's owner with its first delta. Ways in which a forward assigns rows to experts:
+transformers stores experts in parameters like `experts.gate_up_proj` (E, 2 I, H); the target path
+is the parameter's path. Ways in which a forward assigns rows to experts:
 
     CHOSEN     forward(x, experts, weights)    the experts of each token (T, k), and their weights
-    WEIGHED    forward(x)                      its `router` gives scores (T, E) of its `top_k`
-                                               experts, which scale their inputs
+    WEIGHED    forward(x)                      its `router` scores (T, E) scale the experts' inputs
     SORTED     forward(rows, sizes)            rows (S, in) sorted by expert
 """
 
@@ -26,8 +24,8 @@ CHOSEN, WEIGHED, SORTED = "chosen", "weighed", "sorted"
 
 @dataclass(frozen=True)
 class Stored:
-    """How a parameter stores matrices: `number` is the module's attribute with their number; each
-    is (in, out) if `transposed`; if `flat`, they are concatenated in a 2-D parameter.
+    """How a parameter stores matrices: their number is the module's attribute `number`; each is
+    (in, out) if `transposed`; if `flat`, they are concatenated in 2-D.
     """
 
     number: str = "num_experts"
@@ -39,12 +37,11 @@ class Stored:
 class ExpertsForm:
     """How a module holds expert weights.
 
-    parameters: in the order of use. If the last has fewer matrices, the extra experts return their
+    parameters: in the order of use. If the last has fewer matrices, extra experts return their
         input.
     called: how the forward assigns rows to experts.
     around: that forward belongs to the parent of this module.
-    activation: the attribute applied to the gates (the first half of the first parameter's output,
-        or all of it if there are three parameters); empty for transformers' experts interface.
+    activation: the attribute applied to the gates; empty for transformers' experts interface.
     """
 
     parameters: Mapping[str, Stored]
@@ -92,7 +89,8 @@ def form_of(module: nn.Module) -> ExpertsForm | None:
 
 
 class Matrices(nn.Module):
-    """The matrices of the parameter `name` of `owner`, a child of `around`."""
+    """The matrices of the parameter `name` of `owner`, a child of `around`; it has no parameters.
+    """
 
     owner: nn.Module
     around: nn.Module | None

@@ -6,14 +6,13 @@
                   1502.02551)
     turned        16 random bits, shifted at every step: for weights stored at every step
 
-**dithered.** Rounding W + dW to the nearest loses every dW below half a unit; a dither preserves it
-on average. Its bits are the value's upper half times an odd constant, so a value always rounds the
-same way: in a replayed checkpoint, elsewhere in the batch, in decoding and in prefill.
+**dithered.** The dither is the value's upper half times an odd constant, so a value always rounds
+the same way: in a replayed checkpoint, elsewhere in the batch, in decoding and in prefill.
 
 **turned.** A weight with an update of p units is rounded up if u + t ODD / 2^16 (mod 1) lies in an
-interval of length p, where u is the weight's random number and t the step: a Kronecker sequence of
-the golden ratio (Niederreiter 1992, ch. 3). The error of the sum of T equal updates is O(log T)
-units; with independent random numbers it would be sqrt(T p (1 - p)).
+interval of length p, u its random number and t the step: a Kronecker sequence of the golden ratio
+(Niederreiter 1992, ch. 3). The error of T equal updates is O(log T) units instead of sqrt(T p (1 -
+p)) with independent random numbers.
 """
 
 from __future__ import annotations
@@ -68,8 +67,7 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
 
 
 def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
-    """Round x, fp32, away from zero if u (x's shape, in [0, 1)) is below the remainder in units,
-    else towards zero.
+    """Round x, fp32, away from zero if u (same shape, in [0, 1)) is below the remainder in units.
     """
     info = torch.finfo(dtype)
     # the power of two at or under |x|
@@ -81,9 +79,9 @@ def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int) -> Tensor:
-    """Round x (fp32, any shape) to one of its two neighbours in bf16 or fp16, with expectation x
-    over the generator's seed (exact in bf16; at most 2^-16 too large among fp16's subnormals).
-    Non-finite values become NaN.
+    """Round x (fp32, any shape) to a neighbour in bf16 or fp16, with expectation x over the
+    generator's seed (exact in bf16; 2^-16 too large among fp16's subnormals). Non-finite values
+    become NaN.
     """
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     u = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
@@ -117,7 +115,7 @@ class _Scattered(Function):
 
 
 def scatter_added(w: Tensor, values: Tensor, at: Tensor) -> Tensor:
-    """w (any shape) plus `values` (k,) at the ascending positions `at` (k,) of the flattened
-    matrix, rounded with `rounded` to w's dtype.
+    """w (any shape) plus `values` (k,) at the ascending flat positions `at` (k,), `rounded` to w's
+    dtype.
     """
     return _Scattered.apply(w, values, at)

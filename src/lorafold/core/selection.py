@@ -1,9 +1,8 @@
 """The active adapters of a model, and the source of its random numbers in training.
 
-A block recomputed in a backward must run under the adapters of its forward, so the names are
-recorded in the frame that `torch.utils.checkpoint` keeps for each segment, in the order of the
-modules' calls. The reentrant form, and a checkpoint nested in a replayed one, have no frame: such a
-replay is refused if modules ran under other names than the active ones since the last backward.
+A block recomputed in a backward must run under the adapters of its forward, so modules record the
+names in the frame of `torch.utils.checkpoint`. Reentrant and nested checkpoints have no frame; such
+a replay is refused if modules ran under other names since the last backward.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _inside: ContextVar[frozenset[OnlyBlock]] = ContextVar("inside", default=frozens
 
 @dataclass(eq=False)
 class Origin:
-    """The files of one adapter on a model: the directory it was last loaded from or saved to, and
-    the digest of its files (empty if it was neither loaded nor saved, or was merged since).
+    """The files of an adapter: the directory last loaded from or saved to, and their digest (empty
+    if there are none, or the adapter was merged since).
     """
 
     name: str = ""
@@ -40,9 +39,8 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The source of random numbers: a 63-bit key, and the name of each token of the batch, int64
-    (B, T), made of its row and position: dropout is the same for a row that is packed, padded or
-    alone.
+    """The source of random numbers: a 63-bit key, and a name for each token, int64 (B, T), from its
+    row and position, so that dropout is the same for a packed, padded or single row.
     """
 
     key: int
@@ -77,8 +75,7 @@ class Recorded:
 
 @dataclass(eq=False)
 class Loading:
-    """The adapters in the state of one `load_state_dict`, and the keys of the others, which are not
-    reported as missing.
+    """One `load_state_dict`: the adapters in the state, and the removed missing keys of the others.
     """
 
     missing: list[str]
@@ -171,9 +168,7 @@ class Selection:
             self.origins.pop(name, None)
 
     def running(self, training: bool) -> Names:
-        """The names of the adapters for a module call: the active ones, or in the replay of a
-        checkpointed segment those of its forward.
-        """
+        """The adapters of a module call: the active ones, or in a replay those of its forward."""
         if torch.compiler.is_compiling():
             return self.names
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -262,9 +257,8 @@ def slots(names: Tensor, at: Tensor, k: int) -> Tensor:
 def site_of(
     module: nn.Module, tokens: int, of: Callable[[Tensor], Tensor] | None = None
 ) -> DrawSite | None:
-    """The source of random numbers for dropout in a module; `of` maps the tokens' names (T,) to
-    those of its input rows (S,). None outside `drawing`, and if the inputs are not the batch's
-    tokens.
+    """The source of dropout's random numbers in a module; `of` maps the tokens' names (T,) to its
+    rows' (S,). None outside `drawing`, and if the inputs are not the batch's tokens.
     """
     selection = vars(module).get("selection")
     if not isinstance(selection, Selection) or (draws := selection.draws) is None:

@@ -1,11 +1,10 @@
-"""The folded weight and bias, for models that read them without calling the module's forward.
+"""The folded weight and bias, for models that read them without calling the module's forward
+(`nn.MultiheadAttention`, Mamba's `dt_proj`).
 
-`nn.MultiheadAttention` reads the weight of its `out_proj`, Mamba of its `dt_proj`, a head of the
-embedding. So while a delta is active, `module.weight` and `module.bias` are stand-ins with shape,
-dtype and device, through which gradients reach the deltas. Other torch functions receive the folded
-tensor, summed in fp32 or wider and dithered to the stored dtype; each use costs a fold. Compilers,
-tracers and torch.func get the folded tensor itself. Writes go to the stored parameter. There is no
-dropout.
+While a delta is active, `module.weight` and `module.bias` are stand-ins with shape, dtype and
+device, through which gradients reach the deltas. Other torch functions receive the folded tensor,
+summed in fp32 or wider and dithered to the stored dtype; each use costs a fold. Writes go to the
+stored parameter. There is no dropout.
 """
 
 from __future__ import annotations
@@ -209,9 +208,7 @@ class WeightDescriptor:
 
 @cache
 def _register_ties() -> None:
-    """Replace a stand-in that is registered as a parameter of another module by the stored
-    parameter.
-    """
+    """Register the stored parameter, not the stand-in, if another module is tied to it."""
 
     def tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
         return parameter.stored if isinstance(parameter, Served) else None

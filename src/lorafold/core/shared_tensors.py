@@ -17,9 +17,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def twin(model: M) -> M:
-    """A copy of the model that shares its tensors. Trainable parameters get their own version
-    counters, so that autograd does not take the twin's in-place operations for changes of the
-    model's tensors.
+    """A copy of the model that shares its tensors. Trainable ones get their own version counters,
+    so that the twin's in-place operations don't disturb the model's autograd.
     """
     memo = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(tensor): tensor for module in model.modules() for tensor in _kept(module)}

@@ -58,18 +58,15 @@ class Matches:
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
-    """Whether the path, or a suffix of it that starts after a dot, matches the regular expression:
-    PEFT's rule for `rank_pattern` and `alpha_pattern`.
-    """
+    """Whether the path, or its end after a dot, matches: PEFT's rule for `rank_pattern`."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def match(
     model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: IsLinear
 ) -> Matches:
-    """Resolve targets (a preset, a regular expression, names, or matches, which are returned
-    unchanged) to module paths. Raises NoTarget with every pattern that matches no module, and
-    similar names.
+    """Resolve targets (preset, regular expression, names or matches) to module paths. Raises
+    NoTarget for every pattern without a match, with similar names.
     """
     if isinstance(targets, Matches):
         return targets

@@ -5,9 +5,8 @@
     Linear8bit      int8 with one scale for each output (Dettmers et al. 2022, LLM.int8, arXiv
                     2208.07339)
 
-bitsandbytes' forwards do not run under a delta, because int8 rounds activations too, and 4-bit
-converts the weights on some CPUs. `codes` quantizes to NF4 on a CPU, with the same result but
-faster: code = 15 - #{k : w / c <= m_k}, m_k the middle of levels k and k + 1.
+bitsandbytes' forwards do not run under a delta: int8 rounds activations, and 4-bit converts the
+weights on some CPUs.
 """
 
 from __future__ import annotations
@@ -39,8 +38,9 @@ PART = 1 << 18  # weights: 1 MB in fp32
 
 
 def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(codes (n / 2, 1) in uint8, two per byte, the first in the high nibble; c (n / block,) in
-    fp32).
+    """NF4 codes (n / 2, 1) in uint8, two per byte, the first in the high nibble, and constants c (n
+    / block,) in fp32, equal to bitsandbytes' but faster on a CPU: code = 15 - #{k : w / c <= m_k},
+    m_k the middle of levels k and k + 1.
     """
     flat, level = w.detach().reshape(-1), levels()
     middles = ((level[:-1] + level[1:]) / 2).tolist()
@@ -87,8 +87,8 @@ def bitsandbytes() -> ModuleType:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Context for imports of bitsandbytes, also by other libraries: without its warnings, which
-    recommend downloads of kernels, and without torch's compiler, which takes 1.5 s to import.
+    """Context for imports of bitsandbytes: without warnings that recommend kernels, and without
+    torch's compiler, which takes 1.5 s to import.
     """
     logger = logging.getLogger("bitsandbytes")
     level, compiler = logger.level, torch.compile
@@ -224,8 +224,8 @@ class Linear4bit(Quantized):
 
     @property
     def _state(self) -> Any:
-        """The quantization state of the codes in their original order: for inference on a CPU the
-        module reorders them, and then computes no gradients.
+        """The quantization state, with the original order of codes: the module reorders them for
+        inference on a CPU, and then computes no gradients.
         """
         weight = self.bare.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):

@@ -4,15 +4,13 @@
 
     codes   float8_e4m3fn (out, in); int8 (out, in); or 4 or 8 bits each, packed into int32
             (out, ceil(in bits / 32)) from the low bits on, each plus half its range
-    s       the scales (ceil(out / r), ceil(in / c)): one for the whole matrix, for a row, for a
-            group of c columns in a row, or for a block of r rows and c columns
-    z       the zero points of asymmetric codes, of the same shape; packed like the codes, along
-            the rows
+    s       the scales (ceil(out / r), ceil(in / c)) of blocks of r rows and c columns
+    z       the zero points of asymmetric codes, of the same shape; packed along the rows
 
-Names and layouts are those of compressed-tensors (vLLM project), formats float-quantized,
-int-quantized and pack-quantized, and of DeepSeek-V3's fine-grained FP8 (arXiv 2412.19437, section
-3.3), with scales `weight_scale_inv`. W has the dtype of the scales. Activations are not quantized,
-whatever the files specify, because a folded delta would then differ from the delta itself.
+The formats are float-quantized, int-quantized and pack-quantized of compressed-tensors (vLLM
+project), and DeepSeek-V3's fine-grained FP8 (arXiv 2412.19437, section 3.3), with scales
+`weight_scale_inv`. Activations are never quantized, because a folded delta would then differ from
+the delta itself.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
     y[o, t] = sum_{c, k} W[o, c, k] x[c, stride t + dilation k - padding] + b[o]
     x (N, in, *places), W (out, in / groups, *window), y (N, out, *places')
 
-As a matrix, W is (out, in / groups * prod(window)), with columns in the order of the stored kernel.
-A low-rank update is a convolution to r channels and one with window 1 to the outputs. With groups,
-the r channels would be needed once for each group, so the update W + dW is computed instead. A
-delta's output is added in fp32 and rounded with a dither (`core.rounding`).
+As a matrix, W is (out, in / groups * prod(window)). A low-rank update is a convolution to r
+channels and one with window 1 to the outputs; with groups, up @ down is computed instead. A delta's
+output is added in fp32 and rounded with a dither (`core.rounding`).
 """
 
 from __future__ import annotations

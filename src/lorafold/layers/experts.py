@@ -2,9 +2,6 @@
 
     for a token x, its experts e_1 .. e_k and their weights p_1 .. p_k (from the router):
     y = sum_i p_i down_{e_i} act(gate_up_{e_i} x)
-
-A delta on `gate_up_proj` or `down_proj` adapts a layer (S, in) -> (S, out), S = k times the tokens.
-The module's own forward runs if no delta is active and nothing is quantized.
 """
 
 from __future__ import annotations
@@ -277,8 +274,8 @@ Layers = Callable[[Groups, Tensor | None, tuple[int, int]], list[Layer]]
 def chosen(
     routed: Any, holder: nn.Module, layers: Layers, hidden: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """The output of the experts, in the input's shape: weighted and summed for each token. `hidden`
-    (..., hidden) has T tokens; the other arguments are their experts (T, k) and weights (T, k).
+    """The experts' outputs, weighted and summed for each token, in the input's shape; `hidden` has
+    T tokens, then come their experts (T, k) and weights (T, k).
     """
     index, weights = (*args, *kwargs.values())
     tokens = hidden.reshape(-1, hidden.shape[-1])

@@ -3,9 +3,8 @@
     y_j = W_j x_j,  j = 1 .. g      x (..., g, in), W (out, in) = (W_1; ..; W_g),
                                     y (..., g, out / g)
 
-As a matrix, W is (out, in), as stored. A low-rank update is u_j = A x_j, with the same A (r, in)
-for all groups, and y_j + B_j u_j with the group's rows of B (out, r). Gains on inputs and outputs
-are indistinguishable here, so methods that need `takes_vectors` are refused.
+A low-rank update is u_j = A x_j, with the same A (r, in) for all groups, and y_j + B_j u_j with the
+group's rows of B (out, r).
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from lorafold.layers.expert_storage import stored_matrices
 
 
 def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
-    """Record that the modules at these paths are no longer quantized (experts by their module);
-    remove the quantization config if no quantized module is left.
+    """Record in the config that these modules are no longer quantized; remove its quantization
+    config if no other is.
     """
     config: Any = getattr(model, "config", None)
     settings: Any = getattr(config, "quantization_config", None)

@@ -1,10 +1,6 @@
 """Estimates the bytes of each term at the peak of memory, from a model's configuration.
 
-The terms come from a trace (`memory.trace`) and add up to the peak. All but `process` are bytes
-that torch's allocator gives to tensors. For a CPU run, `process` makes the total the resident
-memory of the process, without imported libraries.
-
-The bytes that each of n processes holds and sends in a step, derived from a single process:
+The terms come from a trace (`memory.trace`). Each of n processes holds and sends in a step:
 
     w, a, g, s    bytes of the weights, the adapter, its gradients and the optimizer's state
     w_b, g_b      those of one block;  r, g_r those of the largest of embedding and head
@@ -16,8 +12,6 @@ The bytes that each of n processes holds and sends in a step, derived from a sin
                  sends  (n - 1) / n (2 sum_b w_b + w_e + 2 g + a)     gather twice, sum, updates
     fsdp, full   holds  (w + g + s) / n + max(w_b + g_b, r + g_r)
                  sends  (n - 1) / n (2 sum_b w_b + 3/2 w_e + g)       gather twice, reduce
-
-Communication does not overlap with computation (`training_step.sharding`).
 """
 
 from __future__ import annotations
@@ -153,8 +147,8 @@ class Traffic:
 def shared(
     whole: Traced, block: Traced, blocks: int, setting: Setting, tied: bool
 ) -> tuple[Traced, Traffic]:
-    """The bytes of one of several processes, and its traffic, from a single process's step. If the
-    base is trained, gradients are already sharded. Embedding and head may be `tied`.
+    """The bytes and traffic of one of several processes, from a single process's step (if the base
+    is trained, with sharded gradients). Embedding and head may be `tied`.
     """
     n, owned = setting.processes, setting.owned
     part = (n - 1) / n
@@ -260,10 +254,8 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 
 def largest(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
-    """The largest n up to `most` whose total fits in memory, or 0.
-
-    Totals are nearly affine in n, so n lies on the line through two of them. An n of at most four
-    times a traced one is verified; beyond `traced` tokens the line is trusted.
+    """The largest n up to `most` whose total fits in memory, or 0, found on the line through two
+    totals, which are nearly affine; only an n of at most four times a traced one is verified.
     """
     low, high = (start // 2, start) if start > 3 else (2, 4)
     while True:

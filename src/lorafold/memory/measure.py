@@ -1,7 +1,4 @@
-"""Measures the memory of a model and a step on a device, to check an estimate against it.
-
-On CUDA, torch's allocator counts the bytes; elsewhere, all existing tensors and a `Ledger` do.
-"""
+"""Measures the memory of a model and a step on a device, to check an estimate."""
 
 from __future__ import annotations
 
@@ -35,9 +32,7 @@ if TYPE_CHECKING:
 
 
 def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch.device) -> int:
-    """The bytes at the peak of the second of two training steps on random tokens, or of inference
-    of a prompt and one more token, including the model.
-    """
+    """The peak bytes of the second of two training steps, or of inference, including the model."""
     # keeps existing tensors alive: freeing them meanwhile would change the difference
     earlier, before = _tensors(), allocated(device)
     model = load()

@@ -122,8 +122,8 @@ def choose_checkpointing(
     free: int,
     console: Console,
 ) -> tuple[bool, str]:
-    """Print the memory that the setting needs; return whether to use gradient checkpointing, and a
-    line for later if there is no estimate, because loading may raise a better error.
+    """Print the memory estimate; return whether to use gradient checkpointing, and a line to print
+    later without an estimate, because loading may raise a better error.
     """
     setting = replace(setting, checkpointing=checkpointing is True)
     room, why = SHARE * free, ""

@@ -1,14 +1,5 @@
-"""Settings by name: the modes of using a model, and the sizes of Llama.
-
-    inference    no training; the base in bf16 unless the recipe sets it
-    full         every weight is trained, in fp32 unless the recipe sets bf16: 16 bytes per
-                 parameter with gradients and AdamW's moments
-    lora         LoRA on a base in bf16
-    qlora        LoRA on a base in NF4
-    any other    a method by its name, on the recipe's base
-
-`--params 7b, 13b, 70b` are the shapes of Llama 2 (Touvron et al. 2023, arXiv 2307.09288), `65b` and
-`33b` those of Llama (arXiv 2302.13971, table 2).
+"""Settings by name: the modes of using a model, and the shapes of Llama 2 (7b, 13b, 70b; Touvron et
+al. 2023, arXiv 2307.09288) and Llama (33b, 65b; arXiv 2302.13971, table 2).
 """
 
 from __future__ import annotations

@@ -62,9 +62,8 @@ def distinct_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of tensors, fake or real, that are made inside its `with` block (`now`,
-    `peak`), and the operations of matmuls. Memory that a kernel frees within one operation is not
-    seen.
+    """Counts the bytes of tensors, fake or real, in its `with` block (`now`, `peak`), and the
+    operations of matmuls, but no memory that a kernel frees within one operation.
     """
 
     def __init__(self) -> None:
@@ -156,26 +155,22 @@ TOKENS = 4, 8  # below any window of attention
 
 @dataclass(frozen=True)
 class Setting:
-    """The input of an estimate: a base, a method, and the rows of a micro-batch. Independent of the
-    machine that computes the estimate.
+    """The input of an estimate: a base, a method, and the rows of a micro-batch.
 
     spec: the trained method; None for inference.
-    targets: the modules to adapt, as for `attach`.
+    targets: as for `attach`.
     beside: returns the further arguments of `attach`, for a model.
     rows: the lengths in tokens of the rows of a micro-batch. Inference computes all but the last
         token of each as a prompt, then the last token.
     labelled: the tokens that count in the loss; None: all that can be predicted.
     packed: rows are packed into one sequence; else padded to the longest.
     classes: the outputs of a classification head; 0 for a language model.
-    loss: the loss of a model, its inputs and the number of labelled tokens; None: classification or
-        next-token loss.
+    loss: the loss of a model, its inputs and the number of labelled tokens; None: the default.
     accumulating: gradients of an earlier micro-batch exist.
-    below: the frozen adapters below the new one, lowest first: method, and further `attach`
-        arguments.
+    below: the frozen adapters below, lowest first: method, and further `attach` arguments.
     draws: the completions sampled before a step, if any.
     place: the kind of device, whose dropout and attention are modelled.
-    widened: 16-bit matrices are multiplied in fp32, which is faster on some CPUs
-        (`ops.arithmetic.widens`) but takes more memory.
+    widened: 16-bit matrices are multiplied in fp32 (`ops.arithmetic.widens`).
     processes: the number that train together, each on such rows.
     strategy: ddp or fsdp.
     resident: include the memory of a CPU run's process besides tensors.
@@ -306,7 +301,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
 
 class LastTiles(Documents):
     """Documents of which only the last three tiles are computed: enough for the peak, because tiles
-    grow from first to last, except that the last may be smaller.
+    grow.
     """
 
     def tiles(self) -> Iterator[Tile]:
@@ -339,9 +334,8 @@ def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parame
 
 
 def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[int]:
-    """Reset the ledger's peak when half of the parameters have gradients, and return a list that
-    then holds the first half's peak: each half is linear in the number of blocks, their maximum is
-    not.
+    """Reset the ledger's peak when half of the parameters have gradients, and return a list for the
+    first half's peak, because each half depends on the number of blocks in its own way.
     """
     before = []
     left = (len(trained) + 1) // 2

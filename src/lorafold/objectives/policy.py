@@ -287,7 +287,6 @@ class PolicyObjective(OnPolicy):
         self, prompts: Sequence[TokenizedPrompt], key: int, loss: RolloutLoss,
         seconds: dict[str, float],
     ) -> Rewarded:  # fmt: skip
-        """Groups of completions with their rewards; adds the seconds for both."""
         start = time.perf_counter()
         groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)
         sampled = time.perf_counter()
@@ -316,7 +315,6 @@ class PolicyObjective(OnPolicy):
         return one.ended or self.sampling.truncated == "counted"
 
     def _silent(self, judged: Rewarded, loss: RolloutLoss) -> str:
-        """The reason why a step has no signal, and a remedy."""
         if not any(self._counts(one) for group in judged.groups for one in group):
             most = self.sampling.max_new_tokens
             return (

@@ -1,9 +1,7 @@
 """A base model and how it is loaded, and the search for the base of saved adapters.
 
-`base_for` tries the name in the adapter as a path (as is, relative to the adapter, and next to it)
-or a hub model. If it leads to no model, or to other weights, the adapter's fingerprint is compared
-with the models next to the adapter, in the name's directory and in the hub's cache, without network
-access.
+`base_for` tries the name in the adapter as a path or a hub model, and then compares the adapter's
+fingerprint with the models nearby and in the hub's cache, without network access.
 """
 
 from __future__ import annotations
@@ -110,8 +108,8 @@ class Base:
         return of_model(self.source)
 
     def cache_key(self, template: str | None, *packages: str) -> dict[str, Any]:
-        """The inputs of a run's results besides recipe and rows: the identities of the model and
-        the chat template, the device and storage, and the code of training and these packages.
+        """The inputs of a run's results besides recipe and rows: model, chat template, device,
+        storage, code.
         """
         file = None if template is None or template in BUILT_IN else file_digest(Path(template))[1]
         return {
@@ -123,8 +121,8 @@ class Base:
         }
 
     def date(self, template: str | None, saved: Sequence[SavedAdapter] = ()) -> str:
-        """Today's date if the recipe's chat template (or the model's or adapters') contains it, so
-        that results are cached for one day; else "".
+        """Today's date if the chat template contains it, so that results are cached for one day;
+        else "".
         """
         tokenizer = self.tokenizer(saved)
         if template is not None:
@@ -136,9 +134,9 @@ class Base:
         return replace(self, model=self.source, storage=storage)
 
     def stored_as_trained(self, adapters: Sequence[SavedAdapter | OwnBase] = ()) -> Base:
-        """The same model; if its storage is auto, with the quantization of its files or the
-        adapters' training, and the dtype of the training. If the device has no native bf16, fp32
-        replaces bf16.
+        """The same model; if its storage is auto, with the quantization of its files or of the
+        adapters' training, and the training's dtype (fp32 instead of bf16 if the device has no
+        native bf16).
         """
         if self.storage != "auto":
             return self
@@ -293,8 +291,6 @@ def _name(own: OwnBase) -> str:
 
 
 def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
-    """The base, and the line about it."""
-
     def line(path: str, found_by: str = "") -> str:
         if path == own.name:
             return f"{path}, from {own.named_in}"

@@ -99,9 +99,9 @@ class Trained(ShownInNotebooks):
 
 
 def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -> Trained:
-    """Write the last adapter to `request.out`, and the best one to `<out>.best` if it was an
-    earlier step (or to `request.out` if the recipe stops early); verify them and remove the
-    checkpoints. Only rank 0 writes. `base` has the original weights, if the model is quantized.
+    """Write the last adapter to `request.out`, and an earlier best one to `<out>.best` (or
+    `request.out` if the recipe stops early); verify them and remove the checkpoints. Only rank 0
+    writes. `base` has the original weights of a quantized model.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
     if plan.layout.divides:
@@ -238,8 +238,7 @@ def _rounded(value: Any) -> Any:
 
 
 def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
-    """Raise if a tensor of the adapter is not finite, or if an up factor that had gradients is
-    zero, which would make its update zero.
+    """Raise if a tensor is not finite, or an up factor with gradients is zero (so is its update).
     """
     for name, t in adapter.state_dict().items():
         check_finite(name, t)
@@ -289,8 +288,8 @@ def _learned(optimizer: Optimizer, p: Tensor) -> bool:
 
 
 def finished(request: RunRequest, console: Console) -> Trained | None:
-    """The result of the request's run if it is complete and to be resumed (a cluster may start a
-    job again after its end); None if there is a run to do. Raises if another run wrote the adapter.
+    """The result of a complete run that is resumed (clusters restart jobs), or None if there is a
+    run to do. Raises if another run wrote the adapter.
     """
     out, replaced = request.out, request.overwrite or not request.resume
     if replaced or RunDirectory(out).path.exists() or not (out / RECORD).is_file():
@@ -313,7 +312,6 @@ def finished(request: RunRequest, console: Console) -> Trained | None:
 
 
 def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
-    """The differences between the request and the finished run."""
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
     recipe = request.recipe
     now = recipe.model_dump(mode="json")

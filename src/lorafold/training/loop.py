@@ -125,8 +125,8 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield the received stop signals: after SIGTERM or the first Ctrl-C the run finishes its step
-    and writes a checkpoint; a second Ctrl-C ends it at once.
+    """Yield the received stop signals; on SIGTERM or the first Ctrl-C the run finishes its step and
+    saves a checkpoint, on a second Ctrl-C it ends at once.
     """
     stops: list[int] = []
 
@@ -235,12 +235,11 @@ def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> 
 
 
 def versus_guessing(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
-    """The `loss`, the one of `guessing`, and whether the first is `better`; empty if there are too
-    few steps or the loss is not comparable.
+    """The `loss`, the one of `guessing`, and whether the first is `better`; empty if not
+    comparable.
 
     The mean of the last RECENT steps must be lower by two standard errors. If guessing is the
-    untrained model, both losses are on the rows of the first step, with a tolerance of a
-    thousandth.
+    untrained model, both are on the rows of the first step, with a tolerance of a thousandth.
     """
     last = progress.best if is_over(plan, progress) and plan.recipe.stops else None
     recent = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-RECENT:]
@@ -319,8 +318,8 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
 
 
 def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tensor:
-    """Compute the gradients of this process's share of the examples, in micro-batches, and of the
-    method's penalty. Returns the summed loss (), in nats.
+    """Compute the gradients of this process's examples, in micro-batches, and of the method's
+    penalty. Returns the summed loss (), in nats.
     """
     loss, recipe, processes = plan.loss, plan.recipe, plan.layout.processes
     share = range(len(examples))[processes.index :: processes.count]
@@ -356,8 +355,8 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
 
 
 def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> list[str]:
-    """The paths of the adapted modules that the loss does not depend on, such as cross-attention if
-    the batch is text only. Raises if there is no gradient at all.
+    """The paths of adapted modules on which the loss does not depend (cross-attention on text
+    only). Raises if there is no gradient at all.
     """
     grads = {}
     for path, delta in adapter.deltas.items():

@@ -62,8 +62,7 @@ class PreviewExample:
 def show(
     request: RunRequest, console: Console, rows: int = 3, html: Path | None = None
 ) -> Findings:
-    """Print the first rows as the model sees them, with the trained tokens marked. Returns the
-    findings about all rows, or the first ones of a large data set.
+    """Print the first rows with the trained tokens marked, and return the findings about the data.
     """
     saved = open_all(request.adapters)
     request = with_length(request, saved, console)
@@ -116,7 +115,6 @@ def _findings(
 
 
 def _few(rows: Sequence[Row]) -> Sequence[Row]:
-    """The first rows, as many as a preview checks."""
     n = max(1, len(rows) * SOME // max(1, Rows.of(rows).measured[1]))
     if n >= len(rows):
         return rows
@@ -150,7 +148,6 @@ def _previewed(
 
 
 def _tool_line(tool: Tool) -> str:
-    """A tool's name, arguments and description."""
     function = tool["function"]
     parameters = function.get("parameters") or {}
     names = ", ".join(parameters.get("properties") or ())
@@ -158,7 +155,6 @@ def _tool_line(tool: Tool) -> str:
 
 
 def _turn_line(message: Message) -> str:
-    """A message in one line: its role, reasoning, calls and content."""
     parts = []
     if thought := message.get("reasoning_content"):
         parts.append(f"thinks: {_short(thought)}")
@@ -177,7 +173,6 @@ def _short(text: str, length: int = 72) -> str:
 
 
 def _section(one: PreviewExample) -> str:
-    """One example of the page."""
     tools = one.conversation.tools
     schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))
     turns = [_turn_line(message).partition(": ")[::2] for message in one.conversation.messages]
@@ -192,7 +187,6 @@ def _section(one: PreviewExample) -> str:
 
 
 def _marked(text: Text) -> str:
-    """The text as HTML, with bold parts marked and without the terminal's brackets."""
     page, at = "", 0
     for span in sorted(text.spans):
         page += markup.escape(text.plain[at : span.start])

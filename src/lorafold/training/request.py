@@ -123,8 +123,8 @@ def with_length(request: RunRequest, saved: Sequence[SavedAdapter], console: Con
 def tokenizer_for(
     request: RunRequest, objective: Objective, console: Console, saved: Sequence[SavedAdapter] = ()
 ) -> tuple[PreTrainedTokenizerBase, Words]:
-    """The tokenizer of the model, or of an adapter that has its own, with the recipe's chat
-    template and new tokens, and the ids of these tokens.
+    """The tokenizer of the model or an adapter, with the recipe's template and new tokens, and
+    their ids.
     """
     tokenizer = request.base.tokenizer(saved)
     if request.recipe.chat_template is not None:
@@ -186,9 +186,7 @@ def tokenized(
 
 
 def depends_on(request: RunRequest, objective: Objective) -> dict[str, Any]:
-    """The other inputs of a run besides recipe, model, adapters and training rows: held-out rows,
-    the chat template file, and the objective's.
-    """
+    """The other inputs of a run: held-out rows, the chat template file, and the objective's."""
     held_out = Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
     identity = {HELD_OUT: held_out, **objective.identity}
     template = request.recipe.chat_template

@@ -50,8 +50,8 @@ SAMPLED = 8  # steps whose rows are searched for shared prefixes
 
 def train(request: RunRequest, console: Console, processes: Processes = ALONE) -> Trained:
     """Train one adapter and write it to `request.out`; every process has the same request. A
-    finished run that is resumed is left unchanged. Raises Interrupted after SIGINT or SIGTERM, once
-    a checkpoint is written.
+    finished run is left unchanged on resume. Raises Interrupted after SIGINT or SIGTERM, with a
+    checkpoint.
     """
     check_name(request.out)
     if (request.over or request.init_adapter) and not request.resume:
@@ -171,9 +171,9 @@ def prepare(
 def begin(
     setup: Setup, adapter: Adapter, loss: Loss, feed: BatchFeed, console: Console
 ) -> tuple[Progress, dict[str, Tensor] | None]:
-    """Load the last checkpoint of a resumed run into the adapter, or let the method prepare a fresh
-    one. Returns the progress and the optimizer's tensors: {} before the first checkpoint, of any
-    shapes after it, None for a fresh run.
+    """Load the last checkpoint of a resumed run, or let the method prepare a fresh adapter. Returns
+    the progress and the optimizer's tensors: of any shapes, {} before the first checkpoint, None if
+    fresh.
     """
     request, layout, spec = setup.request, setup.layout, adapter.spec
     run, identity = RunDirectory(request.out), identity_of(setup, adapter)
@@ -204,8 +204,8 @@ def begin(
 
 
 def take_first(adapter: Adapter, processes: Processes) -> None:
-    """Copy the prepared adapter of rank 0 to all processes, because rounding differences can make a
-    method choose other entries.
+    """Copy rank 0's prepared adapter to all: rounding differences can make a method choose other
+    entries.
     """
     states = {path: delta.state_dict() for path, delta in adapter.deltas.items()}
     shapes = {path: {name: t.shape for name, t in of.items()} for path, of in states.items()}

@@ -1,7 +1,4 @@
-"""The setup of a run: checks of its request, choices that need no model, and the adapted model.
-
-Cheap checks come first, so that a wrong request fails before anything is loaded.
-"""
+"""The setup of a run: checks of its request (before anything is loaded), choices, and the model."""
 
 from __future__ import annotations
 
@@ -202,9 +199,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
 
 
 def check_alike(setup: Setup) -> None:
-    """Raise, in all processes, unless they have the same code, files, rows, recipe, kind of device
-    and run to resume: machines may differ in any of these.
-    """
+    """Raise, in all processes, unless they have the same code, files, rows, recipe and device."""
     request, processes = setup.request, setup.layout.processes
     recipe = request.recipe.model_dump(mode="json")
     here = {
@@ -236,10 +231,8 @@ def check_alike(setup: Setup) -> None:
 def adapted_model(
     setup: Setup, console: Console
 ) -> tuple[PreTrainedModel, Adapter, Weights | None]:
-    """(model, adapter, the base's original weights).
-
-    The memory of a step is estimated and printed before the model is loaded. The adapter is new, or
-    `init_adapter`; the `over` adapters are below it.
+    """(model, adapter, the base's original weights). Prints the memory estimate before it loads the
+    model; the adapter is new, or `init_adapter`.
     """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     over, objective = setup.saved[: len(request.over)], setup.objective

@@ -198,7 +198,6 @@ class AdapterCallback(TrainerCallback):
             )
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """The checkpoint that the trainer resumed, checked against the trainer's state."""
         expected = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         path = expected if self.resume_from is None else Path(self.resume_from)
         try:

@@ -59,8 +59,8 @@ def pick(
     name: str, before: str, groups: list[dict], where: torch.device, processes: Processes,
     parts: int = 1,
 ) -> OptimizerChoice:  # fmt: skip
-    """Choose the optimizer of a run whose state is divided into `parts`. With `auto`, a resumed run
-    keeps its optimizer.
+    """Choose the optimizer of a run, its state divided into `parts`; a resumed `auto` run keeps its
+    own.
     """
     device, trained = where.type, parameters(groups)
     if name != "auto":
@@ -180,7 +180,6 @@ class RoundedAdamW(Optimizer):
         return loss
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """The parameter's moments and number of steps."""
         state, narrow = self.state[p], p.itemsize == 2
         if not state:
             # for 16-bit parameters the number of steps is read, so it is on the CPU, and moments

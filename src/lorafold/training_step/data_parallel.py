@@ -16,8 +16,8 @@ from lorafold.runtime.processes import Processes
 
 
 class Replicated:
-    """Each process has all tensors; its gradients belong to its share of the batch until they are
-    summed.
+    """Each process has all tensors; until gradients are summed, they belong to its share of the
+    batch.
     """
 
     divides = False  # whether all processes must run each pass together
@@ -63,7 +63,7 @@ class Replicated:
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
-        """The tensors of a state, of any shapes, for writing by rank 0. All processes must get each
+        """The tensors of a state, of any shapes, for rank 0 to write; all processes must get each
         in turn.
         """
         return {

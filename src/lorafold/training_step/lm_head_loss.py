@@ -3,10 +3,9 @@
     loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) the hidden states of the n labelled
                                               positions, f the model's head, y (n,)
 
-Models differ in f (caps, scales), so the model computes it: a hook catches the decoder's hidden
-states and passes only the last position to the head; then the model runs for each chunk, with the
-decoder replaced by a function that returns the chunk. A frozen linear head is computed directly if
-its logits agree with the model's at that last position.
+The model computes f (caps, scales): a hook catches the decoder's hidden states and passes only the
+last position on; then the model runs for each chunk, with the chunk as its decoder's output. A
+frozen linear head is computed directly if its logits agree with the model's.
 """
 
 from __future__ import annotations
@@ -84,11 +83,11 @@ def labelled_loss(
     rows: Tensor | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The loss in nats summed over the labelled positions of labels (B, T), targets or -100, and
-    their number n. `counts` (B, T) is the weight of each position, `rows` (B, T) the number of rows
-    that contain it, for the load-balancing loss, which is added times its coefficient and n.
+    their number n. `counts` (B, T) weights positions; `rows` (B, T) is the number of rows with
+    each, for the load-balancing loss, which is added times n.
 
-    Differentiable once, because each chunk's gradients are computed with its logits. For DDP or
-    FSDP, wrap a module whose forward calls this function.
+    Differentiable once: each chunk's gradients are computed with its logits. For DDP or FSDP, wrap
+    a module whose forward calls this function.
     """
     h, targets, linear, output = until_head(model, labels, inputs)
     if linear is not None:
@@ -109,9 +108,8 @@ def labelled_loss(
 def token_losses(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], own: bool = False
 ) -> Tensor:
-    """The loss in nats of each labelled position, (n,), without a load-balancing loss;
-    differentiable once. A trained or adapted head is recomputed in the backward, under the adapters
-    active then.
+    """The loss in nats of each labelled position, (n,); differentiable once. A trained or adapted
+    head is recomputed in the backward, under the adapters active then.
     """
     h, targets, linear, _ = until_head(model, labels, inputs)
     if linear is not None and not own:
@@ -122,8 +120,8 @@ def token_losses(
 def document_losses(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
-    """The sum of `token_losses` of each document, and its labelled positions: (n,) and (n,).
-    document (B, T).
+    """The summed `token_losses` and labelled positions of each document, (n,) each. document (B,
+    T).
     """
     if is_fake(labels):
         losses, of = token_losses(model, labels, inputs), document.flatten()
@@ -178,7 +176,6 @@ def _runs(h: Tensor) -> list[slice]:
 
 
 def _decoder(model: Any) -> Any:
-    """The module between the token ids and the head."""
     anatomy = Anatomy.of(model)
     if not anatomy.decoder or anatomy.head is None:
         raise LorafoldError(
@@ -198,7 +195,6 @@ class _Given:
         return self.last_hidden_state if index in (0, "last_hidden_state") else None
 
     def keys(self) -> tuple[str, ...]:
-        """The keys for `**`."""
         return ("last_hidden_state",)
 
     def __getattr__(self, name: str) -> None:

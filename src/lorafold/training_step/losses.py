@@ -32,8 +32,7 @@ class Loss(nn.Module, ABC):
     """Abstract: a loss that is summed, not averaged, so that micro-batches add up to the batch
     exactly.
 
-    `pace` scales a method's learning rates for this loss, `pace_up` the rate of its up factors.
-    `counts` are saved in checkpoints.
+    `pace` scales a method's learning rates, `pace_up` those of its up factors; `counts` are saved.
     """
 
     pace = 1.0
@@ -58,8 +57,8 @@ class Loss(nn.Module, ABC):
         return True
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
-        """Divide the examples of an optimizer step into micro-batches of indices: n, or more if
-        packed ones would exceed `tokens`.
+        """Divide the indices of a step's examples into n micro-batches, or more, of at most
+        `tokens` if packed.
         """
         return micro_batches(range(len(examples)), n)
 
@@ -75,9 +74,8 @@ class Loss(nn.Module, ABC):
     def of_step(
         self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
     ) -> dict[str, Tensor]:
-        """The arguments of `forward` shared by all micro-batches of a step: sums over its examples,
-        (k,), additive over processes; for losses in which examples depend on each other. All
-        processes make `passes(n)` passes, of `idle` if they have no more examples.
+        """Arguments of `forward` shared by a step's micro-batches: sums over its examples, (k,),
+        additive over processes, which all make `passes(n)` passes (of `idle` if necessary).
         """
         return {}
 
@@ -87,7 +85,7 @@ class Loss(nn.Module, ABC):
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
         """The row (t,) that names each token of each example: its index in the batch, or that of
-        the first row with the same prefix. Independent of micro-batches and processes.
+        the first row with the same prefix.
         """
         return [np.full(1, row) for row in range(len(examples))]
 

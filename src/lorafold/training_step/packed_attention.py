@@ -1,10 +1,9 @@
 """Attention over documents packed into one sequence, each attending only to itself.
 
 A packed batch has ids (1, T) and positions (1, T) that restart at 0 in each document. The mask
-function finds documents from transformers' predicate: one begins at i if i can't attend to i - 1.
-The attention function then receives a `Documents` instead of a (T, T) mask. Padding, caches, custom
-masks, sinks, position bias and attention dropout use general attention with a mask. Documents are
-found on the host, because transformers would synchronise with the device for each mask.
+function derives the documents from transformers' predicate (one begins at i if i can't attend to i
+- 1), on the host, and gives the attention function a `Documents` instead of a (T, T) mask. Anything
+else (padding, caches, sinks, position bias, dropout) uses general attention with a mask.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tenso
 
 def near(model: PreTrainedModel, logits: Tensor, expected: Tensor, units: int) -> bool:
     """Whether logits (T, V) agree up to `units` of the dtype, by norm, because experts group the
-    tokens of all documents and round single values differently.
+    tokens of all documents, which changes rounding.
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
     return bool((logits - expected).norm() <= allowed * expected.norm())
@@ -120,8 +119,8 @@ def attending(
 
 
 def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[str, Any]:
-    """The argument of set_attn_implementation: the model's implementations, or `name` for each. A
-    configuration without one (MPT, DBRX) is left out, because transformers can't reset it to None.
+    """The argument of set_attn_implementation, with `name` if given, without configurations that
+    have no implementation (MPT, DBRX): transformers can't reset those.
     """
     nested = {key: getattr(config, key) for key in config.sub_configs}
     return {"": name or config._attn_implementation} | {

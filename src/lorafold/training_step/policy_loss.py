@@ -56,8 +56,8 @@ class Rollout(Branched):
 
 
 class StepRollouts(list[Rollout]):
-    """The completions of one step, with sampling metrics. `silent` is the reason why no group has a
-    signal, if none has.
+    """The completions of one step, with sampling metrics; `silent` is the reason if no group has a
+    signal.
     """
 
     def __init__(

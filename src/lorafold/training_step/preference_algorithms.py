@@ -32,9 +32,9 @@ def algorithm(cls: type[T]) -> type[T]:
 
 class Scored(NamedTuple):
     """The n rows that a loss scores: log-probabilities under the model and the reference (n, 2) in
-    nats, the tokens of the completions (n, 2), and for single completions whether they are
-    desirable (n,). `logps` are scores if the loss reads a head. `mismatched` holds the step's
-    `ratio_sums` of mismatched completions, whose columns may then be missing.
+    nats, tokens of the completions (n, 2), whether single completions are desirable (n,). `logps`
+    are scores if the loss reads a head. `mismatched` holds the step's `ratio_sums`; then those
+    columns may be absent.
     """
 
     logps: Tensor

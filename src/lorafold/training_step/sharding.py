@@ -1,10 +1,9 @@
 """A model whose large tensors are sharded over processes (ZeRO stage 3; Rajbhandari et al. 2020,
 arXiv 1910.02054).
 
-A block is gathered before it runs, in the forward and in the backward, and the previous one is
-freed. A *frozen* tensor is split by bytes, so quantized codes are never cast. A *trained* weight
-has one owner, which keeps it whole with its gradient and moments. A tensor stays the same object;
-only its storage is emptied and filled. Adapter tensors are replicated.
+A block is gathered before it runs, and the previous one is freed. A *frozen* tensor is split by
+bytes, so quantized codes are never cast. A *trained* weight has one owner, with its gradient and
+moments. Tensor objects stay; only their storage is emptied and filled. Adapters are replicated.
 """
 
 from __future__ import annotations
@@ -112,7 +111,6 @@ class Sharded(Replicated):
 
     @torch.no_grad()
     def _divided(self, model: nn.Module) -> dict[str, Sequence[Shard]]:
-        """The shards of each part of the model, by its path."""
         params, taken = set[nn.Parameter](), set[int]()
         owner_of, ends = owners(model, self.processes.count), Anatomy.of(model).vocabulary_ends
         parts: dict[str, Sequence[Shard]] = {}

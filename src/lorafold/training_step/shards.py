@@ -171,9 +171,9 @@ Shard = Parted | Owned
 
 
 class ShardedReads(TorchDispatchMode):
-    """Mode in which operations see full tensors: each is gathered while an operation reads or
-    writes it, in all processes in the same order. State dicts (ALIASES) do not gather, so tensors
-    that are taken by address must be copied first.
+    """Mode in which operations see full tensors: each is gathered while an operation uses it, in
+    all processes in the same order. ALIASES (state dicts) do not gather: copy tensors before using
+    addresses.
     """
 
     def __init__(self, shards: Mapping[int, Shard]) -> None:
@@ -198,7 +198,6 @@ class ShardedReads(TorchDispatchMode):
         return self.shards.get(value.untyped_storage()._cdata)
 
     def _fill(self, needed: list[Shard]) -> None:
-        """Fill the needed shards, and empty those filled before."""
         missing = [shard for shard in dict.fromkeys(needed) if not shard.whole]
         if missing:
             self.let_go(needed)
@@ -216,8 +215,8 @@ class ShardedReads(TorchDispatchMode):
 def divide(
     t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
 ) -> None:
-    """Shard a large frozen tensor of any shape, and the state of a quantized one. Tensors in files
-    or on other devices get a storage on `device`.
+    """Shard a large frozen tensor of any shape, and a quantized one's state; the storage moves to
+    `device`.
     """
     for one in _inside(t):
         storage, content = one.untyped_storage(), None

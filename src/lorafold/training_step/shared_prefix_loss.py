@@ -32,8 +32,8 @@ from lorafold.training_step.shared_prefixes import Branching
 
 
 class BranchedLoss(Loss):
-    """Abstract: a loss over rows of branches. The prefix is computed once if the model supports it,
-    else once for each branch, packed or padded.
+    """Abstract: a loss over rows of branches, whose prefix is computed once if the model supports
+    it.
     """
 
     def __init__(
@@ -149,8 +149,7 @@ class BranchedLoss(Loss):
             yield
 
     def groups(self, examples: Sequence[Branched]) -> list[list[int]]:
-        """The indices of examples in batches of at most `tokens`: examples with shared prefixes
-        together if that saves tokens, the others by length.
+        """The indices of examples in batches of at most `tokens`, by shared prefixes or by length.
         """
         batches, rest = list[list[int]](), list[int]()
         for first in range(0, len(examples), WINDOW):

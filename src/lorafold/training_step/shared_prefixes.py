@@ -1,9 +1,9 @@
 """Packed rows whose documents share their first tokens, such as two completions of one prompt.
 
-A document is the first s tokens of the previous one, followed by its own tokens at positions s, s +
-1 ..., so shared tokens are computed once. The last shared token has one hidden state and can
-predict only one token, so each branch must begin with the last token of the prompt. The backward
-may come after the `over` block, because masks are arguments of checkpointed layers.
+A document is the first s tokens of the previous one, followed by its own at positions s, s + 1 ...
+The last shared token can predict only one token, so each branch must begin with the last token of
+the prompt. The backward may follow the `over` block, because masks are arguments of checkpointed
+layers.
 """
 
 from __future__ import annotations
