@@ -192,7 +192,6 @@ class Anatomy:
 
     @cached_property
     def language_blocks(self) -> list[str]:
-        """The blocks of the language model; all blocks of a model without encoders."""
         out = beneath(self.beside)
         return [path for path in self.blocks if not out(path)]
 
@@ -209,7 +208,6 @@ def joined(path: str, name: str) -> str:
 
 
 def last_part(path: str) -> str:
-    """The last part of a dotted path."""
     return path.rpartition(".")[2]
 
 

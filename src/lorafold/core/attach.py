@@ -153,14 +153,12 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def deltas_on(module: nn.Module, names: Iterable[str]) -> list[Delta]:
-    """The deltas of the named adapters on a module, in this order."""
     if not isinstance(module, Adapted):
         return []
     return [module.deltas[name] for name in names if name in module.deltas]  # type: ignore[misc]
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """The path and module of each module with deltas attached."""
     return ((path, m) for path, m in model.named_modules() if isinstance(m, Adapted))
 
 

@@ -94,7 +94,6 @@ def unchanged() -> Iterator[None]:
 
 
 def scope() -> Scope | None:
-    """The innermost `unchanged` scope, or None."""
     return _scope.get()
 
 

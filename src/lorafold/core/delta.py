@@ -200,7 +200,6 @@ def alike(a: Delta, b: Delta) -> bool:
 
 
 def on_meta(delta: Delta) -> Delta:
-    """A copy of the delta on the meta device."""
     tensors = [*delta.parameters(), *delta.buffers()]
     return copy.deepcopy(
         delta, {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in tensors}

@@ -78,7 +78,6 @@ FORMS = {
 
 
 def form_of(module: nn.Module) -> ExpertsForm | None:
-    """The form of a module with expert weights; None for any other module."""
     if "is_transposed" in module.__dict__ and "has_gate" in module.__dict__:
         stored = Stored(transposed=bool(module.is_transposed))
         return ExpertsForm(
@@ -103,19 +102,16 @@ class Matrices(nn.Module):
 
     @property
     def form(self) -> ExpertsForm:
-        """The owner's form."""
         form = form_of(self.owner)
         assert form is not None
         return form
 
     @property
     def stored(self) -> Stored:
-        """The parameter's storage."""
         return self.form.parameters[self.name]
 
     @property
     def number(self) -> int:
-        """The number of matrices."""
         return int(getattr(self.owner, self.stored.number))
 
     @property
@@ -131,7 +127,6 @@ class Matrices(nn.Module):
         return self.around
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise NotImplementedError: the owner's forward computes with the matrices."""
         raise NotImplementedError(f"{self.name} is computed by {type(self.owner).__name__}")
 
     def state_dict(
@@ -162,7 +157,6 @@ def expert_counts(module: nn.Module) -> set[int]:
 
 
 def matrices_of(module: nn.Module, around: nn.Module | None = None) -> dict[str, Matrices]:
-    """The `Matrices` of a module of experts, by parameter name."""
     return {
         name: module._modules.get(name) or Matrices(module, name, around)  # type: ignore[misc]
         for name in expert_parameters(module)
@@ -184,7 +178,6 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def parameter_path(module: nn.Module, path: str, name: str) -> str:
-    """The path of a module's parameter in the model."""
     if isinstance(module, Matrices):
         return path if name == "weight" else f"{path}_{name}"
     return f"{path}.{name}" if path else name

@@ -83,7 +83,6 @@ class Loading:
     forgiven: dict[str, list[str]] = field(default_factory=dict)
 
     def passed(self, prefix: str, given: set[str]) -> None:
-        """Record that one module's deltas were loaded."""
         self.given |= given
         for name in self.given & self.forgiven.keys():
             self.missing += self.forgiven.pop(name)
@@ -120,7 +119,6 @@ class Selection:
 
     @property
     def active(self) -> tuple[Origin, ...]:
-        """The files of the active adapters, lowest first."""
         return tuple(self.origins.setdefault(name, Origin(name)) for name in self.names)
 
     def enter(self, names: Names) -> OnlyBlock:
@@ -160,7 +158,6 @@ class Selection:
                 entry.before += (name,)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter that was detached."""
         with self._lock:
             self.names = tuple(n for n in self.names if n != name)
             for entry in self._entries:

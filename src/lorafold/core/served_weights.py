@@ -71,7 +71,6 @@ class Served(Tensor):
 
     @staticmethod
     def of(reading: WeightRead, name: str) -> Served:
-        """The stand-in for the "weight" or "bias" of a module."""
         like = reading.like(name)
         served = Tensor._make_wrapper_subclass(
             Served, reading.shape(name), dtype=like.dtype, device=like.device
@@ -168,8 +167,6 @@ class _Deferred(Function):
 
 
 class WeightDescriptor:
-    """The descriptor of `weight` or `bias` on the class of an adapted module."""
-
     def __init__(self, name: str) -> None:
         self.name = name
 

@@ -48,11 +48,9 @@ class Matches:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All module paths, in the order of the patterns."""
         return tuple(path for paths in self.by_pattern.values() for path in paths)
 
     def without(self, paths: Collection[str]) -> Matches:
-        """The matches without these paths; a pattern may end up empty."""
         by_pattern = self.by_pattern.items()
         return Matches({t: tuple(p for p in hits if p not in paths) for t, hits in by_pattern})
 
@@ -92,7 +90,6 @@ def match(
 
 
 def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
-    """The error message for a pattern that matches no module, with similar names."""
     modules = Anatomy.of(model).modules
     named = (path for path, m in modules if is_linear(m) or isinstance(m, NAMED))
     names = sorted(set(map(last_part, named)))
@@ -136,7 +133,6 @@ def encoder_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str
 
 
 def by_attention(inside: bool, model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules of the blocks that are inside an attention, or those outside."""
     return [path for path in all_linear(model, is_linear) if of_attention(path) is inside]
 
 
@@ -186,7 +182,6 @@ def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def head(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules on top of the base model."""
     anatomy = Anatomy.of(model)
     over = beneath(anatomy.heads)
     return [path for path, m in anatomy.modules if is_linear(m) and over(path)]

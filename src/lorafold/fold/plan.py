@@ -50,12 +50,10 @@ class FoldPlan:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The target modules that change."""
         return tuple(dict.fromkeys(path for path, _ in self.sites.values()))
 
 
 def module_of(parameter: str) -> str:
-    """The path of the parameter's module."""
     return parameter.rpartition(".")[0]
 
 
@@ -117,7 +115,6 @@ def fold(
 
 
 def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
-    """The stored shapes of the parameters that folding changes or adds."""
     layer = layer_of(module)
     try:
         before = layer.dense_like()
@@ -164,7 +161,6 @@ def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
 
 
 def has_bias(module: nn.Module) -> bool:
-    """Whether the module has a bias."""
     return module._parameters.get("bias") is not None
 
 
@@ -203,7 +199,6 @@ def grown(model: Any, rows: Mapping[str, int]) -> int | None:
 
 
 def declare(model: Any, size: int) -> None:
-    """Set the vocabulary size in the model and its config."""
     config = model.config.get_text_config()
     for part in model.modules():
         if getattr(part, "vocab_size", None) == config.vocab_size:

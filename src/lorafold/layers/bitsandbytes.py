@@ -215,8 +215,6 @@ class Quantized(Matrix):
 
 
 class Linear4bit(Quantized):
-    """A bitsandbytes linear in NF4 or FP4."""
-
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             _ = self._state
@@ -244,8 +242,6 @@ class Linear4bit(Quantized):
 
 
 class Linear8bit(Quantized):
-    """A bitsandbytes linear in int8."""
-
     mixes_rows = True
     dtype = torch.bfloat16  # bitsandbytes does not record it
 

@@ -121,13 +121,10 @@ class CompressedLinear(nn.Module):
         return Compressed(self)(x)
 
     def extra_repr(self) -> str:
-        """Shape and format, for `print`."""
         return f"in={self.in_features}, out={self.out_features}, {self.codes.kind}{self.codes.bits}"
 
 
 class Compressed(Quantized):
-    """A `CompressedLinear` as a layer."""
-
     @property
     def dtype(self) -> torch.dtype:
         scale = getattr(self.bare, self.bare.codes.scale)

@@ -83,8 +83,6 @@ class ExpertMatrices(ABC):
 
 
 class Floats(ExpertMatrices):
-    """Matrices in floating point."""
-
     @property
     def dtype(self) -> torch.dtype:
         return self.parameter.dtype
@@ -107,8 +105,6 @@ class Floats(ExpertMatrices):
 
 
 class QuantizedMatrices(ExpertMatrices):
-    """Abstract: quantized matrices."""
-
     quantized = True
 
     @property
@@ -182,7 +178,6 @@ class MXFP4(QuantizedMatrices):
 
 
 def stored_matrices(matrices: Matrices) -> ExpertMatrices:
-    """The stored matrices of an expert parameter."""
     if matrices.name + BLOCKS in matrices.owner._parameters:
         return MXFP4(matrices)
     parameter: nn.Parameter = matrices.owner._parameters[matrices.name]  # type: ignore[assignment]

@@ -74,7 +74,6 @@ class Experts(BaseLayer):
 
     @property
     def rows(self) -> Groups:
-        """The rows of each expert."""
         if self.groups is None:
             raise LorafoldError(
                 f"{self.name}: found no rows sorted by expert, expected to be called by the"
@@ -91,7 +90,6 @@ class Experts(BaseLayer):
 
     @property
     def frozen(self) -> bool:
-        """Whether the matrices get no gradient."""
         return not self.held.parameter.requires_grad
 
     @property

@@ -91,7 +91,6 @@ CASES = (
 
 
 def table() -> Iterator[tuple[str, ...]]:
-    """Yield the heading of the table, then a row for each case."""
     yield "model", "mode", "batch x tokens", "the rule", "estimate", "of the rule", "why"
     for case in CASES:
         setting = setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
@@ -108,7 +107,6 @@ def table() -> Iterator[tuple[str, ...]]:
 
 
 def markdown() -> str:
-    """Both tables in Markdown."""
     worked = [
         ("what", "the rule", "bytes"),
         *((what, formula, format_bytes(round(n))) for what, (formula, n) in WORKED.items()),

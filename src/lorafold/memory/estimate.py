@@ -104,7 +104,6 @@ def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
 
 
 def terms_of(traced: Traced) -> dict[str, int]:
-    """The bytes of each term of TERMS at the peak of a step."""
     in_backward = max(traced.backward, traced.late)
     within = max(traced.forward, in_backward)
     drawing = traced.drawing > within  # the peak is while completions are sampled

@@ -74,7 +74,6 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
 
 @contextmanager
 def inference(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
-    """Yield a function that computes a prompt and then one more token."""
     prompt, token = (
         torch.ones(setting.batch, n, dtype=torch.long, device=model.device)
         for n in (setting.length - 1, 1)
@@ -90,7 +89,6 @@ def inference(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[],
 
 @contextmanager
 def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
-    """Yield the loss of a run with this setting."""
     if setting.classes and setting.packed:
         with branching(model) as how:
             yield Preferences(model, BradleyTerry(), how, 0)
@@ -121,7 +119,6 @@ def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
 
 
 def allocated(device: torch.device) -> int:
-    """The bytes of all tensors of this process on the device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()

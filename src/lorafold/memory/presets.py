@@ -55,7 +55,6 @@ def setting_of(
 
 
 def check_fields(recipe: Recipe, known: set[str]) -> None:
-    """Raise for fields of a recipe that an estimate does not use."""
     if unread := sorted(recipe.model_fields_set - known):
         more = sorted(OF_ROWS - known)
         rows = f"; with --data also {', '.join(more)}" if more else ""
@@ -103,7 +102,6 @@ LLAMA = {  # width, width of the MLP, blocks, heads, key heads, context
 
 
 def llama(size: str) -> PreTrainedConfig:
-    """The configuration of a Llama of that size."""
     from transformers import LlamaConfig
 
     if size.lower() not in LLAMA:

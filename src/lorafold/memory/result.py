@@ -33,7 +33,6 @@ def verdict(advice: Advice, setting: Setting) -> list[str]:
 def page(
     estimate: Estimate, title: str, path: Path, lines: list[str], memory: int | None = None
 ) -> None:
-    """Write an HTML page with the terms as bars and as an explained table."""
     terms = {name.replace("_", " "): text for name, text in TERMS.items()}
     cells = [
         [name, format_bytes(n), f"{n / estimate.total:.1%}", terms[name]]
@@ -53,7 +52,6 @@ def page(
 
 
 def picture(estimate: Estimate, memory: int | None, counted: str) -> str:
-    """The terms as consecutive bars, and their sum."""
     terms, total = estimate.shown, estimate.total
     names, sizes = [*terms, "total"], [*terms.values(), total]
     starts = [*accumulate([*terms.values()][:-1], initial=0), 0]

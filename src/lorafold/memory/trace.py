@@ -209,7 +209,6 @@ class Setting:
 
     @property
     def batch(self) -> int:
-        """The number of rows of a micro-batch."""
         return len(self.rows)
 
     @property
@@ -353,7 +352,6 @@ def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> lis
 
 
 def attach_below(model: PreTrainedModel, setting: Setting) -> None:
-    """Attach the frozen adapters of the setting."""
     for n, (spec, beside) in enumerate(setting.below):
         attach(model, spec, name=f"below{n}", **beside(model)).requires_grad_(False)
 

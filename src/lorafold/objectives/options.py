@@ -20,7 +20,6 @@ L = TypeVar("L")
 
 
 def law_class(declared: Declared, laws: ModuleType) -> Any:
-    """The class of the algorithm in a row of the table."""
     return getattr(laws, declared.law) if isinstance(declared.law, str) else declared.law
 
 
@@ -72,7 +71,6 @@ class SamplingOptions:
 def policy_options(
     objective: str, beta: float | None, options: Mapping[str, Any]
 ) -> tuple[PolicyLaw, SamplingOptions]:
-    """The algorithm and sampling options of a policy objective."""
     given = given_options(beta, options)
     names = [field.name for field in fields(SamplingOptions)]
     own = {name: given.pop(name) for name in names if name in given}
@@ -82,6 +80,5 @@ def policy_options(
 
 
 def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
-    """The algorithm of a preference objective."""
     kind = law_class(OBJECTIVES[objective], preference_algorithms)
     return checked_options(kind, given_options(beta, options), objective)

@@ -60,7 +60,6 @@ class Comparing(Objective):
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        """The objective with its algorithm and options."""
         return cls(law_of(request.name, request.beta, request.options))
 
     @classmethod

@@ -83,13 +83,11 @@ class Base:
 
     @cached_property
     def source(self) -> ModelSource:
-        """The model's files."""
         fp32 = self.storage == "fp32"
         return resolve_model(self.model, self.revision, self.trust_remote_code, fp32)
 
     @property
     def name(self) -> str:
-        """The requested name."""
         return self.model.name if isinstance(self.model, ModelSource) else str(self.model)
 
     @cached_property
@@ -130,7 +128,6 @@ class Base:
         return day_of(tokenizer)
 
     def stored(self, storage: str) -> Base:
-        """The same model with a chosen storage."""
         return replace(self, model=self.source, storage=storage)
 
     def stored_as_trained(self, adapters: Sequence[SavedAdapter | OwnBase] = ()) -> Base:
@@ -230,7 +227,6 @@ def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
 
 
 def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: str = "") -> None:
-    """Raise unless the adapters belong to a language model."""
     if (kind := model_kind(base, adapters)) != LANGUAGE_MODEL:
         raise LorafoldError(
             f"{listed(adapters)}: found {kind}, expected an adapter of a language"

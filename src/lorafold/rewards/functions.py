@@ -53,8 +53,6 @@ class Wrong(Exception):
 
 
 class Function:
-    """A reward function."""
-
     def __init__(self, function: Callable[..., Any], file: str | None = None) -> None:
         self._function, self._file = function, file
         try:

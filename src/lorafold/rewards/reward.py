@@ -79,7 +79,6 @@ class Reward(Protocol):
 
 
 def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFailed:
-    """The error of a reward on these completions."""
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
     return RewardFailed(printable(f"reward {name}: {where}{message}"))
@@ -98,7 +97,6 @@ class SeparateReward:
         self._process = self._started()
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
-        """A finite number for each, or None."""
         if not judged:
             return []
         message = packed(pickle.dumps([self._sent(one) for one in judged]))
@@ -131,7 +129,6 @@ class SeparateReward:
         return rewards
 
     def close(self) -> None:
-        """End the process; a later call starts another."""
         self._process.kill()
 
     def _started(self) -> Killable:
@@ -204,7 +201,6 @@ class RewardName(NamedTuple):
 
     @property
     def file(self) -> Path | None:
-        """The file of the function or schema."""
         file = self.text.rpartition(":")[0] if self.kind == "file" else self.text
         return Path(file) if self.kind in ("file", "schema") else None
 
@@ -262,7 +258,6 @@ class DirectReward:
             raise failure(self.name, wrong.message) from None
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
-        """A finite number for each, or None."""
         if not judged:
             return []
         items = [Item(one.prompt, one.completion, one.row) for one in judged]
@@ -322,7 +317,6 @@ class Rewards(AbstractContextManager["Rewards"]):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights by name."""
         return {reward.name: reward.weight for reward in self._rewards}
 
     def __call__(
@@ -343,7 +337,6 @@ class Rewards(AbstractContextManager["Rewards"]):
         return sums, each
 
     def close(self) -> None:
-        """Close all rewards."""
         for reward in self._rewards:
             reward.close()
 

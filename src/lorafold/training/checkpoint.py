@@ -106,7 +106,6 @@ class Progress:
         return rates
 
     def add_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Keep completions of this step as the last ones."""
         if samples:
             now = {"step": self.step, "samples": [*samples]}
             self.samples = {"first": now, **self.samples, "last": now}
@@ -153,14 +152,12 @@ class RunDirectory:
                     folder.rmdir()
 
     def start(self, identity: dict) -> None:
-        """Remove the checkpoints of an earlier run and write this run's identity."""
         remove(self.path)
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
     @property
     def identity(self) -> dict[str, Any] | None:
-        """The stored identity of the run, or None."""
         try:
             return read_object(self.path / "run.json")
         except (OSError, LorafoldError):
@@ -221,7 +218,6 @@ class RunDirectory:
         return f"step {last} ({sha256(content).hexdigest()[:8]})"
 
     def path_of(self, step: int) -> Path:
-        """The path of a step's checkpoint."""
         return self.path / f"step-{step:06d}"
 
     def save(
@@ -231,7 +227,6 @@ class RunDirectory:
         optimizer: Mapping[str, PendingTensor],
         keep: int,
     ) -> Path:
-        """Write the checkpoint of `progress.step`, and remove old ones."""
         path = self.path_of(progress.step)
         with atomic_directory(path, overwrite=True) as tmp:
             write_pieces(tmp / "adapter.safetensors", adapter)

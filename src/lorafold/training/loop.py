@@ -144,7 +144,6 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def is_over(plan: Plan, progress: Progress) -> bool:
-    """Whether all steps are done, or further ones would not help."""
     stalled = plan.recipe.stops and progress.stalled
     silent = progress.quiet >= max(QUIET, math.ceil(GROUPS / plan.recipe.batch))
     return progress.step == plan.feed.steps or stalled or silent
@@ -158,7 +157,6 @@ def note_step(
     updates: Sequence[tuple[float, float]],
     seconds: float,
 ) -> None:
-    """Add a step to the progress, and show it."""
     loss, norm = map(fmean, zip(*updates, strict=True))
     tokens = len(updates) * sum(len(e.ids) for e in examples if plan.loss.learns(e))
     progress.losses.append(loss)
@@ -179,7 +177,6 @@ def note_step(
 
 
 def report_silence(plan: Plan, progress: Progress, display: Display, why: str) -> None:
-    """Report that no example of the last steps had a signal, and why."""
     n, step, last = progress.quiet, progress.step, is_over(plan, progress)
     message = f"step {step}: no group of completions of the last {n} steps has a signal: {why}"
     if n == step == QUIET:
@@ -203,7 +200,6 @@ def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[No
 
 
 def measure(plan: Plan, progress: Progress, display: Display) -> None:
-    """Evaluate on held-out examples."""
     compute, step = partial(plan.objective.measure, plan.loss, plan.held_out), progress.step
     with saving_on_failure(plan, progress, f"held-out rows after step {step}"):
         measured = compute() if plan.layout.divides else plan.layout.processes.once(compute)
@@ -222,7 +218,6 @@ def measure(plan: Plan, progress: Progress, display: Display) -> None:
 
 
 def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> None:
-    """Record and report a skipped step."""
     step, n = progress.step, 1
     progress.skipped.append(step)
     while step - n in progress.skipped:
@@ -268,7 +263,6 @@ def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
 
 
 def guessing_warning(guessing: Mapping[str, Any]) -> str:
-    """A warning if the loss is no better than guessing, else ""."""
     if guessing.get("better", True):
         return ""
     loss, level = guessing["loss"], guessing["guessing"]

@@ -58,18 +58,15 @@ class Display:
             tracker.finish()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Report metrics of a step to the trackers."""
         for tracker in self.trackers:
             tracker.log(dict(values), step=step)
 
     def note(self, text: str) -> None:
-        """Print a line above the bar."""
         print_lines(self.console, text)
 
     def step(
         self, step: int, loss: float, rate: float, figures: Mapping[str, float], lr: float
     ) -> None:
-        """Show the metrics of a step."""
         if self.trackers:
             self.log({"loss": loss, "lr": lr, **figures}, step)
         shown = [f", {name} {value:.4g}" for name, value in figures.items()]
@@ -97,7 +94,6 @@ class Display:
             self.cell.update(HTML(self.drawing(step, f"{figures}, {minutes}:{seconds:02} left")))
 
     def drawing(self, step: int, figures: str) -> str:
-        """The bar as HTML, with the metrics of the last step."""
         bar = f'<progress value="{step}" max="{self.steps}"></progress>'
         return f"{bar} step {step}/{self.steps} {html.escape(figures)}"
 

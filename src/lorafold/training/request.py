@@ -66,7 +66,6 @@ class RunRequest:
 
     @property
     def adapters(self) -> tuple[Path, ...]:
-        """The saved adapters that the run loads, lowest first."""
         return (*self.over, *([self.init_adapter] if self.init_adapter else []))
 
     @property
@@ -90,12 +89,10 @@ def free_on_resume(recipe: Recipe) -> set[str]:
 
 
 def rendering_of(recipe: Recipe) -> Rendering:
-    """Which parts of a conversation are trained."""
     return Rendering(recipe.train_on, recipe.mask_reasoning, recipe.end_of_turn)
 
 
 def objective_of(request: RunRequest, saved: Sequence[SavedAdapter] = ()) -> Objective:
-    """The run's objective, for its model and loaded adapters."""
     recipe = request.recipe
     rows = () if isinstance(request.rows, RowStream) else request.rows
     check_formats(request.data.formats, recipe.objective)

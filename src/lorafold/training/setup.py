@@ -138,7 +138,6 @@ def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) 
 
 
 def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
-    """The adapters that the run loads, lowest first."""
     saved = [*open_all(request.adapters)]
     origins = [Origin(path=str(one), sha256=one.sha256) for one in saved]
     for n, one in enumerate(saved):

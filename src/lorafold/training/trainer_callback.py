@@ -310,13 +310,11 @@ class BaseKeptOut:
         self.handle = model.register_load_state_dict_post_hook(self._nothing_missing)
 
     def switch(self, on: bool) -> None:
-        """Leave the model's weights out of Trainer's files, or include them again."""
         if hasattr(self.model, "_keys_to_ignore_on_save"):
             ignored: Any = set(self.model.state_dict()) if on else self.before
             self.model._keys_to_ignore_on_save = ignored
 
     def end(self) -> None:
-        """Restore the model's settings."""
         self.switch(False)
         self.handle.remove()
 

@@ -45,7 +45,6 @@ class OptimizerChoice(NamedTuple):
 
 
 def choose(parameters: int, device: str, free: int) -> OptimizerChoice:
-    """Choose the optimizer for `auto`, given the free bytes."""
     state, room = 8 * parameters, f"a third of the {format_bytes(free)} free"
     if device != "cuda":
         return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} has no paging")
@@ -79,7 +78,6 @@ def pick(
 
 
 def make_optimizer(name: str, groups: list[dict], recipe: Any) -> Optimizer:
-    """Make an optimizer with the options of a `Recipe`."""
     trained = parameters(groups)
     check_rounding(name, (p.dtype for p in trained))
     options = {key: getattr(recipe, key) for key in ("betas", "eps", "weight_decay")}
@@ -105,7 +103,6 @@ def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
 
 
 def bitsandbytes_optimizers(name: str) -> Any:
-    """Return bitsandbytes.optim."""
     try:
         return bitsandbytes().optim
     except ImportError as error:
@@ -166,7 +163,6 @@ class RoundedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters once; return the loss of `closure`, if one is given."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         numbers = {p: i for i, p in enumerate(parameters(self.param_groups))}

@@ -45,7 +45,6 @@ class Loss(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
         return next(self.parameters()).device
 
     @abstractmethod

@@ -82,7 +82,6 @@ def rates(groups: list[dict], lr: float) -> str:
 
 
 def warm_steps(recipe: Any, steps: int) -> int:
-    """The number of warmup steps."""
     return recipe.warmup_steps or math.ceil(recipe.warmup * steps)
 
 
@@ -147,7 +146,6 @@ def restore_optimizer(
 
 
 def parameters(groups: list[dict]) -> list[nn.Parameter]:
-    """The parameters of an optimizer's groups, in order."""
     return [p for group in groups for p in group["params"]]
 
 

@@ -87,7 +87,6 @@ class StepStatistics:
 
     @classmethod
     def of(cls, parts: Sequence[StepStatistics]) -> StepStatistics:
-        """The sums of several processes' statistics."""
         sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls)}
         return cls(**(sums | {"largest": max(part.largest for part in parts)}))
 
@@ -179,7 +178,6 @@ class Policy(BranchedLoss):
         return (self.law.loss(tokens) * weights[of]).sum()
 
     def figures(self, processes: Processes = ALONE) -> dict[str, float]:
-        """The metrics of the last step over all processes, once."""
         statistics, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
         return statistics.figures(bool(self.law.beta))
 

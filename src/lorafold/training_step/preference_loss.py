@@ -57,7 +57,6 @@ class Preferences(BranchedLoss):
         self.law, self.pace = law, law.pace
 
     def trained(self, example: Branched) -> Branched:
-        """The example with the completions that have gradients."""
         return example.some(slice(self.law.trained))
 
     def count(self, example: Branched) -> int:

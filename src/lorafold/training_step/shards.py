@@ -243,7 +243,6 @@ def parts_of(model: nn.Module) -> list[str]:
 
 
 def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
-    """The process that owns each large trained weight of the base."""
     taken, parts = set[nn.Parameter](), map(model.get_submodule, parts_of(model))
     return balanced([p for part in parts for p in trained_in(part, taken)], count)
 
