@@ -48,7 +48,7 @@ class Deltas(nn.ModuleDict):
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """The deltas' tensors, without those of the base, which the state dict already contains."""
+        """The deltas' tensors, without the base's, which the state dict already contains."""
         if _base_alone.get():
             return {} if destination is None else destination
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)

@@ -165,7 +165,7 @@ class Selection:
             self.origins.pop(name, None)
 
     def running(self, training: bool) -> Names:
-        """The adapters of a module call: the active ones, or in a replay those of its forward."""
+        """The adapters of a module call: the active ones, or in a replay the forward's."""
         if torch.compiler.is_compiling():
             return self.names
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)

@@ -12,8 +12,8 @@ from torch import Tensor
 from lorafold.core.delta import Delta, DeltasByPath
 from lorafold.core.layer import Layer
 
-# losses(n, rows=None) yields n scalar training losses, each the mean over `rows` rows (None: a
-# batch)
+# losses(n, rows=None) yields n scalar training losses, each the mean over `rows` rows (None: over
+# a batch)
 Losses = Callable[..., Iterator[Tensor]]
 
 
@@ -65,7 +65,7 @@ class Spec(ABC):
         """Make the delta for one layer. Raises LorafoldError if the method can't adapt it."""
 
     def options(self) -> tuple[str, ...]:
-        """The names of the options, including those of a wrapped spec."""
+        """The names of the options, including a wrapped spec's."""
         return tuple(field.name for field in fields(self))  # type: ignore[arg-type]
 
     def at(self, path: str) -> Self:
@@ -99,7 +99,7 @@ class Spec(ABC):
         return None
 
     def report(self, deltas: DeltasByPath) -> str:
-        """A text about the method's decisions during the run (ranks, say), which is printed at the
-        end of the run; empty for none.
+        """A text about the method's decisions during the run, such as ranks, which is printed at
+        the end of the run; empty for none.
         """
         return ""

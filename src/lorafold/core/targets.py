@@ -6,17 +6,16 @@
 
 The presets:
 
-    all-linear      the linear layers and expert weights of the blocks: no head, embedding, router
-                    or indexer
-    attention, mlp  the linear layers of the blocks inside an attention, and the others
+    all-linear      the linear layers and expert weights of the blocks
+    attention, mlp  those inside an attention, and the others
     sublayers       the attention and the MLP of each block, as whole modules
     mlp-sublayers   the MLPs only
     biases          every module that has a bias; all-linear if the blocks have no bias
     parameters      every module that has parameters of its own, tied ones once
     decoder         the module between token ids and head, and the causal self-attentions inside it
     head            the linear layers on top of the base model, or the output embedding
-    vision-linear   every linear layer of the blocks of the vision encoders
-    audio-linear    every linear layer of the blocks of the audio encoders
+    vision-linear   the linear layers of the vision encoders' blocks
+    audio-linear    the linear layers of the audio encoders' blocks
 
 In a multimodal model, all but the last two cover only the language model and its head.
 """

@@ -4,8 +4,7 @@ quantization needs special code.
     W' = round(fold(W))         summed in fp32, rounded once to the stored dtype
 
 `carry_out` executes it in memory, one module at a time; `merging` tensor by tensor. A config switch
-for biases (Llama: attention_bias, mlp_bias) affects several linears; those that only get a bias
-because of the switch get zeros.
+for biases (Llama: attention_bias, mlp_bias) affects several linears; unadapted ones get zeros.
 """
 
 from __future__ import annotations
@@ -207,7 +206,7 @@ def declare(model: Any, size: int) -> None:
 
 
 def untie_others(model: nn.Module) -> None:
-    """Record in the config that weights are not tied, and copy those that still are."""
+    """Record in the config that weights are not tied, and copy the ones that still are."""
     config = getattr(model, "config", None)
     parts = (config, getattr(config, "text_config", None))
     tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]

@@ -1,12 +1,9 @@
-"""Storage of expert weights.
+"""Storage of expert weights; quantized matrices are dequantized one at a time, for each use.
 
     Floats      a parameter (E, out, in), or (E, in, out) if transposed, or 2-D if flat
     NF4         the same in bitsandbytes' 4-bit codes, 4.13 bits per weight
     Int8        the same in 8 bits, with one scale for each stored row
-    MXFP4       parameters `..._blocks` and `..._scales`, each matrix (out, in), 4.25 bits per
-                weight (`ops.mxfp4`)
-
-Quantized matrices are dequantized one at a time, for each use.
+    MXFP4       parameters `..._blocks` and `..._scales`, 4.25 bits per weight (`ops.mxfp4`)
 """
 
 from __future__ import annotations

@@ -326,7 +326,7 @@ def _mixed(
             return hidden[:, None].expand(-1, k, -1)
     groups, rows, places = grouped(of if at is None else of[at], number)
     rows = rows if at is None else at[rows]
-    x = hidden.index_select(0, rows // k)  # its backward is faster than that of indexing
+    x = hidden.index_select(0, rows // k)  # its backward is faster than with indexing
     if weights is not None:
         x = x * weights.reshape(-1, 1).index_select(0, rows)
     *firsts, last = layers(groups, rows, (tokens, k))

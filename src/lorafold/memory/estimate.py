@@ -3,7 +3,7 @@
 The terms come from a trace (`memory.trace`). Each of n processes holds and sends in a step:
 
     w, a, g, s    bytes of the weights, the adapter, its gradients and the optimizer's state
-    w_b, g_b      those of one block;  r, g_r those of the largest of embedding and head
+    w_b, g_b      of one block;  r, g_r of the largest of embedding and head
     w_e           bytes gathered for embedding and head in a forward pass (tied: twice)
 
     ddp          holds  w + a + g + s, and a gradient bucket

@@ -103,20 +103,17 @@ class Ledger(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Traced:
-    """The bytes of a step.
+    """The bytes of a step; `forward_operations` and `backward_operations` count matmuls'
+    multiplications and additions.
 
     ahead: gradients that exist before the forward pass.
     kept: activations that exist after the forward pass.
-    kv_cache: KV cache of inference.
-    engine: the engine that samples completions, without its KV cache.
-    slots: KV cache of completions sampled before the step.
-    drawing: the peak meanwhile beyond weights, adapter, optimizer and engine.
+    engine: the engine that samples completions, without its KV cache (`slots`).
+    drawing: the peak while it samples, beyond weights, adapter, optimizer and engine.
     forward, backward: the peak in either pass beyond weights, adapter and optimizer; for inference,
         in the passes of the prompt and of the next token.
     late: the same in the second half of the backward pass.
     exchanged: tensors gathered from and sent to other processes.
-    forward_operations, backward_operations: multiplications and additions of matmuls in either
-        pass.
     """
 
     weights: int
@@ -158,10 +155,9 @@ class Setting:
     """The input of an estimate: a base, a method, and the rows of a micro-batch.
 
     spec: the trained method; None for inference.
-    targets: as for `attach`.
-    beside: returns the further arguments of `attach`, for a model.
-    rows: the lengths in tokens of the rows of a micro-batch. Inference computes all but the last
-        token of each as a prompt, then the last token.
+    beside: returns the arguments of `attach` besides targets, for a model.
+    rows: the lengths in tokens of the rows. Inference computes all but the last token of each as a
+        prompt, then the last token.
     labelled: the tokens that count in the loss; None: all that can be predicted.
     packed: rows are packed into one sequence; else padded to the longest.
     classes: the outputs of a classification head; 0 for a language model.
@@ -172,7 +168,6 @@ class Setting:
     place: the kind of device, whose dropout and attention are modelled.
     widened: 16-bit matrices are multiplied in fp32 (`ops.arithmetic.widens`).
     processes: the number that train together, each on such rows.
-    strategy: ddp or fsdp.
     resident: include the memory of a CPU run's process besides tensors.
     """
 
@@ -244,7 +239,7 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
 
 def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
     """Trace a training step with every feature of a run."""
-    # attention sinks (gpt-oss) do not support packed rows
+    # packed rows do not support attention sinks (gpt-oss)
     sinks = any("sinks" in module._parameters for module in model.modules())
     setting = replace(setting, packed=setting.packed and not sinks)
     if setting.below:

@@ -121,8 +121,8 @@ class Classify(Objective):
 
 
 def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
-    """The paths of the head's modules, to be trained in full; if the method already does, those of
-    a new pooler outside its targets.
+    """The paths of the head's modules, to be trained in full; if the method already trains them,
+    only a new pooler's outside its targets.
     """
     heads = set(head_paths(model))
     adapted = set(match(model, spec.targets if targets is None else targets, is_linear).paths)

@@ -196,7 +196,7 @@ class PolicyObjective(OnPolicy):
                     "exact: found padded sequences, expected packed ones, as drawing computes them;"
                     " turn packing on, or train without exact"
                 )
-            if drawing.exact:  # also in the backward, where checkpointed parts are recomputed
+            if drawing.exact:  # also in the backward, for recomputed checkpoints
                 stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
             yield RolloutLoss(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
 

@@ -38,7 +38,7 @@ HELD_OUT = "eval_data"
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What to train, on which rows, and where to write the adapter.
+    """The inputs of a training run, and the path of its adapter.
 
     `out` must not exist unless `overwrite` or `resume` is set; without `eval_rows` the recipe's
     `eval_fraction` of `rows` is held out. The adapters of `over` are loaded frozen, in this order,
@@ -50,7 +50,7 @@ class RunRequest:
     out: Path
     recipe: Recipe
     rows: Sequence[Row] | RowStream
-    source: str  # where the rows came from, for the record
+    source: str  # the origin of the rows, for the record
     eval_rows: Sequence[Row] | None = None
     init_adapter: Path | None = None
     resume: bool = False
@@ -74,7 +74,7 @@ class RunRequest:
         return self.rows if isinstance(self.rows, RowStream) else Rows.of(self.rows)
 
     def first_rows(self, n: int) -> Sequence[Row]:
-        """The first rows; of a stream, those that training begins with."""
+        """The first rows; of a stream, the first training rows."""
         if not isinstance(self.rows, RowStream):
             return self.rows[:n]
         rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)

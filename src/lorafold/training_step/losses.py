@@ -32,7 +32,8 @@ class Loss(nn.Module, ABC):
     """Abstract: a loss that is summed, not averaged, so that micro-batches add up to the batch
     exactly.
 
-    `pace` scales a method's learning rates, `pace_up` those of its up factors; `counts` are saved.
+    `pace` is a factor on a method's learning rates, `pace_up` on its up factors'; `counts` are
+    saved.
     """
 
     pace = 1.0
@@ -83,8 +84,8 @@ class Loss(nn.Module, ABC):
         return {}
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
-        """The row (t,) that names each token of each example: its index in the batch, or that of
-        the first row with the same prefix.
+        """The row (t,) that names each token of each example: its index in the batch, or the first
+        row's with the same prefix.
         """
         return [np.full(1, row) for row in range(len(examples))]
 

@@ -153,7 +153,7 @@ def document_mask(
             try:
                 ahead = mask_function(b, head, earlier, later)
                 break
-            except RuntimeError:  # it reads tensors on the device, such as that of chunks
+            except RuntimeError:  # the predicate of chunked attention reads tensors on the device
                 if where == places[-1]:
                     raise
         if not ahead.any():

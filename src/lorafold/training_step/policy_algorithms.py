@@ -69,8 +69,8 @@ def deviation(x: Tensor) -> Tensor:
 class PolicyLaw(ABC):
     """Abstract: one policy gradient algorithm.
 
-    With beta > 0, w_t KL_t is added to the loss of each token. The ratio makes its gradient that of
-    the KL, even if it is 1 (DeepSeek-V3.2 2025, arXiv 2512.02556, eq. 7).
+    With beta > 0, w_t KL_t is added to the loss of each token. Because of the ratio, its gradient
+    is the KL's, even if the ratio is 1 (DeepSeek-V3.2 2025, arXiv 2512.02556, eq. 7).
     """
 
     pace: ClassVar[float] = 0.25  # factor on a method's learning rates

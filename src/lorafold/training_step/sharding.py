@@ -64,9 +64,7 @@ class Sharded(Replicated):
         return (shard for part in self._parts for shard in part)
 
     def sizes(self) -> tuple[int, int, int]:
-        """The bytes of all large tensors, of those that this process keeps, and of the largest
-        part.
-        """
+        """The bytes of all large tensors, of this process's share, and of the largest part."""
         parts = [sum(shard.size for shard in part) for part in self._parts]
         return sum(parts), sum(shard.kept for shard in self._all), max(parts, default=0)
 

@@ -128,7 +128,7 @@ def shares(model: PreTrainedModel) -> bool:
     that branch at two depths).
     """
     lens, starts = (16, 17, 17, 9, 11), (0, 9, 13, 0, 5)
-    unshared = slice(starts[1], lens[0])  # what the first row shares with none
+    unshared = slice(starts[1], lens[0])  # the part of the first row that no other row shares
     ids = random_ids(model, sum(lens) - sum(starts) + unshared.stop - unshared.start)
     ids, others = ids[: unshared.start - unshared.stop], ids[unshared.start - unshared.stop :]
     branches = Branching(packs=True, shares=True)
