@@ -113,7 +113,7 @@ class Adapted(nn.Module):
 
 
 def renamed_subclass(mixin: type, cls: type[nn.Module], forward: Any, **body: Any) -> Any:
-    """A subclass of `cls` with its name, because model files record it, and with another forward.
+    """A subclass of `cls` with another forward, and with its name, because model files record it.
     """
     body["forward"] = functools.wraps(cls.forward)(forward)
     subclass = type(cls.__name__, (mixin, cls), body)

@@ -140,8 +140,7 @@ class Layer(ABC):
 
     @abstractmethod
     def sources(self) -> list[Tensor] | None:
-        """The tensors, of any shape, that `dense` is computed from; None if it depends on a delta.
-        """
+        """The tensors, of any shape, that determine `dense`; None if it depends on a delta."""
 
     def low_rank(
         self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None, k: float = 1.0

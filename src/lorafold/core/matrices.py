@@ -88,8 +88,7 @@ def form_of(module: nn.Module) -> ExpertsForm | None:
 
 
 class Matrices(nn.Module):
-    """The matrices of the parameter `name` of `owner`, a child of `around`; it has no parameters.
-    """
+    """The matrices of `owner`'s parameter `name`, a child of `around`; it has no parameters."""
 
     owner: nn.Module
     around: nn.Module | None

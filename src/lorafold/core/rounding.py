@@ -61,14 +61,12 @@ def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> to
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round x (fp32 or fp64, finite, any shape) to one of its two neighbours, with expectation x.
-    """
+    """Round x (fp32 or fp64, finite, any shape) to one of its neighbours, with expectation x."""
     return _up_below(x.float(), dtype, torch.rand(x.shape, generator=generator))
 
 
 def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
-    """Round x, fp32, away from zero if u (same shape, in [0, 1)) is below the remainder in units.
-    """
+    """Round x, fp32, away from zero if u (same shape, in [0, 1)) is below the remainder."""
     info = torch.finfo(dtype)
     # the power of two at or under |x|
     binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)

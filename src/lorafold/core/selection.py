@@ -75,8 +75,7 @@ class Recorded:
 
 @dataclass(eq=False)
 class Loading:
-    """One `load_state_dict`: the adapters in the state, and the removed missing keys of the others.
-    """
+    """One `load_state_dict`: the adapters in the state, and the removed missing keys of others."""
 
     missing: list[str]
     given: set[str] = field(default_factory=set)

@@ -150,8 +150,7 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """Every module with a bias, except routers; the linears of all-linear if no block has a bias.
-    """
+    """Every module with a bias, except routers; the linears of all-linear if no block has one."""
     anatomy = Anatomy.of(model)
     modules = anatomy.language_modules
     biased = [path for path, m in modules if m._parameters.get("bias") is not None]

@@ -65,8 +65,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """The sizes of the base's parameters by module path and name, counted like `parameter_count`.
-    """
+    """The sizes of the base's parameters by module path and name, like `parameter_count`."""
     by_path: dict[str, dict[str, int]] = {}
     seen = set()
     for path, module in Anatomy.of(model).modules:

@@ -101,8 +101,7 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
 
 
 def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
-    """Examples of random tokens with the setting's lengths; the last tokens of each are labelled.
-    """
+    """Examples of random tokens with the setting's lengths; the last tokens are labelled."""
     vocabulary = model.config.get_text_config().vocab_size
     rows = [tuple(torch.randint(1, vocabulary, (n,)).tolist()) for n in setting.rows]
     if setting.classes and setting.packed:  # pairs of documents that share nothing

@@ -96,7 +96,7 @@ def largest_batch(
 
 
 def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
-    """The tokens computed for each document of a micro-batch; with `once`, without shared prefixes.
+    """The tokens computed for each document of a micro-batch; shared prefixes count once if `once`.
     """
     if once:
         pairs = [

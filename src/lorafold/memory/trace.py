@@ -134,7 +134,7 @@ class Traced:
     backward_operations: int = 0
 
     def extrapolated(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
-        """Extrapolate to blocks[2] blocks, from this trace of blocks[0] and the other of blocks[1].
+        """Extrapolate to blocks[2] blocks, from this trace (blocks[0]) and the other (blocks[1]).
         """
         a, b, n = blocks
         pairs = zip(astuple(self), astuple(other), strict=True)
@@ -213,8 +213,7 @@ class Setting:
 
 
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
-    """Trace a step of a model with embedding, head and its first blocks; the same on every machine.
-    """
+    """Trace a step of a model with embedding, head and its first blocks."""
     with (
         existing_set_aside(),
         without_values(),

@@ -40,8 +40,7 @@ class Declared:
     head: whether it replaces the language model's head.
     compared: whether `compare` supports it.
     draws: whether it samples completions during training; rewards may then use all keys of rows,
-        and
-        dropout is off.
+        and dropout is off.
     """
 
     maker: "str | type[Objective]"

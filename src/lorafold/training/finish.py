@@ -238,7 +238,7 @@ def _rounded(value: Any) -> Any:
 
 
 def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
-    """Raise if a tensor is not finite, or an up factor with gradients is zero (so is its update).
+    """Raise if a tensor is not finite, or an up factor with gradients is zero (so is the update).
     """
     for name, t in adapter.state_dict().items():
         check_finite(name, t)

@@ -62,8 +62,7 @@ class PreviewExample:
 def show(
     request: RunRequest, console: Console, rows: int = 3, html: Path | None = None
 ) -> Findings:
-    """Print the first rows with the trained tokens marked, and return the findings about the data.
-    """
+    """Print the first rows with trained tokens marked, and return the findings about the data."""
     saved = open_all(request.adapters)
     request = with_length(request, saved, console)
     objective = objective_of(request, saved)

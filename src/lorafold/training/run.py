@@ -1,5 +1,4 @@
-"""One training run: from a base model, rows and a recipe to an adapter directory in PEFT's format.
-"""
+"""A training run: from a base model, rows and a recipe to an adapter directory in PEFT's format."""
 
 from __future__ import annotations
 

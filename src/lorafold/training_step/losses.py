@@ -68,8 +68,7 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
-        """The arguments of `forward` on the device: each (B, T), or labels (B,) for a classifier.
-        """
+        """The arguments of `forward` on the device: each (B, T), or labels (B,) to classify."""
 
     def of_step(
         self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int

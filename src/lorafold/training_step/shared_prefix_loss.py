@@ -149,8 +149,7 @@ class BranchedLoss(Loss):
             yield
 
     def groups(self, examples: Sequence[Branched]) -> list[list[int]]:
-        """The indices of examples in batches of at most `tokens`, by shared prefixes or by length.
-        """
+        """Indices of examples in batches of at most `tokens`, by shared prefixes or by length."""
         batches, rest = list[list[int]](), list[int]()
         for first in range(0, len(examples), WINDOW):
             window = range(first, min(first + WINDOW, len(examples)))

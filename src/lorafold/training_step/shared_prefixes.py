@@ -104,8 +104,7 @@ def branching(
 
 
 def may_share(config: PreTrainedConfig) -> bool:
-    """Whether the model can probably share prefixes: it has only full and sliding-window attention.
-    """
+    """Whether the model can probably share prefixes: only full and sliding-window attention."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     attends = getattr(text, "num_attention_heads", None) is not None
