@@ -1,7 +1,4 @@
-"""Reads and writes the tokens of rows in memory-mapped Arrow files.
-
-    table = open_table(path);  ids = Lists(table.column("ids"));  ids[3]  ->  an array (T,)
-"""
+"""Columns of tokens and labels in memory-mapped Arrow files."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,8 +29,8 @@ def batch_of(
     flags: Iterable[str] = (),
     texts: Iterable[str] = (),
 ) -> "pa.RecordBatch":
-    """Builds a record batch with columns of int32, of lists of int32, of booleans and of text. It
-    builds the buffers itself, because `pa.array` would import pandas, which takes 0.4 s.
+    """Builds a record batch of int32, lists of int32, booleans and text. `pa.array` would import
+    pandas, which takes 0.4 s.
     """
     import pyarrow as pa
 
@@ -58,14 +55,12 @@ def batch_of(
 
 
 def column(table: "pa.Table", name: str) -> Array:
-    """Returns a column of int32 as one array (n,). `to_numpy` would import pandas."""
+    """Returns a column of int32 as (n,). `to_numpy` would import pandas."""
     return np.concatenate([np.zeros(0, np.int32), *map(np.from_dlpack, table.column(name).chunks)])
 
 
 class Lists:
-    """A column of lists of int32. Its items are zero-copy views (T,) of the file; `lengths` is
-    (n,).
-    """
+    """A column of lists of int32; items are views (T,) of the file."""
 
     def __init__(self, column: "pa.ChunkedArray") -> None:
         chunks = [chunk for chunk in column.chunks if len(chunk)]
@@ -86,14 +81,13 @@ class Lists:
 
 
 def digests(*columns: Iterable[Any]) -> Array:
-    """Returns a hash (n,) of each entry across the columns, comparable within this process only."""
+    """Hashes each entry (n,) across columns; only comparable within this process."""
     plain = (map(np.ndarray.tobytes, c) if isinstance(c, Lists) else c for c in columns)
     return np.fromiter(map(hash, zip(*plain, strict=True)), np.int64)
 
 
 class Judgements(NamedTuple):
-    """Per-example judgements: digests of the subjects (n,), verdicts (n,), the text for
-    contradictions, and the number of examples of each label.
+    """Digests of subjects (n,), verdicts (n,), the text for contradictions, and counts of labels.
     """
 
     subjects: Array
@@ -103,7 +97,7 @@ class Judgements(NamedTuple):
 
 
 class Items(Sequence[E]):
-    """A lazy sequence, whose items are built on access."""
+    """A sequence that builds its items on access."""
 
     @abstractmethod
     def item(self, index: int) -> E:
@@ -119,12 +113,10 @@ class Items(Sequence[E]):
 
 
 class TableExamples(Items[E]):
-    """Base class of examples stored in a table.
+    """Examples of a table, truncated: `lengths` (n,) in tokens, `rows` (n,) the index of the row.
 
-    `lengths` (n,) are tokens per example after truncation, and `rows` (n,) the index of its row.
-    `marked` counts the rows with control tokens that are read as text. Two examples are equal if
-    they agree in `compared_by`, columns of the whole table with untruncated tokens and trained
-    spans.
+    `marked` counts rows with control tokens as text. Two examples are equal if they agree in
+    `compared_by`: untruncated tokens and trained spans of the whole table.
     """
 
     compared_by: tuple[Iterable[Any], ...]
@@ -132,8 +124,6 @@ class TableExamples(Items[E]):
     ends_lost: Array | None = None  # (n,), whether truncation cuts off the end of an answer
 
     def __init__(self, table: "pa.Table", max_length: int, chosen: Array) -> None:
-        """Selects the examples with the indices `chosen` and truncates each to `max_length` tokens.
-        """
         self._ids, self.chosen, self._max_length = Lists(table.column("ids")), chosen, max_length
         self.lengths = np.minimum(self._ids.lengths[chosen], max_length)
         self.rows = column(table, "row")[chosen]
@@ -146,7 +136,7 @@ class TableExamples(Items[E]):
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:
-    """Returns the tokens per example without building the examples of a table."""
+    """Returns tokens per example, without building examples of a table."""
     if isinstance(examples, TableExamples):
         return list(map(int, examples.lengths))
     return [len(example.ids) for example in examples]

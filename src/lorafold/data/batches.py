@@ -1,8 +1,7 @@
 """Batches: shuffling, held-out split, packing, shared prefixes, collation.
 
-Feeds depend only on their arguments, so a resumed run computes the same batches. Rows with shared
-prefixes form a forest. Rows that train the same token to predict different next tokens don't share
-that token.
+Feeds depend only on their arguments, so a resumed run computes the same batches. Rows are merged
+into a forest of shared prefixes; a token with different targets is in each of its rows.
 
     rows     a b c d         tokens   a b c d  e  f       each node once, depth first
              a b e           lens     4  3  1             of the rows, in that order
@@ -32,11 +31,11 @@ from lorafold.errors import LorafoldError
 
 
 class Batches(Sequence[list[int]]):
-    """The example indices of each optimizer step, (steps, batch).
+    """The example indices of each step, (steps, batch).
 
-    Each epoch is shuffled separately and the epochs are concatenated, so every batch is full and
-    may span two epochs. From a source with weight w and n examples, an epoch takes the next
-    round(w n), in a shuffled order that continues across epochs.
+    Epochs are shuffled and concatenated, so every batch is full and may span two. From a source
+    with weight w and n examples, an epoch takes the next round(w n), in an order that continues
+    across epochs.
     """
 
     def __init__(
@@ -79,12 +78,12 @@ class Batches(Sequence[list[int]]):
 
 
 def epoch_size(parts: Sequence[SourcePart]) -> int:
-    """Returns the number of examples per epoch, at least one per non-empty source."""
+    """Returns the examples per epoch, at least one per non-empty source."""
     return sum(max(1, round(part.weight * part.size)) for part in parts if part.size)
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Returns (training rows, held-out rows), chosen at random, each in the original order."""
+    """Returns (training rows, held-out rows), each in the original order."""
     rows = Rows.of(rows)
     if not fraction:
         return rows, Rows.of([])
@@ -99,13 +98,12 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def collate(examples: Sequence[Any], packed: bool, pad_id: int) -> dict[str, Tensor]:
-    """Returns the tensors of one forward pass over examples with `ids` (T,) and unshifted `labels`
+    """Returns the tensors of a forward pass over examples with `ids` (T,) and unshifted `labels`
     (T,).
 
-    Packed: input_ids, position_ids and labels, (1, T), where T is the sum of the lengths.
-    Padded on the right: input_ids, attention_mask and labels, (B, T), where T is the longest.
-    The returned labels are shifted: labels[b, t] is the token after position t, or -100 if the loss
-    ignores it, as it does at the last position of each example.
+    Packed: input_ids, position_ids and labels, (1, T), T the sum of the lengths. Otherwise padded
+    on the right: input_ids, attention_mask and labels, (B, T). The returned labels are shifted:
+    labels[b, t] is the token after position t, or -100 if the loss ignores it.
     """
     ids = [torch.tensor(e.ids, dtype=torch.long) for e in examples]
     targets = [torch.tensor([*e.labels[1:], NO_LOSS], dtype=torch.long) for e in examples]
@@ -122,9 +120,8 @@ def collate(examples: Sequence[Any], packed: bool, pad_id: int) -> dict[str, Ten
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs documents into sequences of at most `capacity` tokens by best fit decreasing.
-
-    A longer document gets a sequence of its own. Returns the ascending document indices of each.
+    """Packs documents into sequences of at most `capacity` tokens, by best fit decreasing. A longer
+    document gets its own. Returns ascending indices.
     """
     sequences: list[list[int]] = []
     room: list[int] = []
@@ -145,7 +142,7 @@ def micro_batches(
     capacity: int | None = None,
     size: Callable[[Any], int] = lambda example: len(example.ids),
 ) -> list[Sequence[Any]]:
-    """Divides a step's examples into `n` micro-batches, or more of at most `capacity` tokens."""
+    """Divides examples into `n` micro-batches, or more of at most `capacity` tokens."""
     share = ceil(len(examples) / n)
     runs = [examples[i : i + share] for i in range(0, len(examples), share)]
     if capacity is None:
@@ -158,14 +155,12 @@ def micro_batches(
 
 
 def labelled(example: Example) -> int:
-    """Counts the tokens in the loss, which never includes an example's first token."""
+    """Counts the tokens in the loss, which excludes an example's first token."""
     return sum(label != NO_LOSS for label in example.labels[1:])
 
 
 class BatchFeed(ABC):
-    """Base class: the examples of `steps` steps, of which `foreseen` are cheap to look at in
-    advance.
-    """
+    """The examples of `steps` steps, of which `foreseen` are cheap to inspect in advance."""
 
     foreseen: int
     steps: int
@@ -173,15 +168,15 @@ class BatchFeed(ABC):
 
     @abstractmethod
     def after(self, step: int) -> Iterator[Sequence[Any]]:
-        """Yields the examples of each step after the first `step`, at most `batch` rows each."""
+        """Yields the examples of each step after `step`."""
 
     @abstractmethod
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        """Yields `n` random batches of `size`, independent of the training steps."""
+        """Yields `n` random batches, independent of the training steps."""
 
 
 class StoredFeed(BatchFeed):
-    """A feed of examples held in memory or a table; `passes` is the number of epochs."""
+    """A feed of stored examples; `passes` is the number of epochs."""
 
     foreseen = 1000
 
@@ -201,7 +196,6 @@ class StoredFeed(BatchFeed):
         self.passes = steps * batch / max(1, len(self._borders) - 1)
 
     def with_examples(self, change: Callable[[Any], Sequence[Any]]) -> StoredFeed:
-        """Returns a feed of the same steps over `change(examples)`, which must keep the order."""
         changed = copy.copy(self)
         changed.examples = change(self.examples)
         return changed
@@ -225,11 +219,11 @@ WINDOW = 1024  # rows among which shared prefixes are searched for in passes wit
 
 @dataclass(frozen=True)
 class Forest:
-    """Rows merged by shared prefixes. Arrays of tokens (T,): id, position, target (-100 for none),
-    how many rows train on it, and the first row that contains it.
+    """Rows merged by shared prefix. Of each token (T,): id, position, target (-100 for none), the
+    number of rows that train it, and the first row with it.
 
-    `places` are the tokens of each row and `trained` those it trains on, as indices into T. `lens`
-    and `starts` are defined in `ops.packed_documents.Documents`.
+    `places` are the tokens of each row and `trained` those it trains. For `lens` and `starts` see
+    `ops.packed_documents.Documents`.
     """
 
     ids: Array
@@ -243,7 +237,7 @@ class Forest:
     starts: tuple[int, ...]
 
     def rows(self) -> Tensor:
-        """Counts the rows that contain each token, (1, T)."""
+        """Counts the rows with each token, (1, T)."""
         return torch.from_numpy(np.bincount(np.concatenate(self.places)))[None]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -263,9 +257,8 @@ def forest(
     limits: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
 ) -> Forest:
-    """Merges rows with unshifted labels by shared prefix, each row sharing at most `limits` tokens.
-
-    With `groups`, ascending, only rows of the same group share.
+    """Merges rows with unshifted labels. Each may share at most its `limits` tokens and, with
+    ascending `groups`, only within its group.
     """
     size = sum(len(row.ids) for row in rows)
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
@@ -301,7 +294,7 @@ def forest(
 
 
 def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
-    """Returns, for each token of each row (t,), the first row with the same tokens up to it."""
+    """Returns, for each token of each row (t,), the first row with the same prefix through it."""
     first = np.full(sum(map(len, rows)), len(rows), np.int64)  # of each node
     of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
     for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):
@@ -320,8 +313,8 @@ def alike(
     beginning: Callable[[R], Sequence[int]],
     size: Callable[[R], int] | None = None,
 ) -> list[Sequence[R]]:
-    """Divides a step's rows into `n` micro-batches, or more of at most `capacity` tokens, sorted so
-    that rows with a shared prefix are together. `size` is a row's tokens, by default its prefix's.
+    """Divides rows into `n` micro-batches, or more of at most `capacity` tokens, sorted by prefix.
+    `size` is a row's tokens, by default its prefix's.
     """
     parts: list[Sequence[R]] = []
     part: list[R] = []
@@ -340,8 +333,8 @@ def alike(
 
 
 def _common(before: Array, ids: Array, targets: Array = EMPTY, wanted: Array = EMPTY) -> int:
-    """Counts the leading ids that a row (u,) shares with the previous one (t,), up to the first
-    place at which both have a target and the targets differ.
+    """Counts the leading ids that a row (u,) shares with the previous one (t,), up to two different
+    targets.
     """
     n = min(len(before), len(ids))
     same = before[:n] == ids[:n]

@@ -2,9 +2,8 @@
 
     ids = shared (s,) + branch 1 (b1,) + branch 2 (b2,)       position s + t for token t of a branch
 
-PAIRS have a chosen completion, branch 1, and a rejected one; JUDGED rows one labelled completion.
-A branch begins with the last shared token before the first trained one, so that each position
-predicts one token. `shared` + `branch` equals the ids of supervised training on that completion.
+PAIRS have two branches, chosen and rejected; JUDGED rows have one with a label. A branch begins
+with the last shared token before the first trained one, so each position predicts one token.
 """
 
 from __future__ import annotations
@@ -37,9 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Branched:
-    """A tokenized row: the shared ids (s,) and its branches. A pair's first branch is the chosen
-    one; `desirable` labels a single one. `reference` are log-probabilities under the reference
-    model.
+    """A tokenized row: shared ids (s,), branches, the label of a single branch, and the branches'
+    log-probabilities under the reference model.
     """
 
     shared: tuple[int, ...]
@@ -49,32 +47,30 @@ class Branched:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The shared ids and all branches, concatenated, (T,)."""
+        """The shared ids and all branches, (T,)."""
         return sum((branch.ids for branch in self.branches), self.shared)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The training labels (T,): -100 for shared ids."""
+        """(T,), with -100 for the shared ids."""
         return sum((branch.labels for branch in self.branches), (NO_LOSS,) * len(self.shared))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The tokens computed per document, counting the shared ones with the first."""
+        """The tokens computed per document; the shared ones count for the first."""
         first, *others = (len(branch.ids) for branch in self.branches)
         return (len(self.shared) + first, *others)
 
     def some(self, chosen: slice) -> Branched:
-        """Selects branches."""
         return replace(self, branches=self.branches[chosen], reference=self.reference[chosen])
 
     def documents(self) -> list[Example]:
-        """Returns each branch with the shared ids before it."""
         before = (NO_LOSS,) * len(self.shared)
         return [Example(self.shared + b.ids, before + b.labels) for b in self.branches]
 
 
 def continued(example: Example) -> Branched:
-    """Makes a row one branch, which begins with the token before the first trained one."""
+    """Splits off a branch, which begins with the token before the first trained one."""
     trained = (place for place, label in enumerate(example.labels) if label != NO_LOSS)
     at = max(0, next(trained, 0) - 1)
     return Branched(example.ids[:at], (Example(example.ids[at:], example.labels[at:]),))
@@ -82,8 +78,8 @@ def continued(example: Example) -> Branched:
 
 @dataclass(eq=False)
 class Branches(Encoder):
-    """Encodes PAIRS or JUDGED rows. Columns: `row`, `ids` (T,), `starts` (k,) of the branches,
-    `spans` (2n,) that are trained, `desirable`, `marked`, `turns`, `problem`.
+    """Columns: `row`, `ids` (T,), `starts` (k,) of the branches, `spans` (2n,) that are trained,
+    `desirable`, `marked`, `turns`, `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -159,8 +155,8 @@ class Branches(Encoder):
 
 
 class BranchedExamples(TableExamples[Branched]):
-    """Examples of a table that `Branches` made: tokens computed per example, `lengths` (n,), of its
-    untruncated documents, `whole` (n, k), and of its branches, `tails` (n, k).
+    """Computed tokens of each example, `lengths` (n,), and branch, `tails` (n, k); untruncated
+    tokens of each document, `whole` (n, k).
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
@@ -178,7 +174,7 @@ class BranchedExamples(TableExamples[Branched]):
 
     @cached_property
     def ends_lost(self) -> Array:  # type: ignore[override]
-        """Whether truncation removes trained tokens of a row, (n,)."""
+        """(n,), whether truncation removes trained tokens."""
         lost = np.any(self.whole > self._max_length, axis=1)
         for n in np.flatnonzero(lost).tolist():
             starts, tails, spans = self._starts[n], self.tails[n], self._spans[n].reshape(-1, 2)
@@ -201,7 +197,6 @@ class BranchedExamples(TableExamples[Branched]):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of all examples."""
         digest = sha256(type(self).__name__.encode())
         lists = (self._ids, self._starts, self._spans)
         arrays = (array for of in lists for array in (*of.ends, *of.values))
@@ -221,8 +216,8 @@ class BranchedExamples(TableExamples[Branched]):
 
 
 class MismatchedExamples(BranchedExamples):
-    """Judged completions. The second branch is the previous example's completion (for the first:
-    the last one's), on which KTO estimates its KL term.
+    """Judged completions, each with the previous example's completion (the first: the last one's)
+    as second branch, on which KTO estimates its KL.
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
@@ -256,15 +251,13 @@ def encode_preferred(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenizes rows of PAIRS or JUDGED, truncated to `max_length` tokens per document."""
+    """Tokenizes PAIRS or JUDGED, truncated to `max_length` tokens per document."""
     rows = as_checked(rows, kind)
     table = tokenized(rows, Branches(tokenizer, kind, rendering), console)
     return preferred(table, rows, max_length, kind)
 
 
 def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encoded:
-    """Returns the examples of a table made by `Branches`, with a report on lengths and truncation.
-    """
     examples = EXAMPLES[kind](table, max_length)
     cut = np.any(examples.whole > max_length, axis=1)
     refuse_cut(rows, examples, max_length, cut)
@@ -287,7 +280,7 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encode
 
 
 def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
-    """Raises if truncation of the `cut` (n,) examples leaves a row with nothing to compare."""
+    """Raises if truncation leaves nothing to compare in any of the `cut` (n,) examples."""
     bad = {}
     for n in np.flatnonzero(cut).tolist():
         row, own = int(examples.rows[n]), examples[n].branches[: examples.whole.shape[1]]

@@ -1,11 +1,7 @@
-"""Parses tool calls in a generated text according to the chat template.
+"""Parses tool calls in generated text, with a grammar inferred from the chat template's rendering
+of probe calls.
 
-    parse_calls('<tool_call>{"name": "f", "arguments": {"city": "Rome"}}</tool_call>', tokenizer)
-    [{"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}]
-
-The syntax is inferred from the template's rendering of probe calls: two calls in one turn give the
-separator, and numbers beside strings the quotes. Arguments are JSON or key-value pairs.
-Whitespace may differ, and special tokens may be missing from the text.
+Arguments are JSON or key-value pairs. Whitespace may differ, and special tokens may be missing.
 """
 
 from __future__ import annotations
@@ -35,7 +31,7 @@ NAME = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 class Pairs(NamedTuple):
-    """The syntax of key-value arguments: the text between, after and around keys and values."""
+    """The text between, after and around keys and values."""
 
     equals: str
     comma: str
@@ -45,9 +41,9 @@ class Pairs(NamedTuple):
 
 
 class Grammar(NamedTuple):
-    """The text before the first name; between two calls (None if a turn has at most one); between a
-    name and its arguments; after a name without arguments; the syntax of pairs, or None for JSON;
-    and the text after JSON. NAMES[0] stands for a repeated name.
+    """The text before the first name; between calls (None if a turn has at most one); before
+    arguments; after a name without arguments; the syntax of pairs, or None for JSON; and the text
+    after JSON. NAMES[0] stands for a repeated name.
     """
 
     before: str
@@ -58,7 +54,7 @@ class Grammar(NamedTuple):
     closing: str = ""
 
     def without(self, words: Sequence[str]) -> Grammar:
-        """Returns the grammar of texts that lack these words, such as special tokens."""
+        """Removes words, such as special tokens."""
 
         def bare(part: Any) -> Any:
             if isinstance(part, Pairs):
@@ -71,7 +67,7 @@ class Grammar(NamedTuple):
 
 
 def grammar_of(tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
-    """Infers the chat template's syntax for calls; None if it renders none."""
+    """Infers the grammar; None if the template shows no calls."""
     return _grammar_of(template_of(tokenizer))
 
 
@@ -114,12 +110,12 @@ def _grammar_of(template: Template) -> Grammar | None:
 
 
 def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens, which decoding leaves out of completions."""
+    """Special tokens, which decoding leaves out."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Renders a turn with these calls and removes the generation prompt and the reasoning."""
+    """Renders a turn of calls, without the generation prompt and reasoning."""
     calls = list(map(call, NAMES, arguments))
     prompt = attempt([ASKED], tokenizer, for_generation=True)
     text = attempt([ASKED, {"role": "assistant", "tool_calls": calls}], tokenizer)
@@ -128,8 +124,7 @@ def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
 
 
 def _after(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Returns the texts before two keys, between key and value, between pairs, and after the last.
-    """
+    """Returns the texts before keys, between key and value, between pairs, and after."""
     wanted = [str(part) for pair in arguments.items() for part in pair]
     parts = re.split("({})".format("|".join(map(re.escape, wanted))), text)
     if parts[1::2][-4:] != wanted:
@@ -139,7 +134,7 @@ def _after(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
 
 
 def _json_at(text: str, wanted: dict[str, Any]) -> tuple[int, str] | None:
-    """Returns the position of the wanted JSON object and the text after it."""
+    """Returns the position of the wanted object and the text after it."""
     for at in (i for i, character in enumerate(text) if character == "{"):
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
@@ -160,10 +155,10 @@ def parse_calls(
         text: A completion, with or without its special tokens.
         tokenizer: The tokenizer whose chat template defines the syntax of calls.
         tools: The tools that were offered. Some templates don't quote strings, so 7 and "7" look
-            the same; an argument whose type is string in these tools stays a string.
+            the same; an argument that these tools declare as a string stays one.
 
     Raises:
-        LorafoldError: if the template renders no calls, or if arguments can't be parsed.
+        LorafoldError: if the template shows no calls, or if arguments can't be parsed.
     """
     grammar = grammar_of(tokenizer)
     if grammar is None:
@@ -179,7 +174,6 @@ def parse_calls(
 
 
 def read_tools(path: Path) -> list[Tool]:
-    """Reads a JSON file that contains a list of tools."""
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -218,7 +212,7 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
 
 
 def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
-    """Parses key-value pairs from position `at` and returns them with their end."""
+    """Parses pairs from position `at`; returns them and their end."""
     arguments = {}
     opening, ending = map(re.escape, (pairs.opening, pairs.ending))
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
@@ -244,14 +238,14 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
 
 
 def _closed(value: str) -> bool:
-    """Whether brackets are balanced, if the value begins with one."""
+    """Whether the brackets of a list or an object are balanced."""
     if not value.lstrip().startswith(("[", "{")):
         return True
     return all(value.count(a) == value.count(b) for a, b in ("[]", "{}"))
 
 
 def _value(text: str, pairs: Pairs) -> Any:
-    """Parses an unquoted value as JSON or as a Python literal, and otherwise as text."""
+    """Parses an unquoted value as JSON or Python, or else as text."""
     plain = text
     for quote in filter(None, (pairs.opening, pairs.ending)):
         plain = plain.replace(quote, '"')
@@ -272,6 +266,6 @@ def _types(tools: Sequence[Tool], name: str) -> dict[str, str]:
 
 
 def _regex(literal: str) -> str:
-    """Escapes a literal; whitespace may differ, and NAMES[0] matches the name again."""
+    """Escapes a literal, with flexible whitespace."""
     pattern = r"\s*".join(map(re.escape, re.split(r"\s+", literal)))
     return pattern.replace(re.escape(NAMES[0]), "(?P=name)")

@@ -1,9 +1,5 @@
-"""Examples for `--objective classify`: `{"text": ..., "label": ...}` rows.
-
-    classes_of(rows)                                ("neg", "pos"), sorted
-    encode_labelled(rows, tokenizer, 512, classes)  ids (T,) and one class index per row
-
-Labels are compared as text, so 1 and "1" are the same class.
+"""Examples for `--objective classify`. Labels are compared as text, so 1 and "1" are the same
+class.
 """
 
 from collections.abc import Sequence
@@ -31,19 +27,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """A tokenized row: `ids` (T,) and its class index."""
+    """`ids` (T,) and the class index."""
 
     ids: tuple[int, ...]
     label: int
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The training labels (T,): -100 for every token."""
+        """(T,), all -100."""
         return (NO_LOSS,) * len(self.ids)
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Returns the labels, sorted: integers by size, text by character."""
+    """Returns the labels, integers sorted by size and text by character."""
     known = Rows.of(rows, LABELS)
     check_provided(known.formats, LABELS)
     labels = {given.label for given in known.extract(LABELS)}
@@ -58,8 +54,8 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Labels(Encoder):
-    """Encodes texts with labels. Columns: `row`, `ids` (T,), `closing` (the number of special
-    tokens at the end), `label` (the class index) and `problem`.
+    """Columns: `row`, `ids` (T,), `closing` (the number of special tokens at the end), `label`
+    (the class index), `problem`.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -98,8 +94,6 @@ class Labels(Encoder):
 
 
 class LabelledExamples(TableExamples[LabelledExample]):
-    """Examples of a table that `Labels` made."""
-
     def __init__(self, table: "pa.Table", max_length: int, classes: Sequence[str]) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
         self._labels = column(table, "label")  # (n,)
@@ -110,7 +104,7 @@ class LabelledExamples(TableExamples[LabelledExample]):
 
     @cached_property
     def judged(self) -> Judgements:  # type: ignore[override]
-        """Equal texts with different labels contradict each other."""
+        """Equal texts with different labels are contradictions."""
         contrary = "have the text of an earlier one, and another label"
         return Judgements(digests(self._ids), self._labels, contrary, self.counts)
 
@@ -129,15 +123,13 @@ def encode_labelled(
     classes: Sequence[str],
     console: "Console | None" = None,
 ) -> Encoded:
-    """Tokenizes labelled texts, truncated to `max_length` tokens before the closing special tokens.
-    """
+    """Tokenizes texts, truncated to `max_length` before the closing special tokens."""
     rows = as_checked(rows, LABELS)
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
     return labelled(table, rows, max_length, classes)
 
 
 def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]) -> Encoded:
-    """Returns the examples of a table made by `Labels`, truncated to `max_length` tokens."""
     examples = LabelledExamples(table, max_length, classes)
     whole = Lists(table.column("ids")).lengths
     shares = ", ".join(f"{name} {count}" for name, count in examples.counts.items())
@@ -151,7 +143,7 @@ def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[s
 def preview_labelled(
     example: LabelledExample, tokenizer: "PreTrainedTokenizerBase", classes: Sequence[str]
 ) -> "Text":
-    """Returns the text as the model reads it, and the class in ⟦ ⟧."""
+    """Returns the text as the model reads it, with the class in ⟦ ⟧."""
     from rich.text import Text
 
     text = Text(shown(tokenizer, example.ids), style="dim")

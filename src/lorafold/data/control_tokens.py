@@ -1,11 +1,11 @@
-"""Sanitizes control tokens in messages: without this, `<|im_end|>` in a question would end the
-user's turn, and the text after it could forge another turn.
+"""Sanitizes control tokens in messages. Without this, `<|im_end|>` in a question would end the
+user's turn, and the text after it could forge another.
 
-`as_text` marks each control token with transformers' `sanitize_control_tokens`, and `ids_of`
-tokenizes marked ones as text. Control tokens are special tokens and added tokens that the chat
-template writes; the assistant's own contents may have the non-special ones, such as <tool_call>.
-A comment at the start of the template, which doesn't change its output, lists exceptions:
-{# control tokens in contents: ["<|user|>"] #}, or true for all tokens.
+`as_text` marks control tokens as transformers' `sanitize_control_tokens` does, and `ids_of`
+tokenizes marked ones as text. Control tokens are special tokens, and added tokens that the template
+writes; the assistant's contents may have non-special ones, such as <tool_call>. A comment at the
+start of the template lists exceptions: {# control tokens in contents: ["<|user|>"] #}, or true for
+all.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SAID = ("content", "reasoning_content")  # written by the assistant
 
 
 def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
-    """Allows these tokens in contents, except those that the template writes; None allows all."""
+    """Allows tokens in contents, except those that the template writes; None allows all."""
     if not tokenizer.chat_template:
         return
     if words is not None:
@@ -70,7 +70,7 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
 def written_by(
     template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
 ) -> frozenset[str]:
-    """Returns the words that appear in the template's source or in its rendering of probes."""
+    """Returns the words that the template's source or its rendering of probes contains."""
     said = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
     conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": VALUE}])
     texts = [attempt(messages, tokenizer, for_generation=True) for messages in conversations]
@@ -79,7 +79,7 @@ def written_by(
 
 
 def allowed(template: str) -> frozenset[str] | None:
-    """Returns the tokens that contents may have under a template; None means all."""
+    """Returns the tokens allowed in contents; None means all."""
     if template.endswith(JOINED):
         return ALL
     note = NOTE.match(template)
@@ -88,9 +88,7 @@ def allowed(template: str) -> frozenset[str] | None:
 
 
 class ControlTokenFinder(NamedTuple):
-    """Patterns of control tokens: for all roles, for the assistant's contents; and first
-    characters.
-    """
+    """Patterns for all roles and for the assistant's contents, and first characters."""
 
     all: re.Pattern[str]
     assistant: re.Pattern[str]
@@ -98,7 +96,7 @@ class ControlTokenFinder(NamedTuple):
 
 
 def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    """Marks the control tokens in a conversation's contents and tools."""
+    """Marks control tokens in contents and tools."""
     finder = _finder(template_of(tokenizer, conversation.tools))
     if finder is None:
         return conversation
@@ -120,14 +118,13 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
 def variables_as_text(
     variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]
 ) -> Mapping[str, Any]:
-    """Marks the control tokens in variables of the chat template."""
     finder = _finder(template_of(tokenizer, tools))
     return variables if finder is None else _mark(variables, finder.all, finder)
 
 
 @lru_cache(maxsize=KNOWN)
 def _finder(template: Template) -> ControlTokenFinder | None:
-    """Builds the patterns; None if contents may have all tokens."""
+    """Returns None if contents may have all tokens."""
     free, tokenizer = allowed(template.text), template.tokenizer
     if free is None:
         return None
@@ -163,7 +160,6 @@ def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any
 
 
 def is_marked(text: str) -> bool:
-    """Whether a rendered text has control tokens marked as text."""
     return OPENING in text
 
 
@@ -182,8 +178,8 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
-    """Equals `tokenizer(text, add_special_tokens=special).input_ids` in 0.3 of the time, without
-    offsets and masks, and doesn't block other threads.
+    """Equals `tokenizer(text, add_special_tokens=special).input_ids`, without offsets and masks:
+    0.3 of the time, and other threads run meanwhile.
     """
     from transformers import PreTrainedTokenizerFast as Fast
 
@@ -200,9 +196,7 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = Fal
 
 @dataclass(frozen=True)
 class Pieces:
-    """A text tokenized in pieces, with the interface of `tokenizers.Encoding`: `ids` (T,) and the
-    characters [start, end) of each.
-    """
+    """Ids (T,) and characters [start, end) of each, with the interface of `tokenizers.Encoding`."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -211,20 +205,19 @@ class Pieces:
         return len(self.ids)
 
     def char_to_token(self, character: int) -> int | None:
-        """Returns the first token that contains a character, or None."""
+        """Returns the first token that contains a character."""
         last = bisect_right(self.offsets, (character, sys.maxsize)) - 1
         if last < 0 or character >= self.offsets[last][1]:
             return None
         return bisect_left(self.offsets, (self.offsets[last][0],))
 
     def token_to_chars(self, token: int) -> tuple[int, int]:
-        """Returns the characters [start, end) of a token."""
         return self.offsets[token]
 
 
 def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """Returns the same tokens as `encode_marked_chat`, with offsets. All pieces except the first
-    are tokenized after a line break, because some tokenizers put a space before a text.
+    """Tokenizes as `encode_marked_chat`, with offsets. Pieces after the first are tokenized after a
+    line break, because some tokenizers put a space before a text.
     """
     cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
@@ -255,7 +248,7 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
 
 @lru_cache(maxsize=KNOWN)
 def _marks(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
-    """Matches a marked token, or a lone mark, since a template may cut a content inside a token."""
+    """Matches marked tokens and lone marks, since a template may cut a content inside a token."""
     words = "|".join(map(re.escape, tokenizer.added_tokens_encoder)) or "(?!)"
     return re.compile(f"{OPENING}({words}){CLOSING}|[{OPENING}{CLOSING}]")
 

@@ -1,12 +1,8 @@
-"""Supervised examples: the token ids of a row and the labels of its trained tokens.
+"""Supervised examples: the token ids of a row, with labels for its trained tokens.
 
-    table = tokenized(rows, CompletionEncoder(tokenizer))     ids, and the spans of trained tokens
-    encoded(table, rows, 1024).examples[3]                    an `Example`, built on access
-
-Tokens in a trained span are their own labels; all others have the label -100. A text is tokenized
-once. If a token would cross the border between a prompt and its turn, the turn gets a separate
-example tokenized in two pieces, so that training sees the same prompt ids as generation. To detect
-this, the end of the prompt is tokenized separately, from its last added token.
+A text is tokenized once. If a token would cross the border between a prompt and its turn, the turn
+gets its own example, tokenized in two pieces, so that training sees the same prompt ids as
+generation. To detect this, the prompt's end is tokenized alone, from its last added token.
 """
 
 from __future__ import annotations
@@ -53,7 +49,7 @@ OPENINGS = 1000  # size of the cache of ids of prompt ends
 
 @dataclass
 class PendingExample:
-    """An example under construction. Spans are positions of characters, later of tokens."""
+    """Spans are positions of characters, later of tokens."""
 
     row: int
     left_out: int = 0
@@ -69,11 +65,10 @@ class PendingExample:
 
 @dataclass(eq=False)
 class CompletionEncoder(Encoder):
-    """Encodes completions, with one or more examples per row. Columns: `row`, `ids` (T,) and
-    `spans` (2n,), the starts and ends of n trained spans. A row's first example also has
-    `left_out`, the assistant turns that are not trained; `hidden`, those whose reasoning is not
-    shown; `marked`, whether contents have control tokens as text; `turns`, a line per message with
-    its role and `TRAINED` or `EMPTY`; and `problem`, an error message.
+    """Encodes one or more examples per row. Columns: `row`, `ids` (T,), `spans` (2n,), the starts
+    and ends of n trained spans, and, for a row's first example, `left_out` (assistant turns that
+    are not trained), `hidden` (those whose reasoning isn't shown), `marked` (has control tokens as
+    text), `turns` (a line per message: role and `TRAINED` or `EMPTY`) and `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -140,7 +135,7 @@ class CompletionEncoder(Encoder):
         return pieces
 
     def _examples(self, piece: PendingExample, encoding: Encoding | Pieces) -> list[PendingExample]:
-        """Makes one example, and another for each turn whose border a token would cross."""
+        """Makes one example, and one for each turn whose border a token would cross."""
         assert piece.rendered is not None
         rendered, text, together = piece.rendered, piece.text, []
         if OPENING in text:
@@ -177,8 +172,7 @@ class CompletionEncoder(Encoder):
 
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Returns everything that a text's ids depend on, including the date if the template uses it.
-    """
+    """Returns all that ids depend on, including the date if the template uses it."""
     return {
         "day": day_of(tokenizer),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
@@ -190,8 +184,8 @@ def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def first_token(
     encoding: Encoding | Pieces, character: int, text: str, spaced: bool = False
 ) -> int:
-    """Returns the first token that starts at or after a character; with `spaced`, also a token with
-    only white space before the character.
+    """Returns the first token that starts at or after a character; with `spaced`, white space of
+    the token may precede it.
     """
     if character >= len(text):
         return len(encoding)
@@ -208,8 +202,7 @@ def first_token(
 def in_pieces(
     rendered: Rendered, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Returns (ids, starts and ends of trained spans) of a text tokenized in two parts at its turn.
-    """
+    """Tokenizes a text in two parts, split at its turn; returns ids and trained spans."""
     [border], text = rendered.turns, rendered.text
     before, rest = pieces_of(text[:border], tokenizer), pieces_of(text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
@@ -224,8 +217,8 @@ def in_pieces(
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized row: `ids` (T,) and unshifted `labels` (T,), where labels[t] is ids[t] or -100.
-    The first label is -100, because no token precedes it.
+    """`ids` (T,) and unshifted `labels` (T,): labels[t] is ids[t] or -100. labels[0] is -100,
+    because no token precedes it.
     """
 
     ids: tuple[int, ...]
@@ -234,9 +227,7 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """Statistics of encoding. `longest` is in tokens before truncation to `max_length`; `labelled`
-    of the `tokens` are trained on.
-    """
+    """`longest` is before truncation."""
 
     rows: int
     tokens: int
@@ -276,7 +267,7 @@ class EncodingReport:
 
 
 class Examples(TableExamples[Example]):
-    """The examples with at least one trained token, of a table that `CompletionEncoder` made."""
+    """The examples with at least one trained token."""
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
@@ -305,7 +296,7 @@ class Examples(TableExamples[Example]):
 
 
 def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
-    """Builds an example from ids (T,) and the starts and ends of n trained spans (2n,)."""
+    """Builds an example from ids (T,) and the starts and ends of trained spans (2n,)."""
     labels = [NO_LOSS] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
@@ -319,14 +310,12 @@ def encode(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenizes rows of conversations or plain text, truncated to `max_length` tokens."""
     rows = as_checked(rows, CONVERSATIONS)
     table = tokenized(rows, CompletionEncoder(tokenizer, rendering), console)
     return encoded(table, rows, max_length)
 
 
 def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-    """Returns the examples of a table made by `CompletionEncoder`, with a report."""
     examples = Examples(table, max_length)
     whole, row = Lists(table.column("ids")).lengths, column(table, "row")
     longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
@@ -360,8 +349,7 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
 def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], TrainedRenderings]:
-    """Returns a row's untruncated examples, and counts of its turns left out or without reasoning.
-    """
+    """Returns a row's untruncated examples, and its counts of turns left out or hidden."""
     encoder = CompletionEncoder(tokenizer, rendering)
     entries = encoder.encode(Rows.of([row], encoder.takes).extract(encoder.takes), 0).to_pylist()
     if problem := entries[0]["problem"]:
@@ -372,9 +360,7 @@ def encode_row(
 
 
 def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Returns the text as the model reads it. Trained tokens are bold and in ⟦ ⟧, which also marks
-    them without colour.
-    """
+    """Returns the text as the model reads it, with trained tokens in bold and ⟦ ⟧."""
     from rich.text import Text
 
     text, tokens = Text(), zip(example.ids, example.labels, strict=True)
@@ -385,7 +371,7 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Decodes ids with special tokens and without cleaning up spaces."""
+    """Decodes with special tokens."""
     return str(
         tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
@@ -398,7 +384,7 @@ PROBE_LENGTH = 512  # tokens
 def probe_ids(
     tokenizer: PreTrainedTokenizerBase, probe: str | Path | None
 ) -> list[tuple[int, ...]]:
-    """Returns the ids of probe texts: the built-in ones, or the rows of a training file."""
+    """Returns the ids of the built-in probe texts, or of the rows of a file."""
     ensure_chat_template(tokenizer)
     return [
         example.ids

@@ -1,9 +1,8 @@
 r"""Row formats, recognized by their keys, and the conversations, preferences or labels they
-provide. `ROW_FORMATS` is the table of formats; a new format is a new entry.
+provide. To add a format, add an entry to `ROW_FORMATS`.
 
-Texts of preferences may contain turns, such as "\n\nHuman: Hi\n\nAssistant: Yes". If answers begin
-with the messages of the prompt, these are removed. `*_problems` functions yield a line for each
-error of a row.
+Texts of preferences may contain turns, such as "\n\nHuman: Hi\n\nAssistant: Yes". Messages of the
+prompt are removed from the start of answers. `*_problems` yield a line per error of a row.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ AS_TURNS = "rows have texts that are read as turns of Human and Assistant"
 
 
 def content_problems(name: str, value: Any) -> Iterator[str]:
-    """Checks a field that is text or a list of messages."""
+    """Checks text or a list of messages."""
     return (message_problems if isinstance(value, list) else text_problems)(name, value)
 
 
@@ -64,7 +63,7 @@ def preference_problems(row: Row) -> Iterator[str]:
 
 
 def implicit_problems(row: Row) -> Iterator[str]:
-    """Checks a row of two conversations, chosen and rejected, without a prompt."""
+    """Checks two conversations without a prompt."""
     problems: list[str] = []
     for name in ("chosen", "rejected"):
         said = row[name]
@@ -86,14 +85,14 @@ def implicit_problems(row: Row) -> Iterator[str]:
 
 
 def turns_preference_problems(row: Row) -> Iterator[str]:
-    """Checks a row of ShareGPT turns with two final turns."""
+    """Checks ShareGPT turns with two final turns."""
     yield from turns_problems(row)
     for name in ("chosen", "rejected"):
         yield from turn_problems(name, row[name])
 
 
 def preference(row: Row) -> Said:
-    """Reads a checked row of prompt, chosen and rejected."""
+    """Reads prompt, chosen and rejected."""
     text, answers = row["prompt"], [row["chosen"], row["rejected"]]
     is_text = isinstance(text, str)
     prompt = _prompt(text) if is_text else normalized(text)
@@ -112,20 +111,20 @@ def preference(row: Row) -> Said:
 
 
 def implicit_preference(row: Row) -> Said:
-    """Reads a checked row of two conversations."""
+    """Reads two conversations without a prompt."""
     both = {name: normalized(_conversation(row[name])) for name in ("chosen", "rejected")}
     shared = _shared(*both.values())
     return both["chosen"][:shared], {name: messages[shared:] for name, messages in both.items()}
 
 
 def as_turns(row: Row) -> str:
-    """Returns a remark if a text of the row is read as turns."""
+    """Returns a remark if texts are read as turns."""
     texts = [row.get("chosen"), row.get("rejected")] if "prompt" not in row else [row["prompt"]]
     return AS_TURNS if any(isinstance(t, str) and TURN.match(t) for t in texts) else ""
 
 
 def turns_preference(row: Row) -> Said:
-    """Reads a checked row of ShareGPT turns with two final turns."""
+    """Reads ShareGPT turns with two final turns."""
     answers = {name: turns_to_messages([row[name]]) for name in ("chosen", "rejected")}
     return turns_to_messages(row["conversations"]), answers
 
@@ -140,7 +139,7 @@ def _conversation(said: Any) -> list[Message]:
 
 
 def _turns(text: str) -> list[Message]:
-    """Splits a text that begins with a turn into messages; [] otherwise."""
+    """Splits a text that begins with a turn; [] otherwise."""
     before, *pieces = TURN.split(text)
     if before.strip():
         return []
@@ -149,9 +148,7 @@ def _turns(text: str) -> list[Message]:
 
 
 def _prompt(prompt: str) -> list[Message]:
-    """Returns the messages of a prompt: one, or its turns without an empty assistant turn at its
-    end.
-    """
+    """Returns the messages of a prompt, without an empty assistant turn at its end."""
     turns = _turns(prompt)
     opened = bool(turns) and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
     return turns[:-1] if opened and len(turns) > 1 else said_by("user", prompt)
@@ -172,8 +169,8 @@ SAID = ("content", "value", "tool_calls", "function_call", *REASONING)  # fields
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the form of `data.messages`, and tools; plain text has no messages. Assistant
-    turns from index `trained` on are trained, unless their weight is 0.
+    """Messages and tools; plain text has no messages. Assistant turns from index `trained` on are
+    trained, unless their weight is 0.
     """
 
     messages: list[Message]
@@ -183,7 +180,7 @@ class Conversation:
 
     @property
     def turns(self) -> list[int]:
-        """The indices of the trained assistant turns."""
+        """The indices of trained turns."""
         return [
             n
             for n, one in enumerate(self.messages)
@@ -193,8 +190,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Compared:
-    """An example of preferences: a prompt, its completions by field name, tools, and the label of a
-    single completion, which is not yet checked.
+    """A prompt, completions by field name, tools, and the unchecked label of a single completion.
     """
 
     prompt: list[Message]
@@ -211,9 +207,8 @@ class Labelled:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A row format: its keys, a function that yields the problems of a row, one that returns the
-    prompt and the completions of a checked row (None for text), the kinds that it provides, and
-    optional keys.
+    """A row format: its keys, a function that yields problems, one that returns the prompt and
+    completions of a checked row (None for text), the kinds of data it provides, and optional keys.
     """
 
     keys: tuple[str, ...]
@@ -227,11 +222,9 @@ class RowFormat:
 
     @cached_property
     def known(self) -> frozenset[str]:
-        """Required and optional keys."""
         return frozenset((*self.keys, *self.optional))
 
     def problems(self, row: Row) -> Iterator[str]:
-        """Yields the problems of a row that has the keys."""
         wrong = list(self.wrong(row))
         yield from wrong
         if "system" in self.optional and row.get("system") is not None:
@@ -240,7 +233,7 @@ class RowFormat:
             yield from tool_problems(row["tools"])
 
     def extract(self, what: str, row: Row) -> Any:
-        """Returns one of the kinds that the format `provides`, for a checked row."""
+        """Returns one of the kinds that it `provides`, for a checked row."""
         if self.read is None:
             if what == LABELS:
                 return Labelled(row["text"], row["label"])
@@ -262,13 +255,13 @@ class RowFormat:
         return Conversation([*before, *said], len(before) if prompt else 0, tools)
 
     def conversation(self, row: Row) -> Conversation:
-        """Returns the conversation of a row, without messages if the format provides none."""
+        """Returns the conversation, without messages if it provides none."""
         conversation = self.extract(CONVERSATIONS, row) if CONVERSATIONS in self.provides else None
         return conversation or Conversation([])
 
     def answered(self, row: Row) -> bool:
-        """Whether no answer of a checked row is empty; an answer with `weight: 1` may be. In
-        messages and turns, one of the assistant's suffices.
+        """Whether no answer is empty, except with `weight: 1`. In a conversation, one assistant
+        turn suffices.
         """
         for key in [key for key in self.keys if key in ANSWERS] or self.keys[:1]:
             value = row[key]
@@ -284,8 +277,8 @@ class RowFormat:
 
 @lru_cache
 def formats_for(wanted: str = "") -> tuple[RowFormat, ...]:
-    """Returns ROW_FORMATS, with those first that provide the wanted kind. A format precedes any
-    whose keys it includes, so a row of text and label doesn't match text.
+    """Returns ROW_FORMATS, with those first that provide the wanted kind. A format precedes those
+    whose keys it includes, so {text, label} doesn't match {text}.
     """
     table = (*ROW_FORMATS, PROMPT_ONLY) if wanted == PROMPTS else ROW_FORMATS
     giving = [row_format for row_format in table if wanted in row_format.provides]
@@ -294,7 +287,7 @@ def formats_for(wanted: str = "") -> tuple[RowFormat, ...]:
 
 
 def format_of(row: Row, formats: Sequence[RowFormat] | None = None) -> RowFormat | None:
-    """Returns the first format whose keys the row has, or None. A null value counts as absent."""
+    """Returns the first matching format. A null value counts as absent."""
     for row_format in ROW_FORMATS if formats is None else formats:
         if all(row.get(key) is not None for key in row_format.keys):
             return row_format

@@ -1,8 +1,7 @@
-"""Parses untrusted JSON and describes each error in one line.
+"""Parses untrusted JSON, with one-line errors.
 
-Lone surrogates, which UTF-8 can't encode, integers of thousands of digits and deeply nested values
-are rejected, because rows are written again as they are. `as_known` converts rows to the keys and
-lists that `data.formats` expects.
+Lone surrogates, which UTF-8 can't encode, integers of thousands of digits and deep nesting are
+rejected, because rows are written out again.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def decoded(text: bytes) -> str:
 
 
 def loaded(text: str) -> Any:
-    """Parses JSON; raises ValueError with one line."""
+    """Raises ValueError with one line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -46,7 +45,7 @@ def loaded(text: str) -> Any:
 
 
 def _wrong(error: json.JSONDecodeError) -> str:
-    """Explains a JSON error, with a hint for common mistakes."""
+    """Explains an error, with hints for common mistakes."""
     here, before = error.doc[error.pos :], error.doc[: error.pos].rstrip()
     if (before.endswith(",") and here[:1] in ("]", "}")) or "trailing comma" in error.msg:
         return "found a comma with nothing after it, expected none there"
@@ -63,13 +62,13 @@ def _wrong(error: json.JSONDecodeError) -> str:
 
 
 def suspect(text: str) -> bool:
-    """Whether the text may contain unusable values; a cheap test, since few do."""
+    """Whether the text may contain unusable values; cheap."""
     deep = text.count("[") + text.count("{") > DEEPEST
     return deep or ("\\u" in text and bool(ESCAPED.search(text)))
 
 
 def parsed(text: str) -> Any:
-    """Parses JSON and rejects unusable values; raises ValueError with one line."""
+    """Parses JSON; raises ValueError with one line, also for unusable values."""
     value = loaded(text)
     if suspect(text) and (reason := unusable(value)):
         raise ValueError(reason)
@@ -77,7 +76,7 @@ def parsed(text: str) -> Any:
 
 
 def row_of(line: bytes) -> Found:
-    """Parses a line of JSON into a row, or returns the reason for which it is none."""
+    """Parses a line of JSON; returns the row or an error message."""
     try:
         return as_row(parsed(decoded(line).rstrip()), look=False)
     except ValueError as error:
@@ -85,16 +84,14 @@ def row_of(line: bytes) -> Found:
 
 
 def as_row(value: Any, look: bool = True) -> Found:
-    """Returns the value if it is a usable object, else the reason; checks its contents only if
-    `look`.
-    """
+    """Returns the value, or an error message if it is no object or, with `look`, unusable."""
     if not isinstance(value, dict):
         return f"found {json_type(value)}, expected an object"
     return (unusable(value) if look else "") or value
 
 
 def unusable(value: Any) -> str:
-    """Describes the first unusable value, with its field; empty if there is none."""
+    """Describes the first unusable value; empty if there is none."""
     digits = sys.get_int_max_str_digits()  # 0: no limit
     waiting = [("", value, 0)]
     while waiting:
@@ -120,7 +117,7 @@ def unusable(value: Any) -> str:
 
 
 def json_type(value: Any) -> str:
-    """Names a JSON value for messages: its type, or the value of a number, a boolean or null."""
+    """Describes a value in messages."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
@@ -128,8 +125,8 @@ def json_type(value: Any) -> str:
 
 
 def as_known(row: Any) -> Found:
-    """Converts lists of messages in JSON text or columns to lists, renames `conversations` with
-    roles to `messages`, and `functions` to `tools`; or returns the reason for which it can't.
+    """Normalizes lists of messages given as JSON text or columns, and the keys `conversations` and
+    `functions`; or returns an error message.
     """
     if not isinstance(row, dict):
         return row if isinstance(row, str) else as_row(row)

@@ -1,11 +1,10 @@
-"""Validates messages and tools, and normalizes them to one form.
+"""Validates messages and tools, and normalizes them to OpenAI's format:
 
     {"role": "assistant", "content": text, "reasoning_content": text, "weight": 0, "tool_calls": [
         {"type": "function", "function": {"name": text, "arguments": {...}}}]}
 
-This is OpenAI's format, with arguments as an object; an untrained turn has `weight` 0. A null value
-counts as absent, because Arrow and Parquet fill rows with nulls. `*_problems` functions yield a
-line for each error, with its field.
+Arguments are an object. A null value counts as absent, because Arrow and Parquet fill rows with
+nulls. `*_problems` yield a line per error.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ TURN_KEYS = {"from", "value", *ASKING}
 
 
 def unlike(field: str, value: Any, expected: str) -> str:
-    """Formats the message for a value of the wrong type."""
     return f"field {field}: found {json_type(value)}, expected {expected}"
 
 
@@ -45,14 +43,13 @@ def text_problems(name: str, value: Any) -> Iterator[str]:
 
 
 def list_problem(name: str, value: Any, of: str) -> str:
-    """Checks that a field is a non-empty list; returns an empty text if it is."""
+    """Checks that a field is a non-empty list; returns a problem or an empty text."""
     if value == []:
         return f"field {name}: found an empty list, expected a list of {of}"
     return "" if isinstance(value, list) else unlike(name, value, f"a list of {of}")
 
 
 def message_problems(name: str, value: Any) -> Iterator[str]:
-    """Checks a list of messages."""
     if wrong := list_problem(name, value, "messages"):
         yield wrong
         return
@@ -81,20 +78,20 @@ def message_problems(name: str, value: Any) -> Iterator[str]:
 
 
 def asking_problems(field: str, message: Message) -> Iterator[str]:
-    """Checks the keys that include a turn in training or exclude it."""
+    """Checks the keys that include or exclude a turn in training."""
     for key in ASKING:
         if message.get(key) not in (None, 0, 1):
             yield unlike(f"{field}.{key}", message[key], "0 or 1, or false or true")
 
 
 def asks(message: Message) -> bool | None:
-    """Whether a checked message is to be trained on; None if it has no such key."""
+    """Whether to train on a checked message; None if unspecified."""
     said = [bool(message[key]) for key in ASKING if message.get(key) is not None]
     return all(said) if said else None
 
 
 def role_of(name: Any) -> Any:
-    """Returns the canonical role; an unknown name is its own role."""
+    """Returns the canonical role, or the name itself if unknown."""
     return ROLES.get(name.strip().lower(), name) if isinstance(name, str) else name
 
 
@@ -104,7 +101,7 @@ def _calls(message: Message) -> list[Any]:
 
 
 def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
-    """Checks a content: text, a list of text parts, or null if optional."""
+    """Checks text, a list of text parts or, if optional, null."""
     if not isinstance(value, list):
         if value is not None or not optional:
             yield from text_problems(name, value)
@@ -120,7 +117,7 @@ def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
 
 
 def call_problems(name: str, calls: Any) -> Iterator[str]:
-    """Checks a list of calls, in OpenAI's format or flat."""
+    """Checks calls in OpenAI's format or flat."""
     if not isinstance(calls, list):
         yield unlike(name, calls, "a list of calls")
         return
@@ -145,7 +142,7 @@ def call_problem(field: str, call: Any) -> Iterator[str]:
 
 
 def tool_problems(value: Any) -> Iterator[str]:
-    """Checks a row's tools: a list of JSON schemas, JSON text of one, or empty text."""
+    """Checks a list of JSON schemas, its JSON text, or empty text."""
     if isinstance(value, str):
         if not value.strip():
             return
@@ -165,12 +162,12 @@ def tool_problems(value: Any) -> Iterator[str]:
 
 
 def said_by(role: str, value: Any) -> list[Message]:
-    """Returns a text as a message of the role, or messages normalized."""
+    """Returns a text as a message of the role, or normalizes messages."""
     return [{"role": role, "content": value}] if isinstance(value, str) else normalized(value)
 
 
 def normalized(messages: list[Message]) -> list[Message]:
-    """Normalizes checked messages; those already in normal form are not copied."""
+    """Normalizes checked messages; copies only if needed."""
     return [
         message
         if isinstance(message.get("content"), str)
@@ -184,7 +181,6 @@ def normalized(messages: list[Message]) -> list[Message]:
 
 
 def tools_of(value: Any) -> tuple[Tool, ...]:
-    """Normalizes checked tools to {"type": "function", "function": {...}}."""
     if isinstance(value, str):
         value = parsed(value) if value.strip() else []
     else:
@@ -195,9 +191,7 @@ def tools_of(value: Any) -> tuple[Tool, ...]:
 
 
 def call_of(call: dict[str, Any]) -> dict[str, Any]:
-    """Normalizes a call to OpenAI's format, with arguments as an object, and keeps other keys such
-    as id.
-    """
+    """Normalizes a call, and keeps other keys such as id."""
     function = call.get("function") or call
     arguments = function.get("arguments")
     arguments = parsed(arguments) if isinstance(arguments, str) else without_nulls(arguments)
@@ -207,7 +201,7 @@ def call_of(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Removes the keys of objects whose value is null, at any depth."""
+    """Removes null values from objects at any depth."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -234,7 +228,7 @@ def _normalized(message: Message) -> Message:
 
 
 def _other(text: str, kind: type) -> str:
-    """Describes JSON text that is not of the expected type; empty if it is."""
+    """Describes JSON text of another type; empty if it matches."""
     try:
         value = parsed(text)
     except ValueError as error:
@@ -243,7 +237,6 @@ def _other(text: str, kind: type) -> str:
 
 
 def turns_problems(row: Row) -> Iterator[str]:
-    """Checks the ShareGPT turns under `conversations`."""
     turns = row["conversations"]
     if wrong := list_problem("conversations", turns, "turns"):
         yield wrong
@@ -271,7 +264,6 @@ def turn_problems(name: str, turn: Any) -> Iterator[str]:
 
 
 def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
-    """Converts checked ShareGPT turns."""
     messages = []
     for turn in turns:
         message = {"role": role_of(turn["from"]), "content": turn["value"]}
@@ -284,21 +276,18 @@ def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
 
 
 def instruction_problems(answered: str, beside: str, row: Row) -> Iterator[str]:
-    """Checks a row with an instruction; `answered` is the key of the answer, and `beside` the key
-    of an optional input.
-    """
+    """`answered` is the key of the answer, `beside` of an optional input."""
     for key in ("instruction", answered, *([beside] if row.get(beside) is not None else [])):
         yield from text_problems(key, row[key])
 
 
 def instruction(answered: str, beside: str, row: Row) -> Said:
-    """Reads a checked row with an instruction."""
     request = "\n".join(filter(None, (row["instruction"], row.get(beside))))
     return said_by("user", request), {answered: said_by("assistant", row[answered])}
 
 
 def query_problems(row: Row) -> Iterator[str]:
-    """Checks a row with a question that is answered by calls."""
+    """Checks a question answered by calls."""
     yield from text_problems("query", row["query"])
     try:
         yield from call_problems("answers", _answers(row))
@@ -307,20 +296,19 @@ def query_problems(row: Row) -> Iterator[str]:
 
 
 def query(row: Row) -> Said:
-    """Reads a checked row with a question that is answered by calls."""
     calls = list(map(call_of, _answers(row)))
     return said_by("user", row["query"]), {"answers": [{"role": "assistant", "tool_calls": calls}]}
 
 
 def system_problems(row: Row, wrong: bool) -> Iterator[str]:
-    """Checks a row's `system`; skips the comparison if the row is already `wrong`."""
+    """Checks `system`, and compares it with the conversation unless the row is `wrong`."""
     yield from text_problems("system", row["system"])
     if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
         yield "field system: found beside another system message, expected one of the two"
 
 
 def system_of(row: Row) -> list[Message]:
-    """Returns the message of `system`, unless the conversation has its own system message."""
+    """Returns the message of `system`, unless the conversation has one."""
     return [] if _own_system(row) is not None else [{"role": "system", "content": row["system"]}]
 
 
@@ -333,6 +321,6 @@ def _own_system(row: Row) -> str | None:
 
 
 def _answers(row: Row) -> list[dict[str, object]]:
-    """Returns a row's calls; raises ValueError if they aren't JSON."""
+    """Raises ValueError if the calls aren't JSON."""
     answers = row["answers"]
     return parsed(answers) if isinstance(answers, str) else answers

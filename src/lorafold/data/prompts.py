@@ -1,9 +1,7 @@
 """Prompts of rows, for generation and as examples for reinforcement learning.
 
-    {"prompt": text or messages}        or a row of any format that is a conversation
-
-The prompt is all messages before a final assistant turn, which is the reference for evaluation. An
-example keeps its row, whose other fields are passed to the rewards.
+The prompt is all messages before a final assistant turn, which is the reference for evaluation.
+Rewards receive the row's other fields.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ NO_PROMPT = "found no message before the assistant's turn, expected a prompt"
 
 
 class Reference(NamedTuple):
-    """The content of the message before a turn, the rendered prompt, and the turn's text."""
+    """The content of the preceding message, the rendered prompt, and the turn's text."""
 
     question: str
     prompt: str
@@ -56,10 +54,9 @@ class Reference(NamedTuple):
 def references(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> list[Reference]:
-    """Returns the prompt and the reference of each conversation: its last assistant turn with a
-    weight other than 0, as its content or, if it has calls, as rendered text without special tokens
-    and reasoning. The prompt already has special tokens, so tokenize it with
-    add_special_tokens=False.
+    """Returns the last assistant turn of each conversation with its prompt. The text is the content
+    or, for calls, as rendered without special tokens and reasoning. The prompt has special tokens,
+    so tokenize it with add_special_tokens=False.
     """
     result, bad = [], []
     for number, given in enumerate(conversations, 1):
@@ -81,7 +78,6 @@ def references(
 
 
 def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Removes a block of reasoning from the start of a completion."""
     if tokenizer.chat_template is None:
         return text
     return text[template_of(tokenizer).block.end(text, prompt) :]
@@ -90,7 +86,6 @@ def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase
 def reference_of(
     conversation: Conversation, last: int, tokenizer: PreTrainedTokenizerBase
 ) -> Reference:
-    """Returns the prompt and the text of the assistant turn with index `last`, at least 1."""
     messages = conversation.messages[: last + 1]
     check_able(conversation, tokenizer)
     given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
@@ -112,7 +107,7 @@ def reference_of(
 
 
 class PromptRow(NamedTuple):
-    """A rendered prompt, and the completion of its row or None."""
+    """A rendered prompt, and the row's completion if any."""
 
     text: str
     reference: str | None
@@ -124,8 +119,7 @@ def _conversation(row: Row) -> Conversation:
 
 
 def questions_in(row: Row) -> list[str]:
-    """Returns a comparable text of the messages before each assistant turn, or of the whole row,
-    ignoring case and surrounding space.
+    """Returns the messages before each assistant turn as text, ignoring case and surrounding space.
     """
     messages = _conversation(row).messages
     said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
@@ -138,7 +132,7 @@ def questions_in(row: Row) -> list[str]:
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[PromptRow]:
-    """Renders the prompts of checked rows of PROMPT_FORMATS; `name` is their file in messages."""
+    """Renders checked rows of PROMPT_FORMATS; `name` is their file in messages."""
     prompts = []
     for number, row in enumerate(rows, 1):
         try:
@@ -161,7 +155,7 @@ ASKED = ("prompt", "messages", "conversations")  # keys with the prompt
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A tokenized prompt: `ids` (T,), its row, and the row's place for messages."""
+    """`ids` (T,), the row, and its place in messages."""
 
     ids: tuple[int, ...]
     row: Mapping[str, Any]
@@ -169,25 +163,24 @@ class TokenizedPrompt:
 
     @property
     def question(self) -> Any:
-        """The field `prompt`, or else the messages before the answer."""
+        """The field `prompt`, or else the messages."""
         if "prompt" in self._format.keys:
             return self.row["prompt"]
         return [dict(message) for message in self.conversation.messages]
 
     @property
     def conversation(self) -> Conversation:
-        """The prompt as messages, with the row's tools."""
         return self._format.extract(PROMPTS, dict(self.row))
 
     @property
     def answer(self) -> str | None:
-        """The text of the row's own answer, if any."""
+        """The row's own answer, if any."""
         said = self._format.conversation(dict(self.row)).messages[len(self.conversation.messages) :]
         return said[-1].get("content") or None if said else None
 
     @property
     def other_fields(self) -> dict[str, Any]:
-        """The other fields of the row, including its answer as `answer`."""
+        """The fields besides the prompt, including `answer`."""
         fields = {key: value for key, value in self.row.items() if key not in ASKED}
         if fields.get("answer") is None and self.answer is not None:
             fields["answer"] = self.answer
@@ -202,7 +195,7 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True, eq=False)
 class PromptEncoder(Encoder):
-    """Encodes prompts. Columns: `row`, `ids` (T,), `marked` and `problem`."""
+    """Columns: `row`, `ids` (T,), `marked`, `problem`."""
 
     tokenizer: PreTrainedTokenizerBase
     takes = PROMPTS
@@ -228,8 +221,6 @@ class PromptEncoder(Encoder):
 
 
 class PromptExamples(TableExamples[TokenizedPrompt]):
-    """Examples of a table that `PromptEncoder` made."""
-
     def __init__(self, table: pa.Table, rows: Rows) -> None:
         super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
         self._rows, self.compared_by = rows, (self._ids,)
@@ -241,8 +232,7 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
 
 
 def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:
-    """Returns the examples of a table made by `PromptEncoder`; raises if one exceeds `most` tokens.
-    """
+    """Raises if a prompt exceeds `most` tokens."""
     examples = PromptExamples(table, rows)
     longest = int(examples.lengths.max(initial=0))
     if longest > most:

@@ -1,10 +1,9 @@
 """Reads rows from JSON lines, JSON, CSV, Parquet, Arrow and compressed text files.
 
-An unreadable row is yielded as its error message, so that all bad rows are listed together. Rows
-are numbered from 1: by line in JSON lines, by record after the header in CSV. Text is UTF-8, or
-UTF-16 with a byte order mark. A CSV file is read as Windows-1252, with a warning, if it is ASCII
-before its first byte that isn't UTF-8, has no control characters after it, and no four consecutive
-non-ASCII letters.
+An unreadable row is yielded as its error message, so that bad rows are listed together. Rows are
+numbered from 1, by line in JSON lines and by record in CSV. Text is UTF-8, or UTF-16 with a byte
+order mark. CSV is read as Windows-1252, with a warning, if it is plausible: ASCII up to the first
+byte that isn't UTF-8, no control characters, no four consecutive non-ASCII letters.
 """
 
 from __future__ import annotations
@@ -60,11 +59,11 @@ WORD = re.compile(r"\w*[^\x00-\x7f]\w*")
 
 
 class Unreadable(ValueError):
-    """A one-line problem of the whole file."""
+    """A problem of the whole file, in one line."""
 
 
 def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedReader:
-    """Transcodes the file to UTF-8 if it is UTF-16 or, with `windows`, Windows-1252."""
+    """Transcodes UTF-16 and, with `windows`, Windows-1252."""
     begins = file.peek(2)[:2]
     if not windows and begins not in WIDE:
         return file
@@ -72,8 +71,6 @@ def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedRe
 
 
 class _Utf8(io.RawIOBase):
-    """A stream of UTF-8 pieces."""
-
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces, self._ready = pieces, b""
 
@@ -132,14 +129,14 @@ def _windows(piece: bytes) -> str:
 
 
 class Kind(NamedTuple):
-    """A reader, and pyarrow's name of the compression."""
+    """A reader and pyarrow's name of the compression."""
 
     read: Callable[[io.BufferedReader], Numbered]
     compression: str | None
 
 
 def kind_of_file(path: Path) -> Kind | None:
-    """Chooses the reader by the file's suffixes; None if unknown."""
+    """Chooses by suffixes; None if unknown."""
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     if last in COMPRESSED and before in TEXT:
         return Kind(TEXT[before], COMPRESSED[last])
@@ -147,7 +144,7 @@ def kind_of_file(path: Path) -> Kind | None:
 
 
 def numbered(path: Path, tell: Tell) -> Numbered:
-    """Yields the numbered, unchecked rows of a file of a known kind."""
+    """Yields numbered, unchecked rows."""
     kind = kind_of_file(path)
     assert kind is not None
     try:
@@ -181,9 +178,7 @@ def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedRe
 
 
 def _lines(lines: Iterable[bytes]) -> Numbered:
-    """Reads an object per line. Raises Unreadable if the file is a list or one object over several
-    lines.
-    """
+    """Reads an object per line; raises Unreadable for a list or an object over several lines."""
     bare = ((number, line.removeprefix(BOM)) for number, line in enumerate(lines, 1))
     filled = ((number, line) for number, line in bare if line.strip())
     begins = [*islice(filled, 2)]
@@ -215,7 +210,7 @@ def _json(file: io.BufferedReader) -> Numbered:
 
 
 def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
-    """Reads rows of text; a column without a name is called "column" and its number."""
+    """Reads text; a column without a name is called by its number."""
     csv.field_size_limit(LONGEST)
     last = 0  # the last line of the last good record
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:

@@ -3,10 +3,9 @@
     after(i) = render(messages[:i + 1]) = prompt(i) + the text that the model generates
 
 Invariant: the ids before a trained turn are those from which generation starts, and no text of the
-template is trained. Turns whose `after` is a prefix of a longer text become spans of that text;
-others get an example of their own. If `after` doesn't begin with the prompt, `after_block` and
-`after_rewriting` reconstruct the turn. A turn that is written without an end gets one from
-`Template.ending`. A conversation is rejected if the template doesn't show a part of it.
+template is trained. Turns whose `after` is a prefix of a longer text become spans of it; others get
+their own example. If `after` doesn't begin with the prompt, `after_block` or `after_rewriting`
+reconstructs the turn. A conversation is rejected if the template hides a part of it.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ def check_shown(
     tokenizer: PreTrainedTokenizerBase,
     turns: Mapping[int, str] | None = None,
 ) -> None:
-    """Raises if the text lacks a part of the conversation. `turns` are the rendered turns with
-    calls.
+    """Raises if the text lacks a part of the conversation. `turns` are rendered turns with calls.
     """
     messages, tools = conversation.messages, conversation.tools
     # (missing part, messages and tools with a probe in its place, probe)
@@ -94,7 +92,7 @@ def check_shown(
 
 
 def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises if the conversation has tools or calls that the chat template never shows."""
+    """Raises if the template never shows tools or calls that the conversation has."""
     tools = conversation.tools
     called = any("tool_calls" in message for message in conversation.messages)
     if tools and not template_of(tokenizer, tools).shows_tools:
@@ -104,8 +102,7 @@ def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _has_tool(text: str, tool: dict[str, Any]) -> bool:
-    """Whether the text has a tool's name and its description or, without one, its first argument.
-    """
+    """Whether the text has a tool's name and its description or else its first argument."""
     function = tool["function"]
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
@@ -123,22 +120,22 @@ def _has_call(text: str, given: dict[str, Any]) -> bool:
 
 
 def _has_text(text: str, value: Any) -> bool:
-    """Whether a text contains a value, verbatim or escaped as in JSON."""
+    """Whether a text contains a value, verbatim or escaped."""
     value = str(value)
     forms = (value, *(json.dumps(value, ensure_ascii=a)[1:-1] for a in (False, True)))
     return any(form in text for form in forms)
 
 
 def hidden(message: Message, turn: str) -> bool:
-    """Whether a rendered turn lacks the reasoning of its message, or the text beside its calls."""
+    """Whether a rendered turn lacks its reasoning, or its text beside calls."""
     thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
     return thought not in turn or not _has_text(turn, said if message.get("tool_calls") else "")
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """Options of training on conversations: which assistant turns, whether to leave out reasoning,
-    and whether to add an end if the template writes none with the turn (auto) or not (none).
+    """Which assistant turns to train, whether without reasoning, and whether to add an end that the
+    template doesn't write.
     """
 
     train_on: Literal["all", "last"] = "all"
@@ -148,8 +145,8 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of one example, its trained character spans [start, end), and the starts of its
-    trained turns, at which it is split before tokenization.
+    """A text, its trained character spans [start, end), and the starts of trained turns, at which
+    it is split for tokenization.
     """
 
     text: str
@@ -159,8 +156,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class TrainedRenderings:
-    """The examples of one conversation, how many assistant turns are left out, how many have a
-    hidden part, and the indices of the trained messages.
+    """A conversation's examples, how many assistant turns are left out or have a hidden part, and
+    the trained messages.
     """
 
     renderings: tuple[Rendered, ...]
@@ -171,9 +168,8 @@ class TrainedRenderings:
 
 @dataclass(frozen=True)
 class TrainedTurn:
-    """An assistant turn: a text that ends with it, its characters in the text, the text to
-    generate, and the spans that the template marks with `{% generation %}`, or None if it has no
-    marks.
+    """A text that ends with an assistant turn, the turn's characters, the text to generate, and the
+    spans of `{% generation %}` blocks (None if the template has none).
     """
 
     text: str
@@ -192,9 +188,7 @@ class ConversationRenderings:
         self.formed = self.template.form.of(self.messages)
 
     def draw(self, messages: list[Message]) -> Drawn:
-        """Renders messages; also returns the spans of `{% generation %}` blocks, or None if the
-        template has none.
-        """
+        """Renders messages; also returns the spans of `{% generation %}` blocks, or None."""
         if not self.template.marks_own:
             return apply(messages, self.tokenizer, self.tools), None
         special: Any = self.tokenizer.special_tokens_map
@@ -214,7 +208,7 @@ class ConversationRenderings:
         return text, tuple(map(tuple, marks))
 
     def turn(self, i: int, whole: Drawn | None = None) -> TrainedTurn | None:
-        """Returns turn i as it would be generated, or None if it can't be reconstructed."""
+        """Returns turn i as generated, or None if it can't be reconstructed."""
         if i == 0:
             return None  # the first message has no prompt
         message, earlier = self.formed[i], self.formed[:i]
@@ -242,7 +236,7 @@ class ConversationRenderings:
         return TrainedTurn(text, start, end, text[start:end], marks)
 
     def end(self, i: int, turn: TrainedTurn) -> str:
-        """Returns the end of turn i for a template that doesn't write it with the turn."""
+        """Returns the end of a turn that the template writes without it."""
         ending, text = self.without_tools.ending, turn.text[: turn.end]
         if ending.written == WITH_NEXT:
             follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]
@@ -258,8 +252,8 @@ def render_trained(
     tokenizer: PreTrainedTokenizerBase,
     rendering: Rendering = Rendering(),
 ) -> TrainedRenderings:
-    """Renders a conversation and finds the spans of its trained assistant turns. Without any, the
-    result is the whole text without spans.
+    """Finds the spans of trained assistant turns. Without any, returns the whole text without
+    spans.
     """
     check_able(conversation, tokenizer)
     conversation = as_text(conversation, tokenizer)
@@ -312,7 +306,7 @@ def render_trained(
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Gives a tokenizer without a chat template a plain one; returns a notice to print."""
+    """Sets a plain template if there is none; returns a notice to print."""
     if tokenizer.chat_template is not None:
         return None
     if tokenizer.eos_token is None:
@@ -335,8 +329,8 @@ def render(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Renders messages in the form of `data.messages`, with control tokens in contents as text.
-    `variables` are passed to the chat template, for example enable_thinking.
+    """Renders messages with control tokens as text. `variables` are passed to the template, for
+    example enable_thinking.
     """
     given = as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
     formed = template_of(tokenizer, given.tools).form.of(given.messages)
@@ -350,9 +344,7 @@ def prompt_of(
     tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Renders the prompt of the next assistant turn; raises if it doesn't show the whole
-    conversation.
-    """
+    """Renders the prompt of the next turn; raises if it doesn't show the whole conversation."""
     check_able(conversation, tokenizer)
     text = render(conversation.messages, tokenizer, True, conversation.tools, variables)
     check_shown(as_text(conversation, tokenizer), text, tokenizer)
@@ -364,7 +356,7 @@ SEEN = 24  # characters of the previous message that locate the turn
 
 
 class OpenBlock(NamedTuple):
-    """A block of reasoning at a prompt's end: its position, and whether the prompt closes it."""
+    """A block of reasoning at a prompt's end, and whether the prompt closes it."""
 
     at: int
     closed: bool
@@ -375,9 +367,8 @@ def after_block(
     prompt: str, after: str, said: tuple[str, str], block: Block, specials: re.Pattern[str]
 ) -> str | None:
     """Reconstructs a turn whose prompt ends with a block of reasoning: the prompt, then reasoning,
-    closing and answer if the block is open, or the answer if it is empty. None if impossible.
-    `said` are the turn's reasoning, which may be empty, and content; `after` is the rendering up to
-    and including the turn.
+    closing and answer if the block is open, or only the answer if it is closed; None if impossible.
+    `said` are reasoning and content.
     """
     block_at_end = _open_block(prompt, after, block, specials)
     if block_at_end is None or not after.startswith(prompt[: block_at_end.at]):
@@ -432,9 +423,9 @@ def _open_block(
 
 
 def after_rewriting(prompt: str, after: str, before: str, content: str) -> str | None:
-    """Reconstructs a turn after which the template renders earlier messages differently: the
-    prompt, then the text in `after` that follows the prompt's last characters. None if they are not
-    found. `before` is the prompt's rendering without the generation prompt.
+    """Reconstructs a turn after which the template changes earlier messages: the prompt, then the
+    text that follows the prompt's end in `after`; None if not found. `before` lacks the generation
+    prompt.
     """
     if not prompt.startswith(before) or len(prompt) == len(before):
         return None

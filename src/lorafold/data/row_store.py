@@ -1,7 +1,4 @@
-"""Checked rows: in a list, or as JSON text in a memory-mapped Arrow file.
-
-    rows.origins.places([0, 17])      [RowPlace("a.jsonl", 1), RowPlace("b.jsonl", 5)]
-"""
+"""Checked rows: in a list, or as JSON text in a memory-mapped Arrow file."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ class RowPlace(NamedTuple):
 
 
 def named(places: Iterable[RowPlace]) -> Iterator[str]:
-    """Formats places, without repeating the file of the previous one."""
+    """Formats places without repeating the file."""
     before = None
     for place in places:
         yield f"row {place.row}" if place.file == before else str(place)
@@ -46,9 +43,8 @@ def named(places: Iterable[RowPlace]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Origins:
-    """The file and the number of each row, in runs of (file name, first number, count). Most files
-    are one run; each blank line begins another. Without runs, rows are numbered in order. `chosen`
-    (n,) are the indices of the selected rows.
+    """The places of rows, in runs of (file, first number, count), which blank lines interrupt;
+    without runs, rows are numbered in order. `chosen` (n,) are the selected rows.
     """
 
     runs: tuple[tuple[str, int, int], ...] = ()
@@ -64,7 +60,7 @@ class Origins:
         return [RowPlace(runs[n][0], runs[n][1] + at) for n, at in pairs]
 
     def files(self, n: int) -> tuple[list[str], Array]:
-        """Returns the file names, and the index of the file of each of n rows, (n,)."""
+        """Returns file names, and the index of each row's file (n,)."""
         if not self.runs:
             return [""], np.zeros(n, np.int64)
         numbers: dict[str, int] = {}
@@ -72,7 +68,7 @@ class Origins:
         return [*numbers], np.array(of_run)[self._runs(np.arange(n))[0]]
 
     def _runs(self, rows: Array) -> tuple[Array, Array]:
-        """Returns the run of each row, and its offset in the run."""
+        """Returns the run of each row, and its offset."""
         at = rows if self.chosen is None else self.chosen[rows]
         starts = np.cumsum([0, *(count for *_, count in self.runs)])
         run = np.searchsorted(starts, at, "right") - 1
@@ -81,14 +77,14 @@ class Origins:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """The number of rows of a source, and its weight: how often an epoch uses each on average."""
+    """A source's number of rows, and how often an epoch uses each on average."""
 
     size: int
     weight: float = 1.0
 
 
 class ArrowRows(Items[Row]):
-    """The rows of a file written by `write_rows`: all, or those with the indices `chosen` (n,)."""
+    """Rows of a file by `write_rows`; `chosen` (n,) selects."""
 
     def __init__(self, path: Path, chosen: Array | None = None) -> None:
         self._path, self._chosen, self._text = path, chosen, open_table(path).column("row")
@@ -108,7 +104,6 @@ class ArrowRows(Items[Row]):
         return map(json.loads, self.texts())
 
     def texts(self) -> Iterator[str]:
-        """Yields rows as JSON text."""
         if self._chosen is not None:
             yield from (self._text[int(i)].as_py() for i in self._chosen)
             return
@@ -121,9 +116,8 @@ class ArrowRows(Items[Row]):
 
 @dataclass(frozen=True)
 class Rows(Items[Row]):
-    """Checked rows. `ignored` are keys that belong to no format, `known` is the digest and size of
-    large rows, `wanted` is the kind that chose their formats, `remarks` are warnings, and `files`
-    counts the rows of each file if a source has several.
+    """Checked rows. `ignored` keys belong to no format, `known` is the digest and size of large
+    rows, `wanted` chose their formats, and `files` counts rows per file if a source has several.
     """
 
     rows: Sequence[Row]
@@ -137,7 +131,7 @@ class Rows(Items[Row]):
 
     @staticmethod
     def of(rows: Sequence[Row], wanted: str = "") -> Rows:
-        """Wraps rows as one source, unless they are `Rows` already."""
+        """Wraps rows as one source."""
         if isinstance(rows, Rows):
             return rows
         return Rows(rows, (SourcePart(len(rows)),), wanted=wanted)
@@ -160,25 +154,24 @@ class Rows(Items[Row]):
 
     @property
     def sha256(self) -> str:
-        """The SHA-256 of the rows as JSON, independent of the file format."""
+        """Digest of the rows as JSON, independent of the file format."""
         return self.measured[0]
 
     @property
     def identity(self) -> str:
-        """The digest, with the sources' weights if any is not 1."""
+        """The digest, with weights if any is not 1."""
         if all(part.weight == 1 for part in self.parts):
             return self.measured[0]
         return f"{self.measured[0]} {' '.join(f'{p.size}*{p.weight:g}' for p in self.parts)}"
 
     @property
     def record(self) -> dict[str, Any]:
-        """The entry in an adapter's record."""
         record = {"rows": len(self.rows), "sha256": self.measured[0]}
         return record | ({"files": dict(self.files)} if self.files else {})
 
     @cached_property
     def measured(self) -> tuple[str, int]:
-        """The digest of the rows, and their size as JSON in bytes."""
+        """The digest, and the bytes as JSON."""
         if self.known:
             return self.known
         digest, size = sha256(), 0
@@ -190,18 +183,17 @@ class Rows(Items[Row]):
 
     @cached_property
     def formats(self) -> tuple[RowFormat | None, ...]:
-        """The format of each non-empty source, or None if unknown."""
+        """The format of each non-empty source."""
         starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
         firsts = [self.rows[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
         return tuple(format_of(row, formats_for(self.wanted)) for row in firsts)
 
     def provides(self, what: str) -> bool:
-        """Whether the rows of the first source provide this kind (`RowFormat.provides`)."""
+        """Whether the first source's format provides this kind."""
         return any(first is not None and what in first.provides for first in self.formats[:1])
 
     def extract(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
-        """Applies `RowFormat.extract` to all rows, or to `some` whose first has the index `first`.
-        """
+        """Applies `RowFormat.extract` to all rows, or to `some` from index `first` on."""
         rows = self.rows if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])
         source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()
@@ -209,7 +201,6 @@ class Rows(Items[Row]):
         return [formats[n].extract(what, row) for n, row in zip(source, rows, strict=True)]
 
     def texts(self) -> Iterator[str]:
-        """Yields rows as JSON text."""
         return self.rows.texts() if isinstance(self.rows, ArrowRows) else map(AS_IT_IS.encode, self)
 
     def select(self, indices: Array) -> Rows:
@@ -225,13 +216,13 @@ class Rows(Items[Row]):
 
 
 def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]:
-    """Counts the selected rows, or examples made of them, per source."""
+    """Counts selected rows, or their examples, per source."""
     sizes = np.diff(np.searchsorted(rows, np.cumsum([0, *(part.size for part in parts)])))
     return tuple(SourcePart(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
-    """Writes rows to an Arrow file as JSON text; returns their digest and size as JSON in bytes."""
+    """Writes JSON text to an Arrow file; returns `Rows.measured`."""
     import pyarrow as pa
 
     schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0

@@ -1,9 +1,6 @@
-"""Reads rows and checks that each file's are well-formed and of one format.
+"""Reads rows and checks that each file's are valid and of one format.
 
-    rows = read_rows(["mine.jsonl", "other.jsonl:0.3"])       an epoch takes 0.3 of the second
-
-One error message lists all problems, each with file, row, field, found and expected value. Large
-data is checked once: its rows are cached under the files' digest.
+One message lists all problems. Large data is checked once and cached under the files' digest.
 """
 
 from __future__ import annotations
@@ -65,8 +62,8 @@ AS_THEY_ARE = "messages go to the chat template with roles of their own, and are
 
 @dataclass
 class RowRemarks:
-    """Collects remarks on valid rows: `ignored` keys that belong to no format, such as
-    messages[].id, and other `lines`. `wanted` is the kind of data that formats must provide.
+    """Collects remarks on valid rows: `ignored` keys, such as messages[].id, and other `lines`.
+    `wanted` is the kind that formats must provide.
     """
 
     wanted: str = ""
@@ -76,7 +73,7 @@ class RowRemarks:
     _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by their treatment
 
     def left_out(self, row: Any, place: str, row_format: RowFormat | None = None) -> bool:
-        """Whether to skip a row: all fields are empty or, if answers are needed, an answer is."""
+        """Whether to skip a row: it is empty, or has an empty answer where one is needed."""
         if row_format is None:
             values = row.values() if isinstance(row, dict) else [row]
             filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
@@ -89,7 +86,6 @@ class RowRemarks:
         return out
 
     def add(self, row_format: RowFormat, row: Row) -> None:
-        """Examines a row that is used."""
         for key, value in row.items():
             if value is None:
                 continue
@@ -127,7 +123,6 @@ class RowRemarks:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The other remarks, a line each."""
         counts = self._counts.items()
         lines = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
         for what, roles in self._roles.items():
@@ -136,9 +131,7 @@ class RowRemarks:
 
 
 def proposed_columns(row: Row) -> str:
-    """Proposes `--columns` for a row of unknown format: by known names, else by order if there are
-    exactly two text columns.
-    """
+    """Proposes `--columns` by known names, or by order if there are two text columns."""
     texts = [key for key, value in row.items() if isinstance(value, str) and WORDED.search(value)]
     prompts, answers = ([k for k in texts if k.strip().lower() in n] for n in (ASKED, SAID))
     guess = ""
@@ -156,8 +149,8 @@ def proposed_columns(row: Row) -> str:
 def renamed(
     numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
 ) -> Iterator[tuple[int, Any]]:
-    """Renames keys, from `columns[name]` to `name`, and drops those without a new name. A row that
-    can't be converted becomes an error message.
+    """Renames `columns[name]` to `name`, and drops keys without a new name. A row that can't be
+    converted becomes an error message.
     """
     names = {name: key for name, key in columns.items() if key}
     dropped = [name for name in columns if name not in names]
@@ -181,7 +174,7 @@ def renamed(
 
 
 def near_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
-    """Proposes the columns with the names closest to the missing ones."""
+    """Proposes the closest names."""
     near = {
         name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
         for name, key in names.items()
@@ -198,16 +191,15 @@ def checked(
     none: bool = False,
     remarks: RowRemarks | None = None,
 ) -> Iterator[tuple[int, RowFormat, Row]]:
-    """Yields (number, format, row) of rows that are valid and of the first row's format, with their
-    keys normalized. An unreadable row is passed in as its error message.
+    """Yields (number, format, row) of valid rows of the first one's format, normalized. Unreadable
+    rows come as error messages.
 
-    Raises with a list of the bad rows after the last row, or after the first bad one with
-    `at_once`; also if there is no row, unless `none` allows that. `remarks` collects warnings and
-    decides which rows to skip.
+    Raises at the end, or after the first bad row with `at_once`; also without any row, unless
+    `none` allows it.
     """
     bad: dict[str, list[int]] = {}  # row numbers by problem
     first = None
-
+    used = False
     for number, given in numbered:
         place = f"{source}: row {number}"
         if remarks and remarks.left_out(given, place):
@@ -248,7 +240,7 @@ def _numbers(rows: Sequence[int]) -> str:
 
 
 def _without_format(row: Row, formats: Sequence[RowFormat]) -> Iterator[str]:
-    """Describes a row that matches no format: null values, or missing keys."""
+    """Describes null values or unknown keys."""
     if near := [row_format for row_format in formats if {*row_format.keys} <= row.keys()]:
         yield from _null(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
         return
@@ -266,7 +258,7 @@ def _null(row_format: RowFormat, row: Row) -> list[str]:
 
 
 def check_provided(formats: Iterable[RowFormat | None], what: str) -> None:
-    """Raises if the format of a source's rows doesn't provide this kind."""
+    """Raises if a source's format doesn't provide this kind."""
     for row_format in formats:
         if row_format is None or what not in row_format.provides:
             expected = " or ".join(str(known) for known in ROW_FORMATS if what in known.provides)
@@ -275,9 +267,7 @@ def check_provided(formats: Iterable[RowFormat | None], what: str) -> None:
 
 @dataclass
 class RowsRead:
-    """Results after the last row: counts per source part and per file, and the runs of `Origins`
-    with a file's index.
-    """
+    """Counts of rows per source part and per file, and the runs of `Origins`."""
 
     parts: list[list[int]] = field(default_factory=list)
     files: list[list[int]] = field(default_factory=list)
@@ -324,11 +314,11 @@ def read_rows(
     notice: Notice = lambda text: None,
     wanted: str = "",
 ) -> Rows:
-    """Reads rows from files, directories, patterns or hub datasets (their train split). SOURCE:0.3
-    gives a source the weight 0.3.
+    """Reads files, directories, patterns or hub datasets (their train split). SOURCE:0.3 sets a
+    weight.
 
-    `columns` renames keys, from its values to its keys, as in {"prompt": "question"}. `wanted` is
-    the kind that formats must provide; it chooses among the formats that match a row.
+    `columns` renames keys, as in {"prompt": "question"}. `wanted` is the kind that formats must
+    provide; it chooses among matching formats.
     """
     named = [source_from(text) for text in ([sources] if isinstance(sources, str) else sources)]
     columns, read, known = columns or {}, RowsRead(), None
@@ -371,7 +361,6 @@ def read_rows(
 
 
 def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
-    """Checks rows, unless they are `Rows` already."""
     return rows if isinstance(rows, Rows) else check_rows(enumerate(rows, 1), "data", wanted)
 
 

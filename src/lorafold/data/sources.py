@@ -1,8 +1,7 @@
-"""Sources of rows: a file, a directory or pattern of files, or a dataset from the Hugging Face hub
-or `save_to_disk`.
+"""Sources of rows: a file, a directory or pattern, or a dataset from the hub or `save_to_disk`.
 
-Files are ordered by name, with numbers compared by value: part-2 comes before part-10. If a
-directory has a `train` split, files of other splits are left out.
+Files are sorted by name, with numbers by value: part-2 before part-10. If a directory has a `train`
+split, other splits are left out.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ ABOUT = ("dataset_info.json", "dataset_infos.json")  # written by `datasets`
 
 
 class RowFiles(NamedTuple):
-    """Files of rows, and the reasons for leaving out others by name."""
+    """Files of rows, and reasons for leaving out others."""
 
     paths: list[Path]
     left_out: dict[str, str]
@@ -55,7 +54,7 @@ def is_pattern(name: str) -> bool:
 
 
 def files_of(name: str) -> RowFiles:
-    """Lists the files of a directory or a pattern; in a directory with several splits, the training
+    """Lists a directory's or a pattern's files; of several splits in a directory, the training
     split.
     """
     directory, matched = Path(name), is_pattern(name)
@@ -98,7 +97,7 @@ def files_of(name: str) -> RowFiles:
 
 
 def shown(names: Iterable[str]) -> str:
-    """Joins the first names and the number of the others."""
+    """Joins the first names, and the number of others."""
     first = list(names)
     more = f" and {len(first) - SHOWN:,} more" if len(first) > SHOWN else ""
     return ", ".join(first[:SHOWN]) + more
@@ -115,7 +114,7 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of rows and its weight: how often an epoch uses each row on average."""
+    """A source, and how often an epoch uses each row on average."""
 
     name: str
     weight: float = 1.0
@@ -125,7 +124,7 @@ class DataSource:
 
     @property
     def several(self) -> bool:
-        """Whether it is a directory or pattern of files."""
+        """Whether it is a directory or pattern."""
         saved = ("state.json", "dataset_dict.json")  # written by `save_to_disk`
         return is_pattern(self.name) or (
             self._path.is_dir() and not any((self._path / name).exists() for name in saved)
@@ -133,13 +132,12 @@ class DataSource:
 
     @cached_property
     def files(self) -> tuple[DataSource, ...]:
-        """Its files in order, or itself if it is one file or a dataset."""
+        """Its files in order, or itself."""
         if not self.several:
             return (self,)
         return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
 
     def described(self, counts: Mapping[str, int] | None = None) -> str:
-        """Lists its files, with their numbers of rows if given, and those left out."""
         names = [Path(file.name) for file in self.files]
         if self._path.is_dir():
             names = [name.relative_to(self._path) for name in names]
@@ -150,7 +148,7 @@ class DataSource:
 
     @property
     def size(self) -> int:
-        """The stored size in bytes; 0 if unreadable."""
+        """Stored bytes; 0 if unreadable."""
         if self.several:
             return sum(file.size for file in self.files)
         if not self._is_file:
@@ -159,7 +157,7 @@ class DataSource:
 
     @property
     def identity(self) -> str:
-        """Digests of files or the fingerprint of a dataset, which change with the rows."""
+        """Digests of files, or the fingerprint of a dataset."""
         # not needed by `--help`, which reads this file
         from lorafold.files.contents import file_digest
 
@@ -172,7 +170,7 @@ class DataSource:
 
     def numbered(self, tell: Tell = log.warning, streaming: bool = False) -> Numbered:
         """Yields numbered, unchecked rows; `streaming` makes no copy of a dataset. `tell` receives
-        a warning if a file's encoding was guessed.
+        a guessed encoding.
         """
         if self._is_file:
             return numbered(self._path, lambda text: tell(f"{self.name}: {text}"))
@@ -196,7 +194,7 @@ class DataSource:
 
 
 def source_from(text: str) -> DataSource:
-    """Parses a file, directory or hub dataset with an optional `:WEIGHT`."""
+    """Parses a source with optional `:WEIGHT`."""
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):

@@ -1,7 +1,7 @@
 """Streaming: rows read during training, for data of any size.
 
-Sources are sampled in proportion to their weights and restart at their end. Rows pass through a
-shuffle buffer. All sampling is seeded, so a resumed run reads and skips the earlier rows.
+Sources are sampled by weight and restart at their end; rows pass through a shuffle buffer. Sampling
+is seeded, so a resumed run skips the same rows.
 """
 
 import random
@@ -30,7 +30,7 @@ PEEKED = 100  # rows of each source that are checked before a run starts
 
 @dataclass(frozen=True)
 class RowStream:
-    """Sources to read row by row, renamed columns, and the wanted kind of row as in `read_rows`."""
+    """Sources, renamed columns, and the wanted kind, as in `read_rows`."""
 
     sources: tuple[DataSource, ...]
     columns: Mapping[str, str]
@@ -38,13 +38,12 @@ class RowStream:
 
     @cached_property
     def identity(self) -> str:
-        """Identifies the data on resume; datasets on the hub by name only."""
+        """Compared on resume; by name only for hub datasets."""
         local = [s.identity if s.several or Path(s.name).exists() else "" for s in self.sources]
         return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
 
     @property
     def record(self) -> dict[str, Any]:
-        """The entry in an adapter's record."""
         return {"streamed": self.identity}
 
     def rows(self, seed: int, buffer: int) -> Iterator[Named]:
@@ -63,11 +62,10 @@ class RowStream:
 
     @property
     def formats(self) -> tuple[RowFormat, ...]:
-        """The row format of each source."""
         return tuple(next(self._endless(source))[2] for source in self.sources)
 
     def remarks(self) -> RowRemarks:
-        """Checks the first PEEKED rows of each source."""
+        """Checks the first rows of each source."""
         remarks = RowRemarks(self.wanted)
         for source in self.sources:
             for _ in islice(self._endless(source, remarks), PEEKED):
@@ -90,7 +88,7 @@ class RowStream:
 
 @dataclass(eq=False)
 class StreamFeed(BatchFeed):
-    """A feed that encodes rows as they are needed; `rows(seed)` yields rows without end."""
+    """Encodes rows on demand; `rows(seed)` yields them without end."""
 
     rows: Callable[[int], Iterator[Named]]
     encoder: Encoder

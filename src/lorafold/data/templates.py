@@ -1,12 +1,11 @@
-r"""Analyses chat templates by rendering probes, once per template: the form in which one takes
-messages (`form`), its block of reasoning (`block`), and where it writes the end of an assistant
-turn:
+r"""Analyses chat templates by rendering probes, once per template: the form of messages (`form`),
+the block of reasoning (`block`), and where the end of an assistant turn is written:
 
     with the turn               ... answer<end>\n
     with the next message       ... answer<user>\nnext          the next message's start is the end
     not at all                  ... answer                      the tokenizer's end token is trained
 
-The end is the special token after the answer, or the last of several consecutive ones.
+The end is the last of the consecutive special tokens after the answer.
 """
 
 from __future__ import annotations
@@ -64,7 +63,6 @@ Written = Literal["with the turn", "with the next message", "not at all"]
 
 
 def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Builds a call in OpenAI's format."""
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -77,9 +75,7 @@ RESULT: Message = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id"
 
 @dataclass(frozen=True)
 class MessageForm:
-    """Whether a template takes arguments as JSON `text`, `empty` content beside calls, and contents
-    as lists of `parts`.
-    """
+    """Arguments as JSON `text`, `empty` content beside calls, content as lists of `parts`."""
 
     text: bool = False
     empty: bool = False
@@ -103,9 +99,9 @@ class MessageForm:
 
 @dataclass(frozen=True)
 class Block:
-    """The texts before and after the reasoning of a turn, stripped; `lead` and `between` are those
-    next to the reasoning with whitespace. `shown`: the template shows the last turn's reasoning.
-    `spaced`: whitespace after the closing belongs to the block.
+    """The stripped texts around reasoning; `lead` and `between` include whitespace. `shown`: the
+    template shows the last turn's reasoning. `spaced`: whitespace after the closing belongs to the
+    block.
     """
 
     opening: str
@@ -117,12 +113,12 @@ class Block:
 
     @classmethod
     def of_tags(cls, opening: str, closing: str) -> Block:
-        """A block for a template that shows no reasoning, with tags on their own lines."""
+        """For a template that shows no reasoning; tags are on their own lines."""
         return cls(opening, closing, False, True, "\n", f"\n{closing}\n\n")
 
     def end(self, text: str, prompt: str) -> int:
-        """Returns the length of the block at the start of a turn, 0 without one. The opening may be
-        in the prompt.
+        """Returns the length of the block at the start of a turn, or 0. The opening may be in the
+        prompt.
         """
         start = len(text) - len(text.lstrip())
         if text.startswith(self.opening, start):
@@ -141,8 +137,8 @@ USUAL = Block.of_tags("<think>", "</think>")
 
 @dataclass(frozen=True)
 class Ending:
-    """Where the template writes the end of a turn, its text (the tokenizer's end token if it writes
-    none), and the ids of all special tokens that end a turn.
+    """Where the end of a turn is written, its text (or the tokenizer's end token), and the ids of
+    all tokens that end a turn.
     """
 
     written: Written
@@ -152,7 +148,7 @@ class Ending:
 
 @dataclass(eq=False)
 class Template:
-    """A chat template's text, its tokenizer, and its properties, which are found with probes."""
+    """A chat template and its properties."""
 
     text: str
     tokenizer: PreTrainedTokenizerBase
@@ -169,7 +165,6 @@ class Template:
 
     @cached_property
     def form(self) -> MessageForm:
-        """The form in which it takes messages."""
         question = str(ASKED["content"])
         shown = [
             question in attempt([ASKED], self.tokenizer, form=MessageForm(parts=p))
@@ -190,7 +185,6 @@ class Template:
 
     @cached_property
     def block(self) -> Block:
-        """The block that encloses reasoning."""
         turns = (SAID | {"reasoning_content": THOUGHT}, SAID)
         texts = [attempt([ASKED, turn], self.tokenizer) for turn in turns]
         prompt = attempt([ASKED], self.tokenizer, for_generation=True)
@@ -213,7 +207,6 @@ class Template:
 
     @cached_property
     def ending(self) -> Ending:
-        """The end of an assistant turn."""
         behind = attempt([ASKED, SAID], self.tokenizer).rpartition(WORD)[2]
         at = 0
         for special in self.specials.finditer(behind):
@@ -233,24 +226,22 @@ class Template:
 
     @cached_property
     def shows_tools(self) -> bool:
-        """Whether it shows a probe tool, with or without a system message."""
         conversations = ([ASKED], [SYSTEM, ASKED])
         return any(KEY in attempt(c, self.tokenizer, [PROBE_TOOL], True) for c in conversations)
 
     @cached_property
     def shows_calls(self) -> bool:
-        """Whether it shows a probe call, as the last message or an earlier one."""
         after = [RESULT | {"content": VALUE}, {"role": "assistant", "content": VALUE}]
         texts = (attempt([ASKED, CALLED, *after[:n]], self.tokenizer) for n in (0, 2))
         return any(NAME in text.replace(VALUE, "") for text in texts)
 
     def through_special(self, text: str) -> str:
-        """Returns the text through its first special token; empty without one."""
+        """Returns the text through its first special token, or an empty text."""
         special = self.specials.search(text)
         return text[: special.end()] if special else ""
 
     def _before_result(self) -> str:
-        """Returns the end of a call before its result; empty if the template shows none."""
+        """Returns the end of a call before its result, or an empty text."""
         text = attempt([ASKED, CALLED], self.tokenizer, [PROBE_TOOL]).rstrip()
         longer = attempt([ASKED, CALLED, RESULT], self.tokenizer, [PROBE_TOOL])
         follows = longer[len(text) :] if longer.startswith(text) and text else ""
@@ -261,7 +252,7 @@ _known = lru_cache(maxsize=KNOWN)(Template)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) -> Template:
-    """Returns the analysed template for these tools; some tokenizers have several."""
+    """Returns the template for these tools; some tokenizers have several."""
     text = str(tokenizer.get_chat_template(tools=list(tools) or None))
     return _known(text, tokenizer, len(tokenizer))
 
@@ -279,7 +270,7 @@ def apply(
     for_generation: bool = False,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Renders messages that are in the template's form."""
+    """Renders messages in the template's form."""
     given: Any = list(tools) or None
     prompt: Any = {"tools": given, "add_generation_prompt": for_generation}
     try:
@@ -312,7 +303,7 @@ def attempt(
     for_generation: bool = False,
     form: MessageForm | None = None,
 ) -> str:
-    """Renders messages in the form of `data.messages`; empty if the template raises."""
+    """Renders messages in the form of `data.messages`; empty on errors."""
     form = form or template_of(tokenizer, tools).form
     try:
         return apply(form.of(messages), tokenizer, tools, for_generation)
@@ -321,14 +312,12 @@ def attempt(
 
 
 def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns today's date in ISO format if the chat template uses it, else an empty text."""
+    """Returns today's ISO date if the template uses it, or an empty text."""
     return date.today().isoformat() if DATED.search(str(tokenizer.chat_template)) else ""
 
 
 def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
-    """Returns a tokenizer whose chat template always writes this ISO date; unchanged if it is
-    empty.
-    """
+    """Fixes the date that the template writes; no change for an empty date."""
     if not day:
         return tokenizer
     fixed, form = copy.copy(tokenizer), datetime.fromisoformat(day).strftime
@@ -337,5 +326,5 @@ def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerB
 
 
 def common(*parts: Any) -> Any:
-    """Returns the common prefix of texts or lists."""
+    """Returns the common prefix."""
     return commonprefix(parts)  # noqa: RUF071  (by characters, as is wanted)

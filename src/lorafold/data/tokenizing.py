@@ -1,9 +1,7 @@
-"""Tokenizes rows into tables; large data in worker processes, cached under the digest of the rows
-and the encoder's identity.
+"""Tokenizes rows into tables: large data in worker processes, cached under the digests of rows and
+encoder.
 
-    table = tokenized(rows, encoder, console)      a pyarrow.Table, memory-mapped if it is large
-
-`datasets.map` is not used, because a killed run would leave its workers and its manager behind.
+`datasets.map` is not used, because a killed run would leave its workers and manager behind.
 """
 
 from __future__ import annotations
@@ -37,29 +35,25 @@ PACKAGES = ("jinja2", "tokenizers", "transformers")
 
 
 class Encoder(ABC):
-    """Base class of encoders, which convert rows of the kind `takes` to examples. It is pickled for
-    worker processes.
-    """
+    """Converts rows of the kind `takes` to examples. Copied into worker processes."""
 
     takes: str
 
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Everything besides the rows on which the examples depend, as JSON."""
+        """All that examples depend on besides the rows, as JSON."""
 
     @abstractmethod
     def encode(self, given: Sequence[Any], first: int) -> pa.RecordBatch:
-        """Encodes rows, the first of which has the index `first`. Columns: `row`, the index; `ids`
-        (T,); and `problem`, an error message or empty.
+        """Encodes rows, the first with index `first`. Columns: `row` (the index), `ids` (T,),
+        `problem`, and others.
         """
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples with trained tokens, a printable report on all rows, and the number of rows with
-    examples per source.
-    """
+    """Examples, a printable report on all rows, and the number of rows with examples per source."""
 
     examples: Any
     report: Any
@@ -67,16 +61,11 @@ class Encoded:
 
 
 def with_counts(first: str, *counts: tuple[int, str]) -> str:
-    """Joins a line and one more for each count that is not 0."""
     return "\n".join([first, *(f"{count} {text}" for count, text in counts if count)])
 
 
 @dataclass(frozen=True)
 class Report:
-    """A printable summary, with the numbers of truncated rows and of rows with control tokens as
-    text.
-    """
-
     line: str
     max_length: int = 0
     truncated: int = 0
@@ -88,8 +77,7 @@ class Report:
 
 
 def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
-    """Returns the table of all examples, in the order of the rows; raises for rows with a problem.
-    """
+    """Returns all examples in the order of the rows; raises for rows with a problem."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -159,7 +147,7 @@ def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> 
 def _chunks(
     rows: Iterable[Any], total: int, console: Console | None
 ) -> Generator[tuple[int, list[Any]]]:
-    """Yields (index of the first row, rows) with a progress bar."""
+    """Yields (index of the first row, rows), with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())
