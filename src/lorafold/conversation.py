@@ -80,7 +80,6 @@ class Chat:
             self._close = weakref.finalize(self, stack.pop_all().close)
 
     def close(self) -> None:
-        """Restores the model."""
         self._close()
 
     def __enter__(self) -> Self:
@@ -90,7 +89,6 @@ class Chat:
         self.close()
 
     def reset(self) -> None:
-        """Clears the history, but not the system message and the choice of adapters."""
         self.messages: list[Message] = []  # user and assistant alternate
         self._first = 0  # index of the first message in prompts
 
@@ -141,7 +139,6 @@ class Chat:
         )
 
     def keep(self, turn: Turn, answer: str) -> None:
-        """Adds question and answer to the history."""
         self.messages.append({"role": "user", "content": turn.text})
         self.messages.append({"role": "assistant", "content": answer})
         self._first = turn.first
@@ -170,7 +167,6 @@ class Chat:
 
 
 def label(names: Sequence[str]) -> str:
-    """Names the answers with these adapters."""
     return " + ".join(names) or BASE
 
 

@@ -54,7 +54,6 @@ def complete_tokens(
     sampling: Sampling = GREEDY,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[int, ...]]:
-    """Like `complete`, with tokens."""
     most = room_of(model, ids, max_new_tokens)
     completions: list[tuple[int, ...]] = [()] * len(ids)
     if not ids or max_new_tokens < 1:
@@ -184,14 +183,12 @@ def room_of(
 
 
 def _checked(ended: Ended) -> Ended:
-    """Raises if the request failed."""
     if ended.reason == "failed":
         raise LorafoldError(f"a completion can't be computed: {ended.message}")
     return ended
 
 
 def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    """Decodes a completion without special tokens."""
     text = tokenizer.decode([*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 

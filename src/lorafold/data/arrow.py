@@ -97,8 +97,6 @@ class Judgements(NamedTuple):
 
 
 class Items(Sequence[E]):
-    """A sequence that builds its items on access."""
-
     @abstractmethod
     def item(self, index: int) -> E:
         """Builds one item."""

@@ -78,12 +78,10 @@ class Batches(Sequence[list[int]]):
 
 
 def epoch_size(parts: Sequence[SourcePart]) -> int:
-    """Returns the examples per epoch, at least one per non-empty source."""
     return sum(max(1, round(part.weight * part.size)) for part in parts if part.size)
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Returns (training rows, held-out rows), each in the original order."""
     rows = Rows.of(rows)
     if not fraction:
         return rows, Rows.of([])
@@ -142,7 +140,6 @@ def micro_batches(
     capacity: int | None = None,
     size: Callable[[Any], int] = lambda example: len(example.ids),
 ) -> list[Sequence[Any]]:
-    """Divides examples into `n` micro-batches, or more of at most `capacity` tokens."""
     share = ceil(len(examples) / n)
     runs = [examples[i : i + share] for i in range(0, len(examples), share)]
     if capacity is None:

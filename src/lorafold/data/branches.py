@@ -174,7 +174,6 @@ class BranchedExamples(TableExamples[Branched]):
 
     @cached_property
     def ends_lost(self) -> Array:  # type: ignore[override]
-        """(n,), whether truncation removes trained tokens."""
         lost = np.any(self.whole > self._max_length, axis=1)
         for n in np.flatnonzero(lost).tolist():
             starts, tails, spans = self._starts[n], self.tails[n], self._spans[n].reshape(-1, 2)
@@ -251,7 +250,6 @@ def encode_preferred(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenizes PAIRS or JUDGED, truncated to `max_length` tokens per document."""
     rows = as_checked(rows, kind)
     table = tokenized(rows, Branches(tokenizer, kind, rendering), console)
     return preferred(table, rows, max_length, kind)

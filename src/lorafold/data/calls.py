@@ -54,8 +54,6 @@ class Grammar(NamedTuple):
     closing: str = ""
 
     def without(self, words: Sequence[str]) -> Grammar:
-        """Removes words, such as special tokens."""
-
         def bare(part: Any) -> Any:
             if isinstance(part, Pairs):
                 return Pairs(*map(bare, part))
@@ -110,7 +108,6 @@ def _grammar_of(template: Template) -> Grammar | None:
 
 
 def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens, which decoding leaves out."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 

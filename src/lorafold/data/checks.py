@@ -160,8 +160,6 @@ def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class DataFinding:
-    """The number of affected rows, and the first of them with their counterparts."""
-
     count: int
     of: int
     said: str
@@ -203,7 +201,6 @@ class Findings:
 
     @property
     def nothing(self) -> str:
-        """The message if nothing was found."""
         names = ", ".join(name.replace("_", " ") for name in self.found)
         return f"{self.rows:,} rows were looked at and nothing was found: {names}"
 

@@ -34,7 +34,6 @@ class LabelledExample:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """(T,), all -100."""
         return (NO_LOSS,) * len(self.ids)
 
 
@@ -123,7 +122,6 @@ def encode_labelled(
     classes: Sequence[str],
     console: "Console | None" = None,
 ) -> Encoded:
-    """Tokenizes texts, truncated to `max_length` before the closing special tokens."""
     rows = as_checked(rows, LABELS)
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
     return labelled(table, rows, max_length, classes)

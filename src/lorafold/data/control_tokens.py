@@ -79,7 +79,6 @@ def written_by(
 
 
 def allowed(template: str) -> frozenset[str] | None:
-    """Returns the tokens allowed in contents; None means all."""
     if template.endswith(JOINED):
         return ALL
     note = NOTE.match(template)
@@ -96,7 +95,6 @@ class ControlTokenFinder(NamedTuple):
 
 
 def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    """Marks control tokens in contents and tools."""
     finder = _finder(template_of(tokenizer, conversation.tools))
     if finder is None:
         return conversation
@@ -124,7 +122,6 @@ def variables_as_text(
 
 @lru_cache(maxsize=KNOWN)
 def _finder(template: Template) -> ControlTokenFinder | None:
-    """Returns None if contents may have all tokens."""
     free, tokenizer = allowed(template.text), template.tokenizer
     if free is None:
         return None
@@ -205,7 +202,6 @@ class Pieces:
         return len(self.ids)
 
     def char_to_token(self, character: int) -> int | None:
-        """Returns the first token that contains a character."""
         last = bisect_right(self.offsets, (character, sys.maxsize)) - 1
         if last < 0 or character >= self.offsets[last][1]:
             return None

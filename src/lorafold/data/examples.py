@@ -49,8 +49,6 @@ OPENINGS = 1000  # size of the cache of ids of prompt ends
 
 @dataclass
 class PendingExample:
-    """Spans are positions of characters, later of tokens."""
-
     row: int
     left_out: int = 0
     hidden: int = 0
@@ -227,8 +225,6 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """`longest` is before truncation."""
-
     rows: int
     tokens: int
     labelled: int
@@ -267,8 +263,6 @@ class EncodingReport:
 
 
 class Examples(TableExamples[Example]):
-    """The examples with at least one trained token."""
-
     def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
@@ -296,7 +290,6 @@ class Examples(TableExamples[Example]):
 
 
 def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
-    """Builds an example from ids (T,) and the starts and ends of trained spans (2n,)."""
     labels = [NO_LOSS] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
@@ -349,7 +342,6 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
 def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], TrainedRenderings]:
-    """Returns a row's untruncated examples, and its counts of turns left out or hidden."""
     encoder = CompletionEncoder(tokenizer, rendering)
     entries = encoder.encode(Rows.of([row], encoder.takes).extract(encoder.takes), 0).to_pylist()
     if problem := entries[0]["problem"]:
@@ -371,7 +363,6 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Decodes with special tokens."""
     return str(
         tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )

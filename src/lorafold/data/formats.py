@@ -46,7 +46,6 @@ AS_TURNS = "rows have texts that are read as turns of Human and Assistant"
 
 
 def content_problems(name: str, value: Any) -> Iterator[str]:
-    """Checks text or a list of messages."""
     return (message_problems if isinstance(value, list) else text_problems)(name, value)
 
 
@@ -85,14 +84,12 @@ def implicit_problems(row: Row) -> Iterator[str]:
 
 
 def turns_preference_problems(row: Row) -> Iterator[str]:
-    """Checks ShareGPT turns with two final turns."""
     yield from turns_problems(row)
     for name in ("chosen", "rejected"):
         yield from turn_problems(name, row[name])
 
 
 def preference(row: Row) -> Said:
-    """Reads prompt, chosen and rejected."""
     text, answers = row["prompt"], [row["chosen"], row["rejected"]]
     is_text = isinstance(text, str)
     prompt = _prompt(text) if is_text else normalized(text)
@@ -111,20 +108,17 @@ def preference(row: Row) -> Said:
 
 
 def implicit_preference(row: Row) -> Said:
-    """Reads two conversations without a prompt."""
     both = {name: normalized(_conversation(row[name])) for name in ("chosen", "rejected")}
     shared = _shared(*both.values())
     return both["chosen"][:shared], {name: messages[shared:] for name, messages in both.items()}
 
 
 def as_turns(row: Row) -> str:
-    """Returns a remark if texts are read as turns."""
     texts = [row.get("chosen"), row.get("rejected")] if "prompt" not in row else [row["prompt"]]
     return AS_TURNS if any(isinstance(t, str) and TURN.match(t) for t in texts) else ""
 
 
 def turns_preference(row: Row) -> Said:
-    """Reads ShareGPT turns with two final turns."""
     answers = {name: turns_to_messages([row[name]]) for name in ("chosen", "rejected")}
     return turns_to_messages(row["conversations"]), answers
 
@@ -180,7 +174,6 @@ class Conversation:
 
     @property
     def turns(self) -> list[int]:
-        """The indices of trained turns."""
         return [
             n
             for n, one in enumerate(self.messages)
@@ -255,7 +248,6 @@ class RowFormat:
         return Conversation([*before, *said], len(before) if prompt else 0, tools)
 
     def conversation(self, row: Row) -> Conversation:
-        """Returns the conversation, without messages if it provides none."""
         conversation = self.extract(CONVERSATIONS, row) if CONVERSATIONS in self.provides else None
         return conversation or Conversation([])
 

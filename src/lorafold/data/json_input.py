@@ -30,7 +30,6 @@ def decoded(text: bytes) -> str:
 
 
 def loaded(text: str) -> Any:
-    """Raises ValueError with one line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -45,7 +44,6 @@ def loaded(text: str) -> Any:
 
 
 def _wrong(error: json.JSONDecodeError) -> str:
-    """Explains an error, with hints for common mistakes."""
     here, before = error.doc[error.pos :], error.doc[: error.pos].rstrip()
     if (before.endswith(",") and here[:1] in ("]", "}")) or "trailing comma" in error.msg:
         return "found a comma with nothing after it, expected none there"
@@ -76,7 +74,6 @@ def parsed(text: str) -> Any:
 
 
 def row_of(line: bytes) -> Found:
-    """Parses a line of JSON; returns the row or an error message."""
     try:
         return as_row(parsed(decoded(line).rstrip()), look=False)
     except ValueError as error:
@@ -117,7 +114,6 @@ def unusable(value: Any) -> str:
 
 
 def json_type(value: Any) -> str:
-    """Describes a value in messages."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}

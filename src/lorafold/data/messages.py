@@ -78,7 +78,6 @@ def message_problems(name: str, value: Any) -> Iterator[str]:
 
 
 def asking_problems(field: str, message: Message) -> Iterator[str]:
-    """Checks the keys that include or exclude a turn in training."""
     for key in ASKING:
         if message.get(key) not in (None, 0, 1):
             yield unlike(f"{field}.{key}", message[key], "0 or 1, or false or true")
@@ -91,7 +90,6 @@ def asks(message: Message) -> bool | None:
 
 
 def role_of(name: Any) -> Any:
-    """Returns the canonical role, or the name itself if unknown."""
     return ROLES.get(name.strip().lower(), name) if isinstance(name, str) else name
 
 
@@ -162,12 +160,10 @@ def tool_problems(value: Any) -> Iterator[str]:
 
 
 def said_by(role: str, value: Any) -> list[Message]:
-    """Returns a text as a message of the role, or normalizes messages."""
     return [{"role": role, "content": value}] if isinstance(value, str) else normalized(value)
 
 
 def normalized(messages: list[Message]) -> list[Message]:
-    """Normalizes checked messages; copies only if needed."""
     return [
         message
         if isinstance(message.get("content"), str)
@@ -191,7 +187,6 @@ def tools_of(value: Any) -> tuple[Tool, ...]:
 
 
 def call_of(call: dict[str, Any]) -> dict[str, Any]:
-    """Normalizes a call, and keeps other keys such as id."""
     function = call.get("function") or call
     arguments = function.get("arguments")
     arguments = parsed(arguments) if isinstance(arguments, str) else without_nulls(arguments)
@@ -201,7 +196,6 @@ def call_of(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Removes null values from objects at any depth."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -276,7 +270,6 @@ def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
 
 
 def instruction_problems(answered: str, beside: str, row: Row) -> Iterator[str]:
-    """`answered` is the key of the answer, `beside` of an optional input."""
     for key in ("instruction", answered, *([beside] if row.get(beside) is not None else [])):
         yield from text_problems(key, row[key])
 
@@ -287,7 +280,6 @@ def instruction(answered: str, beside: str, row: Row) -> Said:
 
 
 def query_problems(row: Row) -> Iterator[str]:
-    """Checks a question answered by calls."""
     yield from text_problems("query", row["query"])
     try:
         yield from call_problems("answers", _answers(row))

@@ -107,8 +107,6 @@ def reference_of(
 
 
 class PromptRow(NamedTuple):
-    """A rendered prompt, and the row's completion if any."""
-
     text: str
     reference: str | None
 
@@ -132,7 +130,6 @@ def questions_in(row: Row) -> list[str]:
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[PromptRow]:
-    """Renders checked rows of PROMPT_FORMATS; `name` is their file in messages."""
     prompts = []
     for number, row in enumerate(rows, 1):
         try:
@@ -163,7 +160,6 @@ class TokenizedPrompt:
 
     @property
     def question(self) -> Any:
-        """The field `prompt`, or else the messages."""
         if "prompt" in self._format.keys:
             return self.row["prompt"]
         return [dict(message) for message in self.conversation.messages]
@@ -174,7 +170,6 @@ class TokenizedPrompt:
 
     @property
     def answer(self) -> str | None:
-        """The row's own answer, if any."""
         said = self._format.conversation(dict(self.row)).messages[len(self.conversation.messages) :]
         return said[-1].get("content") or None if said else None
 

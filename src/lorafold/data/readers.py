@@ -129,14 +129,11 @@ def _windows(piece: bytes) -> str:
 
 
 class Kind(NamedTuple):
-    """A reader and pyarrow's name of the compression."""
-
     read: Callable[[io.BufferedReader], Numbered]
     compression: str | None
 
 
 def kind_of_file(path: Path) -> Kind | None:
-    """Chooses by suffixes; None if unknown."""
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     if last in COMPRESSED and before in TEXT:
         return Kind(TEXT[before], COMPRESSED[last])
@@ -144,7 +141,6 @@ def kind_of_file(path: Path) -> Kind | None:
 
 
 def numbered(path: Path, tell: Tell) -> Numbered:
-    """Yields numbered, unchecked rows."""
     kind = kind_of_file(path)
     assert kind is not None
     try:

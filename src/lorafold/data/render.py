@@ -92,7 +92,6 @@ def check_shown(
 
 
 def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises if the template never shows tools or calls that the conversation has."""
     tools = conversation.tools
     called = any("tool_calls" in message for message in conversation.messages)
     if tools and not template_of(tokenizer, tools).shows_tools:
@@ -127,7 +126,6 @@ def _has_text(text: str, value: Any) -> bool:
 
 
 def hidden(message: Message, turn: str) -> bool:
-    """Whether a rendered turn lacks its reasoning, or its text beside calls."""
     thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
     return thought not in turn or not _has_text(turn, said if message.get("tool_calls") else "")
 
@@ -306,7 +304,6 @@ def render_trained(
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Sets a plain template if there is none; returns a notice to print."""
     if tokenizer.chat_template is not None:
         return None
     if tokenizer.eos_token is None:

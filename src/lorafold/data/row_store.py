@@ -34,7 +34,6 @@ class RowPlace(NamedTuple):
 
 
 def named(places: Iterable[RowPlace]) -> Iterator[str]:
-    """Formats places without repeating the file."""
     before = None
     for place in places:
         yield f"row {place.row}" if place.file == before else str(place)
@@ -131,7 +130,6 @@ class Rows(Items[Row]):
 
     @staticmethod
     def of(rows: Sequence[Row], wanted: str = "") -> Rows:
-        """Wraps rows as one source."""
         if isinstance(rows, Rows):
             return rows
         return Rows(rows, (SourcePart(len(rows)),), wanted=wanted)
@@ -154,7 +152,6 @@ class Rows(Items[Row]):
 
     @property
     def sha256(self) -> str:
-        """Digest of the rows as JSON, independent of the file format."""
         return self.measured[0]
 
     @property
@@ -183,13 +180,11 @@ class Rows(Items[Row]):
 
     @cached_property
     def formats(self) -> tuple[RowFormat | None, ...]:
-        """The format of each non-empty source."""
         starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
         firsts = [self.rows[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
         return tuple(format_of(row, formats_for(self.wanted)) for row in firsts)
 
     def provides(self, what: str) -> bool:
-        """Whether the first source's format provides this kind."""
         return any(first is not None and what in first.provides for first in self.formats[:1])
 
     def extract(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
@@ -216,7 +211,6 @@ class Rows(Items[Row]):
 
 
 def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]:
-    """Counts selected rows, or their examples, per source."""
     sizes = np.diff(np.searchsorted(rows, np.cumsum([0, *(part.size for part in parts)])))
     return tuple(SourcePart(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
 

@@ -174,7 +174,6 @@ def renamed(
 
 
 def near_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
-    """Proposes the closest names."""
     near = {
         name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
         for name, key in names.items()
@@ -240,7 +239,6 @@ def _numbers(rows: Sequence[int]) -> str:
 
 
 def _without_format(row: Row, formats: Sequence[RowFormat]) -> Iterator[str]:
-    """Describes null values or unknown keys."""
     if near := [row_format for row_format in formats if {*row_format.keys} <= row.keys()]:
         yield from _null(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
         return
@@ -258,7 +256,6 @@ def _null(row_format: RowFormat, row: Row) -> list[str]:
 
 
 def check_provided(formats: Iterable[RowFormat | None], what: str) -> None:
-    """Raises if a source's format doesn't provide this kind."""
     for row_format in formats:
         if row_format is None or what not in row_format.provides:
             expected = " or ".join(str(known) for known in ROW_FORMATS if what in known.provides)
@@ -365,7 +362,6 @@ def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
 
 
 def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "") -> Rows:
-    """Checks rows given in Python; `source` names them in messages."""
     remarks, rows, runs = RowRemarks(wanted), [], [[0, 0]]
     usable = ((n, (unusable(row) or row) if isinstance(row, dict) else row) for n, row in numbered)
     for place, _, row in checked(usable, source, formats=formats_for(wanted), remarks=remarks):

@@ -37,8 +37,6 @@ ABOUT = ("dataset_info.json", "dataset_infos.json")  # written by `datasets`
 
 
 class RowFiles(NamedTuple):
-    """Files of rows, and reasons for leaving out others."""
-
     paths: list[Path]
     left_out: dict[str, str]
 
@@ -97,7 +95,6 @@ def files_of(name: str) -> RowFiles:
 
 
 def shown(names: Iterable[str]) -> str:
-    """Joins the first names, and the number of others."""
     first = list(names)
     more = f" and {len(first) - SHOWN:,} more" if len(first) > SHOWN else ""
     return ", ".join(first[:SHOWN]) + more
@@ -124,7 +121,6 @@ class DataSource:
 
     @property
     def several(self) -> bool:
-        """Whether it is a directory or pattern."""
         saved = ("state.json", "dataset_dict.json")  # written by `save_to_disk`
         return is_pattern(self.name) or (
             self._path.is_dir() and not any((self._path / name).exists() for name in saved)
@@ -132,7 +128,6 @@ class DataSource:
 
     @cached_property
     def files(self) -> tuple[DataSource, ...]:
-        """Its files in order, or itself."""
         if not self.several:
             return (self,)
         return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
@@ -148,7 +143,6 @@ class DataSource:
 
     @property
     def size(self) -> int:
-        """Stored bytes; 0 if unreadable."""
         if self.several:
             return sum(file.size for file in self.files)
         if not self._is_file:
@@ -194,7 +188,6 @@ class DataSource:
 
 
 def source_from(text: str) -> DataSource:
-    """Parses a source with optional `:WEIGHT`."""
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):

@@ -38,7 +38,6 @@ class RowStream:
 
     @cached_property
     def identity(self) -> str:
-        """Compared on resume; by name only for hub datasets."""
         local = [s.identity if s.several or Path(s.name).exists() else "" for s in self.sources]
         return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
 
@@ -47,7 +46,6 @@ class RowStream:
         return {"streamed": self.identity}
 
     def rows(self, seed: int, buffer: int) -> Iterator[Named]:
-        """Yields shuffled rows without end."""
         rng, sources = random.Random(f"{seed}/stream"), random.Random(f"{seed}/sources")
         readers = [self._endless(source) for source in self.sources]
         weights = [source.weight for source in self.sources]
@@ -65,7 +63,6 @@ class RowStream:
         return tuple(next(self._endless(source))[2] for source in self.sources)
 
     def remarks(self) -> RowRemarks:
-        """Checks the first rows of each source."""
         remarks = RowRemarks(self.wanted)
         for source in self.sources:
             for _ in islice(self._endless(source, remarks), PEEKED):

@@ -82,7 +82,6 @@ class MessageForm:
     parts: bool = False
 
     def of(self, messages: Sequence[Message]) -> list[Message]:
-        """Converts messages from the form of `data.messages`."""
         formed = []
         for message in messages:
             if calls := message.get("tool_calls"):
@@ -148,8 +147,6 @@ class Ending:
 
 @dataclass(eq=False)
 class Template:
-    """A chat template and its properties."""
-
     text: str
     tokenizer: PreTrainedTokenizerBase
     size: int  # the tokenizer's length
@@ -241,7 +238,6 @@ class Template:
         return text[: special.end()] if special else ""
 
     def _before_result(self) -> str:
-        """Returns the end of a call before its result, or an empty text."""
         text = attempt([ASKED, CALLED], self.tokenizer, [PROBE_TOOL]).rstrip()
         longer = attempt([ASKED, CALLED, RESULT], self.tokenizer, [PROBE_TOOL])
         follows = longer[len(text) :] if longer.startswith(text) and text else ""
@@ -326,5 +322,4 @@ def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerB
 
 
 def common(*parts: Any) -> Any:
-    """Returns the common prefix."""
     return commonprefix(parts)  # noqa: RUF071  (by characters, as is wanted)

@@ -117,7 +117,6 @@ class AdapterCache:
             return entry
 
     def unbind(self, entry: KnownAdapter) -> None:
-        """Drops a reference."""
         with self._lock:
             entry.references -= 1
             if not entry.references:
@@ -140,7 +139,6 @@ class AdapterCache:
             return entry.loaded
 
     def release(self, entry: KnownAdapter) -> None:
-        """Drops a lease."""
         with self._lock:
             entry.leases -= 1
             self._blocked.clear()
@@ -180,11 +178,9 @@ class AdapterCache:
             return sum(e.loaded.nbytes for e in self._entries if e.loaded and e.path)
 
     def close(self) -> None:
-        """Stops the worker."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _check_strikes(self, entry: KnownAdapter) -> None:
-        """Raises for a quarantined entry."""
         if entry.strikes >= self.strikes:
             raise LorafoldError(
                 f"adapter {entry.name!r}: in quarantine, since the logits of {entry.strikes} of its"
@@ -218,7 +214,6 @@ class AdapterCache:
         return entry.future
 
     def _work(self, entry: KnownAdapter, naming: bool) -> None:
-        """Reads an adapter, and registers its name if `naming`."""
         try:
             loaded = self._reader.read(entry)
             with self._lock:
@@ -265,7 +260,6 @@ class AdapterCache:
         return entry.loaded is not None and not needed
 
     def _forget(self, entry: KnownAdapter) -> None:
-        """Drops an entry without name and references."""
         named = self._names.get(entry.name) is entry
         if not (named or entry.references or entry.future):
             self._entries.discard(entry)

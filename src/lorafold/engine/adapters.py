@@ -47,8 +47,6 @@ RANK = 64
 
 
 class VerifiedAdapter(NamedTuple):
-    """The identity and the size of verified files."""
-
     identity: str
     nbytes: int
 
@@ -108,7 +106,6 @@ class LoadedAdapter:
 
     @property
     def paths(self) -> frozenset[str]:
-        """All modules that the adapter changes."""
         return self.low_rank.union(self.gains, self.deltas)
 
     @property
@@ -133,7 +130,6 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
 
 
 def found_below(origin: Origin, over: Path, most: int) -> Contents:
-    """Reads the files of a base adapter of the one in `over`."""
     contents = Contents(expected_path(origin, over), FILES, most)
     if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
         raise LorafoldError(not_found(origin, over))
@@ -141,7 +137,6 @@ def found_below(origin: Origin, over: Path, most: int) -> Contents:
 
 
 def _check(read: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> None:
-    """Raises unless the files that were read are the verified ones."""
     actual, expected = [contents.named for contents in read], [v.identity for v in verified]
     if actual != expected:
         paths = ", ".join(str(contents.path) for contents in read)
@@ -166,7 +161,6 @@ class Reader:
         self._lock = threading.Lock()  # for torch's global random state
 
     def read(self, entry: KnownAdapter) -> LoadedAdapter:
-        """Reads and checks an adapter."""
         assert entry.path is not None
         began = time.perf_counter()
         most = sum(verified.nbytes for verified in entry.stack) + MANIFEST_BYTES
@@ -205,7 +199,6 @@ class Reader:
         return () if selection_of(self.shadow).active else parse_over(record)
 
     def _deltas(self, needed: Sequence[Origin], stack: Sequence[Contents]) -> dict[str, Delta]:
-        """Builds the deltas of an adapter stack by module path."""
         active = selection_of(self.shadow).active
         parts: dict[str, list[Delta]] = {}
         with torch.random.fork_rng(devices=[]):

@@ -131,7 +131,6 @@ class Engine:
             future.result()
 
     def verify(self, entry: KnownAdapter) -> None:
-        """Checks an adapter like `load`, without keeping it. Thread-safe."""
         self._reader.read(entry)
 
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
@@ -211,7 +210,6 @@ class Engine:
         return row is not None
 
     def wake(self) -> None:
-        """Lets the thread of `start` make a step now."""
         self._wake.set()
 
     def step(self) -> bool:
@@ -236,7 +234,6 @@ class Engine:
         return bool(cancelled or decoding or reading)
 
     def run(self, after: Callable[[], None] = lambda: None) -> None:
-        """Steps until no requests are left, and calls `after` after every step."""
         while self._rows:
             self._wake.clear()
             if not self.step() and self._rows:
@@ -244,7 +241,6 @@ class Engine:
             after()
 
     def forget(self) -> None:
-        """Drops cached prefixes of ended requests."""
         if self._rows:
             raise LorafoldError(f"engine: found {len(self._rows)} requests, expected none to run")
         self._runner.rebuild()
@@ -261,11 +257,9 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread of `start` is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
-        """Cancels all requests and restores the model."""
         with self._lock:
             if self._closing:
                 return
@@ -306,7 +300,6 @@ class Engine:
     def _end(
         self, row: Row, reason: Reason, message: str = "", fault: str = "", setting: str = ""
     ) -> None:
-        """Frees a request's resources and puts its `Ended`."""
         if row in self._scheduler.running:
             self._scheduler.leave(row)
             self._runner.release(row, well=reason in ("end", "length", "stop"))

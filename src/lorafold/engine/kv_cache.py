@@ -63,18 +63,15 @@ class SlotCache:
         return buffer
 
     def zero(self, slot: int, after: int = 0) -> None:
-        """Clears a slot from a position on."""
         for buffer in self.all_buffers():
             buffer[slot, :, after:].zero_()
 
     def copy(self, source: int, targets: Sequence[int], tokens: int) -> None:
-        """Copies the first tokens of a slot to others."""
         for buffer in self.all_buffers():
             for target in targets:
                 buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
     def swap(self, a: int, b: int, tokens: int) -> None:
-        """Exchanges the first tokens of two slots."""
         for buffer in self.all_buffers():
             buffer[[a, b], :, :tokens] = buffer[[b, a], :, :tokens]
 
@@ -87,7 +84,6 @@ class SlotCache:
         return self.length if self.whole else min(self.length, columns(longest))
 
     def emptied(self) -> SlotCache:
-        """Returns a cache of the same size without buffers."""
         fresh = copy(self)
         fresh.keys, fresh.values = {}, {}
         return fresh
@@ -147,8 +143,6 @@ class CachedSlot(NamedTuple):
 
 
 class CachedPrefixes:
-    """Free slots with content."""
-
     def __init__(self) -> None:
         self.slots: dict[int, CachedSlot] = {}
         self._clock = count(1)
@@ -171,16 +165,13 @@ class CachedPrefixes:
         return self.slots[slot].age if slot in self.slots else 0
 
     def length(self, slot: int) -> int:
-        """Returns the number of tokens in a free slot."""
         return len(self.slots[slot].tokens) if slot in self.slots else 0
 
     def moved(self, source: int, target: int) -> None:
-        """Moves the content's entry to another slot."""
         if source in self.slots:
             self.slots[target] = self.slots.pop(source)
 
 
 def common(a: Sequence[object], b: Sequence[object]) -> int:
-    """Returns the length of the common prefix."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -96,8 +96,6 @@ class AdapterRows:
 
 
 class EngineDelta(Opaque):
-    """Applies each row's adapter to a module."""
-
     def __init__(self, slot_adapters: SlotAdapters, path: str) -> None:
         super().__init__()
         self._slot_adapters, self.path = (slot_adapters,), path  # a tuple, to not be a submodule
@@ -123,7 +121,6 @@ class SlotAdapters:
         self.in_blocks = False  # torch's own matmuls are not batch invariant for any size
 
     def place(self, slot: int, adapter: LoadedAdapter) -> None:
-        """Assigns an adapter to a slot."""
         assert slot not in self.placed
         self.placed[slot] = adapter
         if adapter in self.places:
@@ -142,7 +139,6 @@ class SlotAdapters:
             self.stacks[shape].gain(place, index, g, c)
 
     def clear(self, slot: int) -> None:
-        """Removes a slot's adapter, if any."""
         adapter = self.placed.pop(slot, None)
         if adapter is None or adapter in self.placed.values():
             return
@@ -257,7 +253,6 @@ class Stacks:
         self.ranks[place] = 0
 
     def widen(self, places: int) -> None:
-        """Grows to `places` places."""
         more = places - len(self.ranks)
         self.ranks = pad(self.ranks, (0, more))
         with torch.inference_mode(False):
@@ -321,12 +316,10 @@ class ActiveDeltas:
 
     @contextmanager
     def alone(self, adapter: LoadedAdapter) -> Iterator[None]:
-        """Runs a pass with this adapter only, which can't be mixed."""
         with self._active(adapter.paths, adapter.key):
             yield
 
     def close(self) -> None:
-        """Removes all deltas from the model."""
         for adapter in list(self._alone):
             self._alone[adapter] = 1
             self.lift(adapter)

@@ -154,7 +154,6 @@ class _Inputs:
     """
 
     def __init__(self, model: nn.Module, stack: ExitStack) -> None:
-        """Registers hooks until the stack is closed."""
         self.rows: dict[str, bool] = {}
         self.calls: list[tuple[str, Any, int]] = []  # (path, input, its version)
         for path, module in Anatomy.of(model).modules:

@@ -43,8 +43,6 @@ WIDE = 4096  # rows of a matrix that suffice to measure; an LM head has many mor
 
 
 class Operations:
-    """The operations by name, with the parameters of their plain versions."""
-
     def __init__(self, device: str = "", as_trained: bool = False) -> None:
         self.name = (device or "plain") + "_as_trained" * as_trained
         self.stored, self.low_rank = STORED.on(device), LOW_RANK.on(device)
@@ -72,7 +70,6 @@ class Operations:
 
 
 def available(device: str, as_trained: bool = False) -> Operations:
-    """Returns a device's operations, or the plain ones if they are unavailable."""
     if why := use(DECODING, device):
         log.info("the engine's operations run in torch: %s", why)
     return Operations("" if why else device, as_trained)

@@ -79,7 +79,6 @@ class Sampling:
 
     @property
     def grammar(self) -> tuple[str, str] | None:
-        """(setting, text) of the grammar, or None."""
         settings = {"schema": self.schema, "regex": self.regex, "lark": self.lark}
         return next(((name, text) for name, text in settings.items() if text is not None), None)
 
@@ -95,15 +94,12 @@ class Sampling:
 
 
 def require(checks: Mapping[str, bool]) -> None:
-    """Raises with the messages of all failed checks."""
     if wrong := [message for message, passed in checks.items() if not passed]:
         raise LorafoldError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to compute."""
-
     id: str  # unique among running requests
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -121,8 +117,6 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a completion."""
-
     id: str
     token: int
     text: str = ""  # added text; empty while a character or a stop text may be incomplete
@@ -158,7 +152,6 @@ class EventStream:
         self._more = threading.Condition()
 
     def put(self, event: Token | Ended) -> None:
-        """Adds an event; for the engine only."""
         with self._more:
             assert self.ended is None, f"{self.request.id}: an event after the last"
             if isinstance(event, Ended):
@@ -184,7 +177,6 @@ class EventStream:
                 return
 
     def result(self) -> Ended:
-        """Waits for the last event."""
         with self._more:
             while self.ended is None:
                 self._more.wait()

@@ -196,7 +196,6 @@ class SlotRunner(Runner):
 
     @contextmanager
     def _batch_invariant(self) -> Iterator[None]:
-        """Fixes the arithmetic for any number of rows."""
         if not (self.as_trained or self.steady):
             yield
             return

@@ -57,8 +57,6 @@ class SampledToken(NamedTuple):
 
 
 class Sampler:
-    """A request's sampling parameters and tokens."""
-
     def __init__(
         self, sampling: Sampling, prompt: Sequence[int], allowed: Allowed | None = None
     ) -> None:
@@ -203,8 +201,6 @@ def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
 
 
 class Grammars:
-    """Grammars for one tokenizer."""
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._read: Any = None

@@ -26,8 +26,6 @@ OUT = 2  # cost of a completion token relative to a prompt token (paper, sec. 4)
 
 
 class Waiting:
-    """Waiting rows by tenant."""
-
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
         self._rows: dict[str, deque[Row]] = {}  # only tenants with waiting rows
@@ -57,7 +55,6 @@ class Waiting:
             self._last = self._used[tenant]
 
     def charge(self, tenant: str, tokens: int) -> None:
-        """Counts a tenant's tokens."""
         cost = tokens / self._weights.get(tenant, 1.0)
         self._used[tenant] = self._used.get(tenant, 0.0) + cost
 
@@ -88,8 +85,6 @@ class Batch(NamedTuple):
 
 
 class Scheduler:
-    """Waiting and running rows."""
-
     def __init__(self, settings: EngineSettings, single: bool) -> None:
         self.slots, self.chunk, self.each = settings.slots, settings.chunk, settings.invariant
         self.budget, self.most = max(settings.budget, settings.chunk), settings.tenant_slots
@@ -131,7 +126,6 @@ class Scheduler:
         return [Batch(rows, [1] * len(rows)) for rows in self._groups(decoded)]
 
     def reading(self) -> list[Batch]:
-        """Returns prefill passes, oldest rows first."""
         left, batches = self.budget, []
         read = [row for row in self.running if row.reader is None and row.pending > 1]
         for rows in self._groups(read):

@@ -124,7 +124,6 @@ class Row:
         return "length" if full else None
 
     def end(self, reason: Reason, message: str = "", fault: str = "", setting: str = "") -> None:
-        """Puts the `Ended`."""
         request = self.request
         if self.text and reason != "failed":
             try:
@@ -164,7 +163,6 @@ class Text:
         return self._release(after[len(before) :], last=False)
 
     def finish(self) -> str:
-        """Returns the remaining text."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._from : self._read])

@@ -37,7 +37,6 @@ def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
 
 
 def batches(examples: Sequence[Any]) -> list[list[int]]:
-    """Batches indices of examples by similar length."""
     return similar_lengths(range(len(examples)), lengths_of(examples).__getitem__, TOKENS)
 
 

@@ -83,7 +83,6 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 
 
 def mean_loss(sums: Sequence[tuple[float, int]]) -> float:
-    """The mean loss over tokens; raises if it is not finite."""
     loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
     if not math.isfinite(loss):
         raise LorafoldError(

@@ -128,17 +128,14 @@ class Rewarded:
 
     @property
     def completions(self) -> list[Completion]:
-        """The completions of all groups, in the order of `judged`."""
         return [one for group in self.groups for one in group]
 
     @property
     def tokens(self) -> int:
-        """The number of sampled tokens."""
         return sum(len(one.tokens) for one in self.completions)
 
     @property
     def interval(self) -> Interval | None:
-        """The 95% interval of the mean reward; None for a single prompt."""
         return _interval(self.rewards)
 
     @property
@@ -168,7 +165,6 @@ class Rewarded:
 
     @property
     def to_read(self) -> list[dict[str, Any]]:
-        """The best and worst completions, shortened."""
         return [one.shortened() for one in self.samples(READ, READ)]
 
     def samples(self, best: int, worst: int) -> list[PolicySample]:
@@ -326,6 +322,5 @@ def evaluate_rewards(
 
 
 def _short(text: str) -> str:
-    """Formats the beginning of a text on one line."""
     more = len(text) - SHOWN
     return repr(text[:SHOWN]) + (f" and {more:,} more characters" if more > 0 else "")

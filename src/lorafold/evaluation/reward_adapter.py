@@ -96,7 +96,6 @@ class RewardAdapter:
             yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
 
     def _stored(self, model: PreTrainedModel) -> str:
-        """Returns a notice if the base's dtype differs from the reward's training."""
         before = self.stack[-1].own_base.trained_on
         now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
         if _quantized(model) or before is None or before.storage == now:
@@ -124,8 +123,6 @@ def rewards_over(
 
 
 class AdapterReward:
-    """Scores of a reward model."""
-
     def __init__(
         self, name: str, weight: float, shell: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase, how: Branching | None,

@@ -61,8 +61,6 @@ class RolloutSize:
 
 
 class Rollouts:
-    """Samples completions, once `open`."""
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -82,7 +80,6 @@ class Rollouts:
 
     @property
     def engine(self) -> Engine:
-        """The engine on the shell."""
         assert self._engine is not None
         return self._engine
 

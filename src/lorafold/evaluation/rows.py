@@ -156,8 +156,6 @@ def evaluate_classifier(
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Figures besides the loss."""
-
     completions: bool = True
     max_new_tokens: int | None = None
     law: Law = DPO

@@ -89,7 +89,6 @@ def check_folder(path: str | Path) -> None:
 
 
 def check_file(path: str | Path) -> None:
-    """Raises unless `write_text` can write a file."""
     target = Path(path).expanduser().resolve()
     _check_no_directory(path)
     if not target.parent.is_dir():
@@ -173,7 +172,6 @@ def verify(
 
 
 def sha256(path: Path) -> str:
-    """In hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -186,7 +184,6 @@ def is_abandoned(name: str) -> bool:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Converts errors of the file system and of safetensors to LorafoldError."""
     from safetensors import SafetensorError
 
     try:

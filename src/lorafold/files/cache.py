@@ -43,7 +43,6 @@ def cached(
 
 
 def filled(path: Path, write: Callable[[Path], None], notice: Callable[[str], None]) -> Path:
-    """Like `cached`, for a directory."""
     with _locked(path, notice):
         if path.is_dir():
             if not (problems := verify(path)):
@@ -57,7 +56,6 @@ def filled(path: Path, write: Callable[[Path], None], notice: Callable[[str], No
 
 
 def found_in_cache(kind: str, key: str) -> Path | None:
-    """Returns an entry's directory if it exists and is intact."""
     path = _place(kind, key)
     if not path.is_dir() or verify(path):
         return None

@@ -100,7 +100,6 @@ class Contents:
         return self.digest_of(self.names)
 
     def digest_of(self, names: Iterable[str]) -> str:
-        """The same over some of the files."""
         return digest((name, *self.entries[name]) for name in names if name in self.entries)
 
     @cached_property
@@ -112,13 +111,11 @@ class Contents:
         }
 
     def check_intact(self) -> None:
-        """Raises if files differ from lorafold's manifest."""
         if MANIFEST in self.files:
             check_intact(self.path, self.names, self.files[MANIFEST], self.entries)
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of `lorafold.json`, or empty."""
         return self.object(RECORD) if RECORD in self.files else {}
 
     def object(self, name: str) -> dict[str, Any]:

@@ -52,7 +52,6 @@ def section(title: str, about: str = "") -> str:
 
 
 def notes(texts: Iterable[str]) -> str:
-    """Returns sentences as a list, or nothing."""
     return str(_environment().globals["notes"](texts))
 
 
@@ -62,7 +61,6 @@ def rendered(template: str, **values: Any) -> str:
 
 
 def write_page(title: str, body: str, path: str | Path) -> None:
-    """Writes a page with a title (text) and a body (HTML)."""
     place = files("lorafold.files")
     style = "".join((place / name).read_text(encoding="utf-8") for name in STYLES)
     write_text(path, rendered("files/page.html", title=title, body=body, style=style) + "\n")
@@ -72,7 +70,6 @@ class ShownInNotebooks:
     """A dataclass that notebooks display as tables."""
 
     def as_json(self) -> dict[str, Any]:
-        """Returns all fields in one object."""
         return asdict(self)  # type: ignore[call-overload]
 
     def _repr_html_(self) -> str:
@@ -98,7 +95,6 @@ def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
 
 
 def _text(value: Any) -> str:
-    """Formats a cell."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return "" if value is None else cut(as_text(value), 200)
     if len(value) > 4 and all(isinstance(one, int | float) for one in value):

@@ -30,7 +30,6 @@ def nearest_name(path: Path) -> str:
 
 
 def check_name(out: str | Path) -> None:
-    """Raises for a path without a name, such as the working directory."""
     if Path(out).name in ("", ".."):
         raise LorafoldError(f"{out}: expected the name of a new directory")
 

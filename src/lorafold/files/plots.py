@@ -124,7 +124,6 @@ def drawing(
 
 
 def _of_page(found: re.Match[str]) -> str:
-    """Replaces a placeholder by the page's colour."""
     n = int(found[2], 16)
     if found[1] == "1":
         return mixed("series-0", "series-1", n)
@@ -132,7 +131,6 @@ def _of_page(found: re.Match[str]) -> str:
 
 
 def mixed(one: str, other: str, percent: float) -> str:
-    """A CSS colour between two of the page's."""
     return f"color-mix(in oklab, var(--{one}), var(--{other}) {percent:.0f}%)"
 
 
@@ -142,7 +140,6 @@ def between(share: float) -> str:
 
 
 def series(n: int) -> dict[str, Any]:
-    """Colour, dash and marker of a series."""
     return {
         "color": SERIES[n % len(SERIES)],
         "linestyle": DASHES[n % len(DASHES)],
@@ -223,7 +220,6 @@ def rows(axes: Any, names: Sequence[str], marks: Sequence[Series], most: int = W
 
 
 def height_of(names: Sequence[str], marks: int = 1) -> tuple[float, float]:
-    """The size of a plot of rows, in inches."""
     return SIZE[0], 0.75 + (0.2 + 0.06 * (marks - 1)) * len(names) + 0.15 * (marks > 1)
 
 

@@ -26,23 +26,19 @@ def environment(escape: bool) -> Any:
 
 
 def in_words(template: str, **values: Any) -> str:
-    """Renders a plain-text report."""
     return str(environment(False).get_template(template).render(values)).removesuffix("\n")
 
 
 def within(interval: Sequence[float] | None, form: str = ".4g") -> str:
-    """Formats a 95% interval in parentheses; empty for None."""
     return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
 
 
 def with_interval(figures: Any, name: str, form: str = ".4g") -> str:
-    """Formats a figure and its interval."""
     interval = getattr(figures, f"{name}_interval")
     return f"{getattr(figures, name):{form}}{within(interval, form)}"
 
 
 def as_text(value: Any) -> str:
-    """Formats a value; floats have six digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"

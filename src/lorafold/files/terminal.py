@@ -54,7 +54,6 @@ def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int =
 
 
 def format_bytes(n: float) -> str:
-    """For example 39.1 MB."""
     size, unit = next(((10**k, u) for k, u in ((9, "GB"), (6, "MB")) if n >= 10**k), (1e3, "kB"))
     return f"{n / size:.1f} {unit}"
 
@@ -72,7 +71,6 @@ def paragraph(text: str, opening: str = "", width: int = WIDTH) -> list[str]:
 
 
 def shown(value: float | None, form: str) -> str:
-    """Formats a value, or a dash for None."""
     return NOTHING if value is None else f"{value:{form}}"
 
 
@@ -86,7 +84,6 @@ def values_of(items: Iterable[Any], path: str) -> list[Any]:
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """The mean of known values, or None."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 

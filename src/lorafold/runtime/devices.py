@@ -26,7 +26,6 @@ class Gpu(NamedTuple):
 
 
 def gpus() -> list[Gpu]:
-    """Lists the GPUs that torch can use."""
     import torch
 
     cuda = torch.cuda

@@ -25,14 +25,12 @@ def asked_once() -> Iterator[str]:
 
 
 def cache() -> str:
-    """The hub's cache directory."""
     from huggingface_hub import constants
 
     return str(constants.HF_HUB_CACHE)
 
 
 def _silent(address: str) -> str:
-    """Returns the reason for not using the hub, or an empty text."""
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session
 

@@ -32,7 +32,6 @@ MANY = 1.1  # growth of the number of modules that triggers another freeze
 
 
 def wishes() -> dict[str, str]:
-    """Returns missing variables with their values."""
     if os.environ.get(SWITCH) == "off" or platform.libc_ver()[0] != "glibc":
         return {}
     pages = HUGE_PAGES if huge_pages() == "madvise" else {}

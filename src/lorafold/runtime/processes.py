@@ -187,7 +187,6 @@ class Processes:
             _at_once(tensors, dist.all_reduce)
 
     def largest(self, number: int) -> int:
-        """Returns the maximum over all processes."""
         import torch
         import torch.distributed as dist
 
@@ -264,7 +263,6 @@ def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
 
 
 def _met(here: Launched) -> Any:
-    """Returns the store of this run's processes."""
     import torch.distributed as dist
 
     os.environ |= {
@@ -327,13 +325,10 @@ class Launched:
 
     @property
     def speaks(self) -> bool:
-        """Whether this process prints."""
         return self.rank == 0
 
 
 class Launcher(NamedTuple):
-    """A launcher and its environment variables."""
-
     name: str
     rank: str
     world: str
@@ -404,7 +399,6 @@ def first_node(nodes: str) -> str:
 def _number(
     environment: Mapping[str, str], name: str, beside: str = "", default: int | None = None
 ) -> int:
-    """Reads an integer from the environment."""
     text = environment.get(name)
     if text is None and default is not None:
         return default

@@ -33,7 +33,6 @@ _ended = threading.Event()
 
 
 def processor_name() -> str:
-    """The model's name if known, else the architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

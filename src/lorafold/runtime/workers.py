@@ -102,7 +102,6 @@ class _Worker(Generic[T]):
         other.close()
 
     def call(self, *arguments: Any) -> T:
-        """Raises the function's exception, or LorafoldError if the process is gone."""
         try:
             self._pipe.send(arguments)
             result = self._pipe.recv()
@@ -115,7 +114,6 @@ class _Worker(Generic[T]):
         return result
 
     def close(self) -> None:
-        """Ends the process."""
         self._pipe.close()
 
     def _run(self, pipe: Connection, function: Callable[..., T]) -> None:

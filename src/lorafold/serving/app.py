@@ -71,8 +71,6 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def application(server: Server) -> FastAPI:
-    """Builds the ASGI application."""
-
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(logs.unhandled)
@@ -107,8 +105,6 @@ def application(server: Server) -> FastAPI:
 
 
 def operations(app: FastAPI, server: Server) -> None:
-    """Adds the routes for health checks and metrics."""
-
     @app.get("/livez")
     async def live() -> Response:
         """Returns 200 while the process answers requests."""

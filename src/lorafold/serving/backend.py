@@ -84,7 +84,6 @@ class States:
     alone: str  # the reason for running one request at a time; empty if they are batched
 
     def refuses(self, name: str) -> bool:
-        """Whether an adapter is quarantined."""
         return self.adapters.get(name, ("", 0))[0] == "quarantined"
 
 

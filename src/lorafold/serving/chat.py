@@ -70,7 +70,6 @@ class ChatBody(Completing):
         return {k: v for k, v in named.items() if v is not None} | self.chat_template_kwargs
 
     def conversation(self, limits: Limits) -> list[Message]:
-        """Validates and normalizes the messages."""
         check_number("messages", len(self.messages), limits.messages)
         _check(message_problems("messages", self.messages))
         for i, message in enumerate(self.messages):
@@ -100,7 +99,6 @@ class ChatBody(Completing):
         return tuple(tool for tool in tools if tool["function"]["name"] in allowed), forced
 
     def _choice(self, names: list[str]) -> tuple[list[str], list[str] | None]:
-        """Returns the names of allowed tools, and of those of which one must be called, or None."""
         choice = self.tool_choice
         if choice in ("auto", "none"):
             return (names if choice == "auto" else []), None
@@ -123,7 +121,6 @@ class ChatBody(Completing):
 
 
 def _tool_name(choice: Any, names: Collection[str]) -> str:
-    """Reads a tool choice in OpenAI's format, nested or flat."""
     function = choice.get("function", choice) if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if function is None or choice.get("type") != "function" or name not in names:
@@ -170,7 +167,6 @@ def chat_of(
 def call_of(
     id: Any, name: Any, arguments: Any, where: str, field: str = "arguments"
 ) -> dict[str, Any]:
-    """Converts a call to OpenAI's format; `where` and `field` are for error messages."""
     function = {"name": name, "arguments": arguments}
     for problem in call_problems("calls", [function]):
         wrong_field, _, message = problem.removeprefix("field calls[0].").partition(": ")
@@ -231,8 +227,6 @@ class MessageDelta:
 
 
 class GeneratedMessage:
-    """A complete message."""
-
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
         self.tokens: list[tuple[str, Token]] = []  # (field, token)
@@ -311,7 +305,6 @@ class NextTurn(DialectRequest):
         return Prompted(chosen, text, prompts, sampling, reader)
 
     async def deltas(self, reply: Reply) -> AsyncIterator[MessageDelta]:
-        """Yields the messages in parts, as they are generated."""
         readers = [copy(reply.prompted.reader) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
@@ -325,7 +318,6 @@ class NextTurn(DialectRequest):
             yield MessageDelta(i, texts, end=event, calls=self._calls(calls))
 
     async def messages_of(self, reply: Reply) -> list[GeneratedMessage]:
-        """Returns the messages once all completions have ended."""
         messages = [GeneratedMessage() for _ in reply.jobs]
         async for delta in self.deltas(reply):
             messages[delta.index].add(delta)

@@ -102,7 +102,6 @@ class CompletionJob:
         self.arrived.set()
 
     def late(self, now: float, limits: Limits) -> Refusal | None:
-        """Returns the exceeded deadline, if any."""
         queue, first = limits.queue_seconds, limits.first_token_seconds
         waited = now - self.submitted
         if self.began is None and waited > queue:
@@ -143,7 +142,6 @@ class Usage:
 
     @property
     def openai(self) -> dict[str, object]:
-        """In the format of completions."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,

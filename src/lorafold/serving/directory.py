@@ -39,8 +39,6 @@ PAUSE, AGAIN = 0.25, 2.0
 
 
 class Directory:
-    """A directory of adapters, or a single adapter."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
@@ -66,11 +64,9 @@ class Directory:
 
     @property
     def beside(self) -> Path:
-        """The directory for files about all adapters."""
         return self.path.parent if self._single else self.path
 
     def others(self) -> list[str]:
-        """Lists directories that are not adapters."""
         if self._single:
             return []
         entries = os.listdir(self.path)
@@ -96,14 +92,12 @@ class Directory:
         return marks
 
     def touch(self, name: str) -> object:
-        """Returns the stamps, or None for an adapter that may not be read."""
         try:
             return self.marks(self.locate(name))
         except (LorafoldError, OSError):
             return None
 
     def linked(self, path: Path, names: Iterable[str]) -> list[str]:
-        """Returns the files with several hard links."""
         return [n for n in names if not self._single and (path / n).stat().st_nlink > 1]
 
     def words(self, path: Path) -> list[str]:
@@ -147,7 +141,6 @@ class Directory:
         return path
 
     def below(self, origin: Origin, path: Path) -> Path:
-        """Locates a base adapter of the one at `path`."""
         if not self._single:
             self.locate(Path(origin.path).name)
         return expected_path(origin, path)

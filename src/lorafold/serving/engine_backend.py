@@ -30,8 +30,6 @@ LASTS = 60.0  # seconds after which a start counts as successful
 
 @dataclass
 class ActiveRequest:
-    """A request, and the number of its events that were delivered."""
-
     id: str
     stream: EventStream | None = None  # None until the engine accepts it
     delivered: int = 0
@@ -47,7 +45,6 @@ class ActiveRequest:
         return News(self.id, events, began, self.stream.prompt)
 
     def lost(self) -> News:
-        """Ends it with the tokens delivered so far."""
         events = self.stream.so_far()[: self.delivered] if self.stream else []
         tokens = tuple(event.token for event in events if isinstance(event, Token))
         return News(self.id, [Ended(self.id, "failed", tokens, message=LOST)], self.began)

@@ -45,7 +45,6 @@ class Refusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """In OpenAI's format."""
         other = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = TYPES.get(self.status, other)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
@@ -72,24 +71,20 @@ class Refusal(Exception):
 
 
 def wrong(param: str, message: str) -> Refusal:
-    """Refuses a field's value."""
     return Refusal(400, "invalid_value", f"{param}: {message}", param)
 
 
 def unsupported(param: str, more: str = "") -> Refusal:
-    """Refuses a field."""
     return Refusal(400, "unsupported_parameter", f"{param}: it is not supported{more}", param)
 
 
 def check_number(param: str, n: int, most: int) -> None:
-    """Refuses a field with too many entries."""
     if n > most:
         raise wrong(param, f"found {n} of them, expected at most {most}")
 
 
 @contextmanager
 def naming(names: Mapping[str, str]) -> Iterator[None]:
-    """Renames fields in refusals (`Refusal.sent_as`)."""
     try:
         yield
     except Refusal as refusal:

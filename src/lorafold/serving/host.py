@@ -62,7 +62,6 @@ class Host:
 
     @asynccontextmanager
     async def computing(self) -> AsyncIterator[None]:
-        """Runs the backend while the context is open."""
         self._loop = asyncio.get_running_loop()
         with stacks(), self.pool:
             async with self.backend.events(self._deliver):
@@ -107,7 +106,6 @@ class Host:
 
     @contextmanager
     def counted(self, tenant: str) -> Iterator[None]:
-        """Counts a request as waiting during the block."""
         self._thinking[tenant] += 1
         try:
             yield
@@ -123,7 +121,6 @@ class Host:
         return max(1, min(60, round(each * self.waiting())))
 
     def cancel(self, job: CompletionJob, why: Refusal | None = None) -> None:
-        """Ends a job within a step."""
         if job.end is None:
             job.why = job.why or why
         self.backend.cancel(job.request.id)
@@ -141,7 +138,6 @@ class Host:
         return sum(j.request.tenant == tenant for j in list(self.jobs.values()) if j.why)
 
     def running(self) -> int:
-        """Counts jobs with a slot."""
         return sum(job.began is not None for job in list(self.jobs.values()))
 
     def _deliver(self, all_news: Sequence[News]) -> None:
@@ -171,7 +167,6 @@ class Host:
             self.pool.submit(self._check_quarantine, job)
 
     def _check_quarantine(self, job: CompletionJob) -> None:
-        """Records a quarantine by the backend."""
         key = job.request.adapter
         with suppress(LorafoldError, Refusal):
             if key and self.backend.states().refuses(key):
@@ -190,14 +185,11 @@ class Host:
 
 
 class Admission:
-    """Checks limits and submits completions."""
-
     def __init__(self, host: Host, registry: Registry, usage: TokenUsage, sandbox: Sandbox) -> None:
         self.host, self.registry, self.usage, self._sandbox = host, registry, usage, sandbox
         self.limits = host.settings.limits
 
     def check(self, body: Completing) -> None:
-        """Refuses a body that exceeds the limits."""
         if not 1 <= body.n <= self.limits.choices:
             raise wrong("n", f"found {body.n}, expected 1 to {self.limits.choices}")
         check_number("stop", len(body.stops), self.limits.stops)
@@ -270,7 +262,6 @@ class Admission:
         self._sandbox.compile(guidance(grammar))
 
     async def count(self, caller: Caller, request: DialectRequest) -> int:
-        """Counts the tokens of a request's prompts."""
         self.check_room(caller.tenant, 1)
 
         def counted() -> int:

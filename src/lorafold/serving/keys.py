@@ -87,7 +87,6 @@ class Caller:
     limits: TokenLimits = UNLIMITED
 
     def may(self, name: str) -> bool:
-        """Whether the adapter or alias is allowed."""
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
@@ -108,17 +107,14 @@ class Keys:
 
     @property
     def tenants(self) -> tuple[str, ...]:
-        """Everybody who may call."""
         named = dict.fromkeys(key.tenant for key in self._keys)
         return tuple(named) if self.file else (LOCAL,)
 
     @property
     def limited(self) -> bool:
-        """Whether any key has a token limit."""
         return any(key.limits != UNLIMITED for key in self._keys)
 
     def caller(self, authorization: str | None) -> Caller:
-        """Authenticates a request by its header."""
         sent = _sent_hash(authorization)
         if _same(self._admin, sent):
             return Caller(ADMIN)
@@ -135,7 +131,6 @@ class Keys:
         raise Refusal(401, "expired_api_key", "the key has expired, expected another one")
 
     def admin(self, authorization: str | None) -> Caller:
-        """Authenticates the administrator."""
         if not self._admin:
             message = "administration is closed: the server has no --admin-key-file"
             raise Refusal(403, "admin_closed", message)
@@ -233,15 +228,11 @@ def _same(hashed: str, sent: str) -> bool:
 
 
 class Tally(Strict):
-    """Tokens in one minute or day, numbered from 1970."""
-
     at: NonNegativeInt = 0
     tokens: NonNegativeInt = 0
 
 
 class UsageFile(Strict):
-    """Each tenant's last minute and day with usage."""
-
     tenants: dict[str, dict[Literal["day", "minute"], Tally]] = Field({})
 
 
@@ -258,7 +249,6 @@ class TokenUsage:
         self._changed = self._failed = False
 
     def add(self, tenant: str, tokens: int) -> None:
-        """Counts tokens used now."""
         if tokens:
             used, now = self._tenants.setdefault(tenant, {}), int(self._now())
             for period, seconds in PERIODS.items():
@@ -268,7 +258,6 @@ class TokenUsage:
             self._changed = True
 
     def check(self, caller: Caller) -> None:
-        """Refuses a caller that has used up a limit."""
         counts, now = self._tenants.get(caller.tenant, {}), self._now()
         for period, seconds in PERIODS.items():
             most = getattr(caller.limits, f"tokens_per_{period}")
@@ -281,13 +270,11 @@ class TokenUsage:
                 raise Refusal(429, code, message, retry_after=left)
 
     async def keep_saving(self) -> None:
-        """Saves every second."""
         while True:
             await asyncio.sleep(1.0)
             await self.save()
 
     async def save(self) -> None:
-        """Writes the file in a thread, if needed and changed."""
         if not (self._changed and self._needed()):
             return
         today = int(self._now()) // DAY

@@ -25,8 +25,6 @@ EACH = 5.0  # seconds in which a repeated line is suppressed
 
 
 class Lines(logging.Formatter):
-    """Formats plain lines or JSON objects; `texts` includes messages of errors."""
-
     def __init__(self, as_json: bool, texts: bool) -> None:
         super().__init__()
         self._json, self._texts = as_json, texts
@@ -75,7 +73,6 @@ class RepeatFilter(logging.StreamHandler[TextIO]):
 
 
 def set_up(as_json: bool, texts: bool = False) -> None:
-    """Logs the server's lines, and warnings of libraries, to stderr."""
     handler = RepeatFilter()
     handler.setFormatter(Lines(as_json, texts))
     for name in ("lorafold", "uvicorn", "asyncio", "sse_starlette"):
@@ -114,7 +111,6 @@ def _unraisable(args: Any) -> None:
 
 
 def write(record: Record) -> None:
-    """Logs a request that has ended."""
     reply = record.reply
     jobs = reply.jobs if reply else []
     fields = {

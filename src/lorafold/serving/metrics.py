@@ -35,15 +35,12 @@ BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
 
 class Use:
-    """Usage of an adapter."""
-
     def __init__(self) -> None:
         self.requests = self.tokens = 0
         self.firsts: deque[float] = deque(maxlen=64)  # recent seconds to the first token
 
     @property
     def first_token_ms(self) -> float | None:
-        """The median time to first token, in ms."""
         return round(1000 * median(self.firsts), 1) if self.firsts else None
 
 
@@ -77,7 +74,6 @@ class Metrics:
         self.whole = seconds("lorafold_request_seconds", "From a request's arrival to its end")
 
     def arrived(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
-        """Counts a job's events, after `CompletionJob.put`."""
         use = self.uses.setdefault(job.adapter, Use())
         adapter = self.label("adapter", job.adapter)
         new = sum(isinstance(event, Token) for event in events)
@@ -103,7 +99,6 @@ class Metrics:
             self.whole.observe(waited)
 
     def ended(self, tenant: str, adapter: str, outcome: str) -> None:
-        """Counts a request; the outcome is ok or the code of a refusal."""
         labels = self.label("tenant", tenant), self.label("adapter", adapter)
         self.requests.labels(*labels, outcome).inc()
 
@@ -122,8 +117,6 @@ class Metrics:
 
 
 class Gauges(Collector):
-    """Gauges that are computed on collection."""
-
     def __init__(self, metrics: Metrics, host: Host, registry: Registry, keys: Keys) -> None:
         self._metrics, self._host, self._registry, self._keys = metrics, host, registry, keys
 

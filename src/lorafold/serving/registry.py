@@ -44,23 +44,17 @@ REASON = 2000  # characters of the reason for a rejection
 
 
 class AliasTarget(Strict, strict=True):
-    """An adapter or a version of it, with its share of the alias's requests."""
-
     adapter: str
     digest: str | None = Field(None, pattern=r"^[0-9a-f]{8,64}$")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class Alias(Strict):
-    """Current targets, and those before the last change."""
-
     targets: tuple[AliasTarget, ...] = Field(min_length=1, max_length=16)
     previous: tuple[AliasTarget, ...] = ()
 
 
 class ServerState(Strict):
-    """The content of the state file."""
-
     aliases: dict[str, Alias] = Field({})
     pinned: tuple[str, ...] = ()
     unloaded: tuple[str, ...] = ()
@@ -160,7 +154,6 @@ class Registry:
             raise Refusal(503, "adapter_unavailable", message, "model") from None
 
     def version(self, caller: Caller, model: str) -> AdapterFiles:
-        """Resolves NAME or NAME@DIGEST."""
         name, at, digest = model.partition("@")
         adapter = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
         if adapter is None or (at and len(digest) < 8) or not self.matches(adapter, digest):
@@ -218,7 +211,6 @@ class Registry:
             self._forget(adapter)
 
     def pin(self, name: str, pinned: bool) -> None:
-        """Pins an adapter in memory, or unpins it."""
         with self._changing(name) as [adapter]:
             others = tuple(n for n in self.state.pinned if n != name)
             self.save(pinned=(*others, name) if pinned else others)
@@ -237,7 +229,6 @@ class Registry:
                 log.error("the quarantine of %s can't be kept: %s", name, error)
 
     def point(self, name: str, targets: tuple[AliasTarget, ...]) -> Alias:
-        """Sets an alias's targets from the next request on."""
         with self._changing(*(target.adapter for target in targets)) as adapters:
             if not NAME.fullmatch(name) or name in {self.base, *self.names()}:
                 raise wrong("name", f"found {name[:80]!r}, expected one that no model has")
@@ -251,7 +242,6 @@ class Registry:
             return alias
 
     def roll_back(self, name: str) -> Alias:
-        """Restores an alias's previous targets."""
         alias = self.alias(name)
         if not alias.previous:
             raise Refusal(409, "nothing_before", f"{name} has stood for nothing else before")
@@ -269,7 +259,6 @@ class Registry:
 
     @contextmanager
     def _changing(self, *names: str) -> Iterator[list[AdapterFiles]]:
-        """Verifies adapters, which may block, and then holds the lock."""
         for name in filter(NAME.fullmatch, names):
             self.ready(name)
         with self.lock:
@@ -280,7 +269,6 @@ class Registry:
             yield [self.adapters[name] for name in names]
 
     def names(self) -> frozenset[str]:
-        """Lists adapters except unloaded ones."""
         return self.directory.names() - set(self.state.unloaded)
 
     def _verified(self, name: str, afresh: bool = False) -> AdapterFiles:
@@ -317,7 +305,6 @@ class Registry:
             self._backend.unload(adapter.key)
 
     def save(self, **changes: object) -> None:
-        """Changes the state and its file."""
         state = self.state.model_copy(update=changes)
         if state != self.state:
             write_text(self.file, state.model_dump_json(indent=2) + "\n")
@@ -325,7 +312,6 @@ class Registry:
 
 
 def without(entries: Mapping[str, V], name: str) -> dict[str, V]:
-    """Returns the entries without a name."""
     return {key: value for key, value in entries.items() if key != name}
 
 
@@ -350,7 +336,6 @@ class DirectoryWatcher:
         return self._idle.wait(timeout)
 
     def close(self) -> None:
-        """Joins the threads."""
         self.closing.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -378,7 +363,6 @@ class DirectoryWatcher:
             self.closing.wait(LOOK)
 
     def _verified(self, name: str) -> bool:
-        """Returns whether verification was possible."""
         try:
             if self.closing.is_set():
                 return False

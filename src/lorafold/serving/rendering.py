@@ -35,8 +35,6 @@ MARKS = 2048  # maximum length of a template's tags, which every completion is s
 
 
 class TokenTexts:
-    """Texts of single tokens, for log probabilities."""
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._texts = tokenizer, dict[int, str]()
 
@@ -76,8 +74,6 @@ class TokenTexts:
         return pieces
 
     def chat_logprobs(self, tokens: Sequence[Token], top: int) -> list[dict[str, Any]]:
-        """In the format of chat completions."""
-
         def one(token: int, logprob: float) -> dict[str, Any]:
             return {
                 "token": self.text(token), "logprob": logprob, "bytes": list(self.bytes(token)),
@@ -136,14 +132,12 @@ class Renderer:
             raise Refusal(400, "template_refuses", f"messages: {message}", "messages") from None
 
     def prompt_tokens(self, text: str) -> tuple[int, ...]:
-        """Tokenizes a prompt of `chat`."""
         try:
             return tuple(ids_of(text, self.tokenizer))
         except LorafoldError as error:
             raise Refusal(400, "template_refuses", f"messages: {error}", "messages") from None
 
     def tokens(self, text: str, special: bool) -> tuple[int, ...]:
-        """Tokenizes a text; `special` adds special tokens."""
         return tuple(tokens_of(text, self.tokenizer, special))
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -192,8 +186,6 @@ class Renderer:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The base or a version of an adapter."""
-
     name: str
     key: str | None  # the adapter's key in the engine; None for the base
     renderer: Renderer
@@ -201,8 +193,6 @@ class ServedModel:
 
 
 class Renderers:
-    """Renderers of the base and its adapters. Thread-safe."""
-
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sandbox: Sandbox
     ) -> None:

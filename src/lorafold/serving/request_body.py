@@ -75,7 +75,6 @@ class Completing(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def sampling(self, **more: Any) -> Sampling:
-        """Converts to the engine's settings."""
         try:
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
@@ -123,12 +122,10 @@ def read_body(kind: type[B], content: bytes) -> B:
 
 
 def new_id(kind: str) -> str:
-    """Returns a unique id, such as `chatcmpl-...`."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 
 def sse_event(value: Mapping[str, Any], name: str | None = None) -> bytes:
-    """Formats a server-sent event."""
     return (f"event: {name}\n" if name else "").encode() + b"data: " + to_json(value) + b"\n\n"
 
 
@@ -146,5 +143,4 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def finish(end: Ended) -> str:
-    """Returns OpenAI's finish reason."""
     return "stop" if end.reason == "end" else end.reason

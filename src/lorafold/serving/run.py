@@ -210,7 +210,6 @@ class Http(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Disables uvicorn's signal handling."""
         yield
 
 

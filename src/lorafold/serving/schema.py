@@ -44,7 +44,6 @@ def schema_of(form: Mapping[str, Any], field: str) -> str | None:
 
 
 def compact(schema: Mapping[str, Any]) -> str:
-    """Serializes a schema with the rule for white space."""
     return json.dumps({"x-guidance": COMPACT} | dict(schema))
 
 

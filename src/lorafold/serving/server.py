@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Record:
-    """The data of an HTTP request for logs and metrics."""
-
     id: str
     method: str
     path: str
@@ -69,8 +67,6 @@ class Dialect(ABC):
 
 @dataclass
 class Server:
-    """The components of a server."""
-
     settings: Settings
     keys: Keys
     registry: Registry
@@ -82,7 +78,6 @@ class Server:
     parsing: Lock = field(default_factory=Lock)
 
     def caller(self, request: Request, header: str | None = None) -> Caller:
-        """Authenticates a request by its headers, or by `header`."""
         caller = self.keys.caller(header or authorization(request.headers))
         record_of(request).tenant = caller.tenant
         return caller
@@ -115,7 +110,6 @@ class Server:
     async def count(
         self, request: Request, kind: type[B], read: Callable[[Server, B], DialectRequest]
     ) -> int:
-        """Counts the tokens of a request's prompts."""
         caller = self.caller(request)
         counted = await self.body(request, caller, kind, partial(read, self))
         with naming(counted.names):
@@ -197,7 +191,6 @@ class Server:
 
 
 def record_of(request: Request) -> Record:
-    """Returns the record that `app.Gate` created."""
     return request.scope["record"]
 
 
@@ -215,7 +208,6 @@ def error_event(record: Record, refusal: Refusal) -> tuple[dict[str, Any], str |
 
 
 def refused(record: Record, refusal: Refusal) -> Response:
-    """Builds the response of a refusal."""
     record.outcome, record.status = refusal.code, refusal.status
     return answer(error_event(record, refusal)[0], refusal.status, refusal.headers)
 

@@ -46,8 +46,6 @@ class Limits(Strict):
 
 
 class Settings(Strict):
-    """All settings except the model and the adapters."""
-
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     keys: Path | None = None
@@ -72,7 +70,6 @@ class Settings(Strict):
 
 
 def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
-    """Reads the settings file; options that are not None take precedence."""
     settings: Any = {}
     if file is not None:
         settings = parse_yaml(text_of(file, "settings"), str(file)) or {}
@@ -96,7 +93,6 @@ def _problem(error: Any) -> str:
 
 
 def read_if_exists(file: Path, kind: type[M]) -> M:
-    """Reads a file of the server, or returns an empty one."""
     return read(file, kind, "move it away") if os.path.lexists(file) else kind()
 
 

@@ -43,15 +43,11 @@ READ_BY = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
 
 
 class CachedAdapter(Strict):
-    """An adapter, with the stamps of its files and its base adapters' files."""
-
     found: AdapterFiles
     marks: dict[str, FileStamp]
 
 
 class CacheFile(Strict):
-    """`identity` is the base's and the code's."""
-
     identity: str
     adapters: dict[str, CachedAdapter] = Field({})
 
@@ -87,7 +83,6 @@ class VerifiedCache:
         self._changed = True
 
     def save(self) -> None:
-        """Writes the file if anything changed."""
         with self._saving:  # older content must not overwrite newer
             if not self._changed:
                 return
@@ -156,7 +151,6 @@ class Verifier:
         return self._renderers.of(files)
 
     def close(self) -> None:
-        """Ends the processes and saves the cache."""
         self._sandbox.close()
         self.cache.save()
 
@@ -224,7 +218,6 @@ class Verifier:
         return adapter
 
     def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:
-        """Describes differences in base model and quantization."""
         base, served = "", self._storage
         if self._weights is not None:
             base = OwnBase.of(path, files.object(CONFIG), files.record).other(self._weights)
@@ -236,7 +229,6 @@ class Verifier:
         return cut(base, 1000), storage
 
     def _open_tokenizer(self, path: Path, verified: VerifiedFiles) -> str:
-        """Opens an adapter's tokenizer from the verified bytes and returns its digest."""
         words = self.directory.tokenizer(path)
         if words.named != verified.digest_of(verified.files.keys() - {*FILES, MANIFEST}):
             raise LorafoldError(f"{path} changes while it is read; load it again")

@@ -184,8 +184,6 @@ class Choices(Dialect):
 
 
 class CompletionsReply(Choices):
-    """Answers `/v1/completions`."""
-
     body: CompletionsBody
     request: PlainPrompts
 
@@ -244,8 +242,6 @@ def _choice(i: int, text: str, logprobs: object, finish: str | None = None) -> d
 
 
 class ChatAnswer(Choices):
-    """Answers `/v1/chat/completions`."""
-
     body: ChatBody
     request: NextTurn
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"

@@ -86,7 +86,6 @@ class CountTokens(Body):
         )  # fmt: skip
 
     def _conversation(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields messages with their fields."""
         if self.system:
             yield "system", {"role": "system", "content": _text(self.system, "system")}
         names: dict[str, str] = {}
@@ -129,8 +128,6 @@ def turn_of(server: Server, body: CountTokens) -> NextTurn:
 
 
 class MessagesReply(Dialect):
-    """Answers in Anthropic's format."""
-
     body: MessagesBody
     request: NextTurn
 

@@ -103,8 +103,6 @@ def routes(app: FastAPI, server: Server) -> None:
 
 
 class Snapshot:
-    """The models at one moment."""
-
     def __init__(self, server: Server) -> None:
         self.server, registry = server, server.registry
         uses, jobs = list(server.metrics.uses.items()), list(server.host.jobs.values())
@@ -142,7 +140,6 @@ class Snapshot:
         return sse_event(changes | status) if new or gone or status else b""
 
     def _differing_from(self, before: Snapshot) -> set[str]:
-        """Returns the names of new, changed and removed models."""
         old, a, b = before.adapters, before.state, self.state
         names = {name for name, adapter in self.adapters.items() if old.get(name) is not adapter}
         names |= old.keys() - self.adapters.keys() | (before.unverified ^ self.unverified)
@@ -168,7 +165,6 @@ class Snapshot:
         return caller.base if name == self.registry.base else caller.may(name)
 
     def _described(self, name: str, admin: bool) -> dict[str, Any] | None:
-        """Returns a model's entry, or None."""
         if name == self.registry.base:
             return self.base()
         if name in self.state.aliases:
@@ -232,14 +228,11 @@ def _differing(a: Mapping[K, object], b: Mapping[K, object]) -> set[K]:
 
 
 class ModelChanges:
-    """Streams changes of the models."""
-
     def __init__(self, server: Server) -> None:
         self._server, self._snapshot = server, Snapshot(server)
         self._turn = asyncio.Lock()
 
     async def events(self, caller: Caller, admin: bool) -> AsyncGenerator[bytes, None]:
-        """Yields the whole list, then changes, until the server shuts down."""
         before = None
         while True:
             async with self._turn:
@@ -316,7 +309,6 @@ def administration(app: FastAPI, server: Server) -> None:
     registry = server.registry
 
     async def done(change: Callable[[], T]) -> T:
-        """Runs a change in a thread."""
         try:
             return await server.host.think(change, ADMIN)
         except LorafoldError as error:

@@ -172,7 +172,6 @@ class ResponsesReply(Dialect):
         yield _event(f"response.{ended['status']}", response=ended)
 
     def _text_events(self, reply: Reply, kind: str, text: str) -> Iterator[Item]:
-        """Adds text to the last item, or to a new one of this kind."""
         if not self._items or self._items[-1]["type"] != kind:
             if self._items:
                 yield from self._end_text(reply)
