@@ -1,15 +1,11 @@
 """An engine's adapters, and their loading and eviction.
 
-    cold -> loading -> resident -> cold ...
-
 Loading other files under a name creates a new entry; requests keep the one they were submitted
 with. An entry has a reference per waiting or running request, and a lease per running one. If
-memory is limited, the least recently used adapters without lease, pin or reservation are evicted,
-and are read and verified again on demand. An unloaded entry is dropped with its last reference.
+memory is limited, the least recently used adapters without lease, pin or reservation are evicted.
 
-An adapter is quarantined after too many requests with NaN or infinite logits, until other files are
-loaded under its name. One whose tensors changed in memory is evicted. The checksum, the sum of all
-bytes as 64-bit integers, detects any single bit flip and is faster than CRC-32.
+The checksum that detects changes in memory is the sum of all bytes as 64-bit integers, which any
+single bit flip changes; it is faster than CRC-32.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """Verification of an adapter's files, and adapters in memory.
 
-    entry = KnownAdapter("sft", path, Reader(model).verified(path), generation)
-    loaded = Reader(model).read(entry)      # low-rank factors, and other deltas
-
 Each file is read once, and the same bytes are hashed and parsed, with all checks of `lf.load`. The
 adapter is built for a shadow of the model, with separate modules and the same tensors, so a worker
 can read while the engine computes.
@@ -224,8 +221,8 @@ class Reader:
         vocabulary: int | None,
         alone: bool = False,
     ) -> LoadedAdapter:
-        """Sorts deltas by the way in which the engine computes them; with `alone`, all by their own
-        code. `vocabulary` is the size if the adapter adds tokens.
+        """Sorts deltas by the way in which they are computed; with `alone`, all by their own code.
+        `vocabulary` is the size if the adapter adds tokens.
         """
         alone = alone or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
         active, gained = selection_of(self.shadow).active, dict[str, Gained]()

@@ -6,12 +6,9 @@
         engine.run()                        # or engine.start(), which steps in a thread
         print(stream.result().text)
 
-A step takes new requests, assigns free slots, decodes a token of every running request, and
-prefills some prompts (`lorafold.engine.scheduler`). Yu et al. 2022, Orca (OSDI). Results are batch
-invariant: a request returns the same tokens alone or batched.
-
-If a forward pass raises, it is split in halves until the failing requests are isolated; only these
-fail. Others lose nothing, because a row counts its tokens as computed only after the pass.
+Yu et al. 2022, Orca (OSDI). Results are batch invariant. If a forward pass raises, it is split in
+halves until the failing requests are isolated; others lose nothing, because a row counts its tokens
+as computed only after the pass.
 """
 
 from __future__ import annotations

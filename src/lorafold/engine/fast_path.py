@@ -1,10 +1,9 @@
 """The fast path: faster replacements for modules, recognized by their computation.
 
 Norms, rotary embeddings and gated MLPs are training's (`lorafold.training_step.fused_modules`).
-On CPUs, 16-bit matrices are copied into oneDNN's blocked layout, concatenated if they read the same
-tensor, in bf16 if the processor multiplies bf16 and else in fp32. Adapters' updates are added
-inside the kernel, so there is one matmul and one rounding. With few rows this is several times as
-fast as `F.linear`. Other modules keep their code.
+On CPUs, 16-bit matrices are copied into oneDNN's blocked layout, concatenated if they have the same
+input, in bf16 if the processor multiplies bf16 and else in fp32. The kernel adds adapters' updates,
+so there is one matmul and one rounding.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """The KV cache of running requests, one buffer per layer: (slots, Hk, columns, D).
 
-A request has a slot, a row of the buffers. A forward pass gets a `SlotView` as its cache, which
-writes T tokens per row at that row's position and reads up to the longest row. Masks
-(`lorafold.engine.operations`) read positions from `get_query_offset`. A slot is zeroed before
-reuse, because 0 times a stale NaN at a masked position is NaN.
+A forward pass gets a `SlotView` as its cache, which writes T tokens per row at that row's position
+and reads up to the longest row. A slot is zeroed before reuse, because 0 times a stale NaN at a
+masked position is NaN.
 
-`CachedPrefixes` keeps the content of free slots for requests with the same prefix. Matching by
-tokens alone would mix adapters (vLLM #30931), and by adapter name would use stale files (#42125),
-so `PrefixKey` has the adapter's generation and the tenant.
+Prefixes are cached under a `PrefixKey`: matching by tokens alone would mix adapters (vLLM #30931),
+and by adapter name would use stale files (#42125).
 """
 
 from __future__ import annotations

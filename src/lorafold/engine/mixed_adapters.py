@@ -2,13 +2,11 @@
 
     y_b = g (W x_b + up down x_b + bias) + c        with the factors at the place p(b) of row b
 
-Low-rank updates are accumulated onto the base's matmul before its single rounding. The factors of
-running adapters, gains and offsets are in `Stacks`, so a step gathers nothing (Chen et al. 2023,
-Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Requests of one adapter
-share its place. Other deltas are computed for their rows on the base's output.
-
-Adapters that can't be mixed have separate passes with their deltas attached to the model while one
-of their requests runs, so every method works.
+Updates are accumulated onto the base's matmul before its single rounding. Factors, gains and
+offsets are in `Stacks`, so a step gathers nothing (Chen et al. 2023, Punica, arXiv 2310.18547;
+Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Other deltas are computed for their rows on the base's
+output. Adapters that can't be mixed have separate passes with their deltas attached to the model,
+so every method works.
 """
 
 from __future__ import annotations

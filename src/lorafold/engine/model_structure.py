@@ -1,8 +1,7 @@
 """Detects how a model can be batched by running it, independent of its class.
 
-Three prompts of different lengths run in slots, in chunks and token by token; logits must equal
-each prompt's alone. A model for which this fails (recurrent state, positions of its own, custom
-attention) computes one request at a time.
+Three prompts run in slots, in chunks and token by token; logits must equal each prompt's alone. If
+this fails (recurrent state, own positions, custom attention), requests run one at a time.
 """
 
 from __future__ import annotations

@@ -4,13 +4,12 @@ Masks and attention are for rows at different positions: q (B, H, T, D), k (B, H
 (B, Hk, K, Dv) -> (B, T, H, Dv), with a mask of 0 if the model's predicate
 (causal, sliding, chunked) lets position start + t attend to j, else -inf.
 
-Kernels sum in another order for few rows, so a request's bits could depend on the batch:
+Kernels sum in another order for few rows, so bits could depend on the batch:
 
     least = steady(kernel, x)       kernel(x[:n]) has the bits of kernel(x)[:n] for n >= least
     with InBlocks(16): ...          matmuls of 16 rows at a time, for processors without a least
 
-With `as_trained`, results are bit-identical to training: attention runs the packed documents'
-kernel, which sums over keys in a document's order.
+With `as_trained`, results are bit-identical to training: attention sums in a document's order.
 """
 
 from __future__ import annotations

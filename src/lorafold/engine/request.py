@@ -1,7 +1,5 @@
-"""Requests to the engine, their events, and the engine's settings.
-
-A completion's tokens depend on the model, the adapter, the prompt and `Sampling`, never on other
-requests in the batch. Every request has exactly one `Ended`, its last event.
+"""Requests to the engine, their events, and the engine's settings. A completion never depends on
+other requests in the batch. Every request has exactly one `Ended`, its last event.
 """
 
 from __future__ import annotations

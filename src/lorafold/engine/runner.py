@@ -1,12 +1,9 @@
 """Forward passes of running requests.
 
-`SlotRunner` batches rows. A decoding pass runs over a view of the first slots; idle slots compute
-an unused token at a position that is overwritten before it is read. A slot keeps its content for
-prefix caching if its request ended normally. With `each`, all passes have the same shapes: all
+A decoding pass runs over a view of the first slots; idle slots compute an unused token at a
+position that is overwritten before it is read. With `each`, all passes have the same shapes: all
 slots decode, prompts are prefilled one row at a time in chunks of one size, and a model with
 experts also decodes one row at a time.
-
-`SoloRunner` computes one row at a time with the model's own cache, through `generate`.
 """
 
 from __future__ import annotations

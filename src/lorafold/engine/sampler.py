@@ -1,12 +1,10 @@
-"""Samples the next tokens of all rows from logits (B, V), with structured output.
+"""Samples the next tokens of all rows from logits (B, V), with structured output by llguidance.
 
     l -> penalties -> + bias -> grammar -> / temperature -> top-k -> top-p -> min-p -> softmax
     token = argmax_i p_i / e_i,   e_i exponential, from philox(key = seed and position)
 
-The order is transformers'. A row's result is independent of the others. Noise depends on the
-request's seed and the token's position: Philox4x64-10 (Salmon et al. 2011) from numpy, since
-`lorafold.ops.philox` needs a hundred torch operations. Grammar masks come from llguidance
-(`pip install lorafold[serve]`).
+The order is transformers'. A row's result is independent of the others. Noise is Philox4x64-10
+(Salmon et al. 2011) from numpy, since `lorafold.ops.philox` needs a hundred torch operations.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Chooses the rows of the next passes.
 
 Every step decodes all rows with one pending token, then prefills at most `budget` tokens, which
-bounds the delay by long prompts. Waiting rows are ordered by their tenant's usage; rows whose
-adapter is loading are skipped. Of running rows with the same prompt, the first prefills it for all.
+bounds the delay by long prompts. Of running rows with the same prompt, the first prefills it for
+all.
 
 `Waiting` is the virtual token counter of Sheng et al. 2024, Fairness in Serving Large Language
-Models (OSDI), algorithm 2: it serves the tenant with the smallest counter, which grows by the
-tenant's tokens, with completions counted OUT times, divided by its weight; a tenant that starts to
-wait again starts no lower than the others.
+Models (OSDI), algorithm 2: it serves the tenant with the smallest counter, which grows by its
+tokens, with completions counted OUT times, divided by its weight; a tenant that starts to wait
+again starts no lower than the others.
 """
 
 from __future__ import annotations

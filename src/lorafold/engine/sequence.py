@@ -1,8 +1,8 @@
 """A running request, and incremental detokenization.
 
-`Text` never retracts output: it holds text back while a character is incomplete, or while its end
-may begin a stop text. Only tokens since the last complete character are decoded again, with enough
-tokens before them that the decoder doesn't treat them as the start of a text.
+`Text` holds text back while a character is incomplete, or while its end may begin a stop text, so
+output is never retracted. Only tokens since the last complete character are decoded again, after
+enough others that the decoder doesn't treat them as the start of a text.
 """
 
 from __future__ import annotations

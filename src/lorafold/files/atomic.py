@@ -1,12 +1,7 @@
-"""Directories that are written completely or not at all.
+"""Directories that are written completely or not at all, with a manifest.
 
-    with atomic_directory("out", overwrite=False) as tmp:
-        save_file(tensors, tmp / "model.safetensors")
-
-The block writes to a temporary sibling on the same file system, which on success gets a manifest
-(SHA-256 and size of every file), is flushed and renamed; on failure it is removed. The next attempt
-at the same target removes the sibling of a killed process. `check_intact` compares files with the
-manifest before they are read, if lorafold wrote one.
+The block writes to a temporary sibling on the same file system, which is flushed and renamed on
+success, and removed on failure. The next attempt removes the sibling of a killed process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""The cache of reproducible files, LORAFOLD_CACHE/KIND/KEY.
-
-Entries appear atomically; if two processes need the same one, the second waits. A key must contain
-everything that its entry depends on, except lorafold's version, which is added.
+"""The cache of reproducible files, LORAFOLD_CACHE/KIND/KEY. Entries appear atomically. A key must
+contain everything that its entry depends on, except lorafold's version, which is added.
 """
 
 import os

@@ -1,15 +1,10 @@
 """Work shared by several processes or machines through one directory.
 
-    shared({out / "a.json": make_a, out / "b.json": make_b}, done, say)
-
-Each path is made by one process, which holds `<path>.claim` meanwhile; all return when every path
-exists. A claim is created exclusively and touched regularly. Another process takes it if its holder
-is dead (on the same machine), or has not touched it for LEASE seconds by the waiting process's
-clock, since clocks differ (filelock's `SoftFileLease`). Claims are in the same directory as their
-paths, so that on NFS whoever creates a claim sees what its previous holder wrote.
-
-`measured` stores each result of a study in a file named by a digest of everything it depends on, so
-a study can be continued and shared.
+Each path is made by one process, which holds `<path>.claim` meanwhile. A claim is created
+exclusively and touched regularly. Another process takes it if its holder is dead
+(on the same machine), or has not touched it for LEASE seconds by the waiting process's clock, since
+clocks differ (filelock's `SoftFileLease`). Claims are in the same directory as their paths, so that
+on NFS whoever creates a claim sees what its previous holder wrote.
 """
 
 from __future__ import annotations

@@ -1,12 +1,7 @@
 """Files that are read once, so that the verified bytes are those that are used, and cached digests.
 
-    contents = Contents("adapter", ["adapter_config.json", ...])
-    contents.named                      SHA-256 over their names and bytes
-    contents.check_intact()             like `atomic.check_intact` for files on disk
-    contents.object("adapter_config.json")
-
 Digests of files are cached by stamp in CACHE/digests/known/DEVICE-INODE. A file in the hub's cache
-that is named by its SHA-256 is not read. These digests identify files; they are no integrity check.
+that is named by its SHA-256 is not read. Digests identify files; they are no integrity check.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
-"""Plots in one style, as inline SVG.
-
-    drawing(draw, "Loss", "It fell from 3.1 to 0.4.")     draw(axes) draws on matplotlib's axes
-
-Colours are the page's (`page.css`), so plots follow its light and dark theme; matplotlib draws with
-placeholders. Series also differ by dash and marker.
+"""Plots in one style, as inline SVG. Colours are placeholders for the page's (`page.css`), so plots
+follow its light and dark theme.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Attention within documents in C++ (`attention.cpp`): one call for all documents of a layer.
 
-The tiles of `lorafold.ops.attention` need some twenty calls each, and a compiled matmul kernel for
-every length. Here matmuls are in fp32, which is as fast as 16 bits for such small matrices, or in
-bf16 with AMX. Measured with `benchmarks/attention.py`.
+Matmuls are in fp32, which is as fast as 16 bits for such small matrices, or in bf16 with AMX.
 """
 
 from __future__ import annotations

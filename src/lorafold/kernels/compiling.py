@@ -1,9 +1,5 @@
-"""Compiles a C++ file for this processor and loads it; the library is cached.
-
-    call = Functions(SOURCE, {"rotary": [P, P, N, INT]})
-    call("rotary", x.dtype, x, out, n, threads)         calls rotary_float32 or rotary_bfloat16
-
-Compilation takes seconds, once for each processor, compiler and version of the file.
+"""Compiles a C++ file for this processor and loads it; the library is cached. Compilation takes
+seconds, once for each processor, compiler and version of the file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
 """The table *operation x kind of device*: the class of this package with a faster implementation.
-
-    reason = use(TRAINING)     uses them from now on, or returns the reason for which it can't
-
-Other operations and devices use the plain version. To add an implementation, name a class in a row
-and give it a method with the operation's name.
+To add one, name a class in a row and give it a method with the operation's name.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Operators of training steps in C++ (`training.cpp`), for fp32 and bf16 on the CPU. The engine
-also uses norms, rotary embeddings and gates.
-
-Each needs one pass over memory where torch takes several. For other dtypes or layouts it returns
-NotImplemented, and the plain version, which is the specification, is used.
+"""Operators of training steps in C++ (`training.cpp`), for fp32 and bf16 on the CPU, with one pass
+over memory each. For other dtypes or layouts they return NotImplemented, and the plain version,
+which is the specification, is used.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
 """A process that can be killed at any time, with messages in both directions.
 
-    process = Killable("lorafold.verification.worker")          runs `python -P -m MODULE`
-    process.write(packed(content), until)
-    content = process.read(until)
-
 A message is its length in eight bytes, and the content. Deadlines are times of time.monotonic().
 The process leads its own session, so its children are killed with it and terminal signals don't
 reach it.

@@ -1,16 +1,10 @@
 """Speeds up a process with environment variables, and by excluding objects from garbage collection.
 
 `restart_tuned` restarts the process with variables that libraries only read at start-up (huge pages
-for the heap, fewer cached matmul kernels of 0.7 MB each). Variables that are set are kept, and
-LORAFOLD_TUNE=off disables this.
-
-    with imports_set_aside(): ...       for a command: objects of imported modules
-    with existing_set_aside(): ...      for a block that collects often: all existing objects
-    with all_set_aside(): ...           for a server, once it listens: all existing objects
-
-torch and transformers create a million objects that are never garbage, which full collections
-traverse. `gc.freeze` excludes them. Excluded garbage is never freed, so `imports_set_aside` is for
-processes with a single task.
+for the heap, fewer cached matmul kernels of 0.7 MB each); LORAFOLD_TUNE=off disables this. torch
+and transformers create a million objects that are never garbage, which full collections traverse;
+`gc.freeze` excludes them. Excluded garbage is never freed, so `imports_set_aside` is for processes
+with a single task.
 """
 
 import _thread

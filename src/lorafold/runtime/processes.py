@@ -4,17 +4,10 @@
         processes.add([p.grad for p in parameters])        all-reduce, in place
         found = processes.once(measure)                    rank 0 computes, all receive
 
-Each process computes its share of a step's rows. Decisions that depend on a clock, disk or memory
-are made by rank 0, or agreed on. An error in one process ends all (`Lifeline`): each keeps a
-connection to rank 0, which the system closes when a process dies, and probes in case the machine is
-gone, so a long computation is not taken for a failure. Rank 0 then reports the failed process; if
-it is rank 0, rank 1 does.
-
-`launched` reads the launcher's environment, without importing torch:
-
-    torchrun, accelerate launch     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-    srun                            SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
-    mpirun                          OMPI_COMM_WORLD_* or PMI_*, and MASTER_ADDR on several machines
+Decisions that depend on a clock, disk or memory are made by rank 0, or agreed on. An error in one
+process ends all (`Lifeline`): each keeps a connection to rank 0, which the system closes when a
+process dies, and probes in case the machine is gone, so a long computation is not taken for a
+failure. Rank 0 then reports the failed process; if it is rank 0, rank 1 does.
 """
 
 from __future__ import annotations

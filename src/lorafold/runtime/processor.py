@@ -1,9 +1,9 @@
 """The CPU: its name, usable cores, load by others, instruction sets, and OpenMP threads.
 
 Threads that spin while waiting slow down busy machines; sleeping ones wake slowly on idle ones.
-GCC's OpenMP doesn't spin while a process has more threads than cores. So `considerate` checks the
-load every second, and while others are busy creates an extra team of threads. For the same reason,
-threads that don't need parallelism compute `alone`: their teams would slow down the engine's.
+GCC's OpenMP doesn't spin while a process has more threads than cores, so `considerate` creates an
+extra team of threads while others are busy. For the same reason, threads that don't need
+parallelism compute `alone`.
 """
 
 from __future__ import annotations

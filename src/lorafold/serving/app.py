@@ -1,7 +1,7 @@
-"""The application: routes, error responses, and limits on requests and connections.
+"""The application, with limits on requests and connections.
 
 uvicorn has no time limit for receiving a request and no size limit for headers, so `bounded` adds
-both and limits connections.
+both.
 """
 
 from __future__ import annotations

@@ -1,11 +1,5 @@
-"""The interface between the server and an engine; `engine_backend` implements it.
-
-    async with backend.events(take):            computes, and calls `take` after every step
-        backend.load(adapter, "known")
-        backend.submit(Request("1", prompt, 64, adapter.key))
-        backend.cancel("1")
-
-All methods are thread-safe; `length`, `ready` and `states` don't block.
+"""The interface between the server and an engine, implemented by `engine_backend`. All methods are
+thread-safe; `length`, `ready` and `states` don't block.
 """
 
 from __future__ import annotations
@@ -102,10 +96,9 @@ class Backend(ABC):
 
     @abstractmethod
     def events(self, take: Callable[[Sequence[News]], None]) -> AbstractAsyncContextManager[None]:
-        """Computes while the context is open; at its end, all requests end.
-
-        `take` is called on the event loop with the news since the last call. Every submitted
-        request gets one `Ended`; its message is LOST if the backend failed.
+        """Computes while the context is open; at its end, all requests end. `take` is called on the
+        event loop with the news since its last call. Every request gets one `Ended`, with the
+        message LOST if the backend failed.
         """
 
     @abstractmethod
@@ -121,10 +114,9 @@ class Backend(ABC):
         """Registers an adapter under its key, also after a restart of the engine. Running requests
         keep their version. The files must have these digests whenever they are read.
 
-        `until` `known`: loads it on demand, and resets strikes; `begun`: starts loading;
-        `resident`: waits until it is loaded; `checked`: checks that the files fit the model,
-        without registering.
-        The last two raise for wrong files.
+        `until` `known`: loads on demand, and resets strikes; `begun`: starts loading; `resident`:
+        waits until loaded; `checked`: only checks that the files fit the model. The last two raise
+        for wrong files.
         """
 
     @abstractmethod

@@ -1,8 +1,4 @@
-"""The next turn of a conversation, for the chat completions, responses and messages APIs.
-
-`shortened` drops the oldest exchanges of a conversation that is too long; the system message, the
-last user message and the last exchange stay.
-"""
+"""The next turn of a conversation, for the chat completions, responses and messages APIs."""
 
 from __future__ import annotations
 

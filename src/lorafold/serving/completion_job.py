@@ -1,11 +1,7 @@
-"""A completion on the event loop, the reply with all completions of a request, and its parsing.
+"""A completion on the event loop, all completions of a request, and their parsing.
 
-    reader = PartReader(tokenizer, prompt, tools)   separates reasoning, content and calls
-    reader.add("Let me see. <tool_")                [("content", "Let me see.")]
-    reader.finish()                                 the rest, and the calls
-
-Text is held back while it may be the start of a tag, and after the start of a call, so streamed
-text is never retracted. A call that can't be parsed becomes content.
+`PartReader` holds text back while it may be the start of a tag, and after the start of a call, so
+streamed text is never retracted. A call that can't be parsed becomes content.
 """
 
 from __future__ import annotations

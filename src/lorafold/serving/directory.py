@@ -1,9 +1,8 @@
-"""The directory of adapters, and the rules for reading its entries.
+"""The directory of adapters. Only listed entries are read.
 
-Only `DIR/NAME` is read, for names in the directory's listing. Links that lead outside are refused,
-because someone who may write one adapter could use them to replace or read another's files. A hard
-link could too, but doesn't show the original, so the verifier accepts files with several links only
-if they are unchanged.
+Links that lead outside are refused, because someone who may write one adapter could use them to
+read or replace another's files. A hard link could too, but doesn't show which file is the original,
+so the verifier accepts files with several links only if they are unchanged.
 """
 
 from __future__ import annotations

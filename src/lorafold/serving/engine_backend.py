@@ -1,7 +1,5 @@
-"""Runs lorafold's engine in a thread as the server's backend.
-
-After every step, the thread passes the new events of all requests to the event loop in one call. If
-it dies, its requests end and a new engine on the same model reloads the adapters.
+"""Runs lorafold's engine in a thread. After every step, all new events go to the event loop in one
+call. If the thread dies, requests end and a new engine on the same model reloads the adapters.
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
-"""Admission, queue and deadlines of completions, on the event loop.
+"""Admission, queue and deadlines of completions on the event loop.
 
-    async with host.computing():
-        value = await host.think(do, tenant)    runs slow work in a thread
-        host.submit(job)                        the job gets its events, at most a step later
-        host.cancel(job, why)
-        reply = await admission.admit(...)      checks limits, renders and submits
-
-If the queue is full, a request is refused at once with a time for retrying. Verification,
-tokenization and grammars run in threads, so that they block neither the engine nor the event loop.
+Verification, tokenization and grammars run in threads (`Host.think`), so that they block neither
+the engine nor the event loop.
 """
 
 from __future__ import annotations

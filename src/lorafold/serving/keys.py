@@ -1,11 +1,8 @@
 """API keys, stored as hashes, with their tenants, adapters and limits.
 
-    {"keys": [{"tenant": "acme", "adapters": ["acme-*"], "sha256": "...",
-               "expires": "2026-12-31", "base": false, "limits": {"tokens_per_day": 100000}}]}
-
-Keys have 32 random bytes, so plain SHA-256 suffices. Comparison takes constant time. The file is
-read for every request, because mtime and size don't show every change; deleting an entry revokes
-its key. Limits are checked when a request begins; a running one may exceed them.
+Keys have 32 random bytes, so plain SHA-256 suffices. The file is read for every request, because
+mtime and size don't show every change; deleting an entry revokes its key. Limits are checked when a
+request begins; a running one may exceed them.
 """
 
 from __future__ import annotations

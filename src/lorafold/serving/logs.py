@@ -1,8 +1,7 @@
 """The log: one line per request and per event of the server.
 
-Only the first 200 characters of a client's path are logged. Of errors, it has the type and the
-stack, but not the message, which may quote anything. `log_texts` adds texts and messages. Repeated
-lines within a few seconds are counted instead.
+Only the first 200 characters of a client's path are logged and, of errors, the type and the stack
+but not the message, which may quote anything. `log_texts` adds texts and messages.
 """
 
 from __future__ import annotations

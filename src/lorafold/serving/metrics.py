@@ -1,9 +1,8 @@
 """Metrics in Prometheus format, and for the page.
 
-Labels are tenants of the key file, adapters of the directory, and codes of refusals, so clients
-can't create any. More than MOST of a kind share the label `other`. `Gauges` also exports the vLLM
-metrics that routers use, for example the Kubernetes gateway API inference extension: waiting and
-running requests, KV cache usage, and the adapters with requests.
+Labels are tenants, adapters and codes of refusals, so clients can't create any; more than MOST
+share the label `other`. `Gauges` also has the vLLM metrics that routers use, such as the Kubernetes
+gateway API inference extension.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Names of models: the base, an adapter, `adapter@digest`, or an alias that distributes requests
-over weighted targets.
+"""Names of models: the base, an adapter, `adapter@digest`, or an alias with weighted targets.
 
-The backend knows every version as `adapter@digest`, so running requests keep theirs. Aliases, pins,
-quarantines and unloaded adapters are in a JSON file, which is written before a change is confirmed.
-
-Until lorafold 0.3, digests of the old format, which don't cover the tokenizer, match too. Without a
-manifest such a digest is ambiguous and matches nothing, except for a quarantine.
+The backend knows versions as `adapter@digest`, so running requests keep theirs. Aliases, pins,
+quarantines and unloaded adapters are in a JSON file, written before a change is confirmed. Until
+lorafold 0.3, digests of the old format, without the tokenizer, match too; without a manifest they
+are ambiguous and match nothing, except for a quarantine.
 """
 
 from __future__ import annotations

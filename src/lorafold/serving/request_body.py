@@ -1,7 +1,5 @@
-"""Bodies of requests, and helpers for answers.
-
-Unknown fields are refused, because they may change the answer. Fields in HARMLESS are ignored, and
-those in NEUTRAL accepted with a value that has no effect.
+"""Bodies of requests. Unknown fields are refused, because they may change the answer; HARMLESS ones
+are ignored, and NEUTRAL ones accepted with a value that has no effect.
 """
 
 from __future__ import annotations

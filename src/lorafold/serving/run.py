@@ -1,8 +1,7 @@
 """Start-up and shutdown.
 
 The port is bound before the model is loaded, so a used port fails at once. After SIGTERM or Ctrl-C,
-no new requests begin, and running ones have `drain_seconds` to finish; a second signal ends the
-process at once.
+running requests have `drain_seconds` to finish; a second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -197,9 +196,9 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
 
 
 class Http(uvicorn.Server):
-    """uvicorn without its signal handlers, which would end the process. Its listen backlog of 1
-    makes asyncio accept one connection at a time; otherwise, without free file descriptors, asyncio
-    would retry and log for every waiting connection.
+    """uvicorn without signal handlers, which would end the process. With a backlog of 1, asyncio
+    accepts one connection at a time; otherwise, without free file descriptors, it would retry and
+    log for every waiting connection.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

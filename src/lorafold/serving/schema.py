@@ -1,7 +1,7 @@
 """JSON schemas for completions and arguments of calls.
 
-Tokens of the JSON are separated by at most one space, because small models write line breaks
-without end if any white space is allowed. A schema's own `x-guidance` of llguidance overrides this.
+At most one space separates tokens of the JSON, because small models otherwise write line breaks
+without end. A schema's own `x-guidance` of llguidance overrides this.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Verifies adapters: their files, their tokenizer, and that they fit the base.
 
-An adapter's files, and those of its base adapters, are first read in separate processes that can be
-killed (`lorafold.verification`) and that return digests. Only then this process interprets
-configuration and record and opens the tokenizer, from bytes with these digests. Adapters that
-differ only in values fit the base if one of them does.
+Files are first read in separate processes that can be killed (`lorafold.verification`) and return
+digests. Only then this process parses configuration and record and opens the tokenizer, from bytes
+with these digests. Adapters that differ only in values fit the base if one of them does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Models: their list, changes as server-sent events, and administration.
-
-Once a second, if there are listeners, `ModelChanges` takes a `Snapshot`, and each listener gets the
-difference from its previous one. Only models that differ are described again.
-"""
+"""Models: their list, changes as server-sent events, and administration."""
 
 from __future__ import annotations
 
