@@ -134,7 +134,6 @@ class TableExamples(Items[E]):
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:
-    """Returns tokens per example, without building examples of a table."""
     if isinstance(examples, TableExamples):
         return list(map(int, examples.lengths))
     return [len(example.ids) for example in examples]

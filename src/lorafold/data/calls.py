@@ -209,7 +209,6 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
 
 
 def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
-    """Parses pairs from position `at`; returns them and their end."""
     arguments = {}
     opening, ending = map(re.escape, (pairs.opening, pairs.ending))
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
@@ -242,7 +241,6 @@ def _closed(value: str) -> bool:
 
 
 def _value(text: str, pairs: Pairs) -> Any:
-    """Parses an unquoted value as JSON or Python, or else as text."""
     plain = text
     for quote in filter(None, (pairs.opening, pairs.ending)):
         plain = plain.replace(quote, '"')
@@ -263,6 +261,5 @@ def _types(tools: Sequence[Tool], name: str) -> dict[str, str]:
 
 
 def _regex(literal: str) -> str:
-    """Escapes a literal, with flexible whitespace."""
     pattern = r"\s*".join(map(re.escape, re.split(r"\s+", literal)))
     return pattern.replace(re.escape(NAMES[0]), "(?P=name)")

@@ -140,7 +140,6 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
 
 
 def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Suggests a template variable that makes plain turns trainable."""
     for name in sorted(variables_of(tokenizer)):
         for value in (False, True):
             with_value = copy.copy(tokenizer)
@@ -229,7 +228,6 @@ def find_problems(
     max_length: int,
     held_out: tuple[Sequence[Any], Rows] | None = None,
 ) -> Findings:
-    """Checks training rows and compares them with held-out rows."""
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
     of, own = _compared(examples)
@@ -278,7 +276,6 @@ def _finding(
     like: Rows | None = None,
     about: Any = "",
 ) -> DataFinding:
-    """Pairs rows with `others`, which are indices into `rows` or `like`."""
     said = SAID[name].format(about)
     chosen, at = np.unique(indices, return_index=True)
     if not len(chosen):

@@ -309,6 +309,9 @@ def encode(
 
 
 def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
+    """Returns the examples of a table made by `CompletionEncoder`, truncated to `max_length`
+    tokens, with a report.
+    """
     examples = Examples(table, max_length)
     whole, row = Lists(table.column("ids")).lengths, column(table, "row")
     longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))

@@ -62,7 +62,6 @@ def preference_problems(row: Row) -> Iterator[str]:
 
 
 def implicit_problems(row: Row) -> Iterator[str]:
-    """Checks two conversations without a prompt."""
     problems: list[str] = []
     for name in ("chosen", "rejected"):
         said = row[name]
@@ -133,7 +132,6 @@ def _conversation(said: Any) -> list[Message]:
 
 
 def _turns(text: str) -> list[Message]:
-    """Splits a text that begins with a turn; [] otherwise."""
     before, *pieces = TURN.split(text)
     if before.strip():
         return []

@@ -60,7 +60,6 @@ def _wrong(error: json.JSONDecodeError) -> str:
 
 
 def suspect(text: str) -> bool:
-    """Whether the text may contain unusable values; cheap."""
     deep = text.count("[") + text.count("{") > DEEPEST
     return deep or ("\\u" in text and bool(ESCAPED.search(text)))
 

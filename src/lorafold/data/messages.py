@@ -115,7 +115,6 @@ def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
 
 
 def call_problems(name: str, calls: Any) -> Iterator[str]:
-    """Checks calls in OpenAI's format or flat."""
     if not isinstance(calls, list):
         yield unlike(name, calls, "a list of calls")
         return
@@ -222,7 +221,6 @@ def _normalized(message: Message) -> Message:
 
 
 def _other(text: str, kind: type) -> str:
-    """Describes JSON text of another type; empty if it matches."""
     try:
         value = parsed(text)
     except ValueError as error:
@@ -300,7 +298,6 @@ def system_problems(row: Row, wrong: bool) -> Iterator[str]:
 
 
 def system_of(row: Row) -> list[Message]:
-    """Returns the message of `system`, unless the conversation has one."""
     return [] if _own_system(row) is not None else [{"role": "system", "content": row["system"]}]
 
 

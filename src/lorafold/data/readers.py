@@ -116,7 +116,6 @@ def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]
 
 
 def _windows(piece: bytes) -> str:
-    """Decodes Windows-1252; raises Unreadable for implausible text."""
     try:
         text = piece.decode(WINDOWS)
     except UnicodeDecodeError as error:

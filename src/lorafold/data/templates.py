@@ -248,7 +248,6 @@ _known = lru_cache(maxsize=KNOWN)(Template)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) -> Template:
-    """Returns the template for these tools; some tokenizers have several."""
     text = str(tokenizer.get_chat_template(tools=list(tools) or None))
     return _known(text, tokenizer, len(tokenizer))
 
@@ -266,7 +265,6 @@ def apply(
     for_generation: bool = False,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Renders messages in the template's form."""
     given: Any = list(tools) or None
     prompt: Any = {"tools": given, "add_generation_prompt": for_generation}
     try:

@@ -70,7 +70,6 @@ class AdapterCache:
             return self._start(entry, naming=True)
 
     def know(self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter]) -> None:
-        """Registers an adapter, to be read on demand."""
         with self._lock:
             self._put(KnownAdapter(name, Path(path), tuple(stack), next(self._generations)))
 
@@ -105,7 +104,6 @@ class AdapterCache:
             return self._names[name]
 
     def bind(self, name: str) -> KnownAdapter:
-        """Returns an entry and adds a reference."""
         with self._lock:
             entry = self.entry(name)
             self._check_strikes(entry)
@@ -189,7 +187,6 @@ class AdapterCache:
         entry.vocabulary = loaded.vocabulary or 0
 
     def _put(self, entry: KnownAdapter) -> None:
-        """Makes an entry its name's current one."""
         self._entries.add(entry)
         old, self._names[entry.name] = self._names.get(entry.name), entry
         if old is not None:

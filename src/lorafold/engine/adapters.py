@@ -73,7 +73,6 @@ class KnownAdapter:
 
     @property
     def key(self) -> str:
-        """A unique name for its deltas."""
         return f"lorafold-{self.generation}"
 
 
@@ -122,7 +121,6 @@ def attached(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
 
 
 def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
-    """Yields the parts of all deltas with their module paths."""
     return ((path, part) for path, delta in deltas.items() for part in delta.parts())
 
 

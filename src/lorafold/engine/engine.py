@@ -210,7 +210,6 @@ class Engine:
         self._wake.set()
 
     def step(self) -> bool:
-        """Computes one step; False if there was nothing to do."""
         with self._lock:
             while self._inbox:
                 self._scheduler.waiting.add(self._inbox.popleft())
@@ -322,7 +321,6 @@ class Engine:
         return row.adapter is not None
 
     def _pass(self, batch: Batch) -> None:
-        """Computes a batch or, if that raises, both halves."""
         rows, counts = batch
         try:
             logits_BV = self._runner.forward(rows, counts)

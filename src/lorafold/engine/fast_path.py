@@ -64,7 +64,6 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def packable(module: nn.Module) -> bool:
-    """Whether a module is a 16-bit matrix on a CPU with its class's own forward."""
     weight = module._parameters.get("weight")
     return (
         weight is not None

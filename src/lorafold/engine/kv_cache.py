@@ -78,7 +78,6 @@ class SlotCache:
         return chain(self.keys.values(), self.values.values())
 
     def width(self, longest: int) -> int:
-        """Returns the columns that a pass reads, for its longest row."""
         return self.length if self.whole else min(self.length, columns(longest))
 
     def emptied(self) -> SlotCache:
@@ -159,7 +158,6 @@ class CachedPrefixes:
         return best, most
 
     def age(self, slot: int) -> int:
-        """Returns 0 for an empty slot."""
         return self.slots[slot].age if slot in self.slots else 0
 
     def length(self, slot: int) -> int:

@@ -107,8 +107,6 @@ class EngineDelta(Opaque):
 
 
 class SlotAdapters:
-    """The stacks of all shapes, and the plan of the current pass."""
-
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
         self.structure, self.where, self.operations = structure, structure.where, operations
         self.stacks = [Stacks(shape, operations) for shape in structure.shapes]
@@ -269,8 +267,6 @@ class Stacks:
 
 
 class ActiveDeltas:
-    """Deltas of running adapters on the model, on top of the base's."""
-
     def __init__(self, model: nn.Module, slot_adapters: SlotAdapters) -> None:
         self.model, self.slot_adapters = model, slot_adapters
         self.selection = selection_of(model)
@@ -294,7 +290,6 @@ class ActiveDeltas:
             self._targets.add(path)
 
     def lift(self, adapter: LoadedAdapter) -> None:
-        """Reverts one `lay`."""
         if adapter.alone:
             self._alone[adapter] -= 1
             if not self._alone[adapter]:
@@ -304,7 +299,6 @@ class ActiveDeltas:
 
     @contextmanager
     def mixed(self, plan: AdapterRows) -> Iterator[None]:
-        """Runs a pass with the plan's adapters."""
         self.slot_adapters.plan, self.mixing = plan, True
         try:
             with self._active(plan.paths, *((OWN,) if plan.paths else ())):

@@ -51,7 +51,6 @@ class Structure:
 
     @cached_property
     def where(self) -> dict[str, tuple[int, int]]:
-        """Each matrix's index of its shape, and among the shape's paths."""
         return {
             path: (i, at)
             for i, shape in enumerate(self.shapes)
@@ -162,14 +161,12 @@ class _Inputs:
                 stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
 
     def record(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
-        """Records a call; `dims` is the input's expected number of dimensions."""
         x = args[0] if len(args) == 1 and not kwargs else None
         fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
         self.rows[path] = self.rows.get(path, True) and fits
         self.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
 
     def groups(self, paths: set[str]) -> tuple[tuple[str, ...], ...]:
-        """Groups paths that read the same tensor, in order of the first pass."""
         groups: list[list[str]] = []
         before: Any = (None, 0)
         for path, *read in self.calls:

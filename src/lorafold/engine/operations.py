@@ -203,7 +203,6 @@ class InBlocks(TorchDispatchMode):
 
 
 def lacks(device: str) -> str:
-    """Returns the reason for which passes can't be bit-identical to training, or an empty text."""
     return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected one on a CPU"
 
 

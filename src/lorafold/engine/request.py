@@ -26,7 +26,7 @@ Reason = Literal["end", "length", "stop", "cancelled", "failed"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. Raises LorafoldError for values out of range."""
+    """Sampling parameters."""
 
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all tokens
@@ -158,7 +158,6 @@ class EventStream:
             self._more.notify_all()
 
     def so_far(self, start: int = 0) -> list[Token | Ended]:
-        """Returns the events so far, from index `start`."""
         with self._more:
             return self._events[start:]
 

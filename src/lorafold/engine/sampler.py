@@ -38,16 +38,12 @@ class NotFinite(LorafoldError):
 
 
 class Unfit(LorafoldError):
-    """The grammar allows no further token, or exceeded its limits."""
-
     def __init__(self, setting: str, why: str) -> None:
         super().__init__(f"{setting}: a completion can't go on under it ({cut(why, 300)})")
         self.setting = setting
 
 
 class SampledToken(NamedTuple):
-    """A token and its log probabilities, as in `request.Token`."""
-
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
@@ -204,7 +200,6 @@ class Grammars:
         self._read: Any = None
 
     def start(self, sampling: Sampling) -> Allowed | None:
-        """Returns a new matcher, or None without a grammar."""
         if sampling.grammar is None:
             return None
         name = sampling.grammar[0]
@@ -226,7 +221,6 @@ class Grammars:
         return _State(matcher, name)
 
     def ends(self, sampling: Sampling) -> frozenset[int]:
-        """The end token, if there is a grammar."""
         end = None if self._tokenizer is None else self._tokenizer.eos_token_id
         return frozenset([end] if sampling.grammar and isinstance(end, int) else [])
 

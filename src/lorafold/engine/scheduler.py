@@ -43,7 +43,6 @@ class Waiting:
         self._rows[tenant].append(row)
 
     def alone(self, tenant: str) -> bool:
-        """Whether no other tenant's row arrived recently."""
         since = time.monotonic() - COMPANY
         return not any(came > since for other, came in self._came.items() if other != tenant)
 
@@ -78,8 +77,6 @@ class Waiting:
 
 
 class Batch(NamedTuple):
-    """Rows that share a pass, and the number of tokens of each."""
-
     rows: list[Row]
     counts: list[int]
 
@@ -92,7 +89,6 @@ class Scheduler:
         self.running: list[Row] = []
 
     def admitted(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
-        """Yields waiting rows that are ready and get a free slot."""
         unready: list[Row] = []
         for _ in range(self.slots - len(self.running)):
             row = self.waiting.first(unready, self._full())
@@ -148,7 +144,6 @@ class Scheduler:
         row.reader = next((other for other in others if other.reads_for(row)), None)
 
     def joined(self, reader: Row) -> list[Row]:
-        """Returns the rows that wait for this one's prefill."""
         return [row for row in self.running if row.reader is reader]
 
     def leave(self, row: Row) -> None:

@@ -94,7 +94,6 @@ class Row:
             self.scores += zip(logp_nV.gather(1, ids_n1)[:, 0].tolist(), pairs, strict=True)
 
     def show_prompt(self) -> None:
-        """Publishes the prompt's scores, if requested. Raises NotFinite."""
         request = self.request
         if request.prompt_logprobs is None or self.stream.prompt:
             return
@@ -108,7 +107,6 @@ class Row:
         )
 
     def take(self, choice: SampledToken) -> Reason | None:
-        """Adds the next token; returns the reason if the request ends."""
         request = self.request
         ends = choice.token in self.ends
         if ends and not request.keep_end:

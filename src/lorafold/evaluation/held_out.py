@@ -93,7 +93,6 @@ def sharing(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
 
 
 def pad_id_of(model: PreTrainedModel) -> int:
-    """Returns the padding token of the model's config."""
     pad_id = model.config.get_text_config().pad_token_id
     if pad_id is None:
         raise LorafoldError(

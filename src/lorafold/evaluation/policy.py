@@ -116,7 +116,6 @@ class Rewarded:
         return cls(judged, groups, _table(sums, len(groups)), tables)
 
     def replaced(self, places: Sequence[int], other: Rewarded) -> Rewarded:
-        """Replaces the groups at these places by another's groups, in order."""
         k, groups, judged = self.rewards.shape[1], [*self.groups], [*self.judged]
         for i, place in enumerate(places):
             groups[place] = other.groups[i]
@@ -168,7 +167,6 @@ class Rewarded:
         return [one.shortened() for one in self.samples(READ, READ)]
 
     def samples(self, best: int, worst: int) -> list[PolicySample]:
-        """Completions with the highest and lowest rewards, from best to worst."""
         rewards = self.rewards.flatten().tolist()
         several = self.each if len(self.each) > 1 else {}
         each = {name: x.flatten().tolist() for name, x in several.items()}

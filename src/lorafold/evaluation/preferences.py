@@ -133,7 +133,6 @@ def preference_figures(
 
 
 def in_order(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
-    """Concatenates all parts on the CPU, in the original order."""
     back = torch.tensor(order).argsort()
     columns: Iterable[Any] = zip(*parts, strict=True)
     whole: list[Any] = [

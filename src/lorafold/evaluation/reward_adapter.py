@@ -63,7 +63,6 @@ class RewardAdapter:
 
     @classmethod
     def of(cls, reward: RewardName, base: Base) -> Self:
-        """Opens the adapter of a reward's name."""
         saved = SavedAdapter.open(Path(reward.text).expanduser())
         if (kind := model_kind(base, [saved])) != REWARD_MODEL:
             raise failure(
@@ -78,7 +77,6 @@ class RewardAdapter:
     def over(
         self, model: PreTrainedModel, packing: bool | str, console: Console
     ) -> Iterator[Reward]:
-        """Yields the reward on a model's tensors."""
         tokenizer = self.base.tokenizer(self.stack)
         for notice in filter(None, (ensure_chat_template(tokenizer), self._stored(model))):
             print_lines(console, f"reward {self.name}: {notice}")

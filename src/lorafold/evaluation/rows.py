@@ -84,7 +84,7 @@ class Answer:
 class Evaluation(ShownInNotebooks):
     """The loss in nats per labelled token (or text), and exact match as a share of n rows. Exact
     match is None without references, the loss interval for a single row. For rows of preferences,
-    both are of the chosen completions, and `preference` has more figures. `losses` has each row's
+    both are of the chosen completions, and `preference` has more. `losses` has each row's
     (summed loss, tokens).
     """
 

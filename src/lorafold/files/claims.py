@@ -98,7 +98,6 @@ def check_token(folder: Path) -> None:
 
 
 def _make(path: Path, claim: SoftFileLease, make: Callable[[], object]) -> bool:
-    """Makes a path under its claim; False if another process holds it."""
     try:
         claim.acquire(blocking=False)
     except Timeout:
@@ -150,5 +149,4 @@ def measured(
 
 
 def digest_of(value: Any) -> str:
-    """A short digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGITS]

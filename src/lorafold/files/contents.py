@@ -50,7 +50,6 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _bytes(path: Path, most: float) -> bytearray | None:
-    """Returns a file's content, or None if it exceeds `most` bytes."""
     with open_regular(path) as (file, size):
         if size > most:
             return None

@@ -80,7 +80,6 @@ class ShownInNotebooks:
 
 
 def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
-    """Yields name and text of each figure, including entries of mappings."""
     for key, value in values.items():
         name = f"{above}{key}".replace("_", " ")
         if value is None or key.endswith(INTERVAL) or _are_rows(value):
@@ -111,7 +110,6 @@ def _are_rows(value: Any) -> bool:
 
 
 def _by_row(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table with a line per row, without nested or empty columns."""
     columns = {key: [row.get(key) for row in rows] for row in rows for key in row}
     shown = [
         key

@@ -94,7 +94,6 @@ def training_card(
 
 
 def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the rewards of a policy, and their values on held-out prompts."""
     judges, found = record[JUDGED_BY], record.get(HELD_OUT, {})
     last = record.get("step", max(found.get("step", ()), default=0))
     when = {0: "before the first step", last: f"after step {last}"}

@@ -79,7 +79,6 @@ def distinct(names: Sequence[str], most: int) -> list[str]:
 
 
 def folded(name: str, most: int) -> str:
-    """Wraps a name to at most `most` lines, shortened if necessary."""
     lines = (fill(short(name, size), ROOM) for size in range(len(spaced(name)), 0, -1))
     return next((text for text in lines if text.count("\n") < most), spaced(name))
 
@@ -173,7 +172,6 @@ def scaled(axes: Any, **scales: str) -> None:
 
 
 def spread(values: Sequence[float], intervals: Sequence[Interval | None]) -> list[list[float]]:
-    """Converts intervals to matplotlib's error bars."""
     pairs = [(v, interval or (v, v)) for v, interval in zip(values, intervals, strict=True)]
     return [[abs(value - interval[side]) for value, interval in pairs] for side in (0, 1)]
 
@@ -190,8 +188,6 @@ def level(axes: Any, name: str, **at: float) -> None:
 
 
 class Series(NamedTuple):
-    """A figure of each row with its interval."""
-
     name: str
     values: Sequence[float | None]
     intervals: Sequence[Interval | None]
@@ -220,8 +216,6 @@ def height_of(names: Sequence[str], marks: int = 1) -> tuple[float, float]:
 
 
 class End(NamedTuple):
-    """A label at the right end of a line."""
-
     height: float
     name: str
     colour: str

@@ -291,7 +291,6 @@ def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any])
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Divides tensors, of any shapes, into buckets of one dtype, in order."""
     bucket: list[torch.Tensor] = []
     for t in tensors:
         full = bucket and sum(b.nbytes for b in bucket) + t.nbytes > BUCKET
@@ -379,7 +378,6 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
 
 
 def first_node(nodes: str) -> str:
-    """Returns the first machine of a SLURM list, such as rack[03-07,11],login."""
     first = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
     if first is None:
         raise LorafoldError(

@@ -82,7 +82,6 @@ class Neighbours:
 
 
 def busy_elsewhere(seconds: float) -> float:
-    """Cores used by others, on average, during a sleep of `seconds`."""
     neighbours = Neighbours()
     time.sleep(seconds)
     return neighbours.look()

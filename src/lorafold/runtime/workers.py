@@ -47,7 +47,7 @@ def workers(
 ) -> Iterator[Callable[[Iterator[tuple[Any, ...]]], Iterator[T]]]:
     """Starts a process per core; yields a function that maps tuples of arguments to results, in
     order. With one core, or on systems other than Linux, it runs in this process. Raises the
-    function's exceptions, and LorafoldError if a process was killed.
+    function's exceptions.
     """
     count = usable_cores()
     if count == 1 or sys.platform != "linux":

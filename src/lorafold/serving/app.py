@@ -245,7 +245,6 @@ async def _refused(request: Request, error: Any) -> Response:
 
 
 def bounded(limits: Limits) -> type[HttpToolsProtocol]:
-    """Returns uvicorn's protocol class with limits."""
     arriving: dict[Bounded, asyncio.TimerHandle] = {}  # incomplete requests, oldest first
     trims: list[asyncio.TimerHandle] = []  # at most one pending
 
@@ -297,7 +296,6 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
 
         @property
         def _busy(self) -> bool:
-            """Whether the previous request is still being answered."""
             return self.head and self.cycle is not None and not self.cycle.response_complete
 
         def _wait(self) -> None:

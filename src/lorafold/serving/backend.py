@@ -28,7 +28,7 @@ Until = Literal["checked", "known", "begun", "resident"]
 
 
 class AdapterFiles(Strict):
-    """A verified version of an adapter."""
+    """A verified version of an adapter; `key` is its name in the engine."""
 
     name: str
     path: Path
@@ -50,14 +50,11 @@ class AdapterFiles(Strict):
 
     @property
     def key(self) -> str:
-        """The name of this version in the engine."""
         return f"{self.name}@{self.digest[:12]}"
 
 
 @dataclass(frozen=True)
 class News:
-    """A request's events since the last call of `take`."""
-
     id: str
     events: Sequence[Token | Ended]
     began: float | None  # time.monotonic() when it got a slot; None while it waits
@@ -66,8 +63,6 @@ class News:
 
 @dataclass(frozen=True)
 class States:
-    """The state of the adapter cache."""
-
     # by key: (loading, resident or quarantined; bytes in memory); others are cold
     adapters: Mapping[str, tuple[str, int]]
     seconds: Mapping[str, float]  # duration of the last load, by key

@@ -320,7 +320,6 @@ class NextTurn(DialectRequest):
         return messages
 
     def _grammar(self, renderer: Renderer) -> str | None:
-        """Returns the grammar of calls and, next to them, the schema; None if none is needed."""
         if self._forced is None and (self._schema is None or not self.tools):
             if self._schema is not None:
                 check_founded(self._schema, "response_format")
@@ -331,7 +330,6 @@ class NextTurn(DialectRequest):
         return renderer.call_grammar(self.tools, names, self._compiles, schema)
 
     def _calls(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Converts calls to OpenAI's format; only the first if parallel calls are disabled."""
         functions = [call["function"] for call in calls]
         return [
             {

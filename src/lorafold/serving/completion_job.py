@@ -111,7 +111,6 @@ class CompletionJob:
 
     @property
     def failed(self) -> Refusal | None:
-        """The error of a job that ended without a completion."""
         if self.end is None or self.end.reason not in ("failed", "cancelled"):
             return None
         if self.why is not None:
@@ -156,7 +155,6 @@ class Reply:
         self.jobs: list[CompletionJob] = []  # equally many for each prompt
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
-        """Yields (index of the completion, event)."""
         left = len(self.jobs)
         while left:
             await self.arrived.wait()
@@ -206,7 +204,6 @@ class PartReader:
         return REASONING if self._state == "thinking" else CONTENT
 
     def add(self, piece: str) -> list[Part]:
-        """Returns the parts that can be sent."""
         self._held += piece
         self.length += len(piece)
         parts = []

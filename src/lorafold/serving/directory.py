@@ -73,7 +73,6 @@ class Directory:
         return sorted(others - self.names())
 
     def marks(self, path: Path) -> dict[str, FileStamp]:
-        """Returns the stamps of an adapter's files, by `NAME/FILE`."""
         marks = dict[str, FileStamp]()
         for place in (path, path / TEMPLATES):
             if not place.is_dir():
@@ -117,7 +116,6 @@ class Directory:
         return contents
 
     def page(self, name: str) -> Path | None:
-        """Returns the page NAME.html that `lorafold inspect --html` wrote next to an adapter."""
         file = f"{self.beside}/{name}.html"
         try:
             status = os.lstat(file)
@@ -145,7 +143,6 @@ class Directory:
         return expected_path(origin, path)
 
     def _check_own(self, *files: Path) -> None:
-        """Raises for a file outside of the directory or too large."""
         root = self.path.resolve()
         for file in files:
             if not os.path.lexists(file):

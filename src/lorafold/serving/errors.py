@@ -51,7 +51,6 @@ class Refusal(Exception):
         return {"error": error}
 
     def anthropic(self, id: str) -> dict[str, Any]:
-        """In Anthropic's format; `id` is the request's."""
         other = "api_error" if self.status >= 500 else "invalid_request_error"
         long = self.code == "context_length_exceeded"  # clients match these words
         error: dict[str, Any] = {

@@ -40,8 +40,6 @@ WATCH = 0.25  # seconds between two checks of deadlines
 
 
 class Host:
-    """Waiting and running jobs, their deadlines, and the threads for slow work."""
-
     def __init__(
         self, backend: Backend, registry: Registry, settings: Settings, metrics: Metrics
     ) -> None:
@@ -108,7 +106,6 @@ class Host:
 
     @property
     def seconds_to_wait(self) -> int:
-        """The estimated duration of the queue, from the rate of recent ends."""
         if len(self._ends) < 2:
             return 1
         each = (time.monotonic() - self._ends[0]) / len(self._ends)
@@ -128,7 +125,6 @@ class Host:
         )
 
     def leaving(self, tenant: str) -> int:
-        """Counts a tenant's cancelled jobs that have not ended."""
         return sum(j.request.tenant == tenant for j in list(self.jobs.values()) if j.why)
 
     def running(self) -> int:
@@ -252,7 +248,6 @@ class Admission:
             )  # fmt: skip
 
     def compiles(self, grammar: tuple[str, str]) -> None:
-        """Raises for a grammar that can't be compiled safely."""
         self._sandbox.compile(guidance(grammar))
 
     async def count(self, caller: Caller, request: DialectRequest) -> int:
@@ -265,7 +260,6 @@ class Admission:
         return await self.host.think(counted, caller.tenant)
 
     def drop(self, reply: Reply) -> None:
-        """Cancels completions that no client waits for."""
         for job in reply.jobs:
             if job.end is None:
                 self.host.cancel(job, Refusal(499, "client_left", "the client left"))

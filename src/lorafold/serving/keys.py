@@ -42,8 +42,6 @@ PERIODS: dict[Literal["day", "minute"], int] = {"day": DAY, "minute": 60}
 
 
 class TokenLimits(Strict):
-    """Limits on tokens of prompts and completions; None is unlimited."""
-
     tokens_per_minute: PositiveInt | None = None
     tokens_per_day: PositiveInt | None = None
 
@@ -205,7 +203,6 @@ def _hash(key: str) -> str:
 
 
 def _hash_in(file: Path | None) -> str:
-    """Hashes the key in a file; empty without a file."""
     if file is None:
         return ""
     key = text_of(file, "a key").strip()

@@ -88,7 +88,6 @@ def unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 def places_of(error: BaseException) -> list[str]:
-    """Returns the type and stack frames of an error, after its cause's."""
     lines = [type(error).__name__]
     lines += [
         f"  {frame.filename}:{frame.lineno} in {frame.name}"

@@ -102,14 +102,12 @@ class Metrics:
         self.requests.labels(*labels, outcome).inc()
 
     def label(self, kind: str, name: str) -> str:
-        """Returns a name as a label, or `other`."""
         names = self._names[kind]
         if len(names) < MOST:
             names.add(name)
         return name if name in names else "other"
 
     def labels(self, kind: str, names: Sequence[str]) -> dict[str, str]:
-        """Returns the labels that names would get, without reserving them."""
         taken = self._names[kind]
         free = [name for name in names if name not in taken][: max(0, MOST - len(taken))]
         return {name: name if name in taken.union(free) else "other" for name in names}
@@ -182,6 +180,5 @@ def _labelled(
 
 
 def state_of(registry: Registry, adapter: AdapterFiles, now: States) -> tuple[str, int]:
-    """Returns cold, loading, resident or quarantined, and the bytes in memory."""
     state, nbytes = now.adapters.get(adapter.key, ("cold", 0))
     return ("quarantined" if adapter.name in registry.state.quarantined else state), nbytes

@@ -95,7 +95,6 @@ class Registry:
         return sorted(self.names() - self.adapters.keys() - self.rejected.keys())
 
     def to_verify(self) -> list[str]:
-        """Returns unverified adapters, and rejected ones whose files changed."""
         for name, marks in [*self._marks.items()]:  # a copy, because threads add to it
             if name in self.rejected and self.directory.touch(name) != marks:
                 self.rejected.pop(name, None)
@@ -177,7 +176,6 @@ class Registry:
         return adapter.manifest or unsure
 
     def serves(self, chosen: ServedModel) -> bool:
-        """Whether the name still refers to the chosen version."""
         adapter = self.adapters.get(chosen.name)
         return chosen.key is None or (adapter is not None and adapter.key == chosen.key)
 
@@ -199,7 +197,6 @@ class Registry:
             return adapter
 
     def unload(self, name: str) -> None:
-        """Removes an adapter until `load`. Running requests finish."""
         with self._changing(name) as [adapter]:
             self.save(
                 unloaded=(*self.state.unloaded, name),
@@ -217,7 +214,6 @@ class Registry:
                 self._backend.load(adapter, "begun")
 
     def quarantine(self, name: str, why: str) -> None:
-        """Refuses an adapter's requests until `load`."""
         with self._changing(name) as [adapter]:
             quarantined = self.state.quarantined | {name: (adapter.digest, why)}
             try:

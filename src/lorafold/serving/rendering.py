@@ -46,7 +46,6 @@ class TokenTexts:
         return text
 
     def bytes(self, token: int) -> bytes:
-        """Returns a token's bytes, also of an incomplete character."""
         text, piece = self.text(token), str(self._tokenizer.convert_ids_to_tokens(token))
         if INCOMPLETE not in text:
             return text.encode()
@@ -99,8 +98,6 @@ class TokenTexts:
 
 
 class Renderer:
-    """A tokenizer, its end tokens, and the variables of its template."""
-
     def __init__(self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]) -> None:
         self.tokenizer, self.ends, self.variables = tokenizer, ends, variables
         self.texts = TokenTexts(tokenizer)

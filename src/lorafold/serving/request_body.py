@@ -49,8 +49,6 @@ class StreamOptions(Body):
 
 
 class Completing(Body):
-    """Fields of every completion request, with OpenAI's defaults."""
-
     model: str
     temperature: float = 1.0
     top_p: float = 1.0

@@ -202,7 +202,6 @@ class Http(uvicorn.Server):
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Restores the sockets' backlog."""
         await super().startup(sockets)
         for at in sockets or ():
             at.listen(BACKLOG)

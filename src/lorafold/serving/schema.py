@@ -25,7 +25,6 @@ Compiles = Callable[[tuple[str, str]], None]
 
 
 def schema_of(form: Mapping[str, Any], field: str) -> str | None:
-    """Returns the schema of a response format; None for text."""
     kind = form.get("type")
     known = {"json_schema", "name", "schema", "strict", "description"}
     for name in form.keys() - {"type", *(known if kind == "json_schema" else ())}:

@@ -217,7 +217,6 @@ def answer(value: object, status: int = 200, headers: Mapping[str, str] | None =
 
 
 def defect(record: Record, error: BaseException) -> Refusal:
-    """Logs an unexpected error; returns the client's error."""
     log.error("%s failed", record.id, exc_info=error)
     message = f"the server failed; see its log under {record.id}"
     record.outcome, record.status = "internal_error", record.status or 500

@@ -97,7 +97,6 @@ def read_if_exists(file: Path, kind: type[M]) -> M:
 
 
 def read(file: Path, kind: type[M], hint: str) -> M:
-    """Reads a file; errors end with the hint."""
     return parsed(file, content_of(file), kind, hint)
 
 

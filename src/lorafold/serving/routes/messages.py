@@ -217,7 +217,6 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Converts one turn; `names` maps ids of earlier calls to tool names."""
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list) or not blocks:
         raise wrong(where, "expected text or a list of blocks")

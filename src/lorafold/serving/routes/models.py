@@ -35,7 +35,6 @@ def routes(app: FastAPI, server: Server) -> None:
     most = server.settings.limits.tenant_streams
 
     def may_listen(request: Request) -> tuple[Caller, bool]:
-        """Returns the caller, and whether it is the administrator."""
         header = authorization(request.headers)
         try:
             return server.keys.admin(header), True
@@ -149,7 +148,6 @@ class Snapshot:
         return names
 
     def models(self, caller: Caller, admin: bool = False) -> list[dict[str, Any]]:
-        """Returns a caller's models: the base, adapters, aliases; for the administrator all."""
         aliases, names = self.state.aliases, {*self.adapters, *self.unverified}
         if admin:
             names |= {*self.rejected, *self.state.unloaded}
@@ -301,7 +299,6 @@ class AliasBody(Body):
 
 
 def administration(app: FastAPI, server: Server) -> None:
-    """Adds routes that need the administrator's key."""
     registry = server.registry
 
     async def done(change: Callable[[], T]) -> T:

@@ -319,7 +319,6 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _text(content: Any, where: str) -> Any:
-    """Joins text parts; returns anything but a list unchanged."""
     if not isinstance(content, list):
         return content
     return text_of(content, PARTS, where + "[{}]", "found a part of type {}, expected text alone")
