@@ -1,4 +1,4 @@
-"""`lf.serve`: a base model and its adapters behind an OpenAI-compatible API."""
+"""`lf.serve`: serve a base model and its adapters over an OpenAI-compatible API."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -55,8 +55,8 @@ def serve(
         json_logs: Write the log with one JSON object per line.
         open_page: Open the page in a browser once the server listens.
 
-    Raises LorafoldError for missing packages, for wrong settings, for a model that can't be loaded,
-    for an address that is in use, and for one that others can reach without keys.
+    Raises LorafoldError for missing packages, wrong settings, a model that can't be loaded, and an
+    address that is in use or that others can reach without keys.
 
     Examples:
         lorafold serve --adapters demo --open
@@ -102,9 +102,9 @@ def serve(
 def own_bases(
     adapters: Path, state: Path | None = None, console: "Console | None" = None
 ) -> list["OwnBase"]:
-    """The base of the adapters in a directory: the base of the last start without `model`, or else
-    the base of most of them, so that an adapter added later decides nothing. All of them if there
-    is a tie; none without adapters.
+    """The base model of the last start without `model`, or else of most adapters in a directory, so
+    that an adapter added later does not change it. All of them if there is a tie; none without
+    adapters.
     """
     from dataclasses import replace
 

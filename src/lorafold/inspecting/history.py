@@ -1,11 +1,7 @@
-"""The history of a run, from the record of the adapter that it wrote, and what is notable in it.
+"""The history of a run, read from the adapter's record, and observations about it.
 
-    history = read_history("policy")
-    history.steps["reward"]         a number for each step, or None
-    history.held_out["reward"]      one for each step of history.held_out["step"]
-
-Records of earlier versions have losses alone. An end of a run is a tenth of its steps, three at
-least, against noise.
+The first and the last tenth of the steps (three at least) are averaged because of noise. Records of
+earlier versions contain only losses.
 """
 
 from __future__ import annotations
@@ -35,14 +31,14 @@ SHARED = "reward "  # begins the name of one reward of several
 
 
 def ends(values: Values) -> tuple[list[float], list[float]] | None:
-    """The values of the first and of the last steps; None where there are too few."""
+    """The first and the last tenth of the values (three at least); None if there are too few."""
     found = [value for value in values if value is not None]
     n = max(FEWEST, len(found) // 10)
     return None if len(found) < 2 * n else (found[:n], found[-n:])
 
 
 def moved(values: Values) -> tuple[float, float] | None:
-    """The means at first and at last, or None if they differ by less than two standard errors."""
+    """The means of both ends, or None if they differ by less than two standard errors."""
     if (both := ends(values)) is None:
         return None
     error = sqrt(sum(variance(part) / len(part) for part in both))
@@ -56,7 +52,7 @@ def observed(
     options: Mapping[str, Any],
     own: int | None = None,
 ) -> list[str]:
-    """The observations, in sentences."""
+    """The observations as sentences; `own` is the step whose weights this adapter has."""
     return [*_of_steps(steps, options), *_of_held_out(held_out, own)]
 
 
@@ -119,7 +115,7 @@ MOST = 1e150  # either way; means and squares of such are numbers still
 
 
 def bounded(value: float) -> float:
-    """A number that is not too large. Raises ValueError."""
+    """Reject numbers beyond ±MOST with a ValueError."""
     if abs(value) > MOST:
         raise ValueError(f"found {value:g}, expected at most {MOST:g} either way")
     return value
@@ -129,7 +125,7 @@ Figure = Annotated[float, Field(allow_inf_nan=False), AfterValidator(bounded)]
 
 
 class RecordedCompletion(BaseModel):
-    """A completion to read, as a record has it."""
+    """A sample completion in a record."""
 
     where: str
     prompt: str
@@ -140,14 +136,14 @@ class RecordedCompletion(BaseModel):
 
 
 class SampleSet(BaseModel):
-    """The completions of one measure."""
+    """The sample completions of one evaluation."""
 
     step: int
     samples: list[RecordedCompletion]
 
 
 class RunRecord(BaseModel):
-    """What a record keeps of a run, under its names there; adapters may be anybody's."""
+    """The part of a record that describes the run. Records may come from untrusted sources."""
 
     recipe: dict[str, Any]
     losses: list[Figure | None] = Field(min_length=1)
@@ -160,7 +156,7 @@ class RunRecord(BaseModel):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        """What is known of a figure by its name, and that there is one for each step."""
+        """Check that each figure has one value per step, of the type that its name requires."""
         if not isinstance(self.recipe.get("objective_options") or {}, dict):
             raise ValueError("recipe.objective_options: expected an object")
         measures = len(self.held_out.get("step", ()))
@@ -183,16 +179,16 @@ class RunRecord(BaseModel):
 
 @dataclass(frozen=True)
 class History(ShownInNotebooks):
-    """The figures of a run by step.
+    """The metrics of a run by step.
 
     Attributes:
-        losses: One for each step, None where it was not finite.
-        steps: Other figures of each step by name, None where a step has none.
-        evals: Held-out losses by step; of step 0 is what was measured before the first one.
-        held_out: The steps of these under `step`, and further held-out figures by name.
+        losses: The loss of each step; None if it was not finite.
+        steps: Other metrics of each step by name; None for a step without a value.
+        evals: Held-out losses by step; step 0 is before training.
+        held_out: Other held-out metrics by name; `step` contains their steps.
         judged_by: The weights of rewards by name.
-        samples: Completions to read, of the `first` and of the `last` measure.
-        observations: What is to be looked at, in sentences.
+        samples: Sample completions of the `first` and of the `last` evaluation.
+        observations: Warnings and other observations, as sentences.
     """
 
     adapter: str
@@ -212,11 +208,11 @@ class History(ShownInNotebooks):
 
     @property
     def by_step(self) -> dict[str, Sequence[float | None]]:
-        """All figures of steps, the loss at the end."""
+        """All metrics with one value per step; the loss is the last."""
         return {**self.steps, "loss": self.losses}
 
     def measured(self, name: str) -> list[tuple[int, float, Any]]:
-        """(step, value, interval or None) of a held-out figure, where it is a number."""
+        """(step, value, interval or None) of a held-out metric, without missing values."""
         if name == "loss":
             return [(step, loss, None) for step, loss in sorted(self.evals.items())]
         steps, values = (self.held_out.get(which, ()) for which in ("step", name))
@@ -226,7 +222,7 @@ class History(ShownInNotebooks):
 
     @property
     def names(self) -> list[str]:
-        """All figures that are shown by step, of steps or held-out rows."""
+        """The metrics that have values, per step or held-out."""
         held_out = [n for n in self.held_out if n != "step" and not n.endswith(INTERVAL)]
         return [
             name
@@ -235,7 +231,8 @@ class History(ShownInNotebooks):
         ]
 
     def in_words(self, name: str) -> str:
-        """A held-out figure at first and at last, with intervals; empty where it is not known."""
+        """The first and the last value of a held-out metric, with intervals; empty without values.
+        """
         if not (points := self.measured(name)):
             return ""
         (start, first, low), (end, last, high) = points[0], points[-1]
@@ -251,7 +248,7 @@ class History(ShownInNotebooks):
 
 
 def read_history(path: str | Path) -> History:
-    """The history of the run that wrote this directory."""
+    """The history of the run that wrote an adapter's directory."""
     path = Path(path)
     check_intact(path, [RECORD])
     if not (path / RECORD).is_file():

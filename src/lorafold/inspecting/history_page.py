@@ -1,5 +1,5 @@
-"""The page of `lorafold history`: curves over the steps of a run, and the completions of its first
-and its last measure side by side. Completions are untrusted, and only ever shown as text.
+"""The page of `lorafold history`: curves over the steps of a run, and its first and last sample
+completions side by side. Completions are untrusted, so they are only ever shown as text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SOUGHT = (
 
 
 def page(history: History, path: str | Path) -> None:
-    """Write it all as one HTML file that needs no other."""
+    """Write one self-contained HTML file."""
     write_page(f"How {Path(history.adapter).resolve().name} was trained", sections(history), path)
 
 
@@ -62,7 +62,7 @@ def sections(history: History) -> str:
 
 
 def figures(history: History) -> Iterator[tuple[str, str]]:
-    """What the run came to, by name."""
+    """Yield the key figures of the run by name."""
     key = "reward" if history.judged_by else "loss"
     measured = {step: (value, interval) for step, value, interval in history.measured(key)}
     for step in dict.fromkeys((min(measured), max(measured)) if measured else ()):
@@ -79,7 +79,7 @@ def figures(history: History) -> Iterator[tuple[str, str]]:
 
 
 def judges(history: History) -> Iterator[list[str]]:
-    """The table of the rewards: how much each counts, and what it gave."""
+    """Yield the table of the rewards: name, weight, first and last mean."""
     for name, weight in history.judged_by.items():
         values = history.by_step.get(f"{SHARED}{name}")
         # of a single reward there is only the sum, which has its weight in it
@@ -90,7 +90,7 @@ def judges(history: History) -> Iterator[list[str]]:
 
 
 def constant(history: History) -> dict[str, float]:
-    """The figures that never change, which need no plot."""
+    """The metrics that never change, and so need no plot."""
     values = {
         name: {v for v in history.by_step.get(name, ()) if v is not None}
         | {v for _, v, _ in history.measured(name)}
@@ -100,7 +100,7 @@ def constant(history: History) -> dict[str, float]:
 
 
 def together(history: History) -> dict[str, list[str]]:
-    """The figures of each plot by its title: a few rewards, or one other figure."""
+    """The metrics of each plot by its title: up to `TOLD` rewards, or one other metric."""
     names = [name for name in history.names if name not in constant(history)]
     each = [name for name in names if name.startswith(SHARED)]
     size = -(-len(each) // -(-len(each) // TOLD)) if each else 1
@@ -116,7 +116,7 @@ def together(history: History) -> dict[str, list[str]]:
 
 
 def plotted(history: History) -> Iterator[str]:
-    """The curves. Of a single reward that changes there is that of the sum, which is the same."""
+    """Yield the curves. A single reward that changes has none, because it equals the total's."""
     plots = together(history)
     rewards = [name for name in history.names if name.startswith(SHARED)]
     labels_of = dict(
@@ -149,7 +149,7 @@ def plotted(history: History) -> Iterator[str]:
 
 
 def changed(history: History, name: str, held_out: bool = True) -> str:
-    """A figure at first and at last, and on held-out rows, in words."""
+    """The first and the last value of a metric, and its held-out values, in words."""
     known = [plain(v) for v in history.by_step.get(name, ()) if v is not None]
     steps = f"from {known[0]} to {known[-1]}" if len(known) > 1 else "".join(known)
     measured = history.in_words(name) if held_out else ""
@@ -157,11 +157,11 @@ def changed(history: History, name: str, held_out: bool = True) -> str:
 
 
 def plain(value: float) -> str:
-    """A number in four digits, without powers of ten."""
+    """A number with four digits, without powers of ten."""
     return number(value, digits=4)
 
 
 def clean(text: Any) -> str:
-    """A text without characters that no page can have: halves of surrogate pairs, and controls."""
+    """The text without surrogates and control characters, which HTML can't contain."""
     whole = str(text).encode("utf-8", "replace").decode()
     return "".join(c if c in "\n\t" or ord(c) >= 32 else "\N{REPLACEMENT CHARACTER}" for c in whole)

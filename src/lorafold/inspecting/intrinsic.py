@@ -38,7 +38,7 @@ SEARCH = "search.json"
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The figure of one cell of the search, in nats, as its file has it."""
+    """The held-out loss of one run of the search, in nats, as stored in its file."""
 
     loss: float
 
@@ -54,7 +54,8 @@ class SubspaceRun:
 
 @dataclass(frozen=True)
 class Intrinsic(ShownInNotebooks):
-    """`dimension` is None if the largest one that was tried does not reach `share`."""
+    """The result of a search. `dimension` is None if no dimension that was tried reaches `share`.
+    """
 
     dimension: int | None
     share: float
@@ -155,7 +156,7 @@ def identity_of(request: RunRequest, recipe: Recipe) -> dict[str, Any]:
 
 
 def check(out: Path, identity: dict[str, Any]) -> None:
-    """Start the directory of a search, or check that it has this search in it."""
+    """Create the directory of a search, or check that it contains the same search."""
     file = out / SEARCH
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
@@ -199,7 +200,7 @@ def run(
 
 
 def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
-    """The held-out loss of the base, as its runs measure it, with their initial head."""
+    """The held-out loss of the base model with the initial head."""
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, objective, quiet)

@@ -1,4 +1,4 @@
-"""The plots of the pages on an update and on a run, each with a caption."""
+"""The plots of the pages of `lorafold inspect` and `lorafold history`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Grid = Sequence[Sequence[float]]
 
 
 def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: int) -> str:
-    """The singular values of one kind of module over the largest, a coloured line a block."""
+    """Singular values of one kind of module relative to the largest, one coloured line per block.
+    """
     lines = sorted(
         (kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra_by_path.items()
     )
@@ -82,7 +83,8 @@ def curves(
     steps: Mapping[str, Sequence[float | None]],
     measured: Mapping[str, Sequence[tuple[int, float, Any]]],
 ) -> str:
-    """Figures over the steps of a run, as means of neighbours if long; held-out ones with bars."""
+    """Metrics over steps, averaged over neighbours in long runs; held-out values have error bars.
+    """
 
     def draw(axes: Any) -> None:
         ends = []
@@ -109,7 +111,7 @@ def curves(
 
 
 def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
-    """(step, mean) of neighbouring steps, at most POINTS of them."""
+    """(step, mean) of neighbouring steps, at most `POINTS` of them."""
     size = max(1, -(-len(values) // POINTS))
     points = []
     for start in range(0, len(values), size):

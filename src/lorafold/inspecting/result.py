@@ -1,5 +1,5 @@
-"""What `lf.inspect` returns. The fields are the keys of `lorafold inspect --json`; figures in
-`FLAT` stand beside those of the object that has them there, and what was not measured is left out.
+"""The result of `lf.inspect`. The fields are the keys of `lorafold inspect --json`, but the objects
+in `FLAT` are merged into their parents, and optional fields that are None are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FLAT = ("base", "positions", "pooled")
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A token, or one of the user's vectors, and its cosine to a direction."""
+    """A token, or a vector of the user, and its cosine to a direction."""
 
     name: str
     cosine: float
@@ -33,7 +33,8 @@ class NearestNeighbours:
 
 @dataclass(frozen=True)
 class BaseFigures:
-    """An update beside its base weight. A ratio is None where the update or the base is zero."""
+    """An update compared with its base weight. A ratio is None if the update or the base is zero.
+    """
 
     norm: float
     base_norm: float
@@ -47,7 +48,9 @@ class BaseFigures:
 
 @dataclass(frozen=True)
 class SpectrumPositions:
-    """The energy on each tenth of the base's directions and outside, and the base's norm there."""
+    """The update's energy on each tenth of the base's directions and outside of them, and the
+    base's norm in its own top directions.
+    """
 
     position_written: list[float]
     position_read: list[float]
@@ -56,7 +59,7 @@ class SpectrumPositions:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFigures:
-    """One matrix's update; `rank` is the numerical one if the method has no factors."""
+    """The update of one matrix; `rank` is the numerical rank if the method has no factors."""
 
     rank: int
     numerical_rank: int
@@ -87,7 +90,8 @@ Sites = Mapping[str, MatrixFigures]  # by module path, or the name of a matrix o
 
 @dataclass(frozen=True)
 class PooledRank:
-    """One rank for all sites that holds 95% of the energy, the advised one, and its loss."""
+    """The common rank of all modules that keeps 95% of the energy, the advised rank, and its loss.
+    """
 
     rank_95: int
     advised_rank: int
@@ -96,7 +100,7 @@ class PooledRank:
 
 @dataclass(frozen=True)
 class AdapterFigures:
-    """Means and medians over the sites; `rank` is None where they have different ones."""
+    """Means and medians over the modules; `rank` is None if they have different ranks."""
 
     sites: int
     rank: int | None
@@ -146,7 +150,7 @@ class UpdateOverlap:
 
 @dataclass(frozen=True)
 class KindOverlap:
-    """phi[i][j] of the first i + 1 and j + 1 directions, as a mean over a kind of module."""
+    """phi[i][j] of the first i + 1 and j + 1 directions, averaged over a kind of module."""
 
     phi_read: Grid
     phi_written: Grid
@@ -175,15 +179,22 @@ class LossPaths:
 
 @dataclass(frozen=True)
 class Inspection(ShownInNotebooks):
-    """The figures of one adapter; `lorafold.inspecting` defines each.
+    """The figures of one adapter.
 
-    `sites` has the figures of every module path, and of each matrix of experts as
-    `...gate_up_proj[3]`; `whole` those of all sites together, `beside` the number of deltas that
-    are not measured, `layers` the overlaps of the blocks' top directions, and `advice` the
-    conclusions in sentences. `over` is None for an adapter over the bare base, `against` without a
-    second adapter, `paths` without data; without experts so are `experts`, the overlaps of their
-    top directions, and `experts_left_out`, which of them have tokens. `heads_left_out` says which
-    projections of an attention have no heads, `tokens_left_out` why no site has tokens.
+    Attributes:
+        beside: The number of deltas without figures, by class.
+        whole: Figures of all modules together.
+        sites: Figures by module path, or by matrix of experts, as in `...gate_up_proj[3]`.
+        layers: Overlaps of the top directions of the blocks, by kind of module.
+        chance_cosine: The cosine of a random direction to its nearest token.
+        tokens_left_out: Why there are no nearest tokens; None if there are.
+        advice: Conclusions, as sentences.
+        over: The base adapters; None if there are none.
+        against: The comparison with a second adapter; None without one.
+        paths: The loss along lines in weight space; None without data.
+        experts: Overlaps of the top directions of experts; None without experts.
+        experts_left_out: Which experts have nearest tokens.
+        heads_left_out: Which attention projections have no heads.
     """
 
     adapter: str

@@ -1,5 +1,5 @@
-"""How far two adapters, two blocks or two experts change the same directions: cosine and phi
-(`spectra`; Hu et al. 2021, arXiv 2106.09685, sec. 7).
+"""Overlap of the directions that two adapters, blocks or experts change: cosine and phi (`spectra`;
+Hu et al. 2021, arXiv 2106.09685, sec. 7).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def kind_and_block(path: str) -> tuple[str, int | None]:
 
 
 def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The module paths of each kind (the name within the block), in the order of the blocks."""
+    """Module paths by kind (the name within the block), in the order of the blocks."""
     kinds = defaultdict(list)
     for path in paths:
         kinds[kind_and_block(path)[0]].append(path)
@@ -43,7 +43,7 @@ def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
-    """Two adapters at the matrices that both change; `name` is that of the second."""
+    """Compare two adapters at the matrices that both change; `name` is the name of the second."""
     sites, by_kind = {}, defaultdict(list)
     for path, x in a.items():
         if path not in b or not (len(x.s) and len((y := b[path]).s)):
@@ -72,7 +72,7 @@ SIDES = {"read": ("readers", "v"), "written": ("writers", "u")}
 
 
 def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]:
-    """phi of the top directions of every two blocks, by kind; experts are left out."""
+    """phi of the top directions of every two blocks, by kind of module; experts are left out."""
     overlaps = {}
     single = [path for path, svd in svds.items() if len(svd.s) and site_of(path) == path]
     for kind, paths in by_kind(single).items():
@@ -85,7 +85,7 @@ def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]
 
 
 def across_experts(svds: Svds, stream: ResidualStream) -> dict[str, ExpertOverlap]:
-    """phi of the top directions of every two experts: near 1 if they change the same."""
+    """phi of the top directions of every two experts; near 1 if they change the same directions."""
     overlaps = {}
     changed = {name: svd for name, svd in svds.items() if len(svd.s)}
     for site, experts in of_experts(changed).items():
@@ -110,7 +110,7 @@ def _pairs(top: Sequence[Tensor]) -> Tensor:
 
 
 def _mean(grids: Sequence[Tensor]) -> Grid:
-    """The mean of the grids, each cut to the shape that all have."""
+    """The mean of the grids, cut to their common shape."""
     i, j = (min(g.shape[side] for g in grids) for side in (0, 1))
     mean = torch.stack([g[:i, :j] for g in grids]).mean(0)
     return [[round(x, 4) for x in line] for line in mean.tolist()]

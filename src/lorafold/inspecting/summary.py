@@ -1,4 +1,4 @@
-"""The advice of `lorafold inspect`: what its figures say, in a sentence or two for each kind."""
+"""The advice of `lorafold inspect`: a sentence or two on each kind of figure."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def of_strength(sites: Sequence[MatrixFigures]) -> str:
 
 
 def of_tokens(sites: Sequence[MatrixFigures], chance: Mapping[str, float]) -> str:
-    """The cosine of the token nearest to the strongest direction, where tokens are known."""
+    """The mean cosine of the tokens nearest to the strongest directions; empty without tokens."""
     parts = []
     for verb, side in (("reads", "read"), ("writes", "written")):
         strongest = [tables[0] for site in sites if (tables := getattr(site, verb))]
@@ -106,7 +106,7 @@ def of_evenness(sites: Sites) -> str:
 
 
 def of_heads(sites: Sites) -> str:
-    """Where the update of one head stands out most; empty without heads."""
+    """The head whose update stands out most; empty without heads."""
     heads = {path: site.heads for path, site in sites.items() if site.heads}
     known = [(max(shares), path, shares) for path, shares in heads.items() if any(shares)]
     if not known:
@@ -120,7 +120,7 @@ def of_heads(sites: Sites) -> str:
 
 
 def of_position(sites: Sequence[MatrixFigures]) -> str:
-    """The update in the spectrum of the base; empty where that was not measured."""
+    """The update in the spectrum of the base; empty if it was not measured."""
     known = [(site.base.projection, site.shape, at) for site in sites if (at := site.positions)]
     if not known:
         return ""
@@ -139,7 +139,7 @@ def of_position(sites: Sequence[MatrixFigures]) -> str:
 
 
 def of_intruders(counts: Sequence[int]) -> str:
-    """The number of intruder dimensions of each site; empty where they were not counted."""
+    """The number of intruder dimensions; empty if they were not counted."""
     if not counts:
         return ""
     return (
