@@ -1,9 +1,8 @@
-"""axolotl's training YAML, with axolotl's own defaults. What it has where `rl` or `reward_model` is
-set stands in `axolotl_objectives`.
+"""axolotl's training YAML with axolotl's defaults, as of July 2026; `axolotl_objectives` has the
+keys that matter with `rl` or `reward_model`.
 
-Read off axolotl's configuration schema and its builders as of July 2026. A batch is counted for one
-GPU, as axolotl's own is. Where axolotl packs, its micro-batch counts packed sequences, and
-lorafold's batch counts rows.
+The batch is for one GPU, as in axolotl. With packing, axolotl's micro-batch counts packed
+sequences, while lorafold's batch counts rows.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def unless_bf16(outcome: Outcome) -> Reader:
-    """The reader of another number format, unless the base is quantized or `bf16` is on."""
+    """Read another number format, unless the base is quantized or `bf16` is on."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
         if not boolean(value):
@@ -163,9 +162,9 @@ def unless_bf16(outcome: Outcome) -> Reader:
 
 
 def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
-    """`sample_packing` becomes packing, except that a policy reads a prompt once for its group. Of
-    a file that names no attention axolotl lets packed rows see each other, with positions that
-    start anew.
+    """`sample_packing` becomes packing. Without an attention setting, packed rows attend to each
+    other in axolotl, with positions that restart. A policy reads a prompt once for its group
+    instead.
     """
     if is_policy(settings):
         return taken("a prompt is read once for all its completions")
@@ -179,8 +178,8 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_ratio` becomes the warm-up; axolotl rounds known steps down, to at most 100 by
-    default.
+    """`warmup_ratio` becomes the warm-up; axolotl rounds known steps down, by default to at most
+    100.
     """
     if settings["warmup_steps"] is not None:
         return None
@@ -194,10 +193,8 @@ def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def per_epoch(name: str) -> Reader:
-    """`evals_per_epoch` and `saves_per_epoch` become an interval in steps, by the share of the run
-    that axolotl computes from them.
-
-    `name` is the recipe field.
+    """Read `evals_per_epoch` or `saves_per_epoch` as an interval in steps (recipe field `name`),
+    from the share of the run that axolotl computes.
     """
     read = trainer.interval(name)
 
@@ -220,9 +217,9 @@ def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """`unfrozen_parameters` are taken where they are all of the adapter's weights. axolotl freezes
-    what no pattern matches after it has attached the adapter, whose weights are called
-    base_model.model.PATH.lora_A.default.weight.
+    """Accept `unfrozen_parameters` if the patterns match all of the adapter's weights, which are
+    named base_model.model.PATH.lora_A.default.weight: axolotl freezes all others after attaching
+    the adapter.
     """
     if not is_lora(settings):
         raise LorafoldError(f"found {value!r}, but lorafold's full method trains the whole model")
@@ -239,7 +236,7 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def tracker(name: str) -> Reader:
-    """The reader of a tracker's switch, such as `use_wandb`, which becomes this tracker."""
+    """Read a tracker's switch, such as `use_wandb`."""
     return if_on(taken(trackers=(name,)))
 
 

@@ -1,9 +1,8 @@
-"""TRL's GRPOConfig and RLOOConfig, apart from what all trainers have: the law, its options, how
-completions are drawn, and the batch. axolotl's `trl` block has these keys too.
+"""The keys of TRL's GRPOConfig and RLOOConfig that other trainers lack: loss, options, sampling and
+batch, as of TRL 1.16. axolotl's `trl` block has these keys too.
 
-Read off TRL 1.16. Where a step draws and learns once, ratios are 1, and what bounds them has no
-effect. A batch counts completions there, of one process, and here the prompts that each get a group
-of them.
+With one update per step, ratios are 1 and bounds on them have no effect. TRL's batch counts the
+completions of one process, lorafold's the prompts, each with a group of completions.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ TEXTS = (
 
 
 def is_leave_one_out(settings: ToolSettings) -> bool:
-    """Whether the settings are RLOO's, which has no loss_type."""
+    """Whether the settings are RLOO's, which have no loss_type."""
     return "loss_type" not in settings.defaults
 
 
@@ -76,8 +75,8 @@ def objective_of(settings: ToolSettings) -> str:
 
 
 def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`loss_type` becomes the objective and its average; with cispo, TRL's `epsilon_high` bounds
-    the ratio itself.
+    """`loss_type` becomes the objective and its average; for cispo, TRL's `epsilon_high` bounds the
+    ratio itself.
     """
     if value in ("sapo", "vespo"):
         raise refused(value, "lorafold has no such law of policies")
@@ -97,15 +96,14 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
-    """`importance_sampling_level` is read with `loss_type`, which has GSPO's where it is sequence.
-    """
+    """`importance_sampling_level` is read with `loss_type`; sequence means GSPO."""
     if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
         raise refused(value, "lorafold's cispo has a ratio for each token")
     return read_with("loss_type")
 
 
 def upper(settings: ToolSettings) -> float:
-    """`epsilon_high`, which is `epsilon` where it is absent."""
+    """`epsilon_high`, or `epsilon` if it is absent."""
     return settings.read("epsilon" if settings["epsilon_high"] is None else "epsilon_high", number)
 
 
@@ -165,13 +163,13 @@ def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def drawn_plainly(*neutral: float) -> Reader:
-    """The reader of a sampling setting, such as a temperature, that must be neutral."""
+    """Read a sampling setting, such as a temperature, that must be neutral."""
     bent = changed(f"{PLAINLY}: what draws is what learns")
     return lambda value, settings: taken(PLAINLY) if number(value) in neutral else bent
 
 
 def bound_of_ratios(least: float) -> Reader:
-    """The reader of a bound of ratios, `least` or more, of no effect where they are 1."""
+    """Read a bound on ratios of at least `least`, which has no effect if ratios are 1."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if number(value) < least:
@@ -212,7 +210,7 @@ def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def count(key: str, settings: ToolSettings, least: int = 1) -> int:
-    """A number of things, of `least` or more."""
+    """The value of `key`, a number of at least `least`."""
     value = settings.read(key, integer)
     if value < least:
         raise LorafoldError(f"{key}: found {value}, expected {least} or more")
@@ -220,7 +218,7 @@ def count(key: str, settings: ToolSettings, least: int = 1) -> int:
 
 
 def sizes(settings: ToolSettings) -> tuple[int, int, int]:
-    """The completions of an optimizer step of one process, those of a prompt, and the prompts."""
+    """(completions per optimizer step of one process, completions per prompt, prompts per step)."""
     micro = count("per_device_train_batch_size", settings)
     completions = micro * count("gradient_accumulation_steps", settings)
     size = count("num_generations", settings, 2)
@@ -247,9 +245,9 @@ def accumulation(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def draws_for(factor: str) -> Reader:
-    """The reader of `steps_per_generation`, in micro-batches, or of `generation_batch_size`, in
-    completions: how many updates learn from one sample. `factor` is the key whose value is that of
-    one micro-batch; empty for one.
+    """Read `steps_per_generation` (in micro-batches) or `generation_batch_size` (in completions):
+    how many updates learn from one sample. `factor` is the key of the micro-batch size; empty for
+    1.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome:

@@ -1,8 +1,6 @@
-"""PEFT's adapter_config.json: the table that reads adapters (`lorafold.peft`) says what each key
-means, so that none of PEFT's fields is listed again here.
-
-What is added are the keys that matter while training and not in a saved adapter: initializations
-that change the base, AdaLoRA's phases, dropouts that PEFT has in training only.
+"""PEFT's adapter_config.json. The meaning of its keys comes from the table that reads adapters
+(`lorafold.peft`); added here are keys that matter only while training: initializations that change
+the base, AdaLoRA's phases, dropouts.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ BESIDE = {
 
 
 def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every key of an adapter_config.json as an entry."""
+    """An entry for every key of an adapter_config.json."""
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     shared += [PARAMETERS] * method.parameters

@@ -1,7 +1,5 @@
-"""What several tools hand to Hugging Face's Trainer, to TRL's trainers of preferences and to PEFT:
-schedules, optimizers, intervals, trackers, the kind of LoRA, and options of an objective.
-
-Read off transformers 5.24 and PEFT 0.21.
+"""Keys that several tools pass to Hugging Face's Trainer, to TRL's preference trainers and to PEFT,
+as of transformers 5.24 and PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -62,7 +60,7 @@ def text(value: Any) -> str:
 
 
 def schedule(value: Any, settings: ToolSettings) -> Outcome:
-    """The scheduler becomes the schedule; cosine replaces those that lorafold does not have."""
+    """The scheduler becomes the schedule, cosine if lorafold does not have it."""
     if text(value) == "constant":
         return taken("it has no warm-up there", schedule="constant", warmup=0.0)
     known = value in SCHEDULES
@@ -71,7 +69,7 @@ def schedule(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def optimizer(value: Any, settings: ToolSettings) -> Outcome:
-    """The optimizer becomes one of lorafold's; adamw replaces those that it does not have."""
+    """The optimizer, adamw if lorafold does not have it."""
     paged = value in ("paged_adamw_32bit", "paged_adamw")
     why = "its fp32 state is not paged here" if paged else ADAMW
     known = text(value) in OPTIMIZERS
@@ -86,8 +84,8 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmed(length: float, share: bool = False) -> Outcome:
-    """A warm-up of so many steps, or of a share of them: one below 1, as transformers 5 reads it,
-    or any that `share` says is one.
+    """A warm-up of `length` steps, or of a share of the run: with `share`, or below 1, as in
+    transformers 5.
     """
     if length == 0:
         return taken(warmup=0.0)
@@ -97,12 +95,12 @@ def warmed(length: float, share: bool = False) -> Outcome:
 
 
 def total_steps(settings: ToolSettings) -> int | None:
-    """The number of optimizer steps of the run, or None where the file leaves it to the epochs."""
+    """The number of optimizer steps of the run, or None if the epochs decide."""
     return max(0, integer(settings["max_steps"] or 0)) or None
 
 
 def interval(name: str) -> Reader:
-    """The reader of an interval in steps, or as a share of the run's, for a recipe field."""
+    """Read an interval in steps, or as a share of the run, into the recipe field `name`."""
     checkpoints = "there are about ten checkpoints a run"
     otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
 
@@ -120,7 +118,7 @@ def interval(name: str) -> Reader:
 
 
 def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
-    """A share of held-out rows becomes `eval_fraction`; a count of them is left."""
+    """A share of held-out rows becomes `eval_fraction`; a number of rows is left."""
     if number(value) < 1:
         return taken(eval_fraction=number(value))
     return left(
@@ -130,7 +128,7 @@ def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def trackers(value: Any, settings: ToolSettings) -> Outcome:
-    """`report_to` becomes the trackers; names that lorafold does not have are left."""
+    """`report_to` becomes the trackers; unknown names are left."""
     if value == "none" or (named := (value,) if value == "all" else names(value)) == ("none",):
         return taken("no tracker")
     if unknown := [name for name in named if name not in TRACKERS]:
@@ -141,8 +139,8 @@ def trackers(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
-    """Names of parameters become targets beside those of modules, which may be a preset or a
-    regular expression; a linear module is called by its own name, and not by its weight's.
+    """Names of parameters become targets in addition to `modules`, a preset, regular expression or
+    list of names; a linear layer's weight becomes the layer.
     """
     if modules == "all-linear":
         return changed("all-linear has the matrices of experts too")
@@ -154,13 +152,13 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
 
 
 def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
-    """The ratio of LoRA+ becomes the rate of B; PEFT trains at one rate without one."""
+    """LoRA+'s ratio becomes the rate of B; without it, PEFT uses one rate."""
     remark = ONE_RATE if number(value) == 1 else ""
     return taken(remark, lr_b=product(settings["learning_rate"], value))
 
 
 def rate(is_lora: Condition) -> Reader:
-    """The reader of a learning rate, of LoRA that of both factors."""
+    """Read a learning rate; for LoRA, it is the rate of both factors."""
     both = ELSEWHERE["learning_rate"]
     return lambda value, settings: (
         taken(both.remark, **both.read(value, {})) if is_lora(settings) else taken(lr=number(value))
@@ -168,15 +166,15 @@ def rate(is_lora: Condition) -> Reader:
 
 
 def accumulation(settings: ToolSettings) -> int:
-    """The number of micro-batches in a step."""
+    """The number of micro-batches per step."""
     return settings.read("gradient_accumulation_steps", integer)
 
 
 def batch(
     of_one: str, packed: Condition, fills: str, steps: Callable[[ToolSettings], int] = accumulation
 ) -> Reader:
-    """The reader of a micro-batch, which times accumulation becomes the batch. Where rows are
-    packed, `fills` is the tool and its key that a sequence fills.
+    """Read a micro-batch, which times accumulation becomes the batch. `fills` is the tool and the
+    key that a packed sequence fills.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
@@ -194,7 +192,7 @@ def batch(
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
-    """The kind of LoRA, with PEFT's `init_lora_weights`, becomes `method` and `options`."""
+    """The kind of LoRA and PEFT's `init_lora_weights` become `method` and `options`."""
     beneath, options, why = "rslora" if rslora else "lora", {}, ""
     if init in ("gaussian", "loftq"):
         options["init"] = init
@@ -293,17 +291,17 @@ def has_reference(objective: str | None) -> bool:
 
 
 def options_of(objective: str | None) -> Mapping[str, Any]:
-    """The options of the objective with their defaults; none where it is not one of preferences."""
+    """The options of a preference objective with their defaults; empty for others."""
     return {} if objective is None else OBJECTIVES[objective].options()
 
 
 def beta(objective_of: ObjectiveOf) -> Reader:
-    """The reader of a key that becomes beta; a reward model has none."""
+    """Read a key as beta, which reward models don't have."""
     return either(lambda one: "beta" in options_of(objective_of(one)), to("beta", number))
 
 
 def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
-    """The reader of a key that becomes the option `name`, of the objectives that have it."""
+    """Read a key as the option `name` of the objectives that have it."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
         options = options_of(objective_of(settings))
@@ -316,7 +314,7 @@ def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
 
 
 def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
-    """A weight of the chosen completions' supervised loss becomes `sft_weight`."""
+    """The weight of the supervised loss on chosen completions becomes `sft_weight`."""
     if objective is None:
         return None
     weight = number(value)
@@ -328,13 +326,13 @@ def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome |
 
 
 def supervised_as(objective: str) -> Reader:
-    """The reader of TRL's weight of the supervised term, of one objective."""
+    """Read TRL's weight of the supervised term for one objective."""
     return lambda value, settings: supervised(value, objective, SUPERVISED)
 
 
 def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
-    """The losses of TRL's DPOTrainer become the objective and, where sft is the second, its
-    `sft_weight`. `given` are their weights, or None, which the file calls `key`.
+    """The losses of TRL's DPOTrainer become the objective, and a second loss sft its `sft_weight`.
+    `given` are their weights, or None, under the file's `key`.
     """
     losses = list(losses)
     weights = [1.0] * len(losses)
@@ -358,7 +356,8 @@ def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
 
 
 def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
-    """TRL's DPOTrainer reads `label_smoothing` for other losses than those of lorafold only."""
+    """`label_smoothing`, which TRL's DPOTrainer reads only for losses that lorafold does not have.
+    """
     if not (smoothing := number(value)):
         return None
     remark = "TRL 1 does not read it for this loss; for cDPO pass --objective-options"
@@ -366,7 +365,7 @@ def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def dropout(turned_off: Condition) -> Reader:
-    """The reader of a dropout, which tools turn off with some settings."""
+    """Read a dropout, which is off if the condition holds."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
         rate = number(value)

@@ -1,8 +1,8 @@
-"""TRL's files, one table a trainer: SFT, DPO, KTO, CPO (SimPO), ORPO, the reward trainer, GRPO and
-RLOO, read off TRL 1.16 (CPO and ORPO off its experimental part) and transformers 5.24.
+"""TRL's files, with one table for each trainer: SFT, DPO, KTO, CPO (SimPO), ORPO, reward, GRPO and
+RLOO, as of TRL 1.16 (CPO and ORPO from its experimental part) and transformers 5.24.
 
-A file of a trainer's fields alone says nothing of the model: then LoRA is trained, lorafold's
-default. A batch is counted for one process; where TRL packs, it counts packed sequences.
+A file without model settings trains LoRA, lorafold's default. The batch is for one process; with
+packing, TRL's counts packed sequences.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`dtype` becomes the base's storage, unless that is quantized: what TRL keeps in fp32 it
-    multiplies in bf16, unless `bf16` is off.
+    """`dtype` becomes the base's quantization or dtype. TRL multiplies fp32 weights in bf16 unless
+    `bf16` is off.
     """
     name = choice(value, *DTYPES)
     if settings["load_in_4bit"] or settings["load_in_8bit"]:
@@ -158,7 +158,7 @@ def _packing(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def is_packed(settings: ToolSettings) -> bool:
-    """Whether rows are packed, of a trainer that may."""
+    """Whether rows are packed, for trainers that can."""
     return bool(settings["packing"]) and settings.on("packing")
 
 
@@ -177,14 +177,16 @@ def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def losses(settings: ToolSettings) -> tuple[str, ...]:
-    """The losses of DPO; robust is sigmoid where labels are not smoothed."""
+    """The losses of DPO; robust without label smoothing is sigmoid."""
     plain = not number(settings["label_smoothing"] or 0)
     given = settings.read("loss_type", names)
     return tuple("sigmoid" if name == "robust" and plain else name for name in given)
 
 
 def centre(value: Any, settings: ToolSettings) -> Outcome:
-    """`center_rewards_coefficient` becomes `centre`; no field of the trainer names its loss."""
+    """`center_rewards_coefficient` becomes `centre`; it also sets the objective, which no other key
+    names.
+    """
     options = {"objective_options": {"centre": number(value)}} if number(value) else {}
     return taken(objective="reward", **options)
 
@@ -194,7 +196,7 @@ def _drawn_dropout(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def data_rows(objective: str | None) -> Table:
-    """The rows of the script's fields that name rows, of a trainer with that objective."""
+    """The rows of a table for the script's dataset keys."""
 
     def name(value: Any, settings: ToolSettings) -> Outcome:
         if settings["datasets"]:

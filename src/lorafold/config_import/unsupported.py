@@ -1,7 +1,5 @@
-"""Keys of other tools without a counterpart in a recipe, separated by spaces, and why there is
-none, or what to do instead.
-
-Such a key is reported where its value asks for something; where that is off, nothing is lost.
+"""Keys of other tools, separated by spaces, that have no counterpart in a recipe, with the reason
+or advice. They are reported only if they are on.
 """
 
 NAMES_OF_RUNS = "a tracker takes such names from its own environment variables"

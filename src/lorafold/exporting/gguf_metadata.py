@@ -1,14 +1,14 @@
-"""The metadata of a GGUF file: the configuration, rotary positions and the tokenizer.
+"""The metadata of a GGUF file: configuration, rotary positions and tokenizer.
 
     hidden_size -> ARCH.embedding_length, num_experts -> ARCH.expert_count, ...
     llama3, longrope    tensors rope_freqs.weight and rope_factors_{long,short}.weight (dims / 2,)
-    gpt2      byte-level BPE: tokens, merges, and the name of the rule that splits text: the one of
-              `models.gguf_tokenizers` that gives the same pieces for all `TEXTS`
-    llama     BPE with bytes for unknown characters: tokens with scores, which fall with the rank of
-              the first merge that makes each
+    gpt2      byte-level BPE: tokens, merges, and the name of the pre-tokenizer rule, chosen from
+              `models.gguf_tokenizers` because it splits all `TEXTS` in the same way
+    llama     BPE with byte fallback: tokens with scores, which fall with the rank of the first merge
+              that makes each
 
-An architecture is a row of `ARCHITECTURES`: its name in llama.cpp, and what llama.cpp assumes,
-so that other configurations are refused. Rows of the embedding without a token get a filler.
+A row of `ARCHITECTURES` contains the name in llama.cpp and the values that llama.cpp assumes; other
+configurations are rejected. Embedding rows without a token get a filler.
 """
 
 from __future__ import annotations
@@ -55,10 +55,14 @@ KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of llama.cpp: `activation` of the gated MLP; `interleaved` rows of queries
-    and keys; `gain`, which the files' norms have less; `granted` fields with the values that it
-    assumes; `period`, every how many layers one attends to all positions, or 0; `square`, the
-    numbers of layers whose attention is scaled by hidden_size / heads instead of by head_dim.
+    """An architecture of llama.cpp.
+
+    activation: The activation of the gated MLP.
+    interleaved: Whether the rows of queries and keys are interleaved.
+    gain: Added to the weights of norms in the GGUF file.
+    granted: Configuration fields with the values that llama.cpp assumes.
+    period: Every how many layers one attends to all positions, or 0.
+    square: Numbers of layers for which attention is scaled by hidden_size / heads, not by head_dim.
     """
 
     name: str
@@ -89,7 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The row of a model's configuration."""
+    """The row for a model's configuration, checked for values that llama.cpp can't represent."""
     row = ARCHITECTURES.get(config.model_type)
     if row is None:
         raise LorafoldError(
@@ -121,7 +125,7 @@ def head_width(config: Any) -> int:
 
 
 def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence[str]:
-    """Write a configuration, except positions, and return what llama.cpp computes differently."""
+    """Write a configuration without positions; returns notes on differences of llama.cpp."""
     for table, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
         values = {}  # by key: two fields may be one
         for name, key in table.items():
@@ -142,7 +146,7 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
 
 
 def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[str, Tensor]:
-    """Write the rotary positions, and return further tensors (rotated / 2,) of the file by name."""
+    """Write the rotary positions; returns further tensors (rotated / 2,) for the file by name."""
     rope = config.rope_parameters
     windowed = {}  # those of layers with a window, where they have their own
     if "full_attention" in rope:
@@ -177,7 +181,9 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
 
 
 def _check_yarn(rope: Mapping[str, Any]) -> None:
-    """Raise LorafoldError for a scale of attention that is not YaRN's own, which llama.cpp has."""
+    """Reject an attention scale other than YaRN's own, the only one that llama.cpp reads from a
+    file.
+    """
     scale, factor = rope.get("attention_factor"), rope["factor"]
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     if rope.get("mscale") or not (scale is None or math.isclose(scale, usual, rel_tol=1e-4)):
@@ -191,7 +197,7 @@ def _check_yarn(rope: Mapping[str, Any]) -> None:
 def _long(
     writer: GGUFWriter, config: Any, rope: Mapping[str, Any], prefix: str
 ) -> dict[str, Tensor]:
-    """Phi-3's factors for texts within the first context and beyond it."""
+    """Phi-3's factors for texts within the original context and beyond it."""
     first = rope["original_max_position_embeddings"]
     scale = config.max_position_embeddings / first
     usual = math.sqrt(1 + math.log(scale) / math.log(first)) if scale > 1 else 1.0
@@ -220,7 +226,7 @@ TEXTS = (
 
 
 def name_of_rule(backend: Backend, whole_words: bool) -> str:
-    """The name of a byte-level tokenizer's rule."""
+    """The name in llama.cpp of a byte-level tokenizer's pre-tokenizer rule."""
     splitter, before = backend.pre_tokenizer, backend.normalizer
     # Qwen's normalizer does nothing but to compose marks with their letters
     if splitter is not None and (before is None or type(before).__name__ == "NFC"):
@@ -243,7 +249,7 @@ def _pieces(rule: object, text: str) -> list[str]:
 
 
 def check_whole(backend: Backend) -> None:
-    """Raise LorafoldError if a tokenizer changes anything of a text but its spaces."""
+    """Check that a tokenizer changes nothing but the spaces of a text."""
     before = SPACE * prefixes_space(backend)
     for text in TEXTS:
         marked = _marked(backend, text)
@@ -255,12 +261,12 @@ def check_whole(backend: Backend) -> None:
 
 
 def prefixes_space(backend: Backend) -> bool:
-    """Whether a text begins with a space for it that is not there."""
+    """Whether the tokenizer adds a space before a text."""
     return _marked(backend, "a").startswith(SPACE)
 
 
 def _marked(backend: Backend, text: str) -> str:
-    """What it makes tokens of."""
+    """The normalized and pre-tokenized text."""
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
     if backend.pre_tokenizer is not None:
@@ -309,7 +315,7 @@ def add_tokenizer(
 
 
 def _check_bytes(vocabulary: Collection[str]) -> None:
-    """Raise LorafoldError if a byte has no token: llama.cpp looks them up without a check."""
+    """Check that every byte has a token, because llama.cpp looks them up without a check."""
     lacking = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
     if lacking:
         raise LorafoldError(
@@ -325,7 +331,7 @@ def _tokens(
     by_bytes: bool,
     unknown: str | None,
 ) -> tuple[list[str], list[int]]:
-    """The texts of all rows, and their types."""
+    """The text and the type of each embedding row."""
     texts = [f"[PAD{n}]" for n in range(rows)]
     kinds = [int(TokenType.UNUSED)] * rows
     for text, n in vocabulary.items():

@@ -1,6 +1,5 @@
-"""The export of a base with adapters for another engine, verified there.
-
-    cut -> check -> write -> prove -> export.json       whole or not at all
+"""Export of a base model with adapters for another engine, verified there: cut, check, write,
+prove, and write export.json. The directory appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ INSTEAD = (
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The choices of `lf.export` besides the model and the adapters."""
+    """The options of `lf.export` besides model and adapters."""
 
     to: str
     tensors: str | None = None
@@ -75,9 +74,9 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported(ShownInNotebooks):
-    """The export, as in `export.json`. `proof` is None if `unproved` says why; `beside` has further
-    figures, or why there are none. `away` and `from_original` are the distances from the trained
-    model of these files, and of the adapters over the original weights.
+    """An export, as in `export.json`. `proof` is None if `unproved` gives a reason. `beside`
+    contains further figures, or reasons why there are none. `away` and `from_original` are the
+    distances of these files, and of the adapters on the original weights, from the trained model.
     """
 
     to: str
@@ -120,7 +119,7 @@ class Exported(ShownInNotebooks):
 
     @property
     def launch(self) -> tuple[str, ...]:
-        """How the files are used, in lines."""
+        """Commands or code that use the files, one per line."""
         return tuple(placed(line, self.out) for line in self.written.launch)
 
     def summary(self) -> str:
@@ -147,7 +146,7 @@ def export(
     options: ExportOptions,
     console: Console | None = None,
 ) -> Exported:
-    """Write adapters over a base, or the base alone, for another engine; see `lf.export`."""
+    """Write adapters on a base, or the base alone, for another engine; see `lf.export`."""
     target = target_of(options.to)
     tensors, engine = _tensors(target, options.tensors), _engine(target, options)
     if (rank := options.as_lora) is not None and (type(rank) is not int or rank < 1):
@@ -217,7 +216,6 @@ def export(
 
 
 def _has_tokenizer(subject: Subject) -> bool:
-    """Whether the adapters or the base have one."""
     try:
         return subject.tokenizer is not None
     except NoTokenizer:
@@ -225,7 +223,7 @@ def _has_tokenizer(subject: Subject) -> bool:
 
 
 def _named_otherwise(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, str]:
-    """Notes on adapters that know their base by its name alone, and have another name for it."""
+    """Notes on adapters whose record identifies their base only by another name."""
     notes = {str(saved): saved.own_base.hint(base.name).removeprefix("; ") for saved in adapters}
     names = {str(saved): Path(saved.own_base.name).name for saved in adapters}
     return {saved: n for saved, n in notes.items() if n and names[saved] != Path(base.name).name}
@@ -234,7 +232,8 @@ def _named_otherwise(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, 
 def _check_representable(
     target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
-    """Raise LorafoldError for what the target can't say, with the rank of a LoRA that is enough."""
+    """Check that the target can represent the subject; the error includes a sufficient LoRA rank.
+    """
     try:
         problems = target.problems(subject)
     except LorafoldError as error:
@@ -246,7 +245,7 @@ def _check_representable(
 
 
 def _into(base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None) -> Into:
-    """The weights that the files are for; an adapter alone is for the original ones."""
+    """The weights that the files are for; adapters without a base are for the original ones."""
     in_files = stored_in_files(base.source)
     expected = ("trained", "original", *ALIAS) if target.merged else ("original",)
     if into is not None and into not in expected:
@@ -271,7 +270,7 @@ def _proof(
 
 
 def _tensors(target: Target, tensors: str | None) -> str | None:
-    """The type of the tensors."""
+    """The tensor type: the given one, or the target's first."""
     if tensors is not None and tensors not in target.tensors:
         expected = ", ".join(target.tensors) or "none, because it has one form alone"
         raise LorafoldError(f"--tensors: found {tensors!r} for {target.name}, expected {expected}")
@@ -279,7 +278,7 @@ def _tensors(target: Target, tensors: str | None) -> str | None:
 
 
 def _engine(target: Target, options: ExportOptions) -> str | None:
-    """What proves."""
+    """The name of the engine that verifies the export."""
     if options.engine_url is None:
         return target.engine
     if options.engine_python is not None:
@@ -293,7 +292,7 @@ def _engine(target: Target, options: ExportOptions) -> str | None:
 
 
 def _unproved(target: Target, options: ExportOptions) -> str:
-    """Why nothing is proved, or nothing."""
+    """Why nothing is verified, or "" otherwise."""
     if not options.prove:
         return "--no-proof was given"
     if target.engine is None:
@@ -305,7 +304,7 @@ def _unproved(target: Target, options: ExportOptions) -> str:
 
 
 def _check(proof: Proof, target: Target, tensors: str | None) -> None:
-    """Raise LorafoldError if the engine computes something else than what was exported."""
+    """Check that the engine computes the exported model."""
     allowed = target.tolerance.get(tensors or "", SHARE)
     start = f"{proof.engine} {proof.version} does not compute what lorafold does"
     if proof.unused:

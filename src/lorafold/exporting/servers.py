@@ -1,13 +1,13 @@
-"""Exports of plain LoRA for PEFT and for servers.
+"""Exports of plain LoRA for PEFT, vLLM and SGLang.
 
-vLLM (0.32, lora/) takes a rank up to 512, packs q, k, v and gate, up itself, and refuses names
-that it does not know, except those of experts, which it loads and applies nowhere. So experts are
-written only for the families whose names are known; some requests need is_3d_lora_weight.
+vLLM (0.32, lora/) takes a rank up to 512, packs q, k, v and gate, up itself, and rejects unknown
+names, except names of experts, which it loads but never applies. So experts are written only for
+families whose names are known; some requests need is_3d_lora_weight.
 
-SGLang (0.5.23, srt/lora/) scales by alpha / r alone, knows modules by the last part of their names,
-packs q, k, v and gate, up into one buffer each (so all of them are written, as zeros where nothing
-changed) and takes a pair of matrices for each expert. It has no build for CPUs: the files are read
-back as its loader reads them.
+SGLang (0.5.23, srt/lora/) scales by alpha / r, identifies modules by the last part of their names,
+packs q, k, v and gate, up into one buffer each (so all of them are written, unchanged ones as
+zeros) and takes a pair of matrices for each expert. It has no build for CPUs, so the files are read
+back in the way of its loader.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from lorafold.peft.config import CONFIG, WEIGHTS
 
 
 class ToPeft(Target):
-    """PEFT's own format, for any base that it knows."""
+    """PEFT's own format."""
 
     name = "peft"
     engine = "peft"
@@ -151,7 +151,7 @@ class ToVllm(Target):
 
 
 def module_of(name: str, request: Mapping[str, object], out: str) -> str:
-    """The value of --lora-modules: JSON if a name or path has special characters, or options."""
+    """The value of --lora-modules: JSON for special characters or options, otherwise NAME=PATH."""
     path = f"{out}/{ADAPTER}"
     if request or "=" in name or "," in name + path:
         return json.dumps({"name": name, "path": path, **request}, ensure_ascii=False)
@@ -161,7 +161,7 @@ def module_of(name: str, request: Mapping[str, object], out: str) -> str:
 def with_zeros(
     subject: Subject, factors: SiteFactors, paths: Iterable[str]
 ) -> dict[str, Factors]:
-    """The factors, and zeros at those of these paths that are not changed."""
+    """The factors, with zeros for those of `paths` that are not changed."""
     return {**factors, **{path: zeros(subject, path) for path in paths if path not in factors}}
 
 
@@ -242,7 +242,7 @@ class ToSglang(Target):
 
 
 def path_of(name: str, out: str) -> str:
-    """The value of --lora-paths for an adapter: JSON where the name has an equals sign."""
+    """The value of --lora-paths: JSON if the name has an equals sign, otherwise NAME=PATH."""
     path = f"{out}/{ADAPTER}"
     if "=" in name:
         return json.dumps({"lora_name": name, "lora_path": path}, ensure_ascii=False)
@@ -250,7 +250,7 @@ def path_of(name: str, out: str) -> str:
 
 
 def packed(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
-    """The same with zeros at those modules of a pack that are not changed."""
+    """The factors, with zeros for unchanged modules of a pack."""
     modules = {path for path, _ in subject.model.named_modules()}
     places = [path.rpartition(".") for path in factors]
     packs = [
@@ -264,7 +264,7 @@ def packed(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
 
 
 def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
-    """Yield each matrix that is changed, by the name that SGLang has for it, experts one by one."""
+    """Yield each changed matrix with its name in SGLang, experts one by one."""
     for path, pair in factors.items():
         if (match := EXPERTS.fullmatch(path)) is None:
             yield path, pair
@@ -275,7 +275,7 @@ def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
 
 
 def _split(adapter: Path, kind: str, factors: SiteFactors, rank: int) -> None:
-    """Put a pair of matrices for each expert in the place of PEFT's stacked ones."""
+    """Replace PEFT's stacked experts by a pair of matrices for each expert."""
     tensors = {k: t for k, t in load_file(adapter / WEIGHTS).items() if ".experts." not in k}
     experts = {path: pair for path, pair in _single(kind, factors) if ".experts." in path}
     for path, pair in experts.items():
@@ -291,7 +291,7 @@ def _split(adapter: Path, kind: str, factors: SiteFactors, rank: int) -> None:
 
 
 def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
-    """Take a factor, (r, in) for A and (out, r) for B, out of the file's tensors."""
+    """Pop a factor, (r, in) for A and (out, r) for B, from the file's tensors."""
     for key in (f"{ROOT}{path}.lora_{half}.weight", f"{ROOT}{path}.lora_embedding_{half}"):
         if key in tensors:
             return tensors.pop(key)
@@ -299,7 +299,7 @@ def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
 
 
 def _difference(written: Factors, other: Factors) -> float:
-    """How far two products are apart on random inputs, relative to the second."""
+    """The relative difference of two products on random inputs."""
     (up, down), (b, a) = written, other
     x = torch.randn(a.shape[-1], PROBES, generator=torch.Generator().manual_seed(0))
     product, expected = b @ (a @ x), up.float() @ (down.float() @ x)

@@ -1,10 +1,10 @@
-"""Exports as GGUF files for llama.cpp and what is built on it: an adapter, or a whole model.
+"""Exports as GGUF files for llama.cpp and tools built on it: an adapter, or a whole model.
 
     y = W x + B (A x)      every scale is in B, and alpha is 0: llama.cpp multiplies by alpha / r
-                           where alpha is another
+                           if alpha is not 0
 
-An adapter is verified over a base that is written for it in F32, or F16 if that would be large, and
-removed. Types with more than a scale a block, such as Q4_K_M, are made by llama.cpp's quantizer.
+An adapter is verified on a temporary base in F32, or in F16 if F32 would be large. Types with more
+than one scale per block, such as Q4_K_M, are made by llama.cpp's quantizer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
 
 class GgufAdapter(Target):
-    """Abstract: an adapter as a file; what differs is how it is used."""
+    """Abstract: an adapter as a file."""
 
     engine = "llamacpp"
     tensors = ("F32", "F16", "BF16", "Q8_0")
@@ -51,7 +51,7 @@ class GgufAdapter(Target):
 
     @abstractmethod
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
-        """How the file is used over the file of a base, with options, as `Written.launch`."""
+        """Commands that use the file on a base file with options, as in `Written.launch`."""
 
     def problems(self, subject: Subject) -> Sequence[str]:
         if not subject.adapters:
@@ -99,7 +99,7 @@ class GgufAdapter(Target):
 
 
 class ToGguf(GgufAdapter):
-    """For whatever reads such files."""
+    """For any program that reads such files."""
 
     name = "gguf"
 
@@ -108,7 +108,7 @@ class ToGguf(GgufAdapter):
 
 
 class ToLlamaCpp(GgufAdapter):
-    """For llama.cpp's server, where requests name the scale; --lora-scaled takes no colon."""
+    """For llama.cpp's server, whose requests set the scale."""
 
     name = "llama.cpp"
 
@@ -120,7 +120,7 @@ class ToLlamaCpp(GgufAdapter):
 
 
 def listed_path(out: str) -> str:
-    """The file as --lora takes a list: quoted as in CSV if it has a comma or quote."""
+    """The path for --lora, which takes a list: quoted as in CSV if it has a comma or quote."""
     path = f"{out}/{FILE}"
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
 
@@ -139,7 +139,7 @@ def file_of(tensors: str | None) -> str:
 
 
 def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
-    """Write the file of a subject into a directory, as `write_gguf` or by llama.cpp's quantizer."""
+    """Write the GGUF file of a subject, with llama.cpp's quantizer if necessary."""
     tensors = str(subject.tensors)
     if tensors not in MIXED:
         return write_gguf(subject, directory / file_of(tensors), tensors, progress)
@@ -157,7 +157,7 @@ def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequenc
 
 
 class GgufModel(Target):
-    """Abstract: a whole model as a file; what differs is what lies beside it."""
+    """Abstract: a whole model as a file."""
 
     engine = "llamacpp"
     tensors = (*FILE_TYPES, *MIXED)

@@ -1,11 +1,12 @@
-"""Exports for mlx-lm: a directory of adapters as its own training writes it.
+"""Exports for mlx-lm: an adapter directory in the format of its own training.
 
     lora_a (in, r) = down^T, lora_b (r, out) = up^T with every scale in it; DoRA: m (out,)
     experts       switch_mlp.{gate,up,down}_proj    lora_a (E, r, in), lora_b (E, out, r)
 
-mlx-lm (0.32.2, tuner/utils.py) has one rank and scale for a file and builds its layers at all paths
+mlx-lm (0.32.2, tuner/utils.py) has one rank and scale per file and builds its layers at all paths
 in `keys`, so these are exactly the paths of the tensors. Most of its models read rope_theta and
-num_experts, not rope_parameters and num_local_experts: such a base is copied with the older keys.
+num_experts, not rope_parameters and num_local_experts, so a base with the newer keys is copied with
+the older ones added.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ SWITCH = {
 
 
 def older_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration with the older names too, or None if it needs none."""
+    """The configuration with the older keys added, or None if it needs none."""
     more = {**_positions(config), **_pattern(config)}
     if "num_local_experts" in config and "num_experts" not in config:
         more["num_experts"] = config["num_local_experts"]
@@ -101,7 +102,7 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_older(source: Path, directory: Path) -> bool:
-    """Copy a model's directory (as hard links) with the older keys, if its config lacks them."""
+    """Copy a model directory (as hard links) with the older keys, if its config lacks them."""
     config = older_config(read_object(source / MODEL_CONFIG))
     if config is None:
         return False
@@ -191,7 +192,7 @@ class ToMlx(Target):
 
 
 def keys_of(paths: Iterable[str], layers: int) -> list[str]:
-    """The `keys` of these modules: relative to a block if all blocks have the same."""
+    """The `keys` for these modules: relative to a block if all blocks have the same."""
     matches = {path: BLOCK.fullmatch(path) for path in paths}
     inside = Counter(match[2] for match in matches.values() if match)
     if any(blocks != layers for blocks in inside.values()):
@@ -200,7 +201,7 @@ def keys_of(paths: Iterable[str], layers: int) -> list[str]:
 
 
 def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
-    """Factors and magnitude (out,) of each site, if every change is DoRA over linears."""
+    """Factors and magnitude (out,) of each module, if every change is DoRA on linear layers."""
     doras = {}
     for path, module in adapted_modules(subject.model):
         deltas = [*deltas_of(module, subject.names)]
@@ -217,7 +218,7 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
 
 
 def _unnamed(subject: Subject, path: str) -> str:
-    """Why mlx-lm has no such module, or nothing."""
+    """Why mlx-lm has no such module, or ""."""
     block, kind = BLOCK.fullmatch(path), subject.config.model_type
     if path in (EMBEDDING, HEAD):
         if getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
@@ -232,7 +233,7 @@ def _unnamed(subject: Subject, path: str) -> str:
 
 
 def _named(kind: str, path: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
-    """Yield what a site is in mlx-lm, by module path."""
+    """Yield the names and factors of a module in mlx-lm."""
     block = BLOCK.fullmatch(path)
     experts = EXPERTS.fullmatch(block[2]) if block else None
     if block is None or experts is None:

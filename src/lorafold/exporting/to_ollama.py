@@ -1,14 +1,16 @@
-"""Exports a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
+"""Export of a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
 
-Ollama from 0.34.1 on rejects a Modelfile with ADAPTER (ollama#14969), so adapters are merged. Its
-templates are in Go's language, so `turns_of` finds what the model's template writes around the
-turns of a plain chat, by rendering probes S, u and a (system, user, assistant):
+Since 0.34.1, Ollama rejects a Modelfile with ADAPTER (ollama#14969), so adapters are merged.
+Ollama's templates use Go's template language, so `turns_of` finds the text that the model's
+template writes around the turns of a plain chat, by rendering probes S, u and a (system, user,
+assistant):
 
     system given     before S between u a_open a u_open u ... end
     none given       start            u a_open a u_open u ... end
 
-The marks are read off three renderings; then every conversation of `CHATS` is rendered by them and
-by the template. If a template has its system message in the last turn of the user, it is `late`.
+The marks are read from three renderings; then they are checked against the template on every
+conversation of `CHATS`. `late` means that the template writes the system message into the last user
+turn.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ SAID = (
 
 @dataclass(frozen=True)
 class Turns:
-    """The marks above. `system` is None for a template that takes no system message."""
+    """The marks above. `system` is None for a template without system messages."""
 
     start: str
     system: tuple[str, str] | None
@@ -54,7 +56,7 @@ class Turns:
     late: bool = False
 
     def text(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation that begins with the user, or with a system message."""
+        """The prompt of a conversation that begins with a user or a system message."""
         first = messages[0]["content"] if messages[0]["role"] == "system" else None
         texts = [str(m["content"]) for m in messages if m["role"] != "system"]
         before, between = self.system or ("", "")
@@ -97,7 +99,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
 
 
 def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What a template has beside plain chat, a sentence each."""
+    """Features of a template that plain chat lacks, one sentence each."""
     template = str(tokenizer.chat_template)
     notes = []
     if lacking := [feature for feature, word in BESIDE.items() if re.search(word, template)]:
@@ -121,7 +123,7 @@ def _chat(roles: str, contents: Sequence[str]) -> list[Message]:
 
 
 def _around(text: str, contents: Sequence[str]) -> list[str]:
-    """The parts of a text between what was said."""
+    """The parts of a text between the contents."""
     parts = []
     for content in contents:
         before, mark, text = text.partition(content)
@@ -135,7 +137,7 @@ def _around(text: str, contents: Sequence[str]) -> list[str]:
 
 
 def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> str:
-    """Which conversation a template writes otherwise than the marks, or nothing."""
+    """The first conversation that the template renders differently from the marks, or ""."""
     for roles in CHATS:
         if roles.startswith("s") and turns.system is None:
             continue
@@ -187,7 +189,7 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:
-    """The template in Ollama's language, the texts that end a completion, and notes."""
+    """The Go template, the stop texts, and notes."""
     ensure_chat_template(tokenizer)
     turns, notes = turns_of(tokenizer), adds(tokenizer)
     if turns.system is None:

@@ -1,6 +1,6 @@
-"""The engines that verify an export, each in a process of its own, which can be another Python.
-`program.py` runs in the environment that has the engine and imports nothing of lorafold. A new
-engine is a function there and a row of `ENGINES` here.
+"""The engines that verify an export, each in its own process and possibly another Python
+environment. `program.py` runs there and imports nothing of lorafold. A new engine is a function in
+it and a row of `ENGINES`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorafold.exporting.proof import EngineAnswers
 
 @dataclass(frozen=True)
 class ExternalEngine:
-    """An engine: its name for people, the module that has it, and what installs it."""
+    """An engine: its title, its Python module, and the command that installs it."""
 
     title: str
     module: str
@@ -32,7 +32,7 @@ class ExternalEngine:
 
     @property
     def here(self) -> bool:
-        """Whether this environment has it."""
+        """Whether it is installed in this environment."""
         return find_spec(self.module) is not None
 
 
@@ -46,7 +46,7 @@ ENGINES: dict[str, ExternalEngine] = {
 
 
 def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineAnswers:
-    """What an engine answers."""
+    """Run a job in an engine's process and return its answers."""
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
         file, out = Path(scratch, "job.json"), Path(scratch, "answers.npz")
         file.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")

@@ -1,24 +1,23 @@
-"""What runs in an engine's process: a function here has the engine answer a job, and the
-answers are written.
+"""The program in an engine's process: it runs a job and writes the answers.
 
     program.py ENGINE JOB.json
     job        base       the directory or file of the base, or of the merged model
                adapter    the directory or file of the adapter
                ids        the tokens of each prompt
                texts      the prompts as texts
-               chats      what they are of: messages and tools
-               greedy     how many tokens a greedy text has
-               ends       the tokens that end it
-               lora       of vLLM: the values of its options and of its request in the launch line
-               url        of a running server of vLLM
+               chats      the messages and tools of each prompt
+               greedy     the number of tokens of a greedy text
+               ends       the end-of-text tokens
+               lora       for vLLM: its options and the fields of its request
+               url        the URL of a running vLLM server
                out        the .npz file to write
     answers    adapted    (prompts, vocabulary) log-probabilities of the next token
-               base       the same without adapters, of the first prompts, if the engine can
-               greedy     tokens of each prompt, without those that end it
-               version    of the engine
-               unused     the tensors of the files that it did not take, if it tells
-               other_tokens    the prompts whose texts it tokenizes in another way, if it can tell
-               other_texts     the prompts that its own template application writes in another way
+               base       the same without adapters, for the first prompts, if the engine can
+               greedy     the tokens of each prompt, without end-of-text tokens
+               version    the engine's version
+               unused     tensors of the files that were not loaded, if the engine reports them
+               other_tokens    the prompts that the engine tokenizes differently, if it can
+               other_texts     the prompts that its own chat template renders differently
 """
 
 import json
@@ -50,11 +49,12 @@ NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprob
 
 
 def llamacpp(job: Job) -> Job:
-    """llama.cpp's answers, from its own server in this process, as the xllamacpp wheel has it;
-    `base` only for the first prompts, and without an adapter not at all.
+    """Answers of llama.cpp's server in this process (xllamacpp); `base` only for the first prompts,
+    and not without an adapter.
 
     The server writes probabilities as text, which costs as much as computing them, so several
-    prompts are sent at once. Nothing is cached for another adapter: it would not notice.
+    prompts are sent at once. Its prompt cache does not distinguish adapters, so only greedy texts
+    use it.
     """
     server, version = started(job)
     address, adapter = server.listening_address, job.get("adapter")
@@ -123,7 +123,7 @@ def llamacpp(job: Job) -> Job:
 
 
 def started(job: Job) -> tuple[Any, str]:
-    """llama.cpp's server with the job's files, and its version."""
+    """llama.cpp's server for the job, and its version."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as the library is loaded
     import xllamacpp
 
@@ -152,7 +152,8 @@ def started(job: Job) -> tuple[Any, str]:
 
 
 def other_texts(job: Job, address: str, bos: str) -> list[int]:
-    """The chats that the server's own Jinja renders differently, apart from a first bos token."""
+    """The chats that the server's own Jinja renders differently, apart from an initial bos token.
+    """
     differing = []
     for n, (chat, text) in enumerate(zip(job["chats"], job["texts"], strict=True)):
         try:
@@ -166,7 +167,7 @@ def other_texts(job: Job, address: str, bos: str) -> list[int]:
 
 @contextmanager
 def captured_stderr() -> Iterator[Callable[[], str]]:
-    """A context that captures what a library writes to stderr, and yields a function with it."""
+    """Capture a library's stderr; yields a function that returns it."""
     with tempfile.TemporaryFile() as file:
         screen = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -183,7 +184,7 @@ def captured_stderr() -> Iterator[Callable[[], str]]:
 
 
 def peft(job: Job) -> Job:
-    """PEFT's answers, by its own defaults but for fp32."""
+    """PEFT's answers in fp32."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -215,7 +216,7 @@ def peft(job: Job) -> Job:
 
 
 def mlx(job: Job) -> Job:
-    """mlx-lm's answers on the CPU, in fp32, and the modules that it leaves out or changes. The
+    """mlx-lm's answers on the CPU in fp32, and the modules that it leaves out or changes. The
     common prefix is computed once, and only the last position goes through the head.
     """
     import mlx.core as mx
@@ -228,13 +229,12 @@ def mlx(job: Job) -> Job:
     common = len([*takewhile(lambda column: len(set(column)) == 1, columns)])
 
     def read(model: Any, ids: list[int], cache: Any) -> None:
-        """Put tokens into the cache."""
         if ids:
             model(mx.array([ids]), cache=cache)
             mx.eval([layer.state for layer in cache])
 
     def answers_of(model: Any, most: int) -> tuple[Any, Any]:
-        """For each prompt, log-probabilities (vocabulary,) and greedy tokens, `most` at most."""
+        """For each prompt, log-probabilities (vocabulary,) and at most `most` greedy tokens."""
         model.set_dtype(mx.float32)
         start = make_prompt_cache(model)
         read(model, job["ids"][0][:common], start)
@@ -273,7 +273,7 @@ def mlx(job: Job) -> Job:
 
 
 def vllm(job: Job) -> Job:
-    """vLLM's answers in this process, in fp32, and the modules that it loads and never applies."""
+    """vLLM's answers in this process in fp32, and the modules that it loads but never applies."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -288,14 +288,13 @@ def vllm(job: Job) -> Job:
     lora = LoRARequest("exported", 1, job["adapter"], **job["lora"]["request"])
 
     def completions(prompts: list[list[int]], over: Any, **params: Any) -> list[Any]:
-        """What follows each prompt."""
         sampling = vllm.SamplingParams(temperature=0, detokenize=False, **params)
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         rows = llm.generate(inputs, sampling, lora_request=over, use_tqdm=False)
         return [row.outputs[0] for row in rows]
 
     def distribution(ids: list[int], over: Any) -> np.ndarray:
-        """The log-probabilities (vocabulary,) of the token that follows these."""
+        """The log-probabilities (vocabulary,) of the next token."""
         entries = completions([ids], over, max_tokens=1, logprobs=-1)[0].logprobs[0]
         return row_of({token: entry.logprob for token, entry in entries.items()})
 
@@ -311,15 +310,15 @@ def vllm(job: Job) -> Job:
 
 
 def unused(worker: Any) -> list[str]:
-    """The modules that adapters have factors for and vLLM's model has not."""
+    """Modules of the adapters that vLLM's model does not have."""
     manager = worker.model_runner.lora_manager._adapter_manager
     loras = [lora.loras.keys() for lora in manager.list_adapters().values()]
     return sorted(set().union(*loras) - manager.modules.keys())
 
 
 def vllm_url(job: Job) -> Job:
-    """The answers of a running server of vLLM on this machine or disk, which loads the adapter for
-    them and unloads it again; it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING and --max-logprobs -1.
+    """Answers of a running vLLM server, which loads and unloads the adapter for them; it needs
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING and --max-logprobs -1, and access to the files.
     """
     url, name = job["url"].rstrip("/").removesuffix("/v1"), f"{NAME}-{os.getpid()}"
     version = json.loads(sent(url, "/version"))["version"]
@@ -327,18 +326,17 @@ def vllm_url(job: Job) -> Job:
     base = next(model["id"] for model in models if not model.get("parent"))
 
     def completion(model: str, ids: list[int], **fields: Any) -> Any:
-        """What the server makes of a prompt."""
         body = {"model": model, "prompt": ids, "temperature": 0, **fields}
         return json.loads(sent(url, "/v1/completions", body))["choices"][0]
 
     def distribution(model: str, ids: list[int]) -> np.ndarray:
-        """The log-probabilities (vocabulary,) of the token that follows these."""
+        """The log-probabilities (vocabulary,) of the next token."""
         choice = completion(model, ids, max_tokens=1, logprobs=-1, return_tokens_as_token_ids=True)
         logprobs = choice["logprobs"]["top_logprobs"][0]
         return row_of({int(token.removeprefix("token_id:")): p for token, p in logprobs.items()})
 
     def greedy(ids: list[int]) -> list[int]:
-        """The most likely tokens, without those that end a completion."""
+        """The greedy tokens, without end-of-text tokens."""
         limits = {"max_tokens": job["greedy"], "stop_token_ids": job["ends"]}
         choice = completion(name, ids, **limits, return_token_ids=True)
         return [token for token in choice["token_ids"] if token not in job["ends"]]
@@ -357,7 +355,7 @@ def vllm_url(job: Job) -> Job:
 
 
 def sent(url: str, path: str, body: Job | None = None) -> bytes:
-    """The reply of vLLM's server; ends the process with a line where there is none."""
+    """The reply of vLLM's server; exits with an error message if there is none."""
     try:
         return post(url + path, body)
     except HTTPError as error:
@@ -377,7 +375,7 @@ def post(url: str, body: Job | None = None) -> bytes:
 
 
 def reason(error: HTTPError) -> str:
-    """Why a server refused a request, in its words."""
+    """The server's error message."""
     try:
         return str(json.loads(error.read())["error"]["message"]).strip()
     except (ValueError, KeyError, TypeError):
@@ -385,14 +383,14 @@ def reason(error: HTTPError) -> str:
 
 
 def row_of(logprobs: dict[int, float]) -> np.ndarray:
-    """Log-probabilities (vocabulary,) by token."""
+    """Log-probabilities (vocabulary,) from a mapping by token."""
     row = np.full(max(logprobs) + 1, -np.inf, np.float32)
     row[[*logprobs]] = [*logprobs.values()]
     return row
 
 
 def other_tokens(job: Job, tokenizer: Any) -> list[int]:
-    """The prompts whose texts a tokenizer makes other tokens of."""
+    """The prompts that the tokenizer tokenizes differently."""
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in job["texts"]]
     return [n for n, ids in enumerate(job["ids"]) if list(ids) != texts[n]]
 
