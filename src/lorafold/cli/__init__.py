@@ -1,7 +1,7 @@
 """The `lorafold` command: a table of commands, whose modules are imported when they are called.
 
-An error that you can fix is one line on stderr, with exit code 2. Ctrl-C has exit code 130. Any
-other exception is a bug and shows its traceback.
+An error that the user can fix is printed as one line on stderr, with exit code 2. Ctrl-C has exit
+code 130. Any other exception is a bug and shows its traceback.
 """
 
 import importlib
@@ -76,7 +76,7 @@ SEVERAL = {"train", "doctor"}  # that a launcher may start several processes of
 
 
 class Commands(CommandGroup):
-    """A group that lists COMMANDS in --help and imports a command's module when it is called."""
+    """The top-level group, which imports a command's module when it is called."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -115,7 +115,7 @@ class Commands(CommandGroup):
 
 
 def verb_of(name: str) -> Any:
-    """The function that declares a command."""
+    """The function that declares a command's options."""
     if name in TOOLS:
         return getattr(importlib.import_module("lorafold.cli.other_commands"), TOOLS[name])
     file, function = FUNCTIONS.get(name, (name, name))

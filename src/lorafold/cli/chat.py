@@ -1,4 +1,4 @@
-"""`lorafold chat`: a conversation with the base model and its adapters in the terminal."""
+"""`lorafold chat`: the terminal session."""
 
 import signal
 import sys
@@ -38,7 +38,7 @@ class Session:
         }
 
     def run(self, lines: Iterator[str]) -> None:
-        """Answer or obey each line until the end, or until one is /quit."""
+        """Answer or execute each line until the end or /quit."""
         for line in lines:
             text = line.strip()
             if text == "/quit":
@@ -56,7 +56,7 @@ class Session:
         print_lines(self.console, text)
 
     def answer(self, text: str) -> None:
-        """Print each speaker's answer as it comes, and remember the last one."""
+        """Stream each speaker's answer, and keep the last one in the conversation."""
         from lorafold.conversation import label
         from lorafold.data.control_tokens import IN_PROMPT, is_marked
 
@@ -78,7 +78,7 @@ class Session:
             self.chat.keep(turn, answer)
 
     def one_answer(self, turn: "Turn", names: tuple[str, ...]) -> tuple[str, bool]:
-        """The answer, printed as it comes, and whether Ctrl-C stopped it."""
+        """(the answer, printed as it streams; whether Ctrl-C stopped it)."""
         pieces = []
         with _stoppable() as stop:
             with closing(self.chat.answer(turn, names)) as answer:
@@ -95,7 +95,7 @@ class Session:
         return "".join(pieces), bool(stop)
 
     def obey(self, name: str, argument: str = "") -> None:
-        """Execute a command."""
+        """Execute a slash command."""
         if name not in self.commands and name not in ALONE:
             raise LorafoldError(
                 f"no command {name}; /help lists them, and // begins a message with a slash"
@@ -105,7 +105,7 @@ class Session:
         self.commands[name](argument)
 
     def adapter(self, name: str) -> None:
-        """Switch to an adapter, or list the adapters without a name."""
+        """Switch to an adapter, or list the adapters if there is no name."""
         if name:
             self.chat.switch(name)
             return self.answering()
@@ -120,7 +120,7 @@ class Session:
         self.notify(f"answering: {label(self.chat.active)}")
 
     def both(self, _: str) -> None:
-        """Switch whether the base model answers too."""
+        """Toggle the base model's answers."""
         if not self.chat.active:
             raise LorafoldError("/both: no adapter is active, so there is only the base to answer")
         self.chat.both = not self.chat.both
@@ -154,8 +154,8 @@ class Session:
 
 @contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """In it, Ctrl-C only fills the list, so that no step of the model is interrupted, and an
-    impatient second one does not end the conversation.
+    """Collect Ctrl-C in a list instead of raising, so that no forward pass is interrupted and a
+    second Ctrl-C does not end the conversation.
     """
     stop = []
     before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
@@ -166,7 +166,7 @@ def _stoppable() -> Iterator[list[int]]:
 
 
 def typed(console: "Console") -> Iterator[str]:
-    """Lines from a terminal, until Ctrl-D. The prompt goes to stderr if stdout is a file."""
+    """Yield lines from a terminal until Ctrl-D. The prompt goes to stderr if stdout is a file."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it from here on)
     console.print(f"{PROMPT}/help lists the commands; Ctrl-D ends", highlight=False)
@@ -190,7 +190,7 @@ def typed(console: "Console") -> Iterator[str]:
 
 
 def piped() -> Iterator[str]:
-    """Lines from a pipe or a file, as they come. One that is not UTF-8 ends the conversation."""
+    """Yield lines from a pipe or file. A line that is not UTF-8 ends the conversation."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode()

@@ -1,6 +1,6 @@
-"""What commands do beyond calling their verbs and printing the result.
+"""Command runners, for commands that do more than call their function and print the result.
 
-A runner takes the verb as a partial with all that is typed; its keywords are further options of the
+A runner gets the function as a partial with all arguments; its keywords are further options of the
 command.
 """
 
@@ -41,7 +41,7 @@ Wide = Annotated[bool, Option("Print all figures as a Markdown table of any widt
 
 
 def summarized(run: Run, *, json: Json = False) -> None:
-    """Print a summary of the result."""
+    """Print the result's summary."""
     result = run()
     emit(json, result.as_json(), result.summary())
 
@@ -81,7 +81,7 @@ def train(
 
 
 def generate(run: Run, *, json: Json = False) -> None:
-    """Print the completion token by token, then the speed and the function calls in it."""
+    """Stream the completion, then print the speed and the function calls in it."""
     from time import perf_counter
 
     from lorafold import engine
@@ -140,7 +140,7 @@ def chat(run: Run, *, json: Json = False) -> None:
 
 
 def score(run: Run, *, json: Json = False) -> None:
-    """Print the scores, unless they go to a file, and the metrics."""
+    """Print the scores, unless they are written to a file, and the metrics."""
     scored = run()
     if "out" not in run.keywords:
         for row in scored.rows:
@@ -149,7 +149,7 @@ def score(run: Run, *, json: Json = False) -> None:
 
 
 def inspect(run: Run, *, json: Json = False) -> None:
-    """Print the table to stderr, and the advice."""
+    """Print the table to stderr and the advice to stdout."""
     from lorafold.inspecting.report import table
 
     found = run()
@@ -188,7 +188,7 @@ def intrinsic(run: Run, *, on: On = None, workers: Workers = 2, json: Json = Fal
 def compare(
     run: Run, *, on: On = None, workers: Workers = 2, wide: Wide = False, json: Json = False
 ) -> None:
-    """Compare on this machine, or on a cluster, and print the main figures or all."""
+    """Compare on this machine or on a cluster, and print the main figures or all."""
     if on is not None:
         return on_cluster(run, on, workers)
     from lorafold.comparing.report import deciding
@@ -225,7 +225,7 @@ def fragility(
 
 
 def recipe(run: Run, *, json: Json = False) -> None:
-    """Print the report to stderr, and the recipe unless it goes to a file."""
+    """Print the report to stderr, and the recipe unless it is written to a file."""
     translation, out = run()
     config = "recipe.yaml" if out is None else str(out)
     if not json:
@@ -235,7 +235,7 @@ def recipe(run: Run, *, json: Json = False) -> None:
 
 
 def doctor(run: Run, *, json: Json = False) -> None:
-    """Print the report; the exit code says whether something needed is broken."""
+    """Print the report; the exit code is 1 if something necessary is broken."""
     report = run()
     emit(json, report.as_json(), str(report))
     if report.broken:
@@ -248,7 +248,7 @@ def serve(run: Run) -> None:
 
 
 def new_key(run: Run) -> None:
-    """Print the key to stdout, and the file of its hash to stderr."""
+    """Print the key to stdout, and the path of the key file to stderr."""
     key, message = run()
     typer.echo(key)
     typer.echo(message, err=True)

@@ -1,8 +1,8 @@
-"""Makes a command from a verb: its options, the call of the function, and the printed result.
+"""Builds a command from a function: its options, the call, and the printed result.
 
-A runner calls the verb and prints the result; it is `plain` unless a command does more. Its
-keywords are options of the command too, declared as a verb's (`api.options`). Messages and progress
-go to stderr, the result to stdout: text, or with --json one JSON object as the last line.
+A runner calls the function and prints the result; the default is `plain`. Its keywords are options
+of the command too, declared as in `api.options`. Messages and progress go to stderr. The result
+goes to stdout: text, or with --json one JSON object as the last line.
 """
 
 import re
@@ -27,7 +27,7 @@ Json = Annotated[
 
 
 class Argument(NamedTuple):
-    """An argument of the verb: its options, and how what is typed for them is read."""
+    """An argument of the function: its options, and the reader of their values."""
 
     declaration: DeclaredOption
     options: list[Parameter]
@@ -35,7 +35,7 @@ class Argument(NamedTuple):
 
 
 class BuiltCommand(NamedTuple):
-    """A function from which Typer makes a command, with the command's examples and final notes."""
+    """A function for Typer, with the command's examples and final notes."""
 
     function: Callable[..., None]
     examples: tuple[str, ...]
@@ -49,8 +49,8 @@ def plain(run: Callable[[], Any], *, json: Json = False) -> None:
 
 
 def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
-    """Print a result to stdout: `text`, or with `json` one line, in which numbers that are not
-    finite are null.
+    """Print a result to stdout: `text`, or with `json` one line, in which NaN and infinity are
+    null.
     """
     if json:
         from pydantic_core import to_json
@@ -60,8 +60,8 @@ def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
 
 
 def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
-    """The command of a verb, which the runner calls as a partial with all that is typed. If there
-    are subcommands (`above`), one of them may be called instead.
+    """The command of a function, which the runner calls as a partial. With subcommands (`above`),
+    one of them may be called instead.
     """
     declarations = [*declared(verb)]
     recipe_last = sorted(declarations, key=lambda d: isinstance(d.option, RecipeOptions))
@@ -137,7 +137,7 @@ def _argument(declaration: DeclaredOption) -> Argument:
 
 
 def _saved(wanted: str, typed: Typed) -> Any:
-    """The saved adapters, by position or by name, in order; or the only one."""
+    """The saved adapters, by position or by name; the only one for `wanted` "one"."""
     positional, named = typed["positional"], typed["adapter"]
     if positional and named:
         raise LorafoldError(
@@ -155,7 +155,7 @@ def _saved(wanted: str, typed: Typed) -> Any:
 
 
 def columns_of(pairs: list[str] | None) -> dict[str, str]:
-    """The names of your columns, by lorafold's."""
+    """The names of the user's columns, by lorafold's names."""
     columns = {}
     for pair in (pair.strip() for text in pairs or () for pair in text.split(",")):
         name, equals, column = pair.partition("=")
@@ -168,7 +168,7 @@ def columns_of(pairs: list[str] | None) -> dict[str, str]:
 
 
 def varied(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
-    """The values of a sweep, by their field."""
+    """The values of a sweep by recipe field."""
     from lorafold.recipe.parsing import parse_yaml
 
     fields = {}

@@ -1,7 +1,7 @@
-"""How a command's help is laid out: what it does, examples to copy, options by panel.
+"""The layout of a command's help: description, examples, options by panel.
 
-`--help` leaves the rare options of a long list to `--help-all`; they are declared with
-`hidden=True`. Placeholders name what you type (PATH, NUMBER) instead of Python types.
+`--help` omits the rare options of a long list, which are declared with `hidden=True` and shown by
+`--help-all`. Placeholders are words such as PATH and NUMBER instead of Python types.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 class Panels:
-    """Help that lists the options by panel, those without a panel first."""
+    """Help with the options by panel, those without a panel first."""
 
     examples: tuple[str, ...] = ()
     get_params: Callable[[Any], list[Any]]
@@ -46,7 +46,7 @@ class Panels:
             self.rare = rare
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples, and the arguments and options that are not rare, by panel."""
+        """Write the examples, and the arguments and options that are not rare."""
         write_examples(formatter, self.examples)
         panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], OTHERS: []}
         for parameter in self.get_params(ctx):
@@ -61,7 +61,7 @@ class Panels:
 
 
 def help_entry(parameter: Any, ctx: Any) -> tuple[str, tuple[str, str]] | None:
-    """The panel of an argument or an option, and its name and meaning; None if it is hidden."""
+    """(panel, (name, meaning)) of a parameter; None if it is hidden."""
     if (record := parameter.get_help_record(ctx)) is None:
         return None
     if parameter.param_type_name == "argument":  # without Typer's type after the name
@@ -70,7 +70,7 @@ def help_entry(parameter: Any, ctx: Any) -> tuple[str, tuple[str, str]] | None:
 
 
 def placeholder(kind: Any) -> str:
-    """The placeholder of a value; `kind` is the type as Typer describes it."""
+    """The placeholder for a value of a Typer type."""
     if kind.choices:
         return "|".join(str(getattr(choice, "value", choice)) for choice in kind.choices)
     if get_origin(kind.annotation) is tuple:
@@ -80,7 +80,7 @@ def placeholder(kind: Any) -> str:
 
 
 def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> None:
-    """Write commands as you type them, under a title or under what they need."""
+    """Write example commands under `title`, or under a heading with their prerequisite."""
     needs = any(OF_QUICKSTART in example for example in examples)
     after = f" (after lorafold quickstart --out {OF_QUICKSTART})" if needs else ""
     with formatter.section(title or f"Examples{after}"):
@@ -90,7 +90,7 @@ def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> 
 
 
 def write_lists(formatter: Any, lists: dict[str, list[tuple[str, str]]]) -> None:
-    """Write lists of names and their meaning, each under its title, without empty ones."""
+    """Write lists of names and meanings under their titles, without empty ones."""
     for title, records in lists.items():
         if records:
             with formatter.section(title):

@@ -1,6 +1,4 @@
-"""How a command line is read: options also under their old names, ~ in paths expanded, and errors
-of one line.
-"""
+"""Command-line parsing: old option names, ~ in paths, and errors of one line."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,10 @@ from lorafold.errors import called_now
 
 
 class CommandLine(Panels):
-    """How a command reads its arguments."""
+    """Parsing of a command's arguments."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments. LorafoldError for what can't be read, and for an option that is given
-        twice.
-        """
+        """Parse the arguments; rejects options that are given twice."""
         params = self.get_params(ctx)
         options = {name: p for p in params for name in (*p.opts, *p.secondary_opts)}
         typed = [*words(args, options, ctx.allow_interspersed_args)]
@@ -42,7 +38,7 @@ class CommandLine(Panels):
 
 
 def _expanded(value: Any) -> Any:
-    """The value with ~ expanded in paths, which a shell does not do everywhere."""
+    """Expand ~ in paths, which a shell does not do everywhere."""
     if isinstance(value, list):
         return [_expanded(path) for path in value]
     return value.expanduser() if isinstance(value, Path) else value
@@ -53,7 +49,7 @@ class Command(CommandLine, TyperCommand):
 
 
 class CommandGroup(TyperGroup):
-    """A command with subcommands, which reports an unknown one in one line."""
+    """A command with subcommands, whose unknown ones are reported in one line."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The name of the command, the command itself, and its arguments."""
@@ -64,7 +60,7 @@ class CommandGroup(TyperGroup):
 
 
 class Above(CommandLine, CommandGroup):
-    """A command that also has subcommands, which its help lists at the end."""
+    """A command that also has subcommands, listed at the end of its help."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, and then the commands."""

@@ -1,6 +1,6 @@
-"""The sweep: every run is trained over its stack, and every point is measured. Figures are stored
-in `<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped one, and several
-calls share the work. No two models are in memory at a time.
+"""The sweep: trains every run on its stack, and measures every point. Figures are stored in
+`<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped sweep, and several
+calls share the work. Only one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -59,26 +59,26 @@ def sweep(
 
 
 def counted(tell: Tell, total: int) -> Callable[[str], None]:
-    """A function that tells what is done and counts it."""
+    """A function that reports progress and counts its calls."""
     done = count(1)
     return lambda what: tell(what, next(done), total)
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The files of a sweep, whose names have digests of everything that they depend on."""
+    """The files of a sweep; their names contain digests of everything that they depend on."""
 
     task: FragilityTask
     out: Path
 
     def before(self, stack: AdapterStack) -> Path:
-        """The file of the figures of a stack itself."""
+        """The file with the figures of a stack itself."""
         task = self.task
         digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
         return self.out / "figures" / f"before-{digest}.json"
 
     def files(self, run: Run) -> dict[str, Path]:
-        """The file of each point of a run, by its defence."""
+        """The file of each point of a run, by defence."""
         probe = digest_of(run.task.probe_identity)
         names = run.task.of_kind(run.mixed)
         return {name: self.out / "figures" / f"{name}-{run.name}-{probe}.json" for name in names}
@@ -89,7 +89,7 @@ class Cells:
 
 
 def before(task: FragilityTask, stack: AdapterStack, opening: Opening) -> Before:
-    """The figures of a stack; all that a run would stumble over later is checked with them."""
+    """The figures of a stack; also checks the inputs of all later runs."""
     bench = Bench(task, stack, opening)
     bench.check()
     for rows in filter(None, (task.rows, task.mix)):
@@ -105,7 +105,7 @@ def points_of(
     tell: Callable[[str], None],
     say: Callable[[str], object],
 ) -> Iterator[Point]:
-    """Yield the points of a stack in the order of its runs; tell after each."""
+    """Yield the points of a stack in the order of its runs."""
     runs = {
         file: (run, defence)
         for run in cells.task.runs(stack)
@@ -127,7 +127,7 @@ def points_of(
 
 
 def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) -> Fragility:
-    """Measure one stack before, and with a finished adapter over it."""
+    """Measure one stack before, and with a finished adapter on top of it or `instead` of it."""
     check(task)
     [stack] = task.stacks
     bench = Bench(task, stack, opening)
@@ -137,7 +137,7 @@ def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) ->
 
 
 def tune(run: Run, path: Path) -> None:
-    """Train a run; one that was stopped goes on."""
+    """Train a run, or resume it."""
     task = run.task
     request = RunRequest(
         task.base,
