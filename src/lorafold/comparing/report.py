@@ -1,6 +1,6 @@
-"""The report of a comparison: a table of the figures that decide for a terminal, all of them as
+"""The report of a comparison: a table of the main figures for the terminal, all figures in
 Markdown, and an HTML page with plots. Figures of several seeds are shown as the mean (lowest to
-highest); a column that no line has a figure for is left out.
+highest); empty columns are left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INTERVALS = "Lines are 95% intervals."
 
 @dataclass(frozen=True)
 class Quality:
-    """What methods are compared by: the value of each with its interval, and the base's."""
+    """The figure by which methods are compared, with intervals, and the base's."""
 
     label: str
     values: list[float | None]
@@ -53,7 +53,9 @@ class Quality:
 
     @property
     def scale(self) -> str:
-        """That of its axis: logarithmic for losses far apart, whose intervals are above 0."""
+        """The scale of its axis: logarithmic for losses that differ widely and have intervals above
+        0.
+        """
         known = [v for v in (*self.values, self.base) if v is not None]
         lows = [interval[0] for interval in self.intervals if interval]
         apart = 0 < 5 * min([*known, *lows]) < max(known)
@@ -61,13 +63,13 @@ class Quality:
 
     @property
     def order(self) -> list[int]:
-        """The numbers of the methods, the best first."""
+        """The indices of the methods, the best first."""
         known = [n for n, value in enumerate(self.values) if value is not None]
         return sorted(known, key=lambda n: self.values[n] or 0, reverse=not self.lower)
 
 
 class Cost(NamedTuple):
-    """What quality is plotted against, with the words for its value and its least."""
+    """A figure on the other axis of a scatter plot, with its descriptions."""
 
     figure: str
     name: str
@@ -89,12 +91,12 @@ COSTS = (
 
 
 def means(methods: Iterable[Measurements], figure: str) -> list[float | None]:
-    """The mean of a figure over the seeds of each method; None where it has none."""
+    """The mean of a figure over the seeds of each method; None without values."""
     return [mean_of(values_of(seeds, figure)) for seeds in methods]
 
 
 def plots_of(measurements: Measurements) -> Iterator[str]:
-    """The plots, as HTML figures."""
+    """Yield the plots as HTML."""
     methods, quality = by_name(measurements), Quality.of(measurements)
     methods.pop(BASE, None)
     if not methods:
@@ -113,7 +115,7 @@ def plots_of(measurements: Measurements) -> Iterator[str]:
 
 
 def ranking(quality: Quality, names: Sequence[str]) -> str:
-    """The quality of each method with its interval, the best above."""
+    """A plot of the quality of each method with its interval, the best on top."""
     order, reach = quality.order, quality.intervals
     labels = distinct([names[n] for n in order], 16)
     shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(labels, order, strict=True)]
@@ -139,7 +141,7 @@ def scatter(
     names: Sequence[str],
     mergeable: Sequence[bool],
 ) -> str:
-    """A plot of the quality over a cost `x`; the marker shows whether a method is mergeable."""
+    """A plot of the quality over a cost `x`; triangles can't be merged."""
     known = quality.order
     best, least = known[0], min(known, key=lambda n: x[n] or 0)
 
@@ -170,7 +172,7 @@ def scatter(
 
 
 def latencies(title: str, names: Sequence[str], both: dict[str, list[float | None]]) -> str:
-    """A plot of the ratios of the attached and the merged model, by these names."""
+    """A plot of the latency ratios of the attached and the merged model."""
     marks = [
         plots.Series(name, values, [None] * len(values))
         for name, values in both.items()
@@ -219,7 +221,7 @@ FLAGS = {"mergeable": "mergeable", "new modules": "modifies_architecture"}  # he
 
 
 def figures(measurements: Measurements) -> Table:
-    """All figures, with a line for each method."""
+    """All figures, with a row for each method."""
     methods, gains = by_name(measurements), over_base(measurements)
     columns, names = {"method": [*methods]}, list(measurements[0].rewards)
 
@@ -254,13 +256,13 @@ def figures(measurements: Measurements) -> Table:
 
 
 def table_of(columns: dict[str, list[str]]) -> Table:
-    """The headings and lines of columns by heading, without those that are empty."""
+    """Headings and rows from columns, without empty columns."""
     known = {heading: cells for heading, cells in columns.items() if {*cells} != {NOTHING}}
     return [*known], [list(line) for line in zip(*known.values(), strict=True)]
 
 
 def answer(values: Sequence[bool | None]) -> str:
-    """Whether all are true; a dash without values."""
+    """Whether all values are true; a dash if any is missing."""
     return NOTHING if None in values else "yes" if all(values) else "no"
 
 
@@ -273,7 +275,7 @@ SHORT = {  # heading: figure, format; beside the loss or reward
 
 
 def deciding(measurements: Measurements) -> str:
-    """The figures that decide, in a table of at most 80 columns, a legend, and the verdict."""
+    """The main figures in a table of at most 80 columns, a legend, and the verdict."""
     methods, lower = by_name(measurements), lower_is_better(measurements)
     gains, qualities = over_base(measurements), held_out(measurements).values()
     heading, form = (LOSS, ".4f") if lower else (REWARD, ".4g")
@@ -311,7 +313,7 @@ LEGEND = (
 
 
 def plus_minus(difference: Difference, form: str) -> str:
-    """A figure with half of its interval, which is symmetric."""
+    """A figure with half of its symmetric interval."""
     if difference.interval is None:
         return f"{difference.mean:{form}}"
     half = (difference.interval[1] - difference.interval[0]) / 2
@@ -341,7 +343,11 @@ def page(measurements: Measurements, title: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Comparison(ShownInNotebooks):
-    """The figures of every method, setting and seed, the base's first."""
+    """The result of a comparison.
+
+    Attributes:
+        rows: The figures of every method, setting and seed, the base's first.
+    """
 
     rows: tuple[Measurement, ...]
     model: str
@@ -349,12 +355,12 @@ class Comparison(ShownInNotebooks):
 
     @property
     def over_base(self) -> dict[str, Difference]:
-        """The difference to the base's reward or loss, paired by rows, by the name of the line."""
+        """The difference from the base's reward or loss, paired by rows, by `Measurement.name`."""
         return over_base(self.rows)
 
     @property
     def verdict(self) -> str:
-        """The best method if rows and seeds distinguish it, else those that can't be told apart."""
+        """The best method if rows and seeds distinguish it, otherwise those that they don't."""
         return verdict(self.rows)
 
     def as_json(self) -> dict[str, Any]:

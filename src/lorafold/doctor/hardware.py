@@ -1,5 +1,5 @@
-"""The processor, GPUs and memory, measured for about a second; what would be slow on them, and why;
-how many processes a launcher started; and whether operations are compiled.
+"""Findings on processor, GPUs and memory (measured for about a second), slow settings, launchers,
+and compiled operations.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ CONFIG = "accelerate/default_config.yaml"
 
 
 def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """The rate of a matmul x W^T in GFLOP/s, of x (rows, in) and W (out, in): the fastest in some
-    seconds, since other processes can only slow one down.
+    """The rate of a matmul x W^T in GFLOP/s, of x (rows, in) and W (out, in): the fastest run,
+    because other processes can only slow it down.
     """
     rows, width, out = SHAPE if device.type == "cpu" else GPU_SHAPE
     x = torch.ones(rows, width, dtype=dtype, device=device)
@@ -67,7 +67,7 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
 
 
 def paths(capability: tuple[int, int]) -> str:
-    """The code paths of a GPU of a compute capability, major and minor, as a line."""
+    """The code paths for a GPU of a compute capability (major, minor), as a line."""
     native = capability >= AMPERE
     x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
     with as_on(DeviceKind("cuda", capability)):
@@ -111,7 +111,7 @@ class Hardware:
 
 @cache
 def examine() -> Hardware:
-    """Examine this machine, and measure for about a second."""
+    """Examine this machine; takes about a second."""
     device = choose_device()
     busy = busy_elsewhere(0.3)  # before anything is measured, which would count
     native, why = native_bf16(device)
@@ -189,15 +189,15 @@ def _has_kernels() -> bool | None:
 
 
 def slow_here() -> Iterator[str]:
-    """The sentences that hold for this machine and process."""
+    """The sentences of `slow` for this machine and process."""
     return slow(examine(), huge_pages(), set_threads(), os.environ.get(SWITCH) == "off")
 
 
 def slow(
     h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
 ) -> Iterator[str]:
-    """What would be slow, the weightiest first. `pages` is who gets huge pages from the kernel
-    (always, madvise or never), `threads` the environment variables that limit threads, and
+    """Yield the slow settings, the most important first. `pages` is the kernel's setting for huge
+    pages (always, madvise or never), `threads` the environment variables that limit threads, and
     `untuned` whether the tuning of training processes is off.
     """
     cpu, few = h.device == "cpu", h.threads < h.cores
@@ -241,7 +241,9 @@ def slow(
 
 
 def launchers() -> Iterator[Finding]:
-    """What started this process, and how many torchrun, accelerate and srun would start."""
+    """The launcher of this process, and the number of processes that torchrun, accelerate and srun
+    start.
+    """
     yield _this()
     cuda = [gpu for gpu in gpus() if gpu.device.startswith("cuda")]
     where = f"each a GPU, of which there are {len(cuda)}" if cuda else "all on the processor"
@@ -265,7 +267,7 @@ def _this() -> Finding:
 
 
 def _accelerate(cuda: int) -> Finding:
-    """On CPUs it starts one process, whatever you ask for, unless mpirun starts them."""
+    """On CPUs it starts one process, whatever you request, unless mpirun starts them."""
     if not cuda:
         return Finding("accelerate launch", "1 on CPUs, regardless of --num_processes", 1)
     file = Path(os.environ.get("HF_HOME", HF_HOME)).expanduser() / CONFIG

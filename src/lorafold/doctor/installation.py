@@ -1,5 +1,5 @@
-"""The packages that lorafold declares (installed, in range, importable), the embedded model, the
-caches, and the environment of training processes.
+"""Findings on the declared packages, the embedded model, the caches, and the environment of
+training processes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
 
 
 def packages(name: str = "lorafold") -> Iterator[Finding]:
-    """The package itself, Python, and all required packages, with their declared ranges."""
+    """lorafold itself, Python, and all required packages, with their supported ranges."""
     own = distribution(name)
     yield Finding(
         name, own.version, {"version": own.version, "path": str(Path(__file__).parents[1])}
@@ -59,7 +59,7 @@ def packages(name: str = "lorafold") -> Iterator[Finding]:
 
 
 def extras(name: str = "lorafold") -> Iterator[Finding]:
-    """Each optional group of packages, and what is missing from it."""
+    """Each optional group of packages, and its missing packages."""
     for extra in distribution(name).metadata.get_all("Provides-Extra") or []:
         members = [r for r in _requirements(name) if _applies(r, extra) and not _applies(r)]
         missing = [r.name for r in members if _version(r.name) is None]
@@ -75,7 +75,7 @@ def extras(name: str = "lorafold") -> Iterator[Finding]:
 
 
 def check(requirement: Requirement, required: bool) -> Finding:
-    """Whether a package is installed, in its range, and can be imported."""
+    """Whether a package is installed, in its range, and importable."""
     name, declared = requirement.name, str(requirement.specifier)
     wish = f"pip install '{name}{declared}'"
     version = _version(name)
@@ -115,7 +115,7 @@ def _version(name: str) -> str | None:
 
 
 def _import_failure(name: str) -> str:
-    """Why a package can't be imported, or nothing; libraries may log and warn meanwhile."""
+    """Why a package can't be imported, or ""; logs and warnings are suppressed."""
     module, before = MODULES.get(name.lower(), name.replace("-", "_")), logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -163,7 +163,7 @@ def _embedded(models: Path) -> Finding:
 
 
 def _directory(name: str, path: Path, variable: str) -> Finding:
-    """The size of a directory, and whether there is room and permission for more."""
+    """The size of a directory, and whether there is space and permission for more."""
     size, parent = size_of(path), next(one for one in (path, *path.parents) if one.exists())
     free = shutil.disk_usage(parent).free
     problem = ""
@@ -206,5 +206,5 @@ def tuning() -> Iterator[Finding]:
 
 
 def set_threads() -> dict[str, str]:
-    """The environment variables that limit threads, if they are set."""
+    """The environment variables that limit threads and are set."""
     return {name: os.environ[name] for name in THREADS if name in os.environ}

@@ -1,4 +1,4 @@
-"""The whole report: groups of findings, what would be slow, and what to repair."""
+"""The report of `lorafold doctor`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """`slow` is None if the machine could not be examined."""
+    """The findings; `slow` is None if the machine could not be examined."""
 
     groups: tuple[FindingGroup, ...]
     slow: tuple[str, ...] | None
@@ -37,7 +37,7 @@ class DoctorReport:
 
     @property
     def problems(self) -> list[str]:
-        """The problems, a line each."""
+        """The problems, one line each."""
         return [f"{f.name}: {f.problem}" for f in self.findings if f.problem]
 
     @property
@@ -68,8 +68,8 @@ class DoctorReport:
 
 
 def diagnose(model: str = "smollm2", **how: Any) -> DoctorReport:
-    """Examine everything, which takes about ten seconds, most of them to import each package. The
-    chat template is that of `model`, loaded with the fields `how` of `resolve.base.Base`.
+    """Run all checks, which takes about ten seconds, mostly for imports. The chat template is that
+    of `model`, loaded with the fields `how` of `resolve.base.Base`.
     """
     groups = []
     for key, title, module, name in GROUPS:

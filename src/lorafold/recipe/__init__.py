@@ -1,3 +1,2 @@
-"""The recipe: every choice of a run in one record, read from files and options, and completed for a
-method, a model's files and an adapter to start from.
+"""The recipe of a run: its fields, its parsing, and its completion for a method, model and adapter.
 """

@@ -1,7 +1,4 @@
-"""The fields of a recipe: the type, the default and the meaning of each choice of a training run.
-
-A field that is None asks for the method's own default, so that this file knows no method.
-"""
+"""The fields of a recipe: type, default and description. None means the method's own default."""
 
 from typing import Annotated, Any, Literal
 
@@ -54,12 +51,12 @@ COMMON = {
 
 
 def described(default: Any, description: str) -> Any:
-    """A field with a default and what `--help` says of it."""
+    """A field with a default and its `--help` text."""
     return Field(default=default, description=description)
 
 
 class Fields(BaseModel):
-    """What each field is alone; `Recipe` says what they are together."""
+    """The validation of each field by itself; `Recipe` validates their combination."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

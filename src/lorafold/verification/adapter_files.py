@@ -1,4 +1,4 @@
-"""The check of an adapter's files in a process, and their digests.
+"""Verification of an adapter's files in a worker process, and their digests.
 
 The configuration and the record must be JSON of bounded size and depth with finite numbers;
 patterns must match the names of the base's modules in bounded time; the header of the weights must
@@ -47,9 +47,8 @@ def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
     read_by: Sequence[str], most_parameters: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Verify an adapter's files: `config` and `record` are JSON, the fields `read_by` of the record
-    decide how the rest is read, and the weights have at most so many parameters. Returns the fields
-    of `checks.VerifiedFiles`.
+    """Verify an adapter's files and return the fields of `checks.VerifiedFiles`. `config` and
+    `record` are JSON; the record's fields `read_by` determine how the rest is read.
     """
     directory = Path(path)
     for name in (config, record, MANIFEST):
@@ -75,8 +74,8 @@ def verified(
 
 
 def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
-    """The object in a file, of so many keys and values at most; LorafoldError for anything that
-    another parser could read otherwise, or not at all.
+    """The object in a file with at most `most` keys and values. Rejects everything that another
+    parser could read differently.
     """
 
     def constant(text: str) -> None:
@@ -105,7 +104,7 @@ def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
 
 
 def _wrong(value: Any) -> str:
-    """The problem of a value, "" if there is none."""
+    """The problem of a value, or ""."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"found {value}, expected a finite number"
     if isinstance(value, int) and abs(value) >= INTEGERS:
@@ -118,7 +117,7 @@ def _wrong(value: Any) -> str:
 
 
 def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
-    """Every key and every value with its depth and its top-level field."""
+    """Yield every key and value with its depth and top-level field."""
     left = [(0, "", value)]
     while left:
         depth, where, value = left.pop()
@@ -131,8 +130,8 @@ def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """Match the configuration's patterns with the base's modules, in every way in which that is
-    done later. One that never ends is ended with the process.
+    """Match the configuration's patterns with the base's modules, in every way in which loading
+    does. An endless match is ended by the process's time limit.
     """
     begun = time.process_time()
     compiled = []
@@ -159,7 +158,7 @@ def _in_time(field: str, since: float, most: float) -> None:
 
 
 def _forms(field: str, pattern: str) -> tuple[str, ...]:
-    """The regular expressions that loading makes of a pattern."""
+    """The regular expressions into which loading converts a pattern."""
     whole = rf"(?:{pattern})\Z"
     return {
         "layers_pattern": (rf"(?:^|.*?\.){pattern}\.(\d+)\.",),
@@ -179,8 +178,8 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _header(content: bytearray) -> tuple[str, int]:
-    """The digest of the header of a safetensors file, which must fit the file exactly, and the
-    largest dimension of its tensors, whose values must be finite.
+    """(digest of the safetensors header, largest tensor dimension). The header must fit the file
+    exactly, and all values must be finite.
     """
     size = int.from_bytes(content[:8], "little")
     if size > TEXT:

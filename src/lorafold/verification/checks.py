@@ -1,4 +1,4 @@
-"""The checks of untrusted input, in processes: adapters' files and tokenizers, and grammars."""
+"""Verification of untrusted input in processes: adapter files, tokenizers and grammars."""
 
 from __future__ import annotations
 
@@ -29,25 +29,24 @@ VERDICTS = 4096  # grammars whose verdict is cached
 
 @dataclass(frozen=True)
 class VerifiedFiles:
-    """Files that were verified."""
+    """The sizes and digests of verified files."""
 
     files: Mapping[str, tuple[int, str]]  # (bytes, SHA-256 in hexadecimal) by name
     form: str  # the digest of all but the values of the tensors
     widest: int  # the largest dimension of a tensor
 
     def digest_of(self, names: Iterable[str]) -> str:
-        """The digest over the files of these names that exist, as `Contents` has it."""
+        """The digest of those of the named files that exist, as in `Contents`."""
         return digest((name, *self.files[name]) for name in names if name in self.files)
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        """The bytes of the files of these names that exist."""
+        """The total size in bytes of those of the named files that exist."""
         return sum(self.files[name][0] for name in names if name in self.files)
 
 
 class Sandbox:
-    """Calls processes, which it starts when they are needed, for a base with these modules' paths
-    and this tokenizer; `allow` control tokens in messages. Any thread
-    may call it.
+    """Starts worker processes on demand for a base with these modules and this tokenizer; `allow`
+    allows control tokens in messages. Thread-safe.
     """
 
     def __init__(
@@ -106,8 +105,8 @@ class Sandbox:
         return opened
 
     def compile(self, grammar: str) -> None:
-        """Raise LorafoldError for a grammar of llguidance that can't be compiled within the limits
-        of a process, since the engine, which compiles it again, can't be stopped.
+        """Check that a llguidance grammar compiles within a process's limits, because the engine,
+        which compiles it again, can't be stopped.
         """
         if not self.backend or self._tokenizer.eos_token_id is None:
             return  # the engine refuses every grammar

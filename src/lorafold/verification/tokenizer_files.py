@@ -1,5 +1,5 @@
-"""The tokenizers of adapters, and their chat templates, in a process: they are read from the bytes
-of a digest, without running any code of theirs. AdapterTokenizers run in transformers' sandbox.
+"""Adapters' tokenizers and chat templates in a worker process. They are read from the bytes of a
+digest, without running their code; templates run in transformers' sandbox.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEW, LONG = 1 << 12, 1 << 16  # tokens that an adapter may add, and the letters 
 
 
 class TokenizerFiles(TypedDict):
-    """The files of a tokenizer, and the digest that they must have, as `Contents` has it."""
+    """The files of a tokenizer, and their expected digest (`Contents`)."""
 
     path: str
     names: list[str]
@@ -37,7 +37,7 @@ class TokenizerFiles(TypedDict):
 
 
 class AdapterTokenizers:
-    """Tokenizers for a base's vocabulary; `allow` allows control tokens in contents."""
+    """Tokenizers for a base's vocabulary; `allow` allows control tokens in messages."""
 
     def __init__(self, vocabulary: Mapping[str, int], allow: bool) -> None:
         self._allow = allow
@@ -45,7 +45,7 @@ class AdapterTokenizers:
         self._cache: OrderedDict[str, Any] = OrderedDict()
 
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
-        """Describe a tokenizer, which must not renumber the base's tokens."""
+        """A description of a tokenizer, which must not renumber the base's tokens."""
         tokenizer = self.opened(files)
         vocabulary = tokenizer.get_vocab()
         words = {number: word for word, number in vocabulary.items()}
@@ -83,7 +83,7 @@ class AdapterTokenizers:
         self, files: TokenizerFiles, messages: list[Any], tools: Any, add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
-        """Render a conversation. Raises as the template does."""
+        """Render a conversation; raises whatever the template raises."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self.opened(files)
@@ -112,7 +112,7 @@ class AdapterTokenizers:
         return ids
 
     def opened(self, files: TokenizerFiles, **_: object) -> Any:
-        """The tokenizer of these files; the last ones are cached."""
+        """The tokenizer of these files; the latest ones are cached."""
         digest = files["digest"]
         if digest in self._cache:
             self._cache.move_to_end(digest)
@@ -154,7 +154,7 @@ def _read(contents: Contents) -> Any:
 
 
 def backend_of(tokenizer: Any) -> str:
-    """The digest of how a fast tokenizer splits texts; empty for one that is not."""
+    """A digest of a fast tokenizer's behaviour; empty for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return ""
