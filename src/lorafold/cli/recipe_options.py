@@ -73,7 +73,6 @@ def fields_in(declared: RecipeOptions) -> list[str]:
 
 
 def _option(name: str, panel: str | None) -> DeclaredOption:
-    """The option of one field: its command-line type, help and default."""
     info = Recipe.model_fields[name]
     kind, choices = _kind(info.annotation)
     choices = {"method": [*METHODS], "objective": [*OBJECTIVES]}.get(name, choices)

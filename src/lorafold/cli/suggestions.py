@@ -98,7 +98,6 @@ def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any]
 
 
 def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
-    """The equivalent of an option of a server, converter or merging tool."""
     known = ELSEWHERE.get(plain)
     if known is None or plain not in OF_SERVERS or f"--{known.names[0]}" not in options:
         return ""
@@ -109,7 +108,6 @@ def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
 def _of_training_tools(
     key: str, given: Mapping[str, str | None], options: Mapping[str, Any]
 ) -> str:
-    """The equivalent of another training tool's option; empty if there is none."""
     from lorafold.config_import.run import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
@@ -139,7 +137,6 @@ def _of_training_tools(
 
 
 def _typed(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the command-line words for a recipe field with this value."""
     from lorafold.cli.parameters import as_typed
 
     dashed = name.replace("_", "-")
@@ -162,7 +159,6 @@ def _begun(name: str, names: Collection[str]) -> str:
 
 
 def _near(name: str, names: Iterable[str], cutoff: float = ALIKE) -> str:
-    """A suggestion for the nearest name; empty if none is near."""
     plain = {_plain(known): known for known in names}
     near = get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
     return f"did you mean {plain[near[0]]}?" if near else ""

@@ -118,7 +118,6 @@ def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
 
 
 def _stray(line: Line) -> LorafoldError:
-    """The error for words without an option."""
     place, word = next(n for n, w in enumerate(line.words) if not w.name), line.stray[0]
     name, option, values, _ = line.words[place - 1] if place else Word("", None, (), ())
     if getattr(option, "is_flag", False) and word.lower() in SWITCHED:
@@ -133,7 +132,6 @@ def _stray(line: Line) -> LorafoldError:
 
 
 def _bad_values(error: Any) -> Iterator[str]:
-    """Yield the problems with the values of one option."""
     param, cause = error.param, error.__cause__
     name = param.opts[0] if param.param_type_name == "option" else param.name.upper()
     for problem in cause.errors(include_url=False) if hasattr(cause, "errors") else ():

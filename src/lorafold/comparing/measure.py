@@ -213,17 +213,12 @@ BASE = "base"  # the row of the model before anything is trained
 class Measurement:
     """The figures of one method and seed; None if they do not apply.
 
-    Attributes:
-        trainable_share: Relative to the base's parameters.
-        loss: The held-out loss in nats per token.
-        row_losses: (summed loss, tokens) of each held-out row.
-        reward: For a policy, the mean total reward.
-        rewards: For a policy, the mean of each reward by name.
-        prompt_rewards: For a policy, the mean reward of each prompt.
-        forgetting_kl: KL(base || tuned) on other text, in nats per token.
-        forgetting_loss: The increase of the loss on other text, in nats per token.
-        latency_attached: Decoding time relative to the base's; likewise the other latencies.
-        validation: In a sweep, the loss or reward on the rows that select the best setting.
+    `trainable_share` and latencies are relative to the base model, losses are in nats per token,
+    times in seconds, sizes in bytes. `forgetting_kl` is KL(base || tuned), and `forgetting_loss`
+    the increase of the loss, on other text. `row_losses` has (summed loss, tokens) of each held-out
+    row. For a policy, `reward` is the mean total reward, `rewards` the mean of each reward by name,
+    and `prompt_rewards` the mean of each prompt. In a sweep, `validation` is the loss or reward on
+    the rows that select the best setting.
     """
 
     method: str

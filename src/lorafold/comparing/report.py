@@ -343,10 +343,7 @@ def page(measurements: Measurements, title: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Comparison(ShownInNotebooks):
-    """The result of a comparison.
-
-    Attributes:
-        rows: The figures of every method, setting and seed, the base's first.
+    """The result of a comparison: the figures of every method, setting and seed, the base's first.
     """
 
     rows: tuple[Measurement, ...]

@@ -163,7 +163,6 @@ def _embedded(models: Path) -> Finding:
 
 
 def _directory(name: str, path: Path, variable: str) -> Finding:
-    """The size of a directory, and whether there is space and permission for more."""
     size, parent = size_of(path), next(one for one in (path, *path.parents) if one.exists())
     free = shutil.disk_usage(parent).free
     problem = ""

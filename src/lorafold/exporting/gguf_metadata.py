@@ -197,7 +197,6 @@ def _check_yarn(rope: Mapping[str, Any]) -> None:
 def _long(
     writer: GGUFWriter, config: Any, rope: Mapping[str, Any], prefix: str
 ) -> dict[str, Tensor]:
-    """Phi-3's factors for texts within the original context and beyond it."""
     first = rope["original_max_position_embeddings"]
     scale = config.max_position_embeddings / first
     usual = math.sqrt(1 + math.log(scale) / math.log(first)) if scale > 1 else 1.0
@@ -266,7 +265,6 @@ def prefixes_space(backend: Backend) -> bool:
 
 
 def _marked(backend: Backend, text: str) -> str:
-    """The normalized and pre-tokenized text."""
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
     if backend.pre_tokenizer is not None:
@@ -277,7 +275,7 @@ def _marked(backend: Backend, text: str) -> str:
 def add_tokenizer(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, ends: Sequence[int]
 ) -> None:
-    """Have a writer say what a tokenizer does."""
+    """Write the tokenizer."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     slow = {"model": {"type": type(tokenizer).__name__}}
     content: dict[str, Any] = slow if backend is None else json.loads(backend.to_str())
@@ -331,7 +329,6 @@ def _tokens(
     by_bytes: bool,
     unknown: str | None,
 ) -> tuple[list[str], list[int]]:
-    """The text and the type of each embedding row."""
     texts = [f"[PAD{n}]" for n in range(rows)]
     kinds = [int(TokenType.UNUSED)] * rows
     for text, n in vocabulary.items():

@@ -166,7 +166,6 @@ def tensors_of(
 def _parts(
     path: str, experts: bool, config: Any, row: Architecture
 ) -> Iterator[tuple[str, int, Callable[[Tensor], Tensor] | None]]:
-    """Yield the path, the number of parts and the row mapping of each matrix in the file."""
     stem, _, module = path.rpartition(".")
     if experts and module == GATE_UP:
         for n, half in enumerate(("gate_proj", "up_proj")):

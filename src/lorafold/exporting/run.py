@@ -245,7 +245,6 @@ def _check_representable(
 
 
 def _into(base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None) -> Into:
-    """The weights that the files are for; adapters without a base are for the original ones."""
     in_files = stored_in_files(base.source)
     expected = ("trained", "original", *ALIAS) if target.merged else ("original",)
     if into is not None and into not in expected:
@@ -270,7 +269,6 @@ def _proof(
 
 
 def _tensors(target: Target, tensors: str | None) -> str | None:
-    """The tensor type: the given one, or the target's first."""
     if tensors is not None and tensors not in target.tensors:
         expected = ", ".join(target.tensors) or "none, because it has one form alone"
         raise LorafoldError(f"--tensors: found {tensors!r} for {target.name}, expected {expected}")
@@ -278,7 +276,6 @@ def _tensors(target: Target, tensors: str | None) -> str | None:
 
 
 def _engine(target: Target, options: ExportOptions) -> str | None:
-    """The name of the engine that verifies the export."""
     if options.engine_url is None:
         return target.engine
     if options.engine_python is not None:
@@ -292,7 +289,6 @@ def _engine(target: Target, options: ExportOptions) -> str | None:
 
 
 def _unproved(target: Target, options: ExportOptions) -> str:
-    """Why nothing is verified, or "" otherwise."""
     if not options.prove:
         return "--no-proof was given"
     if target.engine is None:
@@ -304,7 +300,6 @@ def _unproved(target: Target, options: ExportOptions) -> str:
 
 
 def _check(proof: Proof, target: Target, tensors: str | None) -> None:
-    """Check that the engine computes the exported model."""
     allowed = target.tolerance.get(tensors or "", SHARE)
     start = f"{proof.engine} {proof.version} does not compute what lorafold does"
     if proof.unused:

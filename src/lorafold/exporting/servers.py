@@ -264,7 +264,6 @@ def packed(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
 
 
 def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
-    """Yield each changed matrix with its name in SGLang, experts one by one."""
     for path, pair in factors.items():
         if (match := EXPERTS.fullmatch(path)) is None:
             yield path, pair
@@ -275,7 +274,6 @@ def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
 
 
 def _split(adapter: Path, kind: str, factors: SiteFactors, rank: int) -> None:
-    """Replace PEFT's stacked experts by a pair of matrices for each expert."""
     tensors = {k: t for k, t in load_file(adapter / WEIGHTS).items() if ".experts." not in k}
     experts = {path: pair for path, pair in _single(kind, factors) if ".experts." in path}
     for path, pair in experts.items():
@@ -299,7 +297,6 @@ def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
 
 
 def _difference(written: Factors, other: Factors) -> float:
-    """The relative difference of two products on random inputs."""
     (up, down), (b, a) = written, other
     x = torch.randn(a.shape[-1], PROBES, generator=torch.Generator().manual_seed(0))
     product, expected = b @ (a @ x), up.float() @ (down.float() @ x)

@@ -247,7 +247,7 @@ class Subject:
 
     @cached_property
     def update(self) -> Update:
-        """What the adapters change."""
+        """The update of the adapters."""
         return update_of(self.model, self.names)
 
     @cached_property

@@ -218,7 +218,6 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
 
 
 def _unnamed(subject: Subject, path: str) -> str:
-    """Why mlx-lm has no such module, or ""."""
     block, kind = BLOCK.fullmatch(path), subject.config.model_type
     if path in (EMBEDDING, HEAD):
         if getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
@@ -233,7 +232,6 @@ def _unnamed(subject: Subject, path: str) -> str:
 
 
 def _named(kind: str, path: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
-    """Yield the names and factors of a module in mlx-lm."""
     block = BLOCK.fullmatch(path)
     experts = EXPERTS.fullmatch(block[2]) if block else None
     if block is None or experts is None:

@@ -123,7 +123,6 @@ def _chat(roles: str, contents: Sequence[str]) -> list[Message]:
 
 
 def _around(text: str, contents: Sequence[str]) -> list[str]:
-    """The parts of a text between the contents."""
     parts = []
     for content in contents:
         before, mark, text = text.partition(content)

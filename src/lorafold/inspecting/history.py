@@ -156,7 +156,6 @@ class RunRecord(BaseModel):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        """Check that each figure has one value per step, of the type that its name requires."""
         if not isinstance(self.recipe.get("objective_options") or {}, dict):
             raise ValueError("recipe.objective_options: expected an object")
         measures = len(self.held_out.get("step", ()))

@@ -157,7 +157,6 @@ def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, 
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a module's matrix or of its experts' matrices; () for a module without one."""
     try:
         return tuple(layer_of(module).shape)
     except NotMergeable:

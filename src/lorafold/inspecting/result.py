@@ -181,20 +181,12 @@ class LossPaths:
 class Inspection(ShownInNotebooks):
     """The figures of one adapter.
 
-    Attributes:
-        beside: The number of deltas without figures, by class.
-        whole: Figures of all modules together.
-        sites: Figures by module path, or by matrix of experts, as in `...gate_up_proj[3]`.
-        layers: Overlaps of the top directions of the blocks, by kind of module.
-        chance_cosine: The cosine of a random direction to its nearest token.
-        tokens_left_out: Why there are no nearest tokens; None if there are.
-        advice: Conclusions, as sentences.
-        over: The base adapters; None if there are none.
-        against: The comparison with a second adapter; None without one.
-        paths: The loss along lines in weight space; None without data.
-        experts: Overlaps of the top directions of experts; None without experts.
-        experts_left_out: Which experts have nearest tokens.
-        heads_left_out: Which attention projections have no heads.
+    `sites` has the figures of each module path, or matrix of experts as in `...gate_up_proj[3]`;
+    `whole` of all modules together; `beside` the number of deltas without figures, by class.
+    `layers` and `experts` are overlaps of the top directions of blocks and experts, `chance_cosine`
+    the cosine of a random direction to its nearest token, `advice` the conclusions. Without base
+    adapters, a second adapter or data, `over`, `against` or `paths` is None. `tokens_left_out`,
+    `heads_left_out` and `experts_left_out` are reasons for missing figures.
     """
 
     adapter: str

@@ -110,7 +110,6 @@ def _pairs(top: Sequence[Tensor]) -> Tensor:
 
 
 def _mean(grids: Sequence[Tensor]) -> Grid:
-    """The mean of the grids, cut to their common shape."""
     i, j = (min(g.shape[side] for g in grids) for side in (0, 1))
     mean = torch.stack([g[:i, :j] for g in grids]).mean(0)
     return [[round(x, 4) for x in line] for line in mean.tolist()]

@@ -37,13 +37,8 @@ from lorafold.inspecting.updates import (
 
 @dataclass(frozen=True)
 class Overlap:
-    """The shares of the tuning's energy in the alignment's directions, next to random directions.
-
-    Attributes:
-        written: In the output directions.
-        read: In the input directions.
-        written_by_chance: The expected share in random output directions.
-        read_by_chance: The expected share in random input directions.
+    """The shares of the tuning's energy in the alignment's output (`written`) and input (`read`)
+    directions, and the shares in random directions (`*_by_chance`).
     """
 
     written: float

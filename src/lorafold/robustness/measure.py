@@ -50,14 +50,10 @@ LEADING = 2  # tokens of whitespace before a refusal
 
 @dataclass(frozen=True)
 class State:
-    """Figures of one model, with 95% intervals.
-
-    Attributes:
-        log_odds: The log-odds of refusal over compliance, averaged over the prompts.
-        refusals: The share of prompts to be refused that are refused.
-        control_refusals: The share of controls that are refused.
-        kl: KL(before || after) on the controls' completions, in nats per token.
-        loss: The held-out loss in nats per token; None without held-out benign rows.
+    """Figures of one model, with 95% intervals: `log_odds` of refusal over compliance, averaged
+    over the prompts; the shares of refused prompts (`refusals`) and controls (`control_refusals`);
+    `kl` on the controls and held-out `loss`, in nats per token (`loss` is None without held-out
+    rows).
     """
 
     log_odds: float

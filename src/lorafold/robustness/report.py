@@ -97,7 +97,6 @@ def deciding(study: Fragility) -> str:
 
 
 def _parts(one: Point) -> tuple[str, ...]:
-    """The description of a point, with empty strings for missing parts."""
     stack, defence, *numbers = ids(one.way)
     named = zip(("rank ", "rate "), numbers, strict=True)
     settings = ["" if value == NOTHING else what + value for what, value in named]
@@ -105,7 +104,6 @@ def _parts(one: Point) -> tuple[str, ...]:
 
 
 def _log_odds(points: Sequence[Point]) -> str:
-    """The log-odds; for a single seed, with the interval over the prompts."""
     figure, form = FIGURES["log-odds"]
     if len(points) > 1:
         return spread(values_of(points, figure), form, False)

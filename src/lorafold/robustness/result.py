@@ -122,11 +122,8 @@ def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
 
 @dataclass(frozen=True)
 class Fragility(ShownInNotebooks):
-    """The result of a fragility study.
-
-    Attributes:
-        stacks: The figures of every stack before tuning, by name.
-        points: The figures after every tuning.
+    """The result of a fragility study: the figures of every stack before tuning, by name, and the
+    points after every tuning.
     """
 
     model: str

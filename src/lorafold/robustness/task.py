@@ -254,7 +254,6 @@ def _overlapping(task: FragilityTask) -> Iterator[str]:
 
 
 def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
-    """Yield prompts that are both measured and trained on."""
     asked = {
         prompt: f"row {number} of --{option}"
         for option, rows in (("controls", task.controls), ("refuse", task.refuse))

@@ -104,7 +104,6 @@ def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
 
 
 def _wrong(value: Any) -> str:
-    """The problem of a value, or ""."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"found {value}, expected a finite number"
     if isinstance(value, int) and abs(value) >= INTEGERS:

@@ -336,7 +336,6 @@ def vllm_url(job: Job) -> Job:
         return row_of({int(token.removeprefix("token_id:")): p for token, p in logprobs.items()})
 
     def greedy(ids: list[int]) -> list[int]:
-        """The greedy tokens, without end-of-text tokens."""
         limits = {"max_tokens": job["greedy"], "stop_token_ids": job["ends"]}
         choice = completion(name, ids, **limits, return_token_ids=True)
         return [token for token in choice["token_ids"] if token not in job["ends"]]
