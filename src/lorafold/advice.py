@@ -59,7 +59,6 @@ def boolean(value: Any) -> bool:
 
 
 def names(value: Any) -> tuple[str, ...]:
-    """The names in a list, or in a text with commas between them."""
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(name, str) for name in items):
         raise LorafoldError(f"found {value!r}, expected a list of names")
@@ -212,7 +211,6 @@ OWNERS = {
 
 
 def near(name: str, known: Collection[str], cutoff: float = ALIKE, most: int = 1) -> str:
-    """A suggestion for the nearest of some names; empty if none is near."""
     matches = get_close_matches(name, known, most, cutoff)
     return f"did you mean {' or '.join(matches)}?" if matches else ""
 
@@ -235,7 +233,6 @@ def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
 
 
 def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -> UnknownName:
-    """The error for unknown names, with suggestions."""
     hints = {name: advice(name, given, known) for name in given if name not in known}
     others = [name for name, hint in hints.items() if not hint]
     all_of_them = f"it has: {', '.join(known) or 'none'}"

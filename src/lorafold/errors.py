@@ -122,7 +122,6 @@ def listed(
 
 
 def as_one(problems: Sequence[object]) -> str:
-    """The only problem, or the first of several."""
     return str(problems[0]) if len(problems) == 1 else listed(problems, "; ")
 
 

@@ -87,11 +87,9 @@ class Commands(CommandGroup):
         help_all.hidden = True  # it has nothing more
 
     def help_all(self, ctx: Any) -> str:
-        """The help, which has no rare options."""
         return self.get_help(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the options before the command."""
         try:
             return super().parse_args(ctx, [*args])  # it empties the list
         except typer.TyperException as error:
@@ -100,7 +98,6 @@ class Commands(CommandGroup):
             raise no_options(typed, options, "lorafold") or error from None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write a first run, the commands by group, and the options."""
         write_examples(formatter, EXAMPLES, "A first run")
         wide = max(map(len, COMMANDS))
         titled = {t: [(f"{n:<{wide}}", line) for n, line in g.items()] for t, g in GROUPS.items()}
@@ -109,13 +106,11 @@ class Commands(CommandGroup):
         write_lists(formatter, {OTHERS: [record for record in records if record is not None]})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The name of the command, the command itself, and its arguments."""
         name, _, rest = super().resolve_command(ctx, args)
         return name, _load(str(name)), rest
 
 
 def verb_of(name: str) -> Any:
-    """The function that declares a command's options."""
     if name in TOOLS:
         return getattr(importlib.import_module("lorafold.cli.other_commands"), TOOLS[name])
     file, function = FUNCTIONS.get(name, (name, name))
@@ -173,7 +168,6 @@ def root(
 
 
 def main() -> None:
-    """Run the command line and exit with its code."""
     here = Launched()
     try:
         check_platform()

@@ -23,8 +23,6 @@ ALONE = {"/both", "/reset", "/new", "/help", "/quit"}  # nothing comes after the
 
 
 class Session:
-    """Reads lines, and prints answers and notices."""
-
     def __init__(self, chat: "Chat", console: "Console") -> None:
         self.chat, self.console, self.warned = chat, console, False
         self.commands = {
@@ -38,7 +36,6 @@ class Session:
         }
 
     def run(self, lines: Iterator[str]) -> None:
-        """Answer or execute each line until the end or /quit."""
         for line in lines:
             text = line.strip()
             if text == "/quit":
@@ -52,11 +49,9 @@ class Session:
                 self.notify(f"error: {error}")
 
     def notify(self, text: str) -> None:
-        """Print a notice to stderr."""
         print_lines(self.console, text)
 
     def answer(self, text: str) -> None:
-        """Stream each speaker's answer, and keep the last one in the conversation."""
         from lorafold.conversation import label
         from lorafold.data.control_tokens import IN_PROMPT, is_marked
 
@@ -95,7 +90,6 @@ class Session:
         return "".join(pieces), bool(stop)
 
     def obey(self, name: str, argument: str = "") -> None:
-        """Execute a slash command."""
         if name not in self.commands and name not in ALONE:
             raise LorafoldError(
                 f"no command {name}; /help lists them, and // begins a message with a slash"
@@ -105,7 +99,6 @@ class Session:
         self.commands[name](argument)
 
     def adapter(self, name: str) -> None:
-        """Switch to an adapter, or list the adapters if there is no name."""
         if name:
             self.chat.switch(name)
             return self.answering()
@@ -114,38 +107,32 @@ class Session:
         self.notify(f"{' ' if self.chat.active else '*'} none (the bare base)")
 
     def answering(self) -> None:
-        """Print which adapters are active."""
         from lorafold.conversation import label
 
         self.notify(f"answering: {label(self.chat.active)}")
 
     def both(self, _: str) -> None:
-        """Toggle the base model's answers."""
         if not self.chat.active:
             raise LorafoldError("/both: no adapter is active, so there is only the base to answer")
         self.chat.both = not self.chat.both
         self.notify(f"the base beside the adapter: {'on' if self.chat.both else 'off'}")
 
     def system(self, text: str) -> None:
-        """Set, remove (none) or show the system message."""
         if text:
             self.chat.system = None if text == "none" else text
         self.notify(f"system message: {self.chat.system or 'none of yours'}")
 
     def reset(self, _: str) -> None:
-        """Forget the conversation."""
         self.chat.reset()
         self.notify("the conversation is forgotten")
 
     def save(self, path: str) -> None:
-        """Append the conversation to a file."""
         if not path:
             raise LorafoldError("/save: expected a file after it, as in /save talks.jsonl")
         rows = self.chat.save(path)
         self.notify(f"{path}: {rows} {'conversations' if rows > 1 else 'conversation'}")
 
     def help(self, _: str) -> None:
-        """List the commands."""
         lines = [line.rstrip(".").split(": ", 1) for line in Docs.of(chat).notes.splitlines()]
         width = max(len(name) for name, _ in lines)
         for name, text in lines:

@@ -16,7 +16,6 @@ from lorafold.files.claims import TOKEN, VARIABLE
 
 
 def table(on: str, workers: int, out: Path | None) -> str:
-    """The output of one of the workers."""
     if on != "ray":
         raise LorafoldError(f"--on: found {on}, expected ray")
     if out is None:
@@ -26,7 +25,6 @@ def table(on: str, workers: int, out: Path | None) -> str:
 
 
 def without_cluster_options(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command without --on and --workers."""
     others, rest = [], iter(arguments)
     for argument in rest:
         name, equals, _ = argument.partition("=")
@@ -38,7 +36,6 @@ def without_cluster_options(arguments: Sequence[str]) -> list[str]:
 
 
 def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
-    """Start a command on a Ray cluster and return the output of a worker that succeeded."""
     try:
         import ray
     except ImportError:

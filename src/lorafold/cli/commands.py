@@ -43,7 +43,6 @@ class BuiltCommand(NamedTuple):
 
 
 def plain(run: Callable[[], Any], *, json: Json = False) -> None:
-    """Call the verb, and print its result."""
     result = run()
     emit(json, result.as_json(), str(result))
 
@@ -155,7 +154,6 @@ def _saved(wanted: str, typed: Typed) -> Any:
 
 
 def columns_of(pairs: list[str] | None) -> dict[str, str]:
-    """The names of the user's columns, by lorafold's names."""
     columns = {}
     for pair in (pair.strip() for text in pairs or () for pair in text.split(",")):
         name, equals, column = pair.partition("=")
@@ -168,7 +166,6 @@ def columns_of(pairs: list[str] | None) -> dict[str, str]:
 
 
 def varied(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
-    """The values of a sweep by recipe field."""
     from lorafold.recipe.parsing import parse_yaml
 
     fields = {}

@@ -38,7 +38,6 @@ class Panels:
                 parameter.help = f"{parameter.help}  [repeatable]"
 
     def help_all(self, ctx: Any) -> str:
-        """The help with the rare options."""
         rare, self.rare = self.rare, set()
         try:
             return self.get_help(ctx)
@@ -46,7 +45,6 @@ class Panels:
             self.rare = rare
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples, and the arguments and options that are not rare."""
         write_examples(formatter, self.examples)
         panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], OTHERS: []}
         for parameter in self.get_params(ctx):
@@ -70,7 +68,6 @@ def help_entry(parameter: Any, ctx: Any) -> tuple[str, tuple[str, str]] | None:
 
 
 def placeholder(kind: Any) -> str:
-    """The placeholder for a value of a Typer type."""
     if kind.choices:
         return "|".join(str(getattr(choice, "value", choice)) for choice in kind.choices)
     if get_origin(kind.annotation) is tuple:
@@ -80,7 +77,6 @@ def placeholder(kind: Any) -> str:
 
 
 def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> None:
-    """Write example commands under `title`, or under a heading with their prerequisite."""
     needs = any(OF_QUICKSTART in example for example in examples)
     after = f" (after lorafold quickstart --out {OF_QUICKSTART})" if needs else ""
     with formatter.section(title or f"Examples{after}"):
@@ -90,7 +86,6 @@ def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> 
 
 
 def write_lists(formatter: Any, lists: dict[str, list[tuple[str, str]]]) -> None:
-    """Write lists of names and meanings under their titles, without empty ones."""
     for title, records in lists.items():
         if records:
             with formatter.section(title):

@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """A result as JSON, and its text."""
-
     json: dict[str, Any]
     text: str
 
     def as_json(self) -> dict[str, Any]:
-        """Its JSON."""
         return self.json
 
     def __str__(self) -> str:
@@ -84,7 +81,6 @@ def this_command() -> str:
 def after_training(
     result: "Trained", recipe: "Recipe", over: Sequence[str | Path]
 ) -> Iterator[str]:
-    """Yield suggestions after training on top of the adapters `over`."""
     from lorafold.objectives import OBJECTIVES
     from lorafold.peft.config import CONFIG
     from lorafold.recipe.recipe import FEW

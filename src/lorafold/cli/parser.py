@@ -14,8 +14,6 @@ from lorafold.errors import called_now
 
 
 class CommandLine(Panels):
-    """Parsing of a command's arguments."""
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; rejects options that are given twice."""
         params = self.get_params(ctx)
@@ -52,7 +50,6 @@ class CommandGroup(TyperGroup):
     """A command with subcommands, whose unknown ones are reported in one line."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The name of the command, the command itself, and its arguments."""
         if args[0] not in self.commands and not ctx.resilient_parsing:
             where = next((p.opts[0] for p in self.params if p.metavar == PLACEHOLDERS[Path]), "")
             raise no_command(args[0], self.commands, ctx.command_path, args[1:], where)
@@ -63,6 +60,5 @@ class Above(CommandLine, CommandGroup):
     """A command that also has subcommands, listed at the end of its help."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, and then the commands."""
         super().format_options(ctx, formatter)
         self.format_commands(ctx, formatter)

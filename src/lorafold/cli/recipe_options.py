@@ -25,7 +25,6 @@ WIDEST = 50  # characters of choices as a placeholder
 
 
 def options_of(declared: RecipeOptions) -> list[Parameter]:
-    """The options of a recipe: its fields, --set and optionally --config."""
     names = fields_in(declared)
     panel = "Recipe" if names else None
     sets = Option(
@@ -40,7 +39,6 @@ def options_of(declared: RecipeOptions) -> list[Parameter]:
 
 
 def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
-    """The recipe from the file, the pairs and the options."""
     pairs = [*(typed["set"] or [])]
     flags = {}
     for name in fields_in(declared):
@@ -67,7 +65,6 @@ def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
 
 
 def fields_in(declared: RecipeOptions) -> list[str]:
-    """The recipe fields that are options."""
     every = Recipe.model_fields if declared.names is None else declared.names
     return [name for name in Recipe.model_fields if name in every and name not in declared.without]
 

@@ -42,12 +42,10 @@ class Line(NamedTuple):
 
     @property
     def see(self) -> str:
-        """Where to find help."""
         return f"see {self.path} --help"
 
     @property
     def stray(self) -> list[str]:
-        """The words that belong to no option."""
         return [word.values[0] for word in self.words if not word.name]
 
 

@@ -66,7 +66,6 @@ class Variant:
         return " ".join((self.method, *named))
 
     def of(self, recipe: Recipe) -> Recipe:
-        """The recipe with these settings."""
         try:
             pairs = [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in self.settings.items()]
             return load_recipe(None, pairs, recipe)
@@ -140,7 +139,6 @@ def field_value(recipe: Recipe, name: str) -> Any:
 
 
 def short_value(value: Any) -> str:
-    """A value in the form that names contain."""
     if isinstance(value, list | tuple):
         return ",".join(map(short_value, value))
     if isinstance(value, float):
@@ -163,7 +161,6 @@ class Latency(NamedTuple):
 def latencies(
     base: PreTrainedModel, tuned: PreTrainedModel, merged: PreTrainedModel | None, new: int
 ) -> tuple[Latency, Latency | None]:
-    """Latencies of the attached and the merged model relative to the base's, timed in turn."""
     models = [m for m in (base, tuned, merged) if m is not None]
     for model in models:
         timed(model, new)  # the first calls are slower
@@ -279,7 +276,6 @@ Measurements = Sequence[Measurement]
 
 
 def quality(evaluation: Evaluation | RewardEvaluation) -> dict[str, Any]:
-    """The figures of an evaluation that are fields of `Measurement`."""
     names = Measurement.__dataclass_fields__
     figures = {name: value for name, value in vars(evaluation).items() if name in names}
     if isinstance(evaluation, Evaluation):
@@ -311,12 +307,10 @@ class ComparisonTask:
         return dict(objective_of(self.request(Path(), self.recipe)).identity)
 
     def request(self, out: Path, recipe: Recipe) -> RunRequest:
-        """The request for one run."""
         return RunRequest(self.base, out, recipe, self.rows, self.source, day=self.day)
 
 
 def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
-    """Train and measure one method, or measure the base."""
     recipe = recipe_of(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         request = task.request(Path(folder) / "adapter", recipe)
@@ -387,7 +381,6 @@ class Models:
         return self.objective.evaluate(model, self.tokenizer, task.held_out, self.length)
 
     def base(self, in_fp32: bool = False) -> PreTrainedModel:
-        """The base."""
         return self.objective.load(
             replace(self.bare, dtype="fp32" if in_fp32 else None), self.tokenizer, self.seed
         )

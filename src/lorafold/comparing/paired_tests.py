@@ -71,7 +71,6 @@ class Difference:
 
 
 def by_name(measurements: Measurements) -> dict[str, list[Measurement]]:
-    """The figures of the base and of each method over its seeds."""
     return {name: list(seeds) for name, seeds in groupby(measurements, lambda one: one.name)}
 
 
@@ -81,7 +80,6 @@ def units(one: Measurement) -> Units:
 
 
 def held_out(measurements: Measurements) -> dict[str, Difference]:
-    """The mean loss or reward of each method and the base, with its interval."""
     return {name: Difference.of(seeds) for name, seeds in by_name(measurements).items()}
 
 
@@ -107,7 +105,6 @@ def over_base(measurements: Measurements) -> dict[str, Difference]:
 
 
 def is_sweep(measurements: Measurements) -> bool:
-    """Whether a method has several settings."""
     return len({one.method for one in measurements}) < len({one.name for one in measurements})
 
 

@@ -33,8 +33,6 @@ INTERVALS = "Lines are 95% intervals."
 
 @dataclass(frozen=True)
 class Quality:
-    """The figure by which methods are compared, with intervals, and the base's."""
-
     label: str
     values: list[float | None]
     intervals: list[Interval | None]
@@ -43,7 +41,6 @@ class Quality:
 
     @classmethod
     def of(cls, measurements: Measurements) -> Quality:
-        """The held-out loss or reward."""
         lower, differences = lower_is_better(measurements), held_out(measurements)
         methods, figure = by_name(measurements), LOSS if lower else REWARD
         base = mean_of(values_of(methods.pop(BASE, ()), figure))
@@ -63,14 +60,11 @@ class Quality:
 
     @property
     def order(self) -> list[int]:
-        """The indices of the methods, the best first."""
         known = [n for n, value in enumerate(self.values) if value is not None]
         return sorted(known, key=lambda n: self.values[n] or 0, reverse=not self.lower)
 
 
 class Cost(NamedTuple):
-    """A figure on the other axis of a scatter plot, with its descriptions."""
-
     figure: str
     name: str
     axis: str
@@ -91,12 +85,10 @@ COSTS = (
 
 
 def means(methods: Iterable[Measurements], figure: str) -> list[float | None]:
-    """The mean of a figure over the seeds of each method; None without values."""
     return [mean_of(values_of(seeds, figure)) for seeds in methods]
 
 
 def plots_of(measurements: Measurements) -> Iterator[str]:
-    """Yield the plots as HTML."""
     methods, quality = by_name(measurements), Quality.of(measurements)
     methods.pop(BASE, None)
     if not methods:
@@ -115,7 +107,6 @@ def plots_of(measurements: Measurements) -> Iterator[str]:
 
 
 def ranking(quality: Quality, names: Sequence[str]) -> str:
-    """A plot of the quality of each method with its interval, the best on top."""
     order, reach = quality.order, quality.intervals
     labels = distinct([names[n] for n in order], 16)
     shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(labels, order, strict=True)]
@@ -141,7 +132,6 @@ def scatter(
     names: Sequence[str],
     mergeable: Sequence[bool],
 ) -> str:
-    """A plot of the quality over a cost `x`; triangles can't be merged."""
     known = quality.order
     best, least = known[0], min(known, key=lambda n: x[n] or 0)
 
@@ -172,7 +162,6 @@ def scatter(
 
 
 def latencies(title: str, names: Sequence[str], both: dict[str, list[float | None]]) -> str:
-    """A plot of the latency ratios of the attached and the merged model."""
     marks = [
         plots.Series(name, values, [None] * len(values))
         for name, values in both.items()
@@ -221,7 +210,6 @@ FLAGS = {"mergeable": "mergeable", "new modules": "modifies_architecture"}  # he
 
 
 def figures(measurements: Measurements) -> Table:
-    """All figures, with a row for each method."""
     methods, gains = by_name(measurements), over_base(measurements)
     columns, names = {"method": [*methods]}, list(measurements[0].rewards)
 
@@ -256,13 +244,11 @@ def figures(measurements: Measurements) -> Table:
 
 
 def table_of(columns: dict[str, list[str]]) -> Table:
-    """Headings and rows from columns, without empty columns."""
     known = {heading: cells for heading, cells in columns.items() if {*cells} != {NOTHING}}
     return [*known], [list(line) for line in zip(*known.values(), strict=True)]
 
 
 def answer(values: Sequence[bool | None]) -> str:
-    """Whether all values are true; a dash if any is missing."""
     return NOTHING if None in values else "yes" if all(values) else "no"
 
 
@@ -321,14 +307,12 @@ def plus_minus(difference: Difference, form: str) -> str:
 
 
 def markdown(measurements: Measurements) -> str:
-    """The whole table in Markdown, with the verdict below it."""
     conclusion = verdict(measurements)
     below = f"\n{conclusion}\n" if conclusion else ""
     return markdown_table(*figures(measurements)) + below
 
 
 def page(measurements: Measurements, title: str, path: Path) -> None:
-    """Write the plots and the table as one HTML file."""
     (head, lines), conclusion = figures(measurements), verdict(measurements)
     content = rendered(
         "comparing/compare.html",

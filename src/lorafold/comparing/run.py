@@ -34,7 +34,6 @@ from lorafold.runtime.workers import end_with_parent
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:
-    """The names, checked to be methods."""
     if unknown := [name for name in names if name not in METHODS]:
         raise LorafoldError(
             f"unknown method {listed(unknown)}; expected one of {', '.join(METHODS)}"
@@ -43,7 +42,6 @@ def known_methods(names: Sequence[str]) -> Sequence[str]:
 
 
 def methods_for(objective: str) -> list[str]:
-    """The methods that support this objective, without diagnostic ones."""
     specs = {name: make_spec(name) for name in METHODS}
     head = OBJECTIVES[objective].head
     return [n for n, s in specs.items() if not s.diagnostic and (head or not s.head_alone)]

@@ -97,12 +97,10 @@ TOO_LONG = cases(
 
 
 def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained, and not the whole model."""
     return bool(settings["adapter"] != NO_ADAPTER)
 
 
 def is_quantized(settings: ToolSettings) -> bool:
-    """Whether the base is quantized."""
     return bool(settings["load_in_4bit"] or settings["load_in_8bit"])
 
 
@@ -151,8 +149,6 @@ def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def unless_bf16(outcome: Outcome) -> Reader:
-    """Read another number format, unless the base is quantized or `bf16` is on."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
         if not boolean(value):
             return OFF
@@ -236,7 +232,6 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def tracker(name: str) -> Reader:
-    """Read a tracker's switch, such as `use_wandb`."""
     return if_on(taken(trackers=(name,)))
 
 

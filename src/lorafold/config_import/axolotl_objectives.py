@@ -74,7 +74,6 @@ def is_reward_model(settings: ToolSettings) -> bool:
 
 
 def objective_of(settings: ToolSettings) -> str | None:
-    """The preference or policy objective of the file, or None."""
     rl = str(settings["rl"])
     if is_policy(settings):
         return grpo.objective_of(as_trl(settings))
@@ -84,7 +83,6 @@ def objective_of(settings: ToolSettings) -> str | None:
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The file with the keys of its block `trl` as keys `trl.KEY`, if it trains a policy."""
     block = config.get(BLOCK)
     if config.get("rl") != "grpo" or not isinstance(block, Mapping):
         return config
@@ -93,7 +91,6 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def accumulation(settings: ToolSettings) -> int:
-    """The number of micro-batches per step, which may also follow from `batch_size`."""
     total = settings["batch_size"]
     if total is not None and settings.given.get("gradient_accumulation_steps") is None:
         return max(1, integer(total) // max(1, settings.read("micro_batch_size", integer)))
@@ -101,7 +98,6 @@ def accumulation(settings: ToolSettings) -> int:
 
 
 def as_trl(settings: ToolSettings) -> ToolSettings:
-    """The block `trl` and the related outer keys, as settings of TRL's trainer."""
     given = {k: v for k, v in settings.given.items() if v is not None}
     block = {k.removeprefix(PREFIX): v for k, v in given.items() if k.startswith(PREFIX)}
     outside = {
@@ -120,12 +116,10 @@ def beta_key(settings: ToolSettings) -> str:
 
 
 def of_policy(row: Reader, otherwise: Row = None) -> Reader:
-    """Read TRL's settings if the file trains a policy, and the file's otherwise."""
     return either(is_policy, lambda value, settings: row(value, as_trl(settings)), otherwise)
 
 
 def rl(value: Any, settings: ToolSettings) -> Outcome:
-    """`rl` becomes the objective; for dpo and grpo the loss type decides."""
     if is_off(value):
         return OFF
     if str(value) in REFUSED:
@@ -174,7 +168,6 @@ def _num_labels(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def dropout(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_dropout`, which is off for preferences and for sampled completions."""
     rate, objective = number(value), objective_of(settings)
     if not rate or objective is None:
         return taken(dropout=rate)

@@ -66,7 +66,6 @@ def is_leave_one_out(settings: ToolSettings) -> bool:
 
 
 def objective_of(settings: ToolSettings) -> str:
-    """The objective that the settings train."""
     if is_leave_one_out(settings):
         return "rloo"
     if settings["loss_type"] == "cispo":
@@ -103,12 +102,10 @@ def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def upper(settings: ToolSettings) -> float:
-    """`epsilon_high`, or `epsilon` if it is absent."""
     return settings.read("epsilon" if settings["epsilon_high"] is None else "epsilon_high", number)
 
 
 def beta(value: Any, settings: ToolSettings) -> Outcome:
-    """`beta` becomes beta, unless it is 0."""
     if not (coefficient := number(value)):
         return taken("there is no KL to a reference")
     why = ""
@@ -163,7 +160,6 @@ def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def drawn_plainly(*neutral: float) -> Reader:
-    """Read a sampling setting, such as a temperature, that must be neutral."""
     bent = changed(f"{PLAINLY}: what draws is what learns")
     return lambda value, settings: taken(PLAINLY) if number(value) in neutral else bent
 
@@ -210,7 +206,6 @@ def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def count(key: str, settings: ToolSettings, least: int = 1) -> int:
-    """The value of `key`, a number of at least `least`."""
     value = settings.read(key, integer)
     if value < least:
         raise LorafoldError(f"{key}: found {value}, expected {least} or more")
@@ -226,7 +221,6 @@ def sizes(settings: ToolSettings) -> tuple[int, int, int]:
 
 
 def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`per_device_train_batch_size` times accumulation, in groups, becomes the batch of prompts."""
     completions, size, rows = sizes(settings)
     if completions == rows * size:
         return taken(f"{completions} completions of one process, {size} a prompt", batch=rows)
@@ -238,7 +232,6 @@ def batch(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def accumulation(value: Any, settings: ToolSettings) -> Outcome:
-    """`gradient_accumulation_steps` become micro-batches of whole groups."""
     steps, rows = count("gradient_accumulation_steps", settings), sizes(settings)[2]
     why = "a micro-batch has whole groups here" if rows % steps else ""
     return changed(why, accumulate=gcd(rows, steps))

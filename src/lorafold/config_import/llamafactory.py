@@ -90,19 +90,16 @@ is_dpo = where("stage", "dpo")
 
 
 def is_quantized(settings: ToolSettings) -> bool:
-    """Whether the base is quantized."""
     return settings["quantization_bit"] is not None
 
 
 def objective_of(settings: ToolSettings) -> str | None:
-    """The preference objective of the file, or None."""
     if is_dpo(settings):
         return LOSSES.get(str(settings["pref_loss"]))
     return {"kto": "kto", "rm": "reward"}.get(str(settings["stage"]))
 
 
 def compares(settings: ToolSettings) -> bool:
-    """Whether the objective has a reference."""
     return trainer.has_reference(objective_of(settings))
 
 
@@ -218,7 +215,6 @@ def _bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def adapters_below(settings: ToolSettings) -> tuple[str, ...]:
-    """The frozen adapters below the one that trains, the lowest first."""
     given = settings["adapter_name_or_path"] if is_lora(settings) else None
     adapters = () if given is None else names(given)
     return adapters if is_fresh(settings) else adapters[:-1]

@@ -63,7 +63,6 @@ is_lora = where("fine_tune_type", "lora", "dora")  # and not whole layers
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The file with the keys of its LoRA block as keys `lora_parameters.KEY`."""
     block = config.get(BLOCK)
     if block is None:
         return config
@@ -76,7 +75,6 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def micro(settings: ToolSettings) -> int:
-    """Iterations per optimizer step."""
     steps = settings.read("grad_accumulation_steps", integer)
     if steps < 1:
         raise LorafoldError(f"grad_accumulation_steps: found {steps}, expected 1 or more")
@@ -84,12 +82,10 @@ def micro(settings: ToolSettings) -> int:
 
 
 def steps_of(key: str, settings: ToolSettings) -> int:
-    """The number of optimizer steps for the iterations in `key`."""
     return max(1, ceil(settings.read(key, integer) / micro(settings)))
 
 
 def in_steps(name: str, key: str) -> Reader:
-    """Read a number of iterations as optimizer steps."""
     return lambda value, settings: taken(**{name: steps_of(key, settings)})
 
 

@@ -64,14 +64,12 @@ class ToolSettings:
         return self.defaults.get(key) if value is None else value
 
     def read(self, key: str, convert: Callable[[Any], T]) -> T:
-        """The converted value."""
         try:
             return convert(self[key])
         except LorafoldError as error:
             raise LorafoldError(f"{key}: {error}") from None
 
     def on(self, key: str) -> bool:
-        """Whether a switch is on."""
         return self.read(key, boolean)
 
 
@@ -119,13 +117,11 @@ def _reader(row: Row, key: str = "") -> Reader:
 
 
 def either(condition: Condition, row: Row, otherwise: Row = None) -> Reader:
-    """Read with `row` if the condition holds, otherwise with `otherwise`."""
     reader, other = _reader(row), _reader(otherwise)
     return lambda value, settings: (reader if condition(settings) else other)(value, settings)
 
 
 def where(key: str, *values: Any) -> Condition:
-    """The condition that a key has one of these values."""
     return lambda settings: settings[key] in values
 
 
@@ -148,22 +144,18 @@ OFF = taken("it is off")
 
 
 def read_with(key: str) -> Outcome:
-    """The outcome of a key that another key's rule reads."""
     return taken(f"it is read with {key}")
 
 
 def to(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reader:
-    """Read a key, converted by `read`, as the recipe field `name`."""
     return lambda value, settings: taken(**{name: read(value)})
 
 
 def to_options(name: str, read: Callable[[Any], Any] = number) -> Reader:
-    """Read a key as the objective's option `name`."""
     return lambda value, settings: taken(objective_options={name: read(value)})
 
 
 def switch(on: Outcome | None, off: Outcome | None = OFF) -> Reader:
-    """Read a boolean key."""
     return lambda value, settings: on if boolean(value) else off
 
 
@@ -182,12 +174,10 @@ def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") 
 
 
 def if_on(outcome: Outcome) -> Reader:
-    """Read a key that has the same outcome for every value that turns it on."""
     return lambda value, settings: outcome if value else OFF
 
 
 def flagged(name: str, value: Any) -> Outcome:
-    """The key is left, and its value goes to the option `name` of `lorafold train`."""
     return left(f"pass it as {name}", f"{name} {shlex.quote(str(value))}")
 
 
@@ -197,13 +187,10 @@ def is_off(value: Any) -> bool:
 
 
 def refused(value: Any, why: str) -> LorafoldError:
-    """The error for a value that lorafold can't train."""
     return LorafoldError(f"found {value!r}, but {why}")
 
 
 def refusing(why: str, is_neutral: Callable[[Any], bool] = is_off) -> Reader:
-    """Reject a key that lorafold can't train, unless it is off."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if is_neutral(value):
             return OFF
@@ -213,12 +200,10 @@ def refusing(why: str, is_neutral: Callable[[Any], bool] = is_off) -> Reader:
 
 
 def unless(neutral: float, why: str) -> Reader:
-    """Reject a number that lorafold can't train, unless it is neutral."""
     return refusing(why, lambda value: number(value) == neutral)
 
 
 def choice(value: Any, *choices: str) -> str:
-    """The value, which must be one of `choices`."""
     if value not in choices:
         raise LorafoldError(f"found {value!r}, expected {' or '.join(choices)}")
     return str(value)
@@ -306,13 +291,11 @@ def dataset(
 
 
 def turn_keys(*keys: Any) -> Iterator[str]:
-    """Yield a remark on turns with other names for role and content."""
     if keys not in TURNS:
         yield f"its turns have {' and '.join(map(str, keys))}: rename them to role and content"
 
 
 def without_counterpart(keys: Sequence[str]) -> Iterator[str]:
-    """Yield a remark on a dataset's keys that have no counterpart."""
     if keys:
         yield f"{', '.join(keys)}: without a counterpart"
 
@@ -339,7 +322,6 @@ def given_as_data(sources: Sequence[SourceDataset], objective: str | None) -> Ou
 
 
 def rows_wanted(objective: str | None) -> str:
-    """A description of the rows for --data."""
     if objective is None:
         rows = "messages, of prompt and completion, or of text"
     elif OBJECTIVES[objective].draws:
@@ -352,7 +334,6 @@ def rows_wanted(objective: str | None) -> str:
 
 
 def objects_with_path(value: Any) -> list[Mapping[str, Any]]:
-    """The objects that name datasets, one or a list."""
     objects = value if isinstance(value, list) else [value]
     for one in objects:
         if not isinstance(one, dict) or not one.get("path"):

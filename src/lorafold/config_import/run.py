@@ -144,7 +144,6 @@ class Translation:
 
     @property
     def entries(self) -> tuple[TranslatedKey, ...]:
-        """All entries: those taken, then those taken differently, then those left."""
         return (*self.taken, *self.changed, *self.left)
 
     @property
@@ -193,7 +192,6 @@ class Translation:
         return " ".join(filter(None, parts))
 
     def as_json(self) -> dict[str, Any]:
-        """The translation as an object of JSON, which `--json` prints."""
         return {
             "source": str(self.source),
             "tool": self.tool,
@@ -205,7 +203,6 @@ class Translation:
         }
 
     def report(self, config: str = "recipe.yaml") -> str:
-        """The outcome of each key, as text, and the command to train with."""
         lines = [f"{self.source}, of {self.tool}, as a recipe"]
         silent = [entry for entry in self.taken if _is_silent(entry)]
         for how, head in HEADS.items():
@@ -254,9 +251,6 @@ def _as_json(entry: TranslatedKey) -> dict[str, Any]:
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
-    """Translate a configuration; `kind` is a key of TOOLS, by default determined from the file's
-    keys.
-    """
     if kind is not None and kind not in TOOLS:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
@@ -276,13 +270,11 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
 
 
 def write(translation: Translation, out: str | Path, overwrite: bool = False) -> None:
-    """Write the recipe's YAML file."""
     check_free(out, overwrite)
     write_text(out, translation.to_yaml(str(out)))
 
 
 def check_free(out: str | Path, overwrite: bool) -> None:
-    """Check that `out` can be written."""
     if Path(out).is_dir():
         raise LorafoldError(f"{out}: found a directory, expected a file for the recipe")
     if os.path.lexists(out) and not overwrite:
@@ -354,7 +346,6 @@ def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> Transla
 
 
 def tool_of(path: Path, config: Mapping[str, Any]) -> str:
-    """The tool that a file belongs to."""
     signs, unknown = {}, {}
     for kind, tool in TOOLS.items():
         signs[kind] = sum(_has(config, *sign.partition("=")) for sign in tool.signs.split())

@@ -53,14 +53,12 @@ LOOKED_UP = changed("PEFT looks them up by architecture, and lorafold by the met
 
 
 def text(value: Any) -> str:
-    """The value, which must be text."""
     if not isinstance(value, str):
         raise LorafoldError(f"found {value!r}, expected text")
     return value
 
 
 def schedule(value: Any, settings: ToolSettings) -> Outcome:
-    """The scheduler becomes the schedule, cosine if lorafold does not have it."""
     if text(value) == "constant":
         return taken("it has no warm-up there", schedule="constant", warmup=0.0)
     known = value in SCHEDULES
@@ -69,7 +67,6 @@ def schedule(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def optimizer(value: Any, settings: ToolSettings) -> Outcome:
-    """The optimizer, adamw if lorafold does not have it."""
     paged = value in ("paged_adamw_32bit", "paged_adamw")
     why = "its fp32 state is not paged here" if paged else ADAMW
     known = text(value) in OPTIMIZERS
@@ -100,7 +97,6 @@ def total_steps(settings: ToolSettings) -> int | None:
 
 
 def interval(name: str) -> Reader:
-    """Read an interval in steps, or as a share of the run, into the recipe field `name`."""
     checkpoints = "there are about ten checkpoints a run"
     otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
 
@@ -118,7 +114,6 @@ def interval(name: str) -> Reader:
 
 
 def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
-    """A share of held-out rows becomes `eval_fraction`; a number of rows is left."""
     if number(value) < 1:
         return taken(eval_fraction=number(value))
     return left(
@@ -128,7 +123,6 @@ def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def trackers(value: Any, settings: ToolSettings) -> Outcome:
-    """`report_to` becomes the trackers; unknown names are left."""
     if value == "none" or (named := (value,) if value == "all" else names(value)) == ("none",):
         return taken("no tracker")
     if unknown := [name for name in named if name not in TRACKERS]:
@@ -158,7 +152,6 @@ def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def rate(is_lora: Condition) -> Reader:
-    """Read a learning rate; for LoRA, it is the rate of both factors."""
     both = ELSEWHERE["learning_rate"]
     return lambda value, settings: (
         taken(both.remark, **both.read(value, {})) if is_lora(settings) else taken(lr=number(value))
@@ -166,7 +159,6 @@ def rate(is_lora: Condition) -> Reader:
 
 
 def accumulation(settings: ToolSettings) -> int:
-    """The number of micro-batches per step."""
     return settings.read("gradient_accumulation_steps", integer)
 
 
@@ -192,7 +184,6 @@ def batch(
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
-    """The kind of LoRA and PEFT's `init_lora_weights` become `method` and `options`."""
     beneath, options, why = "rslora" if rslora else "lora", {}, ""
     if init in ("gaussian", "loftq"):
         options["init"] = init
@@ -282,7 +273,6 @@ ObjectiveOf = Callable[[ToolSettings], str | None]
 
 
 def has_reference(objective: str | None) -> bool:
-    """Whether the objective compares with a reference."""
     if objective is None or not OBJECTIVES[objective].law:
         return False
     from lorafold.training_step import preference_algorithms
@@ -291,18 +281,14 @@ def has_reference(objective: str | None) -> bool:
 
 
 def options_of(objective: str | None) -> Mapping[str, Any]:
-    """The options of a preference objective with their defaults; empty for others."""
     return {} if objective is None else OBJECTIVES[objective].options()
 
 
 def beta(objective_of: ObjectiveOf) -> Reader:
-    """Read a key as beta, which reward models don't have."""
     return either(lambda one: "beta" in options_of(objective_of(one)), to("beta", number))
 
 
 def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
-    """Read a key as the option `name` of the objectives that have it."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
         options = options_of(objective_of(settings))
         if name not in options:
@@ -326,7 +312,6 @@ def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome |
 
 
 def supervised_as(objective: str) -> Reader:
-    """Read TRL's weight of the supervised term for one objective."""
     return lambda value, settings: supervised(value, objective, SUPERVISED)
 
 
@@ -365,8 +350,6 @@ def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def dropout(turned_off: Condition) -> Reader:
-    """Read a dropout, which is off if the condition holds."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome:
         rate = number(value)
         off = bool(rate) and turned_off(settings)

@@ -53,7 +53,6 @@ NO_TEMPLATE = "the model's own template is used; write the other to a file: --ch
 
 
 def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained, and not the whole model."""
     return settings.on("use_peft") or settings["model_name_or_path"] is None
 
 
@@ -158,7 +157,6 @@ def _packing(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def is_packed(settings: ToolSettings) -> bool:
-    """Whether rows are packed, for trainers that can."""
     return bool(settings["packing"]) and settings.on("packing")
 
 
@@ -196,8 +194,6 @@ def _drawn_dropout(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def data_rows(objective: str | None) -> Table:
-    """The rows of a table for the script's dataset keys."""
-
     def name(value: Any, settings: ToolSettings) -> Outcome:
         if settings["datasets"]:
             return taken("datasets takes its place")

@@ -98,7 +98,6 @@ OBJECTS = {
 
 
 def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained, and not the whole model."""
     return not settings.on(f"{LOADED}full_finetuning")
 
 
@@ -112,7 +111,6 @@ def _method(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def storage(value: Any, settings: ToolSettings) -> Outcome:
-    """`load_in_4bit` and the other switches become the base's quantization."""
     if not is_lora(settings):
         return changed("the whole model trains in bf16 where it can", storage="bf16")
     if settings.on(f"{LOADED}load_in_8bit"):
@@ -130,7 +128,6 @@ def _length(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def objective_of(settings: ToolSettings) -> str | None:
-    """The objective of the script's trainer; None for supervised training."""
     return OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), ""))
 
 
@@ -256,7 +253,6 @@ class Expression(str):
 
 
 def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """An entry for every argument of a script; values that are not literals are only listed."""
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
     objects = {"bf16", "fp16", *(r.key for r in OWN if r.key.split(".")[-1] in OBJECTS)}
     unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
@@ -272,7 +268,6 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
 
 
 def arguments_of(text: str, where: str) -> Mapping[str, Any]:
-    """The arguments of a script by key, and its trainer under `trainer`."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:

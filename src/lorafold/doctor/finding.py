@@ -26,7 +26,6 @@ class Finding:
 
     @property
     def key(self) -> str:
-        """The name as a JSON key."""
         return self.name.lower().replace("'s ", " ").replace(" ", "_")
 
 
@@ -40,7 +39,6 @@ class FindingGroup:
     compact: bool = False
 
     def lines(self) -> Iterator[str]:
-        """Yield the group as text: its title, then lines for each finding."""
         yield self.title
         fine = [f for f in self.findings if self.compact and not f.problem]
         if fine:
@@ -63,6 +61,5 @@ def findings_of(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Findi
 
 
 def reason(error: BaseException) -> str:
-    """The type of an error and its first line."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"

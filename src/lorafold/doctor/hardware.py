@@ -67,7 +67,6 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
 
 
 def paths(capability: tuple[int, int]) -> str:
-    """The code paths for a GPU of a compute capability (major, minor), as a line."""
     native = capability >= AMPERE
     x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
     with as_on(DeviceKind("cuda", capability)):
@@ -105,13 +104,11 @@ class Hardware:
 
     @property
     def rate(self) -> float:
-        """GFLOP/s in the dtype of `--storage auto`."""
         return self.fp32 if self.widened or not self.native_bf16 else self.bf16
 
 
 @cache
 def examine() -> Hardware:
-    """Examine this machine; takes about a second."""
     device = choose_device()
     busy = busy_elsewhere(0.3)  # before anything is measured, which would count
     native, why = native_bf16(device)
@@ -136,12 +133,10 @@ def examine() -> Hardware:
 
 
 def machine() -> Iterator[Finding]:
-    """The findings of this machine."""
     yield from findings(examine())
 
 
 def findings(h: Hardware) -> Iterator[Finding]:
-    """The findings of a machine."""
     sets = ", ".join(h.instructions) or "none of AVX2, AVX512, AMX"
     cores = "core" if h.cores == 1 else "cores"
     yield Finding("processor", f"{h.processor}, {h.cores} usable {cores}", h.processor)
@@ -189,7 +184,6 @@ def _has_kernels() -> bool | None:
 
 
 def slow_here() -> Iterator[str]:
-    """The sentences of `slow` for this machine and process."""
     return slow(examine(), huge_pages(), set_threads(), os.environ.get(SWITCH) == "off")
 
 
@@ -280,7 +274,6 @@ def _accelerate(cuda: int) -> Finding:
 
 
 def engine() -> Iterator[Finding]:
-    """Whether the operations of the engine and of training can be compiled."""
     for what, operations in {"the engine": DECODING, "training": TRAINING}.items():
         why = use(operations)
         text = f"in torch, since they can't be compiled: {why}" if why else "compiled"

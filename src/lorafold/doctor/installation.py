@@ -59,7 +59,6 @@ def packages(name: str = "lorafold") -> Iterator[Finding]:
 
 
 def extras(name: str = "lorafold") -> Iterator[Finding]:
-    """Each optional group of packages, and its missing packages."""
     for extra in distribution(name).metadata.get_all("Provides-Extra") or []:
         members = [r for r in _requirements(name) if _applies(r, extra) and not _applies(r)]
         missing = [r.name for r in members if _version(r.name) is None]
@@ -75,7 +74,6 @@ def extras(name: str = "lorafold") -> Iterator[Finding]:
 
 
 def check(requirement: Requirement, required: bool) -> Finding:
-    """Whether a package is installed, in its range, and importable."""
     name, declared = requirement.name, str(requirement.specifier)
     wish = f"pip install '{name}{declared}'"
     version = _version(name)
@@ -129,7 +127,6 @@ def _import_failure(name: str) -> str:
 
 
 def models() -> Iterator[Finding]:
-    """The embedded model, both caches, and whether downloads are allowed."""
     from lorafold.files.paths import cache_directory
 
     yield _embedded(cache_directory() / "models")
@@ -175,7 +172,6 @@ def _directory(name: str, path: Path, variable: str) -> Finding:
 
 
 def size_of(directory: Path) -> int:
-    """The bytes of the files in a directory; links are not followed."""
     total = 0
     for path in directory.rglob("*"):
         with suppress(OSError):  # it was removed meanwhile
@@ -184,7 +180,6 @@ def size_of(directory: Path) -> int:
 
 
 def tuning() -> Iterator[Finding]:
-    """The environment of training processes, huge pages and threads."""
     missing = wishes()
     shown = ", ".join(f"{name}={value}" for name, value in missing.items())
     if os.environ.get(SWITCH) == "off":
@@ -205,5 +200,4 @@ def tuning() -> Iterator[Finding]:
 
 
 def set_threads() -> dict[str, str]:
-    """The environment variables that limit threads and are set."""
     return {name: os.environ[name] for name in THREADS if name in os.environ}

@@ -32,21 +32,17 @@ class DoctorReport:
 
     @property
     def findings(self) -> list[Finding]:
-        """The findings of all groups."""
         return [f for group in self.groups for f in group.findings]
 
     @property
     def problems(self) -> list[str]:
-        """The problems, one line each."""
         return [f"{f.name}: {f.problem}" for f in self.findings if f.problem]
 
     @property
     def broken(self) -> bool:
-        """Whether something that lorafold needs is missing or broken."""
         return any(f.broken for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
-        """The report under the keys of `lorafold doctor --json`."""
         groups = {
             g.key: {f.key: f.text if f.value is None else f.value for f in g.findings}
             for g in self.groups

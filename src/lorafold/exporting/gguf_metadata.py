@@ -93,7 +93,6 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The row for a model's configuration, checked for values that llama.cpp can't represent."""
     row = ARCHITECTURES.get(config.model_type)
     if row is None:
         raise LorafoldError(
@@ -120,7 +119,6 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def head_width(config: Any) -> int:
-    """The dimensions of a head of attention."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -260,7 +258,6 @@ def check_whole(backend: Backend) -> None:
 
 
 def prefixes_space(backend: Backend) -> bool:
-    """Whether the tokenizer adds a space before a text."""
     return _marked(backend, "a").startswith(SPACE)
 
 
@@ -275,7 +272,6 @@ def _marked(backend: Backend, text: str) -> str:
 def add_tokenizer(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, ends: Sequence[int]
 ) -> None:
-    """Write the tokenizer."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     slow = {"model": {"type": type(tokenizer).__name__}}
     content: dict[str, Any] = slow if backend is None else json.loads(backend.to_str())

@@ -100,7 +100,6 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
 
 
 def type_of(name: str, shape: TensorShape, tensors: str, tied: bool) -> str:
-    """The type of a tensor."""
     if len(shape) < 2 or name.endswith(ROUTER):
         return "F32"
     if tensors in PLAIN:
@@ -111,7 +110,6 @@ def type_of(name: str, shape: TensorShape, tensors: str, tied: bool) -> str:
 
 
 def size_of(shape: TensorShape, kind: str) -> int:
-    """The size of a tensor in bytes."""
     per, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return int(torch.Size(shape).numel()) // per * size
 
@@ -135,7 +133,6 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
 
 
 def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
-    """The gguf package's tensor names for an architecture."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     return gguf.get_tensor_name_map(kinds[row.name], layers)
 
@@ -223,7 +220,6 @@ PHI, PHI_TOKENS = re.compile(r"(phi)-?(?=3)", re.I), {"<unk>", "<s>", "</s>", "<
 
 
 def write_model(directory: Path, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
-    """Write a model directory in Hugging Face's format as a GGUF file."""
     return write_gguf(Subject(Base(directory), ()), out, tensors, progress)
 
 
@@ -242,14 +238,12 @@ class Described:
 
     @property
     def shapes(self) -> dict[str, TensorShape]:
-        """Of the tensors, by name."""
         return {tensor.path: tensor.shape for tensor in self.tensors}
 
 
 def write_described(
     content: Described, out: Path, tensors: str, progress: Progress
 ) -> Sequence[str]:
-    """Write a file; returns notes, as `write_gguf` does."""
     writer, tied = content.writer, OUTPUT not in content.shapes
     kinds = {n: type_of(n, shape, tensors, tied) for n, shape in content.shapes.items()}
     sizes = {n: size_of(shape, kinds[n]) for n, shape in content.shapes.items()}

@@ -39,7 +39,6 @@ HEADS = ("embed_tokens", "lm_head")
 
 
 def write_canonical(base: Base, factors: SiteFactors, out: Path) -> SavedAdapter:
-    """Write and open an adapter on the bare base."""
     rank = max(down.shape[-2] for _, down in factors.values())
     same_rank = {path: padded(pair, rank) for path, pair in factors.items()}
     adapter = lora_of(base.mapped().model, same_rank, NAME)
@@ -57,7 +56,6 @@ class BaseReference:
 
 
 def base_reference(base: Base) -> BaseReference:
-    """How another engine finds the base."""
     path = base.source.path
     if base.source.gguf is not None:
         note = f"the base is a GGUF file; its plain copy, which the engine reads, is {path}"
@@ -68,9 +66,6 @@ def base_reference(base: Base) -> BaseReference:
 
 
 def write_template(subject: Subject, directory: Path) -> bool:
-    """Write the adapters' chat template if it differs from the base's; returns whether it was
-    written.
-    """
     try:
         tokenizer = subject.tokenizer
     except NoTokenizer:
@@ -92,7 +87,6 @@ def tied_heads(subject: Subject) -> list[str]:
 
 
 def leaf_of(path: str) -> str:
-    """The last part of a module path."""
     return path.rsplit(".", 1)[-1]
 
 
@@ -110,7 +104,6 @@ def write_files(
 
 
 def zeros(subject: Subject, path: str) -> Factors:
-    """Factors of rank 1 for a zero update of a module."""
     layer = layer_of(module_at(subject.model, path))
     outputs, inputs = layer.shape
     return torch.zeros(*layer.matrices, outputs, 1), torch.zeros(*layer.matrices, 1, inputs)

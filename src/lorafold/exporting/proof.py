@@ -51,8 +51,6 @@ CLOSE = 0.02  # of logits; a larger difference is no rounding
 
 @dataclass(frozen=True)
 class ProofPrompts:
-    """Rendered prompts, their tokens, and their chats for a server."""
-
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
     chats: tuple[dict[str, Any], ...]
@@ -70,7 +68,6 @@ class Answers:
 def prompts_of(
     tokenizer: PreTrainedTokenizerBase, source: str | Path | None = None
 ) -> ProofPrompts:
-    """The prompts, rendered with the chat template for a completion."""
     ensure_chat_template(tokenizer)
     rows = read_rows(str(source or BUILT_IN), wanted=PROMPTS)
     if not rows.provides(PROMPTS):
@@ -142,8 +139,6 @@ def answers_over(subject: Subject, storage: str, source: str | Path | None) -> T
 
 @dataclass(frozen=True)
 class ReferenceAnswers:
-    """A loaded model with active adapters, its prompts, and its answers."""
-
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: ProofPrompts
@@ -172,7 +167,6 @@ class ReferenceAnswers:
         return cls(model, tokenizer, prompts, answers)
 
     def first(self, n: int) -> ReferenceAnswers:
-        """The first n prompts and their answers."""
         prompts = ProofPrompts(*(column[:n] for column in vars(self.prompts).values()))
         answers = Answers(*(column[:n] for column in vars(self.answers).values()))
         return replace(self, prompts=prompts, answers=answers)
@@ -253,7 +247,6 @@ class Proof(ShownInNotebooks):
         return self.alone is not None and self.kl <= 2 * self.alone
 
     def as_json(self) -> dict[str, Any]:
-        """All figures."""
         return {**asdict(self), "share": self.share}
 
     def __str__(self) -> str:

@@ -41,7 +41,6 @@ TARGETS: dict[str, Target] = {
 
 
 def target_of(name: str) -> Target:
-    """The target of this name."""
     if not isinstance(name, str) or name not in TARGETS:
         raise LorafoldError(f"--to: found {name!r}, expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
@@ -59,8 +58,6 @@ INSTEAD = (
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The options of `lf.export` besides model and adapters."""
-
     to: str
     tensors: str | None = None
     as_lora: int | None = None
@@ -94,7 +91,6 @@ class Exported(ShownInNotebooks):
     from_original: Distance | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `export.json`."""
         return {
             "to": self.to,
             "tensors": self.tensors,
@@ -119,11 +115,9 @@ class Exported(ShownInNotebooks):
 
     @property
     def launch(self) -> tuple[str, ...]:
-        """Commands or code that use the files, one per line."""
         return tuple(placed(line, self.out) for line in self.written.launch)
 
     def summary(self) -> str:
-        """A few lines to read."""
         lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
         lines += [f"  {note}" for note in self.written.notes]
         if self.adapters:
@@ -146,7 +140,6 @@ def export(
     options: ExportOptions,
     console: Console | None = None,
 ) -> Exported:
-    """Write adapters on a base, or the base alone, for another engine; see `lf.export`."""
     target = target_of(options.to)
     tensors, engine = _tensors(target, options.tensors), _engine(target, options)
     if (rank := options.as_lora) is not None and (type(rank) is not int or rank < 1):

@@ -53,8 +53,6 @@ from lorafold.peft.config import CONFIG, WEIGHTS
 
 
 class ToPeft(Target):
-    """PEFT's own format."""
-
     name = "peft"
     engine = "peft"
 
@@ -90,8 +88,6 @@ WITH_HEADS = (
 
 
 class ToVllm(Target):
-    """vLLM's server."""
-
     name = "vllm"
     engine = "vllm"
     server = "vllm_url"
@@ -161,7 +157,6 @@ def module_of(name: str, request: Mapping[str, object], out: str) -> str:
 def with_zeros(
     subject: Subject, factors: SiteFactors, paths: Iterable[str]
 ) -> dict[str, Factors]:
-    """The factors, with zeros for those of `paths` that are not changed."""
     return {**factors, **{path: zeros(subject, path) for path in paths if path not in factors}}
 
 
@@ -179,8 +174,6 @@ EXACT = 1e-5  # relative, in fp32
 
 
 class ToSglang(Target):
-    """SGLang's server."""
-
     name = "sglang"
 
     def problems(self, subject: Subject) -> Sequence[str]:
@@ -250,7 +243,6 @@ def path_of(name: str, out: str) -> str:
 
 
 def packed(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
-    """The factors, with zeros for unchanged modules of a pack."""
     modules = {path for path, _ in subject.model.named_modules()}
     places = [path.rpartition(".") for path in factors]
     packs = [

@@ -68,7 +68,6 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """The largest rank of a module."""
         return max((down.shape[-2] for _, down in self.factors.values()), default=0)
 
     @property
@@ -184,7 +183,6 @@ def _word(word: Word, out: str) -> str:
 
 
 def window_notes(engine: str, config: Any) -> tuple[str, ...]:
-    """A note for models with sliding windows, for an engine that does not support them."""
     window = getattr(config, "sliding_window", None)
     if window is None or window >= config.max_position_embeddings:
         return ()
@@ -219,18 +217,15 @@ class Subject:
 
     @property
     def stored(self) -> str:
-        """The quantization of the weights that the files are for."""
         return str(self.into.trained_on) if self.into.target == "trained" else "fp32"
 
     @property
     def called(self) -> str | None:
-        """The name of the last adapter's directory; None without adapters."""
         adapters = self.original or self.adapters
         return adapters[-1].path.resolve().name if adapters else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The adapters' names on `model`."""
         return tuple(f"exported{n}" for n, _ in enumerate(self.adapters))
 
     @cached_property
@@ -247,12 +242,10 @@ class Subject:
 
     @cached_property
     def update(self) -> Update:
-        """The update of the adapters."""
         return update_of(self.model, self.names)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The base's configuration."""
         return self.base.config()
 
     @cached_property
@@ -320,8 +313,6 @@ class Target(ABC):
 
 
 def only_products(update: Update, name: str) -> list[str]:
-    """Reasons why a format with only factors of matrices can't represent this update, one per line.
-    """
     reasons = [f"{p}: {kind}, which {name} can't represent" for p, kind in update.other.items()]
     if not (reasons or update.factors or update.dense):
         return ["found no adapter that changes anything, expected one"]

@@ -43,8 +43,6 @@ ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
 
 class GgufAdapter(Target):
-    """Abstract: an adapter as a file."""
-
     engine = "llamacpp"
     tensors = ("F32", "F16", "BF16", "Q8_0")
     tolerance = ADAPTER_TOLERANCE
@@ -99,8 +97,6 @@ class GgufAdapter(Target):
 
 
 class ToGguf(GgufAdapter):
-    """For any program that reads such files."""
-
     name = "gguf"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
@@ -108,8 +104,6 @@ class ToGguf(GgufAdapter):
 
 
 class ToLlamaCpp(GgufAdapter):
-    """For llama.cpp's server, whose requests set the scale."""
-
     name = "llama.cpp"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
@@ -134,12 +128,10 @@ TOLERANCE: Mapping[str, float | None] = {
 
 
 def file_of(tensors: str | None) -> str:
-    """The name of the file."""
     return f"model-{tensors}.gguf"
 
 
 def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
-    """Write the GGUF file of a subject, with llama.cpp's quantizer if necessary."""
     tensors = str(subject.tensors)
     if tensors not in MIXED:
         return write_gguf(subject, directory / file_of(tensors), tensors, progress)
@@ -157,8 +149,6 @@ def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequenc
 
 
 class GgufModel(Target):
-    """Abstract: a whole model as a file."""
-
     engine = "llamacpp"
     tensors = (*FILE_TYPES, *MIXED)
     merged = True
@@ -181,8 +171,6 @@ class GgufModel(Target):
 
 
 class ToGgufModel(GgufModel):
-    """For llama.cpp."""
-
     name = "gguf-model"
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:

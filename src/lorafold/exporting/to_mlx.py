@@ -68,7 +68,6 @@ SWITCH = {
 
 
 def older_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration with the older keys added, or None if it needs none."""
     more = {**_positions(config), **_pattern(config)}
     if "num_local_experts" in config and "num_experts" not in config:
         more["num_experts"] = config["num_local_experts"]
@@ -102,7 +101,6 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_older(source: Path, directory: Path) -> bool:
-    """Copy a model directory (as hard links) with the older keys, if its config lacks them."""
     config = older_config(read_object(source / MODEL_CONFIG))
     if config is None:
         return False
@@ -120,8 +118,6 @@ def write_older(source: Path, directory: Path) -> bool:
 
 
 class ToMlx(Target):
-    """mlx-lm's adapters."""
-
     name = "mlx"
     engine = "mlx"
 

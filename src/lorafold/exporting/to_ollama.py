@@ -70,8 +70,6 @@ class Turns:
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """The marks of a tokenizer's chat template."""
-
     def written(messages: Sequence[Message]) -> str:
         return render(messages, tokenizer, for_generation=True)
 
@@ -99,7 +97,6 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
 
 
 def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Features of a template that plain chat lacks, one sentence each."""
     template = str(tokenizer.chat_template)
     notes = []
     if lacking := [feature for feature, word in BESIDE.items() if re.search(word, template)]:
@@ -162,7 +159,6 @@ MODELFILE = "Modelfile"
 
 
 def go_template(turns: Turns) -> str:
-    """The template of these marks."""
     before, between = turns.system or ("", "")
     marks = {name: mark for name, mark in vars(turns).items() if isinstance(mark, str)}
     # Go's language takes a mark as it is, but for the opening of an action
@@ -175,7 +171,6 @@ def go_template(turns: Turns) -> str:
 
 
 def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
-    """The content of a Modelfile."""
     for text in (template, *stops):
         odd = [c for c in text if not c.isprintable() and c not in "\n\t"]
         if QUOTES in text or odd:
@@ -188,7 +183,6 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:
-    """The Go template, the stop texts, and notes."""
     ensure_chat_template(tokenizer)
     turns, notes = turns_of(tokenizer), adds(tokenizer)
     if turns.system is None:
@@ -206,8 +200,6 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[st
 
 
 class ToOllama(GgufModel):
-    """A model for Ollama, with adapters folded in."""
-
     name = "ollama"
 
     def problems(self, subject: Subject) -> Sequence[str]:

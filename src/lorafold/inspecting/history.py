@@ -125,8 +125,6 @@ Figure = Annotated[float, Field(allow_inf_nan=False), AfterValidator(bounded)]
 
 
 class RecordedCompletion(BaseModel):
-    """A sample completion in a record."""
-
     where: str
     prompt: str
     completion: str
@@ -136,8 +134,6 @@ class RecordedCompletion(BaseModel):
 
 
 class SampleSet(BaseModel):
-    """The sample completions of one evaluation."""
-
     step: int
     samples: list[RecordedCompletion]
 
@@ -247,7 +243,6 @@ class History(ShownInNotebooks):
 
 
 def read_history(path: str | Path) -> History:
-    """The history of the run that wrote an adapter's directory."""
     path = Path(path)
     check_intact(path, [RECORD])
     if not (path / RECORD).is_file():

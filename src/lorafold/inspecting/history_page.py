@@ -35,12 +35,10 @@ SOUGHT = (
 
 
 def page(history: History, path: str | Path) -> None:
-    """Write one self-contained HTML file."""
     write_page(f"How {Path(history.adapter).resolve().name} was trained", sections(history), path)
 
 
 def sections(history: History) -> str:
-    """The content of the page, as HTML."""
     samples = history.samples
     both = {"first", "last"} <= samples.keys()
     still = (f"{clean(name)} {plain(value)}" for name, value in constant(history).items())
@@ -62,7 +60,6 @@ def sections(history: History) -> str:
 
 
 def figures(history: History) -> Iterator[tuple[str, str]]:
-    """Yield the key figures of the run by name."""
     key = "reward" if history.judged_by else "loss"
     measured = {step: (value, interval) for step, value, interval in history.measured(key)}
     for step in dict.fromkeys((min(measured), max(measured)) if measured else ()):
@@ -79,7 +76,6 @@ def figures(history: History) -> Iterator[tuple[str, str]]:
 
 
 def judges(history: History) -> Iterator[list[str]]:
-    """Yield the table of the rewards: name, weight, first and last mean."""
     for name, weight in history.judged_by.items():
         values = history.by_step.get(f"{SHARED}{name}")
         # of a single reward there is only the sum, which has its weight in it
@@ -90,7 +86,6 @@ def judges(history: History) -> Iterator[list[str]]:
 
 
 def constant(history: History) -> dict[str, float]:
-    """The metrics that never change, and so need no plot."""
     values = {
         name: {v for v in history.by_step.get(name, ()) if v is not None}
         | {v for _, v, _ in history.measured(name)}
@@ -149,7 +144,6 @@ def plotted(history: History) -> Iterator[str]:
 
 
 def changed(history: History, name: str, held_out: bool = True) -> str:
-    """The first and the last value of a metric, and its held-out values, in words."""
     known = [plain(v) for v in history.by_step.get(name, ()) if v is not None]
     steps = f"from {known[0]} to {known[-1]}" if len(known) > 1 else "".join(known)
     measured = history.in_words(name) if held_out else ""
@@ -157,7 +151,6 @@ def changed(history: History, name: str, held_out: bool = True) -> str:
 
 
 def plain(value: float) -> str:
-    """A number with four digits, without powers of ten."""
     return number(value, digits=4)
 
 

@@ -143,7 +143,6 @@ def named_directions(
     tokenizer: PreTrainedTokenizerBase | None,
     vectors: tuple[Sequence[str], torch.Tensor] | None,  # n, (n, d)
 ) -> Mapping[str, dict[str, Any]]:
-    """Nearest tokens and vectors, and the vectors' shares, as fields of `MatrixFigures`."""
     fields = defaultdict[str, dict[str, Any]](dict)
     for verb, of in sides.items():
         if tokenizer is not None:

@@ -38,8 +38,6 @@ SEARCH = "search.json"
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The held-out loss of one run of the search, in nats, as stored in its file."""
-
     loss: float
 
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 def loss_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
 ) -> Callable[[], float]:
-    """A function that returns the model's mean loss, in nats per labelled token."""
     data = encode(rows, tokenizer, max_length)
     return partial(held_out_loss, CompletionLoss(model, packed=False, pad_id=0), data.examples)
 
@@ -129,7 +128,6 @@ def scaling(
     points: Sequence[float] = SCALES,
     below: Sequence[str] = (),
 ) -> list[Point]:
-    """The loss at base + t dW."""
     with mixed(model, [name], loss, below) as loss_at:
         return [(t, loss_at([t])) for t in points]
 
@@ -141,7 +139,6 @@ def between(
     loss: Callable[[], float],
     points: Sequence[float] = BETWEEN,
 ) -> list[Point]:
-    """The loss at base + (1 - t) dW_a + t dW_b."""
     with mixed(model, [first, second], loss) as loss_at:
         return [(t, loss_at([1 - t, t])) for t in points]
 
@@ -160,7 +157,6 @@ def measured_paths(
     max_length: int,
     below: int = 0,
 ) -> LossPaths:
-    """The losses along the lines of one adapter or two, on top of `below` others."""
     loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     first, *others = names[below:]
     line = scaling(model, first, loss, below=names[:below])

@@ -15,8 +15,6 @@ Grid = Sequence[Sequence[float]]
 
 
 def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: int) -> str:
-    """Singular values of one kind of module relative to the largest, one coloured line per block.
-    """
     lines = sorted(
         (kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra_by_path.items()
     )
@@ -39,8 +37,6 @@ def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: in
 
 
 def heat(title: str, caption: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
-    """A heat map of values from 0 to 1."""
-
     def draw(axes: Any) -> None:
         lines, columns = len(grid), len(grid[0])
         extent = (first - 0.5, first + columns - 0.5, first + lines - 0.5, first - 0.5)
@@ -65,8 +61,6 @@ def line(
     across: str,
     marked: dict[float, str],
 ) -> str:
-    """The loss along a line in weight space."""
-
     def draw(axes: Any) -> str:
         axes.plot(*zip(*points, strict=True), **plots.series(0))
         axes.set(xlabel=across, ylabel="loss, nats a token")
@@ -111,7 +105,6 @@ def curves(
 
 
 def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
-    """(step, mean) of neighbouring steps, at most `POINTS` of them."""
     size = max(1, -(-len(values) // POINTS))
     points = []
     for start in range(0, len(values), size):
@@ -124,7 +117,6 @@ def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
 def position(
     title: str, read: Sequence[float], written: Sequence[float], shape: Sequence[int]
 ) -> str:
-    """The energy of an update on each tenth of the base's directions."""
     sides = {"read": (read, shape[1]), "written": (written, shape[0])}
     evenly = {name: min(shape) / size / (len(read) - 1) for name, (_, size) in sides.items()}
 

@@ -40,7 +40,6 @@ RANGED = {  # heading: figure of a matrix, format; of experts with their range
 
 
 def table(inspection: Inspection) -> str:
-    """The means of each kind of module; experts also have their range."""
     lines = []
     for kind, paths in by_kind(inspection.sites).items():
         sites = [inspection.sites[path] for path in paths]
@@ -53,12 +52,10 @@ def table(inspection: Inspection) -> str:
 
 
 def page(inspection: Inspection, path: str | Path) -> None:
-    """Write one self-contained HTML file."""
     write_page(f"Inside {Path(inspection.adapter).name}", sections(inspection), path)
 
 
 def sections(inspection: Inspection) -> str:
-    """The content of the page, as HTML: plots, and what its template shows of the figures."""
     sites = inspection.sites
     return rendered(
         "inspecting/inspect.html",
@@ -83,7 +80,6 @@ def sections(inspection: Inspection) -> str:
 
 
 def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any]:
-    """A heat map of one figure by block and kind of module, averaged over experts."""
     kinds = by_kind(sites)
     by_place = defaultdict(list)
     for path, value in zip(sites, values_of(sites.values(), name), strict=True):
@@ -102,7 +98,6 @@ def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any
 
 
 def spectra(sites: Sites) -> Iterator[str]:
-    """Plots of the singular values of each kind of module; for experts, of the largest update."""
     depth = max((kind_and_block(path)[1] or 0 for path in sites), default=0)
     for kind, paths in by_kind(largest(sites)).items():
         if lines := {path: s for path in paths if (s := sites[path].singular_values)}:
@@ -110,7 +105,6 @@ def spectra(sites: Sites) -> Iterator[str]:
 
 
 def paths(measured: LossPaths) -> Iterator[str]:
-    """Plots of the loss along lines in weight space."""
     losses = dict(measured.scaling)
     best = min(losses, key=lambda t: losses[t])
     caption = (
@@ -133,7 +127,6 @@ def against(kinds: Mapping[str, KindOverlap], name: str) -> Iterator[str]:
 
 
 def positions(sites: Sites) -> Iterator[str]:
-    """Plots of the update in the spectrum of the base."""
     known = {path: site.positions for path, site in sites.items() if site.positions}
     for kind, paths in by_kind(known).items():
         read, written = (
@@ -144,7 +137,6 @@ def positions(sites: Sites) -> Iterator[str]:
 
 
 def alike(phi: Grid) -> str:
-    """A sentence on the two blocks that have the most in common."""
     pairs = {(i, j): phi[i][j] for i in range(len(phi)) for j in range(i)}
     if not pairs:
         return "There is one block."
@@ -154,7 +146,6 @@ def alike(phi: Grid) -> str:
 
 
 def heads(sites: Sites) -> Iterator[str]:
-    """Plots of the share of each attention head."""
     known = {path: site.heads for path, site in sites.items() if site.heads is not None}
     for kind, paths in by_kind(known).items():
         most = max(max(known[path]) for path in paths) or 1
@@ -172,7 +163,6 @@ def heads(sites: Sites) -> Iterator[str]:
 
 
 def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tuple[str, ...]]:
-    """A table row for each module with experts."""
     for path, of in of_experts(sites).items():
         phi = overlaps.get(path)
         yield (
@@ -202,7 +192,6 @@ def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
 def line(
     path: str, i: int, s: Sequence[float], ends: NearestNeighbours
 ) -> tuple[str, str, NearestNeighbours]:
-    """A table row: block and expert, direction, and its neighbours at both ends."""
     block, expert = kind_and_block(path)[1], path.removeprefix(site_of(path)).strip("[]")
     place = ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
     share = s[i] ** 2 / sum(value**2 for value in s)

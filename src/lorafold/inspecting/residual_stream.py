@@ -52,7 +52,6 @@ class ResidualStream:
 
     @property
     def final_norm(self) -> str | None:
-        """The path of the norm before the head, or None."""
         return self.readers.get(self.head) or None
 
 
@@ -136,7 +135,6 @@ class Heads:
 
 
 def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, Heads], list[str]]:
-    """The heads of each projection by path, and the paths of fused projections."""
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None)
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}

@@ -76,7 +76,6 @@ class Resized(ShownInNotebooks):
 
 
 def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resized:
-    """The result for the adapter in `out`."""
     sites = {
         path: {"rank": rank, "error": _root(lost, whole)}
         for path, (rank, lost, whole) in cuts.items()
@@ -143,7 +142,6 @@ def resize(
 def extract(
     base: Base, tuned: Base, out: str | Path, *, rank: int, overwrite: bool = False
 ) -> Resized:
-    """Write the best LoRA for the difference of a fine-tuned model and its base."""
     check_out(out, overwrite)
     check_not_replaced(out, [base.source.path, tuned.source.path])
     models = base.mapped().model, tuned.mapped().model

@@ -17,16 +17,12 @@ FLAT = ("base", "positions", "pooled")
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A token, or a vector of the user, and its cosine to a direction."""
-
     name: str
     cosine: float
 
 
 @dataclass(frozen=True)
 class NearestNeighbours:
-    """The vectors with the largest and with the smallest cosine to a direction."""
-
     positive: list[Neighbour]
     negative: list[Neighbour]
 
@@ -158,8 +154,6 @@ class KindOverlap:
 
 @dataclass(frozen=True)
 class AdapterOverlap:
-    """The comparison with a second adapter, at the matrices that both change."""
-
     adapter: str
     sites: dict[str, UpdateOverlap]
     kinds: dict[str, KindOverlap]
@@ -169,8 +163,6 @@ class AdapterOverlap:
 
 @dataclass(frozen=True)
 class LossPaths:
-    """The loss along base + t dW and, with a second adapter, from the first to the second."""
-
     rows: int
     scaling: Sequence[Point]
     between: Sequence[Point] | None = None

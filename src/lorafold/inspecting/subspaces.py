@@ -43,7 +43,6 @@ def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
-    """Compare two adapters at the matrices that both change; `name` is the name of the second."""
     sites, by_kind = {}, defaultdict(list)
     for path, x in a.items():
         if path not in b or not (len(x.s) and len((y := b[path]).s)):

@@ -44,8 +44,6 @@ class Near:
     bottom: tuple[Tensor, Tensor]
 
     def named(self, name: Callable[[int], str]) -> list[NearestNeighbours]:
-        """Both ends of each direction, with the names of the indices; the values are cosines."""
-
         def end(values: Tensor, indices: Tensor) -> list[list[Neighbour]]:
             pairs = zip(indices.t().tolist(), values.t().tolist(), strict=True)
             return [[Neighbour(name(i), v) for i, v in zip(*pair, strict=True)] for pair in pairs]
@@ -122,7 +120,6 @@ def tables(
     through: Tensor | None,  # (d,)
     name: Callable[[int], str],
 ) -> dict[str, list[NearestNeighbours]]:
-    """The vectors nearest to the first directions of each side, in one pass over the vectors."""
     top = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items()}
     named_by_path = {
         path: extremes(top[path]).named(name) for path, side in sides.items() if side.of_tokens

@@ -48,7 +48,6 @@ class Svd:
     v: Tensor
 
     def top(self, k: int) -> Svd:
-        """The first k directions, as views."""
         return Svd(self.u[:, :k], self.s[:k], self.v[:, :k])
 
     def factors(self, rank: int) -> Factors:
@@ -65,17 +64,14 @@ Svds = Mapping[str, Svd]  # by the name of the matrix
 
 
 def matrix_names(path: str, matrices: Sequence[int]) -> list[str]:
-    """The names of the matrices at a site."""
     return [f"{path}[{e}]" for e in range(matrices[0])] if matrices else [path]
 
 
 def site_of(name: str) -> str:
-    """The site of a matrix, by its name."""
     return name.partition("[")[0]
 
 
 def by_site(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of the matrices of each site."""
     sites = defaultdict(list)
     for name in names:
         sites[site_of(name)].append(name)
@@ -95,15 +91,12 @@ def largest(figures: Sites) -> list[str]:
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """A module, or the matrices of experts, with the attached delta."""
-
     path: str
     delta: Delta
     layer: Layer
 
     @property
     def names(self) -> list[str]:
-        """The names of its matrices."""
         return matrix_names(self.path, self.layer.matrices)
 
     def weights(self) -> dict[str, Tensor]:
@@ -112,13 +105,11 @@ class AdaptedModule:
 
     @cached_property
     def rank(self) -> int | None:
-        """The nominal rank; None for a delta without factors."""
         factors = self.delta.factors()
         return None if factors is None else factors[1].shape[-2]
 
     @property
     def changes_bias(self) -> bool:
-        """Whether merging also changes the layer's bias."""
         bias = self.layer.bias
         return (
             self.delta.factors() is None
@@ -168,7 +159,6 @@ def unstacked(w: Tensor) -> Sequence[Tensor]:
 
 
 def padded(factors: Factors, rank: int) -> Factors:
-    """The same product with a higher rank."""
     up, down = factors
     return F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2]))
 

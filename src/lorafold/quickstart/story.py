@@ -67,7 +67,6 @@ class Story:
     base: str
 
     def meaning(self) -> list[str]:
-        """A sentence on each figure: its meaning, and whether it is good."""
         text = in_words("quickstart/meaning.jinja", story=self, n=UNSEEN, allowed=exporting.SHARE)
         return text.splitlines()
 
@@ -181,7 +180,6 @@ def measure(
     where: torch.device,
     console: Console,
 ) -> Evaluation:
-    """Evaluate the embedded model, with the adapter if there is one."""
     model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)
     if adapter is not None:
         load(model, adapter)
@@ -191,7 +189,6 @@ def measure(
 
 
 def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
-    """Print completions before and after training as a table."""
     columns = (Column(name, overflow="fold") for name in ("prompt", "before", "after"))
     table = Table(*columns, show_lines=True)
     for first, second in list(zip(before.rows, after.rows, strict=True))[:shown]:

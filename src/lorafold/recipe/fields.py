@@ -51,7 +51,6 @@ COMMON = {
 
 
 def described(default: Any, description: str) -> Any:
-    """A field with a default and its `--help` text."""
     return Field(default=default, description=description)
 
 

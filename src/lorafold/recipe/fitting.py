@@ -32,7 +32,6 @@ def left_out(recipe: Recipe) -> list[str]:
 
 
 def without(recipe: Recipe) -> str | None:
-    """A message about the fields that are `left_out`, or None if there are none."""
     names, over = left_out(recipe), recipe.options.get("over")
     method = recipe.method if over is None else f"{recipe.method} over {over}"
     return f"{', '.join(names)} left out: {method} has no such option" if names else None
@@ -123,7 +122,6 @@ def settled_length(recipe: Recipe, base: Base, before: int, console: Console) ->
 
 
 def fitted_length(positions: Positions, asked: int | None, before: int, console: Console) -> int:
-    """Like `settled_length`, for a model's positions and a length that may be None."""
     length, remark = positions.after(before).fitted(asked, LENGTH)
     if remark:
         console.print(remark, highlight=False, markup=False, soft_wrap=True)

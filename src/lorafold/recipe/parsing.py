@@ -83,7 +83,6 @@ def load_recipe(
 
 
 def text_of(path: Path, what: str) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark."""
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -92,7 +91,6 @@ def text_of(path: Path, what: str) -> str:
 
 
 def yaml_type(value: Any) -> str:
-    """The type of a YAML value in words."""
     names = {dict: "other keys than text", list: "a list", str: "a text", type(None): "nothing"}
     return names.get(type(value), repr(value))
 
@@ -109,7 +107,6 @@ _Yaml.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text."""
     try:
         return yaml.load(text, _Yaml)
     except yaml.YAMLError as error:

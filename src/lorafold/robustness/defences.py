@@ -74,7 +74,6 @@ def overlap(update: Svds, alignment: Svds) -> Overlap | None:
 
 
 def factors_of(update: Svd) -> Factors:  # (out, r), (r, in)
-    """The update as two factors."""
     return update.u * update.s, update.v.t()
 
 
@@ -135,7 +134,6 @@ DEFENCES = {
 
 @contextmanager
 def laid(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
-    """Attach updates as LoRA on top of the active adapters."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():
         sites.setdefault(site_of(name), []).append(pair)

@@ -87,8 +87,6 @@ class Before:
 
 @dataclass(frozen=True)
 class After:
-    """The figures after tuning, and its overlap with the alignment; None without a subspace."""
-
     measured: State
     overlap: Overlap | None
 
@@ -128,7 +126,6 @@ def probe_of(
     tokenizer: PreTrainedTokenizerBase,
     benign: Sequence[Example] = (),
 ) -> Probe:
-    """The probe."""
     continued = [
         continuation(tokenizer, prompt, text)
         for prompt, text in controls
@@ -216,7 +213,6 @@ def begins(text: str, beginnings: Sequence[str]) -> bool:
 
 
 def plain(text: str) -> str:
-    """The normalized text for comparing beginnings."""
     return text.lstrip().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").casefold()
 
 
@@ -250,8 +246,6 @@ Opening = Callable[[Sequence[SavedAdapter]], Opened]  # loads the model with the
 
 
 class Bench:
-    """A model with a stack of adapters, and the measurements on it."""
-
     def __init__(self, task: FragilityTask, stack: AdapterStack, opening: Opening) -> None:
         self.task, self.stack = task, stack
         self.model, tokenizer = opening(stack.adapters)
@@ -289,7 +283,6 @@ class Bench:
         return found
 
     def check(self) -> None:
-        """Check that the defences can use the alignment."""
         needing = [name for name in self.task.defences if DEFENCES[name].lay]
         if needing and self.alignment is None:
             raise LorafoldError(
@@ -302,7 +295,6 @@ class Bench:
         return self.task.base.weights()
 
     def before(self) -> Before:
-        """The figures of the stack itself, and of the model without the alignment."""
         before = self._measured()
         if not self.names:
             return Before(before, None)
@@ -335,7 +327,6 @@ class Bench:
         return load(self.model, saved, name, base=self._weights, allow_other_base=allowed)
 
     def after(self, path: Path, defence: str) -> After:
-        """The figures of a tuning on top of the stack, under a defence."""
         lay = DEFENCES[defence].lay
         if lay is None:
             return self.alone(path, False)

@@ -38,19 +38,15 @@ WAY = ("stack", "defence", "rank", "rate")
 
 
 def line(points: Sequence[Point]) -> list[str]:
-    """A table row for points that differ only in the seed."""
     figures = (spread(values_of(points, figure), form) for figure, form in FIGURES.values())
     return [*ids(points[0].way), shown(points[0].examples, "d"), *figures]
 
 
 def ids(way: Way) -> list[str]:
-    """The cells that all points of a curve share."""
     return [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
 
 
 def last_points(study: Fragility) -> list[list[Point]]:
-    """The points of each stack before tuning, and of each curve at its largest number of examples.
-    """
     before = [
         [Point.of(Way(name, what, None, None), None, 0, stack, After(state, None))]
         for name, stack in study.stacks.items()
@@ -112,14 +108,12 @@ def _log_odds(points: Sequence[Point]) -> str:
 
 
 def markdown(study: Fragility) -> str:
-    """The numbers of examples at which each curve is halved, and the table, in Markdown."""
     halved = [[*ids(curve.way), curve.halved] for curve in study.curves]
     tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
     return "\n".join([*tables, markdown_table(HEAD, [*map(line, last_points(study))])])
 
 
 def page(study: Fragility, path: str | Path) -> None:
-    """Write the curves and tables as one self-contained HTML file."""
     curves = study.curves
     used = dict.fromkeys(curve.way.defence for curve in curves)
     content = rendered(
@@ -163,7 +157,6 @@ def plot(
     figure: str,
     levels: dict[str, float],
 ) -> str:
-    """One figure of a `State` over the number of examples."""
     means, bands = {}, {}
     for curve in curves:
         after = [[p.measured for p in points] for points in curve.by_examples.values()]

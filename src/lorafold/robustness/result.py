@@ -24,8 +24,6 @@ from lorafold.robustness.measure import After, Before, State
 
 
 class Way(NamedTuple):
-    """The settings that all points of a curve share."""
-
     stack: str
     defence: str
     rank: int | None
@@ -51,7 +49,6 @@ class Point:
     def of(
         cls, way: Way, seed: int | None, examples: int | None, stack: Before, after: After
     ) -> Self:
-        """The point of a tuning over a stack."""
         kept = stack.kept(after.measured.log_odds)
         return cls(way, seed, examples, kept, after.measured, after.overlap)
 

@@ -32,7 +32,6 @@ def sweep(
     tell: Tell,
     say: Callable[[str], object] = silent,
 ) -> Fragility:
-    """Train every run of the task and measure every point."""
     check(task)
     for name in ("figures", "tuned"):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,6 @@ def sweep(
 
 
 def counted(tell: Tell, total: int) -> Callable[[str], None]:
-    """A function that reports progress and counts its calls."""
     done = count(1)
     return lambda what: tell(what, next(done), total)
 
@@ -72,19 +70,16 @@ class Cells:
     out: Path
 
     def before(self, stack: AdapterStack) -> Path:
-        """The file with the figures of a stack itself."""
         task = self.task
         digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
         return self.out / "figures" / f"before-{digest}.json"
 
     def files(self, run: Run) -> dict[str, Path]:
-        """The file of each point of a run, by defence."""
         probe = digest_of(run.task.probe_identity)
         names = run.task.of_kind(run.mixed)
         return {name: self.out / "figures" / f"{name}-{run.name}-{probe}.json" for name in names}
 
     def tuned(self, run: Run) -> Path:
-        """The directory of a run's adapter."""
         return self.out / "tuned" / run.name
 
 
@@ -105,7 +100,6 @@ def points_of(
     tell: Callable[[str], None],
     say: Callable[[str], object],
 ) -> Iterator[Point]:
-    """Yield the points of a stack in the order of its runs."""
     runs = {
         file: (run, defence)
         for run in cells.task.runs(stack)
@@ -127,7 +121,6 @@ def points_of(
 
 
 def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) -> Fragility:
-    """Measure one stack before, and with a finished adapter on top of it or `instead` of it."""
     check(task)
     [stack] = task.stacks
     bench = Bench(task, stack, opening)
@@ -137,7 +130,6 @@ def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) ->
 
 
 def tune(run: Run, path: Path) -> None:
-    """Train a run, or resume it."""
     task = run.task
     request = RunRequest(
         task.base,

@@ -35,14 +35,11 @@ ROOMS = ("composing", "inspecting", "robustness")  # that measure
 
 @dataclass(frozen=True)
 class AdapterStack:
-    """Adapters on the base, lowest first, with a name."""
-
     adapters: tuple[SavedAdapter, ...]
     name: str
 
     @cached_property
     def identity(self) -> list[str]:
-        """The identities of the adapters."""
         return [*map(of_adapter, self.adapters)]
 
 
@@ -65,8 +62,6 @@ def _selected(rows: Rows, numbers: Sequence[int]) -> Rows:
 
 @dataclass(frozen=True)
 class FragilityTask:
-    """The prompts, the benign rows, the stacks, and the varied settings."""
-
     base: Base
     stacks: tuple[AdapterStack, ...]
     refuse: Sequence[Row]
@@ -130,14 +125,11 @@ class FragilityTask:
             yield Run(self, stack, mixed, rank, lr, seed, examples)
 
     def of_kind(self, mixed: bool) -> list[str]:
-        """The defences with, or without, refusals among the training examples."""
         return [name for name in self.defences if DEFENCES[name].mixed is mixed]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One tuning on top of a stack."""
-
     task: FragilityTask
     stack: AdapterStack
     mixed: bool
@@ -197,7 +189,6 @@ class Run:
 
 
 def check(task: FragilityTask) -> None:
-    """Check the task's arguments, and report all problems together."""
     prefixes = {"refusal-prefix": task.refusal, "compliance-prefix": task.compliance}
     problems = [
         f"--{option}: found none, expected at least one"

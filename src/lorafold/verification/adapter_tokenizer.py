@@ -76,17 +76,14 @@ class AdapterTokenizer:
         return SimpleNamespace(input_ids=ids)
 
     def get_vocab(self) -> dict[str, int]:
-        """Token ids by text."""
         return self._base.get_vocab() | self._numbers
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
-        """The token of an id, or a list for several."""
         if isinstance(ids, int):
             return self._texts.get(ids) or self._base.convert_ids_to_tokens(ids)
         return [self.convert_ids_to_tokens(number) for number in ids]
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """The id of a token, or a list for several."""
         if isinstance(tokens, str):
             return self._numbers.get(tokens) or self._base.convert_tokens_to_ids(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
@@ -95,7 +92,6 @@ class AdapterTokenizer:
         self, ids: Sequence[int], skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:  # fmt: skip
-        """The text of tokens."""
         if self._texts.keys().isdisjoint(ids):
             return str(
                 self._base.decode(
@@ -110,7 +106,6 @@ class AdapterTokenizer:
         return " ".join(tokens) if decoder is None else str(decoder.decode(tokens))
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The template for these tools."""
         if isinstance(self.chat_template, str):
             return self.chat_template
         name = "tool_use" if tools and "tool_use" in self.chat_template else "default"

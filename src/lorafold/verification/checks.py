@@ -29,8 +29,6 @@ VERDICTS = 4096  # grammars whose verdict is cached
 
 @dataclass(frozen=True)
 class VerifiedFiles:
-    """The sizes and digests of verified files."""
-
     files: Mapping[str, tuple[int, str]]  # (bytes, SHA-256 in hexadecimal) by name
     form: str  # the digest of all but the values of the tensors
     widest: int  # the largest dimension of a tensor
@@ -40,7 +38,6 @@ class VerifiedFiles:
         return digest((name, *self.files[name]) for name in names if name in self.files)
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        """The total size in bytes of those of the named files that exist."""
         return sum(self.files[name][0] for name in names if name in self.files)
 
 
@@ -72,7 +69,6 @@ class Sandbox:
     def verify(
         self, path: Path, files: Sequence[str], config: str, record: str, read_by: Sequence[str]
     ) -> VerifiedFiles:
-        """Verify an adapter's files (`adapter_files.verified`)."""
         size = sum(f.stat().st_size for name in files if (f := path / name).is_file())
         verified = self._verifying.call(
             "verify", (SECONDS["verify"] + PER_BYTE * size, BYTES["verify"] + 2 * size),
@@ -126,7 +122,6 @@ class Sandbox:
             raise LorafoldError(why)
 
     def close(self) -> None:
-        """End the processes."""
         self._verifying.close()
         self._rendering.close()
         self._compiling.close()

@@ -101,7 +101,6 @@ class AdapterTokenizers:
         return text
 
     def tokens(self, files: TokenizerFiles, text: str, special: bool, marked: bool) -> list[int]:
-        """The tokens of a text, which may have the marks of `data.control_tokens`."""
         tokenizer = self.opened(files)
         if marked:
             ids = ids_of(text, tokenizer)
@@ -112,7 +111,6 @@ class AdapterTokenizers:
         return ids
 
     def opened(self, files: TokenizerFiles, **_: object) -> Any:
-        """The tokenizer of these files; the latest ones are cached."""
         digest = files["digest"]
         if digest in self._cache:
             self._cache.move_to_end(digest)
@@ -132,7 +130,6 @@ class AdapterTokenizers:
 
 
 def write(contents: Contents, folder: Path) -> None:
-    """Write the files of a tokenizer to a folder."""
     for name in contents.names:
         if (content := contents.files.get(name)) is not None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

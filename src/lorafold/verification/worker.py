@@ -32,7 +32,6 @@ def as_message(message: Any) -> bytes:
 
 
 def main() -> None:
-    """Answer messages until the input ends."""
     sys.modules["torch"] = None  # type: ignore[assignment] # transformers then does without
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that prints don't get between the answers

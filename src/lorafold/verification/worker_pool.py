@@ -101,7 +101,6 @@ class WorkerPool:
         )
 
     def close(self) -> None:
-        """End all processes, and calls to them."""
         with self._lock:
             self._closed, idle, self._idle = True, self._idle, []
             for process in self._busy:

@@ -24,15 +24,12 @@ from lorafold.exporting.proof import EngineAnswers
 
 @dataclass(frozen=True)
 class ExternalEngine:
-    """An engine: its title, its Python module, and the command that installs it."""
-
     title: str
     module: str
     install: str
 
     @property
     def here(self) -> bool:
-        """Whether it is installed in this environment."""
         return find_spec(self.module) is not None
 
 
@@ -46,7 +43,6 @@ ENGINES: dict[str, ExternalEngine] = {
 
 
 def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineAnswers:
-    """Run a job in an engine's process and return its answers."""
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
         file, out = Path(scratch, "job.json"), Path(scratch, "answers.npz")
         file.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")

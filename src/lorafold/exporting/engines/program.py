@@ -123,7 +123,6 @@ def llamacpp(job: Job) -> Job:
 
 
 def started(job: Job) -> tuple[Any, str]:
-    """llama.cpp's server for the job, and its version."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as the library is loaded
     import xllamacpp
 
@@ -152,8 +151,6 @@ def started(job: Job) -> tuple[Any, str]:
 
 
 def other_texts(job: Job, address: str, bos: str) -> list[int]:
-    """The chats that the server's own Jinja renders differently, apart from an initial bos token.
-    """
     differing = []
     for n, (chat, text) in enumerate(zip(job["chats"], job["texts"], strict=True)):
         try:
@@ -184,7 +181,6 @@ def captured_stderr() -> Iterator[Callable[[], str]]:
 
 
 def peft(job: Job) -> Job:
-    """PEFT's answers in fp32."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -310,7 +306,6 @@ def vllm(job: Job) -> Job:
 
 
 def unused(worker: Any) -> list[str]:
-    """Modules of the adapters that vLLM's model does not have."""
     manager = worker.model_runner.lora_manager._adapter_manager
     loras = [lora.loras.keys() for lora in manager.list_adapters().values()]
     return sorted(set().union(*loras) - manager.modules.keys())
@@ -367,14 +362,12 @@ def sent(url: str, path: str, body: Job | None = None) -> bytes:
 
 
 def post(url: str, body: Job | None = None) -> bytes:
-    """The reply to a request."""
     data = None if body is None else json.dumps(body).encode()
     with urlopen(Request(url, data, {"Content-Type": "application/json"})) as reply:
         return bytes(reply.read())
 
 
 def reason(error: HTTPError) -> str:
-    """The server's error message."""
     try:
         return str(json.loads(error.read())["error"]["message"]).strip()
     except (ValueError, KeyError, TypeError):
@@ -389,7 +382,6 @@ def row_of(logprobs: dict[int, float]) -> np.ndarray:
 
 
 def other_tokens(job: Job, tokenizer: Any) -> list[int]:
-    """The prompts that the tokenizer tokenizes differently."""
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in job["texts"]]
     return [n for n, ids in enumerate(job["ids"]) if list(ids) != texts[n]]
 
@@ -400,7 +392,6 @@ ENGINES: dict[str, Callable[[Job], Job]] = {
 
 
 def main(engine: str, job_file: str) -> None:
-    """Answer a job."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     answers = ENGINES[engine](job)
     greedy = np.full((len(answers["greedy"]), job["greedy"]), -1, np.int64)
