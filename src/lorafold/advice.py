@@ -23,8 +23,8 @@ from lorafold.errors import LorafoldError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ALIKE = 0.6  # how alike two names are of which one may be meant
-SPELT = 0.8  # and of which one is a misspelling
+ALIKE = 0.6  # similarity for a suggestion
+SPELT = 0.8  # similarity of a misspelling
 
 
 class UnknownName(LorafoldError, TypeError):
@@ -221,7 +221,7 @@ def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
     if option is not None:
         try:
             fields = option.read(given[name], given)
-        except LorafoldError:  # its value is none
+        except LorafoldError:  # invalid value
             fields = {}
         shown = ", ".join(f"{key}={v!r}" for key, v in fields.items()) or " and ".join(option.names)
         remark = f" ({option.remark})" if option.remark else ""

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 
 UNTIL = "0.3"  # the version that no longer knows old names
-LISTED = 5  # items that a message lists
-ALONE = 240  # characters of the first of them
-# what the system may give the next time
+LISTED = 5  # items in a message
+ALONE = 240  # characters of a single item
+# temporary errors
 PASSING = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-STOPS = (SystemExit, KeyboardInterrupt)  # the only errors that end a thread, panics do not
+STOPS = (SystemExit, KeyboardInterrupt)  # exceptions that end a thread (a Rust panic does not)
 
 
 class LorafoldError(Exception):

@@ -40,7 +40,7 @@ def as_rows(
     pairs whole. The console shows which keys are ignored.
     """
     declared, source = None if objective is None else OBJECTIVES[objective], source_of(data)
-    wanted = PAIRS if declared is None else declared.takes  # all that rows have: both answers
+    wanted = PAIRS if declared is None else declared.takes  # both completions of preferences
     if (sources := sources_in(data)) is not None:
         rows = read_rows(sources, columns, lambda text: print_lines(console, text), wanted)
     else:
@@ -93,7 +93,7 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
 
 def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     """The checked rows of prompts, which need no completion."""
-    from lorafold.data.prompts import PROMPT_FORMATS  # and with it transformers
+    from lorafold.data.prompts import PROMPT_FORMATS  # imports transformers
 
     each: list[tuple[Iterable[tuple[int, Any]], str]]
     if (sources := sources_in(data)) is None:
@@ -197,8 +197,7 @@ def as_page(file: str | Path | None, name: str = "html") -> Path | None:
 
 
 def as_study(out: str | Path) -> Path:
-    """The directory of a study, checked to be writable and, with workers, the one that they share.
-    """
+    """The directory of a study, checked to be writable and to be the one that workers share."""
     from lorafold.files.atomic import check_folder
     from lorafold.files.claims import check_token
 

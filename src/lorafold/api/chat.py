@@ -59,7 +59,7 @@ def chat(
     loaded, tokenizer = load_with_adapters(base, saved, console=console)
     if allow_control_tokens:
         allow(tokenizer)
-    attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`
+    attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # their names
     return Chat(
         loaded,
         tokenizer,

@@ -97,7 +97,7 @@ def compare(
             " a reward's file"
         )
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
-    recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # the runs hold out no more
+    recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # held-out rows are already split off
     base = Base(model, **opening)
     names = known_methods(methods) or methods_for(recipe.objective)
     left_out = {} if methods else {name: why for name in names if (why := unfit(recipe, name))}
@@ -106,7 +106,7 @@ def compare(
     virtual = max(spec_of(fitting(one.of(recipe), one.method)).positions for one in settings)
     recipe = settled_length(recipe, base, virtual, console)
     task = ComparisonTask(base, rows, held_out, source, recipe)
-    _ = task.identity  # what is wrong with rewards is told first
+    _ = task.identity  # reports errors in rewards first
     check_judges(recipe.objective_options.get("rewards", ()))
     for name, why in left_out.items():
         print_lines(console, f"{name} left out: it {why}")

@@ -160,7 +160,7 @@ def estimate(
         no_gpu = {f"--device {device}": kind != "cuda", "--measure": measure}
         check_none("--compute-capability", no_gpu, "it describes a CUDA GPU that is not used")
     asked_for = DeviceKind(kind, capability(compute_capability))
-    choose_device(device, absent=True)  # without `measure` it may be one that this machine lacks
+    choose_device(device, absent=True)  # without `measure` the device need not exist
     trusted = opening.get("trust_remote_code", False)
     base = Base(model, device=device if measure else None, **opening)
     if data is None:
@@ -174,7 +174,7 @@ def estimate(
         setting = setting_on_rows(base, mode, of_run, data, rewards, columns, console)
         bare = Recipe(**{k: v for k, v in given.items() if k in OF_MEMORY})
         stored_as = setting_of(mode, bare, 1, LENGTH).base
-        # for a GPU, as without rows
+        # as without rows, for a GPU
         setting, config = replace(setting, base=stored_as, widened=False), base.config()
     setting = replace(setting, trust_remote_code=trusted, processes=gpus, strategy=strategy)
     setting = as_in_files(setting, config, str(model), "storage" in given)

@@ -128,8 +128,7 @@ def evaluate(
 
 
 def law_of_adapters(adapters: Sequence["SavedAdapter"]) -> "Law":
-    """The preference algorithm of the last adapter; DPO if it was trained with another objective.
-    """
+    """The preference algorithm of the last adapter, or DPO if it has none."""
     from lorafold.objectives.options import law_of
     from lorafold.training_step.preference_algorithms import Dpo
 

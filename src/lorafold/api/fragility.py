@@ -172,7 +172,7 @@ def fragility(
     owners = [OwnBase.read(finished)] if finished else []
     base = base_for(model, [*used, *owners], console, **opening)
     asked = as_recipe(recipe, RECIPE, trains=True)
-    # the quantization as asked, else from the recipe, else from the adapters' training
+    # quantization: the option, else the recipe's, else the adapters' during training
     if base.storage == "auto" and "storage" in asked.model_fields_set:
         base = base.stored(asked.storage)
     base = base.stored_as_trained(used)
@@ -210,7 +210,7 @@ def fragility(
         with console.status("measuring"):
             found = run.gate(task, finished, instead, opening_base)
     else:
-        assert folder is not None  # a problem otherwise
+        assert folder is not None  # see problems_of
         with progress_bar(console, "fragility") as step:
 
             def tell(done_now: str, done: int, total: int) -> None:
@@ -228,8 +228,7 @@ def fragility(
 def problems_of(
     out: object, data: object, tuned: object, against: bool, instead: bool
 ) -> Iterator[str]:
-    """Yield the errors in a combination of arguments; `against` is whether there is a second stack.
-    """
+    """Yield errors in a combination of arguments; `against`: there is a second stack."""
     if tuned is None:
         needed = {"out": out, "data": data}
         if missing := [f"--{name}" for name, value in needed.items() if value is None]:

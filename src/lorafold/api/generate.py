@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Prompts = TypeVar("Prompts", str, list[str])  # a prompt gives a completion, a list a list
+Prompts = TypeVar("Prompts", str, list[str])  # one prompt, or a list
 
 
 class RenderedPrompts(NamedTuple):

@@ -91,7 +91,7 @@ def serve(
         own = own_bases(folder, read.state, None if model else console)
     base = base_for(model, [] if model else own, console, **opening)
     if opening.get("storage", "auto") == "auto":
-        with suppress(LorafoldError):  # as many were trained on one as on another
+        with suppress(LorafoldError):  # a tie between quantizations
             base = base.stored_as_trained(own)
     first = own[0] if own and model is None else None
     run.serve(
@@ -135,5 +135,5 @@ def own_bases(
     if sizes[-1:] == sizes[-2:-1]:
         return found
     most = max(groups, key=len)
-    names = [(own.name, own.trained_on) for own in most]  # one adapter alone may name no model
+    names = [(own.name, own.trained_on) for own in most]  # some may not name their base
     return [most[names.index(max(names, key=names.count))]]

@@ -63,7 +63,7 @@ TOOLS = {
     "doctor": "doctor",
     "serve new-key": "new_key",
 }
-# verbs whose function has another name than its command or its file in api
+# commands with another function name or file in api
 FUNCTIONS = {"eval": ("evaluate", "evaluate"), "extract": ("resize", "extract")}
 COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 EXAMPLES = (
@@ -72,7 +72,7 @@ EXAMPLES = (
     "lorafold train --data demo/train.jsonl --out adapter",
 )
 TRAINING = {"quickstart", "train", "compare", "intrinsic", "fragility"}
-SEVERAL = {"train", "doctor"}  # that a launcher may start several processes of
+SEVERAL = {"train", "doctor"}  # may run in several processes
 
 
 class Commands(CommandGroup):
@@ -84,14 +84,14 @@ class Commands(CommandGroup):
             {name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
         )
         help_all: Any = self.params[-1]
-        help_all.hidden = True  # it has nothing more
+        help_all.hidden = True  # no options are rare
 
     def help_all(self, ctx: Any) -> str:
         return self.get_help(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
-            return super().parse_args(ctx, [*args])  # it empties the list
+            return super().parse_args(ctx, [*args])  # super() empties the list
         except typer.TyperException as error:
             options = {n: p for p in self.get_params(ctx) for n in (*p.opts, *p.secondary_opts)}
             typed = words(args, options, interspersed=False)
@@ -144,7 +144,7 @@ app = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},  # of the commands too
+    context_settings={"help_option_names": ["--help", "-h"]},  # for all commands
 )
 
 
@@ -203,7 +203,7 @@ def main() -> None:
         typer.echo(str(stop), err=True)
         code = stop.code
     except typer.TyperException as error:
-        context = getattr(error, "ctx", None)  # of a usage error
+        context = getattr(error, "ctx", None)  # for usage errors
         path = context.command_path if context else "lorafold"
         code = _fail(f"{error.format_message().removesuffix('.')}; see {path} --help")
     except KeyboardInterrupt:
@@ -211,7 +211,7 @@ def main() -> None:
     except OSError as error:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except Exception:
-        sys.stderr = sys.__stderr__  # of any process
+        sys.stderr = sys.__stderr__  # also on other ranks
         raise
     sys.exit(code)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorafold.conversation import Chat, Turn
 
 PROMPT = "> "
-ALONE = {"/both", "/reset", "/new", "/help", "/quit"}  # nothing comes after these
+ALONE = {"/both", "/reset", "/new", "/help", "/quit"}  # commands without an argument
 
 
 class Session:

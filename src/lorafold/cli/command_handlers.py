@@ -115,7 +115,7 @@ def generate(run: Run, *, json: Json = False) -> None:
         except LorafoldError as error:
             result["tool_calls"] = None
             print_lines(console, str(error))
-    # without --json the text is on stdout already, and this ends its line
+    # without --json the text is already on stdout, and this only ends the line
     emit(json, result, "")
     for call in result.get("tool_calls") or ():
         function = call["function"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 ALIASES = {"--quantization": ("--storage",)}
-# names that options had, and their names now: the first of these that the command has
+# old names of options, and their current names: the first that the command has
 OLD_NAMES = {
     "--base": ("--storage", "--model"),
     "--seq": ("--max-length",),

@@ -20,7 +20,7 @@ from lorafold.cli.parameters import parameter_of
 from lorafold.errors import LorafoldError
 from lorafold.files.record import named_as_now
 
-Typed = Mapping[str, Any]  # the values typed, by the names of the command's parameters
+Typed = Mapping[str, Any]  # values by the command's parameters
 Json = Annotated[
     bool, Option("Print the result as one JSON object, the last line of stdout.", rare=True)
 ]
@@ -192,7 +192,7 @@ def _rewards(names: list[str] | None, adapters: Sequence[str] | None = ()) -> li
     return [*(names or ()), *(f"{ADAPTER}{path}" for path in adapters or ())]
 
 
-# how the text of an option becomes the argument of this name
+# conversion of an option's text to the argument of this name
 READERS: dict[str, Callable[..., Any]] = {
     "columns": columns_of,
     "methods": lambda texts: [name.strip() for text in texts or () for name in text.split(",")],

@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 OTHERS = "Options"
-MOST = 25  # the most options that --help lists, itself and --help-all among them
-OF_QUICKSTART = "demo"  # the directory that examples use where they need rows or an adapter
+MOST = 25  # options in --help at most, with --help and --help-all
+OF_QUICKSTART = "demo"  # the directory for rows and adapters in examples
 PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
@@ -72,7 +72,7 @@ def placeholder(kind: Any) -> str:
         return "|".join(str(getattr(choice, "value", choice)) for choice in kind.choices)
     if get_origin(kind.annotation) is tuple:
         return " ".join(PLACEHOLDERS[entry] for entry in get_args(kind.annotation))
-    [entry] = get_args(kind.annotation) or [kind.annotation]  # of a list its items
+    [entry] = get_args(kind.annotation) or [kind.annotation]  # the items of a list
     return PLACEHOLDERS[entry]
 
 

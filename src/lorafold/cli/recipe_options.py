@@ -77,7 +77,7 @@ def _option(name: str, panel: str | None) -> DeclaredOption:
     if choices:
         numbers = [PLACEHOLDERS[k] for k in alternatives(info.annotation) if k in (int, float)]
         metavar = "|".join([*numbers, *choices])
-        metavar = metavar if len(metavar) < WIDEST else "NAME"  # then the text lists them
+        metavar = metavar if len(metavar) < WIDEST else "NAME"  # the text lists them
     default = "" if info.default in (None, {}, ()) else f"  [default: {as_typed(info.default)}]"
     option = Option(
         kind=kind, metavar=metavar, panel=panel, rare=name not in COMMON, choices=tuple(choices)

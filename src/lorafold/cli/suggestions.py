@@ -16,8 +16,8 @@ from lorafold.advice import ALIKE, ELSEWHERE, OF_SERVERS
 from lorafold.cli.command_line import Word
 from lorafold.errors import LorafoldError, listed
 
-SAMPLES = ("true", "1")  # stand in for a missing value: of a switch, of a number
-SPELT = 0.9  # how alike two names are if one is a misspelling
+SAMPLES = ("true", "1")  # for a missing value of a switch or a number
+SPELT = 0.9  # similarity of a misspelling
 ROOM = 270  # characters of all hints
 # commands of other tools
 COMMANDS = {
@@ -26,7 +26,7 @@ COMMANDS = {
     **dict.fromkeys(("fuse", "merge-lora", "merge_and_unload"), "merge"),
     "test": "eval",
 }
-# hints for names without an option in their place, by an option that the command has
+# hints for names without an equivalent option, by an option of the command
 HINTS = {
     "--adapters": {
         **dict.fromkeys(
@@ -88,7 +88,7 @@ def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any]
         or _begun(name, flags)
         or _near(name, flags)
     )
-    # or the options whose last word it has
+    # or options with the same last word
     last = f"_{plain.rpartition('_')[2]}"
     ending = [flag for flag in flags if "_" in plain and _plain(flag).endswith(last)]
     if not hint and 0 < len(ending) < 4:
@@ -122,7 +122,7 @@ def _of_training_tools(
             return ""
         fields = [w for field, v in found.fields.items() for w in _typed(field, v, options)]
         words = fields or split(found.flag)
-        if not words:  # a remark on training is wrong elsewhere
+        if not words:  # remarks are about training only
             return "" if found.how == "taken" or not trains else found.remark
         flags = [word for word in words if word.startswith("--")]
         if value != known[key] or (value != given[key] and not found.fields):

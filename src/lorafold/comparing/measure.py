@@ -49,7 +49,7 @@ from lorafold.training.run import train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Vary = Mapping[str, Sequence[Any]]  # the values of each field, or of an entry of one: options.init
+Vary = Mapping[str, Sequence[Any]]  # values by field, or by entry, as in options.init
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def short_value(value: Any) -> str:
     return str(value)
 
 
-# tokens prefilled, tokens decoded, rounds: many short timings in turn are robust to a noisy machine
+# tokens prefilled, tokens decoded, rounds; many short alternating timings are robust to noise
 PROMPT, NEW, ROUNDS = 128, 8, 11
 
 
@@ -200,10 +200,10 @@ def clock(do: Callable, device: torch.device) -> tuple:
     return result, time.perf_counter() - start
 
 
-# the relative error of logits at which two models count as equal: in fp32 far above the rounding of
-# some dozen layers, and far below the effect of an adapter
+# relative error of logits up to which two models count as equal: far above fp32 rounding of some dozen
+# layers, and far below the effect of an adapter
 EXACT = 1e-4
-BASE = "base"  # the row of the model before anything is trained
+BASE = "base"  # the row of the base model
 
 
 @dataclass(frozen=True)
@@ -295,8 +295,7 @@ class ComparisonTask:
 
     @cached_property
     def day(self) -> str:
-        """The date for chat templates that print it, the same in all measurements; otherwise empty.
-        """
+        """The date for chat templates that print it, the same in all measurements; else ""."""
         return self.base.date(self.recipe.chat_template)
 
     @cached_property
@@ -322,7 +321,7 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
         models = Models(request, chosen)
         base, (tuned, adapter) = models.base(), models.tuned()
         figures = quality(models.evaluation(tuned, task))
-        generates = base.get_output_embeddings() is not None  # a classifier does not
+        generates = base.get_output_embeddings() is not None  # not a classifier
         kl, change = (
             forgetting(base, tuned, probe_ids(models.tokenizer, None))
             if generates

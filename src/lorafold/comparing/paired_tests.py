@@ -31,9 +31,9 @@ from lorafold.evaluation import Interval
 from lorafold.evaluation.intervals import loss_interval, ratio_interval, student, two_sided
 from lorafold.files.templates import in_words, within
 
-SEEDS = 3  # from which on there is a verdict
-ROWS = 20  # held-out rows, from which on some choose the best setting and others are reported
-Units = Sequence[tuple[float, int]]  # of each row the sum and what it is over
+SEEDS = 3  # required for a verdict
+ROWS = 20  # held-out rows required for validation rows
+Units = Sequence[tuple[float, int]]  # (sum, count) of each row
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def alike(measurements: Measurements) -> list[list[str]]:
     names_by_losses: dict[Any, list[str]] = {}
     for name, seeds in by_name(measurements).items():
         names_by_losses.setdefault(tuple(one.row_losses for one in seeds), []).append(name)
-    lower = lower_is_better(measurements)  # rewards are few numbers, and the same by chance
+    lower = lower_is_better(measurements)  # equal rewards may be due to chance
     return [names for names in names_by_losses.values() if lower and len(names) > 1]
 
 

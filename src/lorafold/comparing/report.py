@@ -27,7 +27,7 @@ from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table, values_of
 
 Table = tuple[list[str], list[list[str]]]  # headings, lines
-SMALLEST = 1e-6  # of what a logarithmic axis shows
+SMALLEST = 1e-6  # value on a logarithmic axis
 INTERVALS = "Lines are 95% intervals."
 
 
@@ -116,7 +116,7 @@ def ranking(quality: Quality, names: Sequence[str]) -> str:
         plots.rows(axes, shown, [plots.Series("", values, intervals)], max(map(len, shown)))
         if quality.base is not None:
             plots.level(axes, "base", x=quality.base)
-        axes.set_xlabel(quality.label, loc="right")  # beside long names there is little room
+        axes.set_xlabel(quality.label, loc="right")  # long names leave little room
         plots.scaled(axes, x=quality.scale)
 
     ends = dict.fromkeys(f"{names[n]} at {quality.values[n]:.4g}" for n in (order[0], order[-1]))
@@ -186,7 +186,7 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
 
 
 LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
-WITHIN = " 95%"  # after a figure's heading: its interval
+WITHIN = " 95%"  # suffix of the heading of an interval
 COLUMNS = {  # heading: figure, format
     "trainable": ("trainable_parameters", ",.0f"),
     "share": ("trainable_share", ".3%"),
@@ -234,7 +234,7 @@ def figures(measurements: Measurements) -> Table:
                 if len(names) > 1
             }
         if heading == EXACT:
-            # of a single seed; several have their range
+            # for a single seed; several have a range
             seeds = methods.values()
             alone = (of[0].exact_match_interval if len(of) == 1 else None for of in seeds)
             columns[EXACT + WITHIN] = intervals(alone, ".1%")
@@ -252,7 +252,7 @@ def answer(values: Sequence[bool | None]) -> str:
     return NOTHING if None in values else "yes" if all(values) else "no"
 
 
-SHORT = {  # heading: figure, format; beside the loss or reward
+SHORT = {  # heading: figure, format; besides loss or reward
     EXACT: ("exact_match", ".0%"),
     "KL to base": ("forgetting_kl", ".3f"),
     "peak GB": ("peak_gigabytes", ".2f"),
@@ -327,8 +327,7 @@ def page(measurements: Measurements, title: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Comparison(ShownInNotebooks):
-    """The result of a comparison: the figures of every method, setting and seed, the base's first.
-    """
+    """The figures of every method, setting and seed, the base's first."""
 
     rows: tuple[Measurement, ...]
     model: str

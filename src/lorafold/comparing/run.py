@@ -105,7 +105,7 @@ def compare(
     rows = {}
 
     def there(file: Path, row: Measurement) -> None:
-        # the file has no settings: they may be the recipe's of another call
+        # not in the file, because another call may have them in its recipe
         rows[file] = replace(row, settings=settings[file])
         tell(rows[file], len(rows), len(cells))
 

@@ -53,17 +53,17 @@ SIGNS = (
     "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
     " sample_packing val_set_size lora_target_modules lora_model_dir"
 )
-# Weights of an adapter of PEFT, as axolotl names them
+# axolotl's names of a PEFT adapter's weights
 OF_LORA = (
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
     "base_model.model.model.layers.17.mlp.down_proj.lora_B.default.weight",
 )
-# What names the attention, by which axolotl keeps packed rows apart
+# Attention settings with which axolotl keeps packed rows apart
 APART = (
     "attn_implementation", "flash_attention", "flex_attention", "xformers_attention",
     "sage_attention", "sdp_attention", "eager_attention", "sdpa_varlen",
 )  # fmt: skip
-NO_ADAPTER = "none, the whole model"  # what stands for a file without `adapter`
+NO_ADAPTER = "none, the whole model"  # for a file without `adapter`
 OF_AXOLOTL = "axolotl.integrations."
 LEARNS_OTHERWISE = {
     "densemixer": "passes gradients to the router through every expert",
@@ -78,7 +78,7 @@ LEARNS_OTHERWISE = {
 LEARNS_THE_SAME = (
     "cut_cross_entropy", "expert_parallel", "kernels", "liger", "lm_eval", "swanlab"
 )  # fmt: skip
-# What is read of a dataset, and of one whose turns the chat template renders
+# Keys that are read of a dataset, and of a dataset of conversations
 READ = {"path", "name", "split", "data_files", "ds_type", "type", "trust_remote_code"}
 OF_TURNS = {
     "chat_template", "field_messages", "message_property_mappings", "message_field_role",
@@ -219,7 +219,7 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """
     if not is_lora(settings):
         raise LorafoldError(f"found {value!r}, but lorafold's full method trains the whole model")
-    try:  # a dot is itself there, except before +
+    try:  # axolotl escapes dots, except before +
         patterns = [re.compile(re.sub(r"\.(?!\+)", r"\\.", one)) for one in names(value)]
     except re.error as error:
         raise LorafoldError(f"found {value!r}, no regular expressions: {error}") from None
@@ -271,7 +271,7 @@ def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
         return {name: kind.get(f"field_{name}") for name in ours}
     if kind == "completion":
         return {"text": one.get("field")}
-    if str(kind).startswith("chat_template."):  # of preferences
+    if str(kind).startswith("chat_template."):  # preferences
         judged = {name: one.get(f"field_{name}") for name in ("chosen", "rejected")}
         return {"prompt": turns, **judged}
     if kind != "chat_template":

@@ -44,7 +44,7 @@ PREFIX = f"{BLOCK}."
 OTHERS = ("ipo", "orpo", "simpo", "kto")
 REFUSED = {"gdpo": grpo.SUMMED, "ebft": "lorafold has no energy-based objective"}
 DEFAULTS = {"max_completion_length": grpo.WITHOUT_LIMIT, "use_bias_correction_kl": False}
-# `beta` is read with the other keys that may hold it
+# `beta` is read with the other keys that may contain it
 IN_BLOCK: Table = {
     "rollout_func": refusing("lorafold draws completions itself, of one turn"),
     "replay_buffer_size": refusing("completions are not reused"),

@@ -33,7 +33,7 @@ from lorafold.config_import.rules import (
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NUMBERS
 from lorafold.errors import LorafoldError
 
-# The average of a loss over tokens: of each loss_type that is the clipped surrogate
+# lorafold's average, by loss_type of the clipped surrogate
 AVERAGES = {
     "dapo": "tokens",
     "bnpo": "tokens",
@@ -41,11 +41,11 @@ AVERAGES = {
     "dr_grpo": "longest",
     "luspo": "sums",
 }
-# also of `scale_rewards` as true and false
+# `scale_rewards` may also be true or false
 SCALES = {"true": "group", "batch": "batch", "false": "none"}
-WITHOUT_LIMIT = "no limit"  # what stands for a file that leaves the length of completions open
-LIMIT = 256  # the most tokens of one of theirs
-BESIDE = 1024  # the tokens that a prompt may have, where the file does not say
+WITHOUT_LIMIT = "no limit"  # for a file without a completion length
+LIMIT = 256  # tokens of a completion then
+BESIDE = 1024  # tokens of a prompt if the file sets none
 NO_DROPOUT = "completions are drawn without dropout, and learned from without it"
 OWN_DRAWS = "completions are drawn in the process that trains, by the weights that train"
 PLAINLY = "completions are drawn at temperature 1 among all tokens"
@@ -53,7 +53,7 @@ SUMMED = "lorafold sums rewards before it compares them"
 NO_PART = "tokens count alike here, and entropy has no part in the loss"
 RATIOS = "ratios are 1 where a step draws and learns once"
 PLACE = "FILE.py:FUNCTION"
-INSTALLED = ("trl", "axolotl")  # packages whose modules are no files of the user
+INSTALLED = ("trl", "axolotl")  # packages whose modules are not the user's files
 TEXTS = (
     "TRL gives completions of prompts that are messages as lists of messages; here they are texts,"
     " and so completion[0]['content'] is completion"

@@ -64,14 +64,14 @@ FULL = cases(
     }
 )
 NO_TERM = "lorafold's losses have no such term"
-NEGLIGIBLE = 1e-6  # LLaMA-Factory leaves terms out that weigh no more
+NEGLIGIBLE = 1e-6  # LLaMA-Factory ignores terms up to this weight
 INFO = "dataset_info.json"
-ONLINE = "ONLINE"  # a dataset_dir whose names are those of hub datasets
+ONLINE = "ONLINE"  # a dataset_dir for Hub datasets
 READ = {
     "hf_hub_url", "ms_hub_url", "om_hub_url", "file_name", "subset", "split", "formatting",
     "ranking", "columns", "tags",
 }  # fmt: skip
-# lorafold's columns by theirs, of both forms
+# lorafold's columns by theirs, in both formats
 INSTRUCTIONS = {"instruction": "prompt", "input": "query", "output": "response"}
 JUDGED = {
     "chosen": "chosen",

@@ -47,9 +47,9 @@ SIGNS = (
 )
 BLOCK = "lora_parameters"
 OF_BLOCK = ("rank", "scale", "dropout")
-ALL = "every linear layer"  # what stands for a file without keys
+ALL = "every linear layer"  # for a file without keys
 BETAS = 0.9, 0.999
-CONSTANT = "constant"  # what stands for a file without a schedule
+CONSTANT = "constant"  # for a file without a schedule
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
 FEATURES = {  # lorafold's columns by theirs
     "prompt": "prompt_feature",
@@ -59,7 +59,7 @@ FEATURES = {  # lorafold's columns by theirs
 }
 
 
-is_lora = where("fine_tune_type", "lora", "dora")  # and not whole layers
+is_lora = where("fine_tune_type", "lora", "dora")
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -136,7 +136,7 @@ def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
     times as large; empty if the average over the run is about 1.
     """
     steps = steps_of("iters", settings)
-    first = range(1, min(steps, 20_000) + 1)  # later ones are as large as with it
+    first = range(1, min(steps, 20_000) + 1)  # later steps don't differ
     times = 1 + sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) - 1 for k in first) / steps
     if round(times, 1) == 1:
         return ""

@@ -37,7 +37,7 @@ from lorafold.recipe.fields import OF_METHOD
 SIGNS = "peft_type"
 INIT = "init_lora_weights"
 TARGETS = "target_modules"
-# A saved adapter does not depend on these; they are options of the method while it trains.
+# Options of the method while it trains, which a saved adapter does not depend on.
 PHASES = ("tinit", "tfinal")
 OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
 STARTS = ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection")
@@ -56,10 +56,10 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     keys = {f.key for f in (*method.fields, *shared)} | ABOUT | set(method.marks)
     understood = {k: v for k, v in config.items() if k in keys}
     if method.preset is None and not (config.get(TARGETS) or config.get(PARAMETERS.key)):
-        understood[TARGETS] = "all-linear"  # only for the reader, which asks for some
+        understood[TARGETS] = "all-linear"  # because `read_config` requires targets
     start = config.get(INIT) if any(f.key == INIT for f in method.fields) else None
     if start is not None:
-        understood[INIT] = True  # how it starts is read below
+        understood[INIT] = True  # the initialization is read below
     spec, selection, bias = read_config(understood)
     beneath = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
     read = {**vars(selection), "bias": bias, **vars(beneath)}

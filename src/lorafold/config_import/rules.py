@@ -27,7 +27,7 @@ T = TypeVar("T")
 NOT_KNOWN = "it is not known here"
 PLACEHOLDER = "--data DATA"
 TURNS = (("role", "content"), ("from", "value"))
-SAME = "="  # stands for the reader of a key that `ELSEWHERE` has
+SAME = "="  # the reader of a key in `ELSEWHERE`
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,21 @@ class ToolSettings:
         return self.read(key, boolean)
 
 
-# Says what becomes of a value; None: the key is off or has no effect
+# The outcome of a value; None: the key is off or has no effect
 Reader = Callable[[Any, ToolSettings], Outcome | None]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One key of another tool; with a `default`, it is also read if the file does not contain it.
-    """
+    """One key of another tool. With a `default`, it is also read if the file lacks it."""
 
     key: str
     reader: Reader
     default: Any = None
 
 
-# A reader; or its outcome, whatever the value is; or the option of `lorafold train` that the value
-# goes to; or why there is no counterpart; or SAME
+# A reader; or a constant outcome; or the option of `lorafold train` for the value; or the reason
+# why there is no counterpart; or SAME
 Row = Reader | Outcome | str | None
 Table = Mapping[str, Row | tuple[Row, Any]]  # by keys, with the tool's default
 Condition = Callable[[ToolSettings], bool]
@@ -269,7 +268,7 @@ class SourceDataset:
         return f"{self.name} ({'; '.join(self.remarks)})" if self.remarks else self.name
 
 
-FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that stand for data_files
+FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that mean data_files
 
 
 def dataset(

@@ -56,7 +56,7 @@ NOTES = {
     " stand: for such rows --chat-template none",
     "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
 }
-STRANGERS = {  # keys of files that stand beside configurations, and what such a file is
+STRANGERS = {  # keys of other files, with a description of the file
     "compute_environment": "a file of accelerate's, which configures the start of processes, not"
     " the training: torchrun --nproc_per_node 2 -m lorafold train starts two",
     "zero_optimization": "a file of DeepSpeed's, which configures sharding:"
@@ -65,7 +65,7 @@ STRANGERS = {  # keys of files that stand beside configurations, and what such a
     " has stage and finetuning_type",
     "architectures": "a model's configuration, expected a training run's",
 }
-SHOWN = 3  # the most fields that a line names
+SHOWN = 3  # fields named in a line, at most
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ TOOLS: dict[str, Tool] = {
         "it has no data, base, learning rates, batch and length: lorafold's defaults apply",
     ),
 }
-# Switches that their tools read with another key, and what that is then
+# Switches that are read with another key, and that key's value
 SWITCHES = {
     "bf16": ("dtype", "bfloat16"),
     "fp16": ("dtype", "float16"),
@@ -363,7 +363,7 @@ def tool_of(path: Path, config: Mapping[str, Any]) -> str:
         )
     if stranger := next((what for key, what in STRANGERS.items() if key in config), None):
         raise LorafoldError(f"{path}: found {stranger}")
-    # any key may stand in PEFT's, so it is near where its own do
+    # PEFT's file may contain any key, so it only counts with its own
     kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
     names = _some([TOOLS[kind].name for kind in kinds])
     if len(kinds) > 1:
@@ -398,7 +398,7 @@ def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
         if rule := rules.get(name):
             defaults = {one.key: one.default for one in rules.values()}
             known = {rules[n].key: v for n, v in given.items() if n in rules}
-            # what has no effect among the others means something by itself
+            # a key without effect among the others may have one by itself
             outcomes = (
                 rule.reader(value, ToolSettings(others | {rule.key: value}, defaults))
                 for others in (known, {})
@@ -410,7 +410,7 @@ def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
 def _tables() -> Iterator[Mapping[str, Rule]]:
     """Yield the rules of each tool by option name; the first tool with a name counts."""
     yield _by_name(trl.RULES["trl-sft"])
-    # the arguments of PEFT's LoRA too, without the function that takes them in a script
+    # the arguments of PEFT's LoRA too, without the script's function name
     calls = (unsloth.LOADED, unsloth.ADAPTED)
     own = [rule for rule in unsloth.OWN if rule.key.startswith(calls)]
     yield {rule.key.partition(".")[2]: rule for rule in own}

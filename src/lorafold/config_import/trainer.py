@@ -213,7 +213,7 @@ interval_strategy = cases(
         " with each: --set save_every=STEPS, --set eval_every=STEPS"
     ),
 )
-# Of the Trainer, whatever they are called before it
+# The Trainer's keys that tools rename
 STEPS: Table = {
     "weight_decay": (to("weight_decay", number), 0.0),
     "max_grad_norm": (SAME, 1.0),
@@ -235,7 +235,7 @@ STEPS: Table = {
     "resume_from_checkpoint": "lorafold resumes runs of its own: --resume",
     **TRAINER,
 }
-# Of its arguments, as they are called there
+# The Trainer's keys under its own names
 ARGUMENTS: Table = {
     "lr_scheduler_type": (schedule, "linear"),
     "warmup_steps": (_warmup_steps, 0),
@@ -268,7 +268,7 @@ ORPO_TERM = (
     "TRL's supervised term also learns the prompts, and averages over the tokens of a micro-batch;"
     " lorafold's learns each chosen completion"
 )
-# Of a file's settings, the objective of preferences that it trains; None: another, or one refused
+# The preference objective of a file's settings; None: another, or a rejected one
 ObjectiveOf = Callable[[ToolSettings], str | None]
 
 
@@ -341,8 +341,7 @@ def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
 
 
 def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`label_smoothing`, which TRL's DPOTrainer reads only for losses that lorafold does not have.
-    """
+    """`label_smoothing`, which TRL's DPOTrainer reads only for losses that lorafold lacks."""
     if not (smoothing := number(value)):
         return None
     remark = "TRL 1 does not read it for this loss; for cDPO pass --objective-options"

@@ -41,10 +41,10 @@ from lorafold.config_import.unsupported import MEMORY, TRL
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of
 
-BY_ARCHITECTURE = "by architecture"  # what stands for a file without lora_target_modules
-HEAD = "score"  # what transformers calls the head of a reward model
+BY_ARCHITECTURE = "by architecture"  # for a file without lora_target_modules
+HEAD = "score"  # transformers' name of a reward model's head
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "bf16", "auto": "auto"}
-# The losses of DPOTrainer; those that DPO_LOSSES lacks are refused by name
+# The losses of DPOTrainer; losses that DPO_LOSSES lacks are rejected by name
 DPO_NAMES = (
     *trainer.DPO_LOSSES, "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "aot_pair", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -96,7 +96,7 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
     return taken(storage=made_of(4))
 
 
-# Of the model: ModelConfig and what goes with it
+# ModelConfig and related keys
 SWITCHES: Table = {
     "use_peft": (_use_peft, False),
     "use_dora use_rslora": (if_on(read_with("use_peft")), False),
@@ -238,14 +238,14 @@ GIVEN: Table = {
     ),
     "pad_to_multiple_of": MEMORY,
 }
-# Of preferences: dropout is off, and the reference is what lies beneath
+# Preferences: dropout is off, and the reference is the model below the adapter
 COMPARING: Table = {
     "disable_dropout": (switch(taken("there is none"), taken("dropout is applied")), True),
     "packing": (taken(packing=False), False),
     "learning_rate": (RATE, 1e-6),
     **GIVEN,
 }
-# Where completions are drawn, a batch counts completions and no dropout is applied
+# With sampled completions, a batch counts completions and there is no dropout
 DRAWING: Table = {
     **data_rows("grpo"),
     "learning_rate": (RATE, 1e-6),
@@ -264,7 +264,7 @@ OF_POLICIES = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
     " generation_batch_size use_vllm"
 )
-# Of each trainer its name, its signs and its own keys
+# Each trainer's name, signs and own keys
 TRAINERS: Mapping[str, tuple[str, str, Table]] = {
     "trl-sft": (
         "SFT",
@@ -380,7 +380,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "ORPO",
         "",
         {
-            # it has no field that names its loss
+            # no key names its loss
             "beta": (
                 lambda value, settings: changed(
                     trainer.ORPO_TERM, objective="orpo", beta=number(value)
@@ -435,7 +435,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         {**grpo.RLOO, **DRAWING},
     ),
 }
-DRAW = {"trl-grpo", "trl-rloo"}  # the trainers that draw completions
+DRAW = {"trl-grpo", "trl-rloo"}  # trainers that sample completions
 DROPOUTS = {kind: _drawn_dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
 RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)

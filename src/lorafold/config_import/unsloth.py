@@ -44,7 +44,7 @@ LOADED, ADAPTED, SET = "from_pretrained.", "get_peft_model.", "load_dataset."
 SIGNS = f"{LOADED}model_name {LOADED}max_seq_length {ADAPTED}r {ADAPTED}lora_alpha"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
-# The trainers, by their kind among TRL's; each has a configuration called XConfig
+# TRL's kind of each trainer; its configuration is called XConfig
 TRAINERS = {
     "SFTTrainer": "trl-sft",
     "UnslothTrainer": "trl-sft",
@@ -60,7 +60,7 @@ CONFIGS = {name.replace("Trainer", "Config") for name in TRAINERS} | {
     "TrainingArguments",
     "UnslothTrainingArguments",
 }
-# Functions whose arguments are keys after their name, and the names of those without one
+# Functions whose arguments become keys after their name, and their positional arguments
 FUNCTIONS = {
     "from_pretrained": ("model_name",),
     "get_peft_model": ("model",),
@@ -79,9 +79,9 @@ DEFAULTS = {
     "max_length": None,
 }
 OF_GRPO = {"loss_type": "bnpo", "beta": 0.001}
-# Fields of TRL that the functions of Unsloth have in their place
+# TRL's fields that Unsloth's functions replace
 OF_MODEL = {*trl.IN_MODEL, "lora_dropout", "learning_rate"}
-# What each trainer trains, where rows are not those of supervised training
+# Objectives other than supervised training
 OBJECTIVES = {
     "trl-dpo": "dpo",
     "trl-kto": "kto",

@@ -41,8 +41,8 @@ GPU_SHAPE = (4096, 4096, 4096)
 FEW_CORES = 4
 BUSY = 0.5  # cores
 LITTLE_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
-PARAMETERS, TOKENS = 1e9, 1024  # of the example
-FLOPS = 4  # a parameter and token of a LoRA step: 2 forward, 2 for the gradient of the inputs
+PARAMETERS, TOKENS = 1e9, 1024  # in the example
+FLOPS = 4  # per parameter and token of a LoRA step: 2 forward, 2 for the inputs' gradient
 HF_HOME = "~/.cache/huggingface"
 CONFIG = "accelerate/default_config.yaml"
 
@@ -60,7 +60,7 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
         last = time.perf_counter() + seconds
         while end < last:
             start = time.perf_counter()
-            torch.nn.functional.linear(x, w)[0, 0].item()  # a GPU has finished once it answers
+            torch.nn.functional.linear(x, w)[0, 0].item()  # .item() waits for a GPU
             end = time.perf_counter()
             fastest = min(fastest, end - start)
     return 2 * rows * width * out / fastest / 1e9
@@ -86,21 +86,21 @@ class Hardware:
     """This machine. Memory is in bytes, rates are in GFLOP/s on `device`, the default device."""
 
     processor: str
-    cores: int  # that this process may use
-    threads: int  # that torch uses
+    cores: int  # usable by this process
+    threads: int  # used by torch
     instructions: tuple[str, ...]
-    busy: float  # cores that other processes keep busy
+    busy: float  # cores used by other processes
     free: int
     total: int
     gpus: tuple[Gpu, ...]
-    unused_driver: str  # why torch uses no GPU although there is a driver for one; else empty
+    unused_driver: str  # why torch can't use a GPU that has a driver; else empty
     device: str
     fp32: float
     bf16: float
     native_bf16: bool
     native_why: str
-    widened: bool  # are 16-bit matrices multiplied in fp32?
-    kernels: bool | None  # has bitsandbytes a library for this machine? None: it is not there
+    widened: bool  # whether 16-bit matrices are multiplied in fp32
+    kernels: bool | None  # whether bitsandbytes has a native library; None: not installed
 
     @property
     def rate(self) -> float:
@@ -110,7 +110,7 @@ class Hardware:
 @cache
 def examine() -> Hardware:
     device = choose_device()
-    busy = busy_elsewhere(0.3)  # before anything is measured, which would count
+    busy = busy_elsewhere(0.3)  # before the measurement, which is load too
     native, why = native_bf16(device)
     return Hardware(
         processor=processor_name(),
@@ -178,9 +178,9 @@ def _has_kernels() -> bool | None:
 
     try:
         library = bitsandbytes().cextension.lib
-    except Exception:  # the list of packages says what is wrong with it
+    except Exception:  # reported with the packages
         return None
-    return "_lib" in vars(library)  # what stands in for a missing library has none
+    return "_lib" in vars(library)  # the stub for a missing library lacks it
 
 
 def slow_here() -> Iterator[str]:

@@ -23,7 +23,7 @@ from lorafold.doctor.finding import Finding, reason
 from lorafold.files.terminal import format_bytes
 from lorafold.runtime.process_tuning import SWITCH, WISHES, huge_pages, wishes
 
-MODULES = {"pyyaml": "yaml"}  # of distributions that are imported under another name
+MODULES = {"pyyaml": "yaml"}  # distributions with another import name
 INTEROPERATES = ("peft",)  # optional, but shown like a required package
 PURPOSES = {
     "dev": "tests and lint",
@@ -34,7 +34,7 @@ PURPOSES = {
     "quantized": "further packed storages",
 }
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
+SCARCE = 1e9  # bytes; the unpacked embedded model takes 0.3 GB
 
 
 def packages(name: str = "lorafold") -> Iterator[Finding]:
@@ -119,7 +119,7 @@ def _import_failure(name: str) -> str:
     try:
         with warnings.catch_warnings(action="ignore"):
             importlib.import_module(module)
-    except Exception as error:  # broken libraries fail in every way
+    except Exception as error:  # broken libraries may raise anything
         return reason(error)
     finally:
         logging.disable(before)
@@ -174,7 +174,7 @@ def _directory(name: str, path: Path, variable: str) -> Finding:
 def size_of(directory: Path) -> int:
     total = 0
     for path in directory.rglob("*"):
-        with suppress(OSError):  # it was removed meanwhile
+        with suppress(OSError):  # removed in the meantime
             total += path.lstat().st_size if path.is_symlink() or not path.is_dir() else 0
     return total
 

@@ -9,8 +9,7 @@ from typing import Any
 from lorafold.doctor.finding import Finding, FindingGroup, findings_of
 from lorafold.files.terminal import paragraph
 
-# key, title, and the function that gives the findings. Its module is imported when it is called, so
-# that a broken package is a finding too.
+# key, title, module, function; the module is imported late, so that a broken package is a finding
 GROUPS = (
     ("packages", "Packages", "installation", "packages"),
     ("optional", "Optional packages", "installation", "extras"),
@@ -80,6 +79,6 @@ def diagnose(model: str = "smollm2", **how: Any) -> DoctorReport:
         )
     try:
         slow = (*import_module("lorafold.doctor.hardware").slow_here(),)
-    except Exception:  # then it is a finding of the machine
+    except Exception:  # reported as a finding of the machine
         slow = None
     return DoctorReport((*groups,), slow)

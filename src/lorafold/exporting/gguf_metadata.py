@@ -4,8 +4,8 @@
     llama3, longrope    tensors rope_freqs.weight and rope_factors_{long,short}.weight (dims / 2,)
     gpt2      byte-level BPE: tokens, merges, and the name of the pre-tokenizer rule, chosen from
               `models.gguf_tokenizers` because it splits all `TEXTS` in the same way
-    llama     BPE with byte fallback: tokens with scores, which fall with the rank of the first merge
-              that makes each
+    llama     BPE with byte fallback: tokens with scores, which fall with the rank of the first
+              merge that makes each
 
 A row of `ARCHITECTURES` contains the name in llama.cpp and the values that llama.cpp assumes; other
 configurations are rejected. Embedding rows without a token get a filler.
@@ -125,7 +125,7 @@ def head_width(config: Any) -> int:
 def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence[str]:
     """Write a configuration without positions; returns notes on differences of llama.cpp."""
     for table, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
-        values = {}  # by key: two fields may be one
+        values = {}  # by key, because two fields may have the same key
         for name, key in table.items():
             value = getattr(config, name, None)
             if value is not None and not (name == "sliding_window" and not row.period):
@@ -146,7 +146,7 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
 def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[str, Tensor]:
     """Write the rotary positions; returns further tensors (rotated / 2,) for the file by name."""
     rope = config.rope_parameters
-    windowed = {}  # those of layers with a window, where they have their own
+    windowed = {}  # of layers with a sliding window
     if "full_attention" in rope:
         rope, windowed = rope["full_attention"], rope.get("sliding_attention", {})
     kind, prefix = rope.get("rope_type", "default"), f"{row.name}.rope."
@@ -207,7 +207,7 @@ def _long(
 
 
 SPACE = "▁"
-# what rules differ in: digits, case, suffixes, signs before words and ends of lines, scripts, marks
+# rules differ in digits, case, suffixes, punctuation, line ends, scripts and combining marks
 TEXTS = (
     "It's 1 of 12, 123, 1234 and 1234567 - we'll pay 3.50€ (or 4½) on 2024-10-05T12:30:59Z.",
     "I'M SURE THEY'RE LATE; YOU'D say 'twas don't_do ''s 'S x'T",
@@ -225,7 +225,7 @@ TEXTS = (
 def name_of_rule(backend: Backend, whole_words: bool) -> str:
     """The name in llama.cpp of a byte-level tokenizer's pre-tokenizer rule."""
     splitter, before = backend.pre_tokenizer, backend.normalizer
-    # Qwen's normalizer does nothing but to compose marks with their letters
+    # Qwen's normalizer (NFC) only composes marks with their letters
     if splitter is not None and (before is None or type(before).__name__ == "NFC"):
         for name in names_of_rules():
             rule = rule_of(name)
@@ -296,7 +296,7 @@ def add_tokenizer(
         check_whole(backend)
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(prefixes_space(backend))
-        scores = [-1e6] * rows  # the earlier a merge makes a token, the higher
+        scores = [-1e6] * rows  # earlier merges have higher scores
         for rank, text in enumerate(dict.fromkeys("".join(pair) for pair in merges)):
             scores[model["vocab"][text]] = float(-rank - 1)
         writer.add_token_scores(scores)
@@ -350,7 +350,7 @@ def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> Non
     if eos is None:
         raise LorafoldError("neither tokenizer nor configuration defines a token that ends a text")
     bos = tokenizer.bos_token_id
-    # llama.cpp takes token 11 for one that a file leaves out
+    # llama.cpp uses token 11 if a file has none
     writer.add_bos_token_id(eos if bos is None else bos)
     writer.add_eos_token_id(eos)
     for name, token in zip(("eot", "eom"), [id for id in ends if id != eos], strict=False):

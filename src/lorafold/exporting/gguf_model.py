@@ -46,7 +46,7 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 BLOCK = 32
 OUTPUT, EMBEDDING, ROUTER = "output.weight", "token_embd.weight", "ffn_gate_inp.weight"
-AT_ONCE = 1 << 22  # weights that are converted together
+AT_ONCE = 1 << 22  # weights converted at a time
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 SUFFIXES = (".weight", ".bias")
 
@@ -95,7 +95,7 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
             yield MergedParameter(path, tuple(parameter.shape), partial(same, parameter))
         else:
             yield MergedParameter(path, shape, partial(changed, path))
-    for path, shape in left.items():  # biases that there were not
+    for path, shape in left.items():  # new biases
         yield MergedParameter(path, shape, partial(changed, path))
 
 
@@ -215,7 +215,7 @@ FILE_TYPES = {
     "F16": "MOSTLY_F16", "F32": "ALL_F32", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0",
     "Q5_1": "MOSTLY_Q5_1", "Q5_0": "MOSTLY_Q5_0", "Q4_1": "MOSTLY_Q4_1", "Q4_0": "MOSTLY_Q4_0",
 }  # fmt: skip
-# llama.cpp looks these tokens up in a file that has such a name, and refuses it where one lacks
+# llama.cpp requires these tokens in a file with such a name
 PHI, PHI_TOKENS = re.compile(r"(phi)-?(?=3)", re.I), {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
 
@@ -292,7 +292,7 @@ def described(subject: Subject, tensors: str) -> Described:
     placed = [*tensors_of(folded(model, subject.names), config, row)]
     placed += [MergedParameter.known(name, tensor) for name, tensor in positions.items()]
     shapes = {parameter.path: parameter.shape for parameter in placed}
-    # whose output is the embedding in llama.cpp, whatever a file has
+    # llama.cpp ignores output.weight in these and uses the embedding
     if row.name in ("gemma", "gemma2") and OUTPUT in shapes:
         raise LorafoldError(
             "adapters change the output's matrix alone, and llama.cpp takes the embedding for it in"

@@ -79,8 +79,7 @@ def write_template(subject: Subject, directory: Path) -> bool:
 
 
 def tied_heads(subject: Subject) -> list[str]:
-    """The paths of embedding and head if they share one weight, which servers treat as one module.
-    """
+    """The paths of embedding and head if they share one weight, which servers adapt as one."""
     if not getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
         return []
     return [path for path in subject.update.factors if leaf_of(path) in HEADS]
@@ -109,10 +108,10 @@ def zeros(subject: Subject, path: str) -> Factors:
     return torch.zeros(*layer.matrices, outputs, 1), torch.zeros(*layer.matrices, 1, inputs)
 
 
-ENOUGH = 0.01  # of what the adapters change
-LARGEST = 128  # the largest rank that is tried
+ENOUGH = 0.01  # share of the adapters' effect
+LARGEST = 128
 CUT = "cut"
-POWERS = [2**n for n in range(LARGEST.bit_length())]  # the ranks that are tried
+POWERS = [2**n for n in range(LARGEST.bit_length())]
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,7 @@ def cut_to(
 
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:
-    """Advice on --as-lora for adapters that can't be exported exactly: the end of an error message.
-    """
+    """The end of an error message: a sufficient rank for --as-lora."""
     kls, distance = kl_by_rank(ReferenceAnswers.of(subject, source, progress), subject, POWERS)
     if (rank := _enough(kls, distance)) is None:
         return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of their effect"

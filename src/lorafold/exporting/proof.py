@@ -45,8 +45,8 @@ from lorafold.merging.run import adapted
 
 BUILT_IN = Path(__file__).with_name("prompts.jsonl")
 GREEDY = 16  # tokens of a greedy text
-ROUTER = "TopKRouter"  # ends the names of transformers' routers, which give logits, scores, experts
-CLOSE = 0.02  # of logits; a larger difference is no rounding
+ROUTER = "TopKRouter"  # suffix of transformers' routers, which return logits, scores, experts
+CLOSE = 0.02  # difference of logits; a larger one is not due to rounding
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _note(
     weight: Any = router.weight
     for at in (gaps < CLOSE).nonzero().flatten().tolist():
         way = (weight[order[at, -1]] - weight[order[at, -2]]).float()
-        # 1.0 would make the two equal
+        # a factor of 1.0 would make the two equal
         close.append((float(gaps[at]), router, at, 1.5 * gaps[at] * way / (way @ way)))
 
 
@@ -148,8 +148,7 @@ class ReferenceAnswers:
     def of(
         cls, subject: Subject, source: str | Path | None, progress: Progress
     ) -> ReferenceAnswers:
-        """Load the exported model on the weights that the files are for, and compute its answers.
-        """
+        """Load the exported model on the weights that the files are for, and compute answers."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
         model = adapted(subject.base, subject.adapters, subject.stored)
@@ -191,8 +190,8 @@ class ReferenceAnswers:
         return float(first - second)
 
 
-FAR, LEAST = 10, 1e-6  # a KL that experts may explain: times the median, in nats
-LIKELY = 20  # the most likely tokens, whose log-probabilities are compared
+FAR, LEAST = 10, 1e-6  # KL that suggests exchanged experts: times the median, in nats
+LIKELY = 20  # tokens whose log-probabilities are compared
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,8 @@ class EngineAnswers:
     engine: str
     version: str
     unused: tuple[str, ...] = ()
-    other_tokens: tuple[int, ...] = ()  # the prompts whose texts it tokenizes in another way
-    other_texts: tuple[int, ...] = ()  # those that its own template application writes so
+    other_tokens: tuple[int, ...] = ()  # prompts that it tokenizes differently
+    other_texts: tuple[int, ...] = ()  # prompts that its own template renders differently
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,9 @@ def target_of(name: str) -> Target:
 
 
 EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
-SHARE = 0.01  # of what the adapters change, that a proof may lose
-ALONE = 1e-3  # nats, of a base without adapters; above that it is another model there
-FEWER = 4  # prompts for figures that refuse nothing
+SHARE = 0.01  # share of the adapters' effect that a proof may lose
+ALONE = 1e-3  # nats, without adapters; above that, the engine computes another model
+FEWER = 4  # prompts for figures that are only reported
 INSTEAD = (
     ": engines take no heads of another kind; lf.load and adapter.merge() in Python make it a plain"
     " transformers model, and PEFT reads the adapter as it is"
@@ -163,7 +163,7 @@ def export(
                     f"{subject.base.source.name}: found no tokenizer, which the proof's prompts"
                     " need; expected its files beside config.json, or --no-proof"
                 )
-        elif options.prove and quantized:  # the weights that the files are not for
+        elif options.prove and quantized:  # the other weights, for comparison
             storage = "fp32" if into.target == "trained" else into.stored
             others = answers_over(subject, storage, options.prompts)
         if not unproved:
@@ -225,8 +225,7 @@ def _named_otherwise(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, 
 def _check_representable(
     target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
-    """Check that the target can represent the subject; the error includes a sufficient LoRA rank.
-    """
+    """Check that the target can represent the subject; the error has a sufficient LoRA rank."""
     try:
         problems = target.problems(subject)
     except LorafoldError as error:

@@ -73,14 +73,14 @@ class ToPeft(Target):
         return Written(files, launch, notes, job)
 
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 EXPERTS = re.compile(rf"(.+\.experts)\.({GATE_UP}|{DOWN})")
-STACKED = ("gpt_oss",)  # families whose layers of experts take stacked factors as they are
-SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # and those that are told of them
-OWN = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # names that differ
-# families whose models there have no LoRA at all (SupportsLoRA)
+STACKED = ("gpt_oss",)  # families that accept stacked factors of experts
+SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # and families that need is_3d_lora_weight
+OWN = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # vLLM's names
+# families without LoRA in vLLM (SupportsLoRA)
 WITHOUT = ("bloom", "falcon", "gpt2", "gptj", "stablelm")
-# families in which vLLM adapts embedding and head (embedding_modules of its models)
+# families with adapters for embedding and head in vLLM (embedding_modules)
 WITH_HEADS = (
     "apertus", "cohere", "exaone", "exaone4", "granite", "granitemoe", "llama", "mistral",
     "mixtral", "nemotron", "phimoe", "qwen3", "qwen3_moe", "solar",
@@ -167,7 +167,7 @@ KNOWN = frozenset(
         "gate_up_proj", "embed_tokens", "lm_head",
     }
 )  # fmt: skip
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # whose experts are gate, then up
+FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # experts are gate, then up
 ROOT = "base_model.model."
 PROBES = 4  # random inputs, or rows, on which factors are compared
 EXACT = 1e-5  # relative, in fp32

@@ -48,7 +48,7 @@ from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups take turns
+INTERLEAVED = frozenset({"gpt_oss"})  # families with interleaved rows of gate and up
 
 
 @dataclass(frozen=True)
@@ -153,15 +153,15 @@ def split_experts(kind: str, name: str, factors: Factors) -> Iterator[tuple[str,
         return
     gate, other = (up[:, ::2], up[:, 1::2]) if kind in INTERLEAVED else up.chunk(2, 1)
     yield "gate_proj", (gate, down)
-    yield "up_proj", (other, down.clone())  # safetensors writes no tensor twice
+    yield "up_proj", (other, down.clone())  # safetensors rejects shared tensors
 
 
-OUT = "{out}"  # stands for the directory of the export
-CONTENT = "$(cat "  # begins a word that is the content of a file, whose path follows
+OUT = "{out}"  # placeholder for the export's directory
+CONTENT = "$(cat "  # prefix of a word that is a file's content; the path follows
 LITERAL = re.compile(r'"\{out\}([^"]*)"')
 
-Word = str | Callable[[str], str]  # or what makes it from the directory
-Line = str | tuple[Word, ...]  # text, Python or words of a command
+Word = str | Callable[[str], str]  # or a function of the directory
+Line = str | tuple[Word, ...]  # text, Python code, or the words of a command
 FULL = "full_attention"
 Progress = Callable[[int, int], None]  # done, of
 ORIGINAL = Into("original", None)
@@ -276,8 +276,8 @@ class Target(ABC):
     server: The program that sends requests to a running server, or None.
     tensors: The supported tensor types, the usual one first.
     merged: Whether adapters are merged into the model.
-    tolerance: By tensor type, the allowed share of KL(adapted, base) if it is not 1%; None for a type
-        whose share is only reported.
+    tolerance: By tensor type, the allowed share of KL(adapted, base) if it is not 1%; None for
+        a type whose share is only reported.
     """
 
     name: ClassVar[str]

@@ -37,7 +37,7 @@ from lorafold.exporting.target import Line, Progress, Subject, Target, Written, 
 from lorafold.models.loading import stored_in_files
 
 FILE = "adapter.gguf"
-BASE = "base-gguf"  # the directory that a launch line has the base written to
+BASE = "base-gguf"  # the directory of the base in launch lines
 JOB = {"adapter": f"{{out}}/{FILE}"}
 ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
@@ -121,7 +121,7 @@ def listed_path(out: str) -> str:
 
 QUANTIZER = "llama-quantize"
 MIXED = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")
-# of other types than these the share is told and refuses nothing
+# for other types, the share is only reported
 TOLERANCE: Mapping[str, float | None] = {
     **dict.fromkeys((*FILE_TYPES, *MIXED)), **dict.fromkeys(PLAIN, 0.01), "Q8_0": 0.02
 }  # fmt: skip

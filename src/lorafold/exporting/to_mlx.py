@@ -45,19 +45,19 @@ from lorafold.methods.dora import DoRADelta
 
 MODEL_CONFIG, MANIFEST = "config.json", "manifest.json"
 THETA = "rope_theta"
-# where mlx-lm has Gemma 3's layers that attend to all positions, whatever layer_types says
+# mlx-lm reads the full-attention layers of Gemma 3 from this key, not from layer_types
 GEMMA, PATTERN, USUAL = "gemma3_text", "sliding_window_pattern", 6
 PARTIAL = "partial_rotary_factor"
-KINDS = ("full_attention", "sliding_attention")  # of layers that have positions of their own
+KINDS = ("full_attention", "sliding_attention")  # layer types with their own positions
 WEIGHTS, CONFIG, BASE = "adapters.safetensors", "adapter_config.json", "base"
 BLOCK = re.compile(r"(model\.layers\.\d+)\.(.+)")
 EXPERTS = re.compile(r"mlp\.experts\.(\w+)")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-# families that mlx-lm computes without their windows
+# families whose sliding windows mlx-lm ignores
 NO_WINDOWS = (
     "gemma2", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
 )  # fmt: skip
-# where mlx-lm has the experts of a block, by the model's type
+# mlx-lm's path of a block's experts, by model type
 SWITCH = {
     "gpt_oss": "mlp.experts",
     "mixtral": "block_sparse_moe.switch_mlp",

@@ -77,7 +77,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
     _, a_open, u_open, _ = _around(written(_chat("uau", [U, A, V])), [U, A, V])
     plain = Turns(start, None, a_open, u_open, end)
     with_system, tried = "", [plain]
-    with suppress(LorafoldError):  # it may refuse a system message
+    with suppress(LorafoldError):  # templates may reject system messages
         with_system = written(_chat("su", [S, U]))
     if S in with_system:
         before, between, _ = _around(with_system, [S, U])
@@ -161,7 +161,7 @@ MODELFILE = "Modelfile"
 def go_template(turns: Turns) -> str:
     before, between = turns.system or ("", "")
     marks = {name: mark for name, mark in vars(turns).items() if isinstance(mark, str)}
-    # Go's language takes a mark as it is, but for the opening of an action
+    # in Go templates, only the opening of an action needs escaping
     marks |= {"before": before, "between": between}
     marks = {name: mark.replace("{{", '{{ "{{" }}') for name, mark in marks.items()}
     late, start = (LATE if turns.late else ""), "%(start)s"

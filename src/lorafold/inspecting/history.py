@@ -23,11 +23,11 @@ from lorafold.files.templates import in_words, within
 
 Values = Sequence[float | None]
 FEWEST = 3  # steps at an end
-COLLAPSED = 0.1  # of the entropy at first
-CUT_OFF = 0.5  # of the completions
-LONGER = 2.0  # times as long at one end as at the other
-SILENT = 0.8  # of the groups
-SHARED = "reward "  # begins the name of one reward of several
+COLLAPSED = 0.1  # share of the initial entropy
+CUT_OFF = 0.5  # share of the completions
+LONGER = 2.0  # ratio of mean lengths
+SILENT = 0.8  # share of the groups
+SHARED = "reward "  # prefix of the name of one reward of several
 
 
 def ends(values: Values) -> tuple[list[float], list[float]] | None:
@@ -100,7 +100,7 @@ def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iter
     if low and high and high[1] < low[0]:
         when = "before the first step" if start == 0 else f"after step {start}"
         yield f"The held-out reward fell from {first:.4g} {when} to {last:.4g} after step {end}."
-    trained = [row for row in known if row[0]]  # step 0 is before the first one
+    trained = [row for row in known if row[0]]  # step 0 is before training
     best, most, _ = max(trained, key=lambda row: row[1], default=known[-1])
     if most > last:
         where = "lies beside it, in a directory with .best at the end of its name"
@@ -110,8 +110,8 @@ def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iter
         )
 
 
-INTERVAL = "_interval"  # a held-out figure with this at its end has the interval of another
-MOST = 1e150  # either way; means and squares of such are numbers still
+INTERVAL = "_interval"  # suffix of the interval of a held-out metric
+MOST = 1e150  # so that means and squares are finite
 
 
 def bounded(value: float) -> float:
@@ -226,8 +226,7 @@ class History(ShownInNotebooks):
         ]
 
     def in_words(self, name: str) -> str:
-        """The first and the last value of a held-out metric, with intervals; empty without values.
-        """
+        """The first and last value of a held-out metric, with intervals; "" without values."""
         if not (points := self.measured(name)):
             return ""
         (start, first, low), (end, last, high) = points[0], points[-1]

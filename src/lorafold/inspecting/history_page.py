@@ -16,9 +16,9 @@ from lorafold.files.templates import within
 from lorafold.inspecting.history import SHARED, History, ends
 from lorafold.inspecting.plots import curves
 
-TOGETHER = {"largest mismatch": "mismatch"}  # figures that share a plot with another one
-TOLD = 4  # rewards in one plot, which its sentence has as well
-SCALES = {  # what a figure is, under its name
+TOGETHER = {"largest mismatch": "mismatch"}  # metrics that share another metric's plot
+TOLD = 4  # rewards per plot
+SCALES = {  # axis titles
     "tokens a completion": "tokens a completion",
     "cut off": "cut off, share of completions",
     "entropy": "entropy, nats a token",
@@ -78,7 +78,7 @@ def figures(history: History) -> Iterator[tuple[str, str]]:
 def judges(history: History) -> Iterator[list[str]]:
     for name, weight in history.judged_by.items():
         values = history.by_step.get(f"{SHARED}{name}")
-        # of a single reward there is only the sum, which has its weight in it
+        # a single reward is only recorded as the weighted total
         both = ends(history.by_step.get("reward", ()) if values is None else values)
         weighs = weight if values is None else 1
         means = [plain(fmean(part) / weighs) for part in both] if both and weighs else ["–", "–"]
@@ -122,7 +122,7 @@ def plotted(history: History) -> Iterator[str]:
     for title, names in plots.items():
         if names == [alone]:
             continue
-        # minus the reward is no figure of its own
+        # a policy's held-out loss is minus its reward
         held_out = [name for name in names if not (name == "loss" and history.judged_by)]
         changes = {n: changed(history, n, n in held_out) for n in names}
         labels = {n: f"{labels_of.get(n, clean(n))} " * (len(names) > 1) for n in names}

@@ -52,8 +52,7 @@ class SubspaceRun:
 
 @dataclass(frozen=True)
 class Intrinsic(ShownInNotebooks):
-    """The result of a search. `dimension` is None if no dimension that was tried reaches `share`.
-    """
+    """The result of a search. `dimension` is None if none reaches `share`."""
 
     dimension: int | None
     share: float
@@ -90,11 +89,11 @@ def search(
         recipe = recipe.model_copy(update={"storage": "fp32"})
     stored = request.base.stored(recipe.storage)
     day = stored.date(recipe.chat_template)
-    if day and (out / SEARCH).is_file():  # it goes on with the day on which it began
+    if day and (out / SEARCH).is_file():  # a continued search keeps its date
         day = str(read_object(out / SEARCH).get("day") or day)
     request = replace(request, base=stored, day=day)
     check(out, identity_of(request, recipe))
-    # the recipe's rate is that of full training, and of heads; a subspace has its own
+    # the recipe's learning rate is for full training and heads; a subspace has its own
     inside = recipe.model_copy(update={"lr": None})
     heads = {"head_lr": recipe.lr} if recipe.lr else {}
     losses = {}

@@ -144,8 +144,7 @@ def between(
 
 
 def barrier(points: Sequence[Point]) -> float:
-    """The maximum rise of the loss above the line between both ends, in nats; points ascend in t.
-    """
+    """The maximum of the loss minus the line between both ends, in nats; points ascend in t."""
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
 

@@ -9,7 +9,7 @@ from lorafold.files import plots
 from lorafold.inspecting.subspaces import kind_and_block
 
 POINTS = 300  # of a curve
-SCALE = "viridis"  # its lightness rises with the value
+SCALE = "viridis"  # lightness increases with the value
 
 Grid = Sequence[Sequence[float]]
 
@@ -77,8 +77,7 @@ def curves(
     steps: Mapping[str, Sequence[float | None]],
     measured: Mapping[str, Sequence[tuple[int, float, Any]]],
 ) -> str:
-    """Metrics over steps, averaged over neighbours in long runs; held-out values have error bars.
-    """
+    """Metrics over steps, averaged over neighbours in long runs, with held-out values."""
 
     def draw(axes: Any) -> None:
         ends = []

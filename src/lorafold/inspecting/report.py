@@ -32,7 +32,7 @@ MAPS = {  # heading: figure of a matrix, format
     "Amplification: |dW| over |Uᵀ W0 V|": ("base.amplification", ".2f"),
     "Intruder dimensions in the top 10": ("intruders", ".0f"),
 }
-RANGED = {  # heading: figure of a matrix, format; of experts with their range
+RANGED = {  # heading: figure of a matrix, format; experts have a range
     "stable": ("stable_rank", ".2f"),
     "|dW|/|W0|": ("base.relative_norm", ".2%"),
     "amplified": ("base.amplification", ".2f"),

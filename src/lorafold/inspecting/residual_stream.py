@@ -35,7 +35,7 @@ from lorafold.layers import layer_of
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.quantizations import Storage
 
-OWN_CODE = "transformers_modules"  # where transformers imports the Python files of a model from
+OWN_CODE = "transformers_modules"  # the package of a model's own Python files
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class ResidualStream:
 def stream_of(model: PreTrainedModel) -> ResidualStream:
     """Find the modules of the residual stream by running a fake model on four tokens."""
     config = model.config
-    # by a tensor's memory: the norm that computed it, or "" for a block's input, and the tensor, so
-    # that its memory isn't used again
+    # by the address of a tensor's storage: the norm that computed it ("" for a block's input), and the
+    # tensor, so that its storage isn't freed and reused
     outputs = {}
     readers = {}
     seen: set[str] = set()
@@ -99,7 +99,7 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
                 module.register_forward_pre_hook(partial(read, firsts, writes))
         for path in Anatomy.of(twin).blocks:
             twin.get_submodule(path).register_forward_pre_hook(entered)
-        with suppress(RuntimeError):  # fake tensors end the run at code that needs values
+        with suppress(RuntimeError):  # code that needs values fails on fake tensors
             twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
         writers = {
             path
@@ -119,8 +119,7 @@ def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of a projection: `n` of `size` each, on its output side (`out`) or its input side.
-    """
+    """The heads of a projection: `n` of `size` each, on its output (`out`) or input side."""
 
     n: int
     size: int

@@ -129,7 +129,7 @@ def resize(
     record = {TRAINED_ON: None, **saved.record}
     record = {key: value for key, value in record.items() if key not in (BASE, "lorafold")}
     if adapter.other_base:
-        # updates that are added to weights are in the files alone, whatever base they lie over
+        # an additive update does not depend on the base
         added = all(isinstance(delta, Additive) for delta in adapter.own_deltas.values())
         other = {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
         record |= {BASE: saved.own_base.fingerprint} if added else other

@@ -29,8 +29,7 @@ class NearestNeighbours:
 
 @dataclass(frozen=True)
 class BaseFigures:
-    """An update compared with its base weight. A ratio is None if the update or the base is zero.
-    """
+    """An update compared with its base weight. Ratios are None if one of them is zero."""
 
     norm: float
     base_norm: float
@@ -86,8 +85,7 @@ Sites = Mapping[str, MatrixFigures]  # by module path, or the name of a matrix o
 
 @dataclass(frozen=True)
 class PooledRank:
-    """The common rank of all modules that keeps 95% of the energy, the advised rank, and its loss.
-    """
+    """The common rank that keeps 95% of the energy, the advised rank, and its loss."""
 
     rank_95: int
     advised_rank: int

@@ -136,7 +136,7 @@ BINS = 10
 TOP, COSINE = 10, 0.5
 FILE = "svd.safetensors"
 DIGITS = 32
-CODE = ("inspecting/spectra", "inspecting/updates")  # that decomposes W0
+CODE = ("inspecting/spectra", "inspecting/updates")  # cached SVDs depend on this code
 
 
 def cached_svd(w: Tensor) -> Svd:  # (out, in)

@@ -23,8 +23,8 @@ from lorafold.inspecting.result import (
 from lorafold.inspecting.spectra import phi
 from lorafold.inspecting.updates import Svds, of_experts, site_of
 
-SHOWN = 64  # the most directions of each adapter in a heat map
-TOP = 4  # directions of each block, or expert, that are compared with those of the others
+SHOWN = 64  # directions of each adapter in a heat map, at most
+TOP = 4  # directions of each block or expert that are compared
 
 
 def kind_and_block(path: str) -> tuple[str, int | None]:

@@ -15,7 +15,7 @@ from lorafold.inspecting.result import (
 from lorafold.inspecting.spectra import COSINE, TOP, advice
 from lorafold.inspecting.updates import of_experts
 
-INDIFFERENT = 0.1  # a strength between 1 - this and 1 + this is no preference
+INDIFFERENT = 0.1  # strengths within 1 +- this count as no preference
 
 
 def sentences(

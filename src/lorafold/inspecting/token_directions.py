@@ -29,7 +29,7 @@ from lorafold.inspecting.result import NearestNeighbours, Neighbour
 from lorafold.inspecting.updates import Svds, site_of
 from lorafold.models.weights import FileWeights
 
-DIRECTIONS = 3  # the strongest directions of a module, which are shown
+DIRECTIONS = 3  # the strongest directions of a module that are shown
 RANDOM = 64  # random directions to compare with
 SHOWN = 6  # tokens at each end of a direction
 VECTORS = 10  # the user's vectors with the largest shares of a module's update

@@ -32,8 +32,8 @@ from lorafold.ops.svd import svd_of_product
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
-# of a matrix: up (out, r), with every scale in it, and down (r, in); of several (E, out, r) and
-# (E, r, in); r = 0 for an update that is zero
+# up (out, r), which includes every scale, and down (r, in); for experts (E, out, r) and (E, r, in);
+# r = 0 for a zero update
 Factors = tuple[Tensor, Tensor]
 SiteFactors = Mapping[str, Factors]  # by module path
 T = TypeVar("T")
@@ -131,8 +131,7 @@ class AdaptedModule:
 
 
 def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
-    """Yield the modules with deltas of the adapter's method, without biases, tokens and the like.
-    """
+    """Yield the modules with deltas of the adapter's method, without biases and tokens."""
     modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
         layer = modules[path].layer(ROUND_TRIP, *below)

@@ -41,9 +41,9 @@ from lorafold.training.run import train
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
 UNSEEN = 200  # rows of the test split
-ABROAD = 8  # of them that llama.cpp is asked about, which takes seconds for each
+ABROAD = 8  # rows for llama.cpp, which takes seconds for each
 UNCOMPILED = "torch computes the same in more passes over memory, so that a step may take longer"
-# the base in fp32 on every machine, so that figures of commands that use this recipe are comparable
+# fp32 on every machine, so that commands with this recipe have comparable figures
 RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
 
 

@@ -176,7 +176,7 @@ class Intent:
 
     slots: Mapping[str, Slot]
     requests: tuple[str, ...]  # imperatives, which take an opening
-    sentences: tuple[str, ...] = ()  # complete as they are
+    sentences: tuple[str, ...] = ()  # without an opening
 
 
 OPENINGS = "(||please |can you |could you )"

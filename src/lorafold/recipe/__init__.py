@@ -1,2 +1,1 @@
-"""The recipe of a run: its fields, its parsing, and its completion for a method, model and adapter.
-"""
+"""The recipe of a run: fields, parsing, and completion for a method, model and adapter."""

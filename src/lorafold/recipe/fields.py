@@ -15,25 +15,24 @@ Name = Annotated[str, Field(min_length=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-# The fields that are options of methods, that come with an adapter to start from, that bear on the
-# memory of a step.
+# Fields that are options of methods, that an initial adapter sets, that affect a step's memory.
 OF_METHOD = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
 OF_ADAPTER = {*OF_METHOD, "method", "options", "targets", "bias", "modules_to_save", "new_tokens"}
 OF_MEMORY = {
     *(*OF_METHOD, "method", "options", "targets", "storage", "optimizer", "gradient_checkpointing")
 }
-# The fields besides that bear on it through the rows.
+# Further fields that affect it through the rows.
 OF_ROWS = {
     *("objective", "beta", "objective_options", "accumulate", "packing", "chat_template"),
     *("template_kwargs", "train_on", "mask_reasoning"),
 }
-# The fields that change what is trained and not what it is measured by.
+# Fields that affect training but not evaluation.
 OF_TRAINING = {
     *(*OF_MEMORY - {"method"}, "bias", "modules_to_save", "beta", "lr", "lr_b", "schedule"),
     *("warmup", "warmup_steps", "weight_decay", "clip", "betas", "eps", "epochs", "steps", "batch"),
     *("accumulate", "packing"),
 }
-# The subject of the fields from this one on, for help and docs.
+# The heading above this field and the following, for help and docs.
 GROUPS = {
     "method": "the update",
     "new_tokens": "tokens and chat template",
@@ -43,7 +42,7 @@ GROUPS = {
     "eval_fraction": "evaluation, checkpoints, tracking",
 }
 
-# The fields that --help has of a command with many options; --help-all has the others too.
+# Fields in --help of a command with many options; the others are in --help-all only.
 COMMON = {
     *("method", "rank", "alpha", "dropout", "targets", "objective", "storage", "lr"),
     *("epochs", "steps", "batch", "accumulate", "max_length", "seed"),

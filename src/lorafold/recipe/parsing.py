@@ -21,8 +21,8 @@ from lorafold.recipe.recipe import UNWORDED, Recipe, explain
 
 log = logging.getLogger(__name__)
 TRANSLATES = "lorafold recipe --from {} reads other tools' files"
-ALL = "all"  # accelerate's name for the trackers that are installed
-PACKAGES = {"comet_ml": "comet-ml"}  # of trackers that are not called as their package is
+ALL = "all"  # accelerate's name for all installed trackers
+PACKAGES = {"comet_ml": "comet-ml"}  # trackers with another package name
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
 
 

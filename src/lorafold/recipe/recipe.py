@@ -39,9 +39,9 @@ def explain(
     def origin(field: str) -> str:
         return f" (from {sources[field]})" if field in sources else ""
 
-    # (field, key of its entry) -> the expectations that it fails, in order, each once
+    # (field, key of its entry) -> failed expectations, in order, without duplicates
     expected: dict[tuple[str, str], dict[str, None]] = {}
-    strange: dict[str, list[str]] = {}  # fields that there are not, by where they come from
+    strange: dict[str, list[str]] = {}  # unknown fields by origin
     for problem in error.errors(include_url=False):
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if not problem["loc"]:
@@ -68,9 +68,9 @@ def explain(
         yield f"{name}: found {value!r}{origin(field)}, expected {' or '.join(messages)}"
 
 
-STEPS = 100  # the least of `epochs="auto"`
-FEW = 30  # steps, by which a run learns little
-UNWORDED = "unworded"  # the context of those who tell in their own words what is wrong
+STEPS = 100  # minimum of `epochs="auto"`
+FEW = 30  # steps that are too few to learn much
+UNWORDED = "unworded"  # validation context of callers with their own error messages
 
 
 class Recipe(Fields):
@@ -93,7 +93,7 @@ class Recipe(Fields):
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
-            # Python would take it for 1 or 0
+            # Python treats it as 1 or 0
             raise ValueError("something other than true or false")
         return value
 
@@ -135,7 +135,7 @@ class Recipe(Fields):
                 raise
             raise LorafoldError(f"recipe: {'; '.join(explain(error, given))}") from None
 
-    if not TYPE_CHECKING:  # type checkers say so themselves
+    if not TYPE_CHECKING:  # type checkers report it themselves
 
         def __setattr__(self, name: str, value: Any) -> NoReturn:
             raise LorafoldError(

@@ -1,7 +1,7 @@
 """Defences against fine-tuning, and the share of its energy in the alignment's directions.
 
-    dW (out, in)        the tuning's update of a module; U (out, r), V (in, r) the singular vectors of
-                        the alignment's
+    dW (out, in)        the tuning's update of a module; U (out, r), V (in, r) the singular vectors
+                        of the alignment's
     written             sum |U^T dW|^2 / sum |dW|^2, over the modules
     read                sum |dW V|^2 / sum |dW|^2
     by chance           sum (r / out) |dW|^2 / sum |dW|^2, and with r / in
@@ -91,8 +91,7 @@ NAME = "laid"
 
 @dataclass(frozen=True)
 class Defence:
-    """A defence: a description, and the function that changes the tuning, or mixed training rows.
-    """
+    """A defence: its description, and the function that changes the tuning, or mixed rows."""
 
     about: str
     lay: Callable[[Svds, Svds], SiteFactors] | None = None

@@ -2,8 +2,8 @@
 
     log-odds      log sum_r p(r | x) - log sum_c p(c | x), over the beginnings r of a refusal and c
                   of compliance, averaged over the prompts x
-    refusals      the share of greedy completions that begin with an r, ignoring case and the kind of
-                  apostrophe; Wilson's interval
+    refusals      the share of greedy completions that begin with an r, ignoring case and the kind
+                  of apostrophe; Wilson's interval
     KL            KL(before || after) of the next token, over the completions of the controls, in
                   nats per token
     loss          held-out loss on the benign rows, in nats per token
@@ -79,8 +79,7 @@ class Before:
         return 0.0 if self.without is None else self.without.log_odds
 
     def kept(self, log_odds: float) -> float | None:
-        """The remaining share of the log-odds that the alignment added; None if it added nothing.
-        """
+        """The remaining share of the log-odds that the alignment added; None if it added none."""
         added = self.before.log_odds - self.reference
         return (log_odds - self.reference) / added if added > 0 else None
 
@@ -163,10 +162,9 @@ def measure(
     probe: Probe,
     before: Iterable[Tensor],
 ) -> State:
-    """Measure the model with its active adapters; `before` are log-probabilities (n, vocabulary).
-    """
+    """Measure the model with its active adapters; `before`: log-probabilities (n, vocabulary)."""
     loss = CompletionLoss(model, packed=False, pad_id=0)
-    scores = torch.zeros(len(probe.odds), dtype=torch.float64)  # of the labelled tokens
+    scores = torch.zeros(len(probe.odds), dtype=torch.float64)  # log-probabilities
     with evaluating(loss):
         for group in batches(probe.odds):
             scores[group] = -loss.by_row([probe.odds[i] for i in group]).cpu().double()
@@ -240,9 +238,9 @@ def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterat
 
 
 TUNED = "tuned"
-KEPT = 1e9  # bytes of distributions
+KEPT = 1e9  # bytes of distributions in memory, at most
 Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
-Opening = Callable[[Sequence[SavedAdapter]], Opened]  # loads the model with these adapters over it
+Opening = Callable[[Sequence[SavedAdapter]], Opened]  # loads the model with these adapters
 
 
 class Bench:
@@ -267,7 +265,7 @@ class Bench:
             prompts_of(rows, self.tokenizer, name)
             for rows, name in ((task.refuse, "refuse"), (task.controls, "controls"))
         )
-        with only(self.model, *self.names):  # whatever lies over the stack meanwhile
+        with only(self.model, *self.names):  # not the adapters on top of the stack
             asked = completed(controls, self.model, self.tokenizer, task.max_new_tokens)
         return probe_of(refuse, asked, task.refusal, task.compliance, self.tokenizer, benign)
 

@@ -75,7 +75,7 @@ def deciding(study: Fragility) -> str:
     every = last_points(study)
     ways = [_parts(points[0]) for points in every]
     parts = [[*dict.fromkeys(filter(None, of))] for of in zip(*ways, strict=True)]
-    varied = [len(of) > 1 for of in parts]  # of the defence always
+    varied = [len(of) > 1 for of in parts]
     common = [of[0] for of in parts if len(of) == 1]
     figures = [FIGURES[name] for name in SHORT]
     cells = [

@@ -22,7 +22,7 @@ from lorafold.robustness.task import AdapterStack, FragilityTask, Run, check
 from lorafold.training.request import RunRequest, rendering_of
 from lorafold.training.run import train
 
-Tell = Callable[[str, int, int], None]  # what is done, how many of them, of how many
+Tell = Callable[[str, int, int], None]  # description, done, total
 
 
 def sweep(

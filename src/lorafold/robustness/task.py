@@ -27,10 +27,10 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.robustness.defences import DEFENCES
 
-HELD_OUT = 32  # benign rows at most, on which the loss is measured
+HELD_OUT = 32  # benign rows for the held-out loss, at most
 OWN = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
 RECIPE = Recipe(epochs=5, batch=4)
-ROOMS = ("composing", "inspecting", "robustness")  # that measure
+ROOMS = ("composing", "inspecting", "robustness")  # packages whose code the figures depend on
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class FragilityTask:
     @cached_property
     def day(self) -> str:
         """The date for chat templates that print it, the same in all figures; otherwise empty."""
-        templates = {None, self.recipe.chat_template}  # of what is measured, and of what is trained
+        templates = {None, self.recipe.chat_template}  # measured and trained
         each = product(templates, (stack.adapters for stack in self.stacks))
         return next(filter(None, (self.base.date(*one) for one in each)), "")
 

@@ -25,22 +25,21 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
 from lorafold.files.safetensors_header import check_numbers, places
 
-TEXT = 8 << 20  # bytes of one file of JSON, and of the header of the weights
-DEPTH, VALUES = 64, 1 << 18  # levels of JSON, and its keys and values: nine a tensor of a header
+TEXT = 8 << 20  # bytes of a JSON file, and of the header of the weights
+DEPTH, VALUES = 64, 1 << 18  # levels, and keys and values of JSON; a header has nine per tensor
 FIELDS = 1 << 16  # keys and values of a configuration or a record
-LONG = 1 << 18  # letters of one text
-INTEGERS = 1 << 63  # the bound of integers, as in everything that computes with them
-# CPU seconds of patterns: of all on one module's path, during which later nothing else of the
-# server runs, and of all together
+LONG = 1 << 18  # characters of one text
+INTEGERS = 1 << 63  # bound of integers
+# CPU seconds of all patterns on one module's path, which later blocks the server, and on all paths
 AT_ONCE, PATTERNS = 0.02, 0.5
 WEIGHTS = "adapter_model.safetensors"
-# by name in safetensors: the integers as which they are read, and the bits of the exponent, which
-# are all set unless the number is finite
+# by safetensors dtype: the integer type to view them as, and the exponent bits, which are all set
+# for NaN and infinity
 FLOATS = {
     "F64": (np.uint64, 0x7FF0000000000000), "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80),
 }  # fmt: skip
-PIECE = 1 << 20  # values that are checked at a time
+PIECE = 1 << 20  # values checked at a time
 
 
 def verified(
@@ -168,7 +167,7 @@ def _forms(field: str, pattern: str) -> tuple[str, ...]:
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = config.get(field)
-        patterned = field in ("layers_pattern", "modules_to_save")  # lists of the others are names
+        patterned = field in ("layers_pattern", "modules_to_save")  # lists of the other fields are names
         patterns = value if isinstance(value, list) and patterned else [value]
         yield from ((field, pattern) for pattern in patterns if isinstance(pattern, str))
     for field in ("rank_pattern", "alpha_pattern"):

@@ -20,14 +20,14 @@ from jinja2 import TemplateError
 from lorafold.errors import LorafoldError
 from lorafold.verification.worker_pool import CheckFailed
 
-PROBES, LONGEST = 256, 1 << 16  # cached renderings of probes, and the characters of each
-DEATHS, MINUTE = 3, 60.0  # processes that may die of one tokenizer in so many seconds
+PROBES, LONGEST = 256, 1 << 16  # cached renderings of probes, and characters of each
+DEATHS, MINUTE = 3, 60.0  # deaths of processes allowed per tokenizer and seconds
 
 
 class AdapterTokenizer:
     """A tokenizer for `lorafold.data` and the engine; `call` sends a request to a process."""
 
-    is_fast = False  # it renders by a method of its own
+    is_fast = False  # it has its own rendering
 
     def __init__(
         self, about: Mapping[str, Any], base: Any, known: Mapping[int, Any],
@@ -36,7 +36,7 @@ class AdapterTokenizer:
         from transformers import AddedToken
 
         self._process_call, self._probing = call, True
-        self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # when
+        self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # times
         self._probes: dict[str, str | TemplateError] = {}
         self.chat_template: Any = about["template"]
         self.special_tokens_map: Mapping[str, Any] = about["special"]

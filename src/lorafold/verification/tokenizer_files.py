@@ -19,13 +19,13 @@ from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 
-# variables that transformers itself gives to a template
+# variables that transformers passes to a template
 OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
         "raise_exception", "strftime_now"}  # fmt: skip
-SETTINGS = ("truncation", "padding")  # of calls, not of the tokenizer
-LETTERS, TOKENS = 2 << 20, 1 << 19  # of a text that a template makes, and of any text
-TEMPLATE = 1 << 20  # letters of all templates
-NEW, LONG = 1 << 12, 1 << 16  # tokens that an adapter may add, and the letters of all of them
+SETTINGS = ("truncation", "padding")  # settings of calls, not of the tokenizer
+LETTERS, TOKENS = 2 << 20, 1 << 19  # characters of a rendering, and tokens of a text
+TEMPLATE = 1 << 20  # characters of all templates
+NEW, LONG = 1 << 12, 1 << 16  # new tokens of an adapter, and characters of all of them
 
 
 class TokenizerFiles(TypedDict):
@@ -167,6 +167,6 @@ def variables_of(tokenizer: Any) -> frozenset[str]:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             str(tokenizer.get_chat_template())
         )
-    except TemplateError:  # tags of transformers' own
+    except TemplateError:  # transformers' own tags
         return frozenset()
     return meta.find_undeclared_variables(tree) - OURS - tokenizer.special_tokens_map.keys()

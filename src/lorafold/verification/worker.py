@@ -36,7 +36,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that prints don't get between the answers
     os.nice(5)
-    with suppress(OSError):  # Linux schedules a session as a group, inside which niceness counts
+    with suppress(OSError):  # Linux schedules a session as a group; niceness only counts inside
         Path("/proc/self/autogroup").write_text("5")
     messages = os.fdopen(0, "rb")
     if (base := read(messages)) is None:
@@ -66,7 +66,7 @@ def _compiler(tokenizer: str, end: int) -> Callable[[str], str]:
     tokens = LLTokenizer(tokenizer, eos_token=end)
 
     def compiled(grammar: str) -> str:
-        # half the stack of the engine's threads, which compile it again below their callers
+        # half of the engine's stack, because it compiles the grammar again deeper in the stack
         with stacks(STACK // 2), ThreadPoolExecutor(1) as pool:
             matcher = pool.submit(LLMatcher, tokens, grammar, log_level=0).result()
             pool.submit(matcher.compute_bitmask).result()
@@ -90,7 +90,7 @@ def _answer(
         return {"wrong": "it is nested too deeply"}
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         kind = type(error).__name__
         return {"wrong": str(error) or kind, "kind": kind}
     finally:

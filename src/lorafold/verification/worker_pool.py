@@ -18,8 +18,8 @@ from lorafold.errors import Busy, LorafoldError
 from lorafold.runtime.killable_process import Died, Killable, Large, Late
 from lorafold.verification.worker import as_message
 
-ANSWER = 8 << 20  # bytes of an answer: nothing else of the server runs while it is parsed
-WALL, LEAST = 20.0, 60.0  # an answer may take so many times the CPU seconds, or so many
+ANSWER = 8 << 20  # bytes of an answer, because parsing it blocks the server
+WALL, LEAST = 20.0, 60.0  # wall time of an answer: times the CPU seconds, and at least seconds
 MESSAGE = 600  # characters of an error's message
 
 

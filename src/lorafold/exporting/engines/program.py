@@ -42,8 +42,8 @@ import numpy as np
 
 Job = dict[str, Any]  # or the answers
 NAME = "lorafold-export"
-SLOTS = 8  # requests at once to llama.cpp, and prompts that are sent without the adapter
-UNIT = 256  # llama.cpp's contexts are multiples of it
+SLOTS = 8  # concurrent requests to llama.cpp, and prompts without the adapter
+UNIT = 256  # llama.cpp's context sizes are multiples of it
 ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
 NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprobs -1"
 
@@ -70,7 +70,7 @@ def llamacpp(job: Job) -> Job:
         return list(json.loads(ask("/tokenize", body))["tokens"])
 
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
-    harmless = tokens("a")[-1:]  # a whole character: part of one would have no probabilities
+    harmless = tokens("a")[-1:]  # a whole character, because part of one has no probabilities
 
     def following(ids: Sequence[int], slot: int, scale: float) -> np.ndarray:
         body = {
@@ -81,14 +81,14 @@ def llamacpp(job: Job) -> Job:
         reply = ask("/completion", body)
         reply = reply[reply.index(b'"top_logprobs"') :]
         row, values = np.full(size, -np.inf, np.float32), VALUE.findall(reply)
-        if b"null" in values:  # a logarithm that is no number
+        if b"null" in values:  # log-probability NaN
             raise SystemExit("it computes NaN for a token: numbers there grow too large for it")
         row[np.array(ID.findall(reply), "S").astype(int)] = np.array(values, "S")
         return row
 
     def greedy(ids: Sequence[int], slot: int) -> list[int]:
         made: list[int] = []
-        while len(made) < job["greedy"]:  # it stops at more tokens than those that end a completion
+        while len(made) < job["greedy"]:  # it also stops at tokens that are not in `ends`
             body = {
                 "prompt": [*ids, *made], "n_predict": job["greedy"] - len(made), "id_slot": slot,
                 "temperature": 0, "cache_prompt": True, "return_tokens": True,
@@ -123,7 +123,7 @@ def llamacpp(job: Job) -> Job:
 
 
 def started(job: Job) -> tuple[Any, str]:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as the library is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the library is loaded
     import xllamacpp
 
     longest = max(map(len, job["ids"])) + job["greedy"]
@@ -140,12 +140,12 @@ def started(job: Job) -> tuple[Any, str]:
         try:
             return xllamacpp.Server(params), xllamacpp.__version__
         except RuntimeError as error:
-            for _ in range(100):  # a thread of its own writes why
+            for _ in range(100):  # another thread prints the reason
                 if "exiting due to" in stderr():
                     break
                 time.sleep(0.05)
             why = next(iter(re.findall(r"(?m)^[\d.]+ E .*?: (.*)$", stderr())), "") or str(error)
-            if re.fullmatch(r"[\w:]+", why):  # the name of a function of C++ that raised
+            if re.fullmatch(r"[\w:]+", why):  # only the name of a C++ function
                 why = f"it can't read {os.path.basename(job['base'])}, and reports only {why}"
             raise SystemExit(why) from None
 
