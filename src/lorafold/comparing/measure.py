@@ -200,8 +200,8 @@ def clock(do: Callable, device: torch.device) -> tuple:
     return result, time.perf_counter() - start
 
 
-# relative error of logits up to which two models count as equal: far above fp32 rounding of some dozen
-# layers, and far below the effect of an adapter
+# relative error of logits up to which two models count as equal: far above fp32 rounding of some
+# dozen layers, and far below the effect of an adapter
 EXACT = 1e-4
 BASE = "base"  # the row of the base model
 

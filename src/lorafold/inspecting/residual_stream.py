@@ -58,8 +58,8 @@ class ResidualStream:
 def stream_of(model: PreTrainedModel) -> ResidualStream:
     """Find the modules of the residual stream by running a fake model on four tokens."""
     config = model.config
-    # by the address of a tensor's storage: the norm that computed it ("" for a block's input), and the
-    # tensor, so that its storage isn't freed and reused
+    # by the address of a tensor's storage: the norm that computed it ("" for a block's input), and
+    # the tensor, so that its storage isn't freed and reused
     outputs = {}
     readers = {}
     seen: set[str] = set()

@@ -167,7 +167,7 @@ def _forms(field: str, pattern: str) -> tuple[str, ...]:
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = config.get(field)
-        patterned = field in ("layers_pattern", "modules_to_save")  # lists of the other fields are names
+        patterned = field in ("layers_pattern", "modules_to_save")  # other lists are names
         patterns = value if isinstance(value, list) and patterned else [value]
         yield from ((field, pattern) for pattern in patterns if isinstance(pattern, str))
     for field in ("rank_pattern", "alpha_pattern"):
