@@ -54,30 +54,30 @@ def estimate(
 
     Args:
         mode: inference, full, lora, qlora, or the name of a method.
-        params: Instead of a model, a Llama of this size: 7b, 13b, 33b, 65b or 70b.
-        data: Training rows, as for train. The estimate is for the largest micro-batch.
-        batch: Rows per forward pass. Training packs rows up to max_length tokens per pass. Default:
-            1; with `data`, 8 rows per step.
-        max_length: Tokens per row; for inference, of prompt and completion together. Default:
-            1,024, or the model's maximum if it is smaller.
+        params: Instead of a model, the size of a Llama: 7b, 13b, 33b, 65b or 70b.
+        data: Training rows, as for train; the estimate is for the largest micro-batch.
+        batch: Rows per forward pass; training packs them up to max_length tokens. Default: 1; with
+            `data`, 8 rows per step.
+        max_length: Tokens per row; for inference, of prompt and completion. Default: 1,024, or the
+            model's maximum if it is smaller.
         labelled: Tokens per batch that count in the loss. Default: all.
-        recipe: Its fields override the mode. Fields that an estimate does not support are rejected.
-        gpus: The number of devices that train together. The estimate is for each of them, with
-            `batch` rows.
-        strategy: Whether each of `gpus` holds a shard of the weights (fsdp) or all (ddp).
+        recipe: Fields that override the mode; unsupported ones are rejected.
+        gpus: The number of devices that train together; the estimate is for each, with `batch`
+            rows.
+        strategy: fsdp (the weights are sharded over `gpus`) or ddp (replicated).
         tflops: The throughput of a device in TFLOP/s, to compute the bandwidth that `gpus` need.
         device_memory: The memory of a device, for example 24GB, to check whether the run fits and
             what would fit. In Python also a number of bytes.
         measure: Also load the model and run two real steps, to check the estimate.
         device: The device to estimate for: cpu is this machine's CPU. Default: a CUDA GPU. With
             `measure`, the device that runs the steps. Default: the fastest one.
-        compute_capability: The compute capability of the GPU, for example 7.5 for a T4. Default:
-            8.0 or newer, which has FlashAttention.
+        compute_capability: The GPU's compute capability, for example 7.5 for a T4. Default: 8.0 or
+            newer, with FlashAttention.
         html: Also write a chart of the parts to one HTML file.
         length: The old name of `max_length`.
 
-    Raises LorafoldError for an unknown mode or size, for arguments that exclude each other, and for
-    a model that can't be traced.
+    Raises LorafoldError for an unknown mode or size, arguments that exclude each other, or a model
+    that can't be traced.
 
     Examples:
         lorafold estimate --params 7b --mode lora --device-memory 24GB
