@@ -7,7 +7,8 @@ earlier versions contain only losses.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, variance
@@ -22,6 +23,9 @@ from lorafold.files.record import RECORD
 from lorafold.files.templates import in_words, within
 
 Values = Sequence[float | None]
+RATE = "learning rate"
+PEFT_CONFIG = "adapter_config.json"
+SIZES = {"r": "r", "alpha": "lora_alpha"}
 FEWEST = 3  # steps at an end
 COLLAPSED = 0.1  # share of the initial entropy
 CUT_OFF = 0.5  # share of the completions
@@ -149,6 +153,8 @@ class RunRecord(BaseModel):
     held_out: dict[str, list[int | Figure | tuple[Figure, Figure] | None]] = {}
     judged_by: dict[str, Figure] = {}
     samples: dict[Literal["first", "last"], SampleSet] = {}
+    data: dict[str, Any] = {}
+    trained_on: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -184,6 +190,7 @@ class History(ShownInNotebooks):
         judged_by: The weights of rewards by name.
         samples: Sample completions of the `first` and of the `last` evaluation.
         observations: Warnings and other observations, as sentences.
+        configuration: The settings of the run by name, as texts.
     """
 
     adapter: str
@@ -195,6 +202,7 @@ class History(ShownInNotebooks):
     judged_by: Mapping[str, float]
     samples: Mapping[str, Mapping[str, Any]]
     observations: Sequence[str]
+    configuration: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def objective(self) -> str:
@@ -218,10 +226,11 @@ class History(ShownInNotebooks):
     @property
     def names(self) -> list[str]:
         """The metrics that have values, per step or held-out."""
+        first = [] if self.judged_by else ["loss"]
         held_out = [n for n in self.held_out if n != "step" and not n.endswith(INTERVAL)]
         return [
             name
-            for name in dict.fromkeys([*self.steps, *held_out, "loss"])
+            for name in dict.fromkeys([*first, *self.steps, *held_out, "loss"])
             if self.measured(name) or any(v is not None for v in self.by_step.get(name, ()))
         ]
 
@@ -236,9 +245,11 @@ class History(ShownInNotebooks):
 
     def __str__(self) -> str:
         figures = {name: both for name, v in self.by_step.items() if (both := ends(v))}
+        names = ["means of steps", *self.configuration, *map(printable, figures)]
         return in_words(
-            "inspecting/history.jinja", found=self, figures=figures, mean=fmean, line=printable
-        )
+            "inspecting/history.jinja", found=self, figures=figures, mean=fmean, line=printable,
+            wide=max(map(len, names)), n=max(FEWEST, len(self.losses) // 10),
+        )  # fmt: skip
 
 
 def read_history(path: str | Path) -> History:
@@ -259,5 +270,36 @@ def read_history(path: str | Path) -> History:
     options = record.recipe.get("objective_options") or {}
     observations = observed(record.steps, record.held_out, options, record.step)
     return History(
-        adapter=str(path), **record.model_dump(exclude={"step"}), observations=observations
+        adapter=str(path),
+        configuration=dict(configuration(path, record)),
+        **record.model_dump(exclude={"step", "data", "trained_on"}),
+        observations=observations,
     )
+
+
+def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
+    """The settings that a reader of the curves asks for; those that are unknown are left out."""
+    peft = read_object(path / PEFT_CONFIG) if (path / PEFT_CONFIG).is_file() else {}
+    recipe, data, on = record.recipe, record.data, record.trained_on or {}
+    base = [peft.get("base_model_name_or_path"), on.get("storage") or recipe.get("storage")]
+    method = [recipe.get("method")]
+    method += [f"{name} = {peft[key]}" for name, key in SIZES.items() if key in peft]
+    rates = [rate for rate in record.steps.get(RATE, ()) if rate is not None]
+    peak = max(rates, default=None)
+    batch, accumulate = recipe.get("batch"), recipe.get("accumulate", 1)
+    rows = f"{data['rows']:,} rows" if isinstance(data.get("rows"), int) else None
+    written = date.fromtimestamp((path / RECORD).stat().st_mtime)
+    each = {
+        "base model": base,
+        "method": method,
+        "objective": [recipe.get("objective", "sft")],
+        "learning rate": [f"at most {peak:g}", recipe.get("schedule")] if peak else [],
+        "steps": [f"{len(record.losses):,}"],
+        "batch size": [batch and (f"{batch} x {accumulate}" if accumulate != 1 else f"{batch}")],
+        "training data": [data.get("source"), rows],
+        "seed": [recipe.get("seed")],
+        "written": [f"{written:%Y-%m-%d}"],
+    }
+    for name, parts in each.items():
+        if text := ", ".join(str(part) for part in parts if part is not None):
+            yield name, text

@@ -47,8 +47,7 @@ def sections(history: History) -> str:
         found=history,
         clean=clean,
         plain=plain,
-        method=history.recipe.get("method", ""),
-        steps="1 step" if len(history.losses) == 1 else f"{len(history.losses)} steps",
+        configuration=[(name, clean(text)) for name, text in history.configuration.items()],
         observations=map(clean, [*history.observations] or [SOUGHT] * bool(history.judged_by)),
         figures=dict(figures(history)),
         judges=judges(history),
@@ -66,8 +65,8 @@ def figures(history: History) -> Iterator[tuple[str, str]]:
         value, interval = measured[step]
         when = "before the first step" if step == 0 else f"after step {step}"
         yield f"held-out {key} {when}{within(interval)}", number(value, digits=3)
-    for name, values in history.by_step.items():
-        if name in ("reward", "entropy", "tokens a completion", "loss") and (both := ends(values)):
+    for name in (key, "entropy", "tokens a completion"):
+        if both := ends(history.by_step.get(name, ())):
             first, last = map(fmean, both)
             yield (
                 f"{name}, first and last {len(both[0])} steps",

@@ -9,6 +9,7 @@ from lorafold.files import plots
 from lorafold.inspecting.subspaces import kind_and_block
 
 POINTS = 300  # of a curve
+FALLING, FAR = ("loss", "gradient norm"), 20  # ratio from which they get a logarithmic axis
 SCALE = "viridis"  # lightness increases with the value
 
 Grid = Sequence[Sequence[float]]
@@ -77,25 +78,28 @@ def curves(
     steps: Mapping[str, Sequence[float | None]],
     measured: Mapping[str, Sequence[tuple[int, float, Any]]],
 ) -> str:
-    """Metrics over steps, averaged over neighbours in long runs, with held-out values."""
+    """Metrics over steps, averaged over neighbours in long runs; held-out values have error bars.
+    Losses and norms that fall far have a logarithmic axis.
+    """
+    lines = {name: line for name, values in steps.items() if (line := means(values))}
+    heights = [y for one in (*lines.values(), *measured.values()) for _, y, *_ in one]
+    far = title in FALLING and min(heights) > 0 and max(heights) > FAR * min(heights)
 
     def draw(axes: Any) -> None:
         ends = []
-        for n, name in enumerate(dict.fromkeys([*steps, *measured])):
+        for n, (name, line) in enumerate(lines.items()):
             style = plots.series(n)
-            if line := means(steps.get(name, ())):
-                mark = style["marker"] if len(line) == 1 else ""
-                axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
-                ends.append(plots.End(line[-1][1], name, style["color"]))
-            if points := measured.get(name):
-                at, values, intervals = zip(*points, strict=True)
-                axes.errorbar(
-                    at, values, plots.spread(values, intervals), **style | {"linestyle": ":"}
-                )
-                ends.append(plots.End(values[-1], f"{name}, held out", style["color"]))
+            mark = style["marker"] if len(line) == 1 else ""
+            axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
+            ends.append(plots.End(line[-1][1], name, style["color"]))
+        for n, (name, points) in enumerate(measured.items(), len(lines)):
+            style = plots.series(n)
+            at, values, intervals = zip(*points, strict=True)
+            axes.errorbar(at, values, plots.spread(values, intervals), **style | {"linestyle": ":"})
+            ends.append(plots.End(values[-1], f"{name}, held out", style["color"]))
         axes.set(xlabel="step")
         axes.margins(x=0.03)
-        plots.scaled(axes, x="linear", y="linear")
+        plots.scaled(axes, x="linear", y="log" if far else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         plots.at_ends(axes, ends if len(ends) > 1 else [])
 

@@ -40,6 +40,7 @@ from lorafold.training_step.policy_loss import StepRollouts
 
 PATIENCE = 3  # measures in a row without a better one
 GRADIENT = "gradient norm"  # of a step, before it is clipped
+RATE = "learning rate"  # of a step, of the first group of parameters
 HOLDER = "process "  # begins what a lock file says of the run that holds it
 FILES = "files"  # of an identity: what the run reads, each by `name` and `sha256`
 

@@ -34,7 +34,7 @@ from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.processor import considerate
-from lorafold.training.checkpoint import GRADIENT, Progress, RunDirectory
+from lorafold.training.checkpoint import GRADIENT, RATE, Progress, RunDirectory
 from lorafold.training.progress import Display
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.losses import Loss
@@ -173,10 +173,10 @@ def note_step(
     rollouts = examples if isinstance(examples, StepRollouts) else None
     figures = dict(rollouts.figures) if rollouts is not None else {}
     figures |= {**plan.loss.figures(plan.layout.processes), GRADIENT: norm}
-    progress.add_figures(figures)
+    lr = plan.optimizer.param_groups[0]["lr"]
+    progress.add_figures(figures | {RATE: lr})
     if rollouts is not None:
         figures |= progress.add_rollouts(rollouts, tokens, seconds, read=plan.held_out is None)
-    lr = plan.optimizer.param_groups[0]["lr"]
     display.step(progress.step, loss, progress.tokens / progress.seconds, figures, lr)
     if not math.isfinite(loss + norm):
         skip_step(plan, progress, loss, display)

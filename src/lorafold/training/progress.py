@@ -23,6 +23,7 @@ from lorafold.files.terminal import print_lines
 from lorafold.recipe.recipe import Recipe
 
 PAUSE = 0.5  # seconds between two drawings of a notebook's bar, at least
+FEW = 2  # figures of a step in a sentence; more stand in columns
 
 
 class Display:
@@ -87,7 +88,10 @@ class Display:
             step == self.steps or step % max(1, self.steps // 10) == 0
         ):
             line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
-            self.note(line + "".join(shown))
+            if len(figures) > FEW:  # in columns
+                line = f"{line:<{2 * len(str(self.steps)) + 38}}"
+                shown = [f"  {name} {value:<9.4g}" for name, value in figures.items()]
+            self.note((line + "".join(shown)).rstrip())
 
     def draw(self, step: int, figures: str) -> None:
         """Draw a notebook's bar anew, if the last time is long enough ago or this is the end."""
