@@ -150,7 +150,6 @@ def sources_in(data: Data) -> list[str] | None:
 
 
 def source_of(data: Data) -> str:
-    """The source of the rows, for records and messages."""
     return ", ".join(sources_in(data) or ["rows given in Python"])
 
 
@@ -172,7 +171,6 @@ def missing(name: str) -> LorafoldError:
 
 
 def as_paths(adapters: Paths) -> list[Path]:
-    """The paths as a list, also for a single path."""
     given: Any = adapters
     several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
     return [as_path(one, "adapters") for one in (given if several else [given])]
@@ -186,7 +184,6 @@ def as_path(path: str | PathLike[str], name: str = "out") -> Path:
 
 
 def as_page(file: str | Path | None, name: str = "html") -> Path | None:
-    """The path of an HTML file, checked to be writable, or None."""
     from lorafold.files.atomic import check_file
 
     if file is None:

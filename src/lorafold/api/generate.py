@@ -117,7 +117,6 @@ def rendered(
     tokenizer: "PreTrainedTokenizerBase",
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """A prompt rendered with the chat template, a system message and tools."""
     from lorafold.data.formats import Conversation
     from lorafold.data.messages import tool_problems, tools_of
     from lorafold.data.render import prompt_of

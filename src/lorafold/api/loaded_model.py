@@ -133,7 +133,6 @@ def length_for(
 def prepared(
     tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
 ) -> PreTrainedTokenizerBase:
-    """The same tokenizer with the tokens that the objective adds."""
     if message := objective.set_up(tokenizer):
         print_lines(console, message)
     return tokenizer

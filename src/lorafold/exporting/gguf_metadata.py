@@ -223,7 +223,6 @@ TEXTS = (
 
 
 def name_of_rule(backend: Backend, whole_words: bool) -> str:
-    """The name in llama.cpp of a byte-level tokenizer's pre-tokenizer rule."""
     splitter, before = backend.pre_tokenizer, backend.normalizer
     # Qwen's normalizer (NFC) only composes marks with their letters
     if splitter is not None and (before is None or type(before).__name__ == "NFC"):
@@ -246,7 +245,6 @@ def _pieces(rule: object, text: str) -> list[str]:
 
 
 def check_whole(backend: Backend) -> None:
-    """Check that a tokenizer changes nothing but the spaces of a text."""
     before = SPACE * prefixes_space(backend)
     for text in TEXTS:
         marked = _marked(backend, text)

@@ -53,8 +53,6 @@ SUFFIXES = (".weight", ".bias")
 
 @dataclass(frozen=True)
 class MergedParameter:
-    """A parameter: its dotted name, its shape, and a function that computes its values."""
-
     path: str
     shape: TensorShape
     values: Callable[[], Tensor]
@@ -70,7 +68,6 @@ class MergedParameter:
 
 
 def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
-    """Yield the parameters of a model with adapters merged; the model is not changed."""
     plan = plan_fold(model, (ROUND_TRIP, *names))
     if plan.problems:
         raise NotMergeable(listed((f"{path}: {why}" for path, why in plan.problems), "; "))
@@ -140,7 +137,6 @@ def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
 def tensors_of(
     parameters: Iterable[MergedParameter], config: Any, row: Architecture
 ) -> Iterator[MergedParameter]:
-    """Yield the tensors of the file, with their names there, from a model's parameters."""
     names = names_of(row, config.num_hidden_layers)
     for parameter in parameters:
         path, _, leaf = parameter.path.rpartition(".")
@@ -224,7 +220,6 @@ def write_model(directory: Path, out: Path, tensors: str, progress: Progress) ->
 
 
 def write_gguf(subject: Subject, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
-    """Write a model as a GGUF file; returns notes on differences of the engine."""
     return write_described(described(subject, tensors), out, tensors, progress)
 
 

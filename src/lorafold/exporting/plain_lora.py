@@ -92,7 +92,6 @@ def leaf_of(path: str) -> str:
 def write_files(
     subject: Subject, factors: SiteFactors, directory: Path
 ) -> tuple[BaseReference, list[str], list[str], list[str]]:
-    """Write the adapter and a changed chat template; returns the base, files, options and notes."""
     write_canonical(subject.base, factors, directory / ADAPTER)
     base, template = base_reference(subject.base), write_template(subject, directory)
     files = [f"{ADAPTER}/{name}" for name in FILES] + [TEMPLATE] * template

@@ -216,7 +216,6 @@ def _has_tokenizer(subject: Subject) -> bool:
 
 
 def _named_otherwise(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, str]:
-    """Notes on adapters whose record identifies their base only by another name."""
     notes = {str(saved): saved.own_base.hint(base.name).removeprefix("; ") for saved in adapters}
     names = {str(saved): Path(saved.own_base.name).name for saved in adapters}
     return {saved: n for saved, n in notes.items() if n and names[saved] != Path(base.name).name}

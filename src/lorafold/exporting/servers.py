@@ -147,7 +147,6 @@ class ToVllm(Target):
 
 
 def module_of(name: str, request: Mapping[str, object], out: str) -> str:
-    """The value of --lora-modules: JSON for special characters or options, otherwise NAME=PATH."""
     path = f"{out}/{ADAPTER}"
     if request or "=" in name or "," in name + path:
         return json.dumps({"name": name, "path": path, **request}, ensure_ascii=False)
@@ -235,7 +234,6 @@ class ToSglang(Target):
 
 
 def path_of(name: str, out: str) -> str:
-    """The value of --lora-paths: JSON if the name has an equals sign, otherwise NAME=PATH."""
     path = f"{out}/{ADAPTER}"
     if "=" in name:
         return json.dumps({"lora_name": name, "lora_path": path}, ensure_ascii=False)

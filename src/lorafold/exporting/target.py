@@ -72,7 +72,6 @@ class Update:
 
     @property
     def error(self) -> float:
-        """The norm of the lost parts relative to the norm of the updates that were cut."""
         lost, whole = (sum(column) for column in zip(*self.lost.values(), strict=True))
         return math.sqrt(lost / whole) if whole else 0.0
 
@@ -126,7 +125,6 @@ def _other_change(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
 
 
 def _product(deltas: Sequence[Delta]) -> Factors | None:
-    """The factors of all deltas together, or None if one has none."""
     pairs = [pair for delta in deltas if (pair := delta.factors()) is not None]
     if len(pairs) < len(deltas):
         return None
@@ -135,7 +133,6 @@ def _product(deltas: Sequence[Delta]) -> Factors | None:
 
 
 def _svds(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
-    """The SVD of the deltas' update of each matrix of the layer."""
     if pair := _product(deltas):
         return map(of_factors, *map(unstacked, pair))
     w, b = layer.dense()
@@ -146,7 +143,6 @@ def _svds(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
 
 
 def split_experts(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
-    """Yield the name and the factors of each matrix in a parameter of experts."""
     up, down = factors
     if name != GATE_UP:
         yield name, factors
@@ -250,7 +246,6 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the last adapter that has one, or the base's."""
         paths = [saved.path for saved in self.original or self.adapters if saved.own_tokenizer]
         source = self.base.source
         return tokenizer_of(source, paths) if paths else read_tokenizer(source)

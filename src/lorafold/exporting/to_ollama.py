@@ -56,7 +56,6 @@ class Turns:
     late: bool = False
 
     def text(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation that begins with a user or a system message."""
         first = messages[0]["content"] if messages[0]["role"] == "system" else None
         texts = [str(m["content"]) for m in messages if m["role"] != "system"]
         before, between = self.system or ("", "")

@@ -119,7 +119,6 @@ MOST = 1e150  # so that means and squares are finite
 
 
 def bounded(value: float) -> float:
-    """Reject numbers beyond ±MOST with a ValueError."""
     if abs(value) > MOST:
         raise ValueError(f"found {value:g}, expected at most {MOST:g} either way")
     return value

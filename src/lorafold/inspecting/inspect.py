@@ -126,7 +126,6 @@ def inspect(
 
 
 def vocabulary_of(model: PreTrainedModel, stream: ResidualStream) -> Vocabulary:
-    """The embedding and the unembedding (V, d), and the gain (d,) of the norm before the latter."""
     embedding, unembedding = (
         layer_of(end).dense()[0]
         for end in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -183,7 +182,6 @@ def matrix_figures(site: AdaptedModule, svd: Svd, w: torch.Tensor, full: bool) -
 
 
 def adapter_figures(sites: Sites) -> AdapterFigures:
-    """Means and medians over the modules, and the loss of cutting all of them to one rank."""
     figures = [*sites.values()]
     size, base = (math.hypot(*(getattr(f.base, n) for f in figures)) for n in ("norm", "base_norm"))
     ranks = {f.rank if f.factored else None for f in figures}

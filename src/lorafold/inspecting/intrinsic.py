@@ -43,8 +43,6 @@ class HeldOutLoss:
 
 @dataclass(frozen=True)
 class SubspaceRun:
-    """A run in a subspace: its held-out loss in nats and its share of the improvement."""
-
     dimension: int
     loss: float
     reached: float
@@ -77,7 +75,6 @@ def search(
     tell: Callable[[SubspaceRun], None],
     say: Callable[[str], object] = silent,
 ) -> Intrinsic:
-    """Find the smallest power of 2 that reaches a share of the improvement of full training."""
     out, recipe = request.out, request.recipe
     if recipe.new_tokens:
         raise LorafoldError(
@@ -153,7 +150,6 @@ def identity_of(request: RunRequest, recipe: Recipe) -> dict[str, Any]:
 
 
 def check(out: Path, identity: dict[str, Any]) -> None:
-    """Create the directory of a search, or check that it contains the same search."""
     file = out / SEARCH
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
@@ -197,7 +193,6 @@ def run(
 
 
 def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
-    """The held-out loss of the base model with the initial head."""
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, objective, quiet)

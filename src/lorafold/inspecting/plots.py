@@ -78,9 +78,6 @@ def curves(
     steps: Mapping[str, Sequence[float | None]],
     measured: Mapping[str, Sequence[tuple[int, float, Any]]],
 ) -> str:
-    """Metrics over steps, averaged over neighbours in long runs; held-out values have error bars.
-    Losses and norms that fall far have a logarithmic axis.
-    """
     lines = {name: line for name, values in steps.items() if (line := means(values))}
     heights = [y for one in (*lines.values(), *measured.values()) for _, y, *_ in one]
     far = title in FALLING and min(heights) > 0 and max(heights) > FAR * min(heights)

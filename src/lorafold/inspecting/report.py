@@ -119,7 +119,6 @@ def paths(measured: LossPaths) -> Iterator[str]:
 
 
 def against(kinds: Mapping[str, KindOverlap], name: str) -> Iterator[str]:
-    """Plots of phi with a second adapter; `name` is the field of `KindOverlap`."""
     for kind, grids in kinds.items():
         phi = getattr(grids, name)
         caption = f"{phi[0][0]:.2f} for the strongest of both, {phi[-1][-1]:.2f} for all."

@@ -85,7 +85,6 @@ def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resiz
 
 
 def check_request(rank: int | None, energy: float | None) -> None:
-    """Check that exactly one is given, and that `energy` is in (0, 1]."""
     if (rank is None) == (energy is None):
         found = "neither" if rank is None else "both"
         raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
@@ -102,7 +101,6 @@ def resize(
     energy: float | None = None,
     overwrite: bool = False,
 ) -> Resized:
-    """Write the best LoRA of a rank, or of the smallest ranks that keep a share of the energy."""
     check_request(rank, energy)
     check_out(out, overwrite)
     check_not_replaced(out, [one.path for one in stack])

@@ -111,8 +111,6 @@ class AdapterFigures:
 
 @dataclass(frozen=True)
 class LayerOverlap:
-    """phi of the top directions of every two blocks, on one side of a kind of module."""
-
     side: str
     layers: list[str]
     phi: Grid
@@ -120,8 +118,6 @@ class LayerOverlap:
 
 @dataclass(frozen=True)
 class ExpertOverlap:
-    """phi of the top directions of every two experts of a site: mean, lowest and highest."""
-
     side: str
     experts: int
     phi: float

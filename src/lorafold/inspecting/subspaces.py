@@ -35,7 +35,6 @@ def kind_and_block(path: str) -> tuple[str, int | None]:
 
 
 def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Module paths by kind (the name within the block), in the order of the blocks."""
     kinds = defaultdict(list)
     for path in paths:
         kinds[kind_and_block(path)[0]].append(path)
@@ -71,7 +70,6 @@ SIDES = {"read": ("readers", "v"), "written": ("writers", "u")}
 
 
 def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]:
-    """phi of the top directions of every two blocks, by kind of module; experts are left out."""
     overlaps = {}
     single = [path for path, svd in svds.items() if len(svd.s) and site_of(path) == path]
     for kind, paths in by_kind(single).items():

@@ -96,9 +96,6 @@ class Directions:
 def sides_of(
     model: PreTrainedModel, stream: ResidualStream, svds: Svds
 ) -> dict[str, dict[str, Directions]]:
-    """The directions in which modules read or write tokens or the residual stream, by verb and
-    path.
-    """
     reads, writes = {}, {}
     for path, svd in svds.items():
         norm = stream.readers.get(site_of(path))

@@ -182,7 +182,6 @@ def lora_of(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
 
 
 def put_factors(delta: Delta, factors: Factors) -> None:
-    """Set the factors of a new LoRA; with rank 0 it keeps its zero update."""
     if factors[1].shape[-2]:
         for leaf, value in zip(("B", "A"), factors, strict=True):
             put(delta, leaf, value)
