@@ -73,7 +73,6 @@ class Session:
             self.chat.keep(turn, answer)
 
     def one_answer(self, turn: "Turn", names: tuple[str, ...]) -> tuple[str, bool]:
-        """(the answer, printed as it streams; whether Ctrl-C stopped it)."""
         pieces = []
         with _stoppable() as stop:
             with closing(self.chat.answer(turn, names)) as answer:

@@ -72,9 +72,6 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
 
 
 def worker_resources(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
-    """The resources of one worker: a GPU if there are any, and a share of the smallest node's
-    cores.
-    """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cores = int(min((node.get("CPU", 0) for node in resources), default=0))
     each = -(-workers // max(1, len(resources)))
@@ -85,7 +82,6 @@ def worker_resources(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[s
 def worker(
     arguments: Sequence[str], folder: str, environment: Mapping[str, str]
 ) -> tuple[int, str]:
-    """(exit code, output) of the command, run on a machine of the cluster."""
     command = [sys.executable, "-m", "lorafold", *arguments]
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True

@@ -226,7 +226,6 @@ def recipe(run: Run, *, json: Json = False) -> None:
 
 
 def doctor(run: Run, *, json: Json = False) -> None:
-    """Print the report; the exit code is 1 if something necessary is broken."""
     report = run()
     emit(json, report.as_json(), str(report))
     if report.broken:
@@ -238,7 +237,6 @@ def serve(run: Run) -> None:
 
 
 def new_key(run: Run) -> None:
-    """Print the key to stdout, and the path of the key file to stderr."""
     key, message = run()
     typer.echo(key)
     typer.echo(message, err=True)

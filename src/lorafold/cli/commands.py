@@ -27,16 +27,12 @@ Json = Annotated[
 
 
 class Argument(NamedTuple):
-    """An argument of the function: its options, and the reader of their values."""
-
     declaration: DeclaredOption
     options: list[Parameter]
     read: Callable[[Typed], Any]
 
 
 class BuiltCommand(NamedTuple):
-    """A function for Typer, with the command's examples and final notes."""
-
     function: Callable[..., None]
     examples: tuple[str, ...]
     notes: str

@@ -59,7 +59,6 @@ class Panels:
 
 
 def help_entry(parameter: Any, ctx: Any) -> tuple[str, tuple[str, str]] | None:
-    """(panel, (name, meaning)) of a parameter; None if it is hidden."""
     if (record := parameter.get_help_record(ctx)) is None:
         return None
     if parameter.param_type_name == "argument":  # without Typer's type after the name

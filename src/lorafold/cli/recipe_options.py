@@ -86,7 +86,6 @@ def _option(name: str, panel: str | None) -> DeclaredOption:
 
 
 def _kind(annotation: Any) -> tuple[Any, list[str]]:
-    """(command-line type of an option's value, its choices)."""
     kinds = [*alternatives(annotation)]
     choices = [str(v) for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
     if bool in kinds:

@@ -150,7 +150,6 @@ def _typed(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _begun(name: str, names: Collection[str]) -> str:
-    """A suggestion for the only option with this prefix, or for an option glued to its value."""
     longer = [flag for flag in names if flag.startswith(name) and len(name) > len("--x")]
     if len(longer) == 1:
         return f"did you mean {longer[0]}?"

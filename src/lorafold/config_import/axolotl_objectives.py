@@ -69,7 +69,6 @@ is_policy = where("rl", "grpo")
 
 
 def is_reward_model(settings: ToolSettings) -> bool:
-    """Whether `reward_model` is on and `rl`, which takes precedence, is off."""
     return is_off(settings["rl"]) and not is_off(settings["reward_model"])
 
 
@@ -110,7 +109,6 @@ def as_trl(settings: ToolSettings) -> ToolSettings:
 
 
 def beta_key(settings: ToolSettings) -> str:
-    """The first key for a policy's beta that the file sets; empty if there is none."""
     may = (f"{PREFIX}beta", "rl_beta", "orpo_alpha")
     return next((key for key in may if settings.given.get(key) is not None), "")
 

@@ -221,9 +221,6 @@ def adapters_below(settings: ToolSettings) -> tuple[str, ...]:
 
 
 def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`adapter_name_or_path` becomes `--over` for frozen adapters and `--init-adapter` for the
-    last.
-    """
     adapters, below = names(value), adapters_below(settings)
     if not adapters:
         return None

@@ -94,7 +94,6 @@ Condition = Callable[[ToolSettings], bool]
 
 
 def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
-    """The rules of keys, separated by spaces; a row may include the tool's default."""
     return tuple(
         Rule(key, either(only, reader) if only else reader, default)
         for keys, row in rows.items()
@@ -159,8 +158,6 @@ def switch(on: Outcome | None, off: Outcome | None = OFF) -> Reader:
 
 
 def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") -> Reader:
-    """Read a key by its value; a string is the reason why lorafold can't train it."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome:
         outcome = outcomes.get(str(value), otherwise)
         if not outcome:
@@ -255,10 +252,6 @@ def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[Translated
 
 @dataclass(frozen=True)
 class SourceDataset:
-    """One dataset. `path` is a file, directory or Hub dataset, or None if no option can name it;
-    `columns` maps lorafold's names to its own; `remarks` are differences.
-    """
-
     name: str
     path: str | None
     columns: Mapping[str, Any] = field(default_factory=dict)

@@ -184,7 +184,6 @@ class Translation:
         return "\n".join(lines) + "\n"
 
     def command(self, config: str = "recipe.yaml") -> str:
-        """The command that trains with the recipe; capitals are placeholders."""
         flags = {"--model": "", "--data": "--data DATA", "--eval-data": "", "--out": "--out OUT"}
         given = [entry.outcome.flag for entry in self.entries]
         flags |= {flag.partition(" ")[0]: flag for flag in given}
@@ -408,7 +407,6 @@ def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
 
 
 def _tables() -> Iterator[Mapping[str, Rule]]:
-    """Yield the rules of each tool by option name; the first tool with a name counts."""
     yield _by_name(trl.RULES["trl-sft"])
     # the arguments of PEFT's LoRA too, without the script's function name
     calls = (unsloth.LOADED, unsloth.ADAPTED)

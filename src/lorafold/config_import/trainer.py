@@ -92,7 +92,6 @@ def warmed(length: float, share: bool = False) -> Outcome:
 
 
 def total_steps(settings: ToolSettings) -> int | None:
-    """The number of optimizer steps of the run, or None if the epochs decide."""
     return max(0, integer(settings["max_steps"] or 0)) or None
 
 
@@ -146,7 +145,6 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
 
 
 def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
-    """LoRA+'s ratio becomes the rate of B; without it, PEFT uses one rate."""
     remark = ONE_RATE if number(value) == 1 else ""
     return taken(remark, lr_b=product(settings["learning_rate"], value))
 
@@ -300,7 +298,6 @@ def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
 
 
 def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
-    """The weight of the supervised loss on chosen completions becomes `sft_weight`."""
     if objective is None:
         return None
     weight = number(value)

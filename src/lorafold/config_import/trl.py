@@ -175,7 +175,6 @@ def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def losses(settings: ToolSettings) -> tuple[str, ...]:
-    """The losses of DPO; robust without label smoothing is sigmoid."""
     plain = not number(settings["label_smoothing"] or 0)
     given = settings.read("loss_type", names)
     return tuple("sigmoid" if name == "robust" and plain else name for name in given)

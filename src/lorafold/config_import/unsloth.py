@@ -307,7 +307,6 @@ def _calls(tree: ast.AST) -> Iterator[ast.Call]:
 
 
 def _name_of(function: ast.expr) -> tuple[str, str]:
-    """(name of the function, name of the object it is an attribute of), "" if it has none."""
     if isinstance(function, ast.Attribute):
         return function.attr, getattr(function.value, "id", "")
     return getattr(function, "id", ""), ""

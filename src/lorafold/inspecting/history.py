@@ -277,7 +277,7 @@ def read_history(path: str | Path) -> History:
 
 
 def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
-    """The settings that a reader of the curves asks for; those that are unknown are left out."""
+    """Yield the settings of the run for the page, without unknown ones."""
     peft = read_object(path / PEFT_CONFIG) if (path / PEFT_CONFIG).is_file() else {}
     recipe, data, on = record.recipe, record.data, record.trained_on or {}
     base = [peft.get("base_model_name_or_path"), on.get("storage") or recipe.get("storage")]

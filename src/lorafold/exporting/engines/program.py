@@ -164,7 +164,6 @@ def other_texts(job: Job, address: str, bos: str) -> list[int]:
 
 @contextmanager
 def captured_stderr() -> Iterator[Callable[[], str]]:
-    """Capture a library's stderr; yields a function that returns it."""
     with tempfile.TemporaryFile() as file:
         screen = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -349,7 +348,6 @@ def vllm_url(job: Job) -> Job:
 
 
 def sent(url: str, path: str, body: Job | None = None) -> bytes:
-    """The reply of vLLM's server; exits with an error message if there is none."""
     try:
         return post(url + path, body)
     except HTTPError as error:
