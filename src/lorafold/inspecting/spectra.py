@@ -172,6 +172,7 @@ def intruders(base: Svd, w: Tensor, update: Svd) -> int:  # w (out, in)
 def in_base_spectrum(
     w: Tensor, update: Svd, directions: int
 ) -> tuple[int, SpectrumPositions | None]:
+    """(intruder dimensions, positions) in the spectrum of w (out, in), in fp32."""
     base = cached_svd(w)
     if not len(update.s):
         return 0, None
