@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ import torch
 
 from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only
+from lorafold.core.spec import Spec
 from lorafold.errors import NoTokenizer
+from lorafold.files.templates import as_text
 from lorafold.files.terminal import Progress, silent
 from lorafold.inspecting.residual_stream import ResidualStream, gain, heads_of, stream_of
 from lorafold.inspecting.result import AdapterFigures, Inspection, MatrixFigures, Sites
@@ -109,7 +111,7 @@ def inspect(
     return Inspection(
         adapter=str(saved),
         model=base.name,
-        method=str(adapter.spec),
+        method=described(adapter.spec),
         beside=not_measured(adapter),
         whole=whole,
         sites=measured,
@@ -123,6 +125,18 @@ def inspect(
         experts_left_out=EXPERTS if experts else None,
         heads_left_out=FUSED if measured.keys() & set(fused) else None,
     )
+
+
+def described(spec: Spec) -> str:
+    """The method with its rank, alpha, and whatever is not its default."""
+    usual = type(spec)()
+    options = [
+        f"{f.name.replace('_', ' ')} {as_text(value)}"
+        for f in fields(spec)  # type: ignore[arg-type]
+        if (value := getattr(spec, f.name)) is not None
+        and (f.name in ("rank", "alpha") or value != getattr(usual, f.name))
+    ]
+    return ", ".join([type(spec).__name__, *options])
 
 
 def vocabulary_of(model: PreTrainedModel, stream: ResidualStream) -> Vocabulary:

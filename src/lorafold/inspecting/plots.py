@@ -37,20 +37,25 @@ def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: in
     return plots.drawing(draw, kind, caption, plots.SMALL)
 
 
-def heat(title: str, caption: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
+def heat(
+    title: str, caption: str, grid: Grid, down: str, across: str, first: int = 1, most: float = 1
+) -> str:
+    """A heat map of values from 0 to `most`; NaN cells are empty."""
+
     def draw(axes: Any) -> None:
         lines, columns = len(grid), len(grid[0])
         extent = (first - 0.5, first + columns - 0.5, first + lines - 0.5, first - 0.5)
         shown = axes.imshow(
-            grid, vmin=0, vmax=1, cmap=SCALE, extent=extent, aspect="auto", interpolation="nearest"
-        )
+            grid, vmin=0, vmax=most, cmap=SCALE, extent=extent, aspect="auto",
+            interpolation="nearest",
+        )  # fmt: skip
         axes.grid(False)
         axes.set(xlabel=across, ylabel=down)
         for axis, n in ((axes.xaxis, columns), (axes.yaxis, lines)):
             axis.set_ticks(range(first, first + n, max(1, -(-n // 6))))
-        axes.figure.colorbar(shown, ax=axes, ticks=(0, 0.5, 1), format=plots.number).outline.set_lw(
-            0
-        )
+        ticks = (0, most / 2, most)
+        bar = axes.figure.colorbar(shown, ax=axes, ticks=ticks, format=plots.number)
+        bar.outline.set_lw(0)
 
     return plots.drawing(draw, title, caption, plots.SMALL)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from math import ceil, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,6 +27,7 @@ from lorafold.inspecting.result import (
 from lorafold.inspecting.subspaces import by_kind, kind_and_block
 from lorafold.inspecting.updates import largest, of_experts, site_of
 
+LEAST = 0.1  # at the end of a scale of phi
 MAPS = {  # heading: figure of a matrix, format
     "Effective rank: directions for 95%": ("effective_rank_95", ".0f"),
     "Size: |dW| over |W0|": ("base.relative_norm", ".1%"),
@@ -70,7 +72,7 @@ def sections(inspection: Inspection) -> str:
         against=against,
         positions=[*positions(sites)],
         alike=[
-            plots.heat(f"{kind}, {of.side}", alike(of.phi), of.phi, "block", "block", 0)
+            plots.heat(f"{kind}, {of.side}", alike(of.phi), *apart(of.phi))
             for kind, of in inspection.layers.items()
         ],
         heads=[*heads(sites)],
@@ -133,6 +135,13 @@ def positions(sites: Sites) -> Iterator[str]:
             for name in ("position_read", "position_written")
         )
         yield plots.position(kind, read, written, sites[paths[0]].shape)
+
+
+def apart(phi: Grid) -> tuple[Grid, str, str, int, float]:
+    """The grid without its diagonal, where every block is itself, and how a heat map shows it."""
+    grid = [[nan if i == j else phi[i][j] for j in range(len(phi))] for i in range(len(phi))]
+    most = max((x for line in grid for x in line if x == x), default=1.0)
+    return grid, "block", "block", 0, max(LEAST, ceil(10 * most) / 10)
 
 
 def alike(phi: Grid) -> str:

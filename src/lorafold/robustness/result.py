@@ -137,6 +137,17 @@ class Fragility(ShownInNotebooks):
             for way, points in groupby(ordered, key=lambda p: p.way)
         ]
 
+    @property
+    def notes(self) -> list[str]:
+        """Which stacks had nothing to erode, in sentences."""
+        found = []
+        for name, stack in self.stacks.items():
+            if stack.kept(0) is None:
+                found.append(f"{name}: the alignment added nothing, so there was nothing to erode.")
+            elif not stack.before.refusals:
+                found.append(f"{name}: no completion was a refusal before; see the log-odds alone.")
+        return found
+
     def under(self, least: float) -> str | None:
         """A message if a finished adapter keeps less than `least` of the log-odds, else None."""
         [one], [stack] = self.points, self.stacks.values()
