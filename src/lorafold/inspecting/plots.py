@@ -1,4 +1,4 @@
-"""The plots of the pages on an update and on a run, each with a caption."""
+"""The plots of the pages of `lorafold inspect` and `lorafold history`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from lorafold.files import plots
 from lorafold.inspecting.subspaces import kind_and_block
 
 POINTS = 300  # of a curve
-FALLING, FAR = ("loss", "gradient norm"), 20  # how many times as high they are at their highest
-SCALE = "viridis"  # its lightness rises with the value
+FALLING, FAR = ("loss", "gradient norm"), 20  # ratio from which they get a logarithmic axis
+SCALE = "viridis"  # lightness increases with the value
 
 Grid = Sequence[Sequence[float]]
 
 
 def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: int) -> str:
-    """The singular values of one kind of module over the largest, a coloured line a block."""
     lines = sorted(
         (kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra_by_path.items()
     )
@@ -41,7 +40,7 @@ def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: in
 def heat(
     title: str, caption: str, grid: Grid, down: str, across: str, first: int = 1, most: float = 1
 ) -> str:
-    """A heat map of values from 0 to `most`; those that are nan stay empty."""
+    """A heat map of values from 0 to `most`; NaN cells are empty."""
 
     def draw(axes: Any) -> None:
         lines, columns = len(grid), len(grid[0])
@@ -68,8 +67,6 @@ def line(
     across: str,
     marked: dict[float, str],
 ) -> str:
-    """The loss along a line in weight space."""
-
     def draw(axes: Any) -> str:
         axes.plot(*zip(*points, strict=True), **plots.series(0))
         axes.set(xlabel=across, ylabel="loss, nats a token")
@@ -86,9 +83,6 @@ def curves(
     steps: Mapping[str, Sequence[float | None]],
     measured: Mapping[str, Sequence[tuple[int, float, Any]]],
 ) -> str:
-    """Figures over the steps of a run, as means of neighbours if long; held-out ones with bars.
-    Losses and norms that fall far have a logarithmic axis.
-    """
     lines = {name: line for name, values in steps.items() if (line := means(values))}
     heights = [y for one in (*lines.values(), *measured.values()) for _, y, *_ in one]
     far = title in FALLING and min(heights) > 0 and max(heights) > FAR * min(heights)
@@ -116,7 +110,6 @@ def curves(
 
 
 def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
-    """(step, mean) of neighbouring steps, at most POINTS of them."""
     size = max(1, -(-len(values) // POINTS))
     points = []
     for start in range(0, len(values), size):
@@ -129,7 +122,6 @@ def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
 def position(
     title: str, read: Sequence[float], written: Sequence[float], shape: Sequence[int]
 ) -> str:
-    """The energy of an update on each tenth of the base's directions."""
     sides = {"read": (read, shape[1]), "written": (written, shape[0])}
     evenly = {name: min(shape) / size / (len(read) - 1) for name, (_, size) in sides.items()}
 
