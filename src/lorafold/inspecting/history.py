@@ -285,7 +285,7 @@ def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     method += [f"{name} = {peft[key]}" for name, key in SIZES.items() if key in peft]
     rates = [rate for rate in record.steps.get(RATE, ()) if rate is not None]
     peak = max(rates, default=None)
-    batch, accumulate = recipe.get("batch"), recipe.get("accumulate", 1)
+    batch, parts = recipe.get("batch"), recipe.get("accumulate", 1)
     rows = f"{data['rows']:,} rows" if isinstance(data.get("rows"), int) else None
     written = date.fromtimestamp((path / RECORD).stat().st_mtime)
     each = {
@@ -294,7 +294,7 @@ def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         "objective": [recipe.get("objective", "sft")],
         "learning rate": [f"at most {peak:g}", recipe.get("schedule")] if peak else [],
         "steps": [f"{len(record.losses):,}"],
-        "batch size": [batch and (f"{batch} x {accumulate}" if accumulate != 1 else f"{batch}")],
+        "batch size": [batch, f"{parts} micro-batches" if parts != 1 else None],
         "training data": [data.get("source"), rows],
         "seed": [recipe.get("seed")],
         "written": [f"{written:%Y-%m-%d}"],
