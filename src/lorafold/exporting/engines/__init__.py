@@ -38,7 +38,7 @@ ENGINES: dict[str, ExternalEngine] = {
     "peft": ExternalEngine("PEFT", "peft", "pip install peft"),
     "llamacpp": ExternalEngine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
     "vllm_url": ExternalEngine("vLLM", "numpy", "vllm serve"),
-    "vllm": ExternalEngine("vLLM", "vllm", "pip install vllm, or name another Python with --engine-python"),
+    "vllm": ExternalEngine("vLLM", "vllm", "pip install vllm; elsewhere: --engine-python"),
 }
 
 
