@@ -78,8 +78,8 @@ COSTS = (
         "trains the fewest",
     ),
     Cost(
-        "forgetting_kl", "forgetting", "KL from the base on other text, nats a token",
-        "forgets {} nats a token", "forgets the least",
+        "forgetting_kl", "forgetting", "KL from the base on other text, nats per token",
+        "forgets {} nats per token", "forgets the least",
     ),
 )  # fmt: skip
 
@@ -289,12 +289,12 @@ def deciding(measurements: Measurements) -> str:
     return text_table(*table_of(columns)) + "\n" + "\n".join(below)
 
 
-LOW = "loss: in nats a token, with its 95% interval; less is better. Intervals are over rows"
-HIGH = "reward: with its 95% interval; more is better. Intervals are over prompts"
+LOW = "loss: in nats per token, with its 95% interval; lower is better. Intervals are over rows"
+HIGH = "reward: with its 95% interval; higher is better. Intervals are over prompts"
 LEGEND = (
-    "over base: how far it is from the base's, in pairs. KL to base: forgetting, on text outside"
-    " the task, in nats a token; less is better. time: of training. trained: parameters. --wide has"
-    " all figures."
+    "over base: difference from the base model, in pairs. KL to base: forgetting, on text outside"
+    " the task, in nats per token; lower is better. time: of training. trained: parameters. --wide"
+    " has all figures."
 )
 
 

@@ -67,7 +67,7 @@ def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterat
     _, when, also_when = (f"of the last {len(end)} steps" for _, end in each)
     if last < COLLAPSED * first:
         yield (
-            f"Entropy went from {first:.3g} to {last:.3g} nats a token, {last / first:.0%} of"
+            f"Entropy went from {first:.3g} to {last:.3g} nats per token, {last / first:.0%} of"
             " its start: the policy hardly explores any more."
         )
     if cut_off > CUT_OFF:

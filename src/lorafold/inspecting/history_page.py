@@ -21,11 +21,11 @@ TOLD = 4  # rewards per plot
 SCALES = {  # axis titles
     "tokens a completion": "tokens a completion",
     "cut off": "cut off, share of completions",
-    "entropy": "entropy, nats a token",
+    "entropy": "entropy, nats per token",
     "groups without signal": "groups without signal, share",
-    "mismatch": "mismatch, nats a token",
+    "mismatch": "mismatch, nats per token",
     "clipped": "clipped, share of tokens",
-    "KL": "KL to the reference, nats a token",
+    "KL": "KL to the reference, nats per token",
 }
 SOUGHT = (
     "No problems found (checked for a collapse of the entropy, completions that are cut"

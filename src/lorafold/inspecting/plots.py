@@ -69,7 +69,7 @@ def line(
 ) -> str:
     def draw(axes: Any) -> str:
         axes.plot(*zip(*points, strict=True), **plots.series(0))
-        axes.set(xlabel=across, ylabel="loss, nats a token")
+        axes.set(xlabel=across, ylabel="loss, nats per token")
         plots.scaled(axes, x="linear", y="linear")
         losses = dict(points)
         return plots.at_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))

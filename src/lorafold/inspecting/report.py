@@ -115,7 +115,7 @@ def paths(measured: LossPaths) -> Iterator[str]:
     )
     yield plots.line("base + t dW", caption, measured.scaling, "t", {0.0: "base", 1.0: "adapter"})
     if measured.between is not None:
-        caption = f"The barrier between them is {measured.barrier:.4f} nats a token."
+        caption = f"The barrier between them is {measured.barrier:.4f} nats per token."
         ends = {0.0: "this", 1.0: "the other"}
         yield plots.line("from this adapter to the other", caption, measured.between, "t", ends)
 

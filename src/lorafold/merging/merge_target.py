@@ -37,7 +37,7 @@ class Distance:
     same: float
 
     def __str__(self) -> str:
-        return f"KL {self.kl:.1e} nats a token, same token {self.same:.1%}"
+        return f"KL {self.kl:.1e} nats per token, same token {self.same:.1%}"
 
 
 @dataclass(frozen=True)

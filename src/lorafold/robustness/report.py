@@ -63,10 +63,10 @@ HEAD = (*WAY, "examples", *FIGURES)
 
 SHORT = ("kept", "refusals", "refusals of controls", "KL on controls", "benign loss")
 LEGEND = (
-    "log-odds: of refusal over compliance, with its 95% interval; above 0 the model rather refuses."
+    "log-odds: of refusal over compliance, with its 95% interval; above 0, refusal is more likely."
     " kept: the share of the alignment's effect that is left; 1 is all, 0 is none. refusals of"
-    " controls: should be few. KL: how far the controls' completions moved, in nats a token."
-    " benign loss: what the tuning learned; less is better. --wide has all figures."
+    " controls: should be few. KL: of the controls' completions, in nats per token. benign loss:"
+    " on held-out benign rows; lower is better. --wide has all figures."
 )
 
 
