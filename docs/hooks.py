@@ -6,9 +6,11 @@
     <!-- generated: objects -->          the public names with a line and a place each
     <!-- generated: recipe -->           the fields of the recipe, from `Recipe.model_fields`
     <!-- generated: methods -->          the methods, from the table of methods
-    <!-- generated: figure NAME -->      a drawing of `figures.py`
+    <!-- generated: figure NAME -->      a drawing of `figures.py`, or
+    <!-- generated: memory -->           its chart of the front page
 
-A build fails where a page would load anything from another host or has a link that leads nowhere.
+Equations ($...$ and $$...$$, in TeX) become MathML, which browsers display without a script. A
+build fails if a page would load anything from another host or has a link that leads nowhere.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import figures
 import sitelinks
 import typer
+from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -41,6 +44,9 @@ MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
 NOT_RUN = re.compile(r' title="Not run by the tests: [^"]*"')
 VERB = re.compile(r"^::: lorafold\.([a-z]\w+)$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
+INSIDE = re.compile(r"(?<= )--[a-z][\w-]*")  # an option of a command
+WHOLE = r'<span class="whole">\g<0></span>'
+COMMAND = re.compile(r"<code>[^<]+ --[a-z][^<]*</code>")
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
 TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 PHONE, LETTER, PADDING = 355, 5.8, 13  # pixels of a phone, of a letter and beside a cell
@@ -48,10 +54,12 @@ PROSE = 45  # letters of a cell that is read, and not compared with those below 
 COLUMNS = re.compile(  # a block of text that has columns
     r'<div class="language-text highlight">(?=<pre><span></span><code>[^<]*?\S {3,}\S)'
 )
-LONG = re.compile(r"<code>(?=[^<\s]{28})")  # may break where it has to
+LONG = re.compile(r"<code>(?=[^<\s]{31})")  # may break where it has to
 SMALL = re.compile(r"(?<![\w.])[\d.]+e-\d+(?![^<]*>)")
 WORD = re.compile(r"(?<![\w`./-])--[a-z][\w-]*")  # an option among words that are no code
 NAMED = re.compile(r"(?:^|(?<=\. ))([^.:;]{2,40}): ")
+MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+FORMULA = re.compile(r"(?:^    .*\n?)+", re.MULTILINE)  # lines of a docstring
 FEW = 4  # names that make a list
 # tags that load something; links to other pages of the web (a) load nothing
 REMOTE = re.compile(
@@ -92,15 +100,25 @@ def with_shared(found: re.Match[str]) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """The page with its options and numbers marked, which no line may break at their hyphens."""
+    """The page with its equations as MathML, and its options and numbers marked, which no line may
+    break at their hyphens.
+    """
+    html = MATH.sub(mathml, html)
     marked = OPTION.sub(r'<code class="whole">', TABLE.sub(for_phones, html))
+    marked = COMMAND.sub(lambda call: INSIDE.sub(WHOLE, call[0]), marked)
     marked = COLUMNS.sub('<div class="language-text highlight columns">', marked)
     return CELL.sub(in_cell, marked)
 
 
+def mathml(found: re.Match[str]) -> str:
+    """An equation in TeX as MathML."""
+    display = {"span": "inline", "div": "block"}[found[1]]
+    return str(convert(html.unescape(found[2]).strip(), display=display))
+
+
 def in_cell(found: re.Match[str]) -> str:
     """A cell with its small numbers, which no line breaks, and its long names, which one may."""
-    return LONG.sub('<code class="long">', SMALL.sub(r'<span class="whole">\g<0></span>', found[0]))
+    return LONG.sub('<code class="long">', SMALL.sub(WHOLE, found[0]))
 
 
 def for_phones(found: re.Match[str]) -> str:
@@ -291,15 +309,18 @@ def methods() -> str:
         drawn[file] = made.__module__.rpartition(".")[2]
     head = ["name", "in Python", "targets", "learning rate"]
     texts = [
-        f"{heading(file)}\n\n{figures.figure(drawn[file])}\n\n{'; '.join(names)}"
+        f"{section(file, drawn[file])}\n\n{figures.figure(drawn[file])}\n\n{'; '.join(names)}"
         for file, names in sections.items()
     ]
     return "\n\n".join([table(head, rows), *texts])
 
 
-def heading(docstring: str) -> str:
-    """The docstring of a method's file with its first words, up to the colon, as a heading."""
+def section(docstring: str, name: str) -> str:
+    """The docstring of a method's file with its first words, up to the colon, as a heading, and its
+    equation in place of the lines of code.
+    """
     title, _, text = docstring.partition(": ")
+    text = FORMULA.sub(lambda _: f"{figures.equation(name)}\n", text, count=1)
     return f"### {title}\n\n{text[0].upper()}{text[1:]}"
 
 
@@ -316,4 +337,5 @@ GENERATED = {
     "recipe": recipe,
     "methods": methods,
     "figure": figures.figure,
+    "memory": figures.memory,
 }
