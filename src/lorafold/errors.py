@@ -5,6 +5,7 @@ exits with code 2.
 from __future__ import annotations
 
 import errno
+import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
@@ -54,6 +55,12 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def check_platform() -> None:
+    """Raise LorafoldError on Windows, which lacks the limits and signals of processes."""
+    if sys.platform == "win32":
+        raise LorafoldError("lorafold runs on Linux and macOS; on Windows, install it in WSL 2")
 
 
 def passes(error: BaseException | None) -> bool:

@@ -18,7 +18,7 @@ from lorafold.cli.command_line import words
 from lorafold.cli.help import OTHERS, HelpAll, write_examples, write_lists
 from lorafold.cli.parser import Above, Command, CommandGroup
 from lorafold.cli.suggestions import no_options
-from lorafold.errors import Interrupted, LorafoldError
+from lorafold.errors import Interrupted, LorafoldError, check_platform
 from lorafold.runtime.process_tuning import imports_set_aside, restart_tuned
 from lorafold.runtime.processes import Launched, launched
 
@@ -174,10 +174,11 @@ def root(
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    if TRAINING.intersection(sys.argv[1:2]):
-        restart_tuned()
     here = Launched()
     try:
+        check_platform()
+        if TRAINING.intersection(sys.argv[1:2]):
+            restart_tuned()
         here = launched()
         if not here.speaks:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def check(request: ComposeRequest) -> None:
         for way in dict.fromkeys(request.ways)
         if request.ways.count(way) > 1
     ]
+    if "lorahub" in request.ways and find_spec("cma") is None:
+        problems.append("--how lorahub: found no cma, expected it; install lorafold[lorahub]")
     problems += ["--adapter: found none, expected at least one"] * (not request.adapters)
     weights, n = len(request.weights), len(request.adapters)
     if weights and weights != n:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import html
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from os.path import commonprefix
 from textwrap import fill
 from typing import Any, NamedTuple
 from unicodedata import east_asian_width
 
+log = logging.getLogger(__name__)
 WIDE, ROOM = 24, 16  # characters of a name in one line, and of a line of several
 SECOND = "\u200b"  # invisible: stands after a character that is as wide as two, to be counted
 Interval = tuple[float, float]
@@ -105,6 +109,9 @@ def drawing(
     """A plot as an HTML figure with inline SVG, a title and a caption. `draw` draws on matplotlib's
     axes, and may return a sentence for the caption; the size is in inches.
     """
+    if find_spec("matplotlib") is None:
+        warn_not_drawn()
+        return _figure(title, f"{caption} Not drawn: install lorafold[plots].", "")
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -118,9 +125,19 @@ def drawing(
         FigureCanvasSVG(plot).print_svg(text, metadata={"Date": None})
     _, tag, rest = text.getvalue().replace(SECOND, "").partition("<svg")
     svg = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _of_page, tag + rest)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+    return _figure(title, caption, svg)
+
+
+def _figure(title: str, caption: str, svg: str) -> str:
     title, caption = html.escape(title), html.escape(caption)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}" ', 1)
     return f"<figure><figcaption><b>{title}</b> {caption}</figcaption>{svg}</figure>"
+
+
+@cache
+def warn_not_drawn() -> None:
+    """Log once a process that pages have no plots."""
+    log.warning("found no matplotlib, so pages have no plots; install lorafold[plots]")
 
 
 def _of_page(found: re.Match[str]) -> str:
