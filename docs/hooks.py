@@ -53,6 +53,15 @@ SMALL = re.compile(r"(?<![\w.])[\d.]+e-\d+(?![^<]*>)")
 WORD = re.compile(r"(?<![\w`./-])--[a-z][\w-]*")  # an option among words that are no code
 NAMED = re.compile(r"(?:^|(?<=\. ))([^.:;]{2,40}): ")
 FEW = 4  # names that make a list
+# a section that is shown folded: an object of the API, or a heading of the class `part`, up to the
+# next of them
+PART = re.compile(
+    r'(?P<open><div class="doc doc-object [\w -]+">\s*)?'
+    r'(?P<heading><h3 [^>]*class="(?:doc doc-heading|part)".*?</h3>)(?P<rest>.*?)'
+    r'(?=<div class="doc doc-object [\w -]+">\s*<h3 |<h3 [^>]*class="part"|<h2 |\Z)',
+    re.DOTALL,
+)
+EXAMPLES = re.compile(r"(Examples:</span></p>)\s*<p>(lorafold .*?)</p>", re.DOTALL)
 # tags that load something; links to other pages of the web (a) load nothing
 REMOTE = re.compile(
     r"<(?:script|img|iframe|source|link(?![^>]*rel=\"canonical\"))\b[^>]*"
@@ -95,7 +104,22 @@ def on_page_content(html: str, **_: Any) -> str:
     """The page with its options and numbers marked, which no line may break at their hyphens."""
     marked = OPTION.sub(r'<code class="whole">', TABLE.sub(for_phones, html))
     marked = COLUMNS.sub('<div class="language-text highlight columns">', marked)
-    return CELL.sub(in_cell, marked)
+    marked = EXAMPLES.sub(r'\1<div class="highlight"><pre><code>\2</code></pre></div>', marked)
+    return PART.sub(folded, CELL.sub(in_cell, marked))
+
+
+def folded(found: re.Match[str]) -> str:
+    """A part of a page behind its first sentence; `reference.js` opens it for links that lead there.
+    The heading stays outside, or the search would not find the part's text under it.
+    """
+    first = re.search(r"<p>(.*?)</p>", found["rest"], re.DOTALL)
+    sentence, _, more = (first[1] if first else "Details").partition(". ")
+    more = f"<p>{more}</p>" if more else ""
+    rest = found["rest"].replace(first[0], more, 1) if first else found["rest"]
+    return (
+        f'{found["heading"]}<details class="part"><summary>{sentence.strip(".")}.</summary>'
+        f"{found['open'] or ''}{rest}</details>"
+    )
 
 
 def in_cell(found: re.Match[str]) -> str:
@@ -300,7 +324,7 @@ def methods() -> str:
 def heading(docstring: str) -> str:
     """The docstring of a method's file with its first words, up to the colon, as a heading."""
     title, _, text = docstring.partition(": ")
-    return f"### {title}\n\n{text[0].upper()}{text[1:]}"
+    return f"### {title} {{: .part }}\n\n{text[0].upper()}{text[1:]}"
 
 
 def power(rate: float) -> str:
