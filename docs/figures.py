@@ -230,12 +230,6 @@ EQUATIONS: dict[str, tuple[str, str]] = {
 }
 
 
-def equation(name: str) -> str:
-    """The equation of a method and its symbols, in Markdown."""
-    tex, symbols = EQUATIONS[name]
-    return f"$$\n{tex}\n$$\n\n{symbols}"
-
-
 def figure(name: str) -> str:
     """A drawing as HTML: one block of Markdown, without blank lines."""
     things, caption = FIGURES[name]

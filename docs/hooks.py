@@ -61,6 +61,16 @@ NAMED = re.compile(r"(?:^|(?<=\. ))([^.:;]{2,40}): ")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 FORMULA = re.compile(r"(?:^    .*\n?)+", re.MULTILINE)  # lines of a docstring
 FEW = 4  # names that make a list
+# a section that is shown folded: an object of the API, or a heading of the class `part`, up to the
+# next of them
+PART = re.compile(
+    r'(?P<open><div class="doc doc-object [\w -]+">\s*)?'
+    r'(?P<heading><h3 [^>]*class="(?:doc doc-heading|part)".*?</h3>(?:\s*<math .*?</math>)?)'
+    r"(?P<rest>.*?)"
+    r'(?=<div class="doc doc-object [\w -]+">\s*<h3 |<h3 [^>]*class="part"|<h2 |\Z)',
+    re.DOTALL,
+)
+EXAMPLES = re.compile(r"(Examples:</span></p>)\s*<p>(lorafold .*?)</p>", re.DOTALL)
 # tags that load something; links to other pages of the web (a) load nothing
 REMOTE = re.compile(
     r"<(?:script|img|iframe|source|link(?![^>]*rel=\"canonical\"))\b[^>]*"
@@ -107,7 +117,22 @@ def on_page_content(html: str, **_: Any) -> str:
     marked = OPTION.sub(r'<code class="whole">', TABLE.sub(for_phones, html))
     marked = COMMAND.sub(lambda call: INSIDE.sub(WHOLE, call[0]), marked)
     marked = COLUMNS.sub('<div class="language-text highlight columns">', marked)
-    return CELL.sub(in_cell, marked)
+    marked = EXAMPLES.sub(r'\1<div class="highlight"><pre><code>\2</code></pre></div>', marked)
+    return PART.sub(folded, CELL.sub(in_cell, marked))
+
+
+def folded(found: re.Match[str]) -> str:
+    """A part of a page behind its first sentence; `reference.js` opens it for links to it. The heading
+    stays outside, or the search would not find the part's text under it.
+    """
+    first = re.search(r"<p>(.*?)</p>", found["rest"], re.DOTALL)
+    sentence, _, more = (first[1] if first else "Details").partition(". ")
+    more = f"<p>{more}</p>" if more else ""
+    rest = found["rest"].replace(first[0], more, 1) if first else found["rest"]
+    return (
+        f'{found["heading"]}<details class="part"><summary>{sentence.strip(".")}.</summary>'
+        f"{found['open'] or ''}{rest}</details>"
+    )
 
 
 def mathml(found: re.Match[str]) -> str:
@@ -316,12 +341,13 @@ def methods() -> str:
 
 
 def section(docstring: str, name: str) -> str:
-    """The docstring of a method's file with its first words, up to the colon, as a heading, and its
-    equation in place of the lines of code.
+    """The docstring of a method's file with its first words, up to the colon, as a heading, its
+    equation below that, and the symbols of the equation in place of the lines of code.
     """
     title, _, text = docstring.partition(": ")
-    text = FORMULA.sub(lambda _: f"{figures.equation(name)}\n", text, count=1)
-    return f"### {title}\n\n{text[0].upper()}{text[1:]}"
+    tex, symbols = figures.EQUATIONS[name]
+    text = FORMULA.sub(lambda _: f"{symbols}\n", text, count=1)
+    return f"### {title} {{: .part }}\n\n$$\n{tex}\n$$\n\n{text[0].upper()}{text[1:]}"
 
 
 def power(rate: float) -> str:
