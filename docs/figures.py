@@ -166,8 +166,8 @@ EQUATIONS: dict[str, tuple[str, str]] = {
     ),
     "adalora": (
         r"\begin{align*} y &= W x + s\,P\,\text{diag}(E)\,Q\,\text{drop}(x) \\"
-        r" \text{penalty} &= \gamma\,\text{mean}\left(\lVert P^\top P - I \rVert_F,\;"
-        r" \lVert Q Q^\top - I \rVert_F\right) \end{align*}",
+        r" \text{penalty} &= \gamma\,\text{mean}\left({\lVert P^\top P - I \rVert}_F,\;"
+        r" {\lVert Q Q^\top - I \rVert}_F\right) \end{align*}",
         r"$P$ ($\text{out} \times r$), $E$ ($r$) zero at start, $Q$ ($r \times \text{in}$); "
         r"$s = \alpha / (r + 10^{-5})$ with the rank at the start. $\gamma$ is the option "
         r"`orth_reg`, and the mean is over all matrices of the adapter.",
@@ -200,7 +200,7 @@ EQUATIONS: dict[str, tuple[str, str]] = {
         r"$W$ itself is the parameter; there is no copy, and nothing to merge.",
     ),
     "sparse": (
-        r"W'_p = W_p + v_p \quad (p \in S), \qquad \lvert S \rvert = \rho\,\lvert W \rvert",
+        r"W'_p = W_p + v_p \quad (p \in S), \qquad {\lvert S \rvert} = \rho\,{\lvert W \rvert}",
         r"$S$ are the chosen positions, in all matrices together, and $\rho$ is the option "
         r"`density`. The values $v$ start at 0.",
     ),
