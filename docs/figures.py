@@ -132,7 +132,7 @@ FIGURES: dict[str, tuple[tuple[Box | str, ...], str]] = {
     "row": (
         (step("row"), "→", step("conversation"), "→", step("template"), "→", step("tokens"), "→",
          step("loss of the answer", True)),
-        "From a row to its loss.",
+        "The loss counts the tokens that a preview shows between ⟦ and ⟧.",
     ),
     "law": (
         (step("unmerged: Wx + BAx"), "=", step("merged: (W + BA)x")),
