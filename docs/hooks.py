@@ -7,9 +7,11 @@
     <!-- generated: objects -->          the public names with a line and a place each
     <!-- generated: recipe -->           the fields of the recipe, from `Recipe.model_fields`
     <!-- generated: methods -->          the methods, from the table of methods
-    <!-- generated: figure NAME -->      a drawing of `figures.py`
+    <!-- generated: figure NAME -->      a drawing of `figures.py`, or
+    <!-- generated: memory -->           its chart of the front page
 
-A build fails where a page would load anything from another host or has a link that leads nowhere.
+Equations ($...$ and $$...$$, in TeX) become MathML, which browsers display without a script. A
+build fails if a page would load anything from another host or has a link that leads nowhere.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import figures
 import results
 import sitelinks
 import typer
+from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -43,6 +46,9 @@ MARK = re.compile(r"^<!-- generated: (\w+)(?: (.+))? -->$", re.MULTILINE)
 NOT_RUN = re.compile(r' title="Not run by the tests: [^"]*"')
 VERB = re.compile(r"^::: lorafold\.([a-z]\w+)$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
+INSIDE = re.compile(r"(?<= )--[a-z][\w-]*")  # an option of a command
+WHOLE = r'<span class="whole">\g<0></span>'
+COMMAND = re.compile(r"<code>[^<]+ --[a-z][^<]*</code>")
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
 TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 PHONE, LETTER, PADDING = 355, 5.8, 13  # pixels of a phone, of a letter and beside a cell
@@ -50,11 +56,23 @@ PROSE = 45  # letters of a cell that is read, and not compared with those below 
 COLUMNS = re.compile(  # a block of text that has columns
     r'<div class="language-text highlight">(?=<pre><span></span><code>[^<]*?\S {3,}\S)'
 )
-LONG = re.compile(r"<code>(?=[^<\s]{28})")  # may break where it has to
+LONG = re.compile(r"<code>(?=[^<\s]{31})")  # may break where it has to
 SMALL = re.compile(r"(?<![\w.])[\d.]+e-\d+(?![^<]*>)")
 WORD = re.compile(r"(?<![\w`./-])--[a-z][\w-]*")  # an option among words that are no code
 NAMED = re.compile(r"(?:^|(?<=\. ))([^.:;]{2,40}): ")
+MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+FORMULA = re.compile(r"(?:^    .*\n?)+", re.MULTILINE)  # lines of a docstring
 FEW = 4  # names that make a list
+# a section that is shown folded: an object of the API, or a heading of the class `part`, up to the
+# next of them
+PART = re.compile(
+    r'(?P<open><div class="doc doc-object [\w -]+">\s*)?'
+    r'(?P<heading><h3 [^>]*class="(?:doc doc-heading|part)".*?</h3>(?:\s*<math .*?</math>)?)'
+    r"(?P<rest>.*?)"
+    r'(?=<div class="doc doc-object [\w -]+">\s*<h3 |<h3 [^>]*class="part"|<h2 |\Z)',
+    re.DOTALL,
+)
+EXAMPLES = re.compile(r"(Examples:</span></p>)\s*<p>(lorafold .*?)</p>", re.DOTALL)
 # tags that load something; links to other pages of the web (a) load nothing
 REMOTE = re.compile(
     r"<(?:script|img|iframe|source|link(?![^>]*rel=\"canonical\"))\b[^>]*"
@@ -94,15 +112,40 @@ def with_shared(found: re.Match[str]) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """The page with its options and numbers marked, which no line may break at their hyphens."""
+    """The page with its equations as MathML, and its options and numbers marked, which no line may
+    break at their hyphens.
+    """
+    html = MATH.sub(mathml, html)
     marked = OPTION.sub(r'<code class="whole">', TABLE.sub(for_phones, html))
+    marked = COMMAND.sub(lambda call: INSIDE.sub(WHOLE, call[0]), marked)
     marked = COLUMNS.sub('<div class="language-text highlight columns">', marked)
-    return CELL.sub(in_cell, marked)
+    marked = EXAMPLES.sub(r'\1<div class="highlight"><pre><code>\2</code></pre></div>', marked)
+    return PART.sub(folded, CELL.sub(in_cell, marked))
+
+
+def folded(found: re.Match[str]) -> str:
+    """A part of a page behind its first sentence; links to it open it (`sections.js`). The heading
+    stays outside, or the search would not find the part's text under it.
+    """
+    first = re.search(r"<p>(.*?)</p>", found["rest"], re.DOTALL)
+    sentence, _, more = (first[1] if first else "Details").partition(". ")
+    more = f"<p>{more}</p>" if more else ""
+    rest = found["rest"].replace(first[0], more, 1) if first else found["rest"]
+    return (
+        f'{found["heading"]}<details class="part"><summary>{sentence.strip(".")}.</summary>'
+        f"{found['open'] or ''}{rest}</details>"
+    )
+
+
+def mathml(found: re.Match[str]) -> str:
+    """An equation in TeX as MathML."""
+    display = {"span": "inline", "div": "block"}[found[1]]
+    return str(convert(html.unescape(found[2]).strip(), display=display))
 
 
 def in_cell(found: re.Match[str]) -> str:
     """A cell with its small numbers, which no line breaks, and its long names, which one may."""
-    return LONG.sub('<code class="long">', SMALL.sub(r'<span class="whole">\g<0></span>', found[0]))
+    return LONG.sub('<code class="long">', SMALL.sub(WHOLE, found[0]))
 
 
 def for_phones(found: re.Match[str]) -> str:
@@ -293,16 +336,20 @@ def methods() -> str:
         drawn[file] = made.__module__.rpartition(".")[2]
     head = ["name", "in Python", "targets", "learning rate"]
     texts = [
-        f"{heading(file)}\n\n{figures.figure(drawn[file])}\n\n{'; '.join(names)}"
+        f"{section(file, drawn[file])}\n\n{figures.figure(drawn[file])}\n\n{'; '.join(names)}"
         for file, names in sections.items()
     ]
     return "\n\n".join([table(head, rows), *texts])
 
 
-def heading(docstring: str) -> str:
-    """The docstring of a method's file with its first words, up to the colon, as a heading."""
+def section(docstring: str, name: str) -> str:
+    """The docstring of a method's file with its first words, up to the colon, as a heading, its
+    equation below that, and the symbols of the equation in place of the lines of code.
+    """
     title, _, text = docstring.partition(": ")
-    return f"### {title}\n\n{text[0].upper()}{text[1:]}"
+    tex, symbols = figures.EQUATIONS[name]
+    text = FORMULA.sub(lambda _: f"{symbols}\n", text, count=1)
+    return f"### {title} {{: .part }}\n\n$$\n{tex}\n$$\n\n{text[0].upper()}{text[1:]}"
 
 
 def power(rate: float) -> str:
@@ -319,4 +366,5 @@ GENERATED = {
     "recipe": recipe,
     "methods": methods,
     "figure": figures.figure,
+    "memory": figures.memory,
 }

@@ -1,10 +1,10 @@
 """What lorafold does with a family of models, measured on its tiny one, step by step: attach,
 train, save, load, merge, and read the files again in transformers and in PEFT.
 
-    measured("zamba2", folder)      the row of the family in the table of docs/models.md
-    PYTHONPATH=tests python tests/lib/matrix.py [FAMILY ...]      writes the rows to the page
+    measured("zamba2", folder)      the line of the family in the lists of docs/models.md
+    PYTHONPATH=tests python tests/lib/matrix.py [FAMILY ...]      writes the lines to the page
 
-A step that fails raises, but for reading in PEFT, whose answer is a cell: PEFT may refuse a module
+A step that fails raises, but for reading in PEFT, whose answer is a note: PEFT may refuse a module
 that is adapted, or compute something else.
 """
 
@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,23 +42,28 @@ RECIPE: dict[str, Any] = {
     "batch": 3, "storage": "fp32", "lr": 1e-2, "rank": 4, "dropout": 0.0,
 }  # fmt: skip
 State = dict[str, Tensor]
+LISTS = {  # the headings of the page, by how its families are trained
+    "text": "Trained on text by `lf.train`, merged by `lf.merge`",
+    "classes": "Trained on classes by `lf.train`, merged by `adapter.merge()`",
+    "loop": "Trained in your own loop, merged by `adapter.merge()`",
+}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The cells of a row of the table."""
+    """A line of the page, in the list that `trained` names."""
 
     family: str
     model: str
-    adapted: str
     trained: str
-    merged: str
-    in_peft: str
-    note: str = ""
+    note: str
+
+    def __str__(self) -> str:
+        return f"- {self.family} `{self.model}`" + f": {self.note}" * bool(self.note)
 
 
 def measured(name: str, folder: Path) -> Measured:
-    """The row of a family; an error if a step fails. The directory is empty."""
+    """The line of a family; an error if a step fails. The directory is empty."""
     row = FAMILIES[name]
     base, adapter, merged = (folder / part for part in ("base", "adapter", "merged"))
     row.model().save_pretrained(base)
@@ -77,25 +82,23 @@ def measured(name: str, folder: Path) -> Measured:
     lf.load(again, folder / "again")
     assert torch.equal(outputs(again, inputs), expected)
 
-    way = merge(row, base, adapter, merged)
+    merge(row, base, adapter, merged)
     read, info = named(merged).from_pretrained(merged, output_loading_info=True)
     assert {kind: found for kind, found in info.items() if found} == {}
     assert near(outputs(read.eval(), inputs), expected, row.within)
 
-    reads, why = peft_reads(row, base, adapter, expected)
+    why = peft_reads(row, base, adapter, expected)
     assert any("PEFT refuses" in line for line in lines) == any("refuses" in said for said in why)
     differs = any("computes something else" in said for said in why)
     assert not differs or any("PEFT leaves its update out" in line for line in lines)
     notes = [
+        "experts" * has_experts(attached),
         f"as `{type(model).__name__}`" * (type(model) is not row.cls),
         frozen(attached),
         row.idle[1] and f"without a gradient: {row.idle[1]}",
         *why,
     ]
-    return Measured(
-        name, f"`{row.cls.__name__}`", reached(attached), trained, way, reads,
-        "; ".join(filter(None, notes)),
-    )  # fmt: skip
+    return Measured(name, row.cls.__name__, trained, "; ".join(filter(None, notes)))
 
 
 def named(path: Path) -> Any:
@@ -159,7 +162,7 @@ def train(row: Architecture, base: Path, out: Path) -> str:
 
 
 def by_command(row: Architecture, base: Path, out: Path) -> tuple[State, State, str]:
-    """The tensors of an adapter after one step and after three of `lf.train`, and what to call it.
+    """The tensors of an adapter after one step and after three of `lf.train`, and its list.
     A run that leaves modules without a gradient says so.
     """
     task, rows = ({"objective": "classify"}, TEXTS) if is_classifier(row) else ({}, PROMPTS)
@@ -171,7 +174,7 @@ def by_command(row: Architecture, base: Path, out: Path) -> tuple[State, State, 
         assert any("no gradient in the first step" in line for line in lines) == bool(row.idle[0])
         states.append(load_file(at / "adapter_model.safetensors"))
     at.rename(out)
-    return *states, "`lf.train`" + ", classes" * is_classifier(row)
+    return *states, "classes" if is_classifier(row) else "text"
 
 
 def by_loop(row: Architecture, base: Path, out: Path) -> tuple[State, State, str]:
@@ -186,7 +189,7 @@ def by_loop(row: Architecture, base: Path, out: Path) -> tuple[State, State, str
         loss_of(model, row).backward()
         optimizer.step()
     adapter.save(out)
-    return before, dict(adapter.named_parameters()), "a loop"
+    return before, dict(adapter.named_parameters()), "loop"
 
 
 def loss_of(model: nn.Module, row: Architecture) -> Tensor:
@@ -197,22 +200,19 @@ def loss_of(model: nn.Module, row: Architecture) -> Tensor:
     return (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))).sum()
 
 
-def merge(row: Architecture, base: Path, adapter: Path, out: Path) -> str:
-    """Fold a saved adapter, write a plain model, and say how."""
+def merge(row: Architecture, base: Path, adapter: Path, out: Path) -> None:
+    """Fold a saved adapter, and write a plain model."""
     if is_language_model(row):
         lf.merge(base, adapter, out, storage="fp32", certificate=False)
-        return "`lf.merge`"
+        return
     model = opened(row, base)
     lf.load(model, adapter).merge()
     model.save_pretrained(out)
-    return "`adapter.merge`"
 
 
-def peft_reads(
-    row: Architecture, base: Path, adapter: Path, expected: Tensor
-) -> tuple[str, list[str]]:
-    """Whether PEFT computes the same on the class that config.json names: yes, or without which
-    modules; and what it does with those.
+def peft_reads(row: Architecture, base: Path, adapter: Path, expected: Tensor) -> list[str]:
+    """What PEFT does, on the class that config.json names, with the modules without which it
+    computes the same.
     """
     model = opened(row, base)
     attached = lf.load(model, adapter)
@@ -231,7 +231,7 @@ def peft_reads(
         adapter, expected = adapter.with_name(f"part{len(notes)}"), outputs(model, row.inputs())
         others.save(adapter)
         others.detach()
-    return f"without {code(left_out)}" if left_out else "yes", notes
+    return notes
 
 
 def code(names: Iterable[str]) -> str:
@@ -257,11 +257,6 @@ def in_peft(
     return None if same else ("computes something else with", set())
 
 
-def reached(adapter: lf.Adapter) -> str:
-    """What the default targets are."""
-    return "linears" + ", experts" * has_experts(adapter)
-
-
 def has_experts(adapter: lf.Adapter) -> bool:
     return any(isinstance(module_at(adapter.model, p), Matrices) for p in adapter.sites)
 
@@ -278,18 +273,15 @@ def frozen(adapter: lf.Adapter) -> str:
     return f"frozen: {', '.join(kinds)}" if kinds else ""
 
 
-HEAD = ("family", "class", "adapted", "trained by", "merged by", "in PEFT", "note")
-
-
-def line(cells: Iterable[str]) -> str:
-    """A line of the table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def on_page() -> dict[str, str]:
-    """The lines of the table on the page, by family."""
+def on_page() -> dict[str, tuple[str, str]]:
+    """The list that has a family, and its line."""
     text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    return {found.split(" | ")[0].removeprefix("| "): found for found in text.splitlines()[2:]}
+    return {
+        found.split()[1]: (kind, found)
+        for kind, heading in LISTS.items()
+        for found in text.partition(f"### {heading}\n")[2].partition("###")[0].splitlines()
+        if found.startswith("- ")
+    }
 
 
 def main(*families: str) -> None:
@@ -297,10 +289,17 @@ def main(*families: str) -> None:
     lines = {name: found for name, found in on_page().items() if name in FAMILIES}
     for name in families or FAMILIES:
         with TemporaryDirectory() as folder:
-            lines[name] = line(astuple(measured(name, Path(folder))))
-    table = [line(HEAD), line(["---"] * len(HEAD)), *(lines[name] for name in sorted(lines))]
+            found = measured(name, Path(folder))
+        lines[name] = found.trained, str(found)
+    text = "\n".join(
+        "\n".join([
+            f'### {heading}\n\n<div class="families" markdown>\n',
+            *(line for _, (of, line) in sorted(lines.items()) if of == kind),
+            "\n</div>\n",
+        ])
+        for kind, heading in LISTS.items()
+    )  # fmt: skip
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    text = "".join(f"{row}\n" for row in table)
     PAGE.write_text(before + BEGIN + text + END + rest.partition(END)[2], encoding="utf-8")
 
 
