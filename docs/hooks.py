@@ -109,7 +109,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def folded(found: re.Match[str]) -> str:
-    """A part of a page behind its first sentence; `reference.js` opens it for links that lead there.
+    """A part of a page behind its first sentence; `reference.js` opens it for links into it.
     The heading stays outside, or the search would not find the part's text under it.
     """
     first = re.search(r"<p>(.*?)</p>", found["rest"], re.DOTALL)
