@@ -331,6 +331,19 @@ def test_tables_of_texts_are_stacked_on_phones_and_those_of_figures_scroll() -> 
     assert '<code class="long">a_name' in wide
 
 
+def test_objects_are_closed_behind_their_first_sentence() -> None:
+    pytest.importorskip("mkdocs")
+    objects = "".join(
+        f'<div class="doc doc-object doc-class"><h3 id="{name}" class="doc doc-heading">{name}</h3>'
+        f'<div class="doc doc-contents first"><p>A {name}. And more.</p></div></div>\n'
+        for name in ("one", "two")
+    )
+    built = load_hooks().on_page_content(f"<p>Before.</p>{objects}<h2 id='b'>B</h2>")
+    assert re.findall(r"</h3><details[^>]*><summary>(.*?)</summary>", built) == ["A one.", "A two."]
+    assert built.count("<p>And more.</p>") == 2
+    assert built.endswith("</details><h2 id='b'>B</h2>")
+
+
 def test_blocks_of_text_with_columns_are_not_folded() -> None:
     pytest.importorskip("mkdocs")
     block = '<div class="language-text highlight"><pre><span></span><code>{}</code></pre></div>'
