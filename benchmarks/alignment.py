@@ -82,7 +82,7 @@ def measured(name: str, stack: list[Path], test: list[dict]) -> dict:
     row = {
         "": name,
         "preference accuracy": f"{preference.preference_accuracy:.1%} ({low:.1%} to {high:.1%})",
-        "greedy in chosen order": f"{found.exact_match:.1%}",
+        "greedy in the chosen style": f"{found.exact_match:.1%}",
         "skill": f"{skill:.1%}",
         "reward margin": f"{preference.reward_margin:.2f}",
         "chosen": f"{preference.chosen_change:+.2f}",
@@ -123,7 +123,12 @@ def main() -> None:
         dpo = asked.out / f"dpo-{weight:g}"
         learn(recipe, preferred, dpo, over=sft)
         table.append(measured(f"SFT + DPO, sft_weight {weight:g}", [sft, dpo], test))
-    keep("alignment", table, [{"the SFT adapter's bytes moved": digest(sft) != before}])
+    keep(
+        "alignment",
+        table,
+        [{"bytes of the SFT adapter changed": digest(sft) != before}],
+        dtypes="bf16",
+    )
 
 
 def learn(recipe: lf.Recipe, data: list[dict], out: Path, **over: Path) -> None:

@@ -138,7 +138,7 @@ def over_http(storage: str, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         adapters(lf.load_model("smollm2", storage=storage), Path(folder) / "them")
         differ = served(storage, Path(folder) / "them", asked(count))
-    return {"storage": storage, "requests": count, "clients": 6, "that differ": differ}
+    return {"storage": storage, "requests": count, "clients": 6, "different": differ}
 
 
 def served(storage: str, folder: Path, requests: Sequence[Request]) -> int:
@@ -213,11 +213,11 @@ def inside(storage: str, count: int) -> dict[str, Any]:
         "storage": storage,
         "requests": done,
         "tokens reused": reused,
-        "that differ": len(differ),
+        "different": len(differ),
         "% of requests": 100 * len(differ) / done,
         "largest difference of logits": bound,
-        "largest gap": max((g for _, g in differ), default=0.0),
-        "closer than the bound": len(closer),
+        "largest margin": max((g for _, g in differ), default=0.0),
+        "within rounding": len(closer),
     }
 
 
@@ -232,7 +232,7 @@ def main() -> None:
     table = [ask(storage, a.requests) for storage in a.storage]
     print(markdown(table))
     if a.keep:
-        keep("alone_http" if a.http else "alone", table)
+        keep("alone_http" if a.http else "alone", table, dtypes="see the rows")
 
 
 if __name__ == "__main__":

@@ -84,19 +84,23 @@ def _branch(prompt: tuple[int, ...], own: int) -> Example:
 
 
 SFT = {
-    "a head of 400, 100 of its own, 8 rows": lambda: heads(400, 100, 8),
-    "chat: a system prompt of 60, 120 of its own, 8 rows": lambda: heads(60, 120, 8),
-    "nothing in common: 8 rows of 200": lambda: heads(0, 200, 8),
-    "2 conversations of 6 turns, an example a turn": lambda: turns(2, 6),
+    "8 rows with a shared prefix of 400 tokens and 100 of their own": lambda: heads(400, 100, 8),
+    "chat: 8 rows with a system prompt of 60 tokens and 120 of their own": lambda: heads(
+        60, 120, 8
+    ),
+    "8 rows of 200 tokens, nothing shared": lambda: heads(0, 200, 8),
+    "2 conversations of 6 turns, one example per turn": lambda: turns(2, 6),
 }
 PAYS = {
-    f"a head of {head}, {200 - head} of its own, 8 rows": partial(heads, head, 200 - head, 8)
+    f"8 rows with a shared prefix of {head} tokens and {200 - head} of their own": partial(
+        heads, head, 200 - head, 8
+    )
     for head in (4, 8, 16, 32, 64)
 }
-PAIRS = "DPO: a system prompt of 300, a prompt of 40, answers of 80, 4 pairs"
-OWN = f"{PAIRS}; apart: each pair's own prompt once"
+PAIRS = "DPO: 4 pairs with a system prompt of 300 tokens, prompts of 40, answers of 80"
+OWN = f"{PAIRS}; compared with pairs that share only their own prompt"
 QUESTIONS = 32
-CHOICE = f"multiple choice: 4 answers of 20 to {QUESTIONS} questions of 300"
+CHOICE = f"multiple choice: 4 answers of 20 tokens for each of {QUESTIONS} questions of 300"
 
 
 def ways(
@@ -195,9 +199,10 @@ def rows(asked: argparse.Namespace) -> Iterator[dict]:
         first, second = map(statistics.median, seconds)
         memory = [1.0] * 2 if asked.pays else [peak(what, way, asked.dropout) for way in range(2)]
         row = {
-            "rows": what, "tokens apart": apart, "once": once, "of them": f"{once / apart:.0%}",
-            "seconds apart": first, "once ": second, "times": first / second,
-            "memory": memory[1] / memory[0],
+            "rows": what, "tokens, separate": apart, "tokens, shared": once,
+            "share": f"{once / apart:.0%}",
+            "seconds, separate": first, "seconds, shared": second, "speed-up": first / second,
+            "relative memory": memory[1] / memory[0],
         }  # fmt: skip
         print(row, flush=True)
         yield row
@@ -216,7 +221,7 @@ def main() -> None:
     if asked.one:
         one(asked.one[0], int(asked.one[1]), asked.dropout)
         return
-    keep("beginnings_pays" if asked.pays else "beginnings", list(rows(asked)))
+    keep("beginnings_pays" if asked.pays else "beginnings", list(rows(asked)), dtypes="bf16")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
         for dropout in asked.dropout:
             for seed in range(asked.seeds):
                 row, work = {"dropout": dropout, "seed": seed}, {}
-                for name, packing in (("once", "auto"), ("apart", "on")):
+                for name, packing in (("shared", "auto"), ("separate", "on")):
                     out = f"{scratch}/{name}"
                     own = ("--model", "smollm2", "--storage", "bf16", "--json")
                     work[name] = finished([
@@ -63,17 +63,17 @@ def main() -> None:
                         *(*LORAFOLD, "eval", *own, "--data", test, "--adapter", out),
                         "--no-completions",
                     ]).said  # fmt: skip
-                    row[name], row["interval"] = said["loss"], said["loss_interval"]
+                    row[f"loss, {name}"], row["interval"] = said["loss"], said["loss_interval"]
                 same_work(work)
                 low, high = row.pop("interval")
-                row |= {"95% of apart": f"{low:.4f} to {high:.4f}"}
+                row |= {"95% interval, separate": f"{low:.4f} to {high:.4f}"}
                 print(json.dumps(row), flush=True)
                 table.append(row)
     for dropout in asked.dropout:
         some = [row for row in table if row["dropout"] == dropout]
-        gaps = [row["once"] - row["apart"] for row in some]
-        print(f"dropout {dropout:g}: once less apart {statistics.mean(gaps):+.4f} on average")
-    keep("beginnings_loss", table)
+        gaps = [row["loss, shared"] - row["loss, separate"] for row in some]
+        print(f"dropout {dropout:g}: shared less separate {statistics.mean(gaps):+.4f} on average")
+    keep("beginnings_loss", table, dtypes="bf16")
 
 
 if __name__ == "__main__":

@@ -226,7 +226,11 @@ def main() -> None:
                 "then of fp32's": span([w / whole for w in wide], ".1%") if wide else "",
             }
         )
-    keep(f"bf16_progress_{asked.task}" + "_dora" * asked.dora + "_full" * asked.full, table)
+    keep(
+        f"bf16_progress_{asked.task}" + "_dora" * asked.dora + "_full" * asked.full,
+        table,
+        dtypes="see the rows",
+    )
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def main() -> None:
     ]
     if a.texts:
         a.texts.write_text(json.dumps(texts))
-    keep("evaluation", table) if a.keep else print(markdown(table))
+    keep("evaluation", table, dtypes=a.storage) if a.keep else print(markdown(table))
 
 
 if __name__ == "__main__":

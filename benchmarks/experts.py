@@ -33,10 +33,10 @@ def figures(name: str, ours: list[Step], peft: list[Step], tokens: int) -> dict:
         "model": name,
         "tokens/s": f"{tokens / medians[0]:.0f}",
         "PEFT": f"{tokens / medians[1]:.0f}",
-        "times as fast": f"{statistics.median(b.seconds / a.seconds for a, b in turns):.2f}",
+        "speed-up": f"{statistics.median(b.seconds / a.seconds for a, b in turns):.2f}",
         "peak GB": f"{ours[-1].peak / 1e9:.2f}",
         "PEFT's peak": f"{peft[-1].peak / 1e9:.2f}",
-        "ratio": f"{ours[-1].peak / peft[-1].peak:.2f}",
+        "memory relative to PEFT": f"{ours[-1].peak / peft[-1].peak:.2f}",
     }
 
 
@@ -58,14 +58,14 @@ def main() -> None:
             random(name, path, asked.blocks)
             case = Case(asked.batch, asked.length, asked.rank, model=str(path))
             four = case._replace(quantization="nf4")
-            for title, of_ours in ((name, case), (f"{name}, ours NF4", four)):
+            for title, of_ours in ((name, case), (f"{name}, experts in NF4", four)):
                 with Worker("lorafold", of_ours) as ours, Worker("peft", case) as peft:
                     both = {"lorafold": ours, "peft": peft}
                     sides = in_turn(both, WARM_UP, asked.rounds)
                 row = figures(title, sides["lorafold"], sides["peft"], asked.batch * asked.length)
                 print(row, flush=True)
                 table.append(row)
-    keep("experts", table)
+    keep("experts", table, dtypes="bf16, experts in bf16 or NF4")
 
 
 if __name__ == "__main__":

@@ -89,10 +89,12 @@ def main(asked: argparse.Namespace) -> None:
             job = own.job({"base": str(bases(base)), "adapter": str(file)}, tmp)
             found = proof(own.answers, ask("llamacpp", job), own.margin)
             row = {
-                "adapter": what, "its tensors": tensors, "base": base, "KL": found.kl,
-                "largest": found.kl_largest, "KL(adapted, base)": found.distance,
-                "share": f"{found.share or 0:.3%}", "likeliest": f"{found.top}/{found.prompts}",
-                "greedy": f"{found.greedy}/{found.prompts}", "as good as equal": found.near,
+                "adapter": what, "its dtype": tensors, "base": base, "KL": found.kl,
+                "largest KL": found.kl_largest, "KL(adapted, base)": found.distance,
+                "share of what the adapter changes": f"{found.share or 0:.3%}",
+                "same most likely token": f"{found.top}/{found.prompts}",
+                "same greedy text": f"{found.greedy}/{found.prompts}",
+                "differs at a near tie": found.near,
             }  # fmt: skip
             rows.append(row)
             print(row, flush=True)
@@ -137,7 +139,7 @@ def main(asked: argparse.Namespace) -> None:
             own = ours([adapter])
             measured(what, own, exported([adapter], f"{adapter.name}-exported", **options), "F32")
             beside(what, own, adapter)
-    keep("export_gguf", rows)
+    keep("export_gguf", rows, dtypes="fp32; base as in the rows")
 
 
 if __name__ == "__main__":

@@ -144,10 +144,12 @@ def main() -> None:
                 for pair in pairs:
                     tables[-1].append(matrix.row(*pair))
         today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
-        proved = [{"target": to, "proved in": by, "on": today} for to, by in matrix.engines.items()]
+        proved = [
+            {"target": to, "tested with": by, "on": today} for to, by in matrix.engines.items()
+        ]
         why = [{"": n, "refused because": line} for n, line in enumerate(matrix.why, 1)]
     name = "export_matrix" if asked.only is None else f"export_{asked.only}"
-    keep(name, *filter(None, (*tables, proved, why)))
+    keep(name, *filter(None, (*tables, proved, why)), dtypes="fp32")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
                 }  # fmt: skip
                 print(json.dumps(found), flush=True)
                 table.append(found)
-    keep("few_rows", table)
+    keep("few_rows", table, dtypes="the default")
 
 
 def written(path: Path, split: str, n: int) -> str:

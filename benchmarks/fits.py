@@ -72,7 +72,7 @@ def row(name: str) -> dict[str, str]:
             peaks[shown] = lf.estimate(given, mode, max_length=2048, recipe=recipe).total / 1e9
     figures = {f"{shown} GB": f"{peak:.1f}" for shown, peak in reversed(peaks.items())}
     fits = {
-        f"{card} GB card": next((m for m, peak in peaks.items() if peak <= 0.9 * card), "none")
+        f"{card} GB GPU": next((m for m, peak in peaks.items() if peak <= 0.9 * card), "none")
         for card in CARDS
     }
     return {"model": name, "parameters": f"{parameters(name):.2f}B", **figures, **fits}
@@ -86,7 +86,7 @@ def main() -> None:
     if only:
         print(markdown(rows))
     else:
-        keep("fits", rows)
+        keep("fits", rows, dtypes="see the columns")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 The quickstart's task on the embedded model in fp32, 4 rows a step, seed 0, `lorafold train`'s own
 loop: LoRA with its own two rates, full fine-tuning with each of RATES. Along a run, at `--points`,
 held-out loss (the first 40 unseen rows) and forgetting: KL(base || tuned) on probe texts outside
-the task, nats a token. At the end, loss and exact match on all 100 unseen rows.
+the task, nats per token. At the end, loss and exact match on all 100 unseen rows.
 
 Runs of equal steps differ in how much they learned, so forgetting is also given where a run first
 reaches a held-out loss L between two points i and i + 1, on the line through both in log loss:
@@ -152,7 +152,7 @@ def main() -> None:
         table.append(row | {f"KL at loss {loss:g}": at(path, loss) for loss in asked.losses})
         along = {f"step {p['step']}": f"{p['loss']:.4f}, {p['kl']:.3f}" for p in path}
         paths.append({"loss, KL": name} | along)
-    keep("forgetting", table, paths)
+    keep("forgetting", table, paths, dtypes="fp32")
 
 
 if __name__ == "__main__":

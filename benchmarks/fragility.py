@@ -235,7 +235,7 @@ def main() -> None:
             base = next((s.reference for s in found.stacks.values() if s.without), base)
             table += lines(kind, found, base)
             print(json.dumps(table[-1]), flush=True)
-    keep("fragility", table)
+    keep("fragility", table, dtypes="fp32")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ MODEL = "smollm2"
 
 def shares(found: Evaluation, data: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
     """The shares of answers that are one call, of the right function, with the right arguments."""
-    found_of = dict.fromkeys(("a call", "right function", "right arguments"), 0)
+    found_of = dict.fromkeys(("a call", "correct function", "correct arguments"), 0)
     for answer, row in zip(found.rows, data, strict=True):
         try:
             calls = parse_calls(answer.answer, tokenizer, tools_of(row["tools"]))
@@ -42,8 +42,8 @@ def shares(found: Evaluation, data: list[dict[str, Any]], tokenizer: Any) -> dic
         wanted = row["messages"][-1]["tool_calls"][0]["function"]
         found_of["a call"] += len(calls) == 1
         same = len(calls) == 1 and calls[0]["function"]["name"] == wanted["name"]
-        found_of["right function"] += same
-        found_of["right arguments"] += same and calls[0]["function"] == wanted
+        found_of["correct function"] += same
+        found_of["correct arguments"] += same and calls[0]["function"] == wanted
     return {name: count / len(data) for name, count in found_of.items()}
 
 
@@ -80,11 +80,11 @@ def main() -> None:
     for answer in after.rows[:3]:
         print(json.dumps({"asked": answer.prompt, "said": answer.answer, "exact": answer.exact}))
     run = {
-        "rows": len(train), "unseen": len(test), "seconds of training": seconds,
-        "seconds in all": time.perf_counter() - start,
+        "rows": len(train), "unseen rows": len(test), "training seconds": seconds,
+        "total seconds": time.perf_counter() - start,
     }  # fmt: skip
     print(json.dumps(run))
-    keep("function_calls", found, [run])
+    keep("function_calls", found, [run], dtypes="the default")
 
 
 if __name__ == "__main__":

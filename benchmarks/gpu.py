@@ -142,7 +142,7 @@ def speed(dry: bool) -> Iterator[Row]:
                     yield {
                         "model": name, "rank": rank, **row,
                         "tokens/s": sides["lorafold"]["tokens_per_second"],
-                        "of the floor": sides["lorafold"]["of_floor"],
+                        "matmul share": sides["lorafold"]["of_floor"],
                         "peak (MB)": sides["lorafold"]["peak_bytes"] / 1e6,
                     }  # fmt: skip
     for peer in ("unsloth", "vllm"):

@@ -175,14 +175,14 @@ def besieged(
     process.join(120)
     figures = {
         "directories": len(names),
-        "wrong": len(found["wrong"]),
+        "invalid": len(found["wrong"]),
         "served": len(found["adapters"]),
         "seconds until verified": phases[0]["seconds"],
         "memory before, MB": first / 2**20,
         "memory at most, MB": peak / 2**20,
         "memory after, MB": memory.memory_info().rss / 2**20 if process.is_alive() else 0.0,
-        "seconds to end": time.monotonic() - began,
-        "children left": sum(child.is_running() for child in children),
+        "seconds to stop": time.monotonic() - began,
+        "child processes left": sum(child.is_running() for child in children),
         "faults": len(siege.faults),
     }
     rows = [
@@ -343,12 +343,17 @@ def main() -> None:
     told = {n: found["wrong"].get(n, "")[:200] for n in names}
     missed = [c.name for c in chosen if c.wrong and not told[c.name]]
     print(json.dumps({"told": told, "faults": faults, "log": log.count("Traceback")}, indent=1))
-    figures |= {"not told": len(missed)}
+    figures |= {"not reported": len(missed)}
     print(json.dumps({"figures": figures, "latencies": rows, "missed": missed}, indent=1))
     if asked.keep:
-        keep("hostile", [{"": k, "found": v} for k, v in figures.items()], rows)
+        keep(
+            "hostile",
+            [{"": k, "value": v} for k, v in figures.items()],
+            rows,
+            dtypes="the server's default",
+        )
     else:
-        print(markdown([{"": k, "found": v} for k, v in figures.items()]), "\n")
+        print(markdown([{"": k, "value": v} for k, v in figures.items()]), "\n")
         print(markdown(rows))
 
 

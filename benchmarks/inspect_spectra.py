@@ -46,12 +46,12 @@ def spectra(rank: int, layers: int) -> dict:
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "sites": len(times),
+        "target modules": len(times),
         "rank": rank,
         "threads": torch.get_num_threads(),
         "seconds": sum(times),
-        "slowest site": max(times),
-        "CPU seconds, drawing the factors too": time.process_time() - used,
+        "slowest module": max(times),
+        "CPU seconds, including random factors": time.process_time() - used,
         "peak GB of the process": peak / 1e9,
     }
 
@@ -91,7 +91,7 @@ def main() -> None:
             command(work / "adapter"),
             command(work / "adapter", "--html", str(work / "page.html")),
         ]
-    keep("inspect_spectra", [large], rows)
+    keep("inspect_spectra", [large], rows, dtypes="fp32")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def main() -> None:
                 )
             )
         found[gates] = json.loads(file.read_text())
-    keep("interference", *tables(found, data))
+    keep("interference", *tables(found, data), dtypes="fp32")
 
 
 def json_rows(split: str, n: int) -> list[dict]:
@@ -188,7 +188,7 @@ def tables(found: dict[str, dict], data: dict[str, Path]) -> tuple[list[dict], l
         }
 
     lines = [
-        {"what": who, **cells("global", who)}
+        {"adapter": who, **cells("global", who)}
         for who in ("base", *(f"adapter-{task}" for task in data))
     ]
     for gates, result in found.items():
@@ -197,10 +197,10 @@ def tables(found: dict[str, dict], data: dict[str, Path]) -> tuple[list[dict], l
             weights = ", ".join(f"{w:.2f}" for w in made["weights"] or ())
             lines.append(
                 {
-                    "what": name,
+                    "adapter": name,
                     **cells(gates, how),
                     "weights": weights,
-                    "error of the cut": f"{made['truncation_error']:.1%}",
+                    "truncation error": f"{made['truncation_error']:.1%}",
                 }
             )
     overall = found["global"]["interference"]["geometry"][0]["overall"]

@@ -74,15 +74,17 @@ def main() -> None:
             )  # fmt: skip
             row = {
                 "blocks": layers,
-                "numbers in linears": f"{numbers:,}",
+                "weights in linear layers": f"{numbers:,}",
                 "loss before": found.base_loss,
                 "after full training": found.full_loss,
                 "dimension": found.dimension or f"more than {asked.largest}",
-                "reached": " ".join(f"{p.dimension}:{p.reached:.0%}" for p in found.points),
+                "share of the gain at each dimension": " ".join(
+                    f"{p.dimension}:{p.reached:.0%}" for p in found.points
+                ),
             }
             print(json.dumps(row), flush=True)
             table.append(row)
-    keep("intrinsic", table)
+    keep("intrinsic", table, dtypes="fp32")
 
 
 if __name__ == "__main__":

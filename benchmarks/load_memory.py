@@ -70,7 +70,7 @@ def main() -> None:
     rows = [measure("smollm2", smollm2, base) for base in ("bf16", "nf4")]
     with tempfile.TemporaryDirectory() as scratch:
         rows.append(measure("synthetic-llama", synthetic(Path(scratch), gigabytes), "nf4"))
-    keep("load_memory", rows)
+    keep("load_memory", rows, dtypes="see the rows")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main() -> None:
                 }
                 print(row, flush=True)
                 table.append(row)
-    keep("long_context", table)
+    keep("long_context", table, dtypes="bf16")
 
 
 if __name__ == "__main__":

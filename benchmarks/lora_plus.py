@@ -68,7 +68,11 @@ def main() -> None:
         reached = next((step for step, loss in plus.items() if loss <= final), None)
         steps = f"{asked.steps}: {final:.4f}"
         table.append(
-            {"plain at": f"{rate:g}", "ends after": steps, "LoRA+ is there": reached or "not"}
+            {
+                "LoRA with one rate": f"{rate:g}",
+                "ends after": steps,
+                "LoRA+ is there": reached or "not",
+            }
         )
         print(json.dumps(table[-1]), flush=True)
     print(markdown(table))

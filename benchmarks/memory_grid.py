@@ -186,6 +186,7 @@ def main() -> None:
         "memory_grid",
         rows,
         [{"settings": len(off), "median error": f"{median(off):.2%}", "worst": f"{max(off):.2%}"}],
+        dtypes="see the rows",
     )
 
 

@@ -143,14 +143,14 @@ def main() -> None:
                     "estimated MB": f"{estimated / 1e6:.0f}",
                     "peak MB": f"{peak / 1e6:.0f}",
                     "of which mapped": f"{files / 1e6:.0f}",
-                    "over": f"{peak / estimated:.2f}",
+                    "relative to the estimate": f"{peak / estimated:.2f}",
                 }
             )
             print(json.dumps(found[-1]), flush=True)
     if asked.only is None or asked.short:
-        over = [float(row["over"]) for row in found]
+        over = [float(row["relative to the estimate"]) for row in found]
         summary = {"settings": len(over), "most": max(over), "least": min(over)}
-        keep("memory_process", found, [summary])
+        keep("memory_process", found, [summary], dtypes="see the rows")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,11 @@ def main() -> None:
             "smollm2": resolve_model("smollm2").path,
             "synthetic-llama": synthetic(work / "llama", gigabytes),
         }
-        keep("merge_memory", [measure(label, path, work) for label, path in models.items()])
+        keep(
+            "merge_memory",
+            [measure(label, path, work) for label, path in models.items()],
+            dtypes="bf16",
+        )
 
 
 if __name__ == "__main__":

@@ -37,16 +37,17 @@ def figures(case: Case, own: list[Step], lora: list[Step]) -> dict[str, object]:
     """The row of a method."""
     turns = list(zip(own, lora, strict=True))
     whole = statistics.median(step.seconds for step in own)
+    beside = statistics.median(a.seconds / b.seconds for a, b in turns)
     return {
         "method": case.method,
-        "of LoRA's step": f"{statistics.median(a.seconds / b.seconds for a, b in turns):.2f}",
+        "step relative to LoRA": f"{beside:.2f}",
         "tokens/s": f"{case.batch * case.length / whole:.0f}",
         **{
             f"{part} (ms)": f"{1000 * statistics.median(getattr(step, part) for step in own):.0f}"
             for part in ("forward", "backward", "optimizer")
         },
         "peak GB": f"{own[-1].peak / 1e9:.2f}",
-        "of LoRA's peak": f"{own[-1].peak / lora[-1].peak:.2f}",
+        "peak relative to LoRA": f"{own[-1].peak / lora[-1].peak:.2f}",
     }
 
 
@@ -68,7 +69,7 @@ def main() -> None:
         row = figures(case, *beside_lora(case, asked.rounds))
         print(row, flush=True)
         table.append(row)
-    keep("methods", table)
+    keep("methods", table, dtypes="bf16")
 
 
 if __name__ == "__main__":

@@ -79,12 +79,13 @@ def main() -> None:
             "mixture",
             [
                 {
-                    "experts, NF4 of bf16": f"{four / plain:.3f}",
+                    "experts in NF4 relative to bf16": f"{four / plain:.3f}",
                     "exact match, base": f"{before['exact_match']:.1%}",
                     "adapter on NF4": f"{with_adapter['exact_match']:.1%}",
                     "merged, bf16": f"{after['exact_match']:.1%}",
                 }
             ],
+            dtypes="experts in NF4",
         )
 
 

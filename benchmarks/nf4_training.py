@@ -89,10 +89,10 @@ def main() -> None:
     inside = match(models["bf16"], "all-linear", is_linear).paths
     (matrices, everything), (packed, whole) = (held(model, inside) for model in models.values())
     sizes = {
-        "linears_bytes": packed,
-        "of_bf16": packed / matrices,
-        "model_bytes": whole,
-        "model_of_bf16": whole / everything,
+        "linear layers": packed,
+        "relative to bf16": packed / matrices,
+        "whole model": whole,
+        "model relative to bf16": whole / everything,
     }
     print(json.dumps(sizes))
     table = []
@@ -125,10 +125,8 @@ def main() -> None:
                 table.append(row)
         for adapter in adapters:
             adapter.detach()
-    megabytes = {
-        name: f"{n / 1e6:.0f} MB" if name.endswith("bytes") else n for name, n in sizes.items()
-    }
-    keep("nf4_training", *filter(None, [[megabytes], table]))
+    megabytes = {name: f"{n / 1e6:.0f} MB" if n > 2 else n for name, n in sizes.items()}
+    keep("nf4_training", *filter(None, [[megabytes], table]), dtypes="NF4 and bf16")
 
 
 if __name__ == "__main__":

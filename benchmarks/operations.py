@@ -83,6 +83,7 @@ def main() -> None:
             {"part": part, "operations": operations, "copies": copied, "ms": f"{ms:.0f}"}
             for part, operations, copied, ms in counted
         ],
+        dtypes="bf16",
     )
 
 

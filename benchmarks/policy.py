@@ -151,14 +151,14 @@ def main() -> None:
         rows.append(
             {
                 "": side,
-                "seconds a step": f"{own['seconds']:.2f}",
-                "times lorafold's": f"{own['seconds'] / first['seconds']:.2f}",
-                "tokens a completion": f"{own['tokens']:.1f}",
+                "seconds per step": f"{own['seconds']:.2f}",
+                "time relative to lorafold": f"{own['seconds'] / first['seconds']:.2f}",
+                "tokens per completion": f"{own['tokens']:.1f}",
                 "peak GB": f"{own['peak_bytes'] / 1e9:.2f}",
-                "lorafold's of it": f"{first['peak_bytes'] / own['peak_bytes']:.2f}",
+                "lorafold's memory of it": f"{first['peak_bytes'] / own['peak_bytes']:.2f}",
             }
         )
-    keep("policy_long_prompts" if asked.notes else "policy", rows)
+    keep("policy_long_prompts" if asked.notes else "policy", rows, dtypes=STORAGE[asked.dtype])
 
 
 if __name__ == "__main__":

@@ -46,11 +46,11 @@ def row(name: str, times: float, quarter: dict, found: list[dict], held_out: int
     low, high = wilson(round(sum(right) * held_out), len(found) * held_out)
     return {
         "method": name,
-        "trained numbers": f"{found[0]['parameters']:,}",
-        "rates": f"{times:g} of its own",
+        "trained parameters": f"{found[0]['parameters']:,}",
+        "learning rate": f"{times:g} times its own",
         "reward after a quarter": statistics.mean(quarter["interval"][-1]),
-        "right": f"{statistics.mean(right):.1%} ({low:.1%} to {high:.1%})",
-        "by seed": ", ".join(f"{share:.1%}" for share in right),
+        "correct": f"{statistics.mean(right):.1%} ({low:.1%} to {high:.1%})",
+        "correct by seed": ", ".join(f"{share:.1%}" for share in right),
         "reward": statistics.mean(statistics.mean(one["interval"][-1]) for one in found),
         "entropy": statistics.mean(one["entropy"] for one in found),
         "minutes": statistics.mean(one["seconds"] for one in found) / 60,
@@ -84,7 +84,7 @@ def main() -> None:
                     work[f"{name}, {times:g} of its rates, seed {seed}"] = one["work"]
                 same_work(work)
                 table.append(row(name, times, quarters[times], found, asked.held_out))
-    keep("policy_methods", table)
+    keep("policy_methods", table, dtypes="fp32")
 
 
 if __name__ == "__main__":

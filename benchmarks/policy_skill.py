@@ -55,8 +55,8 @@ def main() -> None:
         skill = written(scratch, "skill", rows("train", 240, 0))
         prompts = written(scratch, "prompts", of(rows("train", 600, 1), True))
         tests = {
-            "rewarded intents": written(scratch, "own", of(rows("test", asked.held_out, 2), True)),
-            "other intents": written(scratch, "other", of(rows("test", asked.held_out, 2), False)),
+            "rewarded requests": written(scratch, "own", of(rows("test", asked.held_out, 2), True)),
+            "other requests": written(scratch, "other", of(rows("test", asked.held_out, 2), False)),
         }
         reward, sft = Path(scratch, "reward.py"), f"{scratch}/sft"
         reward.write_text(FIELDS)
@@ -70,7 +70,7 @@ def main() -> None:
                 *("--objective-options", "group=8", "--objective-options", "max_new_tokens=64"),
             )
             adapters = ["--adapter", sft, "--adapter", out]
-            found = measured(f"GRPO over it, beta {beta:g}", adapters, tests)
+            found = measured(f"GRPO on top of it, beta {beta:g}", adapters, tests)
             steps = json.loads(Path(out, "lorafold.json").read_text())["steps"]
             table.append(
                 found
@@ -79,11 +79,11 @@ def main() -> None:
                         f"{sum(part) / len(part):.3f}"
                         for part in (steps["reward"][:4], steps["reward"][-4:])
                     ),
-                    "the reference's bytes": "as before" if digest(sft) == before else "CHANGED",
+                    "bytes of the reference": "as before" if digest(sft) == before else "CHANGED",
                     "minutes": done / 60,
                 }
             )
-    keep("policy_skill", table)
+    keep("policy_skill", table, dtypes="bf16")
 
 
 def of(found: list[dict], rewarded: bool) -> list[dict]:

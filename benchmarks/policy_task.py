@@ -159,15 +159,17 @@ def main() -> None:
             table.append(
                 {
                     "seed": str(seed),
-                    "right before": told(one, 0),
-                    "right after": told(one, -1),
+                    "correct before": told(one, 0),
+                    "correct after": told(one, -1),
                     "minutes of training": f"{one['seconds'] / 60:.1f}",
-                    "tokens before, after": " ".join(f"{one['tokens'][at]:.1f}" for at in (0, -1)),
+                    "tokens before and after": " ".join(
+                        f"{one['tokens'][at]:.1f}" for at in (0, -1)
+                    ),
                     "entropy": f"{one['entropy']:.2f}",
-                    "largest mean mismatch": f"{one['mismatch']:.1e}",
+                    "largest mean difference of log-probabilities": f"{one['mismatch']:.1e}",
                 }
             )
-    keep(f"policy_{asked.task}", table)
+    keep(f"policy_{asked.task}", table, dtypes="fp32")
 
 
 if __name__ == "__main__":

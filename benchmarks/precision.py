@@ -354,7 +354,7 @@ def main() -> None:
         layers = stack.enter_context(caught(model))
         model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
     tables.append(shown("attention", of_attention(layers, asked.seed)))
-    keep("precision", *tables)
+    keep("precision", *tables, dtypes="see the rows")
 
 
 if __name__ == "__main__":

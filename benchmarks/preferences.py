@@ -158,20 +158,21 @@ def speed(bench: Bench, rounds: int) -> None:
     def median(side: str, key: str) -> float:
         return statistics.median(one[key] for one in found[side])
 
+    trl = median("TRL + PEFT", "peak_bytes")
     table = [
         {
             "": side,
             "tokens/s": f"{bench.tokens / median(side, 'seconds'):.0f}",
-            "times as fast": f"{median('TRL + PEFT', 'seconds') / median(side, 'seconds'):.2f}",
-            "seconds in all": f"{median(side, 'whole_seconds'):.0f}",
+            "speed-up": f"{median('TRL + PEFT', 'seconds') / median(side, 'seconds'):.2f}",
+            "total seconds": f"{median(side, 'whole_seconds'):.0f}",
             "peak GB": f"{median(side, 'peak_bytes') / 1e9:.2f}",
-            "of TRL's": f"{median(side, 'peak_bytes') / median('TRL + PEFT', 'peak_bytes'):.2f}",
+            "of TRL's memory": f"{median(side, 'peak_bytes') / trl:.2f}",
             "held-out margin": f"{median(side, 'margin'):.3f}",
             "accuracy": f"{median(side, 'accuracy'):.1%}",
         }
         for side in found
     ]
-    keep("preferences", table)
+    keep("preferences", table, dtypes="bf16")
 
 
 def fidelity(bench: Bench) -> None:
@@ -182,8 +183,8 @@ def fidelity(bench: Bench) -> None:
         margins = {dtype: run["margin"] for dtype, run in runs.items()}
         kept = margins["bfloat16"] / margins["float32"]
         shown = {dtype: f"{margin:.4f}" for dtype, margin in margins.items()}
-        table.append({"": side, **shown, "kept in bf16": f"{kept:.1%}"})
-    keep("preferences_bf16", table)
+        table.append({"": side, **shown, "bf16 relative to fp32": f"{kept:.1%}"})
+    keep("preferences_bf16", table, dtypes="fp32 and bf16")
 
 
 def main() -> None:

@@ -232,34 +232,34 @@ def main() -> None:
             table = [
                 {
                     "run": one["run"], "processes": one["processes"],
-                    "peak of each, MB": f"{one['peak'] / 1e6:,.0f}",
-                    "over one process": one["peak"] / alone.get(one["run"], float("nan")),
+                    "peak per process, MB": f"{one['peak'] / 1e6:,.0f}",
+                    "relative to one process": one["peak"] / alone.get(one["run"], float("nan")),
                     "libraries, MB": f"{one['libraries'] / 1e6:,.0f}",
                 }
                 for one in found
             ]  # fmt: skip
             if "memory" in asked.sides:
-                keep("processes_memory", table)
+                keep("processes_memory", table, dtypes="see the rows")
             shown = [
                 {
                     "run": one["run"], "processes": one["processes"],
                     "while loading, MB": f"{one['loading'] / 1e6:,.0f}",
-                    "over the files": one["loading"] / one["files"],
-                    "over the weights as stored": one["loading"] / one["stored"],
-                    "with mapped pages, over the files": one["with mapped pages"] / one["files"],
+                    "relative to the files": one["loading"] / one["files"],
+                    "relative to the stored weights": one["loading"] / one["stored"],
+                    "with mapped pages": one["with mapped pages"] / one["files"],
                 }
                 for one in found
             ]  # fmt: skip
-            keep("processes_loading", shown)
+            keep("processes_loading", shown, dtypes="see the rows")
         if "speed" in asked.sides:
             rates = speed(asked.rounds, Path(where))
             ratios = [b / a for a, b in zip(rates["1"], rates["2"], strict=True)]
             row = {
-                "one process of two threads, tokens/s": statistics.median(rates["1"]),
-                "two of one": statistics.median(rates["2"]),
-                "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+                "one process with two threads, tokens/s": statistics.median(rates["1"]),
+                "two processes with one thread, tokens/s": statistics.median(rates["2"]),
+                "speed-up": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
             }  # fmt: skip
-            keep("processes_speed", [row])
+            keep("processes_speed", [row], dtypes="bf16")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ One JSON object a line, and a table of smollm2's, also written to results/quanti
 relative_error |W - Q(W)| / |W| over all matrices together, worst_matrix the largest of a single
 one, max_error in units of the block's largest weight, entropy of the codes' use in bits,
 above_bound the error against lloyd-max's, kl of the model's answers on the probe texts against the
-original's (nats a token; both computed in fp32 from bf16 weights). Shifting a code's blocks by half
+original's (nats per token; both computed in fp32 from bf16 weights). Shifting a code's blocks by half
 a block or mirroring its levels leaves its error as it is and moves kl by 0.01 to 0.04: smaller
 differences say little.
 
@@ -278,7 +278,11 @@ def main() -> None:
         codes["lloyd-max-normal"] = best
     for steps in (1, 5) if asked.loftq else ():
         report("smollm2", f"loftq T={steps}", lambda w, steps=steps: (loftq(w, steps), None))
-    keep("quantization_error", [row for row in table if row["data"] == "smollm2"])
+    keep(
+        "quantization_error",
+        [row for row in table if row["data"] == "smollm2"],
+        dtypes="see the rows",
+    )
 
 
 if __name__ == "__main__":

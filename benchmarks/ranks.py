@@ -132,12 +132,12 @@ def main() -> None:
         )
         cuts.append(
             {
-                "r16-s0 to": " ".join(size).strip("-"),
+                "rank 16 resized to": " ".join(size).strip("-"),
                 "error": f"{made['error']:.1%}",
                 "loss": f"{made['loss_after']:.4f}",
             }
         )
-    keep("ranks", ranks, beside, cuts)
+    keep("ranks", ranks, beside, cuts, dtypes="fp32")
 
 
 def compared(a: Path, b: Path, out: Path) -> dict:
@@ -148,7 +148,7 @@ def compared(a: Path, b: Path, out: Path) -> dict:
     def mean(name: str) -> float:
         return fmean(site[name] for site in sites)
 
-    line = {"of": a.name, "against": b.name, "cosine": mean("cosine")}
+    line = {"update": a.name, "compared with": b.name, "cosine": mean("cosine")}
     for side in ("read", "written"):
         line |= {
             f"phi {side}, first": mean(f"phi_{side}_first"),

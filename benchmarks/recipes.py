@@ -254,10 +254,10 @@ def figures(name: str, case: Case, runs: Sequence[Pair]) -> dict[str, object]:
         "configuration": name,
         "steps": both(len(first.losses), len(other.losses)),
         "parameters": both(f"{first.parameters:,}", f"{other.parameters:,}"),
-        "rates apart": f"{gap / max(first.rates):.0%}",
-        "tokens a step": "" if case.held_out == "pairs" else both(*(f"{t:.0f}" for t in tokens)),
+        "difference of the rates": f"{gap / max(first.rates):.0%}",
+        "tokens per step": "" if case.held_out == "pairs" else both(*(f"{t:.0f}" for t in tokens)),
         "first loss": both(*(f"{run.losses[0]:.3f}" for run in (first, other))),
-        "loss of a row": " / ".join(map(told, curves)),
+        "loss per row": " / ".join(map(told, curves)),
         "held-out": " / ".join(told([p.held_out[i] for p in runs]) for i in (0, 1)),
     }
 
@@ -343,7 +343,7 @@ def main() -> None:
             )  # fmt: skip
             print(markdown(table), flush=True)
     os.chdir(HOME)
-    keep("recipes", table)
+    keep("recipes", table, dtypes="fp32")
 
 
 if __name__ == "__main__":

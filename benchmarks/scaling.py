@@ -71,12 +71,13 @@ def main() -> None:
         "scaling",
         [
             {
-                "rows x tokens": f"{row['rows']} x {row['length']}",
+                "rows × tokens": f"{row['rows']} x {row['length']}",
                 "rank": row["rank"],
                 **figures(row),
             }
             for row in rows
         ],
+        dtypes="bf16",
     )
     draw(rows, {"length": "tokens of one row, rank 16", "rank": "rank, 4 x 256 tokens"})
 

@@ -44,6 +44,11 @@ from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 
 PROMPT, STREAMS, RANK = 64, 16, 16
+TABLES = {
+    "tokens_per_s": "tokens/s",
+    "first": "median first token, s",
+    "slowest": "slowest first token, s",
+}
 
 
 def adapters(model: Any, n: int, out: Path, rank: int, targets: Any) -> list[Path]:
@@ -216,8 +221,8 @@ def main() -> None:
                     "16 distinct": lambda: serve(engine, distinct, a.new),
                     "1 of the base": lambda: serve(engine, [None], a.new),
                     "1 with an adapter": lambda: serve(engine, ["a0"], a.new),
-                    "1 with a warm adapter, 2 tokens": lambda: serve(engine, ["a0"], 2),
-                    "1 with a cold adapter, 2 tokens": cold,
+                    "1 with a warm adapter (2 tokens)": lambda: serve(engine, ["a0"], 2),
+                    "1 with a cold adapter (2 tokens)": cold,
                 }
             if few:
                 sides["64 over 16 small adapters"] = lambda: serve(engine, uniform(16), a.new)
@@ -235,14 +240,22 @@ def main() -> None:
     for kind in {name.rpartition(", ")[2] for name in found}:  # "16 distinct", whoever serves them
         alike = {name: rows for name, rows in found.items() if name.rpartition(", ")[2] == kind}
         same_work({name: {"tokens": rows[-1]["tokens"]} for name, rows in alike.items()})
-    table = [
-        {"side": name} | {key: statistics.median(r[key] for r in rows) for key in rows[0]}
-        for name, rows in found.items()
-    ]
+    tables = [rows for key, title in TABLES.items() if (rows := by_side(found, key, title))]
     if a.keep:
-        keep("serving", table)
+        keep("serving", *tables, dtypes="bf16")
     else:
-        print(markdown(table))
+        print("\n\n".join(map(markdown, tables)))
+
+
+def by_side(found: dict[str, list[dict]], key: str, title: str) -> list[dict]:
+    """Medians of a figure: a row for each kind of streams, a column for each side that has it."""
+    table: dict[str, dict] = {}
+    for name, rows in found.items():
+        side, _, streams = name.rpartition(", ")
+        if key in rows[0]:
+            row = table.setdefault(streams, {title: streams})
+            row[side or "engine"] = statistics.median(one[key] for one in rows)
+    return list(table.values())
 
 
 if __name__ == "__main__":

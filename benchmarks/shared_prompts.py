@@ -69,15 +69,15 @@ def main() -> None:
                 {
                     "prompt": prompt,
                     "completions": f"2 x {completion}",
-                    "tokens apart": tokens[False],
-                    "shared": tokens[True],
-                    "seconds apart": f"{medians[False]:.2f}",
-                    "shared ": f"{medians[True]:.2f}",
-                    "times as fast": f"{medians[False] / medians[True]:.2f}",
+                    "tokens, separate": tokens[False],
+                    "tokens, shared": tokens[True],
+                    "seconds, separate": f"{medians[False]:.2f}",
+                    "seconds, shared": f"{medians[True]:.2f}",
+                    "speed-up": f"{medians[False] / medians[True]:.2f}",
                 }
             )
             print(table[-1], flush=True)
-    keep("shared_prompts", table)
+    keep("shared_prompts", table, dtypes="bf16")
 
 
 if __name__ == "__main__":

@@ -145,13 +145,13 @@ def main() -> None:
     table = []
     for kind, own in found.items():
         more = {k: own[k] - found["one"][k] for k in ("to listening", "to all verified")}
-        row: dict[str, Any] = {"adapters": 1 if kind == "one" else a.adapters, "are": kind}
+        row: dict[str, Any] = {"adapters": 1 if kind == "one" else a.adapters, "state": kind}
         row |= {f"{k}, s more": v for k, v in more.items()}
         row |= {k: v for k, v in own.items() if k not in more}
         table.append(row)
         print(json.dumps(row | {"to listening": own["to listening"]}))
     if a.keep:
-        keep("start", table)
+        keep("start", table, dtypes="bf16")
     else:
         print(markdown(table))
 

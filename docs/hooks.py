@@ -2,6 +2,7 @@
 
     <!-- generated: about train -->      what a command does, and
     <!-- generated: options train -->    its options, from the command itself
+    <!-- generated: results NAME -->     measured tables, from `results.py`
     <!-- generated: commands -->         the commands with a line and a page each
     <!-- generated: objects -->          the public names with a line and a place each
     <!-- generated: recipe -->           the fields of the recipe, from `Recipe.model_fields`
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
+import results
 import sitelinks
 import typer
 from mkdocs.exceptions import PluginError
@@ -37,7 +39,7 @@ from lorafold.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
-MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- generated: (\w+)(?: (.+))? -->$", re.MULTILINE)
 NOT_RUN = re.compile(r' title="Not run by the tests: [^"]*"')
 VERB = re.compile(r"^::: lorafold\.([a-z]\w+)$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
@@ -109,7 +111,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def folded(found: re.Match[str]) -> str:
-    """A part of a page behind its first sentence; `reference.js` opens it for links into it.
+    """A part of a page behind its first sentence; `sections.js` opens it for links into it.
     The heading stays outside, or the search would not find the part's text under it.
     """
     first = re.search(r"<p>(.*?)</p>", found["rest"], re.DOTALL)
@@ -335,6 +337,7 @@ def power(rate: float) -> str:
 GENERATED = {
     "about": about,
     "options": options,
+    "results": results.results,
     "commands": commands,
     "objects": objects,
     "recipe": recipe,

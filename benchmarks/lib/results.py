@@ -50,15 +50,17 @@ def markdown(rows: Sequence[dict]) -> str:
 
 
 def written(runs: Sequence[dict]) -> str:
-    """Runs as JSON with a line for each row of a table."""
+    """Runs as JSON with one line for each row of a table and for the versions."""
     text = json.dumps(runs, indent=1, ensure_ascii=False)
-    row = re.compile(r'\[\s+("(?:[^"\\]|\\.)*"(?:,\s+"(?:[^"\\]|\\.)*")*)\s+\]')
-    return row.sub(lambda found: f"[{re.sub(chr(10) + ' +', ' ', found[1])}]", text) + "\n"
+    word = r'"(?:[^"\\]|\\.)*"'
+    flat = re.compile(rf"([\[{{])\s+({word}(?:[,:]\s+{word})*)\s+([\]}}])")
+    return flat.sub(lambda f: f[1] + re.sub(r"\n +", " ", f[2]) + f[3], text) + "\n"
 
 
-def keep(name: str, *tables: Sequence[dict]) -> None:
-    """Print tables and write them to results/NAME.json with the command, the commit, the date and
-    the machine. They replace those of the same command and processor. A short form prints alone.
+def keep(name: str, *tables: Sequence[dict], dtypes: str) -> None:
+    """Print tables and write them to results/NAME.json with the command, the commit, the date, the
+    machine and the dtypes. They replace the tables of the same command and processor. A short form
+    only prints.
     """
     print("\n" + "\n\n".join(map(markdown, tables)))
     if is_short():
@@ -68,6 +70,7 @@ def keep(name: str, *tables: Sequence[dict]) -> None:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "dtypes": dtypes,
         "versions": {package: version(package) for package in packages},
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit(),
@@ -77,6 +80,6 @@ def keep(name: str, *tables: Sequence[dict]) -> None:
     HERE.mkdir(exist_ok=True)
     file = HERE / f"{name}.json"
     runs = json.loads(file.read_text()) if file.exists() else []
-    same = [all(other[key] == run[key] for key in ("processor", "command")) for other in runs]
+    same = [all(other.get(key) == run[key] for key in ("processor", "command")) for other in runs]
     others = [other for other, replaced in zip(runs, same, strict=True) if not replaced]
     file.write_text(written([run, *others]))

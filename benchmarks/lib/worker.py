@@ -52,6 +52,7 @@ class Case(NamedTuple):
     recompute: bool = False  # gradient checkpointing
     device: str = "cpu"
     products: int = 1 if is_short() else 15  # timed after each step
+    peft_dtype: str = "bfloat16"  # of PEFT's base and products; lorafold picks the faster one
 
 
 class Step(NamedTuple):
@@ -202,11 +203,11 @@ def peft(case: Case, stack: ExitStack) -> Training:
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "bnb_4bit_compute_dtype": (dtype := getattr(torch, case.peft_dtype)),
     }
     packing = {"quantization_config": BitsAndBytesConfig(**four)} if case.quantization else {}
     model = AutoModelForCausalLM.from_pretrained(
-        resolve_model(case.model).path, dtype=torch.bfloat16, device_map=case.device, **packing
+        resolve_model(case.model).path, dtype=dtype, device_map=case.device, **packing
     )
     config = LoraConfig(
         r=case.rank,

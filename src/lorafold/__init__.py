@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError as LorafoldError
 from lorafold.errors import NotMergeable as NotMergeable
+from lorafold.errors import check_platform as _check_platform
 from lorafold.methods import METHODS as _METHODS
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ if not TYPE_CHECKING:  # a wrong name is an error to type checkers, which read t
 
     def __getattr__(name: str) -> Any:
         if name in _HOME:
+            _check_platform()
             return getattr(importlib.import_module(f"lorafold.{_HOME[name]}"), name)
         if name == "__all__":  # of `from lorafold import *`
             return __dir__()

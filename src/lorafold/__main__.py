@@ -1,4 +1,4 @@
-"""`python -m lorafold`: the command."""
+"""`python -m lorafold`."""
 
 from lorafold.cli import main
 

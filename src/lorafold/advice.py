@@ -1,13 +1,12 @@
-"""Advice on names that there are not: the nearest one, and what other tools' names are called here.
-`ELSEWHERE` is the one table of these, for command lines, recipes, specs, `attach` and other tools'
+"""Suggestions for unknown names: the nearest name, and lorafold's names for other tools' options.
+`ELSEWHERE` is the only table of these, for command lines, recipes, specs, `attach` and other tools'
 files.
 
     lora_r: 8            rank=8
     learning_rate: 1e-4  lr=0.0001, lr_b=0.0001
     load_in_4bit: true   storage='nf4'
 
-YAML and command lines leave `2e-4` and quoted numbers as text, so values are converted. A converter
-raises LorafoldError with what was found and what is expected.
+YAML and command lines leave `2e-4` and quoted numbers as text, so values are converted.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from lorafold.errors import LorafoldError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ALIKE = 0.6  # how alike two names are of which one may be meant
-SPELT = 0.8  # and of which one is a misspelling
+ALIKE = 0.6  # similarity for a suggestion
+SPELT = 0.8  # similarity of a misspelling
 
 
 class UnknownName(LorafoldError, TypeError):
-    """A keyword argument that there is not."""
+    """An unknown keyword argument."""
 
 
 def number(value: Any) -> float:
-    """A finite number, also where YAML left it as text."""
+    """A finite number, also given as text."""
     try:
         if isinstance(value, bool) or not isfinite(result := float(value)):
             raise ValueError
@@ -43,7 +42,7 @@ def number(value: Any) -> float:
 
 
 def integer(value: Any) -> int:
-    """A whole number, also where it is written as text or as 3.0."""
+    """A whole number, also given as text or as 3.0."""
     result = number(value)
     if result != int(result):
         raise LorafoldError(f"found {value!r}, expected a whole number")
@@ -51,7 +50,7 @@ def integer(value: Any) -> int:
 
 
 def boolean(value: Any) -> bool:
-    """True or false, also as the texts true, yes, on, false, no and off."""
+    """A boolean, also given as the texts true, yes, on, false, no and off."""
     texts = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     result = texts.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(result, bool):
@@ -60,7 +59,6 @@ def boolean(value: Any) -> bool:
 
 
 def names(value: Any) -> tuple[str, ...]:
-    """The names in a list, or in a text with commas between them."""
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(name, str) for name in items):
         raise LorafoldError(f"found {value!r}, expected a list of names")
@@ -76,13 +74,12 @@ Fields = dict[str, Any]
 
 
 class KnownName(NamedTuple):
-    """What a name of other tools is called here.
+    """A name of other tools.
 
     names: The fields that it may set.
-    read: Those that a value sets, beside the other names that were given. LorafoldError for a value
-        that it can't have.
-    remark: What is not plain.
-    like: What a value looks like on a command line.
+    read: A function of its value and the other given names that returns the fields to set.
+    remark: A note for the user.
+    like: An example value for a command line.
     """
 
     names: tuple[str, ...]
@@ -111,7 +108,7 @@ def _one_of(name: str, ours: Mapping[str, str]) -> KnownName:
 
 
 def modules(value: Any) -> str | tuple[str, ...]:
-    """Names of modules, or a text as it stands: a regular expression or a preset."""
+    """Names of modules, or a text unchanged: a regular expression or a preset."""
     return value if isinstance(value, str) else names(value)
 
 
@@ -214,19 +211,17 @@ OWNERS = {
 
 
 def near(name: str, known: Collection[str], cutoff: float = ALIKE, most: int = 1) -> str:
-    """A question for the nearest of some names; empty where none is near."""
     matches = get_close_matches(name, known, most, cutoff)
     return f"did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
-    """What is there in place of a name that there is not, in words; empty where nothing is like it.
-    """
+    """The replacement for an unknown name, in words; empty if there is none."""
     option, other = ELSEWHERE.get(name), ""
     if option is not None:
         try:
             fields = option.read(given[name], given)
-        except LorafoldError:  # its value is none
+        except LorafoldError:  # invalid value
             fields = {}
         shown = ", ".join(f"{key}={v!r}" for key, v in fields.items()) or " and ".join(option.names)
         remark = f" ({option.remark})" if option.remark else ""
@@ -238,7 +233,6 @@ def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
 
 
 def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -> UnknownName:
-    """The error for names that are given and not known, with what is there in their place."""
     hints = {name: advice(name, given, known) for name in given if name not in known}
     others = [name for name, hint in hints.items() if not hint]
     all_of_them = f"it has: {', '.join(known) or 'none'}"
@@ -248,9 +242,7 @@ def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -
 
 
 def advised(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function, which tells a keyword argument that it does not have what is there in its
-    place: UnknownName, which is a TypeError too.
-    """
+    """Add suggestions to a function's error for unknown keyword arguments."""
     known = inspect.signature(function).parameters.keys()
 
     @wraps(function)

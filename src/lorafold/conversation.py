@@ -1,13 +1,12 @@
-"""A conversation with one model under any of its adapters.
+"""A conversation with one model and any of its adapters.
 
     with Chat(model, tokenizer, {"sql": "adapter1"}, system="You are brief.") as chat:
         turn = chat.ask("Which users signed up today?")
-        answer = "".join(chat.answer(turn, chat.active))    it streams: a piece of text a token
+        answer = "".join(chat.answer(turn, chat.active))    streams text per token
         chat.keep(turn, answer)
 
-If the system message, the history and the question leave no room for an answer in the model's
-context, the oldest turns are left out of the prompt, but not of `save`. One engine computes all
-answers.
+If the prompt would leave no room for an answer in the context, the oldest turns are left out of the
+prompt, but not of `save`. One engine computes all answers.
 """
 
 from __future__ import annotations
@@ -36,24 +35,23 @@ from lorafold.generation import GREEDY, end_tokens, pieces, table_left, tokens_o
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BASE, NONE, ALL = "base", "none", "all"  # words with a meaning in place of an adapter's name
+BASE, NONE, ALL = "base", "none", "all"  # reserved words, no names of adapters
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question, ready to be answered."""
+    """A question ready to be answered."""
 
     text: str
-    prompt: str  # rendered
-    room: int  # the most tokens of the answer
-    first: int  # the first message of the history in the prompt
-    dropped: int  # turns that are left out for the first time
+    prompt: str
+    room: int  # maximum tokens of the answer
+    first: int  # index of the first message of the history in the prompt
+    dropped: int  # turns newly left out
 
 
 class Chat:
-    """The history, the adapters that answer next, all at first, and the limits of an answer.
-    `adapters` has their names on the model by those that the user knows. The model is the engine's
-    until `close`.
+    """The history, the adapters for the next answer (all at first), and limits. `adapters` maps the
+    user's names to names on the model. The engine holds the model until `close`.
     """
 
     def __init__(
@@ -78,11 +76,10 @@ class Chat:
         with ExitStack() as stack:
             stack.enter_context(only(model))
             self._engine = stack.enter_context(Engine(model, tokenizer, slots=1, length=length))
-            # also if nobody closes it: when it is collected, or before the interpreter ends
+            # also runs on garbage collection and at exit
             self._close = weakref.finalize(self, stack.pop_all().close)
 
     def close(self) -> None:
-        """Give the model back."""
         self._close()
 
     def __enter__(self) -> Self:
@@ -92,26 +89,25 @@ class Chat:
         self.close()
 
     def reset(self) -> None:
-        """Forget the history. The system message and the choice of adapters stay."""
-        self.messages: list[Message] = []  # user and assistant in turn
-        self._first = 0  # the first message that the model still sees
+        self.messages: list[Message] = []  # user and assistant alternate
+        self._first = 0  # index of the first message in prompts
 
     def switch(self, name: str) -> None:
-        """Let one adapter answer from now on, or `none` (the base), or `all` of them."""
+        """Selects one adapter for answers, or `none` (the base), or `all`."""
         choices = {NONE: (), ALL: tuple(self.adapters), **{n: (n,) for n in self.adapters}}
         if name not in choices:
             raise LorafoldError(f"no adapter {name}; expected {', '.join([*self.adapters, NONE])}")
         self.active = choices[name]
 
     def speakers(self) -> list[tuple[str, ...]]:
-        """The adapters of each answer to the next question, () for the base. The last answer is the
-        one to keep.
+        """Returns the adapters of each answer to the next question, () for the base; the last
+        answer is the one to keep.
         """
         return [(), self.active] if self.both and self.active else [self.active]
 
     def ask(self, text: str) -> Turn:
-        """Make the next prompt, with as much of the history as leaves room for `max_new_tokens`
-        tokens or half of the context, whichever is less.
+        """Renders the next prompt, with as much history as leaves room for `max_new_tokens` tokens
+        or half of the context, whichever is less.
         """
         first, context = self._first, self.context or sys.maxsize
         question = {"role": "user", "content": text}
@@ -132,10 +128,8 @@ class Chat:
         return Turn(text, prompt, min(self.max_new_tokens, left), first, (first - self._first) // 2)
 
     def answer(self, turn: Turn, names: Sequence[str]) -> Generator[str, None, None]:
-        """The answer under these adapters, a piece of text a token. Closing the iterator ends it;
-        the history stays as it is.
-        """
-        adapter = "/".join(names) or None  # a name that the user says has no slash
+        """Yields the answer by token. Closing the iterator ends it; the history is unchanged."""
+        adapter = "/".join(names) or None  # the user's names have no slash
         if adapter and adapter not in self._engine.adapters.names():
             self._engine.adopt(adapter, [self.adapters[name] for name in names])
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.messages) // 2)
@@ -145,20 +139,19 @@ class Chat:
         )
 
     def keep(self, turn: Turn, answer: str) -> None:
-        """Add the question and its answer to the history."""
         self.messages.append({"role": "user", "content": turn.text})
         self.messages.append({"role": "assistant", "content": answer})
         self._first = turn.first
 
     def conversation(self, first: int = 0) -> list[Message]:
-        """The system message, if there is one, and the history from a message on."""
+        """Returns the system message, if any, and the history from index `first` on."""
         if self.system is None:
             return self.messages[first:]
         return [{"role": "system", "content": self.system}, *self.messages[first:]]
 
     def save(self, path: str | Path) -> int:
-        """Add the conversation to a JSONL file as a row for `lorafold train`, and return how many
-        rows that has now. The file is replaced in one step.
+        """Appends the conversation to a JSONL file as a row for `lorafold train`, atomically;
+        returns the number of rows.
         """
         file = Path(path).expanduser()
         if not self.messages:
@@ -174,12 +167,11 @@ class Chat:
 
 
 def label(names: Sequence[str]) -> str:
-    """The name of the answers under these adapters."""
     return " + ".join(names) or BASE
 
 
 def unique_names(paths: Sequence[str | Path]) -> list[str]:
-    """The last component of each path, with -2, -3, ... if it is taken or has another meaning."""
+    """Returns each path's last component, with -2, -3, ... if it is taken or reserved."""
     names: list[str] = []
     for path in paths:
         last = os.path.basename(os.path.abspath(Path(path).expanduser()))

@@ -1,30 +1,31 @@
-"""Errors that the user can put right. The command prints such a message without a traceback and
-exits with code 2.
+"""Errors that the user can fix. Commands print the message without a traceback and exit with code
+2.
 """
 
 from __future__ import annotations
 
 import errno
+import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 
 UNTIL = "0.3"  # the version that no longer knows old names
-LISTED = 5  # items that a message lists
-ALONE = 240  # characters of the first of them
-# what the system may give the next time
+LISTED = 5  # items in a message
+ALONE = 240  # characters of a single item
+# temporary errors
 PASSING = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-STOPS = (SystemExit, KeyboardInterrupt)  # the only errors that end a thread, panics do not
+STOPS = (SystemExit, KeyboardInterrupt)  # exceptions that end a thread (a Rust panic does not)
 
 
 class LorafoldError(Exception):
-    """A request that can't be carried out. The message names the file, row, field or site, what was
-    found, what was expected, and what to do.
+    """An invalid request. The message names the file, row, field or module, the value that was
+    found, the value that was expected, and what to do.
     """
 
 
 class RewardFailed(LorafoldError):
-    """A reward that judged nothing, or can't be learned from; the model is as good as before."""
+    """A reward that failed or can't be learned from; the model is unchanged."""
 
 
 class NotMergeable(LorafoldError):
@@ -32,23 +33,24 @@ class NotMergeable(LorafoldError):
 
 
 class NoTarget(LorafoldError):
-    """Targets that match no module of a model."""
+    """Targets that match no module of the model."""
 
 
 class NoTokenizer(LorafoldError):
-    """A model or adapter directory without the vocabulary of a tokenizer."""
+    """A model or adapter directory without a tokenizer."""
 
 
 class Busy(Exception):
-    """The machine lacks what a request needs for now, such as time of its processor. Nothing is
-    known of what was asked then, and it can be asked again.
+    """The machine temporarily lacks a resource, such as CPU time. Nothing is known about the
+    request, which can be repeated.
     """
 
 
 class Interrupted(Exception):
-    """A run stopped because a signal asked it to.
+    """A run was stopped by a signal.
 
-    `code` is the shell's exit code for the signal; the message says how to continue the run.
+    `code` is the shell's exit code for the signal; the message contains the command that continues
+    the run.
     """
 
     def __init__(self, message: str, code: int) -> None:
@@ -56,10 +58,14 @@ class Interrupted(Exception):
         self.code = code
 
 
+def check_platform() -> None:
+    """Raise LorafoldError on Windows, which lacks the limits and signals of processes."""
+    if sys.platform == "win32":
+        raise LorafoldError("lorafold runs on Linux and macOS; on Windows, install it in WSL 2")
+
+
 def passes(error: BaseException | None) -> bool:
-    """Whether an error, or one that it follows from, is about what the machine lacks for now, and
-    not about what was asked.
-    """
+    """Whether an error, or one of its causes, is a temporary lack of resources."""
     if error is None or isinstance(error, Busy):
         return error is not None
     lacks = isinstance(error, OSError) and error.errno in PASSING
@@ -67,19 +73,17 @@ def passes(error: BaseException | None) -> bool:
 
 
 def called_now(old: str, now: str) -> str:
-    """The line for an old name that was used."""
+    """The warning for an old name."""
     return f"{old} is called {now} now; lorafold {UNTIL} no longer takes {old}"
 
 
 def both_names(old: str, now: str) -> str:
-    """The line for an old name that was used beside the new one."""
+    """The error message for an old name next to the new one."""
     return f"{old}: found it beside {now}, which is the same; expected {now} alone"
 
 
 def place(error: BaseException) -> str:
-    """The type of an error and where it was raised, without its message, which may hold what should
-    stay private.
-    """
+    """The type and location of an error, without its message, which may contain private data."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return type(error).__name__
@@ -89,24 +93,22 @@ def place(error: BaseException) -> str:
 
 
 def why_unread(error: OSError | ValueError) -> str:
-    """Why a file of text can't be read, in a few words: what the system says, or that it is none.
-    """
+    """Why a text file can't be read, in a few words."""
     if isinstance(error, UnicodeDecodeError):
         return "it is no text in UTF-8"
     return getattr(error, "strerror", None) or str(error)
 
 
 def printable(text: str) -> str:
-    """A text that is one line wherever it is shown: other characters are escaped."""
+    """The text with non-printable characters escaped, so that it is one line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listed(
     items: Iterable[object], by: str = ", ", room: int = 200, count: int | None = None
 ) -> str:
-    """The first of some items in a message, at most five and as many as there is room for, and how
-    many more there are. One that is too long alone is cut in its middle, since names tell most at
-    their ends.
+    """The first items of a list for a message, at most `LISTED` and within `room` characters, and
+    the number of the others. A single item that is too long is cut in the middle.
     """
     texts, shown, length = [*map(str, items)], list[str](), 0
     for item in texts[:LISTED]:
@@ -120,7 +122,6 @@ def listed(
 
 
 def as_one(problems: Sequence[object]) -> str:
-    """One problem whole, with what to do about it, or the first of several."""
     return str(problems[0]) if len(problems) == 1 else listed(problems, "; ")
 
 
@@ -130,7 +131,7 @@ def differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of at most so many characters, without its middle if it is longer."""
+    """The text, cut in the middle to at most `most` characters."""
     if len(text) <= most:
         return text
     before = (most - 5) // 2
@@ -138,6 +139,6 @@ def shortened(text: str, most: int) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """A text of bounded length, which says how many more characters there are."""
+    """The text, cut at the end after `most` characters, with the number of the others."""
     more = len(text) - most
     return text if more <= 0 else f"{text[:most]} ... and {more:,} more characters"

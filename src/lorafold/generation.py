@@ -1,7 +1,6 @@
-"""Completions of a causal language model by the engine: `complete` for many prompts, the longest
-first, so that those that run together have similar lengths; `stream` for one, token by token.
+"""Completions by the engine: `complete` for many prompts, `stream` for one, token by token.
 
-Prompts are texts that the chat template rendered, so no special tokens are added.
+Prompts are rendered by the chat template, so no special tokens are added.
 """
 
 import logging
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-BATCH = 32  # prompts that are computed at a time
+BATCH = 32  # prompts computed at a time
 GREEDY = Sampling()
-ACTIVE = "active"  # the engine's name of the adapters that are active on the model
-PAYS = 24  # passes after which the fast path is worth the 0.15 s that SmolLM2's takes to make
+ACTIVE = "active"  # the engine's name of the model's active adapters
+PAYS = 24  # passes from which on the fast path saves more time than its setup takes
 
 
 def complete(
@@ -38,8 +37,8 @@ def complete(
     sampling: Sampling = GREEDY,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The completion of each rendered prompt, without special tokens, up to the first of the
-    `end_tokens`. `progress(done, total)` is called whenever completions have ended.
+    """Returns the completion of each rendered prompt, without special tokens, up to the first of
+    the `end_tokens`. `progress(done, total)` is called when completions end.
     """
     ids = [tokens_of(tokenizer, prompt) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
@@ -55,7 +54,6 @@ def complete_tokens(
     sampling: Sampling = GREEDY,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[int, ...]]:
-    """The tokens of the completion of each prompt, as in `complete`."""
     most = room_of(model, ids, max_new_tokens)
     completions: list[tuple[int, ...]] = [()] * len(ids)
     if not ids or max_new_tokens < 1:
@@ -67,8 +65,7 @@ def complete_tokens(
     passes = max_new_tokens * -(-len(ids) // slots)
     with engine_of(model, None, slots=slots, length=length, passes=passes) as (engine, adapter):
         while waiting or running:
-            # several at a time: on SmolLM2 in bf16, 8 prompts of 30 tokens take 0.17 s together,
-            # and 0.37 s one by one
+            # several at a time, because prefilling prompts together takes half the time
             free = slots - len(running)
             for _ in range(min(free, len(waiting)) if free >= max(1, slots // 4) else 0):
                 i = waiting.popleft()
@@ -91,9 +88,9 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
 ) -> Generator[str, None, Ended | None]:
-    """The pieces of one completion, one for each token, empty while a character is incomplete, and
-    the rest at its end. It returns the end. The model is the engine's until then, or until the
-    iterator is closed.
+    """Yields pieces of one completion, one per token (empty while a character is incomplete), and
+    the rest; returns the end. The engine holds the model until the end or until the iterator is
+    closed.
     """
     ids, ends = tokens_of(tokenizer, prompt), end_tokens(model, tokenizer)
     if max_new_tokens < 1:
@@ -114,8 +111,8 @@ def engine_of(
     length: int,
     passes: int,
 ) -> Iterator[tuple[Engine, str | None]]:
-    """An engine, and its name of the adapters that are active on the model, None if none are. For
-    about so many `passes`, and with enough memory to copy the matrices, it uses the fast path.
+    """Yields an engine, and its name of the model's active adapters or None. Uses the fast path if
+    about `passes` passes are worth it, and memory suffices to copy the matrices.
     """
     active = selection_of(model).names
     nbytes = sum(p.nbytes for p in model.parameters())
@@ -130,7 +127,7 @@ def engine_of(
 
 
 def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
-    """Yield the text that each token adds; return the end. Closing it cancels the request."""
+    """Yields the text of each token; returns the end. Closing it cancels the request."""
     events, read, shown = engine.submit(request), 0, 0
     try:
         while True:
@@ -149,7 +146,7 @@ def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
 
 
 def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, ...]:
-    """The ids of a rendered prompt, at least one."""
+    """Returns the ids of a rendered prompt, at least one."""
     ids = ids_of(prompt, tokenizer)
     if not ids:
         raise LorafoldError(f"prompt {prompt!r}: found no tokens, expected at least one")
@@ -157,7 +154,7 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, .
 
 
 def table_left(model: "PreTrainedModel") -> int | None:
-    """The positions that the model's table leaves after virtual tokens, None without a table."""
+    """The positions that the model's table leaves after virtual tokens; None without a table."""
     active = parts_of(attached(model, selection_of(model).names))
     before = sum(part.positions for _, part in active if isinstance(part, Sender))
     return positions_of(model).after(before).table
@@ -166,7 +163,7 @@ def table_left(model: "PreTrainedModel") -> int | None:
 def room_of(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
-    """The most new tokens for each prompt, with a warning if a table of positions limits them."""
+    """Returns the maximum new tokens for each prompt; warns if a table of positions limits them."""
     limit = table_left(model)
     if limit is None:
         return [max_new_tokens] * len(prompts)
@@ -186,21 +183,19 @@ def room_of(
 
 
 def _checked(ended: Ended) -> Ended:
-    """The end of a request; LorafoldError if that failed."""
     if ended.reason == "failed":
         raise LorafoldError(f"a completion can't be computed: {ended.message}")
     return ended
 
 
 def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    """The text of the tokens of a completion, without special ones."""
     text = tokenizer.decode([*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """The tokens that end a completion: those of the generation config and the tokenizer, and
-    those with which the chat template ends a turn.
+    """Returns the tokens that end a completion: of the generation config, the tokenizer, and the
+    chat template's end of turn.
     """
     named = model.generation_config.eos_token_id
     ends = named if isinstance(named, list) else [named]

@@ -1,5 +1,5 @@
-"""The identity of a model or an adapter, as one digest of every file that can change an answer, by
-name and content, and the identity of code: the sources of packages. Cards and the like don't count.
+"""Identities: digests of all files of a model or an adapter that affect answers, and of source
+code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
 CODE = "**/*.py"
 ROOT = Path(__file__).parent
 SOURCES = (".py", ".cpp", ".h")
-# the packages that train a model or measure one, with all that they import
+# the packages for training and evaluation, with their imports
 TRAINING = (
     *("adapter", "layers", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
     *("runtime", "memory", "methods", "models", "objectives", "resolve", "ops", "peft", "recipe"),
@@ -34,9 +34,9 @@ COMPUTED_WITH = ("torch", "transformers")
 
 
 def of_model(source: ModelSource) -> str:
-    """The SHA-256 over a model's configuration, weights and tokenizer, and its own Python files if
-    they run, in hexadecimal; of an unpacked model over its GGUF files, since the bytes of the copy
-    depend on the version of transformers.
+    """Hashes a model's configuration, weights and tokenizer, and its Python files if they are
+    executed. For an unpacked model, its GGUF files, because the copy's bytes depend on the version
+    of transformers.
     """
     if source.gguf is not None:
         return source.gguf.identity
@@ -49,8 +49,8 @@ def of_model(source: ModelSource) -> str:
 
 
 def _code_elsewhere(path: Path) -> list[str]:
-    """The identities of the Python files of other repositories that a model's `auto_map` names, as
-    "owner/name--module.Class", where the hub's cache has them: the folders of their modules.
+    """Hashes cached Python files of other repositories that `auto_map` names, as
+    "owner/name--module.Class".
     """
     folders = set[Path]()
     for name in ("config.json", "tokenizer_config.json"):
@@ -63,8 +63,7 @@ def _code_elsewhere(path: Path) -> list[str]:
 
 
 def of_adapter(adapter: str | Path | SavedAdapter, words: bool = True) -> str:
-    """The SHA-256 over an adapter's configuration, weights, record and tokenizer, in hexadecimal.
-    """
+    """Hashes an adapter's configuration, weights and record and, with `words`, its tokenizer."""
     if isinstance(adapter, SavedAdapter):
         path, read = adapter.path, adapter.files
     else:
@@ -75,8 +74,7 @@ def of_adapter(adapter: str | Path | SavedAdapter, words: bool = True) -> str:
 
 
 def joined(identities: Sequence[str]) -> str:
-    """The SHA-256 over several identities in this order, in hexadecimal; one alone stays as it is.
-    """
+    """Hashes several identities in order; a single one is unchanged."""
     if len(identities) == 1:
         return identities[0]
     return sha256("\n".join(identities).encode()).hexdigest()
@@ -84,9 +82,7 @@ def joined(identities: Sequence[str]) -> str:
 
 @cache
 def of_code(*rooms: str, packages: tuple[str, ...] = ()) -> str:
-    """The SHA-256 over all sources in packages or modules of lorafold, and over the versions of
-    installed packages, in hexadecimal.
-    """
+    """Hashes all sources of packages or modules of lorafold, and versions of installed packages."""
     digest = sha256()
     for room in sorted(rooms):
         path = ROOT / room

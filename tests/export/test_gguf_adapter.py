@@ -165,13 +165,13 @@ def test_what_has_no_tensor_is_named(base_of, tmp_path):
     lf.attach(model, lf.LoRA(rank=2), targets=["q_proj", "lm_head"], name="one")
     row = architecture_of(model.config)
     factors = dict(update_of(model, ["one"]).factors)
-    factors["model.layers.0.base_reference"] = factors["lm_head"]
+    factors["model.layers.0.elsewhere"] = factors["lm_head"]
     tensors, problems = tensors_of_update(factors, model.config, row)
     names = {name.partition(".lora")[0] for name in tensors}
     assert names == {f"blk.{n}.attn_q.weight" for n in range(3)}
     head, other = problems
     assert "lm_head: the head is the embedding" in head
-    assert "base_reference: llama.cpp has no tensor" in other
+    assert "elsewhere: llama.cpp has no tensor" in other
 
 
 @pytest.mark.parametrize(

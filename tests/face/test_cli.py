@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lorafold as lf
 from conftest import lorafold, refused
 from lorafold.cli import COMMANDS
 from lorafold.cli.cluster import without_cluster_options, worker_resources
@@ -37,6 +38,15 @@ except SystemExit as end:
     assert all(f"\n  {name} " in told.stdout for name in COMMANDS)
     for asked in ([], ["--help"], ["-h"], ["--help-all"]):
         assert lorafold(*asked) == (0, told.stdout, "")
+
+
+def test_windows_is_refused_in_one_line(monkeypatch):
+    lorafold("--version")  # which imports for the real platform
+    monkeypatch.setattr(sys, "platform", "win32")
+    line = "lorafold runs on Linux and macOS; on Windows, install it in WSL 2"
+    assert lorafold("--version") == (2, "", f"error: {line}\n")
+    with pytest.raises(lf.LorafoldError, match=line):
+        lf.train  # noqa: B018
 
 
 def test_neither_help_nor_what_is_wrong_with_rows_imports_anything_heavy():

@@ -1,18 +1,14 @@
 """Every script in benchmarks/ has a short form that runs, and compares two sides only if both have
-computed the same; and pages have the figures of the files of results.
-
-    <!-- results: ranks -->     the table that follows is from benchmarks/results/ranks.json
-
-Each figure beyond the first column is one of the file's, rounded as the page has it; shares may be
-percent in one of both. So is each of a row that names `benchmarks/ranks.py`.
+computed the same; and pages get their measured tables from the files in benchmarks/results.
 """
 
+import importlib
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -74,7 +70,7 @@ def test_a_side_that_takes_more_steps_is_caught(smollm2: Path, tmp_path: Path) -
         "lorafold, bf16 and TRL + PEFT did not compute the same, so they are not compared:"
         " steps 100 and 2, rows 800 and 16, targets "
     )
-    assert "times as fast" not in done.stdout
+    assert "speed-up" not in done.stdout
 
 
 def test_unequal_work_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,100 +105,58 @@ def test_work_is_counted_where_it_is_computed(
     assert work == {"steps": 3, "rows": 6, "targets": sum(map(labelled, examples))}
 
 
-RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"^<!-- results: (\w+) -->\n+((?:\|.*\n?)+)", re.MULTILINE)
-FROM = re.compile(r"^\|.*`benchmarks/(\w+)\.py.*$", re.MULTILINE)
-NAMES = {"policy_task": ("policy_lists", "policy_chain_sum")}  # files not named as the benchmark
-ASIDE = re.compile(r"`[^`]*`|\]\([^)]*\)|95%:")  # commands, links, what all intervals are of
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+MARK = re.compile(r"^<!-- generated: results (.+) -->$", re.MULTILINE)
+PAGES = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")]
+MARKS = [mark for text in PAGES for mark in MARK.findall(text)]
 
 
-def marked() -> Iterator[tuple[str, str, str]]:
-    """Page, name of the results, table."""
-    for page in sorted((ROOT / "docs").rglob("*.md")):
-        for found in MARKED.finditer(page.read_text(encoding="utf-8")):
-            yield str(page.relative_to(ROOT / "docs")), found[1], found[2]
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The code that makes the tables of pages."""
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("results")
 
 
-def named() -> Iterator[tuple[str, str, str]]:
-    """Page, name of the results, row that names the benchmark they are from."""
-    for page in sorted((ROOT / "docs").rglob("*.md")):
-        for found in FROM.finditer(MARKED.sub("", page.read_text(encoding="utf-8"))):
-            files = [RESULTS / f"{name}.json" for name in NAMES.get(found[1], (found[1],))]
-            if all(file.exists() for file in files):
-                yield str(page.relative_to(ROOT / "docs")), found[1], found[0]
+def test_every_result_is_on_a_page(pages: ModuleType) -> None:
+    named = {name for mark in MARKS for name in mark.split(" | ")[0].split()}
+    assert named == {path.stem for path in (FOLDER / "results").glob("*.json")}
+    for mark in MARKS:
+        assert '<p class="source"' in pages.results(mark)
 
 
-TABLES, ROWS = list(marked()), list(named())
-# results that stand on the page alone, of commands whose own output was not kept
-COPIED = {
-    result
-    for run in json.loads((RESULTS / "measured.json").read_text(encoding="utf-8"))
-    for table in run["tables"]
-    for _, result in table["rows"]
-}
+def test_measured_tables_are_not_written_by_hand() -> None:
+    page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    assert re.findall(r"^ *\|.*", page, re.MULTILINE) == []
+    assert re.findall(r"^\|.*benchmarks/\w+\.py.*", "\n".join(PAGES), re.MULTILINE) == []
 
 
-def figures(text: str) -> list[tuple[float, float]]:
-    """The numbers of a text, each with half a unit of its last digit."""
-    found = []
-    for number in NUMBER.findall(text.replace("±", " ")):
-        plain = number.replace(",", "")
-        mantissa, _, power = plain.partition("e")
-        digits = len(mantissa.partition(".")[2])
-        found.append((float(plain), 0.5 * 10.0 ** (int(power or 0) - digits)))
-    return found
+def test_kept_results_become_a_table_and_incomplete_ones_fail(
+    pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from lib import results
 
-
-def foreign(rows: str, results: str) -> list[float]:
-    """The figures of a page's rows, beyond their first column, that are none of the results."""
-    cells = " | ".join(row.strip("|").partition("|")[2] for row in rows.splitlines())
-    known = [value for value, _ in figures(results)]
-    known += [100 * value for value in known if abs(value) < 2]  # shares as percent
-    return [
-        value
-        for value, half in figures(cells)
-        if not any(abs(value - other) <= 1.001 * half for other in known)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("page", "name", "table"), TABLES, ids=[f"{p}-{n}-{i}" for i, (p, n, _) in enumerate(TABLES)]
-)
-def test_a_page_has_the_figures_that_were_measured(page: str, name: str, table: str) -> None:
-    body = table.split("\n", 2)[2]
-    assert foreign(body, (RESULTS / f"{name}.json").read_text(encoding="utf-8")) == []
-
-
-@pytest.mark.parametrize(
-    ("page", "name", "row"), ROWS, ids=[f"{p}-{n}-{i}" for i, (p, n, _) in enumerate(ROWS)]
-)
-def test_a_row_has_the_figures_of_the_benchmark_it_names(page: str, name: str, row: str) -> None:
-    files = [RESULTS / f"{file}.json" for file in NAMES.get(name, (name,))]
-    results = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    assert row.split(" | ")[1] in COPIED or foreign(ASIDE.sub("", row), results) == []
-
-
-def test_every_row_of_the_page_of_measurements_has_a_result() -> None:
-    """Of a table's file, of the benchmark that a row names, or of measured.json with other rows."""
-    page = MARKED.sub("", (ROOT / "docs" / "measured.md").read_text(encoding="utf-8"))
-    rows = re.findall(r"(?<!\n\n)^\| (?!---)(.*) \|$", page, re.MULTILINE)
-    named = {row.strip("| ") for _, _, row in ROWS}
-    assert len(rows) > 20
-    assert [row for row in rows if row not in named and row.split(" | ")[1] not in COPIED] == []
-
-
-def test_a_figure_that_differs_is_found() -> None:
-    table = "| 4 | 0.0059, 0.0076 | 97% |\n"
-    assert foreign(table, "| 4 | 0.0059 | 0.97 |\n| 4 | 0.00764 | |\n") == []
-    assert foreign(table, "| 4 | 0.0059 | 0.96 |\n| 4 | 0.0081 | |\n") == [0.0076, 97.0]
-
-
-def test_the_pages_of_measurements_are_marked() -> None:
-    pages = {page for page, _, _ in TABLES}
-    assert pages >= {"measured.md", "memory.md", "inspect.md", "faq.md", "fragility.md"}
-    named = {"alignment", "memory_grid", "nf4_training", "policy_task", "preferences", "serving"}
-    assert {name for _, name, _ in ROWS} >= named
+    monkeypatch.setattr(results, "HERE", tmp_path)
+    monkeypatch.setattr(results, "commit", lambda: "unknown")
+    monkeypatch.setattr(pages, "FOLDER", tmp_path)
+    results.keep("speed", [{"side": "a", "tokens/s": 3.14159}, {"side": "b"}], dtypes="bf16")
+    table, source = pages.results("speed | tokens/s | side").split("\n\n")
+    assert table == "| tokens/s | side |\n| --- | --- |\n| 3.14 | a |\n|  | b |"
+    assert "bf16; torch " in source
+    assert "unknown" not in source
+    (run,) = json.loads((tmp_path / "speed.json").read_text())
+    lacking = [run | {"dtypes": ""}, run | {"tables": []}]
+    lacking += [{k: v for k, v in run.items() if k != "command"}]
+    lacking += [run | {"tables": [{"columns": ["side"], "rows": [["a", "1"]]}]}]
+    for other in lacking:
+        (tmp_path / "other.json").write_text(json.dumps([run, other]))
+        with pytest.raises(pages.PluginError, match=r"a run of other\.json lacks"):
+            pages.results("other")
+    with pytest.raises(pages.PluginError, match=r"there is no benchmarks/results/none\.json"):
+        pages.results("none")
+    with pytest.raises(pages.PluginError, match=r"no table of speed\.json has"):
+        pages.results("speed | seconds")
 
 
 def day(out: Path, *options: str) -> subprocess.CompletedProcess[str]:

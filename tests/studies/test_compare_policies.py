@@ -207,7 +207,7 @@ def test_a_difference_is_of_prompts_in_pairs() -> None:
 
 def test_a_method_that_forgets_nothing_has_its_place_on_a_logarithmic_axis() -> None:
     none = [replace(one, forgetting_kl=0.0) for one in (BETTER, SAME)]
-    assert "forgets 0.000001 nats a token" in "".join(report.plots_of([BEFORE, *none]))
+    assert "forgets 0.000001 nats per token" in "".join(report.plots_of([BEFORE, *none]))
 
 
 WORSE = policy("ia3", *(x - gain for x, gain in zip(HARD, (0.05, 0.06, 0.07), strict=True)))
@@ -268,7 +268,7 @@ def test_fewer_than_three_seeds_give_no_verdict(seeds: int, tmp_path: Path) -> N
     assert Comparison(tuple(rows), "model", "rows").as_json()["verdict"].startswith(said)
 
 
-# The loss of a row in nats a token, as six seeds of LoRA had it on 60 other rows after 24 steps of
+# The loss of a row in nats per token, as six seeds of LoRA had it on 60 other rows after 24 steps of
 # 4 rows of the quickstart's task (`smollm2`, fp32): its mean, and the standard deviations of a row,
 # of a seed, and of a row under a seed. By rows alone 4 of the 10 splits of these seeds into three
 # and three were told apart.
@@ -291,7 +291,7 @@ def drawn(chance: Any, names: Sequence[str], seeds: int, gain: float = 0.0) -> l
 
 @pytest.mark.parametrize(("seeds", "power"), [(3, 0.5), (5, 0.85), (10, 0.97)])
 def test_one_method_under_other_seeds_is_not_told_from_itself(seeds: int, power: float) -> None:
-    """At most 16 of 200 times, and a difference of 0.04 nats a token is seen."""
+    """At most 16 of 200 times, and a difference of 0.04 nats per token is seen."""
     chance = np.random.default_rng(seeds)
     told = [len(distinguished_pairs(drawn(chance, "ab", seeds))) for _ in range(200)]
     assert sum(told) <= 16

@@ -210,7 +210,7 @@ def test_the_command_reports_this_installation_and_exits_with_1_where_it_is_brok
     cache = tmp_path / "cache"
     (cache / "models").mkdir(parents=True)
     (cache / "models" / "weights").write_bytes(b"x" * 1000)
-    distribution("cma", "1.0", "raise ImportError('torn')")
+    distribution("gguf", "1.0", "raise ImportError('torn')")
     python = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     own = {"LORAFOLD_CACHE": str(cache), "LORAFOLD_TUNE": "off", "PYTHONPATH": python}
     done = doctor("--json", **own)
@@ -222,7 +222,7 @@ def test_the_command_reports_this_installation_and_exits_with_1_where_it_is_brok
         "template", "slow", "problems", "broken",
     ]  # fmt: skip
     assert told["broken"] is True
-    torn = "cma: it can't be imported (ImportError: torn)"
+    torn = "gguf: it can't be imported (ImportError: torn)"
     assert any(problem.startswith(torn) for problem in told["problems"])
     assert told["packages"]["torch"]["version"] == torch.__version__
     assert told["models"]["lorafold_cache"]["bytes"] == 1000

@@ -236,7 +236,7 @@ def test_a_record_of_depth_and_one_with_controls(tmp_path: Path) -> None:
 
 UP, DOWN = [n / 10 for n in range(30)], [3 - n / 10 for n in range(30)]
 OBSERVED = [
-    ({"entropy": [2.0] * 27 + [0.1] * 3}, "Entropy went from 2 to 0.1 nats a token, 5% of"),
+    ({"entropy": [2.0] * 27 + [0.1] * 3}, "Entropy went from 2 to 0.1 nats per token, 5% of"),
     ({"cut off": [0.0] * 27 + [0.75] * 3}, "75% of the completions of the last 3 steps were cut"),
     ({"groups without signal": [0.9] * 30}, "90% of the groups of the last 3 steps had one"),
     ({"reward": UP, "reward a": DOWN}, "rose from 0.1 to 2.8, reward a fell from 2.9 to 0.2."),

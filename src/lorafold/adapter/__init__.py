@@ -1,8 +1,4 @@
-"""Adapters on a model: what the user holds.
-
-    adapter = lf.attach(model, lf.LoRA(rank=16), targets="all-linear", name="sft")
-    adapter.save(path);  adapter = lf.load(model, path);  adapter.merge();  adapter.detach()
-"""
+"""Adapters on a model: attaching, loading, saving, merging and detaching."""
 
 from lorafold.adapter.attaching import attach, load, load_all
 from lorafold.adapter.handle import Adapter

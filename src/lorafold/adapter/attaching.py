@@ -1,9 +1,5 @@
-"""Attaching a new adapter to a model, and loading a saved one.
-
-    built = build(model, lf.LoRA(rank=16), "all-linear")      built = read(model, "adapter")
-    built.parts             {module path: the parts of its delta}; the model is as it was
-
-The engine, whose worker reads adapters while the model computes, needs the deltas alone.
+"""Attaches new and saved adapters to a model. `build` and `read` only make the deltas and leave the
+model unchanged, for the engine, which reads adapters while the model computes.
 """
 
 from __future__ import annotations
@@ -63,24 +59,24 @@ def attach(
     tokens: Sequence[int] | Mapping[str, Sequence[int]] | TrainableTokens = (),
     base: Weights | None = None,
 ) -> Adapter:
-    """Attach an adapter to a model, above those that are active, freeze the base and make the
-    adapter active.
+    """Attach an adapter to a model, on top of the active ones, freeze the base and activate the
+    adapter.
 
-    Raises LorafoldError, and leaves the model as it is, for a pattern that matches no module, a
+    Raises LorafoldError, and leaves the model unchanged, for a pattern that matches no module, a
     module that can't be adapted, or a name that is in use.
 
     Args:
         spec: the method with its hyperparameters.
         targets: the modules to adapt: a preset (`lorafold.core.targets`), names or path ends, a
-            regular expression over whole paths, or matches (None: the method's own targets).
+            regular expression over whole paths, or matches (None: the method's default).
         name: the adapter's name on this model.
-        bias: train the biases of the adapted modules too ("lora_only"), or those of all ("all").
-        modules_to_save: modules to train whole, such as a new head, by names or matches; they are
-            taken out of the targets.
-        tokens: the ids whose rows train, in the embedding and the head, or ids by module name. Ids
-            beyond the vocabulary are new tokens: the logits get a column for each while the adapter
-            is active. `config.vocab_size` stays the base's, so leave the loss to lorafold.
-        base: the base's own weights, if the model does not have them (see `load`); loftq needs
+        bias: also train the biases of the adapted modules ("lora_only"), or all biases ("all").
+        modules_to_save: modules to train in full, such as a new head, by names or matches; they are
+            excluded from the targets.
+        tokens: token ids whose embedding and head rows are trained, or ids by module name. Ids
+            beyond the vocabulary are new tokens: the logits get a column for each while the
+            adapter is active. `config.vocab_size` stays the base's, so leave the loss to lorafold.
+        base: the base's original weights, if the model does not have them (see `load`); loftq needs
             them.
     """
     options = {"bias": bias, "modules_to_save": modules_to_save, "tokens": tokens, "base": base}
@@ -92,8 +88,8 @@ def load(
     model: nn.Module, path: str | Path | SavedAdapter, name: str = "default",
     *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
-    """Attach a saved adapter to a model, as `lf.load` does on a loaded one. LorafoldError lists
-    everything that is wrong, and the model is left as it is.
+    """Attach a saved adapter, like `lf.load`. A LorafoldError lists every problem, and the model is
+    left unchanged.
     """
     built = read(model, path, allow_other_base=allow_other_base, base=base)
     source = None if allow_other_base else source_of(model)
@@ -115,7 +111,7 @@ def load_all(
     allow_other_base: bool = False,
     base: Weights | None = None,
 ) -> list[Adapter]:
-    """Attach saved adapters, the lowest first, as `name` with a number from 1 on."""
+    """Attach saved adapters, the lowest first, named `name` with a number from 1 on."""
     return [
         load(model, saved, f"{name}{number}", allow_other_base=allow_other_base, base=base)
         for number, saved in enumerate(adapters, 1)
@@ -129,7 +125,7 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
             " this model; choose another"
         )
     if trainable and any(p.is_cpu for p in model.parameters()):
-        use(TRAINING)  # before the first step, so that compiling is no part of it
+        use(TRAINING)  # compiles kernels now, before the first step
     selection = selection_of(model)
     for path, parts in built.parts.items():
         module, delta = module_at(model, path), parts[0] if len(parts) == 1 else Stack(parts)
@@ -140,15 +136,15 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
     return Adapter(model, name, built.chosen, built.over, built.other_base)
 
 
-ROOM = 1 << 26  # numbers that every adapter may have
+ROOM = 1 << 26  # the number of values that any adapter may have
 
 
 @dataclass(frozen=True)
 class BuiltAdapter:
-    """An adapter for one model: by module path the parts of its deltas, the lowest first. `over`
-    are the adapters that it lies over, `files` the directory that it was read from and its digest,
-    `base_identity` that of the files of the base that it was trained on, if its record has it;
-    `other_base` says that the model is another one.
+    """An adapter for one model: the parts of its deltas by module path, lowest first; the adapters
+    below it (`over`); the directory it was read from and its digest (`files`); the recorded
+    identity of the files of the base it was trained on; and `other_base`, a note if the model is
+    another one.
     """
 
     chosen: AdapterConfig
@@ -222,12 +218,12 @@ def read(
     base: Weights | None = None,
     below: Sequence[Origin] | None = None,
 ) -> BuiltAdapter:
-    """Read a saved adapter from the arguments of `load`; `below` are the adapters that it will be
-    over (None: the model's active ones).
+    """Read a saved adapter from the arguments of `load`; `below` are the adapters below it (None:
+    the model's active ones).
     """
     keep_scale(model)
     saved = (path if isinstance(path, SavedAdapter) else SavedAdapter.open(path)).within(model)
-    if saved.over:  # one of those replaces the head that was drawn for this model
+    if saved.over:  # one of those replaces the randomly initialized head of this model
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
     base, problems = base or InMemory.of_model(model), []
     below = selection_of(model).active if below is None else tuple(below)
@@ -248,7 +244,7 @@ def read(
         if saved.selection.tokens:
             tokens, saved = saved.token_rows(model, base)
         spec = saved.selection.spec_in(model, saved.spec)
-        # some methods draw as many numbers as the base has, or as random projections of its ranks
+        # some methods sample as many values as the base has, or random projections of its ranks
         in_file = sum(math.prod(saved.weights.shape(name)) for name in saved.weights.names)
         with skip_init(4 * in_file + max(ROOM, sum(p.numel() for p in model.parameters()))):
             built = build(model, spec, tokens=tokens, **saved.attach_options(model))

@@ -1,13 +1,9 @@
-"""What an adapter reaches of a model, and what stays frozen.
+"""Reports the parameters of a model that an adapter does not reach.
 
     frozen in the blocks: experts 68.9%, router 0.3%, norms 0.1% of their 1,234,567 parameters;
     beside them: vision tower 31.0% of the model's 2,345,678
 
-A parameter is reached if the module that has it, or the parameter itself, carries a delta. The
-blocks are those of the language model, and what is beside them are towers and connectors
-(`lorafold.core.anatomy`). The kinds follow from the structure: experts are matrices
-(E, out, in), a router is what has a row for each of them, an indexer chooses the positions that
-sparse attention reads, and a norm has a vector for its weight.
+A parameter is reached if it, or its module, has a delta.
 """
 
 from __future__ import annotations
@@ -35,8 +31,8 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Unreached:
-    """The numbers of parameters that carry no delta, by kind: of `of_blocks` in the blocks, and of
-    the `of_model` of the whole model in encoders and connectors (`beside`).
+    """The numbers of parameters without a delta, by kind: of `of_blocks` in the language model's
+    blocks, and of the model's `of_model` in encoders and connectors (`beside`).
     """
 
     blocks: dict[str, int]
@@ -56,7 +52,7 @@ class Unreached:
 
 
 def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
-    """Count what carries no delta, in the blocks and beside them."""
+    """Count the parameters without a delta, in the blocks and beside them."""
     anatomy, sizes = Anatomy.of(model), parameter_sizes(model)
     in_block, outside = beneath(anatomy.language_blocks or [""]), beneath(anatomy.beside)
     kinds, around, of_blocks = Counter[str](), Counter[str](), 0
@@ -78,8 +74,7 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
 
 
 def counted(model: nn.Module, paths: Collection[str]) -> str:
-    """The number of sites in words, parameters of experts apart, and of those that are in a tower.
-    """
+    """The number of adapted modules, expert parameters and modules in encoders, in words."""
     experts = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Matrices)]
     rest = len(paths) - len(experts)
     words = [f"{rest} modules"] * bool(rest or not experts)
@@ -91,9 +86,7 @@ def counted(model: nn.Module, paths: Collection[str]) -> str:
 
 
 def strays(model: nn.Module, matches: Matches) -> str | None:
-    """One line about an adapter's targets that are in a tower and do not name it; None if there are
-    none.
-    """
+    """A line about targets that match modules of an encoder without naming it, or None."""
     anatomy = Anatomy.of(model)
     roots, language = anatomy.encoders, anatomy.language
     named = {last_part(root) for root in roots} | {f"{k}-linear" for k in roots.values()}
@@ -120,11 +113,10 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
 
 
 def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
-    """The kind of a module with parameters of its own."""
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
     if isinstance(module, _ConvNd):
         return "convolutions"
-    if path in anatomy.experts:  # also those of another form than transformers' interface
+    if path in anatomy.experts:  # also forms other than transformers' interface
         return "experts"
     if path in anatomy.routers:
         return "router"
@@ -138,9 +130,7 @@ def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
 
 
 def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
-    """One line on the towers that get no input, since no row of text has an image or a sound; None
-    for a model without any.
-    """
+    """A line about the encoders, which get no input because rows are text only, or None."""
     anatomy = Anatomy.of(model)
     kinds = list(dict.fromkeys(anatomy.encoders.values()))
     if not kinds:

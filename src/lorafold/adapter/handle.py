@@ -1,4 +1,4 @@
-"""The handle of an adapter on a model, with which it is saved, merged and detached."""
+"""The handle of an adapter on a model, to save, merge and detach it."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from lorafold.peft.provenance import BASE_IDENTITY, COMPUTED, listed, recorded
 
 
 class Adapter:
-    """One named adapter on one model. `over` are the adapters that it lies over, lowest first.
-    `other_base` says that it was loaded on another base than the one it was trained on.
+    """A named adapter on a model. `over` are the adapters below it, lowest first. `other_base` is a
+    note if it was loaded on another base than the one it was trained on.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Adapter:
 
     @property
     def sites(self) -> dict[str, Adapted]:
-        """The modules that have a delta of the adapter, by module path."""
+        """The modules with a delta of the adapter, by module path."""
         return {path: m for path, m in adapted_modules(self.model) if self.name in m.deltas}
 
     @property
@@ -76,25 +76,25 @@ class Adapter:
 
     @property
     def own_deltas(self) -> dict[str, Delta]:
-        """The deltas that the spec built, by module path, so without trained biases, modules to
-        save and token rows.
+        """The deltas that the spec built, by module path, without trained biases, modules to save
+        and token rows.
         """
-        deltas = self.deltas  # once, since it walks over the model
+        deltas = self.deltas  # once, because it walks over the model
         return {path: next(iter(deltas[path].parts())) for path in self.matches.paths}
 
     @property
     def tokens(self) -> dict[str, tuple[int, ...]]:
-        """The ids of the tokens whose rows train, by module path."""
+        """The ids of the trained tokens by module path."""
         return {path: part.ids for path, part in self.parts() if isinstance(part, TokenRows)}
 
     @property
     def vocabulary(self) -> int | None:
-        """The size of the vocabulary with the adapter's new tokens; None if it has none."""
+        """The size of the vocabulary with the adapter's new tokens; None without new tokens."""
         return vocabulary(self.model, self.parts())
 
     @property
     def unreached(self) -> Unreached:
-        """What of the model carries no delta of the adapter: `str` gives one line, by kind."""
+        """The parameters without a delta of the adapter, by kind; `str` gives one line."""
         return unreached(self.model, self.sites)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -111,8 +111,8 @@ class Adapter:
         return chain.from_iterable(chain(d.parameters(), d.buffers()) for d in self.deltas.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor of the adapter, in its own shape, by `<module path>.<name>`; checkpoints
-        have these. One more for each module are the settings of its delta (`core.delta`).
+        """Every tensor of the adapter, in its own shape, by `<module path>.<name>`, as in
+        checkpoints; with the settings of each delta (`core.delta`).
         """
         state, settings = dict[str, Tensor](), dict[str, Tensor]()
         for path, delta in self.deltas.items():
@@ -125,11 +125,11 @@ class Adapter:
     def load_state_dict(
         self, state: dict[str, Tensor], owns: Callable[[nn.Parameter], bool] = lambda p: True
     ) -> None:
-        """Load what `state_dict` returned, into the adapter's tensors of which `owns` is true.
+        """Load a `state_dict` into the tensors for which `owns` is true.
 
-        A tensor may be of any shape, also another one than the adapter's own (a pruned rank), which
-        makes it a new parameter; so make optimizers afterwards. Raises LorafoldError with the
-        missing and unknown keys, or with another setting (a scale, a seed), and loads nothing then.
+        A tensor of any shape other than the adapter's (a pruned rank) becomes a new parameter, so
+        create optimizers afterwards. Raises LorafoldError, and loads nothing, for missing and
+        unknown keys or different settings (a scale, a seed).
         """
         deltas, own = self.deltas, set(self.state_dict())
         settings = {joined(path, SETTINGS): path for path in deltas}
@@ -149,7 +149,7 @@ class Adapter:
     def requires_grad_(self, trainable: bool = True) -> Adapter:
         """Make the adapter's parameters trainable, or freeze them; return the adapter.
 
-        While they are frozen its dropout is off, also on a model in training mode.
+        While frozen, its dropout is off, even if the model is in training mode.
         """
         for p in self.parameters():
             p.requires_grad_(trainable)
@@ -167,22 +167,21 @@ class Adapter:
         tokenizer: Any = None,
         base: Weights | None = None,
     ) -> Path:
-        """Write the adapter in PEFT's format, or a plain model if it trained the base's own
-        weights. The directory is written completely or not at all.
+        """Write the adapter in PEFT's format, or a full model if it trained the base weights. The
+        directory is written atomically.
 
-        Its record names the adapters that it lies over by the files that each was last loaded from
-        or saved to; an adapter below that was neither loaded nor saved can't be named, so save that
-        one first; and how the base stores its weights. Raises LorafoldError if `path` exists and
-        `overwrite` is off.
+        Its record contains the base's weight format, and identifies the adapters below by the files
+        they were last loaded from or saved to; so save those first. Raises LorafoldError if `path`
+        exists and `overwrite` is off.
 
         Args:
             path: the directory.
             overwrite: replace a directory that lorafold wrote.
             card: the text of its README.md.
-            record: what `lorafold.json` contains in addition to the base's fingerprint, or with
-                `base` instead of it.
-            tokenizer: a tokenizer to write with it: that of a plain model, or one with new tokens.
-            base: the base's own weights, if the model does not have them (see `load`).
+            record: the contents of `lorafold.json` besides the base's fingerprint, or with `base`
+                instead of it.
+            tokenizer: a tokenizer to write with it: of a full model, or with new tokens.
+            base: the base's original weights, if the model does not have them (see `load`).
         """
         path = Path(path).expanduser()
         grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
@@ -205,25 +204,26 @@ class Adapter:
         return written
 
     def merge(self, *, untie_weights: bool = False) -> None:
-        """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach
-        it. New tokens grow the vocabulary. A quantized weight (NF4, int8) is dequantized, to the
-        dtype that it is computed in.
+        """Merge the adapter into the model's weights, summed in fp32 and rounded once, and detach
+        it. New tokens grow the vocabulary. A quantized weight (NF4, int8) is dequantized to its
+        compute dtype.
 
-        Raises NotMergeable, before anything is changed, if a delta has no weight-space form, is
-        above another adapter's, adds a bias that a plain model can't store, gives embedding and
-        head different vocabularies, or changes one of two tied weights (`untie_weights=True` gives
-        that module a weight of its own). Weights that change in the same way stay tied.
+        Raises NotMergeable, before anything is changed, if a delta can't be expressed in the
+        weight, is on top of another adapter's, adds a bias that the model can't store, gives
+        embedding and head different vocabularies, or changes only one of two tied weights
+        (`untie_weights=True` gives that module its own weight). Weights that change in the same way
+        stay tied.
         """
         plan = plan_fold(self.model, [self.name])
         carry_out(self.model, plan, [self.name], untie_weights=untie_weights)
-        # what lies over it lies over the base from now on
+        # adapters on top of it are now on top of the base
         selection_of(self.model).origins[self.name].sha256 = ""
         forget_source(self.model)
         self.detach()
         record_dequantized(self.model, plan.paths)
 
     def detach(self) -> None:
-        """Detach the adapter; without any adapter the model is what it was before the first."""
+        """Detach the adapter; without adapters, the model is in its original state."""
         selection = selection_of(self.model)
         for m in self.sites.values():
             detach_delta(m, self.name)
@@ -248,7 +248,7 @@ class Adapter:
 
 
 def _write_whole(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Path:
-    """Write a model whose own weights were trained, completely or not at all."""
+    """Atomically write a model whose base weights were trained."""
     if not hasattr(model, "save_pretrained"):
         raise LorafoldError(
             f"{path} was not written: found a {type(model).__name__}, but {type(spec).__name__}"

@@ -1,11 +1,7 @@
-"""The reference of a preference or policy loss: the model without what trains on it.
+"""The reference of a preference or policy loss: the model without the trained adapters.
 
-    trainer = DPOTrainer(model, lf.reference(model), args, train_dataset=pairs)
-    trainer.ref_model = lf.reference(model)     # GRPOTrainer, which takes none
-
-DPO, KTO and GRPO compare the model with a frozen copy. TRL loads one from the model's name, which
-is the bare base, also where frozen adapters lie below the one that trains. The reference here is
-the same model, run under these alone.
+DPO, KTO and GRPO compare the model with a frozen copy. TRL loads it by the model's name, without
+the frozen adapters below the trained one. This reference includes them and takes no memory.
 """
 
 from __future__ import annotations
@@ -20,19 +16,18 @@ from lorafold.core.contexts import evaluating
 from lorafold.errors import LorafoldError
 
 Model = TypeVar("Model", bound=nn.Module)
-# what a trainer puts on one object, and which its twin must find out for itself
+# attributes that a trainer sets on the model and that its twin must not copy
 OWN = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def reference(model: Model) -> Model:
-    """The model without the adapters that train, for TRL's `ref_model` and whatever else compares
-    with it: an object of the model's class with the model's own weights, so that it takes no
-    memory.
+    """The model without the adapters that train, for TRL's `ref_model`: an object of the model's
+    class that shares its weights, so it takes no memory.
 
     Calling it, its forward or a part of it (`reference(model).model`) runs the model in evaluation
-    mode, without gradients, under the active adapters in which nothing trains. Its mode and its
-    gradients can't be switched on. Raises LorafoldError if no active adapter trains, or if one
-    trains the base's own weights.
+    mode, without gradients, with the frozen active adapters only. Training mode and gradients can't
+    be switched on. Raises LorafoldError if no active adapter trains, or if one trains the base
+    weights.
 
     Args:
         model: the model, with an adapter that trains.
@@ -43,9 +38,9 @@ def reference(model: Model) -> Model:
 
 
 def below(model: nn.Module) -> tuple[str, ...]:
-    """The names of the active adapters in which nothing trains, lowest first.
+    """The names of the active frozen adapters, lowest first.
 
-    Raises LorafoldError if none trains, or if one trains the base's own weights.
+    Raises LorafoldError if none trains, or if one trains the base weights.
     """
     names = selection_of(model).names
     deltas: list[tuple[str, Any]] = [
@@ -67,7 +62,7 @@ def below(model: nn.Module) -> tuple[str, ...]:
 
 
 def _twin(module: nn.Module, model: nn.Module, under: tuple[str, ...]) -> Any:
-    """A module of a model, or the model itself, as it runs under these adapters."""
+    """A module of a model, or the model, as it runs with these adapters."""
     twin = object.__new__(_reference_class(type(module)))  # type: ignore[arg-type]
     state = {name: value for name, value in vars(module).items() if name not in OWN}
     twin.__dict__.update(state, _reference_of=(module,), _model=(model,), _under=under, _parts={})
@@ -75,9 +70,9 @@ def _twin(module: nn.Module, model: nn.Module, under: tuple[str, ...]) -> Any:
 
 
 class _Reference(nn.Module):
-    """Mixin before the class of a module: the module under the adapters `_under`."""
+    """Mixin for a module's class: the module with the adapters `_under`."""
 
-    _reference_of: tuple[Any]  # in a tuple, so that it is no submodule
+    _reference_of: tuple[Any]  # a tuple, so not a submodule
     _model: tuple[Any]
     _under: tuple[str, ...]
     _parts: dict[str, Any]
@@ -96,16 +91,14 @@ class _Reference(nn.Module):
         return part
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # the submodules are those of the model, where a part of the reference has no place
+        # submodules belong to the model, so they must not be parts of the reference
         own = value._reference_of[0] if isinstance(value, _Reference) else value
         super().__setattr__(name, own)
 
     def train(self, mode: bool = True) -> Self:
-        """Nothing: each call is in evaluation mode. Returns it."""
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Nothing: it has no gradients, and its parameters are those of the model. Returns it."""
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -114,11 +107,9 @@ class _Reference(nn.Module):
 
 @cache
 def _reference_class(cls: type[nn.Module]) -> type[_Reference]:
-    """The subclass of a module's class, with its name, that `_twin` makes an object of."""
-
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         [module], [model] = self._reference_of, self._model
         with only(model, *self._under), evaluating(module):
-            return module.forward(*args, **kwargs)  # what a trainer made of it since
+            return module.forward(*args, **kwargs)  # perhaps replaced by a trainer
 
     return renamed_subclass(_Reference, cls, forward)

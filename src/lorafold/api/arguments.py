@@ -1,4 +1,4 @@
-"""The arguments of verbs: rows, paths of adapters, a console.
+"""Conversion of the arguments of public functions: rows, rewards, paths, consoles.
 
 It imports neither torch nor, before rows are read, transformers, so that errors in rows are
 reported at once.
@@ -36,11 +36,11 @@ def as_rows(
     weighted: bool = False,
     objective: str | None = DEFAULT,
 ) -> Rows:
-    """The rows after checks, read first if `data` names sources; an objective of None reads all
-    that they have. The console shows which keys are ignored.
+    """The rows, read if `data` names sources, and checked; an objective of None reads preference
+    pairs whole. The console shows which keys are ignored.
     """
     declared, source = None if objective is None else OBJECTIVES[objective], source_of(data)
-    wanted = PAIRS if declared is None else declared.takes  # all that rows have: both answers
+    wanted = PAIRS if declared is None else declared.takes  # both completions of preferences
     if (sources := sources_in(data)) is not None:
         rows = read_rows(sources, columns, lambda text: print_lines(console, text), wanted)
     else:
@@ -79,7 +79,7 @@ def with_rewards(
 
 
 def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
-    """The rewards as a list, also if there is only one."""
+    """The rewards as a list of functions and names."""
     one = isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable)
     given: list[Any] = [rewards] if one else [*cast(Iterable[Any], rewards)]
     if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
@@ -92,8 +92,8 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
 
 
 def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
-    """Prompts after checks; their rows need no completion."""
-    from lorafold.data.prompts import PROMPT_FORMATS  # and with it transformers
+    """The checked rows of prompts, which need no completion."""
+    from lorafold.data.prompts import PROMPT_FORMATS  # imports transformers
 
     each: list[tuple[Iterable[tuple[int, Any]], str]]
     if (sources := sources_in(data)) is None:
@@ -111,7 +111,7 @@ def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
 def as_stream(
     data: Data, columns: ColumnNames | None, console: Console | None, objective: str
 ) -> RowStream:
-    """The stream of the rows for a recipe with `streaming`."""
+    """The stream of rows for a recipe with `streaming`."""
     from lorafold.data.stream import RowStream
 
     if (sources := sources_in(data)) is None:
@@ -140,7 +140,7 @@ def _ignored(keys: Sequence[str]) -> str:
 
 
 def sources_in(data: Data) -> list[str] | None:
-    """The sources that data names, or None for the rows themselves."""
+    """The sources that `data` names; None if it is a list of rows."""
     if isinstance(data, (str, Path)):
         return [str(data)]
     if isinstance(data, Mapping):
@@ -150,12 +150,11 @@ def sources_in(data: Data) -> list[str] | None:
 
 
 def source_of(data: Data) -> str:
-    """The source of the rows, for records and messages."""
     return ", ".join(sources_in(data) or ["rows given in Python"])
 
 
 def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> Recipe:
-    """The recipe, or the default for None; the trackers are checked if it trains."""
+    """The recipe, or `default` for None; `trains` also checks the trackers."""
     if recipe is not None and not isinstance(recipe, type(default)):
         raise LorafoldError(
             f"recipe: found {type(recipe).__name__}, expected an lf.Recipe, as in lf.Recipe(rank=8)"
@@ -167,26 +166,24 @@ def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> R
 
 
 def missing(name: str) -> LorafoldError:
-    """The error for a required argument that follows `model`, which has a default."""
+    """The error for a required argument that has a default because it follows `model`."""
     return LorafoldError(f"{name}: found none, expected it")
 
 
 def as_paths(adapters: Paths) -> list[Path]:
-    """The paths as a list, also if there is only one."""
     given: Any = adapters
     several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
     return [as_path(one, "adapters") for one in (given if several else [given])]
 
 
 def as_path(path: str | PathLike[str], name: str = "out") -> Path:
-    """The path with ~ expanded; `name` is the argument's, for the message."""
+    """The path with ~ expanded; `name` is the argument in the error message."""
     if not isinstance(path, (str, PathLike)):
         raise LorafoldError(f"{name}: found {cut(repr(path), 80)}, expected a path")
     return Path(path).expanduser()
 
 
 def as_page(file: str | Path | None, name: str = "html") -> Path | None:
-    """The file of a page, or None. LorafoldError for a file that can't be written."""
     from lorafold.files.atomic import check_file
 
     if file is None:
@@ -197,7 +194,7 @@ def as_page(file: str | Path | None, name: str = "html") -> Path | None:
 
 
 def as_study(out: str | Path) -> Path:
-    """The directory of a study, which can be written and is the one that the workers share."""
+    """The directory of a study, checked to be writable and to be the one that workers share."""
     from lorafold.files.atomic import check_folder
     from lorafold.files.claims import check_token
 
@@ -208,9 +205,7 @@ def as_study(out: str | Path) -> Path:
 
 
 def or_shown(console: Console | Literal[False] | None) -> Console:
-    """The console; for None one that prints on a terminal and in a notebook, and nothing elsewhere;
-    for False one that prints nothing.
-    """
+    """The console. None prints on a terminal and in a notebook only; False prints nothing."""
     from rich.console import Console
 
     if console is not None and console is not False:

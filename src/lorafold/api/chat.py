@@ -21,14 +21,12 @@ def chat(
     console: opt.Progress = None,
     **opening: Unpack[opt.Opening],
 ) -> "Chat":
-    """Chat with the model. Each answer takes the whole conversation into account and streams to
-    stdout.
+    """Chat with the model. Answers stream to stdout and take the whole conversation into account.
 
-    The model is loaded once, and you can switch adapters as you talk. At first all adapters are
-    active, stacked as for generate; /adapter NAME selects one. Ctrl-C stops an answer; at the
-    prompt, it exits with code 130. If stdin is not a terminal, each line is a message or a command,
-    stdout contains only the answers, and notices go to stderr. A line that begins with / is a
-    command; begin a message with // to send a slash.
+    The model is loaded once. At first all adapters are active, stacked as for generate; /adapter
+    NAME selects one. Ctrl-C stops an answer; at the prompt, it exits with code 130. A line that
+    begins with / is a command; begin a message with // to send a slash. If stdin is not a terminal,
+    each line is a message or a command, stdout contains only the answers, and notices go to stderr.
 
     In Python, this returns a context manager: `turn = chat.ask(text)`, then `chat.answer(turn,
     chat.active)` streams the answer, and `chat.keep` adds it to the conversation. `Chat.switch`
@@ -61,7 +59,7 @@ def chat(
     loaded, tokenizer = load_with_adapters(base, saved, console=console)
     if allow_control_tokens:
         allow(tokenizer)
-    attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`
+    attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # their names
     return Chat(
         loaded,
         tokenizer,

@@ -1,4 +1,4 @@
-"""`lf.compare`: every method on your model and data, measured in one table."""
+"""`lf.compare`: train several methods on the same data and compare them in a table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,35 +36,33 @@ def compare(
 ) -> "Comparison":
     """Train every method on the same data with the same budget, and compare the results.
 
-    The table contains the held-out loss, its difference from the base model's loss (first line),
+    The table shows the held-out loss and its difference from the base model's (the first line),
     forgetting on unrelated text, peak memory, time and trainable parameters. --wide, --json and the
-    page add adapter size, tokens/s, exact match, latency attached and merged relative to the base
-    model, whether the method can be merged (tested by merging), and whether it adds modules. A best
-    method is named only if paired tests over the rows and at least three seeds separate it from all
-    others. For texts with labels, use --objective classify. Each method uses its own default
-    learning rate, unless the recipe sets one.
+    page add adapter size, tokens/s, exact match, latency (attached and merged, relative to the base
+    model), whether the method can be merged, and whether it adds modules. A best method is named
+    only if paired tests over the rows and at least three seeds separate it from all others. Each
+    method uses its own default learning rate, unless the recipe sets one. For labelled texts, use
+    --objective classify.
 
-    `vary` sweeps settings: --vary rank=8,32 tries two values, and several settings are combined
-    into a grid. One half of the held-out rows selects the best setting, the other half measures its
-    loss.
+    `vary` sweeps a grid of settings, for example --vary rank=8,32. One half of the held-out rows
+    selects the best setting, the other half measures its loss.
 
     Policies (--objective grpo, with `rewards`) sample the same number of completions each, and are
     compared by their reward on held-out prompts.
 
-    In Python, too, rewards are names and not functions, because each method is measured in a
-    process of its own and results are cached under the digest of the reward's file.
+    In Python, too, rewards are names and not functions, because each method runs in its own process
+    and results are cached under the digest of the reward's file.
 
     Args:
         methods: The methods, for example lora,dora. Default: all that support the objective.
         vary: A recipe field and the values to try, for example rank=8,32 or
-            options.init=kaiming,gaussian. Values are YAML, so that
-            targets=all-linear,[q_proj,v_proj] works too. In Python, a mapping such as
-            {"rank": [8, 16], "options.init": ["kaiming", "gaussian"]}.
+            options.init=kaiming,gaussian. Values are YAML, so targets=all-linear,[q_proj,v_proj]
+            works too. In Python, a mapping such as {"rank": [8, 16]}.
         seeds: The number of seeds per line. Naming a best method takes 3.
-        recipe: The recipe of all runs. Without a learning rate, each method uses its own.
+        recipe: The recipe of all runs.
         html: Also write the table and plots to one HTML file.
 
-    Raises LorafoldError before anything is trained, for example for a method that is unknown or
+    Raises LorafoldError, before anything is trained, for example for a method that is unknown or
     does not support the objective, for recipe options that no method has, and for missing rewards.
 
     Examples:
@@ -99,7 +97,7 @@ def compare(
             " a reward's file"
         )
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
-    recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # the runs hold out no more
+    recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # held-out rows are already split off
     base = Base(model, **opening)
     names = known_methods(methods) or methods_for(recipe.objective)
     left_out = {} if methods else {name: why for name in names if (why := unfit(recipe, name))}
@@ -108,7 +106,7 @@ def compare(
     virtual = max(spec_of(fitting(one.of(recipe), one.method)).positions for one in settings)
     recipe = settled_length(recipe, base, virtual, console)
     task = ComparisonTask(base, rows, held_out, source, recipe)
-    _ = task.identity  # what is wrong with rewards is told first
+    _ = task.identity  # reports errors in rewards first
     check_judges(recipe.objective_options.get("rewards", ()))
     for name, why in left_out.items():
         print_lines(console, f"{name} left out: it {why}")

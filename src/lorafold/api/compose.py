@@ -1,4 +1,4 @@
-"""`lf.compose`: one adapter from several, and the interference between their tasks."""
+"""`lf.compose`: combine adapters into one, and measure the interference between their tasks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Learning:
             or computed from each token (token).
         examples: Rows of a task for lorahub and mixture to learn from; repeat it for each task.
             Default: half of the rows of each `data`.
-        evaluations: How many combinations of weights lorahub tries.
+        evaluations: The number of combinations of weights that lorahub tries.
         recipe: The recipe for training a mixture's gates.
     """
 
@@ -69,10 +69,10 @@ def compose(
 
     Adapters may differ in rank, target modules and method. With `data`, the base model, each
     adapter and each composition are evaluated on every task. The geometry of the updates (cosine
-    similarity, shared subspaces, sign conflicts) shows where they oppose each other.
+    similarity, shared subspaces, sign conflicts) shows which of them oppose each other.
 
     Args:
-        how: A method of composing, from the list below. Repeat it to compare several; each gets a
+        how: A composing method, from the list below. Repeat it to compare several; each gets a
             subdirectory of OUT.
         weights: The weight of an adapter; repeat it for each adapter, in order. Default: the
             composing method's.
@@ -96,11 +96,11 @@ def compose(
         entries that agree. dare, dare-ties: drop a random half of the entries and rescale the rest,
         then average as linear or ties do. magnitude: keep the largest fifth and average. lorahub:
         search for weights on examples, without gradients. mixture: keep the adapters and train
-        gates for them (--gates global, layer or token).
+        gates for them.
 
-        Every method but mixture gives a single LoRA adapter. linear and task-arithmetic concatenate
-        the factors, so the result has the sum of the ranks unless `rank` truncates it. The others
-        compute dense updates and factorize them by SVD; the result reports how much was lost.
+        Every method but mixture writes one LoRA adapter. linear and task-arithmetic concatenate the
+        factors, so the ranks add up unless `rank` truncates the result. The others factorize dense
+        updates by SVD and report how much was lost.
     """
     from functools import partial
 
@@ -135,7 +135,7 @@ def compose(
 
 
 def by_name(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Row"]]:
-    """Rows by the name of their task, which for a file is the last part of its path."""
+    """Rows by the name of their task; the name of a file is the last part of its path."""
     from collections.abc import Mapping
 
     from lorafold.api.arguments import as_rows

@@ -1,5 +1,4 @@
-"""`lf.estimate`: the memory of training or inference, whether it fits a device, and what would fit.
-"""
+"""`lf.estimate`: the memory of training or inference, and what fits a device."""
 
 import re
 import warnings
@@ -55,32 +54,30 @@ def estimate(
 
     Args:
         mode: inference, full, lora, qlora, or the name of a method.
-        params: Instead of a model, a Llama of this size: 7b, 13b, 33b, 65b or 70b.
-        data: Training rows, as for train. The estimate is for the largest micro-batch of a run on
-            them.
-        batch: Rows per forward pass. Training packs rows up to max_length tokens per pass. Default:
-            1; with `data`, 8 rows per step.
-        max_length: Tokens per row; for inference, of prompt and completion together. Default:
-            1,024, or the model's maximum if it is smaller.
+        params: Instead of a model, the size of a Llama: 7b, 13b, 33b, 65b or 70b.
+        data: Training rows, as for train; the estimate is for the largest micro-batch.
+        batch: Rows per forward pass; training packs them up to max_length tokens. Default: 1; with
+            `data`, 8 rows per step.
+        max_length: Tokens per row; for inference, of prompt and completion. Default: 1,024, or the
+            model's maximum if it is smaller.
         labelled: Tokens per batch that count in the loss. Default: all.
-        recipe: Its fields override the mode. Fields that an estimate does not support are rejected.
-        gpus: The number of devices that train together. The estimate is for each of them, with
-            `batch` rows.
-        strategy: Whether each of `gpus` holds a shard of the weights (fsdp) or all (ddp).
+        recipe: Fields that override the mode; unsupported ones are rejected.
+        gpus: The number of devices that train together; the estimate is for each, with `batch`
+            rows.
+        strategy: fsdp (the weights are sharded over `gpus`) or ddp (replicated).
         tflops: The throughput of a device in TFLOP/s, to compute the bandwidth that `gpus` need.
         device_memory: The memory of a device, for example 24GB, to check whether the run fits and
             what would fit. In Python also a number of bytes.
         measure: Also load the model and run two real steps, to check the estimate.
         device: The device to estimate for: cpu is this machine's CPU. Default: a CUDA GPU. With
-            `measure`, the device that runs the steps: cpu, cuda, cuda:N or mps. Default: the
-            fastest one.
-        compute_capability: The compute capability of the GPU, for example 7.5 for a T4. Default:
-            8.0 or newer, which has FlashAttention.
+            `measure`, the device that runs the steps. Default: the fastest one.
+        compute_capability: The GPU's compute capability, for example 7.5 for a T4. Default: 8.0 or
+            newer, with FlashAttention.
         html: Also write a chart of the parts to one HTML file.
         length: The old name of `max_length`.
 
-    Raises LorafoldError for an unknown mode or size, for arguments that exclude each other, and for
-    a model that can't be traced.
+    Raises LorafoldError for an unknown mode or size, arguments that exclude each other, or a model
+    that can't be traced.
 
     Examples:
         lorafold estimate --params 7b --mode lora --device-memory 24GB
@@ -93,15 +90,14 @@ def estimate(
         chooses another quantization of the base model.
 
         For a GPU, the estimate is the peak memory that torch's allocator has allocated to tensors
-        during a step. It assumes that 16-bit matrices are multiplied without conversion, so it is
-        the same on every machine. It does not include the CUDA context, scratch memory of kernels
-        or fragmentation, so leave a tenth of the device free. No estimate has been compared with a
-        real GPU yet.
+        during a step, with 16-bit matrices multiplied without conversion. It does not include the
+        CUDA context, scratch memory of kernels or fragmentation, so leave a tenth of the device
+        free. No estimate has been compared with a real GPU yet.
 
-        With --device cpu, the estimate is for this machine, whose CPU may be faster with copies of
-        16-bit matrices in fp32. For training, it is the resident memory of the whole process
-        without the libraries that it imports: the term "process" is added to the tensors. `measure`
-        runs two real steps and compares only tensors, as counted by torch's allocator.
+        With --device cpu, the estimate is for this machine's CPU, which may use fp32 copies of
+        16-bit matrices. For training, it is the resident memory of the process without the
+        libraries that it imports ("process" is added to the tensors). `measure` compares only
+        tensors.
     """
     from dataclasses import replace
 
@@ -164,7 +160,7 @@ def estimate(
         no_gpu = {f"--device {device}": kind != "cuda", "--measure": measure}
         check_none("--compute-capability", no_gpu, "it describes a CUDA GPU that is not used")
     asked_for = DeviceKind(kind, capability(compute_capability))
-    choose_device(device, absent=True)  # without `measure` it may be one that this machine lacks
+    choose_device(device, absent=True)  # without `measure` the device need not exist
     trusted = opening.get("trust_remote_code", False)
     base = Base(model, device=device if measure else None, **opening)
     if data is None:
@@ -178,7 +174,7 @@ def estimate(
         setting = setting_on_rows(base, mode, of_run, data, rewards, columns, console)
         bare = Recipe(**{k: v for k, v in given.items() if k in OF_MEMORY})
         stored_as = setting_of(mode, bare, 1, LENGTH).base
-        # for a GPU, as without rows
+        # as without rows, for a GPU
         setting, config = replace(setting, base=stored_as, widened=False), base.config()
     setting = replace(setting, trust_remote_code=trusted, processes=gpus, strategy=strategy)
     setting = as_in_files(setting, config, str(model), "storage" in given)
@@ -246,7 +242,7 @@ def check_none(option: str, excluded: Mapping[str, bool], why: str) -> None:
 
 
 def capability(given: str | None) -> tuple[int, int]:
-    """The compute capability of a GPU, major and minor, from text such as 8.0."""
+    """(major, minor) of a compute capability such as 8.0."""
     from lorafold.runtime.devices import AMPERE
 
     if given is None:
@@ -260,7 +256,7 @@ def capability(given: str | None) -> tuple[int, int]:
 
 
 def bytes_of(text: str) -> int:
-    """The bytes of a size such as 24GB, 24GiB or 500MB."""
+    """The number of bytes of a size such as 24GB, 24GiB or 500MB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None or not match[2]:
         hint = f"; did you mean {text}GB?" if re.fullmatch(r"[\d.]+", text) else ""

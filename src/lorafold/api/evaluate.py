@@ -1,4 +1,4 @@
-"""`lf.evaluate`: loss, perplexity and exact match on rows, or rewards of completions."""
+"""`lf.evaluate`: loss, perplexity and exact match on rows, or rewards of sampled completions."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
@@ -56,9 +56,9 @@ def evaluate(
     of pairs in which the model prefers the chosen completion, and, compared with the model without
     the last adapter, reward accuracy and margin, the change of both log-probabilities, and the KL.
 
-    With `rewards`, the model samples completions and their rewards are measured instead: the mean
+    With `rewards`, rows are prompts, the model samples completions, and the result is the mean
     total reward and each reward, with intervals over prompts, completion lengths, entropy, and the
-    three best and worst completions. Rows are prompts, as for training a policy.
+    three best and worst completions.
 
     Args:
         max_length: Truncate rows to this many tokens for the loss. Default: 1,024, or the model's
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def law_of_adapters(adapters: Sequence["SavedAdapter"]) -> "Law":
-    """The preference algorithm of the last adapter, or DPO if it was trained otherwise."""
+    """The preference algorithm of the last adapter, or DPO if it has none."""
     from lorafold.objectives.options import law_of
     from lorafold.training_step.preference_algorithms import Dpo
 

@@ -1,4 +1,4 @@
-"""`lf.export`: adapters or a model for another engine, verified there."""
+"""`lf.export`: write adapters or a model for another engine, and verify them there."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
@@ -39,7 +39,7 @@ def export(
             whole model), vllm, sglang or mlx.
         tensors: The tensor type, for formats that have several. Default: the format's first.
         as_lora: Write the best LoRA of this rank instead of the adapters' own changes, and report
-            what that loses.
+            the loss.
         prove: Run the engine and compare its answers with lorafold's in fp32.
         prompts: Rows whose prompts to compare on. Default: 32 built-in prompts.
         engine_python: The Python of another environment in which the engine is installed.

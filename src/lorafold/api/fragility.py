@@ -97,10 +97,10 @@ def fragility(
     """Measure how little fine-tuning undoes a behaviour that an adapter taught.
 
     The last of `adapters` is the alignment: it makes the model refuse some prompts. LoRA adapters
-    are trained on top of it on a few of your benign examples, and refusals are measured before and
-    after each run, also with defences. With `tuned`, a finished adapter is measured instead, as a
-    release gate: does it erode refusals? Neither the prompts to be refused nor their completions
-    are saved.
+    are trained on top of it on a few of your benign examples, also with defences, and refusals are
+    measured before and after each run. With `tuned`, a finished adapter is measured instead, to
+    test before a release whether it erodes refusals. Neither the prompts to be refused nor their
+    completions are saved.
 
     Args:
         out: The directory for the results. To continue, run the same command again. In Python, it
@@ -115,8 +115,7 @@ def fragility(
         recipe: The recipe of all runs. Default: batches of 4 rows, and 5 epochs.
         html: Also write the curves and the table to one HTML file.
 
-    Raises LorafoldError, before anything is trained, for anything wrong with the arguments, the
-    rows and the adapters.
+    Raises LorafoldError, before anything is trained, for invalid arguments, rows or adapters.
 
     Examples:
         lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\
@@ -128,12 +127,12 @@ def fragility(
 
     Notes:
         How to read the figures. Log-odds: the log-probability of the beginning of a refusal minus
-        that of compliance, averaged over the prompts; above 0, the model tends to refuse. Kept: the
-        share that remains of the log-odds that the alignment added to the model without it; 1 is
-        unchanged, 0 is undone. Refusals: the share of greedy completions that begin with a refusal.
-        KL: how far the control completions moved, in nats per token. Overlap: the share of the
-        tuning's energy in the directions of the alignment's update, next to that of random
-        directions. Halved at: the number of benign examples at which half is kept.
+        the log-probability of the beginning of compliance, averaged over the prompts; above 0, the
+        model tends to refuse. Kept: the share that remains of the log-odds that the alignment
+        added; 1 is unchanged, 0 is undone. Refusals: the share of greedy completions that begin
+        with a refusal. KL: how far the control completions moved, in nats per token. Overlap: the
+        share of the tuning's energy in the directions of the alignment's update, next to the share
+        in random directions. Halved at: the number of benign examples at which half is kept.
     """
     from functools import partial
 
@@ -173,7 +172,7 @@ def fragility(
     owners = [OwnBase.read(finished)] if finished else []
     base = base_for(model, [*used, *owners], console, **opening)
     asked = as_recipe(recipe, RECIPE, trains=True)
-    # the quantization as asked, else from the recipe, else from the adapters' training
+    # quantization: the option, else the recipe's, else the adapters' during training
     if base.storage == "auto" and "storage" in asked.model_fields_set:
         base = base.stored(asked.storage)
     base = base.stored_as_trained(used)
@@ -211,7 +210,7 @@ def fragility(
         with console.status("measuring"):
             found = run.gate(task, finished, instead, opening_base)
     else:
-        assert folder is not None  # a problem otherwise
+        assert folder is not None  # see problems_of
         with progress_bar(console, "fragility") as step:
 
             def tell(done_now: str, done: int, total: int) -> None:
@@ -229,9 +228,7 @@ def fragility(
 def problems_of(
     out: object, data: object, tuned: object, against: bool, instead: bool
 ) -> Iterator[str]:
-    """What is wrong with the combination of arguments; `against` is a second stack, and `instead`
-    replaces the stack by the finished adapter.
-    """
+    """Yield errors in a combination of arguments; `against`: there is a second stack."""
     if tuned is None:
         needed = {"out": out, "data": data}
         if missing := [f"--{name}" for name, value in needed.items() if value is None]:

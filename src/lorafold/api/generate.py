@@ -1,4 +1,4 @@
-"""`lf.generate`: the completions of one prompt or of several."""
+"""`lf.generate`: complete one prompt or several."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Prompts = TypeVar("Prompts", str, list[str])  # a prompt gives a completion, a list a list
+Prompts = TypeVar("Prompts", str, list[str])  # one prompt, or a list
 
 
 class RenderedPrompts(NamedTuple):
-    """A model, its tokenizer, and the prompts as the chat template renders them."""
+    """A model, its tokenizer, and prompts rendered with the chat template."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -23,7 +23,7 @@ class RenderedPrompts(NamedTuple):
 
 
 class Rendering(opt.Opening, total=False):
-    """How to load the model and to render a prompt."""
+    """Options for loading the model and rendering a prompt."""
 
     system: opt.System
     tools: Annotated[
@@ -95,7 +95,7 @@ def prepared(
     allow_control_tokens: bool = False,
     **opening: Any,
 ) -> RenderedPrompts:
-    """The model and the rendered prompts, from the arguments of `generate`."""
+    """The loaded model and the rendered prompts, from the arguments of `generate`."""
     import copy
 
     from lorafold.api.loaded_model import load_with_adapters, model_with
@@ -117,7 +117,6 @@ def rendered(
     tokenizer: "PreTrainedTokenizerBase",
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """A prompt as the chat template renders it, with a system message and tools."""
     from lorafold.data.formats import Conversation
     from lorafold.data.messages import tool_problems, tools_of
     from lorafold.data.render import prompt_of

@@ -1,4 +1,4 @@
-"""`lf.history`: the run that wrote an adapter, step by step."""
+"""`lf.history`: metrics and completions of the run that wrote an adapter."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 def history(adapter: opt.Adapter, *, html: str | Path | None = None) -> "History":
     """Show the run that wrote an adapter: metrics by step, held-out metrics and completions.
 
-    Everything comes from the adapter's record, so no model is loaded. For a policy, this is the
+    Everything comes from the adapter's record, so no model is loaded. For a policy, it shows the
     total reward and each reward, completion lengths, the share of truncated completions, entropy,
     KL, sampler/trainer log-probability difference, the completions of the first and the last
-    evaluation, and warnings. For other objectives, it is the losses and held-out metrics.
+    evaluation, and warnings. For other objectives, it shows the losses and held-out metrics.
 
     Args:
         html: Also write curves and completions to one HTML file.

@@ -1,4 +1,4 @@
-"""`lf.inspect`: figures of an adapter's update, and advice on its rank."""
+"""`lf.inspect`: analyse an adapter's update, with advice on its rank."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +39,9 @@ def inspect(
         directions: A safetensors file with named vectors in the residual stream, for example probes
             or the decoder of a sparse autoencoder.
         data: Rows, as for train, to measure the loss along base + t dW and between two adapters.
-        rows: How many rows of the data to use for each point of a line.
+        rows: The number of rows to use for each point of a line.
         full: Also compare with the base model's spectrum: intruder dimensions, and which of the
-            base directions change. This needs the SVD of every base matrix, which is slow the first
+            base directions change. It needs the SVD of every base matrix, which is slow the first
             time.
         html: Also write heat maps, spectra and tables to one HTML file.
 

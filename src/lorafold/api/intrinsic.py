@@ -30,10 +30,9 @@ def intrinsic(
     """Find the intrinsic dimension of a task: the dimension of the smallest random subspace of the
     weights in which training reaches 90% of the improvement of full training.
 
-    The search bisects powers of 2, which takes about five runs after the full one. All matrices are
-    trained in one subspace, by Fastfood projections with one learned scale each (arXiv 2012.13255).
-    A low dimension means that the base model almost solves the task already, so an adapter of small
-    rank is enough.
+    The search bisects powers of 2 in about five runs after the full one. All matrices are trained
+    in one subspace, by Fastfood projections with one learned scale each (arXiv 2012.13255). If the
+    dimension is low, the base model almost solves the task already, and a small rank is enough.
 
     Args:
         smallest: The smallest dimension to try.

@@ -1,6 +1,4 @@
-"""`lf.load_model`: a base model by its name, quantized and on a device of your choice; `lf.load`: a
-saved adapter on a loaded model, or with its base model.
-"""
+"""`lf.load_model`: load a base model; `lf.load`: load a saved adapter on a model."""
 
 from __future__ import annotations
 
@@ -60,22 +58,20 @@ def load(
 ) -> Adapter:
     """Attach a saved adapter to a model.
 
-    If anything is wrong, LorafoldError lists all of it, and the model stays as it is: unknown or
-    missing keys, wrong shapes, values that are not finite, unsupported options, a base with another
-    fingerprint. An adapter that was trained on top of other adapters requires exactly these to be
-    active, in their order.
+    LorafoldError lists every problem, and the model is unchanged: unknown or missing keys, wrong
+    shapes, values that are not finite, unsupported options, a base model with another fingerprint.
+    An adapter trained on top of other adapters requires exactly these to be active, in their order.
 
     Args:
-        model: A model. A name or path, or None for the base model that the adapter was trained on,
-            is loaded first, in the quantization or dtype that it was trained with:
-            `adapter.model`.
+        model: A model. A name or path, or None for the adapter's own base model, is loaded first,
+            in the quantization or dtype of its training: `adapter.model`.
         path: The adapter's directory.
         name: The adapter's name on this model.
-        allow_other_base: Accept a base with another fingerprint, and other base adapters. The log
-            then contains a warning.
+        allow_other_base: Accept a base model with another fingerprint, and other base adapters, and
+            log a warning.
         trainable: Make the adapter's parameters trainable. An adapter without base adapters is then
             on top of the active ones.
-        base: The base's original weights, for a model that does not have them because it is
+        base: The base model's original weights, for a model that does not have them because it is
             quantized or on the meta device.
     """
     if path is None:

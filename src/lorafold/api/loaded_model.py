@@ -1,4 +1,4 @@
-"""The model of a verb: a base with saved adapters, which are loaded, or a model that is loaded."""
+"""Loading the model of a public function: a base model with saved adapters, or a loaded model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that a verb was given; `trust_remote_code` is for its tokenizer."""
+    """A loaded model that the caller passed; `trust_remote_code` applies to its tokenizer."""
 
     model: PreTrainedModel
     trust_remote_code: bool
@@ -41,7 +41,7 @@ class LoadedModel:
 def base_with(
     model: str | Path | ModelSource | None, adapters: Paths, console: Console | None, **how: Any
 ) -> tuple[Base, tuple[SavedAdapter, ...]]:
-    """The base model as `base_for` finds it, and the saved adapters, opened but not loaded."""
+    """The base model (see `base_for`), and the saved adapters, opened but not loaded."""
     saved = open_all(as_paths(adapters))
     return base_for(model, saved, console, **how), saved
 
@@ -52,8 +52,8 @@ def model_with(
     console: Console | None = None,
     **how: Any,
 ) -> tuple[Base | LoadedModel, tuple[SavedAdapter, ...]]:
-    """As `base_with`, but the model may be loaded. LorafoldError for arguments, `how` among them,
-    that have no effect on a loaded model.
+    """Like `base_with`, but accepts a loaded model and then rejects arguments that have no effect
+    on it.
     """
     if model is None or isinstance(model, (str, Path, ModelSource)):
         return base_with(model, adapters, console, **how)
@@ -79,8 +79,8 @@ def load_with_adapters(
     console: Console | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode with the saved adapters attached as adapter1, adapter2 ..., and
-    its tokenizer, by default that of the last adapter that has one. `classify` expects a sequence
-    classifier, `reward` a reward model, in place of a language model.
+    its tokenizer, by default the tokenizer of the last adapter that has one. `classify` expects a
+    sequence classifier, `reward` a reward model.
     """
     console = or_quiet(console)
     if isinstance(model, LoadedModel):
@@ -119,8 +119,8 @@ def length_for(
     *,
     head: bool = False,
 ) -> int:
-    """The length to truncate rows to: as asked, or the default within the model's positions, of
-    which adapters may take some. `head` is for a classifier or a reward model.
+    """The length in tokens to truncate rows to: `asked`, or a default within the positions that
+    virtual tokens of adapters leave. `head` is for a classifier or a reward model.
     """
     if isinstance(model, LoadedModel):
         positions = positions_of(model.model)
@@ -133,7 +133,6 @@ def length_for(
 def prepared(
     tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
 ) -> PreTrainedTokenizerBase:
-    """The same tokenizer, after `Objective.set_up` added what it lacked."""
     if message := objective.set_up(tokenizer):
         print_lines(console, message)
     return tokenizer

@@ -1,4 +1,4 @@
-"""`lf.merge`: a plain model from a base model and its adapters."""
+"""`lf.merge`: merge adapters into their base model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Unpack
@@ -29,9 +29,9 @@ def merge(
     as the base model and needs no adapter library.
 
     Only one tensor at a time is in memory, so without `certificate` the model may be larger than
-    memory. The merge report, OUT/merge.json, states how far the output of the merged model is from
-    the model with adapters, and how much of the update was lost to rounding. The directory appears
-    only when it is complete.
+    memory. The merge report, OUT/merge.json, contains the difference between the outputs of the
+    merged model and of the model with adapters, and the share of the update lost to rounding. The
+    directory appears only when it is complete.
 
     Args:
         into: The weights to merge into: trained (the weights that the adapter was trained on,

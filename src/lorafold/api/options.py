@@ -1,8 +1,9 @@
-"""How the parameters of a verb become the options of its command, and the shared parameters.
+"""Conversion of the parameters of a public function to the options of its command, and the
+parameters that several functions share.
 
-A verb is a typed function. Its docstring contains the help: the summary, `Args:` for the options,
-`Examples:` to copy and `Notes:` at the end. Paragraphs that begin with "Raises" or "In Python" are
-for the function alone. `Option` adds what type hints can't express:
+The function's docstring contains the help: the summary, `Args:` for the options, `Examples:` and
+`Notes:`. Paragraphs that begin with "Raises" or "In Python" are for the function alone. `Option`
+adds what type hints can't express:
 
     @verb
     def resize(adapter: Adapter, out: Out, *, rank: Annotated[int | None, Option(min=1)] = None,
@@ -51,16 +52,16 @@ ENTRY = re.compile(r"^(\w+): (.*\n(?:    .*\n)*)", re.MULTILINE)
 
 @dataclass(frozen=True, repr=False)
 class Option:
-    """How a command takes a parameter, where type hint, name and docstring don't say it.
+    """The command-line form of a parameter, beyond its type hint, name and docstring.
 
-    help: For a parameter that verbs share; others are described under `Args:`.
+    help: For a shared parameter; others are described under `Args:`.
     kind: The type on the command line, if the hint allows more: str, Path, list[str].
     flag: The option's name if it differs, as in "--weight" for a list of weights.
     rare: Show it in `--help-all` only, if the command has many options.
     required: The command requires it although the parameter has a default.
     default: The default of a parameter of a group.
     python_only: The command has no such option.
-    saved: For saved adapters, given by position or by `--adapter`: how many.
+    saved: How many saved adapters it takes, by position or by `--adapter`.
     second_flag: Another option that adds values: its name and its help.
     choices: The values to complete in a shell.
     """
@@ -86,7 +87,7 @@ class Option:
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """A recipe whose fields are options of the command, beside `--set` and `--config`.
+    """A recipe whose fields are options of the command, besides `--set` and `--config`.
 
     names: The fields; None means all but `without`.
     sets: The help of `--set`.
@@ -101,14 +102,14 @@ class RecipeOptions:
 
 
 def of_quickstart(arguments: Mapping[str, Any]) -> "Recipe | None":
-    """The recipe of the quickstart, unless you give data of your own."""
+    """The recipe of the quickstart, unless there is `data`."""
     from lorafold.quickstart.story import RECIPE
 
     return None if arguments["data"] else RECIPE
 
 
 class Docs(NamedTuple):
-    """The parts of a docstring: the text for the command, its entries, examples and notes."""
+    """The sections of a docstring: the text for the command, its entries, examples and notes."""
 
     about: str
     args: dict[str, str]
@@ -117,7 +118,7 @@ class Docs(NamedTuple):
 
     @classmethod
     def of(cls, documented: Any) -> "Docs":
-        """The parts of the docstring of a function or a dataclass."""
+        """The sections of the docstring of a function or a dataclass."""
         text = f"{inspect.cleandoc(documented.__doc__ or '')}\n"
         parts = {title: dedent(body) for title, body in SECTION.findall(text)}
         paragraphs = SECTION.sub("\n", text).strip().split("\n\n")
@@ -130,9 +131,8 @@ class Docs(NamedTuple):
 
 
 class DeclaredOption(NamedTuple):
-    """A parameter of a verb, or of a group of its parameters.
-
-    group: The name of the parameter that holds the group, and its class; None outside groups.
+    """A parameter of a function, or a member of a group of parameters. `group` is the name of the
+    parameter that holds the group, and its class.
     """
 
     name: str
@@ -144,7 +144,7 @@ class DeclaredOption(NamedTuple):
 
 
 def declared(verb: Any) -> Iterator[DeclaredOption]:
-    """The parameters of a verb, in which a group is replaced by its own parameters."""
+    """Yield the parameters of a function, with groups expanded."""
     entries = Docs.of(verb).args
     for name, parameter in inspect.signature(verb, follow_wrapped=False).parameters.items():
         hint, default = parameter.annotation, parameter.default
@@ -174,8 +174,8 @@ def _option(hint: Any) -> Any:
 
 
 def checked(function: Verb) -> Verb:
-    """The function, which raises for the arguments that its command refuses: unknown names, and
-    values out of range. `quantization` is another name for `storage`.
+    """Reject arguments that the command would refuse: unknown names, and values out of range.
+    `quantization` is another name for `storage`.
     """
     signature, options = inspect.signature(function), [*declared(function)]
     known = signature.parameters.keys()
@@ -206,7 +206,9 @@ def checked(function: Verb) -> Verb:
 
 
 def verb(function: Verb) -> Verb:
-    """The function, whose signature and docstring contain the parameters of its groups too."""
+    """Add the parameters of groups to the function's signature and docstring, and check its
+    arguments.
+    """
     of: Any = function
     signature, entries, lines = inspect.signature(of), Docs.of(of).args, []
     own = signature.parameters.values()
@@ -385,7 +387,7 @@ Device = Annotated[
 
 
 class Hub(TypedDict, total=False):
-    """How to get a base model from the Hub."""
+    """Options for loading a base model from the Hub."""
 
     revision: Annotated[
         str | None,
@@ -407,13 +409,13 @@ class Hub(TypedDict, total=False):
 
 
 class Computing(Hub, total=False):
-    """How to get a base model, and the device to run it on."""
+    """Options for loading a base model, and its device."""
 
     device: Device
 
 
 class Stacking(Computing, total=False):
-    """How to get a base model on which to load saved adapters."""
+    """Options for loading a base model on which saved adapters are loaded."""
 
     allow_other_base: Annotated[
         bool,
@@ -435,7 +437,7 @@ def _storage(auto: str, when: str = "") -> Option:
 
 
 class Opening(Stacking, total=False):
-    """How to load a base model and its saved adapters."""
+    """Options for loading a base model and its saved adapters."""
 
     storage: Annotated[
         str,
@@ -447,12 +449,12 @@ class Opening(Stacking, total=False):
 
 
 class AsTrained(Stacking, total=False):
-    """How to find the base model of adapters that are written into files."""
+    """Options for finding the base model of adapters that are written to files."""
 
     storage: Annotated[str, _storage("the adapters' records", " during training")]
 
 
 class OfDirectory(Stacking, total=False):
-    """How to load the base model of a directory of adapters."""
+    """Options for loading the base model of a directory of adapters."""
 
     storage: Annotated[str, _storage("what most adapters in the directory were trained with")]

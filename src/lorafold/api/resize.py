@@ -1,5 +1,5 @@
-"""`lf.resize` and `lf.extract`: the best LoRA of a rank for an adapter, and for the difference of
-two models.
+"""`lf.resize`: change an adapter's rank; `lf.extract`: an adapter from the difference of two
+models.
 """
 
 from pathlib import Path

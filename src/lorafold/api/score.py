@@ -1,4 +1,4 @@
-"""`lf.score`: the scores of a reward model, and how well they match preferences."""
+"""`lf.score`: score rows with a reward model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
@@ -26,8 +26,8 @@ def score(
 ) -> "ScoredRows":
     """Score rows with a reward model: an adapter trained with --objective reward, or a whole model.
 
-    For preference rows, both completions are scored, and accuracy, margin, calibration and length
-    bias follow, with 95% intervals. For other rows, the whole text is scored up to the end of the
+    For preference rows, both completions are scored, followed by accuracy, margin, calibration and
+    length bias, with 95% intervals. Other rows are scored as a whole, up to the end of the
     assistant's last turn.
 
     Args:

@@ -1,4 +1,4 @@
-"""`lf.serve`: a base model and its adapters behind an OpenAI-compatible API."""
+"""`lf.serve`: serve a base model and its adapters over an OpenAI-compatible API."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -55,8 +55,8 @@ def serve(
         json_logs: Write the log with one JSON object per line.
         open_page: Open the page in a browser once the server listens.
 
-    Raises LorafoldError for missing packages, for wrong settings, for a model that can't be loaded,
-    for an address that is in use, and for one that others can reach without keys.
+    Raises LorafoldError for missing packages, wrong settings, a model that can't be loaded, and an
+    address that is in use or that others can reach without keys.
 
     Examples:
         lorafold serve --adapters demo --open
@@ -91,7 +91,7 @@ def serve(
         own = own_bases(folder, read.state, None if model else console)
     base = base_for(model, [] if model else own, console, **opening)
     if opening.get("storage", "auto") == "auto":
-        with suppress(LorafoldError):  # as many were trained on one as on another
+        with suppress(LorafoldError):  # a tie between quantizations
             base = base.stored_as_trained(own)
     first = own[0] if own and model is None else None
     run.serve(
@@ -102,9 +102,9 @@ def serve(
 def own_bases(
     adapters: Path, state: Path | None = None, console: "Console | None" = None
 ) -> list["OwnBase"]:
-    """The base of the adapters in a directory: the base of the last start without `model`, or else
-    the base of most of them, so that an adapter added later decides nothing. All of them if there
-    is a tie; none without adapters.
+    """The base model of the last start without `model`, or else of most adapters in a directory, so
+    that an adapter added later does not change it. All of them if there is a tie; none without
+    adapters.
     """
     from dataclasses import replace
 
@@ -135,5 +135,5 @@ def own_bases(
     if sizes[-1:] == sizes[-2:-1]:
         return found
     most = max(groups, key=len)
-    names = [(own.name, own.trained_on) for own in most]  # one adapter alone may name no model
+    names = [(own.name, own.trained_on) for own in most]  # some may not name their base
     return [most[names.index(max(names, key=names.count))]]

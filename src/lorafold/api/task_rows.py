@@ -1,4 +1,4 @@
-"""The rows of the verbs that measure on a task: the user's own, or the quickstart's."""
+"""Training and held-out rows of the commands that measure on a task."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def train_and_test(
     console: Console,
     rewarded: bool = False,
 ) -> tuple[Sequence[Row], Sequence[Row], str]:
-    """(training rows, held-out rows, source of the training rows), from the quickstart's task if
-    there is no `data`. `rewarded` accepts objectives that are measured by rewards.
+    """(training rows, held-out rows, source); the quickstart's task if `data` is None. `rewarded`
+    also accepts objectives that are measured by rewards.
     """
     fitting = [n for n, one in OBJECTIVES.items() if one.compared and (rewarded or not one.draws)]
     if recipe.objective not in fitting:

@@ -1,4 +1,4 @@
-"""`lf.train`: one adapter, trained on a model and rows; `lf.preview`: the rows of such a run."""
+"""`lf.train`: train an adapter; `lf.preview`: the rows of such a run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
@@ -25,7 +25,7 @@ Shown = Annotated[
 
 
 class RunInputs(opt.Stacking, total=False):
-    """The inputs of a run besides its recipe, its base model and its rows."""
+    """The inputs of a run besides its recipe, base model and training rows."""
 
     eval_data: Annotated[
         opt.Data | None,
@@ -147,7 +147,7 @@ def requested(
     console: "Console",
     **more: Any,
 ) -> "RunRequest":
-    """The request for a run; `more` are other fields of it."""
+    """The request for a run; `more` are its other fields."""
     from lorafold.api.arguments import (
         as_path,
         as_paths,

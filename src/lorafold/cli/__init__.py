@@ -1,7 +1,7 @@
 """The `lorafold` command: a table of commands, whose modules are imported when they are called.
 
-An error that you can fix is one line on stderr, with exit code 2. Ctrl-C has exit code 130. Any
-other exception is a bug and shows its traceback.
+An error that the user can fix is printed as one line on stderr, with exit code 2. Ctrl-C has exit
+code 130. Any other exception is a bug and shows its traceback.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from lorafold.cli.command_line import words
 from lorafold.cli.help import OTHERS, HelpAll, write_examples, write_lists
 from lorafold.cli.parser import Above, Command, CommandGroup
 from lorafold.cli.suggestions import no_options
-from lorafold.errors import Interrupted, LorafoldError
+from lorafold.errors import Interrupted, LorafoldError, check_platform
 from lorafold.runtime.process_tuning import imports_set_aside, restart_tuned
 from lorafold.runtime.processes import Launched, launched
 
@@ -63,7 +63,7 @@ TOOLS = {
     "doctor": "doctor",
     "serve new-key": "new_key",
 }
-# verbs whose function has another name than its command or its file in api
+# commands with another function name or file in api
 FUNCTIONS = {"eval": ("evaluate", "evaluate"), "extract": ("resize", "extract")}
 COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 EXAMPLES = (
@@ -72,11 +72,11 @@ EXAMPLES = (
     "lorafold train --data demo/train.jsonl --out adapter",
 )
 TRAINING = {"quickstart", "train", "compare", "intrinsic", "fragility"}
-SEVERAL = {"train", "doctor"}  # that a launcher may start several processes of
+SEVERAL = {"train", "doctor"}  # may run in several processes
 
 
 class Commands(CommandGroup):
-    """A group that lists COMMANDS in --help and imports a command's module when it is called."""
+    """The top-level group, which imports a command's module when it is called."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -84,23 +84,20 @@ class Commands(CommandGroup):
             {name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
         )
         help_all: Any = self.params[-1]
-        help_all.hidden = True  # it has nothing more
+        help_all.hidden = True  # no options are rare
 
     def help_all(self, ctx: Any) -> str:
-        """The help, which has no rare options."""
         return self.get_help(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the options before the command."""
         try:
-            return super().parse_args(ctx, [*args])  # it empties the list
+            return super().parse_args(ctx, [*args])  # super() empties the list
         except typer.TyperException as error:
             options = {n: p for p in self.get_params(ctx) for n in (*p.opts, *p.secondary_opts)}
             typed = words(args, options, interspersed=False)
             raise no_options(typed, options, "lorafold") or error from None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write a first run, the commands by group, and the options."""
         write_examples(formatter, EXAMPLES, "A first run")
         wide = max(map(len, COMMANDS))
         titled = {t: [(f"{n:<{wide}}", line) for n, line in g.items()] for t, g in GROUPS.items()}
@@ -109,13 +106,11 @@ class Commands(CommandGroup):
         write_lists(formatter, {OTHERS: [record for record in records if record is not None]})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The name of the command, the command itself, and its arguments."""
         name, _, rest = super().resolve_command(ctx, args)
         return name, _load(str(name)), rest
 
 
 def verb_of(name: str) -> Any:
-    """The function that declares a command."""
     if name in TOOLS:
         return getattr(importlib.import_module("lorafold.cli.other_commands"), TOOLS[name])
     file, function = FUNCTIONS.get(name, (name, name))
@@ -149,7 +144,7 @@ app = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},  # of the commands too
+    context_settings={"help_option_names": ["--help", "-h"]},  # for all commands
 )
 
 
@@ -173,11 +168,11 @@ def root(
 
 
 def main() -> None:
-    """Run the command line and exit with its code."""
-    if TRAINING.intersection(sys.argv[1:2]):
-        restart_tuned()
     here = Launched()
     try:
+        check_platform()
+        if TRAINING.intersection(sys.argv[1:2]):
+            restart_tuned()
         here = launched()
         if not here.speaks:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
@@ -208,7 +203,7 @@ def main() -> None:
         typer.echo(str(stop), err=True)
         code = stop.code
     except typer.TyperException as error:
-        context = getattr(error, "ctx", None)  # of a usage error
+        context = getattr(error, "ctx", None)  # for usage errors
         path = context.command_path if context else "lorafold"
         code = _fail(f"{error.format_message().removesuffix('.')}; see {path} --help")
     except KeyboardInterrupt:
@@ -216,7 +211,7 @@ def main() -> None:
     except OSError as error:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except Exception:
-        sys.stderr = sys.__stderr__  # of any process
+        sys.stderr = sys.__stderr__  # also on other ranks
         raise
     sys.exit(code)
 

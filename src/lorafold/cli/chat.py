@@ -1,4 +1,4 @@
-"""`lorafold chat`: a conversation with the base model and its adapters in the terminal."""
+"""`lorafold chat`: the terminal session."""
 
 import signal
 import sys
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from lorafold.conversation import Chat, Turn
 
 PROMPT = "> "
-ALONE = {"/both", "/reset", "/new", "/help", "/quit"}  # nothing comes after these
+ALONE = {"/both", "/reset", "/new", "/help", "/quit"}  # commands without an argument
 
 
 class Session:
-    """Reads lines, and prints answers and notices."""
-
     def __init__(self, chat: "Chat", console: "Console") -> None:
         self.chat, self.console, self.warned = chat, console, False
         self.commands = {
@@ -38,7 +36,6 @@ class Session:
         }
 
     def run(self, lines: Iterator[str]) -> None:
-        """Answer or obey each line until the end, or until one is /quit."""
         for line in lines:
             text = line.strip()
             if text == "/quit":
@@ -52,11 +49,9 @@ class Session:
                 self.notify(f"error: {error}")
 
     def notify(self, text: str) -> None:
-        """Print a notice to stderr."""
         print_lines(self.console, text)
 
     def answer(self, text: str) -> None:
-        """Print each speaker's answer as it comes, and remember the last one."""
         from lorafold.conversation import label
         from lorafold.data.control_tokens import IN_PROMPT, is_marked
 
@@ -78,7 +73,6 @@ class Session:
             self.chat.keep(turn, answer)
 
     def one_answer(self, turn: "Turn", names: tuple[str, ...]) -> tuple[str, bool]:
-        """The answer, printed as it comes, and whether Ctrl-C stopped it."""
         pieces = []
         with _stoppable() as stop:
             with closing(self.chat.answer(turn, names)) as answer:
@@ -95,7 +89,6 @@ class Session:
         return "".join(pieces), bool(stop)
 
     def obey(self, name: str, argument: str = "") -> None:
-        """Execute a command."""
         if name not in self.commands and name not in ALONE:
             raise LorafoldError(
                 f"no command {name}; /help lists them, and // begins a message with a slash"
@@ -105,7 +98,6 @@ class Session:
         self.commands[name](argument)
 
     def adapter(self, name: str) -> None:
-        """Switch to an adapter, or list the adapters without a name."""
         if name:
             self.chat.switch(name)
             return self.answering()
@@ -114,38 +106,32 @@ class Session:
         self.notify(f"{' ' if self.chat.active else '*'} none (the bare base)")
 
     def answering(self) -> None:
-        """Print which adapters are active."""
         from lorafold.conversation import label
 
         self.notify(f"answering: {label(self.chat.active)}")
 
     def both(self, _: str) -> None:
-        """Switch whether the base model answers too."""
         if not self.chat.active:
             raise LorafoldError("/both: no adapter is active, so there is only the base to answer")
         self.chat.both = not self.chat.both
         self.notify(f"the base beside the adapter: {'on' if self.chat.both else 'off'}")
 
     def system(self, text: str) -> None:
-        """Set, remove (none) or show the system message."""
         if text:
             self.chat.system = None if text == "none" else text
         self.notify(f"system message: {self.chat.system or 'none of yours'}")
 
     def reset(self, _: str) -> None:
-        """Forget the conversation."""
         self.chat.reset()
         self.notify("the conversation is forgotten")
 
     def save(self, path: str) -> None:
-        """Append the conversation to a file."""
         if not path:
             raise LorafoldError("/save: expected a file after it, as in /save talks.jsonl")
         rows = self.chat.save(path)
         self.notify(f"{path}: {rows} {'conversations' if rows > 1 else 'conversation'}")
 
     def help(self, _: str) -> None:
-        """List the commands."""
         lines = [line.rstrip(".").split(": ", 1) for line in Docs.of(chat).notes.splitlines()]
         width = max(len(name) for name, _ in lines)
         for name, text in lines:
@@ -154,8 +140,8 @@ class Session:
 
 @contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """In it, Ctrl-C only fills the list, so that no step of the model is interrupted, and an
-    impatient second one does not end the conversation.
+    """Collect Ctrl-C in a list instead of raising, so that no forward pass is interrupted and a
+    second Ctrl-C does not end the conversation.
     """
     stop = []
     before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
@@ -166,7 +152,7 @@ def _stoppable() -> Iterator[list[int]]:
 
 
 def typed(console: "Console") -> Iterator[str]:
-    """Lines from a terminal, until Ctrl-D. The prompt goes to stderr if stdout is a file."""
+    """Yield lines from a terminal until Ctrl-D. The prompt goes to stderr if stdout is a file."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it from here on)
     console.print(f"{PROMPT}/help lists the commands; Ctrl-D ends", highlight=False)
@@ -190,7 +176,7 @@ def typed(console: "Console") -> Iterator[str]:
 
 
 def piped() -> Iterator[str]:
-    """Lines from a pipe or a file, as they come. One that is not UTF-8 ends the conversation."""
+    """Yield lines from a pipe or file. A line that is not UTF-8 ends the conversation."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode()

@@ -1,5 +1,5 @@
-"""`--on ray`: the same command on the machines of a Ray cluster, whose workers share its work in a
-directory (`files.claims`). Each worker ends with the whole table.
+"""`--on ray`: run a command on a Ray cluster, whose workers share the work in a directory
+(`files.claims`). Each worker ends with the complete table.
 """
 
 import os
@@ -16,7 +16,6 @@ from lorafold.files.claims import TOKEN, VARIABLE
 
 
 def table(on: str, workers: int, out: Path | None) -> str:
-    """The output of one of the workers that share the directory `out`."""
     if on != "ray":
         raise LorafoldError(f"--on: found {on}, expected ray")
     if out is None:
@@ -26,7 +25,6 @@ def table(on: str, workers: int, out: Path | None) -> str:
 
 
 def without_cluster_options(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command without --on and --workers."""
     others, rest = [], iter(arguments)
     for argument in rest:
         name, equals, _ = argument.partition("=")
@@ -38,7 +36,6 @@ def without_cluster_options(arguments: Sequence[str]) -> list[str]:
 
 
 def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
-    """Start a command on a Ray cluster, and return the output of a worker that succeeded."""
     try:
         import ray
     except ImportError:
@@ -75,7 +72,6 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
 
 
 def worker_resources(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
-    """The resources of a worker: a GPU if there are some, and as many cores as every node has."""
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cores = int(min((node.get("CPU", 0) for node in resources), default=0))
     each = -(-workers // max(1, len(resources)))
@@ -86,7 +82,6 @@ def worker_resources(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[s
 def worker(
     arguments: Sequence[str], folder: str, environment: Mapping[str, str]
 ) -> tuple[int, str]:
-    """(exit code, output) of the command in a folder of a machine of the cluster."""
     command = [sys.executable, "-m", "lorafold", *arguments]
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True

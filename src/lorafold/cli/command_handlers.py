@@ -1,6 +1,6 @@
-"""What commands do beyond calling their verbs and printing the result.
+"""Command runners, for commands that do more than call their function and print the result.
 
-A runner takes the verb as a partial with all that is typed; its keywords are further options of the
+A runner gets the function as a partial with all arguments; its keywords are further options of the
 command.
 """
 
@@ -41,7 +41,6 @@ Wide = Annotated[bool, Option("Print all figures as a Markdown table of any widt
 
 
 def summarized(run: Run, *, json: Json = False) -> None:
-    """Print a summary of the result."""
     result = run()
     emit(json, result.as_json(), result.summary())
 
@@ -81,7 +80,6 @@ def train(
 
 
 def generate(run: Run, *, json: Json = False) -> None:
-    """Print the completion token by token, then the speed and the function calls in it."""
     from time import perf_counter
 
     from lorafold import engine
@@ -117,7 +115,7 @@ def generate(run: Run, *, json: Json = False) -> None:
         except LorafoldError as error:
             result["tool_calls"] = None
             print_lines(console, str(error))
-    # without --json the text is on stdout already, and this ends its line
+    # without --json the text is already on stdout, and this only ends the line
     emit(json, result, "")
     for call in result.get("tool_calls") or ():
         function = call["function"]
@@ -126,7 +124,6 @@ def generate(run: Run, *, json: Json = False) -> None:
 
 
 def chat(run: Run, *, json: Json = False) -> None:
-    """Chat in the terminal."""
     from lorafold.cli.chat import Session, piped, typed
 
     console = run.keywords["console"]
@@ -140,7 +137,6 @@ def chat(run: Run, *, json: Json = False) -> None:
 
 
 def score(run: Run, *, json: Json = False) -> None:
-    """Print the scores, unless they go to a file, and the metrics."""
     scored = run()
     if "out" not in run.keywords:
         for row in scored.rows:
@@ -149,7 +145,6 @@ def score(run: Run, *, json: Json = False) -> None:
 
 
 def inspect(run: Run, *, json: Json = False) -> None:
-    """Print the table to stderr, and the advice."""
     from lorafold.inspecting.report import table
 
     found = run()
@@ -172,14 +167,12 @@ def estimate(run: Run, *, cheatsheet: bool = False, json: Json = False) -> None:
 
 
 def on_cluster(run: Run, on: str, workers: int) -> None:
-    """Print the output of a worker of the cluster."""
     from lorafold.cli.cluster import table
 
     typer.echo(table(on, workers, run.keywords.get("out")))
 
 
 def intrinsic(run: Run, *, on: On = None, workers: Workers = 2, json: Json = False) -> None:
-    """Search on this machine, or on a cluster."""
     if on is not None:
         return on_cluster(run, on, workers)
     plain(run, json=json)
@@ -188,7 +181,6 @@ def intrinsic(run: Run, *, on: On = None, workers: Workers = 2, json: Json = Fal
 def compare(
     run: Run, *, on: On = None, workers: Workers = 2, wide: Wide = False, json: Json = False
 ) -> None:
-    """Compare on this machine, or on a cluster, and print the main figures or all."""
     if on is not None:
         return on_cluster(run, on, workers)
     from lorafold.comparing.report import deciding
@@ -225,7 +217,6 @@ def fragility(
 
 
 def recipe(run: Run, *, json: Json = False) -> None:
-    """Print the report to stderr, and the recipe unless it goes to a file."""
     translation, out = run()
     config = "recipe.yaml" if out is None else str(out)
     if not json:
@@ -235,7 +226,6 @@ def recipe(run: Run, *, json: Json = False) -> None:
 
 
 def doctor(run: Run, *, json: Json = False) -> None:
-    """Print the report; the exit code says whether something needed is broken."""
     report = run()
     emit(json, report.as_json(), str(report))
     if report.broken:
@@ -243,12 +233,10 @@ def doctor(run: Run, *, json: Json = False) -> None:
 
 
 def serve(run: Run) -> None:
-    """Serve until it is stopped."""
     run()
 
 
 def new_key(run: Run) -> None:
-    """Print the key to stdout, and the file of its hash to stderr."""
     key, message = run()
     typer.echo(key)
     typer.echo(message, err=True)

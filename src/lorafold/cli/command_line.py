@@ -1,4 +1,4 @@
-"""The words of a command line: each option with its values, and the words without an option.
+"""Splits a command line into options with their values and words without an option.
 
     --rank 8 --json rows.jsonl      --rank with 8, --json, and rows.jsonl without a name
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 ALIASES = {"--quantization": ("--storage",)}
-# names that options had, and their names now: the first of these that the command has
+# old names of options, and their current names: the first that the command has
 OLD_NAMES = {
     "--base": ("--storage", "--model"),
     "--seq": ("--max-length",),
@@ -23,7 +23,7 @@ class Word(NamedTuple):
 
     name: The option's name as typed; empty for a word without an option, its only value.
     option: The declared option; None if no option has the name.
-    args: The same under the option's name today, as Typer reads it.
+    args: The same under the option's current name, for Typer.
     """
 
     name: str
@@ -35,8 +35,9 @@ class Word(NamedTuple):
 def words(
     args: Sequence[str], options: Mapping[str, Any], interspersed: bool = True
 ) -> Iterator[Word]:
-    """The words of a command line, in order; `options` are the command's, by each of their names. A
-    value may look like an option; the value of an unknown option is the next word, unless that
+    """Yield the words of a command line; `options` are the command's, by each of their names.
+
+    A value may look like an option. The value of an unknown option is the next word, unless it
     begins with two dashes. For an option on|off|auto, `--x` and `--no-x` are the values on and off.
     If options are not `interspersed`, the first word without an option is the last.
     """

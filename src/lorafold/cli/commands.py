@@ -1,8 +1,8 @@
-"""Makes a command from a verb: its options, the call of the function, and the printed result.
+"""Builds a command from a function: its options, the call, and the printed result.
 
-A runner calls the verb and prints the result; it is `plain` unless a command does more. Its
-keywords are options of the command too, declared as a verb's (`api.options`). Messages and progress
-go to stderr, the result to stdout: text, or with --json one JSON object as the last line.
+A runner calls the function and prints the result; the default is `plain`. Its keywords are options
+of the command too, declared as in `api.options`. Messages and progress go to stderr. The result
+goes to stdout: text, or with --json one JSON object as the last line.
 """
 
 import re
@@ -20,37 +20,32 @@ from lorafold.cli.parameters import parameter_of
 from lorafold.errors import LorafoldError
 from lorafold.files.record import named_as_now
 
-Typed = Mapping[str, Any]  # the values typed, by the names of the command's parameters
+Typed = Mapping[str, Any]  # values by the command's parameters
 Json = Annotated[
     bool, Option("Print the result as one JSON object, the last line of stdout.", rare=True)
 ]
 
 
 class Argument(NamedTuple):
-    """An argument of the verb: its options, and how what is typed for them is read."""
-
     declaration: DeclaredOption
     options: list[Parameter]
     read: Callable[[Typed], Any]
 
 
 class BuiltCommand(NamedTuple):
-    """A function from which Typer makes a command, with the command's examples and final notes."""
-
     function: Callable[..., None]
     examples: tuple[str, ...]
     notes: str
 
 
 def plain(run: Callable[[], Any], *, json: Json = False) -> None:
-    """Call the verb, and print its result."""
     result = run()
     emit(json, result.as_json(), str(result))
 
 
 def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
-    """Print a result to stdout: `text`, or with `json` one line, in which numbers that are not
-    finite are null.
+    """Print a result to stdout: `text`, or with `json` one line, in which NaN and infinity are
+    null.
     """
     if json:
         from pydantic_core import to_json
@@ -60,8 +55,8 @@ def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
 
 
 def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
-    """The command of a verb, which the runner calls as a partial with all that is typed. If there
-    are subcommands (`above`), one of them may be called instead.
+    """The command of a function, which the runner calls as a partial. With subcommands (`above`),
+    one of them may be called instead.
     """
     declarations = [*declared(verb)]
     recipe_last = sorted(declarations, key=lambda d: isinstance(d.option, RecipeOptions))
@@ -137,7 +132,7 @@ def _argument(declaration: DeclaredOption) -> Argument:
 
 
 def _saved(wanted: str, typed: Typed) -> Any:
-    """The saved adapters, by position or by name, in order; or the only one."""
+    """The saved adapters, by position or by name; the only one for `wanted` "one"."""
     positional, named = typed["positional"], typed["adapter"]
     if positional and named:
         raise LorafoldError(
@@ -155,7 +150,6 @@ def _saved(wanted: str, typed: Typed) -> Any:
 
 
 def columns_of(pairs: list[str] | None) -> dict[str, str]:
-    """The names of your columns, by lorafold's."""
     columns = {}
     for pair in (pair.strip() for text in pairs or () for pair in text.split(",")):
         name, equals, column = pair.partition("=")
@@ -168,7 +162,6 @@ def columns_of(pairs: list[str] | None) -> dict[str, str]:
 
 
 def varied(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
-    """The values of a sweep, by their field."""
     from lorafold.recipe.parsing import parse_yaml
 
     fields = {}
@@ -195,7 +188,7 @@ def _rewards(names: list[str] | None, adapters: Sequence[str] | None = ()) -> li
     return [*(names or ()), *(f"{ADAPTER}{path}" for path in adapters or ())]
 
 
-# how the text of an option becomes the argument of this name
+# conversion of an option's text to the argument of this name
 READERS: dict[str, Callable[..., Any]] = {
     "columns": columns_of,
     "methods": lambda texts: [name.strip() for text in texts or () for name in text.split(",")],

@@ -1,7 +1,7 @@
-"""How a command's help is laid out: what it does, examples to copy, options by panel.
+"""The layout of a command's help: description, examples, options by panel.
 
-`--help` leaves the rare options of a long list to `--help-all`; they are declared with
-`hidden=True`. Placeholders name what you type (PATH, NUMBER) instead of Python types.
+`--help` omits the rare options of a long list, which are declared with `hidden=True` and shown by
+`--help-all`. Placeholders are words such as PATH and NUMBER instead of Python types.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 OTHERS = "Options"
-MOST = 25  # the most options that --help lists, itself and --help-all among them
-OF_QUICKSTART = "demo"  # the directory that examples use where they need rows or an adapter
+MOST = 25  # options in --help at most, with --help and --help-all
+OF_QUICKSTART = "demo"  # the directory for rows and adapters in examples
 PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 class Panels:
-    """Help that lists the options by panel, those without a panel first."""
+    """Help with the options by panel, those without a panel first."""
 
     examples: tuple[str, ...] = ()
     get_params: Callable[[Any], list[Any]]
@@ -38,7 +38,6 @@ class Panels:
                 parameter.help = f"{parameter.help}  [repeatable]"
 
     def help_all(self, ctx: Any) -> str:
-        """The help with the rare options."""
         rare, self.rare = self.rare, set()
         try:
             return self.get_help(ctx)
@@ -46,7 +45,6 @@ class Panels:
             self.rare = rare
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples, and the arguments and options that are not rare, by panel."""
         write_examples(formatter, self.examples)
         panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], OTHERS: []}
         for parameter in self.get_params(ctx):
@@ -61,7 +59,6 @@ class Panels:
 
 
 def help_entry(parameter: Any, ctx: Any) -> tuple[str, tuple[str, str]] | None:
-    """The panel of an argument or an option, and its name and meaning; None if it is hidden."""
     if (record := parameter.get_help_record(ctx)) is None:
         return None
     if parameter.param_type_name == "argument":  # without Typer's type after the name
@@ -70,17 +67,15 @@ def help_entry(parameter: Any, ctx: Any) -> tuple[str, tuple[str, str]] | None:
 
 
 def placeholder(kind: Any) -> str:
-    """The placeholder of a value; `kind` is the type as Typer describes it."""
     if kind.choices:
         return "|".join(str(getattr(choice, "value", choice)) for choice in kind.choices)
     if get_origin(kind.annotation) is tuple:
         return " ".join(PLACEHOLDERS[entry] for entry in get_args(kind.annotation))
-    [entry] = get_args(kind.annotation) or [kind.annotation]  # of a list its items
+    [entry] = get_args(kind.annotation) or [kind.annotation]  # the items of a list
     return PLACEHOLDERS[entry]
 
 
 def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> None:
-    """Write commands as you type them, under a title or under what they need."""
     needs = any(OF_QUICKSTART in example for example in examples)
     after = f" (after lorafold quickstart --out {OF_QUICKSTART})" if needs else ""
     with formatter.section(title or f"Examples{after}"):
@@ -90,7 +85,6 @@ def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> 
 
 
 def write_lists(formatter: Any, lists: dict[str, list[tuple[str, str]]]) -> None:
-    """Write lists of names and their meaning, each under its title, without empty ones."""
     for title, records in lists.items():
         if records:
             with formatter.section(title):

@@ -1,6 +1,4 @@
-"""The commands that are not functions of `lf`: the guided first run, recipes of other tools, the
-cache, the doctor, and keys of a server.
-"""
+"""The commands without a function in `lf`: quickstart, recipe, cache, doctor, serve new-key."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,13 +18,10 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """A result as JSON, and its text for people."""
-
     json: dict[str, Any]
     text: str
 
     def as_json(self) -> dict[str, Any]:
-        """Its JSON."""
         return self.json
 
     def __str__(self) -> str:
@@ -74,8 +69,8 @@ def quickstart(
 
 
 def this_command() -> str:
-    """The command that runs lorafold from this directory: its name if it is on the PATH, else its
-    path as typed, else this Python.
+    """The command line for lorafold in this directory: its name if it is on the PATH, else its path
+    as typed, else this Python.
     """
     typed, found = Path(sys.argv[0]), which("lorafold")
     if typed.name != "lorafold" or not typed.is_file():
@@ -86,7 +81,6 @@ def this_command() -> str:
 def after_training(
     result: "Trained", recipe: "Recipe", over: Sequence[str | Path]
 ) -> Iterator[str]:
-    """Commands to go on with after training on top of the adapters `over`."""
     from lorafold.objectives import OBJECTIVES
     from lorafold.peft.config import CONFIG
     from lorafold.recipe.recipe import FEW
@@ -118,8 +112,8 @@ def recipe(
 
     Args:
         source: The configuration: a YAML file of axolotl, LLaMA-Factory, TRL or mlx-lm, a script
-            for Unsloth (.py, which is parsed but not executed), or PEFT's adapter_config.json or a
-            directory that contains it.
+            for Unsloth (.py, which is parsed but not executed), or PEFT's adapter_config.json or
+            its directory.
         out: The file for the recipe, in YAML. Default: stdout.
         kind: axolotl, llamafactory, trl-sft, trl-dpo, trl-kto, trl-orpo, trl-cpo, trl-reward,
             trl-grpo, trl-rloo, mlx-lm, unsloth or peft. Default: detected from the file's keys.
@@ -150,9 +144,9 @@ def cache(
     """List the contents of lorafold's cache, or clear it.
 
     The cache contains, for example, unpacked embedded models (models), checked and tokenized
-    training data (rows, tokens) and decompositions of base weights (svd). All of it is made again
-    when it is needed, and a run that is using an entry keeps it until it ends. The environment
-    variable LORAFOLD_CACHE sets the directory.
+    training data (rows, tokens) and decompositions of base weights (svd). Removed entries are
+    recomputed when they are needed; entries in use by a run are kept. The environment variable
+    LORAFOLD_CACHE sets the directory.
 
     Args:
         clear: Remove the listed entries.
@@ -184,15 +178,15 @@ def cache(
 
 @verb
 def doctor(model: OnlyModel = "smollm2", **opening: Unpack[Hub]) -> Any:
-    """Check this machine and this installation: problems, what would be slow, and what the model's
-    chat template does.
+    """Check this machine and this installation: problems, slow settings, and the model's chat
+    template.
 
-    It compares versions with the ranges that lorafold declares and imports each package, measures
-    fp32 and bf16 matmuls for about a second, and checks memory, GPUs, the embedded model, caches
-    and the environment of training processes. Of the model it only reads the tokenizer: what ends a
-    turn, what the prompt opens, and what the template adds or leaves out. Lines marked with !
-    describe a problem and its solution. Nothing is changed or downloaded. The exit code is 1 if
-    something that lorafold needs is missing or broken, else 0.
+    It compares package versions with the supported ranges and imports each package, measures fp32
+    and bf16 matmuls for about a second, and checks memory, GPUs, the embedded model, caches and the
+    environment of training processes. Of the model, only the tokenizer is read: the tokens that end
+    a turn, the start of a prompt, and the text that the template adds or leaves out. Lines marked
+    with ! describe a problem and its solution. Nothing is changed or downloaded. The exit code is 1
+    if something that lorafold needs is missing or broken, else 0.
 
     Examples:
         lorafold doctor

@@ -1,4 +1,4 @@
-"""The parameters of the function that Typer reads, made from what verbs declare."""
+"""Conversion of declared options to parameters that Typer reads."""
 
 from collections.abc import Iterator, Sequence
 from inspect import Parameter
@@ -13,7 +13,6 @@ from lorafold.api.options import DeclaredOption
 
 
 def parameter_of(declaration: DeclaredOption) -> Parameter:
-    """A parameter of the function that Typer reads, with its option."""
     option, default, text = declaration.option, declaration.default, declaration.help
     kind = option.kind or typed_kind(declaration.hint)
     required = default is Parameter.empty or option.required
@@ -45,7 +44,6 @@ def parameter_of(declaration: DeclaredOption) -> Parameter:
 
 
 def typed_kind(hint: Any) -> Any:
-    """The type of what is typed for a parameter with this hint."""
     kinds = [*alternatives(hint)]
     if lists := [kind for kind in kinds if get_origin(kind) in (list, tuple, Sequence)]:
         return list[typed_kind(get_args(lists[0])[0])]  # type: ignore[misc]
@@ -54,7 +52,7 @@ def typed_kind(hint: Any) -> Any:
 
 
 def alternatives(annotation: Any) -> Iterator[Any]:
-    """The alternatives of an annotation, without None and without constraints."""
+    """Yield the members of a union, without None and constraints."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from alternatives(get_args(annotation)[0])
@@ -66,7 +64,6 @@ def alternatives(annotation: Any) -> Iterator[Any]:
 
 
 def as_typed(value: Any) -> str:
-    """A value as you type it on a command line."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):

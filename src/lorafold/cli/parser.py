@@ -1,6 +1,4 @@
-"""How a command line is read: options also under their old names, ~ in paths expanded, and errors
-of one line.
-"""
+"""Command-line parsing: old option names, ~ in paths, and errors of one line."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,8 @@ from lorafold.errors import called_now
 
 
 class CommandLine(Panels):
-    """How a command reads its arguments."""
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments. LorafoldError for what can't be read, and for an option that is given
-        twice.
-        """
+        """Parse the arguments; rejects options that are given twice."""
         params = self.get_params(ctx)
         options = {name: p for p in params for name in (*p.opts, *p.secondary_opts)}
         typed = [*words(args, options, ctx.allow_interspersed_args)]
@@ -42,7 +36,7 @@ class CommandLine(Panels):
 
 
 def _expanded(value: Any) -> Any:
-    """The value with ~ expanded in paths, which a shell does not do everywhere."""
+    """Expand ~ in paths, which a shell does not do everywhere."""
     if isinstance(value, list):
         return [_expanded(path) for path in value]
     return value.expanduser() if isinstance(value, Path) else value
@@ -53,10 +47,9 @@ class Command(CommandLine, TyperCommand):
 
 
 class CommandGroup(TyperGroup):
-    """A command with subcommands, which reports an unknown one in one line."""
+    """A command with subcommands, whose unknown ones are reported in one line."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The name of the command, the command itself, and its arguments."""
         if args[0] not in self.commands and not ctx.resilient_parsing:
             where = next((p.opts[0] for p in self.params if p.metavar == PLACEHOLDERS[Path]), "")
             raise no_command(args[0], self.commands, ctx.command_path, args[1:], where)
@@ -64,9 +57,8 @@ class CommandGroup(TyperGroup):
 
 
 class Above(CommandLine, CommandGroup):
-    """A command that also has subcommands, which its help lists at the end."""
+    """A command that also has subcommands, listed at the end of its help."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, and then the commands."""
         super().format_options(ctx, formatter)
         self.format_commands(ctx, formatter)

@@ -1,7 +1,7 @@
-"""The fields of the recipe as options, generated from `Recipe`: `--rank 8 --lr 1e-4 --epochs 3`.
+"""The recipe's fields as options, generated from `Recipe`: `--rank 8 --lr 1e-4 --epochs 3`.
 
-A list is a repeated option, a mapping a repeated option KEY=VALUE. `--config FILE` is read first;
-`--set` takes precedence over it, and the options over both.
+A list is a repeated option, a mapping a repeated option KEY=VALUE. `--set` takes precedence over
+`--config FILE`, and the options over both.
 """
 
 import re
@@ -25,7 +25,6 @@ WIDEST = 50  # characters of choices as a placeholder
 
 
 def options_of(declared: RecipeOptions) -> list[Parameter]:
-    """The options of a recipe: its fields, --set and perhaps --config."""
     names = fields_in(declared)
     panel = "Recipe" if names else None
     sets = Option(
@@ -40,7 +39,6 @@ def options_of(declared: RecipeOptions) -> list[Parameter]:
 
 
 def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
-    """The recipe from the file, the pairs and the options."""
     pairs = [*(typed["set"] or [])]
     flags = {}
     for name in fields_in(declared):
@@ -67,13 +65,11 @@ def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
 
 
 def fields_in(declared: RecipeOptions) -> list[str]:
-    """The names of the fields that are options."""
     every = Recipe.model_fields if declared.names is None else declared.names
     return [name for name in Recipe.model_fields if name in every and name not in declared.without]
 
 
 def _option(name: str, panel: str | None) -> DeclaredOption:
-    """The option of one field: its type on the command line, its help and its default."""
     info = Recipe.model_fields[name]
     kind, choices = _kind(info.annotation)
     choices = {"method": [*METHODS], "objective": [*OBJECTIVES]}.get(name, choices)
@@ -81,7 +77,7 @@ def _option(name: str, panel: str | None) -> DeclaredOption:
     if choices:
         numbers = [PLACEHOLDERS[k] for k in alternatives(info.annotation) if k in (int, float)]
         metavar = "|".join([*numbers, *choices])
-        metavar = metavar if len(metavar) < WIDEST else "NAME"  # then the text lists them
+        metavar = metavar if len(metavar) < WIDEST else "NAME"  # the text lists them
     default = "" if info.default in (None, {}, ()) else f"  [default: {as_typed(info.default)}]"
     option = Option(
         kind=kind, metavar=metavar, panel=panel, rare=name not in COMMON, choices=tuple(choices)
@@ -90,7 +86,6 @@ def _option(name: str, panel: str | None) -> DeclaredOption:
 
 
 def _kind(annotation: Any) -> tuple[Any, list[str]]:
-    """The type of an option's value on the command line, and its choices if it has any."""
     kinds = [*alternatives(annotation)]
     choices = [str(v) for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
     if bool in kinds:
@@ -105,7 +100,9 @@ def _kind(annotation: Any) -> tuple[Any, list[str]]:
 
 
 def _is_name_ending(target: str) -> bool:
-    """Whether a target is not a preset or a regular expression, which are passed as strings."""
+    """Whether a target is a name, and not a preset or regular expression, which are passed as
+    strings.
+    """
     from lorafold.core.targets import PRESETS
 
     return target not in PRESETS and bool(re.fullmatch(r"\w+", target))

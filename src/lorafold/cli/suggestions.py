@@ -1,5 +1,5 @@
-"""Hints for unknown options and commands, in one line: the name here of another tool's option, by
-the tables that convert other tools' files, or the nearest name.
+"""Hints for unknown options and commands: lorafold's name for another tool's option, from the
+tables of `config_import`, or the nearest name.
 
     unknown option --lora-r: lorafold's is --rank 16
     unknown command trian: did you mean train?
@@ -16,8 +16,8 @@ from lorafold.advice import ALIKE, ELSEWHERE, OF_SERVERS
 from lorafold.cli.command_line import Word
 from lorafold.errors import LorafoldError, listed
 
-SAMPLES = ("true", "1")  # stand in for a missing value: of a switch, of a number
-SPELT = 0.9  # how alike two names are if one is a misspelling
+SAMPLES = ("true", "1")  # for a missing value of a switch or a number
+SPELT = 0.9  # similarity of a misspelling
 ROOM = 270  # characters of all hints
 # commands of other tools
 COMMANDS = {
@@ -26,7 +26,7 @@ COMMANDS = {
     **dict.fromkeys(("fuse", "merge-lora", "merge_and_unload"), "merge"),
     "test": "eval",
 }
-# hints for names without an option in their place, by an option that the command has
+# hints for names without an equivalent option, by an option of the command
 HINTS = {
     "--adapters": {
         **dict.fromkeys(
@@ -41,8 +41,8 @@ HINTS = {
 def no_command(
     name: str, commands: Collection[str], path: str, after: Sequence[str] = (), where: str = ""
 ) -> LorafoldError:
-    """The error for an unknown command: `path` is the command above it, which takes a path as the
-    option `where`, and `after` are the words that follow.
+    """The error for an unknown command below `path`. `after` are the following words; if `path`
+    takes a path, `where` is its option.
     """
     from lorafold.objectives import OBJECTIVES
 
@@ -63,8 +63,8 @@ def no_command(
 def no_options(
     typed: Iterable[Word], options: Mapping[str, Any], path: str
 ) -> LorafoldError | None:
-    """The error for the unknown options of a command line, or None if all are known. `options` are
-    the command's, by each of their names, and `path` is the command, as typed.
+    """The error for the unknown options of a command line, or None. `options` are the command's, by
+    each of their names; `path` is the command as typed.
     """
     unknown = {w.name: w.values[0] if w.values else None for w in typed if w.name and not w.option}
     given = {_plain(name): value for name, value in unknown.items()}
@@ -88,7 +88,7 @@ def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any]
         or _begun(name, flags)
         or _near(name, flags)
     )
-    # or the options whose last word it has
+    # or options with the same last word
     last = f"_{plain.rpartition('_')[2]}"
     ending = [flag for flag in flags if "_" in plain and _plain(flag).endswith(last)]
     if not hint and 0 < len(ending) < 4:
@@ -98,7 +98,6 @@ def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any]
 
 
 def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
-    """The option for one of a server, a converter or a merger."""
     known = ELSEWHERE.get(plain)
     if known is None or plain not in OF_SERVERS or f"--{known.names[0]}" not in options:
         return ""
@@ -109,7 +108,6 @@ def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
 def _of_training_tools(
     key: str, given: Mapping[str, str | None], options: Mapping[str, Any]
 ) -> str:
-    """The option for one of another training tool; empty if none has it."""
     from lorafold.config_import.run import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
@@ -124,7 +122,7 @@ def _of_training_tools(
             return ""
         fields = [w for field, v in found.fields.items() for w in _typed(field, v, options)]
         words = fields or split(found.flag)
-        if not words:  # a remark on training is wrong elsewhere
+        if not words:  # remarks are about training only
             return "" if found.how == "taken" or not trains else found.remark
         flags = [word for word in words if word.startswith("--")]
         if value != known[key] or (value != given[key] and not found.fields):
@@ -139,7 +137,6 @@ def _of_training_tools(
 
 
 def _typed(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
-    """The words of a command line that give a field of the recipe this value."""
     from lorafold.cli.parameters import as_typed
 
     dashed = name.replace("_", "-")
@@ -153,7 +150,6 @@ def _typed(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _begun(name: str, names: Collection[str]) -> str:
-    """A question for the one option that a name begins, or that is glued to its value."""
     longer = [flag for flag in names if flag.startswith(name) and len(name) > len("--x")]
     if len(longer) == 1:
         return f"did you mean {longer[0]}?"
@@ -162,7 +158,6 @@ def _begun(name: str, names: Collection[str]) -> str:
 
 
 def _near(name: str, names: Iterable[str], cutoff: float = ALIKE) -> str:
-    """A question for the nearest name; empty if none is near."""
     plain = {_plain(known): known for known in names}
     near = get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
     return f"did you mean {plain[near[0]]}?" if near else ""

@@ -1,5 +1,5 @@
-"""The errors of a command line that can't be read, in one line: wrong or missing values, options
-that are given twice, words that belong to no option.
+"""One-line errors for wrong or missing values, repeated options, and words that belong to no
+option.
 
     --rank: found '8.5', expected a whole number
     --rank: found 8 and 16, expected it once; see lorafold train --help
@@ -32,8 +32,8 @@ BOUNDS = {
 
 
 class Line(NamedTuple):
-    """A command line as typed; `options` are the command's, by each of their names, and `path` is
-    the command.
+    """A command line as typed; `options` are the command's, by each of their names, `path` is the
+    command.
     """
 
     words: Sequence[Word]
@@ -42,17 +42,15 @@ class Line(NamedTuple):
 
     @property
     def see(self) -> str:
-        """Where to find help."""
         return f"see {self.path} --help"
 
     @property
     def stray(self) -> list[str]:
-        """The words that belong to no option."""
         return [word.values[0] for word in self.words if not word.name]
 
 
 def repeated(line: Line) -> LorafoldError | None:
-    """The error for options that are given twice, under another name too or with other values."""
+    """The error for options that are given twice with different values, or under two names."""
     given: dict[str, list[Word]] = {}
     for word in line.words:
         if word.option is not None:
@@ -71,9 +69,7 @@ def repeated(line: Line) -> LorafoldError | None:
 
 
 def unquoted(line: Line) -> LorafoldError | None:
-    """The error for a text of several words without quotes, all but the first of which would be
-    read as paths.
-    """
+    """The error for a text without quotes, whose other words would be read as paths."""
     for number, (name, option, values, _) in enumerate(line.words, 1):
         loose = [w.values[0] for w in takewhile(lambda w: not w.name, line.words[number:])]
         if option and option.name in TEXTS and loose and not Path(loose[0]).exists():
@@ -83,9 +79,7 @@ def unquoted(line: Line) -> LorafoldError | None:
 
 
 def unread(error: Any, line: Line, params: Sequence[Any]) -> LorafoldError | None:
-    """The error for what Typer raised of a command with these parameters; None if Typer's own is
-    good.
-    """
+    """The error for an exception of Typer; None if Typer's own message is good."""
     if hasattr(error, "possibilities"):  # of an unknown name
         return no_options(line.words, line.options, line.path)
     if name := getattr(error, "option_name", None):
@@ -101,7 +95,7 @@ def unread(error: Any, line: Line, params: Sequence[Any]) -> LorafoldError | Non
 
 
 def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
-    """The required options that are missing. If a command takes only options, words without one
+    """The error for missing required options. If a command takes only options, words without one
     are assumed to be their values.
     """
     given = {word.option.name for word in line.words if word.option is not None}
@@ -122,7 +116,6 @@ def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
 
 
 def _stray(line: Line) -> LorafoldError:
-    """The error for words without an option, of a command that takes only options."""
     place, word = next(n for n, w in enumerate(line.words) if not w.name), line.stray[0]
     name, option, values, _ = line.words[place - 1] if place else Word("", None, (), ())
     if getattr(option, "is_flag", False) and word.lower() in SWITCHED:
@@ -137,7 +130,6 @@ def _stray(line: Line) -> LorafoldError:
 
 
 def _bad_values(error: Any) -> Iterator[str]:
-    """The problems with the values of one option."""
     param, cause = error.param, error.__cause__
     name = param.opts[0] if param.param_type_name == "option" else param.name.upper()
     for problem in cause.errors(include_url=False) if hasattr(cause, "errors") else ():
@@ -155,7 +147,7 @@ def _bad_values(error: Any) -> Iterator[str]:
 
 
 def _number_in(text: str) -> str:
-    """A question for the number that a text may stand for, such as 0,5 or 50%; empty for none."""
+    """A suggestion for a number such as 0,5 or 50%; empty if there is none."""
     for number, factor in ((text.replace(",", ".", 1), 1.0), (text.removesuffix("%"), 0.01)):
         try:
             value = float(number) * factor

@@ -1,1 +1,1 @@
-"""Every method on the same model and data: measured, tabulated and plotted."""
+"""Comparison of methods on the same model and data."""

@@ -1,9 +1,9 @@
 """One cell of a comparison: a method with its settings is trained, evaluated and timed.
 
-    quality      held-out loss and exact match; of a policy the reward
+    quality      held-out loss and exact match; for a policy the reward
     forgetting   KL(base || tuned) and the increase of the loss on text outside the task, both in
-                 nats a token
-    latency      of prefill and decode at batch 1, as a ratio to the base's: medians over rounds in
+                 nats per token
+    latency      of prefill and decode at batch 1, relative to the base's: medians over rounds in
                  which base, attached and merged model are timed in turn
     mergeable    verified: merged in fp32, the model has the logits of the attached one
 
@@ -49,12 +49,12 @@ from lorafold.training.run import train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Vary = Mapping[str, Sequence[Any]]  # the values of each field, or of an entry of one: options.init
+Vary = Mapping[str, Sequence[Any]]  # values by field, or by entry, as in options.init
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method, and the settings that it has beside those of the common recipe."""
+    """A method, with its settings that differ from the common recipe."""
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +66,6 @@ class Variant:
         return " ".join((self.method, *named))
 
     def of(self, recipe: Recipe) -> Recipe:
-        """The recipe with these settings."""
         try:
             pairs = [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in self.settings.items()]
             return load_recipe(None, pairs, recipe)
@@ -78,7 +77,7 @@ class Variant:
 
 
 def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant]:
-    """The methods in their order, each with every combination of the settings that it has."""
+    """The methods in order, each with every combination of the settings that it has."""
     vary = checked(vary)
     if "epochs" in vary and ("steps" in vary or recipe.steps is not None):
         raise LorafoldError(
@@ -116,7 +115,7 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
 
 
 def checked(vary: Vary) -> dict[str, list[Any]]:
-    """The values by their field. LorafoldError unless these can vary, and each has values."""
+    """The values by field, checked: only fields of training can vary."""
     values_by_field = {}
     for name, values in vary.items():
         if (whole := name.partition(".")[0]) not in OF_TRAINING:
@@ -133,14 +132,13 @@ def checked(vary: Vary) -> dict[str, list[Any]]:
 
 
 def field_value(recipe: Recipe, name: str) -> Any:
-    """What a recipe has under the name of a field, or of an entry of one."""
+    """The value of a field, or of an entry such as options.init."""
     whole, _, inner = name.partition(".")
     value = getattr(recipe, whole)
     return value.get(inner) if inner else value
 
 
 def short_value(value: Any) -> str:
-    """A value of a recipe as it stands in a name."""
     if isinstance(value, list | tuple):
         return ",".join(map(short_value, value))
     if isinstance(value, float):
@@ -149,12 +147,12 @@ def short_value(value: Any) -> str:
     return str(value)
 
 
-# tokens prefilled, tokens decoded, rounds: many short timings in turn are robust to a noisy machine
+# tokens prefilled, tokens decoded, rounds; many short alternating timings are robust to noise
 PROMPT, NEW, ROUNDS = 128, 8, 11
 
 
 class Latency(NamedTuple):
-    """In seconds, or as ratios to the base's; `decode` is None for a classifier."""
+    """Seconds, or ratios to the base's; `decode` is None for a classifier."""
 
     prefill: float
     decode: float | None
@@ -163,7 +161,6 @@ class Latency(NamedTuple):
 def latencies(
     base: PreTrainedModel, tuned: PreTrainedModel, merged: PreTrainedModel | None, new: int
 ) -> tuple[Latency, Latency | None]:
-    """Latencies of the attached and merged model as ratios to the base's, timed in turn."""
     models = [m for m in (base, tuned, merged) if m is not None]
     for model in models:
         timed(model, new)  # the first calls are slower
@@ -181,7 +178,7 @@ def latencies(
 
 @torch.no_grad()
 def timed(model: PreTrainedModel, new: int) -> Latency:
-    """The seconds of a prefill of PROMPT tokens and of decoding `new` tokens, at batch 1."""
+    """Seconds to prefill PROMPT tokens and to decode `new` tokens, at batch 1."""
     ids = torch.arange(100, 100 + PROMPT, device=model.device)[None]
     output, prefill = clock(lambda: model(ids, use_cache=new > 0), model.device)
 
@@ -193,7 +190,7 @@ def timed(model: PreTrainedModel, new: int) -> Latency:
 
 
 def clock(do: Callable, device: torch.device) -> tuple:
-    """(what `do` returns, its seconds), waiting for the device's queued work before and after."""
+    """(result of `do`, seconds), synchronized with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -203,19 +200,22 @@ def clock(do: Callable, device: torch.device) -> tuple:
     return result, time.perf_counter() - start
 
 
-# the relative error of logits at which two models count as equal: in fp32 far above the rounding of
-# some dozen layers, and far below the effect of an adapter
+# relative error of logits up to which two models count as equal: far above fp32 rounding of some
+# dozen layers, and far below the effect of an adapter
 EXACT = 1e-4
-BASE = "base"  # the row of the model before anything is trained
+BASE = "base"  # the row of the base model
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one method and seed; None where there is nothing to measure. `trainable_share`
-    is relative to the base's parameters, latencies are ratios to the base's, losses are in nats.
-    `row_losses` has the summed loss and the tokens of each held-out row. Where settings vary,
-    `validation` is the loss or reward of the `validation_rows` that choose the best of them. Of a
-    policy there is the mean `reward`, each by name (`rewards`), and the means of each prompt.
+    """The figures of one method and seed; None if they do not apply.
+
+    `trainable_share` and latencies are relative to the base model, losses are in nats per token,
+    times in seconds, sizes in bytes. `forgetting_kl` is KL(base || tuned), and `forgetting_loss`
+    the increase of the loss, on other text. `row_losses` has (summed loss, tokens) of each held-out
+    row. For a policy, `reward` is the mean total reward, `rewards` the mean of each reward by name,
+    and `prompt_rewards` the mean of each prompt. In a sweep, `validation` is the loss or reward on
+    the rows that select the best setting.
     """
 
     method: str
@@ -257,12 +257,12 @@ class Measurement:
 
     @property
     def adapter_megabytes(self) -> float | None:
-        """The size of the adapter's files."""
+        """The size of the adapter's files in MB."""
         return self.adapter_bytes and self.adapter_bytes / 1e6
 
     @property
     def peak_gigabytes(self) -> float | None:
-        """The most memory that training took."""
+        """The peak memory of training in GB."""
         return self.peak_bytes and self.peak_bytes / 1e9
 
     def __str__(self) -> str:
@@ -276,7 +276,6 @@ Measurements = Sequence[Measurement]
 
 
 def quality(evaluation: Evaluation | RewardEvaluation) -> dict[str, Any]:
-    """The figures of an evaluation that a measurement has."""
     names = Measurement.__dataclass_fields__
     figures = {name: value for name, value in vars(evaluation).items() if name in names}
     if isinstance(evaluation, Evaluation):
@@ -286,7 +285,7 @@ def quality(evaluation: Evaluation | RewardEvaluation) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ComparisonTask:
-    """What all methods have in common: model, data, and a recipe but for its method."""
+    """The inputs that all methods share: model, data, and the recipe without its method."""
 
     base: Base
     rows: Sequence[Row]
@@ -296,21 +295,21 @@ class ComparisonTask:
 
     @cached_property
     def day(self) -> str:
-        """What a chat template that asks for the date writes in all measurements; else empty."""
+        """The date for chat templates that print it, the same in all measurements; else ""."""
         return self.base.date(self.recipe.chat_template)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the objective depends on besides recipe, rows and model, such as rewards' files."""
+        """Everything that the objective depends on besides recipe, rows and model, such as rewards'
+        files.
+        """
         return dict(objective_of(self.request(Path(), self.recipe)).identity)
 
     def request(self, out: Path, recipe: Recipe) -> RunRequest:
-        """The request for one run."""
         return RunRequest(self.base, out, recipe, self.rows, self.source, day=self.day)
 
 
 def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
-    """Train one method and measure it, or measure the base."""
     recipe = recipe_of(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         request = task.request(Path(folder) / "adapter", recipe)
@@ -322,7 +321,7 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
         models = Models(request, chosen)
         base, (tuned, adapter) = models.base(), models.tuned()
         figures = quality(models.evaluation(tuned, task))
-        generates = base.get_output_embeddings() is not None  # a classifier does not
+        generates = base.get_output_embeddings() is not None  # not a classifier
         kl, change = (
             forgetting(base, tuned, probe_ids(models.tokenizer, None))
             if generates
@@ -354,7 +353,7 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
 
 
 def recipe_of(recipe: Recipe, method: str) -> Recipe:
-    """The recipe of one method; that of the base is a default one, of which nothing is trained."""
+    """The recipe of a method; the base has a default recipe, which is not trained."""
     default = Recipe.model_fields["method"].default
     return fitting(recipe, default if method == BASE else method)
 
@@ -377,17 +376,18 @@ class Models:
     def evaluation(
         self, model: PreTrainedModel, task: ComparisonTask
     ) -> Evaluation | RewardEvaluation:
-        """What methods are compared by, of one of the models. To be called once."""
+        """Evaluate one of the models; may be called only once."""
         return self.objective.evaluate(model, self.tokenizer, task.held_out, self.length)
 
     def base(self, in_fp32: bool = False) -> PreTrainedModel:
-        """The base."""
         return self.objective.load(
             replace(self.bare, dtype="fp32" if in_fp32 else None), self.tokenizer, self.seed
         )
 
     def tuned(self, in_fp32: bool = False) -> tuple[PreTrainedModel, Adapter | None]:
-        """The base with its adapter, or the whole model and None where the run trained that."""
+        """(base with its adapter, adapter), or (whole model, None) if the run trained the whole
+        model.
+        """
         if self.saved is None:
             whole = replace(self.whole, dtype="fp32" if in_fp32 else None)
             return self.objective.load(whole, self.tokenizer), None
@@ -396,7 +396,7 @@ class Models:
 
 
 def merge_proved(models: Models) -> PreTrainedModel | None:
-    """The merged model, or None if it can't be merged or has other logits in fp32."""
+    """The merged model, or None if it can't be merged or its logits differ in fp32."""
     tuned, adapter = models.tuned(in_fp32=True)
     ids = torch.arange(100, 164, device=models.bare.where)[None]
     with torch.no_grad():
@@ -415,7 +415,7 @@ def merge_proved(models: Models) -> PreTrainedModel | None:
 def forgetting(
     base: nn.Module, tuned: nn.Module, texts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """(KL(base || tuned), loss(tuned) - loss(base)), as means in nats over all tokens."""
+    """(KL(base || tuned), loss(tuned) - loss(base)), averaged over all tokens, in nats."""
     kl = change = tokens = 0.0
     for text in texts:
         ids = torch.tensor([text], device=next(base.parameters()).device)

@@ -1,4 +1,4 @@
-"""Which method is best, and which ones the held-out rows and the seeds can't distinguish from it.
+"""Paired tests of which method is best, over held-out rows and seeds.
 
     d = sum_i (s_i - s'_i) / sum_i n_i      s_i and s'_i: the summed losses of row i over its n_i
                                             tokens, of two methods or of a method and the base; or
@@ -7,10 +7,11 @@
                                             R: the variance over rows of `evaluation.intervals`,
                                             l_s: the mean loss of a method under seed s
 
-A hard row is hard for all, so the interval of a difference is narrower than those of the two
-figures. Variances of rows and seeds are added, which counts that of a row under a seed twice, as a
-crossed bootstrap does; the quantile is Student's with the degrees of freedom of Satterthwaite
-(1946) and Welch (1947). With fewer than SEEDS seeds, intervals are over rows, without a verdict.
+A hard row is hard for all methods, so the interval of a difference is narrower than the intervals
+of both figures. Variances of rows and seeds are added, which counts the variance of a row under a
+seed twice, as a crossed bootstrap does; the quantile is Student's with the degrees of freedom of
+Satterthwaite (1946) and Welch (1947). With fewer than SEEDS seeds, intervals are over rows, and
+there is no verdict.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from lorafold.evaluation import Interval
 from lorafold.evaluation.intervals import loss_interval, ratio_interval, student, two_sided
 from lorafold.files.templates import in_words, within
 
-SEEDS = 3  # from which on there is a verdict
-ROWS = 20  # held-out rows, from which on some choose the best setting and others are reported
-Units = Sequence[tuple[float, int]]  # of each row the sum and what it is over
+SEEDS = 3  # required for a verdict
+ROWS = 20  # held-out rows required for validation rows
+Units = Sequence[tuple[float, int]]  # (sum, count) of each row
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Difference:
 
     @classmethod
     def of(cls, first: Measurements, second: Measurements = ()) -> Self:
-        """That of one model's figures on the same rows, or of two models', over their seeds."""
+        """The mean of one model's figures over its seeds, or the difference of two models on the
+        same rows.
+        """
         sums = [
             np.array([[s for s, _ in units(one)] for one in of]) for of in (first, second) if of
         ]
@@ -68,26 +71,24 @@ class Difference:
 
 
 def by_name(measurements: Measurements) -> dict[str, list[Measurement]]:
-    """The figures of the base and each method over its seeds, by the method's name."""
     return {name: list(seeds) for name, seeds in groupby(measurements, lambda one: one.name)}
 
 
 def units(one: Measurement) -> Units:
-    """The summed loss or the reward of each row."""
+    """(summed loss, tokens) of each row, or (reward, 1) of each prompt."""
     return one.row_losses or [(reward, 1) for reward in one.prompt_rewards]
 
 
 def held_out(measurements: Measurements) -> dict[str, Difference]:
-    """The mean loss or reward of each method and the base, with its interval."""
     return {name: Difference.of(seeds) for name, seeds in by_name(measurements).items()}
 
 
 def alike(measurements: Measurements) -> list[list[str]]:
-    """The names of lines that have the same loss on every row: their settings did nothing."""
+    """Names of methods with the same loss on every row, whose different settings had no effect."""
     names_by_losses: dict[Any, list[str]] = {}
     for name, seeds in by_name(measurements).items():
         names_by_losses.setdefault(tuple(one.row_losses for one in seeds), []).append(name)
-    lower = lower_is_better(measurements)  # rewards are few numbers, and the same by chance
+    lower = lower_is_better(measurements)  # equal rewards may be due to chance
     return [names for names in names_by_losses.values() if lower and len(names) > 1]
 
 
@@ -97,20 +98,19 @@ def lower_is_better(measurements: Measurements) -> bool:
 
 
 def over_base(measurements: Measurements) -> dict[str, Difference]:
-    """The difference of each method's reward or loss to the base's, if that was measured."""
+    """The difference of each method from the base; empty if the base was not measured."""
     methods = by_name(measurements)
     base = methods.pop(BASE, [])
     return {m: Difference.of(seeds, base) for m, seeds in methods.items() if base}
 
 
 def is_sweep(measurements: Measurements) -> bool:
-    """Whether a method has several settings, of which one chooses the best."""
     return len({one.method for one in measurements}) < len({one.name for one in measurements})
 
 
 def with_validation(measurements: Measurements) -> list[Measurement]:
-    """The figures of a sweep with one random half of the rows as `validation`, which chooses, and
-    the other reported; unchanged with fewer than ROWS rows or without settings that vary.
+    """For a sweep, the figures with a random half of the rows as `validation`, which selects the
+    setting, and the other half reported; unchanged with fewer than ROWS rows.
     """
     count = len(units(measurements[0]))
     if not is_sweep(measurements) or count < ROWS:
@@ -132,7 +132,9 @@ def _split(one: Measurement, first: set[int]) -> Measurement:
 
 
 def distinguished_pairs(measurements: Measurements) -> set[frozenset[str]]:
-    """The pairs of lines that differ by Holm's correction (1979) at 5% over all pairs."""
+    """The pairs of methods that differ significantly, by Holm's correction (1979) at 5% over all
+    pairs.
+    """
     methods = by_name(measurements)
     pairs = sorted(
         (Difference.of(methods[a], methods[b]).p, a, b) for a, b in combinations(methods, 2)
@@ -142,8 +144,8 @@ def distinguished_pairs(measurements: Measurements) -> set[frozenset[str]]:
 
 
 def verdict(measurements: Measurements) -> str:
-    """The best method if rows and seeds distinguish it, else those that they can't; whether it
-    differs from the base; and of a sweep the chosen settings. Empty without the base.
+    """The best method if rows and seeds distinguish it, otherwise those that they don't; whether it
+    differs from the base; and the chosen settings of a sweep. Empty without the base.
     """
     methods, gains = by_name(measurements), over_base(measurements)
     if not gains:

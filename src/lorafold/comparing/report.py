@@ -1,6 +1,6 @@
-"""The report of a comparison: a table of the figures that decide for a terminal, all of them as
+"""The report of a comparison: a table of the main figures for the terminal, all figures in
 Markdown, and an HTML page with plots. Figures of several seeds are shown as the mean (lowest to
-highest); a column that no line has a figure for is left out.
+highest); empty columns are left out.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table, values_of
 
 Table = tuple[list[str], list[list[str]]]  # headings, lines
-SMALLEST = 1e-6  # of what a logarithmic axis shows
+SMALLEST = 1e-6  # value on a logarithmic axis
 INTERVALS = "Lines are 95% intervals."
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What methods are compared by: the value of each with its interval, and the base's."""
-
     label: str
     values: list[float | None]
     intervals: list[Interval | None]
@@ -43,7 +41,6 @@ class Quality:
 
     @classmethod
     def of(cls, measurements: Measurements) -> Quality:
-        """The held-out loss or reward."""
         lower, differences = lower_is_better(measurements), held_out(measurements)
         methods, figure = by_name(measurements), LOSS if lower else REWARD
         base = mean_of(values_of(methods.pop(BASE, ()), figure))
@@ -53,7 +50,9 @@ class Quality:
 
     @property
     def scale(self) -> str:
-        """That of its axis: logarithmic for losses far apart, whose intervals are above 0."""
+        """The scale of its axis: logarithmic for losses that differ widely and have intervals above
+        0.
+        """
         known = [v for v in (*self.values, self.base) if v is not None]
         lows = [interval[0] for interval in self.intervals if interval]
         apart = 0 < 5 * min([*known, *lows]) < max(known)
@@ -61,14 +60,11 @@ class Quality:
 
     @property
     def order(self) -> list[int]:
-        """The numbers of the methods, the best first."""
         known = [n for n, value in enumerate(self.values) if value is not None]
         return sorted(known, key=lambda n: self.values[n] or 0, reverse=not self.lower)
 
 
 class Cost(NamedTuple):
-    """What quality is plotted against, with the words for its value and its least."""
-
     figure: str
     name: str
     axis: str
@@ -82,19 +78,17 @@ COSTS = (
         "trains the fewest",
     ),
     Cost(
-        "forgetting_kl", "forgetting", "KL from the base on other text, nats a token",
-        "forgets {} nats a token", "forgets the least",
+        "forgetting_kl", "forgetting", "KL from the base on other text, nats per token",
+        "forgets {} nats per token", "forgets the least",
     ),
 )  # fmt: skip
 
 
 def means(methods: Iterable[Measurements], figure: str) -> list[float | None]:
-    """The mean of a figure over the seeds of each method; None where it has none."""
     return [mean_of(values_of(seeds, figure)) for seeds in methods]
 
 
 def plots_of(measurements: Measurements) -> Iterator[str]:
-    """The plots, as HTML figures."""
     methods, quality = by_name(measurements), Quality.of(measurements)
     methods.pop(BASE, None)
     if not methods:
@@ -113,7 +107,6 @@ def plots_of(measurements: Measurements) -> Iterator[str]:
 
 
 def ranking(quality: Quality, names: Sequence[str]) -> str:
-    """The quality of each method with its interval, the best above."""
     order, reach = quality.order, quality.intervals
     labels = distinct([names[n] for n in order], 16)
     shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(labels, order, strict=True)]
@@ -123,7 +116,7 @@ def ranking(quality: Quality, names: Sequence[str]) -> str:
         plots.rows(axes, shown, [plots.Series("", values, intervals)], max(map(len, shown)))
         if quality.base is not None:
             plots.level(axes, "base", x=quality.base)
-        axes.set_xlabel(quality.label, loc="right")  # beside long names there is little room
+        axes.set_xlabel(quality.label, loc="right")  # long names leave little room
         plots.scaled(axes, x=quality.scale)
 
     ends = dict.fromkeys(f"{names[n]} at {quality.values[n]:.4g}" for n in (order[0], order[-1]))
@@ -139,7 +132,6 @@ def scatter(
     names: Sequence[str],
     mergeable: Sequence[bool],
 ) -> str:
-    """A plot of the quality over a cost `x`; the marker shows whether a method is mergeable."""
     known = quality.order
     best, least = known[0], min(known, key=lambda n: x[n] or 0)
 
@@ -170,7 +162,6 @@ def scatter(
 
 
 def latencies(title: str, names: Sequence[str], both: dict[str, list[float | None]]) -> str:
-    """A plot of the ratios of the attached and the merged model, by these names."""
     marks = [
         plots.Series(name, values, [None] * len(values))
         for name, values in both.items()
@@ -195,7 +186,7 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
 
 
 LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
-WITHIN = " 95%"  # after a figure's heading: its interval
+WITHIN = " 95%"  # suffix of the heading of an interval
 COLUMNS = {  # heading: figure, format
     "trainable": ("trainable_parameters", ",.0f"),
     "share": ("trainable_share", ".3%"),
@@ -219,7 +210,6 @@ FLAGS = {"mergeable": "mergeable", "new modules": "modifies_architecture"}  # he
 
 
 def figures(measurements: Measurements) -> Table:
-    """All figures, with a line for each method."""
     methods, gains = by_name(measurements), over_base(measurements)
     columns, names = {"method": [*methods]}, list(measurements[0].rewards)
 
@@ -244,7 +234,7 @@ def figures(measurements: Measurements) -> Table:
                 if len(names) > 1
             }
         if heading == EXACT:
-            # of a single seed; several have their range
+            # for a single seed; several have a range
             seeds = methods.values()
             alone = (of[0].exact_match_interval if len(of) == 1 else None for of in seeds)
             columns[EXACT + WITHIN] = intervals(alone, ".1%")
@@ -254,17 +244,15 @@ def figures(measurements: Measurements) -> Table:
 
 
 def table_of(columns: dict[str, list[str]]) -> Table:
-    """The headings and lines of columns by heading, without those that are empty."""
     known = {heading: cells for heading, cells in columns.items() if {*cells} != {NOTHING}}
     return [*known], [list(line) for line in zip(*known.values(), strict=True)]
 
 
 def answer(values: Sequence[bool | None]) -> str:
-    """Whether all are true; a dash without values."""
     return NOTHING if None in values else "yes" if all(values) else "no"
 
 
-SHORT = {  # heading: figure, format; beside the loss or reward
+SHORT = {  # heading: figure, format; besides loss or reward
     EXACT: ("exact_match", ".0%"),
     "KL to base": ("forgetting_kl", ".3f"),
     "peak GB": ("peak_gigabytes", ".2f"),
@@ -273,7 +261,7 @@ SHORT = {  # heading: figure, format; beside the loss or reward
 
 
 def deciding(measurements: Measurements) -> str:
-    """The figures that decide, in a table of at most 80 columns, a legend, and the verdict."""
+    """The main figures in a table of at most 80 columns, a legend, and the verdict."""
     methods, lower = by_name(measurements), lower_is_better(measurements)
     gains, qualities = over_base(measurements), held_out(measurements).values()
     heading, form = (LOSS, ".4f") if lower else (REWARD, ".4g")
@@ -301,17 +289,17 @@ def deciding(measurements: Measurements) -> str:
     return text_table(*table_of(columns)) + "\n" + "\n".join(below)
 
 
-LOW = "loss: in nats a token, with its 95% interval; less is better. Intervals are over rows"
-HIGH = "reward: with its 95% interval; more is better. Intervals are over prompts"
+LOW = "loss: in nats per token, with its 95% interval; lower is better. Intervals are over rows"
+HIGH = "reward: with its 95% interval; higher is better. Intervals are over prompts"
 LEGEND = (
-    "over base: how far it is from the base's, in pairs. KL to base: forgetting, on text outside"
-    " the task, in nats a token; less is better. time: of training. trained: parameters. --wide has"
-    " all figures."
+    "over base: difference from the base model, in pairs. KL to base: forgetting, on text outside"
+    " the task, in nats per token; lower is better. time: of training. trained: parameters. --wide"
+    " has all figures."
 )
 
 
 def plus_minus(difference: Difference, form: str) -> str:
-    """A figure with half of its interval, which is symmetric."""
+    """A figure with half of its symmetric interval."""
     if difference.interval is None:
         return f"{difference.mean:{form}}"
     half = (difference.interval[1] - difference.interval[0]) / 2
@@ -319,14 +307,12 @@ def plus_minus(difference: Difference, form: str) -> str:
 
 
 def markdown(measurements: Measurements) -> str:
-    """The whole table in Markdown, with the verdict below it."""
     conclusion = verdict(measurements)
     below = f"\n{conclusion}\n" if conclusion else ""
     return markdown_table(*figures(measurements)) + below
 
 
 def page(measurements: Measurements, title: str, path: Path) -> None:
-    """Write the plots and the table as one HTML file."""
     (head, lines), conclusion = figures(measurements), verdict(measurements)
     content = rendered(
         "comparing/compare.html",
@@ -349,12 +335,12 @@ class Comparison(ShownInNotebooks):
 
     @property
     def over_base(self) -> dict[str, Difference]:
-        """The difference to the base's reward or loss, paired by rows, by the name of the line."""
+        """The difference from the base's reward or loss, paired by rows, by `Measurement.name`."""
         return over_base(self.rows)
 
     @property
     def verdict(self) -> str:
-        """The best method if rows and seeds distinguish it, else those that can't be told apart."""
+        """The best method if rows and seeds distinguish it, otherwise those that they don't."""
         return verdict(self.rows)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The comparison: every variant and seed is a cell, measured one after the other and stored in
-`<out>/rows/` under the method, the seed and a digest of everything that it depends on. So the same
-call continues a comparison that was stopped, and several calls share the work.
+"""Runs a comparison: every variant and seed is a cell, stored in `<out>/rows/` under the method,
+the seed and a digest of everything that it depends on. So the same call continues a stopped
+comparison, and several calls share the work.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from lorafold.runtime.workers import end_with_parent
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:
-    """The same names."""
     if unknown := [name for name in names if name not in METHODS]:
         raise LorafoldError(
             f"unknown method {listed(unknown)}; expected one of {', '.join(METHODS)}"
@@ -43,7 +42,6 @@ def known_methods(names: Sequence[str]) -> Sequence[str]:
 
 
 def methods_for(objective: str) -> list[str]:
-    """The names of the methods that are for this objective, without diagnostic ones."""
     specs = {name: make_spec(name) for name in METHODS}
     head = OBJECTIVES[objective].head
     return [n for n, s in specs.items() if not s.diagnostic and (head or not s.head_alone)]
@@ -69,7 +67,9 @@ def compare(
     tell: Callable[[Measurement, int, int], None],
     say: Callable[[str], object] = silent,
 ) -> list[Measurement]:
-    """Measure every variant with every seed; the base first, with each seed where that matters."""
+    """Measure every variant with every seed, the base first; the base has several seeds if they
+    matter.
+    """
     if task.recipe.new_tokens:
         raise LorafoldError(
             f"recipe: new_tokens: found {', '.join(task.recipe.new_tokens)}, expected none: the"
@@ -105,7 +105,7 @@ def compare(
     rows = {}
 
     def there(file: Path, row: Measurement) -> None:
-        # the file has no settings: they may be the recipe's of another call
+        # not in the file, because another call may have them in its recipe
         rows[file] = replace(row, settings=settings[file])
         tell(rows[file], len(rows), len(cells))
 
@@ -116,7 +116,7 @@ def compare(
 
 
 def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
-    """`measure` in a new process, so that the peak of memory is that of one method."""
+    """`measure` in a new process, so that peak memory is of one method only."""
     try:
         spawned = get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawned, initializer=end_with_parent) as pool:

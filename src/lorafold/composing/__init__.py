@@ -1,1 +1,1 @@
-"""One adapter from several, and the interference between their tasks."""
+"""Composing several adapters into one, and measuring the interference between their tasks."""

@@ -1,11 +1,12 @@
-"""Interference of adapters: each task evaluated with the base, each adapter and each composition,
-and how the updates of every two adapters relate, at each site and over all:
+"""Interference of adapters: the evaluation of each task, and how the updates of each pair relate.
+
+Per site and overall:
 
     cosine            <dW_a, dW_b> / (|dW_a| |dW_b|)
     shared output     |U_a^T U_b|^2 / min(r_a, r_b), U an orthonormal basis of the columns of B (phi
                       of Hu et al. 2021, arXiv 2106.09685, sec. 7.2, at full rank)
     shared input      the same for the rows of A; at random, both share max(r_a, r_b) / n
-    sign conflict     the share of entries among the largest fifth of both with different signs
+    sign conflict     the fraction of entries among the largest fifth of both with different signs
                       (Yadav et al. 2023, arXiv 2306.01708, sec. 3); 1/2 at random
 
 Means over sites are weighted by |dW_a| |dW_b|.
@@ -31,12 +32,14 @@ from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
 from lorafold.files.templates import in_words
 from lorafold.files.terminal import text_table
 
-LARGEST = 0.2  # the share of entries whose signs are compared, as in TIES
+LARGEST = 0.2  # the fraction of entries whose signs are compared, as in TIES
 
 
 @dataclass(frozen=True)
 class UpdateRelation:
-    """How two updates relate, at one site or over all; `chance_*` is of random subspaces."""
+    """How two updates relate, at one site or overall; `chance_*` are the values for random
+    subspaces.
+    """
 
     cosine: float
     shared_output: float | None
@@ -54,7 +57,7 @@ class UpdateRelation:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two adapters, by name. `overall` is None if they change no site in common."""
+    """Two adapters, by name. `overall` is None if they have no site in common."""
 
     a: str
     b: str
@@ -62,7 +65,6 @@ class Pair:
     sites: dict[str, UpdateRelation]
 
     def __str__(self) -> str:
-        """A line or two: the figures, and the sites where the updates oppose each other most."""
         worst = sorted(self.sites.items(), key=lambda one: one[1].cosine * one[1].weight)[:3]
         opposed = {path: one.cosine for path, one in worst if one.cosine < 0}
         return in_words("composing/pair.jinja", pair=self, all=self.overall, opposed=opposed)
@@ -84,7 +86,7 @@ def meetings(updates: Updates, console: Console) -> list[Pair]:
 
 @torch.no_grad()
 def relations_of(changes: Mapping[int, Change]) -> dict[tuple[int, int], UpdateRelation]:
-    """Every pair of updates of a matrix, by the numbers of their adapters."""
+    """Every pair of updates of a matrix, by adapter numbers."""
     norms = {i: inner(change, change) ** 0.5 for i, change in changes.items()}
     largest = {
         i: trim(dense(change), LARGEST, torch.default_generator).sign().to(torch.int8)
@@ -144,7 +146,7 @@ def overall(sites: Sequence[UpdateRelation]) -> UpdateRelation | None:
 
 @dataclass(frozen=True)
 class Interference:
-    """Evaluations by task and by what was active, and the relation of every two adapters."""
+    """Evaluations by task and by active adapter, and the relation of each pair of adapters."""
 
     tasks: dict[str, dict[str, Evaluation]]
     pairs: list[Pair]
@@ -175,11 +177,11 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
     active: dict[str, Sequence[str]] = {"base": ()}
     both = zip(job.updates.names, job.updates.adapters, strict=True)
     for number, (name, adapter) in enumerate(both, 1):
-        first = 1 if adapter.over else number  # all below it are needed
+        first = 1 if adapter.over else number  # it needs all adapters below
         own = [f"adapter{n}" for n in range(first, number + 1)]
         active[name if name != "base" else "base (adapter)"] = own
     for way, made in composed.items():
-        # the fingerprints of the adapters were checked when they were read
+        # the adapters' fingerprints were checked when they were read
         load(model, made.out, f"composed-{way}", allow_other_base=True)
         active[way if way not in active else f"{way} (composed)"] = (f"composed-{way}",)
     console, request = job.console, job.request

@@ -1,16 +1,16 @@
-"""The ways of composing adapters. Each site of the result has a rank of its own.
+"""The methods of composing adapters: arithmetic on updates, mixture and LoraHub.
 
-    error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 where no rank was cut
+    error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 if no rank was truncated
 
-mixture: frozen factors, weighted by gates that a training run learns (`methods.parts.mixture`).
+mixture: frozen factors with gates that are trained (`methods.parts.mixture`).
 
-lorahub: the weights of a sum of updates, found without gradients on a few examples.
+lorahub: the weights of a sum of updates, optimized without gradients on a few examples.
 
     min over w in [-1.5, 1.5]^n of  mean over tasks of loss(W + sum_i w_i dW_i) + l1 mean_i |w_i|
     by CMA-ES (pycma; Hansen 2016, arXiv 1604.00772), from 1/n
 
 Huang et al. 2023, arXiv 2307.13269, sec. 3.2-3.3. The paper sums the factors, (sum w_i B_i) (sum
-w_i A_i), which adds products B_i A_j of different adapters; here the updates are summed.
+w_i A_i), which adds products B_i A_j of different adapters; lorafold sums the updates.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from lorafold.training_step.losses import CompletionLoss
 def arithmetic(
     rule: str, job: Job, out: Path, name: str = "", weights: tuple[float, ...] = ()
 ) -> Composed:
-    """Apply a rule at every site and write the adapter, perhaps under another name."""
+    """Apply a rule at every site and write the adapter, under the rule's name by default."""
     by, request, n = RULES[rule], job.request, len(job.updates.adapters)
     way, density = name or rule, by.share(request.density)
     weights = weights or request.weights or (1 / n if by.mean else 1.0,) * n
@@ -75,7 +75,7 @@ RECIPE = Recipe(steps=50)  # there are few gates to learn
 
 
 def mixture(job: Job, out: Path) -> Composed:
-    """Train the gates on all rows to learn from and write the mixture."""
+    """Train the gates on the examples and write the mixture."""
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
     base = request.base.stored_as_trained(request.adapters)
     recipe = request.recipe.model_copy(update={"storage": base.storage, "seed": request.seed})
@@ -106,7 +106,7 @@ def mixture(job: Job, out: Path) -> Composed:
 
 
 def write_mixture(job: Job, out: Path, gates: Gating) -> float:
-    """Write the mixture that training starts from; returns the share that cutting lost."""
+    """Write the initial mixture for training; returns the truncation error."""
     updates = job.updates
     sites = {site.path: site for site in updates.sites}
     targets = Matches({path: (path,) for path in sites})
@@ -129,16 +129,16 @@ def write_mixture(job: Job, out: Path, gates: Gating) -> float:
 
 
 BOUND, L1, SPREAD = 1.5, 0.05, 0.3
-SHOTS = 16  # rows of each task that the search measures on
+SHOTS = 16  # rows of each task in the search's cost
 
 
 def lorahub(job: Job, out: Path) -> Composed:
-    """Write the sum of the updates under the best weights."""
+    """Write the sum of the updates with the best weights."""
     return arithmetic("linear", job, out, "lorahub", search(job))
 
 
 def search(job: Job) -> tuple[float, ...]:
-    """The best weights found; their cost is at most that of 1/n each."""
+    """The best weights; their cost is at most the cost of 1/n each."""
     model, tokenizer = job.opened()
     tasks = [
         encode(rows[:SHOTS], tokenizer, job.request.recipe.max_length).examples
@@ -185,7 +185,7 @@ def minimized(
     seed: int,
     tried: Callable[[int, float], None],
 ) -> tuple[float, ...]:
-    """The weights of the lowest cost that CMA-ES finds, starting from 1/n each."""
+    """The weights with the lowest cost that CMA-ES finds, starting from 1/n each."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cma warns about missing plots and about one dimension
         import cma

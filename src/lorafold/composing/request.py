@@ -1,4 +1,4 @@
-"""The input and the result of every way of composing adapters."""
+"""The input and the result of every method of composing adapters."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 @dataclass(frozen=True)
 class ComposeRequest:
-    """Which adapters become one, in which ways, and the directory. `tasks` are rows to measure on
-    and `examples` rows that lorahub and mixture learn from; `recipe` and `gates` are for mixture.
+    """The adapters to compose, the methods and the output. `tasks` are rows for evaluation,
+    `examples` rows that lorahub and mixture learn from.
     """
 
     base: Base
@@ -55,7 +55,7 @@ class ComposeRequest:
 
 @dataclass(frozen=True)
 class Composed:
-    """An adapter made from several; `weights` is None for gates by input or layer."""
+    """An adapter made from several; `weights` is None for gates by token or layer."""
 
     weights: tuple[float, ...] | None
     truncation_error: float
@@ -88,7 +88,7 @@ class Job:
         about: Mapping[str, Any],
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write and detach an adapter, which contains those it was made from."""
+        """Write and detach an adapter. Its record lists the adapters that it was made from."""
         request, storage = self.request, self.request.base.storage
         adapters = request.adapters
         made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)

@@ -1,10 +1,11 @@
-"""`lf.compose`: adapters are read, composed in one way after the other, and measured."""
+"""`lf.compose`: read adapters, compose them with each method, and measure the results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
     "lorahub": lorahub,
     "mixture": mixture,
 }
-LEARNED = ("lorahub", "mixture")  # the ways that learn from examples
+LEARNED = ("lorahub", "mixture")  # the methods that learn from examples
 
 
 @dataclass(frozen=True)
 class Composition(ShownInNotebooks):
-    """What `lf.compose` made: an adapter for each way, and the interference if there were tasks."""
+    """The result of `lf.compose`: an adapter per method, and the interference if there were tasks.
+    """
 
     composed: dict[str, Composed]
     adapters: tuple[str, ...]
@@ -41,7 +43,9 @@ class Composition(ShownInNotebooks):
     interference: Interference | None
 
     def as_json(self) -> dict[str, Any]:
-        """Every way under `compositions`; if there is only one, its keys are at the top too."""
+        """Every method under `compositions`; if there is only one, its keys are also at the top
+        level.
+        """
         made = {way: asdict(one) for way, one in self.composed.items()}
         top = next(iter(made.values())) if len(made) == 1 else {"out": self.out}
         content = {**top, "adapters": list(self.adapters), "compositions": made}
@@ -54,7 +58,8 @@ class Composition(ShownInNotebooks):
 
 
 def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:
-    """Compose the adapters in every way of the request and, if it has tasks, measure the results.
+    """Compose the adapters with each method of the request and, if it has tasks, measure the
+    results.
     """
     check(request)
     check_out(request.out, request.overwrite)
@@ -73,14 +78,15 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
 
 
 def make(way: str, job: Job, out: Path) -> Composed:
-    """Compose in one way, seeded by the request alone; torch's global state stays."""
+    """Compose with one method, seeded by the request, without changing torch's global random state.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.request.seed)
         return COMPOSITIONS[way](job, out)
 
 
 def check(request: ComposeRequest) -> None:
-    """Raises LorafoldError with everything that is wrong with the request itself."""
+    """Raise one LorafoldError with all problems of the request."""
     problems = [
         f"--how: found {way}, expected one of {', '.join(COMPOSITIONS)}"
         for way in request.ways
@@ -91,6 +97,8 @@ def check(request: ComposeRequest) -> None:
         for way in dict.fromkeys(request.ways)
         if request.ways.count(way) > 1
     ]
+    if "lorahub" in request.ways and find_spec("cma") is None:
+        problems.append("--how lorahub: found no cma, expected it; install lorafold[lorahub]")
     problems += ["--adapter: found none, expected at least one"] * (not request.adapters)
     weights, n = len(request.weights), len(request.adapters)
     if weights and weights != n:
@@ -104,7 +112,7 @@ def check(request: ComposeRequest) -> None:
             f"--density: found {request.density:g}, expected a share above 0, at most 1"
         )
     recipe = request.recipe
-    fields = recipe.model_fields_set - {"max_length"}  # which the model limits
+    fields = recipe.model_fields_set - {"max_length"}  # the model may limit it
     options = {
         "--density": (request.density is not None, [n for n, rule in RULES.items() if rule.prune]),
         "--examples": (bool(request.examples), LEARNED),

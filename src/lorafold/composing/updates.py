@@ -1,11 +1,11 @@
-"""The updates of several adapters by site, and the arithmetic that makes them one.
+"""The updates of several adapters by site, and the arithmetic that combines them.
 
     dW_i (out, in)  the update of adapter i at a site, or at one matrix of experts: factors
                     B_i (out, r_i), A_i (r_i, in) if it has them
     sum             sum_i w_i dW_i; of factors [w_1 B_1, w_2 B_2 ...] [A_1; A_2 ...], which is exact
     disjoint mean   for each entry, the mean of those w_i dW_i that have the elected sign,
                     sign(sum_i w_i dW_i)                                              (TIES)
-    trim            the largest share `density` of the entries; the others are 0
+    trim            the largest fraction `density` of the entries; the others are 0
                     (TIES, magnitude pruning)
     drop            each entry with probability `density`, divided by it; the others are 0   (DARE)
 
@@ -19,8 +19,8 @@
     magnitude         largest fifth    sum              1/n        sum of the adapters'
 
 Task arithmetic: Ilharco et al. 2023, arXiv 2212.04089; TIES: Yadav et al. 2023, arXiv 2306.01708,
-sec. 3; DARE: Yu et al. 2024, arXiv 2311.03099, eq. 1. TIES' paper ranks the entries of the whole
-model; `trim` ranks those of one matrix, so that one dense update is in memory.
+sec. 3; DARE: Yu et al. 2024, arXiv 2311.03099, eq. 1. The TIES paper ranks the entries of the whole
+model; `trim` ranks those of one matrix, so that only one dense update is in memory.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ class ModuleUpdates:
 
     @property
     def there(self) -> list[tuple[int, Additive]]:
-        """The updates at this site, with the numbers of their adapters, from 0."""
+        """The updates at this site, with their adapters' numbers, from 0."""
         return [(i, update) for i, update in enumerate(self.updates) if update is not None]
 
     def changes(self) -> Iterator[tuple[str, dict[int, Change]]]:
-        """Yield the name of each matrix, and its updates by the numbers of their adapters."""
+        """Yield the name of each matrix, and its updates by adapter number."""
         numbers = [i for i, _ in self.there]
         every = zip(*(changes_of(update) for _, update in self.there), strict=True)
         for name, own in zip(self.names, every, strict=True):
             yield name, dict(zip(numbers, own, strict=True))
 
     def stacked(self, factors: Sequence[Factors]) -> Factors:
-        """The factors of all its matrices, as a delta has them."""
+        """The factors of all its matrices, stacked as in a delta."""
         return stacked(factors, () if self.names == (self.path,) else (len(factors),))
 
 
@@ -98,7 +98,7 @@ class Updates:
         )
 
     def watched(self, what: str, console: Console) -> Iterable[ModuleUpdates]:
-        """The sites one after the other, with a bar on a terminal."""
+        """The sites, with a progress bar on a terminal."""
         quiet = not console.is_terminal
         return track(self.sites, what, console=console, transient=True, disable=quiet)
 
@@ -128,7 +128,7 @@ def read(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
 
 
 def names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
-    """A name for each path: its last part, the whole path, or with a number, to be unique."""
+    """A unique name for each path: its last part, the whole path, or one with a number."""
     paths = [Path(adapter) for adapter in adapters]
     short = [p.name if sum(q.name == p.name for q in paths) == 1 else str(p) for p in paths]
     return tuple(n if short.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(short, 1))
@@ -154,12 +154,12 @@ Join = Callable[[Sequence[Change]], Change]  # [w_i dW_i] -> their composition
 
 
 def times(change: Change, weight: float) -> Change:
-    """w dW; of factors, the up factor is multiplied."""
+    """w dW; for factors, the up factor is multiplied."""
     return (weight * change[0], change[1]) if isinstance(change, tuple) else weight * change
 
 
 def summed(changes: Sequence[Change]) -> Change:
-    """The sum of updates: as factors end to end if all have factors, else dense."""
+    """The sum of updates: concatenated factors if all have factors, else dense."""
     factors = [change for change in changes if isinstance(change, tuple)]
     if len(factors) == len(changes):
         ups, downs = zip(*factors, strict=True)
@@ -176,7 +176,7 @@ def disjoint_mean(changes: Sequence[Change]) -> Tensor:  # (out, in)
 
 
 def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The largest entries of an update (out, in), the others 0; nothing is drawn."""
+    """The largest entries of an update (out, in), the others 0; not random."""
     sizes = update.abs()
     kept = max(1, round(density * update.numel()))
     least = sizes.flatten().kthvalue(update.numel() - kept + 1).values
@@ -184,13 +184,13 @@ def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 
 def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Random entries of an update, divided by `density`, the others 0 (DARE, eq. 1)."""
+    """Random entries of an update (any shape), divided by `density`, the others 0 (DARE, eq. 1)."""
     kept = torch.rand(update.shape, generator=generator) < density
     return torch.where(kept, update / density, 0)
 
 
 def cut(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best factors of at most a rank: (up (out, r), down (r, in), |up down - dW|^2)."""
+    """The best factors with at most this rank: (up (out, r), down (r, in), |up down - dW|^2)."""
     if not isinstance(change, tuple):
         up, down = best_of_rank(change, min(rank, *change.shape))
         return up, down, (up @ down - change).double().square().sum().item()
@@ -207,7 +207,7 @@ def cut(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def inner(a: Change, b: Change) -> float:
-    """<dW_a, dW_b> in fp64; of factors it is tr((B_a^T B_b) (A_b A_a^T))."""
+    """<dW_a, dW_b> in fp64; for factors tr((B_a^T B_b) (A_b A_a^T))."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         (up_a, down_a), (up_b, down_b) = ((up.double(), down.double()) for up, down in (a, b))
         return ((up_a.t() @ up_b) * (down_a @ down_b.t())).sum().item()
@@ -216,7 +216,7 @@ def inner(a: Change, b: Change) -> float:
 
 @dataclass(frozen=True)
 class ComposeWay:
-    """A way of composing: weights 1/n or 1, the rank of a site, the density of entries."""
+    """A method of composing; the weights are 1/n if `mean`, else 1."""
 
     join: Join
     mean: bool
@@ -225,7 +225,7 @@ class ComposeWay:
     density: float | None = None
 
     def share(self, asked: float | None) -> float | None:
-        """The share of entries to keep: that asked for, or the default; None where all stay."""
+        """The fraction of entries to keep: the requested or default one; None if all are kept."""
         return None if self.prune is None else asked or self.density
 
     @torch.no_grad()

@@ -1,1 +1,1 @@
-"""Other tools' training configurations as recipes, with a report on every field."""
+"""Import of other tools' training configurations as recipes, with a report on every key."""

@@ -1,9 +1,8 @@
-"""axolotl's training YAML, with axolotl's own defaults. What it has where `rl` or `reward_model` is
-set stands in `axolotl_objectives`.
+"""axolotl's training YAML with axolotl's defaults, as of July 2026; `axolotl_objectives` has the
+keys that matter with `rl` or `reward_model`.
 
-Read off axolotl's configuration schema and its builders as of July 2026. A batch is counted for one
-GPU, as axolotl's own is. Where axolotl packs, its micro-batch counts packed sequences, and
-lorafold's batch counts rows.
+The batch is for one GPU, as in axolotl. With packing, axolotl's micro-batch counts packed
+sequences, while lorafold's batch counts rows.
 """
 
 from __future__ import annotations
@@ -54,17 +53,17 @@ SIGNS = (
     "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
     " sample_packing val_set_size lora_target_modules lora_model_dir"
 )
-# Weights of an adapter of PEFT, as axolotl names them
+# axolotl's names of a PEFT adapter's weights
 OF_LORA = (
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
     "base_model.model.model.layers.17.mlp.down_proj.lora_B.default.weight",
 )
-# What names the attention, by which axolotl keeps packed rows apart
+# Attention settings with which axolotl keeps packed rows apart
 APART = (
     "attn_implementation", "flash_attention", "flex_attention", "xformers_attention",
     "sage_attention", "sdp_attention", "eager_attention", "sdpa_varlen",
 )  # fmt: skip
-NO_ADAPTER = "none, the whole model"  # what stands for a file without `adapter`
+NO_ADAPTER = "none, the whole model"  # for a file without `adapter`
 OF_AXOLOTL = "axolotl.integrations."
 LEARNS_OTHERWISE = {
     "densemixer": "passes gradients to the router through every expert",
@@ -79,7 +78,7 @@ LEARNS_OTHERWISE = {
 LEARNS_THE_SAME = (
     "cut_cross_entropy", "expert_parallel", "kernels", "liger", "lm_eval", "swanlab"
 )  # fmt: skip
-# What is read of a dataset, and of one whose turns the chat template renders
+# Keys that are read of a dataset, and of a dataset of conversations
 READ = {"path", "name", "split", "data_files", "ds_type", "type", "trust_remote_code"}
 OF_TURNS = {
     "chat_template", "field_messages", "message_property_mappings", "message_field_role",
@@ -98,12 +97,10 @@ TOO_LONG = cases(
 
 
 def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained, and not the whole model."""
     return bool(settings["adapter"] != NO_ADAPTER)
 
 
 def is_quantized(settings: ToolSettings) -> bool:
-    """Whether the base is quantized."""
     return bool(settings["load_in_4bit"] or settings["load_in_8bit"])
 
 
@@ -152,8 +149,6 @@ def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def unless_bf16(outcome: Outcome) -> Reader:
-    """The reader of another number format, unless the base is quantized or `bf16` is on."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
         if not boolean(value):
             return OFF
@@ -163,9 +158,9 @@ def unless_bf16(outcome: Outcome) -> Reader:
 
 
 def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
-    """`sample_packing` becomes packing, except that a policy reads a prompt once for its group. Of
-    a file that names no attention axolotl lets packed rows see each other, with positions that
-    start anew.
+    """`sample_packing` becomes packing. Without an attention setting, packed rows attend to each
+    other in axolotl, with positions that restart. A policy reads a prompt once for its group
+    instead.
     """
     if is_policy(settings):
         return taken("a prompt is read once for all its completions")
@@ -179,8 +174,8 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_ratio` becomes the warm-up; axolotl rounds known steps down, to at most 100 by
-    default.
+    """`warmup_ratio` becomes the warm-up; axolotl rounds known steps down, by default to at most
+    100.
     """
     if settings["warmup_steps"] is not None:
         return None
@@ -194,10 +189,8 @@ def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def per_epoch(name: str) -> Reader:
-    """`evals_per_epoch` and `saves_per_epoch` become an interval in steps, by the share of the run
-    that axolotl computes from them.
-
-    `name` is the recipe field.
+    """Read `evals_per_epoch` or `saves_per_epoch` as an interval in steps (recipe field `name`),
+    from the share of the run that axolotl computes.
     """
     read = trainer.interval(name)
 
@@ -220,13 +213,13 @@ def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """`unfrozen_parameters` are taken where they are all of the adapter's weights. axolotl freezes
-    what no pattern matches after it has attached the adapter, whose weights are called
-    base_model.model.PATH.lora_A.default.weight.
+    """Accept `unfrozen_parameters` if the patterns match all of the adapter's weights, which are
+    named base_model.model.PATH.lora_A.default.weight: axolotl freezes all others after attaching
+    the adapter.
     """
     if not is_lora(settings):
         raise LorafoldError(f"found {value!r}, but lorafold's full method trains the whole model")
-    try:  # a dot is itself there, except before +
+    try:  # axolotl escapes dots, except before +
         patterns = [re.compile(re.sub(r"\.(?!\+)", r"\\.", one)) for one in names(value)]
     except re.error as error:
         raise LorafoldError(f"found {value!r}, no regular expressions: {error}") from None
@@ -239,7 +232,6 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def tracker(name: str) -> Reader:
-    """The reader of a tracker's switch, such as `use_wandb`, which becomes this tracker."""
     return if_on(taken(trackers=(name,)))
 
 
@@ -279,7 +271,7 @@ def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
         return {name: kind.get(f"field_{name}") for name in ours}
     if kind == "completion":
         return {"text": one.get("field")}
-    if str(kind).startswith("chat_template."):  # of preferences
+    if str(kind).startswith("chat_template."):  # preferences
         judged = {name: one.get(f"field_{name}") for name in ("chosen", "rejected")}
         return {"prompt": turns, **judged}
     if kind != "chat_template":

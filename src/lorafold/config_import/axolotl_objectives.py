@@ -1,9 +1,9 @@
-"""axolotl's values where `rl` or `reward_model` is set: the loss, beta, the weights, and the block
-`trl` where `rl` is grpo, whose keys are TRL's own and are called `trl.KEY` in a translation.
+"""axolotl's keys for `rl` and `reward_model`: loss, beta, weights, and with `rl: grpo` the block
+`trl`, whose keys are TRL's and become `trl.KEY` in a translation.
 
-axolotl hands them to TRL's trainers (1.8), whose losses are those of lorafold, apart from what the
-remarks say: supervised terms are means over all tokens of a micro-batch there, and over the tokens
-of each completion here. It hands over `max_completion_length` also where that is absent: as none.
+axolotl passes them to TRL's trainers (1.8), whose losses equal lorafold's except as the remarks
+state: supervised terms are averaged over all tokens of a micro-batch there, and over the tokens of
+each completion here. If `max_completion_length` is absent, axolotl passes None.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PREFIX = f"{BLOCK}."
 OTHERS = ("ipo", "orpo", "simpo", "kto")
 REFUSED = {"gdpo": grpo.SUMMED, "ebft": "lorafold has no energy-based objective"}
 DEFAULTS = {"max_completion_length": grpo.WITHOUT_LIMIT, "use_bias_correction_kl": False}
-# `beta` is read with the other keys that may hold it
+# `beta` is read with the other keys that may contain it
 IN_BLOCK: Table = {
     "rollout_func": refusing("lorafold draws completions itself, of one turn"),
     "replay_buffer_size": refusing("completions are not reused"),
@@ -69,12 +69,10 @@ is_policy = where("rl", "grpo")
 
 
 def is_reward_model(settings: ToolSettings) -> bool:
-    """Whether `reward_model` is on, and `rl`, which decides, is not."""
     return is_off(settings["rl"]) and not is_off(settings["reward_model"])
 
 
 def objective_of(settings: ToolSettings) -> str | None:
-    """The objective of preferences or of a policy that the file trains, or None."""
     rl = str(settings["rl"])
     if is_policy(settings):
         return grpo.objective_of(as_trl(settings))
@@ -84,7 +82,6 @@ def objective_of(settings: ToolSettings) -> str | None:
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The file with the keys of its block `trl` as keys `trl.KEY`, where it trains a policy."""
     block = config.get(BLOCK)
     if config.get("rl") != "grpo" or not isinstance(block, Mapping):
         return config
@@ -93,7 +90,6 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def accumulation(settings: ToolSettings) -> int:
-    """The number of micro-batches in a step, which axolotl may also derive from `batch_size`."""
     total = settings["batch_size"]
     if total is not None and settings.given.get("gradient_accumulation_steps") is None:
         return max(1, integer(total) // max(1, settings.read("micro_batch_size", integer)))
@@ -101,7 +97,6 @@ def accumulation(settings: ToolSettings) -> int:
 
 
 def as_trl(settings: ToolSettings) -> ToolSettings:
-    """The block, with what stands outside of it, as settings of TRL's trainer."""
     given = {k: v for k, v in settings.given.items() if v is not None}
     block = {k.removeprefix(PREFIX): v for k, v in given.items() if k.startswith(PREFIX)}
     outside = {
@@ -114,18 +109,15 @@ def as_trl(settings: ToolSettings) -> ToolSettings:
 
 
 def beta_key(settings: ToolSettings) -> str:
-    """The first key of those for a policy's beta that the file sets; empty for none."""
     may = (f"{PREFIX}beta", "rl_beta", "orpo_alpha")
     return next((key for key in may if settings.given.get(key) is not None), "")
 
 
 def of_policy(row: Reader, otherwise: Row = None) -> Reader:
-    """The reader of TRL's settings where the file trains a policy, and of the file's elsewhere."""
     return either(is_policy, lambda value, settings: row(value, as_trl(settings)), otherwise)
 
 
 def rl(value: Any, settings: ToolSettings) -> Outcome:
-    """`rl` becomes the objective; of dpo and grpo it is the type of the loss that says which."""
     if is_off(value):
         return OFF
     if str(value) in REFUSED:
@@ -148,8 +140,8 @@ def _loss_weights(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def beta_of(key: str) -> Reader:
-    """The reader of a key that may hold beta: `trl`, `rl_beta`, `dpo_beta` or `orpo_alpha`, of
-    which the first that the file sets decides; of a policy `trl.beta` is the first.
+    """Read one of the keys that may contain beta: the first of `trl`, `rl_beta`, `dpo_beta` and
+    `orpo_alpha` that the file sets; for a policy, `trl.beta` comes first.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -174,7 +166,6 @@ def _num_labels(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def dropout(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_dropout`, which is off for preferences and where completions are drawn."""
     rate, objective = number(value), objective_of(settings)
     if not rate or objective is None:
         return taken(dropout=rate)
@@ -184,7 +175,7 @@ def dropout(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def starts_afresh(settings: ToolSettings) -> bool:
-    """Whether axolotl trains a fresh adapter, although `lora_model_dir` may name one."""
+    """Whether axolotl trains a new adapter, although `lora_model_dir` may name one."""
     return settings["lora_model_dir"] is None or str(settings["rl"]) in ("dpo", "ipo", "kto")
 
 

@@ -1,9 +1,8 @@
-"""TRL's GRPOConfig and RLOOConfig, apart from what all trainers have: the law, its options, how
-completions are drawn, and the batch. axolotl's `trl` block has these keys too.
+"""The keys of TRL's GRPOConfig and RLOOConfig that other trainers lack: loss, options, sampling and
+batch, as of TRL 1.16. axolotl's `trl` block has these keys too.
 
-Read off TRL 1.16. Where a step draws and learns once, ratios are 1, and what bounds them has no
-effect. A batch counts completions there, of one process, and here the prompts that each get a group
-of them.
+With one update per step, ratios are 1 and bounds on them have no effect. TRL's batch counts the
+completions of one process, lorafold's the prompts, each with a group of completions.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from lorafold.config_import.rules import (
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NUMBERS
 from lorafold.errors import LorafoldError
 
-# The average of a loss over tokens: of each loss_type that is the clipped surrogate
+# lorafold's average, by loss_type of the clipped surrogate
 AVERAGES = {
     "dapo": "tokens",
     "bnpo": "tokens",
@@ -42,11 +41,11 @@ AVERAGES = {
     "dr_grpo": "longest",
     "luspo": "sums",
 }
-# also of `scale_rewards` as true and false
+# `scale_rewards` may also be true or false
 SCALES = {"true": "group", "batch": "batch", "false": "none"}
-WITHOUT_LIMIT = "no limit"  # what stands for a file that leaves the length of completions open
-LIMIT = 256  # the most tokens of one of theirs
-BESIDE = 1024  # the tokens that a prompt may have, where the file does not say
+WITHOUT_LIMIT = "no limit"  # for a file without a completion length
+LIMIT = 256  # tokens of a completion then
+BESIDE = 1024  # tokens of a prompt if the file sets none
 NO_DROPOUT = "completions are drawn without dropout, and learned from without it"
 OWN_DRAWS = "completions are drawn in the process that trains, by the weights that train"
 PLAINLY = "completions are drawn at temperature 1 among all tokens"
@@ -54,7 +53,7 @@ SUMMED = "lorafold sums rewards before it compares them"
 NO_PART = "tokens count alike here, and entropy has no part in the loss"
 RATIOS = "ratios are 1 where a step draws and learns once"
 PLACE = "FILE.py:FUNCTION"
-INSTALLED = ("trl", "axolotl")  # packages whose modules are no files of the user
+INSTALLED = ("trl", "axolotl")  # packages whose modules are not the user's files
 TEXTS = (
     "TRL gives completions of prompts that are messages as lists of messages; here they are texts,"
     " and so completion[0]['content'] is completion"
@@ -62,12 +61,11 @@ TEXTS = (
 
 
 def is_leave_one_out(settings: ToolSettings) -> bool:
-    """Whether the settings are RLOO's, which has no loss_type."""
+    """Whether the settings are RLOO's, which have no loss_type."""
     return "loss_type" not in settings.defaults
 
 
 def objective_of(settings: ToolSettings) -> str:
-    """The objective that the settings train."""
     if is_leave_one_out(settings):
         return "rloo"
     if settings["loss_type"] == "cispo":
@@ -76,8 +74,8 @@ def objective_of(settings: ToolSettings) -> str:
 
 
 def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`loss_type` becomes the objective and its average; with cispo, TRL's `epsilon_high` bounds
-    the ratio itself.
+    """`loss_type` becomes the objective and its average; for cispo, TRL's `epsilon_high` bounds the
+    ratio itself.
     """
     if value in ("sapo", "vespo"):
         raise refused(value, "lorafold has no such law of policies")
@@ -97,20 +95,17 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
-    """`importance_sampling_level` is read with `loss_type`, which has GSPO's where it is sequence.
-    """
+    """`importance_sampling_level` is read with `loss_type`; sequence means GSPO."""
     if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
         raise refused(value, "lorafold's cispo has a ratio for each token")
     return read_with("loss_type")
 
 
 def upper(settings: ToolSettings) -> float:
-    """`epsilon_high`, which is `epsilon` where it is absent."""
     return settings.read("epsilon" if settings["epsilon_high"] is None else "epsilon_high", number)
 
 
 def beta(value: Any, settings: ToolSettings) -> Outcome:
-    """`beta` becomes beta, unless it is 0."""
     if not (coefficient := number(value)):
         return taken("there is no KL to a reference")
     why = ""
@@ -165,13 +160,12 @@ def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def drawn_plainly(*neutral: float) -> Reader:
-    """The reader of a sampling setting, such as a temperature, that must be neutral."""
     bent = changed(f"{PLAINLY}: what draws is what learns")
     return lambda value, settings: taken(PLAINLY) if number(value) in neutral else bent
 
 
 def bound_of_ratios(least: float) -> Reader:
-    """The reader of a bound of ratios, `least` or more, of no effect where they are 1."""
+    """Read a bound on ratios of at least `least`, which has no effect if ratios are 1."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if number(value) < least:
@@ -212,7 +206,6 @@ def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def count(key: str, settings: ToolSettings, least: int = 1) -> int:
-    """A number of things, of `least` or more."""
     value = settings.read(key, integer)
     if value < least:
         raise LorafoldError(f"{key}: found {value}, expected {least} or more")
@@ -220,7 +213,7 @@ def count(key: str, settings: ToolSettings, least: int = 1) -> int:
 
 
 def sizes(settings: ToolSettings) -> tuple[int, int, int]:
-    """The completions of an optimizer step of one process, those of a prompt, and the prompts."""
+    """(completions per optimizer step of one process, completions per prompt, prompts per step)."""
     micro = count("per_device_train_batch_size", settings)
     completions = micro * count("gradient_accumulation_steps", settings)
     size = count("num_generations", settings, 2)
@@ -228,7 +221,6 @@ def sizes(settings: ToolSettings) -> tuple[int, int, int]:
 
 
 def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`per_device_train_batch_size` times accumulation, in groups, becomes the batch of prompts."""
     completions, size, rows = sizes(settings)
     if completions == rows * size:
         return taken(f"{completions} completions of one process, {size} a prompt", batch=rows)
@@ -240,16 +232,15 @@ def batch(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def accumulation(value: Any, settings: ToolSettings) -> Outcome:
-    """`gradient_accumulation_steps` become micro-batches of whole groups."""
     steps, rows = count("gradient_accumulation_steps", settings), sizes(settings)[2]
     why = "a micro-batch has whole groups here" if rows % steps else ""
     return changed(why, accumulate=gcd(rows, steps))
 
 
 def draws_for(factor: str) -> Reader:
-    """The reader of `steps_per_generation`, in micro-batches, or of `generation_batch_size`, in
-    completions: how many updates learn from one sample. `factor` is the key whose value is that of
-    one micro-batch; empty for one.
+    """Read `steps_per_generation` (in micro-batches) or `generation_batch_size` (in completions):
+    how many updates learn from one sample. `factor` is the key of the micro-batch size; empty for
+    1.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome:

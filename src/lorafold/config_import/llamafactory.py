@@ -1,10 +1,9 @@
-"""LLaMA-Factory's training YAML, with its own defaults and those of the Trainer that it hands them
-to, read off its argument classes as of August 2026.
+"""LLaMA-Factory's training YAML, with its defaults and those of the Trainer, as of August 2026.
 
-A batch is counted for one device; where it packs, its batch counts packed sequences. Its losses of
-preferences are lorafold's, equation by equation: log-probabilities are means over tokens for ipo,
-orpo and simpo and sums for the others, and `pref_ftx` weighs the mean over the tokens of each
-chosen completion. Its reference is the model without the adapter that trains.
+The batch is for one device; with packing, LLaMA-Factory's counts packed sequences. Its preference
+losses equal lorafold's: log-probabilities are means over tokens for ipo, orpo and simpo and sums
+for the others, and `pref_ftx` weighs the mean over the tokens of each chosen completion. The
+reference is the model without the adapter that trains.
 """
 
 from __future__ import annotations
@@ -65,14 +64,14 @@ FULL = cases(
     }
 )
 NO_TERM = "lorafold's losses have no such term"
-NEGLIGIBLE = 1e-6  # LLaMA-Factory leaves terms out that weigh no more
+NEGLIGIBLE = 1e-6  # LLaMA-Factory ignores terms up to this weight
 INFO = "dataset_info.json"
-ONLINE = "ONLINE"  # a dataset_dir whose names are those of hub datasets
+ONLINE = "ONLINE"  # a dataset_dir for Hub datasets
 READ = {
     "hf_hub_url", "ms_hub_url", "om_hub_url", "file_name", "subset", "split", "formatting",
     "ranking", "columns", "tags",
 }  # fmt: skip
-# lorafold's columns by theirs, of both forms
+# lorafold's columns by theirs, in both formats
 INSTRUCTIONS = {"instruction": "prompt", "input": "query", "output": "response"}
 JUDGED = {
     "chosen": "chosen",
@@ -91,25 +90,22 @@ is_dpo = where("stage", "dpo")
 
 
 def is_quantized(settings: ToolSettings) -> bool:
-    """Whether the base is quantized."""
     return settings["quantization_bit"] is not None
 
 
 def objective_of(settings: ToolSettings) -> str | None:
-    """The objective of preferences that the file trains, or None."""
     if is_dpo(settings):
         return LOSSES.get(str(settings["pref_loss"]))
     return {"kto": "kto", "rm": "reward"}.get(str(settings["stage"]))
 
 
 def compares(settings: ToolSettings) -> bool:
-    """Whether the objective compares with a reference."""
     return trainer.has_reference(objective_of(settings))
 
 
 def is_packed(settings: ToolSettings) -> bool:
-    """Whether rows are packed, as LLaMA-Factory decides it: where `neat_packing` or `packing` is
-    on, and in pretraining unless `packing` is off. Rows of preferences are not.
+    """Whether LLaMA-Factory packs rows: with `neat_packing` or `packing`, and in pretraining unless
+    `packing` is off; never for preferences.
     """
     if objective_of(settings) is not None:
         return False
@@ -119,8 +115,8 @@ def is_packed(settings: ToolSettings) -> bool:
 
 
 def is_fresh(settings: ToolSettings) -> bool:
-    """Whether a fresh adapter is trained over those that are named. On a quantized base
-    LLaMA-Factory goes on with the one that is named, whatever the file says.
+    """Whether a new adapter is trained on top of the named ones. On a quantized base, LLaMA-Factory
+    always continues the named adapter.
     """
     return settings.on("create_new_adapter") and not is_quantized(settings)
 
@@ -164,8 +160,8 @@ def _finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`pissa_init` is read by the rule of `finetuning_type`; LorafoldError with a reference, as in
-    LLaMA-Factory, since the base that PiSSA changes would be the reference.
+    """`pissa_init` is read with `finetuning_type`. It is rejected with a reference, as in
+    LLaMA-Factory, because the reference would be the base that PiSSA changes.
     """
     if boolean(value) and compares(settings):
         raise LorafoldError(f"found {value!r}, which LLaMA-Factory refuses with a reference")
@@ -219,16 +215,12 @@ def _bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def adapters_below(settings: ToolSettings) -> tuple[str, ...]:
-    """The adapters that stay as they are, beneath the one that trains; the lowest first."""
     given = settings["adapter_name_or_path"] if is_lora(settings) else None
     adapters = () if given is None else names(given)
     return adapters if is_fresh(settings) else adapters[:-1]
 
 
 def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`adapter_name_or_path` goes to `--over`, for adapters below the one that trains, and to
-    `--init-adapter` for the one that goes on.
-    """
     adapters, below = names(value), adapters_below(settings)
     if not adapters:
         return None

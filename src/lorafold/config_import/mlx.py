@@ -1,7 +1,7 @@
-"""mlx-lm's YAML of `mlx_lm.lora`, with its own defaults.
+"""mlx-lm's YAML for `mlx_lm.lora` with its defaults, as of August 2026.
 
-Read off mlx-lm as of August 2026. mlx-lm adds scale B A x to a layer's output, so that alpha is
-scale times the rank. Its iterations are micro-batches. It clips no gradients and packs no rows.
+mlx-lm adds scale B A x to a layer's output, so alpha is scale times the rank. Its iterations are
+micro-batches. It clips no gradients and packs no rows.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ SIGNS = (
 )
 BLOCK = "lora_parameters"
 OF_BLOCK = ("rank", "scale", "dropout")
-ALL = "every linear layer"  # what stands for a file without keys
+ALL = "every linear layer"  # for a file without keys
 BETAS = 0.9, 0.999
-CONSTANT = "constant"  # what stands for a file without a schedule
+CONSTANT = "constant"  # for a file without a schedule
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
 FEATURES = {  # lorafold's columns by theirs
     "prompt": "prompt_feature",
@@ -59,11 +59,10 @@ FEATURES = {  # lorafold's columns by theirs
 }
 
 
-is_lora = where("fine_tune_type", "lora", "dora")  # and not whole layers
+is_lora = where("fine_tune_type", "lora", "dora")
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The file with the keys of its block of LoRA as keys `lora_parameters.KEY`."""
     block = config.get(BLOCK)
     if block is None:
         return config
@@ -76,7 +75,6 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def micro(settings: ToolSettings) -> int:
-    """The iterations of an optimizer step."""
     steps = settings.read("grad_accumulation_steps", integer)
     if steps < 1:
         raise LorafoldError(f"grad_accumulation_steps: found {steps}, expected 1 or more")
@@ -84,12 +82,10 @@ def micro(settings: ToolSettings) -> int:
 
 
 def steps_of(key: str, settings: ToolSettings) -> int:
-    """The optimizer steps that a number of iterations are."""
     return max(1, ceil(settings.read(key, integer) / micro(settings)))
 
 
 def in_steps(name: str, key: str) -> Reader:
-    """The reader of a key, a number of iterations, which becomes one of optimizer steps."""
     return lambda value, settings: taken(**{name: steps_of(key, settings)})
 
 
@@ -136,11 +132,11 @@ def _betas(value: Any) -> tuple[float, ...]:
 
 
 def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
-    """What Adam without bias correction does: step k is (1 - beta1^k) / sqrt(1 - beta2^k) times as
-    large as with it. Empty where in the mean of the run that is nothing.
+    """A remark on Adam without bias correction, whose step k is (1 - beta1^k) / sqrt(1 - beta2^k)
+    times as large; empty if the average over the run is about 1.
     """
     steps = steps_of("iters", settings)
-    first = range(1, min(steps, 20_000) + 1)  # later ones are as large as with it
+    first = range(1, min(steps, 20_000) + 1)  # later steps don't differ
     times = 1 + sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) - 1 for k in first) / steps
     if round(times, 1) == 1:
         return ""
@@ -210,8 +206,8 @@ def _hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def model(value: Any, settings: ToolSettings) -> Outcome:
-    """`model` goes to `--model`, and is held as its files are; a quantized one of MLX has another
-    form.
+    """`model` becomes `--model` with the quantization of its files; MLX's quantized formats are not
+    read.
     """
     bits = next((n for n in (4, 8) if f"{n}bit" in str(value)), None)
     if bits is None:

@@ -1,8 +1,6 @@
-"""PEFT's adapter_config.json: the table that reads adapters (`lorafold.peft`) says what each key
-means, so that none of PEFT's fields is listed again here.
-
-What is added are the keys that matter while training and not in a saved adapter: initializations
-that change the base, AdaLoRA's phases, dropouts that PEFT has in training only.
+"""PEFT's adapter_config.json. The meaning of its keys comes from the table that reads adapters
+(`lorafold.peft`); added here are keys that matter only while training: initializations that change
+the base, AdaLoRA's phases, dropouts.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from lorafold.recipe.fields import OF_METHOD
 SIGNS = "peft_type"
 INIT = "init_lora_weights"
 TARGETS = "target_modules"
-# A saved adapter does not depend on these; they are options of the method while it trains.
+# Options of the method while it trains, which a saved adapter does not depend on.
 PHASES = ("tinit", "tfinal")
 OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
 STARTS = ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection")
@@ -52,17 +50,16 @@ BESIDE = {
 
 
 def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every key of an adapter_config.json as an entry."""
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     shared += [PARAMETERS] * method.parameters
     keys = {f.key for f in (*method.fields, *shared)} | ABOUT | set(method.marks)
     understood = {k: v for k, v in config.items() if k in keys}
     if method.preset is None and not (config.get(TARGETS) or config.get(PARAMETERS.key)):
-        understood[TARGETS] = "all-linear"  # only for the reader, which asks for some
+        understood[TARGETS] = "all-linear"  # because `read_config` requires targets
     start = config.get(INIT) if any(f.key == INIT for f in method.fields) else None
     if start is not None:
-        understood[INIT] = True  # how it starts is read below
+        understood[INIT] = True  # the initialization is read below
     spec, selection, bias = read_config(understood)
     beneath = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
     read = {**vars(selection), "bias": bias, **vars(beneath)}

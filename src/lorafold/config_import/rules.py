@@ -1,11 +1,11 @@
-"""What a table of rules is made of, and how a configuration is read with one.
+"""Tables of rules, and the reading of a configuration with them.
 
-    Rule            one key of another tool: what becomes of it, and the default of that tool
+    Rule            one key of another tool: its reader, and that tool's default
     Outcome         taken, taken differently (changed), or left, with recipe fields and a remark
     TranslatedKey   a key with its value and its outcome
 
-A rule's reader raises LorafoldError for a value that the other tool would refuse, and for one that
-lorafold has no way to train; all of these are reported together.
+A rule's reader raises LorafoldError for a value that the other tool rejects or that lorafold can't
+train; all such errors are reported together.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ T = TypeVar("T")
 NOT_KNOWN = "it is not known here"
 PLACEHOLDER = "--data DATA"
 TURNS = (("role", "content"), ("from", "value"))
-SAME = "="  # stands for the reader of a key that `ELSEWHERE` has
+SAME = "="  # the reader of a key in `ELSEWHERE`
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of a key: `fields` are those of the recipe that it sets, `remark` says why, and
-    `flag` is the part of `lorafold train`'s command line that does what a recipe can't say.
+    """The result for a key: the recipe `fields` that it sets, a `remark` with the reason, and
+    `flag`, the options of `lorafold train` for what a recipe can't contain.
     """
 
     how: Literal["taken", "changed", "left"]
@@ -44,9 +44,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TranslatedKey:
-    """A key, its value and its outcome. `given`: the value is the file's; otherwise the key is
-    absent or null there, and the value is the tool's default.
-    """
+    """A key, its value and its outcome. `given` is False if the value is the tool's default."""
 
     key: str
     value: Any
@@ -56,7 +54,7 @@ class TranslatedKey:
 
 @dataclass(frozen=True)
 class ToolSettings:
-    """The value of each key: the file's or, where that is absent or null, the tool's default."""
+    """The value of each key: the file's, or the tool's default if that is absent or null."""
 
     given: Mapping[str, Any]
     defaults: Mapping[str, Any]
@@ -66,39 +64,36 @@ class ToolSettings:
         return self.defaults.get(key) if value is None else value
 
     def read(self, key: str, convert: Callable[[Any], T]) -> T:
-        """The value, converted."""
         try:
             return convert(self[key])
         except LorafoldError as error:
             raise LorafoldError(f"{key}: {error}") from None
 
     def on(self, key: str) -> bool:
-        """Whether a switch is on."""
         return self.read(key, boolean)
 
 
-# Says what becomes of a value; None: the key is off or has no effect
+# The outcome of a value; None: the key is off or has no effect
 Reader = Callable[[Any, ToolSettings], Outcome | None]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One key of another tool; it is also read where the file is silent if it has a `default`."""
+    """One key of another tool. With a `default`, it is also read if the file lacks it."""
 
     key: str
     reader: Reader
     default: Any = None
 
 
-# A reader; or its outcome, whatever the value is; or the option of `lorafold train` that the value
-# goes to; or why there is no counterpart; or SAME
+# A reader; or a constant outcome; or the option of `lorafold train` for the value; or the reason
+# why there is no counterpart; or SAME
 Row = Reader | Outcome | str | None
 Table = Mapping[str, Row | tuple[Row, Any]]  # by keys, with the tool's default
 Condition = Callable[[ToolSettings], bool]
 
 
 def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
-    """The rules of keys, which are separated by spaces; a row may have the tool's default too."""
     return tuple(
         Rule(key, either(only, reader) if only else reader, default)
         for keys, row in rows.items()
@@ -120,28 +115,26 @@ def _reader(row: Row, key: str = "") -> Reader:
 
 
 def either(condition: Condition, row: Row, otherwise: Row = None) -> Reader:
-    """The reader of one row with some settings, and of another one, or none, with others."""
     reader, other = _reader(row), _reader(otherwise)
     return lambda value, settings: (reader if condition(settings) else other)(value, settings)
 
 
 def where(key: str, *values: Any) -> Condition:
-    """The condition that a key has one of some values."""
     return lambda settings: settings[key] in values
 
 
 def taken(remark: str = "", /, **fields: Any) -> Outcome:
-    """The key means the same here: these recipe fields hold its value."""
+    """The key has the same meaning here, as these recipe fields."""
     return Outcome("taken", fields, remark)
 
 
 def changed(why: str, /, **fields: Any) -> Outcome:
-    """The key is taken differently, and `why` says how; without a reason it is taken."""
+    """The key is taken differently, for the reason `why`; without a reason it is taken."""
     return Outcome("changed" if why else "taken", fields, why)
 
 
 def left(instead: str, flag: str = "") -> Outcome:
-    """The key has no counterpart in the recipe; `instead` says what to do, `flag` is the option."""
+    """The key has no counterpart in the recipe; `instead` is advice, `flag` the option."""
     return Outcome("left", {}, instead, flag)
 
 
@@ -149,28 +142,22 @@ OFF = taken("it is off")
 
 
 def read_with(key: str) -> Outcome:
-    """The outcome of a key that the rule of another one reads."""
     return taken(f"it is read with {key}")
 
 
 def to(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reader:
-    """The reader of a key whose value, converted by `read`, becomes the recipe field `name`."""
     return lambda value, settings: taken(**{name: read(value)})
 
 
 def to_options(name: str, read: Callable[[Any], Any] = number) -> Reader:
-    """The reader of a key whose value becomes the option `name` of the objective."""
     return lambda value, settings: taken(objective_options={name: read(value)})
 
 
 def switch(on: Outcome | None, off: Outcome | None = OFF) -> Reader:
-    """The reader of a key that is true or false."""
     return lambda value, settings: on if boolean(value) else off
 
 
 def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") -> Reader:
-    """The reader of a key by its value; a text is why lorafold can't train it."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome:
         outcome = outcomes.get(str(value), otherwise)
         if not outcome:
@@ -183,12 +170,10 @@ def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") 
 
 
 def if_on(outcome: Outcome) -> Reader:
-    """The reader of a key with the same outcome for each value that turns it on."""
     return lambda value, settings: outcome if value else OFF
 
 
 def flagged(name: str, value: Any) -> Outcome:
-    """The key is left, and its value goes to the option `name` of `lorafold train`."""
     return left(f"pass it as {name}", f"{name} {shlex.quote(str(value))}")
 
 
@@ -198,13 +183,10 @@ def is_off(value: Any) -> bool:
 
 
 def refused(value: Any, why: str) -> LorafoldError:
-    """The error for a value that asks for what lorafold can't train."""
     return LorafoldError(f"found {value!r}, but {why}")
 
 
 def refusing(why: str, is_neutral: Callable[[Any], bool] = is_off) -> Reader:
-    """The reader of a key that asks for what lorafold can't train: LorafoldError, unless off."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if is_neutral(value):
             return OFF
@@ -214,22 +196,20 @@ def refusing(why: str, is_neutral: Callable[[Any], bool] = is_off) -> Reader:
 
 
 def unless(neutral: float, why: str) -> Reader:
-    """The reader of a number that asks for what lorafold can't train, unless it is neutral."""
     return refusing(why, lambda value: number(value) == neutral)
 
 
 def choice(value: Any, *choices: str) -> str:
-    """The value, which must be one of `choices`."""
     if value not in choices:
         raise LorafoldError(f"found {value!r}, expected {' or '.join(choices)}")
     return str(value)
 
 
 def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every key of `config` as an entry, and the tool's defaults that matter where it is silent.
+    """An entry for every key of `config`, and for the tool's defaults that matter.
 
-    Where a rule passes `--init-adapter`, that adapter brings its own method, rank and targets, and
-    the file's are left.
+    If a rule passes `--init-adapter`, that adapter has its own method, rank and targets, and the
+    file's are left.
     """
     settings = ToolSettings(config, {rule.key: rule.default for rule in rules})
     entries, problems = [], []
@@ -272,10 +252,6 @@ def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[Translated
 
 @dataclass(frozen=True)
 class SourceDataset:
-    """One dataset. `path`: a file, a directory or a hub dataset, or None where no option can name
-    it; `columns`: its own by lorafold's names; `remarks`: what differs.
-    """
-
     name: str
     path: str | None
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -285,15 +261,15 @@ class SourceDataset:
         return f"{self.name} ({'; '.join(self.remarks)})" if self.remarks else self.name
 
 
-FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that stand for data_files
+FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that mean data_files
 
 
 def dataset(
     path: Any, config: Any = None, split: Any = None, files: Any = None, name: str = "",
     columns: Mapping[str, Any] = MappingProxyType({}), remarks: Iterable[str] = (), kind: str = "",
 ) -> SourceDataset:  # fmt: skip
-    """A dataset as `datasets` loads it; lorafold reads its default configuration and train. Its
-    `kind` follows the path in messages.
+    """A dataset as `datasets` loads it; lorafold reads only the default configuration and the split
+    train. `kind` follows the path in messages.
     """
     if path in FILES and isinstance(files, str):
         path, files = files or path, None
@@ -307,20 +283,18 @@ def dataset(
 
 
 def turn_keys(*keys: Any) -> Iterator[str]:
-    """A remark on turns whose role and content have other names."""
     if keys not in TURNS:
         yield f"its turns have {' and '.join(map(str, keys))}: rename them to role and content"
 
 
 def without_counterpart(keys: Sequence[str]) -> Iterator[str]:
-    """A remark on keys of a dataset that ask for something."""
     if keys:
         yield f"{', '.join(keys)}: without a counterpart"
 
 
 def given_as_data(sources: Sequence[SourceDataset], objective: str | None) -> Outcome:
-    """Rows are left, and the command names them and the columns with other names than lorafold's.
-    `objective` is None where the file's is supervised.
+    """The outcome for datasets: --data and --columns on the command line. `objective` is None for
+    supervised training.
     """
     pairs = {
         (ours, str(theirs))
@@ -340,7 +314,6 @@ def given_as_data(sources: Sequence[SourceDataset], objective: str | None) -> Ou
 
 
 def rows_wanted(objective: str | None) -> str:
-    """The rows to give as --data, in words."""
     if objective is None:
         rows = "messages, of prompt and completion, or of text"
     elif OBJECTIVES[objective].draws:
@@ -353,7 +326,6 @@ def rows_wanted(objective: str | None) -> str:
 
 
 def objects_with_path(value: Any) -> list[Mapping[str, Any]]:
-    """The objects that name datasets, one or a list of them."""
     objects = value if isinstance(value, list) else [value]
     for one in objects:
         if not isinstance(one, dict) or not one.get("path"):

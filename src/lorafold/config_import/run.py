@@ -1,10 +1,8 @@
-"""From another tool's file to a translation: a recipe, and what became of each field. As text it is
-the report; `to_yaml` gives the recipe's file, with a comment on every line that says where its
-value came from.
+"""The translation of another tool's file: a recipe, a report on each key, and the recipe's YAML
+with a comment on the origin of every line.
 
-A file is of a tool where it has one of its signs and, of all tools of which that is so, that tool
-leaves the fewest of its fields unknown. Where two leave as few, or the best leaves more than a
-third, the file is refused, and the user names the tool.
+A file belongs to the tool with the fewest unknown keys among those that have one of their signs in
+it. If two tools tie, or more than a third of the keys are unknown, the user has to name the tool.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ NOTES = {
     " stand: for such rows --chat-template none",
     "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
 }
-STRANGERS = {  # keys of files that stand beside configurations, and what such a file is
+STRANGERS = {  # keys of other files, with a description of the file
     "compute_environment": "a file of accelerate's, which configures the start of processes, not"
     " the training: torchrun --nproc_per_node 2 -m lorafold train starts two",
     "zero_optimization": "a file of DeepSpeed's, which configures sharding:"
@@ -67,14 +65,13 @@ STRANGERS = {  # keys of files that stand beside configurations, and what such a
     " has stage and finetuning_type",
     "architectures": "a model's configuration, expected a training run's",
 }
-SHOWN = 3  # the most fields that a line names
+SHOWN = 3  # fields named in a line, at most
 
 
 @dataclass(frozen=True)
 class Tool:
-    """Another tool: its name, its signs (keys, or key=value, separated by spaces), the function
-    that reads its files, the keys that it knows (None: every one), and a note on what such a file
-    never says.
+    """Another tool: its name, its signs (keys, or key=value, separated by spaces), the reader of
+    its files, its known keys (None: all), and a note on settings that its files never contain.
     """
 
     name: str
@@ -91,7 +88,7 @@ def _by_rules(
     flat: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     note: str = "",
 ) -> Tool:
-    """A tool with a table of rules; `flat` gives the keys of its blocks as keys of the file."""
+    """A tool with a table of rules; `flat` moves the keys of blocks to the top level."""
     known = frozenset(rule.key for rule in rules)
     return Tool(name, signs, lambda config: by_rules(rules, flat(config)), known, note)
 
@@ -122,7 +119,7 @@ TOOLS: dict[str, Tool] = {
         "it has no data, base, learning rates, batch and length: lorafold's defaults apply",
     ),
 }
-# Switches that their tools read with another key, and what that is then
+# Switches that are read with another key, and that key's value
 SWITCHES = {
     "bf16": ("dtype", "bfloat16"),
     "fp16": ("dtype", "float16"),
@@ -133,8 +130,8 @@ SWITCHES = {
 
 @dataclass(frozen=True)
 class Translation:
-    """A recipe and what became of each key: `taken`, `changed` and `left` hold every key of the
-    file once, and the tool's defaults that matter; `note` says what such a file never contains.
+    """A recipe, and the outcome of each key of the file and of the tool's defaults that matter;
+    `note` lists what such a file never contains.
     """
 
     source: Path
@@ -147,17 +144,16 @@ class Translation:
 
     @property
     def entries(self) -> tuple[TranslatedKey, ...]:
-        """All entries: those taken, then those taken differently, then those left."""
         return (*self.taken, *self.changed, *self.left)
 
     @property
     def unread(self) -> list[TranslatedKey]:
-        """Those of a script whose value it computes, and that a recipe would have."""
+        """The keys of a script with computed values that a recipe would contain."""
         return [e for e in self.left if isinstance(e.value, unsloth.Expression) and e.outcome.flag]
 
     def written(self) -> dict[str, Any]:
-        """The recipe's fields that differ from its defaults, and `storage` wherever a key set it:
-        without that line the model's files would decide on the storage.
+        """The recipe's fields that differ from its defaults, and `storage` if a key set it, because
+        without it the model's files would decide.
         """
         fields = self.recipe.model_dump(mode="json", exclude_unset=True)
         defaults = Recipe().model_dump(mode="json")
@@ -168,8 +164,8 @@ class Translation:
         }
 
     def to_yaml(self, path: str = "recipe.yaml") -> str:
-        """The recipe's file, with a comment on every line that says where its value came from.
-        `path` is where the file will lie, for the command in its head.
+        """The recipe's YAML, with a comment on the origin of every line. `path` is the file's, for
+        the command in its header.
         """
         lines = [
             f"# {self.tool}'s {self.source.name}, translated by lorafold {version('lorafold')}.",
@@ -188,7 +184,6 @@ class Translation:
         return "\n".join(lines) + "\n"
 
     def command(self, config: str = "recipe.yaml") -> str:
-        """The command line that trains by the recipe; the user fills in what is in capitals."""
         flags = {"--model": "", "--data": "--data DATA", "--eval-data": "", "--out": "--out OUT"}
         given = [entry.outcome.flag for entry in self.entries]
         flags |= {flag.partition(" ")[0]: flag for flag in given}
@@ -196,7 +191,6 @@ class Translation:
         return " ".join(filter(None, parts))
 
     def as_json(self) -> dict[str, Any]:
-        """The translation as an object of JSON, which `--json` prints."""
         return {
             "source": str(self.source),
             "tool": self.tool,
@@ -208,7 +202,6 @@ class Translation:
         }
 
     def report(self, config: str = "recipe.yaml") -> str:
-        """What became of each key, as lines of text, and the command to train with."""
         lines = [f"{self.source}, of {self.tool}, as a recipe"]
         silent = [entry for entry in self.taken if _is_silent(entry)]
         for how, head in HEADS.items():
@@ -257,7 +250,6 @@ def _as_json(entry: TranslatedKey) -> dict[str, Any]:
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
-    """A configuration of another tool, a key of TOOLS or as its keys tell, as a recipe."""
     if kind is not None and kind not in TOOLS:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
@@ -277,13 +269,11 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
 
 
 def write(translation: Translation, out: str | Path, overwrite: bool = False) -> None:
-    """Write the recipe to a YAML file."""
     check_free(out, overwrite)
     write_text(out, translation.to_yaml(str(out)))
 
 
 def check_free(out: str | Path, overwrite: bool) -> None:
-    """Raise LorafoldError where `out` is a directory, or exists and `overwrite` is off."""
     if Path(out).is_dir():
         raise LorafoldError(f"{out}: found a directory, expected a file for the recipe")
     if os.path.lexists(out) and not overwrite:
@@ -338,7 +328,7 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
 
 
 def _joined(before: Any, value: Any) -> Any:
-    """The later value; of trackers, tokens and options, to which two keys may add, both values."""
+    """The later value, but both values for trackers, tokens and options."""
     if isinstance(before, tuple) and isinstance(value, tuple) and before != value:
         return (*before, *(one for one in value if one not in before))
     return {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
@@ -355,7 +345,6 @@ def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> Transla
 
 
 def tool_of(path: Path, config: Mapping[str, Any]) -> str:
-    """The tool that a file is of."""
     signs, unknown = {}, {}
     for kind, tool in TOOLS.items():
         signs[kind] = sum(_has(config, *sign.partition("=")) for sign in tool.signs.split())
@@ -373,7 +362,7 @@ def tool_of(path: Path, config: Mapping[str, Any]) -> str:
         )
     if stranger := next((what for key, what in STRANGERS.items() if key in config), None):
         raise LorafoldError(f"{path}: found {stranger}")
-    # any key may stand in PEFT's, so it is near where its own do
+    # PEFT's file may contain any key, so it only counts with its own
     kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
     names = _some([TOOLS[kind].name for kind in kinds])
     if len(kinds) > 1:
@@ -400,15 +389,15 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
-    """What becomes of an option of any of the tools, as in lora_r, beside all such options that are
-    given; None for what none has.
+    """The outcome of an option of any of the tools, such as lora_r, given all such options in
+    `given`; None if no tool has it.
     """
     name, value = SWITCHES.get(key, (key, given[key]))
     for rules in _tables():
         if rule := rules.get(name):
             defaults = {one.key: one.default for one in rules.values()}
             known = {rules[n].key: v for n, v in given.items() if n in rules}
-            # what has no effect among the others means something by itself
+            # a key without effect among the others may have one by itself
             outcomes = (
                 rule.reader(value, ToolSettings(others | {rule.key: value}, defaults))
                 for others in (known, {})
@@ -418,9 +407,8 @@ def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
 
 
 def _tables() -> Iterator[Mapping[str, Rule]]:
-    """The rules of each tool by the names of options; of several tools the first one counts."""
     yield _by_name(trl.RULES["trl-sft"])
-    # the arguments of PEFT's LoRA too, without the function that takes them in a script
+    # the arguments of PEFT's LoRA too, without the script's function name
     calls = (unsloth.LOADED, unsloth.ADAPTED)
     own = [rule for rule in unsloth.OWN if rule.key.startswith(calls)]
     yield {rule.key.partition(".")[2]: rule for rule in own}

@@ -1,7 +1,5 @@
-"""What several tools hand to Hugging Face's Trainer, to TRL's trainers of preferences and to PEFT:
-schedules, optimizers, intervals, trackers, the kind of LoRA, and options of an objective.
-
-Read off transformers 5.24 and PEFT 0.21.
+"""Keys that several tools pass to Hugging Face's Trainer, to TRL's preference trainers and to PEFT,
+as of transformers 5.24 and PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -55,14 +53,12 @@ LOOKED_UP = changed("PEFT looks them up by architecture, and lorafold by the met
 
 
 def text(value: Any) -> str:
-    """The value, which must be text."""
     if not isinstance(value, str):
         raise LorafoldError(f"found {value!r}, expected text")
     return value
 
 
 def schedule(value: Any, settings: ToolSettings) -> Outcome:
-    """The scheduler becomes the schedule; cosine replaces those that lorafold does not have."""
     if text(value) == "constant":
         return taken("it has no warm-up there", schedule="constant", warmup=0.0)
     known = value in SCHEDULES
@@ -71,7 +67,6 @@ def schedule(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def optimizer(value: Any, settings: ToolSettings) -> Outcome:
-    """The optimizer becomes one of lorafold's; adamw replaces those that it does not have."""
     paged = value in ("paged_adamw_32bit", "paged_adamw")
     why = "its fp32 state is not paged here" if paged else ADAMW
     known = text(value) in OPTIMIZERS
@@ -86,8 +81,8 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmed(length: float, share: bool = False) -> Outcome:
-    """A warm-up of so many steps, or of a share of them: one below 1, as transformers 5 reads it,
-    or any that `share` says is one.
+    """A warm-up of `length` steps, or of a share of the run: with `share`, or below 1, as in
+    transformers 5.
     """
     if length == 0:
         return taken(warmup=0.0)
@@ -97,12 +92,10 @@ def warmed(length: float, share: bool = False) -> Outcome:
 
 
 def total_steps(settings: ToolSettings) -> int | None:
-    """The number of optimizer steps of the run, or None where the file leaves it to the epochs."""
     return max(0, integer(settings["max_steps"] or 0)) or None
 
 
 def interval(name: str) -> Reader:
-    """The reader of an interval in steps, or as a share of the run's, for a recipe field."""
     checkpoints = "there are about ten checkpoints a run"
     otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
 
@@ -120,7 +113,6 @@ def interval(name: str) -> Reader:
 
 
 def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
-    """A share of held-out rows becomes `eval_fraction`; a count of them is left."""
     if number(value) < 1:
         return taken(eval_fraction=number(value))
     return left(
@@ -130,7 +122,6 @@ def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def trackers(value: Any, settings: ToolSettings) -> Outcome:
-    """`report_to` becomes the trackers; names that lorafold does not have are left."""
     if value == "none" or (named := (value,) if value == "all" else names(value)) == ("none",):
         return taken("no tracker")
     if unknown := [name for name in named if name not in TRACKERS]:
@@ -141,8 +132,8 @@ def trackers(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
-    """Names of parameters become targets beside those of modules, which may be a preset or a
-    regular expression; a linear module is called by its own name, and not by its weight's.
+    """Names of parameters become targets in addition to `modules`, a preset, regular expression or
+    list of names; a linear layer's weight becomes the layer.
     """
     if modules == "all-linear":
         return changed("all-linear has the matrices of experts too")
@@ -154,13 +145,11 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
 
 
 def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
-    """The ratio of LoRA+ becomes the rate of B; PEFT trains at one rate without one."""
     remark = ONE_RATE if number(value) == 1 else ""
     return taken(remark, lr_b=product(settings["learning_rate"], value))
 
 
 def rate(is_lora: Condition) -> Reader:
-    """The reader of a learning rate, of LoRA that of both factors."""
     both = ELSEWHERE["learning_rate"]
     return lambda value, settings: (
         taken(both.remark, **both.read(value, {})) if is_lora(settings) else taken(lr=number(value))
@@ -168,15 +157,14 @@ def rate(is_lora: Condition) -> Reader:
 
 
 def accumulation(settings: ToolSettings) -> int:
-    """The number of micro-batches in a step."""
     return settings.read("gradient_accumulation_steps", integer)
 
 
 def batch(
     of_one: str, packed: Condition, fills: str, steps: Callable[[ToolSettings], int] = accumulation
 ) -> Reader:
-    """The reader of a micro-batch, which times accumulation becomes the batch. Where rows are
-    packed, `fills` is the tool and its key that a sequence fills.
+    """Read a micro-batch, which times accumulation becomes the batch. `fills` is the tool and the
+    key that a packed sequence fills.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
@@ -194,7 +182,6 @@ def batch(
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
-    """The kind of LoRA, with PEFT's `init_lora_weights`, becomes `method` and `options`."""
     beneath, options, why = "rslora" if rslora else "lora", {}, ""
     if init in ("gaussian", "loftq"):
         options["init"] = init
@@ -224,7 +211,7 @@ interval_strategy = cases(
         " with each: --set save_every=STEPS, --set eval_every=STEPS"
     ),
 )
-# Of the Trainer, whatever they are called before it
+# The Trainer's keys that tools rename
 STEPS: Table = {
     "weight_decay": (to("weight_decay", number), 0.0),
     "max_grad_norm": (SAME, 1.0),
@@ -246,7 +233,7 @@ STEPS: Table = {
     "resume_from_checkpoint": "lorafold resumes runs of its own: --resume",
     **TRAINER,
 }
-# Of its arguments, as they are called there
+# The Trainer's keys under its own names
 ARGUMENTS: Table = {
     "lr_scheduler_type": (schedule, "linear"),
     "warmup_steps": (_warmup_steps, 0),
@@ -279,12 +266,11 @@ ORPO_TERM = (
     "TRL's supervised term also learns the prompts, and averages over the tokens of a micro-batch;"
     " lorafold's learns each chosen completion"
 )
-# Of a file's settings, the objective of preferences that it trains; None: another, or one refused
+# The preference objective of a file's settings; None: another, or a rejected one
 ObjectiveOf = Callable[[ToolSettings], str | None]
 
 
 def has_reference(objective: str | None) -> bool:
-    """Whether the objective compares with a reference."""
     if objective is None or not OBJECTIVES[objective].law:
         return False
     from lorafold.training_step import preference_algorithms
@@ -293,18 +279,14 @@ def has_reference(objective: str | None) -> bool:
 
 
 def options_of(objective: str | None) -> Mapping[str, Any]:
-    """The options of the objective with their defaults; none where it is not one of preferences."""
     return {} if objective is None else OBJECTIVES[objective].options()
 
 
 def beta(objective_of: ObjectiveOf) -> Reader:
-    """The reader of a key that becomes beta; a reward model has none."""
     return either(lambda one: "beta" in options_of(objective_of(one)), to("beta", number))
 
 
 def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
-    """The reader of a key that becomes the option `name`, of the objectives that have it."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
         options = options_of(objective_of(settings))
         if name not in options:
@@ -316,7 +298,6 @@ def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
 
 
 def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
-    """A weight of the chosen completions' supervised loss becomes `sft_weight`."""
     if objective is None:
         return None
     weight = number(value)
@@ -328,13 +309,12 @@ def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome |
 
 
 def supervised_as(objective: str) -> Reader:
-    """The reader of TRL's weight of the supervised term, of one objective."""
     return lambda value, settings: supervised(value, objective, SUPERVISED)
 
 
 def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
-    """The losses of TRL's DPOTrainer become the objective and, where sft is the second, its
-    `sft_weight`. `given` are their weights, or None, which the file calls `key`.
+    """The losses of TRL's DPOTrainer become the objective, and a second loss sft its `sft_weight`.
+    `given` are their weights, or None, under the file's `key`.
     """
     losses = list(losses)
     weights = [1.0] * len(losses)
@@ -358,7 +338,7 @@ def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
 
 
 def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
-    """TRL's DPOTrainer reads `label_smoothing` for other losses than those of lorafold only."""
+    """`label_smoothing`, which TRL's DPOTrainer reads only for losses that lorafold lacks."""
     if not (smoothing := number(value)):
         return None
     remark = "TRL 1 does not read it for this loss; for cDPO pass --objective-options"
@@ -366,8 +346,6 @@ def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def dropout(turned_off: Condition) -> Reader:
-    """The reader of a dropout, which tools turn off with some settings."""
-
     def read(value: Any, settings: ToolSettings) -> Outcome:
         rate = number(value)
         off = bool(rate) and turned_off(settings)

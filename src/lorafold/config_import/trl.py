@@ -1,8 +1,8 @@
-"""TRL's files, one table a trainer: SFT, DPO, KTO, CPO (SimPO), ORPO, the reward trainer, GRPO and
-RLOO, read off TRL 1.16 (CPO and ORPO off its experimental part) and transformers 5.24.
+"""TRL's files, with one table for each trainer: SFT, DPO, KTO, CPO (SimPO), ORPO, reward, GRPO and
+RLOO, as of TRL 1.16 (CPO and ORPO from its experimental part) and transformers 5.24.
 
-A file of a trainer's fields alone says nothing of the model: then LoRA is trained, lorafold's
-default. A batch is counted for one process; where TRL packs, it counts packed sequences.
+A file without model settings trains LoRA, lorafold's default. The batch is for one process; with
+packing, TRL's counts packed sequences.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from lorafold.config_import.unsupported import MEMORY, TRL
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of
 
-BY_ARCHITECTURE = "by architecture"  # what stands for a file without lora_target_modules
-HEAD = "score"  # what transformers calls the head of a reward model
+BY_ARCHITECTURE = "by architecture"  # for a file without lora_target_modules
+HEAD = "score"  # transformers' name of a reward model's head
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "bf16", "auto": "auto"}
-# The losses of DPOTrainer; those that DPO_LOSSES lacks are refused by name
+# The losses of DPOTrainer; losses that DPO_LOSSES lacks are rejected by name
 DPO_NAMES = (
     *trainer.DPO_LOSSES, "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "aot_pair", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -53,7 +53,6 @@ NO_TEMPLATE = "the model's own template is used; write the other to a file: --ch
 
 
 def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained, and not the whole model."""
     return settings.on("use_peft") or settings["model_name_or_path"] is None
 
 
@@ -73,8 +72,8 @@ def _modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`dtype` becomes the base's storage, unless that is quantized: what TRL keeps in fp32 it
-    multiplies in bf16, unless `bf16` is off.
+    """`dtype` becomes the base's quantization or dtype. TRL multiplies fp32 weights in bf16 unless
+    `bf16` is off.
     """
     name = choice(value, *DTYPES)
     if settings["load_in_4bit"] or settings["load_in_8bit"]:
@@ -97,7 +96,7 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
     return taken(storage=made_of(4))
 
 
-# Of the model: ModelConfig and what goes with it
+# ModelConfig and related keys
 SWITCHES: Table = {
     "use_peft": (_use_peft, False),
     "use_dora use_rslora": (if_on(read_with("use_peft")), False),
@@ -158,7 +157,6 @@ def _packing(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def is_packed(settings: ToolSettings) -> bool:
-    """Whether rows are packed, of a trainer that may."""
     return bool(settings["packing"]) and settings.on("packing")
 
 
@@ -177,14 +175,15 @@ def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def losses(settings: ToolSettings) -> tuple[str, ...]:
-    """The losses of DPO; robust is sigmoid where labels are not smoothed."""
     plain = not number(settings["label_smoothing"] or 0)
     given = settings.read("loss_type", names)
     return tuple("sigmoid" if name == "robust" and plain else name for name in given)
 
 
 def centre(value: Any, settings: ToolSettings) -> Outcome:
-    """`center_rewards_coefficient` becomes `centre`; no field of the trainer names its loss."""
+    """`center_rewards_coefficient` becomes `centre`; it also sets the objective, which no other key
+    names.
+    """
     options = {"objective_options": {"centre": number(value)}} if number(value) else {}
     return taken(objective="reward", **options)
 
@@ -194,8 +193,6 @@ def _drawn_dropout(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def data_rows(objective: str | None) -> Table:
-    """The rows of the script's fields that name rows, of a trainer with that objective."""
-
     def name(value: Any, settings: ToolSettings) -> Outcome:
         if settings["datasets"]:
             return taken("datasets takes its place")
@@ -240,14 +237,14 @@ GIVEN: Table = {
     ),
     "pad_to_multiple_of": MEMORY,
 }
-# Of preferences: dropout is off, and the reference is what lies beneath
+# Preferences: dropout is off, and the reference is the model below the adapter
 COMPARING: Table = {
     "disable_dropout": (switch(taken("there is none"), taken("dropout is applied")), True),
     "packing": (taken(packing=False), False),
     "learning_rate": (RATE, 1e-6),
     **GIVEN,
 }
-# Where completions are drawn, a batch counts completions and no dropout is applied
+# With sampled completions, a batch counts completions and there is no dropout
 DRAWING: Table = {
     **data_rows("grpo"),
     "learning_rate": (RATE, 1e-6),
@@ -266,7 +263,7 @@ OF_POLICIES = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
     " generation_batch_size use_vllm"
 )
-# Of each trainer its name, its signs and its own keys
+# Each trainer's name, signs and own keys
 TRAINERS: Mapping[str, tuple[str, str, Table]] = {
     "trl-sft": (
         "SFT",
@@ -382,7 +379,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "ORPO",
         "",
         {
-            # it has no field that names its loss
+            # no key names its loss
             "beta": (
                 lambda value, settings: changed(
                     trainer.ORPO_TERM, objective="orpo", beta=number(value)
@@ -437,7 +434,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         {**grpo.RLOO, **DRAWING},
     ),
 }
-DRAW = {"trl-grpo", "trl-rloo"}  # the trainers that draw completions
+DRAW = {"trl-grpo", "trl-rloo"}  # trainers that sample completions
 DROPOUTS = {kind: _drawn_dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
 RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)

@@ -1,12 +1,12 @@
-"""Unsloth's scripts, as of August 2026: the keyword arguments of the functions that make its model,
-and of TRL's trainers, with the defaults that Unsloth puts in place of TRL's.
+"""Unsloth's scripts as of August 2026: the keyword arguments of its model functions and of TRL's
+trainers, with Unsloth's defaults in place of TRL's.
 
     FastLanguageModel.get_peft_model(model, r=16, ...)         get_peft_model.r
     SFTTrainer(..., args=SFTConfig(learning_rate=2e-4, ...))   learning_rate
 
-A script is read from its text and not executed. A value is a literal, or a name that the script
-gives one literal; every other one is an `Expression`. Of several calls of one function the first
-counts. What a script does with its rows before it trains is not read.
+A script is parsed and never executed. A value is a literal, or a name to which the script assigns
+one literal; any other is an `Expression`. Only the first call of each function counts. Processing
+of rows before training is ignored.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LOADED, ADAPTED, SET = "from_pretrained.", "get_peft_model.", "load_dataset."
 SIGNS = f"{LOADED}model_name {LOADED}max_seq_length {ADAPTED}r {ADAPTED}lora_alpha"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
-# The trainers, by their kind among TRL's; each has a configuration called XConfig
+# TRL's kind of each trainer; its configuration is called XConfig
 TRAINERS = {
     "SFTTrainer": "trl-sft",
     "UnslothTrainer": "trl-sft",
@@ -60,7 +60,7 @@ CONFIGS = {name.replace("Trainer", "Config") for name in TRAINERS} | {
     "TrainingArguments",
     "UnslothTrainingArguments",
 }
-# Functions whose arguments are keys after their name, and the names of those without one
+# Functions whose arguments become keys after their name, and their positional arguments
 FUNCTIONS = {
     "from_pretrained": ("model_name",),
     "get_peft_model": ("model",),
@@ -79,9 +79,9 @@ DEFAULTS = {
     "max_length": None,
 }
 OF_GRPO = {"loss_type": "bnpo", "beta": 0.001}
-# Fields of TRL that the functions of Unsloth have in their place
+# TRL's fields that Unsloth's functions replace
 OF_MODEL = {*trl.IN_MODEL, "lora_dropout", "learning_rate"}
-# What each trainer trains, where rows are not those of supervised training
+# Objectives other than supervised training
 OBJECTIVES = {
     "trl-dpo": "dpo",
     "trl-kto": "kto",
@@ -98,7 +98,6 @@ OBJECTS = {
 
 
 def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained, and not the whole model."""
     return not settings.on(f"{LOADED}full_finetuning")
 
 
@@ -112,7 +111,6 @@ def _method(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def storage(value: Any, settings: ToolSettings) -> Outcome:
-    """`load_in_4bit` and the other switches become the base's storage."""
     if not is_lora(settings):
         return changed("the whole model trains in bf16 where it can", storage="bf16")
     if settings.on(f"{LOADED}load_in_8bit"):
@@ -130,7 +128,6 @@ def _length(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def objective_of(settings: ToolSettings) -> str | None:
-    """The objective of the script's trainer; None for supervised training."""
     return OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), ""))
 
 
@@ -252,12 +249,10 @@ KNOWN = frozenset(rule.key for rules in RULES.values() for rule in rules)
 
 
 class Expression(str):
-    """The text of a value that is no literal."""
+    """The source of a value that is not a literal."""
 
 
 def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every argument of a script as an entry; those that are no literals are listed, and not read.
-    """
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
     objects = {"bf16", "fp16", *(r.key for r in OWN if r.key.split(".")[-1] in OBJECTS)}
     unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
@@ -273,7 +268,6 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
 
 
 def arguments_of(text: str, where: str) -> Mapping[str, Any]:
-    """The arguments of a script, by their keys, and its trainer under `trainer`."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
@@ -303,7 +297,7 @@ def arguments_of(text: str, where: str) -> Mapping[str, Any]:
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
-    """The calls in their order, without what stands under `if False`."""
+    """Yield the calls in order, without those under `if False`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Call):
             yield node
@@ -313,7 +307,6 @@ def _calls(tree: ast.AST) -> Iterator[ast.Call]:
 
 
 def _name_of(function: ast.expr) -> tuple[str, str]:
-    """The name of a function, and what it is an attribute of; empty where that is no name."""
     if isinstance(function, ast.Attribute):
         return function.attr, getattr(function.value, "id", "")
     return getattr(function, "id", ""), ""
@@ -327,7 +320,7 @@ def _arguments(call: ast.Call, names: tuple[str, ...]) -> Iterator[tuple[str, as
 
 
 def _literals(tree: ast.Module) -> Mapping[str, Any]:
-    """The names to which the script assigns once, and a literal."""
+    """Names to which the script assigns exactly once, with a literal."""
     assigned: dict[str, list[ast.expr]] = {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Assign):

@@ -1,7 +1,5 @@
-"""Keys of other tools without a counterpart in a recipe, separated by spaces, and why there is
-none, or what to do instead.
-
-Such a key is reported where its value asks for something; where that is off, nothing is lost.
+"""Keys of other tools, separated by spaces, that have no counterpart in a recipe, with the reason
+or advice. They are reported only if they are on.
 """
 
 NAMES_OF_RUNS = "a tracker takes such names from its own environment variables"
@@ -23,7 +21,7 @@ EVERY_LAYER = "every linear layer of the language model's blocks can be a target
 OTHER_STAGE = "it belongs to another stage or method than the file asks for"
 REFERENCE = "one model is loaded, and the reference's log-probabilities are cached between runs"
 
-# Of transformers' Trainer: what TRL, axolotl and LLaMA-Factory have, and what the first and last do
+# transformers' Trainer, for TRL, axolotl and LLaMA-Factory; below, for TRL and LLaMA-Factory
 TRAINER = {
     "trackio_space_id": NAMES_OF_RUNS,
     "tf32 fp8 torch_compile torch_compile_backend torch_compile_mode": NUMBERS,
@@ -46,7 +44,7 @@ TRANSFORMERS = {
     " include_num_input_tokens_seen per_device_eval_batch_size eval_delay eval_on_start": LOGGING,
     "push_to_hub hub_token hub_private_repo": HUB,
 }
-# TRL's own arguments of a run, of its model and of its script
+# TRL's own arguments
 TRL = {
     "trackio_bucket_id trackio_static_space_id wandb_entity"
     " wandb_project wandb_run_group": NAMES_OF_RUNS,

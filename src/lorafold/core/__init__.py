@@ -1,1 +1,1 @@
-"""The core: layers, deltas and specs, and how deltas are attached, combined and targeted."""
+"""The core: layers, deltas and specs, and code that attaches, combines and selects them."""

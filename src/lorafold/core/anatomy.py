@@ -1,16 +1,5 @@
-"""A model's anatomy: which of its modules are what, whatever its architecture.
-
-    anatomy = Anatomy.of(model)
-    anatomy.blocks          ["model.layers.0", "model.layers.1"]
-    anatomy.decoder         "model"
-    anatomy.experts         {"model.layers.0.mlp.experts": {8}}
-    anatomy.encoders        {"model.vision_tower": "vision"}
-
-It follows from the structure and from the model's embeddings and configuration, never from its
-name. It is made once for a model, and again if modules were replaced, added or removed; deltas are
-no part of it. The language model of a multimodal model is the outermost part on the way to the
-input embedding whose configuration is one of text alone. An encoder-decoder is one model, and so
-are two encoders side by side (CLIP).
+"""The structure of a model (blocks, decoder, experts, encoders) as module paths, derived from its
+modules, embeddings and configuration, never from its name.
 """
 
 from __future__ import annotations
@@ -29,23 +18,19 @@ from lorafold.core.matrices import Matrices, expert_counts, matrices_of
 
 MODALITIES = {"image": "vision", "video": "vision", "audio": "audio"}
 
-# weak references alone, so that a model and what was replaced in it are freed as without this
+# weak references, so that the cache does not keep models or replaced modules alive
 Tree = list[tuple[str, ref[nn.Module]]]
 _made: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 
 
 class Anatomy:
-    """What a model consists of: paths of its modules.
+    """Paths of the modules of a model, by role.
 
     blocks: the elements of the outermost ModuleLists.
-    experts: the modules that hold matrices of experts, in whatever form, and how many experts each
-        says that there are.
-    indexers: the modules that choose the positions which sparse attention reads: transformers calls
-        their classes indexers. A choice has no gradient.
-    attentions: the causal self-attentions, with a true `is_causal` and a `layer_idx`.
-    embedding: the input embedding; None if the model does not say which it is, or if it is no
-        module, as the latents that Perceiver names.
-    head: the output embedding; None if the model has none.
+    experts: the modules that hold expert weights, with their numbers of experts.
+    indexers: the modules that choose the positions for sparse attention, without gradients.
+    attentions: the causal self-attentions.
+    embedding, head: the input and output embedding, or None if undefined.
     """
 
     def __init__(self, model: nn.Module, tree: Tree) -> None:
@@ -68,7 +53,7 @@ class Anatomy:
         own = model
         try:
             embedding = getattr(own, "get_input_embeddings", lambda: None)()
-        except NotImplementedError:  # what transformers raises for two encoders side by side
+        except NotImplementedError:  # transformers raises it for two encoders side by side
             embedding = None
         head = getattr(own, "get_output_embeddings", lambda: None)()
         paths = {id(kept()): path for path, kept in tree}
@@ -76,7 +61,7 @@ class Anatomy:
 
     @staticmethod
     def of(model: nn.Module) -> Anatomy:
-        """The anatomy of a model as it is now."""
+        """The model's current anatomy: cached, and computed again after modules changed."""
         seen = set()
         tree = []
         left = [("", model)]
@@ -96,10 +81,7 @@ class Anatomy:
 
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:
-        """The path and module of each of the model's own modules, without those of deltas. A module
-        that has several paths comes once, under the first. The matrices of experts come as
-        `Matrices`, under the paths of their parameters.
-        """
+        """Each module outside deltas, once, under its first path; expert weights as `Matrices`."""
         modules: dict[str, nn.Module] = {}
         for path, kept in self._tree:
             module: Any = kept()
@@ -113,10 +95,10 @@ class Anatomy:
 
     @cached_property
     def routers(self) -> frozenset[str]:
-        """The matrices that choose or weigh experts: those beside a module of E experts that have E
-        outputs (a router), or one (the gate of an expert that all tokens meet).
+        """The matrices beside E experts that have E outputs (a router) or one (a shared expert's
+        gate).
         """
-        # by each module around experts its children that have some inside, and how many
+        # for each module that contains experts: its children with experts inside, and the counts
         around: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for path, counts in self.experts.items():
             for outer, child in _steps(path):
@@ -134,9 +116,7 @@ class Anatomy:
 
     @cached_property
     def vocabulary_ends(self) -> list[str]:
-        """The input embedding and the output embedding, without those that have no weight of their
-        own (the patches of a vision model).
-        """
+        """The input and the output embedding, if they have a weight of their own."""
         ends = [path for path in (self.embedding, self.head) if path is not None]
         modules = map(self._model().get_submodule, ends)
         weights = [module._parameters.get("weight") for module in modules]
@@ -144,9 +124,7 @@ class Anatomy:
 
     @cached_property
     def decoder(self) -> str:
-        """The decoder, which lies between the token ids and the head; "", the model itself, where
-        the model has no head or no such module.
-        """
+        """The module between token ids and head; "", the model itself, if there is none."""
         model = self._model()
         part = model.get_decoder() if hasattr(model, "get_decoder") else model
         if part is model and self.embedding and self.head is not None:
@@ -156,9 +134,7 @@ class Anatomy:
 
     @cached_property
     def heads(self) -> list[str]:
-        """The parts over the base model, such as a classifier's head; where the model does not say
-        what its base is, the output embedding.
-        """
+        """The modules on top of the base model, or else the output embedding."""
         base = getattr(self._model(), "base_model", self._model())
         if base is not self._model():
             return [name for name, child in self._model().named_children() if child is not base]
@@ -166,7 +142,7 @@ class Anatomy:
 
     @cached_property
     def language(self) -> str:
-        """The language model inside a multimodal model; "" for every other model."""
+        """The language model inside a multimodal model; "" for any other model."""
         model = self._model()
         if not self.embedding or _of_text(model):
             return ""
@@ -176,8 +152,8 @@ class Anatomy:
                 config = part.config
                 decodes = getattr(config, "is_decoder", False) or not config.is_encoder_decoder
                 half = model.config.is_encoder_decoder and decodes  # of an encoder-decoder
-                # its layers have places in a cache, and look back alone or have an output embedding
-                # over them: an encoder beside another has neither
+                # a language model's layers have cache indices, and are causal or have an output
+                # embedding on top; neither holds for one of two encoders side by side
                 numbered = [m for m in part.modules() if hasattr(m, "layer_idx")]
                 causal = any(getattr(m, "is_causal", True) for m in numbered)
                 generates = causal or (numbered and model.get_output_embeddings() is not None)
@@ -186,7 +162,7 @@ class Anatomy:
 
     @cached_property
     def encoders(self) -> dict[str, str]:
-        """The encoders beside the language model, and what each takes in: "vision" or "audio"."""
+        """The encoders beside the language model, and the modality of each: "vision" or "audio"."""
         config: Any = getattr(self._model(), "config", None)
         # an encoder may lie inside a language model whose own configuration has a part for it
         within = _of_text(self._model()) and getattr(config, "sub_configs", None)
@@ -202,9 +178,7 @@ class Anatomy:
 
     @cached_property
     def beside(self) -> tuple[str, ...]:
-        """The encoders, and the connectors between them and the language model: the parts that are
-        neither in it nor over it, as heads are.
-        """
+        """The encoders and the connectors between them and the language model; not the heads."""
         if not self.language:
             return tuple(self.encoders)
         around = [outer for outer, _ in _steps(self.language)]
@@ -218,40 +192,38 @@ class Anatomy:
 
     @cached_property
     def language_blocks(self) -> list[str]:
-        """The blocks of the language model; all blocks of a model without encoders."""
         out = beneath(self.beside)
         return [path for path in self.blocks if not out(path)]
 
     @property
     def language_modules(self) -> list[tuple[str, nn.Module]]:
-        """The path and module of each of the model's modules, without encoders and connectors."""
+        """The path and module of each module outside encoders and connectors."""
         out = beneath(self.beside)
         return [(path, module) for path, module in self.modules if not out(path)]
 
 
 def joined(path: str, name: str) -> str:
-    """The dotted name of a child or a tensor of the module at `path`."""
+    """The dotted name of a child or tensor of the module at `path`."""
     return f"{path}.{name}" if path else name
 
 
 def last_part(path: str) -> str:
-    """The last part of a dotted path."""
     return path.rpartition(".")[2]
 
 
 def ends_in(path: str, name: str) -> bool:
-    """Whether the path is the name, or ends in it in whole parts."""
+    """Whether the path's last parts are the name."""
     return f".{path}".endswith(f".{name}")
 
 
 def beneath(roots: Iterable[str]) -> Callable[[str], bool]:
-    """The test whether a module path is one of these or lies beneath one."""
+    """A function that returns whether a module path is one of these or lies inside one."""
     prefixes = tuple(f"{root}." if root else "" for root in roots)
     return lambda path: f"{path}.".startswith(prefixes)
 
 
 def of_attention(path: str) -> bool:
-    """Whether the module path names an attention: it has `attn` or `attention` in any case."""
+    """Whether the path contains `attn` or `attention`, in any case."""
     return re.search(r"attn|attention", path, re.IGNORECASE) is not None
 
 
@@ -266,7 +238,7 @@ def sharers(model: nn.Module, module: nn.Module) -> list[str]:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Map each name of a parameter that has several names to the other names."""
+    """Map each parameter name that is an alias to its other names."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -279,13 +251,12 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _steps(path: str) -> list[tuple[str, str]]:
-    """The way from the model to a path: each module on it, and the child that comes next."""
+    """Each module on the way to a path, with its next child."""
     parts = path.split(".") if path else []
     return [(".".join(parts[:n]), ".".join(parts[: n + 1])) for n in range(len(parts))]
 
 
 def _of_text(module: nn.Module) -> bool:
-    """Whether the module's configuration is that of a text model itself."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "get_text_config"):
         return False
@@ -293,7 +264,7 @@ def _of_text(module: nn.Module) -> bool:
 
 
 def _takes(module: nn.Module) -> list[str]:
-    """What the module takes in beside text: "vision", "audio"; none for a connector, or text."""
+    """The non-text modalities that the module takes: "vision", "audio"."""
     named = getattr(module, "input_modalities", ())
     names = [named] if isinstance(named, str) else named
     return list(dict.fromkeys(MODALITIES[name] for name in names if name in MODALITIES))

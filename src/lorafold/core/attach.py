@@ -1,11 +1,7 @@
-"""Deltas are attached by a class swap: a module's class is replaced by a subclass of itself that
-runs the active deltas.
+"""Attaches deltas by replacing a module's class with a subclass that runs the active deltas.
 
-The model's own keys, `isinstance`, the module's own kernel, `generate` and `save_pretrained` go on
-working, and code that reads `module.weight` gets the folded weight
-(`lorafold.core.served_weights`). The attached deltas are parameters of the model, and its state
-dict has them as `<module path>.deltas.<adapter>.<tensor>`, names that no base weight has. One
-`Selection` per model holds the names of the active adapters.
+The module's keys, `isinstance` and kernel stay. The deltas' tensors are in the state dict as
+`<module path>.deltas.<adapter>.<tensor>`.
 """
 
 from __future__ import annotations
@@ -28,20 +24,19 @@ _base_alone: ContextVar[bool] = ContextVar("base_alone", default=False)
 
 
 class Deltas(nn.ModuleDict):
-    """The deltas attached to one module, by the adapter's name.
+    """The deltas attached to one module, by adapter name.
 
-    They train, move, and are saved and loaded with the model. A delta in which nothing is trained
-    stays in evaluation mode: no dropout acts on what an adapter above it learns from.
+    Frozen ones stay in evaluation mode: their dropout must not affect an adapter trained on top.
     """
 
     def __init__(self, selection: Selection) -> None:
         super().__init__()
         self.selection = selection
-        self._given: tuple[str, set[str]] = "", set()  # of the state that is loaded
+        self._given: tuple[str, set[str]] = "", set()  # of the state being loaded
         self.register_load_state_dict_post_hook(self._forgive)
 
     def train(self, mode: bool = True) -> Self:
-        """Put the deltas in training mode, except those in which nothing is trained."""
+        """Put the deltas with trainable parameters in training mode."""
         super().train(mode)
         delta: Any
         for delta in self.values() if mode else ():
@@ -53,7 +48,7 @@ class Deltas(nn.ModuleDict):
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """The deltas' tensors, without the base's own, which the state dict has already."""
+        """The deltas' tensors, without the base's, which the state dict already contains."""
         if _base_alone.get():
             return {} if destination is None else destination
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -82,8 +77,8 @@ class Deltas(nn.ModuleDict):
         self._given = prefix, set(names.values()) & set(self)
 
     def _forgive(self, _: nn.Module, incompatible: Any) -> None:
-        """Hook after `load_state_dict`: keys of adapters that the state has no tensor of are not
-        missing, so that a base's own state loads beneath adapters.
+        """Don't report keys of adapters that are absent from the state as missing: a base state can
+        be loaded.
         """
         missing, (prefix, given) = incompatible.missing_keys, self._given
         for key in self._keys_of_base(prefix, missing):
@@ -95,10 +90,8 @@ class Deltas(nn.ModuleDict):
 
 
 class Adapted(nn.Module):
-    """A module with deltas attached: the mixin that `adapted_class` puts before its own class.
-
-    `base_class` is the module's own class, `layer_class` the layer that reads its storage, `site`
-    its module path.
+    """Mixin of a module with deltas: its original class, its `BaseLayer` class, and its path
+    `site`.
     """
 
     base_class: ClassVar[type[nn.Module]]
@@ -108,7 +101,7 @@ class Adapted(nn.Module):
     site = ""
 
     def layer(self, *names: str, base: BaseLayer | None = None) -> Layer:
-        """The module as a layer under those of the named deltas that are attached to it."""
+        """The module as a layer, with the named deltas that are attached to it on top."""
         layer: Layer = base or self.layer_class(self)
         for name in names:
             if name in self.deltas:
@@ -120,8 +113,7 @@ class Adapted(nn.Module):
 
 
 def renamed_subclass(mixin: type, cls: type[nn.Module], forward: Any, **body: Any) -> Any:
-    """A subclass of `cls` that runs another forward. It has the name of `cls`, since model files
-    record that name.
+    """A subclass of `cls` with another forward, and with its name, because model files record it.
     """
     body["forward"] = functools.wraps(cls.forward)(forward)
     subclass = type(cls.__name__, (mixin, cls), body)
@@ -130,14 +122,14 @@ def renamed_subclass(mixin: type, cls: type[nn.Module], forward: Any, **body: An
 
 
 def blank(make_class: Any, *args: Any) -> Any:
-    """An object without state of a class that a function makes, for pickle."""
+    """An uninitialized object of the class that `make_class` returns; for pickle."""
     cls = make_class(*args)
     return cls.__new__(cls)
 
 
 @functools.cache
 def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Adapted]:
-    """The subclass of `cls` that modules of class `cls` are swapped to."""
+    """The subclass of `cls` that replaces it on adapted modules."""
 
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer(*self.selection.running(self.training))
@@ -151,7 +143,7 @@ def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Ad
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model, tensors of any shapes by name, without its adapters."""
+    """The state dict of a model (tensors of any shape) without its adapters."""
     token = _base_alone.set(True)
     try:
         state = model.state_dict()
@@ -161,22 +153,17 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def deltas_on(module: nn.Module, names: Iterable[str]) -> list[Delta]:
-    """The deltas that the named adapters have on a module, in their order."""
     if not isinstance(module, Adapted):
         return []
     return [module.deltas[name] for name in names if name in module.deltas]  # type: ignore[misc]
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """Yield the path and module of each module with deltas attached."""
     return ((path, m) for path, m in model.named_modules() if isinstance(m, Adapted))
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """The one selection of a model, a new one if the model has none. Parts of a model that were
-    adapted before they were joined have several: they become one, in the order in which they are
-    found.
-    """
+    """The model's selection, merged if parts of the model were adapted before they were joined."""
     selections = list({id(m.selection): m.selection for _, m in adapted_modules(model)}.values())
     first, *others = selections or [Selection()]
     for other in others:
@@ -198,9 +185,7 @@ def attach_delta(
     module: nn.Module, layer_class: type[BaseLayer], name: str, delta: Delta, selection: Selection,
     site: str = "",
 ) -> None:  # fmt: skip
-    """Attach one delta, of the adapter `name`, to a module at the path `site`, above those that are
-    attached already. Its class is swapped if it has no delta yet.
-    """
+    """Attach a delta to the module at `site`, on top of those it has."""
     if not isinstance(module, Adapted):
         if hasattr(module, "deltas"):
             raise LorafoldError(
@@ -216,7 +201,7 @@ def attach_delta(
 
 
 def detach_delta(module: Adapted, name: str) -> None:
-    """Detach a delta from a module; without any delta the module has its own class again."""
+    """Detach a delta from a module; without deltas, the module gets its original class back."""
     del module.deltas[name]
     if not len(module.deltas):
         del module.deltas, module.selection
@@ -227,7 +212,9 @@ def detach_delta(module: Adapted, name: str) -> None:
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
-    """Freeze the base. The selection keeps what was trainable, which detaching restores."""
+    """Freeze the base. The selection records the trainable parameters, so that detaching restores
+    them.
+    """
     of_deltas = {id(p) for m in model.modules() if isinstance(m, Deltas) for p in m.parameters()}
     for p in model.parameters():
         if p.requires_grad and id(p) not in of_deltas:
@@ -236,15 +223,16 @@ def freeze(model: nn.Module, selection: Selection) -> None:
 
 
 class only:
-    """Context in which the named adapters are active and no others, the first one lowest.
+    """Context manager: only the named adapters are active, the first one lowest in the stack.
 
-    `with only(model, "sft"): ...`; `only(model)` is the bare base, bit for bit.
+    `with only(model, "sft"): ...`; `only(model)` gives the base model, bit for bit.
 
-    What is active belongs to the model: it counts for every thread that computes with it. A block
-    that gradient checkpointing computes again in a backward has the adapters of its forward.
+    Active adapters belong to the model, so every thread that uses it sees them. A block that
+    gradient checkpointing recomputes in the backward pass runs with the adapters of its forward
+    pass.
 
-    Raises LorafoldError if no adapter of a given name is attached to the model, and on entering
-    while another thread or task is inside of one on the same model.
+    Raises LorafoldError for an adapter that is not attached, and on entering while another thread
+    or task is inside such a block on the same model.
     """
 
     def __init__(self, model: nn.Module, *names: str) -> None:

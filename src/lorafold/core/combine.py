@@ -1,17 +1,4 @@
-"""Combinators: deltas made of deltas.
-
-They never know which methods they combine, nor how the base stores its weight.
-
-    Stack(d1, d2)           d2 over d1 at one layer, under one name: W -> fold2(fold1(W))
-    Mix(ds, gates)          y + sum_i g_i (d_i(x) - y), y the output of the layer below, g learned
-    PerExample(ds, slots)   element b of a batch gets ds[slots[b] - 1], or no delta where its slot
-                            is 0; the deltas may be of any methods
-    Bank(ds, slots)         the same for low-rank deltas, stacked and padded to one rank: two
-                            batched products, whatever the assignment
-
-`Mix`, `PerExample` and `Bank` are for layers with one input tensor and one output tensor. They run
-the layer below once, and again for a delta that changes the layer's input.
-"""
+"""Combinators: deltas made of deltas, of any methods and on any quantization."""
 
 from __future__ import annotations
 
@@ -29,8 +16,8 @@ from lorafold.core.layer import Layer, add
 
 
 class Stack(Delta):
-    """Several deltas of one adapter at one layer (LoRA and a trained bias), the first one
-    lowest.
+    """Several deltas of one adapter at one layer (LoRA and a trained bias), lowest first: W ->
+    fold2(fold1(W)).
     """
 
     def __init__(self, deltas: Iterable[Delta]) -> None:
@@ -60,26 +47,22 @@ class Stack(Delta):
 
 @dataclass(eq=False)
 class Slots:
-    """The delta of each element of the next batch, for a whole model.
-
-    `at` (batch,) holds integers: 0 for no delta, i for the i-th.
-    """
+    """The delta of each element of the next batch: `at` (batch,), 0 for none, i for the i-th."""
 
     at: Tensor
 
 
 def up_names_in(combinator: nn.Module) -> tuple[str, ...]:
-    """The names, within the combinator, of the up factors of all deltas inside it."""
+    """The names, relative to the combinator, of the up factors of all deltas inside it."""
     inside = [(path, m) for path, m in combinator.named_modules() if path and isinstance(m, Delta)]
     return tuple(f"{path}.{name}" for path, m in inside for name in type(m).up_names)
 
 
 class Mix(Delta):
-    """Several deltas, each weighted by a learned gate: gates (n,), fp32.
+    """y + sum_i g_i (d_i(x) - y), y the output of the layer below, with learned gates g (n,), fp32.
 
-    A Parameter given as gates is used itself, so that layers can share it.
-
-    Folding gives W + sum_i g_i (fold_i(W) - W), and raises NotMergeable if one of the deltas does.
+    If `gates` is a Parameter, it is used itself, so layers can share it. Folding gives W + sum_i
+    g_i (fold_i(W) - W), and raises NotMergeable if one of the deltas does.
     """
 
     def __init__(self, deltas: Sequence[Delta], gates: Tensor) -> None:
@@ -91,7 +74,7 @@ class Mix(Delta):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         deltas = list(self.deltas)
         if all(isinstance(d, LowRank) and not (d.training and d.dropout) for d in deltas):
-            # one low-rank update of all their ranks, so that the sum is rounded once
+            # one low-rank update of the concatenated factors, so that the sum is rounded once
             ups, downs = zip(*(d.factors() for d in deltas), strict=True)  # type: ignore[operator]
             up = torch.cat([gate * up for gate, up in zip(self.gates, ups, strict=True)], -1)
             return layer.low_rank(x, torch.cat(downs, -2), up, 0.0, onto)
@@ -115,10 +98,10 @@ class Mix(Delta):
 
 
 class PerExample(Opaque):
-    """One delta for each element of a batch.
+    """One delta, of any method, for each element of a batch.
 
-    In eager mode a delta computes only the elements that are its own. In compiled code it computes
-    the whole batch, so that one graph serves any assignment.
+    In eager mode, each delta computes only its own elements. In compiled code it computes the whole
+    batch, so that one graph serves any assignment.
     """
 
     def __init__(self, deltas: Sequence[Delta], slots: Slots) -> None:
@@ -143,11 +126,9 @@ class PerExample(Opaque):
 
 
 class Bank(Opaque):
-    """A frozen copy of low-rank deltas: up (n + 1, out, r) and down (n + 1, r, in), r the largest
-    rank, slot 0 all zeros.
-
-    Any assignment of deltas to the batch costs two batched products in addition to the base's.
-    There is no dropout.
+    """`PerExample` for low-rank deltas: frozen copies up (n + 1, out, r) and down (n + 1, r, in),
+    padded to the largest rank r, slot 0 all zeros; two batched matmuls for any assignment, no
+    dropout.
     """
 
     def __init__(self, deltas: Sequence[LowRank], slots: Slots) -> None:
@@ -168,8 +149,8 @@ class Bank(Opaque):
 
 @dataclass(eq=False)
 class Given(Upon):
-    """A layer whose output y for the input x is known already, so that a combinator runs the layer
-    below once. Another input than x, which a delta may have changed, runs it again.
+    """A layer with a known output y for the input x, so that a combinator runs the layer below only
+    once. Another input (a delta may change it) runs the layer again.
     """
 
     under: Layer

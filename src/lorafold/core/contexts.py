@@ -1,13 +1,4 @@
-"""Contexts of a model: evaluation mode, no dropout, no change of parameters, and recomputation.
-
-In `unchanged`, values that follow from parameters alone are computed once for all micro-batches of
-a step. A parameter's version would not do: fused optimizers change parameters without changing it.
-A checkpointed block runs again inside the backward, perhaps in another thread, outside the scope;
-no parameter changes there either.
-
-Fake tensors are torch's tensors with shape, dtype and device but no values. An estimate runs a step
-on them to find how much memory it takes; code that branches on values asks `is_fake`.
-"""
+"""Context managers for a model: evaluation mode, no dropout, unchanged parameters."""
 
 from __future__ import annotations
 
@@ -27,8 +18,8 @@ from lorafold.errors import LorafoldError
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Put the model in evaluation mode, without gradients, until the `with` block ends. Afterwards
-    each of its modules is in the mode that it was in before.
+    """Context: evaluation mode, without gradients by default. Each module's mode is restored
+    afterwards.
     """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -42,9 +33,7 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 @contextmanager
 def undropped(model: nn.Module) -> Iterator[float]:
-    """Set every dropout of the model and its adapters to 0 until the `with` block ends: its layers
-    of dropout, and the probabilities that other modules keep by that name. Yields the largest.
-    """
+    """Context: dropout is 0 in the model and its adapters. Yields the largest previous rate."""
 
     rates = [
         (module, name, p)
@@ -72,7 +61,9 @@ def replace_attribute(stack: ExitStack, owner: Any, name: str, value: Any) -> No
 
 
 def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """run(*args), a tensor of any shape. `run` draws no random numbers."""
+    """run(*args), a tensor of any shape, recomputed in the backward. `run` must not use random
+    numbers.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return run(*args)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
@@ -80,7 +71,7 @@ def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
 
 @dataclass(eq=False)
 class Scope:
-    """One `with` block of `unchanged`, which is open until it ends, and what is kept for it."""
+    """One `unchanged` block, and the values cached for it."""
 
     open: bool = True
     kept: dict[Any, Any] = field(default_factory=dict)
@@ -91,7 +82,9 @@ _scope: ContextVar[Scope | None] = ContextVar("unchanged", default=None)
 
 @contextmanager
 def unchanged() -> Iterator[None]:
-    """No parameter changes until the `with` block ends, in this thread or task."""
+    """Context: parameters don't change in this thread or task, so values that depend only on them
+    are computed once (fused optimizers don't change a parameter's version).
+    """
     token = _scope.set(made := Scope())
     try:
         yield
@@ -101,27 +94,22 @@ def unchanged() -> Iterator[None]:
 
 
 def scope() -> Scope | None:
-    """The innermost scope of `unchanged`, None outside of one."""
     return _scope.get()
 
 
 def in_backward() -> bool:
-    """Whether this runs inside a backward, as a checkpointed block does when it is replayed."""
+    """Whether this runs inside a backward, as when a checkpointed block is recomputed."""
     return torch._C._current_graph_task_id() != -1
 
 
 def is_fake(x: Tensor) -> bool:
-    """Whether x, a tensor of any shape, is a fake tensor."""
+    """Whether x (any shape) is a fake tensor, which has no values (memory estimates use them)."""
     return isinstance(x, FakeTensor)
 
 
 def keep_scale(model: nn.Module) -> None:
-    """Undo the division of weights that a model divides in place for inference and multiplies again
-    for training, and let it happen no more. RWKV halves the hidden states every `rescale_every`
-    blocks, and with them the two matrices of each later block that add to them, so that float16
-    does not overflow. A delta would not be divided with its matrix, and what is folded would be off
-    by a power of two. Both ways compute the same but for the epsilon of norms (2e-5 of the logits
-    of a tiny model in fp32).
+    """Undo and disable RWKV's in-place rescaling of weights for inference: a delta would not be
+    rescaled with its matrix, so merged weights would be wrong by a power of two.
     """
     for module in model.modules():
         own: Any = module

@@ -1,22 +1,11 @@
-"""A delta is middleware for one layer, and the same change in weight space.
+"""A delta changes one layer; `fold` makes the same change to the layer's weight.
 
-    delta(layer, x)     what the adapted layer computes; layer(x) runs the layer below
-    delta.fold(w, b)    W (out, in), b (out,) | None  ->  the changed W, b, in the wider of the
-                        weight's and the delta's dtype
+Invariant: the folded layer gives the same output as the layer with its delta. If a layer has
+several matrices (`Layer.matrices`), every tensor has a leading dimension (E,).
 
-Where a layer has several matrices (`Layer.matrices`), all of these have a dimension (E,) in front.
-
-The law: folding then calling equals calling. Where a change has no weight-space form, `fold` raises
-`NotMergeable`. Every class of deltas here is abstract; every method is a final subclass of one of
-them. A layer under a delta is a layer again (`Over`), with the same input, shape and module.
-
-What a delta computes with besides its tensors, such as a scale, is one more tensor of its state,
-bytes of JSON, so that states in files of tensors alone have it too:
-
-    <module path>.deltas.<adapter>.settings         {"scale": 2.0}
-
-A state is loaded only where it has the same. Dropout is none of it, since that acts in training
-alone, and states of earlier versions, which have no settings, are loaded as they were.
+Attributes that affect a delta's output, such as a scale, are saved in its state as one uint8 tensor
+of JSON, `<module path>.deltas.<adapter>.settings`, because some files hold only tensors. Loading a
+state with different settings is an error; states without settings (earlier versions) are loaded.
 """
 
 from __future__ import annotations
@@ -39,8 +28,8 @@ from lorafold.errors import LorafoldError, NotMergeable, cut, differing, listed
 
 
 class Gained(NamedTuple):
-    """g z + c, where z is what a delta computes over the layer, or the layer's output (under None);
-    g (*matrices, out), c (*matrices, out) or None, fp32 or wider.
+    """An output as g z + c: z the output of `under` on the layer, or of the layer if None; g and c
+    (*matrices, out), fp32 or wider, c may be None.
     """
 
     under: Delta | None
@@ -51,67 +40,68 @@ class Gained(NamedTuple):
 class Delta(nn.Module, ABC):
     """Abstract: a trainable change of one layer.
 
-    Parameters are fp32 and on the layer's device.
+    Parameters are fp32, on the layer's device.
     """
 
     up_names: tuple[str, ...] = ()  # parameters that train at the up factor's learning rate (LoRA+)
-    whole = False  # it trains its module whole, beside a method
-    in_place = False  # its parameters are the module's own, so that folding has nothing to change
-    # tensors that are in the checkpoints of a run and not in adapter files
+    whole = False  # trains the full module (PEFT's modules_to_save)
+    in_place = False  # its parameters are the module's own, so folding changes nothing
+    # tensors saved in training checkpoints but not in adapter files
     run_names: tuple[str, ...] = ()
-    # weight decay shrinks parameters of two dimensions and more, but for these, which have a vector
-    # for each matrix of the layer; and of those of one dimension these, entries of matrices
+    # weight decay applies to parameters of two or more dimensions, except `vector_names` (a vector
+    # for each matrix of the layer), and to one-dimensional `entry_names` (entries of matrices)
     vector_names: tuple[str, ...] = ()
     entry_names: tuple[str, ...] = ()
-    # attributes besides its tensors that its change of the layer depends on (`core.delta`)
+    # attributes that its output depends on, saved as settings in its state
     setting_names: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """Compute the output of the adapted layer.
 
-        On a matrix: x (..., in) -> (..., out), with `onto` (..., out) added before the one
-        rounding. Elsewhere: whatever the module takes and returns.
+        For a linear layer: x (..., in) -> (..., out), with `onto` (..., out) added before the
+        single rounding. Otherwise: the inputs and outputs of the module.
 
         Args:
-            layer: the layer below; calling it runs the module and the deltas under this one.
+            layer: the layer below; calling it runs the module and the deltas below this one.
             *args: the inputs of the module's forward.
-            **kwargs: its inputs by name.
+            **kwargs: its keyword inputs.
         """
 
     @abstractmethod
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight (out, in) and bias (out,) or None with the change in them.
+        """Return the changed weight (out, in) and bias (out,) or None, in the wider of the weight's
+        and the delta's dtype.
 
-        Raises NotMergeable if the change has no weight-space form.
+        Raises NotMergeable if the change can't be expressed in the weight.
         """
 
     def factors(self) -> Factors | None:
-        """up (out, r), with every scale in it, and down (r, in), if folding gives W + up @ down;
-        None if the change has no such factors.
+        """up (out, r), including every scale, and down (r, in) if folding gives W + up @ down; None
+        if the change has no such factors.
         """
         return None
 
     def gained(self, layer: Layer) -> Gained | None:
-        """What this computes over a layer, as gains; None if it is not of that form."""
+        """The delta's output as gains and offsets, or None if it does not have that form."""
         return None
 
     def change(self, w: Tensor) -> Tensor:  # (out, in)
-        """The update dW (out, in) that folding adds to W. Raises NotMergeable as `fold` does."""
+        """The update dW (out, in) that folding adds to W. Raises NotMergeable like `fold`."""
         return self.fold(w, None)[0] - w
 
     def parts(self) -> Iterable[Delta]:
-        """The deltas that a combinator is made of, lowest first; for any other delta, itself."""
+        """The deltas inside a combinator, lowest first; any other delta returns itself."""
         return (self,)
 
     def borrowed(self) -> Iterable[nn.Parameter]:
-        """Parameters of other deltas that this one computes with."""
+        """Parameters of other deltas that this delta uses."""
         return ()
 
     @property
     def twin(self) -> Delta | None:
-        """The delta of another module with the same tied weight that makes the same change, so
-        that the weight can stay tied; None if there is none.
+        """The delta that makes the same change on another module with the same tied weight, so that
+        the weight can stay tied; None if there is none.
         """
         return None
 
@@ -125,7 +115,7 @@ DeltasByPath = Mapping[str, Delta]  # the deltas of one adapter by module path
 
 
 class Opaque(Delta):
-    """Abstract: a change with no weight-space form."""
+    """Abstract: a change that can't be expressed in the weight."""
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotMergeable(
@@ -138,7 +128,7 @@ class Additive(Delta):
 
     @abstractmethod
     def delta(self) -> Tensor:  # (out, in)
-        """dW (out, in), with every scale in it."""
+        """dW (out, in), including every scale."""
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w + self.delta(), b
@@ -147,30 +137,29 @@ class Additive(Delta):
         return self.delta()
 
     def row_squares(self, layer: Layer, own: Tensor) -> Tensor:  # (*matrices, out)
-        """The squared norm of each row of W + dW `(*matrices, out, in)`, below 0 at most by
-        rounding; those of W are `own` `(*matrices, out)`.
+        """The squared norm of each row of W + dW (*matrices, out, in); rounding can make it
+        negative. `own` (*matrices, out) holds the squared norms of the rows of W.
         """
         return torch.linalg.vector_norm(layer.dense()[0] + self.delta(), dim=-1).square()
 
 
 class Dense(Additive):
-    """Abstract: dW has to be built, so it is added to W and the layer is one product.
+    """Abstract: dW is computed explicitly and added to W, so the layer is one matmul.
 
-    That is 3 GEMMs a step, where W x + dW x takes 5. In bf16 the sum is rounded with a dither,
-    which keeps changes under half a unit. The backward computes the sum again, so that a step never
-    holds more than one matrix of a weight's size.
+    The sum is rounded with a dither in bf16, which preserves changes below half a unit on average,
+    and recomputed in the backward, so that a step holds only one such matrix at a time.
     """
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         return layer.built(x, self.added, onto)
 
     def added(self, w: Tensor) -> Tensor:  # (out, in)
-        """W + dW (out, in), rounded once to W's dtype, for a product that is computed now."""
+        """W + dW (out, in), rounded once to W's dtype, for the current forward pass."""
         return rounded(w + self.delta(), w.dtype)
 
 
 class LowRank(Additive):
-    """Abstract: a change that is the product of two factors, with dropout on its branch only."""
+    """Abstract: a product of two factors, with dropout on the branch only."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -178,10 +167,10 @@ class LowRank(Additive):
 
     @abstractmethod
     def factors(self) -> Factors:
-        """up (out, r), with every scale in it, and down (r, in): dW = up @ down."""
+        """up (out, r), including every scale, and down (r, in): dW = up @ down."""
 
     def scaled(self) -> tuple[Tensor, Tensor, float]:
-        """up (out, r), down (r, in) and k, which a layer multiplies in: dW = k up @ down."""
+        """up (out, r), down (r, in) and a factor k that the layer applies: dW = k up @ down."""
         return *self.factors(), 1.0
 
     def delta(self) -> Tensor:  # (out, in)
@@ -205,13 +194,12 @@ class LowRank(Additive):
 
 
 def alike(a: Delta, b: Delta) -> bool:
-    """Whether the deltas of two modules with a tied weight make the same change of it."""
+    """Whether the deltas of two modules with a tied weight change it in the same way."""
     pairs = zip_longest(a.parts(), b.parts())
     return all(x is not None and y is not None and (x.twin is y or y.twin is x) for x, y in pairs)
 
 
 def on_meta(delta: Delta) -> Delta:
-    """A copy of the delta on the meta device, so without values."""
     tensors = [*delta.parameters(), *delta.buffers()]
     return copy.deepcopy(
         delta, {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in tensors}
@@ -219,12 +207,7 @@ def on_meta(delta: Delta) -> Delta:
 
 
 def put(delta: Delta, name: str, value: Tensor) -> None:
-    """Set a tensor of a delta: in place if it keeps its shape, as a new tensor otherwise.
-
-    Args:
-        name: the dotted name of the tensor in the delta.
-        value: the new values, of any shape.
-    """
+    """Set a delta's tensor by its dotted name, in place if `value` (any shape) has its shape."""
     owner, _, leaf = name.rpartition(".")
     module = delta.get_submodule(owner)
     old = getattr(module, leaf)
@@ -238,7 +221,7 @@ def put(delta: Delta, name: str, value: Tensor) -> None:
 
 
 class Upon(Layer):
-    """Abstract: a layer over another one."""
+    """Abstract: a layer on top of another."""
 
     under: Layer
 
@@ -323,7 +306,7 @@ SHOWN = 200  # characters of a value in a message
 
 
 def written(delta: Delta) -> Tensor | None:  # (bytes,)
-    """The settings of a delta and of what it is made of, as JSON in uint8; None if it has none."""
+    """The settings of a delta and its parts as JSON (bytes,) in uint8; None if it has none."""
     settings = {
         f"{path}.{name}".removeprefix("."): getattr(module, name)
         for path, module in delta.named_modules()
@@ -335,12 +318,7 @@ def written(delta: Delta) -> Tensor | None:  # (bytes,)
 
 
 def check_settings(delta: Delta, given: Tensor, what: str) -> None:
-    """Raise LorafoldError if the settings in a state are not those of the delta.
-
-    Args:
-        given: what `written` gave, (bytes,).
-        what: the module and the adapter, for the message.
-    """
+    """Raise if the settings `given` (bytes,) in a state differ from the delta's."""
     both = written(delta), given
     own, there = ({} if t is None else json.loads(bytes(t.tolist())) for t in both)
     if own != there:

@@ -1,19 +1,11 @@
-"""The matrices of experts as a module of their own, which deltas can be attached to.
+"""Expert weights as modules, so that deltas can be attached to them.
 
-    experts.gate_up_proj    a parameter (E, 2 I, H)  ->  a `Matrices` at `...experts.gate_up_proj`
-
-transformers has one module for the experts of a block, whose parameters have one matrix for each
-expert. A site there is the path of the parameter. The `Matrices` becomes a child of the parameter's
-owner when it gets its first delta; it has no parameters. An `ExpertsForm` says which parameters
-these are, which way round, and how the forward learns which rows are of which expert:
+transformers stores experts in parameters like `experts.gate_up_proj` (E, 2 I, H); the target path
+is the parameter's path. Ways in which a forward assigns rows to experts:
 
     CHOSEN     forward(x, experts, weights)    the experts of each token (T, k), and their weights
-    WEIGHED    forward(x)                      its `router` gives the scores (T, E) of its `top_k`
-                                               experts, which weigh their inputs; `shared_expert`
-                                               is added
-    SORTED     forward(rows, sizes)            rows (S, in) that lie sorted by expert
-
-transformers' interface for experts describes its own form; other classes are rows of `FORMS`.
+    WEIGHED    forward(x)                      its `router` scores (T, E) scale the experts' inputs
+    SORTED     forward(rows, sizes)            rows (S, in) sorted by expert
 """
 
 from __future__ import annotations
@@ -26,17 +18,14 @@ from torch import nn
 
 from lorafold.errors import LorafoldError
 
-STORED = "_"  # behind the name of matrices in a state dict
+STORED = "_"  # suffix of a `Matrices` name in a state dict
 CHOSEN, WEIGHED, SORTED = "chosen", "weighed", "sorted"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a parameter stores matrices.
-
-    number: the attribute of the module that says how many there are.
-    transposed: each as (in, out), not (out, in).
-    flat: the parameter is 2-D, with the matrices below each other.
+    """How a parameter stores matrices: their number is the module's attribute `number`; each is
+    (in, out) if `transposed`; if `flat`, they are concatenated in 2-D.
     """
 
     number: str = "num_experts"
@@ -46,15 +35,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class ExpertsForm:
-    """How a module holds the matrices of experts.
+    """How a module holds expert weights.
 
-    parameters: how each of its parameters stores its matrices, in the order in which they are
-        applied. Where the last has fewer than another, the experts beyond give back their input.
-    called: how the forward learns which rows are of which expert.
-    around: that forward is of the module around this one.
-    activation: the attribute that is applied to the gates: the first half of what the first
-        parameter gives, or what it gives, where there are three. Empty for transformers' interface,
-        which has a method for this.
+    parameters: in the order of use. If the last has fewer matrices, extra experts return their
+        input.
+    called: how the forward assigns rows to experts.
+    around: that forward belongs to the parent of this module.
+    activation: the attribute applied to the gates; empty for transformers' experts interface.
     """
 
     parameters: Mapping[str, Stored]
@@ -91,7 +78,6 @@ FORMS = {
 
 
 def form_of(module: nn.Module) -> ExpertsForm | None:
-    """The form in which a module holds matrices of experts; None for any other module."""
     if "is_transposed" in module.__dict__ and "has_gate" in module.__dict__:
         stored = Stored(transposed=bool(module.is_transposed))
         return ExpertsForm(
@@ -102,37 +88,34 @@ def form_of(module: nn.Module) -> ExpertsForm | None:
 
 
 class Matrices(nn.Module):
-    """The matrices of the parameter `name` of `owner`, which is a child of `around`."""
+    """The matrices of `owner`'s parameter `name`, a child of `around`; it has no parameters."""
 
     owner: nn.Module
     around: nn.Module | None
 
     def __init__(self, owner: nn.Module, name: str, around: nn.Module | None = None) -> None:
         super().__init__()
-        self.__dict__.update(owner=owner, around=around)  # no submodules, which would be a cycle
+        self.__dict__.update(owner=owner, around=around)  # not submodules: that would be a cycle
         self.name = name
         self.training = owner.training
 
     @property
     def form(self) -> ExpertsForm:
-        """How the owner holds the matrices."""
         form = form_of(self.owner)
         assert form is not None
         return form
 
     @property
     def stored(self) -> Stored:
-        """How the parameter stores them."""
         return self.form.parameters[self.name]
 
     @property
     def number(self) -> int:
-        """How many there are."""
         return int(getattr(self.owner, self.stored.number))
 
     @property
     def routed(self) -> nn.Module:
-        """The module whose forward learns which rows are of which expert."""
+        """The module whose forward receives the assignment of rows to experts."""
         if not self.form.around:
             return self.owner
         if self.around is None:
@@ -143,31 +126,26 @@ class Matrices(nn.Module):
         return self.around
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise NotImplementedError: the owner's forward computes with the matrices."""
         raise NotImplementedError(f"{self.name} is computed by {type(self.owner).__name__}")
 
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """The tensors of the deltas, under the parameter's name with an underscore behind it:
-        transformers divides what it finds under that name itself, one for each expert.
+        """The deltas' tensors, under the parameter's name and an underscore: transformers would
+        split tensors under the name itself by expert.
         """
         stored = f"{prefix.removesuffix('.')}{STORED}." if prefix else prefix
         return super().state_dict(destination=destination, prefix=stored, keep_vars=keep_vars)
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters in which a module holds the matrices of experts, in the order in
-    which they are applied; none for any other module.
-    """
+    """The names of the module's parameters with expert weights, in the order of use, if any."""
     form = form_of(module)
     return () if form is None else tuple(form.parameters)
 
 
 def expert_counts(module: nn.Module) -> set[int]:
-    """How many experts a module says that there are, if it holds matrices of experts, in whatever
-    form: matrices beside each other in parameters of its own. Empty for any other module.
-    """
+    """The numbers of experts that a module declares, if its own parameters hold expert weights."""
     counts = {n for name, n in vars(module).items() if name.endswith("experts") and type(n) is int}
     own = [(name, p) for name, p in module._parameters.items() if p is not None] if counts else []
     if not counts or any(p.dim() > 2 or (p.dim() == 2 and name != "weight") for name, p in own):
@@ -178,7 +156,6 @@ def expert_counts(module: nn.Module) -> set[int]:
 
 
 def matrices_of(module: nn.Module, around: nn.Module | None = None) -> dict[str, Matrices]:
-    """The matrices of a module of experts, by the names of its parameters."""
     return {
         name: module._modules.get(name) or Matrices(module, name, around)  # type: ignore[misc]
         for name in expert_parameters(module)
@@ -186,7 +163,7 @@ def matrices_of(module: nn.Module, around: nn.Module | None = None) -> dict[str,
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a site, which is a module path or the path of a parameter of experts.
+    """The module at a target path, which may be the path of an expert parameter.
 
     Raises AttributeError if there is none.
     """
@@ -200,7 +177,6 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def parameter_path(module: nn.Module, path: str, name: str) -> str:
-    """The path of a parameter in the model."""
     if isinstance(module, Matrices):
         return path if name == "weight" else f"{path}_{name}"
     return f"{path}.{name}" if path else name

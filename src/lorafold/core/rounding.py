@@ -1,23 +1,18 @@
-"""Rounding to 16 bits that keeps small changes: v is rounded up with frequency (v - below) /
-(above - below), where below and above are its two neighbours in the 16-bit dtype.
+"""Rounding to 16 bits that keeps small changes: v is rounded up with frequency (v - below) / (above
+- below), where below and above are its two neighbours in the 16-bit dtype.
 
-    dithered      the value's own bits decide: for sums and products that are computed again
+    dithered      the value's own bits decide: for sums and products that are recomputed
     stochastic    fp32 random numbers: for a weight that is folded once (Gupta et al. 2015, arXiv
                   1502.02551)
-    turned        16 random bits a value, shifted at every step: for weights that training stores at
-                  every step
+    turned        16 random bits, shifted at every step: for weights stored at every step
 
-**dithered.** Rounding W + dW to the nearest drops every dW under half a unit; a dither keeps it on
-average. Its bits are the value's own upper half times an odd constant, so the same value always
-rounds the same way: a replayed checkpoint, another place in the batch, decoding and prefill agree.
-Elements times a gain 1 + e, 1024 x 1536, compared with rounding to the nearest. Survival of the
-change (its projection on the exact one): e near 1e-4: 1.01 (nearest 0.00), noise 6.7e-4 of |y|; e
-near 1e-2: 1.00 (nearest 1.00), noise 2.3e-3 (nearest 1.7e-3).
+**dithered.** The dither is the value's upper half times an odd constant, so a value always rounds
+the same way: in a replayed checkpoint, elsewhere in the batch, in decoding and in prefill.
 
-**turned.** A weight that receives an update of p units goes up if u + t ODD / 2^16 (mod 1) lies in
-an interval of length p, where u is the weight's own random number and t the step. Over the steps
-that is a Kronecker sequence of the golden ratio (Niederreiter 1992, ch. 3): the sum of T equal
-updates is off by O(log T) units, where independent random numbers are off by sqrt(T p (1 - p)).
+**turned.** A weight with an update of p units is rounded up if u + t ODD / 2^16 (mod 1) lies in an
+interval of length p, u its random number and t the step: a Kronecker sequence of the golden ratio
+(Niederreiter 1992, ch. 3). The error of T equal updates is O(log T) units instead of sqrt(T p (1 -
+p)) with independent random numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-ODD = 0x9E37  # near 65536 / golden ratio: consecutive multiples of it lie far apart, modulo 65536
+ODD = 0x9E37  # near 65536 / golden ratio: consecutive multiples are far apart modulo 65536
 
 
 def dithered(v: Tensor) -> Tensor:
@@ -60,27 +55,18 @@ def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random generator of one tensor, which does not depend on the file it is stored in."""
+    """The random generator of one tensor, independent of the file that contains the tensor."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round x to one of its two neighbours in a narrower dtype, so that the expectation is x.
-
-    It is exact among the subnormals of `dtype` too, where the unit no longer shrinks with x.
-
-    Args:
-        x: fp32 or fp64, finite, of any shape.
-        generator: the source of one fp32 random number per value.
-    """
+    """Round x (fp32 or fp64, finite, any shape) to one of its neighbours, with expectation x."""
     return _up_below(x.float(), dtype, torch.rand(x.shape, generator=generator))
 
 
 def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
-    """Round x, fp32, away from zero where u (x's shape, in [0, 1)) is below the remainder, in
-    units; towards zero elsewhere.
-    """
+    """Round x, fp32, away from zero if u (same shape, in [0, 1)) is below the remainder."""
     info = torch.finfo(dtype)
     # the power of two at or under |x|
     binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -91,17 +77,9 @@ def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int) -> Tensor:
-    """Round x to one of its two neighbours in a 16-bit dtype, so that the expectation over the
-    generator's seed is x.
-
-    In bf16 the probabilities are exact, subnormals included; among the subnormals of fp16 they are
-    at most 2^-16 too large. Values that are not finite become NaN.
-
-    Args:
-        x: fp32, of any shape.
-        dtype: bf16 or fp16.
-        generator: the source of 64 random bits for every 4 values.
-        turn: the number of the step.
+    """Round x (fp32, any shape) to a neighbour in bf16 or fp16, with expectation x over the
+    generator's seed (exact in bf16; 2^-16 too large among fp16's subnormals). Non-finite values
+    become NaN.
     """
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     u = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
@@ -135,11 +113,7 @@ class _Scattered(Function):
 
 
 def scatter_added(w: Tensor, values: Tensor, at: Tensor) -> Tensor:
-    """W with the values added, in W's shape and dtype; rounded as `rounded` does.
-
-    Args:
-        w: the matrix, of any shape.
-        values: what is added (k,).
-        at: the ascending positions (k,) in the flattened matrix.
+    """w (any shape) plus `values` (k,) at the ascending flat positions `at` (k,), `rounded` to w's
+    dtype.
     """
     return _Scattered.apply(w, values, at)

@@ -1,18 +1,8 @@
-"""Which adapters are active on a model: for all that computes with it now, and for what is computed
-again in a backward.
+"""The active adapters of a model, and the source of its random numbers in training.
 
-    with only(model, "one"):            one entry at a time: a second thread or task is refused
-        loss = model(**batch).loss      checkpointed blocks record the names that they run under
-    loss.backward()                     and are computed again under these, whatever is active now
-
-`torch.utils.checkpoint` keeps one frame for each checkpointed segment, where the names are recorded
-in the order in which modules ask. The reentrant form and a checkpoint inside another one that is
-replayed have none: there a replay is refused if modules ran under other names than the active ones
-since the last backward.
-
-The selection also holds what the random draws of a training step follow from (`drawing`): a key,
-and for each token (B, T) a name of its row and its place there, so that a draw is the same for a
-row that is packed, padded, or alone, and for a checkpointed block that runs again.
+A block recomputed in a backward must run under the adapters of its forward, so modules record the
+names in the frame of `torch.utils.checkpoint`. Reentrant and nested checkpoints have no frame; such
+a replay is refused if modules ran under other names since the last backward.
 """
 
 from __future__ import annotations
@@ -32,18 +22,14 @@ from lorafold.core.contexts import in_backward
 from lorafold.errors import LorafoldError
 
 Names = tuple[str, ...]
-# the entries of `Selection.enter` that this thread or task is inside of
+# the `only` blocks that this thread or task is inside
 _inside: ContextVar[frozenset[OnlyBlock]] = ContextVar("inside", default=frozenset())
 
 
 @dataclass(eq=False)
 class Origin:
-    """The files of one adapter on a model.
-
-    name: the adapter's name on the model.
-    path: the directory that it was last loaded from or saved to, as it was given.
-    sha256: the digest of these files; empty for an adapter that was neither loaded nor saved, and
-        for one that was merged since.
+    """The files of an adapter: the directory last loaded from or saved to, and their digest (empty
+    if there are none, or the adapter was merged since).
     """
 
     name: str = ""
@@ -53,8 +39,8 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What random draws follow from: a key of 63 bits, and the name of each token of the batch that
-    is computed, int64 (B, T).
+    """The source of random numbers: a 63-bit key, and a name for each token, int64 (B, T), from its
+    row and position, so that dropout is the same for a packed, padded or single row.
     """
 
     key: int
@@ -63,7 +49,7 @@ class Draws:
 
 @dataclass(eq=False)
 class OnlyBlock:
-    """One `with only(...)` block: the names that it set, and those that were active before it."""
+    """One `with only(...)` block: the names it sets, and the previously active ones."""
 
     names: Names
     before: Names
@@ -71,8 +57,8 @@ class OnlyBlock:
 
 @dataclass(eq=False)
 class Recorded:
-    """The names that modules asked for in a checkpointed segment, in order, and how far the replay
-    by one hook has come.
+    """The active names at each module call in a checkpointed segment, and the position of the
+    replay.
     """
 
     names: list[Names] = field(default_factory=list)
@@ -80,7 +66,7 @@ class Recorded:
     at: int = 0
 
     def again(self, hook: Any) -> Names | None:
-        """The names of the next module in the replay by this hook; None if there are no more."""
+        """The names for the next module in this hook's replay; None at the end."""
         if hook is not self.hook:
             self.hook, self.at = hook, 0
         self.at += 1
@@ -89,16 +75,13 @@ class Recorded:
 
 @dataclass(eq=False)
 class Loading:
-    """One `load_state_dict` of a model with adapters: which adapters the state has tensors of, and
-    the keys of the others, which are taken out of `missing`.
-    """
+    """One `load_state_dict`: the adapters in the state, and the removed missing keys of others."""
 
     missing: list[str]
     given: set[str] = field(default_factory=set)
     forgiven: dict[str, list[str]] = field(default_factory=dict)
 
     def passed(self, prefix: str, given: set[str]) -> None:
-        """One module's deltas were loaded."""
         self.given |= given
         for name in self.given & self.forgiven.keys():
             self.missing += self.forgiven.pop(name)
@@ -111,20 +94,18 @@ class Loading:
 
 @dataclass(eq=False)
 class Selection:
-    """The names of the adapters that are active in one model, lowest first, the files of each
-    adapter on it by its name, the parameters that attaching froze, and what is drawn from.
-    """
+    """The active adapters of one model, lowest first, and other state that they share."""
 
     names: Names = ()
     origins: dict[str, Origin] = field(default_factory=dict)
     frozen: list[nn.Parameter] = field(default_factory=list)
     draws: Draws | None = None
     loading: Loading | None = None
-    referred: Names | None = None  # what the last reference of the model runs under
+    referred: Names | None = None  # the adapters of the model's last reference
     _lock: Lock = field(default_factory=Lock)
     _entries: list[OnlyBlock] = field(default_factory=list)
-    # what modules ran under that may be replayed, since the last replay without a record, and
-    # whether such a replay came after it
+    # the names under which modules ran that may be replayed without a record, since the last such
+    # replay, and whether one has happened since
     _ran: set[Names] = field(default_factory=set)
     _replayed: bool = False
 
@@ -137,11 +118,10 @@ class Selection:
 
     @property
     def active(self) -> tuple[Origin, ...]:
-        """The files of the active adapters, lowest first."""
         return tuple(self.origins.setdefault(name, Origin(name)) for name in self.names)
 
     def enter(self, names: Names) -> OnlyBlock:
-        """Make these names the active ones, until `leave` with the entry that is returned."""
+        """Make these names active until `leave` is called with the returned block."""
         with self._lock:
             if self._entries and self._entries[-1] not in _inside.get():
                 other = ", ".join(map(repr, self._entries[-1].names)) or "no adapter"
@@ -157,7 +137,9 @@ class Selection:
         return entry
 
     def leave(self, entry: OnlyBlock) -> None:
-        """Make active what was before the entry, which may be left in another order or thread."""
+        """Restore the names that were active before the block; blocks may be left in any order or
+        thread.
+        """
         with self._lock:
             at = self._entries.index(entry)
             if entry is self._entries[-1]:
@@ -168,14 +150,13 @@ class Selection:
         _inside.set(_inside.get() - {entry})
 
     def add(self, name: str) -> None:
-        """Make an adapter active above those that are, here and where entries lead back to."""
+        """Activate an adapter on top of the active ones, also after the current blocks end."""
         with self._lock:
             self.names += (name,)
             for entry in self._entries:
                 entry.before += (name,)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter that left the model."""
         with self._lock:
             self.names = tuple(n for n in self.names if n != name)
             for entry in self._entries:
@@ -183,9 +164,7 @@ class Selection:
             self.origins.pop(name, None)
 
     def running(self, training: bool) -> Names:
-        """The names of the adapters that a module runs under now: the active ones, and in the
-        replay of a checkpointed segment those of its forward.
-        """
+        """The adapters of a module call: the active ones, or in a replay the forward's."""
         if torch.compiler.is_compiling():
             return self.names
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -193,7 +172,7 @@ class Selection:
             if torch.is_grad_enabled():
                 if in_backward():
                     self._check_replay()
-            elif training:  # it may be the forward of a reentrant checkpoint
+            elif training:  # may be the forward of a reentrant checkpoint
                 self._note()
             return self.names
         recorded, replaying = _recorded(self, hooks[0])
@@ -226,9 +205,7 @@ class Selection:
 
 
 def _recorded(selection: Selection, hook: Any) -> tuple[Recorded | None, bool]:
-    """What a selection recorded in the checkpointed segment that a hook belongs to, and whether the
-    hook replays it; None if it is no hook of torch.utils.checkpoint.
-    """
+    """The record of the checkpointed segment of a hook, and whether the hook replays it."""
     own = getattr(hook, "_torchdynamo_orig_callable", hook)
     code = getattr(own, "__code__", None)
     for name, replaying in (("frame", False), ("target_frame_ref", True)):
@@ -246,9 +223,7 @@ BRANCH, SLOT = 32, 24  # the bits of a name: 23 row, 8 branch, 8 slot, 24 positi
 
 
 class DrawSite(NamedTuple):
-    """What one draw follows from: the step's key, the names of the tokens (T,), and the number of
-    the module that draws.
-    """
+    """The source of one dropout's random numbers: key, token names (T,), the module's number."""
 
     key: int
     names: Tensor
@@ -257,8 +232,7 @@ class DrawSite(NamedTuple):
 
 @contextmanager
 def drawing(selection: Selection, draws: Draws) -> Iterator[None]:
-    """Let what is drawn in the selection's model follow from `draws` until the `with` block ends.
-    """
+    """Context: random numbers in the selection's model are derived from `draws`."""
     before, selection.draws = selection.draws, draws
     try:
         yield
@@ -267,23 +241,20 @@ def drawing(selection: Selection, draws: Draws) -> Iterator[None]:
 
 
 def named(rows: Tensor, positions: Tensor, branches: Tensor | int = 0) -> Tensor:
-    """The names of tokens (B, T), int64. The arguments broadcast to that shape."""
+    """The names of tokens (B, T), int64; the arguments broadcast to that shape."""
     return (rows.long() << (BRANCH + 8)) + (torch.as_tensor(branches) << BRANCH) + positions
 
 
 def slots(names: Tensor, at: Tensor, k: int) -> Tensor:
-    """The names (S,) of rows that experts compute, each of a token and one of its k experts."""
+    """The names (S,) of rows that experts compute; each row is a token and one of its k experts."""
     return names[at // k] + (at % k << SLOT)
 
 
 def site_of(
     module: nn.Module, tokens: int, of: Callable[[Tensor], Tensor] | None = None
 ) -> DrawSite | None:
-    """What dropout in an adapted module follows from; None outside of `drawing`, and where what the
-    module computes are not the tokens of the batch, as under a head that sees some of them alone.
-
-    Args:
-        of: makes of the tokens' names (T,) those of the rows of its input (S,).
+    """The source of dropout's random numbers in a module; `of` maps the tokens' names (T,) to its
+    rows' (S,). None outside `drawing`, and if the inputs are not the batch's tokens.
     """
     selection = vars(module).get("selection")
     if not isinstance(selection, Selection) or (draws := selection.draws) is None:

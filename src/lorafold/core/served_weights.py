@@ -1,16 +1,10 @@
-"""The folded weight and bias, for models that read them without calling the module's forward.
+"""The folded weight and bias, for models that read them without calling the module's forward
+(`nn.MultiheadAttention`, Mamba's `dt_proj`).
 
-    module.weight, module.bias      round(fold_n(... fold_1(W, b))), in the layout that the module
-                                    stores
-
-`nn.MultiheadAttention` reads the weight of its `out_proj`, Mamba that of its `dt_proj`, a head the
-embedding's. So while a delta is active, reading the attribute returns a stand-in for the folded
-tensor, through which gradients reach the deltas; if a delta has no weight-space form, computing
-with it raises NotMergeable. The stand-in knows shape, dtype and device. Any other torch function,
-and code below that level (`__torch_dispatch__`), gets the folded tensor, summed in fp32 or wider
-and rounded with a dither to the stored dtype; each use costs a fold. Compilers, tracers and
-torch.func get the folded tensor itself. Writes (in-place operations, `.data`, tying) go to the
-stored parameter. A served weight has no dropout.
+While a delta is active, `module.weight` and `module.bias` are stand-ins with shape, dtype and
+device, through which gradients reach the deltas. Other torch functions receive the folded tensor,
+summed in fp32 or wider and dithered to the stored dtype; each use costs a fold. Writes go to the
+stored parameter. There is no dropout.
 """
 
 from __future__ import annotations
@@ -35,7 +29,7 @@ from lorafold.errors import NotMergeable
 if TYPE_CHECKING:
     from lorafold.core.attach import Adapted
 
-# the functions that the stand-in answers itself: they need no values
+# the functions that need no values, which run on the stand-in itself
 ASKED = frozenset(
     [
         *(
@@ -59,9 +53,9 @@ ASKED = frozenset(
         torch.numel,
     ]
 )  # fmt: skip
-# the functions that get the stored parameter in place of the stand-in
+# the functions that receive the stored parameter instead of the stand-in
 STORED = frozenset(getattr(Tensor, name).__get__ for name in ("data", "grad", "grad_fn", "is_leaf"))
-# the functions that write in place, in addition to those whose name ends in an underscore
+# functions that write in place, besides those whose name ends in an underscore
 WRITES = frozenset(
     f"__{name}__"
     for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
@@ -69,7 +63,7 @@ WRITES = frozenset(
 
 
 class Served(Tensor):
-    """The stand-in for a folded tensor. It has no values."""
+    """The stand-in for a folded tensor, without values."""
 
     reading: WeightRead
     which: str
@@ -77,7 +71,6 @@ class Served(Tensor):
 
     @staticmethod
     def of(reading: WeightRead, name: str) -> Served:
-        """The stand-in for the "weight" or the "bias" of a module."""
         like = reading.like(name)
         served = Tensor._make_wrapper_subclass(
             Served, reading.shape(name), dtype=like.dtype, device=like.device
@@ -88,12 +81,12 @@ class Served(Tensor):
 
     @property
     def stored(self) -> Any:
-        """The parameter that the module stores; the folded tensor if it stores none."""
+        """The module's stored parameter, or the folded tensor if there is none."""
         own = self.reading.stored(self.which)
         return self.reading.folded()(self.which) if own is None else own
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.stored, name)  # a quantized parameter has more attributes than a tensor
+        return getattr(self.stored, name)  # a quantized parameter has additional attributes
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.stored, name, value)
@@ -127,7 +120,7 @@ class Served(Tensor):
 
 
 class _Folded:
-    """The folded tensors for one call; the weight and bias of a module are folded together."""
+    """The folded tensors for one call; weight and bias are folded together."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[Any, ...], Callable[[str], Tensor | None]] = {}
@@ -140,9 +133,7 @@ class _Folded:
 
 
 def _to_stored(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of a function that writes to its first argument, with the stored parameter
-    there; `torch.nn.init` calls that argument `tensor`.
-    """
+    """The arguments of an in-place function, with the stored parameter as the first one."""
 
     def stored(first: Any) -> Any:
         return tree_map_only(Served, lambda served: served.stored, first)
@@ -153,8 +144,8 @@ def _to_stored(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 class _Deferred(Function):
-    """The stand-in as a differentiable function of the deltas' parameters: it gives them their
-    gradients where a computation bypasses `__torch_function__`.
+    """The stand-in as a differentiable function of the deltas' parameters, for computations that
+    bypass `__torch_function__`.
     """
 
     @staticmethod
@@ -176,8 +167,6 @@ class _Deferred(Function):
 
 
 class WeightDescriptor:
-    """The descriptor for the attribute `weight` or `bias` on the class of an adapted module."""
-
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -202,7 +191,7 @@ class WeightDescriptor:
         if not active:
             return own
         reading = WeightRead(module.layer_class(module), active, module.site)
-        # compilers, tracers and functional transforms need the folded tensor itself
+        # compilers, tracers and functional transforms can't use a stand-in
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if traced or torch._C._are_functorch_transforms_active():
             return reading.folded()(self.name)
@@ -216,7 +205,7 @@ class WeightDescriptor:
 
 @cache
 def _register_ties() -> None:
-    """Have a stand-in that is registered as a parameter of another module be the stored one."""
+    """Register the stored parameter, not the stand-in, if another module is tied to it."""
 
     def tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
         return parameter.stored if isinstance(parameter, Served) else None
@@ -229,16 +218,14 @@ NAMES = ("weight", "bias")
 
 @dataclass(frozen=True)
 class WeightRead:
-    """A module, its path `site`, and the deltas that were active when its weight or bias was read,
-    by the adapter's name, lowest first.
-    """
+    """A module, its path, and its active deltas by adapter name, lowest first."""
 
     base: BaseLayer
     deltas: dict[str, Delta]
     site: str
 
     def stored(self, name: str) -> Tensor | None:  # own shape
-        """The parameter of that name as the module stores it; None if there is none."""
+        """The module's stored parameter of that name, or None."""
         return self.base.parameter(name)
 
     def like(self, name: str) -> Tensor:
@@ -247,11 +234,8 @@ class WeightRead:
         return self.base.bare.weight if own is None else own
 
     def folded(self) -> Callable[[str], Tensor | None]:
-        """Fold the deltas, and return a function from "weight" or "bias" to the folded tensor.
-
-        The tensor has the layout (own shape) and the dtype that the module stores. A parameter that
-        no delta changes is returned itself. Raises NotMergeable if a delta can't be folded or the
-        storage can't hold the result.
+        """Fold the deltas, and return a function from "weight" or "bias" to the folded tensor, in
+        the stored layout (own shape) and dtype.
         """
         try:
             w, b = self.base.dense()
@@ -303,8 +287,8 @@ class WeightRead:
         return [p for p in {id(p): p for p in parameters}.values() if p.requires_grad]
 
     def gained(self) -> Tensor | None:
-        """The bias (out,), on the meta device, that the deltas add to a module without one; None
-        if they add none.
+        """The bias (out,), on the meta device, that the deltas add to a module without one, or
+        None.
         """
         try:
             w, _ = self.base.dense()
@@ -313,7 +297,7 @@ class WeightRead:
             return None
 
     def shape(self, name: str) -> torch.Size:
-        """The shape of the folded tensor: the stored one's, with what the deltas append to it."""
+        """The shape of the folded tensor: the stored shape plus rows that the deltas append."""
         like = self.stored(name) if self.stored(name) is not None else self.gained()
         assert like is not None
         parts = (part for delta in self.deltas.values() for part in delta.parts())

@@ -1,6 +1,4 @@
-"""Modules without numbers of their own: a second shell of a model over the same tensors, and deltas
-without their random start, whose values come from a file.
-"""
+"""Copies of a model that share its tensors, and modules built without initialization."""
 
 from __future__ import annotations
 
@@ -19,9 +17,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def twin(model: M) -> M:
-    """A copy of the model whose tensors are the model's own: what is written to one is read by
-    both. Its parameters ask for no gradients, and those that train have versions of their own, so
-    that a backward of the model does not take what is done to the twin's for a change of its own.
+    """A copy of the model that shares its tensors. Trainable ones get their own version counters,
+    so that the twin's in-place operations don't disturb the model's autograd.
     """
     memo = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(tensor): tensor for module in model.modules() for tensor in _kept(module)}
@@ -31,9 +28,7 @@ def twin(model: M) -> M:
 
 
 def _kept(module: nn.Module) -> Iterator[Tensor]:
-    """The tensors in objects that a module keeps, such as the codes of a quantized matrix, which
-    are neither parameters nor buffers.
-    """
+    """The tensors in a module's other attributes, such as the codes of a quantized matrix."""
     left, seen = [*vars(module).values()], set[int]()
     while left:
         value = left.pop()
@@ -52,9 +47,8 @@ RANDOM = (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_)
 
 
 class skip_init(TorchFunctionMode):
-    """Context in which these functions draw nothing in this thread, unless from a generator that
-    they are given: their tensors stay as the memory was. Raises LorafoldError for tensors of more
-    numbers in all than `most`.
+    """Context: init functions without a generator leave tensors uninitialized in this thread.
+    Raises LorafoldError if tensors of more than `most` numbers in all are created.
     """
 
     def __init__(self, most: int) -> None:

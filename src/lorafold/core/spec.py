@@ -12,28 +12,29 @@ from torch import Tensor
 from lorafold.core.delta import Delta, DeltasByPath
 from lorafold.core.layer import Layer
 
-# losses(n, rows=None) yields n scalar training losses, each the mean over `rows` rows (None: over a
-# batch)
+# losses(n, rows=None) yields n scalar training losses, each the mean over `rows` rows (None: over
+# a batch)
 Losses = Callable[..., Iterator[Tensor]]
 
 
 class Spec(ABC):
     """Abstract: one method with its hyperparameters.
 
-    What a method needs beyond a single layer it does in hooks, which attaching (`join`) and a run
-    (`prepare`, `penalty`, `after_step`, `report`) call where it has them. A spec is frozen, so the
-    hooks keep their state in the deltas.
+    A method that involves more than one layer implements hooks: attaching calls `join`; a training
+    run calls `prepare`, `penalty`, `after_step` and `report`. A spec is frozen, so hooks keep their
+    state in the deltas.
 
     Attributes:
         targets: the modules that the method adapts by default.
-        lr: the default learning rate of its parameters.
-        lr_b: that of its up factors; None is lr.
-        lr_whole: that of modules that are trained whole beside it; None is lr.
-        positions: how many positions of the model it takes before the first token of a row.
-        asks_losses: `prepare` asks for losses of rows, which a policy has none of before it draws.
-        head_alone: it adapts the head over a text and nothing else.
+        lr: the default learning rate.
+        lr_b: the learning rate of its up factors; None means `lr`.
+        lr_whole: the learning rate of modules that are fully trained beside it; None means `lr`.
+        positions: the number of positions that it adds before the first token of a row.
+        asks_losses: `prepare` uses losses of rows, which do not exist in reinforcement learning
+            before the first completions are sampled.
+        head_alone: it adapts the language model's head only.
         diagnostic: it measures a task, and is not meant for learning it.
-        trains_base: it trains the base's own weights, which therefore can't be quantized.
+        trains_base: it trains the base weights, which therefore can't be quantized.
         modifies_architecture: it adds modules to the forward pass.
         rank_is_dimension: its rank, if it has one, is a dimension of one of its tensors.
     """
@@ -51,7 +52,7 @@ class Spec(ABC):
     rank_is_dimension: ClassVar[bool] = True
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """The spec. Raises UnknownName for an option that it does not have, with what it has."""
+        """Create the spec. Raises UnknownName for an unknown option, with the known ones."""
         known = getattr(cls, "__dataclass_fields__", options)
         if not options.keys() <= known.keys():
             from lorafold.advice import unknown_names
@@ -64,7 +65,7 @@ class Spec(ABC):
         """Make the delta for one layer. Raises LorafoldError if the method can't adapt it."""
 
     def options(self) -> tuple[str, ...]:
-        """The names of the spec's options, with those of the spec that it contains, if any."""
+        """The names of the options, including a wrapped spec's."""
         return tuple(field.name for field in fields(self))  # type: ignore[arg-type]
 
     def at(self, path: str) -> Self:
@@ -72,15 +73,15 @@ class Spec(ABC):
         return self
 
     def join(self, deltas: DeltasByPath) -> None:
-        """Set up what deltas share; `attach` calls it once all of an adapter's deltas, by module
-        path, are built.
+        """Set up state that deltas share; `attach` calls it after all deltas of an adapter, by
+        module path, are built.
         """
         return None
 
     def prepare(self, deltas: DeltasByPath, losses: Losses) -> None:
         """Prepare the deltas for training; called once, before the first step of a run.
 
-        `losses` yields scalars to call `backward()` on; a spec that calls it `asks_losses`.
+        `losses` yields scalars to call `backward()` on; a spec that uses it sets `asks_losses`.
         """
         return None
 
@@ -89,7 +90,7 @@ class Spec(ABC):
         return None
 
     def after_step(self, deltas: DeltasByPath, step: int, total: int) -> None:
-        """Update the deltas after an optimizer step, whose gradients are still there.
+        """Update the deltas after an optimizer step, while its gradients still exist.
 
         Args:
             step: the number of the step, from 1.
@@ -98,7 +99,7 @@ class Spec(ABC):
         return None
 
     def report(self, deltas: DeltasByPath) -> str:
-        """A text on what the run decided about the deltas (ranks, say), which is printed at the
-        end of the run; empty if there is nothing to report.
+        """A text about the method's decisions during the run, such as ranks, which is printed at
+        the end of the run; empty for none.
         """
         return ""

@@ -1,26 +1,23 @@
 """Targets: the modules that an adapter is attached to.
 
     "all-linear"            a preset, found by the model's structure (`lorafold.core.anatomy`)
-    ["q_proj", "h.0.fc"]    the modules of these names, or whose path ends in them
+    ["q_proj", "h.0.fc"]    the modules with these names, or whose path ends in them
     "regex"                 the modules whose whole path it matches
 
-A pattern that matches no module is an error, which lists similar names. The presets:
+The presets:
 
-    all-linear      every linear of the blocks and the matrices of their experts, so no head, no
-                    embedding, no router and no indexer
-    attention, mlp  the linears of the blocks that are inside an attention, and the others
+    all-linear      the linear layers and expert weights of the blocks
+    attention, mlp  those inside an attention, and the others
     sublayers       the attention and the MLP of each block, as whole modules
     mlp-sublayers   the MLPs only
-    biases          every module that has a bias; all-linear where the blocks have no bias
+    biases          every module that has a bias; all-linear if the blocks have no bias
     parameters      every module that has parameters of its own, tied ones once
     decoder         the module between token ids and head, and the causal self-attentions inside it
-    head            the linears over the base model: a classifier's head, or the output embedding
-    vision-linear   every linear of the blocks of the encoders of images
-    audio-linear    every linear of the blocks of the encoders of sound
+    head            the linear layers on top of the base model, or the output embedding
+    vision-linear   the linear layers of the vision encoders' blocks
+    audio-linear    the linear layers of the audio encoders' blocks
 
-In a model with encoders beside its language model, all but the last two take the language model and
-its head alone: neither the encoders nor the connectors between them. A preset is a function from a
-model, and a test for linear modules, to module paths: an empty list if it has no such modules.
+In a multimodal model, all but the last two cover only the language model and its head.
 """
 
 from __future__ import annotations
@@ -38,39 +35,35 @@ from lorafold.core.matrices import Matrices
 from lorafold.errors import NoTarget, listed, shortened
 
 IsLinear = Callable[[nn.Module], bool]
-# what has a matrix and is in no preset, but may be named
+# modules with a matrix that are in no preset but may be named
 NAMED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Module paths by the pattern that matched them; each is under its first pattern only."""
+    """Module paths by the pattern that matched them; each under its first pattern only."""
 
     by_pattern: dict[str, tuple[str, ...]]
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All module paths, in the order of the patterns."""
         return tuple(path for paths in self.by_pattern.values() for path in paths)
 
     def without(self, paths: Collection[str]) -> Matches:
-        """The matches without these paths; a pattern may have none left."""
         by_pattern = self.by_pattern.items()
         return Matches({t: tuple(p for p in hits if p not in paths) for t, hits in by_pattern})
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
-    """Whether the path, or its end after a dot, matches the regular expression: PEFT's rule for the
-    keys of `rank_pattern` and `alpha_pattern`.
-    """
+    """Whether the path, or its end after a dot, matches: PEFT's rule for `rank_pattern`."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def match(
     model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: IsLinear
 ) -> Matches:
-    """Resolve targets (a preset, a regular expression, or names; matches are returned as they are)
-    to module paths. Raises NoTarget with every pattern that matches no module, and similar names.
+    """Resolve targets (preset, regular expression, names or matches) to module paths. Raises
+    NoTarget for every pattern without a match, with similar names.
     """
     if isinstance(targets, Matches):
         return targets
@@ -96,9 +89,6 @@ def match(
 
 
 def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
-    """The error message for a pattern that matches no module, with similar names of linears,
-    embeddings and convolutions.
-    """
     modules = Anatomy.of(model).modules
     named = (path for path, m in modules if is_linear(m) or isinstance(m, NAMED))
     names = sorted(set(map(last_part, named)))
@@ -108,7 +98,7 @@ def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
         each = [name.strip() for name in pattern.split(",")]
         options = listed((f"--targets {name}" for name in each), " ", room=60)
         return f"target {given} matches no module; several names are a list: {options}"
-    if pattern in names:  # alone it is a regular expression, as in PEFT
+    if pattern in names:  # a single string is a regular expression, as in PEFT
         return f"target {given} matches no whole path of a module; as a name it is [{given}]"
     if any(path.endswith(f".{pattern}") for path, _ in modules):
         return f"target {given} matches no whole path of a module; .*{pattern} does"
@@ -116,9 +106,7 @@ def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
 
 
 def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules inside the blocks, the matrices of experts among them, but not what routes
-    to experts; all linear modules if the model has no blocks.
-    """
+    """The linear modules inside the blocks (of the whole model if it has none), without routers."""
     anatomy = Anatomy.of(model)
     inside = beneath(anatomy.language_blocks or [""])
     linears = (path for path, m in anatomy.language_modules if is_linear(m))
@@ -126,14 +114,14 @@ def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules of the blocks that can learn: an indexer gets no gradient."""
+    """The linear modules of the blocks that can be trained: an indexer gets no gradient."""
     idle = beneath(Anatomy.of(model).indexers)
     return [path for path in block_linears(model, is_linear) if not idle(path)]
 
 
 def encoder_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules inside the blocks of the encoders beside the language model, or all those
-    of an encoder without blocks.
+    """The linear modules of the blocks of one kind of encoder; all of them if an encoder has no
+    blocks.
     """
     return [
         f"{path}.{inner}"
@@ -144,13 +132,12 @@ def encoder_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str
 
 
 def by_attention(inside: bool, model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules of the blocks that are inside an attention, or those that are not."""
     return [path for path in all_linear(model, is_linear) if of_attention(path) is inside]
 
 
 def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The children of each block that have children themselves: its attention and its MLP. The list
-    is empty if either is not one module in some block.
+    """The attention and the MLP of each block: its children that have children. Empty if a block
+    does not have both.
     """
     anatomy, paths = Anatomy.of(model), list[str]()
     for block in filter(beneath([anatomy.decoder]), anatomy.language_blocks):
@@ -163,9 +150,7 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """Every module that has a bias, but no router; the linears of all-linear if no module inside
-    the blocks has one. Experts are left out.
-    """
+    """Every module with a bias, except routers; the linears of all-linear if no block has one."""
     anatomy = Anatomy.of(model)
     modules = anatomy.language_modules
     biased = [path for path, m in modules if m._parameters.get("bias") is not None]
@@ -187,7 +172,7 @@ def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The decoder and the causal self-attentions inside it; empty if there are none inside it."""
+    """The decoder and the causal self-attentions inside it; empty if there are none."""
     anatomy = Anatomy.of(model)
     path = anatomy.decoder
     inside = [p for p in filter(beneath([path]), anatomy.attentions) if p != path]
@@ -195,7 +180,6 @@ def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def head(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules over the base model."""
     anatomy = Anatomy.of(model)
     over = beneath(anatomy.heads)
     return [path for path, m in anatomy.modules if is_linear(m) and over(path)]

@@ -1,1 +1,1 @@
-"""Turns a user's rows into conversations, the conversations into tokens, and these into batches."""
+"""Turns rows into conversations, conversations into tokens, and tokens into batches."""

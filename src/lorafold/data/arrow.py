@@ -1,9 +1,4 @@
-"""Lists of integers in memory-mapped Arrow files: the tokens of rows.
-
-    table = open_table(path);  ids = Lists(table.column("ids"));  ids[3]  ->  an array (T,)
-
-Nothing is copied, and no Python object is made for a token until an example is asked for.
-"""
+"""Columns of tokens and labels in memory-mapped Arrow files."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +17,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def open_table(path: Path) -> "pa.Table":
-    """The table of an Arrow file, memory-mapped."""
     import pyarrow as pa
 
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
@@ -35,8 +29,8 @@ def batch_of(
     flags: Iterable[str] = (),
     texts: Iterable[str] = (),
 ) -> "pa.RecordBatch":
-    """A record batch of entries, with the names of its columns of int32, of lists of int32, of
-    booleans and of texts. It is made of buffers: `pa.array` would import pandas, which takes 0.4 s.
+    """Builds a record batch of int32, lists of int32, booleans and text. `pa.array` would import
+    pandas, which takes 0.4 s.
     """
     import pyarrow as pa
 
@@ -61,12 +55,12 @@ def batch_of(
 
 
 def column(table: "pa.Table", name: str) -> Array:
-    """A column of int32 as one array (n,). `to_numpy` would import pandas too."""
+    """Returns a column of int32 as (n,). `to_numpy` would import pandas."""
     return np.concatenate([np.zeros(0, np.int32), *map(np.from_dlpack, table.column(name).chunks)])
 
 
 class Lists:
-    """A column of lists of int32, as arrays over the file's own bytes, and the length of each."""
+    """A column of lists of int32; items are views (T,) of the file."""
 
     def __init__(self, column: "pa.ChunkedArray") -> None:
         chunks = [chunk for chunk in column.chunks if len(chunk)]
@@ -87,14 +81,13 @@ class Lists:
 
 
 def digests(*columns: Iterable[Any]) -> Array:
-    """A number for each entry of columns, (n,), the same for equal ones in this process."""
+    """Hashes each entry (n,) across columns; only comparable within this process."""
     plain = (map(np.ndarray.tobytes, c) if isinstance(c, Lists) else c for c in columns)
     return np.fromiter(map(hash, zip(*plain, strict=True)), np.int64)
 
 
 class Judgements(NamedTuple):
-    """What examples judge: digests of subjects (n,), verdicts (n,), what contradictions are called,
-    and how many examples have each label.
+    """Digests of subjects (n,), verdicts (n,), the text for contradictions, and counts of labels.
     """
 
     subjects: Array
@@ -104,11 +97,9 @@ class Judgements(NamedTuple):
 
 
 class Items(Sequence[E]):
-    """Abstract: a sequence whose items are made when they are asked for."""
-
     @abstractmethod
     def item(self, index: int) -> E:
-        """One item."""
+        """Builds one item."""
 
     @overload
     def __getitem__(self, index: int) -> E: ...
@@ -120,19 +111,17 @@ class Items(Sequence[E]):
 
 
 class TableExamples(Items[E]):
-    """Abstract: examples of a table.
+    """Examples of a table, truncated: `lengths` (n,) in tokens, `rows` (n,) the index of the row.
 
-    `lengths` (n,) are the tokens of each, after cutting, and `rows` (n,) the index of its row.
-    `marked` rows of the table have control tokens that are text. `compared_by` are columns of the
-    whole table in which two examples differ: tokens before cutting, and what is trained.
+    `marked` counts rows with control tokens as text. Two examples are equal if they agree in
+    `compared_by`: untruncated tokens and trained spans of the whole table.
     """
 
     compared_by: tuple[Iterable[Any], ...]
-    judged: Judgements | None = None  # what they judge, if they judge anything
-    ends_lost: Array | None = None  # whether the end of an answer is cut off each, (n,), if known
+    judged: Judgements | None = None  # of labels and preferences
+    ends_lost: Array | None = None  # (n,), whether truncation cuts off the end of an answer
 
     def __init__(self, table: "pa.Table", max_length: int, chosen: Array) -> None:
-        """Take the examples with the indices `chosen`, cut to `max_length` tokens at their end."""
         self._ids, self.chosen, self._max_length = Lists(table.column("ids")), chosen, max_length
         self.lengths = np.minimum(self._ids.lengths[chosen], max_length)
         self.rows = column(table, "row")[chosen]
@@ -145,7 +134,6 @@ class TableExamples(Items[E]):
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:
-    """The tokens of each example; no example of a table is made for it."""
     if isinstance(examples, TableExamples):
         return list(map(int, examples.lengths))
     return [len(example.ids) for example in examples]

@@ -1,11 +1,11 @@
-"""Batches: examples of each optimizer step, held-out rows, packing by best fit, and tensors.
+"""Batches: shuffling, held-out split, packing, shared prefixes, collation.
 
-Feeds depend on nothing but their arguments, so a resumed run computes its batches again. Rows that
-begin alike are a forest; a token that rows train on with different next ones is in each of them.
+Feeds depend only on their arguments, so a resumed run computes the same batches. Rows are merged
+into a forest of shared prefixes; a token with different targets is in each of its rows.
 
     rows     a b c d         tokens   a b c d  e  f       each node once, depth first
              a b e           lens     4  3  1             of the rows, in that order
-             f               starts   0  2  0             the tokens that the row before has too
+             f               starts   0  2  0             tokens shared with the previous row
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ from lorafold.errors import LorafoldError
 
 
 class Batches(Sequence[list[int]]):
-    """The indices of the examples of each optimizer step, (steps, batch).
+    """The example indices of each step, (steps, batch).
 
-    The examples are shuffled anew for each epoch and the epochs are joined end to end, so a batch
-    may span two epochs and every batch is full. Of a source with weight w an epoch takes the next
-    round(w n) of its n examples, in an order of their own that also goes on from epoch to epoch.
+    Epochs are shuffled and concatenated, so every batch is full and may span two. From a source
+    with weight w and n examples, an epoch takes the next round(w n), in an order that continues
+    across epochs.
     """
 
     def __init__(
         self, parts: int | Sequence[SourcePart], batch: int, steps: int, seed: int
     ) -> None:
-        """Raise LorafoldError if there are no examples."""
         self._parts = [SourcePart(parts)] if isinstance(parts, int) else list(parts)
         self._taken = [epoch_size([part]) for part in self._parts]
         self._batch, self._steps, self._seed = batch, steps, seed
@@ -63,7 +62,7 @@ class Batches(Sequence[list[int]]):
         for number, (part, taken) in enumerate(zip(self._parts, self._taken, strict=True)):
             own = np.arange(part.size, dtype=np.int32)
             if taken != part.size:
-                # the next ones, in an order that is drawn anew each time the source is through
+                # the next ones; the source is shuffled again each time it is exhausted
                 turn, at = divmod(epoch * taken, part.size)
                 drawn: list[int] = []
                 while len(drawn) < at + taken:
@@ -79,12 +78,10 @@ class Batches(Sequence[list[int]]):
 
 
 def epoch_size(parts: Sequence[SourcePart]) -> int:
-    """How many examples an epoch has; of a source that has any it takes at least one."""
     return sum(max(1, round(part.weight * part.size)) for part in parts if part.size)
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Return (training rows, held-out rows), chosen at random, each in the order given."""
     rows = Rows.of(rows)
     if not fraction:
         return rows, Rows.of([])
@@ -99,14 +96,12 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def collate(examples: Sequence[Any], packed: bool, pad_id: int) -> dict[str, Tensor]:
-    """Return the tensors of one forward pass over examples with `ids` (T,) and unshifted `labels`
-    (T,), such as `Example`.
+    """Returns the tensors of a forward pass over examples with `ids` (T,) and unshifted `labels`
+    (T,).
 
-    Packed: input_ids, position_ids and labels, (1, T), where T is the sum of the lengths.
-    Padded at the right: input_ids, attention_mask and labels, (B, T), where T is the longest.
-
-    The labels returned are shifted: labels[b, t] is the token after position t, or -100 if the loss
-    leaves it out, as it does at the last position of each example.
+    Packed: input_ids, position_ids and labels, (1, T), T the sum of the lengths. Otherwise padded
+    on the right: input_ids, attention_mask and labels, (B, T). The returned labels are shifted:
+    labels[b, t] is the token after position t, or -100 if the loss ignores it.
     """
     ids = [torch.tensor(e.ids, dtype=torch.long) for e in examples]
     targets = [torch.tensor([*e.labels[1:], NO_LOSS], dtype=torch.long) for e in examples]
@@ -123,11 +118,8 @@ def collate(examples: Sequence[Any], packed: bool, pad_id: int) -> dict[str, Ten
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Plan which documents are packed into one sequence of at most `capacity` tokens.
-
-    Best fit decreasing: the longest document is placed first, and each goes into the sequence
-    where it leaves the least room. A document longer than `capacity` has a sequence of its own.
-    Returns the indices of the documents of each sequence, ascending.
+    """Packs documents into sequences of at most `capacity` tokens, by best fit decreasing. A longer
+    document gets its own. Returns ascending indices.
     """
     sequences: list[list[int]] = []
     room: list[int] = []
@@ -148,7 +140,6 @@ def micro_batches(
     capacity: int | None = None,
     size: Callable[[Any], int] = lambda example: len(example.ids),
 ) -> list[Sequence[Any]]:
-    """Divide a step's examples into `n` micro-batches, or more of at most `capacity` tokens."""
     share = ceil(len(examples) / n)
     runs = [examples[i : i + share] for i in range(0, len(examples), share)]
     if capacity is None:
@@ -161,28 +152,28 @@ def micro_batches(
 
 
 def labelled(example: Example) -> int:
-    """Count the example's tokens that the loss counts, of which the first token is none."""
+    """Counts the tokens in the loss, which excludes an example's first token."""
     return sum(label != NO_LOSS for label in example.labels[1:])
 
 
 class BatchFeed(ABC):
-    """Abstract: the examples of `steps` steps, of which `foreseen` are cheap to see in advance."""
+    """The examples of `steps` steps, of which `foreseen` are cheap to inspect in advance."""
 
     foreseen: int
     steps: int
-    summary = ""  # what is worth telling after the last step
+    summary = ""  # a line to print after the last step
 
     @abstractmethod
     def after(self, step: int) -> Iterator[Sequence[Any]]:
-        """The examples of the steps after the first `step`, which are at most `batch` rows each."""
+        """Yields the examples of each step after `step`."""
 
     @abstractmethod
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        """Examples that no step depends on."""
+        """Yields `n` random batches, independent of the training steps."""
 
 
 class StoredFeed(BatchFeed):
-    """Examples that are all at hand; `passes` is how often each comes in a run."""
+    """A feed of stored examples; `passes` is the number of epochs."""
 
     foreseen = 1000
 
@@ -195,14 +186,13 @@ class StoredFeed(BatchFeed):
         seed: int,
     ) -> None:
         self.examples, self.steps, self.batch = examples, steps, batch
-        # where the examples of each row begin; each has one, unless the examples know their rows
+        # where the examples of each row begin; without `rows`, each row has one example
         rows = getattr(examples, "rows", np.arange(len(examples)))
         self._borders = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(examples))
         self._batches = Batches(parts, batch, steps, seed)
         self.passes = steps * batch / max(1, len(self._borders) - 1)
 
     def with_examples(self, change: Callable[[Any], Sequence[Any]]) -> StoredFeed:
-        """A feed of the same steps, whose examples are what `change` makes of these, in order."""
         changed = copy.copy(self)
         changed.examples = change(self.examples)
         return changed
@@ -220,15 +210,17 @@ class StoredFeed(BatchFeed):
 
 R = TypeVar("R")
 EMPTY: Array = np.zeros(0, np.int64)
-PAYS = 0.95  # of the tokens, at most: with less in common a forest costs more than it saves
-WINDOW = 1024  # rows among which those that begin alike are looked for, where nothing is trained
+PAYS = 0.95  # if more tokens than this share remain, a forest costs more than it saves
+WINDOW = 1024  # rows among which shared prefixes are searched for in passes without training
 
 
 @dataclass(frozen=True)
 class Forest:
-    """Of each token (T,): its id, position, target (-100 for none), how many rows train on it, and
-    the first row that it is of. `places` are those of each row's tokens, `trained` of those that it
-    trains on. `lens` and `starts` are as `ops.packed_documents.Documents` has them.
+    """Rows merged by shared prefix. Of each token (T,): id, position, target (-100 for none), the
+    number of rows that train it, and the first row with it.
+
+    `places` are the tokens of each row and `trained` those it trains. For `lens` and `starts` see
+    `ops.packed_documents.Documents`.
     """
 
     ids: Array
@@ -242,11 +234,13 @@ class Forest:
     starts: tuple[int, ...]
 
     def rows(self) -> Tensor:
-        """How many rows have each token, (1, T)."""
+        """Counts the rows with each token, (1, T)."""
         return torch.from_numpy(np.bincount(np.concatenate(self.places)))[None]
 
     def tensors(self) -> dict[str, Tensor]:
-        """input_ids, position_ids, labels, counts and document, each (1, T), and lens (n, 2)."""
+        """Returns input_ids, position_ids, labels, counts and document, each (1, T), and lens
+        (n, 2).
+        """
         tokens = {
             "input_ids": self.ids, "position_ids": self.positions, "labels": self.targets,
             "counts": self.counts, "document": self.first,
@@ -260,8 +254,8 @@ def forest(
     limits: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
 ) -> Forest:
-    """The forest of rows with unshifted labels, each of which may share `limits` tokens at most;
-    with `groups`, ascending, with those of its group alone.
+    """Merges rows with unshifted labels. Each may share at most its `limits` tokens and, with
+    ascending `groups`, only within its group.
     """
     size = sum(len(row.ids) for row in rows)
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
@@ -269,7 +263,7 @@ def forest(
     lens: list[int] = []
     starts = []
     places, of_rows = ([np.zeros(0, np.int64)] * len(rows) for _ in range(2))
-    path, limit, end = np.zeros(0, np.int64), size, 0  # of the row before; the tokens so far
+    path, limit, end = np.zeros(0, np.int64), size, 0  # of the previous row; tokens so far
     group, order = None, range(len(rows))
     for n in order if groups else sorted(order, key=lambda n: tuple(rows[n].ids)):
         own, wanted = np.array(rows[n].ids), np.array([*rows[n].labels[1:], NO_LOSS])
@@ -297,7 +291,7 @@ def forest(
 
 
 def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
-    """Of each token of each row of ids, (t,): the first row that has the same tokens up to it."""
+    """Returns, for each token of each row (t,), the first row with the same prefix through it."""
     first = np.full(sum(map(len, rows)), len(rows), np.int64)  # of each node
     of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
     for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):
@@ -316,8 +310,8 @@ def alike(
     beginning: Callable[[R], Sequence[int]],
     size: Callable[[R], int] | None = None,
 ) -> list[Sequence[R]]:
-    """Divide a step's rows into `n` micro-batches, or more of at most `capacity` tokens, in which
-    those that begin alike meet. `size` gives a row's tokens; None: as many as it begins with.
+    """Divides rows into `n` micro-batches, or more of at most `capacity` tokens, sorted by prefix.
+    `size` is a row's tokens, by default its prefix's.
     """
     parts: list[Sequence[R]] = []
     part: list[R] = []
@@ -326,7 +320,7 @@ def alike(
         before, ids = ids, np.array(beginning(row))
         own = size(row) if size else len(ids)
         shared = _common(before, ids)
-        # where both go on, the last may predict another token in each, and then is in both
+        # if both continue, their last shared token may have two targets, and then is not shared
         tokens += own - max(0, shared - (shared < min(len(before), len(ids))))
         if place % share == 0 or tokens > capacity:
             parts.append(part := [])
@@ -336,7 +330,9 @@ def alike(
 
 
 def _common(before: Array, ids: Array, targets: Array = EMPTY, wanted: Array = EMPTY) -> int:
-    """How many ids a row (u,) shares with the one before (t,), up to another target."""
+    """Counts the leading ids that a row (u,) shares with the previous one (t,), up to two different
+    targets.
+    """
     n = min(len(before), len(ids))
     same = before[:n] == ids[:n]
     if len(wanted):

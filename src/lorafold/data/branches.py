@@ -1,11 +1,9 @@
-"""Examples of preferences: the tokens of a prompt once, and those of the completions after it.
+"""Examples of preferences: the tokens of a prompt once, followed by the completions.
 
     ids = shared (s,) + branch 1 (b1,) + branch 2 (b2,)       position s + t for token t of a branch
 
-PAIRS have a chosen completion, branch 1, and a rejected one; JUDGED rows one completion with a
-label. A branch begins with the last token that both documents have in common before the first
-trained one, so that each position predicts one token. `shared` + `branch` are the ids that
-supervised training makes of the row with that completion.
+PAIRS have two branches, chosen and rejected; JUDGED rows have one with a label. A branch begins
+with the last shared token before the first trained one, so each position predicts one token.
 """
 
 from __future__ import annotations
@@ -38,10 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Branched:
-    """A tokenized row: the ids that its documents have in common (s,), and how each goes on.
-
-    `desirable` judges the first branch; the chosen one of a pair is. `reference` are the
-    log-probabilities of the branches under the reference, once they are known.
+    """A tokenized row: shared ids (s,), branches, the label of a single branch, and the branches'
+    log-probabilities under the reference model.
     """
 
     shared: tuple[int, ...]
@@ -51,32 +47,30 @@ class Branched:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The shared ids and those of all branches, end to end, (T,)."""
+        """The shared ids and all branches, (T,)."""
         return sum((branch.ids for branch in self.branches), self.shared)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The label of each of `ids`, (T,)."""
+        """(T,), with -100 for the shared ids."""
         return sum((branch.labels for branch in self.branches), (NO_LOSS,) * len(self.shared))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The tokens that are computed for each document, the shared ones with the first."""
+        """The tokens computed per document; the shared ones count for the first."""
         first, *others = (len(branch.ids) for branch in self.branches)
         return (len(self.shared) + first, *others)
 
     def some(self, chosen: slice) -> Branched:
-        """The row with these of its branches."""
         return replace(self, branches=self.branches[chosen], reference=self.reference[chosen])
 
     def documents(self) -> list[Example]:
-        """Each branch with the shared ids before it."""
         before = (NO_LOSS,) * len(self.shared)
         return [Example(self.shared + b.ids, before + b.labels) for b in self.branches]
 
 
 def continued(example: Example) -> Branched:
-    """A row as the only branch of what is before its trained tokens, but for the last of these."""
+    """Splits off a branch, which begins with the token before the first trained one."""
     trained = (place for place, label in enumerate(example.labels) if label != NO_LOSS)
     at = max(0, next(trained, 0) - 1)
     return Branched(example.ids[:at], (Example(example.ids[at:], example.labels[at:]),))
@@ -84,8 +78,8 @@ def continued(example: Example) -> Branched:
 
 @dataclass(eq=False)
 class Branches(Encoder):
-    """Makes examples of PAIRS or JUDGED. Columns: `row`, `ids` (T,), `starts` (k,) of the branches,
-    `spans` (2n,) that are trained, `desirable`, `marked`, `turns`, `problem`.
+    """Columns: `row`, `ids` (T,), `starts` (k,) of the branches, `spans` (2n,) that are trained,
+    `desirable`, `marked`, `turns`, `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -161,8 +155,8 @@ class Branches(Encoder):
 
 
 class BranchedExamples(TableExamples[Branched]):
-    """The examples of a table that `Branches` made. `lengths` (n,) are the tokens that are computed
-    for each, `whole` (n, k) those of its documents, `tails` (n, k) those of its branches.
+    """Computed tokens of each example, `lengths` (n,), and branch, `tails` (n, k); untruncated
+    tokens of each document, `whole` (n, k).
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
@@ -180,18 +174,16 @@ class BranchedExamples(TableExamples[Branched]):
 
     @cached_property
     def ends_lost(self) -> Array:  # type: ignore[override]
-        """Whether a row lost tokens that it trains at the maximum length, (n,)."""
         lost = np.any(self.whole > self._max_length, axis=1)
         for n in np.flatnonzero(lost).tolist():
             starts, tails, spans = self._starts[n], self.tails[n], self._spans[n].reshape(-1, 2)
-            of = np.searchsorted(starts, spans[:, 0], "right") - 1  # the branch of each span
+            of = np.searchsorted(starts, spans[:, 0], "right") - 1  # branch of each span
             lost[n] = np.any(spans[:, 1] - starts[of] > tails[of])
         return lost
 
     @cached_property
     def judged(self) -> Judgements:  # type: ignore[override]
-        """The preferred answer: the first of the pair, as their digests are sorted, or the second.
-        """
+        """The subject is the unordered pair of answers; the verdict is the chosen one."""
         chosen, rejected = (digests(self._documents(n)) for n in (0, 1))
         ordered = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
         contrary = "choose the answer that an earlier one rejects, and reject its chosen one"
@@ -204,7 +196,6 @@ class BranchedExamples(TableExamples[Branched]):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of all that the examples are made of."""
         digest = sha256(type(self).__name__.encode())
         lists = (self._ids, self._starts, self._spans)
         arrays = (array for of in lists for array in (*of.ends, *of.values))
@@ -224,8 +215,8 @@ class BranchedExamples(TableExamples[Branched]):
 
 
 class MismatchedExamples(BranchedExamples):
-    """Judged completions, each with the one of the example before (for the first: of the last) as a
-    second branch, on which KTO measures its divergence.
+    """Judged completions, each with the previous example's completion (the first: the last one's)
+    as second branch, on which KTO estimates its KL.
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
@@ -259,14 +250,12 @@ def encode_preferred(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenize rows of PAIRS or JUDGED, each prompt once, cut to `max_length` tokens a document."""
     rows = as_checked(rows, kind)
     table = tokenized(rows, Branches(tokenizer, kind, rendering), console)
     return preferred(table, rows, max_length, kind)
 
 
 def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encoded:
-    """The examples of a table that `Branches` made, cut to `max_length` tokens a document."""
     examples = EXAMPLES[kind](table, max_length)
     cut = np.any(examples.whole > max_length, axis=1)
     refuse_cut(rows, examples, max_length, cut)
@@ -289,7 +278,7 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encode
 
 
 def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
-    """Raise LorafoldError for `cut` examples, (n,), of which nothing is left to compare."""
+    """Raises if truncation leaves nothing to compare in any of the `cut` (n,) examples."""
     bad = {}
     for n in np.flatnonzero(cut).tolist():
         row, own = int(examples.rows[n]), examples[n].branches[: examples.whole.shape[1]]

@@ -1,11 +1,7 @@
-"""Calls in a generated text, read back the way the chat template writes them.
+"""Parses tool calls in generated text, with a grammar inferred from the chat template's rendering
+of probe calls.
 
-    parse_calls('<tool_call>{"name": "f", "arguments": {"city": "Rome"}}</tool_call>', tokenizer)
-    [{"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}]
-
-The template's rendering of probe calls shows how it writes them: two in one turn show the text
-between calls, numbers beside texts show the quotes. Arguments are JSON, or keys and values with
-text between and around. Whitespace may differ, and special tokens may be left out of the text.
+Arguments are JSON or key-value pairs. Whitespace may differ, and special tokens may be missing.
 """
 
 from __future__ import annotations
@@ -30,12 +26,12 @@ NAMES = ("probe_first", "probe_second")
 KEYS = ("probe_key", "probe_other")
 TEXTS = ("probe value", "probe text")
 NUMBERS = (7131, 8242)
-# of bounded length: else a text without an end of the name is tried from each of its characters on
+# the bound keeps matching linear on a text in which no name ends
 NAME = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 class Pairs(NamedTuple):
-    """Arguments as keys and values: the text between, after and around them."""
+    """The text between, after and around keys and values."""
 
     equals: str
     comma: str
@@ -45,10 +41,9 @@ class Pairs(NamedTuple):
 
 
 class Grammar(NamedTuple):
-    """The text before the first name, between two calls up to the second name (None if a turn has
-    one call at most), after a name up to the arguments, after the name of a call without arguments,
-    and the arguments as pairs, or None for JSON, which `closing` follows. NAMES[0] stands for a
-    name that is repeated.
+    """The text before the first name; between calls (None if a turn has at most one); before
+    arguments; after a name without arguments; the syntax of pairs, or None for JSON; and the text
+    after JSON. NAMES[0] stands for a repeated name.
     """
 
     before: str
@@ -59,8 +54,6 @@ class Grammar(NamedTuple):
     closing: str = ""
 
     def without(self, words: Sequence[str]) -> Grammar:
-        """The same where these words are left out of texts, as special tokens are."""
-
         def bare(part: Any) -> Any:
             if isinstance(part, Pairs):
                 return Pairs(*map(bare, part))
@@ -72,7 +65,7 @@ class Grammar(NamedTuple):
 
 
 def grammar_of(tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
-    """How the tokenizer's chat template writes calls; None if it writes none."""
+    """Infers the grammar; None if the template shows no calls."""
     return _grammar_of(template_of(tokenizer))
 
 
@@ -105,7 +98,7 @@ def _grammar_of(template: Template) -> Grammar | None:
     if between is not None:
         two_numbers = _said([numbers, numbers], tokenizer).partition(NAMES[1])[0]
         shared = common(str(_after(two_numbers, numbers)[-1]), plain_end)
-        plain_end = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # half a tag is no closing
+        plain_end = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # drop half a tag
         between = between.removeprefix(ending).removeprefix(plain_end)
     elif at := min((plain_end.find(word) for word in special if word in plain_end), default=0):
         plain_end = plain_end[:at]
@@ -115,12 +108,11 @@ def _grammar_of(template: Template) -> Grammar | None:
 
 
 def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens, which are left out of completions."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template adds to a generation prompt for a turn of calls with these arguments."""
+    """Renders a turn of calls, without the generation prompt and reasoning."""
     calls = list(map(call, NAMES, arguments))
     prompt = attempt([ASKED], tokenizer, for_generation=True)
     text = attempt([ASKED, {"role": "assistant", "tool_calls": calls}], tokenizer)
@@ -129,7 +121,7 @@ def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
 
 
 def _after(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """What stands before two keys, between a key and its value, between both, and behind them."""
+    """Returns the texts before keys, between key and value, between pairs, and after."""
     wanted = [str(part) for pair in arguments.items() for part in pair]
     parts = re.split("({})".format("|".join(map(re.escape, wanted))), text)
     if parts[1::2][-4:] != wanted:
@@ -139,7 +131,7 @@ def _after(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
 
 
 def _json_at(text: str, wanted: dict[str, Any]) -> tuple[int, str] | None:
-    """Where the wanted JSON object begins, and what follows it; None without one."""
+    """Returns the position of the wanted object and the text after it."""
     for at in (i for i, character in enumerate(text) if character == "{"):
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
@@ -153,15 +145,17 @@ def _json_at(text: str, wanted: dict[str, Any]) -> tuple[int, str] | None:
 def parse_calls(
     text: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()
 ) -> list[dict[str, Any]]:
-    """The calls in a completion, in OpenAI's form, with arguments as an object; [] without calls.
+    """Returns the calls in a completion in OpenAI's format, with arguments as an object; [] if
+    none.
 
     Args:
-        text: A completion, with its special tokens or without.
-        tokenizer: The tokenizer whose chat template writes the calls.
-        tools: The tools that were offered. A template that writes texts without quotes does not
-            tell 7 from "7": what a tool says is text stays text.
+        text: A completion, with or without its special tokens.
+        tokenizer: The tokenizer whose chat template defines the syntax of calls.
+        tools: The tools that were offered. Some templates don't quote strings, so 7 and "7" look
+            the same; an argument that these tools declare as a string stays one.
 
-    Raises LorafoldError for a template that writes no calls, and for arguments that can't be read.
+    Raises:
+        LorafoldError: if the template shows no calls, or if arguments can't be parsed.
     """
     grammar = grammar_of(tokenizer)
     if grammar is None:
@@ -177,7 +171,6 @@ def parse_calls(
 
 
 def read_tools(path: Path) -> list[Tool]:
-    """The tools of a JSON file, which holds a list of them."""
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -193,7 +186,7 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
     named, pairs = f"(?:{_regex(grammar.named)})", grammar.pairs
     if grammar.bare.strip() and pairs is not None:
         named = f"(?:{_regex(grammar.named)}|(?P<bare>{_regex(grammar.bare)}))"
-    # without anything before a name, a call can only be the whole text
+    # if nothing precedes a name, only a whole text can be a call
     begin = re.compile((_regex(grammar.before.lstrip()) or r"\A\s*") + NAME + named)
     further = re.compile(_regex(grammar.between) + NAME + named) if grammar.between else None
     at, match = 0, begin.search(text)
@@ -216,7 +209,6 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
 
 
 def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
-    """The keys and values from a character on, and where they end."""
     arguments = {}
     opening, ending = map(re.escape, (pairs.opening, pairs.ending))
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
@@ -227,7 +219,7 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
         quoted = quoted_re.match(text, key.end()) if opening else None
         ends = [] if quoted else list(after_re.finditer(text, key.end()))
         values = (text[key.end() : end.start()] for end in ends)
-        # a list or an object goes on to the end at which its brackets are closed
+        # a list or an object ends where its brackets are balanced
         whole = next((n for n, value in enumerate(values) if _closed(value)), 0)
         match = quoted or (ends[whole] if ends else None)
         if match is None:
@@ -242,14 +234,13 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
 
 
 def _closed(value: str) -> bool:
-    """Whether a value has as many closing brackets as opening ones, if it begins with one."""
+    """Whether the brackets of a list or an object are balanced."""
     if not value.lstrip().startswith(("[", "{")):
         return True
     return all(value.count(a) == value.count(b) for a, b in ("[]", "{}"))
 
 
 def _value(text: str, pairs: Pairs) -> Any:
-    """A value that is not said to be text: as JSON or Python writes it, else as text."""
     plain = text
     for quote in filter(None, (pairs.opening, pairs.ending)):
         plain = plain.replace(quote, '"')
@@ -270,6 +261,5 @@ def _types(tools: Sequence[Tool], name: str) -> dict[str, str]:
 
 
 def _regex(literal: str) -> str:
-    """A pattern for a text in which runs of whitespace may differ, and a name may be repeated."""
     pattern = r"\s*".join(map(re.escape, re.split(r"\s+", literal)))
     return pattern.replace(re.escape(NAMES[0]), "(?P=name)")

@@ -1,11 +1,7 @@
-"""What there is to know before the first step of a run: what the chat template does with a
-conversation that its user can't see in a row, and what the tokens of the rows show.
+"""Checks before training: a summary of the chat template, and problems of tokenized rows.
 
-    describe_template(tokenizer).lines     the template, by rendering probes, a line each
-    find_problems(train.examples, rows, max_length, (held_out.examples, held_out_rows)).lines
-
-Rows are compared by digests of tokens that are there anyway (`TableExamples`). `SAID` has what is
-looked for; a label that no row has is reported too, and a file of which no turn is trained on.
+Rows are compared by digests of their tokens (`TableExamples`). `SAID` lists the checks; labels
+without rows and files without trained turns are reported too.
 """
 
 from __future__ import annotations
@@ -45,7 +41,7 @@ from lorafold.models.built_in_templates import set_variables, variables_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 5  # rows that one line names
+SHOWN = 5  # rows named in one line
 HELD_OUT = "held_out_in_training"
 SAID = {
     "duplicates": "are the same as an earlier one",
@@ -65,15 +61,15 @@ CALLS = [call(NAME, {KEY: v}) | {"id": f"probe000{n}"} for n, v in enumerate((VA
 ROLES = {"", "system", "user", "assistant", "model", "human"}
 WORDS = re.compile(r"[^\W\d_]{2,}")
 LEFT_OUT = "turns without reasoning are left out, since generation would begin them otherwise"
-QUOTED = 60  # characters of a text that the template supplies
+QUOTED = 60  # characters shown of the template's system prompt
 
 
 @dataclass(frozen=True)
 class TemplateSummary:
-    """What a template does. `end` ends a turn, and `ended` is `Ending.written`; `prompt` is what
-    the generation prompt adds of reasoning, `system` the words before a conversation without a
-    system message, `hides` the parts of a conversation that are not shown, and `plain` why plain
-    turns can't be trained; each is empty if there is nothing.
+    """A chat template's behaviour. `end` ends a turn, `ended` is `Ending.written`, `prompt`
+    describes reasoning in the generation prompt, `system` is the default system prompt, `hides`
+    lists parts that are not shown, and `plain` is the reason for which plain turns can't be
+    trained.
     """
 
     end: str
@@ -86,7 +82,6 @@ class TemplateSummary:
 
     @property
     def lines(self) -> list[str]:
-        """What there is to know, a line each."""
         end = f"a turn ends with {self.end}"
         if self.ended == NOWHERE and self.end:
             end = f"it ends no turn: {self.end} is trained after each (not with --end-of-turn none)"
@@ -105,7 +100,6 @@ class TemplateSummary:
         return [line for line, applies in remarks.items() if applies]
 
 def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
-    """What the tokenizer's chat template does."""
     template, block = template_of(tokenizer), template_of(tokenizer).block
     bare = attempt([ASKED], tokenizer)
     added = attempt([ASKED], tokenizer, for_generation=True)
@@ -114,7 +108,7 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
         prompt = f"opens a block of reasoning ({block.opening})"
     elif block.opening in added and block.closing in added:
         prompt = f"has an empty block of reasoning ({block.opening}{block.closing})"
-    # the words before the first message that are no role's
+    # words before the first message, except role names
     before = template.specials.sub("\n", bare.partition(str(ASKED["content"]))[0])
     lines = (line.strip() for line in before.splitlines())
     said = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
@@ -146,7 +140,6 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
 
 
 def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
-    """After a semicolon, the template's variable with which plain turns can be trained, if any."""
     for name in sorted(variables_of(tokenizer)):
         for value in (False, True):
             with_value = copy.copy(tokenizer)
@@ -166,8 +159,6 @@ def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class DataFinding:
-    """How many rows have something in common, and the first of them with their counterparts."""
-
     count: int
     of: int
     said: str
@@ -183,9 +174,8 @@ class DataFinding:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found of the `rows` rows to train on, by its name in SAID, the examples of each
-    label, the turns of each role, and those of them that are trained on, the assistant turns of
-    each file of which none is trained on, and what was not looked at, in words.
+    """Findings by name in SAID, examples per label, (turns, trained turns) per role, files with
+    assistant turns of which none is trained, and the checks that were skipped.
     """
 
     rows: int
@@ -197,7 +187,6 @@ class Findings:
 
     @property
     def lines(self) -> list[str]:
-        """One line for each thing that was found, and for what was not looked at."""
         lines = [f"data: {self.unseen}"] * bool(self.unseen)
         for name, one in self.found.items():
             if one.count:
@@ -211,12 +200,11 @@ class Findings:
 
     @property
     def nothing(self) -> str:
-        """What is said where nothing was found: what was looked for."""
         names = ", ".join(name.replace("_", " ") for name in self.found)
         return f"{self.rows:,} rows were looked at and nothing was found: {names}"
 
     def as_json(self) -> dict[str, Any]:
-        """All by name; null stands for what was not looked for."""
+        """Null stands for skipped checks."""
         results = dict.fromkeys(SAID)
         for name, of in self.found.items():
             first = [
@@ -240,12 +228,11 @@ def find_problems(
     max_length: int,
     held_out: tuple[Sequence[Any], Rows] | None = None,
 ) -> Findings:
-    """Problems in the rows that are trained on and, if there are any, in those held out."""
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
     of, own = _compared(examples)
     each, at, which = np.unique(own, return_index=True, return_inverse=True)
-    first = at[which]  # of those that are equal
+    first = at[which]  # the first equal row
     later = first != np.arange(len(first))
     results = {"duplicates": _finding("duplicates", rows, of[later], of[first[later]])}
     if held_out is not None and isinstance(held_out[0], TableExamples):
@@ -258,7 +245,7 @@ def find_problems(
     if roles:
         results["empty_answers"] = _finding("empty_answers", rows, empty)
     if judged := examples.judged:
-        # those whose verdict on a subject is not that of the first row that judges it
+        # rows whose verdict differs from the first one on the same subject
         _, at, which = np.unique(judged.subjects, return_index=True, return_inverse=True)
         other = judged.verdicts != judged.verdicts[at[which]]
         contrary = examples.rows[other], examples.rows[at[which][other]]
@@ -273,7 +260,7 @@ def find_problems(
 
 
 def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
-    """The indices of the rows that have an example, which ascend, (n,), and a digest of each."""
+    """Returns ascending indices of the rows with examples (n,), and their digests (n,)."""
     starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
     place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
     own = digests(*examples.compared_by)[examples.chosen]
@@ -289,9 +276,8 @@ def _finding(
     like: Rows | None = None,
     about: Any = "",
 ) -> DataFinding:
-    """The rows with these indices, compared with `others` of the same rows or of `like`."""
     said = SAID[name].format(about)
-    chosen, at = np.unique(indices, return_index=True)  # each once
+    chosen, at = np.unique(indices, return_index=True)
     if not len(chosen):
         return DataFinding(0, len(rows), said)
     first = rows.origins.places(chosen[:SHOWN])
@@ -304,7 +290,7 @@ def _finding(
 def turns_of(
     examples: TableExamples[Any], rows: Rows
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int], Array]:
-    """`roles` and `silent` as `Findings` has them, and the rows with an empty answer."""
+    """Returns `Findings.roles`, `Findings.silent` and the rows with an empty answer."""
     table = examples.table
     if TURNS not in table.column_names:
         return {}, {}, np.zeros(0, np.int64)

@@ -1,9 +1,5 @@
-"""Examples for classification: `{"text": ..., "label": ...}` rows for `--objective classify`.
-
-    classes_of(rows)                                ("neg", "pos"), sorted
-    encode_labelled(rows, tokenizer, 512, classes)  ids (T,), and one class's index a row
-
-Labels are compared as text, so that 1 and "1" are one class.
+"""Examples for `--objective classify`. Labels are compared as text, so 1 and "1" are the same
+class.
 """
 
 from collections.abc import Sequence
@@ -31,19 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """A tokenized row: `ids` (T,) and the number of its class."""
+    """`ids` (T,) and the class index."""
 
     ids: tuple[int, ...]
     label: int
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Those of its tokens (T,): none is trained."""
         return (NO_LOSS,) * len(self.ids)
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the rows' labels, sorted: whole numbers by size, text by character."""
+    """Returns the labels, integers sorted by size and text by character."""
     known = Rows.of(rows, LABELS)
     check_provided(known.formats, LABELS)
     labels = {given.label for given in known.extract(LABELS)}
@@ -58,8 +53,8 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Labels(Encoder):
-    """Makes examples of texts with labels. Columns: `row`, `ids` (T,), `closing`, how many special
-    tokens end them, `label`, the class's number, and `problem`.
+    """Columns: `row`, `ids` (T,), `closing` (the number of special tokens at the end), `label`
+    (the class index), `problem`.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -80,7 +75,6 @@ class Labels(Encoder):
             {
                 "row": n,
                 "ids": ids,
-                # how many tokens at the end of the text are special
                 "closing": next((at for at, own in enumerate(reversed(special)) if not own), 0),
                 "label": number_of.get(str(one.label), -1),
                 "problem": self._problem(one, ids),
@@ -99,8 +93,6 @@ class Labels(Encoder):
 
 
 class LabelledExamples(TableExamples[LabelledExample]):
-    """The examples of a table that `Labels` made; the classes are by number."""
-
     def __init__(self, table: "pa.Table", max_length: int, classes: Sequence[str]) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
         self._labels = column(table, "label")  # (n,)
@@ -111,12 +103,12 @@ class LabelledExamples(TableExamples[LabelledExample]):
 
     @cached_property
     def judged(self) -> Judgements:  # type: ignore[override]
-        """What the labels judge: rows with the text of another and a different label."""
+        """Equal texts with different labels are contradictions."""
         contrary = "have the text of an earlier one, and another label"
         return Judgements(digests(self._ids), self._labels, contrary, self.counts)
 
     def item(self, index: int) -> LabelledExample:
-        # the text is cut before the special tokens that end it, which stay
+        # truncation keeps the special tokens at the end
         ids, most = self._ids[index].tolist(), self._max_length
         end = min(int(self._closing[index]), most) if len(ids) > most else 0
         cut = (*ids[: most - end], *ids[len(ids) - end :])
@@ -130,16 +122,12 @@ def encode_labelled(
     classes: Sequence[str],
     console: "Console | None" = None,
 ) -> Encoded:
-    """Tokenize labelled texts; a label becomes its index in `classes`. Longer rows are cut to
-    `max_length` tokens before the special tokens that close them.
-    """
     rows = as_checked(rows, LABELS)
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
     return labelled(table, rows, max_length, classes)
 
 
 def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]) -> Encoded:
-    """The examples of a table that `Labels` made, cut to `max_length` tokens."""
     examples = LabelledExamples(table, max_length, classes)
     whole = Lists(table.column("ids")).lengths
     shares = ", ".join(f"{name} {count}" for name, count in examples.counts.items())
@@ -153,7 +141,7 @@ def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[s
 def preview_labelled(
     example: LabelledExample, tokenizer: "PreTrainedTokenizerBase", classes: Sequence[str]
 ) -> "Text":
-    """Return the example's text as the model sees it and, in ⟦ ⟧, the class to predict."""
+    """Returns the text as the model reads it, with the class in ⟦ ⟧."""
     from rich.text import Text
 
     text = Text(shown(tokenizer, example.ids), style="dim")

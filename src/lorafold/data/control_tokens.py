@@ -1,11 +1,11 @@
-"""Control tokens inside the contents of messages, which are read as text: else `<|im_end|>` in a
-question would end the user's turn, and a turn could be forged after it.
+"""Sanitizes control tokens in messages. Without this, `<|im_end|>` in a question would end the
+user's turn, and the text after it could forge another.
 
-`as_text` puts each between the two marks of transformers' `sanitize_control_tokens`, and `ids_of`
-splits marked ones as text. Control tokens are special tokens, and added ones that the chat template
-writes; of these, the assistant's own contents may have those that are not special, as <tool_call>.
-A comment before the template, which all programs render alike, names tokens that contents may have:
-{# control tokens in contents: ["<|user|>"] #}, or true for all of them.
+`as_text` marks control tokens as transformers' `sanitize_control_tokens` does, and `ids_of`
+tokenizes marked ones as text. Control tokens are special tokens, and added tokens that the template
+writes; the assistant's contents may have non-special ones, such as <tool_call>. A comment at the
+start of the template lists exceptions: {# control tokens in contents: ["<|user|>"] #}, or true for
+all.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lorafold.models.built_in_templates import JOINED, rewrite_templates, templa
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NOTE = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")  # written before a template
-ALL = None  # in place of words
+NOTE = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
+ALL = None  # instead of a set of words
 OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
 IN_PROMPT = (
     "the prompt has control tokens, which are read as text; --allow-control-tokens lets them be"
@@ -41,12 +41,11 @@ MARKED = (
     "rows have control tokens in their contents, which are read as text; --allow-control-tokens"
     " lets them be tokens"
 )
-SAID = ("content", "reasoning_content")  # what the assistant writes itself
+SAID = ("content", "reasoning_content")  # written by the assistant
 
 
 def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
-    """Let contents have these tokens too, but for those that the template writes; None allows all.
-    """
+    """Allows tokens in contents, except those that the template writes; None allows all."""
     if not tokenizer.chat_template:
         return
     if words is not None:
@@ -61,7 +60,7 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
             return text
         before = allowed(text)
         given = True if words is None or before is None else sorted({*before, *words})
-        # a comment ends with #}, which no word may write
+        # a word may not contain #}, which would end the comment
         note = json.dumps(given).replace("#", "\\u0023")
         return f"{{# control tokens in contents: {note} #}}\n{NOTE.sub('', text)}"
 
@@ -71,7 +70,7 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
 def written_by(
     template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
 ) -> frozenset[str]:
-    """Those of some words that the chat template writes itself, of pieces or as a word."""
+    """Returns the words that the template's source or its rendering of probes contains."""
     said = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
     conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": VALUE}])
     texts = [attempt(messages, tokenizer, for_generation=True) for messages in conversations]
@@ -80,7 +79,6 @@ def written_by(
 
 
 def allowed(template: str) -> frozenset[str] | None:
-    """The tokens that contents may have under a chat template; None for all."""
     if template.endswith(JOINED):
         return ALL
     note = NOTE.match(template)
@@ -89,7 +87,7 @@ def allowed(template: str) -> frozenset[str] | None:
 
 
 class ControlTokenFinder(NamedTuple):
-    """Finds control tokens: of all roles but the assistant's, its own, and their first letters."""
+    """Patterns for all roles and for the assistant's contents, and first characters."""
 
     all: re.Pattern[str]
     assistant: re.Pattern[str]
@@ -97,7 +95,6 @@ class ControlTokenFinder(NamedTuple):
 
 
 def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    """The conversation with the control tokens of its contents and tools marked."""
     finder = _finder(template_of(tokenizer, conversation.tools))
     if finder is None:
         return conversation
@@ -119,21 +116,19 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
 def variables_as_text(
     variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]
 ) -> Mapping[str, Any]:
-    """Variables of the chat template, with the control tokens in them marked."""
     finder = _finder(template_of(tokenizer, tools))
     return variables if finder is None else _mark(variables, finder.all, finder)
 
 
 @lru_cache(maxsize=KNOWN)
 def _finder(template: Template) -> ControlTokenFinder | None:
-    """What finds control tokens; None where contents may have all of them."""
     free, tokenizer = allowed(template.text), template.tokenizer
     if free is None:
         return None
     added = {one.content: one.special for one in tokenizer.added_tokens_decoder.values()}
     listed = getattr(tokenizer, "chat_control_tokens", None)
     written = {word for word in written_by(template.text, tokenizer, added) if not word.isspace()}
-    free -= written  # with which a turn could be forged
+    free -= written  # these could forge a turn
     special = {word for word, is_special in added.items() if is_special} - free
     words = special | (written if listed is None else added.keys() & listed - free)
     block = template_of(tokenizer).block
@@ -146,7 +141,7 @@ def _finder(template: Template) -> ControlTokenFinder | None:
 def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any:
     if isinstance(value, str):
         if not any(character in value for character in (OPENING, CLOSING, *finder.first)):
-            return value  # as nearly all are
+            return value  # the common case
         return mark_control_tokens(value, words)
     if isinstance(value, list | tuple):
         return [_mark(one, words, finder) for one in value]
@@ -154,7 +149,7 @@ def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any
         return value
 
     def key(name: Any) -> Any:
-        # keys are marked as templates write them of arguments, but for names, which they look up
+        # templates print the keys of arguments; keys that are identifiers are looked up by name
         plain = not isinstance(name, str) or name.isidentifier()
         return name if plain else _mark(name, finder.all, finder)
 
@@ -162,12 +157,11 @@ def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any
 
 
 def is_marked(text: str) -> bool:
-    """Whether a rendered text has a control token that is text."""
     return OPENING in text
 
 
 def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of a rendered text."""
+    """Tokenizes a rendered text; marked control tokens become text."""
     if OPENING not in text:
         return tokens_of(text, tokenizer)
     if tokenizer.is_fast:
@@ -181,8 +175,8 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
-    """`tokenizer(text, add_special_tokens=special).input_ids`. Without offsets and masks this takes
-    0.3 of the time, and other threads run meanwhile (574 kB of text: 66 ms at a time without it).
+    """Equals `tokenizer(text, add_special_tokens=special).input_ids`, without offsets and masks:
+    0.3 of the time, and other threads run meanwhile.
     """
     from transformers import PreTrainedTokenizerFast as Fast
 
@@ -199,9 +193,7 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = Fal
 
 @dataclass(frozen=True)
 class Pieces:
-    """A text that was tokenized in pieces, as `tokenizers.Encoding` has one that was not: `ids`
-    (T,), and the characters [start, end) of each.
-    """
+    """Ids (T,) and characters [start, end) of each, with the interface of `tokenizers.Encoding`."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -210,27 +202,25 @@ class Pieces:
         return len(self.ids)
 
     def char_to_token(self, character: int) -> int | None:
-        """The first token that has a character, or None."""
         last = bisect_right(self.offsets, (character, sys.maxsize)) - 1
         if last < 0 or character >= self.offsets[last][1]:
             return None
         return bisect_left(self.offsets, (self.offsets[last][0],))
 
     def token_to_chars(self, token: int) -> tuple[int, int]:
-        """The characters of a token."""
         return self.offsets[token]
 
 
 def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """The tokens of a rendered text, as `encode_marked_chat` has them. All pieces but the first are
-    tokenized as after a line break: some tokenizers put a space before a text.
+    """Tokenizes as `encode_marked_chat`, with offsets. Pieces after the first are tokenized after a
+    line break, because some tokenizers put a space before a text.
     """
     cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     [line] = tokenizer(["\n"], **options).input_ids
     given = ["\n" * (start > 0) + text[start:end] for start, end in zip(starts, ends, strict=True)]
-    each = [*dict.fromkeys(given)]  # a content may repeat itself
+    each = [*dict.fromkeys(given)]  # tokenize equal pieces once
     encoded = tokenizer(each, **options)
     pairs = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
     tokens = dict(zip(each, pairs, strict=True))
@@ -254,7 +244,7 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
 
 @lru_cache(maxsize=KNOWN)
 def _marks(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
-    """What matches a marked token, or a mark alone: a template may cut a content at a token."""
+    """Matches marked tokens and lone marks, since a template may cut a content inside a token."""
     words = "|".join(map(re.escape, tokenizer.added_tokens_encoder)) or "(?!)"
     return re.compile(f"{OPENING}({words}){CLOSING}|[{OPENING}{CLOSING}]")
 

@@ -1,12 +1,8 @@
-"""Examples: the token ids of a row, with labels that say which tokens are trained on.
+"""Supervised examples: the token ids of a row, with labels for its trained tokens.
 
-    table = tokenized(rows, CompletionEncoder(tokenizer))     ids, and the spans of trained tokens
-    encoded(table, rows, 1024).examples[3]                    an `Example`, made when asked for
-
-Tokens inside a trained span are their own labels; all others are labelled -100. A text is tokenized
-once. If a token would span the border between a prompt and its turn, the turn has an example of its
-own, tokenized in two pieces, so that the ids before the turn are those that generation sees. To
-tell, the end of the prompt is tokenized alone, from its last added token on.
+A text is tokenized once. If a token would cross the border between a prompt and its turn, the turn
+gets its own example, tokenized in two pieces, so that training sees the same prompt ids as
+generation. To detect this, the prompt's end is tokenized alone, from its last added token.
 """
 
 from __future__ import annotations
@@ -45,16 +41,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LOSS = -100  # torch's ignore_index
-WHOLE = Rendering()  # every turn of the assistant, with its reasoning
-TRAINED, EMPTY = ":trained", ":empty"  # a turn that is trained on; one that says nothing, too
-SAID = ("tool_calls", "reasoning_content")  # what a message may say besides its content
-OPENINGS = 1000  # ends of prompts whose ids are kept
+WHOLE = Rendering()  # train on every assistant turn, with its reasoning
+TRAINED, EMPTY = ":trained", ":empty"  # a trained turn; a trained turn that is empty
+SAID = ("tool_calls", "reasoning_content")  # the other fields of a message with an answer
+OPENINGS = 1000  # size of the cache of ids of prompt ends
 
 
 @dataclass
 class PendingExample:
-    """One example in the making: text and spans of characters, then ids and spans of tokens."""
-
     row: int
     left_out: int = 0
     hidden: int = 0
@@ -69,12 +63,10 @@ class PendingExample:
 
 @dataclass(eq=False)
 class CompletionEncoder(Encoder):
-    """Makes examples whose completions are trained on, one or several of a row. Columns: `row`,
-    `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens and, with a row's
-    first example, `left_out` assistant turns that are not trained on, `hidden` ones whose reasoning
-    is not shown, `marked` whether contents have control tokens as text, `turns` the role of each
-    message, a line each, with what becomes of it (`TRAINED`, `EMPTY`), and `problem`, why it can't
-    be used.
+    """Encodes one or more examples per row. Columns: `row`, `ids` (T,), `spans` (2n,), the starts
+    and ends of n trained spans, and, for a row's first example, `left_out` (assistant turns that
+    are not trained), `hidden` (those whose reasoning isn't shown), `marked` (has control tokens as
+    text), `turns` (a line per message: role and `TRAINED` or `EMPTY`) and `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -141,7 +133,7 @@ class CompletionEncoder(Encoder):
         return pieces
 
     def _examples(self, piece: PendingExample, encoding: Encoding | Pieces) -> list[PendingExample]:
-        """The examples of a piece: one, and one for each turn whose border a token would span."""
+        """Makes one example, and one for each turn whose border a token would cross."""
         assert piece.rendered is not None
         rendered, text, together = piece.rendered, piece.text, []
         if OPENING in text:
@@ -151,7 +143,7 @@ class CompletionEncoder(Encoder):
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
             at = first_token(encoding, border, text)
             spans = [span for span in rendered.spans if border <= span[0] < following]
-            # are the ids before the turn those of the prompt alone?
+            # does tokenizing the prompt alone give the same ids before the turn?
             last = next((i for i in reversed(range(at)) if ids[i] in added), 0)
             start = encoding.token_to_chars(last) if last else None
             ending = text[start[0] if start else 0 : border]
@@ -178,7 +170,7 @@ class CompletionEncoder(Encoder):
 
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the ids of a text depend on, also the day where the template asks for it."""
+    """Returns all that ids depend on, including the date if the template uses it."""
     return {
         "day": day_of(tokenizer),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
@@ -190,8 +182,8 @@ def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def first_token(
     encoding: Encoding | Pieces, character: int, text: str, spaced: bool = False
 ) -> int:
-    """The first token that starts at or after a character; with `spaced` also one with only white
-    space before it.
+    """Returns the first token that starts at or after a character; with `spaced`, white space of
+    the token may precede it.
     """
     if character >= len(text):
         return len(encoding)
@@ -201,14 +193,14 @@ def first_token(
     while at < len(encoding) and (span := encoding.token_to_chars(at)) and span[0] < character:
         if spaced and not text[span[0] : character].strip():
             break
-        at += 1  # the token spans the border
+        at += 1  # the token crosses the border
     return at
 
 
 def in_pieces(
     rendered: Rendered, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """(token ids, starts and ends of trained spans) of a text, cut where its one turn begins."""
+    """Tokenizes a text in two parts, split at its turn; returns ids and trained spans."""
     [border], text = rendered.turns, rendered.text
     before, rest = pieces_of(text[:border], tokenizer), pieces_of(text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
@@ -223,9 +215,8 @@ def in_pieces(
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized row: `ids` (T,) and unshifted `labels` (T,), where labels[t] is ids[t] or -100.
-
-    The first label is -100, because nothing comes before the first token.
+    """`ids` (T,) and unshifted `labels` (T,): labels[t] is ids[t] or -100. labels[0] is -100,
+    because no token precedes it.
     """
 
     ids: tuple[int, ...]
@@ -234,12 +225,6 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of the rows.
-
-    `longest` is the length of the longest row in tokens, before cutting at `max_length`; `labelled`
-    tokens, of `tokens`, are trained on, and `turns_left_out` assistant turns are not.
-    """
-
     rows: int
     tokens: int
     labelled: int
@@ -278,8 +263,6 @@ class EncodingReport:
 
 
 class Examples(TableExamples[Example]):
-    """The examples of a table that have a token to train on; `CompletionEncoder` made the table."""
-
     def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
@@ -288,7 +271,7 @@ class Examples(TableExamples[Example]):
             border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
             start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
             length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
-            # the first token does not count, because nothing comes before it
+            # the first token is never trained, because no token precedes it
             counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
             counts.append(np.diff(np.append(0, np.cumsum(counted))[border]))
             there = np.append(values, np.int32(0))[ends[1:] - 1]
@@ -296,7 +279,7 @@ class Examples(TableExamples[Example]):
             first += len(border) - 1
         labelled = np.concatenate(counts)
         super().__init__(table, max_length, np.flatnonzero(labelled))
-        self.labelled = labelled[self.chosen]  # (n,), tokens that the loss counts
+        self.labelled = labelled[self.chosen]  # (n,), tokens in the loss
         self.compared_by = self._ids, self._spans
         self.ends_lost = np.concatenate(last)[self.chosen] > max_length
 
@@ -307,7 +290,6 @@ class Examples(TableExamples[Example]):
 
 
 def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
-    """The example of token ids (T,) and the starts and ends of n trained spans, (2n,)."""
     labels = [NO_LOSS] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
@@ -321,14 +303,15 @@ def encode(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenize rows of conversations or plain text, cut to `max_length` tokens at their end."""
     rows = as_checked(rows, CONVERSATIONS)
     table = tokenized(rows, CompletionEncoder(tokenizer, rendering), console)
     return encoded(table, rows, max_length)
 
 
 def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-    """The examples of a table that `CompletionEncoder` made of rows, cut to `max_length` tokens."""
+    """Returns the examples of a table made by `CompletionEncoder`, truncated to `max_length`
+    tokens, with a report.
+    """
     examples = Examples(table, max_length)
     whole, row = Lists(table.column("ids")).lengths, column(table, "row")
     longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
@@ -362,7 +345,6 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
 def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], TrainedRenderings]:
-    """The examples of one row, whole, and how many of its turns are left out or lack reasoning."""
     encoder = CompletionEncoder(tokenizer, rendering)
     entries = encoder.encode(Rows.of([row], encoder.takes).extract(encoder.takes), 0).to_pylist()
     if problem := entries[0]["problem"]:
@@ -373,10 +355,7 @@ def encode_row(
 
 
 def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Return the example's text as the model sees it.
-
-    Tokens that are trained on are bold and stand in ⟦ ⟧, which shows them without colour too.
-    """
+    """Returns the text as the model reads it, with trained tokens in bold and ⟦ ⟧."""
     from rich.text import Text
 
     text, tokens = Text(), zip(example.ids, example.labels, strict=True)
@@ -387,21 +366,19 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of token ids, as it is."""
     return str(
         tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
 
 
 PROBES = Path(__file__).with_name("probes.jsonl")
-PROBE_LENGTH = 512  # tokens; longer probe texts are cut
+PROBE_LENGTH = 512  # tokens
 
 
 def probe_ids(
     tokenizer: PreTrainedTokenizerBase, probe: str | Path | None
 ) -> list[tuple[int, ...]]:
-    """Token ids of the probe texts: the built-in ones, or the rows of a file that training takes.
-    """
+    """Returns the ids of the built-in probe texts, or of the rows of a file."""
     ensure_chat_template(tokenizer)
     return [
         example.ids

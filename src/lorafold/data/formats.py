@@ -1,9 +1,8 @@
-"""The formats that a user's rows may have, and what they give of a row: conversations, completions
-to compare, labels. `ROW_FORMATS` is the table of formats: a new format is a new entry.
+r"""Row formats, recognized by their keys, and the conversations, preferences or labels they
+provide. To add a format, add an entry to `ROW_FORMATS`.
 
-Texts of preferences may be turns, as "\\n\\nHuman: Hi\\n\\nAssistant: Yes". Where answers begin
-with the messages of the prompt, what follows is taken. A row of several formats has that of which
-most is asked (`formats_for`). Encoders take what a format gives: the row itself goes no further.
+Texts of preferences may contain turns, such as "\n\nHuman: Hi\n\nAssistant: Yes". Messages of the
+prompt are removed from the start of answers. `*_problems` yield a line per error of a row.
 """
 
 from __future__ import annotations
@@ -47,12 +46,10 @@ AS_TURNS = "rows have texts that are read as turns of Human and Assistant"
 
 
 def content_problems(name: str, value: Any) -> Iterator[str]:
-    """What is wrong with a field that has to be text or a list of messages."""
     return (message_problems if isinstance(value, list) else text_problems)(name, value)
 
 
 def preference_problems(row: Row) -> Iterator[str]:
-    """What is wrong with a row of prompt, chosen and rejected."""
     fields = ("prompt", "chosen", "rejected")
     problems = [problem for name in fields for problem in content_problems(name, row[name])]
     yield from problems
@@ -65,7 +62,6 @@ def preference_problems(row: Row) -> Iterator[str]:
 
 
 def implicit_problems(row: Row) -> Iterator[str]:
-    """What is wrong with a row of two conversations, chosen and rejected."""
     problems: list[str] = []
     for name in ("chosen", "rejected"):
         said = row[name]
@@ -87,14 +83,12 @@ def implicit_problems(row: Row) -> Iterator[str]:
 
 
 def turns_preference_problems(row: Row) -> Iterator[str]:
-    """What is wrong with a row of ShareGPT's turns with two last turns."""
     yield from turns_problems(row)
     for name in ("chosen", "rejected"):
         yield from turn_problems(name, row[name])
 
 
 def preference(row: Row) -> Said:
-    """The messages of a checked row of prompt, chosen and rejected."""
     text, answers = row["prompt"], [row["chosen"], row["rejected"]]
     is_text = isinstance(text, str)
     prompt = _prompt(text) if is_text else normalized(text)
@@ -103,7 +97,7 @@ def preference(row: Row) -> Said:
     chosen, rejected = (said_by("assistant", said) for said in answers)
     shared = chosen[: _shared(chosen, rejected)]
     if is_text and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
-        # the text is one of the messages with which both answers begin
+        # the prompt's text is one of the messages with which both answers begin
         said = {str(one.get("content")).strip() for one in shared}
         prompt = shared if text.strip() in said else []
     at = len(prompt)
@@ -113,20 +107,17 @@ def preference(row: Row) -> Said:
 
 
 def implicit_preference(row: Row) -> Said:
-    """The messages of a checked row of two conversations."""
     both = {name: normalized(_conversation(row[name])) for name in ("chosen", "rejected")}
     shared = _shared(*both.values())
     return both["chosen"][:shared], {name: messages[shared:] for name, messages in both.items()}
 
 
 def as_turns(row: Row) -> str:
-    """A remark on a row whose texts are read as turns; empty for others."""
     texts = [row.get("chosen"), row.get("rejected")] if "prompt" not in row else [row["prompt"]]
     return AS_TURNS if any(isinstance(t, str) and TURN.match(t) for t in texts) else ""
 
 
 def turns_preference(row: Row) -> Said:
-    """The messages of a checked row of ShareGPT's turns with two last turns."""
     answers = {name: turns_to_messages([row[name]]) for name in ("chosen", "rejected")}
     return turns_to_messages(row["conversations"]), answers
 
@@ -141,7 +132,6 @@ def _conversation(said: Any) -> list[Message]:
 
 
 def _turns(text: str) -> list[Message]:
-    """The turns of a text that begins with one of them; none of any other."""
     before, *pieces = TURN.split(text)
     if before.strip():
         return []
@@ -150,30 +140,29 @@ def _turns(text: str) -> list[Message]:
 
 
 def _prompt(prompt: str) -> list[Message]:
-    """The messages of a prompt: one, or its turns before the one that is opened at its end."""
+    """Returns the messages of a prompt, without an empty assistant turn at its end."""
     turns = _turns(prompt)
     opened = bool(turns) and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
     return turns[:-1] if opened and len(turns) > 1 else said_by("user", prompt)
 
 
-# What a format may give of its rows, each row once.
-CONVERSATIONS = "conversations"  # a Conversation
-PAIRS = "pairs"  # a list of one Compared, of a chosen completion and a rejected one
-JUDGED = "judged"  # a list of Compared, of one completion each
-LABELS = "labels"  # a Labelled
-PROMPTS = "prompts"  # a Conversation whose next turn is the assistant's; none without messages
+# The kinds of data that a format may provide for a row.
+CONVERSATIONS = "conversations"  # Conversation
+PAIRS = "pairs"  # a list of one Compared, with a chosen and a rejected completion
+JUDGED = "judged"  # a list of Compared, with one completion each
+LABELS = "labels"  # Labelled
+PROMPTS = "prompts"  # a Conversation to be continued by the assistant
 
 COMPARED = ("chosen", "rejected")
 ANSWERS = {"completion", *COMPARED, "output", "response", "answers", "label"}
-SPEAKERS = ("assistant", *CALLERS)  # whose turns are answers
-SAID = ("content", "value", "tool_calls", "function_call", *REASONING)  # of a message, or a turn
+SPEAKERS = ("assistant", *CALLERS)  # roles of answers
+SAID = ("content", "value", "tool_calls", "function_call", *REASONING)  # fields of an answer
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of one row, in the form of `data.messages`, and the tools that it offers. The
-    assistant turns from index `trained` on are trained on, but for those whose row says not to.
-    Plain text is one without messages.
+    """Messages and tools; plain text has no messages. Assistant turns from index `trained` on are
+    trained, unless their weight is 0.
     """
 
     messages: list[Message]
@@ -183,7 +172,6 @@ class Conversation:
 
     @property
     def turns(self) -> list[int]:
-        """The indices of the assistant turns that are trained on."""
         return [
             n
             for n, one in enumerate(self.messages)
@@ -193,8 +181,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Compared:
-    """What one example of preferences is made of: a prompt, its completions by the name of their
-    field, the tools, and the judgement of a single completion, which has yet to be checked.
+    """A prompt, completions by field name, tools, and the unchecked label of a single completion.
     """
 
     prompt: list[Message]
@@ -205,17 +192,14 @@ class Compared:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A text and its label, text or a whole number."""
-
     text: str
     label: str | int
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One format of rows: the keys by which it is recognized, a function that lists what is wrong
-    with them in a row, one that reads the messages of a checked row (those of a prompt and of each
-    completion; None for a text), what is given of it, and the keys that a row may have besides.
+    """A row format: its keys, a function that yields problems, one that returns the prompt and
+    completions of a checked row (None for text), the kinds of data it provides, and optional keys.
     """
 
     keys: tuple[str, ...]
@@ -229,11 +213,9 @@ class RowFormat:
 
     @cached_property
     def known(self) -> frozenset[str]:
-        """The keys that are part of the format."""
         return frozenset((*self.keys, *self.optional))
 
     def problems(self, row: Row) -> Iterator[str]:
-        """What is wrong with a row that has the keys."""
         wrong = list(self.wrong(row))
         yield from wrong
         if "system" in self.optional and row.get("system") is not None:
@@ -242,7 +224,7 @@ class RowFormat:
             yield from tool_problems(row["tools"])
 
     def extract(self, what: str, row: Row) -> Any:
-        """One of what the format `provides`, of a checked row."""
+        """Returns one of the kinds that it `provides`, for a checked row."""
         if self.read is None:
             if what == LABELS:
                 return Labelled(row["text"], row["label"])
@@ -257,20 +239,19 @@ class RowFormat:
             return [Compared(before, {of: said}, tools, good[of]) for of, said in answers.items()]
         said = next(iter(answers.values()), [])
         if what == PROMPTS:
-            # what comes before the last turn of the assistant, or all where that is not the last
+            # without a final assistant turn, all messages are the prompt
             if prompt or (said and said[-1]["role"] == "assistant"):
                 said = [] if prompt else said[:-1]
             return Conversation([*before, *said], tools=tools)
         return Conversation([*before, *said], len(before) if prompt else 0, tools)
 
     def conversation(self, row: Row) -> Conversation:
-        """The conversation of a row; one without messages where the format gives none."""
         conversation = self.extract(CONVERSATIONS, row) if CONVERSATIONS in self.provides else None
         return conversation or Conversation([])
 
     def answered(self, row: Row) -> bool:
-        """Whether every answer of a checked row says something, or is to be trained on all the same
-        (`weight: 1`). Of messages and turns, one of the assistant's has to.
+        """Whether no answer is empty, except with `weight: 1`. In a conversation, one assistant
+        turn suffices.
         """
         for key in [key for key in self.keys if key in ANSWERS] or self.keys[:1]:
             value = row[key]
@@ -286,8 +267,8 @@ class RowFormat:
 
 @lru_cache
 def formats_for(wanted: str = "") -> tuple[RowFormat, ...]:
-    """ROW_FORMATS, first those that provide what is wanted of rows; for prompts PROMPT_ONLY too. A
-    format goes before those whose keys it includes: a row of text and label is none of text.
+    """Returns ROW_FORMATS, with those first that provide the wanted kind. A format precedes those
+    whose keys it includes, so {text, label} doesn't match {text}.
     """
     table = (*ROW_FORMATS, PROMPT_ONLY) if wanted == PROMPTS else ROW_FORMATS
     giving = [row_format for row_format in table if wanted in row_format.provides]
@@ -296,9 +277,7 @@ def formats_for(wanted: str = "") -> tuple[RowFormat, ...]:
 
 
 def format_of(row: Row, formats: Sequence[RowFormat] | None = None) -> RowFormat | None:
-    """The first format, of ROW_FORMATS or those that are given, whose keys the row has (a key with
-    the value null counts as absent), or None if there is none.
-    """
+    """Returns the first matching format. A null value counts as absent."""
     for row_format in ROW_FORMATS if formats is None else formats:
         if all(row.get(key) is not None for key in row_format.keys):
             return row_format
@@ -313,7 +292,6 @@ def _pair_problems(row: Row) -> Iterator[str]:
             f" {json_type(row['completion'])}, expected both text or both lists of messages"
         )
         return
-    # of a prompt that is no list of messages, neither is the completion
     check = message_problems if kinds[0] is list else text_problems
     yield from check("prompt", row["prompt"])
     yield from check("completion", row["completion"])
@@ -333,7 +311,7 @@ def _instruction(answered: str, beside: str) -> RowFormat:
 
 CHAT = (CONVERSATIONS, PROMPTS)
 TWO = (*CHAT, PAIRS, JUDGED)
-PROMPT_ONLY = RowFormat(  # elsewhere such a row lacks a completion
+PROMPT_ONLY = RowFormat(  # only valid if no completion is needed
     ("prompt",),
     lambda row: content_problems("prompt", row["prompt"]),
     lambda row: (said_by("user", row["prompt"]), {}),

@@ -1,9 +1,7 @@
-"""JSON that others wrote: what can't be read, or could not be written again, is told in one line.
+"""Parses untrusted JSON, with one-line errors.
 
-Half of a surrogate pair, which JSON may hold and UTF-8 can't, numbers of thousands of digits, and
-values that lie too deep are refused wherever they stand, since rows are kept as they are.
-`as_known` gives rows the keys and lists by which `data.formats` knows them: lists of messages that
-are JSON text or columns become lists, turns with `role` `messages`, and `functions` `tools`.
+Lone surrogates, which UTF-8 can't encode, integers of thousands of digits and deep nesting are
+rejected, because rows are written out again.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from math import log10
 from typing import Any
 
 Row = dict[str, Any]
-Found = Row | str  # a row, or the reason why it could not be read
+Found = Row | str  # a row, or the reason for which it could not be read
 DEEPEST = 100  # lists and objects around a value
 TOO_DEEP = f"found a value inside more than {DEEPEST} lists and objects, expected fewer"
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
@@ -25,7 +23,6 @@ SPOKEN = (*CONVERSED, "prompt", "completion", "chosen", "rejected")  # which may
 
 
 def decoded(text: bytes) -> str:
-    """Text in UTF-8. ValueError with one line for anything else."""
     try:
         return text.decode()
     except UnicodeDecodeError as error:
@@ -33,7 +30,6 @@ def decoded(text: bytes) -> str:
 
 
 def loaded(text: str) -> Any:
-    """The value that JSON stands for. ValueError with one line for what is no JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -48,7 +44,6 @@ def loaded(text: str) -> Any:
 
 
 def _wrong(error: json.JSONDecodeError) -> str:
-    """What is wrong where a text is no JSON, and what is expected of what people often write."""
     here, before = error.doc[error.pos :], error.doc[: error.pos].rstrip()
     if (before.endswith(",") and here[:1] in ("]", "}")) or "trailing comma" in error.msg:
         return "found a comma with nothing after it, expected none there"
@@ -65,13 +60,12 @@ def _wrong(error: json.JSONDecodeError) -> str:
 
 
 def suspect(text: str) -> bool:
-    """Whether what JSON stands for has to be looked through: few texts have what may be wrong."""
     deep = text.count("[") + text.count("{") > DEEPEST
     return deep or ("\\u" in text and bool(ESCAPED.search(text)))
 
 
 def parsed(text: str) -> Any:
-    """The value that JSON stands for. ValueError with one line for what can't be used."""
+    """Parses JSON; raises ValueError with one line, also for unusable values."""
     value = loaded(text)
     if suspect(text) and (reason := unusable(value)):
         raise ValueError(reason)
@@ -79,7 +73,6 @@ def parsed(text: str) -> Any:
 
 
 def row_of(line: bytes) -> Found:
-    """The row of a line of JSON, or the reason why there is none."""
     try:
         return as_row(parsed(decoded(line).rstrip()), look=False)
     except ValueError as error:
@@ -87,15 +80,15 @@ def row_of(line: bytes) -> Found:
 
 
 def as_row(value: Any, look: bool = True) -> Found:
-    """The value as a row, if it is an object, and one that can be used if it is looked through."""
+    """Returns the value, or an error message if it is no object or, with `look`, unusable."""
     if not isinstance(value, dict):
         return f"found {json_type(value)}, expected an object"
     return (unusable(value) if look else "") or value
 
 
 def unusable(value: Any) -> str:
-    """What can't be used in a value, with its field; empty for nothing."""
-    digits = sys.get_int_max_str_digits()  # of the longest whole number that Python reads; 0: any
+    """Describes the first unusable value; empty if there is none."""
+    digits = sys.get_int_max_str_digits()  # 0: no limit
     waiting = [("", value, 0)]
     while waiting:
         name, one, depth = waiting.pop()
@@ -120,7 +113,6 @@ def unusable(value: Any) -> str:
 
 
 def json_type(value: Any) -> str:
-    """What a JSON value is, for messages: text, a list, an object, or a number or null itself."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
@@ -128,7 +120,9 @@ def json_type(value: Any) -> str:
 
 
 def as_known(row: Any) -> Found:
-    """The row with the keys and lists that formats know, or the reason why it can't be read."""
+    """Normalizes lists of messages given as JSON text or columns, and the keys `conversations` and
+    `functions`; or returns an error message.
+    """
     if not isinstance(row, dict):
         return row if isinstance(row, str) else as_row(row)
     known = row

@@ -1,10 +1,10 @@
-"""The messages of a conversation and its tools: what is wrong with them, and one form for all.
+"""Validates messages and tools, and normalizes them to OpenAI's format:
 
     {"role": "assistant", "content": text, "reasoning_content": text, "weight": 0, "tool_calls": [
         {"type": "function", "function": {"name": text, "arguments": {...}}}]}
 
-That is OpenAI's form, with arguments as an object; `weight` is there where a turn is not trained
-on. A key whose value is null counts as absent, since Arrow and Parquet fill rows up with nulls.
+Arguments are an object. A null value counts as absent, because Arrow and Parquet fill rows with
+nulls. `*_problems` yield a line per error.
 """
 
 from __future__ import annotations
@@ -16,43 +16,40 @@ from lorafold.data.json_input import Row, json_type, parsed
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
-# the messages of a prompt, and those of each completion, by the name of its field
+# the messages of a prompt, and of each completion by field name
 Said = tuple[list[Message], dict[str, list[Message]]]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 ASKING = ("weight", "train", "training", "loss")  # whether to train on a turn
 FORM = frozenset(("role", "content", "tool_calls", "name", "tool_call_id"))
 KEYS = FORM | {"function_call", *REASONING, *ASKING}
-ROLES = {  # the names that others have for roles
+ROLES = {  # other names of roles
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "bot", "ai", "model", "chatgpt", "bing", "bard"), "assistant"),
     **dict.fromkeys(("function", "observation", "function_response"), "tool"),
     **{name: name for name in ("system", "user", "assistant", "tool", "developer")},
 }
-CALLERS = ("function_call", "tool_call")  # whose turns are calls, as JSON
+CALLERS = ("function_call", "tool_call")  # roles whose turns are calls in JSON
 SPEAKERS = (*ROLES, *CALLERS)
 TURN_KEYS = {"from", "value", *ASKING}
 
 
 def unlike(field: str, value: Any, expected: str) -> str:
-    """The message for a value that is not what is expected."""
     return f"field {field}: found {json_type(value)}, expected {expected}"
 
 
 def text_problems(name: str, value: Any) -> Iterator[str]:
-    """What is wrong with a field that has to be text."""
     if not isinstance(value, str):
         yield unlike(name, value, "text")
 
 
 def list_problem(name: str, value: Any, of: str) -> str:
-    """What is wrong with a field that has to be a list with something in it."""
+    """Checks that a field is a non-empty list; returns a problem or an empty text."""
     if value == []:
         return f"field {name}: found an empty list, expected a list of {of}"
     return "" if isinstance(value, list) else unlike(name, value, f"a list of {of}")
 
 
 def message_problems(name: str, value: Any) -> Iterator[str]:
-    """What is wrong with a list of messages, each with the field that it concerns."""
     if wrong := list_problem(name, value, "messages"):
         yield wrong
         return
@@ -63,7 +60,7 @@ def message_problems(name: str, value: Any) -> Iterator[str]:
             continue
         role, content = message.get("role"), message.get("content")
         if len(message) == 2 and isinstance(role, str) and isinstance(content, str):
-            continue  # most have no more
+            continue  # the common case
         yield from text_problems(f"{field}.role", role)
         calls, called = message.get("tool_calls"), bool(_calls(message))
         yield from _content(f"{field}.content", content, called)
@@ -81,21 +78,18 @@ def message_problems(name: str, value: Any) -> Iterator[str]:
 
 
 def asking_problems(field: str, message: Message) -> Iterator[str]:
-    """What is wrong with what a message says of being trained on."""
     for key in ASKING:
         if message.get(key) not in (None, 0, 1):
             yield unlike(f"{field}.{key}", message[key], "0 or 1, or false or true")
 
 
 def asks(message: Message) -> bool | None:
-    """Whether a checked message says that it is to be trained on, or not; None if it says neither.
-    """
+    """Whether to train on a checked message; None if unspecified."""
     said = [bool(message[key]) for key in ASKING if message.get(key) is not None]
     return all(said) if said else None
 
 
 def role_of(name: Any) -> Any:
-    """The role that a name stands for; a name that is not known is a role of its own."""
     return ROLES.get(name.strip().lower(), name) if isinstance(name, str) else name
 
 
@@ -105,7 +99,7 @@ def _calls(message: Message) -> list[Any]:
 
 
 def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
-    """What is wrong with a content: text, a list of text parts, or nothing where it is optional."""
+    """Checks text, a list of text parts or, if optional, null."""
     if not isinstance(value, list):
         if value is not None or not optional:
             yield from text_problems(name, value)
@@ -121,7 +115,6 @@ def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
 
 
 def call_problems(name: str, calls: Any) -> Iterator[str]:
-    """What is wrong with a list of calls, in OpenAI's form or flat."""
     if not isinstance(calls, list):
         yield unlike(name, calls, "a list of calls")
         return
@@ -130,7 +123,6 @@ def call_problems(name: str, calls: Any) -> Iterator[str]:
 
 
 def call_problem(field: str, call: Any) -> Iterator[str]:
-    """What is wrong with a call, whose field has that name."""
     expected = "an object with name and arguments"
     if isinstance(call, dict) and call.get("function") is not None:
         field, call, expected = f"{field}.function", call["function"], "an object"
@@ -147,7 +139,7 @@ def call_problem(field: str, call: Any) -> Iterator[str]:
 
 
 def tool_problems(value: Any) -> Iterator[str]:
-    """What is wrong with a row's tools: a list of JSON schemas, or JSON text of one, or empty."""
+    """Checks a list of JSON schemas, its JSON text, or empty text."""
     if isinstance(value, str):
         if not value.strip():
             return
@@ -167,12 +159,10 @@ def tool_problems(value: Any) -> Iterator[str]:
 
 
 def said_by(role: str, value: Any) -> list[Message]:
-    """Checked messages in one form, or a text as the message of a role."""
     return [{"role": role, "content": value}] if isinstance(value, str) else normalized(value)
 
 
 def normalized(messages: list[Message]) -> list[Message]:
-    """The messages of a checked row in one form; those that have it already are not copied."""
     return [
         message
         if isinstance(message.get("content"), str)
@@ -186,7 +176,6 @@ def normalized(messages: list[Message]) -> list[Message]:
 
 
 def tools_of(value: Any) -> tuple[Tool, ...]:
-    """The tools of a checked row in OpenAI's form: {"type": "function", "function": {...}}."""
     if isinstance(value, str):
         value = parsed(value) if value.strip() else []
     else:
@@ -197,7 +186,6 @@ def tools_of(value: Any) -> tuple[Tool, ...]:
 
 
 def call_of(call: dict[str, Any]) -> dict[str, Any]:
-    """One call in OpenAI's form, with arguments as an object, and its other keys, such as id."""
     function = call.get("function") or call
     arguments = function.get("arguments")
     arguments = parsed(arguments) if isinstance(arguments, str) else without_nulls(arguments)
@@ -207,7 +195,6 @@ def call_of(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys of objects, at any depth, whose value is null."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -234,7 +221,6 @@ def _normalized(message: Message) -> Message:
 
 
 def _other(text: str, kind: type) -> str:
-    """What JSON text has in place of a value of a kind; empty if it has one."""
     try:
         value = parsed(text)
     except ValueError as error:
@@ -243,7 +229,6 @@ def _other(text: str, kind: type) -> str:
 
 
 def turns_problems(row: Row) -> Iterator[str]:
-    """What is wrong with the turns of a row, under `conversations`."""
     turns = row["conversations"]
     if wrong := list_problem("conversations", turns, "turns"):
         yield wrong
@@ -253,7 +238,6 @@ def turns_problems(row: Row) -> Iterator[str]:
 
 
 def turn_problems(name: str, turn: Any) -> Iterator[str]:
-    """What is wrong with one turn, whose field has that name."""
     if not isinstance(turn, dict):
         yield unlike(name, turn, "an object with from and value")
         return
@@ -272,7 +256,6 @@ def turn_problems(name: str, turn: Any) -> Iterator[str]:
 
 
 def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
-    """The messages of checked turns."""
     messages = []
     for turn in turns:
         message = {"role": role_of(turn["from"]), "content": turn["value"]}
@@ -285,21 +268,16 @@ def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
 
 
 def instruction_problems(answered: str, beside: str, row: Row) -> Iterator[str]:
-    """What is wrong with a row of an instruction: `answered` is the key of the answer, `beside`
-    that of what the instruction is about, which may be absent.
-    """
     for key in ("instruction", answered, *([beside] if row.get(beside) is not None else [])):
         yield from text_problems(key, row[key])
 
 
 def instruction(answered: str, beside: str, row: Row) -> Said:
-    """The messages of a checked row of an instruction."""
     request = "\n".join(filter(None, (row["instruction"], row.get(beside))))
     return said_by("user", request), {answered: said_by("assistant", row[answered])}
 
 
 def query_problems(row: Row) -> Iterator[str]:
-    """What is wrong with a row of a question that calls answer."""
     yield from text_problems("query", row["query"])
     try:
         yield from call_problems("answers", _answers(row))
@@ -308,20 +286,18 @@ def query_problems(row: Row) -> Iterator[str]:
 
 
 def query(row: Row) -> Said:
-    """The messages of a checked row of a question that calls answer."""
     calls = list(map(call_of, _answers(row)))
     return said_by("user", row["query"]), {"answers": [{"role": "assistant", "tool_calls": calls}]}
 
 
 def system_problems(row: Row, wrong: bool) -> Iterator[str]:
-    """Problems of a row's system message; `wrong`: something else in the row is already."""
+    """Checks `system`, and compares it with the conversation unless the row is `wrong`."""
     yield from text_problems("system", row["system"])
     if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
         yield "field system: found beside another system message, expected one of the two"
 
 
 def system_of(row: Row) -> list[Message]:
-    """The system message that stands beside what is said in a checked row, unless that has it."""
     return [] if _own_system(row) is not None else [{"role": "system", "content": row["system"]}]
 
 
@@ -334,6 +310,6 @@ def _own_system(row: Row) -> str | None:
 
 
 def _answers(row: Row) -> list[dict[str, object]]:
-    """The calls of a row. ValueError where they are no JSON."""
+    """Raises ValueError if the calls aren't JSON."""
     answers = row["answers"]
     return parsed(answers) if isinstance(answers, str) else answers

@@ -1,10 +1,7 @@
-"""Prompts of rows: for models that are asked, and as examples that a policy completes by itself.
+"""Prompts of rows, for generation and as examples for reinforcement learning.
 
-    {"prompt": text or messages}        or a row of any format that is a conversation
-
-The prompt of a conversation is all that comes before its last assistant turn, if it ends with one.
-That turn is then the reference that generation is measured against. The row of an example goes
-with it: whatever else that holds is for the rewards.
+The prompt is all messages before a final assistant turn, which is the reference for evaluation.
+Rewards receive the row's other fields.
 """
 
 from __future__ import annotations
@@ -47,7 +44,7 @@ NO_PROMPT = "found no message before the assistant's turn, expected a prompt"
 
 
 class Reference(NamedTuple):
-    """The content of the message before a turn, the rendered prompt and the turn's own text."""
+    """The content of the preceding message, the rendered prompt, and the turn's text."""
 
     question: str
     prompt: str
@@ -57,10 +54,9 @@ class Reference(NamedTuple):
 def references(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> list[Reference]:
-    """The prompt and the reference of each conversation: its last assistant turn, but for those
-    that its row leaves out of training, as the content or, where the turn has calls, the text that
-    the template renders for it, without special tokens and reasoning. Tokenize the prompt with
-    add_special_tokens=False.
+    """Returns the last assistant turn of each conversation with its prompt. The text is the content
+    or, for calls, as rendered without special tokens and reasoning. The prompt has special tokens,
+    so tokenize it with add_special_tokens=False.
     """
     result, bad = [], []
     for number, given in enumerate(conversations, 1):
@@ -82,7 +78,6 @@ def references(
 
 
 def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A completion without the block of reasoning that it begins with, if it has one."""
     if tokenizer.chat_template is None:
         return text
     return text[template_of(tokenizer).block.end(text, prompt) :]
@@ -91,7 +86,6 @@ def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase
 def reference_of(
     conversation: Conversation, last: int, tokenizer: PreTrainedTokenizerBase
 ) -> Reference:
-    """The prompt of one assistant turn, which has the index `last`, from 1, and the turn."""
     messages = conversation.messages[: last + 1]
     check_able(conversation, tokenizer)
     given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
@@ -113,8 +107,6 @@ def reference_of(
 
 
 class PromptRow(NamedTuple):
-    """A prompt as the chat template renders it, and the completion that its row has, or None."""
-
     text: str
     reference: str | None
 
@@ -125,7 +117,7 @@ def _conversation(row: Row) -> Conversation:
 
 
 def questions_in(row: Row) -> list[str]:
-    """The texts before each turn of the assistant, or the whole row, without case and outer space.
+    """Returns the messages before each assistant turn as text, ignoring case and surrounding space.
     """
     messages = _conversation(row).messages
     said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
@@ -138,8 +130,6 @@ def questions_in(row: Row) -> list[str]:
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[PromptRow]:
-    """The rendered prompts of checked rows of PROMPT_FORMATS, which messages call by this name.
-    """
     prompts = []
     for number, row in enumerate(rows, 1):
         try:
@@ -157,12 +147,12 @@ def prompts_of(
     return prompts
 
 
-ASKED = ("prompt", "messages", "conversations")  # the keys of a row that hold its prompt
+ASKED = ("prompt", "messages", "conversations")  # keys with the prompt
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A tokenized prompt: `ids` (T,), its row, and where that is, for messages."""
+    """`ids` (T,), the row, and its place in messages."""
 
     ids: tuple[int, ...]
     row: Mapping[str, Any]
@@ -170,25 +160,22 @@ class TokenizedPrompt:
 
     @property
     def question(self) -> Any:
-        """The row's field `prompt`, or else the messages before its answer."""
         if "prompt" in self._format.keys:
             return self.row["prompt"]
         return [dict(message) for message in self.conversation.messages]
 
     @property
     def conversation(self) -> Conversation:
-        """The prompt as messages, with the tools of its row."""
         return self._format.extract(PROMPTS, dict(self.row))
 
     @property
     def answer(self) -> str | None:
-        """The text of the row's own answer, if it has one."""
         said = self._format.conversation(dict(self.row)).messages[len(self.conversation.messages) :]
         return said[-1].get("content") or None if said else None
 
     @property
     def other_fields(self) -> dict[str, Any]:
-        """The other fields of the row, and its answer as one, unless it has a field `answer`."""
+        """The fields besides the prompt, including `answer`."""
         fields = {key: value for key, value in self.row.items() if key not in ASKED}
         if fields.get("answer") is None and self.answer is not None:
             fields["answer"] = self.answer
@@ -197,13 +184,13 @@ class TokenizedPrompt:
     @property
     def _format(self) -> RowFormat:
         row_format = format_of(dict(self.row), formats_for(PROMPTS))
-        assert row_format is not None  # of a row that was checked
+        assert row_format is not None  # the row was checked
         return row_format
 
 
 @dataclass(frozen=True, eq=False)
 class PromptEncoder(Encoder):
-    """Makes examples of prompts, in columns `row`, `ids` (T,), `marked` and `problem`."""
+    """Columns: `row`, `ids` (T,), `marked`, `problem`."""
 
     tokenizer: PreTrainedTokenizerBase
     takes = PROMPTS
@@ -229,8 +216,6 @@ class PromptEncoder(Encoder):
 
 
 class PromptExamples(TableExamples[TokenizedPrompt]):
-    """The examples of a table that `PromptEncoder` made."""
-
     def __init__(self, table: pa.Table, rows: Rows) -> None:
         super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
         self._rows, self.compared_by = rows, (self._ids,)
@@ -242,7 +227,7 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
 
 
 def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:
-    """The examples of a table that `PromptEncoder` made, each of `most` tokens at most."""
+    """Raises if a prompt exceeds `most` tokens."""
     examples = PromptExamples(table, rows)
     longest = int(examples.lengths.max(initial=0))
     if longest > most:

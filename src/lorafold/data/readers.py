@@ -1,10 +1,9 @@
-"""Reads the rows of a file: JSON lines, JSON, CSV, Parquet, Arrow, and those of text compressed.
+"""Reads rows from JSON lines, JSON, CSV, Parquet, Arrow and compressed text files.
 
-A row that can't be read is handed on as the reason, so that all bad rows are listed together. Rows
-are numbered from 1: by line in a file of JSON lines, by record after the header in a CSV file.
-Text is UTF-8, or UTF-16 with its byte order mark. A CSV file is read as Windows-1252, with a
-warning, if it can only be that: ASCII before the first byte that is no UTF-8, then no control
-characters, and no four letters outside of ASCII in a row.
+An unreadable row is yielded as its error message, so that bad rows are listed together. Rows are
+numbered from 1, by line in JSON lines and by record in CSV. Text is UTF-8, or UTF-16 with a byte
+order mark. CSV is read as Windows-1252, with a warning, if it is plausible: ASCII up to the first
+byte that isn't UTF-8, no control characters, no four consecutive non-ASCII letters.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Tell = Callable[[str], None]
 Numbered = Iterator[tuple[int, Found]]
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t|"
-AT_ONCE = 1000  # rows of a table that are made into objects together
+AT_ONCE = 1000  # rows of a table converted to objects at a time
 MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 LONGEST = 2**31 - 1  # bytes of a field of CSV
 PIECE = 1 << 16  # bytes
@@ -39,7 +38,7 @@ WINDOWS = "cp1252"
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 AS_CSV = "save it as CSV in UTF-8, or: pandas.read_excel(FILE).to_csv('rows.csv', index=False)"
 NEITHER = "neither UTF-8 nor Windows-1252; save it as UTF-8: iconv -f ENCODING -t utf-8 FILE"
-# what a file is, by its first bytes
+# descriptions of files by their first bytes
 SIGNS = {
     b"PK\x03\x04": f"a spreadsheet or another zip file, expected rows; {AS_CSV}",
     b"\xd0\xcf\x11\xe0": f"a spreadsheet, expected rows; {AS_CSV}",
@@ -54,17 +53,17 @@ SIGNS = {
     b"<html": "a web page, expected rows; the download is not the file itself",
 }
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
-FOREIGN = re.compile(r"[^\W\d_a-zA-Z]{4}")  # letters of another alphabet, read as Windows-1252
+FOREIGN = re.compile(r"[^\W\d_a-zA-Z]{4}")  # another alphabet misread as Windows-1252
 LETTERS = re.compile(r"\w*[^\W\d_a-zA-Z]\w*")
 WORD = re.compile(r"\w*[^\x00-\x7f]\w*")
 
 
 class Unreadable(ValueError):
-    """What is wrong with a file as a whole, in one line."""
+    """A problem of the whole file, in one line."""
 
 
 def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedReader:
-    """The file's text in UTF-8; what is neither that nor known stays as it is."""
+    """Transcodes UTF-16 and, with `windows`, Windows-1252."""
     begins = file.peek(2)[:2]
     if not windows and begins not in WIDE:
         return file
@@ -72,8 +71,6 @@ def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedRe
 
 
 class _Utf8(io.RawIOBase):
-    """Final: another file's text in UTF-8, as it is read."""
-
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces, self._ready = pieces, b""
 
@@ -90,7 +87,7 @@ class _Utf8(io.RawIOBase):
 
 def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8")()
-    plain, windows = not wide, False  # so far there is ASCII alone
+    plain, windows = not wide, False  # plain: only ASCII so far
     piece = b" "
     while piece:
         piece = file.read1(PIECE)
@@ -105,7 +102,7 @@ def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]
             if wide:
                 raise Unreadable("not UTF-16 despite its first bytes; save it as UTF-8") from error
             if not (plain and whole[: error.start].isascii()):
-                yield whole  # whoever reads the rows says which of them is no text
+                yield whole  # the row's reader reports the bad bytes
                 yield from iter(lambda: file.read1(PIECE), b"")
                 return
             windows, text = True, _windows(whole)
@@ -119,7 +116,6 @@ def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]
 
 
 def _windows(piece: bytes) -> str:
-    """Text in Windows-1252. Raises Unreadable for what can't have been."""
     try:
         text = piece.decode(WINDOWS)
     except UnicodeDecodeError as error:
@@ -132,14 +128,11 @@ def _windows(piece: bytes) -> str:
 
 
 class Kind(NamedTuple):
-    """How a file is read, and pyarrow's name of its compression."""
-
     read: Callable[[io.BufferedReader], Numbered]
     compression: str | None
 
 
 def kind_of_file(path: Path) -> Kind | None:
-    """What reads the file, by the end of its name; None for a file of no such kind."""
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     if last in COMPRESSED and before in TEXT:
         return Kind(TEXT[before], COMPRESSED[last])
@@ -147,7 +140,6 @@ def kind_of_file(path: Path) -> Kind | None:
 
 
 def numbered(path: Path, tell: Tell) -> Numbered:
-    """The numbered rows of a file of a kind that is known, unchecked."""
     kind = kind_of_file(path)
     assert kind is not None
     try:
@@ -181,7 +173,7 @@ def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedRe
 
 
 def _lines(lines: Iterable[bytes]) -> Numbered:
-    """One object a line. Raises Unreadable for one list, and for JSON over several lines."""
+    """Reads an object per line; raises Unreadable for a list or an object over several lines."""
     bare = ((number, line.removeprefix(BOM)) for number, line in enumerate(lines, 1))
     filled = ((number, line) for number, line in bare if line.strip())
     begins = [*islice(filled, 2)]
@@ -213,16 +205,15 @@ def _json(file: io.BufferedReader) -> Numbered:
 
 
 def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
-    """Rows of text under the names of the header; a column without a name is called by its place.
-    """
+    """Reads text; a column without a name is called by its number."""
     csv.field_size_limit(LONGEST)
-    last = 0  # the line with which the last good record ends
+    last = 0  # the last line of the last good record
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
         try:
             header = lines.readline()
-            if told := re.fullmatch(r"sep=(.)\s*", header):  # as Excel begins such a file
+            if told := re.fullmatch(r"sep=(.)\s*", header):  # written by Excel
                 delimiter, header = told[1], lines.readline()
-            # the one that the header has most often outside of quotes, the earlier of equals
+            # the most frequent one in the header outside of quotes, the earlier one on a tie
             delimiter = delimiter or max(DELIMITERS, key=re.sub(r'"[^"]*"', "", header).count)
             records = csv.reader(chain([header], lines), strict=True, delimiter=delimiter)
             names = next(records, [])

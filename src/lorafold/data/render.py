@@ -1,12 +1,11 @@
 """Renders conversations with the model's chat template: whole, as prompts, and for training.
 
-    after(i) = render(messages[:i + 1]) = prompt(i) + what the model shall generate
+    after(i) = render(messages[:i + 1]) = prompt(i) + the text that the model generates
 
-**The law**: the ids before a trained turn are those that generation starts from, and nothing that
-the template supplies is trained on. Turns whose `after` is a prefix of a longer text are spans of
-that text; others have an example of their own. `after_block` looks for the form of a turn
-whose `after` does not begin with the prompt, and `Template.ending` has the token that ends a turn
-where the template writes none with it. A conversation of which a part is not shown is refused.
+Invariant: the ids before a trained turn are those from which generation starts, and no text of the
+template is trained. Turns whose `after` is a prefix of a longer text become spans of it; others get
+their own example. If `after` doesn't begin with the prompt, `after_block` or `after_rewriting`
+reconstructs the turn. A conversation is rejected if the template hides a part of it.
 """
 
 from __future__ import annotations
@@ -63,11 +62,10 @@ def check_shown(
     tokenizer: PreTrainedTokenizerBase,
     turns: Mapping[int, str] | None = None,
 ) -> None:
-    """Raise LorafoldError if the text lacks a part of the conversation. `turns` are what the
-    template adds for messages with calls.
+    """Raises if the text lacks a part of the conversation. `turns` are rendered turns with calls.
     """
     messages, tools = conversation.messages, conversation.tools
-    # a part that is not in the text, messages and tools with a probe in its place, and the probe
+    # (missing part, messages and tools with a probe in its place, probe)
     missing = []
 
     def lacks(what: str, n: int, change: Message, value: str) -> None:
@@ -94,7 +92,6 @@ def check_shown(
 
 
 def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise LorafoldError if the chat template never shows tools, or calls, that there are."""
     tools = conversation.tools
     called = any("tool_calls" in message for message in conversation.messages)
     if tools and not template_of(tokenizer, tools).shows_tools:
@@ -104,7 +101,7 @@ def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _has_tool(text: str, tool: dict[str, Any]) -> bool:
-    """Whether the text has a tool's name and its description, or that of its first argument."""
+    """Whether the text has a tool's name and its description or else its first argument."""
     function = tool["function"]
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
@@ -122,23 +119,21 @@ def _has_call(text: str, given: dict[str, Any]) -> bool:
 
 
 def _has_text(text: str, value: Any) -> bool:
-    """Whether a text stands in another one, as it is or as in JSON."""
+    """Whether a text contains a value, verbatim or escaped."""
     value = str(value)
     forms = (value, *(json.dumps(value, ensure_ascii=a)[1:-1] for a in (False, True)))
     return any(form in text for form in forms)
 
 
 def hidden(message: Message, turn: str) -> bool:
-    """Whether a turn's text lacks the reasoning of its message, or what it says beside calls."""
     thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
     return thought not in turn or not _has_text(turn, said if message.get("tool_calls") else "")
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """What of a conversation is trained on: all turns of the assistant or the last, with their
-    reasoning or without, and with an end that the template does not write with the turn (auto) or
-    without (none).
+    """Which assistant turns to train, whether without reasoning, and whether to add an end that the
+    template doesn't write.
     """
 
     train_on: Literal["all", "last"] = "all"
@@ -148,8 +143,8 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of one example, its trained character spans [start, end), and the characters at
-    which its trained turns begin, where the tokens are to be cut.
+    """A text, its trained character spans [start, end), and the starts of trained turns, at which
+    it is split for tokenization.
     """
 
     text: str
@@ -159,8 +154,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class TrainedRenderings:
-    """The examples of one conversation, how many assistant turns are left out, in how many the
-    template hides a part, and the messages that are trained on.
+    """A conversation's examples, how many assistant turns are left out or have a hidden part, and
+    the trained messages.
     """
 
     renderings: tuple[Rendered, ...]
@@ -171,8 +166,8 @@ class TrainedRenderings:
 
 @dataclass(frozen=True)
 class TrainedTurn:
-    """One assistant turn: a text that ends with it, its characters there, what generation makes of
-    it, and the spans that the template marks, None if it marks none anywhere.
+    """A text that ends with an assistant turn, the turn's characters, the text to generate, and the
+    spans of `{% generation %}` blocks (None if the template has none).
     """
 
     text: str
@@ -183,8 +178,6 @@ class TrainedTurn:
 
 
 class ConversationRenderings:
-    """The renderings of one conversation."""
-
     def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.tools = tokenizer, conversation.tools
         self.messages = conversation.messages
@@ -193,7 +186,7 @@ class ConversationRenderings:
         self.formed = self.template.form.of(self.messages)
 
     def draw(self, messages: list[Message]) -> Drawn:
-        """The text of messages, and the template's own marks in it, None if it marks none."""
+        """Renders messages; also returns the spans of `{% generation %}` blocks, or None."""
         if not self.template.marks_own:
             return apply(messages, self.tokenizer, self.tools), None
         special: Any = self.tokenizer.special_tokens_map
@@ -207,17 +200,16 @@ class ConversationRenderings:
                 **special,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
+            apply(messages, self.tokenizer, self.tools)  # raises a one-line message
             raise LorafoldError(f"the model's chat template: {error}") from error
         [text], [marks] = rendered
         return text, tuple(map(tuple, marks))
 
     def turn(self, i: int, whole: Drawn | None = None) -> TrainedTurn | None:
-        """Turn i as generation would have it, or None where the template has no such form."""
+        """Returns turn i as generated, or None if it can't be reconstructed."""
         if i == 0:
-            return None  # the first message has no prompt before it
+            return None  # the first message has no prompt
         message, earlier = self.formed[i], self.formed[:i]
-        # the text that the generation of the turn starts from
         prompt = apply(earlier, self.tokenizer, self.tools, for_generation=True)
         is_last = i == len(self.formed) - 1
         after, marks = whole if whole and is_last else self.draw(self.formed[: i + 1])
@@ -237,12 +229,12 @@ class ConversationRenderings:
             if joined is None or marks == ():
                 return None
             text, marks = joined, marks and ((len(prompt), len(joined)),)
-        # whitespace after the token that ends a turn is the template's
+        # whitespace after the end token belongs to the template
         start, end = len(prompt), max(len(prompt), len(text.rstrip()))
         return TrainedTurn(text, start, end, text[start:end], marks)
 
     def end(self, i: int, turn: TrainedTurn) -> str:
-        """The end of turn i, which its text lacks: the template does not write it with the turn."""
+        """Returns the end of a turn that the template writes without it."""
         ending, text = self.without_tools.ending, turn.text[: turn.end]
         if ending.written == WITH_NEXT:
             follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]
@@ -258,9 +250,8 @@ def render_trained(
     tokenizer: PreTrainedTokenizerBase,
     rendering: Rendering = Rendering(),
 ) -> TrainedRenderings:
-    """Render a conversation and find the spans of its trained assistant turns.
-
-    A conversation of which nothing is trained on gives its whole text, without spans.
+    """Finds the spans of trained assistant turns. Without any, returns the whole text without
+    spans.
     """
     check_able(conversation, tokenizer)
     conversation = as_text(conversation, tokenizer)
@@ -288,7 +279,7 @@ def render_trained(
             end = len(text)
         if rendering.mask_reasoning:
             start += renderings.without_tools.block.end(text[start:end], text[:start])
-        # a mark may go on to the end of the line, behind the token that ends the turn
+        # a mark may extend past the end token to the end of the line
         marks = ((start, end),) if marks is None else marks
         cut = ((max(start, first), min(len(text), last)) for first, last in marks)
         if not (spans := [(first, last) for first, last in cut if first < last]):
@@ -296,7 +287,7 @@ def render_trained(
         example = next((one for one in examples if one[0].startswith(text)), None)
         if example is None:
             example = (text, [], [])
-            if text.startswith(whole):  # and has its end
+            if text.startswith(whole):  # the whole conversation and its end
                 examples[0] = example
             else:
                 examples.append(example)
@@ -313,7 +304,6 @@ def render_trained(
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Give a tokenizer without a chat template a plain one; return the notice to print."""
     if tokenizer.chat_template is not None:
         return None
     if tokenizer.eos_token is None:
@@ -336,8 +326,8 @@ def render(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Render messages in the form of `data.messages`, control tokens in their contents as text,
-    with further variables of the chat template, such as enable_thinking.
+    """Renders messages with control tokens as text. `variables` are passed to the template, for
+    example enable_thinking.
     """
     given = as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
     formed = template_of(tokenizer, given.tools).form.of(given.messages)
@@ -351,7 +341,7 @@ def prompt_of(
     tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """As `render`, the prompt for the next turn of a conversation, which must show all of it."""
+    """Renders the prompt of the next turn; raises if it doesn't show the whole conversation."""
     check_able(conversation, tokenizer)
     text = render(conversation.messages, tokenizer, True, conversation.tools, variables)
     check_shown(as_text(conversation, tokenizer), text, tokenizer)
@@ -359,11 +349,11 @@ def prompt_of(
 
 
 CLOSED = re.compile(r"([<\[])(\w+)([>\]])\s*\1/\2\3\s*\Z")  # an empty block at a prompt's end
-SEEN = 24  # characters of the message before the turn by which it is found again
+SEEN = 24  # characters of the previous message that locate the turn
 
 
 class OpenBlock(NamedTuple):
-    """The block at a prompt's end: where it begins, and whether the prompt closes it too."""
+    """A block of reasoning at a prompt's end, and whether the prompt closes it."""
 
     at: int
     closed: bool
@@ -373,10 +363,9 @@ class OpenBlock(NamedTuple):
 def after_block(
     prompt: str, after: str, said: tuple[str, str], block: Block, specials: re.Pattern[str]
 ) -> str | None:
-    """The text of a turn whose prompt ends with a block of reasoning: the prompt, then what it
-    leaves to the model (of one that opens a block reasoning, closing and answer; of one with an
-    empty block the answer). None where no such form is found. `said` are the turn's reasoning, or
-    an empty text, and its content; `after` is the rendering up to and including the turn.
+    """Reconstructs a turn whose prompt ends with a block of reasoning: the prompt, then reasoning,
+    closing and answer if the block is open, or only the answer if it is closed; None if impossible.
+    `said` are reasoning and content.
     """
     block_at_end = _open_block(prompt, after, block, specials)
     if block_at_end is None or not after.startswith(prompt[: block_at_end.at]):
@@ -391,7 +380,7 @@ def after_block(
         reasoning = reasoning or inner
     elif bare.startswith(closing):
         if not block_at_end.closed and not reasoning.strip():
-            return prompt + bare  # an empty block, as the template writes it
+            return prompt + bare  # an empty block
         answer = bare.removeprefix(closing)
     elif closing in content:
         reasoning = reasoning or content.partition(closing)[0].rpartition(opening)[2]
@@ -420,7 +409,7 @@ def _open_block(
             return OpenBlock(tag.start(), closed, tagged)
     at = len(common(prompt, after))
     at = next((m.start() for m in specials.finditer(prompt) if m.start() < at < m.end()), at)
-    # one token opens it, a word may name it, and another token closes it
+    # an opening token, an optional word, and a closing token
     marks = [m.span() for m in specials.finditer(prompt, at)]
     if len(marks) == 2 and marks[0][0] == at and not prompt[marks[1][1] :].strip():
         (_, opened), (closing, end) = marks
@@ -431,9 +420,9 @@ def _open_block(
 
 
 def after_rewriting(prompt: str, after: str, before: str, content: str) -> str | None:
-    """The text of a turn at whose arrival the template rewrites earlier messages: the prompt, then
-    what follows the same end of a prompt in `after`, the rewritten text. None where it is not
-    found. `before` is the prompt's rendering without the generation prompt.
+    """Reconstructs a turn after which the template changes earlier messages: the prompt, then the
+    text that follows the prompt's end in `after`; None if not found. `before` lacks the generation
+    prompt.
     """
     if not prompt.startswith(before) or len(prompt) == len(before):
         return None

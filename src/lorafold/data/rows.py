@@ -1,9 +1,6 @@
-"""Reads a user's rows, and checks that those of one file are well-formed and of one format.
+"""Reads rows and checks that each file's are valid and of one format.
 
-    rows = read_rows(["mine.jsonl", "other.jsonl:0.3"])       an epoch takes 0.3 of the second
-
-One error message lists everything that is wrong, each with its file, row, field, and what was found
-and expected. Large data is checked once: its rows are kept in the cache, under the files' digest.
+One message lists all problems. Large data is checked once and cached under the files' digest.
 """
 
 from __future__ import annotations
@@ -46,10 +43,10 @@ SAID = {
     *("completion", "answer", "response", "output", "reply", "assistant", "a"),
     *("antwort", "ausgabe"),
 }
-WORDED = re.compile(r"[^\W\d_]")  # a text with a letter is no number or date
+WORDED = re.compile(r"[^\W\d_]")  # text with a letter, not a number or a date
 GUESS = " (a guess by their order, if the file begins with names)"
 PLAIN = {"system", "user", "assistant", "tool", "developer"}
-# what databases, spreadsheets and pandas write where there is nothing, or a wrong formula
+# written by databases, spreadsheets and pandas for empty cells and errors in formulas
 NOTHING = {
     *("NULL", "null", "None", "NaN", "nan", "\\N"),
     *("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!"),
@@ -65,20 +62,18 @@ AS_THEY_ARE = "messages go to the chat template with roles of their own, and are
 
 @dataclass
 class RowRemarks:
-    """Gathers remarks on good rows, row by row: `ignored` are the keys that are no part of formats,
-    as they appear (messages[].id for one inside), and `lines` all else. `wanted` is what is asked
-    of the rows, of what formats provide.
+    """Collects remarks on valid rows: `ignored` keys, such as messages[].id, and other `lines`.
+    `wanted` is the kind that formats must provide.
     """
 
     wanted: str = ""
     ignored: dict[str, None] = field(default_factory=dict)
     _first: dict[str, str] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
-    _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by what becomes of them
+    _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by their treatment
 
     def left_out(self, row: Any, place: str, row_format: RowFormat | None = None) -> bool:
-        """Whether a row is left out: all its fields are empty or, where answers are needed, one is.
-        """
+        """Whether to skip a row: it is empty, or has an empty answer where one is needed."""
         if row_format is None:
             values = row.values() if isinstance(row, dict) else [row]
             filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
@@ -91,7 +86,6 @@ class RowRemarks:
         return out
 
     def add(self, row_format: RowFormat, row: Row) -> None:
-        """Look at one more row that is used."""
         for key, value in row.items():
             if value is None:
                 continue
@@ -129,7 +123,6 @@ class RowRemarks:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """All other remarks, a line each."""
         counts = self._counts.items()
         lines = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
         for what, roles in self._roles.items():
@@ -138,9 +131,7 @@ class RowRemarks:
 
 
 def proposed_columns(row: Row) -> str:
-    """The option `--columns` to try for a row of no known format: known names, else a guess of the
-    first and the last column of text, if there are two.
-    """
+    """Proposes `--columns` by known names, or by order if there are two text columns."""
     texts = [key for key, value in row.items() if isinstance(value, str) and WORDED.search(value)]
     prompts, answers = ([k for k in texts if k.strip().lower() in n] for n in (ASKED, SAID))
     guess = ""
@@ -151,15 +142,15 @@ def proposed_columns(row: Row) -> str:
     names = {"prompt": prompts[0], "completion": answers[0]}
     pairs = [f"{name}={column}" for name, column in names.items() if name != column]
     if any("," in pair or pair != pair.strip() for pair in pairs) or not pairs:
-        return ""  # `columns_of` could not read them
+        return ""  # not expressible in `--columns`
     return f"did you mean --columns {shlex.quote(','.join(pairs))}{guess}"
 
 
 def renamed(
     numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
 ) -> Iterator[tuple[int, Any]]:
-    """Numbered rows in which the value under `columns[name]` is under `name`; a key without a new
-    name is dropped. A row where that can't be done becomes the reason.
+    """Renames `columns[name]` to `name`, and drops keys without a new name. A row that can't be
+    converted becomes an error message.
     """
     names = {name: key for name, key in columns.items() if key}
     dropped = [name for name in columns if name not in names]
@@ -183,7 +174,6 @@ def renamed(
 
 
 def near_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
-    """A question, after a semicolon, for the columns with the names nearest to those missing."""
     near = {
         name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
         for name, key in names.items()
@@ -200,17 +190,15 @@ def checked(
     none: bool = False,
     remarks: RowRemarks | None = None,
 ) -> Iterator[tuple[int, RowFormat, Row]]:
-    """Yield the rows that are well-formed and of the first one's format, with the keys by which
-    formats know them, each after its number and format. In place of a row that could not be read
-    there is the reason, a text.
+    """Yields (number, format, row) of valid rows of the first one's format, normalized. Unreadable
+    rows come as error messages.
 
-    After the last row, or the first bad one with `at_once`, raises LorafoldError that lists the bad
-    rows, or says that there is no row, unless there may be `none`. `remarks` looks at each good row
-    and says which are left out.
+    Raises at the end, or after the first bad row with `at_once`; also without any row, unless
+    `none` allows it.
     """
-    bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
+    bad: dict[str, list[int]] = {}  # row numbers by problem
     first = None
-    used = False  # of any row
+    used = False
     for number, given in numbered:
         place = f"{source}: row {number}"
         if remarks and remarks.left_out(given, place):
@@ -251,7 +239,6 @@ def _numbers(rows: Sequence[int]) -> str:
 
 
 def _without_format(row: Row, formats: Sequence[RowFormat]) -> Iterator[str]:
-    """What is wrong with a row of no format: keys without a value, or absent ones."""
     if near := [row_format for row_format in formats if {*row_format.keys} <= row.keys()]:
         yield from _null(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
         return
@@ -269,7 +256,6 @@ def _null(row_format: RowFormat, row: Row) -> list[str]:
 
 
 def check_provided(formats: Iterable[RowFormat | None], what: str) -> None:
-    """Raise LorafoldError if the format of a source's rows does not give what is taken."""
     for row_format in formats:
         if row_format is None or what not in row_format.provides:
             expected = " or ".join(str(known) for known in ROW_FORMATS if what in known.provides)
@@ -278,14 +264,12 @@ def check_provided(formats: Iterable[RowFormat | None], what: str) -> None:
 
 @dataclass
 class RowsRead:
-    """What is known of rows after the last one: pairs of a source's number and a count, and the
-    runs of `Origins` with a file's number.
-    """
+    """Counts of rows per source part and per file, and the runs of `Origins`."""
 
     parts: list[list[int]] = field(default_factory=list)
     files: list[list[int]] = field(default_factory=list)
     runs: list[list[int]] = field(default_factory=list)
-    guessed: list[str] = field(default_factory=list)  # what was guessed of files
+    guessed: list[str] = field(default_factory=list)  # warnings about guessed encodings
     ignored: Sequence[str] = ()
     remarks: Sequence[str] = ()
 
@@ -305,7 +289,7 @@ def _reading(
             numbered = renamed(file.numbered(read.guessed.append), columns)
             rows = checked(numbered, file.name, False, formats, source.several, remarks)
             for place, row_format, row in rows:
-                if row_format is not last:  # files of one source and one format are one part
+                if row_format is not last:  # consecutive files of one format are one part
                     read.parts.append([number, 0])
                     last = row_format
                 file_number, run = len(read.files) - 1, read.runs[-1] if read.runs else [-1]
@@ -327,12 +311,11 @@ def read_rows(
     notice: Notice = lambda text: None,
     wanted: str = "",
 ) -> Rows:
-    """Read the rows of one or several sources: files, directories and patterns that stand for
-    files, or hub datasets (their train split). SOURCE:0.3 gives a source a weight.
+    """Reads files, directories, patterns or hub datasets (their train split). SOURCE:0.3 sets a
+    weight.
 
-    `columns` are the names that keys have in the sources, by those that lorafold knows, as in
-    {"prompt": "question"}. `wanted` is what is asked of the rows, as formats provide it: it chooses
-    the format of rows that have the keys of several.
+    `columns` renames keys, as in {"prompt": "question"}. `wanted` is the kind that formats must
+    provide; it chooses among matching formats.
     """
     named = [source_from(text) for text in ([sources] if isinstance(sources, str) else sources)]
     columns, read, known = columns or {}, RowsRead(), None
@@ -349,7 +332,7 @@ def read_rows(
             about = asdict(read) | {"sha256": sha256, "bytes": written}
             write_json(directory / "about.json", about)
 
-        from lorafold.identity import of_code  # which loads torch
+        from lorafold.identity import of_code  # imports torch
 
         code = of_code("data", packages=("datasets", "pyarrow"))
         identities = [[source.several, source.identity] for source in named]
@@ -375,14 +358,10 @@ def read_rows(
 
 
 def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
-    """Rows of which some may not have been checked yet; their source is named "data"."""
     return rows if isinstance(rows, Rows) else check_rows(enumerate(rows, 1), "data", wanted)
 
 
 def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "") -> Rows:
-    """Return rows, once they are known to be well-formed and of one format; `source` is the name of
-    the data in messages.
-    """
     remarks, rows, runs = RowRemarks(wanted), [], [[0, 0]]
     usable = ((n, (unusable(row) or row) if isinstance(row, dict) else row) for n, row in numbered)
     for place, _, row in checked(usable, source, formats=formats_for(wanted), remarks=remarks):

@@ -1,8 +1,7 @@
-"""Where rows come from: a file, all files of a directory or that match a pattern, or a dataset of
-the Hugging Face hub or that `datasets` saved.
+"""Sources of rows: a file, a directory or pattern, or a dataset from the hub or `save_to_disk`.
 
-Files are taken in the order of their names, with numbers by size: part-2 comes before part-10. If
-names have the word `train`, files of other splits are left out.
+Files are sorted by name, with numbers by value: part-2 before part-10. If a directory has a `train`
+split, other splits are left out.
 """
 
 from __future__ import annotations
@@ -28,19 +27,16 @@ __all__ = ["DataSource", "Row", "source_from"]
 log = logging.getLogger(__name__)
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
-SHOWN = 10  # files that one line names
+SHOWN = 10  # files listed in one line
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-ABOUT = ("dataset_info.json", "dataset_infos.json")  # which `datasets` writes beside rows
+ABOUT = ("dataset_info.json", "dataset_infos.json")  # written by `datasets`
 
 
 class RowFiles(NamedTuple):
-    """The files of rows, and the reasons why others, by name, are none of them, which `str` lists.
-    """
-
     paths: list[Path]
     left_out: dict[str, str]
 
@@ -52,20 +48,19 @@ class RowFiles(NamedTuple):
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name stands for all files that match it."""
     return has_magic(name) and not Path(name).exists()
 
 
 def files_of(name: str) -> RowFiles:
-    """The files of rows that a directory or a pattern stands for; of several splits those for
-    training.
+    """Lists a directory's or a pattern's files; of several splits in a directory, the training
+    split.
     """
     directory, matched = Path(name), is_pattern(name)
     if matched:
         names = {Path(path): path for path in glob(name, recursive=True)}
     else:
         names = {path: path.relative_to(directory).as_posix() for path in directory.rglob("*")}
-        # of what is hidden, such as .git, only rows are worth a word
+        # hidden files, such as in .git, are only reported if they could be rows
         names = {p: n for p, n in names.items() if not _hidden(n) or kind_of_file(p)}
     splits = {}
     directories = [n for path, n in names.items() if path.is_dir() and matched and "**" not in name]
@@ -100,7 +95,6 @@ def files_of(name: str) -> RowFiles:
 
 
 def shown(names: Iterable[str]) -> str:
-    """The first of some names, and how many more there are."""
     first = list(names)
     more = f" and {len(first) - SHOWN:,} more" if len(first) > SHOWN else ""
     return ", ".join(first[:SHOWN]) + more
@@ -117,7 +111,7 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where rows come from, and how often an epoch goes through them."""
+    """A source, and how often an epoch uses each row on average."""
 
     name: str
     weight: float = 1.0
@@ -127,21 +121,18 @@ class DataSource:
 
     @property
     def several(self) -> bool:
-        """Whether it is made of files that the user did not name one by one."""
-        saved = ("state.json", "dataset_dict.json")  # by which `save_to_disk` is known
+        saved = ("state.json", "dataset_dict.json")  # written by `save_to_disk`
         return is_pattern(self.name) or (
             self._path.is_dir() and not any((self._path / name).exists() for name in saved)
         )
 
     @cached_property
     def files(self) -> tuple[DataSource, ...]:
-        """The files that it is made of, in their order; itself, if it is one file or a dataset."""
         if not self.several:
             return (self,)
         return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
 
     def described(self, counts: Mapping[str, int] | None = None) -> str:
-        """Which files it is made of, with the rows of each by its name, and which it leaves out."""
         names = [Path(file.name) for file in self.files]
         if self._path.is_dir():
             names = [name.relative_to(self._path) for name in names]
@@ -152,7 +143,6 @@ class DataSource:
 
     @property
     def size(self) -> int:
-        """The bytes of its rows, as they are stored; 0 where it can't be read."""
         if self.several:
             return sum(file.size for file in self.files)
         if not self._is_file:
@@ -161,9 +151,7 @@ class DataSource:
 
     @property
     def identity(self) -> str:
-        """What tells whether its rows are still the same: the digests of files, or the fingerprint
-        of a dataset.
-        """
+        """Digests of files, or the fingerprint of a dataset."""
         # not needed by `--help`, which reads this file
         from lorafold.files.contents import file_digest
 
@@ -175,8 +163,8 @@ class DataSource:
         return f"{kind} {file_digest(self._path)[1]}"
 
     def numbered(self, tell: Tell = log.warning, streaming: bool = False) -> Numbered:
-        """The numbered rows of a file or dataset, unchecked; `streaming` makes no copy of a
-        dataset. `tell` gets the encoding of a file, where that was guessed.
+        """Yields numbered, unchecked rows; `streaming` makes no copy of a dataset. `tell` receives
+        a guessed encoding.
         """
         if self._is_file:
             return numbered(self._path, lambda text: tell(f"{self.name}: {text}"))
@@ -200,7 +188,6 @@ class DataSource:
 
 
 def source_from(text: str) -> DataSource:
-    """The source that a user names: a file, directory or hub dataset, with `:WEIGHT` or without."""
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):

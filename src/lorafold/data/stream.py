@@ -1,8 +1,7 @@
-"""Rows that are read while a run trains: data of any size, of which nothing is kept.
+"""Streaming: rows read during training, for data of any size.
 
-Each row comes from a source that is drawn with a probability in proportion to its weight. A source
-that ends begins again. Rows pass through a buffer, from which one is drawn for each that enters.
-Both draws are seeded, so a resumed run reads the rows of the steps before and leaves them out.
+Sources are sampled by weight and restart at their end; rows pass through a shuffle buffer. Sampling
+is seeded, so a resumed run skips the same rows.
 """
 
 import random
@@ -26,14 +25,12 @@ from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
 Named = tuple[str, Row, RowFormat]  # the name of a row in messages, the row, and its format
-PEEKED = 100  # rows that are looked at before a run starts
+PEEKED = 100  # rows of each source that are checked before a run starts
 
 
 @dataclass(frozen=True)
 class RowStream:
-    """Sources that are read row by row, the names that keys have in them, and what is asked of
-    them, as for `read_rows`.
-    """
+    """Sources, renamed columns, and the wanted kind, as in `read_rows`."""
 
     sources: tuple[DataSource, ...]
     columns: Mapping[str, str]
@@ -41,17 +38,14 @@ class RowStream:
 
     @cached_property
     def identity(self) -> str:
-        """What a resumed run must have in common, but for datasets of the hub."""
         local = [s.identity if s.several or Path(s.name).exists() else "" for s in self.sources]
         return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
 
     @property
     def record(self) -> dict[str, Any]:
-        """What an adapter's record says of them."""
         return {"streamed": self.identity}
 
     def rows(self, seed: int, buffer: int) -> Iterator[Named]:
-        """All rows, without end, in a shuffled order."""
         rng, sources = random.Random(f"{seed}/stream"), random.Random(f"{seed}/sources")
         readers = [self._endless(source) for source in self.sources]
         weights = [source.weight for source in self.sources]
@@ -66,11 +60,9 @@ class RowStream:
 
     @property
     def formats(self) -> tuple[RowFormat, ...]:
-        """The format of the rows of each source."""
         return tuple(next(self._endless(source))[2] for source in self.sources)
 
     def remarks(self) -> RowRemarks:
-        """Remarks on the first rows of each source."""
         remarks = RowRemarks(self.wanted)
         for source in self.sources:
             for _ in islice(self._endless(source, remarks), PEEKED):
@@ -93,9 +85,7 @@ class RowStream:
 
 @dataclass(eq=False)
 class StreamFeed(BatchFeed):
-    """The examples of rows that are read as they are needed, `batch` a step; `rows` gives all rows,
-    without end, in the order of a seed.
-    """
+    """Encodes rows on demand; `rows(seed)` yields them without end."""
 
     rows: Callable[[int], Iterator[Named]]
     encoder: Encoder

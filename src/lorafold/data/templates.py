@@ -1,11 +1,11 @@
-"""What a chat template does with a conversation, found out by rendering probes once per template:
-how it takes messages (`form`), encloses reasoning (`block`), and ends the assistant's turns:
+r"""Analyses chat templates by rendering probes, once per template: the form of messages (`form`),
+the block of reasoning (`block`), and where the end of an assistant turn is written:
 
-    with the turn               ... answer<end>\\n
-    with the next message       ... answer<user>\\nnext          what opens that one ends it
+    with the turn               ... answer<end>\n
+    with the next message       ... answer<user>\nnext          the next message's start is the end
     not at all                  ... answer                      the tokenizer's end token is trained
 
-An end is the special token behind the answer, the last one if several follow upon each other.
+The end is the last of the consecutive special tokens after the answer.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-KNOWN = 16  # templates that are remembered
-DATE = "strftime_now"  # what transformers gives templates to ask with
+KNOWN = 16  # cached templates
+DATE = "strftime_now"  # transformers' function for templates
 DATED = re.compile(rf"{DATE}\s*\(")
 ASKING = re.compile(rf"""{DATE}\s*\(\s*(["'])(.*?)\1\s*\)""")
 NAME, KEY, VALUE = "probe_function", "probe_key", "probe value"
@@ -54,8 +54,8 @@ ASKED: Message = {"role": "user", "content": "probe question"}
 SAID: Message = {"role": "assistant", "content": WORD}
 SYSTEM: Message = {"role": "system", "content": VALUE}
 OWN_SPANS = re.compile(r"\{%[-+]?\s*generation\b")
-OPENED = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # a tag that the generation prompt leaves open
-CUT = re.compile(r"[<\[][^>\]\s]*\Z")  # the beginning of a tag, which others have in common
+OPENED = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # an open tag at the end of a prompt
+CUT = re.compile(r"[<\[][^>\]\s]*\Z")  # an incomplete tag at the end of a common prefix
 WITH_TURN: Final = "with the turn"
 WITH_NEXT: Final = "with the next message"
 NOWHERE: Final = "not at all"
@@ -63,7 +63,6 @@ Written = Literal["with the turn", "with the next message", "not at all"]
 
 
 def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call in OpenAI's form."""
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -76,14 +75,13 @@ RESULT: Message = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id"
 
 @dataclass(frozen=True)
 class MessageForm:
-    """Arguments as JSON `text`, `empty` content beside calls, content as a list of `parts`."""
+    """Arguments as JSON `text`, `empty` content beside calls, content as lists of `parts`."""
 
     text: bool = False
     empty: bool = False
     parts: bool = False
 
     def of(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages, as `data.messages` has them, in this form."""
         formed = []
         for message in messages:
             if calls := message.get("tool_calls"):
@@ -100,10 +98,9 @@ class MessageForm:
 
 @dataclass(frozen=True)
 class Block:
-    """What stands before and after the reasoning of a turn, without surrounding whitespace. `shown`
-    is whether the template shows the reasoning of the last turn, `spaced` whether the whitespace
-    after the closing is part of the block; `lead` and `between` stand before and behind the
-    reasoning.
+    """The stripped texts around reasoning; `lead` and `between` include whitespace. `shown`: the
+    template shows the last turn's reasoning. `spaced`: whitespace after the closing belongs to the
+    block.
     """
 
     opening: str
@@ -115,12 +112,12 @@ class Block:
 
     @classmethod
     def of_tags(cls, opening: str, closing: str) -> Block:
-        """The block of a template that shows no reasoning, with tags on lines of their own."""
+        """For a template that shows no reasoning; tags are on their own lines."""
         return cls(opening, closing, False, True, "\n", f"\n{closing}\n\n")
 
     def end(self, text: str, prompt: str) -> int:
-        """The length of the block at the beginning of a turn, with whitespace after it; 0 without
-        one. The opening may stand at the end of the prompt.
+        """Returns the length of the block at the start of a turn, or 0. The opening may be in the
+        prompt.
         """
         start = len(text) - len(text.lstrip())
         if text.startswith(self.opening, start):
@@ -139,9 +136,8 @@ USUAL = Block.of_tags("<think>", "</think>")
 
 @dataclass(frozen=True)
 class Ending:
-    """Where a template ends a turn: with what the end is written, its text (the tokenizer's end
-    token where nothing writes one), and the ids of the special tokens that end a turn, whoever
-    speaks next.
+    """Where the end of a turn is written, its text (or the tokenizer's end token), and the ids of
+    all tokens that end a turn.
     """
 
     written: Written
@@ -151,25 +147,21 @@ class Ending:
 
 @dataclass(eq=False)
 class Template:
-    """The text of a chat template, the tokenizer that renders it, and what probes show of it."""
-
     text: str
     tokenizer: PreTrainedTokenizerBase
-    size: int  # of the tokenizer
+    size: int  # the tokenizer's length
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder
-        self.added = frozenset(added)  # the ids of added tokens
+        self.added = frozenset(added)  # ids of added tokens
         named = {token.content for token in added.values() if token.special}
         self.eos = str(self.tokenizer.special_tokens_map.get("eos_token") or "")
         known = sorted(filter(None, {*named, self.eos}), key=len, reverse=True)
-        # what matches the special tokens of the tokenizer in a text
         self.specials = re.compile("|".join(map(re.escape, known)) or r"(?!)")
-        self.marks_own = bool(OWN_SPANS.search(self.text))  # whether it marks spans itself
+        self.marks_own = bool(OWN_SPANS.search(self.text))  # it has {% generation %} blocks
 
     @cached_property
     def form(self) -> MessageForm:
-        """The form in which it takes messages."""
         question = str(ASKED["content"])
         shown = [
             question in attempt([ASKED], self.tokenizer, form=MessageForm(parts=p))
@@ -190,18 +182,17 @@ class Template:
 
     @cached_property
     def block(self) -> Block:
-        """How it encloses reasoning."""
         turns = (SAID | {"reasoning_content": THOUGHT}, SAID)
         texts = [attempt([ASKED, turn], self.tokenizer) for turn in turns]
         prompt = attempt([ASKED], self.tokenizer, for_generation=True)
         if THOUGHT not in texts[0] or WORD not in texts[0]:
             return USUAL
         header = CUT.sub("", common(*texts, prompt))
-        # a tag that the prompt leaves open is part of the block
+        # an open tag at the end of the prompt is part of the block
         if opened := OPENED.search(header):
             header = header[: opened.start()]
         thoughtful, plain = (text[len(header) :] for text in texts)
-        # the answer may have a header of its own, which belongs to no block
+        # a header before the answer doesn't belong to the block
         without = thoughtful.removesuffix(plain) if plain else thoughtful
         for block in (without, thoughtful.partition(WORD)[0]):
             opening, _, closing = block.partition(THOUGHT)
@@ -213,13 +204,12 @@ class Template:
 
     @cached_property
     def ending(self) -> Ending:
-        """How it ends a turn."""
         behind = attempt([ASKED, SAID], self.tokenizer).rpartition(WORD)[2]
         at = 0
         for special in self.specials.finditer(behind):
             if at and behind[at : special.start()].strip():
                 break
-            at = special.end()  # through all special tokens that follow upon the first
+            at = special.end()  # through all consecutive special tokens
         written: Written = WITH_TURN
         ends = [behind[:at]]
         if not at:
@@ -233,25 +223,21 @@ class Template:
 
     @cached_property
     def shows_tools(self) -> bool:
-        """Whether it shows a probe tool, with a system message or without."""
         conversations = ([ASKED], [SYSTEM, ASKED])
         return any(KEY in attempt(c, self.tokenizer, [PROBE_TOOL], True) for c in conversations)
 
     @cached_property
     def shows_calls(self) -> bool:
-        """Whether it shows a probe call, as the last message or in an earlier one."""
         after = [RESULT | {"content": VALUE}, {"role": "assistant", "content": VALUE}]
         texts = (attempt([ASKED, CALLED, *after[:n]], self.tokenizer) for n in (0, 2))
         return any(NAME in text.replace(VALUE, "") for text in texts)
 
     def through_special(self, text: str) -> str:
-        """The beginning of a text up to its first special token, and that token; empty without one.
-        """
+        """Returns the text through its first special token, or an empty text."""
         special = self.specials.search(text)
         return text[: special.end()] if special else ""
 
     def _before_result(self) -> str:
-        """What ends a call where its result comes next; empty if it shows no such thing."""
         text = attempt([ASKED, CALLED], self.tokenizer, [PROBE_TOOL]).rstrip()
         longer = attempt([ASKED, CALLED, RESULT], self.tokenizer, [PROBE_TOOL])
         follows = longer[len(text) :] if longer.startswith(text) and text else ""
@@ -262,7 +248,6 @@ _known = lru_cache(maxsize=KNOWN)(Template)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) -> Template:
-    """The chat template that renders with these tools."""
     text = str(tokenizer.get_chat_template(tools=list(tools) or None))
     return _known(text, tokenizer, len(tokenizer))
 
@@ -280,15 +265,14 @@ def apply(
     for_generation: bool = False,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """The text of messages in the template's form, with the generation prompt or without it."""
     given: Any = list(tools) or None
     prompt: Any = {"tools": given, "add_generation_prompt": for_generation}
     try:
-        if not tokenizer.is_fast:  # it may have a way of its own
+        if not tokenizer.is_fast:  # it may override the method
             prompt |= {"tokenize": False, **variables}
             return str(tokenizer.apply_chat_template(list(messages), **prompt))
-        # what apply_chat_template calls, without the checks that `data.messages` has done: two
-        # thirds of the time
+        # apply_chat_template without its checks, which `data.messages` has done, takes two thirds
+        # of the time
         template = tokenizer.get_chat_template(tools=given)
         special: Any = tokenizer.special_tokens_map | dict(variables)
         rendered: Any = render_jinja_template(
@@ -313,7 +297,7 @@ def attempt(
     for_generation: bool = False,
     form: MessageForm | None = None,
 ) -> str:
-    """As `apply`, for messages as `data.messages` has them; empty where they are refused."""
+    """Renders messages in the form of `data.messages`; empty on errors."""
     form = form or template_of(tokenizer, tools).form
     try:
         return apply(form.of(messages), tokenizer, tools, for_generation)
@@ -322,14 +306,12 @@ def attempt(
 
 
 def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The date of today, as 2026-11-28, where the chat template asks for it; else empty."""
+    """Returns today's ISO date if the template uses it, or an empty text."""
     return date.today().isoformat() if DATED.search(str(tokenizer.chat_template)) else ""
 
 
 def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a chat template that writes one date, as 2026-11-28, where it has the
-    date's form itself; unchanged for an empty date.
-    """
+    """Fixes the date that the template writes; no change for an empty date."""
     if not day:
         return tokenizer
     fixed, form = copy.copy(tokenizer), datetime.fromisoformat(day).strftime
@@ -338,5 +320,4 @@ def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerB
 
 
 def common(*parts: Any) -> Any:
-    """What texts, or lists, have in common at their beginning."""
     return commonprefix(parts)  # noqa: RUF071  (by characters, as is wanted)

@@ -1,10 +1,7 @@
-"""Turns rows into tables of tokens; those of large data by worker processes, and once.
+"""Tokenizes rows into tables: large data in worker processes, cached under the digests of rows and
+encoder.
 
-    table = tokenized(rows, encoder, console)      a pyarrow.Table, memory-mapped if it is large
-
-The table of large data is kept in the cache, under the digest of the rows and all that the encoder
-depends on. `datasets.map` is not used for this: a killed run would leave its workers and its
-manager behind, which would keep their memory.
+`datasets.map` is not used, because a killed run would leave its workers and manager behind.
 """
 
 from __future__ import annotations
@@ -33,35 +30,30 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TOKENS = "tokens.arrow"
-ROOMS = ("data", "models/built_in_templates")  # that make tokens
+ROOMS = ("data", "models/built_in_templates")  # code that determines the tokens
 PACKAGES = ("jinja2", "tokenizers", "transformers")
 
 
 class Encoder(ABC):
-    """Abstract: what makes examples of rows. It is copied into worker processes.
-
-    takes: What it makes examples of, one of what formats provide.
-    """
+    """Converts rows of the kind `takes` to examples. Copied into worker processes."""
 
     takes: str
 
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Everything but the rows that the examples depend on, as JSON."""
+        """All that examples depend on besides the rows, as JSON."""
 
     @abstractmethod
     def encode(self, given: Sequence[Any], first: int) -> pa.RecordBatch:
-        """The examples of some rows, of which the first has the index `first`: `row` is the row's
-        index, `ids` (T,) are its token ids, and `problem` says why the row can't be used.
+        """Encodes rows, the first with index `first`. Columns: `row` (the index), `ids` (T,),
+        `problem`, and others.
         """
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples that have a token to train on, a report over all rows, whose `str` has lines of
-    text, and how many rows with examples are from each source.
-    """
+    """Examples, a printable report on all rows, and the number of rows with examples per source."""
 
     examples: Any
     report: Any
@@ -69,14 +61,11 @@ class Encoded:
 
 
 def with_counts(first: str, *counts: tuple[int, str]) -> str:
-    """A line, and one more for each count that is not 0."""
     return "\n".join([first, *(f"{count} {text}" for count, text in counts if count)])
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of rows: a line, and how many were cut and have control tokens as text."""
-
     line: str
     max_length: int = 0
     truncated: int = 0
@@ -88,7 +77,7 @@ class Report:
 
 
 def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
-    """Return the table of all examples, in the order of the rows."""
+    """Returns all examples in the order of the rows; raises for rows with a problem."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -102,7 +91,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
                 for first, chunk in chunks
             ]
         table = pa.Table.from_batches(batches or [encoder.encode([], 0)])
-    # no comparison with "", for which pyarrow would import pandas
+    # comparing with "" would import pandas
     bad = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
     if len(bad):
         first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
@@ -144,7 +133,7 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
             for batch in mapped(chunks):
                 writer.write_batch(batch)
 
-    from lorafold.identity import of_code  # which loads torch
+    from lorafold.identity import of_code  # imports torch
 
     code = of_code(*ROOMS, packages=PACKAGES)
     key = json.dumps([code, rows.sha256, encoder.identity], sort_keys=True)
@@ -158,7 +147,7 @@ def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> 
 def _chunks(
     rows: Iterable[Any], total: int, console: Console | None
 ) -> Generator[tuple[int, list[Any]]]:
-    """Chunks of rows, each after the index of its first one, with a progress bar."""
+    """Yields (index of the first row, rows), with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())

@@ -1,1 +1,1 @@
-"""What this machine and this installation are, what is wrong with them, and what would be slow."""
+"""`lorafold doctor`: problems and slow settings of this machine and installation."""

@@ -1,4 +1,4 @@
-"""One checked thing, and the text of a group of them."""
+"""Findings, and the text of a group of them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from lorafold.files.terminal import paragraph
 
 @dataclass(frozen=True)
 class Finding:
-    """A name, what was found as text, and as a `value` for JSON if the text would be awkward.
+    """A checked thing: its name, the finding as text, and a `value` for JSON if the text is
+    unsuitable.
 
-    `problem` is a sentence on what is wrong and what to do. A `broken` thing keeps lorafold from
-    working; any other problem does not.
+    `problem` is a sentence with the problem and its solution. `broken` means that lorafold can't
+    work because of it.
     """
 
     name: str
@@ -25,15 +26,12 @@ class Finding:
 
     @property
     def key(self) -> str:
-        """The name as a key of JSON."""
         return self.name.lower().replace("'s ", " ").replace(" ", "_")
 
 
 @dataclass(frozen=True)
 class FindingGroup:
-    """Findings under a title (in JSON, a key). In a `compact` group, findings without a problem
-    share a line.
-    """
+    """Findings under a title. In a `compact` group, findings without a problem share a line."""
 
     key: str
     title: str
@@ -41,7 +39,6 @@ class FindingGroup:
     compact: bool = False
 
     def lines(self) -> Iterator[str]:
-        """The group as text: its title, then a line or more for each finding."""
         yield self.title
         fine = [f for f in self.findings if self.compact and not f.problem]
         if fine:
@@ -54,8 +51,8 @@ class FindingGroup:
 
 
 def findings_of(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
-    """The findings of `look`. If it fails for any reason, that is the finding, since the doctor is
-    for broken installations.
+    """The findings of `look`, or its failure as a finding, because doctor has to work in broken
+    installations.
     """
     try:
         return tuple(look())
@@ -64,6 +61,5 @@ def findings_of(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Findi
 
 
 def reason(error: BaseException) -> str:
-    """The kind of an error and its first line."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"

@@ -1,5 +1,5 @@
-"""The processor, GPUs and memory, measured for about a second; what would be slow on them, and why;
-how many processes a launcher started; and whether operations are compiled.
+"""Findings on processor, GPUs and memory (measured for about a second), slow settings, launchers,
+and compiled operations.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ GPU_SHAPE = (4096, 4096, 4096)
 FEW_CORES = 4
 BUSY = 0.5  # cores
 LITTLE_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
-PARAMETERS, TOKENS = 1e9, 1024  # of the example
-FLOPS = 4  # a parameter and token of a LoRA step: 2 forward, 2 for the gradient of the inputs
+PARAMETERS, TOKENS = 1e9, 1024  # in the example
+FLOPS = 4  # per parameter and token of a LoRA step: 2 forward, 2 for the inputs' gradient
 HF_HOME = "~/.cache/huggingface"
 CONFIG = "accelerate/default_config.yaml"
 
 
 def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """The rate of a matmul x W^T in GFLOP/s, of x (rows, in) and W (out, in): the fastest in some
-    seconds, since other processes can only slow one down.
+    """The rate of a matmul x W^T in GFLOP/s, of x (rows, in) and W (out, in): the fastest run,
+    because other processes can only slow it down.
     """
     rows, width, out = SHAPE if device.type == "cpu" else GPU_SHAPE
     x = torch.ones(rows, width, dtype=dtype, device=device)
@@ -60,14 +60,13 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
         last = time.perf_counter() + seconds
         while end < last:
             start = time.perf_counter()
-            torch.nn.functional.linear(x, w)[0, 0].item()  # a GPU has finished once it answers
+            torch.nn.functional.linear(x, w)[0, 0].item()  # .item() waits for a GPU
             end = time.perf_counter()
             fastest = min(fastest, end - start)
     return 2 * rows * width * out / fastest / 1e9
 
 
 def paths(capability: tuple[int, int]) -> str:
-    """The code paths of a GPU of a compute capability, major and minor, as a line."""
     native = capability >= AMPERE
     x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
     with as_on(DeviceKind("cuda", capability)):
@@ -87,33 +86,31 @@ class Hardware:
     """This machine. Memory is in bytes, rates are in GFLOP/s on `device`, the default device."""
 
     processor: str
-    cores: int  # that this process may use
-    threads: int  # that torch uses
+    cores: int  # usable by this process
+    threads: int  # used by torch
     instructions: tuple[str, ...]
-    busy: float  # cores that other processes keep busy
+    busy: float  # cores used by other processes
     free: int
     total: int
     gpus: tuple[Gpu, ...]
-    unused_driver: str  # why torch uses no GPU although there is a driver for one; else empty
+    unused_driver: str  # why torch can't use a GPU that has a driver; else empty
     device: str
     fp32: float
     bf16: float
     native_bf16: bool
     native_why: str
-    widened: bool  # are 16-bit matrices multiplied in fp32?
-    kernels: bool | None  # has bitsandbytes a library for this machine? None: it is not there
+    widened: bool  # whether 16-bit matrices are multiplied in fp32
+    kernels: bool | None  # whether bitsandbytes has a native library; None: not installed
 
     @property
     def rate(self) -> float:
-        """GFLOP/s in the dtype of `--storage auto`."""
         return self.fp32 if self.widened or not self.native_bf16 else self.bf16
 
 
 @cache
 def examine() -> Hardware:
-    """Examine this machine, and measure for about a second."""
     device = choose_device()
-    busy = busy_elsewhere(0.3)  # before anything is measured, which would count
+    busy = busy_elsewhere(0.3)  # before the measurement, which is load too
     native, why = native_bf16(device)
     return Hardware(
         processor=processor_name(),
@@ -136,12 +133,10 @@ def examine() -> Hardware:
 
 
 def machine() -> Iterator[Finding]:
-    """The findings of this machine."""
     yield from findings(examine())
 
 
 def findings(h: Hardware) -> Iterator[Finding]:
-    """The findings of a machine."""
     sets = ", ".join(h.instructions) or "none of AVX2, AVX512, AMX"
     cores = "core" if h.cores == 1 else "cores"
     yield Finding("processor", f"{h.processor}, {h.cores} usable {cores}", h.processor)
@@ -183,21 +178,20 @@ def _has_kernels() -> bool | None:
 
     try:
         library = bitsandbytes().cextension.lib
-    except Exception:  # the list of packages says what is wrong with it
+    except Exception:  # reported with the packages
         return None
-    return "_lib" in vars(library)  # what stands in for a missing library has none
+    return "_lib" in vars(library)  # the stub for a missing library lacks it
 
 
 def slow_here() -> Iterator[str]:
-    """The sentences that hold for this machine and process."""
     return slow(examine(), huge_pages(), set_threads(), os.environ.get(SWITCH) == "off")
 
 
 def slow(
     h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
 ) -> Iterator[str]:
-    """What would be slow, the weightiest first. `pages` is who gets huge pages from the kernel
-    (always, madvise or never), `threads` the environment variables that limit threads, and
+    """Yield the slow settings, the most important first. `pages` is the kernel's setting for huge
+    pages (always, madvise or never), `threads` the environment variables that limit threads, and
     `untuned` whether the tuning of training processes is off.
     """
     cpu, few = h.device == "cpu", h.threads < h.cores
@@ -241,7 +235,9 @@ def slow(
 
 
 def launchers() -> Iterator[Finding]:
-    """What started this process, and how many torchrun, accelerate and srun would start."""
+    """The launcher of this process, and the number of processes that torchrun, accelerate and srun
+    start.
+    """
     yield _this()
     cuda = [gpu for gpu in gpus() if gpu.device.startswith("cuda")]
     where = f"each a GPU, of which there are {len(cuda)}" if cuda else "all on the processor"
@@ -265,7 +261,7 @@ def _this() -> Finding:
 
 
 def _accelerate(cuda: int) -> Finding:
-    """On CPUs it starts one process, whatever you ask for, unless mpirun starts them."""
+    """On CPUs it starts one process, whatever you request, unless mpirun starts them."""
     if not cuda:
         return Finding("accelerate launch", "1 on CPUs, regardless of --num_processes", 1)
     file = Path(os.environ.get("HF_HOME", HF_HOME)).expanduser() / CONFIG
@@ -278,7 +274,6 @@ def _accelerate(cuda: int) -> Finding:
 
 
 def engine() -> Iterator[Finding]:
-    """Whether the operations of the engine and of training can be compiled."""
     for what, operations in {"the engine": DECODING, "training": TRAINING}.items():
         why = use(operations)
         text = f"in torch, since they can't be compiled: {why}" if why else "compiled"

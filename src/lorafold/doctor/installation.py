@@ -1,5 +1,5 @@
-"""The packages that lorafold declares (installed, in range, importable), the embedded model, the
-caches, and the environment of training processes.
+"""Findings on the declared packages, the embedded model, the caches, and the environment of
+training processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorafold.doctor.finding import Finding, reason
 from lorafold.files.terminal import format_bytes
 from lorafold.runtime.process_tuning import SWITCH, WISHES, huge_pages, wishes
 
-MODULES = {"pyyaml": "yaml"}  # of distributions that are imported under another name
+MODULES = {"pyyaml": "yaml"}  # distributions with another import name
 INTEROPERATES = ("peft",)  # optional, but shown like a required package
 PURPOSES = {
     "dev": "tests and lint",
@@ -34,11 +34,11 @@ PURPOSES = {
     "quantized": "further packed storages",
 }
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
+SCARCE = 1e9  # bytes; the unpacked embedded model takes 0.3 GB
 
 
 def packages(name: str = "lorafold") -> Iterator[Finding]:
-    """The package itself, Python, and all required packages, with their declared ranges."""
+    """lorafold itself, Python, and all required packages, with their supported ranges."""
     own = distribution(name)
     yield Finding(
         name, own.version, {"version": own.version, "path": str(Path(__file__).parents[1])}
@@ -59,7 +59,6 @@ def packages(name: str = "lorafold") -> Iterator[Finding]:
 
 
 def extras(name: str = "lorafold") -> Iterator[Finding]:
-    """Each optional group of packages, and what is missing from it."""
     for extra in distribution(name).metadata.get_all("Provides-Extra") or []:
         members = [r for r in _requirements(name) if _applies(r, extra) and not _applies(r)]
         missing = [r.name for r in members if _version(r.name) is None]
@@ -75,7 +74,6 @@ def extras(name: str = "lorafold") -> Iterator[Finding]:
 
 
 def check(requirement: Requirement, required: bool) -> Finding:
-    """Whether a package is installed, in its range, and can be imported."""
     name, declared = requirement.name, str(requirement.specifier)
     wish = f"pip install '{name}{declared}'"
     version = _version(name)
@@ -115,13 +113,13 @@ def _version(name: str) -> str | None:
 
 
 def _import_failure(name: str) -> str:
-    """Why a package can't be imported, or nothing; libraries may log and warn meanwhile."""
+    """Why a package can't be imported, or ""; logs and warnings are suppressed."""
     module, before = MODULES.get(name.lower(), name.replace("-", "_")), logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
             importlib.import_module(module)
-    except Exception as error:  # broken libraries fail in every way
+    except Exception as error:  # broken libraries may raise anything
         return reason(error)
     finally:
         logging.disable(before)
@@ -129,7 +127,6 @@ def _import_failure(name: str) -> str:
 
 
 def models() -> Iterator[Finding]:
-    """The embedded model, both caches, and whether downloads are allowed."""
     from lorafold.files.paths import cache_directory
 
     yield _embedded(cache_directory() / "models")
@@ -163,7 +160,6 @@ def _embedded(models: Path) -> Finding:
 
 
 def _directory(name: str, path: Path, variable: str) -> Finding:
-    """The size of a directory, and whether there is room and permission for more."""
     size, parent = size_of(path), next(one for one in (path, *path.parents) if one.exists())
     free = shutil.disk_usage(parent).free
     problem = ""
@@ -176,16 +172,14 @@ def _directory(name: str, path: Path, variable: str) -> Finding:
 
 
 def size_of(directory: Path) -> int:
-    """The bytes of the files in a directory; links are not followed."""
     total = 0
     for path in directory.rglob("*"):
-        with suppress(OSError):  # it was removed meanwhile
+        with suppress(OSError):  # removed in the meantime
             total += path.lstat().st_size if path.is_symlink() or not path.is_dir() else 0
     return total
 
 
 def tuning() -> Iterator[Finding]:
-    """The environment of training processes, huge pages and threads."""
     missing = wishes()
     shown = ", ".join(f"{name}={value}" for name, value in missing.items())
     if os.environ.get(SWITCH) == "off":
@@ -206,5 +200,4 @@ def tuning() -> Iterator[Finding]:
 
 
 def set_threads() -> dict[str, str]:
-    """The environment variables that limit threads, if they are set."""
     return {name: os.environ[name] for name in THREADS if name in os.environ}

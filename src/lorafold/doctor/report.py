@@ -1,4 +1,4 @@
-"""The whole report: groups of findings, what would be slow, and what to repair."""
+"""The report of `lorafold doctor`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 from lorafold.doctor.finding import Finding, FindingGroup, findings_of
 from lorafold.files.terminal import paragraph
 
-# key, title, and the function that gives the findings. Its module is imported when it is called, so
-# that a broken package is a finding too.
+# key, title, module, function; the module is imported late, so that a broken package is a finding
 GROUPS = (
     ("packages", "Packages", "installation", "packages"),
     ("optional", "Optional packages", "installation", "extras"),
@@ -25,28 +24,24 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """`slow` is None if the machine could not be examined."""
+    """The findings; `slow` is None if the machine could not be examined."""
 
     groups: tuple[FindingGroup, ...]
     slow: tuple[str, ...] | None
 
     @property
     def findings(self) -> list[Finding]:
-        """The findings of all groups."""
         return [f for group in self.groups for f in group.findings]
 
     @property
     def problems(self) -> list[str]:
-        """The problems, a line each."""
         return [f"{f.name}: {f.problem}" for f in self.findings if f.problem]
 
     @property
     def broken(self) -> bool:
-        """Whether something that lorafold needs is missing or broken."""
         return any(f.broken for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
-        """The report under the keys of `lorafold doctor --json`."""
         groups = {
             g.key: {f.key: f.text if f.value is None else f.value for f in g.findings}
             for g in self.groups
@@ -68,8 +63,8 @@ class DoctorReport:
 
 
 def diagnose(model: str = "smollm2", **how: Any) -> DoctorReport:
-    """Examine everything, which takes about ten seconds, most of them to import each package. The
-    chat template is that of `model`, loaded with the fields `how` of `resolve.base.Base`.
+    """Run all checks, which takes about ten seconds, mostly for imports. The chat template is that
+    of `model`, loaded with the fields `how` of `resolve.base.Base`.
     """
     groups = []
     for key, title, module, name in GROUPS:
@@ -84,6 +79,6 @@ def diagnose(model: str = "smollm2", **how: Any) -> DoctorReport:
         )
     try:
         slow = (*import_module("lorafold.doctor.hardware").slow_here(),)
-    except Exception:  # then it is a finding of the machine
+    except Exception:  # reported as a finding of the machine
         slow = None
     return DoctorReport((*groups,), slow)

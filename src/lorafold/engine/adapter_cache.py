@@ -1,17 +1,11 @@
-"""The adapters of an engine, and which of them are in memory.
+"""An engine's adapters, and their loading and eviction.
 
-    cold -> loading -> resident -> cold ...
+Loading other files under a name creates a new entry; requests keep the one they were submitted
+with. An entry has a reference per waiting or running request, and a lease per running one. If
+memory is limited, the least recently used adapters without lease, pin or reservation are evicted.
 
-A name stands for one entry at a time: loading other files under it makes a new entry, and requests
-keep the one that they were submitted with. An entry has a reference for each request that waits or
-runs, and a lease for each that runs. If bytes are limited, the least recently used adapters without
-a lease, a pin or a reservation are evicted; they are read and verified again when a request needs
-them. An entry whose name was unloaded is forgotten with its last reference.
-
-An adapter is in quarantine after too many requests with logits that are not finite, until other
-files are loaded under its name. One whose tensors changed in memory is evicted: a checksum tells,
-the sum of all bytes as integers of 64 bits, which any flipped bit changes (0.2 ms for 10 MB, where
-CRC-32 takes 1.4, on two cores of an AMD EPYC).
+The checksum that detects changes in memory is the sum of all bytes as 64-bit integers, which any
+single bit flip changes; it is faster than CRC-32.
 """
 
 from __future__ import annotations
@@ -34,8 +28,8 @@ Status = Literal["cold", "loading", "resident", "quarantined"]
 
 
 class AdapterCache:
-    """The adapters of one engine, of at most `budget` bytes; `changed` is called, by the worker
-    too, when waiting requests may go on. Any thread may call it.
+    """Holds at most `budget` bytes. `changed` is called, also from the worker, when waiting
+    requests may continue. Thread-safe.
     """
 
     def __init__(
@@ -47,12 +41,12 @@ class AdapterCache:
     ) -> None:
         self._reader = reader
         self.budget, self._changed, self.strikes = budget, changed, strikes
-        self.reads = self.evictions = self.damaged = 0  # adapters; damaged ones changed in memory
-        self.seconds: dict[str, float] = {}  # that reading the adapter of a name took
+        self.reads = self.evictions = self.damaged = 0
+        self.seconds: dict[str, float] = {}  # duration of the last load by name
         self._lock = threading.RLock()
         self._names: dict[str, KnownAdapter] = {}
         self._entries: set[KnownAdapter] = set()
-        # read in vain: there is no room until something is evicted
+        # entries that found no room; cleared when something may be evicted
         self._blocked: set[KnownAdapter] = set()
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
@@ -60,8 +54,8 @@ class AdapterCache:
     def load(
         self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter] = ()
     ) -> Future[None]:
-        """Make an adapter known under a name and read it; if that fails, the future has the error,
-        and the name is what it was. Without a `stack` the files may be any.
+        """Registers and reads an adapter; on failure, the future raises and the name is unchanged.
+        Without a `stack`, the files are not compared with expected digests.
         """
         if not name:
             raise LorafoldError("adapter name: found '', expected at least one character")
@@ -71,24 +65,23 @@ class AdapterCache:
             if known is not None and (known.path, known.stack) == (Path(path), verified):
                 return self._start(known)
             entry = KnownAdapter(name, Path(path), verified, next(self._generations))
-            entry.references = 1  # until it has its name
+            entry.references = 1  # until it is named
             self._entries.add(entry)
             return self._start(entry, naming=True)
 
     def know(self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter]) -> None:
-        """Make an adapter known; it is read when a request needs it."""
         with self._lock:
             self._put(KnownAdapter(name, Path(path), tuple(stack), next(self._generations)))
 
     def adopt(self, name: str, make: Callable[[str], LoadedAdapter]) -> None:
-        """Make an adapter without files known; it stays in memory until `unload`."""
+        """Registers an adapter without files, which stays in memory until `unload`."""
         with self._lock:
             entry = KnownAdapter(name, None, (), next(self._generations))
             self._keep(entry, make(entry.key))
             self._put(entry)
 
     def unload(self, name: str) -> None:
-        """Forget a name. Requests that have its adapter finish with it."""
+        """Removes a name. Requests with its adapter finish."""
         with self._lock:
             entry = self.entry(name)
             del self._names[name]
@@ -97,13 +90,11 @@ class AdapterCache:
             self._forget(entry)
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Keep the adapter of that name in memory, or no longer."""
         with self._lock:
             self.entry(name).pinned = pinned
             self._blocked.clear()
 
     def entry(self, name: str) -> KnownAdapter:
-        """The entry that a name stands for."""
         with self._lock:
             if name not in self._names:
                 known = ", ".join(sorted(self._names)[:8]) or "none"
@@ -113,7 +104,6 @@ class AdapterCache:
             return self._names[name]
 
     def bind(self, name: str) -> KnownAdapter:
-        """The entry of a name, with one more reference."""
         with self._lock:
             entry = self.entry(name)
             self._check_strikes(entry)
@@ -121,7 +111,6 @@ class AdapterCache:
             return entry
 
     def unbind(self, entry: KnownAdapter) -> None:
-        """Give back a reference."""
         with self._lock:
             entry.references -= 1
             if not entry.references:
@@ -130,7 +119,7 @@ class AdapterCache:
                 self._forget(entry)
 
     def lease(self, entry: KnownAdapter) -> LoadedAdapter | None:
-        """The adapter, kept in memory until `release`, or None while it is read."""
+        """Returns the adapter, kept in memory until `release`, or None while it is loading."""
         with self._lock:
             self._check_strikes(entry)
             if entry.error is not None:
@@ -144,16 +133,17 @@ class AdapterCache:
             return entry.loaded
 
     def release(self, entry: KnownAdapter) -> None:
-        """Give back a lease."""
         with self._lock:
             entry.leases -= 1
             self._blocked.clear()
         self._changed()
 
     def check_memory(self) -> None:
-        """Evict the idle adapter that was not checked for longest if its checksum changed."""
+        """Verifies the checksum of the idle adapter that was checked least recently; evicts it on a
+        mismatch.
+        """
         with self._lock:
-            # those without files are what they are on the model
+            # adapters without files can't be read again
             read = [e for e in self._entries if e.loaded and e.path]
             if idle := [e for e in read if not (e.leases or e.reserved)]:
                 entry = min(idle, key=lambda e: e.checked)
@@ -162,7 +152,7 @@ class AdapterCache:
                     entry.loaded, self.damaged = None, self.damaged + 1
 
     def warm(self) -> dict[str, tuple[Status, int]]:
-        """The status of all adapters that are not cold, and their bytes in memory, by name."""
+        """Returns the status and bytes of all adapters that are not cold, by name."""
         warm: dict[str, tuple[Status, int]] = {}
         with self._lock:
             for name, e in self._names.items():
@@ -173,21 +163,18 @@ class AdapterCache:
         return warm
 
     def names(self) -> tuple[str, ...]:
-        """The names that are known."""
         return tuple(self._names)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all resident adapters that were read from files."""
+        """Bytes of resident adapters that were read from files."""
         with self._lock:
             return sum(e.loaded.nbytes for e in self._entries if e.loaded and e.path)
 
     def close(self) -> None:
-        """Stop the worker."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _check_strikes(self, entry: KnownAdapter) -> None:
-        """Raise LorafoldError if it is in quarantine."""
         if entry.strikes >= self.strikes:
             raise LorafoldError(
                 f"adapter {entry.name!r}: in quarantine, since the logits of {entry.strikes} of its"
@@ -195,13 +182,11 @@ class AdapterCache:
             )
 
     def _keep(self, entry: KnownAdapter, loaded: LoadedAdapter) -> None:
-        """Keep an adapter that was just read."""
         entry.loaded, entry.checksum = loaded, checksum(loaded)
         entry.used = entry.checked = next(self._clock)
         entry.vocabulary = loaded.vocabulary or 0
 
     def _put(self, entry: KnownAdapter) -> None:
-        """Let the name of an entry stand for it."""
         self._entries.add(entry)
         old, self._names[entry.name] = self._names.get(entry.name), entry
         if old is not None:
@@ -222,7 +207,6 @@ class AdapterCache:
         return entry.future
 
     def _work(self, entry: KnownAdapter, naming: bool) -> None:
-        """Read an adapter, and give it its name if it was loaded for that."""
         try:
             loaded = self._reader.read(entry)
             with self._lock:
@@ -252,7 +236,7 @@ class AdapterCache:
             self._changed()
 
     def _make_room(self, nbytes: int) -> bool:
-        """Evict the least recently used adapters to make room, or none if that is not enough."""
+        """Evicts least recently used adapters, or nothing if that is not enough."""
         left = 0 if self.budget is None else self.nbytes + nbytes - self.budget
         evictable = [entry for entry in self._entries if self._evictable(entry)]
         sizes = [(entry, entry.loaded.nbytes) for entry in evictable if entry.loaded]
@@ -264,25 +248,23 @@ class AdapterCache:
         return True
 
     def _evictable(self, entry: KnownAdapter) -> bool:
-        # one without a path could not be read again
+        # without a path, it could not be read again
         needed = entry.leases or entry.reserved or entry.pinned or entry.path is None
         return entry.loaded is not None and not needed
 
     def _forget(self, entry: KnownAdapter) -> None:
-        """Drop an entry that has neither a name nor references."""
         named = self._names.get(entry.name) is entry
         if not (named or entry.references or entry.future):
             self._entries.discard(entry)
 
 
 def checksum(loaded: LoadedAdapter) -> int:
-    """A sum over the bytes of all tensors."""
     total = 0
     for tensor in {t.untyped_storage().data_ptr(): t for t in loaded.tensors}.values():
         content = torch.empty(0, dtype=torch.uint8, device=tensor.device)
         content = content.set_(tensor.detach().untyped_storage())
         whole = len(content) // 8 * 8
-        # torch would wake a team of threads, which then spins for longer than this takes
+        # torch would wake its threads, which then spin for longer than this takes
         values = content.cpu().numpy()
         total += int(values[:whole].view(np.int64).sum()) + int(values[whole:].sum())
     return total

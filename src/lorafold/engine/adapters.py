@@ -1,11 +1,8 @@
-"""An adapter's files, verified, and the adapter in memory.
+"""Verification of an adapter's files, and adapters in memory.
 
-    entry = KnownAdapter("sft", path, Reader(model).verified(path), generation)
-    loaded = Reader(model).read(entry)      # low-rank factors, and deltas of other kinds
-
-Each file is read once, into memory, and the same bytes are digested and interpreted, with all the
-checks of `lf.load`. The adapter is built for a shadow of the model, with modules of its own and the
-model's tensors, so that a worker can read while the engine computes.
+Each file is read once, and the same bytes are hashed and parsed, with all checks of `lf.load`. The
+adapter is built for a shadow of the model, with separate modules and the same tensors, so a worker
+can read while the engine computes.
 """
 
 from __future__ import annotations
@@ -41,81 +38,75 @@ from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.provenance import COMPUTED, expected_path, not_found, parse_over
 
-MANIFEST_BYTES = 8 << 20  # which an identity leaves out
-# matmuls of a larger rank take longer than the base's own, and all adapters would be padded to it
+MANIFEST_BYTES = 8 << 20  # not part of an identity
+# a larger rank takes longer than the base's matmul, and all adapters would be padded to it
 RANK = 64
 
 
 class VerifiedAdapter(NamedTuple):
-    """The identity of an adapter's files that were verified, and their bytes."""
-
     identity: str
     nbytes: int
 
 
 @dataclass(eq=False)
 class KnownAdapter:
-    """An adapter that the engine knows, who needs it, and its state in memory. Other files under
-    the same name are another entry.
+    """A registered adapter, its users and its state. Other files under the same name are another
+    entry.
     """
 
     name: str
-    path: Path | None  # None for one that is attached to the model
-    stack: tuple[VerifiedAdapter, ...]  # the adapters below, the lowest first, and itself
-    generation: int  # the number of the call that made it known
-    references: int = 0  # requests that wait or run
-    leases: int = 0  # requests that run
+    path: Path | None  # None if attached to the model
+    stack: tuple[VerifiedAdapter, ...]  # base adapters, the lowest first, and itself
+    generation: int  # a unique number
+    references: int = 0  # waiting or running requests
+    leases: int = 0  # running requests
     pinned: bool = False
-    reserved: bool = False  # read for a request that has not run yet
+    reserved: bool = False  # loaded for a request that has not run yet
     loaded: LoadedAdapter | None = None
-    future: Future[None] | None = None  # while it is read
-    error: LorafoldError | None = None  # of the last read
-    used: int = 0  # when a request last began with it
-    checked: int = 0  # when it was last compared with its checksum
+    future: Future[None] | None = None  # while loading
+    error: LorafoldError | None = None  # of the last load
+    used: int = 0  # logical time of the last lease
+    checked: int = 0  # logical time of the last checksum
     checksum: int = 0
     vocabulary: int = 0
-    strikes: int = 0  # requests with logits that are not finite
+    strikes: int = 0  # requests with NaN or infinite logits
 
     @property
     def key(self) -> str:
-        """A unique name for its deltas."""
         return f"lorafold-{self.generation}"
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Low-rank updates of n matrices of one shape: their indices among the shape's paths (n,), down
-    (n, in, r) and up (n, r, out), which has every scale in it, zero beyond a matrix's own rank.
+    """Low-rank updates of n matrices of one shape: indices among the shape's paths (n,), down
+    (n, in, r) and up (n, r, out). up includes all scales, and is zero beyond a matrix's rank.
     """
 
     at: Tensor
     down: Tensor
     up: Tensor
-    index: Mapping[int, int]  # from an index among the shape's paths to that among the n
+    index: Mapping[int, int]  # from an index among the shape's paths to one among the n
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter in memory."""
-
     key: str  # a unique name for its deltas
-    factors: Mapping[int, Factors]  # by the index of the shape
-    low_rank: frozenset[str]  # the paths that they change
-    gains: Mapping[str, tuple[Tensor, Tensor | None]]  # and offsets (out,), by path
-    deltas: Mapping[str, Delta]  # of all other kinds, by path
-    alone: bool  # its rows can't share a pass with those of other adapters
+    factors: Mapping[int, Factors]  # by index of the shape
+    low_rank: frozenset[str]  # paths with factors
+    gains: Mapping[str, tuple[Tensor, Tensor | None]]  # (gain, offset) (out,) by path
+    deltas: Mapping[str, Delta]  # other deltas by path
+    alone: bool  # can't share a pass with other adapters
     vocabulary: int | None
     nbytes: int
-    seconds: float = 0.0  # that reading and checking it took
+    seconds: float = 0.0  # duration of loading
 
     @property
     def paths(self) -> frozenset[str]:
-        """The paths of all modules that the adapter changes."""
         return self.low_rank.union(self.gains, self.deltas)
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """All its tensors, of any shapes."""
+        """All tensors, of any shape: scalars, vectors or matrices."""
         for factors in self.factors.values():
             yield from (factors.down, factors.up)
         yield from (t for gain in self.gains.values() for t in gain if t is not None)
@@ -124,18 +115,16 @@ class LoadedAdapter:
 
 
 def attached(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
-    """The deltas of adapters on the model, the first one lowest, as one for each module path."""
+    """Returns the deltas of adapters on the model, the lowest first, combined per module path."""
     deltas = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
     return {path: d[0] if len(d) == 1 else Stack(d) for path, d in deltas.items() if d}
 
 
 def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
-    """Every part of every delta with its module path."""
     return ((path, part) for path, delta in deltas.items() for part in delta.parts())
 
 
 def found_below(origin: Origin, over: Path, most: int) -> Contents:
-    """The files of an adapter that the one in `over` was trained over."""
     contents = Contents(expected_path(origin, over), FILES, most)
     if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
         raise LorafoldError(not_found(origin, over))
@@ -143,7 +132,6 @@ def found_below(origin: Origin, over: Path, most: int) -> Contents:
 
 
 def _check(read: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> None:
-    """Raise LorafoldError unless the files that were read are those that were verified."""
     actual, expected = [contents.named for contents in read], [v.identity for v in verified]
     if actual != expected:
         paths = ", ".join(str(contents.path) for contents in read)
@@ -155,26 +143,25 @@ def _check(read: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> Non
 
 
 class Reader:
-    """Reads adapters for one model, with factors of that dtype; `room` is the most bytes of all."""
+    """Reads adapters for one model, with factors in `dtype`; `room` limits their total bytes."""
 
     def __init__(
         self, model: nn.Module, structure: Structure, dtype: torch.dtype, allowed: bool = False,
         room: int | None = None,
     ) -> None:  # fmt: skip
         self.structure, self.dtype, self.allowed = structure, dtype, allowed
-        self.most = None if room is None else room // dtype.itemsize  # parameters of an adapter
+        self.most = None if room is None else room // dtype.itemsize  # parameters per adapter
         self.shadow = twin(model)
         self.base = InMemory.of_model(self.shadow)
-        self._lock = threading.Lock()  # the random state belongs to the process
+        self._lock = threading.Lock()  # for torch's global random state
 
     def read(self, entry: KnownAdapter) -> LoadedAdapter:
-        """Read and check an adapter."""
         assert entry.path is not None
         began = time.perf_counter()
         most = sum(verified.nbytes for verified in entry.stack) + MANIFEST_BYTES
         try:
             contents = Contents(entry.path, FILES, most)
-            _check([contents], entry.stack[-1:])  # before anything is interpreted
+            _check([contents], entry.stack[-1:])  # before parsing
             needed = self._needed(contents.record)
             below = [found_below(origin, entry.path, most) for origin in needed]
             _check(below, entry.stack[:-1])
@@ -186,8 +173,8 @@ class Reader:
         return replace(loaded, seconds=time.perf_counter() - began)
 
     def verified(self, path: str | Path) -> tuple[VerifiedAdapter, ...]:
-        """The stack of the adapter in a directory as it is now; adapters below that are missing are
-        left out, since `read` reports them.
+        """Returns the current stack of the adapter in a directory, without missing base adapters,
+        since `read` reports them.
         """
         origins = self._needed(Contents(path, (RECORD,)).record)
         below = [at for o in origins if ((at := expected_path(o, Path(path))) / CONFIG).is_file()]
@@ -201,13 +188,12 @@ class Reader:
         return tuple(verified)
 
     def _needed(self, record: Mapping[str, Any]) -> tuple[Origin, ...]:
-        """The adapters that one was trained over. If adapters are active on the model, they are
-        part of the base, and it may have been trained over those.
+        """Returns the base adapters. If adapters are active on the model, they are part of the
+        base, and so may be these.
         """
         return () if selection_of(self.shadow).active else parse_over(record)
 
     def _deltas(self, needed: Sequence[Origin], stack: Sequence[Contents]) -> dict[str, Delta]:
-        """The deltas of a stack of adapters by module path, the last one on top."""
         active = selection_of(self.shadow).active
         parts: dict[str, list[Delta]] = {}
         with torch.random.fork_rng(devices=[]):
@@ -233,15 +219,15 @@ class Reader:
         vocabulary: int | None,
         alone: bool = False,
     ) -> LoadedAdapter:
-        """Sort an adapter's deltas by how the engine computes them; with `alone` all by their own
-        code. `vocabulary` is its size if the adapter adds tokens.
+        """Sorts deltas by the way in which they are computed; with `alone`, all by their own code.
+        `vocabulary` is the size if the adapter adds tokens.
         """
         alone = alone or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
         active, gained = selection_of(self.shadow).active, dict[str, Gained]()
         pairs = dict[str, tuple[Tensor, Tensor]]()
         for path in () if alone else self.structure.where:
             delta = deltas.get(path)
-            # over what is active on the model a gain is another one
+            # a gain for the base's weight alone would differ with active adapters
             if delta is not None and not active:
                 gain = delta.eval().gained(layer_of(module_at(self.shadow, path)))
                 if gain is not None:
@@ -269,10 +255,10 @@ class Reader:
 def factors_of(
     shape: MatrixShapes, pairs: Mapping[int, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> Factors:
-    """The up factors (out, r) and down factors (r, in) of some matrices of a shape, by index."""
+    """Packs up factors (out, r) and down factors (r, in), by index among a shape's matrices."""
     rank = max(len(down) for _, down in pairs.values())
     like = next(iter(pairs.values()))[0]
-    # as files have them, since transposing takes six times as long as this copy
+    # in the layout of files, since a transposing copy takes six times as long
     down = like.new_zeros(len(pairs), rank, shape.inn, dtype=dtype)
     up = like.new_zeros(len(pairs), shape.out, rank, dtype=dtype)
     for k, (u, d) in enumerate(pairs.values()):

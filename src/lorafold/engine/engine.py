@@ -1,17 +1,14 @@
-"""The engine: continuous batching of requests with any mixture of adapters, over one model.
+"""The engine: continuous batching of requests with any mixture of adapters on one model.
 
     with Engine(model, tokenizer) as engine:
         engine.load("sft", "adapter")
         stream = engine.submit(Request("1", prompt, max_new_tokens=64, adapter="sft"))
-        engine.run()                        # or engine.start(), and a thread steps
+        engine.run()                        # or engine.start(), which steps in a thread
         print(stream.result().text)
 
-A step takes new requests, gives free slots to waiting ones, decodes one token of every running one,
-and reads some of the prompts (`lorafold.engine.scheduler`). Yu et al. 2022, Orca (OSDI). A request
-returns the same tokens alone or batched with others.
-
-A pass that raises is halved until the requests are found that it raises for; only they fail. The
-others lose nothing, since a row counts its tokens as computed only once their pass is over.
+Yu et al. 2022, Orca (OSDI). Results are batch invariant. If a forward pass raises, it is split in
+halves until the failing requests are isolated; others lose nothing, because a row counts its tokens
+as computed only after the pass.
 """
 
 from __future__ import annotations
@@ -55,10 +52,9 @@ DEFAULT = EngineSettings()
 
 
 class Engine:
-    """Computes many requests with one model, which is the engine's until `close` gives it back as
-    it was: in evaluation mode, without gradients. Adapters that are active on the model belong to
-    the base; others can be adopted. Without a tokenizer events have no texts. `changes` are
-    settings by name.
+    """Takes over the model until `close`, which restores it; it runs in evaluation mode without
+    gradients. Active adapters belong to the base; others can be adopted. Without a tokenizer,
+    events have no texts. `changes` override settings.
     """
 
     def __init__(
@@ -78,7 +74,7 @@ class Engine:
             stack.enter_context(evaluating(model, gradients=True))
             stack.enter_context(considerate())
             self.structure: Structure = structure_of(model)
-            self.slotted = not self.structure.why  # whether requests share passes
+            self.slotted = not self.structure.why  # requests can be batched
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
             budget, self._as_trained = settings.adapter_bytes, settings.as_trained
             self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, budget)
@@ -123,20 +119,19 @@ class Engine:
         stack: Sequence[VerifiedAdapter] = (),
         wait: bool = True,
     ) -> None:
-        """Read and verify an adapter, and make it known under a name. Running requests keep what
-        they have. `stack` is what the files must be, as in `KnownAdapter`; with `wait` it is in
-        memory at the end.
+        """Reads and verifies an adapter and registers it under a name. Running requests keep
+        theirs. `stack` has the expected files as in `KnownAdapter`; `wait` blocks until it is in
+        memory.
         """
         future = self.adapters.load(name, path, stack)
         if wait:
             future.result()
 
     def verify(self, entry: KnownAdapter) -> None:
-        """Read and check an adapter as `load` does, and keep nothing. Any thread may call it."""
         self._reader.read(entry)
 
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
-        """Make adapters that are attached to the model, the lowest first, known under one name."""
+        """Registers adapters attached to the model, the lowest first, under one name."""
         only(self.model, *on_model)  # raises unless they are attached
         if active := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
@@ -148,11 +143,10 @@ class Engine:
         self.adapters.adopt(name, lambda key: self._reader.loaded(key, deltas, size, alone))
 
     def unload(self, name: str) -> None:
-        """Forget an adapter."""
         self.adapters.unload(name)
 
     def submit(self, request: Request) -> EventStream:
-        """Queue a request; its events come in the stream."""
+        """Queues a request."""
         entry, sampling = None, request.sampling
         try:
             if request.adapter is not None:
@@ -204,7 +198,7 @@ class Engine:
         )
 
     def cancel(self, id: str) -> bool:
-        """End a request within a step; False if no such request waits or runs."""
+        """Ends a request within a step; False if there is none."""
         with self._lock:
             row = self._rows.get(id)
             if row is not None:
@@ -213,11 +207,9 @@ class Engine:
         return row is not None
 
     def wake(self) -> None:
-        """Have the thread of `start` make a step now."""
         self._wake.set()
 
     def step(self) -> bool:
-        """Compute one step; False if there was nothing to compute."""
         with self._lock:
             while self._inbox:
                 self._scheduler.waiting.add(self._inbox.popleft())
@@ -238,7 +230,6 @@ class Engine:
         return bool(cancelled or decoding or reading)
 
     def run(self, after: Callable[[], None] = lambda: None) -> None:
-        """Step until no request waits or runs, and call `after` after every step."""
         while self._rows:
             self._wake.clear()
             if not self.step() and self._rows:
@@ -246,28 +237,25 @@ class Engine:
             after()
 
     def forget(self) -> None:
-        """Drop the cached prefixes of requests that have ended."""
         if self._rows:
             raise LorafoldError(f"engine: found {len(self._rows)} requests, expected none to run")
         self._runner.rebuild()
 
     def start(self, after: Callable[[], None] = lambda: None) -> None:
-        """Step in a thread until `close`. It calls `after` after every step, and once a second
-        without one; an error in that, or in a step, ends the thread.
+        """Steps in a thread until `close`. Calls `after` after every step, or every second without
+        one. An error in either ends the thread.
         """
         assert self._thread is None
-        disband()  # the engine's thread has its own team
+        disband()  # the engine's thread creates its own OpenMP team
         self._thread = threading.Thread(None, self._serve, "lorafold-engine", (after,), daemon=True)
         with stacks():
             self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that `start` made still steps."""
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
-        """Cancel what runs, and give the model back as it was."""
         with self._lock:
             if self._closing:
                 return
@@ -308,7 +296,6 @@ class Engine:
     def _end(
         self, row: Row, reason: Reason, message: str = "", fault: str = "", setting: str = ""
     ) -> None:
-        """Free what a request holds, and put its last event, as `Ended` has it."""
         if row in self._scheduler.running:
             self._scheduler.leave(row)
             self._runner.release(row, well=reason in ("end", "length", "stop"))
@@ -334,7 +321,6 @@ class Engine:
         return row.adapter is not None
 
     def _pass(self, batch: Batch) -> None:
-        """Compute a batch, or, if that raises, both halves of it."""
         rows, counts = batch
         try:
             logits_BV = self._runner.forward(rows, counts)
@@ -345,7 +331,7 @@ class Engine:
             n = len(rows) // 2
             self._pass(Batch(rows[:n], counts[:n]))
             self._pass(Batch(rows[n:], counts[n:]))
-            if all(row.stream.ended for row in rows):  # it is not the fault of a request
+            if all(row.stream.ended for row in rows):  # not a single request's fault
                 self._runner.rebuild()
                 for row in self._scheduler.running:
                     row.filled = row.cached = 0
@@ -381,7 +367,7 @@ class Engine:
             call(*args)
         except STOPS:
             raise
-        except BaseException as error:  # a panic in a tokenizer is no Exception
+        except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
             if isinstance(error, NotFinite) and row.entry is not None:
                 row.entry.strikes += 1
             self._fail(row, error)

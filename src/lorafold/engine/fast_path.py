@@ -1,11 +1,9 @@
-"""The fast path: faster parts in place of the model's own, recognized by what they compute.
+"""The fast path: faster replacements for modules, recognized by their computation.
 
 Norms, rotary embeddings and gated MLPs are training's (`lorafold.training_step.fused_modules`).
-16-bit matrices on a CPU are copied into the order of oneDNN's kernel, those that read the same
-tensor as one, in bf16 if the processor multiplies that and else in fp32; the adapters' updates are
-the start of the kernel's sum, so there is one matmul and one rounding. With 16 rows, a matmul with
-1536 x 576 takes 70 us instead of `F.linear`'s 300 on two cores of an AMD EPYC, and with 3072 x 576
-0.9 ms instead of 6.5 on one core of an EPYC without AVX-512. Other modules keep their own code.
+On CPUs, 16-bit matrices are copied into oneDNN's blocked layout, concatenated if they have the same
+input, in bf16 if the processor multiplies bf16 and else in fp32. The kernel adds adapters' updates,
+so there is one matmul and one rounding.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ def fast_path(
     rows: int,
     stack: ExitStack,
 ) -> None:
-    """Replace parts of a frozen model until the stack is closed, for passes of `rows` rows."""
+    """Replaces modules of a frozen model until the stack is closed, for passes of `rows` rows."""
     norm, rotary, gated = operations.rms_norm, operations.rotary, operations.gated
     stack.enter_context(fused(model, False, norm, rotary, gated))
     known: dict[Any, int] = {}
@@ -61,12 +59,11 @@ def fast_path(
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which matrices of a 16-bit dtype are multiplied, whatever the number of rows."""
+    """The dtype for matmuls with 16-bit matrices, for any number of rows."""
     return dtype if dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
 
 
 def packable(module: nn.Module) -> bool:
-    """Whether a module is a matrix of 16 bits on a CPU that runs its class's own code."""
     weight = module._parameters.get("weight")
     return (
         weight is not None
@@ -79,14 +76,16 @@ def packable(module: nn.Module) -> bool:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """The most bytes that the matrices of a model take in the kernel's order, which has 16 bits."""
+    """The maximum bytes of a model's matrices in the kernel's layout."""
     modules = [module for _, module in Anatomy.of(model).modules]
     weights = [m.get_parameter("weight") for m in modules if is_linear(m) and packable(m)]
     return sum(w.numel() * product_dtype(w.dtype).itemsize for w in weights)
 
 
 class Packed:
-    """Matrices of one input as one in the kernel's order; the first call computes all outputs."""
+    """Matrices with the same input, concatenated in the kernel's layout; the first call computes
+    all outputs.
+    """
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class Packed:
         shape = (tuple(w.shape), w.dtype)
         if shape not in known:
             x = random_rows(w.shape[1], w.dtype)
-            # less the product itself, which leaves the rounding errors
+            # subtract the product itself, which leaves the rounding errors
             known[shape] = steady(self._kernel, x, -self._kernel(x))
             if known[shape] > FEW:
                 log.warning(
@@ -120,7 +119,7 @@ class Packed:
                 )  # fmt: skip
         self._least = known[shape]
         self._x: Tensor | None = None
-        self._left: dict[str, Tensor] = {}  # outputs for x that were not asked for yet
+        self._left: dict[str, Tensor] = {}  # outputs for x not yet returned
 
     def __call__(self, path: str, x: Tensor) -> Tensor:
         deltas, module = self.deltas, self.modules[path]
@@ -167,7 +166,7 @@ class Packed:
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """x (n, ...) with its first row repeated until there are at least that many."""
+    """Repeats the first row of x (n, ...) up to `rows` rows."""
     if len(x) >= rows:
         return x
     return torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])])

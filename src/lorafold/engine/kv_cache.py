@@ -1,14 +1,11 @@
-"""The KV cache of all running requests, in one buffer a layer: (slots, Hk, columns, D).
+"""The KV cache of running requests, one buffer per layer: (slots, Hk, columns, D).
 
-A request has a slot, a row of the buffers. A forward pass gets a `SlotView` in place of
-transformers' cache: it writes T tokens of each of its rows from that row's own position on, and
-reads the rows up to the longest. The mask (`lorafold.engine.operations`) finds the rows' positions
-in `get_query_offset`. A slot is zeroed before it is used again, since 0 times a stale NaN in a
-masked position would be NaN.
+A forward pass gets a `SlotView` as its cache, which writes T tokens per row at that row's position
+and reads up to the longest row. A slot is zeroed before reuse, because 0 times a stale NaN at a
+masked position is NaN.
 
-`CachedPrefixes` has the content of free slots, for requests with the same prefix. Found by tokens
-alone, one adapter's cache would serve another (vLLM #30931), and by name that of files which were
-replaced (#42125); so a prefix is found under its own `PrefixKey` only.
+Prefixes are cached under a `PrefixKey`: matching by tokens alone would mix adapters (vLLM #30931),
+and by adapter name would use stale files (#42125).
 """
 
 from __future__ import annotations
@@ -25,15 +22,14 @@ from transformers.cache_utils import Cache
 from lorafold.engine.operations import Operations
 from lorafold.ops.host_tensors import on_host, sent
 
-# what keys and values depend on, besides their tokens and the engine's base: the number of the call
-# that made the adapter known (0 for the base), and the tenant
+# (`KnownAdapter.generation` or 0 for the base, tenant)
 PrefixKey = tuple[int, str]
-STEP = 32  # reads are as wide as a multiple of this, so that few shapes occur
+STEP = 32  # widths are rounded up to this, so that few shapes occur
 
 
 class SlotCache:
-    """The buffers of all layers, which are made when a layer first writes, and grow up to `length`
-    tokens, and `padding` behind those; with `whole` all passes read whole slots.
+    """Buffers of all layers, created on a layer's first write, which grow up to `length` tokens and
+    `padding` more; with `whole`, all passes read whole slots.
     """
 
     def __init__(
@@ -45,7 +41,8 @@ class SlotCache:
         self.values: dict[int, Tensor] = {}
 
     def buffers(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values (slots, Hk, columns, D), at least `width` columns wide."""
+        """Returns a layer's keys and values (slots, Hk, columns, D) with at least `width` columns.
+        """
         for buffers, like in ((self.keys, key), (self.values, value)):
             old = buffers.get(layer)
             if old is None or old.shape[2] < width:
@@ -54,7 +51,7 @@ class SlotCache:
 
     def _grown(self, old: Tensor | None, like: Tensor, width: int) -> Tensor:
         before = 0 if old is None else old.shape[2]
-        # padding is written behind long prompts alone
+        # only long prompts write padding
         most = self.filled if width <= self.filled else self.length
         shape = (self.slots, like.shape[1], min(most, max(width, 2 * before)), like.shape[3])
         with torch.inference_mode(False):
@@ -64,18 +61,15 @@ class SlotCache:
         return buffer
 
     def zero(self, slot: int, after: int = 0) -> None:
-        """Forget the tokens of a slot after the first ones."""
         for buffer in self.all_buffers():
             buffer[slot, :, after:].zero_()
 
     def copy(self, source: int, targets: Sequence[int], tokens: int) -> None:
-        """Copy the first tokens of a slot to other ones."""
         for buffer in self.all_buffers():
             for target in targets:
                 buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
     def swap(self, a: int, b: int, tokens: int) -> None:
-        """Exchange the first tokens of two slots."""
         for buffer in self.all_buffers():
             buffer[[a, b], :, :tokens] = buffer[[b, a], :, :tokens]
 
@@ -84,30 +78,27 @@ class SlotCache:
         return chain(self.keys.values(), self.values.values())
 
     def width(self, longest: int) -> int:
-        """The columns that a pass reads whose longest row has that many tokens."""
         return self.length if self.whole else min(self.length, columns(longest))
 
     def emptied(self) -> SlotCache:
-        """A cache of the same sizes without buffers."""
         fresh = copy(self)
         fresh.keys, fresh.values = {}, {}
         return fresh
 
 
 def columns(tokens: int) -> int:
-    """The columns for so many tokens."""
     return -(-tokens // STEP) * STEP
 
 
 class SlotView(Cache):
-    """Rows of a `SlotCache` as the cache of forward passes; `aim` chooses them."""
+    """Rows of a `SlotCache` as transformers' cache; `aim` chooses them."""
 
     def __init__(self, of: SlotCache) -> None:
         super().__init__(layers=[])
         self.of = of
 
     def aim(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
-        """Point the view at the slots of a pass that writes `tokens` to each after its start_B."""
+        """Selects the slots of a pass that writes `tokens` to each at start_B."""
         self.rows, self.start_B = rows, start_B
         self.longest = int(on_host(start_B).max()) + tokens
         self.width = self.of.width(self.longest)
@@ -119,7 +110,7 @@ class SlotView(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, Hk, T, D) and return the rows' whole (B, Hk, width, D)."""
+        """Writes keys and values (B, Hk, T, D), and returns the rows' (B, Hk, width, D)."""
         keys, values = self.of.buffers(layer_idx, key_states, value_states, self.width)
         for buffer, new in ((keys, key_states), (values, value_states)):
             self.of.operations.write(buffer, new, self.row_B, self.start_B)
@@ -129,7 +120,8 @@ class SlotView(Cache):
         return int(self.start_B.max())
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override] # (B,)
-        """How many tokens each row holds (B,), where transformers' own caches have one number."""
+        """Returns the number of tokens of each row (B,); transformers' own caches return a scalar.
+        """
         return self.start_B
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -140,7 +132,7 @@ class SlotView(Cache):
 
 
 class CachedSlot(NamedTuple):
-    """The content of a free slot; later ones have a larger `age`."""
+    """The content of a free slot; newer ones have a larger `age`."""
 
     prefix: PrefixKey
     tokens: tuple[int, ...]
@@ -148,18 +140,17 @@ class CachedSlot(NamedTuple):
 
 
 class CachedPrefixes:
-    """The free slots with content, by their number."""
-
     def __init__(self) -> None:
         self.slots: dict[int, CachedSlot] = {}
         self._clock = count(1)
 
     def add(self, slot: int, prefix: PrefixKey, tokens: Sequence[int]) -> None:
-        """Remember the content of a slot that became free."""
         self.slots[slot] = CachedSlot(prefix, tuple(tokens), next(self._clock))
 
     def find(self, prefix: PrefixKey, prompt: Sequence[int]) -> tuple[int, int]:
-        """The slot with the longest prefix of the prompt, and its length, or (-1, 0)."""
+        """Returns the slot with the longest common prefix and its length, or (-1, 0). Excludes the
+        prompt's last token.
+        """
         best, most = -1, 0
         for slot, cached in self.slots.items():
             if cached.prefix == prefix and (n := common(cached.tokens, prompt[:-1])) > most:
@@ -167,20 +158,16 @@ class CachedPrefixes:
         return best, most
 
     def age(self, slot: int) -> int:
-        """The age of a free slot, 0 if it is empty."""
         return self.slots[slot].age if slot in self.slots else 0
 
     def length(self, slot: int) -> int:
-        """The number of tokens in a free slot."""
         return len(self.slots[slot].tokens) if slot in self.slots else 0
 
     def moved(self, source: int, target: int) -> None:
-        """The content of a free slot, if any, is in another one now."""
         if source in self.slots:
             self.slots[target] = self.slots.pop(source)
 
 
 def common(a: Sequence[object], b: Sequence[object]) -> int:
-    """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -1,14 +1,12 @@
-"""Any mixture of adapters in one pass: each row of a batch under its own.
+"""Mixed adapters in one pass: each row of a batch has its own.
 
-    y_b = g (W x_b + up down x_b + bias) + c        of the place p(b) of row b's adapter
+    y_b = g (W x_b + up down x_b + bias) + c        with the factors at the place p(b) of row b
 
-The update of low-rank adapters is accumulated onto the base's matmul before its one rounding. The
-factors of running adapters are in `Stacks`, with gains and offsets, so that a step gathers nothing
-(Chen et al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Requests
-of one adapter share its place. Other deltas compute their rows over the base's output.
-
-Rows of an adapter that can't be mixed have passes of their own, under its deltas themselves, which
-are on the model while one of its requests runs; so every method works there.
+Updates are accumulated onto the base's matmul before its single rounding. Factors, gains and
+offsets are in `Stacks`, so a step gathers nothing (Chen et al. 2023, Punica, arXiv 2310.18547;
+Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Other deltas are computed for their rows on the base's
+output. Adapters that can't be mixed have separate passes with their deltas attached to the model,
+so every method works.
 """
 
 from __future__ import annotations
@@ -39,13 +37,13 @@ from lorafold.ops.host_tensors import sent
 
 log = logging.getLogger(__name__)
 OWN = "lorafold-engine"  # the name of the engine's deltas
-FILLS = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # of places that are free, by stack
-NOBODY = 0  # the place of rows of the base, which stays zero
+FILLS = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # values of free places
+NOBODY = 0  # the place of the base, always zero
 
 
 class AdapterRows:
-    """The adapter of each of the B rows of a pass, or None for the base, and the places of their
-    factors. With `each`, rows are computed one by one, so that shapes never depend on the others.
+    """The adapters of the B rows of a pass (None: the base), and the places of their factors. With
+    `each`, rows are computed separately, so that shapes don't depend on other rows.
     """
 
     def __init__(
@@ -67,7 +65,7 @@ class AdapterRows:
         self._at: int | slice | Tensor | None = None
 
     def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
-        """The deltas of other kinds at a module, each with its rows (n,), on the device."""
+        """Returns other deltas at a module, each with its rows (n,), on the device."""
         if path not in self._by_path:
             rows: dict[Any, tuple[Delta, list[int]]] = {}
             for b, adapter in enumerate(self.adapters):
@@ -78,7 +76,7 @@ class AdapterRows:
         return self._by_path[path]
 
     def at(self, device: torch.device) -> int | slice | Tensor:
-        """An index of the rows' places in a stack (places, ...), a view where possible."""
+        """Returns an index of the rows' places in a stack (places, ...), a view if possible."""
         if self._at is None:
             first, n = int(self.places[0]), len(self.places)
             if torch.equal(self.places, torch.full_like(self.places, first)):
@@ -96,11 +94,9 @@ class AdapterRows:
 
 
 class EngineDelta(Opaque):
-    """The delta that the engine lays on a module: for each row of the pass, that of its adapter."""
-
     def __init__(self, slot_adapters: SlotAdapters, path: str) -> None:
         super().__init__()
-        self._slot_adapters, self.path = (slot_adapters,), path  # a tuple, so that it is no child
+        self._slot_adapters, self.path = (slot_adapters,), path  # a tuple, to not be a submodule
 
     def forward(self, layer: Layer, x: Tensor, *args: Any, onto: Tensor | None = None) -> Tensor:
         slot_adapters = self._slot_adapters[0]
@@ -111,8 +107,6 @@ class EngineDelta(Opaque):
 
 
 class SlotAdapters:
-    """The stacks of all shapes, and the plan of the pass that runs."""
-
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
         self.structure, self.where, self.operations = structure, structure.where, operations
         self.stacks = [Stacks(shape, operations) for shape in structure.shapes]
@@ -120,10 +114,9 @@ class SlotAdapters:
         self.placed: dict[int, LoadedAdapter] = {}  # by slot
         self.places: dict[LoadedAdapter, int] = {}
         self._least: dict[torch.dtype, int] = {}
-        self.in_blocks = False  # whether no number of rows is steady in torch's own matmuls
+        self.in_blocks = False  # torch's own matmuls are not batch invariant for any size
 
     def place(self, slot: int, adapter: LoadedAdapter) -> None:
-        """Give a slot an adapter."""
         assert slot not in self.placed
         self.placed[slot] = adapter
         if adapter in self.places:
@@ -142,7 +135,6 @@ class SlotAdapters:
             self.stacks[shape].gain(place, index, g, c)
 
     def clear(self, slot: int) -> None:
-        """Take a slot's adapter away, if it has one."""
         adapter = self.placed.pop(slot, None)
         if adapter is None or adapter in self.placed.values():
             return
@@ -151,7 +143,7 @@ class SlotAdapters:
             self.stacks[i].clear(place)
 
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
-        """The low-rank updates (B, T, out + ...) of matrices that read x (B, T, in)."""
+        """Returns the low-rank updates (B, T, out + ...) of matrices that read x (B, T, in)."""
         plan = self.plan
         if plan.each:
             updates = [self._by_row(*at, x) for at in zip(paths, layers, strict=True)]
@@ -163,7 +155,7 @@ class SlotAdapters:
         return plan.matmuls[paths](flat).view(*x.shape[:-1], -1)
 
     def changed(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-        """A module's output y (B, T, out) of x (B, T, in) after gains and other deltas."""
+        """Applies gains and other deltas to a module's output y (B, T, out) of x (B, T, in)."""
         if path in self.plan.gains:
             shape, index = self.where[path]
             tensors, at = self.stacks[shape].tensors, self.plan.at(y.device)
@@ -172,7 +164,7 @@ class SlotAdapters:
         deltas = self.plan.deltas_at(path, y.device) if path in self.plan.others else ()
         for delta, rows in deltas:
             x_n, y_n = x[rows], y[rows]
-            # kernels sum few tokens in an order of their own
+            # kernels sum in another order for few tokens
             many = -(-self.least(x.dtype, x.device) * x_n.shape[-1] // x_n.numel())
             if many > 1:
                 x_n, y_n = (torch.cat([t] * many) for t in (x_n, y_n))
@@ -182,8 +174,8 @@ class SlotAdapters:
         return y
 
     def least(self, dtype: torch.dtype, device: torch.device) -> int:
-        """From how many tokens on torch's own matmuls with the model's matrices are batch
-        invariant; 2 if that is not known, or if they are computed in blocks, as no number is.
+        """Returns the number of tokens from which torch's own matmuls with the model's matrices are
+        batch invariant; 2 if unknown, or if they are computed in blocks because no number is.
         """
         if device.type != "cpu":
             return 2
@@ -221,8 +213,8 @@ class SlotAdapters:
 
 
 class Stacks:
-    """The factors, gains and offsets of the adapter in each place for the n matrices of one shape.
-    They are copied there when an adapter's first request gets its slot.
+    """Factors, gains and offsets by place, for the n matrices of one shape. Copied when an
+    adapter's first request gets a slot.
     """
 
     def __init__(self, shape: MatrixShapes, operations: Operations) -> None:
@@ -232,7 +224,7 @@ class Stacks:
         self.tensors: dict[str, Tensor] = {}
 
     def place(self, place: int, factors: Factors) -> None:
-        """Copy an adapter's factors to a place, which is zero."""
+        """Copies an adapter's factors to a zeroed place."""
         rank, tensors = factors.down.shape[2], self.tensors
         if "down" not in tensors or tensors["down"].shape[2] < rank:
             self._grow(rank, factors.down)
@@ -241,7 +233,7 @@ class Stacks:
         self.ranks[place] = rank
 
     def gain(self, place: int, index: int, g: Tensor, c: Tensor | None) -> None:
-        """Copy a gain and an offset (out,) to a place, for the matrix with that index."""
+        """Copies a gain and an offset (out,) to a place, for one matrix."""
         shape = len(self.shape.paths), len(self.ranks), self.shape.out
         for name, value in (("gains", g), ("offsets", c)):
             if value is not None:
@@ -252,13 +244,11 @@ class Stacks:
                 self.tensors[name][index, place] = value
 
     def clear(self, place: int) -> None:
-        """Empty a place."""
         for name, stack in self.tensors.items():
             stack[:, place] = FILLS[name]
         self.ranks[place] = 0
 
     def widen(self, places: int) -> None:
-        """Grow to so many places."""
         more = places - len(self.ranks)
         self.ranks = pad(self.ranks, (0, more))
         with torch.inference_mode(False):
@@ -277,20 +267,18 @@ class Stacks:
 
 
 class ActiveDeltas:
-    """The deltas of running adapters on the model, above those that belong to the base."""
-
     def __init__(self, model: nn.Module, slot_adapters: SlotAdapters) -> None:
         self.model, self.slot_adapters = model, slot_adapters
         self.selection = selection_of(model)
         self.base = self.selection.names
-        self.mixing = False  # whether a pass under the plan runs
-        self.aware: set[str] = set()  # modules whose fast forward applies the plan itself
+        self.mixing = False  # a pass with the plan is running
+        self.aware: set[str] = set()  # modules whose fast forward applies the plan
         self._targets: set[str] = set()  # modules with the engine's deltas
-        self._fused: dict[str, Any] = {}  # modules with deltas that their fast forward ignores
+        self._fused: dict[str, Any] = {}  # modules whose fast forward ignores deltas
         self._alone: Counter[LoadedAdapter] = Counter()
 
     def lay(self, adapter: LoadedAdapter) -> None:
-        """Make ready for passes with this adapter, until `lift`."""
+        """Prepares for passes with this adapter, until `lift`."""
         if adapter.alone:
             self._alone[adapter] += 1
             if self._alone[adapter] == 1:
@@ -302,7 +290,6 @@ class ActiveDeltas:
             self._targets.add(path)
 
     def lift(self, adapter: LoadedAdapter) -> None:
-        """Undo one `lay`."""
         if adapter.alone:
             self._alone[adapter] -= 1
             if not self._alone[adapter]:
@@ -312,7 +299,6 @@ class ActiveDeltas:
 
     @contextmanager
     def mixed(self, plan: AdapterRows) -> Iterator[None]:
-        """A pass whose rows have the adapters of the plan."""
         self.slot_adapters.plan, self.mixing = plan, True
         try:
             with self._active(plan.paths, *((OWN,) if plan.paths else ())):
@@ -322,12 +308,10 @@ class ActiveDeltas:
 
     @contextmanager
     def alone(self, adapter: LoadedAdapter) -> Iterator[None]:
-        """A pass whose rows all have this adapter, which can't be mixed."""
         with self._active(adapter.paths, adapter.key):
             yield
 
     def close(self) -> None:
-        """Take everything off the model."""
         for adapter in list(self._alone):
             self._alone[adapter] = 1
             self.lift(adapter)

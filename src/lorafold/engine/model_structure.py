@@ -1,8 +1,7 @@
-"""The structure of a model as the engine needs it, found by running it once, whatever its class.
+"""Detects how a model can be batched by running it, independent of its class.
 
-Three prompts of different lengths run in slots, in chunks and token by token; the logits must be
-those of each prompt alone. A model for which this fails (a recurrent state, positions that it
-counts itself, an attention of its own) computes one request at a time.
+Three prompts run in slots, in chunks and token by token; logits must equal each prompt's alone. If
+this fails (recurrent state, own positions, custom attention), requests run one at a time.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from lorafold.layers import is_linear, layer_of
 from lorafold.training_step.packed_attention import attending
 
 NAME = "lorafold_slots"
-CACHED = "lorafold_structure"  # the attribute of a model with its structure
-TAKEN = "lorafold_engine"  # the attribute of a model that an engine has
+CACHED = "lorafold_structure"  # attribute of the model: its structure
+TAKEN = "lorafold_engine"  # attribute of the model: used by an engine
 LENGTHS, CHUNK = (11, 5, 8), 4
 
 
@@ -44,17 +43,14 @@ class MatrixShapes:
 
 @dataclass(frozen=True)
 class Structure:
-    """How a model can be batched."""
-
-    why: str  # "" if rows at different positions can share a pass, else why not
-    rowwise: frozenset[str] = frozenset()  # modules with one row for each of the batch
-    shapes: tuple[MatrixShapes, ...] = ()  # the matrices among them, by shape
-    groups: tuple[tuple[str, ...], ...] = ()  # those that read the same tensor, as q, k and v do
-    routed: bool = False  # whether it has experts, which compute tokens of all rows at once
+    why: str  # the reason for which requests can't be batched, or ""
+    rowwise: frozenset[str] = frozenset()  # modules whose inputs have one row per request
+    shapes: tuple[MatrixShapes, ...] = ()  # matrices among `rowwise`, by shape
+    groups: tuple[tuple[str, ...], ...] = ()  # matrices with the same input, such as q, k, v
+    routed: bool = False  # has experts, which compute tokens of all rows together
 
     @cached_property
     def where(self) -> dict[str, tuple[int, int]]:
-        """For each matrix, the index of its shape and its own among the shape's paths."""
         return {
             path: (i, at)
             for i, shape in enumerate(self.shapes)
@@ -63,7 +59,7 @@ class Structure:
 
 
 def structure_of(model: Any) -> Structure:
-    """The result of `probe`, cached until modules or active kinds of deltas change."""
+    """Caches `probe` until modules or kinds of active deltas change."""
     names = selection_of(model).names
     modules = [
         (
@@ -82,7 +78,7 @@ def structure_of(model: Any) -> Structure:
 
 
 def slotted(model: Any, operations: Operations) -> Any:
-    """A context in which the model's attention takes rows at different positions."""
+    """A context in which attention takes rows at different positions."""
     name = f"{NAME}_{operations.name}"
     return attending(model, slot_mask, slot_attention(operations), name)
 
@@ -90,7 +86,7 @@ def slotted(model: Any, operations: Operations) -> Any:
 def run(
     model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
 ) -> Tensor:  # (B, len(keep), V)
-    """The logits (B, n, V) of a pass over ids_BT, counts_B of them no padding."""
+    """Returns the logits (B, n, V) of a pass over ids_BT, of which counts_B are not padding."""
     last_B1 = (view.start_B + counts_B - 1)[:, None]
     positions_BT = torch.minimum(view.position_BT, last_B1)
     out = model(
@@ -100,7 +96,7 @@ def run(
 
 
 def probe(model: Any) -> Structure:
-    """Run a causal language model on short prompts, and find how it can be batched."""
+    """Runs a causal language model on short prompts to find out how it can be batched."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (n,), generator=generator) for n in LENGTHS]
@@ -132,8 +128,8 @@ def probe(model: Any) -> Structure:
 
 
 def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
-    """The logits (B, V) after the last token of each prompt, which are fed in chunks and then one
-    at a time; rows of short prompts compute a token in vain, as rows do that have nothing to do.
+    """Returns the logits (B, V) after each prompt's last token, fed in chunks and then one by one;
+    rows of short prompts compute unused tokens, as idle slots do.
     """
     rows, device, logits_B = len(prompts), model.device, dict[int, Tensor]()
     view = SlotView(SlotCache(rows, max(LENGTHS), CHUNK, Operations()))
@@ -151,14 +147,13 @@ def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
 
 
 class _Inputs:
-    """The inputs of the modules with a matrix; `rows` has True for those whose inputs all have one
-    row for each of the batch.
+    """Records the inputs of modules with a matrix; `rows` is True for modules whose inputs always
+    have one row per request.
     """
 
     def __init__(self, model: nn.Module, stack: ExitStack) -> None:
-        """Watch a model until the stack is closed."""
         self.rows: dict[str, bool] = {}
-        self.calls: list[tuple[str, Any, int]] = []  # the input of each call and its version
+        self.calls: list[tuple[str, Any, int]] = []  # (path, input, its version)
         for path, module in Anatomy.of(model).modules:
             layer = layer_of(module)
             if layer.linear or layer.takes_ids:
@@ -166,14 +161,12 @@ class _Inputs:
                 stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
 
     def record(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
-        """Record the input of a module, which has so many dimensions if it has rows."""
         x = args[0] if len(args) == 1 and not kwargs else None
         fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
         self.rows[path] = self.rows.get(path, True) and fits
         self.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
 
     def groups(self, paths: set[str]) -> tuple[tuple[str, ...], ...]:
-        """The paths that read the same tensor, in the order of the first pass."""
         groups: list[list[str]] = []
         before: Any = (None, 0)
         for path, *read in self.calls:
@@ -186,7 +179,7 @@ class _Inputs:
 
 
 def take_model(model: Any, stack: ExitStack) -> None:
-    """Take a model for one engine, without gradients, until the stack is closed."""
+    """Reserves a model for one engine, without gradients, until the stack is closed."""
     if TAKEN in vars(model):
         raise LorafoldError(
             "engine: found another one that has this model, expected that to be closed, or its"
@@ -201,14 +194,14 @@ def take_model(model: Any, stack: ExitStack) -> None:
 
 
 def rows_apart(model: nn.Module, stack: ExitStack) -> None:
-    """Compute each row of every module's input by itself, until the stack is closed. bitsandbytes'
-    int8 matmul chooses from all rows of a batch which inputs stay in 16 bits (LLM.int8: Dettmers et
-    al. 2022, arXiv 2208.07339, section 3.2); the engine multiplies by the dequantized matrix
-    instead, as training does under adapters.
+    """Makes modules compute rows independently, until the stack is closed. bitsandbytes' int8
+    matmul chooses outliers from all rows of a batch (LLM.int8: Dettmers et al. 2022, arXiv
+    2208.07339, section 3.2); the engine multiplies by the dequantized matrix instead, as adapted
+    layers do in training.
     """
     for _, module in Anatomy.of(model).modules:
         layer = layer_of(module)
-        adapted = isinstance(module, Adapted)  # its own forward is that of the layer
+        adapted = isinstance(module, Adapted)  # already runs the layer's forward
         if layer.mixes_rows and not adapted and "forward" not in vars(module):
             module.forward = layer
             stack.callback(vars(module).pop, "forward", None)

@@ -1,17 +1,15 @@
-"""The operations of a pass, in the forms of one kind of device (`kernels.registry`), and batch
-invariance.
+"""The operations of a pass for one kind of device (`kernels.registry`), and batch invariance.
 
-Masks and attention are for rows at different positions: q (B, H, T, D), k (B, Hk, K, D),
-v (B, Hk, K, Dv) -> (B, T, H, Dv), with the mask 0 if the model's own predicate (causal, sliding,
-chunked) lets position start + t see position j, else -inf.
+Masks and attention are for rows at different positions: q (B, H, T, D), k (B, Hk, K, D), v
+(B, Hk, K, Dv) -> (B, T, H, Dv), with a mask of 0 if the model's predicate
+(causal, sliding, chunked) lets position start + t attend to j, else -inf.
 
-Kernels sum few rows in another order, so a request would compute other bits alone than batched:
+Kernels sum in another order for few rows, so bits could depend on the batch:
 
     least = steady(kernel, x)       kernel(x[:n]) has the bits of kernel(x)[:n] for n >= least
-    with InBlocks(16): ...          matmuls take 16 rows at a time, for processors without a least
+    with InBlocks(16): ...          matmuls of 16 rows at a time, for processors without a least
 
-With `as_trained` the engine's results are bit-identical to training's: attention runs the kernel of
-packed documents, which sums over the keys in a document's order.
+With `as_trained`, results are bit-identical to training: attention sums in a document's order.
 """
 
 from __future__ import annotations
@@ -37,15 +35,13 @@ from lorafold.ops.scale import SCALE, scaled
 from lorafold.training_step.packed_attention import attend
 
 log = logging.getLogger(__name__)
-# the numbers of rows that `steady` tries, each up to FEW: a kernel of blocks of 4 rows may sum 8 as
-# it sums 12, and 9 otherwise
+# numbers of rows that `steady` tries: all up to FEW, since with blocks of 4 rows a kernel may sum 8
+# like 12, but not 9
 ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
-WIDE = 4096  # rows of a matrix that are enough to measure: a head has many times as many
+WIDE = 4096  # rows of a matrix that suffice to measure; an LM head has many more
 
 
 class Operations:
-    """Final: the operations by name, each with the parameters of its plain form."""
-
     def __init__(self, device: str = "", as_trained: bool = False) -> None:
         self.name = (device or "plain") + "_as_trained" * as_trained
         self.stored, self.low_rank = STORED.on(device), LOW_RANK.on(device)
@@ -56,24 +52,23 @@ class Operations:
         self._scale = SCALE.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        """`lorafold.ops.elementwise.rms_norm`: x (..., d) normalized, times the gain (d,)."""
+        """See `lorafold.ops.elementwise.rms_norm`: x (..., d) normalized, times the gain (d,)."""
         return self._norm(x.contiguous(), gain, eps)
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None) -> Tensor:
-        """`lorafold.ops.scale.scale`: y (B, T, k) times gains, plus offsets, (k,) or (B, k)."""
+        """See `lorafold.ops.scale.scale`: y (B, T, k) times gains plus offsets, (k,) or (B, k)."""
         if g.dim() > 1:
             g, c = g[:, None], None if c is None else c[:, None]
-        # torch's dispatcher takes longer, which counts on a CPU alone
+        # avoids torch's dispatcher, whose overhead matters on a CPU only
         half = SCALE if y.is_cuda else self._scale
         return (half if y.dtype is torch.bfloat16 else scaled)(y.contiguous(), g, c, None)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`lorafold.ops.elementwise.rotary`: x (..., D) rotated by halves."""
+        """See `lorafold.ops.elementwise.rotary`: x (..., D) rotated by halves."""
         return self._turned(x, cos, sin, False)
 
 
 def available(device: str, as_trained: bool = False) -> Operations:
-    """The operations of a kind of device, or the plain ones if they are not available."""
     if why := use(DECODING, device):
         log.info("the engine's operations run in torch: %s", why)
     return Operations("" if why else device, as_trained)
@@ -87,8 +82,8 @@ def slot_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     **protocol: Any,
 ) -> Tensor | None:
-    """A function of transformers' mask protocol: the mask (B, 1, T, K) to add to the scores if the
-    offset has a position for each row (B,), else transformers' boolean mask.
+    """Implements transformers' mask protocol: an additive mask (B, 1, T, K) if the offset has a
+    position per row (B,), else transformers' boolean mask.
     """
     if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
         others = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
@@ -105,9 +100,8 @@ def slot_mask(
 
 
 def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]:
-    """A function of transformers' attention protocol, without dropout, with a mask (B, 1, T, K)
-    that is added to the scores, a boolean one, or none. Softcaps, sinks and position biases are
-    left to the general attention.
+    """Implements transformers' attention protocol without dropout, for additive masks (B, 1, T, K),
+    boolean ones, or none. Softcaps, sinks and position biases use the general attention.
     """
 
     def attention(
@@ -125,7 +119,7 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
             return attend(module, query, key, value, attention_mask, scaling, **others)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = attention_mask
-        if mask.shape[-1] != key.shape[2]:  # a slice is another tensor, which all layers would make
+        if mask.shape[-1] != key.shape[2]:  # avoids slicing in every layer
             mask = mask[..., : key.shape[2]]
         return operations.attend(query, key, value, mask, scale), None
 
@@ -133,7 +127,9 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
 
 
 def steady(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
-    """The least number of rows of the inputs (n, ...); the last of ROWS if there is none."""
+    """Returns the least number of rows of the inputs (n, ...) from which the kernel is batch
+    invariant; the last of ROWS if there is none.
+    """
     whole, least = kernel(*inputs), ROWS[-1]
     for n in reversed(ROWS[:-1]):
         starts = range(0, max(FEW - n + 1, 1), n)
@@ -145,14 +141,14 @@ def steady(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
 
 
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
-    """The same random rows (n, width), as many as `steady` takes."""
+    """Returns fixed random rows (n, width) for `steady`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(ROWS[-1], width, generator=generator).to(dtype)
 
 
 def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
-    """`steady` of torch's own matmuls with matrices (out, in) of these shapes, in the dtype and in
-    the one in which `lorafold.ops.arithmetic` multiplies it.
+    """Applies `steady` to torch's own matmuls with matrices (out, in), in the dtype and in the one
+    that `lorafold.ops.arithmetic` uses for it.
     """
     least = 1
     for out, inn in shapes:
@@ -160,7 +156,7 @@ def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int
         for each in {dtype, arithmetic(x)}:
             m = random_rows(inn, each).repeat(-(-out // ROWS[-1]), 1)[:out]
             wide = x.to(each)
-            # 16 bits hide most differences of a sum, but not those of what rounding takes away
+            # 16-bit rounding hides most differences, but not those of the rounding errors
             left = -F.linear(wide, m)
             kernels = (lambda x, _, m=m: F.linear(x, m)), (lambda x, y, m=m: y.addmm(x, m.t()))
             least = max(least, *(steady(kernel, wide, left) for kernel in kernels))
@@ -168,8 +164,8 @@ def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int
 
 
 class InBlocks(TorchDispatchMode):
-    """Matmuls (n, k) x (k, m) in the `with` block are computed so many rows at a time, and the last
-    block is padded with the first row.
+    """Computes matmuls (n, k) x (k, m) in the block `rows` rows at a time; the last block is padded
+    with the first row.
     """
 
     def __init__(self, rows: int) -> None:
@@ -181,7 +177,7 @@ class InBlocks(TorchDispatchMode):
     ) -> Any:
         aten, kwargs = torch.ops.aten, dict(kwargs or {})
         if func in (aten.linear.default, aten.matmul.default):
-            with self:  # in inference mode they come here undecomposed
+            with self:  # inference mode doesn't decompose them
                 return func.decompose(*args, **kwargs)
         if func is aten.mm.default:
             return self._blocks(torch.mm, args[:1], args[1:], kwargs)
@@ -207,7 +203,6 @@ class InBlocks(TorchDispatchMode):
 
 
 def lacks(device: str) -> str:
-    """Why passes on a kind of device can't be bit-identical to training's, or nothing."""
     return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected one on a CPU"
 
 

@@ -1,8 +1,5 @@
-"""The requests to the engine, their events, and the engine's settings.
-
-The tokens of a completion follow from the model, the adapter, the prompt and the request's
-`Sampling`, and never from the requests that share the batch. Every request has exactly one `Ended`,
-which is its last event.
+"""Requests to the engine, their events, and the engine's settings. A completion never depends on
+other requests in the batch. Every request has exactly one `Ended`, its last event.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from lorafold.ops.arithmetic import FEW
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 2048  # tokens of a request, unless more are asked for
+LONGEST = 2048  # default maximum tokens of a request
 LARGEST = 3.4028234663852886e38  # of float32
 NUMBERS = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -29,23 +26,23 @@ Reason = Literal["end", "length", "stop", "cancelled", "failed"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Raises LorafoldError for values out of range."""
+    """Sampling parameters."""
 
-    temperature: float = 0.0  # 0 takes the most likely token; above 0 tokens are sampled
-    top_k: int = 0  # sample among the k most likely tokens (0: among all)
-    top_p: float = 1.0  # sample among the fewest tokens whose probabilities sum to this at least
-    min_p: float = 0.0  # sample among tokens at least this times as probable as the most likely one
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0  # keep the fewest tokens whose probabilities sum to at least this
+    min_p: float = 0.0  # keep tokens at least this times as probable as the most likely one
     # divides the positive and multiplies the negative logits of tokens in the prompt or the
     # completion (Keskar et al. 2019, arXiv 1909.05858, sec. 4.1)
     repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0  # subtracted from the logit of each token of the completion
-    frequency_penalty: float = 0.0  # the same, for each time that the token occurs
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the completion
+    frequency_penalty: float = 0.0  # the same, times the number of occurrences
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by token
-    stop: tuple[str, ...] = ()  # texts before which the completion ends
-    schema: str | None = None  # a JSON schema, as text, that the completion has to fit
-    regex: str | None = None  # a regular expression that the whole completion has to match
-    lark: str | None = None  # a grammar in llguidance's dialect of Lark for the completion
-    # how many of the most likely tokens are reported with each (None: no logprobs; 0: the token's)
+    stop: tuple[str, ...] = ()  # texts that end the completion, excluded from it
+    schema: str | None = None  # a JSON schema for the completion, as text
+    regex: str | None = None  # a regular expression for the whole completion
+    lark: str | None = None  # a grammar for the completion in llguidance's Lark dialect
+    # number of most likely tokens to report (0: only the token's logprob; None: no logprobs)
     logprobs: int | None = None
     seed: int = 0
 
@@ -80,13 +77,12 @@ class Sampling:
 
     @property
     def grammar(self) -> tuple[str, str] | None:
-        """The setting with a grammar, and its text; None if there is none."""
         settings = {"schema": self.schema, "regex": self.regex, "lark": self.lark}
         return next(((name, text) for name, text in settings.items() if text is not None), None)
 
     @property
     def plain(self) -> bool:
-        """Whether the next token is the most likely one, and nothing else is needed."""
+        """Whether sampling is greedy and needs nothing besides the logits."""
         return (
             self.temperature == 0
             and self.repetition_penalty == 1
@@ -96,73 +92,64 @@ class Sampling:
 
 
 def require(checks: Mapping[str, bool]) -> None:
-    """Raise LorafoldError with the messages of the checks that failed, if any."""
     if wrong := [message for message, passed in checks.items() if not passed]:
         raise LorafoldError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to compute."""
-
-    id: str  # that no other running request has
+    id: str  # unique among running requests
     prompt: tuple[int, ...]
     max_new_tokens: int
     adapter: str | None = None  # None for the base
     sampling: Sampling = Sampling()
-    # the tokens that end the completion; they are no part of it, unless `keep_end`, with which the
-    # last token has a log probability and no text
+    # end tokens, excluded from the completion; `keep_end` includes them, without text
     ends: frozenset[int] = frozenset()
-    tenant: str = ""  # prefixes of one tenant's prompts are not cached for others
-    tokenizer: PreTrainedTokenizerBase | None = None  # for its texts, if not the engine's own
+    tenant: str = ""  # cached prefixes are not shared between tenants
+    tokenizer: PreTrainedTokenizerBase | None = None  # None: the engine's
     keep_end: bool = False
-    # how many of the most likely tokens are reported with each token of the prompt, in
-    # `EventStream.prompt` (None: no logprobs; 0: the token's); max_new_tokens may then be 0
+    # like `Sampling.logprobs` for the prompt's tokens, in `EventStream.prompt`; with it,
+    # max_new_tokens may be 0
     prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Token:
-    """One more token of a completion."""
-
     id: str
     token: int
-    text: str = ""  # that it adds: empty while a character or a stop text may be incomplete
-    logprob: float | None = None  # the model's own, before penalties, temperature and filters
-    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens with theirs
-    drawn_logprob: float | None = None  # in the distribution that it was sampled from
+    text: str = ""  # added text; empty while a character or a stop text may be incomplete
+    logprob: float | None = None  # before penalties, temperature and filters
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their logprobs
+    drawn_logprob: float | None = None  # in the distribution from which it was sampled
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a request."""
-
     id: str
     reason: Reason
     tokens: tuple[int, ...] = ()
     text: str = ""
-    message: str = ""  # of one that failed; it may have texts of the request
-    cached: int = field(default=0, compare=False)  # tokens of the prompt that were in the cache
-    fault: str = field(default="", compare=False)  # the message without texts of the request
-    setting: str = field(default="", compare=False)  # the setting of its sampling that caused it
+    message: str = ""  # the error; may contain texts of the request
+    cached: int = field(default=0, compare=False)  # cached tokens of the prompt
+    fault: str = field(default="", compare=False)  # the error without texts of the request
+    setting: str = field(default="", compare=False)  # the field of `Sampling` that caused it
 
 
 class EventStream:
-    """The events of one request in their order, which end with its `Ended`. Any threads may read,
-    each from the first event on. `prompt` has the tokens of the prompt with their log
-    probabilities, if those are asked for, from before the first event on; the first one has none.
+    """The events of a request, up to its `Ended`. Any threads may iterate, each from the first
+    event. `prompt` has the prompt's tokens with log probabilities if requested, set before the
+    first event; the first token has none.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.began: float | None = None  # when it got a slot, by time.monotonic
+        self.began: float | None = None  # time.monotonic() when it got a slot
         self.prompt: tuple[Token, ...] = ()
         self._events: list[Token | Ended] = []
-        self.ended: Ended | None = None  # the last event, once the request does not run
+        self.ended: Ended | None = None  # the last event
         self._more = threading.Condition()
 
     def put(self, event: Token | Ended) -> None:
-        """Add an event; the engine alone does so."""
         with self._more:
             assert self.ended is None, f"{self.request.id}: an event after the last"
             if isinstance(event, Ended):
@@ -171,7 +158,6 @@ class EventStream:
             self._more.notify_all()
 
     def so_far(self, start: int = 0) -> list[Token | Ended]:
-        """The events that are there, from the one of that number on."""
         with self._more:
             return self._events[start:]
 
@@ -188,7 +174,6 @@ class EventStream:
                 return
 
     def result(self) -> Ended:
-        """Wait for the last event and return it."""
         with self._more:
             while self.ended is None:
                 self._more.wait()
@@ -197,33 +182,30 @@ class EventStream:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The settings of an engine."""
-
-    slots: int = 16  # requests that run at a time
-    length: int | None = None  # the most tokens of a request (None: the model's, at most LONGEST)
-    chunk: int = 256  # the most tokens of a prompt that are read in one pass
-    budget: int = 512  # the most tokens of prompts that are read in a step
-    adapter_bytes: int | None = None  # the most bytes of adapters in memory, or None
-    fast: bool = True  # `engine.fast_path`; the matrices then take their memory twice
-    # accept a length beyond the positions that the model was made for, but not beyond a table
+    slots: int = 16  # max_num_seqs
+    length: int | None = None  # max_model_len (None: the model's, at most LONGEST)
+    chunk: int = 256  # prefill tokens per prompt and pass
+    budget: int = 512  # prefill tokens per step
+    adapter_bytes: int | None = None  # limit for adapters in memory
+    fast: bool = True  # `engine.fast_path`, which copies the matrices
+    # allow lengths beyond max_position_embeddings, except for a table of positions
     beyond: bool = False
-    # keep the shapes of all passes the same, so that logits are batch invariant without the fast
-    # path (experts: one row at a time)
+    # use the same shapes in all passes, which makes logits batch invariant without the fast path
+    # (experts: one row at a time)
     invariant: bool = False
-    as_trained: bool = False  # bit-identical to training, with its fused modules (no fast path)
-    # reuse the KV cache of a request of the same tenant and adapter with the same prefix; requests
-    # with one prompt that wait at the same time share its reading in any case
+    as_trained: bool = False  # bit-identical to training; no fast path
+    # prefix caching within a tenant and an adapter; waiting requests with the same prompt share
+    # its prefill in any case
     prefix_reuse: bool = True
-    strikes: int = 3  # requests with logits that are not finite before an adapter is refused
-    # requests of a tenant that run at a time, or None; at most half of the slots while other
-    # tenants are there
+    strikes: int = 3  # requests with NaN or infinite logits before an adapter is quarantined
+    # limit of running requests per tenant; at most half of the slots while there are other tenants
     tenant_slots: int | None = None
-    weights: Mapping[str, float] | None = None  # the shares of tenants, 1 if not named
+    weights: Mapping[str, float] | None = None  # shares of tenants; default 1
     allow_other_base: bool = False  # accept adapters that were trained on another base
 
     def fitted(self, positions: int | None, table: int | None) -> tuple[Self, int]:
-        """The settings for a model with so many positions, and the length. Raises LorafoldError for
-        sizes that are too small, or a length beyond the positions.
+        """Returns the settings for a model with these numbers of positions, and the length. Raises
+        for sizes that are too small or too large.
         """
         positions = min(positions or LONGEST, table or sys.maxsize)
         most = sys.maxsize if self.beyond and table is None else positions
@@ -238,6 +220,6 @@ class EngineSettings:
         if wrong:
             raise LorafoldError(f"engine: {'; '.join(wrong)}")
         reuse, fast = (on and not self.invariant for on in (self.prefix_reuse, self.fast))
-        # a pass that is bit-identical to training has FEW tokens or more
+        # bit-identical passes need at least FEW tokens
         chunk = max(min(self.chunk, length), FEW if self.as_trained else 0)
         return replace(self, length=length, chunk=chunk, prefix_reuse=reuse, fast=fast), length

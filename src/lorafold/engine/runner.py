@@ -1,12 +1,9 @@
 """Forward passes of running requests.
 
-`SlotRunner` computes many rows in a pass. A pass that decodes runs over a view of the first slots;
-idle ones among them are computed in vain, at a position that is written again before it is read. A
-slot whose request ended well keeps its content for requests with the same prefix. With `each`,
-shapes are the same in every pass: all slots decode, and prompts are read one row at a time in
-chunks of one size; a model with experts decodes one row at a time, too.
-
-`SoloRunner` computes one row at a time with the model's own cache, by transformers' `generate`.
+A decoding pass runs over a view of the first slots; idle slots compute an unused token at a
+position that is overwritten before it is read. With `each`, all passes have the same shapes: all
+slots decode, prompts are prefilled one row at a time in chunks of one size, and a model with
+experts also decodes one row at a time.
 """
 
 from __future__ import annotations
@@ -31,44 +28,44 @@ from lorafold.ops.host_tensors import picked, sent
 
 
 class Runner(ABC):
-    """Abstract: computes the logits of rows."""
+    """Computes the logits of rows."""
 
     slots: int
     deltas: ActiveDeltas
 
     @abstractmethod
     def admit(self, row: Row) -> None:
-        """Give a row a free slot."""
+        """Assigns a free slot."""
 
     @abstractmethod
     def release(self, row: Row, well: bool) -> None:
-        """Free the slot of a row, which ended well or not."""
+        """Frees a row's slot; `well`: it ended normally."""
 
     def share(self, row: Row, others: Sequence[Row]) -> None:
-        """Copy the prompt that a row has read to others that wait for it."""
+        """Copies a row's prefilled prompt to others that wait for it."""
         return None
 
     @abstractmethod
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
-        """The logits (B, V) after so many pending tokens of each of some rows (`together`)."""
+        """Returns the logits (B, V) after these numbers of pending tokens; the rows have the same
+        `together`.
+        """
 
     def rebuild(self) -> None:
-        """Make a new, empty cache."""
+        """Replaces the cache by an empty one."""
         return None
 
     def compact(self) -> None:
-        """Close gaps that ended requests left."""
+        """Closes gaps between used slots."""
         return None
 
 
 def together(row: Row) -> LoadedAdapter | None:
-    """The key of rows that share a pass: an adapter that can't be mixed, or None."""
+    """The key of rows that can share a pass: an adapter that can't be mixed, or None."""
     return row.adapter if row.adapter is not None and row.adapter.alone else None
 
 
 class SlotRunner(Runner):
-    """Many rows a pass."""
-
     def __init__(
         self, model: Any, structure: Structure, cache: SlotCache, settings: EngineSettings
     ) -> None:
@@ -81,14 +78,14 @@ class SlotRunner(Runner):
         self.deltas = ActiveDeltas(model, self.slot_adapters)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[LoadedAdapter | None, SlotView] = {None: SlotView(self.cache)}
-        self._planned: list[int] | None = None  # the adapters that the plan is for, by id
+        self._planned: list[int] | None = None  # the plan's adapters, by id
         self._plan = AdapterRows([], {})
 
     def admit(self, row: Row) -> None:
         free = [slot for slot, other in enumerate(self.rows) if other is None]
         oldest = min(free, key=self.prefixes.age)
         source, n = self._cached(row) if row.reader is None else (-1, 0)
-        lost = self.prefixes.length(source) - n  # cached tokens that the row would overwrite there
+        lost = self.prefixes.length(source) - n  # cached tokens that the row would overwrite
         at = source if source in free and lost <= self.prefixes.length(oldest) else oldest
         row.slot, row.filled, row.cached = at, n, n
         if row.slot != source:
@@ -105,8 +102,8 @@ class SlotRunner(Runner):
         self._planned = None
 
     def _cached(self, row: Row) -> tuple[int, int]:
-        """The slot, a free one or a running row's, with most of the first tokens of a row, and how
-        many; (-1, 0) if none has any. The last token is always computed.
+        """Returns the slot, free or running, with the longest common prefix, and its length;
+        (-1, 0) if there is none. The last token is always computed.
         """
         if not self._reusable(row) or row.request.prompt_logprobs is not None:
             return -1, 0
@@ -138,7 +135,7 @@ class SlotRunner(Runner):
         self._planned = None
 
     def _reusable(self, row: Row) -> bool:
-        """Whether the row's keys and values follow from its prefix and its tokens alone."""
+        """Whether the row's KV cache depends only on its prefix key and tokens."""
         return self.reuse and together(row) is None
 
     def rebuild(self) -> None:
@@ -196,12 +193,11 @@ class SlotRunner(Runner):
 
     @contextmanager
     def _batch_invariant(self) -> Iterator[None]:
-        """The same arithmetic whatever the number of rows."""
         if not (self.as_trained or self.steady):
             yield
             return
         widened = widens(self.model.dtype) if self.as_trained else not multiplies_bf16()
-        # `fast_path` has its own matmuls
+        # `fast_path` pads its own matmuls
         packed = self.as_trained or self.structure.where.keys() <= self.deltas.aware
         blocks = InBlocks(FEW) if self.slot_adapters.in_blocks and not packed else nullcontext()
         with multiplying(widened=widened, rows=1), blocks:
@@ -232,7 +228,7 @@ class SlotRunner(Runner):
         view = self._views[alone].aim(rows, sent(torch.tensor(starts), device), width)
         to_score = [0 if row is None else row.to_score(n) for row, n in zip(taken, ns, strict=True)]
         lasts = [*range(max(ns))] if any(to_score) else sorted({n - 1 for n in ns})
-        if self.as_trained:  # the head is a matmul too
+        if self.as_trained:  # the LM head needs FEW rows too
             lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
         keep = sent(torch.tensor(lasts), device)
         adapters = [None if row is None else row.adapter for row in taken]
@@ -254,7 +250,7 @@ class SlotRunner(Runner):
 
 
 class SoloRunner(Runner):
-    """One row at a time, with the model's own cache, for models that can't run in slots."""
+    """Runs one row at a time, for models that can't be batched."""
 
     slots = 1
 
@@ -275,7 +271,7 @@ class SoloRunner(Runner):
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         (row,) = rows
         ids_1T = torch.tensor([row.tokens], device=self.model.device)
-        # transformers leaves out what a cache has seen, unless it has recurrent states alone
+        # generate skips cached tokens itself, unless the cache has only recurrent states
         states = [*getattr(row.state, "is_linear", ())]
         seen, adapter = row.filled if states and all(states) else 0, row.adapter
         base = AdapterRows([None], {})

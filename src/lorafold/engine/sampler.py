@@ -1,12 +1,10 @@
-"""The next tokens of all rows of a step, from their logits (B, V), and structured output.
+"""Samples the next tokens of all rows from logits (B, V), with structured output by llguidance.
 
     l -> penalties -> + bias -> grammar -> / temperature -> top-k -> top-p -> min-p -> softmax
     token = argmax_i p_i / e_i,   e_i exponential, from philox(key = seed and position)
 
-The order is transformers'. The result for a row never depends on the others. Noise depends on the
-request's seed and the position of the token: Philox4x64-10 (Salmon et al. 2011) as numpy has it,
-since the form in `lorafold.ops.philox` takes a hundred operations of torch. Masks of schemas,
-regular expressions and grammars come from llguidance (`pip install lorafold[serve]`).
+The order is transformers'. A row's result is independent of the others. Noise is Philox4x64-10
+(Salmon et al. 2011) from numpy, since `lorafold.ops.philox` needs a hundred torch operations.
 """
 
 from __future__ import annotations
@@ -27,10 +25,10 @@ from lorafold.ops.host_tensors import picked
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# the tokens so far -> the mask (V,) of those that may follow, or None for any
+# maps the tokens so far to a mask (V,) of allowed next ones, or None for any
 Allowed = Callable[[Sequence[int]], Tensor | None]
-AT_ONCE = 4  # rows that are computed together: 16 exceed a processor's cache, at half the speed
-FEW = 1024  # top-p tries so many first, since sorting all takes five times as long
+AT_ONCE = 4  # rows computed together: 16 exceed a CPU cache and run at half the speed
+FEW = 1024  # tokens that top-p tries first, since sorting all takes five times as long
 LOW = float("-inf")
 NOT_FINITE = "the model's logits hold NaN or infinity"
 
@@ -40,16 +38,12 @@ class NotFinite(LorafoldError):
 
 
 class Unfit(LorafoldError):
-    """The grammar that a request asks for admits no further token, or grew beyond its limits."""
-
     def __init__(self, setting: str, why: str) -> None:
         super().__init__(f"{setting}: a completion can't go on under it ({cut(why, 300)})")
         self.setting = setting
 
 
 class SampledToken(NamedTuple):
-    """A token, with the log probabilities of `request.Token`."""
-
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
@@ -57,8 +51,6 @@ class SampledToken(NamedTuple):
 
 
 class Sampler:
-    """The settings of one request and the tokens that it has."""
-
     def __init__(
         self, sampling: Sampling, prompt: Sequence[int], allowed: Allowed | None = None
     ) -> None:
@@ -68,10 +60,10 @@ class Sampler:
         self.prompt = set(prompt) if sampling.repetition_penalty != 1 else set()
 
     def change_(self, logits_V: Tensor) -> None:
-        """Apply penalties, biases and the grammar in place. Raises Unfit."""
+        """Applies penalties, biases and the grammar to logits_V in place. Raises Unfit."""
         changed_V = self._penalized(logits_V)
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
-            # an adapter's new tokens are in no grammar, so none of them may follow
+            # an adapter's new tokens are in no grammar
             mask_V = pad(mask_V, (0, len(changed_V) - len(mask_V)))
             if not mask_V.any():
                 raise Unfit((self.sampling.grammar or ("grammar", ""))[0], "no token may follow")
@@ -80,7 +72,7 @@ class Sampler:
             logits_V.copy_(changed_V)
 
     def _penalized(self, logits_V: Tensor) -> Tensor:
-        """Logits after penalties and biases, clipped to float32's largest number."""
+        """Returns logits (V,) after penalties and biases, clipped to float32's range."""
         sampling = self.sampling
         if (rate := sampling.repetition_penalty) != 1:
             ids = torch.tensor(sorted(self.prompt | set(self.tokens)))
@@ -100,7 +92,7 @@ class Sampler:
 
 
 def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
-    """The next token for each row of logits (B, V), or the error that ends the row."""
+    """Returns a token for each row of logits (B, V), or the error that ends the row."""
     choices: dict[int, SampledToken | Exception] = {}
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
@@ -134,7 +126,7 @@ def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken
     filtered_nV = torch.zeros(0)
     if sampled:
         samplers_n = [samplers[b] for b in sampled]
-        # below 1e-30 all but the likeliest would overflow, above 1e30 no two differ
+        # below 1e-30 all but the likeliest overflow, above 1e30 all are equal
         rates = [min(max(item.sampling.temperature, 1e-30), 1e30) for item in samplers_n]
         least_nV = changed_BV[sampled] - changed_BV[sampled].amax(-1, keepdim=True)
         scaled_nV = least_nV / torch.tensor(rates)[:, None]
@@ -162,14 +154,14 @@ def _with_logprobs(
 
 
 def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)
-    """Exponential noise for each token at a position of a completion."""
+    """Returns exponential noise (V,) for a position of a completion."""
     words = np.random.Philox(key=[seed % (1 << 64), position]).random_raw(-(-vocabulary // 2))
     u_V = torch.from_numpy(words.view(np.uint32)[:vocabulary].astype(np.float32))
     return u_V.add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().clamp_(max=100)
 
 
 def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Logits (B, V) with minus infinity where top-k, top-p or min-p exclude a token."""
+    """Returns logits (B, V) with -inf for tokens excluded by top-k, top-p or min-p."""
     out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
     ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
     if ks:
@@ -188,10 +180,10 @@ def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
-    """Exclude the tokens beyond each row's top-p, trying a few tokens first."""
+    """Applies each row's top-p in place, trying `few` tokens first."""
     p_nV, sums = torch.softmax(out_BV[[*ps]], -1), torch.tensor([*ps.values()])[:, None]
     values, ids = p_nV.topk(few)
-    before = values.cumsum(-1) - values  # of the likelier ones
+    before = values.cumsum(-1) - values  # mass of likelier tokens
     within = (before < sums).index_fill(1, torch.tensor([0]), True)
     enough = (~within[:, -1] | torch.tensor(few == out_BV.shape[1])).tolist()
     in_nV = torch.zeros_like(p_nV, dtype=torch.bool).scatter(1, ids, within)
@@ -203,14 +195,11 @@ def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
 
 
 class Grammars:
-    """The grammars of one tokenizer."""
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._read: Any = None
 
     def start(self, sampling: Sampling) -> Allowed | None:
-        """A fresh state of the grammar that the settings ask for, None if they ask for none."""
         if sampling.grammar is None:
             return None
         name = sampling.grammar[0]
@@ -225,14 +214,13 @@ class Grammars:
             matcher = LLMatcher(tokens, guidance(sampling.grammar), log_level=0)
         except STOPS:
             raise
-        except BaseException as error:  # a panic in a library is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             raise LorafoldError(f"{name}: it can't be read ({cut(str(error), 300)})") from None
         if matcher.is_error():
             raise LorafoldError(f"{name}: it can't be read ({_why(matcher)})")
         return _State(matcher, name)
 
     def ends(self, sampling: Sampling) -> frozenset[int]:
-        """The token that ends a text of the grammar, if there is one."""
         end = None if self._tokenizer is None else self._tokenizer.eos_token_id
         return frozenset([end] if sampling.grammar and isinstance(end, int) else [])
 
@@ -251,7 +239,7 @@ class Grammars:
 
 
 def guidance(grammar: tuple[str, str]) -> str:
-    """A setting and its text as an uncompiled grammar of llguidance."""
+    """Converts a setting and its text to an uncompiled grammar of llguidance."""
     from llguidance import LLMatcher
 
     name, text = grammar
@@ -272,7 +260,7 @@ class _State:
             mask = bytearray(self._matcher.compute_logit_bias())
         except STOPS:
             raise
-        except BaseException as error:  # a panic in a library is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             raise Unfit(self._setting, str(error)) from None
         if self._matcher.is_error():
             raise Unfit(self._setting, _why(self._matcher))
@@ -280,6 +268,6 @@ class _State:
 
 
 def _why(matcher: Any) -> str:
-    """The error of a grammar, without the dump of the parser's state."""
+    """Returns the grammar's error without the dump of the parser's state."""
     message = str(matcher.get_error()).partition("<state>")[0]
     return cut(" ".join(message.split()), 300)

@@ -1,13 +1,12 @@
-"""Which rows the next passes compute.
+"""Chooses the rows of the next passes.
 
-Every step decodes all rows with one pending token, and then reads at most `budget` tokens of
-prompts, so a long prompt never delays the others by more than that. Waiting rows run by how much
-their tenants have used; one whose adapter is still being read lets the next ones pass. Of running
-rows with one prompt the first one reads it for all.
+Every step decodes all rows with one pending token, then prefills at most `budget` tokens, which
+bounds the delay by long prompts. Of running rows with the same prompt, the first prefills it for
+all.
 
 `Waiting` is the virtual token counter of Sheng et al. 2024, Fairness in Serving Large Language
-Models (OSDI), algorithm 2: it serves the tenant with the smallest counter, which grows by the
-tenant's tokens, a completion's counted OUT times, over its weight; a tenant that begins to wait
+Models (OSDI), algorithm 2: it serves the tenant with the smallest counter, which grows by its
+tokens, with completions counted OUT times, divided by its weight; a tenant that starts to wait
 again starts no lower than the others.
 """
 
@@ -22,22 +21,19 @@ from lorafold.engine.request import EngineSettings
 from lorafold.engine.runner import together
 from lorafold.engine.sequence import Row
 
-COMPANY = 30.0  # seconds for which a tenant whose row came counts as one who shares the engine
-OUT = 2  # a token of a completion costs a pass, one of a prompt a part of one (paper, sec. 4)
+COMPANY = 30.0  # seconds after its last row for which a tenant counts as present
+OUT = 2  # cost of a completion token relative to a prompt token (paper, sec. 4)
 
 
 class Waiting:
-    """The rows that wait, by tenant."""
-
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
-        self._rows: dict[str, deque[Row]] = {}  # of tenants who wait
+        self._rows: dict[str, deque[Row]] = {}  # only tenants with waiting rows
         self._used: dict[str, float] = {}
-        self._came: dict[str, float] = {}  # when a tenant's last row came
-        self._last = 0.0  # the counter of the tenant that stopped waiting last
+        self._came: dict[str, float] = {}  # arrival of each tenant's last row
+        self._last = 0.0  # counter of the tenant that last stopped waiting
 
     def add(self, row: Row) -> None:
-        """Let a row wait."""
         tenant = row.request.tenant
         self._came[tenant] = time.monotonic()
         if tenant not in self._rows:
@@ -47,12 +43,10 @@ class Waiting:
         self._rows[tenant].append(row)
 
     def alone(self, tenant: str) -> bool:
-        """Whether no other tenant's row came lately."""
         since = time.monotonic() - COMPANY
         return not any(came > since for other, came in self._came.items() if other != tenant)
 
     def remove(self, row: Row) -> None:
-        """Let a row wait no longer."""
         tenant = row.request.tenant
         self._rows[tenant].remove(row)
         if not self._rows[tenant]:
@@ -60,13 +54,12 @@ class Waiting:
             self._last = self._used[tenant]
 
     def charge(self, tenant: str, tokens: int) -> None:
-        """Count tokens of a tenant."""
         cost = tokens / self._weights.get(tenant, 1.0)
         self._used[tenant] = self._used.get(tenant, 0.0) + cost
 
     def first(self, unready: Collection[Row], full: Collection[str]) -> Row | None:
-        """The row to run next, the oldest of the tenant that used least, but for rows that are not
-        ready; a tenant with fewer of those comes first. `full` tenants may have no more slots.
+        """Returns the next row: the oldest ready row of the tenant with the least usage; tenants
+        with fewer `unready` rows come first. `full` tenants get no more slots.
         """
         tenants = [row.request.tenant for row in unready]
         free = [tenant for tenant in self._rows if tenant not in full]
@@ -84,15 +77,11 @@ class Waiting:
 
 
 class Batch(NamedTuple):
-    """Rows that share a pass, and how many tokens of each it computes."""
-
     rows: list[Row]
     counts: list[int]
 
 
 class Scheduler:
-    """The rows that wait and those that run."""
-
     def __init__(self, settings: EngineSettings, single: bool) -> None:
         self.slots, self.chunk, self.each = settings.slots, settings.chunk, settings.invariant
         self.budget, self.most = max(settings.budget, settings.chunk), settings.tenant_slots
@@ -100,7 +89,6 @@ class Scheduler:
         self.running: list[Row] = []
 
     def admitted(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
-        """Yield waiting rows that are ready as they get a free slot and begin to run."""
         unready: list[Row] = []
         for _ in range(self.slots - len(self.running)):
             row = self.waiting.first(unready, self._full())
@@ -125,14 +113,15 @@ class Scheduler:
         ]
 
     def decoding(self) -> list[Batch]:
-        """The passes that decode: one for all rows that can be mixed, one for each adapter else."""
+        """Returns decoding passes: one for all rows that can be mixed, and one for each other
+        adapter.
+        """
         decoded = [row for row in self.running if row.reader is None and row.pending == 1]
         for row in decoded:
             self.waiting.charge(row.request.tenant, OUT)
         return [Batch(rows, [1] * len(rows)) for rows in self._groups(decoded)]
 
     def reading(self) -> list[Batch]:
-        """The passes that read prompts, oldest rows first."""
         left, batches = self.budget, []
         read = [row for row in self.running if row.reader is None and row.pending > 1]
         for rows in self._groups(read):
@@ -146,8 +135,8 @@ class Scheduler:
         return batches
 
     def join(self, row: Row) -> None:
-        """Let a running row wait for one that reads the same prompt, if there is one; not if it
-        can't be mixed, since the cache then has more than keys and values.
+        """Lets a row wait for another that prefills the same prompt. Not for rows that can't be
+        mixed, whose caches have more than keys and values.
         """
         if together(row) is not None:
             return
@@ -155,11 +144,10 @@ class Scheduler:
         row.reader = next((other for other in others if other.reads_for(row)), None)
 
     def joined(self, reader: Row) -> list[Row]:
-        """The rows that wait for this one."""
         return [row for row in self.running if row.reader is reader]
 
     def leave(self, row: Row) -> None:
-        """Remove a running row; the first one that waits for it reads the prompt instead."""
+        """Removes a running row; the first row waiting for it prefills the prompt instead."""
         self.running.remove(row)
         waiting = self.joined(row)
         for other in waiting:
@@ -174,14 +162,14 @@ class Scheduler:
                 break
             taken, width = [*taken, row], wider
         if len(taken) == 1 and width > left < self.budget:
-            return Batch([], [])  # the next step has room
+            return Batch([], [])  # wait for the next step's budget
         return Batch(taken, [min(row.pending, self.chunk) for row in taken])
 
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         groups: dict[object, list[Row]] = {}
         for row in rows:
             alone = together(row)
-            # rows that need the logits of a whole chunk have passes of their own
+            # rows that need the logits of a whole chunk get separate passes
             key: tuple[object, ...] = (alone, row.to_score(row.pending) > 0)
             if self.single or (self.each and alone):
                 key = (*key, row.request.id)

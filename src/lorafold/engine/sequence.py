@@ -1,9 +1,8 @@
-"""A request while it runs, and the text of its completion.
+"""A running request, and incremental detokenization.
 
-`Text` outputs pieces that are never taken back: a piece is held back while a character is
-incomplete, and while its end may be the beginning of a stop text. Only the tokens since the last
-complete character are decoded again, with as many before them as the decoder needs to see that they
-do not begin a text.
+`Text` holds text back while a character is incomplete, or while its end may begin a stop text, so
+output is never retracted. Only tokens since the last complete character are decoded again, after
+enough others that the decoder doesn't treat them as the start of a text.
 """
 
 from __future__ import annotations
@@ -25,15 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are in memory together
-# the log probability of a token, and those of the most likely ones at its position
+AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are computed together
+# a token's log probability, and the most likely tokens at its position with theirs
 Score = tuple[float, tuple[tuple[int, float], ...]]
 
 
 class Row:
-    """One request: its tokens, how many of them are in the KV cache, its adapter and its slot.
-    `ends` are tokens that end the completion besides the request's.
-    """
+    """A request with its tokens, adapter and slot. `ends` are end tokens besides the request's."""
 
     def __init__(
         self,
@@ -49,27 +46,27 @@ class Row:
         known = tokenizer if request.tokenizer is None else request.tokenizer
         self.text = None if known is None else Text(known, request.sampling.stop)
         self.tokens = list(request.prompt)
-        self.filled = 0  # how many of these tokens are in the KV cache
-        self.scores: list[Score] = []  # of the prompt's tokens from the second one on
-        self.reader: Row | None = None  # the row that reads this prompt for it
-        self.cached = 0  # tokens of the prompt that were in the cache already
+        self.filled = 0  # tokens in the KV cache
+        self.scores: list[Score] = []  # of the prompt's tokens from the second on
+        self.reader: Row | None = None  # the row that prefills this prompt for it
+        self.cached = 0  # tokens of the prompt found in the prefix cache
         self.adapter: LoadedAdapter | None = None
         self.slot = -1
-        self.state: Any = None  # a cache of its own, if the model can't run in slots
+        self.state: Any = None  # its cache, if the model can't run in slots
         self.cancelled = False
 
     @property
     def pending(self) -> int:
-        """How many tokens the model has not seen yet."""
+        """The number of tokens that are not in the KV cache."""
         return len(self.tokens) - self.filled
 
     @property
     def prefix(self) -> PrefixKey:
-        """The key under which other rows may reuse its keys and values."""
+        """The key under which its KV cache may be reused."""
         return self.entry.generation if self.entry else 0, self.request.tenant
 
     def reads_for(self, other: Row) -> bool:
-        """Whether it reads a prompt for which the other needs the same keys, values and logits."""
+        """Whether it prefills a prompt whose KV cache and logits the other can use."""
         return (
             self.reader is None
             and len(self.tokens) == len(self.request.prompt)
@@ -79,12 +76,12 @@ class Row:
         )
 
     def to_score(self, n: int) -> int:
-        """How many of the next n tokens precede one of the prompt whose score is wanted."""
+        """Returns how many of the next n tokens predict a prompt token to be scored."""
         wanted = self.request.prompt_logprobs is not None
         return max(0, min(n, len(self.request.prompt) - 1 - self.filled)) if wanted else 0
 
     def score(self, logits_TV: Tensor) -> None:
-        """Note the scores of as many tokens of the prompt, after those that the cache has."""
+        """Stores scores of prompt tokens from logits_TV, after the cached ones."""
         del self.scores[self.filled :]
         for logits_nV in logits_TV.split(AT_ONCE):
             first = len(self.scores) + 1
@@ -97,7 +94,6 @@ class Row:
             self.scores += zip(logp_nV.gather(1, ids_n1)[:, 0].tolist(), pairs, strict=True)
 
     def show_prompt(self) -> None:
-        """Put the scores of the prompt, if they are wanted. Raises NotFinite."""
         request = self.request
         if request.prompt_logprobs is None or self.stream.prompt:
             return
@@ -111,7 +107,6 @@ class Row:
         )
 
     def take(self, choice: SampledToken) -> Reason | None:
-        """Add the next token; the reason why the request ends with it, if it does."""
         request = self.request
         ends = choice.token in self.ends
         if ends and not request.keep_end:
@@ -127,14 +122,13 @@ class Row:
         return "length" if full else None
 
     def end(self, reason: Reason, message: str = "", fault: str = "", setting: str = "") -> None:
-        """Put the last event, as `Ended` has it."""
         request = self.request
         if self.text and reason != "failed":
             try:
                 self.text.finish()
             except STOPS:
                 raise
-            except BaseException as error:  # a panic in a tokenizer is no Exception
+            except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
                 reason, message, fault = "failed", f"{type(error).__name__}: {error}", place(error)
         text, completion = self.text.text if self.text else "", self.tokens[len(request.prompt) :]
         self.stream.put(
@@ -145,19 +139,19 @@ class Row:
 
 
 class Text:
-    """The text of one completion, with special tokens if `special` is set."""
+    """Detokenizes a completion; `special` includes special tokens."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), special: bool = False
     ) -> None:
         self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), special
         self._ids: list[int] = []
-        self._from, self._read = 0, 0  # where decoding starts, and the end of what was output
+        self._from, self._read = 0, 0  # start of decoding, end of the output
         self._held = ""
         self.text, self.stopped = "", False
 
     def add(self, token: int) -> str:
-        """The piece of text that a token adds; sets `stopped` if a stop text is complete."""
+        """Returns the text that a token adds; sets `stopped` if a stop text is complete."""
         self._ids.append(token)
         before = self._decode(self._ids[self._from : self._read])
         after = self._decode(self._ids[self._from :])
@@ -167,7 +161,6 @@ class Text:
         return self._release(after[len(before) :], last=False)
 
     def finish(self) -> str:
-        """The rest of the text after the last token."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._from : self._read])
@@ -195,7 +188,7 @@ class Text:
 
 
 def may_begin(text: str, marks: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of one of some marks."""
+    """Counts characters at the end of a text that may begin one of the marks."""
     longest = min(max(map(len, marks), default=1) - 1, len(text))
     ends = range(longest, 0, -1)
     return next((n for n in ends if any(mark.startswith(text[-n:]) for mark in marks)), 0)

@@ -1,6 +1,4 @@
-"""How good a model is on held-out rows: losses, exact match, preferences and rewards, with their
-intervals.
-"""
+"""Evaluation on held-out rows: losses, exact match, preferences and rewards, with 95% intervals."""
 
 from lorafold.evaluation.held_out import held_out_loss
 from lorafold.evaluation.intervals import Interval, Z, loss_interval, wilson

@@ -1,4 +1,4 @@
-"""The loss of held-out examples, in batches of similar length."""
+"""Loss of held-out examples, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 E = TypeVar("E")
 F = TypeVar("F")
 L = TypeVar("L", bound=RowsAlike)
-TOKENS = 2048  # the most tokens of a batch, with padding
+TOKENS = 2048  # maximum tokens of a batch, with padding
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
-    """The mean loss in nats over the tokens or texts that count, in evaluation mode."""
+    """The mean loss in nats over tokens or texts in the loss, in evaluation mode."""
     with evaluating(loss):
         sums = []
         for group in batches(examples):
@@ -37,12 +37,12 @@ def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
 
 
 def batches(examples: Sequence[Any]) -> list[list[int]]:
-    """Indices of the examples in batches of similar length."""
     return similar_lengths(range(len(examples)), lengths_of(examples).__getitem__, TOKENS)
 
 
 def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progress) -> list[float]:
-    """The loss of each example in nats, summed over its labelled positions, in evaluation mode."""
+    """Returns each example's loss in nats, summed over its labelled positions, in evaluation mode.
+    """
     return by_row(
         model,
         examples,
@@ -59,8 +59,8 @@ def by_row(
     measure: Callable[[L, Sequence[E]], Sequence[F]],
     step: Progress,
 ) -> list[F]:
-    """A measure of each example, in evaluation mode. Those with shared prefixes are computed
-    together, where the model can and it pays; `loss_of` makes the loss of either kind.
+    """Measures each example in evaluation mode. Shared prefixes are computed once if the model
+    supports it and it saves time; `loss_of` creates the loss for either case.
     """
     results: dict[int, F] = {}
 
@@ -82,7 +82,7 @@ def by_row(
 
 
 def sharing(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
-    """Indices of examples in batches with shared prefixes, where that pays."""
+    """Yields batches of indices for which shared prefixes save time."""
     for first in range(0, len(examples), WINDOW):
         window = examples[first : first + WINDOW]
         ids = [example.ids for example in window]
@@ -93,7 +93,6 @@ def sharing(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
 
 
 def pad_id_of(model: PreTrainedModel) -> int:
-    """The token that pads short texts."""
     pad_id = model.config.get_text_config().pad_token_id
     if pad_id is None:
         raise LorafoldError(

@@ -1,11 +1,10 @@
-"""95% intervals of what is measured on rows.
+"""95% confidence intervals of figures over rows.
 
     loss = sum_i s_i / sum_i n_i          s_i is the summed loss of row i, over its n_i tokens
     var(loss) = m / (m - 1) sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
 
-The tokens of a row are not independent, so the interval of a loss is that of a ratio estimate with
-rows as its units (Cochran, Sampling Techniques, 1977, ch. 6). That of a share is Wilson's (1927).
-Those of means have Student's quantile for as many rows as there are.
+The tokens of a row are not independent, so losses are ratio estimates with rows as units (Cochran,
+Sampling Techniques, 1977, ch. 6). Shares have Wilson's interval (1927), means Student's.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def wilson(hits: int, n: int) -> Interval:
-    """Wilson's 95% interval of the share hits / n (Wilson 1927)."""
+    """Wilson's 95% interval of hits / n."""
     share, shrink = hits / n, 1 + Z**2 / n
     middle = (share + Z**2 / (2 * n)) / shrink
     half = Z / shrink * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
@@ -33,8 +32,8 @@ def wilson(hits: int, n: int) -> Interval:
 
 
 def two_sided(t: float, df: float) -> float:
-    """The share of Student's distribution that lies beyond ±t. With t = sqrt(df) tan(a) its density
-    is proportional to cos(a)^(df - 1), which is integrated by Gauss-Legendre quadrature.
+    """The probability beyond ±t under Student's distribution. With t = sqrt(df) tan(a), its density
+    is proportional to cos(a)^(df - 1), integrated by Gauss-Legendre quadrature.
     """
     df = min(df, 1e4)
 
@@ -47,8 +46,8 @@ def two_sided(t: float, df: float) -> float:
 
 @lru_cache(1024)
 def student(n: float) -> float:
-    """Student's 97.5% quantile for the mean of n values, n at least 2: n - 1 degrees of freedom,
-    which may be a fraction.
+    """Student's 97.5% quantile for the mean of n >= 2 values (n - 1 degrees of freedom, may be
+    fractional).
     """
     low, high = Z, 13.0
     for _ in range(40):
@@ -58,15 +57,15 @@ def student(n: float) -> float:
 
 
 def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
-    """The 95% interval of the mean loss, from (summed loss, tokens) of each row (Cochran 1977, ch.
-    6); None for a single row.
+    """The 95% interval of the mean loss, from (summed loss, tokens) of each row; None for a single
+    row.
     """
     interval = ratio_interval(sums)
     return None if interval is None else (max(0.0, interval[0]), interval[1])
 
 
 def ratio_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
-    """Like `loss_interval`, for values that may be below 0, such as a difference of two losses."""
+    """Like `loss_interval`, for values that may be negative, such as differences of losses."""
     m, tokens = len(sums), sum(n for _, n in sums)
     if m < 2:
         return None
@@ -84,7 +83,6 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 
 
 def mean_loss(sums: Sequence[tuple[float, int]]) -> float:
-    """The mean loss over tokens."""
     loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
     if not math.isfinite(loss):
         raise LorafoldError(

@@ -1,9 +1,9 @@
-"""How good a policy is: the rewards of the completions that it generates for held-out prompts.
+"""Evaluation of a policy: rewards of the completions that it generates for held-out prompts.
 
     reward = 1/n sum_i r_i          r_i is the mean reward of the completions of prompt i
 
-The completions of a prompt are not independent, so the units of the 95% intervals are prompts. With
-one completion each and a run's seed, they are those that the run measures on its held-out prompts.
+Completions of a prompt are not independent, so the units of the 95% intervals are prompts. With one
+completion per prompt and a run's seed, completions equal those of the run's evaluation.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-READ = 3  # completions of the highest, and of the lowest rewards, that are to be read
-SHOWN = 200  # characters of a completion that people are shown
-KEPT = 2000  # characters of a prompt, and of a completion, that a shortened sample has
+READ = 3  # samples with the highest, and with the lowest rewards
+SHOWN = 200  # characters of a printed completion
+KEPT = 2000  # characters of a shortened prompt or completion
 
 
 @dataclass(frozen=True)
 class PolicySample:
-    """One completion to read, with its place, its prompt and its reward; with several rewards also
-    each that applies.
+    """A sampled completion with its place, prompt and reward; with several rewards, also each one
+    that applies.
     """
 
     where: str
@@ -57,7 +57,7 @@ class PolicySample:
     each: Mapping[str, float] = field(default_factory=dict)
 
     def shortened(self) -> dict[str, Any]:
-        """The same with a prompt and a completion of bounded length, as text."""
+        """The fields as JSON, with prompt and completion as text of bounded length."""
         prompt = self.prompt
         if not isinstance(prompt, str):
             lines = []
@@ -73,11 +73,9 @@ class PolicySample:
 
 @dataclass(frozen=True)
 class Rewarded:
-    """Groups of completions (n, k) of n prompts with their rewards, (n, k) each; NaN stands for a
-    reward that does not apply, and where none does.
-    """
+    """Groups of k completions for n prompts, and their rewards (n, k); NaN if no reward applies."""
 
-    judged: Sequence[Judged]  # n k of them
+    judged: Sequence[Judged]  # n k
     groups: Sequence[Sequence[Completion]]
     rewards: Tensor
     each: Mapping[str, Tensor]
@@ -91,8 +89,8 @@ class Rewarded:
         at_once: int | None = None,
         progress: Progress = silent,
     ) -> Self:
-        """Groups of one size as they are judged: all in one call, or `at_once` prompts a call, as
-        it has a limit of time; then one of the completions must have a reward.
+        """Computes rewards in one call, or for `at_once` prompts per call, because calls have a
+        time limit; in this case at least one completion must have a reward.
         """
         judged = [
             Judged(
@@ -118,7 +116,6 @@ class Rewarded:
         return cls(judged, groups, _table(sums, len(groups)), tables)
 
     def replaced(self, places: Sequence[int], other: Rewarded) -> Rewarded:
-        """The same, with the groups at these places replaced by the groups of another, in order."""
         k, groups, judged = self.rewards.shape[1], [*self.groups], [*self.judged]
         for i, place in enumerate(places):
             groups[place] = other.groups[i]
@@ -130,30 +127,26 @@ class Rewarded:
 
     @property
     def completions(self) -> list[Completion]:
-        """The completions of all groups, as in `judged`."""
         return [one for group in self.groups for one in group]
 
     @property
     def tokens(self) -> int:
-        """The number of sampled tokens."""
         return sum(len(one.tokens) for one in self.completions)
 
     @property
     def interval(self) -> Interval | None:
-        """The 95% interval of the mean reward; None for a single prompt."""
         return _interval(self.rewards)
 
     @property
     def alike(self) -> Tensor:
-        """Whether all rewards of a group are the same, (n,)."""
+        """(n,), whether all rewards of a group are equal."""
         high, low = self.rewards.nan_to_num(-math.inf), self.rewards.nan_to_num(math.inf)
         return high.max(1).values <= low.min(1).values
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """Means over all completions: the reward, and each of several rewards over the completions
-        to which it applies; lengths and entropy, and the share of groups whose rewards are all
-        equal.
+        """Means over all completions: the reward, each of several rewards where it applies, length,
+        entropy, and the share of groups with equal rewards.
         """
         completions, tokens = self.completions, self.tokens
         n = len(completions)
@@ -171,11 +164,9 @@ class Rewarded:
 
     @property
     def to_read(self) -> list[dict[str, Any]]:
-        """Some of the best completions, and of the worst, shortened."""
         return [one.shortened() for one in self.samples(READ, READ)]
 
     def samples(self, best: int, worst: int) -> list[PolicySample]:
-        """Completions of the highest and of the lowest rewards, from the best to the worst."""
         rewards = self.rewards.flatten().tolist()
         several = self.each if len(self.each) > 1 else {}
         each = {name: x.flatten().tolist() for name, x in several.items()}
@@ -203,8 +194,8 @@ def _interval(rewards: Tensor) -> Interval | None:  # (n, k)
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """How completions of held-out prompts are sampled: at most `max_length` tokens with the prompt,
-    `group` completions each; temperature 1 samples as training does, 0 takes the likeliest tokens.
+    """Sampling for held-out prompts: at most `max_length` tokens with the prompt, `group`
+    completions each. Temperature 1 samples as in training; 0 is greedy.
     """
 
     max_length: int
@@ -231,13 +222,13 @@ class RewardSettings:
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are chosen."""
         return Sampling(temperature=self.temperature)
 
 
 @dataclass(frozen=True)
 class MeanReward:
-    """The mean of one reward, without its weight, and its interval; None for a single prompt."""
+    """The mean of one reward, without its weight, and its 95% interval (None for a single prompt).
+    """
 
     mean: float
     interval: Interval | None
@@ -248,18 +239,18 @@ class MeanReward:
 
 @dataclass(frozen=True)
 class RewardEvaluation(ShownInNotebooks):
-    """What completions are worth, `group` of each of n prompts: the mean of their weighted sums of
-    rewards, and each reward by its name.
+    """Rewards of `group` completions for each of n prompts: the mean weighted sum, and each reward
+    by name.
 
     Attributes:
-        tokens_a_completion: their mean length.
-        cut_off: the share of completions that reached the most tokens, which are max_new_tokens.
-        entropy: nats a token, estimated from the drawn tokens under the law they were drawn from.
-        groups_without_signal: the share of prompts whose completions are all worth the same; None
+        tokens_a_completion: the mean length.
+        cut_off: the share of completions that reached max_new_tokens.
+        entropy: in nats per token, estimated from the sampled tokens' log-probabilities.
+        groups_without_signal: the share of prompts whose completions all have the same reward; None
             for one completion each.
-        prompt_rewards: the mean of the completions of each prompt, in the order of the rows; None
-            where no reward applies.
-        samples: from the best to the worst, the first and the last ones of all completions.
+        prompt_rewards: the mean reward of each prompt, in the order of the rows; None if no reward
+            applies.
+        samples: the best and the worst completions, from best to worst.
     """
 
     reward: float
@@ -287,8 +278,8 @@ def evaluate_rewards(
     settings: RewardSettings,
     console: Console | None = None,
 ) -> RewardEvaluation:
-    """Measure the rewards of completions that a model generates with the adapters that are active
-    on it. The model is not changed.
+    """Generates completions with the model's active adapters, and computes their rewards. The model
+    is not changed.
     """
     if not model.can_generate():
         raise LorafoldError(
@@ -329,6 +320,5 @@ def evaluate_rewards(
 
 
 def _short(text: str) -> str:
-    """A text on one line, by its beginning."""
     more = len(text) - SHOWN
     return repr(text[:SHOWN]) + (f" and {more:,} more characters" if more > 0 else "")

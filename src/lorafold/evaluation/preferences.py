@@ -1,15 +1,16 @@
-"""How a model prefers chosen completions to rejected ones on held-out rows, with 95% intervals.
+"""Evaluation of preferences on held-out rows, with 95% intervals.
 
-    preference accuracy    the share of pairs with log p(chosen) > log p(rejected), both summed over
-                           the tokens of the completion: what the model itself prefers
-    reward accuracy        the share with reward(chosen) > reward(rejected), the reward that the
-                           objective implies: how the preference has moved from the reference
+    preference accuracy    the share of pairs with log p(chosen) > log p(rejected), summed over the
+                           completion's tokens
+    reward accuracy        the share with reward(chosen) > reward(rejected), the objective's
+    implicit
+                           reward, which is relative to the reference
     reward margin          the mean of reward(chosen) - reward(rejected)
     change                 the mean of log p - log p_ref of a completion, in nats
-    KL                     of the model to the reference, nats a token of the completions
+    KL                     from the reference, in nats per completion token
 
-A rising margin may hide that the chosen completions become less likely too, which their change
-shows (Pal et al. 2024, arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847).
+A rising margin may hide that chosen completions become less likely too, which their change shows
+(Pal et al. 2024, arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847).
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from lorafold.training_step.preference_loss import Preferences
 
 @dataclass(frozen=True)
 class PreferenceFigures:
-    """The figures of n rows, in nats; None where rows are not pairs, where there is no reference or
-    no completion of the kind, or for the interval of a single row.
+    """Figures of n rows, in nats. A figure is None if rows are not pairs, if there is no reference
+    or no completion of this kind; an interval also for a single row.
     """
 
     n: int
@@ -54,12 +55,12 @@ class PreferenceFigures:
     kl: float | None
 
     def as_json(self) -> dict[str, Any]:
-        """All figures but n, by name."""
+        """Returns all figures except n."""
         return {name: value for name, value in asdict(self).items() if name != "n"}
 
     @property
     def falling(self) -> bool:
-        """Whether the chosen completions have become less likely than under the reference."""
+        """Whether chosen completions became less likely than under the reference."""
         interval = self.chosen_change_interval
         return interval is not None and interval[1] < 0
 
@@ -75,8 +76,8 @@ class PreferenceFigures:
 def preference_figures(
     loss: Preferences, examples: Sequence[Branched], reference: bool, progress: Progress = silent
 ) -> PreferenceFigures:
-    """Measure a model with the adapters that are active on it. If `reference` is set, the model
-    without its highest adapter is the reference, and unknown log-probabilities of it are computed.
+    """Evaluates a model with its active adapters. With `reference`, the reference is the model
+    without its highest adapter, and unknown log-probabilities are computed.
     """
     parts = []
     order = []
@@ -95,7 +96,7 @@ def preference_figures(
     law, whole = loss.law, in_order(parts, order)
     known = whole.reference is not None
     rewarded = known or not law.has_reference
-    # over all rows, as training measures it over those of a step
+    # over all rows; training computes it over a step's rows
     losses = law.loss(whole._replace(mismatched=ratio_sums(whole.ratios[:, law.trained :])))
     logps, ratios, rewards = (x.double() for x in (whole.logps, whole.ratios, law.rewards(whole)))
     good = torch.tensor([e.desirable for e in examples])
@@ -114,7 +115,7 @@ def preference_figures(
 
     (chosen, rejected), (up, down), (won, lost) = map(sides, (logps, ratios, rewards))
     margins = [a - b for a, b in zip(won, lost, strict=False)] if paired else []
-    both = rewarded and won and lost  # judged rows may all be of one kind
+    both = rewarded and won and lost  # labels may all be equal
     return PreferenceFigures(
         len(examples),
         float(losses.double().mean()),
@@ -132,7 +133,6 @@ def preference_figures(
 
 
 def in_order(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
-    """The rows of all parts as one, on the CPU."""
     back = torch.tensor(order).argsort()
     columns: Iterable[Any] = zip(*parts, strict=True)
     whole: list[Any] = [

@@ -1,12 +1,12 @@
-"""A reward model that is an adapter of the policy's own base, as a reward: no second base.
+"""A reward model that is an adapter on the policy's base, so no second base is loaded.
 
-    chosen = RewardAdapter.of(RewardName.parse("0.5*adapter:reward"), base)     read and verified
+    chosen = RewardAdapter.of(RewardName.parse("0.5*adapter:reward"), base)
     with chosen.over(model, packing=True, console=console) as reward:
         reward(judged)                      r(x, y) of each completion y of its prompt x
 
-The score is the one that `lorafold score` gives a row with that prompt and completion: the text as
-the chat template writes it, with what ends a turn, also where the completion was cut off. The model
-gets a second shell (`models.classifier`), which has the reward's adapters and none of its own.
+The score equals `lorafold score` on a row with this prompt and completion: rendered by the chat
+template, with an end of turn even if the completion was cut off. The model gets a second shell
+(`models.classifier`), which has only the reward's adapters.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ATTENTION = "lorafold_reward"  # beside that of the policy, which is packed at the same time
+ATTENTION = "lorafold_reward"  # differs from the policy's, which is packed at the same time
 
 
 @dataclass(frozen=True)
 class RewardAdapter:
-    """A saved reward model and the adapters below it, lowest first; `stack` is empty once they are
-    loaded. `identity` is that of all of them.
+    """A saved reward model with its base adapters, the lowest first; `stack` is emptied by loading,
+    and `identity` covers all.
     """
 
     name: str
@@ -63,7 +63,6 @@ class RewardAdapter:
 
     @classmethod
     def of(cls, reward: RewardName, base: Base) -> Self:
-        """Open the adapter that a reward's name stands for."""
         saved = SavedAdapter.open(Path(reward.text).expanduser())
         if (kind := model_kind(base, [saved])) != REWARD_MODEL:
             raise failure(
@@ -78,7 +77,6 @@ class RewardAdapter:
     def over(
         self, model: PreTrainedModel, packing: bool | str, console: Console
     ) -> Iterator[Reward]:
-        """The reward, over a model's own tensors."""
         tokenizer = self.base.tokenizer(self.stack)
         for notice in filter(None, (ensure_chat_template(tokenizer), self._stored(model))):
             print_lines(console, f"reward {self.name}: {notice}")
@@ -96,7 +94,6 @@ class RewardAdapter:
             yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
 
     def _stored(self, model: PreTrainedModel) -> str:
-        """A notice if the base is stored otherwise than when the reward was trained."""
         before = self.stack[-1].own_base.trained_on
         now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
         if _quantized(model) or before is None or before.storage == now:
@@ -113,7 +110,7 @@ def rewards_over(
     packing: bool | str,
     console: Console,
 ) -> Iterator[Rewards]:
-    """Rewards, some of them adapters over the model that generates the completions."""
+    """Yields rewards, including adapters on the model that generates completions."""
     with ExitStack() as stack:
         over = {
             text: stack.enter_context(one.over(model, packing, console))
@@ -124,8 +121,6 @@ def rewards_over(
 
 
 class AdapterReward:
-    """Scores of a reward model as a reward."""
-
     def __init__(
         self, name: str, weight: float, shell: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase, how: Branching | None,
@@ -136,14 +131,13 @@ class AdapterReward:
         self._most = positions_of(shell).table or math.inf
 
     def __call__(self, judged: Sequence[Judged]) -> list[float]:
-        """The score of each."""
         return scores_of(self._loss, self._texts(judged))[0][:, 0].tolist() if judged else []
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Does nothing."""
 
     def _texts(self, judged: Sequence[Judged]) -> list[Branched]:
-        """The tokens of prompt and completion, the completion as the only branch."""
+        """Tokenizes prompts and completions, with the completion as the only branch."""
         answered = []
         for one in judged:
             prompt = one.conversation
@@ -153,7 +147,7 @@ class AdapterReward:
             turns = [*prompt.messages, *answer]
             answered.append(Conversation(turns, len(prompt.messages), prompt.tools))
         table = self._encoder.encode(answered, 0).to_pylist()
-        # where earlier turns are rewritten, the last text of a row is the one with its last turn
+        # if the template rewrites earlier turns, a row's last entry has its last turn
         entries = {entry["row"]: entry for entry in table}
         problems = {entry["row"]: problem for entry in table if (problem := entry["problem"])}
         texts = []

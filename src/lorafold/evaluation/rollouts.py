@@ -1,11 +1,11 @@
-"""Completions that a policy samples by the engine while it trains, from the weights that train.
+"""Rollouts: completions sampled by the engine from the weights in training.
 
     rollouts = Rollouts(model, tokenizer, group=8, longest=256)
     rollouts.open(prompt=64, slots=64)
-    rollouts.draw(prompts, key)             a group of completions of each prompt
+    rollouts.draw(prompts, key)             a group of completions for each prompt
 
-The engine has a second shell of the model (`core.shared_tensors`), so that both stay open. It
-copies the factors that train anew for each step and keeps nothing of earlier ones.
+The engine uses a second shell of the model (`core.shared_tensors`), so both stay usable. It copies
+the trained factors for each step and drops its KV cache after it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from lorafold.runtime.memory import free_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-POLICY = "policy"  # what is active on the model, as the engine knows it
-SLOTS = 64  # completions that are drawn at a time
-HELD_OUT = 2**62  # the step whose draws are those of held-out prompts
-AS_TRAINED = Sampling(temperature=1.0)  # among all tokens
+POLICY = "policy"  # the engine's name of the active adapters
+SLOTS = 64  # completions sampled at a time
+HELD_OUT = 2**62  # the step number in the random keys of held-out prompts
+AS_TRAINED = Sampling(temperature=1.0)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its tokens, the last of which ends it if it `ended`, the log-probability of
-    each in nats when it was sampled, and its text.
+    """Tokens (including the end token if it `ended`), their log-probabilities in nats when sampled,
+    and text.
     """
 
     tokens: tuple[int, ...]
@@ -50,8 +50,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class RolloutSize:
-    """How many completions are sampled at a time (`slots`), how many a prompt has, and the most
-    tokens of a prompt and of one completion.
+    """Completions sampled at a time (`slots`) and per prompt (`group`), and maximum tokens of a
+    prompt and of a completion.
     """
 
     slots: int
@@ -61,8 +61,6 @@ class RolloutSize:
 
 
 class Rollouts:
-    """Draws completions, once it is `open`."""
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -82,13 +80,12 @@ class Rollouts:
 
     @property
     def engine(self) -> Engine:
-        """The engine over the shell."""
         assert self._engine is not None
         return self._engine
 
     def open(self, prompt: int, slots: int) -> bool:
-        """Open the engine for prompts of at most so many tokens. Returns whether it is to be
-        `exact` and this processor's matmuls are not.
+        """Opens the engine for prompts of at most `prompt` tokens. Returns whether `exact` is set
+        but this CPU's matmuls are not batch invariant.
         """
         if self.exact and (why := lacks(self.shell.device.type)):
             raise LorafoldError(f"exact: {why}")
@@ -107,7 +104,6 @@ class Rollouts:
         )
 
     def close(self) -> None:
-        """Close the engine."""
         self._stack.close()
 
     def draw(
@@ -117,10 +113,10 @@ class Rollouts:
         group: int | None = None,
         progress: Progress = silent,
     ) -> list[list[Completion]]:
-        """A group of completions of each prompt's token ids, under the weights as they are now. The
-        samples follow from the key and from the places of prompt and completion.
+        """Samples a group of completions for each prompt's ids with the current weights. Results
+        are determined by the key and the positions of prompt and completion.
         """
-        # a fused optimizer leaves the versions, by which a method knows that its cache is stale
+        # fused optimizers don't change tensor versions, by which methods detect stale caches
         increment_version(self.moving)
         self.engine.adopt(POLICY, self.names)
         k = group or self.group
@@ -141,7 +137,7 @@ class Rollouts:
             progress(len(streams) - len(running), len(streams))
 
         self.engine.run(after)
-        # the KV cache is in nobody's way then, nor do the samples bear on later rounding
+        # frees the KV cache, and makes later samples independent of these
         self.engine.forget()
         completions = [*map(self._completion, streams)]
         return [completions[i : i + k] for i in range(0, len(completions), k)]

@@ -1,10 +1,10 @@
-"""How good a model is on held-out rows: loss, perplexity and exact match, each with a 95% interval.
+"""Evaluation on held-out rows: loss, perplexity and exact match, with 95% intervals.
 
     loss = sum_i s_i / sum_i n_i          s_i is the summed loss of row i in nats, over its n_i
                                           labelled tokens; perplexity = exp(loss)
 
-Exact match is the share of greedy completions that equal the reference, surrounding whitespace
-aside, and for a classifier its accuracy. Training measures the loss alone, with `held_out_loss`.
+Exact match is the share of greedy completions that equal the reference, ignoring surrounding
+whitespace, or a classifier's accuracy.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DPO = Dpo()
-SPARE = 8  # tokens beyond the longest reference, so that a completion that goes on is seen as such
+SPARE = 8  # tokens beyond the longest reference, so that longer completions are detected
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of held-out rows: the loss in nats, further figures by name, a text about them, and
-    completions to read, as JSON.
+    """Figures of held-out rows: the loss in nats, other figures, a text, and sample completions as
+    JSON.
     """
 
     loss: float
@@ -66,7 +66,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Answer:
-    """One row: its last message before the completion (or its text), the reference, and the model's
+    """One row: the last message before the completion (or the text), the reference, and the model's
     completion (or class) in `answer`.
     """
 
@@ -76,16 +76,16 @@ class Answer:
 
     @property
     def exact(self) -> bool:
-        """Whether the completion equals the reference, surrounding whitespace aside."""
+        """Whether the completion equals the reference, ignoring surrounding whitespace."""
         return self.answer.strip() == self.reference.strip()
 
 
 @dataclass(frozen=True)
 class Evaluation(ShownInNotebooks):
-    """The loss in nats a labelled token (or a classified text), and exact match as a share of the n
-    rows. Exact match is None for rows without references, the loss interval for a single row.
-    Rows of preferences have both for their chosen completions, and `preference` besides. `losses`
-    has of each row its summed loss and the tokens that it is over.
+    """The loss in nats per labelled token (or text), and exact match as a share of n rows. Exact
+    match is None without references, the loss interval for a single row. For rows of preferences,
+    both are of the chosen completions, and `preference` has more. `losses` has each row's
+    (summed loss, tokens).
     """
 
     loss: float
@@ -103,7 +103,7 @@ class Evaluation(ShownInNotebooks):
         return math.exp(self.loss)
 
     def as_json(self) -> dict[str, Any]:
-        """All figures, without the completions."""
+        """Returns all figures, without the completions."""
         names = ("loss", "perplexity", "exact_match", "n", "loss_interval", "exact_match_interval")
         preference = {} if self.preference is None else self.preference.as_json()
         return {name: getattr(self, name) for name in names} | preference
@@ -124,7 +124,7 @@ def evaluate_classifier(
     *,
     console: Console | None = None,
 ) -> Evaluation:
-    """`evaluate` for rows of text and label."""
+    """Evaluates a classifier on rows of text and label."""
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     classes = [names[number] for number in sorted(names)]
     data = encode_labelled(rows, tokenizer, max_length, classes)
@@ -156,8 +156,6 @@ def evaluate_classifier(
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured beside the loss."""
-
     completions: bool = True
     max_new_tokens: int | None = None
     law: Law = DPO
@@ -174,7 +172,7 @@ def evaluate(
     settings: EvaluationSettings = DEFAULT,
     console: Console | None = None,
 ) -> Evaluation:
-    """Measure a model with the adapters that are active on it."""
+    """Evaluates a model with its active adapters."""
     rows = as_checked(rows, PAIRS)
     if rows.provides(LABELS):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
@@ -195,7 +193,6 @@ def evaluate(
         pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
         with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
             law = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
-            # the reference is the model without its highest adapter
             preference = preference_figures(law, pairs, bool(selection_of(model).names), step)
     return Evaluation(
         loss=mean_loss(sums),
@@ -216,7 +213,7 @@ def _completions(
     max_new_tokens: int | None,
     console: Console | None,
 ) -> tuple[Answer, ...]:
-    """The greedy completion of every row; none for rows without references."""
+    """Returns the greedy completion of every row; () without references."""
     given = rows.extract(CONVERSATIONS)
     if not given[0].messages:
         return ()

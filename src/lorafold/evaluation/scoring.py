@@ -1,20 +1,19 @@
-"""The scores that a reward model gives rows, and how well it tells chosen completions from rejected
-ones, from the scores of n pairs.
+"""Scores of a reward model, and its accuracy and calibration on n pairs.
 
     d = r(chosen) - r(rejected)         the margin of a pair
     accuracy                            the share of pairs with d > 0
     log loss, Brier score               the means of -log s(d) and (1 - s(d))^2, s the logistic
-                                        function: s(d) is the probability that the model gives to
-                                        the preference (Bradley and Terry 1952; Brier 1950)
-    calibration                         of the pairs that the model is sure of to c = s(|d|), the
-                                        share in which it is right: c, if it is calibrated
+                                        function: s(d) is the model's probability of the preference
+                                        (Bradley and Terry 1952; Brier 1950)
+    calibration                         for pairs with confidence c = s(|d|), the share that is
+                                        right, which is c for a calibrated model
     calibration error                   sum_b n_b / n |share_b - mean c_b| over bins b of c (Guo et
                                         al. 2017, arXiv 1706.04599, eq. 3)
-    length correlation                  Spearman's, of the scores with the lengths of completions
+    length correlation                  Spearman's, between scores and lengths of completions
 
-The text of a row is what supervised training makes of it. A model that prefers length gets pairs
-right where the chosen completion is the longer one, so accuracy is given for longer and shorter
-ones apart (Singhal et al. 2023, arXiv 2310.03716). Intervals are 95%.
+Texts are rendered as in supervised training. A model that prefers length is right whenever the
+chosen completion is longer, so accuracy is also given for longer and shorter ones separately
+(Singhal et al. 2023, arXiv 2310.03716). Intervals are 95%.
 """
 
 from __future__ import annotations
@@ -51,9 +50,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BINS = 10  # of c, from a half to 1
+BINS = 10  # bins of c, from 0.5 to 1
 BRADLEY_TERRY = BradleyTerry()
-WHOLE_CONVERSATION = Rendering("last")  # up to the last turn of the assistant
+WHOLE_CONVERSATION = Rendering("last")  # up to the last assistant turn
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Share:
 
     @classmethod
     def of(cls, right: Array) -> Share:
-        """Of pairs that the model gets right or not, (n,)."""
+        """From pairs that are right or not, (n,)."""
         n, hits = len(right), int(right.sum())
         return cls(n, hits / n if n else None, wilson(hits, n) if n else None)
 
@@ -76,9 +75,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Bin:
-    """The pairs that the model is sure of to between `low` and `high`: how many, how sure on
-    average, and the share that it gets right.
-    """
+    """Pairs with confidence between `low` and `high`: number, mean confidence, and accuracy."""
 
     low: float
     high: float
@@ -86,15 +83,15 @@ class Bin:
     observed: Share
 
     def as_json(self) -> dict[str, Any]:
-        """The bin in one object."""
+        """Returns the bin as one object."""
         figures = asdict(self)
         return figures | figures.pop("observed")
 
 
 @dataclass(frozen=True)
 class RewardFigures:
-    """The figures of n pairs. A correlation is None where scores or lengths are all equal, an
-    interval where there is a single pair. `log_loss` is in nats.
+    """Figures of n pairs; `log_loss` is in nats. A correlation is None if all scores or all lengths
+    are equal, an interval for a single pair.
     """
 
     right: Share
@@ -111,7 +108,7 @@ class RewardFigures:
     chosen_shorter: Share
 
     def as_json(self) -> dict[str, Any]:
-        """All figures, by name."""
+        """Returns all figures."""
         figures = asdict(self) | {"calibration": [one.as_json() for one in self.calibration]}
         return figures.pop("right") | figures
 
@@ -127,7 +124,7 @@ class RewardFigures:
 def scores_of(
     loss: Preferences, examples: Sequence[Branched], progress: Progress = silent
 ) -> tuple[Array, Array]:
-    """The scores of the examples' documents, in fp32, and the tokens of their completions, both
+    """Returns scores of the examples' documents, in fp32, and tokens of their completions, both
     (n, k).
     """
     shape, done = (len(examples), len(examples[0].branches)), 0
@@ -141,7 +138,7 @@ def scores_of(
 
 
 def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
-    """The figures of pairs whose first completion is the chosen one."""
+    """Computes figures of pairs (n, 2); the first completion is the chosen one."""
     chosen, rejected = scores.astype(np.float64).T
     d, longer = chosen - rejected, tokens[:, 0] - tokens[:, 1]
     right = d > 0
@@ -161,7 +158,7 @@ def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
         rejected_score=float(rejected.mean()),
         log_loss=float(np.logaddexp(0, -d).mean()),
         brier=float(((1 - likely) ** 2).mean()),
-        # over pairs, the mean distance of the share that is right from how sure the model is
+        # weighted mean difference between accuracy and confidence
         calibration_error=sum(
             one.observed.n * abs((one.observed.accuracy or 0.0) - one.confidence) for one in bins
         )
@@ -174,15 +171,15 @@ def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
 
 
 def rank_correlation(x: Array, y: Array) -> float | None:
-    """Spearman's rank correlation of x (n,) and y (n,), with mean ranks for equal values; None
-    where all values of either are equal.
+    """Spearman's rank correlation of x (n,) and y (n,), with mean ranks for ties; None if all
+    values of either are equal.
     """
     a, b = ranks(x), ranks(y)
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else None
 
 
 def ranks(x: Array) -> Array:
-    """The ranks of x (n,), from 1; equal values have the mean of theirs."""
+    """Ranks of x (n,) from 1; ties have the mean rank."""
     _, number, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[number]
@@ -190,15 +187,15 @@ def ranks(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class RowScore:
-    """The scores of the row with this number, from 1, in its file, or of several files among those
-    that are scored: `chosen` and `rejected`, or `score`.
+    """Scores `chosen` and `rejected`, or `score`, of a row: its number from 1 in its file or, with
+    several files, among the scored rows.
     """
 
     row: int
     scores: dict[str, float]
 
     def as_json(self) -> str:
-        """The row's line of a JSONL file."""
+        """Returns a line of JSON."""
         return json.dumps({"row": self.row, **self.scores})
 
     def __str__(self) -> str:
@@ -207,9 +204,8 @@ class RowScore:
 
 @dataclass(frozen=True)
 class ScoredRows(ShownInNotebooks):
-    """The scores of n rows, and for pairs the figures of the preference. `score` is the mean of
-    other rows, with its 95% interval (None for a single row) and Spearman's correlation of their
-    scores with the tokens of their completions.
+    """Scores of n rows, and figures for pairs. For other rows, `score` is the mean with its 95%
+    interval (None for a single row), and Spearman's correlation of scores with completion lengths.
     """
 
     rows: tuple[RowScore, ...]
@@ -225,14 +221,14 @@ class ScoredRows(ShownInNotebooks):
         return len(self.rows)
 
     def as_json(self) -> dict[str, Any]:
-        """All figures, without the rows."""
+        """Returns all figures, without the rows."""
         names = ("score", "score_interval", "length_correlation")
         mean = {name: getattr(self, name) for name in names}
         figures = mean if self.figures is None else self.figures.as_json()
         return {**figures, "n": self.n, "truncated": self.truncated}
 
     def write(self, path: str | Path) -> None:
-        """Write one line of JSON a row."""
+        """Writes a JSONL file with a line per row."""
         write_text(path, "".join(f"{row.as_json()}\n" for row in self.rows))
 
     def __str__(self) -> str:
@@ -249,7 +245,7 @@ def score_rows(
     *,
     console: Console | None = None,
 ) -> ScoredRows:
-    """Score rows with a reward model and the adapters that are active on it."""
+    """Scores rows with a reward model and its active adapters."""
     if model.config.num_labels != 1 or model.get_output_embeddings() is not None:
         raise LorafoldError(
             f"{type(model).__name__} with {model.config.num_labels} outputs: expected a reward"
@@ -282,7 +278,7 @@ def score_rows(
             f"row {bad[0] + 1}: found the score {scores[bad[0]].tolist()}, expected a finite"
             " number; check the weights of the model and its adapters"
         )
-    places = rows.origins.places(range(len(rows)))  # rows before may be left out
+    places = rows.origins.places(range(len(rows)))  # numbers in the file, including skipped rows
     alone = len({place.file for place in places}) == 1
     by_row = tuple(
         RowScore(place.row if alone else n, dict(zip(names, row_scores, strict=True)))

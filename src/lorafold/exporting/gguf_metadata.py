@@ -1,14 +1,14 @@
-"""The metadata of a GGUF file: the configuration, rotary positions and the tokenizer.
+"""The metadata of a GGUF file: configuration, rotary positions and tokenizer.
 
     hidden_size -> ARCH.embedding_length, num_experts -> ARCH.expert_count, ...
     llama3, longrope    tensors rope_freqs.weight and rope_factors_{long,short}.weight (dims / 2,)
-    gpt2      byte-level BPE: tokens, merges, and the name of the rule that splits text: the one of
-              `models.gguf_tokenizers` that gives the same pieces for all `TEXTS`
-    llama     BPE with bytes for unknown characters: tokens with scores, which fall with the rank of
-              the first merge that makes each
+    gpt2      byte-level BPE: tokens, merges, and the name of the pre-tokenizer rule, chosen from
+              `models.gguf_tokenizers` because it splits all `TEXTS` in the same way
+    llama     BPE with byte fallback: tokens with scores, which fall with the rank of the first
+              merge that makes each
 
-An architecture is a row of `ARCHITECTURES`: its name in llama.cpp, and what llama.cpp assumes,
-so that other configurations are refused. Rows of the embedding without a token get a filler.
+A row of `ARCHITECTURES` contains the name in llama.cpp and the values that llama.cpp assumes; other
+configurations are rejected. Embedding rows without a token get a filler.
 """
 
 from __future__ import annotations
@@ -55,10 +55,14 @@ KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of llama.cpp: `activation` of the gated MLP; `interleaved` rows of queries
-    and keys; `gain`, which the files' norms have less; `granted` fields with the values that it
-    assumes; `period`, every how many layers one attends to all positions, or 0; `square`, the
-    numbers of layers whose attention is scaled by hidden_size / heads instead of by head_dim.
+    """An architecture of llama.cpp.
+
+    activation: The activation of the gated MLP.
+    interleaved: Whether the rows of queries and keys are interleaved.
+    gain: Added to the weights of norms in the GGUF file.
+    granted: Configuration fields with the values that llama.cpp assumes.
+    period: Every how many layers one attends to all positions, or 0.
+    square: Numbers of layers for which attention is scaled by hidden_size / heads, not by head_dim.
     """
 
     name: str
@@ -89,7 +93,6 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The row of a model's configuration."""
     row = ARCHITECTURES.get(config.model_type)
     if row is None:
         raise LorafoldError(
@@ -116,14 +119,13 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def head_width(config: Any) -> int:
-    """The dimensions of a head of attention."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence[str]:
-    """Write a configuration, except positions, and return what llama.cpp computes differently."""
+    """Write a configuration without positions; returns notes on differences of llama.cpp."""
     for table, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
-        values = {}  # by key: two fields may be one
+        values = {}  # by key, because two fields may have the same key
         for name, key in table.items():
             value = getattr(config, name, None)
             if value is not None and not (name == "sliding_window" and not row.period):
@@ -142,9 +144,9 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
 
 
 def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[str, Tensor]:
-    """Write the rotary positions, and return further tensors (rotated / 2,) of the file by name."""
+    """Write the rotary positions; returns further tensors (rotated / 2,) for the file by name."""
     rope = config.rope_parameters
-    windowed = {}  # those of layers with a window, where they have their own
+    windowed = {}  # of layers with a sliding window
     if "full_attention" in rope:
         rope, windowed = rope["full_attention"], rope.get("sliding_attention", {})
     kind, prefix = rope.get("rope_type", "default"), f"{row.name}.rope."
@@ -177,7 +179,9 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
 
 
 def _check_yarn(rope: Mapping[str, Any]) -> None:
-    """Raise LorafoldError for a scale of attention that is not YaRN's own, which llama.cpp has."""
+    """Reject an attention scale other than YaRN's own, the only one that llama.cpp reads from a
+    file.
+    """
     scale, factor = rope.get("attention_factor"), rope["factor"]
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     if rope.get("mscale") or not (scale is None or math.isclose(scale, usual, rel_tol=1e-4)):
@@ -191,7 +195,6 @@ def _check_yarn(rope: Mapping[str, Any]) -> None:
 def _long(
     writer: GGUFWriter, config: Any, rope: Mapping[str, Any], prefix: str
 ) -> dict[str, Tensor]:
-    """Phi-3's factors for texts within the first context and beyond it."""
     first = rope["original_max_position_embeddings"]
     scale = config.max_position_embeddings / first
     usual = math.sqrt(1 + math.log(scale) / math.log(first)) if scale > 1 else 1.0
@@ -204,7 +207,7 @@ def _long(
 
 
 SPACE = "▁"
-# what rules differ in: digits, case, suffixes, signs before words and ends of lines, scripts, marks
+# rules differ in digits, case, suffixes, punctuation, line ends, scripts and combining marks
 TEXTS = (
     "It's 1 of 12, 123, 1234 and 1234567 - we'll pay 3.50€ (or 4½) on 2024-10-05T12:30:59Z.",
     "I'M SURE THEY'RE LATE; YOU'D say 'twas don't_do ''s 'S x'T",
@@ -220,9 +223,8 @@ TEXTS = (
 
 
 def name_of_rule(backend: Backend, whole_words: bool) -> str:
-    """The name of a byte-level tokenizer's rule."""
     splitter, before = backend.pre_tokenizer, backend.normalizer
-    # Qwen's normalizer does nothing but to compose marks with their letters
+    # Qwen's normalizer (NFC) only composes marks with their letters
     if splitter is not None and (before is None or type(before).__name__ == "NFC"):
         for name in names_of_rules():
             rule = rule_of(name)
@@ -243,7 +245,6 @@ def _pieces(rule: object, text: str) -> list[str]:
 
 
 def check_whole(backend: Backend) -> None:
-    """Raise LorafoldError if a tokenizer changes anything of a text but its spaces."""
     before = SPACE * prefixes_space(backend)
     for text in TEXTS:
         marked = _marked(backend, text)
@@ -255,12 +256,10 @@ def check_whole(backend: Backend) -> None:
 
 
 def prefixes_space(backend: Backend) -> bool:
-    """Whether a text begins with a space for it that is not there."""
     return _marked(backend, "a").startswith(SPACE)
 
 
 def _marked(backend: Backend, text: str) -> str:
-    """What it makes tokens of."""
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
     if backend.pre_tokenizer is not None:
@@ -271,7 +270,6 @@ def _marked(backend: Backend, text: str) -> str:
 def add_tokenizer(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, ends: Sequence[int]
 ) -> None:
-    """Have a writer say what a tokenizer does."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     slow = {"model": {"type": type(tokenizer).__name__}}
     content: dict[str, Any] = slow if backend is None else json.loads(backend.to_str())
@@ -296,7 +294,7 @@ def add_tokenizer(
         check_whole(backend)
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(prefixes_space(backend))
-        scores = [-1e6] * rows  # the earlier a merge makes a token, the higher
+        scores = [-1e6] * rows  # earlier merges have higher scores
         for rank, text in enumerate(dict.fromkeys("".join(pair) for pair in merges)):
             scores[model["vocab"][text]] = float(-rank - 1)
         writer.add_token_scores(scores)
@@ -309,7 +307,7 @@ def add_tokenizer(
 
 
 def _check_bytes(vocabulary: Collection[str]) -> None:
-    """Raise LorafoldError if a byte has no token: llama.cpp looks them up without a check."""
+    """Check that every byte has a token, because llama.cpp looks them up without a check."""
     lacking = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
     if lacking:
         raise LorafoldError(
@@ -325,7 +323,6 @@ def _tokens(
     by_bytes: bool,
     unknown: str | None,
 ) -> tuple[list[str], list[int]]:
-    """The texts of all rows, and their types."""
     texts = [f"[PAD{n}]" for n in range(rows)]
     kinds = [int(TokenType.UNUSED)] * rows
     for text, n in vocabulary.items():
@@ -351,7 +348,7 @@ def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> Non
     if eos is None:
         raise LorafoldError("neither tokenizer nor configuration defines a token that ends a text")
     bos = tokenizer.bos_token_id
-    # llama.cpp takes token 11 for one that a file leaves out
+    # llama.cpp uses token 11 if a file has none
     writer.add_bos_token_id(eos if bos is None else bos)
     writer.add_eos_token_id(eos)
     for name, token in zip(("eot", "eom"), [id for id in ends if id != eos], strict=False):

@@ -1,11 +1,11 @@
-"""A model as one GGUF file with adapters merged in, a few rows of a tensor at a time.
+"""A model with merged adapters as one GGUF file, written a few rows of a tensor at a time.
 
     model.layers.0.self_attn.q_proj.weight    ->  blk.0.attn_q.weight, rows interleaved in llama
     model.layers.0.input_layernorm.weight     ->  blk.0.attn_norm.weight, one more in gemma
     ...mlp.experts.gate_up_proj (E, 2 I, H)   ->  blk.0.ffn_gate_exps.weight, ffn_up_exps (E, I, H)
 
-A tied head is left out: llama.cpp takes the embedding. Memory: the largest parameter in the type
-that its file has, three times one in fp32 that adapters change, and some megabytes.
+A tied head is left out, because llama.cpp uses the embedding. Memory: the largest parameter in the
+file's type, plus three fp32 copies if adapters change it.
 """
 
 from __future__ import annotations
@@ -46,31 +46,28 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 BLOCK = 32
 OUTPUT, EMBEDDING, ROUTER = "output.weight", "token_embd.weight", "ffn_gate_inp.weight"
-AT_ONCE = 1 << 22  # weights that are converted together
+AT_ONCE = 1 << 22  # weights converted at a time
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 SUFFIXES = (".weight", ".bias")
 
 
 @dataclass(frozen=True)
 class MergedParameter:
-    """A parameter: its dotted name, its shape, and its values when they are asked for."""
-
     path: str
     shape: TensorShape
     values: Callable[[], Tensor]
 
     @classmethod
     def known(cls, path: str, values: Tensor) -> MergedParameter:
-        """A tensor that is there, of any shape."""
+        """A tensor (any shape) that already exists."""
         return cls(path, tuple(values.shape), lambda: values)
 
     def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> MergedParameter:
-        """What a function makes of the values (*, in), or (n,) of a vector."""
+        """The parameter with `of` applied to its values (*, in), or (n,) of a vector."""
         return MergedParameter(self.path, tuple(shape), lambda: of(self.values()))
 
 
 def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
-    """Yield the parameters of a model with adapters merged in; the model is not changed."""
     plan = plan_fold(model, (ROUND_TRIP, *names))
     if plan.problems:
         raise NotMergeable(listed((f"{path}: {why}" for path, why in plan.problems), "; "))
@@ -95,12 +92,11 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
             yield MergedParameter(path, tuple(parameter.shape), partial(same, parameter))
         else:
             yield MergedParameter(path, shape, partial(changed, path))
-    for path, shape in left.items():  # biases that there were not
+    for path, shape in left.items():  # new biases
         yield MergedParameter(path, shape, partial(changed, path))
 
 
 def type_of(name: str, shape: TensorShape, tensors: str, tied: bool) -> str:
-    """The type of a tensor."""
     if len(shape) < 2 or name.endswith(ROUTER):
         return "F32"
     if tensors in PLAIN:
@@ -111,13 +107,12 @@ def type_of(name: str, shape: TensorShape, tensors: str, tied: bool) -> str:
 
 
 def size_of(shape: TensorShape, kind: str) -> int:
-    """Bytes of a tensor."""
     per, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return int(torch.Size(shape).numel()) // per * size
 
 
 def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
-    """The bytes of a tensor of any shape, in pieces."""
+    """Yield the bytes of a tensor of any shape, in pieces."""
     rows, number = values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType[kind]
     step = max(AT_ONCE // rows.shape[-1], 1)
     for start in range(0, len(rows), step):
@@ -135,7 +130,6 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
 
 
 def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
-    """The package's names of an architecture."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     return gguf.get_tensor_name_map(kinds[row.name], layers)
 
@@ -143,7 +137,6 @@ def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
 def tensors_of(
     parameters: Iterable[MergedParameter], config: Any, row: Architecture
 ) -> Iterator[MergedParameter]:
-    """The tensors of the file, by their names there, from the parameters of a model."""
     names = names_of(row, config.num_hidden_layers)
     for parameter in parameters:
         path, _, leaf = parameter.path.rpartition(".")
@@ -166,7 +159,6 @@ def tensors_of(
 def _parts(
     path: str, experts: bool, config: Any, row: Architecture
 ) -> Iterator[tuple[str, int, Callable[[Tensor], Tensor] | None]]:
-    """Yield the path, the number of parts and the mapping of rows of each matrix in the file."""
     stem, _, module = path.rpartition(".")
     if experts and module == GATE_UP:
         for n, half in enumerate(("gate_proj", "up_proj")):
@@ -186,7 +178,7 @@ def _half(n: int, values: Tensor) -> Tensor:
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads * width, ...) with the two of a rotated pair next to each other."""
+    """Rows (heads * width, ...) with the two rows of each rotated pair next to each other."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
@@ -194,7 +186,7 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 def tensors_of_update(
     factors: SiteFactors, config: Any, row: Architecture
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's tensors, of any shape, by name, and why others have no place there."""
+    """The file's tensors (any shape) by name, and the reasons why other modules have none."""
     names = names_of(row, config.num_hidden_layers)
     tensors = {}
     problems = []
@@ -219,23 +211,21 @@ FILE_TYPES = {
     "F16": "MOSTLY_F16", "F32": "ALL_F32", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0",
     "Q5_1": "MOSTLY_Q5_1", "Q5_0": "MOSTLY_Q5_0", "Q4_1": "MOSTLY_Q4_1", "Q4_0": "MOSTLY_Q4_0",
 }  # fmt: skip
-# llama.cpp looks these tokens up in a file that has such a name, and refuses it where one lacks
+# llama.cpp requires these tokens in a file with such a name
 PHI, PHI_TOKENS = re.compile(r"(phi)-?(?=3)", re.I), {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
 
 def write_model(directory: Path, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
-    """Write the model of a directory in Hugging Face's format, as `write_gguf` does."""
     return write_gguf(Subject(Base(directory), ()), out, tensors, progress)
 
 
 def write_gguf(subject: Subject, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
-    """Write a model as a GGUF file, and return what an engine computes differently."""
     return write_described(described(subject, tensors), out, tensors, progress)
 
 
 @dataclass(frozen=True)
 class Described:
-    """A file before it is written, and notes on what an engine computes differently."""
+    """A GGUF file before it is written, with notes on differences of the engine."""
 
     writer: gguf.GGUFWriter
     tensors: Sequence[MergedParameter]
@@ -243,14 +233,12 @@ class Described:
 
     @property
     def shapes(self) -> dict[str, TensorShape]:
-        """Of the tensors, by name."""
         return {tensor.path: tensor.shape for tensor in self.tensors}
 
 
 def write_described(
     content: Described, out: Path, tensors: str, progress: Progress
 ) -> Sequence[str]:
-    """Write a file; arguments and result are those of `write_gguf`."""
     writer, tied = content.writer, OUTPUT not in content.shapes
     kinds = {n: type_of(n, shape, tensors, tied) for n, shape in content.shapes.items()}
     sizes = {n: size_of(shape, kinds[n]) for n, shape in content.shapes.items()}
@@ -281,7 +269,7 @@ def write_described(
 
 
 def described(subject: Subject, tensors: str) -> Described:
-    """What a file says of a model; nothing is computed or written."""
+    """The metadata and tensors of a file; nothing is computed or written."""
     from transformers import GenerationConfig
 
     model: Any = subject.model
@@ -299,7 +287,7 @@ def described(subject: Subject, tensors: str) -> Described:
     placed = [*tensors_of(folded(model, subject.names), config, row)]
     placed += [MergedParameter.known(name, tensor) for name, tensor in positions.items()]
     shapes = {parameter.path: parameter.shape for parameter in placed}
-    # whose output is the embedding in llama.cpp, whatever a file has
+    # llama.cpp ignores output.weight in these and uses the embedding
     if row.name in ("gemma", "gemma2") and OUTPUT in shapes:
         raise LorafoldError(
             "adapters change the output's matrix alone, and llama.cpp takes the embedding for it in"

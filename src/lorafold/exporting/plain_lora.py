@@ -1,10 +1,10 @@
-"""Plain LoRA in PEFT's format, which servers read: one rank, scale 1, no patterns.
+"""Plain LoRA in PEFT's format for servers: one rank, scale 1, no patterns.
 
-    B (out, r) has every scale in it, alpha = r; smaller ranks are filled with zeros
+    B (out, r) contains every scale, alpha = r; smaller ranks are padded with zeros
     share(r) = KL(adapted, cut to rank r) / KL(adapted, base)      over the proof's prompts, in fp32
 
-PiSSA and OLoRA, whose own files are for a changed base, become the change itself, of twice the
-rank. Adapters of other methods are cut to the best LoRA of a rank.
+PiSSA and OLoRA, whose own files require a changed base, become their update, of twice the rank.
+Adapters of other methods are cut to the best LoRA of a rank.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ HEADS = ("embed_tokens", "lm_head")
 
 
 def write_canonical(base: Base, factors: SiteFactors, out: Path) -> SavedAdapter:
-    """Write the directory of an adapter over the bare base, and open it."""
     rank = max(down.shape[-2] for _, down in factors.values())
     same_rank = {path: padded(pair, rank) for path, pair in factors.items()}
     adapter = lora_of(base.mapped().model, same_rank, NAME)
@@ -49,7 +48,7 @@ def write_canonical(base: Base, factors: SiteFactors, out: Path) -> SavedAdapter
 
 @dataclass(frozen=True)
 class BaseReference:
-    """The base as another engine loads it: a hub id or directory, its revision, and notes."""
+    """The base for another engine: a Hub ID or directory, its revision, and notes."""
 
     model: str
     revision: str | None
@@ -57,7 +56,6 @@ class BaseReference:
 
 
 def base_reference(base: Base) -> BaseReference:
-    """How another engine finds the base."""
     path = base.source.path
     if base.source.gguf is not None:
         note = f"the base is a GGUF file; its plain copy, which the engine reads, is {path}"
@@ -68,7 +66,6 @@ def base_reference(base: Base) -> BaseReference:
 
 
 def write_template(subject: Subject, directory: Path) -> bool:
-    """Write the adapters' chat template if it differs from the base's."""
     try:
         tokenizer = subject.tokenizer
     except NoTokenizer:
@@ -82,21 +79,19 @@ def write_template(subject: Subject, directory: Path) -> bool:
 
 
 def tied_heads(subject: Subject) -> list[str]:
-    """The sites at an embedding and a head that share one weight, which servers treat as one."""
+    """The paths of embedding and head if they share one weight, which servers adapt as one."""
     if not getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
         return []
     return [path for path in subject.update.factors if leaf_of(path) in HEADS]
 
 
 def leaf_of(path: str) -> str:
-    """The last part of a module path."""
     return path.rsplit(".", 1)[-1]
 
 
 def write_files(
     subject: Subject, factors: SiteFactors, directory: Path
 ) -> tuple[BaseReference, list[str], list[str], list[str]]:
-    """Write the adapter and a changed chat template; return the base, files, options and notes."""
     write_canonical(subject.base, factors, directory / ADAPTER)
     base, template = base_reference(subject.base), write_template(subject, directory)
     files = [f"{ADAPTER}/{name}" for name in FILES] + [TEMPLATE] * template
@@ -107,23 +102,24 @@ def write_files(
 
 
 def zeros(subject: Subject, path: str) -> Factors:
-    """The factors, of rank 1, of no change at a site."""
     layer = layer_of(module_at(subject.model, path))
     outputs, inputs = layer.shape
     return torch.zeros(*layer.matrices, outputs, 1), torch.zeros(*layer.matrices, 1, inputs)
 
 
-ENOUGH = 0.01  # of what the adapters change
-LARGEST = 128  # the largest rank that is tried
+ENOUGH = 0.01  # share of the adapters' effect
+LARGEST = 128
 CUT = "cut"
-POWERS = [2**n for n in range(LARGEST.bit_length())]  # the ranks that are tried
+POWERS = [2**n for n in range(LARGEST.bit_length())]
 
 
 @dataclass(frozen=True)
 class Cut(ShownInNotebooks):
-    """A cut to a rank: `error` is relative to the norm of the updates, `sites` has that of each
-    matrix. `kl` in nats and `share` are None where nothing was proved; `enough` is the smallest
-    power of two whose share is below 1%, None where no rank up to 128 is.
+    """The result of cutting adapters to a rank.
+
+    error: The lost norm relative to the norm of the updates; `sites` has it for each matrix.
+    kl, share: KL in nats, and its share of the adapters' effect; None without a proof.
+    enough: The smallest power of 2 whose share is below 1%; None if no rank up to 128 is enough.
     """
 
     rank: int
@@ -165,7 +161,7 @@ def cut_to(
 
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:
-    """What to advise where adapters can't be said exactly: the end of a refusal."""
+    """The end of an error message: a sufficient rank for --as-lora."""
     kls, distance = kl_by_rank(ReferenceAnswers.of(subject, source, progress), subject, POWERS)
     if (rank := _enough(kls, distance)) is None:
         return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of their effect"

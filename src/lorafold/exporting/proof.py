@@ -1,20 +1,20 @@
-"""The comparison of an engine's answers to the proof's prompts with lorafold's own in fp32.
+"""Comparison of an engine's answers to the proof's prompts with lorafold's own in fp32.
 
     p = softmax(reference), q = softmax(engine), of the token after each prompt, over the vocabulary
     kl          sum_v p log(p / q) in nats: the mean, and the largest of a prompt
     distance    KL from the reference with adapters to the one without; share = kl / distance
-    alone       kl of the two without adapters: how the engine rounds the base
+    alone       kl without adapters: how the engine rounds the base
     changed     KL from the engine with adapters to the engine without; 0 if it ignores the adapter
-    tied        prompts where the engine takes another of two experts that score almost the same
+    tied        prompts where the engine selects another of two experts with almost the same score
 
-Prompts are rendered and tokenized once, so that an engine is compared on the same tokens. Where
+Prompts are rendered and tokenized once, so that an engine is compared on the same tokens. If
 rounding decides between the last selected expert and the next one, with router weights w, hidden
 state h and gap g,
 
     h + (1 + e) g (w_next - w_last) / |w_next - w_last|^2      selects the next expert
 
 The model runs again with one such state moved; if its answer is then the engine's, the engine
-differs in that choice only.
+differs only in the selected expert.
 """
 
 from __future__ import annotations
@@ -45,14 +45,12 @@ from lorafold.merging.run import adapted
 
 BUILT_IN = Path(__file__).with_name("prompts.jsonl")
 GREEDY = 16  # tokens of a greedy text
-ROUTER = "TopKRouter"  # ends the names of transformers' routers, which give logits, scores, experts
-CLOSE = 0.02  # of logits; a larger difference is no rounding
+ROUTER = "TopKRouter"  # suffix of transformers' routers, which return logits, scores, experts
+CLOSE = 0.02  # difference of logits; a larger one is not due to rounding
 
 
 @dataclass(frozen=True)
 class ProofPrompts:
-    """Rendered prompts, their tokens, and the chats that they are of, as a server takes them."""
-
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
     chats: tuple[dict[str, Any], ...]
@@ -70,7 +68,6 @@ class Answers:
 def prompts_of(
     tokenizer: PreTrainedTokenizerBase, source: str | Path | None = None
 ) -> ProofPrompts:
-    """The prompts, as the chat template renders them for a completion."""
     ensure_chat_template(tokenizer)
     rows = read_rows(str(source or BUILT_IN), wanted=PROMPTS)
     if not rows.provides(PROMPTS):
@@ -86,15 +83,15 @@ def prompts_of(
 
 @torch.inference_mode()
 def last(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """The log-probabilities (vocabulary,) of the token that follows these, in fp32 on the CPU."""
+    """The log-probabilities (vocabulary,) of the next token, in fp32 on the CPU."""
     inputs = torch.tensor([ids], device=model.device)
     logits = model(input_ids=inputs, use_cache=False).logits[0, -1]
     return logits.float().log_softmax(-1).cpu()
 
 
 def exchanged_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
-    """Yield the answers (vocabulary,) where one token has the next expert in place of its last, the
-    smallest difference first. Between them the model is unchanged.
+    """Yield the answers (vocabulary,) with the last selected expert of one token replaced by the
+    next, the smallest score difference first. The model is unchanged between answers.
     """
     close: list[tuple[float, nn.Module, int, Tensor]] = []
     routers = [m for m in model.modules() if type(m).__name__.endswith(ROUTER)]
@@ -114,7 +111,7 @@ def exchanged_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Te
 def _note(
     close: list[tuple[float, nn.Module, int, Tensor]], router: nn.Module, _: Any, out: Any
 ) -> None:
-    """Note the tokens with two experts that are close, and what exchanges them."""
+    """Note the tokens with two close experts, and the step in h that exchanges them."""
     logits, experts = out[0].flatten(0, -2), out[-1].flatten(0, -2)
     taken = experts.shape[-1]
     if taken >= logits.shape[-1]:
@@ -124,7 +121,7 @@ def _note(
     weight: Any = router.weight
     for at in (gaps < CLOSE).nonzero().flatten().tolist():
         way = (weight[order[at, -1]] - weight[order[at, -2]]).float()
-        # 1.0 would make the two equal
+        # a factor of 1.0 would make the two equal
         close.append((float(gaps[at]), router, at, 1.5 * gaps[at] * way / (way @ way)))
 
 
@@ -135,15 +132,13 @@ def _moved(at: int, step: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tupl
 
 
 def answers_over(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
-    """Log-probabilities (prompts, vocabulary) with another storage of the base, in fp32."""
+    """Log-probabilities (prompts, vocabulary) with another quantization of the base, in fp32."""
     model = adapted(subject.base, subject.adapters, storage)
     return torch.stack([last(model, ids) for ids in prompts_of(subject.tokenizer, source).ids])
 
 
 @dataclass(frozen=True)
 class ReferenceAnswers:
-    """A loaded model with active adapters, its prompts, and its answers."""
-
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: ProofPrompts
@@ -153,7 +148,7 @@ class ReferenceAnswers:
     def of(
         cls, subject: Subject, source: str | Path | None, progress: Progress
     ) -> ReferenceAnswers:
-        """Load what is exported, over the weights that its files are for, and ask it."""
+        """Load the exported model on the weights that the files are for, and compute answers."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
         model = adapted(subject.base, subject.adapters, subject.stored)
@@ -171,13 +166,12 @@ class ReferenceAnswers:
         return cls(model, tokenizer, prompts, answers)
 
     def first(self, n: int) -> ReferenceAnswers:
-        """The same of the first n prompts."""
         prompts = ProofPrompts(*(column[:n] for column in vars(self.prompts).values()))
         answers = Answers(*(column[:n] for column in vars(self.answers).values()))
         return replace(self, prompts=prompts, answers=answers)
 
     def job(self, needs: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-        """The job of an engine's program, with the directory of the files in its paths."""
+        """The job for an engine's program, with `{out}` replaced by the directory."""
         placed = {
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
             for key, value in needs.items()
@@ -186,24 +180,24 @@ class ReferenceAnswers:
         return {**asdict(self.prompts), "greedy": GREEDY, "ends": ends, **placed}
 
     def exchanged_experts(self, prompt: int) -> Iterator[Tensor]:
-        """Yield answers (vocabulary,) with two close experts exchanged_experts."""
+        """Yield answers (vocabulary,) to a prompt with two close experts exchanged."""
         return exchanged_experts(self.model, self.prompts.ids[prompt])
 
     def margin(self, prompt: int, at: int) -> float:
-        """The difference of the two largest log-probabilities after so many greedy tokens."""
+        """The difference of the two largest log-probabilities after `at` greedy tokens."""
         ids = [*self.prompts.ids[prompt], *self.answers.greedy[prompt][:at]]
         first, second = last(self.model, ids).topk(2).values
         return float(first - second)
 
 
-FAR, LEAST = 10, 1e-6  # a KL that experts may explain: times the median, in nats
-LIKELY = 20  # the most likely tokens, whose log-probabilities are compared
+FAR, LEAST = 10, 1e-6  # KL that suggests exchanged experts: times the median, in nats
+LIKELY = 20  # tokens whose log-probabilities are compared
 
 
 @dataclass(frozen=True)
 class EngineAnswers:
-    """An engine's answers. `base` is of the first prompts, or None for a merged model; `unused` are
-    tensors of the files that it did not take, if it tells.
+    """An engine's answers. `base` covers the first prompts, and is None for a merged model;
+    `unused` lists the files' tensors that the engine did not load, if it reports them.
     """
 
     adapted: Tensor
@@ -212,15 +206,15 @@ class EngineAnswers:
     engine: str
     version: str
     unused: tuple[str, ...] = ()
-    other_tokens: tuple[int, ...] = ()  # the prompts whose texts it tokenizes in another way
-    other_texts: tuple[int, ...] = ()  # those that its own template application writes so
+    other_tokens: tuple[int, ...] = ()  # prompts that it tokenizes differently
+    other_texts: tuple[int, ...] = ()  # prompts that its own template renders differently
 
 
 @dataclass(frozen=True)
 class Proof(ShownInNotebooks):
-    """The figures above. `top` counts prompts with the same likeliest token, `greedy` the same
-    greedy texts, `near` those that differ where two tokens score almost the same; `gap` is in
-    log-probability.
+    """The figures of a comparison, defined above. `top` counts prompts with the same most likely
+    token, `greedy` equal greedy texts, `near` greedy texts that differ at two tokens with almost
+    the same score; `gap` is the largest difference in log-probability.
     """
 
     engine: str
@@ -243,16 +237,15 @@ class Proof(ShownInNotebooks):
 
     @property
     def share(self) -> float | None:
-        """What of the distance was lost; None where the adapters change nothing."""
+        """The lost share of the distance; None if the adapters change nothing."""
         return self.kl / self.distance if self.distance else None
 
     @property
     def rounding(self) -> bool:
-        """Whether the adapters are as near as the base is without them."""
+        """Whether the difference with adapters is at most twice the difference without."""
         return self.alone is not None and self.kl <= 2 * self.alone
 
     def as_json(self) -> dict[str, Any]:
-        """All figures."""
         return {**asdict(self), "share": self.share}
 
     def __str__(self) -> str:
@@ -281,7 +274,7 @@ def proof(
     margin: Callable[[int, int], float],
     exchanged_experts: Callable[[int], Iterable[Tensor]] = lambda prompt: (),
 ) -> Proof:
-    """The figures of an engine's answers; `exchanged_experts` gives (vocabulary,) of a prompt."""
+    """The figures of an engine's answers; `exchanged_experts` yields (vocabulary,) for a prompt."""
     if engine.adapted.isnan().any():
         raise LorafoldError(f"{engine.engine} {engine.version}: it computes NaN for a prompt")
     adapted, bare = engine.adapted.double().log_softmax(-1), engine.base
@@ -330,7 +323,7 @@ def divergences(p: Tensor, q: Tensor) -> Tensor:  # (prompts, vocabulary), both 
 
 
 def distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both
-    """How far the distributions q are from p, in log-probabilities."""
+    """The mean KL and the top-1 agreement of two distributions in log-probabilities."""
     size = min(p.shape[-1], q.shape[-1])
     same = p[:, :size].argmax(-1) == q[:, :size].argmax(-1)
     return Distance(float(divergences(p, q).mean()), float(same.double().mean()))

@@ -1,6 +1,5 @@
-"""The export of a base with adapters for another engine, verified there.
-
-    cut -> check -> write -> prove -> export.json       whole or not at all
+"""Export of a base model with adapters for another engine, verified there: cut, check, write,
+prove, and write export.json. The directory appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -42,16 +41,15 @@ TARGETS: dict[str, Target] = {
 
 
 def target_of(name: str) -> Target:
-    """The target of this name."""
     if not isinstance(name, str) or name not in TARGETS:
         raise LorafoldError(f"--to: found {name!r}, expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
 EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
-SHARE = 0.01  # of what the adapters change, that a proof may lose
-ALONE = 1e-3  # nats, of a base without adapters; above that it is another model there
-FEWER = 4  # prompts for figures that refuse nothing
+SHARE = 0.01  # share of the adapters' effect that a proof may lose
+ALONE = 1e-3  # nats, without adapters; above that, the engine computes another model
+FEWER = 4  # prompts for figures that are only reported
 INSTEAD = (
     ": engines take no heads of another kind; lf.load and adapter.merge() in Python make it a plain"
     " transformers model, and PEFT reads the adapter as it is"
@@ -60,8 +58,6 @@ INSTEAD = (
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The choices of `lf.export` besides the model and the adapters."""
-
     to: str
     tensors: str | None = None
     as_lora: int | None = None
@@ -75,9 +71,9 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported(ShownInNotebooks):
-    """The export, as in `export.json`. `proof` is None if `unproved` says why; `beside` has further
-    figures, or why there are none. `away` and `from_original` are the distances from the trained
-    model of these files, and of the adapters over the original weights.
+    """An export, as in `export.json`. `proof` is None if `unproved` gives a reason. `beside`
+    contains further figures, or reasons why there are none. `away` and `from_original` are the
+    distances of these files, and of the adapters on the original weights, from the trained model.
     """
 
     to: str
@@ -95,7 +91,6 @@ class Exported(ShownInNotebooks):
     from_original: Distance | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `export.json`."""
         return {
             "to": self.to,
             "tensors": self.tensors,
@@ -120,11 +115,9 @@ class Exported(ShownInNotebooks):
 
     @property
     def launch(self) -> tuple[str, ...]:
-        """How the files are used, in lines."""
         return tuple(placed(line, self.out) for line in self.written.launch)
 
     def summary(self) -> str:
-        """A few lines to read."""
         lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
         lines += [f"  {note}" for note in self.written.notes]
         if self.adapters:
@@ -147,7 +140,6 @@ def export(
     options: ExportOptions,
     console: Console | None = None,
 ) -> Exported:
-    """Write adapters over a base, or the base alone, for another engine; see `lf.export`."""
     target = target_of(options.to)
     tensors, engine = _tensors(target, options.tensors), _engine(target, options)
     if (rank := options.as_lora) is not None and (type(rank) is not int or rank < 1):
@@ -171,7 +163,7 @@ def export(
                     f"{subject.base.source.name}: found no tokenizer, which the proof's prompts"
                     " need; expected its files beside config.json, or --no-proof"
                 )
-        elif options.prove and quantized:  # the weights that the files are not for
+        elif options.prove and quantized:  # the other weights, for comparison
             storage = "fp32" if into.target == "trained" else into.stored
             others = answers_over(subject, storage, options.prompts)
         if not unproved:
@@ -217,7 +209,6 @@ def export(
 
 
 def _has_tokenizer(subject: Subject) -> bool:
-    """Whether the adapters or the base have one."""
     try:
         return subject.tokenizer is not None
     except NoTokenizer:
@@ -225,7 +216,6 @@ def _has_tokenizer(subject: Subject) -> bool:
 
 
 def _named_otherwise(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, str]:
-    """Notes on adapters that know their base by its name alone, and have another name for it."""
     notes = {str(saved): saved.own_base.hint(base.name).removeprefix("; ") for saved in adapters}
     names = {str(saved): Path(saved.own_base.name).name for saved in adapters}
     return {saved: n for saved, n in notes.items() if n and names[saved] != Path(base.name).name}
@@ -234,7 +224,7 @@ def _named_otherwise(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, 
 def _check_representable(
     target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
-    """Raise LorafoldError for what the target can't say, with the rank of a LoRA that is enough."""
+    """Check that the target can represent the subject; the error has a sufficient LoRA rank."""
     try:
         problems = target.problems(subject)
     except LorafoldError as error:
@@ -246,7 +236,6 @@ def _check_representable(
 
 
 def _into(base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None) -> Into:
-    """The weights that the files are for; an adapter alone is for the original ones."""
     in_files = stored_in_files(base.source)
     expected = ("trained", "original", *ALIAS) if target.merged else ("original",)
     if into is not None and into not in expected:
@@ -271,7 +260,6 @@ def _proof(
 
 
 def _tensors(target: Target, tensors: str | None) -> str | None:
-    """The type of the tensors."""
     if tensors is not None and tensors not in target.tensors:
         expected = ", ".join(target.tensors) or "none, because it has one form alone"
         raise LorafoldError(f"--tensors: found {tensors!r} for {target.name}, expected {expected}")
@@ -279,7 +267,6 @@ def _tensors(target: Target, tensors: str | None) -> str | None:
 
 
 def _engine(target: Target, options: ExportOptions) -> str | None:
-    """What proves."""
     if options.engine_url is None:
         return target.engine
     if options.engine_python is not None:
@@ -293,7 +280,6 @@ def _engine(target: Target, options: ExportOptions) -> str | None:
 
 
 def _unproved(target: Target, options: ExportOptions) -> str:
-    """Why nothing is proved, or nothing."""
     if not options.prove:
         return "--no-proof was given"
     if target.engine is None:
@@ -305,7 +291,6 @@ def _unproved(target: Target, options: ExportOptions) -> str:
 
 
 def _check(proof: Proof, target: Target, tensors: str | None) -> None:
-    """Raise LorafoldError if the engine computes something else than what was exported."""
     allowed = target.tolerance.get(tensors or "", SHARE)
     start = f"{proof.engine} {proof.version} does not compute what lorafold does"
     if proof.unused:

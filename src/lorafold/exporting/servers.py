@@ -1,13 +1,13 @@
-"""Exports of plain LoRA for PEFT and for servers.
+"""Exports of plain LoRA for PEFT, vLLM and SGLang.
 
-vLLM (0.32, lora/) takes a rank up to 512, packs q, k, v and gate, up itself, and refuses names
-that it does not know, except those of experts, which it loads and applies nowhere. So experts are
-written only for the families whose names are known; some requests need is_3d_lora_weight.
+vLLM (0.32, lora/) takes a rank up to 512, packs q, k, v and gate, up itself, and rejects unknown
+names, except names of experts, which it loads but never applies. So experts are written only for
+families whose names are known; some requests need is_3d_lora_weight.
 
-SGLang (0.5.23, srt/lora/) scales by alpha / r alone, knows modules by the last part of their names,
-packs q, k, v and gate, up into one buffer each (so all of them are written, as zeros where nothing
-changed) and takes a pair of matrices for each expert. It has no build for CPUs: the files are read
-back as its loader reads them.
+SGLang (0.5.23, srt/lora/) scales by alpha / r, identifies modules by the last part of their names,
+packs q, k, v and gate, up into one buffer each (so all of them are written, unchanged ones as
+zeros) and takes a pair of matrices for each expert. It has no build for CPUs, so the files are read
+back in the way of its loader.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ from lorafold.peft.config import CONFIG, WEIGHTS
 
 
 class ToPeft(Target):
-    """PEFT's own format, for any base that it knows."""
-
     name = "peft"
     engine = "peft"
 
@@ -75,14 +73,14 @@ class ToPeft(Target):
         return Written(files, launch, notes, job)
 
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 EXPERTS = re.compile(rf"(.+\.experts)\.({GATE_UP}|{DOWN})")
-STACKED = ("gpt_oss",)  # families whose layers of experts take stacked factors as they are
-SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # and those that are told of them
-OWN = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # names that differ
-# families whose models there have no LoRA at all (SupportsLoRA)
+STACKED = ("gpt_oss",)  # families that accept stacked factors of experts
+SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # and families that need is_3d_lora_weight
+OWN = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # vLLM's names
+# families without LoRA in vLLM (SupportsLoRA)
 WITHOUT = ("bloom", "falcon", "gpt2", "gptj", "stablelm")
-# families in which vLLM adapts embedding and head (embedding_modules of its models)
+# families with adapters for embedding and head in vLLM (embedding_modules)
 WITH_HEADS = (
     "apertus", "cohere", "exaone", "exaone4", "granite", "granitemoe", "llama", "mistral",
     "mixtral", "nemotron", "phimoe", "qwen3", "qwen3_moe", "solar",
@@ -90,8 +88,6 @@ WITH_HEADS = (
 
 
 class ToVllm(Target):
-    """vLLM's server."""
-
     name = "vllm"
     engine = "vllm"
     server = "vllm_url"
@@ -151,7 +147,6 @@ class ToVllm(Target):
 
 
 def module_of(name: str, request: Mapping[str, object], out: str) -> str:
-    """The value of --lora-modules: JSON if a name or path has special characters, or options."""
     path = f"{out}/{ADAPTER}"
     if request or "=" in name or "," in name + path:
         return json.dumps({"name": name, "path": path, **request}, ensure_ascii=False)
@@ -161,7 +156,6 @@ def module_of(name: str, request: Mapping[str, object], out: str) -> str:
 def with_zeros(
     subject: Subject, factors: SiteFactors, paths: Iterable[str]
 ) -> dict[str, Factors]:
-    """The factors, and zeros at those of these paths that are not changed."""
     return {**factors, **{path: zeros(subject, path) for path in paths if path not in factors}}
 
 
@@ -172,15 +166,13 @@ KNOWN = frozenset(
         "gate_up_proj", "embed_tokens", "lm_head",
     }
 )  # fmt: skip
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # whose experts are gate, then up
+FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # experts are gate, then up
 ROOT = "base_model.model."
 PROBES = 4  # random inputs, or rows, on which factors are compared
 EXACT = 1e-5  # relative, in fp32
 
 
 class ToSglang(Target):
-    """SGLang's server."""
-
     name = "sglang"
 
     def problems(self, subject: Subject) -> Sequence[str]:
@@ -242,7 +234,6 @@ class ToSglang(Target):
 
 
 def path_of(name: str, out: str) -> str:
-    """The value of --lora-paths for an adapter: JSON where the name has an equals sign."""
     path = f"{out}/{ADAPTER}"
     if "=" in name:
         return json.dumps({"lora_name": name, "lora_path": path}, ensure_ascii=False)
@@ -250,7 +241,6 @@ def path_of(name: str, out: str) -> str:
 
 
 def packed(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
-    """The same with zeros at those modules of a pack that are not changed."""
     modules = {path for path, _ in subject.model.named_modules()}
     places = [path.rpartition(".") for path in factors]
     packs = [
@@ -264,7 +254,6 @@ def packed(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
 
 
 def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
-    """Yield each matrix that is changed, by the name that SGLang has for it, experts one by one."""
     for path, pair in factors.items():
         if (match := EXPERTS.fullmatch(path)) is None:
             yield path, pair
@@ -275,7 +264,6 @@ def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
 
 
 def _split(adapter: Path, kind: str, factors: SiteFactors, rank: int) -> None:
-    """Put a pair of matrices for each expert in the place of PEFT's stacked ones."""
     tensors = {k: t for k, t in load_file(adapter / WEIGHTS).items() if ".experts." not in k}
     experts = {path: pair for path, pair in _single(kind, factors) if ".experts." in path}
     for path, pair in experts.items():
@@ -291,7 +279,7 @@ def _split(adapter: Path, kind: str, factors: SiteFactors, rank: int) -> None:
 
 
 def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
-    """Take a factor, (r, in) for A and (out, r) for B, out of the file's tensors."""
+    """Pop a factor, (r, in) for A and (out, r) for B, from the file's tensors."""
     for key in (f"{ROOT}{path}.lora_{half}.weight", f"{ROOT}{path}.lora_embedding_{half}"):
         if key in tensors:
             return tensors.pop(key)
@@ -299,7 +287,6 @@ def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
 
 
 def _difference(written: Factors, other: Factors) -> float:
-    """How far two products are apart on random inputs, relative to the second."""
     (up, down), (b, a) = written, other
     x = torch.randn(a.shape[-1], PROBES, generator=torch.Generator().manual_seed(0))
     product, expected = b @ (a @ x), up.float() @ (down.float() @ x)

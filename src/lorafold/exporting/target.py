@@ -1,9 +1,9 @@
-"""What an export target has: what it can represent, how it is written, which engine verifies it.
+"""The interface of export targets, and the update that they write.
 
     dW = up @ down     up (*matrices, out, r) with every scale in it, down (*matrices, r, in)
 
-Every method whose change is a product has its factors exactly; several adapters add their ranks. Of
-other methods the update is cut to the best of a rank (Eckart and Young 1936), if one is given.
+A method whose update is a product has exact factors; several adapters add their ranks. The updates
+of other methods are cut to the best of a rank (Eckart and Young 1936), if one is given.
 """
 
 from __future__ import annotations
@@ -48,14 +48,17 @@ from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups take turns
+INTERLEAVED = frozenset({"gpt_oss"})  # families with interleaved rows of gate and up
 
 
 @dataclass(frozen=True)
 class Update:
-    """The change of the adapters: `factors` of each matrix by module path; the method of each
-    update that is no product (`dense`); other changes, such as biases and tokens (`other`); and
-    the squared norms of what a cut lost and of the whole update, by matrix (`lost`).
+    """The update of the adapters.
+
+    factors: The factors of each matrix by module path.
+    dense: The method of each update that is not a product.
+    other: Other changes, such as biases and tokens.
+    lost: By matrix, the squared norms of the part that a cut lost, and of the whole update.
     """
 
     factors: SiteFactors
@@ -65,19 +68,17 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """The largest rank of a site."""
         return max((down.shape[-2] for _, down in self.factors.values()), default=0)
 
     @property
     def error(self) -> float:
-        """The norm of what was lost relative to that of the updates that were cut."""
         lost, whole = (sum(column) for column in zip(*self.lost.values(), strict=True))
         return math.sqrt(lost / whole) if whole else 0.0
 
 
 @torch.no_grad()
 def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -> Update:
-    """What the named adapters change, lowest first; the model stays as it is."""
+    """The update of the named adapters, lowest first; the model is not changed."""
     factors = {}
     dense, other = dict[str, str](), dict[str, str]()
     lost = {}
@@ -105,7 +106,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
 
 
 def _other_change(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
-    """What the deltas change that is no matrix of the layer's shape, or nothing."""
+    """A change that is not a matrix of the layer's shape, in words, or ""."""
     try:
         w, b = layer.dense_like()
         changed, bias = w, b
@@ -124,7 +125,6 @@ def _other_change(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
 
 
 def _product(deltas: Sequence[Delta]) -> Factors | None:
-    """The factors of all deltas together, or None if one has none."""
     pairs = [pair for delta in deltas if (pair := delta.factors()) is not None]
     if len(pairs) < len(deltas):
         return None
@@ -133,7 +133,6 @@ def _product(deltas: Sequence[Delta]) -> Factors | None:
 
 
 def _svds(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
-    """The SVD of what the deltas add to each matrix of the layer."""
     if pair := _product(deltas):
         return map(of_factors, *map(unstacked, pair))
     w, b = layer.dense()
@@ -144,29 +143,28 @@ def _svds(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
 
 
 def split_experts(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
-    """Yield the name and the factors of each matrix that a parameter of experts is."""
     up, down = factors
     if name != GATE_UP:
         yield name, factors
         return
     gate, other = (up[:, ::2], up[:, 1::2]) if kind in INTERLEAVED else up.chunk(2, 1)
     yield "gate_proj", (gate, down)
-    yield "up_proj", (other, down.clone())  # safetensors writes no tensor twice
+    yield "up_proj", (other, down.clone())  # safetensors rejects shared tensors
 
 
-OUT = "{out}"  # stands for the directory of the export
-CONTENT = "$(cat "  # begins a word that is the content of a file, whose path follows
+OUT = "{out}"  # placeholder for the export's directory
+CONTENT = "$(cat "  # prefix of a word that is a file's content; the path follows
 LITERAL = re.compile(r'"\{out\}([^"]*)"')
 
-Word = str | Callable[[str], str]  # or what makes it from the directory
-Line = str | tuple[Word, ...]  # text, Python or words of a command
+Word = str | Callable[[str], str]  # or a function of the directory
+Line = str | tuple[Word, ...]  # text, Python code, or the words of a command
 FULL = "full_attention"
 Progress = Callable[[int, int], None]  # done, of
 ORIGINAL = Into("original", None)
 
 
 def placed(line: Line, out: str) -> str:
-    """A line with the directory in it, quoted for a shell, or in a Python string."""
+    """A line with the directory inserted, quoted for a shell or as a Python string."""
     if isinstance(line, tuple):
         return " ".join(_word(word, out) for word in line)
     return LITERAL.sub(lambda match: json.dumps(out + match[1], ensure_ascii=False), line)
@@ -181,7 +179,6 @@ def _word(word: Word, out: str) -> str:
 
 
 def window_notes(engine: str, config: Any) -> tuple[str, ...]:
-    """What an engine that has no windows computes otherwise than the model, if it does."""
     window = getattr(config, "sliding_window", None)
     if window is None or window >= config.max_position_embeddings:
         return ()
@@ -204,9 +201,8 @@ def period_of(kinds: Sequence[str]) -> int | None:
 
 @dataclass(frozen=True)
 class Subject:
-    """A base with adapters, lowest first, or the base alone. `tensors` is the type that was asked
-    for, `original` the adapters if `adapters` is a cut of them, `into` the weights the files
-    are for.
+    """A base with adapters, lowest first, or the base alone. `tensors` is the requested type,
+    `original` the adapters that `adapters` is a cut of, `into` the weights that the files are for.
     """
 
     base: Base
@@ -217,23 +213,22 @@ class Subject:
 
     @property
     def stored(self) -> str:
-        """The storage of the weights that the files are for."""
         return str(self.into.trained_on) if self.into.target == "trained" else "fp32"
 
     @property
     def called(self) -> str | None:
-        """The name of the last adapter's directory; None without adapters."""
         adapters = self.original or self.adapters
         return adapters[-1].path.resolve().name if adapters else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Those of the adapters on `model`."""
         return tuple(f"exported{n}" for n, _ in enumerate(self.adapters))
 
     @cached_property
     def model(self) -> nn.Module:
-        """The base on its files with the adapters, above the round trip if merged into q(W)."""
+        """The base on its mapped files with the adapters, on top of the round trip if merged into
+        q(W).
+        """
         model, other = self.base.mapped().model, self.base.allow_other_base
         if self.into.round_trip is not None:
             attach_round_trip(model, self.into.round_trip)
@@ -243,17 +238,14 @@ class Subject:
 
     @cached_property
     def update(self) -> Update:
-        """What the adapters change."""
         return update_of(self.model, self.names)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The base's configuration."""
         return self.base.config()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the last adapter that has one, or the base's."""
         paths = [saved.path for saved in self.original or self.adapters if saved.own_tokenizer]
         source = self.base.source
         return tokenizer_of(source, paths) if paths else read_tokenizer(source)
@@ -261,8 +253,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Written:
-    """The files, the most important first; `launch`, lines that use them; notes; and what the
-    engine's job needs, with paths as {out}/NAME.
+    """The written files, the most important first; `launch`, lines that use them; notes; and the
+    inputs of the engine's job, with paths as {out}/NAME.
     """
 
     files: Sequence[str]
@@ -272,15 +264,15 @@ class Written:
 
 
 class Target(ABC):
-    """Abstract: a form of files that an engine reads.
+    """Abstract: a file format of an engine.
 
-    name: as --to has it.
-    engine: the process of `engines` that proves it, or None if none can.
-    server: that which asks a running server, where there is one.
-    tensors: the types that its tensors may have, the usual one first.
-    merged: whether adapters go in folded.
-    tolerance: the share of KL(adapted, base) that the proof may have by the type of the tensors,
-        where that is another than 1%; None for a type whose share is only told.
+    name: The value of --to.
+    engine: The program of `engines` that verifies it, or None.
+    server: The program that sends requests to a running server, or None.
+    tensors: The supported tensor types, the usual one first.
+    merged: Whether adapters are merged into the model.
+    tolerance: By tensor type, the allowed share of KL(adapted, base) if it is not 1%; None for
+        a type whose share is only reported.
     """
 
     name: ClassVar[str]
@@ -292,29 +284,30 @@ class Target(ABC):
 
     @abstractmethod
     def problems(self, subject: Subject) -> Sequence[str]:
-        """Why the target can't represent the subject, a line each; may raise LorafoldError."""
+        """Reasons why the target can't represent the subject, one per line; may raise
+        LorafoldError.
+        """
 
     @abstractmethod
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        """Write the files into the directory, which appears when all are there."""
+        """Write the files into the directory, which appears when it is complete."""
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
-        """What the engine's job needs besides, made for the proof alone."""
+        """Further inputs of the engine's job, made only for the proof."""
         return {}
 
     def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
-        """Changes of the job for further runs, whose figures are reported and reject nothing."""
+        """Changes of the job for further runs, whose figures are only reported."""
         return {}
 
     def read_back(self, subject: Subject, directory: Path) -> str:
-        """Read the files as the engine's loader would, which itself does not run here, and say what
-        that showed; nothing where it was not done.
+        """Read the files as the loader of an engine that does not run here would; returns the
+        result in words, or "" if this was not done.
         """
         return ""
 
 
 def only_products(update: Update, name: str) -> list[str]:
-    """Why a form that has nothing but factors of matrices can't say this update, a line each."""
     reasons = [f"{p}: {kind}, which {name} can't represent" for p, kind in update.other.items()]
     if not (reasons or update.factors or update.dense):
         return ["found no adapter that changes anything, expected one"]

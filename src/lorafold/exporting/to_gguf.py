@@ -1,10 +1,10 @@
-"""Exports as GGUF files for llama.cpp and what is built on it: an adapter, or a whole model.
+"""Exports as GGUF files for llama.cpp and tools built on it: an adapter, or a whole model.
 
     y = W x + B (A x)      every scale is in B, and alpha is 0: llama.cpp multiplies by alpha / r
-                           where alpha is another
+                           if alpha is not 0
 
-An adapter is verified over a base that is written for it in F32, or F16 if that would be large, and
-removed. Types with more than a scale a block, such as Q4_K_M, are made by llama.cpp's quantizer.
+An adapter is verified on a temporary base in F32, or in F16 if F32 would be large. Types with more
+than one scale per block, such as Q4_K_M, are made by llama.cpp's quantizer.
 """
 
 from __future__ import annotations
@@ -37,21 +37,19 @@ from lorafold.exporting.target import Line, Progress, Subject, Target, Written, 
 from lorafold.models.loading import stored_in_files
 
 FILE = "adapter.gguf"
-BASE = "base-gguf"  # the directory that a launch line has the base written to
+BASE = "base-gguf"  # the directory of the base in launch lines
 JOB = {"adapter": f"{{out}}/{FILE}"}
 ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
 
 class GgufAdapter(Target):
-    """Abstract: an adapter as a file; what differs is how it is used."""
-
     engine = "llamacpp"
     tensors = ("F32", "F16", "BF16", "Q8_0")
     tolerance = ADAPTER_TOLERANCE
 
     @abstractmethod
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
-        """How the file is used over the file of a base, with options, as `Written.launch`."""
+        """Commands that use the file on a base file with options, as in `Written.launch`."""
 
     def problems(self, subject: Subject) -> Sequence[str]:
         if not subject.adapters:
@@ -99,8 +97,6 @@ class GgufAdapter(Target):
 
 
 class ToGguf(GgufAdapter):
-    """For whatever reads such files."""
-
     name = "gguf"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
@@ -108,8 +104,6 @@ class ToGguf(GgufAdapter):
 
 
 class ToLlamaCpp(GgufAdapter):
-    """For llama.cpp's server, where requests name the scale; --lora-scaled takes no colon."""
-
     name = "llama.cpp"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
@@ -120,26 +114,24 @@ class ToLlamaCpp(GgufAdapter):
 
 
 def listed_path(out: str) -> str:
-    """The file as --lora takes a list: quoted as in CSV if it has a comma or quote."""
+    """The path for --lora, which takes a list: quoted as in CSV if it has a comma or quote."""
     path = f"{out}/{FILE}"
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
 
 
 QUANTIZER = "llama-quantize"
 MIXED = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")
-# of other types than these the share is told and refuses nothing
+# for other types, the share is only reported
 TOLERANCE: Mapping[str, float | None] = {
     **dict.fromkeys((*FILE_TYPES, *MIXED)), **dict.fromkeys(PLAIN, 0.01), "Q8_0": 0.02
 }  # fmt: skip
 
 
 def file_of(tensors: str | None) -> str:
-    """The name of the file."""
     return f"model-{tensors}.gguf"
 
 
 def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
-    """Write the file of a subject into a directory, as `write_gguf` or by llama.cpp's quantizer."""
     tensors = str(subject.tensors)
     if tensors not in MIXED:
         return write_gguf(subject, directory / file_of(tensors), tensors, progress)
@@ -157,8 +149,6 @@ def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequenc
 
 
 class GgufModel(Target):
-    """Abstract: a whole model as a file; what differs is what lies beside it."""
-
     engine = "llamacpp"
     tensors = (*FILE_TYPES, *MIXED)
     merged = True
@@ -181,8 +171,6 @@ class GgufModel(Target):
 
 
 class ToGgufModel(GgufModel):
-    """For llama.cpp."""
-
     name = "gguf-model"
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:

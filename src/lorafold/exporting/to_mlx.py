@@ -1,11 +1,12 @@
-"""Exports for mlx-lm: a directory of adapters as its own training writes it.
+"""Exports for mlx-lm: an adapter directory in the format of its own training.
 
     lora_a (in, r) = down^T, lora_b (r, out) = up^T with every scale in it; DoRA: m (out,)
     experts       switch_mlp.{gate,up,down}_proj    lora_a (E, r, in), lora_b (E, out, r)
 
-mlx-lm (0.32.2, tuner/utils.py) has one rank and scale for a file and builds its layers at all paths
+mlx-lm (0.32.2, tuner/utils.py) has one rank and scale per file and builds its layers at all paths
 in `keys`, so these are exactly the paths of the tensors. Most of its models read rope_theta and
-num_experts, not rope_parameters and num_local_experts: such a base is copied with the older keys.
+num_experts, not rope_parameters and num_local_experts, so a base with the newer keys is copied with
+the older ones added.
 """
 
 from __future__ import annotations
@@ -44,19 +45,19 @@ from lorafold.methods.dora import DoRADelta
 
 MODEL_CONFIG, MANIFEST = "config.json", "manifest.json"
 THETA = "rope_theta"
-# where mlx-lm has Gemma 3's layers that attend to all positions, whatever layer_types says
+# mlx-lm reads the full-attention layers of Gemma 3 from this key, not from layer_types
 GEMMA, PATTERN, USUAL = "gemma3_text", "sliding_window_pattern", 6
 PARTIAL = "partial_rotary_factor"
-KINDS = ("full_attention", "sliding_attention")  # of layers that have positions of their own
+KINDS = ("full_attention", "sliding_attention")  # layer types with their own positions
 WEIGHTS, CONFIG, BASE = "adapters.safetensors", "adapter_config.json", "base"
 BLOCK = re.compile(r"(model\.layers\.\d+)\.(.+)")
 EXPERTS = re.compile(r"mlp\.experts\.(\w+)")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-# families that mlx-lm computes without their windows
+# families whose sliding windows mlx-lm ignores
 NO_WINDOWS = (
     "gemma2", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
 )  # fmt: skip
-# where mlx-lm has the experts of a block, by the model's type
+# mlx-lm's path of a block's experts, by model type
 SWITCH = {
     "gpt_oss": "mlp.experts",
     "mixtral": "block_sparse_moe.switch_mlp",
@@ -67,7 +68,6 @@ SWITCH = {
 
 
 def older_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration with the older names too, or None if it needs none."""
     more = {**_positions(config), **_pattern(config)}
     if "num_local_experts" in config and "num_experts" not in config:
         more["num_experts"] = config["num_local_experts"]
@@ -101,7 +101,6 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_older(source: Path, directory: Path) -> bool:
-    """Copy a model's directory (as hard links) with the older keys, if its config lacks them."""
     config = older_config(read_object(source / MODEL_CONFIG))
     if config is None:
         return False
@@ -119,8 +118,6 @@ def write_older(source: Path, directory: Path) -> bool:
 
 
 class ToMlx(Target):
-    """mlx-lm's adapters."""
-
     name = "mlx"
     engine = "mlx"
 
@@ -191,7 +188,7 @@ class ToMlx(Target):
 
 
 def keys_of(paths: Iterable[str], layers: int) -> list[str]:
-    """The `keys` of these modules: relative to a block if all blocks have the same."""
+    """The `keys` for these modules: relative to a block if all blocks have the same."""
     matches = {path: BLOCK.fullmatch(path) for path in paths}
     inside = Counter(match[2] for match in matches.values() if match)
     if any(blocks != layers for blocks in inside.values()):
@@ -200,7 +197,7 @@ def keys_of(paths: Iterable[str], layers: int) -> list[str]:
 
 
 def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
-    """Factors and magnitude (out,) of each site, if every change is DoRA over linears."""
+    """Factors and magnitude (out,) of each module, if every change is DoRA on linear layers."""
     doras = {}
     for path, module in adapted_modules(subject.model):
         deltas = [*deltas_of(module, subject.names)]
@@ -217,7 +214,6 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
 
 
 def _unnamed(subject: Subject, path: str) -> str:
-    """Why mlx-lm has no such module, or nothing."""
     block, kind = BLOCK.fullmatch(path), subject.config.model_type
     if path in (EMBEDDING, HEAD):
         if getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
@@ -232,7 +228,6 @@ def _unnamed(subject: Subject, path: str) -> str:
 
 
 def _named(kind: str, path: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
-    """Yield what a site is in mlx-lm, by module path."""
     block = BLOCK.fullmatch(path)
     experts = EXPERTS.fullmatch(block[2]) if block else None
     if block is None or experts is None:

@@ -1,14 +1,16 @@
-"""Exports a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
+"""Export of a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
 
-Ollama from 0.34.1 on rejects a Modelfile with ADAPTER (ollama#14969), so adapters are merged. Its
-templates are in Go's language, so `turns_of` finds what the model's template writes around the
-turns of a plain chat, by rendering probes S, u and a (system, user, assistant):
+Since 0.34.1, Ollama rejects a Modelfile with ADAPTER (ollama#14969), so adapters are merged.
+Ollama's templates use Go's template language, so `turns_of` finds the text that the model's
+template writes around the turns of a plain chat, by rendering probes S, u and a (system, user,
+assistant):
 
     system given     before S between u a_open a u_open u ... end
     none given       start            u a_open a u_open u ... end
 
-The marks are read off three renderings; then every conversation of `CHATS` is rendered by them and
-by the template. If a template has its system message in the last turn of the user, it is `late`.
+The marks are read from three renderings; then they are checked against the template on every
+conversation of `CHATS`. `late` means that the template writes the system message into the last user
+turn.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ SAID = (
 
 @dataclass(frozen=True)
 class Turns:
-    """The marks above. `system` is None for a template that takes no system message."""
+    """The marks above. `system` is None for a template without system messages."""
 
     start: str
     system: tuple[str, str] | None
@@ -54,7 +56,6 @@ class Turns:
     late: bool = False
 
     def text(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation that begins with the user, or with a system message."""
         first = messages[0]["content"] if messages[0]["role"] == "system" else None
         texts = [str(m["content"]) for m in messages if m["role"] != "system"]
         before, between = self.system or ("", "")
@@ -68,8 +69,6 @@ class Turns:
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """The marks of a tokenizer's chat template."""
-
     def written(messages: Sequence[Message]) -> str:
         return render(messages, tokenizer, for_generation=True)
 
@@ -77,7 +76,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
     _, a_open, u_open, _ = _around(written(_chat("uau", [U, A, V])), [U, A, V])
     plain = Turns(start, None, a_open, u_open, end)
     with_system, tried = "", [plain]
-    with suppress(LorafoldError):  # it may refuse a system message
+    with suppress(LorafoldError):  # templates may reject system messages
         with_system = written(_chat("su", [S, U]))
     if S in with_system:
         before, between, _ = _around(with_system, [S, U])
@@ -97,7 +96,6 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
 
 
 def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What a template has beside plain chat, a sentence each."""
     template = str(tokenizer.chat_template)
     notes = []
     if lacking := [feature for feature, word in BESIDE.items() if re.search(word, template)]:
@@ -121,7 +119,6 @@ def _chat(roles: str, contents: Sequence[str]) -> list[Message]:
 
 
 def _around(text: str, contents: Sequence[str]) -> list[str]:
-    """The parts of a text between what was said."""
     parts = []
     for content in contents:
         before, mark, text = text.partition(content)
@@ -135,7 +132,7 @@ def _around(text: str, contents: Sequence[str]) -> list[str]:
 
 
 def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> str:
-    """Which conversation a template writes otherwise than the marks, or nothing."""
+    """The first conversation that the template renders differently from the marks, or ""."""
     for roles in CHATS:
         if roles.startswith("s") and turns.system is None:
             continue
@@ -161,10 +158,9 @@ MODELFILE = "Modelfile"
 
 
 def go_template(turns: Turns) -> str:
-    """The template of these marks."""
     before, between = turns.system or ("", "")
     marks = {name: mark for name, mark in vars(turns).items() if isinstance(mark, str)}
-    # Go's language takes a mark as it is, but for the opening of an action
+    # in Go templates, only the opening of an action needs escaping
     marks |= {"before": before, "between": between}
     marks = {name: mark.replace("{{", '{{ "{{" }}') for name, mark in marks.items()}
     late, start = (LATE if turns.late else ""), "%(start)s"
@@ -174,7 +170,6 @@ def go_template(turns: Turns) -> str:
 
 
 def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
-    """The content of a Modelfile."""
     for text in (template, *stops):
         odd = [c for c in text if not c.isprintable() and c not in "\n\t"]
         if QUOTES in text or odd:
@@ -187,7 +182,6 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:
-    """The template in Ollama's language, the texts that end a completion, and notes."""
     ensure_chat_template(tokenizer)
     turns, notes = turns_of(tokenizer), adds(tokenizer)
     if turns.system is None:
@@ -205,8 +199,6 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[st
 
 
 class ToOllama(GgufModel):
-    """A model for Ollama, with adapters folded in."""
-
     name = "ollama"
 
     def problems(self, subject: Subject) -> Sequence[str]:

@@ -1,1 +1,2 @@
-"""The files and directories that lorafold writes: atomic directories, records, cards, pages."""
+"""Files and directories that lorafold writes: atomic directories, records, model cards, HTML pages.
+"""

@@ -1,14 +1,7 @@
-"""Directories that are written completely or not at all.
+"""Directories that are written completely or not at all, with a manifest.
 
-    with atomic_directory("out", overwrite=False) as tmp:
-        save_file(tensors, tmp / "model.safetensors")
-
-The block writes to a temporary sibling on the same file system. On success the sibling gets a
-manifest (sha256 and size of every file), is flushed to disk and renamed into place; on failure it
-is removed. The sibling of a killed process is removed by the next attempt at the same target.
-
-`check_intact` compares files with manifest.json before they are read. Directories without a
-manifest, or with another program's, are not checked.
+The block writes to a temporary sibling on the same file system, which is flushed and renamed on
+success, and removed on failure. The next attempt removes the sibling of a killed process.
 """
 
 from __future__ import annotations
@@ -33,16 +26,16 @@ from lorafold.errors import LorafoldError, as_one
 from lorafold.files.paths import check_name
 
 MANIFEST = "manifest.json"
-HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of what is being written
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # part of temporary names
 
 
 @contextmanager
 def atomic_directory(
     path: str | Path, overwrite: bool = False, durable: bool = True
 ) -> Iterator[Path]:
-    """Yield an empty directory that becomes `path` when the block ends without an error, perhaps
-    in place of one that lorafold wrote before. What can be made again need not be `durable`
-    (flushed), since `verify` detects if a power cut left it torn.
+    """Yields an empty directory that becomes `path` if the block succeeds, possibly replacing one
+    by lorafold. Reproducible content need not be `durable` (flushed), since `verify` detects files
+    torn by a power cut.
     """
     check_out(path, overwrite)
     target = Path(path).expanduser().resolve()
@@ -56,17 +49,16 @@ def atomic_directory(
             _place(tmp, target, overwrite, durable)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
-            with suppress(OSError):  # what another process wrote there meanwhile stays
+            with suppress(OSError):  # another process may have written there
                 for folder in absent:
                     folder.rmdir()
             raise
 
 
 def check_out(path: str | Path, overwrite: bool = False) -> None:
-    """Raise LorafoldError unless `path` can be written, and is free or `overwrite` may replace it.
-
-    It removes what killed runs left beside `path`. A directory with files but without a manifest is
-    never replaced, since lorafold did not write it.
+    """Raises unless `path` can be written, and is free or may be replaced; also clears leftovers of
+    killed runs. A directory with files but no manifest is never replaced, since lorafold did not
+    write it.
     """
     target = Path(path).expanduser()
     check_name(path)
@@ -87,12 +79,11 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise LorafoldError unless files can be written into a directory, which need not exist."""
+    """Raises unless files can be written into a directory, which may not exist yet."""
     _try(path, Path(path).expanduser().resolve())
 
 
 def check_file(path: str | Path) -> None:
-    """Raise LorafoldError unless `write_text` can write a file."""
     target = Path(path).expanduser().resolve()
     _check_no_directory(path)
     if not target.parent.is_dir():
@@ -101,17 +92,15 @@ def check_file(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write the value as indented JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
     return as_object(path.read_bytes(), path)
 
 
 def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
-    """The JSON object in the content of a file; `path` is for the message."""
+    """Parses a JSON object; `path` is for error messages."""
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -122,7 +111,7 @@ def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file, replacing an old one in one step."""
+    """Writes a file atomically."""
     _check_no_directory(path)
     target = Path(path).resolve()
     with writing(path):
@@ -144,10 +133,9 @@ def verify(
     read: Mapping[str, tuple[int, str]] | None = None,
     required: bool = True,
 ) -> list[str]:
-    """Compare the files of a directory that match a shell pattern with its manifest: a line for
-    each that is missing or has another size or content. `manifest` is its content if it was read
-    already, and `read` the (bytes, SHA-256 in hexadecimal) of files that were. Unless it is
-    `required`, there may be none, or that of another program, which has no "files".
+    """Compares files that match a pattern with the manifest; returns a line per difference.
+    `manifest` is its content if already read, and `read` the (bytes, SHA-256) of files already
+    read. Unless `required`, the manifest may be missing, or another program's, without "files".
     """
     root, problems = Path(path), []
     try:
@@ -167,7 +155,7 @@ def verify(
         file = root / name
         if read is not None:
             found = read.get(name)
-        else:  # the content is read if the size is right
+        else:  # hashed below if the size is right
             found = (file.stat().st_size, "") if file.is_file() else None
         if found is None:
             problems.append(f"{name}: missing")
@@ -179,20 +167,18 @@ def verify(
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_abandoned(name: str) -> bool:
-    """Whether a killed process of this machine wrote the file or directory of this name."""
+    """Whether the name is a temporary one of a dead process of this machine."""
     found = re.fullmatch(rf"\..+\.{HOST}-(\d+)-[0-9a-f]+\.(partial|old)", name)
     return found is not None and not psutil.pid_exists(int(found[1]))
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn errors of the file system and of safetensors into a LorafoldError."""
     from safetensors import SafetensorError
 
     try:
@@ -210,9 +196,7 @@ def _check_no_directory(path: str | Path) -> None:
 
 
 def _try(path: str | Path, folder: Path) -> None:
-    """Raise LorafoldError, which names `path`, if nothing can be made in a folder, or in the one
-    above it that exists.
-    """
+    """Raises if nothing can be created in a folder, or in its first existing parent."""
     there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
     try:
         made = _sibling(there / Path(path).name, "partial")
@@ -224,11 +208,11 @@ def _try(path: str | Path, folder: Path) -> None:
 
 
 def _place(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
-    """Write the manifest, flush files and directories if they are durable, and rename `tmp` to
-    `target`, which at every moment is the old directory, absent, or the new one.
+    """Writes the manifest, flushes and renames. At every moment `target` is the old directory,
+    absent, or the new one.
     """
     files = sorted(p for p in tmp.rglob("*") if p.is_file())
-    for path in files:  # safetensors writes files that only their owner can read
+    for path in files:  # safetensors creates files that only the owner can read
         if path.stat().st_nlink == 1:
             path.chmod(tmp.stat().st_mode & 0o666)
     entries = {
@@ -255,12 +239,12 @@ def _place(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
 
 
 def _sibling(target: Path, kind: str) -> Path:
-    """A hidden name beside `target` with the machine and the process that it belongs to."""
+    """Returns a hidden name next to `target`, with this machine and process."""
     return target.with_name(f".{target.name}.{HOST}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
 def remove(path: str | Path) -> None:
-    """Remove a directory as far as possible, if it exists. It is never seen half removed."""
+    """Removes a directory as far as possible, after renaming it, so it never appears incomplete."""
     target = Path(path).resolve()
     gone = _sibling(target, "partial")
     with suppress(OSError):
@@ -269,8 +253,8 @@ def remove(path: str | Path) -> None:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Remove what dead processes of this machine left beside `target`, an absolute path. If one was
-    killed between its two renames, the old directory is put back.
+    """Removes leftovers of dead processes of this machine next to `target`, an absolute path.
+    Restores the old directory if one was killed between its two renames.
     """
     for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         if not (path.name.startswith(f".{target.name}.{HOST}-") and is_abandoned(path.name)):
@@ -297,7 +281,7 @@ def check_intact(
     manifest: bytes | bytearray | None = None,
     read: Mapping[str, tuple[int, str]] | None = None,
 ) -> None:
-    """Raise LorafoldError unless files are as lorafold wrote them, by `verify`, if it did."""
+    """Raises if files differ from lorafold's manifest, if any (`verify`)."""
     if problems := verify(directory, patterns, manifest, read, required=False):
         raise LorafoldError(
             f"{directory}: {as_one(problems)}: damaged, or changed by hand; restore it, or"

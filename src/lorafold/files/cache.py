@@ -1,10 +1,5 @@
-"""The cache: files that lorafold can make again, in LORAFOLD_CACHE/KIND/KEY.
-
-    path = cached("tokens", key, write, notice)     the directory, which `write(tmp)` fills if it is
-                                                    missing or damaged
-
-An entry appears whole or not at all. If two processes want the same entry, the second one waits. A
-key must contain everything that its entry depends on; the version of lorafold is added.
+"""The cache of reproducible files, LORAFOLD_CACHE/KIND/KEY. Entries appear atomically. A key must
+contain everything that its entry depends on, except lorafold's version, which is added.
 """
 
 import os
@@ -28,7 +23,7 @@ KINDS = ("digests", "models", "native", "reference", "rows", "svd", "tokens")
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One directory of the cache; `used` is when it was last used, in seconds since 1970."""
+    """`used` is the last use, in seconds since 1970."""
 
     kind: str
     path: Path
@@ -39,14 +34,13 @@ class CacheEntry:
 def cached(
     kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
 ) -> Path:
-    """The directory of an entry, complete and undamaged. `write` fills an empty directory unless
-    the entry exists already; `notice` receives the reason for a delay.
+    """Returns the directory of an intact entry, which `write` fills if necessary; `notice` receives
+    the reason for a delay.
     """
     return filled(_place(kind, key), write, notice)
 
 
 def filled(path: Path, write: Callable[[Path], None], notice: Callable[[str], None]) -> Path:
-    """As `cached`, for the directory of an entry."""
     with _locked(path, notice):
         if path.is_dir():
             if not (problems := verify(path)):
@@ -60,7 +54,6 @@ def filled(path: Path, write: Callable[[Path], None], notice: Callable[[str], No
 
 
 def found_in_cache(kind: str, key: str) -> Path | None:
-    """The directory of an entry, if it exists and is undamaged."""
     path = _place(kind, key)
     if not path.is_dir() or verify(path):
         return None
@@ -74,7 +67,7 @@ def _place(kind: str, key: str) -> Path:
 
 
 def entries() -> list[CacheEntry]:
-    """Everything in the cache and what killed processes left, by kind, most recently used first."""
+    """Lists entries and leftovers of killed processes, by kind, most recently used first."""
     found = []
     for kind in KINDS:
         for path in (cache_directory() / kind).glob("*"):
@@ -86,8 +79,8 @@ def entries() -> list[CacheEntry]:
 
 
 def clear(chosen: Iterable[CacheEntry]) -> list[CacheEntry]:
-    """Remove these entries, except those that a process is making, which are returned. A process
-    that has an entry open keeps its data until it ends.
+    """Removes entries, and returns those that a process is creating. Processes with an entry open
+    keep its data.
     """
     busy = []
     for entry in chosen:

@@ -1,18 +1,10 @@
-"""Work that several processes share through one directory, on one machine or on many.
+"""Work shared by several processes or machines through one directory.
 
-    shared({out / "a.json": make_a, out / "b.json": make_b}, done, say)
-
-Whoever is given the same paths makes them together: each is made by one process, which holds
-`<path>.claim` meanwhile, and all return when every path is there. A claim is made by exclusive
-creation and shows that its holder lives by being touched. It falls to another process when its
-holder is dead, as processes of one machine see, or has not touched it for LEASE seconds; these are
-counted by the clock of the one who waits, since clocks of several machines differ (filelock's
-`SoftFileLease`). Claims lie beside what they are for: on NFS, whoever has made one sees what was in
-that directory when the claim before was given up.
-
-`measured` stores the result of each cell of a study in a file of its own, whose name has the digest
-of everything that it depends on: the same call continues where it stopped, and processes share the
-work.
+Each path is made by one process, which holds `<path>.claim` meanwhile. A claim is created
+exclusively and touched regularly. Another process takes it if its holder is dead
+(on the same machine), or has not touched it for LEASE seconds by the waiting process's clock, since
+clocks differ (filelock's `SoftFileLease`). Claims are in the same directory as their paths, so that
+on NFS whoever creates a claim sees what its previous holder wrote.
 """
 
 from __future__ import annotations
@@ -38,15 +30,15 @@ from lorafold.files.atomic import read_object, write_json
 
 CLAIM = ".claim"
 LEASE = 60.0  # seconds; a claim is touched three times in it
-PAUSE = 1.0  # seconds between two looks at what others make
-TOKEN = "token"  # a file in a directory that workers share, and what is in it, in the environment
+PAUSE = 1.0  # seconds between checks for others' results
+TOKEN = "token"  # a file in the shared directory; its expected content is in VARIABLE
 VARIABLE = "LORAFOLD_TOKEN"
 DIGITS = 12
-Result = TypeVar("Result")  # of a cell
+Result = TypeVar("Result")
 
 
 def silent(text: str) -> None:
-    """Print nothing."""
+    """Prints nothing."""
 
 
 def shared(
@@ -54,8 +46,8 @@ def shared(
     done: Callable[[Path], object] = lambda path: None,
     say: Callable[[str], object] = silent,
 ) -> None:
-    """Return when every path exists, each made whole by `work` here or in another process. `done`
-    is called with each; `say` receives the names of the processes that this one waits for.
+    """Returns when every path exists, made by `work` here or in another process. `done` is called
+    with each path; `say` receives the processes that this one waits for.
     """
     claims = {
         path: SoftFileLease(f"{path}{CLAIM}", lease_duration=LEASE, on_compromise=_lost)
@@ -76,7 +68,7 @@ def shared(
 
 
 def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> None:
-    """Report claims on other work beside `work`, all paths that this process is asked for."""
+    """Reports claims next to `work` on paths that this process doesn't share."""
     own = set(work)
     claims = {claim for folder in {p.parent for p in own} for claim in folder.glob(f"*{CLAIM}")}
     found = {claim.name.removesuffix(CLAIM) for claim in claims} - {path.name for path in own}
@@ -88,8 +80,8 @@ def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> N
 
 
 def check_token(folder: Path) -> None:
-    """Raise LorafoldError unless a directory contains the token that started this worker: otherwise
-    each worker has a directory of its own under the same name, and nothing is shared.
+    """Raises unless the directory contains the token in the environment: otherwise each worker has
+    a separate directory of the same name.
     """
     expected = os.environ.get(VARIABLE)
     if expected is None:
@@ -106,7 +98,6 @@ def check_token(folder: Path) -> None:
 
 
 def _make(path: Path, claim: SoftFileLease, make: Callable[[], object]) -> bool:
-    """Make a path under its claim; False if another process holds that."""
     try:
         claim.acquire(blocking=False)
     except Timeout:
@@ -114,7 +105,7 @@ def _make(path: Path, claim: SoftFileLease, make: Callable[[], object]) -> bool:
     except OSError as error:
         raise LorafoldError(f"{path}{CLAIM}: can't be written: {error.strerror}") from error
     try:
-        if not path.exists():  # it may have been finished before its claim was free
+        if not path.exists():  # the previous holder may have finished it
             make()
     finally:
         claim.release()
@@ -122,8 +113,8 @@ def _make(path: Path, claim: SoftFileLease, make: Callable[[], object]) -> bool:
 
 
 def _lost(found: LeaseCompromise) -> None:
-    """End this process as SIGTERM does, so that no two continue the same work: it was suspended, or
-    its file system did not answer.
+    """Ends this process like SIGTERM, because another took its claim while it was suspended or its
+    file system hung, and no two may do the same work.
     """
     reason = f"lost to another worker ({found.reason}); this one ends"
     print(f"{found.lock_file}: {reason}", file=sys.stderr, flush=True)
@@ -141,9 +132,8 @@ def measured(
     done: Callable[[Path, Result], object] = lambda file, result: None,
     say: Callable[[str], object] = silent,
 ) -> dict[Path, Result]:
-    """The result of each cell, a dataclass of this kind, in this order. Those whose file is not
-    there are measured first, by this process or by another that is asked for the same; `done` is
-    called with each as it is there.
+    """Returns the result of each cell, a dataclass of this kind, in order. Missing ones are
+    computed here or by another process; `done` is called with each.
     """
     stored, results = TypeAdapter(kind), {}
 
@@ -159,5 +149,4 @@ def measured(
 
 
 def digest_of(value: Any) -> str:
-    """The first digits of the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGITS]

@@ -1,13 +1,7 @@
-"""The files of a directory, each read once, so that what is verified is what is used; and SHA-256
-digests of files, cached by their stamps in CACHE/digests/known/DEVICE-INODE.
+"""Files that are read once, so that the verified bytes are those that are used, and cached digests.
 
-    contents = Contents("adapter", ["adapter_config.json", ...])
-    contents.named                      SHA-256 over their names and bytes
-    contents.check_intact()             as `atomic.check_intact` checks files on the disk
-    contents.object("adapter_config.json")
-
-A file of the Hugging Face hub whose name is its SHA-256 is not read at all. These digests identify
-files; whoever interprets a file checks it by other means.
+Digests of files are cached by stamp in CACHE/digests/known/DEVICE-INODE. A file in the hub's cache
+that is named by its SHA-256 is not read. Digests identify files; they are no integrity check.
 """
 
 from __future__ import annotations
@@ -34,20 +28,20 @@ from lorafold.files.paths import cache_directory
 from lorafold.files.record import RECORD
 
 PIECE = 1 << 20  # bytes
-HUB = re.compile(r"[0-9a-f]{64}")  # the name of a large file among the hub's blobs
-FRESH = 2.0  # seconds in which a file may be written again without another stamp
+HUB = re.compile(r"[0-9a-f]{64}")  # the name of a large blob in the hub's cache
+FRESH = 2.0  # seconds within which another write may keep the stamp
 AT_ONCE = 4
 
 
 def digest(files: Iterable[tuple[str, int, str]]) -> str:
-    """The SHA-256 over the name, the size and the SHA-256 of each file, by name, in hexadecimal."""
+    """Hashes the (name, size, SHA-256) of files, sorted by name."""
     lines = (f"{name} {size} {own}\n" for name, size, own in sorted(files))
     return sha256("".join(lines).encode()).hexdigest()
 
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A file and its size in bytes; OSError for anything else, for example a pipe."""
+    """Opens a file, with its size; raises OSError for anything else, for example a pipe."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
@@ -56,21 +50,19 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _bytes(path: Path, most: float) -> bytearray | None:
-    """The content of a file; None if it has more than so many bytes."""
     with open_regular(path) as (file, size):
         if size > most:
             return None
         content = bytearray(size)
         del content[file.readinto(content) :]  # type: ignore[attr-defined]
-        while len(content) <= most and (more := file.read(PIECE)):  # written to it meanwhile
+        while len(content) <= most and (more := file.read(PIECE)):  # the file has grown
             content += more
         return content if len(content) <= most else None
 
 
 class Contents:
-    """The bytes of the named files that exist, and of the manifest; a thread hashes them while the
-    caller interprets them. LorafoldError if a file can't be read, and before one is read with which
-    they would have more than `most` bytes.
+    """The bytes of existing files and the manifest, hashed in a thread. Raises if a file can't be
+    read, or before reading more than `most` bytes.
     """
 
     def __init__(self, directory: str | Path, names: Sequence[str], most: float = math.inf) -> None:
@@ -98,40 +90,34 @@ class Contents:
 
     @property
     def named(self) -> str:
-        """The SHA-256 over the names and contents of the files without the manifest, which covers
-        other files too, in hexadecimal.
-        """
+        """SHA-256 over names and contents, without the manifest, which covers other files too."""
         return self.digest_of(self.names)
 
     def digest_of(self, names: Iterable[str]) -> str:
-        """The same over some of the files."""
         return digest((name, *self.entries[name]) for name in names if name in self.entries)
 
     @cached_property
     def entries(self) -> dict[str, tuple[int, str]]:
-        """(bytes, SHA-256 in hexadecimal) of each file."""
+        """(bytes, SHA-256) of each file."""
         return {
             name: (len(self.files[name]), own.result().hexdigest())
             for name, own in self._hashing.items()
         }
 
     def check_intact(self) -> None:
-        """Raise LorafoldError unless the files are as lorafold wrote them."""
         if MANIFEST in self.files:
             check_intact(self.path, self.names, self.files[MANIFEST], self.entries)
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of `lorafold.json`; empty if there is none."""
         return self.object(RECORD) if RECORD in self.files else {}
 
     def object(self, name: str) -> dict[str, Any]:
-        """The JSON object in a file."""
         return as_object(self.files[name], self.path / name)
 
 
 class FileStamp(NamedTuple):
-    """Identifies a file that was not touched since; times are in nanoseconds."""
+    """Changes when a file is written; times in nanoseconds."""
 
     device: int
     inode: int
@@ -141,18 +127,17 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, about: os.stat_result) -> FileStamp:
-        """The stamp in the system's data on a file."""
         times = about.st_mtime_ns, about.st_ctime_ns
         return cls(about.st_dev, about.st_ino, about.st_size, *times)
 
     @property
     def settled(self) -> bool:
-        """Whether the file can't be written again without another stamp."""
+        """Whether any further write would change the stamp."""
         return time.time_ns() - max(self.modified, self.changed) > FRESH * 1e9
 
 
 def file_digest(path: Path) -> tuple[int, str]:
-    """(bytes, SHA-256 in hexadecimal) of a file."""
+    """Returns the (bytes, SHA-256) of a file."""
     try:
         real = path.resolve(strict=True)
         stamp = FileStamp.of(real.stat())
@@ -168,7 +153,7 @@ def file_digest(path: Path) -> tuple[int, str]:
     except OSError as error:
         raise LorafoldError(f"{path}: can't be read ({error.strerror})") from None
     if unchanged and stamp.settled:
-        with suppress(LorafoldError, OSError):  # a cache that can't be written only costs time
+        with suppress(LorafoldError, OSError):  # caching is optional
             entry.parent.mkdir(parents=True, exist_ok=True)
             write_text(entry, json.dumps({"marks": stamp, "sha256": digest}))
     return stamp.size, digest
@@ -177,8 +162,8 @@ def file_digest(path: Path) -> tuple[int, str]:
 def files_digest(
     directory: Path, names: Iterable[str], read: Mapping[str, tuple[int, str]] | None = None
 ) -> str:
-    """The SHA-256 over the names, sizes and contents of the files of these names or patterns that
-    exist. `read` has the (bytes, SHA-256 in hexadecimal) of files that were read already.
+    """Hashes names, sizes and contents of existing files that match these names or patterns. `read`
+    has the (bytes, SHA-256) of files already read.
     """
     found = {path for name in names for path in directory.glob(name) if path.is_file()}
     shown = sorted(path.relative_to(directory).as_posix() for path in found)

@@ -1,7 +1,6 @@
-"""Reports as one HTML file that needs no other, in one frame and style, and results in notebooks.
+"""Self-contained HTML reports, and results in notebooks.
 
-A page follows the light or dark theme of its reader and fits a phone. Its parts (tables, sections,
-notes, cards, grids) are the macros of `parts.html`; templates have them as globals.
+Templates have the macros of `parts.html` (tables, sections, notes, cards, grids) as globals.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ from lorafold.files.templates import as_text, environment, within
 
 STYLES = ("look.css", "page.css")
 PARTS = ("table", "section", "notes", "cards", "grid")
-LINES = 30  # of a table, at most
-ENTRIES = 16  # of a mapping whose entries are shown, at most
+LINES = 30  # maximum lines of a table
+ENTRIES = 16  # larger mappings are only counted
 INTERVAL = "_interval"
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, of texts."""
     rule = ["---"] * len(head)
     cells = ([text.replace("|", r"\|") for text in line] for line in (head, rule, *lines))
     return "".join("| " + " | ".join(line) + " |\n" for line in cells)
@@ -42,41 +40,36 @@ def _environment() -> Any:
 def html_table(
     head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "", most: int | None = None
 ) -> str:
-    """A table in HTML, which scrolls if it is wider than the page. Cells are text unless they are
-    Markup; `kind` is a class of the style, such as `texts`; after `most` lines it counts the rest.
+    """Returns an HTML table. Cells are escaped unless they are Markup; `kind` is a CSS class; lines
+    after `most` are only counted.
     """
     return str(_environment().globals["table"](head, lines, kind, most))
 
 
 def section(title: str, about: str = "") -> str:
-    """The heading of a section, and what there is to know about it, both as text."""
+    """Returns a section's heading and introduction; both are escaped."""
     return str(_environment().globals["section"](title, about))
 
 
 def notes(texts: Iterable[str]) -> str:
-    """Sentences as a list; nothing without any."""
     return str(_environment().globals["notes"](texts))
 
 
 def rendered(template: str, **values: Any) -> str:
-    """The HTML of a template by its path in the package. Values are escaped, unless they are Markup
-    as the parts are: `{{ grid(plots) }}`.
-    """
+    """Renders a template by its path in the package. Values are escaped unless they are Markup."""
     return str(_environment().get_template(template).render(values))
 
 
 def write_page(title: str, body: str, path: str | Path) -> None:
-    """Write a page with a title (text) and a body (HTML)."""
     place = files("lorafold.files")
     style = "".join((place / name).read_text(encoding="utf-8") for name in STYLES)
     write_text(path, rendered("files/page.html", title=title, body=body, style=style) + "\n")
 
 
 class ShownInNotebooks:
-    """A dataclass that notebooks show as tables, of its JSON."""
+    """A dataclass that notebooks display as tables."""
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, in one object."""
         return asdict(self)  # type: ignore[call-overload]
 
     def _repr_html_(self) -> str:
@@ -87,7 +80,6 @@ class ShownInNotebooks:
 
 
 def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
-    """The name and the text of each figure, and of the entries of mappings."""
     for key, value in values.items():
         name = f"{above}{key}".replace("_", " ")
         if value is None or key.endswith(INTERVAL) or _are_rows(value):
@@ -102,7 +94,6 @@ def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
 
 
 def _text(value: Any) -> str:
-    """A value as a cell."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return "" if value is None else cut(as_text(value), 200)
     if len(value) > 4 and all(isinstance(one, int | float) for one in value):
@@ -119,7 +110,6 @@ def _are_rows(value: Any) -> bool:
 
 
 def _by_row(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with a line per row, without columns that are tables or empty."""
     columns = {key: [row.get(key) for row in rows] for row in rows for key in row}
     shown = [
         key

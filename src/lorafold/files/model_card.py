@@ -1,6 +1,4 @@
-"""The model card (README.md) of an adapter or of a fully fine-tuned model, ready for the Hub: base,
-figures, recipe, data, and how to load it.
-"""
+"""The model card (README.md) of an adapter or a fully fine-tuned model."""
 
 from __future__ import annotations
 
@@ -15,28 +13,25 @@ import yaml
 from lorafold.files.templates import in_words, within
 
 CARD = "README.md"
-CLASSES = "classes"  # in an adapter's record: a classifier's classes, in the order of its logits
-REWARD = "reward"  # in an adapter's record: true if it is a reward model, whose head has one output
-# in an adapter's record: the rewards that judged its completions, their weights by name
-JUDGED_BY = "judged_by"
-# in an adapter's record: the figures of each step by name, those of held-out rows by name beside
-# their steps, and completions to read, the first and the last ones
+# keys of an adapter's record
+CLASSES = "classes"  # a classifier's classes, in the order of its logits
+REWARD = "reward"  # true for a reward model, whose head has one output
+JUDGED_BY = "judged_by"  # weights of its rewards by name
+# figures of each step by name, figures of held-out rows with their steps, sample completions
 STEPS, HELD_OUT, SAMPLES = "steps", "held_out", "samples"
-# in an adapter's record: the size of the vocabulary, if the adapter has new tokens
-VOCABULARY = "vocabulary"
-# in an adapter's record: the adapters that it was trained over, the lowest first
-OVER = "over"
+VOCABULARY = "vocabulary"  # the size, if the adapter has new tokens
+OVER = "over"  # base adapters, the lowest first
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EMBEDDED = "smollm2"  # the model that has a package of its own; no other library knows the name
+EMBEDDED = "smollm2"  # a model in a package of lorafold; other libraries don't know the name
 
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """What is written beside the weights of a result, and whether it may replace another one."""
+    """Files to write next to a result's weights, and whether it may replace another."""
 
-    record: Mapping[str, Any]  # how it was made, for lorafold.json
-    card: str | None = None  # the text of the model card; None for a short one
-    tokenizer: Any = None  # None if it has none of its own
+    record: Mapping[str, Any]  # for lorafold.json
+    card: str | None = None  # the model card; None for a short one
+    tokenizer: Any = None  # None: the base's
     overwrite: bool = False
 
 
@@ -49,14 +44,14 @@ def training_card(
     opened_by: str = "AutoModelForCausalLM",
     in_peft: bool = True,
 ) -> str:
-    """The model card, as Markdown with YAML front matter. `whole` is for a plain model, `opened_by`
-    the auto class that loads the base, and `in_peft` whether PEFT can read the adapter.
+    """Returns Markdown with YAML front matter. `whole`: a full model; `opened_by`: the base's auto
+    class; `in_peft`: PEFT can read the adapter.
     """
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"
     outputs = 1 if record.get(REWARD) else len(record.get(CLASSES, ()))
     embedded = base == EMBEDDED and not outputs
-    # only the name of a directory of this machine is shown
+    # of a local path, only the last part is shown
     local = not base or Path(base).exists() or Path(base).is_absolute() or base == EMBEDDED
     relation = f"base_model:{'finetune' if whole else 'adapter'}:{base}"
     front = {
@@ -99,7 +94,6 @@ def training_card(
 
 
 def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
-    """The rewards that a policy learned from, and their values on held-out prompts."""
     judges, found = record[JUDGED_BY], record.get(HELD_OUT, {})
     last = record.get("step", max(found.get("step", ()), default=0))
     when = {0: "before the first step", last: f"after step {last}"}

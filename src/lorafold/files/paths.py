@@ -1,4 +1,4 @@
-"""Paths: the cache, the nearest name to a missing one, and checks of where to write."""
+"""Paths: the cache, suggestions for missing names, and checks of output paths."""
 
 import os
 from collections.abc import Iterable
@@ -9,21 +9,18 @@ from pathlib import Path
 from lorafold.errors import LorafoldError
 
 ALIKE = 0.8
-MOST = 2000  # entries of a directory that are compared
+MOST = 2000  # entries of a directory to compare
 
 
 def cache_directory() -> Path:
-    """The directory for files that lorafold can make again: LORAFOLD_CACHE, or `lorafold` in the
-    user's cache directory.
-    """
+    """LORAFOLD_CACHE, or `lorafold` in the user's cache directory."""
     if own := os.environ.get("LORAFOLD_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafold"
 
 
 def nearest_name(path: Path) -> str:
-    """A question, after a semicolon, for the entry of the directory with the nearest name, or "".
-    """
+    """Suggests the most similar entry of the directory, or returns ""."""
     try:
         names = [entry.name for entry in islice(path.parent.iterdir(), MOST)]
     except OSError:
@@ -33,13 +30,12 @@ def nearest_name(path: Path) -> str:
 
 
 def check_name(out: str | Path) -> None:
-    """Raise LorafoldError for a path without a name of its own, such as the working directory."""
     if Path(out).name in ("", ".."):
         raise LorafoldError(f"{out}: expected the name of a new directory")
 
 
 def check_not_replaced(out: str | Path, read: Iterable[str | Path]) -> None:
-    """Raise LorafoldError if writing a directory would replace one that is read."""
+    """Raises if writing a directory would replace one that is read."""
     target = Path(out).expanduser().resolve()
     for path in read:
         if Path(path).expanduser().resolve().is_relative_to(target):

@@ -1,35 +1,35 @@
-"""Plots in one style, as SVG inside of a page.
-
-    drawing(draw, "Loss", "It fell from 3.1 to 0.4.")     draw(axes) draws, on matplotlib's axes
-
-Colours are those of the page (`page.css`), so that a plot follows its light and dark theme: while
-matplotlib draws, each has a placeholder. Series also differ by dash and marker.
+"""Plots in one style, as inline SVG. Colours are placeholders for the page's (`page.css`), so plots
+follow its light and dark theme.
 """
 
 from __future__ import annotations
 
 import html
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from os.path import commonprefix
 from textwrap import fill
 from typing import Any, NamedTuple
 from unicodedata import east_asian_width
 
-WIDE, ROOM = 24, 16  # characters of a name in one line, and of a line of several
-SECOND = "\u200b"  # invisible: stands after a character that is as wide as two, to be counted
+log = logging.getLogger(__name__)
+WIDE, ROOM = 24, 16  # characters of a one-line name, and per line of a folded one
+SECOND = "\u200b"  # invisible, follows a double-width character so that it counts twice
 Interval = tuple[float, float]
-SIZE = (4.5, 3.2)  # inches; on a phone a plot has four fifths of its size
-SMALL = (3.4, 2.7)  # of several side by side
+SIZE = (4.5, 3.2)  # inches
+SMALL = (3.4, 2.7)  # for plots side by side
 COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(5)))
 _, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
 DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MARKERS = ("o", "^", "s", "D", "v", "P")
-TEXT = 10  # points of a name's height
-TALL = 1.4 * TEXT  # of a line of names, in the fonts of pages
+TEXT = 10  # font size in points
+TALL = 1.4 * TEXT  # line height in points
 LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
@@ -60,13 +60,13 @@ STYLE: dict[Any, Any] = {
 
 
 def spaced(name: str) -> str:
-    """A name with one character per column: a second one follows each that is two columns wide."""
+    """Pads double-width characters, so that the length is the width in columns."""
     wide = (c + SECOND * (east_asian_width(c) in "WF") for c in name.replace(SECOND, ""))
     return "".join(wide)
 
 
 def short(name: str, most: int) -> str:
-    """A name of at most this width; the middle of a longer one is left out."""
+    """Truncates a name in its middle to a width."""
     name, half = spaced(name), (most - 1) // 2
     if len(name) <= most:
         return name
@@ -76,20 +76,19 @@ def short(name: str, most: int) -> str:
 
 
 def distinct(names: Sequence[str], most: int) -> list[str]:
-    """Names of at most this width, or of the width at which they differ."""
+    """Truncates names to a width, or a larger one at which they differ."""
     shown = [short(name, most) for name in names]
     differ = len({*shown}) == len({*map(spaced, names)})
     return shown if differ else distinct(names, most + 2)
 
 
 def folded(name: str, most: int) -> str:
-    """A name on at most this many lines, shortened if it needs more."""
     lines = (fill(short(name, size), ROOM) for size in range(len(spaced(name)), 0, -1))
     return next((text for text in lines if text.count("\n") < most), spaced(name))
 
 
 def brief(names: Sequence[str]) -> list[str]:
-    """Names without the words at which all begin and end, if some are too long for a line."""
+    """Removes common words from the start and end of names, if one is too long for a line."""
     if len(names) < 2 or all(len(spaced(name)) <= WIDE for name in names):
         return [*names]
     both = [*names], [name[::-1] for name in names]
@@ -102,29 +101,41 @@ def brief(names: Sequence[str]) -> list[str]:
 def drawing(
     draw: Callable[[Any], str | None], title: str, caption: str, size: tuple[float, float] = SIZE
 ) -> str:
-    """A plot as an HTML figure with inline SVG, a title and a caption. `draw` draws on matplotlib's
-    axes, and may return a sentence for the caption; the size is in inches.
+    """Returns an HTML figure with inline SVG. `draw` draws on matplotlib's axes and may return a
+    sentence for the caption; the size is in inches.
     """
+    if find_spec("matplotlib") is None:
+        warn_not_drawn()
+        return _figure(title, f"{caption} Not drawn: install lorafold[plots].", "")
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     text = io.StringIO()
     with rc_context(STYLE), warnings.catch_warnings():
-        # the page's font has more glyphs than the font of matplotlib, which measures
+        # matplotlib measures with its font, which lacks glyphs of the page's font
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         plot = Figure(figsize=size, layout="constrained", dpi=72)
         caption += draw(plot.add_subplot()) or ""
         FigureCanvasSVG(plot).print_svg(text, metadata={"Date": None})
     _, tag, rest = text.getvalue().replace(SECOND, "").partition("<svg")
     svg = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _of_page, tag + rest)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+    return _figure(title, caption, svg)
+
+
+def _figure(title: str, caption: str, svg: str) -> str:
     title, caption = html.escape(title), html.escape(caption)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}" ', 1)
     return f"<figure><figcaption><b>{title}</b> {caption}</figcaption>{svg}</figure>"
 
 
+@cache
+def warn_not_drawn() -> None:
+    """Log once a process that pages have no plots."""
+    log.warning("found no matplotlib, so pages have no plots; install lorafold[plots]")
+
+
 def _of_page(found: re.Match[str]) -> str:
-    """The page's colour for a placeholder."""
     n = int(found[2], 16)
     if found[1] == "1":
         return mixed("series-0", "series-1", n)
@@ -132,17 +143,15 @@ def _of_page(found: re.Match[str]) -> str:
 
 
 def mixed(one: str, other: str, percent: float) -> str:
-    """A colour between two of the page, as CSS."""
     return f"color-mix(in oklab, var(--{one}), var(--{other}) {percent:.0f}%)"
 
 
 def between(share: float) -> str:
-    """The colour of a line in an ordered set, whose first is at 0 and whose last is at 1."""
+    """The colour of a line in an ordered set, from 0 (first) to 1 (last)."""
     return f"#0001{round(100 * share):02x}"
 
 
 def series(n: int) -> dict[str, Any]:
-    """The colour, dash and marker of a series by its number."""
     return {
         "color": SERIES[n % len(SERIES)],
         "linestyle": DASHES[n % len(DASHES)],
@@ -151,7 +160,7 @@ def series(n: int) -> dict[str, Any]:
 
 
 def number(value: float, position: Any = None, digits: int = 6) -> str:
-    """A plain number, as at a tick: 2.7, 0.05, 40k, 1.5M, 2e-7."""
+    """Formats a number for ticks: 2.7, 0.05, 40k, 1.5M, 2e-7."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.{digits}g}{unit}"
@@ -164,9 +173,7 @@ def number(value: float, position: Any = None, digits: int = 6) -> str:
 
 
 def scaled(axes: Any, **scales: str) -> None:
-    """Set the scales of the axes `x` and `y`, log or linear, with a few plain numbers at each. Call
-    it once everything is drawn.
-    """
+    """Sets log or linear scales for `x` and `y`, with few ticks. Call it after drawing."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     for name, scale in scales.items():
@@ -182,13 +189,12 @@ def scaled(axes: Any, **scales: str) -> None:
 
 
 def spread(values: Sequence[float], intervals: Sequence[Interval | None]) -> list[list[float]]:
-    """How far intervals reach below and above their values, as matplotlib's error bars take it."""
     pairs = [(v, interval or (v, v)) for v, interval in zip(values, intervals, strict=True)]
     return [[abs(value - interval[side]) for value, interval in pairs] for side in (0, 1)]
 
 
 def level(axes: Any, name: str, **at: float) -> None:
-    """A line across the axes at a value of `y`, or down the axes at a value of `x`, with a name."""
+    """Draws a labelled line at a value of `y` or `x`."""
     [(way, value)] = at.items()
     down = way == "x"
     (axes.axvline if down else axes.axhline)(value, color=FAINT, linewidth=1, linestyle="--")
@@ -199,17 +205,14 @@ def level(axes: Any, name: str, **at: float) -> None:
 
 
 class Series(NamedTuple):
-    """One figure of each row, and its interval."""
-
     name: str
     values: Sequence[float | None]
     intervals: Sequence[Interval | None]
 
 
 def rows(axes: Any, names: Sequence[str], marks: Sequence[Series], most: int = WIDE) -> str:
-    """Draw figures of named rows as points with intervals, from left to right. The names of several
-    figures stand beside the points of the first row that has them; the sentence returned says how
-    many do not fit.
+    """Draws figures of named rows as points with intervals. With several figures, their names are
+    next to their first points; the returned sentence counts names that don't fit.
     """
     first = []
     for n, one in enumerate(marks):
@@ -226,21 +229,18 @@ def rows(axes: Any, names: Sequence[str], marks: Sequence[Series], most: int = W
 
 
 def height_of(names: Sequence[str], marks: int = 1) -> tuple[float, float]:
-    """The size of a plot of rows, in inches."""
     return SIZE[0], 0.75 + (0.2 + 0.06 * (marks - 1)) * len(names) + 0.15 * (marks > 1)
 
 
 class End(NamedTuple):
-    """A name at the right end of a line, at its last value."""
-
     height: float
     name: str
     colour: str
 
 
 def at_ends(axes: Any, ends: Sequence[End]) -> None:
-    """Write names to the right of the axes without overlaps. Call it once everything is drawn."""
-    axes.figure.draw_without_rendering()  # the layout, which has the heights
+    """Writes labels to the right of the axes without overlaps. Call it after drawing."""
+    axes.figure.draw_without_rendering()  # computes the layout
     frame = axes.get_window_extent()
     x = axes.get_xlim()[1]
     wanted = sorted((axes.transData.transform((x, end.height))[1], end) for end in ends)
@@ -263,12 +263,12 @@ def at_ends(axes: Any, ends: Sequence[End]) -> None:
 
 
 def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]) -> str:
-    """Write names beside points, as near as possible, without overlaps and inside of the frame. The
-    sentence returned says how many do not fit. Call it once everything is drawn.
+    """Writes labels near points without overlaps, inside of the frame; returns a sentence with the
+    number that don't fit. Call it after drawing.
     """
     from matplotlib.transforms import Bbox
 
-    axes.figure.draw_without_rendering()  # the layout, which names inside of the frame don't change
+    axes.figure.draw_without_rendering()  # computes the layout
     frame, at = axes.get_window_extent(), axes.transData.transform(points)
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]

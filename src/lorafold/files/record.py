@@ -1,5 +1,5 @@
-"""`lorafold.json`, the record beside an adapter or a trained model: how it was made, from what, and
-on which base. Directories that PEFT wrote have none.
+"""`lorafold.json`, the record of an adapter or a trained model: how it was made, and on which base.
+PEFT's directories have none.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Any
 from lorafold.errors import LorafoldError, both_names
 
 RECORD = "lorafold.json"
-BASE = "base"  # the fingerprint of the base that an adapter is for
-TRAINED_ON = "trained_on"  # the base in training: {"storage": "nf4", "dtype": "bf16"}
-OTHER_BASE = "other_base"  # says that an adapter was loaded on another base, and which
-RENAMED = {"base": "storage"}  # fields of recipes; files may use the old names for good
-ALIASES = {"quantization": "storage"}  # other names of fields and options, which stay
+BASE = "base"  # the base's fingerprint
+TRAINED_ON = "trained_on"  # {"storage": "nf4", "dtype": "bf16"}
+OTHER_BASE = "other_base"  # another base on which the adapter was loaded
+RENAMED = {"base": "storage"}  # old names of fields, which files may keep
+ALIASES = {"quantization": "storage"}  # other names of fields and options
 NAMES = RENAMED | ALIASES
 
 
 def named_as_now(fields: Mapping[str, Any], names: Mapping[str, str] = NAMES) -> dict[str, Any]:
-    """The fields under their names of today. LorafoldError for a field that has two names."""
+    """Renames old fields and aliases; raises if a field has two names."""
     for name, now in names.items():
         same = [n for n in (now, *names) if n != name and n in fields and names.get(n, n) == now]
         if name in fields and same:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what its tensors are and where, without their data.
+"""The header of a safetensors file, without the data.
 
 8 bytes: h | h bytes of JSON: name -> dtype, shape, data_offsets | the data, without gaps
 """
@@ -15,9 +15,9 @@ from typing import Any
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import open_regular
 
-HEADER = 100_000_000  # bytes, as the library reads no longer one
+HEADER = 100_000_000  # bytes; the limit of the library
 
-# bytes of an element by dtype, as safetensors names those that PyTorch has
+# bytes per element, by safetensors' names of PyTorch's dtypes
 SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -26,7 +26,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """The dtype of a tensor as safetensors names it, and where its data is in the file's bytes."""
+    """A tensor's dtype, shape and position in the file's bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,8 +37,8 @@ class TensorPlace:
 def check_numbers(
     path: Path, most: int, longest: int = HEADER, read: Callable[[bytes], Any] = json.loads
 ) -> None:
-    """Raise LorafoldError if the tensors of a file have more than `most` elements, or its header
-    more than `longest` bytes. `read` parses the JSON. A file of at most `most` bytes is not read.
+    """Raises if tensors have more than `most` elements, or the header more than `longest` bytes.
+    `read` parses JSON. A file of at most `most` bytes is not read.
     """
     try:
         with open_regular(path) as (file, end):
@@ -66,9 +66,8 @@ def check_numbers(
 def places(
     content: bytearray, read: Callable[[bytes], Any] = json.loads, end: int | None = None
 ) -> dict[str, TensorPlace]:
-    """The tensors of a file by name, in the order of their data, from its content or its header
-    alone, if `end` is the size of the file. LorafoldError, without the file's name, for a header
-    that does not fit the file exactly.
+    """Returns tensors by name, from a file's content or, with its size `end`, its header. Raises,
+    without the file's name, if header and file don't match exactly.
     """
     size, end = int.from_bytes(content[:8], "little"), len(content) if end is None else end
     if not 0 < size <= end - 8:

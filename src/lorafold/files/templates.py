@@ -1,4 +1,4 @@
-"""Templates of pages, cards and reports, by their path in the package, and numbers as text."""
+"""Templates by their path in the package, and formatting of numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorafold.files.terminal import shown
 
 @cache
 def environment(escape: bool) -> Any:
-    """Jinja's environment, which escapes values for HTML or leaves them as they are."""
+    """Jinja's environment, with or without HTML escaping."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
@@ -26,23 +26,19 @@ def environment(escape: bool) -> Any:
 
 
 def in_words(template: str, **values: Any) -> str:
-    """A report as plain text."""
     return str(environment(False).get_template(template).render(values)).removesuffix("\n")
 
 
 def within(interval: Sequence[float] | None, form: str = ".4g") -> str:
-    """A 95% interval in parentheses; nothing for None."""
     return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
 
 
 def with_interval(figures: Any, name: str, form: str = ".4g") -> str:
-    """The figure with this name, and its interval."""
     interval = getattr(figures, f"{name}_interval")
     return f"{getattr(figures, name):{form}}{within(interval, form)}"
 
 
 def as_text(value: Any) -> str:
-    """A value as text; numbers have separators, and floats six digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"

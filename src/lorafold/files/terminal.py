@@ -1,5 +1,4 @@
-"""Messages, progress bars, and tables and paragraphs of plain text for 80 columns. Nothing is cut:
-a heading or a name that is too long continues in the next line.
+"""Messages, progress bars, tables and paragraphs for 80 columns; long texts wrap and are never cut.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 80
-NOTHING = "–"  # in place of a figure
+NOTHING = "–"  # a missing figure
 Progress = Callable[[int, int], None]  # called as progress(done, total)
-ENOUGH, LEAST = 20, 8  # characters of the first column before figures break, and after
+ENOUGH, LEAST = 20, 8  # minimum width of the first column, before and after wrapping figures
 
 
 def print_lines(console: Console | None, *lines: object) -> None:
-    """Print what is not empty as it is: without markup, colours and breaks."""
+    """Prints non-empty lines without markup, colours and wrapping."""
     if console is not None:
         for line in filter(None, lines):
             console.print(str(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH) -> str:
-    """A table with names in its first column and figures in the others. Headings wrap; names, and
-    figures of several words, do so if the table would be wider than `width`.
+    """Formats a table of names and figures. Headings wrap; names, and figures of several words,
+    only if it is wider than `width`.
     """
     from rich.console import Console
     from rich.table import Table
@@ -55,15 +54,12 @@ def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int =
 
 
 def format_bytes(n: float) -> str:
-    """A number of bytes, such as 39.1 MB."""
     size, unit = next(((10**k, u) for k, u in ((9, "GB"), (6, "MB")) if n >= 10**k), (1e3, "kB"))
     return f"{n / size:.1f} {unit}"
 
 
 def paragraph(text: str, opening: str = "", width: int = WIDTH) -> list[str]:
-    """The text in lines of at most so many characters, the first one after `opening`; a long word,
-    for example a path, stays whole.
-    """
+    """Wraps a text after `opening`, keeping long words such as paths whole."""
     return wrap(
         text,
         width,
@@ -75,12 +71,11 @@ def paragraph(text: str, opening: str = "", width: int = WIDTH) -> list[str]:
 
 
 def shown(value: float | None, form: str) -> str:
-    """The formatted value, or a dash for None."""
     return NOTHING if value is None else f"{value:{form}}"
 
 
 def values_of(items: Iterable[Any], path: str) -> list[Any]:
-    """The value of each item at a dotted path of attributes; None where a part of it is None."""
+    """Returns each item's value at a dotted path of attributes, or None."""
 
     def inner(value: Any, name: str) -> Any:
         return None if value is None else getattr(value, name)
@@ -89,14 +84,13 @@ def values_of(items: Iterable[Any], path: str) -> list[Any]:
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are known, or None."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
 def spread(values: Iterable[float | None], form: str, ranged: bool | None = None) -> str:
-    """The mean of the known values as text, a dash for none. The lowest and the highest follow if
-    `ranged`, or by default if they differ.
+    """Formats the mean of known values; with lowest and highest if `ranged`, by default if they
+    differ.
     """
     known = [value for value in values if value is not None]
     if not known:
@@ -107,12 +101,12 @@ def spread(values: Iterable[float | None], form: str, ranged: bool | None = None
 
 
 def silent(done: int, total: int) -> None:
-    """A progress that shows nothing."""
+    """Progress without output."""
 
 
 @contextmanager
 def progress_bars(console: Console | None) -> Iterator[Callable[[str], Progress]]:
-    """A function that makes a progress bar by its name; they are shown on terminals alone."""
+    """Yields a function that creates named progress bars, visible on terminals only."""
     from rich import progress
 
     quiet = console is None or not console.is_terminal
@@ -127,6 +121,5 @@ def progress_bars(console: Console | None) -> Iterator[Callable[[str], Progress]
 
 @contextmanager
 def progress_bar(console: Console | None, name: str) -> Iterator[Progress]:
-    """A progress bar."""
     with progress_bars(console) as bar:
         yield bar(name)

@@ -1,1 +1,1 @@
-"""Folding an adapter into the base's weights: the plan, its execution in memory, and rounding."""
+"""Merging adapters into the base's weights: the plan, its execution in memory, and rounding."""

@@ -1,5 +1,5 @@
-"""The round trip q(W) of quantizing a base's weights and dequantizing them, attached beneath
-adapters that were trained on the quantized base, where the files have the original weights.
+"""Quantization as a delta below adapters that were trained on a quantized base, for merging them
+into original weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from lorafold.models.sources import ModelSource
 from lorafold.peft.adapter_directory import SavedAdapter, trained_on
 from lorafold.peft.provenance import TrainedOn
 
-ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the adapters
+ROUND_TRIP = "round-trip"  # the name of the delta below the adapters
 
 
 class RoundTrip(Delta):
-    """Quantization as a change in weight space: W (*matrices, out, in) -> q(W), in fp32 or wider.
+    """Quantization and dequantization as a change of the weight: W (*matrices, out, in) -> q(W), in
+    fp32 or wider.
     """
 
     def __init__(self, quantization: str, turned: bool = False) -> None:
@@ -39,19 +40,19 @@ class RoundTrip(Delta):
         return add(add(layer.op(x, w), onto), b)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """q(W) (*matrices, out, in), and the bias (*matrices, out) as it is."""
+        """q(W) (*matrices, out, in), and the unchanged bias (*matrices, out)."""
         wide = torch.promote_types(w.dtype, torch.float32)
         if w.is_meta:
             return torch.empty_like(w, dtype=wide), b
         stored = w.mT if self.turned else w
-        # the matrices of experts are quantized as one
+        # expert weights are quantized as one matrix
         q = layer_of(STORAGES[self.quantization].pack(stored.flatten(0, -2))).dense()[0]
         q = q.view(stored.shape).to(wide)
         return q.mT if self.turned else q, b
 
 
 def attach_round_trip(model: nn.Module, quantization: str) -> None:
-    """Attach the round trip to every site that was quantized in training, for folding only."""
+    """Attach the round trip to every module that was quantized in training, for folding only."""
     selection = selection_of(model)
     for path in packable(model):  # type: ignore[arg-type]
         module = module_at(model, path)

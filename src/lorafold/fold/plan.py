@@ -1,11 +1,10 @@
-"""The plan of what folding changes in a model, made by folding every adapted module on the meta
-device, so that no method and no storage has to be known here.
+"""The plan of a merge: every adapted module is folded on the meta device, so that no method or
+quantization needs special code.
 
-    W' = round(fold(W))         summed in fp32, rounded once to the dtype that the module stores
+    W' = round(fold(W))         summed in fp32, rounded once to the stored dtype
 
-`carry_out` executes it in memory, one module at a time; `merging` tensor by tensor. A quantized
-weight is dequantized. Architectures switch biases on in the config (Llama: attention_bias,
-mlp_bias), each switch for several linears; those that get a bias only by the switch get zeros.
+`carry_out` executes it in memory, one module at a time; `merging` tensor by tensor. A config switch
+for biases (Llama: attention_bias, mlp_bias) affects several linears; unadapted ones get zeros.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from lorafold.layers import layer_of
 TensorShape = tuple[int, ...]
 WHOLE = "the model as a whole"
 NAMES = ("weight", "bias")
-# switch in the config -> path of each module to which it gives a bias -> the shape of that bias
+# config switch -> path of each module that gets a bias by it -> the shape of that bias
 Switches = dict[str, dict[str, torch.Size]]
 
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What folding will change: shapes of changed and added parameters, as stored; the site and
-    name of each; tied parameters that stay tied (`tied`) or can't (`untied`), with their other
-    names; the config's switches; the vocabulary's size if it grows; and problems by module path.
+    """The changes of a merge: shapes of changed and added parameters, as stored; the target path
+    and name of each; tied parameters that stay tied (`tied`) or can't (`untied`), with their other
+    names; config switches; the vocabulary's size if it grows; and problems by module path.
     """
 
     shapes: dict[str, TensorShape]
@@ -50,22 +49,20 @@ class FoldPlan:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The sites that change."""
         return tuple(dict.fromkeys(path for path, _ in self.sites.values()))
 
 
 def module_of(parameter: str) -> str:
-    """The path of the module that has the parameter."""
     return parameter.rpartition(".")[0]
 
 
 def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
-    """Plan the folding of the adapters of these names, lowest first; the model is not changed."""
+    """Plan the folding of these adapters, lowest first; the model is not changed."""
     problems = []
     shapes = {}
     sites = {}
     for path, module in adapted_modules(model):
-        # the parameters of a delta in place are the module's own: there is nothing to fold
+        # the parameters of in-place deltas are the module's own: nothing to fold
         if all(delta.in_place for delta in deltas_of(module, names)):
             continue
         lowest = next(iter(module.deltas))
@@ -80,7 +77,7 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
             problems.append((path or WHOLE, str(e)))
     shared = {name: others for name, others in tied_parameters(model).items() if name in shapes}
     tied = {}
-    for name, others in shared.items():  # it stays tied if all its modules change alike
+    for name, others in shared.items():  # stays tied if all its modules change alike
         modules = (model.get_submodule(module_of(n)) for n in (name, *others))
         first, *rest = (list(deltas_of(module, names)) for module in modules)
         if all(len(o) == len(first) and all(map(alike, first, o)) for o in rest):
@@ -102,7 +99,7 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
 
 
 def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:
-    """Yield those of the named deltas that are attached to the module, in the names' order."""
+    """Yield the named deltas that are attached to the module, in the names' order."""
     deltas: Any = module.deltas if isinstance(module, Adapted) else {}
     return (deltas[name] for name in names if name in deltas)
 
@@ -117,7 +114,6 @@ def fold(
 
 
 def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
-    """The shapes of the parameters that folding changes or adds, as the module stores them."""
     layer = layer_of(module)
     try:
         before = layer.dense_like()
@@ -134,8 +130,8 @@ def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
 
 
 def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
-    """The config's switches that give these modules a bias, each with all modules that get one.
-    Models that aren't from transformers need none.
+    """The config switches that give these modules a bias, each with all modules that get one; none
+    are needed for models outside transformers.
     """
     config: Any = getattr(model, "config", None)
     if not paths or not hasattr(type(model), "_from_config"):
@@ -164,13 +160,12 @@ def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
 
 
 def has_bias(module: nn.Module) -> bool:
-    """Whether the module has a bias."""
     return module._parameters.get("bias") is not None
 
 
 @torch.no_grad()
 def switch_on(model: Any, switches: Switches) -> None:
-    """Turn on these switches of the config, and give the modules biases of zeros."""
+    """Turn on these config switches, and give the modules zero biases."""
     for switch, shapes in switches.items():
         setattr(model.config.get_text_config(), switch, True)
         for path, shape in shapes.items():
@@ -183,7 +178,9 @@ def switch_on(model: Any, switches: Switches) -> None:
 
 
 def grown(model: Any, rows: Mapping[str, int]) -> int | None:
-    """The size of the vocabulary with this many rows by module; None if it stays or is unknown."""
+    """The size of the vocabulary with these numbers of rows by module; None if unchanged or
+    unknown.
+    """
     embeddings: dict[str, Any] = {
         path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends
     }
@@ -201,7 +198,6 @@ def grown(model: Any, rows: Mapping[str, int]) -> int | None:
 
 
 def declare(model: Any, size: int) -> None:
-    """Set the size of the vocabulary in the model and in its config."""
     config = model.config.get_text_config()
     for part in model.modules():
         if getattr(part, "vocab_size", None) == config.vocab_size:
@@ -210,7 +206,7 @@ def declare(model: Any, size: int) -> None:
 
 
 def untie_others(model: nn.Module) -> None:
-    """Record in the config that weights are not tied, and copy those that still are."""
+    """Record in the config that weights are not tied, and copy the ones that still are."""
     config = getattr(model, "config", None)
     parts = (config, getattr(config, "text_config", None))
     tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
@@ -233,7 +229,7 @@ def _copy(parameter: nn.Parameter) -> nn.Parameter:
 def carry_out(
     model: nn.Module, plan: FoldPlan, names: Sequence[str], *, untie_weights: bool = False
 ) -> None:
-    """Write the folded weights into the model; the deltas stay attached, to be detached."""
+    """Write the folded weights into the model; the deltas stay attached."""
     problems = [f"{path}: {reason}" for path, reason in plan.problems]
     if not untie_weights:
         problems += [
@@ -247,7 +243,7 @@ def carry_out(
     if plan.vocabulary is not None:
         declare(model, plan.vocabulary)
     sharing = {module_of(name) for name in plan.tied}
-    # all modules of a tied weight are folded before the weight changes
+    # all modules of a tied weight must be folded before the weight changes
     ahead = {path: _folded(model, path, names) for path in plan.paths if path in sharing}
     for path in plan.paths:
         w, b = ahead[path] if path in ahead else _folded(model, path, names)
@@ -256,7 +252,7 @@ def carry_out(
             module.weight = _copy(bare(module).weight)  # type: ignore[arg-type]
         layer_of(module).dequantize()
         layer_of(module).write(w, b)
-    for name, others in plan.tied.items():  # a weight that grew is a new parameter
+    for name, others in plan.tied.items():  # a grown weight is a new parameter
         merged = bare(module_at(model, module_of(name)))
         for other in others:
             path, _, leaf = other.rpartition(".")

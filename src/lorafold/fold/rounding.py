@@ -1,12 +1,12 @@
-"""Rounds folded weights to the dtype that they are stored in, and measures what that loses.
+"""Rounds merged weights to their stored dtype, and measures the loss.
 
     T = W + dW (fp32)  ->  W' in the dtype of W
-    nearest         drops changes under half a unit in the last place, so small updates are lost
+    nearest         loses changes below half a unit in the last place, so small updates vanish
     stochastic      rounds up with the probability of the remainder, so that E[W'] = T (Gupta et al.
                     2015, arXiv 1502.02551)
     auto            nearest if the update survives it, else stochastic
-    survival        <W' - W, dW> / <dW, dW>     the share of the update that is left, by projection
-    noise           |W' - T| / |dW|             the error of rounding relative to the update
+    survival        <W' - W, dW> / <dW, dW>     the remaining share of the update, by projection
+    noise           |W' - T| / |dW|             the rounding error relative to the update
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SURVIVES = 0.98  # the smallest survival at which auto rounds to nearest
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over any number of tensors: kept is <W' - W, dW>, update <dW, dW>, error |W' - T|^2."""
+    """Sums over tensors: kept is <W' - W, dW>, update <dW, dW>, error |W' - T|^2."""
 
     kept: float = 0.0
     update: float = 0.0
@@ -38,12 +38,12 @@ class Sums:
 
     @property
     def survival(self) -> float:
-        """The share of the update that is left after rounding; 1 if there is no update."""
+        """The share of the update that remains after rounding; 1 without an update."""
         return self.kept / self.update if self.update else 1.0
 
     @property
     def noise(self) -> float:
-        """The error of rounding relative to the update; 0 if there is no update."""
+        """The rounding error relative to the update; 0 without an update."""
         return (self.error / self.update) ** 0.5 if self.update else 0.0
 
 
@@ -59,7 +59,7 @@ class Rounded:
 def round_to(
     target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator
 ) -> Rounded:
-    """Round a folded weight, of any shape, to the dtype of the original weight."""
+    """Round a merged weight, of any shape, to the dtype of the original weight."""
     if how != "auto":
         return _rounded(target, original, how, generator)
     nearest = _rounded(target, original, "nearest", generator)

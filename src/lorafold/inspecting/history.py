@@ -1,17 +1,14 @@
-"""The history of a run, from the record of the adapter that it wrote, and what is notable in it.
+"""The history of a run, read from the adapter's record, and observations about it.
 
-    history = read_history("policy")
-    history.steps["reward"]         a number for each step, or None
-    history.held_out["reward"]      one for each step of history.held_out["step"]
-
-Records of earlier versions have losses alone. An end of a run is a tenth of its steps, three at
-least, against noise.
+The first and the last tenth of the steps (three at least) are averaged because of noise. Records of
+earlier versions contain only losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, variance
@@ -26,23 +23,26 @@ from lorafold.files.record import RECORD
 from lorafold.files.templates import in_words, within
 
 Values = Sequence[float | None]
+RATE = "learning rate"
+PEFT_CONFIG = "adapter_config.json"
+SIZES = {"r": "r", "alpha": "lora_alpha"}
 FEWEST = 3  # steps at an end
-COLLAPSED = 0.1  # of the entropy at first
-CUT_OFF = 0.5  # of the completions
-LONGER = 2.0  # times as long at one end as at the other
-SILENT = 0.8  # of the groups
-SHARED = "reward "  # begins the name of one reward of several
+COLLAPSED = 0.1  # share of the initial entropy
+CUT_OFF = 0.5  # share of the completions
+LONGER = 2.0  # ratio of mean lengths
+SILENT = 0.8  # share of the groups
+SHARED = "reward "  # prefix of the name of one reward of several
 
 
 def ends(values: Values) -> tuple[list[float], list[float]] | None:
-    """The values of the first and of the last steps; None where there are too few."""
+    """The first and the last tenth of the values (three at least); None if there are too few."""
     found = [value for value in values if value is not None]
     n = max(FEWEST, len(found) // 10)
     return None if len(found) < 2 * n else (found[:n], found[-n:])
 
 
 def moved(values: Values) -> tuple[float, float] | None:
-    """The means at first and at last, or None if they differ by less than two standard errors."""
+    """The means of both ends, or None if they differ by less than two standard errors."""
     if (both := ends(values)) is None:
         return None
     error = sqrt(sum(variance(part) / len(part) for part in both))
@@ -56,7 +56,7 @@ def observed(
     options: Mapping[str, Any],
     own: int | None = None,
 ) -> list[str]:
-    """The observations, in sentences."""
+    """The observations as sentences; `own` is the step whose weights this adapter has."""
     return [*_of_steps(steps, options), *_of_held_out(held_out, own)]
 
 
@@ -67,7 +67,7 @@ def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterat
     _, when, also_when = (f"of the last {len(end)} steps" for _, end in each)
     if last < COLLAPSED * first:
         yield (
-            f"Entropy went from {first:.3g} to {last:.3g} nats a token, {last / first:.0%} of"
+            f"Entropy went from {first:.3g} to {last:.3g} nats per token, {last / first:.0%} of"
             " its start: the policy hardly explores any more."
         )
     if cut_off > CUT_OFF:
@@ -104,7 +104,7 @@ def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iter
     if low and high and high[1] < low[0]:
         when = "before the first step" if start == 0 else f"after step {start}"
         yield f"The held-out reward fell from {first:.4g} {when} to {last:.4g} after step {end}."
-    trained = [row for row in known if row[0]]  # step 0 is before the first one
+    trained = [row for row in known if row[0]]  # step 0 is before training
     best, most, _ = max(trained, key=lambda row: row[1], default=known[-1])
     if most > last:
         where = "lies beside it, in a directory with .best at the end of its name"
@@ -114,12 +114,11 @@ def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iter
         )
 
 
-INTERVAL = "_interval"  # a held-out figure with this at its end has the interval of another
-MOST = 1e150  # either way; means and squares of such are numbers still
+INTERVAL = "_interval"  # suffix of the interval of a held-out metric
+MOST = 1e150  # so that means and squares are finite
 
 
 def bounded(value: float) -> float:
-    """A number that is not too large. Raises ValueError."""
     if abs(value) > MOST:
         raise ValueError(f"found {value:g}, expected at most {MOST:g} either way")
     return value
@@ -129,8 +128,6 @@ Figure = Annotated[float, Field(allow_inf_nan=False), AfterValidator(bounded)]
 
 
 class RecordedCompletion(BaseModel):
-    """A completion to read, as a record has it."""
-
     where: str
     prompt: str
     completion: str
@@ -140,14 +137,12 @@ class RecordedCompletion(BaseModel):
 
 
 class SampleSet(BaseModel):
-    """The completions of one measure."""
-
     step: int
     samples: list[RecordedCompletion]
 
 
 class RunRecord(BaseModel):
-    """What a record keeps of a run, under its names there; adapters may be anybody's."""
+    """The part of a record that describes the run. Records may come from untrusted sources."""
 
     recipe: dict[str, Any]
     losses: list[Figure | None] = Field(min_length=1)
@@ -157,10 +152,11 @@ class RunRecord(BaseModel):
     held_out: dict[str, list[int | Figure | tuple[Figure, Figure] | None]] = {}
     judged_by: dict[str, Figure] = {}
     samples: dict[Literal["first", "last"], SampleSet] = {}
+    data: dict[str, Any] = {}
+    trained_on: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        """What is known of a figure by its name, and that there is one for each step."""
         if not isinstance(self.recipe.get("objective_options") or {}, dict):
             raise ValueError("recipe.objective_options: expected an object")
         measures = len(self.held_out.get("step", ()))
@@ -183,16 +179,17 @@ class RunRecord(BaseModel):
 
 @dataclass(frozen=True)
 class History(ShownInNotebooks):
-    """The figures of a run by step.
+    """The metrics of a run by step.
 
     Attributes:
-        losses: One for each step, None where it was not finite.
-        steps: Other figures of each step by name, None where a step has none.
-        evals: Held-out losses by step; of step 0 is what was measured before the first one.
-        held_out: The steps of these under `step`, and further held-out figures by name.
+        losses: The loss of each step; None if it was not finite.
+        steps: Other metrics of each step by name; None for a step without a value.
+        evals: Held-out losses by step; step 0 is before training.
+        held_out: Other held-out metrics by name; `step` contains their steps.
         judged_by: The weights of rewards by name.
-        samples: Completions to read, of the `first` and of the `last` measure.
-        observations: What is to be looked at, in sentences.
+        samples: Sample completions of the `first` and of the `last` evaluation.
+        observations: Warnings and other observations, as sentences.
+        configuration: The settings of the run by name, as texts.
     """
 
     adapter: str
@@ -204,6 +201,7 @@ class History(ShownInNotebooks):
     judged_by: Mapping[str, float]
     samples: Mapping[str, Mapping[str, Any]]
     observations: Sequence[str]
+    configuration: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def objective(self) -> str:
@@ -212,11 +210,11 @@ class History(ShownInNotebooks):
 
     @property
     def by_step(self) -> dict[str, Sequence[float | None]]:
-        """All figures of steps, the loss at the end."""
+        """All metrics with one value per step; the loss is the last."""
         return {**self.steps, "loss": self.losses}
 
     def measured(self, name: str) -> list[tuple[int, float, Any]]:
-        """(step, value, interval or None) of a held-out figure, where it is a number."""
+        """(step, value, interval or None) of a held-out metric, without missing values."""
         if name == "loss":
             return [(step, loss, None) for step, loss in sorted(self.evals.items())]
         steps, values = (self.held_out.get(which, ()) for which in ("step", name))
@@ -226,16 +224,17 @@ class History(ShownInNotebooks):
 
     @property
     def names(self) -> list[str]:
-        """All figures that are shown by step, of steps or held-out rows."""
+        """The metrics that have values, per step or held-out."""
+        first = [] if self.judged_by else ["loss"]
         held_out = [n for n in self.held_out if n != "step" and not n.endswith(INTERVAL)]
         return [
             name
-            for name in dict.fromkeys([*self.steps, *held_out, "loss"])
+            for name in dict.fromkeys([*first, *self.steps, *held_out, "loss"])
             if self.measured(name) or any(v is not None for v in self.by_step.get(name, ()))
         ]
 
     def in_words(self, name: str) -> str:
-        """A held-out figure at first and at last, with intervals; empty where it is not known."""
+        """The first and last value of a held-out metric, with intervals; "" without values."""
         if not (points := self.measured(name)):
             return ""
         (start, first, low), (end, last, high) = points[0], points[-1]
@@ -245,13 +244,14 @@ class History(ShownInNotebooks):
 
     def __str__(self) -> str:
         figures = {name: both for name, v in self.by_step.items() if (both := ends(v))}
+        names = ["means of steps", *self.configuration, *map(printable, figures)]
         return in_words(
-            "inspecting/history.jinja", found=self, figures=figures, mean=fmean, line=printable
-        )
+            "inspecting/history.jinja", found=self, figures=figures, mean=fmean, line=printable,
+            wide=max(map(len, names)), n=max(FEWEST, len(self.losses) // 10),
+        )  # fmt: skip
 
 
 def read_history(path: str | Path) -> History:
-    """The history of the run that wrote this directory."""
     path = Path(path)
     check_intact(path, [RECORD])
     if not (path / RECORD).is_file():
@@ -269,5 +269,36 @@ def read_history(path: str | Path) -> History:
     options = record.recipe.get("objective_options") or {}
     observations = observed(record.steps, record.held_out, options, record.step)
     return History(
-        adapter=str(path), **record.model_dump(exclude={"step"}), observations=observations
+        adapter=str(path),
+        configuration=dict(configuration(path, record)),
+        **record.model_dump(exclude={"step", "data", "trained_on"}),
+        observations=observations,
     )
+
+
+def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
+    """Yield the settings of the run for the page, without unknown ones."""
+    peft = read_object(path / PEFT_CONFIG) if (path / PEFT_CONFIG).is_file() else {}
+    recipe, data, on = record.recipe, record.data, record.trained_on or {}
+    base = [peft.get("base_model_name_or_path"), on.get("storage") or recipe.get("storage")]
+    method = [recipe.get("method")]
+    method += [f"{name} = {peft[key]}" for name, key in SIZES.items() if key in peft]
+    rates = [rate for rate in record.steps.get(RATE, ()) if rate is not None]
+    peak = max(rates, default=None)
+    batch, parts = recipe.get("batch"), recipe.get("accumulate", 1)
+    rows = f"{data['rows']:,} rows" if isinstance(data.get("rows"), int) else None
+    written = date.fromtimestamp((path / RECORD).stat().st_mtime)
+    each = {
+        "base model": base,
+        "method": method,
+        "objective": [recipe.get("objective", "sft")],
+        "learning rate": [f"at most {peak:g}", recipe.get("schedule")] if peak else [],
+        "steps": [f"{len(record.losses):,}"],
+        "batch size": [batch, f"{parts} micro-batches" if parts != 1 else None],
+        "training data": [data.get("source"), rows],
+        "seed": [recipe.get("seed")],
+        "written": [f"{written:%Y-%m-%d}"],
+    }
+    for name, parts in each.items():
+        if text := ", ".join(str(part) for part in parts if part is not None):
+            yield name, text

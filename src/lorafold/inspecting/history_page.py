@@ -1,5 +1,5 @@
-"""The page of `lorafold history`: curves over the steps of a run, and the completions of its first
-and its last measure side by side. Completions are untrusted, and only ever shown as text.
+"""The page of `lorafold history`: curves over the steps of a run, and its first and last sample
+completions side by side. Completions are untrusted, so they are only ever shown as text.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from lorafold.files.templates import within
 from lorafold.inspecting.history import SHARED, History, ends
 from lorafold.inspecting.plots import curves
 
-TOGETHER = {"largest mismatch": "mismatch"}  # figures that share a plot with another one
-TOLD = 4  # rewards in one plot, which its sentence has as well
-SCALES = {  # what a figure is, under its name
+TOGETHER = {"largest mismatch": "mismatch"}  # metrics that share another metric's plot
+TOLD = 4  # rewards per plot
+SCALES = {  # axis titles
     "tokens a completion": "tokens a completion",
     "cut off": "cut off, share of completions",
-    "entropy": "entropy, nats a token",
+    "entropy": "entropy, nats per token",
     "groups without signal": "groups without signal, share",
-    "mismatch": "mismatch, nats a token",
+    "mismatch": "mismatch, nats per token",
     "clipped": "clipped, share of tokens",
-    "KL": "KL to the reference, nats a token",
+    "KL": "KL to the reference, nats per token",
 }
 SOUGHT = (
     "No problems found (checked for a collapse of the entropy, completions that are cut"
@@ -35,12 +35,10 @@ SOUGHT = (
 
 
 def page(history: History, path: str | Path) -> None:
-    """Write it all as one HTML file that needs no other."""
     write_page(f"How {Path(history.adapter).resolve().name} was trained", sections(history), path)
 
 
 def sections(history: History) -> str:
-    """The content of the page, as HTML."""
     samples = history.samples
     both = {"first", "last"} <= samples.keys()
     still = (f"{clean(name)} {plain(value)}" for name, value in constant(history).items())
@@ -49,8 +47,7 @@ def sections(history: History) -> str:
         found=history,
         clean=clean,
         plain=plain,
-        method=history.recipe.get("method", ""),
-        steps="1 step" if len(history.losses) == 1 else f"{len(history.losses)} steps",
+        configuration=[(name, clean(text)) for name, text in history.configuration.items()],
         observations=map(clean, [*history.observations] or [SOUGHT] * bool(history.judged_by)),
         figures=dict(figures(history)),
         judges=judges(history),
@@ -62,15 +59,14 @@ def sections(history: History) -> str:
 
 
 def figures(history: History) -> Iterator[tuple[str, str]]:
-    """What the run came to, by name."""
     key = "reward" if history.judged_by else "loss"
     measured = {step: (value, interval) for step, value, interval in history.measured(key)}
     for step in dict.fromkeys((min(measured), max(measured)) if measured else ()):
         value, interval = measured[step]
         when = "before the first step" if step == 0 else f"after step {step}"
         yield f"held-out {key} {when}{within(interval)}", number(value, digits=3)
-    for name, values in history.by_step.items():
-        if name in ("reward", "entropy", "tokens a completion", "loss") and (both := ends(values)):
+    for name in (key, "entropy", "tokens a completion"):
+        if both := ends(history.by_step.get(name, ())):
             first, last = map(fmean, both)
             yield (
                 f"{name}, first and last {len(both[0])} steps",
@@ -79,10 +75,9 @@ def figures(history: History) -> Iterator[tuple[str, str]]:
 
 
 def judges(history: History) -> Iterator[list[str]]:
-    """The table of the rewards: how much each counts, and what it gave."""
     for name, weight in history.judged_by.items():
         values = history.by_step.get(f"{SHARED}{name}")
-        # of a single reward there is only the sum, which has its weight in it
+        # a single reward is only recorded as the weighted total
         both = ends(history.by_step.get("reward", ()) if values is None else values)
         weighs = weight if values is None else 1
         means = [plain(fmean(part) / weighs) for part in both] if both and weighs else ["–", "–"]
@@ -90,7 +85,6 @@ def judges(history: History) -> Iterator[list[str]]:
 
 
 def constant(history: History) -> dict[str, float]:
-    """The figures that never change, which need no plot."""
     values = {
         name: {v for v in history.by_step.get(name, ()) if v is not None}
         | {v for _, v, _ in history.measured(name)}
@@ -100,7 +94,7 @@ def constant(history: History) -> dict[str, float]:
 
 
 def together(history: History) -> dict[str, list[str]]:
-    """The figures of each plot by its title: a few rewards, or one other figure."""
+    """The metrics of each plot by its title: up to `TOLD` rewards, or one other metric."""
     names = [name for name in history.names if name not in constant(history)]
     each = [name for name in names if name.startswith(SHARED)]
     size = -(-len(each) // -(-len(each) // TOLD)) if each else 1
@@ -116,7 +110,7 @@ def together(history: History) -> dict[str, list[str]]:
 
 
 def plotted(history: History) -> Iterator[str]:
-    """The curves. Of a single reward that changes there is that of the sum, which is the same."""
+    """Yield the curves. A single reward that changes has none, because it equals the total's."""
     plots = together(history)
     rewards = [name for name in history.names if name.startswith(SHARED)]
     labels_of = dict(
@@ -127,7 +121,7 @@ def plotted(history: History) -> Iterator[str]:
     for title, names in plots.items():
         if names == [alone]:
             continue
-        # minus the reward is no figure of its own
+        # a policy's held-out loss is minus its reward
         held_out = [name for name in names if not (name == "loss" and history.judged_by)]
         changes = {n: changed(history, n, n in held_out) for n in names}
         labels = {n: f"{labels_of.get(n, clean(n))} " * (len(names) > 1) for n in names}
@@ -149,7 +143,6 @@ def plotted(history: History) -> Iterator[str]:
 
 
 def changed(history: History, name: str, held_out: bool = True) -> str:
-    """A figure at first and at last, and on held-out rows, in words."""
     known = [plain(v) for v in history.by_step.get(name, ()) if v is not None]
     steps = f"from {known[0]} to {known[-1]}" if len(known) > 1 else "".join(known)
     measured = history.in_words(name) if held_out else ""
@@ -157,11 +150,10 @@ def changed(history: History, name: str, held_out: bool = True) -> str:
 
 
 def plain(value: float) -> str:
-    """A number in four digits, without powers of ten."""
     return number(value, digits=4)
 
 
 def clean(text: Any) -> str:
-    """A text without characters that no page can have: halves of surrogate pairs, and controls."""
+    """The text without surrogates and control characters, which HTML can't contain."""
     whole = str(text).encode("utf-8", "replace").decode()
     return "".join(c if c in "\n\t" or ord(c) >= 32 else "\N{REPLACEMENT CHARACTER}" for c in whole)

@@ -1,7 +1,5 @@
-"""The figures of `lorafold inspect`, except the loss, for one adapter and its base. `result` names
-the figures, `summary` says what follows from them.
-
-The weights of one matrix of the base at a time are read from its files.
+"""The figures of `lorafold inspect` for one adapter, except the loss (`paths`). One base matrix at
+a time is read from the files.
 """
 
 from __future__ import annotations
@@ -9,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,9 @@ import torch
 
 from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only
+from lorafold.core.spec import Spec
 from lorafold.errors import NoTokenizer
+from lorafold.files.templates import as_text
 from lorafold.files.terminal import Progress, silent
 from lorafold.inspecting.residual_stream import ResidualStream, gain, heads_of, stream_of
 from lorafold.inspecting.result import AdapterFigures, Inspection, MatrixFigures, Sites
@@ -68,8 +68,8 @@ def inspect(
     full: bool = False,
     progress: Progress = silent,
 ) -> Inspection:
-    """Measure the last adapter of a stack, with those below as part of its base. `full` also
-    compares with the spectrum of the base, which takes the SVD of every weight.
+    """Measure the last adapter of a stack; the adapters below it count as part of the base. `full`
+    also takes the SVD of every base weight.
     """
     check_language_model(base, [*stack, *([against] if against is not None else [])])
     *over, saved = stack
@@ -111,7 +111,7 @@ def inspect(
     return Inspection(
         adapter=str(saved),
         model=base.name,
-        method=str(adapter.spec),
+        method=described(adapter.spec),
         beside=not_measured(adapter),
         whole=whole,
         sites=measured,
@@ -127,8 +127,19 @@ def inspect(
     )
 
 
+def described(spec: Spec) -> str:
+    """The method with its rank, alpha, and whatever is not its default."""
+    usual = type(spec)()
+    options = [
+        f"{f.name.replace('_', ' ')} {as_text(value)}"
+        for f in fields(spec)  # type: ignore[arg-type]
+        if (value := getattr(spec, f.name)) is not None
+        and (f.name in ("rank", "alpha") or value != getattr(usual, f.name))
+    ]
+    return ", ".join([type(spec).__name__, *options])
+
+
 def vocabulary_of(model: PreTrainedModel, stream: ResidualStream) -> Vocabulary:
-    """The tokens' vectors that directions read and write, and the gain between them."""
     embedding, unembedding = (
         layer_of(end).dense()[0]
         for end in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -145,7 +156,6 @@ def named_directions(
     tokenizer: PreTrainedTokenizerBase | None,
     vectors: tuple[Sequence[str], torch.Tensor] | None,  # n, (n, d)
 ) -> Mapping[str, dict[str, Any]]:
-    """Nearest tokens and vectors, and the vectors' shares, as fields of `MatrixFigures`."""
     fields = defaultdict[str, dict[str, Any]](dict)
     for verb, of in sides.items():
         if tokenizer is not None:
@@ -186,7 +196,6 @@ def matrix_figures(site: AdaptedModule, svd: Svd, w: torch.Tensor, full: bool) -
 
 
 def adapter_figures(sites: Sites) -> AdapterFigures:
-    """Means and medians over the sites, and the loss of cutting all sites to one rank."""
     figures = [*sites.values()]
     size, base = (math.hypot(*(getattr(f.base, n) for f in figures)) for n in ("norm", "base_norm"))
     ranks = {f.rank if f.factored else None for f in figures}
@@ -211,7 +220,7 @@ def adapter_figures(sites: Sites) -> AdapterFigures:
 
 
 def in_memory(site: AdaptedModule, svd: Svd) -> Svd:
-    """The SVD of a dense update cut to its top directions, as those of all sites stay."""
+    """The SVD of a dense update, cut to its top directions because all modules stay in memory."""
     if site.rank is not None:
         return svd
     top = svd.top(SHOWN)
@@ -219,7 +228,7 @@ def in_memory(site: AdaptedModule, svd: Svd) -> Svd:
 
 
 def not_measured(adapter: Adapter) -> dict[str, int]:
-    """The number of other deltas of the adapter, by class: biases, whole modules, tokens."""
+    """The number of deltas without figures, by class: biases, whole modules, tokens."""
     measured = {id(delta) for delta in adapter.own_deltas.values()}
     kinds = Counter(type(p).__name__ for _, p in adapter.parts() if id(p) not in measured)
     return dict(sorted(kinds.items()))

@@ -38,15 +38,11 @@ SEARCH = "search.json"
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The figure of one cell of the search, in nats, as its file has it."""
-
     loss: float
 
 
 @dataclass(frozen=True)
 class SubspaceRun:
-    """A run in a subspace: its held-out loss in nats and its share of the improvement."""
-
     dimension: int
     loss: float
     reached: float
@@ -54,7 +50,7 @@ class SubspaceRun:
 
 @dataclass(frozen=True)
 class Intrinsic(ShownInNotebooks):
-    """`dimension` is None if the largest one that was tried does not reach `share`."""
+    """The result of a search. `dimension` is None if none reaches `share`."""
 
     dimension: int | None
     share: float
@@ -79,7 +75,6 @@ def search(
     tell: Callable[[SubspaceRun], None],
     say: Callable[[str], object] = silent,
 ) -> Intrinsic:
-    """Find the smallest power of 2 that reaches a share of the improvement of full training."""
     out, recipe = request.out, request.recipe
     if recipe.new_tokens:
         raise LorafoldError(
@@ -91,11 +86,11 @@ def search(
         recipe = recipe.model_copy(update={"storage": "fp32"})
     stored = request.base.stored(recipe.storage)
     day = stored.date(recipe.chat_template)
-    if day and (out / SEARCH).is_file():  # it goes on with the day on which it began
+    if day and (out / SEARCH).is_file():  # a continued search keeps its date
         day = str(read_object(out / SEARCH).get("day") or day)
     request = replace(request, base=stored, day=day)
     check(out, identity_of(request, recipe))
-    # the recipe's rate is that of full training, and of heads; a subspace has its own
+    # the recipe's learning rate is for full training and heads; a subspace has its own
     inside = recipe.model_copy(update={"lr": None})
     heads = {"head_lr": recipe.lr} if recipe.lr else {}
     losses = {}
@@ -155,7 +150,6 @@ def identity_of(request: RunRequest, recipe: Recipe) -> dict[str, Any]:
 
 
 def check(out: Path, identity: dict[str, Any]) -> None:
-    """Start the directory of a search, or check that it has this search in it."""
     file = out / SEARCH
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
@@ -199,7 +193,6 @@ def run(
 
 
 def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
-    """The held-out loss of the base, as its runs measure it, with their initial head."""
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, objective, quiet)

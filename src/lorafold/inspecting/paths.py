@@ -1,11 +1,12 @@
-"""The loss along straight lines in weight space, on the user's data.
+"""The loss along straight lines in weight space.
 
     base + t dW                     t from -0.5 to 1.5: whether a smaller or larger update is better
     base + (1 - t) dW_a + t dW_b    t from 0 to 1: whether a barrier separates two adapters
     barrier                         max over t of L(t) - ((1 - t) L(0) + t L(1)), in nats
 
-The update is scaled, not its factors, so the line is straight for every method that folds. Linear
-mode connectivity: Frankle et al. 2020, arXiv 1912.05671; barrier: Entezari et al. 2022, 2110.06296.
+The update is scaled, not its factors, so the line is straight for every method that can be merged.
+Linear mode connectivity: Frankle et al. 2020, arXiv 1912.05671; barrier: Entezari et al. 2022,
+2110.06296.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 def loss_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
 ) -> Callable[[], float]:
-    """A function that measures the model as it is: the mean loss in nats a labelled token."""
     data = encode(rows, tokenizer, max_length)
     return partial(held_out_loss, CompletionLoss(model, packed=False, pad_id=0), data.examples)
 
@@ -49,7 +49,9 @@ def losses_of(
     max_length: int,
     below: int = 0,
 ) -> dict[str, float]:
-    """`loss_before` of the first adapter and `loss_after` of the other, each active alone."""
+    """`loss_before` of the first adapter and `loss_after` of the second, each active alone on top
+    of the `below` lowest ones.
+    """
     loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     losses = {}
     for key, name in zip(("loss_before", "loss_after"), names[below:], strict=True):
@@ -67,8 +69,8 @@ LINE = "line"  # the name under which the weighted sum of adapters is attached
 def mixed(
     model: nn.Module, names: Sequence[str], loss: Callable[[], float], below: Sequence[str] = ()
 ) -> Iterator[Callable[[Sequence[float]], float]]:
-    """A context in which only a weighted sum of adapters is active, over those below; it yields the
-    loss as a function of the weights. Rows of new tokens stay as they are at every point.
+    """Activate only a weighted sum of adapters on top of `below`, and yield the loss as a function
+    of the weights. Rows of new tokens are the same at every point.
     """
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
@@ -108,7 +110,7 @@ def mixed(
 
 
 def _without_new_tokens(module: Any, name: str) -> tuple[Delta | None, list[TokenRows]]:
-    """What an adapter changes at a module besides its rows of new tokens, and these rows."""
+    """(the adapter's delta without its rows of new tokens, these rows)."""
     delta, weight = module.deltas[name], module._parameters.get("weight")
     parts = list(delta.parts())
     rows = [part for part in parts if isinstance(part, TokenRows)]
@@ -126,7 +128,6 @@ def scaling(
     points: Sequence[float] = SCALES,
     below: Sequence[str] = (),
 ) -> list[Point]:
-    """The loss at base + t dW."""
     with mixed(model, [name], loss, below) as loss_at:
         return [(t, loss_at([t])) for t in points]
 
@@ -138,13 +139,12 @@ def between(
     loss: Callable[[], float],
     points: Sequence[float] = BETWEEN,
 ) -> list[Point]:
-    """The loss at base + (1 - t) dW_a + t dW_b."""
     with mixed(model, [first, second], loss) as loss_at:
         return [(t, loss_at([1 - t, t])) for t in points]
 
 
 def barrier(points: Sequence[Point]) -> float:
-    """The rise of the loss above the line between both ends, in nats; points ascend in t."""
+    """The maximum of the loss minus the line between both ends, in nats; points ascend in t."""
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
 
@@ -156,7 +156,6 @@ def measured_paths(
     max_length: int,
     below: int = 0,
 ) -> LossPaths:
-    """The losses along the lines of one adapter or two, over `below` others."""
     loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     first, *others = names[below:]
     line = scaling(model, first, loss, below=names[:below])

@@ -1,4 +1,4 @@
-"""The plots of the pages on an update and on a run, each with a caption."""
+"""The plots of the pages of `lorafold inspect` and `lorafold history`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lorafold.files import plots
 from lorafold.inspecting.subspaces import kind_and_block
 
 POINTS = 300  # of a curve
-SCALE = "viridis"  # its lightness rises with the value
+FALLING, FAR = ("loss", "gradient norm"), 20  # ratio from which they get a logarithmic axis
+SCALE = "viridis"  # lightness increases with the value
 
 Grid = Sequence[Sequence[float]]
 
 
 def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: int) -> str:
-    """The singular values of one kind of module over the largest, a coloured line a block."""
     lines = sorted(
         (kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra_by_path.items()
     )
@@ -37,22 +37,25 @@ def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: in
     return plots.drawing(draw, kind, caption, plots.SMALL)
 
 
-def heat(title: str, caption: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
-    """A heat map of values from 0 to 1."""
+def heat(
+    title: str, caption: str, grid: Grid, down: str, across: str, first: int = 1, most: float = 1
+) -> str:
+    """A heat map of values from 0 to `most`; NaN cells are empty."""
 
     def draw(axes: Any) -> None:
         lines, columns = len(grid), len(grid[0])
         extent = (first - 0.5, first + columns - 0.5, first + lines - 0.5, first - 0.5)
         shown = axes.imshow(
-            grid, vmin=0, vmax=1, cmap=SCALE, extent=extent, aspect="auto", interpolation="nearest"
-        )
+            grid, vmin=0, vmax=most, cmap=SCALE, extent=extent, aspect="auto",
+            interpolation="nearest",
+        )  # fmt: skip
         axes.grid(False)
         axes.set(xlabel=across, ylabel=down)
         for axis, n in ((axes.xaxis, columns), (axes.yaxis, lines)):
             axis.set_ticks(range(first, first + n, max(1, -(-n // 6))))
-        axes.figure.colorbar(shown, ax=axes, ticks=(0, 0.5, 1), format=plots.number).outline.set_lw(
-            0
-        )
+        ticks = (0, most / 2, most)
+        bar = axes.figure.colorbar(shown, ax=axes, ticks=ticks, format=plots.number)
+        bar.outline.set_lw(0)
 
     return plots.drawing(draw, title, caption, plots.SMALL)
 
@@ -64,11 +67,9 @@ def line(
     across: str,
     marked: dict[float, str],
 ) -> str:
-    """The loss along a line in weight space."""
-
     def draw(axes: Any) -> str:
         axes.plot(*zip(*points, strict=True), **plots.series(0))
-        axes.set(xlabel=across, ylabel="loss, nats a token")
+        axes.set(xlabel=across, ylabel="loss, nats per token")
         plots.scaled(axes, x="linear", y="linear")
         losses = dict(points)
         return plots.at_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))
@@ -82,25 +83,25 @@ def curves(
     steps: Mapping[str, Sequence[float | None]],
     measured: Mapping[str, Sequence[tuple[int, float, Any]]],
 ) -> str:
-    """Figures over the steps of a run, as means of neighbours if long; held-out ones with bars."""
+    lines = {name: line for name, values in steps.items() if (line := means(values))}
+    heights = [y for one in (*lines.values(), *measured.values()) for _, y, *_ in one]
+    far = title in FALLING and min(heights) > 0 and max(heights) > FAR * min(heights)
 
     def draw(axes: Any) -> None:
         ends = []
-        for n, name in enumerate(dict.fromkeys([*steps, *measured])):
+        for n, (name, line) in enumerate(lines.items()):
             style = plots.series(n)
-            if line := means(steps.get(name, ())):
-                mark = style["marker"] if len(line) == 1 else ""
-                axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
-                ends.append(plots.End(line[-1][1], name, style["color"]))
-            if points := measured.get(name):
-                at, values, intervals = zip(*points, strict=True)
-                axes.errorbar(
-                    at, values, plots.spread(values, intervals), **style | {"linestyle": ":"}
-                )
-                ends.append(plots.End(values[-1], f"{name}, held out", style["color"]))
+            mark = style["marker"] if len(line) == 1 else ""
+            axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
+            ends.append(plots.End(line[-1][1], name, style["color"]))
+        for n, (name, points) in enumerate(measured.items(), len(lines)):
+            style = plots.series(n)
+            at, values, intervals = zip(*points, strict=True)
+            axes.errorbar(at, values, plots.spread(values, intervals), **style | {"linestyle": ":"})
+            ends.append(plots.End(values[-1], f"{name}, held out", style["color"]))
         axes.set(xlabel="step")
         axes.margins(x=0.03)
-        plots.scaled(axes, x="linear", y="linear")
+        plots.scaled(axes, x="linear", y="log" if far else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         plots.at_ends(axes, ends if len(ends) > 1 else [])
 
@@ -109,7 +110,6 @@ def curves(
 
 
 def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
-    """(step, mean) of neighbouring steps, at most POINTS of them."""
     size = max(1, -(-len(values) // POINTS))
     points = []
     for start in range(0, len(values), size):
@@ -122,7 +122,6 @@ def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
 def position(
     title: str, read: Sequence[float], written: Sequence[float], shape: Sequence[int]
 ) -> str:
-    """The energy of an update on each tenth of the base's directions."""
     sides = {"read": (read, shape[1]), "written": (written, shape[0])}
     evenly = {name: min(shape) / size / (len(read) - 1) for name, (_, size) in sides.items()}
 

@@ -1,11 +1,12 @@
-"""The report of `lorafold inspect`: a table for the terminal, and an HTML page with the advice and
-the figures behind it. Both show only figures that the JSON has too.
+"""The report of `lorafold inspect`: a table for the terminal and an HTML page. Both show only
+figures that the JSON contains too.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from math import ceil, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,13 +27,14 @@ from lorafold.inspecting.result import (
 from lorafold.inspecting.subspaces import by_kind, kind_and_block
 from lorafold.inspecting.updates import largest, of_experts, site_of
 
+LEAST = 0.1  # at the end of a scale of phi
 MAPS = {  # heading: figure of a matrix, format
     "Effective rank: directions for 95%": ("effective_rank_95", ".0f"),
     "Size: |dW| over |W0|": ("base.relative_norm", ".1%"),
     "Amplification: |dW| over |Uᵀ W0 V|": ("base.amplification", ".2f"),
     "Intruder dimensions in the top 10": ("intruders", ".0f"),
 }
-RANGED = {  # heading: figure of a matrix, format; of experts with their range
+RANGED = {  # heading: figure of a matrix, format; experts have a range
     "stable": ("stable_rank", ".2f"),
     "|dW|/|W0|": ("base.relative_norm", ".2%"),
     "amplified": ("base.amplification", ".2f"),
@@ -40,7 +42,6 @@ RANGED = {  # heading: figure of a matrix, format; of experts with their range
 
 
 def table(inspection: Inspection) -> str:
-    """The means of each kind of module for the terminal; of experts with their range."""
     lines = []
     for kind, paths in by_kind(inspection.sites).items():
         sites = [inspection.sites[path] for path in paths]
@@ -53,12 +54,10 @@ def table(inspection: Inspection) -> str:
 
 
 def page(inspection: Inspection, path: str | Path) -> None:
-    """Write all figures as one HTML file that needs no other."""
     write_page(f"Inside {Path(inspection.adapter).name}", sections(inspection), path)
 
 
 def sections(inspection: Inspection) -> str:
-    """The content of the page, as HTML: plots, and what its template shows of the figures."""
     sites = inspection.sites
     return rendered(
         "inspecting/inspect.html",
@@ -73,7 +72,7 @@ def sections(inspection: Inspection) -> str:
         against=against,
         positions=[*positions(sites)],
         alike=[
-            plots.heat(f"{kind}, {of.side}", alike(of.phi), of.phi, "block", "block", 0)
+            plots.heat(f"{kind}, {of.side}", alike(of.phi), *apart(of.phi))
             for kind, of in inspection.layers.items()
         ],
         heads=[*heads(sites)],
@@ -83,7 +82,6 @@ def sections(inspection: Inspection) -> str:
 
 
 def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any]:
-    """One figure as a heat map of blocks and kinds of module; of experts the mean."""
     kinds = by_kind(sites)
     by_place = defaultdict(list)
     for path, value in zip(sites, values_of(sites.values(), name), strict=True):
@@ -102,7 +100,6 @@ def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any
 
 
 def spectra(sites: Sites) -> Iterator[str]:
-    """A plot of singular values for each kind of module; of experts those of the largest update."""
     depth = max((kind_and_block(path)[1] or 0 for path in sites), default=0)
     for kind, paths in by_kind(largest(sites)).items():
         if lines := {path: s for path in paths if (s := sites[path].singular_values)}:
@@ -110,7 +107,6 @@ def spectra(sites: Sites) -> Iterator[str]:
 
 
 def paths(measured: LossPaths) -> Iterator[str]:
-    """The plots of the loss along lines in weight space."""
     losses = dict(measured.scaling)
     best = min(losses, key=lambda t: losses[t])
     caption = (
@@ -119,13 +115,12 @@ def paths(measured: LossPaths) -> Iterator[str]:
     )
     yield plots.line("base + t dW", caption, measured.scaling, "t", {0.0: "base", 1.0: "adapter"})
     if measured.between is not None:
-        caption = f"The barrier between them is {measured.barrier:.4f} nats a token."
+        caption = f"The barrier between them is {measured.barrier:.4f} nats per token."
         ends = {0.0: "this", 1.0: "the other"}
         yield plots.line("from this adapter to the other", caption, measured.between, "t", ends)
 
 
 def against(kinds: Mapping[str, KindOverlap], name: str) -> Iterator[str]:
-    """The plots of one side's phi beside a second adapter, by its name in the figures."""
     for kind, grids in kinds.items():
         phi = getattr(grids, name)
         caption = f"{phi[0][0]:.2f} for the strongest of both, {phi[-1][-1]:.2f} for all."
@@ -133,7 +128,6 @@ def against(kinds: Mapping[str, KindOverlap], name: str) -> Iterator[str]:
 
 
 def positions(sites: Sites) -> Iterator[str]:
-    """The plots of the update in the spectrum of the base."""
     known = {path: site.positions for path, site in sites.items() if site.positions}
     for kind, paths in by_kind(known).items():
         read, written = (
@@ -143,8 +137,14 @@ def positions(sites: Sites) -> Iterator[str]:
         yield plots.position(kind, read, written, sites[paths[0]].shape)
 
 
+def apart(phi: Grid) -> tuple[Grid, str, str, int, float]:
+    """The grid without its diagonal, where every block is itself, and how a heat map shows it."""
+    grid = [[nan if i == j else phi[i][j] for j in range(len(phi))] for i in range(len(phi))]
+    most = max((x for line in grid for x in line if x == x), default=1.0)
+    return grid, "block", "block", 0, max(LEAST, ceil(10 * most) / 10)
+
+
 def alike(phi: Grid) -> str:
-    """Which two blocks have the most in common, in a sentence."""
     pairs = {(i, j): phi[i][j] for i in range(len(phi)) for j in range(i)}
     if not pairs:
         return "There is one block."
@@ -154,7 +154,6 @@ def alike(phi: Grid) -> str:
 
 
 def heads(sites: Sites) -> Iterator[str]:
-    """The plots of attention heads."""
     known = {path: site.heads for path, site in sites.items() if site.heads is not None}
     for kind, paths in by_kind(known).items():
         most = max(max(known[path]) for path in paths) or 1
@@ -172,7 +171,6 @@ def heads(sites: Sites) -> Iterator[str]:
 
 
 def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tuple[str, ...]]:
-    """A line for each site of experts."""
     for path, of in of_experts(sites).items():
         phi = overlaps.get(path)
         yield (
@@ -186,7 +184,7 @@ def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tup
 
 
 def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
-    """Yield each table of nearest tokens or vectors: kind of module, side, what, lines."""
+    """Yield (kind of module, side, subject, rows) of each table of nearest tokens or vectors."""
     for sign in ("reads", "writes"):
         for name, near in ((sign, "tokens"), (f"{sign}_vectors", "your vectors")):
             tables = {path: table for path, of in sites.items() if (table := getattr(of, name))}
@@ -202,7 +200,6 @@ def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
 def line(
     path: str, i: int, s: Sequence[float], ends: NearestNeighbours
 ) -> tuple[str, str, NearestNeighbours]:
-    """One direction as a line: block and expert, which direction, neighbours at both ends."""
     block, expert = kind_and_block(path)[1], path.removeprefix(site_of(path)).strip("[]")
     place = ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
     share = s[i] ** 2 / sum(value**2 for value in s)

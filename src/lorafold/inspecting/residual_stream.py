@@ -1,5 +1,5 @@
-"""The modules that read the residual stream h, with the norm before each, and those that write to
-it, found by running a fake model, so that no weights are read.
+"""The modules that read the residual stream h, with the norm before each, and the modules that
+write to it, found by running a fake model, so no weights are read.
 
     x = g * h / |h|_rms (+ b)       a module whose input is the output of a norm reads h; its input
                                     direction v is the direction g * v of h
@@ -11,8 +11,8 @@ Residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer C
     share of head h = |dW_h|^2 / |dW|^2        dW_h: the rows of q, k and v that make head h, or the
                                                columns of the output projection that read it
 
-A projection has heads if its attention has `head_dim` and its side away from the residual stream
-has as many as the configuration has of queries, or of keys and values; fused ones have none.
+A projection has heads if its attention has `head_dim` and if the side away from the residual stream
+has num_attention_heads or num_key_value_heads of them; fused projections have none.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorafold.layers import layer_of
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.quantizations import Storage
 
-OWN_CODE = "transformers_modules"  # where transformers imports the Python files of a model from
+OWN_CODE = "transformers_modules"  # the package of a model's own Python files
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,14 @@ class ResidualStream:
 
     @property
     def final_norm(self) -> str | None:
-        """The path of the norm before the head, or None."""
         return self.readers.get(self.head) or None
 
 
 def stream_of(model: PreTrainedModel) -> ResidualStream:
-    """The modules of the model's residual stream, from a run of a fake model on four tokens."""
+    """Find the modules of the residual stream by running a fake model on four tokens."""
     config = model.config
-    # by a tensor's memory: the norm that computed it, or "" for a block's input, and the tensor, so
-    # that its memory isn't used again
+    # by the address of a tensor's storage: the norm that computed it ("" for a block's input), and
+    # the tensor, so that its storage isn't freed and reused
     outputs = {}
     readers = {}
     seen: set[str] = set()
@@ -100,7 +99,7 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
                 module.register_forward_pre_hook(partial(read, firsts, writes))
         for path in Anatomy.of(twin).blocks:
             twin.get_submodule(path).register_forward_pre_hook(entered)
-        with suppress(RuntimeError):  # fake tensors end the run at code that needs values
+        with suppress(RuntimeError):  # code that needs values fails on fake tensors
             twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
         writers = {
             path
@@ -120,14 +119,14 @@ def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
 
 @dataclass(frozen=True)
 class Heads:
-    """A projection's heads: `n` of `size` each, on the side that it writes (`out`), or reads."""
+    """The heads of a projection: `n` of `size` each, on its output (`out`) or input side."""
 
     n: int
     size: int
     out: bool
 
     def shares(self, svd: Svd) -> list[float]:
-        """The share of the update's energy at each head; all are 0 for an update that is 0."""
+        """The share of the update's energy at each head; zeros for a zero update."""
         side = svd.u if self.out else svd.v  # (n * size, k)
         energy = ((side * svd.s) ** 2).sum(1).reshape(self.n, self.size).sum(1)
         whole = float(energy.sum())
@@ -135,7 +134,6 @@ class Heads:
 
 
 def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, Heads], list[str]]:
-    """The heads of each projection by path, and the paths of fused projections."""
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None)
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}
@@ -156,7 +154,6 @@ def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, 
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a module's matrix, or of experts' matrices; () for a module without one."""
     try:
         return tuple(layer_of(module).shape)
     except NotMergeable:

@@ -1,11 +1,11 @@
-"""The best LoRA of a rank for an update: that of an adapter, or the difference of two models.
+"""The best LoRA of a rank for an adapter's update, or for the difference of two models.
 
     dW ~ B A,   B = U sqrt(S) (out, r), A = sqrt(S) V^T (r, in), where U S V^T are the r largest
                 singular values of dW with their vectors
     error       |dW - B A| / |dW|, the least for any B A (Eckart and Young 1936); |.| Frobenius
 
-The result is plain LoRA with scale 1 (alpha = r at every site). Trained biases, modules to save and
-embeddings of tokens are copied unchanged. Each matrix of experts has its own best factors.
+The result is plain LoRA with scale 1 (alpha = r for every module). Biases, saved modules and token
+embeddings are copied unchanged. Each matrix of experts has its own factors.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ Cuts = dict[str, tuple[int, float, float]]  # rank, squared norms of the error a
 
 @dataclass(frozen=True)
 class Resized(ShownInNotebooks):
-    """A written adapter: rank and relative error by matrix, and of all; `left_out` has the relative
-    difference of other tensors, and `losses` the loss before and after.
+    """The written adapter. `sites` contains the rank and relative error of each matrix, `left_out`
+    the relative difference of other tensors, `losses` the loss before and after.
     """
 
     sites: dict[str, dict[str, float]]
@@ -76,7 +76,6 @@ class Resized(ShownInNotebooks):
 
 
 def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resized:
-    """The result for the adapter in the directory `out`."""
     sites = {
         path: {"rank": rank, "error": _root(lost, whole)}
         for path, (rank, lost, whole) in cuts.items()
@@ -86,7 +85,6 @@ def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resiz
 
 
 def check_request(rank: int | None, energy: float | None) -> None:
-    """Raise LorafoldError unless exactly one is given, and an energy is a share."""
     if (rank is None) == (energy is None):
         found = "neither" if rank is None else "both"
         raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
@@ -103,7 +101,6 @@ def resize(
     energy: float | None = None,
     overwrite: bool = False,
 ) -> Resized:
-    """Write the best LoRA of a rank, or of the smallest ranks that keep a share of the energy."""
     check_request(rank, energy)
     check_out(out, overwrite)
     check_not_replaced(out, [one.path for one in stack])
@@ -130,7 +127,7 @@ def resize(
     record = {TRAINED_ON: None, **saved.record}
     record = {key: value for key, value in record.items() if key not in (BASE, "lorafold")}
     if adapter.other_base:
-        # updates that are added to weights are in the files alone, whatever base they lie over
+        # an additive update does not depend on the base
         added = all(isinstance(delta, Additive) for delta in adapter.own_deltas.values())
         other = {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
         record |= {BASE: saved.own_base.fingerprint} if added else other
@@ -143,7 +140,6 @@ def resize(
 def extract(
     base: Base, tuned: Base, out: str | Path, *, rank: int, overwrite: bool = False
 ) -> Resized:
-    """Write the best LoRA for the difference of a fine-tuned model and its base."""
     check_out(out, overwrite)
     check_not_replaced(out, [base.source.path, tuned.source.path])
     models = base.mapped().model, tuned.mapped().model
@@ -186,7 +182,7 @@ def extract(
 
 
 def _difference(cuts: Cuts, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
-    """The best factors for one matrix, (out, r) and (r, in); r = 0 where nothing changed."""
+    """The best factors of one matrix, (out, r) and (r, in); r = 0 if nothing changed."""
     dw = tuned.float() - w.float()
     if not (whole := _squares(dw)):
         return dw.new_zeros(len(dw), 0), dw.new_zeros(0, dw.shape[1])
@@ -197,7 +193,9 @@ def _difference(cuts: Cuts, name: str, w: Tensor, tuned: Tensor, rank: int) -> F
 
 @torch.no_grad()
 def as_lora(adapter: Adapter, factors: SiteFactors) -> Adapter:
-    """The adapter with LoRA instead of its method; its biases, whole modules and tokens stay."""
+    """Replace the adapter's method by LoRA with these factors; biases, saved modules and tokens
+    stay.
+    """
     spec = of_ranks({path: max(a.shape[-2], 1) for path, (_, a) in factors.items()})
     modules = adapter.sites
     for path, (b, a) in factors.items():

@@ -1,5 +1,5 @@
-"""What `lf.inspect` returns. The fields are the keys of `lorafold inspect --json`; figures in
-`FLAT` stand beside those of the object that has them there, and what was not measured is left out.
+"""The result of `lf.inspect`. The fields are the keys of `lorafold inspect --json`, but the objects
+in `FLAT` are merged into their parents, and optional fields that are None are left out.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ FLAT = ("base", "positions", "pooled")
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A token, or one of the user's vectors, and its cosine to a direction."""
-
     name: str
     cosine: float
 
 
 @dataclass(frozen=True)
 class NearestNeighbours:
-    """The vectors with the largest and with the smallest cosine to a direction."""
-
     positive: list[Neighbour]
     negative: list[Neighbour]
 
 
 @dataclass(frozen=True)
 class BaseFigures:
-    """An update beside its base weight. A ratio is None where the update or the base is zero."""
+    """An update compared with its base weight. Ratios are None if one of them is zero."""
 
     norm: float
     base_norm: float
@@ -47,7 +43,9 @@ class BaseFigures:
 
 @dataclass(frozen=True)
 class SpectrumPositions:
-    """The energy on each tenth of the base's directions and outside, and the base's norm there."""
+    """The update's energy on each tenth of the base's directions and outside of them, and the
+    base's norm in its own top directions.
+    """
 
     position_written: list[float]
     position_read: list[float]
@@ -56,7 +54,7 @@ class SpectrumPositions:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFigures:
-    """One matrix's update; `rank` is the numerical one if the method has no factors."""
+    """The update of one matrix; `rank` is the numerical rank if the method has no factors."""
 
     rank: int
     numerical_rank: int
@@ -87,7 +85,7 @@ Sites = Mapping[str, MatrixFigures]  # by module path, or the name of a matrix o
 
 @dataclass(frozen=True)
 class PooledRank:
-    """One rank for all sites that holds 95% of the energy, the advised one, and its loss."""
+    """The common rank that keeps 95% of the energy, the advised rank, and its loss."""
 
     rank_95: int
     advised_rank: int
@@ -96,7 +94,7 @@ class PooledRank:
 
 @dataclass(frozen=True)
 class AdapterFigures:
-    """Means and medians over the sites; `rank` is None where they have different ones."""
+    """Means and medians over the modules; `rank` is None if they have different ranks."""
 
     sites: int
     rank: int | None
@@ -113,8 +111,6 @@ class AdapterFigures:
 
 @dataclass(frozen=True)
 class LayerOverlap:
-    """phi of the top directions of every two blocks, on one side of a kind of module."""
-
     side: str
     layers: list[str]
     phi: Grid
@@ -122,8 +118,6 @@ class LayerOverlap:
 
 @dataclass(frozen=True)
 class ExpertOverlap:
-    """phi of the top directions of every two experts of a site: mean, lowest and highest."""
-
     side: str
     experts: int
     phi: float
@@ -146,7 +140,7 @@ class UpdateOverlap:
 
 @dataclass(frozen=True)
 class KindOverlap:
-    """phi[i][j] of the first i + 1 and j + 1 directions, as a mean over a kind of module."""
+    """phi[i][j] of the first i + 1 and j + 1 directions, averaged over a kind of module."""
 
     phi_read: Grid
     phi_written: Grid
@@ -154,8 +148,6 @@ class KindOverlap:
 
 @dataclass(frozen=True)
 class AdapterOverlap:
-    """The comparison with a second adapter, at the matrices that both change."""
-
     adapter: str
     sites: dict[str, UpdateOverlap]
     kinds: dict[str, KindOverlap]
@@ -165,8 +157,6 @@ class AdapterOverlap:
 
 @dataclass(frozen=True)
 class LossPaths:
-    """The loss along base + t dW and, with a second adapter, from the first to the second."""
-
     rows: int
     scaling: Sequence[Point]
     between: Sequence[Point] | None = None
@@ -175,15 +165,14 @@ class LossPaths:
 
 @dataclass(frozen=True)
 class Inspection(ShownInNotebooks):
-    """The figures of one adapter; `lorafold.inspecting` defines each.
+    """The figures of one adapter.
 
-    `sites` has the figures of every module path, and of each matrix of experts as
-    `...gate_up_proj[3]`; `whole` those of all sites together, `beside` the number of deltas that
-    are not measured, `layers` the overlaps of the blocks' top directions, and `advice` the
-    conclusions in sentences. `over` is None for an adapter over the bare base, `against` without a
-    second adapter, `paths` without data; without experts so are `experts`, the overlaps of their
-    top directions, and `experts_left_out`, which of them have tokens. `heads_left_out` says which
-    projections of an attention have no heads, `tokens_left_out` why no site has tokens.
+    `sites` has the figures of each module path, or matrix of experts as in `...gate_up_proj[3]`;
+    `whole` of all modules together; `beside` the number of deltas without figures, by class.
+    `layers` and `experts` are overlaps of the top directions of blocks and experts, `chance_cosine`
+    the cosine of a random direction to its nearest token, `advice` the conclusions. Without base
+    adapters, a second adapter or data, `over`, `against` or `paths` is None. `tokens_left_out`,
+    `heads_left_out` and `experts_left_out` are reasons for missing figures.
     """
 
     adapter: str

@@ -1,4 +1,4 @@
-"""Figures of an update's singular values, and of its directions beside the base's.
+"""Figures of an update's singular values, and of its directions relative to the base.
 
     energy            s_i^2 / |dW|^2, |.| the Frobenius norm
     effective rank p  the smallest number of directions that hold the share p of the energy
@@ -15,12 +15,12 @@
                       directions of the base
     position          p_j = sum_i s_i^2 (u_i . u0_j)^2 / sum_i s_i^2, and the same with v: how the
                       update's energy is distributed over W0's singular directions
-    intruders         those of the top 10 left singular vectors of W0 + dW with |cos| < 0.5 to every
-                      u0_j; Shuttleworth et al. 2024, arXiv 2410.21228
+    intruders         the top 10 left singular vectors of W0 + dW with |cos| < 0.5 to every u0_j;
+                      Shuttleworth et al. 2024, arXiv 2410.21228
 
-phi, projection and position: Hu et al. 2021, arXiv 2106.09685, section 7. The paper takes phi of
-the factor A; here it is that of dW on both sides, which does not depend on how a method
-parametrizes dW. SpectrumPositions and intruders take the SVD of every W0, which is cached.
+phi, projection and position: Hu et al. 2021, arXiv 2106.09685, section 7. Unlike the paper's, phi
+is computed from dW on both sides and not from the factor A, so it does not depend on how a method
+parametrizes dW. Positions and intruders need the SVD of every W0, which is cached.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def entropy_rank(s: Tensor) -> float:  # (k,)
 
 
 def pooled(s: Sequence[Tensor]) -> PooledRank:  # (k,) for each site
-    """The rank that is enough if all sites are cut to it: 1, 2 or a multiple of 4 is advised."""
+    """The rank that is enough if all modules are cut to it, and the advised one: 1, 2 or a multiple
+    of 4.
+    """
     energies = pad_sequence(list(s), batch_first=True).double().square().sum(0)
     total = float(energies.sum())
 
@@ -79,7 +81,7 @@ def pooled(s: Sequence[Tensor]) -> PooledRank:  # (k,) for each site
 
 
 def advice(nominal: int | None, pooled_rank: PooledRank) -> str:
-    """The pooled rank as a sentence; `nominal` is None if the adapter has no single rank."""
+    """A sentence on the pooled rank; `nominal` is None if the adapter has no single rank."""
     if not pooled_rank.rank_95:
         return "the update is zero: training changed nothing"
     enough, advised = pooled_rank.rank_95, pooled_rank.advised_rank
@@ -102,8 +104,8 @@ def phi(a: Tensor, b: Tensor) -> Tensor:  # (n, i), (n, j), orthonormal columns 
 
 
 def against_base(svd: Svd, w: Tensor, directions: int | None = None) -> BaseFigures:
-    """An update beside its base weight w (out, in). Projection and amplification are of the
-    strongest directions: all of a square matrix would be the whole space.
+    """An update compared with its base weight w (out, in). Projection and amplification use the
+    strongest directions, because all directions of a square matrix span the whole space.
     """
     top = svd.top(len(svd.s) if directions is None else directions)
     size, base_size = map(torch.linalg.vector_norm, (svd.s, w))
@@ -134,7 +136,7 @@ BINS = 10
 TOP, COSINE = 10, 0.5
 FILE = "svd.safetensors"
 DIGITS = 32
-CODE = ("inspecting/spectra", "inspecting/updates")  # that decomposes W0
+CODE = ("inspecting/spectra", "inspecting/updates")  # cached SVDs depend on this code
 
 
 def cached_svd(w: Tensor) -> Svd:  # (out, in)
@@ -153,14 +155,16 @@ def cached_svd(w: Tensor) -> Svd:  # (out, in)
 
 
 def position(vectors: Tensor, s: Tensor, base: Tensor) -> list[float]:  # (n, k), (k,), (n, m)
-    """Shares of the update's energy on each tenth of W0's directions, and outside of all."""
+    """The shares of the update's energy on each tenth of W0's directions, and outside of them."""
     p = (base.t() @ vectors).square() @ s.square() / s.square().sum()
     edges = [round(i * len(p) / BINS) for i in range(BINS + 1)]
     return [float(p[a:b].sum()) for a, b in pairwise(edges)] + [max(0.0, 1 - float(p.sum()))]
 
 
 def intruders(base: Svd, w: Tensor, update: Svd) -> int:  # w (out, in)
-    """The number of intruder dimensions: top singular vectors of w + dW that are like none of w."""
+    """The number of intruder dimensions: top singular vectors of w + dW that are similar to none of
+    w.
+    """
     tuned = of_dense(w + update.dense()).top(TOP)
     return int(((base.u.t() @ tuned.u).abs().amax(0) < COSINE).sum())
 

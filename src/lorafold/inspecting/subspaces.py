@@ -1,5 +1,5 @@
-"""How far two adapters, two blocks or two experts change the same directions: cosine and phi
-(`spectra`; Hu et al. 2021, arXiv 2106.09685, sec. 7).
+"""Overlap of the directions that two adapters, blocks or experts change: cosine and phi (`spectra`;
+Hu et al. 2021, arXiv 2106.09685, sec. 7).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lorafold.inspecting.result import (
 from lorafold.inspecting.spectra import phi
 from lorafold.inspecting.updates import Svds, of_experts, site_of
 
-SHOWN = 64  # the most directions of each adapter in a heat map
-TOP = 4  # directions of each block, or expert, that are compared with those of the others
+SHOWN = 64  # directions of each adapter in a heat map, at most
+TOP = 4  # directions of each block or expert that are compared
 
 
 def kind_and_block(path: str) -> tuple[str, int | None]:
@@ -35,7 +35,6 @@ def kind_and_block(path: str) -> tuple[str, int | None]:
 
 
 def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The module paths of each kind (the name within the block), in the order of the blocks."""
     kinds = defaultdict(list)
     for path in paths:
         kinds[kind_and_block(path)[0]].append(path)
@@ -43,7 +42,6 @@ def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
-    """Two adapters at the matrices that both change; `name` is that of the second."""
     sites, by_kind = {}, defaultdict(list)
     for path, x in a.items():
         if path not in b or not (len(x.s) and len((y := b[path]).s)):
@@ -72,7 +70,6 @@ SIDES = {"read": ("readers", "v"), "written": ("writers", "u")}
 
 
 def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]:
-    """phi of the top directions of every two blocks, by kind; experts are left out."""
     overlaps = {}
     single = [path for path, svd in svds.items() if len(svd.s) and site_of(path) == path]
     for kind, paths in by_kind(single).items():
@@ -85,7 +82,7 @@ def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]
 
 
 def across_experts(svds: Svds, stream: ResidualStream) -> dict[str, ExpertOverlap]:
-    """phi of the top directions of every two experts: near 1 if they change the same."""
+    """phi of the top directions of every two experts; near 1 if they change the same directions."""
     overlaps = {}
     changed = {name: svd for name, svd in svds.items() if len(svd.s)}
     for site, experts in of_experts(changed).items():
@@ -110,7 +107,6 @@ def _pairs(top: Sequence[Tensor]) -> Tensor:
 
 
 def _mean(grids: Sequence[Tensor]) -> Grid:
-    """The mean of the grids, each cut to the shape that all have."""
     i, j = (min(g.shape[side] for g in grids) for side in (0, 1))
     mean = torch.stack([g[:i, :j] for g in grids]).mean(0)
     return [[round(x, 4) for x in line] for line in mean.tolist()]

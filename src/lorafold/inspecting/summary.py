@@ -1,4 +1,4 @@
-"""The advice of `lorafold inspect`: what its figures say, in a sentence or two for each kind."""
+"""The advice of `lorafold inspect`: a sentence or two on each kind of figure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from lorafold.inspecting.result import (
 from lorafold.inspecting.spectra import COSINE, TOP, advice
 from lorafold.inspecting.updates import of_experts
 
-INDIFFERENT = 0.1  # a strength between 1 - this and 1 + this is no preference
+INDIFFERENT = 0.1  # strengths within 1 +- this count as no preference
 
 
 def sentences(
     whole: AdapterFigures, sites: Sites, chance: Mapping[str, float], against: AdapterOverlap | None
 ) -> list[str]:
-    """One sentence or two on each kind of figure that was measured."""
     changed = [site for site in sites.values() if site.numerical_rank]
     if not changed:
         return ["The update is zero everywhere: this adapter changes nothing."]
@@ -41,7 +40,6 @@ def sentences(
 
 
 def of_base(whole: AdapterFigures, sites: Sequence[MatrixFigures]) -> str:
-    """The size of the update relative to the base."""
     bases = [site.base for site in sites]
     known = [b.projection / b.random_projection for b in bases if b.random_projection]
     if not known or whole.amplification is None:
@@ -55,7 +53,6 @@ def of_base(whole: AdapterFigures, sites: Sequence[MatrixFigures]) -> str:
 
 
 def of_strength(sites: Sequence[MatrixFigures]) -> str:
-    """Whether the update changes weak or strong directions of the base; empty for a zero base."""
     both = [(site.base.strength_read, site.base.strength_written) for site in sites]
     known = [[one for one in side if one is not None] for side in zip(*both, strict=True)]
     if not all(known):
@@ -75,7 +72,6 @@ def of_strength(sites: Sequence[MatrixFigures]) -> str:
 
 
 def of_tokens(sites: Sequence[MatrixFigures], chance: Mapping[str, float]) -> str:
-    """The cosine of the token nearest to the strongest direction, where tokens are known."""
     parts = []
     for verb, side in (("reads", "read"), ("writes", "written")):
         strongest = [tables[0] for site in sites if (tables := getattr(site, verb))]
@@ -92,7 +88,6 @@ def of_tokens(sites: Sequence[MatrixFigures], chance: Mapping[str, float]) -> st
 
 
 def of_evenness(sites: Sites) -> str:
-    """How evenly the experts changed; empty without experts."""
     by_site = [[figures.base.norm for figures in of] for of in of_experts(sites).values()]
     norms = [norm for of in by_site for norm in of]
     if not any(norms):
@@ -106,7 +101,6 @@ def of_evenness(sites: Sites) -> str:
 
 
 def of_heads(sites: Sites) -> str:
-    """Where the update of one head stands out most; empty without heads."""
     heads = {path: site.heads for path, site in sites.items() if site.heads}
     known = [(max(shares), path, shares) for path, shares in heads.items() if any(shares)]
     if not known:
@@ -120,7 +114,6 @@ def of_heads(sites: Sites) -> str:
 
 
 def of_position(sites: Sequence[MatrixFigures]) -> str:
-    """The update in the spectrum of the base; empty where that was not measured."""
     known = [(site.base.projection, site.shape, at) for site in sites if (at := site.positions)]
     if not known:
         return ""
@@ -139,7 +132,6 @@ def of_position(sites: Sequence[MatrixFigures]) -> str:
 
 
 def of_intruders(counts: Sequence[int]) -> str:
-    """The number of intruder dimensions of each site; empty where they were not counted."""
     if not counts:
         return ""
     return (
@@ -150,7 +142,6 @@ def of_intruders(counts: Sequence[int]) -> str:
 
 
 def of_other(against: AdapterOverlap | None) -> str:
-    """The comparison with a second adapter; empty without one."""
     if against is None:
         return ""
     sites = against.sites.values()
@@ -172,7 +163,6 @@ def of_other(against: AdapterOverlap | None) -> str:
 
 
 def of_paths(paths: LossPaths) -> list[str]:
-    """The loss along lines in weight space."""
     losses = dict(paths.scaling)
     best, lowest = min(paths.scaling, key=lambda point: point[1])
     size = "smaller" if best < 1 else "larger"

@@ -8,7 +8,7 @@ Highly Interpretable").
         so g' * u, with the gain g' of the final norm, is compared with the unembedding E'
 
 The entries of v at the embedding and of u at the head are tokens already. A pair u, v is unique up
-to a common sign, so both ends are shown. The norm's division by |h| and mean are ignored.
+to a common sign, so both ends are shown. The norm's division by |h| and its mean are ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorafold.inspecting.result import NearestNeighbours, Neighbour
 from lorafold.inspecting.updates import Svds, site_of
 from lorafold.models.weights import FileWeights
 
-DIRECTIONS = 3  # the strongest directions of a module, which are shown
+DIRECTIONS = 3  # the strongest directions of a module that are shown
 RANDOM = 64  # random directions to compare with
 SHOWN = 6  # tokens at each end of a direction
 VECTORS = 10  # the user's vectors with the largest shares of a module's update
@@ -44,8 +44,6 @@ class Near:
     bottom: tuple[Tensor, Tensor]
 
     def named(self, name: Callable[[int], str]) -> list[NearestNeighbours]:
-        """The two ends of each direction, with the name of each index; the values are cosines."""
-
         def end(values: Tensor, indices: Tensor) -> list[list[Neighbour]]:
             pairs = zip(indices.t().tolist(), values.t().tolist(), strict=True)
             return [[Neighbour(name(i), v) for i, v in zip(*pair, strict=True)] for pair in pairs]
@@ -70,13 +68,13 @@ def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:  #
 
 
 def mean_nearest(vectors: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
-    """The mean cosine of random directions to the nearest vector, for comparison."""
+    """The mean cosine of random directions to the nearest vector, as a baseline."""
     directions = torch.randn(vectors.shape[1], RANDOM, generator=torch.Generator().manual_seed(0))
     return float(nearest(vectors, scaled(directions, through), 1).top[0].mean())
 
 
 def scaled(directions: Tensor, through: Tensor | None) -> Tensor:  # (d, n), (d,) -> (d, n)
-    """The directions as a norm with the gain `through` passes them on; None is no norm."""
+    """The directions after a norm with the gain `through`; None means no norm."""
     return directions if through is None else through[:, None] * directions
 
 
@@ -98,7 +96,6 @@ class Directions:
 def sides_of(
     model: PreTrainedModel, stream: ResidualStream, svds: Svds
 ) -> dict[str, dict[str, Directions]]:
-    """The sides that read or write tokens or the residual stream, by verb and path."""
     reads, writes = {}, {}
     for path, svd in svds.items():
         norm = stream.readers.get(site_of(path))
@@ -120,7 +117,6 @@ def tables(
     through: Tensor | None,  # (d,)
     name: Callable[[int], str],
 ) -> dict[str, list[NearestNeighbours]]:
-    """The nearest vectors to the first directions of each side, in one pass over the vectors."""
     top = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items()}
     named_by_path = {
         path: extremes(top[path]).named(name) for path, side in sides.items() if side.of_tokens

@@ -2,9 +2,9 @@
 
     dW = U S V^T       U (out, k), S (k,) in descending order, V (in, k)
 
-The matrices of experts are taken one by one, as in `...gate_up_proj[3]`. A product is decomposed
-from its factors (`ops.svd.svd_of_product`), in O((out + in) r^2); other updates are built as dense
-matrices. The base's weights stay in their mapped files until a figure needs one.
+Each matrix of experts is separate, as in `...gate_up_proj[3]`. A product is decomposed from its
+factors (`ops.svd.svd_of_product`), in O((out + in) r^2); other updates are built as dense matrices.
+The base's weights stay in their mapped files until a figure needs one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from lorafold.ops.svd import svd_of_product
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
-# of a matrix: up (out, r), with every scale in it, and down (r, in); of several (E, out, r) and
-# (E, r, in); r = 0 for an update that is zero
+# up (out, r), which includes every scale, and down (r, in); for experts (E, out, r) and (E, r, in);
+# r = 0 for a zero update
 Factors = tuple[Tensor, Tensor]
 SiteFactors = Mapping[str, Factors]  # by module path
 T = TypeVar("T")
@@ -48,7 +48,6 @@ class Svd:
     v: Tensor
 
     def top(self, k: int) -> Svd:
-        """The first k directions, as views."""
         return Svd(self.u[:, :k], self.s[:k], self.v[:, :k])
 
     def factors(self, rank: int) -> Factors:
@@ -65,17 +64,14 @@ Svds = Mapping[str, Svd]  # by the name of the matrix
 
 
 def matrix_names(path: str, matrices: Sequence[int]) -> list[str]:
-    """The names of the matrices at a site."""
     return [f"{path}[{e}]" for e in range(matrices[0])] if matrices else [path]
 
 
 def site_of(name: str) -> str:
-    """The site of a matrix, by its name."""
     return name.partition("[")[0]
 
 
 def by_site(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of the matrices of each site."""
     sites = defaultdict(list)
     for name in names:
         sites[site_of(name)].append(name)
@@ -83,42 +79,37 @@ def by_site(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def of_experts(values: Mapping[str, T]) -> dict[str, list[T]]:
-    """The values of the matrices of experts, by their site."""
+    """The values of experts' matrices by module; modules without experts are left out."""
     sites = {site: names for site, names in by_site(values).items() if names != [site]}
     return {site: [values[name] for name in names] for site, names in sites.items()}
 
 
 def largest(figures: Sites) -> list[str]:
-    """The name of one matrix for each site; of experts, the one that changed most."""
+    """The name of one matrix per module; for experts, the one with the largest update."""
     return [max(names, key=lambda n: figures[n].base.norm) for names in by_site(figures).values()]
 
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One module, or the matrices of experts, with the delta that is attached to it."""
-
     path: str
     delta: Delta
     layer: Layer
 
     @property
     def names(self) -> list[str]:
-        """The names of its matrices."""
         return matrix_names(self.path, self.layer.matrices)
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 (out, in) of each matrix by name, as in training, with the adapters below in it."""
+        """W0 (out, in) of each matrix by name, as in training, with the adapters below merged."""
         return dict(zip(self.names, unstacked(self.layer.dense()[0].detach()), strict=True))
 
     @cached_property
     def rank(self) -> int | None:
-        """The nominal rank, or None for a delta without factors."""
         factors = self.delta.factors()
         return None if factors is None else factors[1].shape[-2]
 
     @property
     def changes_bias(self) -> bool:
-        """Whether folding changes the layer's bias too."""
         bias = self.layer.bias
         return (
             self.delta.factors() is None
@@ -128,7 +119,7 @@ class AdaptedModule:
 
     @torch.no_grad()
     def parts(self) -> Iterator[tuple[str, Svd]]:
-        """Yield the name and the SVD of each matrix's update, computed each time."""
+        """The name and the SVD of each matrix's update, computed on each call."""
         if (factors := self.delta.factors()) is not None:
             svds = map(of_factors, *(unstacked(factor.detach()) for factor in factors))
             return zip(self.names, svds, strict=True)
@@ -140,7 +131,7 @@ class AdaptedModule:
 
 
 def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
-    """Yield the modules with deltas of the adapter's method, without biases, tokens and so on."""
+    """Yield the modules with deltas of the adapter's method, without biases and tokens."""
     modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
         layer = modules[path].layer(ROUND_TRIP, *below)
@@ -155,25 +146,24 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
 
 
 def load_below(model: nn.Module, base: Base, stack: Sequence[SavedAdapter]) -> tuple[str, ...]:
-    """Load the adapters below the last of a stack, and return their names on the model."""
+    """Load the adapters below the last of a stack; returns their names on the model."""
     attach_as_trained(model, base.source, base.storage, stack)
     below = load_all(model, stack[:-1], "over", allow_other_base=base.allow_other_base)
     return tuple(adapter.name for adapter in below)
 
 
 def unstacked(w: Tensor) -> Sequence[Tensor]:
-    """The matrices of w (E, ., .), as views, or w (., .) itself."""
+    """The matrices of w (E, ., .) as views, or w (., .) itself."""
     return w.unbind() if w.dim() == 3 else (w,)
 
 
 def padded(factors: Factors, rank: int) -> Factors:
-    """The same product, of a higher rank."""
     up, down = factors
     return F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2]))
 
 
 def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
-    """The factors of a site: of its matrix, or (E, out, r) and (E, r, in), padded with zeros."""
+    """The factors of a module: of its matrix, or (E, out, r) and (E, r, in), padded with zeros."""
     if not matrices:
         return factors[0]
     rank = max(len(down) for _, down in factors)
@@ -183,7 +173,7 @@ def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
 
 @torch.no_grad()
 def lora_of(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
-    """A new LoRA of scale 1 with these factors by module path; rank 0 changes nothing."""
+    """A new LoRA of scale 1 with these factors; rank 0 changes nothing."""
     spec = of_ranks({path: max(down.shape[-2], 1) for path, (_, down) in factors.items()})
     adapter = attach(model, spec, Matches({path: (path,) for path in factors}), name)
     for path, delta in adapter.own_deltas.items():
@@ -192,14 +182,13 @@ def lora_of(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
 
 
 def put_factors(delta: Delta, factors: Factors) -> None:
-    """Give a new LoRA its factors; without a rank it stays one that changes nothing."""
     if factors[1].shape[-2]:
         for leaf, value in zip(("B", "A"), factors, strict=True):
             put(delta, leaf, value)
 
 
 def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
-    """The SVD of up @ down, which is never computed."""
+    """The SVD of up @ down, without computing the product."""
     with one_thread():
         u, s, vt = svd_of_product(up, down)
     return _significant(u, s, vt.t(), max(len(up), down.shape[1]) * torch.finfo(torch.float64).eps)
@@ -207,8 +196,8 @@ def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A context in which torch uses one thread: 224 sites of Llama-2-7B at r=16 take 2 s with one
-    and, on two busy cores, 4 to 49 s with two.
+    """Run torch on one thread, because two threads are 2 to 20 times as slow for many small SVDs
+    when both cores are busy.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -219,7 +208,7 @@ def one_thread() -> Iterator[None]:
 
 
 def of_dense(dw: Tensor) -> Svd:  # (out, in)
-    """The SVD of a matrix, where that of a product is (`ops.svd`)."""
+    """The SVD of a matrix; a matrix on MPS is moved to the CPU first."""
     dw = dw.cpu() if dw.device.type == "mps" else dw
     u, s, vt = torch.linalg.svd(dw, full_matrices=False)
     return _significant(u, s, vt.t(), max(dw.shape) * torch.finfo(dw.dtype).eps)

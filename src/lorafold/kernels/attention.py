@@ -1,13 +1,6 @@
-"""Attention inside documents in C++ (`attention.cpp`): one call for all documents of a layer.
+"""Attention within documents in C++ (`attention.cpp`): one call for all documents of a layer.
 
-The tiles of `lorafold.ops.attention` are some twenty calls each, and make the product's library
-compile a kernel for every length. Here the products are in fp32, whose rate is that of such small
-matrices in 16 bits, or in bf16 by matrix units (AMX). Forward and backward in SmolLM2's shape:
-five documents of 110 to 298 tokens, bf16, 10.7 ms where tiles take 15.6; four of 256: 10.0 and 9.6;
-one of 2048: 117 and 110 (two cores of an AMD EPYC, Zen 5). Eight completions of 64 after a prompt
-of 38, fp32: 10.3 and 29.1, one of 1024: 97 and 170 (one core of an AMD EPYC with AVX2). By matrix
-units, bf16: eight of 500: 34 and 123, 62 in fp32; one of 4096: 242 and 509 (two cores of a Xeon;
-`benchmarks/attention.py`).
+Matmuls are in fp32, which is as fast as 16 bits for such small matrices, or in bf16 with AMX.
 """
 
 from __future__ import annotations
@@ -23,12 +16,12 @@ from lorafold.kernels.compiling import INT, F, Functions, N, P, supported
 from lorafold.ops.attention import Scores
 from lorafold.ops.packed_documents import Documents
 
-SIZES = [P, *[N] * 7, P, P, F, F, F, INT]  # from the table of documents on
+SIZES = [P, *[N] * 7, P, P, F, F, F, INT]  # parameters from the table of documents on
 SIGNATURES = {"attend": [*[P] * 4, *SIZES], "attend_backward": [*[P] * 9, *SIZES]}
 
 
 class _CppAttention:
-    """The operations of attention by their names, with the parameters of their plain forms."""
+    """Attention's operations by name, with the parameters of the plain versions."""
 
     def __init__(self) -> None:
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES)
@@ -73,6 +66,6 @@ class _CppAttention:
 
 
 def _parts(docs: Documents, q: Tensor, k: Tensor) -> int:
-    """Into how many the queries of a head of keys are divided, so that all threads have some."""
+    """Returns into how many parts the queries of a key head are divided to occupy all threads."""
     few = len(docs.lens) * k.shape[1] < 2 * torch.get_num_threads()
     return q.shape[1] // k.shape[1] if few else 1

@@ -1,9 +1,5 @@
-"""Compiles a file of C++ for this processor and loads it; the library is kept in the cache.
-
-    call = Functions(SOURCE, {"rotary": [P, P, N, INT]})
-    call("rotary", x.dtype, x, out, n, threads)         its rotary_float32 or rotary_bfloat16
-
-That takes some seconds, once for each processor, compiler and version of the file.
+"""Compiles a C++ file for this processor and loads it; the library is cached. Compilation takes
+seconds, once for each processor, compiler and version of the file.
 """
 
 from __future__ import annotations
@@ -40,12 +36,8 @@ class Unavailable(LorafoldError):
 
 
 class Functions:
-    """The functions of a file of C++ that end on the name of a dtype. Raises Unavailable where it
-    can't be compiled.
-
-    Args:
-        signatures: the types of their parameters, by name.
-        half: those that there are in bfloat16 alone.
+    """C++ functions with a suffix per dtype. `signatures` are types of parameters by name; `half`
+    are functions for bfloat16 only. Raises Unavailable if compilation fails.
     """
 
     def __init__(
@@ -61,7 +53,7 @@ class Functions:
                 self._found[name, dtype] = function, pointers
 
     def __call__(self, name: str, dtype: torch.dtype, *parts: Any) -> None:
-        """Call a function with numbers and with the addresses of tensors, or None for no tensor."""
+        """Calls a function with numbers and the addresses of tensors, or None."""
         function, pointers = self._found[name, dtype]
         arguments = [*parts]
         for i in pointers:
@@ -70,7 +62,8 @@ class Functions:
 
 
 def supported(*tensors: Tensor, dense: bool = False) -> bool:
-    """Whether all are on the CPU and of one of DTYPES, and contiguous if `dense`."""
+    """Whether tensors of any shape are on the CPU and of one of DTYPES, and contiguous if `dense`.
+    """
     dtype = tensors[0].dtype
     if dtype not in DTYPES:
         return False
@@ -81,10 +74,8 @@ def supported(*tensors: Tensor, dense: bool = False) -> bool:
 
 
 def load_library(source: Path) -> ctypes.PyDLL:
-    """The library of a file of C++, compiled if it is not in the cache. Its calls keep the
-    interpreter's lock, since they take microseconds.
-
-    Raises Unavailable without a C++ compiler, OpenMP, or a cache that can be written.
+    """Loads a C++ file's library, compiled if it is not cached. Calls keep the GIL, since they take
+    microseconds. Raises Unavailable without a C++ compiler, OpenMP or a writable cache.
     """
     library = _compiled(source)
     try:
@@ -105,7 +96,7 @@ def _compiled(source: Path) -> Path:
     def write(folder: Path) -> None:
         target, part = folder / f"{source.stem}.so", folder / f"{source.stem}.o"
         _run([*compiler, *FLAGS, f"-I{HEADERS}", "-c", str(source), "-o", str(part)])
-        # without -fopenmp, so that it runs on the threads that torch has loaded
+        # without -fopenmp, so that it uses the OpenMP library that torch has loaded
         _run([*compiler, "-shared", str(part), "-o", str(target)])
         part.unlink()
 
@@ -113,7 +104,7 @@ def _compiled(source: Path) -> Path:
 
 
 def processor() -> str:
-    """What tells this kind of processor from others: its architecture, model and instructions."""
+    """Identifies the kind of processor: architecture, model and instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

@@ -1,9 +1,5 @@
-"""The operations of a pass of the engine (`ops.decoding`) in C++ (`decoding.cpp`), for float32 and
-bfloat16 on the CPU.
-
-A row's numbers are the same bits whatever rows are beside it. The products with the factors of 16
-adapters of rank 16 on every linear of SmolLM2 take 6.5 ms a step in bf16, where reading their
-156 MB takes 5 (two cores of an AMD EPYC, Zen 5).
+"""Operations of the engine's passes (`ops.decoding`) in C++ (`decoding.cpp`), for fp32 and bf16 on
+the CPU. A row's results are bit-identical for any other rows in the batch.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ SIGNATURES = {
 
 
 class _CppDecoding:
-    """The operations of an engine's pass by their names, with the parameters of the plain forms."""
+    """The engine's operations by name, with the parameters of the plain versions."""
 
     def __init__(self) -> None:
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES)

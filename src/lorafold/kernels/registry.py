@@ -1,9 +1,5 @@
-"""The table *operation x kind of device*: the class of this package that has a faster form.
-
-    reason = use(TRAINING)     from now on they compute so; or the reason why they can't
-
-An operation without a row, or on another kind of device, is computed by its plain form. A new form
-is a method, under the operation's name, of a class that a row names.
+"""The table *operation x kind of device*: the class of this package with a faster implementation.
+To add one, name a class in a row and give it a method with the operation's name.
 """
 
 from __future__ import annotations
@@ -44,8 +40,8 @@ TRAINING = tuple(operation for operation in FORMS if operation not in OF_PASSES)
 
 @cache
 def use(operations: tuple[Operation, ...], device: str = "cpu") -> str:
-    """Compile the forms of operations for a kind of device, unless they are in the cache, and use
-    them in this process from now on. Returns why they are not available, or nothing.
+    """Compiles operations for a kind of device and uses them in this process from now on. Returns
+    the reason if they are unavailable.
     """
     places = {of: FORMS[of][device] for of in operations if device in FORMS[of]}
     forms = {place: _forms(place) for place in dict.fromkeys(places.values())}
@@ -59,7 +55,7 @@ def use(operations: tuple[Operation, ...], device: str = "cpu") -> str:
 
 @cache
 def _forms(place: str) -> Any:
-    """The object that has the operations, made once a process, or the error that prevents it."""
+    """Returns the object with the operations, created once per process, or the error."""
     module, _, name = place.partition(".")
     try:
         return getattr(import_module(f"{__package__}.{module}"), name)()

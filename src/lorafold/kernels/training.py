@@ -1,8 +1,6 @@
-"""The operators of a training step in C++ (`training.cpp`), for float32 and bfloat16 on the CPU.
-The engine computes norms, rotations and gates with them too.
-
-Each does one pass over memory where torch takes several. For another dtype or layout it returns
-NotImplemented, and the plain form computes it, which is also the specification.
+"""Operators of training steps in C++ (`training.cpp`), for fp32 and bf16 on the CPU, with one pass
+over memory each. For other dtypes or layouts they return NotImplemented, and the plain version,
+which is the specification, is used.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ threads = torch.get_num_threads
 
 
 class _CppTraining:
-    """The operations of a training step by their names, with the plain forms' parameters."""
+    """Training's operations by name, with the parameters of the plain versions."""
 
     def __init__(self) -> None:
         half = "scale", "scale_backward"
@@ -69,7 +67,7 @@ class _CppTraining:
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         n = out.shape[-1]
         flat = [t.reshape(-1, n) for t in (gate, up)]
-        # inputs whose rows do not lie evenly apart are copied
+        # copies inputs without a constant row stride
         rows = [t if t.stride(1) == 1 else t.contiguous() for t in flat]
         parts = (*rows, out, len(rows[0]), n, *(t.stride(0) for t in rows))
         self._call(f"gated_{act}", gate.dtype, *parts, threads())
@@ -85,7 +83,8 @@ class _CppTraining:
         return gradients
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Any:
-        """x (B, H, T, D), or (B, T, H, D), by cos and sin (B or 1, 1, T, D), or (B or 1, T, 1, D).
+        """Takes x (B, H, T, D) or (B, T, H, D), and cos and sin (B or 1, 1, T, D) or
+        (B or 1, T, 1, D).
         """
         alike = cos.shape == sin.shape and cos.stride() == sin.stride()
         if x.dim() != 4 or cos.dim() != 4 or not alike or not supported(x, cos, sin):
@@ -95,7 +94,7 @@ class _CppTraining:
             x, cos, sin, y = (t.transpose(1, 2) for t in (x, cos, sin, out))
         (b, heads, tokens, d), (turns, axis, *angles) = x.shape, cos.shape
         ends = [t.stride(3) for t in (x, cos, y)]
-        # the stride of an axis of one means nothing
+        # the stride of an axis of length 1 is arbitrary
         packed = tokens == 1 or cos.stride(2) == d
         known = axis == 1 and angles == [tokens, d] and turns in (1, b)
         if ends != [1, 1, 1] or not known or not packed:

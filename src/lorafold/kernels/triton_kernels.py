@@ -1,8 +1,5 @@
-"""Operations on CUDA in Triton.
-
-    dropout     one launch, where the plain form has more than a hundred
-    gains       one pass over the output of a layer and one back, where the plain form writes it to
-                memory in fp32 six times
+"""Operations on CUDA in Triton: dropout in one launch instead of more than a hundred, and gains in
+one pass over a layer's output instead of six in fp32.
 """
 
 from __future__ import annotations
@@ -16,18 +13,18 @@ from lorafold.core.rounding import ODD
 from lorafold.errors import LorafoldError
 from lorafold.ops.dropout import FACTORS, ROUNDS, STEPS, WORD, source, threshold
 
-CALLS = 128  # of Philox in a program, each for 8 elements
+CALLS = 128  # calls of Philox per program, each for 8 elements
 DROPOUT_CONSTANTS = {
     "FIRST": FACTORS[0], "SECOND": FACTORS[1], "STEP": STEPS[0], "OTHER": STEPS[1],
     "ROUNDS": ROUNDS, "CALLS": CALLS,
 }  # fmt: skip
-FEATURES, ROWS = 256, 32  # of a program for gains
+FEATURES, ROWS = 256, 32  # per program for gains
 SCALE_CONSTANTS = {"FEATURES": FEATURES, "ROWS": ROWS}
 tl: Any = None  # Triton's language, once it is imported
 
 
 def jit(kernel: Any, *unspecialized: str) -> Any:
-    """The kernel, which Triton compiles at its first call."""
+    """Returns a kernel that Triton compiles on its first call."""
     global tl
     try:
         import triton
@@ -38,8 +35,6 @@ def jit(kernel: Any, *unspecialized: str) -> Any:
 
 
 class _TritonDropout:
-    """The operations of dropout by their names."""
-
     def __init__(self) -> None:
         self.kernel = jit(_masked, "width", "limit", "low", "high", "site")
 
@@ -58,7 +53,7 @@ def _masked(  # type: ignore[no-untyped-def]
     names, x, out, where, width, limit, low, high, site, FIRST: tl.constexpr, SECOND: tl.constexpr,
     STEP: tl.constexpr, OTHER: tl.constexpr, ROUNDS: tl.constexpr, CALLS: tl.constexpr,
 ):  # fmt: skip
-    """One row of elements and CALLS calls of Philox a program (`ops.dropout`)."""
+    """A program computes CALLS calls of Philox for one row (`ops.dropout`)."""
     row = tl.program_id(0).to(tl.int64)
     calls = tl.program_id(1) * CALLS + tl.arange(0, CALLS)
     name = tl.load(names + row)
@@ -84,8 +79,6 @@ def _masked(  # type: ignore[no-untyped-def]
 
 
 class _TritonScale:
-    """The operations of gains by their names."""
-
     def __init__(self) -> None:
         self.forward, self.backward = (jit(k, "size", "width", "each") for k in (_scale, _backward))
 
@@ -121,8 +114,8 @@ def _scale(  # type: ignore[no-untyped-def]
     y, g, c, onto, out, size, width, each, ODD: tl.constexpr, OFFSET: tl.constexpr,
     ONTO: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """g y + c + onto of ROWS rows, rounded with its own bits (`core.rounding.dithered`); `each`
-    rows in turn share a gain.
+    """Computes g y + c + onto for ROWS rows, rounded with their own bits
+    (`core.rounding.dithered`); `each` consecutive rows share a gain.
     """
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     for i in range(ROWS):
@@ -145,11 +138,11 @@ def _backward(  # type: ignore[no-untyped-def]
     z, y, g, scaled, parts, size, width, OFFSET: tl.constexpr, FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """g z of ROWS rows, and the sums over them of z y and of z."""
+    """Computes g z for ROWS rows, and their sums of z y and of z."""
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     known = feature < width
     gain = tl.load(g + feature, mask=known)
-    # zeros: Triton's interpreter has `tl.zeros` only if it was chosen before Triton was imported
+    # zeros: Triton's interpreter lacks `tl.zeros` if it was enabled after Triton was imported
     of_gain = tl.load(g + feature, mask=feature < 0, other=0.0)
     of_offset = of_gain
     for i in range(ROWS):

@@ -1,5 +1,5 @@
-"""How modules store their weight: a table from the class that defines a module's forward to the
-layer that reads it.
+"""Layers for each weight format: a table from the class that defines a module's forward to the
+layer class that reads its weight.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from lorafold.layers.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.layers.experts import Experts
 from lorafold.layers.grouped import GroupedLinear
 
-# Names, not classes, so that nothing is imported for a storage that a model does not use.
+# Names, not classes, so that nothing is imported for a format that a model does not use.
 LAYERS = {
     "torch.nn.modules.linear.Linear": Linear,
     "transformers.pytorch_utils.Conv1D": Conv1D,
@@ -37,7 +37,7 @@ LAYERS = {
 
 
 def layer_class(module: nn.Module) -> type[BaseLayer]:
-    """The layer class that reads this module's storage; `Plain` for a module without a matrix."""
+    """The layer class for this module; `Plain` for a module without a matrix."""
     cls = module.base_class if isinstance(module, Adapted) else type(module)
     definer = next(c for c in cls.__mro__ if "forward" in vars(c))
     if issubclass(cls, nn.Embedding) and hasattr(module, "embed_scale"):
@@ -46,29 +46,26 @@ def layer_class(module: nn.Module) -> type[BaseLayer]:
 
 
 def layer_of(module: nn.Module, stored: Callable[[], Tensor] | None = None) -> BaseLayer:
-    """The module as a layer.
-
-    `stored` reads the weight (out, in) from plain files, where the module stores it quantized.
+    """The module as a layer. `stored` reads the original weight (out, in) of a quantized module
+    from files.
     """
     return layer_class(module)(module, stored)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module multiplies activations by a matrix, in any storage."""
+    """Whether the module multiplies activations by a matrix, in any format."""
     return layer_class(module).linear
 
 
 def parameter_count(model: nn.Module) -> int:
-    """The number of the base's parameters, tied ones once; a quantized weight (out, in) counts
-    out * in.
+    """The number of the base's parameters, tied ones once; a quantized weight (out, in) counts out
+    * in.
     """
     return sum(n for sizes in parameter_sizes(model).values() for n in sizes.values())
 
 
 def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """The sizes of the base's parameters, by the path of their module and by name, as
-    `parameter_count` adds them.
-    """
+    """The sizes of the base's parameters by module path and name, like `parameter_count`."""
     by_path: dict[str, dict[str, int]] = {}
     seen = set()
     for path, module in Anatomy.of(model).modules:
@@ -87,8 +84,8 @@ def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def output_width(module: nn.Module) -> int:
-    """The output size of a part of a block: the hidden size of its config, or else the input size
-    of its first linear.
+    """The output size of a part of a block: its config's hidden size, or its first linear's input
+    size.
     """
     for m in module.modules():
         if hasattr(m, "config"):

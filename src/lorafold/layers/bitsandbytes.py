@@ -1,15 +1,12 @@
-"""Modules whose matrix bitsandbytes quantizes to 4 or 8 bits.
+"""Layers of bitsandbytes' 4-bit and 8-bit modules, whose W is dequantized for each use.
 
-    Linear4bit      NF4 or FP4 codes with an 8-bit constant for every 64 of them: 4.13 bits a weight
-                    (Dettmers et al. 2023, arXiv 2305.14314)
+    Linear4bit      NF4 or FP4 codes with an 8-bit constant for every 64 of them: 4.13 bits per
+                    weight (Dettmers et al. 2023, arXiv 2305.14314)
     Linear8bit      int8 with one scale for each output (Dettmers et al. 2022, LLM.int8, arXiv
                     2208.07339)
 
-W is dequantized for each use, in the dtype that it was quantized from, and never kept. The forwards
-of bitsandbytes do not run under a delta: int8 rounds activations too, and 4 bits converts the
-weights on some CPUs. `codes` quantizes to NF4 on a CPU with the same bytes as bitsandbytes: code =
-15 - #{k : w / c <= m_k}, m_k the middle of levels k and k + 1; 1.1 s instead of 3.3 for
-SmolLM2-135M on one core.
+bitsandbytes' forwards do not run under a delta: int8 rounds activations, and 4-bit converts the
+weights on some CPUs.
 """
 
 from __future__ import annotations
@@ -37,11 +34,13 @@ from lorafold.layers.dense import Linear, Matrix
 from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS, levels
 
 OPERATION = "bitsandbytes::quantize_4bit"
-PART = 1 << 18  # weights: in fp32 1 MB
+PART = 1 << 18  # weights: 1 MB in fp32
 
 
 def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(codes (n / 2, 1) in uint8, two a byte, the first in the high nibble; c (n / block,) in fp32)
+    """NF4 codes (n / 2, 1) in uint8, two per byte, the first in the high nibble, and constants c (n
+    / block,) in fp32, equal to bitsandbytes' but faster on a CPU: code = 15 - #{k : w / c <= m_k},
+    m_k the middle of levels k and k + 1.
     """
     flat, level = w.detach().reshape(-1), levels()
     middles = ((level[:-1] + level[1:]) / 2).tolist()
@@ -65,7 +64,7 @@ def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The operation of bitsandbytes for the CPU: codes and constants of w, of any shape."""
+    """bitsandbytes' quantization operation for the CPU: codes and constants of w, of any shape."""
     if kind == "nf4" and stored_as == torch.uint8 and w.numel() % block == 0:
         return codes(w, block)
     return torch.ops.bitsandbytes.quantize_4bit.default.redispatch(
@@ -75,8 +74,8 @@ def _quantize(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple
 
 
 def bitsandbytes() -> ModuleType:
-    """Import bitsandbytes, quietly, and make it quantize with `codes` unless a kernel for the CPU
-    is registered already: this one, or its own. Raises ImportError if it is not installed.
+    """Import bitsandbytes quietly, and register `codes` as its CPU kernel unless there is one.
+    Raises ImportError if it is not installed.
     """
     if (module := sys.modules.get("bitsandbytes")) is None:
         with quietly():
@@ -88,9 +87,8 @@ def bitsandbytes() -> ModuleType:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Where bitsandbytes may be imported, by other libraries too: without its log messages below
-    errors, which recommend kernels to download, and without torch's compiler: it takes 1.5 s to
-    import, and is for kernels that run where bitsandbytes has none of its own.
+    """Context for imports of bitsandbytes: without warnings that recommend kernels, and without
+    torch's compiler, which takes 1.5 s to import.
     """
     logger = logging.getLogger("bitsandbytes")
     level, compiler = logger.level, torch.compile
@@ -104,9 +102,7 @@ def quietly() -> Iterator[None]:
 
 
 def _when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:
-    """What `compiler`, which is `torch.compile`, makes of a function with these options; it is made
-    by the first call. Without a function a decorator, as there.
-    """
+    """torch.compile, delayed until the function is first called."""
     if function is None:
         return partial(_when_called, compiler, **options)
     compiled = cache(partial(compiler, function, **options))
@@ -114,7 +110,7 @@ def _when_called(compiler: Callable[..., Any], function: Any = None, **options: 
 
 
 def constants_of(state: Any, blocks: slice = slice(None)) -> Tensor:
-    """The constant of each block (blocks,) of 4-bit codes, of those in a slice."""
+    """The constant of each block (blocks,) of 4-bit codes."""
     if not state.nested:
         return state.absmax[blocks]
     nested, skipped = state.state2, (blocks.start or 0) % BLOCK_OF_CONSTANTS
@@ -129,9 +125,9 @@ def constants_of(state: Any, blocks: slice = slice(None)) -> Tensor:
 def dequantized_4bit(
     codes: Tensor, constants: Tensor, state: Any, shape: tuple[int, ...]
 ) -> Tensor:
-    """The matrix of that shape of 4-bit codes (..., 1), which may be stored under any dtype."""
-    # flattened if the input size is no multiple of the block: the CPU's AVX512 kernel would use
-    # the wrong constants there
+    """The matrix of the given shape from 4-bit codes (..., 1), which may be stored in any dtype."""
+    # flattened if the input size is not a multiple of the block size, because the CPU's AVX512
+    # kernel would use the wrong constants
     flat = shape if shape[-1] % state.blocksize == 0 else (prod(shape),)
     return torch.ops.bitsandbytes.dequantize_4bit.default(
         codes.view(torch.uint8), constants, state.blocksize, state.quant_type, flat, state.dtype
@@ -139,7 +135,7 @@ def dequantized_4bit(
 
 
 def make_linear(module: nn.Module) -> None:
-    """Make a module whose weight is no longer quantized a plain linear."""
+    """Turn a module whose weight is no longer quantized into a plain linear."""
     adapted = isinstance(module, Adapted)
     module.__class__ = adapted_class(nn.Linear, Linear) if adapted else nn.Linear
 
@@ -149,7 +145,7 @@ class Quantized(Matrix):
 
     frozen = True
     quantized = True
-    _read: list[Tensor] | None = None  # what was dequantized in a `with` block that reads once
+    _read: list[Tensor] | None = None  # the dequantized matrix in a `reading_once` block
 
     @contextmanager
     def reading_once(self) -> Iterator[None]:
@@ -219,8 +215,6 @@ class Quantized(Matrix):
 
 
 class Linear4bit(Quantized):
-    """A linear of bitsandbytes in NF4 or FP4."""
-
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             _ = self._state
@@ -228,10 +222,8 @@ class Linear4bit(Quantized):
 
     @property
     def _state(self) -> Any:
-        """The quantization state of the codes in their plain order.
-
-        For inference on a CPU the module reorders its codes, and then computes no gradients; the
-        order is restored here.
+        """The quantization state, with the original order of codes: the module reorders them for
+        inference on a CPU, and then computes no gradients.
         """
         weight = self.bare.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
@@ -250,8 +242,6 @@ class Linear4bit(Quantized):
 
 
 class Linear8bit(Quantized):
-    """A linear of bitsandbytes in int8."""
-
     mixes_rows = True
     dtype = torch.bfloat16  # bitsandbytes does not record it
 
@@ -262,21 +252,21 @@ class Linear8bit(Quantized):
 
 
 def nf4(w: Tensor) -> nn.Module:  # (out, in)
-    """A linear without bias that stores w, in bf16, as NF4 with quantized constants."""
+    """A linear without bias that stores w (out, in), in bf16, as NF4 with quantized constants."""
     module: Any = _empty("LinearNF4", w)
-    # in the order that this kernel of the CPU wants, the codes give no gradients and run no faster
+    # with the code order of this CPU kernel there are no gradients, and it is not faster
     module.support_avx512bf16_for_cpu = False
     if not is_fake(w):
         return _quantized(module, w)
     functional = bitsandbytes().functional
     with unset_fake_temporarily():
-        functional.quantize_blockwise(torch.zeros(1))  # makes its table, which needs real values
+        functional.quantize_blockwise(torch.zeros(1))  # creates its table, which needs real values
     codes, state = functional.quantize_nf4(w.bfloat16(), compress_statistics=True)
     return _with(module, codes, quant_state=state)
 
 
 def int8(w: Tensor) -> nn.Module:  # (out, in)
-    """A linear without bias that stores w, in bf16, as int8."""
+    """A linear without bias that stores w (out, in), in bf16, as int8."""
     module = _empty("Linear8bitLt", w, has_fp16_weights=False)
     if not is_fake(w):
         return _quantized(module, w)
@@ -298,9 +288,7 @@ def _quantized(module: nn.Module, w: Tensor) -> nn.Module:
 
 
 def _with(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
-    """Give the module a weight of fake codes, which the parameter class of bitsandbytes can't
-    hold.
-    """
+    """Give the module a weight of fake codes, which bitsandbytes' parameter class can't hold."""
     weight = nn.Parameter(codes, requires_grad=False)
     vars(weight).update(attributes)
     module._parameters["weight"] = weight
@@ -308,8 +296,8 @@ def _with(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
 
 
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Make a module that stores quantized matrices compute in that dtype; one of bitsandbytes keeps
-    the order of its codes. Any other module is left as it is.
+    """Set the compute dtype of a quantized module (bitsandbytes' keep the order of their codes); no
+    effect on other modules.
     """
     settings: Any = module
     if "codes" in vars(module) or expert_parameters(module):

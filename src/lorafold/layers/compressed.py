@@ -1,20 +1,16 @@
-"""Linears whose matrix was quantized before training, as files of other tools have it.
+"""Linear layers that were quantized before training, in the formats of other tools.
 
     W[i, j] = (codes[i, j] - z[i // r, j // c]) s[i // r, j // c]        W (out, in)
 
     codes   float8_e4m3fn (out, in); int8 (out, in); or 4 or 8 bits each, packed into int32
             (out, ceil(in bits / 32)) from the low bits on, each plus half its range
-    s       the scales (ceil(out / r), ceil(in / c)): one for the whole matrix, for a row, for a
-            group of c columns in a row, or for a block of r rows and c columns
-    z       the zero points, of the same shape, where codes are asymmetric; packed like the codes,
-            along the rows
+    s       the scales (ceil(out / r), ceil(in / c)) of blocks of r rows and c columns
+    z       the zero points of asymmetric codes, of the same shape; packed along the rows
 
-The names and layouts are those of compressed-tensors (vLLM project), formats float-quantized,
-int-quantized and pack-quantized, and of the fine-grained FP8 of DeepSeek-V3 (arXiv 2412.19437,
-section 3.3), whose scales are `weight_scale_inv`. W has the dtype of the scales, in which these
-formats multiply. It is dequantized for each use and never kept. Activations are not quantized,
-whatever the files ask for: with rounded activations a folded delta would compute something else
-than the delta itself.
+The formats are float-quantized, int-quantized and pack-quantized of compressed-tensors (vLLM
+project), and DeepSeek-V3's fine-grained FP8 (arXiv 2412.19437, section 3.3), with scales
+`weight_scale_inv`. Activations are never quantized, because a folded delta would then differ from
+the delta itself.
 """
 
 from __future__ import annotations
@@ -36,12 +32,9 @@ WORD = 32  # bits of an int32
 class QuantizationFormat:
     """How a matrix is stored.
 
-    kind: The type of codes: float or int.
-    rows, columns: The block of the matrix that shares a scale; 0 stands for all of them.
-    bits: The bits of a code.
-    packed: Whether codes are packed into int32.
-    symmetric: Whether there are no zero points.
-    scale: The name of the scales' parameter.
+    kind: float or int.
+    rows, columns: the block that shares a scale; 0 for all.
+    scale: the name of the scales' parameter.
     """
 
     kind: str
@@ -57,7 +50,7 @@ class QuantizationFormat:
         return -(-out // (self.rows or out)), -(-inn // (self.columns or inn))
 
     def parameters(self, out: int, inn: int, scales: torch.dtype) -> dict[str, Tensor]:
-        """The parameters that store a matrix (out, in), by name, without values."""
+        """The uninitialized parameters that store a matrix (out, in), by name."""
         high, wide = self.blocks(out, inn)
         shape = (1,) if (self.rows, self.columns) == (0, 0) else (high, wide)
         tensors = {self.scale: torch.empty(shape, dtype=scales)}
@@ -77,7 +70,7 @@ class QuantizationFormat:
 
 
 def words(n: int, bits: int) -> int:
-    """The number of int32 that n codes are packed into."""
+    """The number of int32 that contain n codes."""
     return -(-n * bits // WORD)
 
 
@@ -91,14 +84,12 @@ def unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 class CompressedLinear(nn.Module):
-    """Final: a linear that stores its weight as `QuantizationFormat` say, under the parameters'
-    names in files.
-
-    Its own forward computes what it computes under a delta.
+    """A linear whose weight is stored in a `QuantizationFormat`, with the parameter names of the
+    files.
     """
 
     def __init__(self, linear: nn.Linear, codes: QuantizationFormat, scales: torch.dtype) -> None:
-        """Make the module for a linear, with its bias, without values, on its device."""
+        """Make the uninitialized module for a linear, with its bias, on its device."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.codes = codes
@@ -110,7 +101,7 @@ class CompressedLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As of any module, except that codes and scales keep their dtypes."""
+        """Like any module, but codes and scales keep their dtypes."""
         quantized = {id(p) for name, p in self._parameters.items() if name != "bias"}
 
         def apart(t: Tensor) -> Tensor:
@@ -120,7 +111,7 @@ class CompressedLinear(nn.Module):
         return super()._apply(apart, recurse)
 
     def freeze(self) -> None:
-        """Have no gradients for codes and scales, which loading makes parameters like any other."""
+        """Disable gradients of codes and scales, which loading turns into ordinary parameters."""
         for name, parameter in self._parameters.items():
             if name != "bias" and parameter is not None:
                 parameter.requires_grad = False
@@ -130,13 +121,10 @@ class CompressedLinear(nn.Module):
         return Compressed(self)(x)
 
     def extra_repr(self) -> str:
-        """Shape and storage, for `print`."""
         return f"in={self.in_features}, out={self.out_features}, {self.codes.kind}{self.codes.bits}"
 
 
 class Compressed(Quantized):
-    """A `CompressedLinear` as a layer."""
-
     @property
     def dtype(self) -> torch.dtype:
         scale = getattr(self.bare, self.bare.codes.scale)
@@ -168,12 +156,12 @@ class Compressed(Quantized):
 
 
 def _by_block(w: Tensor, by: Tensor, codes: QuantizationFormat, operation: Any) -> Tensor:
-    """w (out, in) with the number of its block applied to each element; w may be overwritten."""
+    """w (out, in), in place, with the value of its block applied to each element."""
     out, inn = w.shape
     rows, columns = codes.rows or out, codes.columns or inn
     high, wide = codes.blocks(out, inn)
     by = by.view(high, wide)
-    if out % rows or inn % columns:  # the last blocks are cut short
+    if out % rows or inn % columns:  # the last blocks are smaller
         spread = by.repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :inn]
         operation(w, spread, out=w)
         return w

@@ -1,20 +1,11 @@
-"""Convolutions: a matrix that multiplies the window around each place of a signal.
+"""Convolutions as matrices.
 
     y[o, t] = sum_{c, k} W[o, c, k] x[c, stride t + dilation k - padding] + b[o]
     x (N, in, *places), W (out, in / groups, *window), y (N, out, *places')
 
-As a matrix W is (out, in / groups * prod(window)), its columns in the order of the stored kernel,
-so that a method sees no difference from a linear. Any matrix of as many columns is a kernel with
-the module's own stride, padding, dilation and padding mode. A low-rank update is a convolution to r
-channels and one of window 1 from these to the outputs, by torch's own kernels: W + dW is not built.
-
-With groups a row of W meets only the inputs of its own group, and the r channels would have to
-exist once a group; there a low-rank update is built, which is small since a row has in / groups
-channels.
-
-The module's own forward computes W x + b, bit for bit as without adapters. What a delta adds is
-summed onto it in fp32 and rounded with a dither (`core.rounding`), which keeps changes under half a
-unit of a 16-bit output. `all-linear` and the other presets do not mean convolutions; name them.
+As a matrix, W is (out, in / groups * prod(window)). A low-rank update is a convolution to r
+channels and one with window 1 to the outputs; with groups, up @ down is computed instead. A delta's
+output is added in fp32 and rounded with a dither (`core.rounding`).
 """
 
 from __future__ import annotations
@@ -32,7 +23,7 @@ from lorafold.ops.autocast import autocasting, lowered
 from lorafold.ops.dropout import dropout
 from lorafold.ops.scale import scaled
 
-# by the number of the dimensions of a place
+# by the number of spatial dimensions
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -76,8 +67,7 @@ class Convolution(BaseLayer):
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         """x (N, in, *places) convolved with m (k, in / groups * prod(window)): (N, k, *places').
-
-        With groups, k must be out: the rows belong to the groups as those of W do.
+        With groups, k must be out.
         """
         kernel = m.to(x.dtype).reshape(len(m), -1, *self.bare.kernel_size)
         return self.bare._conv_forward(x, kernel, None)

@@ -1,11 +1,4 @@
-"""Modules that store their weight in floating point.
-
-    Linear      weight (out, in)
-    Conv1D      weight (in, out): GPT-2's linear
-    Embedding   weight (in, out), `in` the size of the vocabulary; its inputs are ids, and its
-                product is a look-up
-    Plain       any other module: it can be run, and its weight and bias, if any, are elementwise
-"""
+"""Layers of modules with floating-point weights."""
 
 from __future__ import annotations
 
@@ -41,7 +34,7 @@ class Vectors(BaseLayer):
         return dropout(x, p, self.site(x)) if p else x
 
     def site(self, x: Tensor) -> DrawSite | None:
-        """What dropout of x (..., k) follows from; None where torch's generator gives it."""
+        """The source of random numbers for dropout of x (..., k); None: torch's generator."""
         return site_of(self.module, x.shape[:-1].numel())
 
 
@@ -53,7 +46,7 @@ class Matrix(Vectors):
 
     @abstractmethod
     def weight(self) -> Tensor:  # (out, in)
-        """W (out, in), a view of the stored parameter where that is possible."""
+        """W (out, in), a view of the stored parameter if possible."""
 
     def read(self, dtype: torch.dtype) -> Tensor:  # (out, in)
         """W (out, in) for a product with activations of that dtype."""
@@ -150,8 +143,8 @@ class Conv1D(Matrix):
 
 
 class _Lookup(Function):
-    """Rows of a 16-bit W (V, d), whose gradient is summed in fp32: on a CPU torch would round the
-    sum after each of a token's repetitions.
+    """Rows of a 16-bit W (V, d) with an fp32 gradient: on a CPU, torch would round the sum after
+    each repetition of a token.
     """
 
     @staticmethod
@@ -169,7 +162,7 @@ class _Lookup(Function):
 
 
 def lookup(ids: Tensor, w: Tensor, padding: int | None = None) -> Tensor:
-    """Rows of W (V, d): ids (...) -> (..., d). That of `padding` has no gradient."""
+    """Rows of W (V, d): ids (...) -> (..., d). The row `padding` has no gradient."""
     rounds = w.requires_grad and w.itemsize == 2 and w.device.type == "cpu"
     if not rounds or torch.compiler.is_compiling():
         return F.embedding(ids, w, padding)
@@ -177,13 +170,15 @@ def lookup(ids: Tensor, w: Tensor, padding: int | None = None) -> Tensor:
 
 
 class Embedding(Vectors):
-    """An embedding: weight (in, out), `in` the size of the vocabulary."""
+    """An embedding: weight (in, out), with `in` the size of the vocabulary; its product is a
+    look-up.
+    """
 
     takes_ids = True
     called = staticmethod(lowered)
 
     def _scaled(self, y: Tensor) -> Tensor:
-        # Gemma's and BART's embeddings scale what they look up
+        # Gemma and BART scale their embeddings
         scale = getattr(self.module, "embed_scale", None)
         return (
             y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
@@ -224,7 +219,7 @@ class Embedding(Vectors):
 
 
 class Plain(Vectors):
-    """A module without a matrix; its weight and bias, if it has them, are elementwise."""
+    """Any other module; its weight and bias, if any, are elementwise."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,13 +1,9 @@
-"""How a parameter of experts stores its matrices.
+"""Storage of expert weights; quantized matrices are dequantized one at a time, for each use.
 
-    Floats      a parameter (E, out, in), or (E, in, out) where they are transposed, and of two
-                dimensions where it is flat
-    NF4         the same in 4-bit codes of bitsandbytes (`layers.bitsandbytes`), 4.13 bits a weight
-    Int8        the same in 8 bits, with one scale for each row as it is stored
-    MXFP4       parameters `..._blocks` and `..._scales` in its place, each matrix (out, in), 4.25
-                bits a weight (`ops.mxfp4`)
-
-A matrix of quantized codes is dequantized alone, for each use.
+    Floats      a parameter (E, out, in), or (E, in, out) if transposed, or 2-D if flat
+    NF4         the same in bitsandbytes' 4-bit codes, 4.13 bits per weight
+    Int8        the same in 8 bits, with one scale for each stored row
+    MXFP4       parameters `..._blocks` and `..._scales`, 4.25 bits per weight (`ops.mxfp4`)
 """
 
 from __future__ import annotations
@@ -24,15 +20,15 @@ from lorafold.core.matrices import Matrices
 from lorafold.layers.bitsandbytes import constants_of, dequantized_4bit
 from lorafold.ops.mxfp4 import dequantize
 
-BLOCKS, SCALES = "_blocks", "_scales"  # what the names of MXFP4's parameters end with
+BLOCKS, SCALES = "_blocks", "_scales"  # suffixes of MXFP4's parameters
 GROUP = 32  # weights that share a scale of MXFP4
 
 
 class ExpertMatrices(ABC):
-    """Abstract: the matrices (E, out, in) of one parameter of experts."""
+    """Abstract: the matrices (E, out, in) of one expert parameter."""
 
     quantized = False
-    endings: tuple[str, ...] = ("",)  # of the names of the parameters, the matrices' first
+    endings: tuple[str, ...] = ("",)  # suffixes of the parameters' names, the matrices' first
 
     def __init__(self, matrices: Matrices) -> None:
         owner = matrices.owner
@@ -50,11 +46,11 @@ class ExpertMatrices(ABC):
     @property
     @abstractmethod
     def sides(self) -> tuple[int, int]:
-        """The shape of a matrix as it is stored, (out, in) or (in, out)."""
+        """The stored shape of a matrix, (out, in) or (in, out)."""
 
     @abstractmethod
     def stored(self, e: int) -> Tensor:
-        """The matrix of expert e as it is stored, (out, in) or (in, out)."""
+        """The matrix of expert e as stored, (out, in) or (in, out)."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -63,7 +59,7 @@ class ExpertMatrices(ABC):
         return (self.number, b, a) if self.transposed else (self.number, a, b)
 
     def turned(self, w: Tensor) -> Tensor:
-        """Matrices (..., out, in) from stored ones or the reverse, a view of any shape."""
+        """Convert stored matrices to (..., out, in) or back, a view of any shape."""
         return w.mT if self.transposed else w
 
     def as_stored(self, w: Tensor) -> Tensor:
@@ -79,13 +75,11 @@ class ExpertMatrices(ABC):
         """All matrices (E, out, in), in `dtype`."""
 
     def dense_like(self) -> Tensor:
-        """All matrices (E, out, in) as `dense` gives them, on the meta device."""
+        """All matrices (E, out, in) on the meta device."""
         return self.turned(torch.empty(self.number, *self.sides, dtype=self.dtype, device="meta"))
 
 
 class Floats(ExpertMatrices):
-    """Matrices in floating point."""
-
     @property
     def dtype(self) -> torch.dtype:
         return self.parameter.dtype
@@ -108,8 +102,6 @@ class Floats(ExpertMatrices):
 
 
 class QuantizedMatrices(ExpertMatrices):
-    """Abstract: matrices in codes."""
-
     quantized = True
 
     @property
@@ -124,7 +116,7 @@ class QuantizedMatrices(ExpertMatrices):
 
 
 class NF4(QuantizedMatrices):
-    """Matrices in 4-bit codes of bitsandbytes, with the constants of all experts in one list."""
+    """Matrices in bitsandbytes' 4-bit codes, with the constants of all experts in one list."""
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -149,7 +141,7 @@ class NF4(QuantizedMatrices):
 
 
 class Int8(QuantizedMatrices):
-    """Matrices in 8 bits, with a scale for each of their stored rows."""
+    """Matrices in int8, with a scale for each stored row."""
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -183,7 +175,6 @@ class MXFP4(QuantizedMatrices):
 
 
 def stored_matrices(matrices: Matrices) -> ExpertMatrices:
-    """How a parameter of experts stores its matrices."""
     if matrices.name + BLOCKS in matrices.owner._parameters:
         return MXFP4(matrices)
     parameter: nn.Parameter = matrices.owner._parameters[matrices.name]  # type: ignore[assignment]
@@ -193,8 +184,8 @@ def stored_matrices(matrices: Matrices) -> ExpertMatrices:
 
 
 def mxfp4_parameters(matrices: Matrices) -> dict[str, nn.Parameter]:
-    """The parameters (E, out, in / 32, 16) and (E, out, in / 32) that store them in MXFP4, by
-    name, without values, for matrices in floating point; in / 32 is rounded down.
+    """The uninitialized parameters (E, out, in / 32, 16) and (E, out, in / 32) that would store
+    floating-point matrices in MXFP4, by name; in / 32 is rounded down.
     """
     floats = Floats(matrices)
     number, out, inn = floats.shape
@@ -209,6 +200,6 @@ def mxfp4_parameters(matrices: Matrices) -> dict[str, nn.Parameter]:
 
 
 def quantized(w: Tensor, pack: Callable[[Tensor], nn.Module]) -> nn.Parameter:
-    """The parameter that stores w, in bf16, in codes: that of a linear (E a, b)."""
+    """The parameter of codes for w (E, a, b), in bf16."""
     linear: Any = pack(w.flatten(0, -2))
     return linear.weight

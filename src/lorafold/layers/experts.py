@@ -1,12 +1,7 @@
-"""The matrices of experts as a layer, and the forward of a module of experts over such layers.
+"""Expert weights as a layer, and the forward of a module of experts over such layers.
 
-    for a token x, its experts e_1 .. e_k and their weights p_1 .. p_k (the router's):
+    for a token x, its experts e_1 .. e_k and their weights p_1 .. p_k (from the router):
     y = sum_i p_i down_{e_i} act(gate_up_{e_i} x)
-
-A delta over `gate_up_proj` or `down_proj` changes a layer (S, in) -> (S, out), S being k times the
-tokens. The forms that a module may have are in `core.matrices`, and the forwards over such
-layers in `layers.experts`; the module's own runs where no delta is active and nothing is
-quantized.
 """
 
 from __future__ import annotations
@@ -50,13 +45,13 @@ from lorafold.ops.scale import scale
 
 
 class Experts(BaseLayer):
-    """The matrices (E, out, in) of a parameter of experts. Its rows x (S, in) are in the order of
-    their experts, which `groups` says.
+    """The matrices (E, out, in) of an expert parameter. Its input rows x (S, in) are sorted by
+    expert.
     """
 
     linear = True
     groups: Groups | None = None
-    at: Tensor | None = None  # of each row its index (S,) in the tokens' experts (T, k)
+    at: Tensor | None = None  # the index (S,) of each row in the tokens' experts (T, k)
     experts: tuple[int, int] = (0, 1)  # T, k
 
     def __init__(self, module: Matrices, stored: Callable[[], Tensor] | None = None) -> None:
@@ -79,7 +74,6 @@ class Experts(BaseLayer):
 
     @property
     def rows(self) -> Groups:
-        """Which rows are of which expert."""
         if self.groups is None:
             raise LorafoldError(
                 f"{self.name}: found no rows sorted by expert, expected to be called by the"
@@ -88,7 +82,7 @@ class Experts(BaseLayer):
         return self.groups
 
     def frozen_matrices(self) -> FrozenMatrices:
-        """The experts' matrices (out, in), for a product with this forward's rows."""
+        """The experts' matrices (out, in), for a product with the current rows."""
         matrix, every = self.held.matrix, self.held.dense
         return FrozenMatrices(
             lambda e, dtype: matrix(e).to(dtype), lambda dtype: every().to(dtype), self.rows
@@ -96,7 +90,6 @@ class Experts(BaseLayer):
 
     @property
     def frozen(self) -> bool:
-        """Whether the matrices get no gradient."""
         return not self.held.parameter.requires_grad
 
     @property
@@ -143,7 +136,7 @@ class Experts(BaseLayer):
         return dropout(x, p, self.site()) if p else x
 
     def site(self) -> DrawSite | None:
-        """What dropout of its rows follows from; None where torch's generator gives it."""
+        """The source of random numbers for dropout of its rows; None: torch's generator."""
         (tokens, k), at = self.experts, self.at
         if at is None:
             return None
@@ -202,7 +195,7 @@ class Experts(BaseLayer):
 
 
 class Routed(nn.Module):
-    """Mixin: a module whose forward runs over `Experts`, its own or those of a child."""
+    """Mixin: a module whose forward runs over `Experts`, its own or a child's."""
 
     base_class: ClassVar[type[nn.Module]]
 
@@ -225,9 +218,7 @@ def routed_class(cls: type[nn.Module]) -> type[Routed]:
 
 
 def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
-    """The module that has the matrices which a routed module computes with, and what paths in it
-    begin with.
-    """
+    """The module that holds the matrices of a routed module, and the prefix of its paths."""
     if expert_parameters(routed):
         return "", routed
     children = routed._modules.items()
@@ -235,15 +226,13 @@ def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
 
 
 def route(routed: nn.Module) -> None:
-    """Make the forward that computes experts run over `Experts`, as it must with deltas over their
-    matrices or with quantized ones.
-    """
+    """Run the module's forward over `Experts`, as deltas and quantized matrices need."""
     if not isinstance(routed, Routed):
         routed.__class__ = routed_class(type(routed))  # type: ignore[arg-type]
 
 
 def leave(routed: nn.Module) -> None:
-    """Give the module its own forward again, if nothing needs another."""
+    """Restore the module's own forward, if possible."""
     matrices = matrices_of(_holder(routed)[1], routed).values()
     needed = any(isinstance(m, Adapted) or stored_matrices(m).quantized for m in matrices)
     if isinstance(routed, Routed) and not needed:
@@ -251,8 +240,8 @@ def leave(routed: nn.Module) -> None:
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a module computes from the arguments of its own forward (`core.matrices`): by that one
-    where nothing is active or quantized, else over layers.
+    """The output of a module of experts: by its own forward if no delta is active and nothing is
+    quantized, else over layers.
     """
     _, holder = _holder(self)
     parameters = matrices_of(holder, self)
@@ -275,21 +264,16 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return called(self, holder, layers, *args, **kwargs)
 
 
-# the layers over groups of rows; of each row its index (S,) in the tokens' experts (T, k), if that
-# is known; and T, k
+# makes the layers for groups of rows, given the index (S,) of each row in the tokens' experts
+# (T, k), if known, and T, k
 Layers = Callable[[Groups, Tensor | None, tuple[int, int]], list[Layer]]
 
 
 def chosen(
     routed: Any, holder: nn.Module, layers: Layers, hidden: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """The output of the experts, of the shape of the input: each token's, weighted and summed.
-
-    Args:
-        routed: the module whose forward it is.
-        holder: the module that has the matrices.
-        hidden: the tokens (..., hidden), T in all.
-        *args, **kwargs: the experts of each token (T, k) and their weights (T, k).
+    """The experts' outputs, weighted and summed for each token, in the input's shape; `hidden` has
+    T tokens, then come their experts (T, k) and weights (T, k).
     """
     index, weights = (*args, *kwargs.values())
     tokens = hidden.reshape(-1, hidden.shape[-1])
@@ -300,8 +284,8 @@ def chosen(
 def weighed(
     routed: Any, holder: nn.Module, layers: Layers, hidden: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The output (T, hidden) of the experts and of the one that all tokens meet, summed; and what
-    the router computes. Scores weigh the inputs, and those of experts that were not chosen are 0.
+    """The output (T, hidden) of the experts plus the shared expert, and the router's logits. Scores
+    scale the inputs.
     """
     tokens = hidden.reshape(-1, hidden.shape[-1])
     scores, logits = routed.router(tokens)
@@ -315,7 +299,7 @@ def in_order(
     routed: Any, holder: nn.Module, layers: Layers, rows: Tensor, sizes: Sequence[int]
 ) -> Tensor:
     """The rows (S, in), each times the matrix of its expert: (S, out)."""
-    each, count = torch.tensor(sizes), len(rows)  # its sum, which can't be read without values
+    each, count = torch.tensor(sizes), len(rows)  # the sum, which fake tensors don't have
     of = torch.arange(len(sizes)).repeat_interleave(each, output_size=count).to(rows.device)
     groups, taken, places = grouped(of, len(sizes))
     (layer,) = layers(groups, None, (0, 1))
@@ -328,21 +312,21 @@ CALLED: dict[str, Callable[..., Any]] = {CHOSEN: chosen, WEIGHED: weighed, SORTE
 def _mixed(
     holder: Any, layers: Layers, index: Tensor, hidden: Tensor, weights: Tensor | None = None
 ) -> Tensor:  # (T, k, hidden)
-    """The output of each expert of each token, whose inputs are weighed by (T, k) `weights`;
-    experts without a matrix give back their input.
+    """The output of each expert of each token, with inputs scaled by `weights` (T, k); experts
+    without a matrix return their input.
     """
     form = form_of(holder)
     assert form is not None
     of, (tokens, k) = index.reshape(-1), index.shape
     counts = [int(getattr(holder, stored.number)) for stored in form.parameters.values()]
     number, at = counts[-1], None
-    if number < max(counts):  # without values, each token is sent to k that have matrices
+    if number < max(counts):  # for fake tensors, all experts have matrices
         at = torch.arange(len(of)) if is_fake(of) else (of < number).nonzero()[:, 0]
         if not len(at):
             return hidden[:, None].expand(-1, k, -1)
     groups, rows, places = grouped(of if at is None else of[at], number)
     rows = rows if at is None else at[rows]
-    x = hidden.index_select(0, rows // k)  # whose backward is faster than that of indexing
+    x = hidden.index_select(0, rows // k)  # its backward is faster than with indexing
     if weights is not None:
         x = x * weights.reshape(-1, 1).index_select(0, rows)
     *firsts, last = layers(groups, rows, (tokens, k))

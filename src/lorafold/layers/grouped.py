@@ -1,13 +1,10 @@
-"""Grouped linears: each group of the outputs is computed from a vector of its own.
+"""Grouped linear layers (DeepSeek-V4's attention heads): each group of outputs has its own input.
 
     y_j = W_j x_j,  j = 1 .. g      x (..., g, in), W (out, in) = (W_1; ..; W_g),
                                     y (..., g, out / g)
 
-DeepSeek-V4 projects the heads of attention so. As a matrix W is (out, in), as stored, and a method
-sees no difference from a linear. A low-rank update is u_j = A x_j, the same A (r, in) for all
-groups, and y_j + B_j u_j with the group's own rows of B (out, r): W + dW is not built. Such modules
-have no bias. A gain on the inputs would have to be told from one on the outputs, so a method that
-takes the inputs apart (`takes_vectors`) is refused.
+A low-rank update is u_j = A x_j, with the same A (r, in) for all groups, and y_j + B_j u_j with the
+group's rows of B (out, r).
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from lorafold.ops.scale import scaled
 
 
 class GroupedLinear(Vectors):
-    """A linear with groups: weight (out, in), inputs (..., g, in)."""
+    """A grouped linear: weight (out, in), inputs (..., g, in), no bias."""
 
     linear = True
     takes_vectors = False
@@ -32,7 +29,7 @@ class GroupedLinear(Vectors):
 
     @property
     def groups(self) -> int:
-        """g."""
+        """The number of groups, g."""
         return int(self.bare.n_groups)
 
     @property
@@ -47,8 +44,8 @@ class GroupedLinear(Vectors):
         return self.op(x, w, onto)
 
     def op(self, x: Tensor, m: Tensor, onto: Tensor | None = None) -> Tensor:
-        """The product of each group of x (..., g, in) and its rows of m (k, in), k a multiple of g:
-        (..., g, k / g), onto a tensor of that shape.
+        """The product of each group of x (..., g, in) and its rows of m (k, in), k a multiple of g,
+        plus `onto`: (..., g, k / g).
         """
         rows = m.to(x.dtype).unflatten(0, (self.groups, -1)).mT  # (g, in, k / g)
         shape = (*x.shape[:-1], rows.shape[-1])
@@ -64,7 +61,7 @@ class GroupedLinear(Vectors):
         return self.op(linear(self.drop(x, p), down), up)
 
     def site(self, x: Tensor) -> DrawSite | None:
-        """What dropout of x (..., g, in) follows from; None where torch's generator gives it."""
+        """The source of random numbers for dropout of x (..., g, in); None: torch's generator."""
         g, tokens = self.groups, x.shape[:-2].numel()
 
         def of(names: Tensor) -> Tensor:

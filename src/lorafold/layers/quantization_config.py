@@ -1,4 +1,4 @@
-"""What a model's config says about its quantization after some of its matrices were dequantized."""
+"""Updates a model's quantization config after some of its matrices were dequantized."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lorafold.layers.expert_storage import stored_matrices
 
 
 def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
-    """Record in the config of a transformers model that the sites at these paths are quantized no
-    longer, experts by their module; if no quantized module is left, remove the quantization config.
+    """Record in the config that these modules are no longer quantized; remove its quantization
+    config if no other is.
     """
     config: Any = getattr(model, "config", None)
     settings: Any = getattr(config, "quantization_config", None)
@@ -24,7 +24,7 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
         if not any(map(_quantized, model.modules())):
             del config.quantization_config
             return
-        # the list of the modules whose weights are plain
+        # the list of unquantized modules
         compressed = settings["quant_method"] == "compressed-tensors"
         name = "ignore" if compressed else "modules_to_not_convert"
         sites = ((path, module_at(model, path)) for path in paths)

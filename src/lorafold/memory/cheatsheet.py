@@ -1,7 +1,4 @@
-"""The memory cheatsheet: common rules of thumb, our estimates beside them, and why the two differ.
-
-The estimates are those of `memory.estimate` for Llama's shapes.
-"""
+"""The memory cheatsheet: rules of thumb beside our estimates for Llama's shapes."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from lorafold.memory.presets import llama, setting_of
 from lorafold.ops.kernel_requirements import DeviceKind
 from lorafold.recipe.recipe import Recipe
 
-# by the rules: parameters times bytes; 2 x blocks x heads x width x tokens x bytes; and 16 bytes
-# for a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8
-# and 4 for a master copy). They leave out the constants of quantized weights, and count all weights
-# as quantized.
+# rules of thumb: parameters times bytes; 2 x blocks x heads x width x tokens x bytes; 16 bytes for
+# a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8 and 4
+# for a master copy). They ignore the constants of quantized weights and count all weights as
+# quantized.
 WORKED: dict[str, tuple[str, float]] = {
     "7B in bf16": ("7.0e9 x 2", 7.0e9 * 2),
     "its KV cache at 4096 tokens": (
@@ -32,8 +29,8 @@ WORKED: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A line of the table: a model in a mode, what the rule gives (GB), and why the estimate
-    differs. `recipe` has the recipe fields that the estimate sets besides the mode.
+    """A row of the table: a model in a mode, the rule's value (GB), the reason for the difference,
+    and recipe fields besides the mode's.
     """
 
     size: str
@@ -94,7 +91,6 @@ CASES = (
 
 
 def table() -> Iterator[tuple[str, ...]]:
-    """Yield the heading of the table, then a line for each case."""
     yield "model", "mode", "batch x tokens", "the rule", "estimate", "of the rule", "why"
     for case in CASES:
         setting = setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
@@ -111,7 +107,6 @@ def table() -> Iterator[tuple[str, ...]]:
 
 
 def markdown() -> str:
-    """Return both tables in Markdown."""
     worked = [
         ("what", "the rule", "bytes"),
         *((what, formula, format_bytes(round(n))) for what, (formula, n) in WORKED.items()),

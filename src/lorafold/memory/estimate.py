@@ -1,33 +1,17 @@
-"""Estimates the bytes of each term at the peak of memory, from a model's configuration alone.
+"""Estimates the bytes of each term at the peak of memory, from a model's configuration.
 
-    found = estimate(config, Setting(Storage(torch.bfloat16), LoRA(rank=16), rows=(2048,) * 4))
-    found.total, found.terms["activations"]
-
-The terms follow from what was traced (`memory.trace`) and add up to the peak. All but `process` are
-bytes that torch's allocator gives to tensors. For a run on a CPU, `process` adds what else its
-process holds, so that the total is the resident memory of the process, without the libraries that
-it imports.
-
-What each of n processes holds and sends in a step follows from what one alone would hold:
+The terms come from a trace (`memory.trace`). Each of n processes holds and sends in a step:
 
     w, a, g, s    bytes of the weights, the adapter, its gradients and the optimizer's state
-    w_b, g_b      those of one block;  r, g_r those of the largest of embedding and head
+    w_b, g_b      of one block;  r, g_r of the largest of embedding and head
+    w_e           bytes gathered for embedding and head in a forward pass (tied: twice)
 
-    ddp          holds  w + a + g + s, and a bucket in which gradients are summed
+    ddp          holds  w + a + g + s, and a gradient bucket
                  sends  2 (n - 1) / n g                               a ring's all-reduce
     fsdp         holds  w / n + a + g + s / n + max(w_b, r)
                  sends  (n - 1) / n (2 sum_b w_b + w_e + 2 g + a)     gather twice, sum, updates
     fsdp, full   holds  (w + g + s) / n + max(w_b + g_b, r + g_r)
                  sends  (n - 1) / n (2 sum_b w_b + 3/2 w_e + g)       gather twice, reduce
-
-w_e is what a forward pass gathers for embedding and head, tied ones for each of the two; where they
-train, the embedding is gathered once more in the backward pass. This is what
-`training_step.sharding` does: one part of the model is whole at a time, quantized weights are
-gathered as they are stored, and what is trained beside the base is whole in each, and its state in
-one, which sends what it updates. Nothing is sent while it computes.
-
-`advise` tells whether a setting fits in a device's memory, the largest batch and length that do,
-and which single changes would make it fit.
 """
 
 from __future__ import annotations
@@ -46,12 +30,12 @@ from lorafold.models.quantizations import DEFAULT, Storage
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# What the peaks of processes had over their tensors (`benchmarks/memory_process.py`): bytes for the
-# tokenizer and kernels, and the share of tensors that gaps in the heap take.
+# Measured memory of processes beyond their tensors (`benchmarks/memory_process.py`): bytes for the
+# tokenizer and kernels, and heap fragmentation as a share of the tensors.
 FIXED, GAPS = 120 * 10**6, 0.05
 
 
-# what each term is, as the page of an estimate says it
+# the explanations on an estimate's page
 TERMS = {
     "weights": "Every parameter and buffer of the base as it is stored, and of frozen adapters over"
     " it. Quantized weights have codes, constants, and in NF4 constants of the constants (QLoRA,"
@@ -78,12 +62,12 @@ TERMS = {
     " not count.",
 }
 BUCKET = 2**26  # bytes of gradients that are summed at a time
-SPEED = 4e14  # operations a second: 40% of what an H100 does at most in bf16
+SPEED = 4e14  # operations per second: 40% of an H100's peak in bf16
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by term, and their sum. `sent` is the traffic of one of several processes."""
+    """Bytes by term. `sent` is the traffic of one of several processes."""
 
     terms: dict[str, int]
     sent: Traffic | None = None
@@ -95,14 +79,12 @@ class Estimate:
 
     @property
     def shown(self) -> dict[str, int]:
-        """The terms that are not 0, as people read their names."""
+        """The nonzero terms, with readable names."""
         return {name.replace("_", " "): n for name, n in self.terms.items() if n}
 
 
 def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
-    """Estimate the bytes that a model of this configuration takes at its peak, of several processes
-    in each.
-    """
+    """Estimate the bytes at the peak, in each process if there are several."""
     text = config.get_text_config()
     few, blocks = max(2, period(config)), text.num_hidden_layers
     traced, sent = trace(config, setting, few), None
@@ -122,7 +104,6 @@ def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
 
 
 def terms_of(traced: Traced) -> dict[str, int]:
-    """The bytes of each term of TERMS at the peak of a step."""
     in_backward = max(traced.backward, traced.late)
     within = max(traced.forward, in_backward)
     drawing = traced.drawing > within  # the peak is while completions are sampled
@@ -150,23 +131,23 @@ def terms_of(traced: Traced) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The bytes that a process sends in a step of one micro-batch; it receives as many.
-    `operations` are the multiplications and additions that it computes meanwhile.
+    """The bytes that a process sends (and receives) in a step of one micro-batch, and the
+    multiplications and additions it computes.
     """
 
     bytes: int
     operations: int
 
     def bandwidth(self, speed: float = SPEED) -> float:
-        """The bytes a second, in each direction, at which sending takes as long as computing."""
+        """The bytes per second, in each direction, at which sending takes as long as computing."""
         return self.bytes * speed / max(1, self.operations)
 
 
 def shared(
     whole: Traced, block: Traced, blocks: int, setting: Setting, tied: bool
 ) -> tuple[Traced, Traffic]:
-    """The bytes of one of several processes, and its traffic, from the step of one process, whose
-    gradients are divided already if they are owned. Embedding and head may be `tied`.
+    """The bytes and traffic of one of several processes, from a single process's step (if the base
+    is trained, with sharded gradients). Embedding and head may be `tied`.
     """
     n, owned = setting.processes, setting.owned
     part = (n - 1) / n
@@ -191,19 +172,18 @@ def shared(
     return held, Traffic(int(part * (2 * blocks * block.weights + ends + learned)), operations)
 
 
-ROWS = 4096  # the largest batch that is looked for
+ROWS = 4096  # the largest batch to try
 TRACED = 2**14  # tokens up to which a setting is traced; beyond, its bytes are extrapolated
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Whether a setting fits, with how many bytes to spare (negative: how many are missing).
+    """Whether a setting fits, with how many bytes to spare (negative: missing).
 
     `batch` is the largest batch that fits at the setting's length, up to 4096, and `length` the
-    largest length at its batch, up to the model's context; 0 if not even 1 fits, and None for the
-    rows of a run, which have lengths of their own. `changes` are
-    single changes that would make it fit, the least harmful first, each with the bytes that the
-    changed setting takes.
+    largest length at its batch, up to the model's context; 0 if not even 1 fits, None for the rows
+    of a run. `changes` are single changes that would make it fit, the least harmful first, with the
+    bytes needed.
     """
 
     fits: bool
@@ -214,7 +194,7 @@ class Advice:
 
 
 def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
-    """Advise on a setting for a device."""
+    """Whether a setting fits in a device's memory, and what would fit."""
 
     @cache
     def total(batch: int, length: int) -> int:
@@ -234,7 +214,7 @@ def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
 
 
 def advise_on_rows(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
-    """As `advise`, for the rows of a run, which keep their number and lengths."""
+    """Like `advise`, for the rows of a run, whose number and lengths are fixed."""
     return _advice(config, setting, memory, estimate(config, setting).total)
 
 
@@ -246,15 +226,15 @@ def _advice(config: PreTrainedConfig, setting: Setting, memory: int, total: int)
 
 
 def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """Yield (name, changed setting) for changes that keep the batch and the length, the least
-    harmful first.
+    """Yield (name, changed setting) for changes that keep batch and length, the least harmful
+    first.
     """
     spec: Any = setting.spec
     in_place = spec is not None and spec.trains_base
     recomputes = spec is not None and not setting.checkpointing
     if recomputes:
         yield "gradient checkpointing", replace(setting, checkpointing=True)
-    # 16-bit weights that are trained need stochastic rounding, which only adamw has
+    # trained 16-bit weights need stochastic rounding, which only adamw supports
     narrow = in_place and setting.base.dtype.itemsize == 2
     if spec is not None and setting.optimizer == "adamw" and not narrow:
         yield "optimizer adamw8bit", replace(setting, optimizer="adamw8bit")
@@ -273,10 +253,8 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 
 def largest(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
-    """Return the largest n up to `most` whose total fits in memory, or 0 if not even 1 does.
-
-    Totals are nearly affine in n, so n is found on the line through two of them. An n of at most
-    four times a traced one is traced to check it; beyond `traced` the line is trusted.
+    """The largest n up to `most` whose total fits in memory, or 0, found on the line through two
+    totals, which are nearly affine; only an n of at most four times a traced one is verified.
     """
     low, high = (start // 2, start) if start > 3 else (2, 4)
     while True:

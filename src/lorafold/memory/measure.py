@@ -1,8 +1,4 @@
-"""Measures the memory of a model and a step on a device, to check an estimate against it.
-
-On CUDA the bytes are those of torch's allocator. Elsewhere they are those of all tensors that
-exist, with a `Ledger` of those that the step makes.
-"""
+"""Measures the memory of a model and a step on a device, to check an estimate."""
 
 from __future__ import annotations
 
@@ -36,10 +32,8 @@ if TYPE_CHECKING:
 
 
 def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch.device) -> int:
-    """Return the bytes at the peak of the second of two training steps on random tokens, or of
-    inference of a prompt and one more token; the model's bytes included.
-    """
-    # keeps tensors from before alive: if they were freed meanwhile, the difference would shrink
+    """The peak bytes of the second of two training steps, or of inference, including the model."""
+    # keeps existing tensors alive: freeing them meanwhile would change the difference
     earlier, before = _tensors(), allocated(device)
     model = load()
     run = inference if setting.spec is None else training
@@ -51,8 +45,8 @@ def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch
 
 @contextmanager
 def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
-    """Yield a training step with everything that a run uses. One step is made before, so that the
-    optimizer's state exists.
+    """Yield a training step with every feature of a run, after one step that creates the optimizer
+    state.
     """
     attach_below(model, setting)
     setting.attach(model)
@@ -80,7 +74,6 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
 
 @contextmanager
 def inference(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
-    """Yield a function that computes a prompt and then one more token."""
     prompt, token = (
         torch.ones(setting.batch, n, dtype=torch.long, device=model.device)
         for n in (setting.length - 1, 1)
@@ -96,7 +89,6 @@ def inference(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[],
 
 @contextmanager
 def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
-    """Yield the loss that a run with this setting uses."""
     if setting.classes and setting.packed:
         with branching(model) as how:
             yield Preferences(model, BradleyTerry(), how, 0)
@@ -109,9 +101,7 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
 
 
 def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
-    """Make examples of random tokens, of the setting's lengths. The labels are on the last tokens
-    of each, evenly divided among the examples.
-    """
+    """Examples of random tokens with the setting's lengths; the last tokens are labelled."""
     vocabulary = model.config.get_text_config().vocab_size
     rows = [tuple(torch.randint(1, vocabulary, (n,)).tolist()) for n in setting.rows]
     if setting.classes and setting.packed:  # pairs of documents that share nothing
@@ -128,7 +118,6 @@ def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
 
 
 def allocated(device: torch.device) -> int:
-    """Return the bytes of all tensors of this process on the device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
@@ -138,7 +127,7 @@ def allocated(device: torch.device) -> int:
 
 def _tensors() -> list[Tensor]:
     aside = gc.get_freeze_count()
-    gc.unfreeze()  # what was set aside (`runtime.process_tuning`) would not be listed
+    gc.unfreeze()  # frozen objects (`runtime.process_tuning`) would not be listed
     tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
     if aside:
         gc.freeze()
@@ -146,9 +135,7 @@ def _tensors() -> list[Tensor]:
 
 
 def peak_of(step: Callable[[], Any], device: torch.device) -> int:
-    """Run the step and return the most bytes that tensors take meanwhile, with those that existed
-    before.
-    """
+    """Run the step and return the peak bytes of tensors, including existing ones."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()

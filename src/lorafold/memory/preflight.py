@@ -1,10 +1,7 @@
-"""Prints the memory that a training run will need before it starts, and decides whether the run
-uses gradient checkpointing.
+"""Estimates the memory of a training run before it starts, and decides about gradient
+checkpointing.
 
-`gradient_checkpointing: auto` turns it on if a step would not fit without it. If a step does not
-fit either way, the run prints a warning with the changes that would help, and continues, because
-the estimate may be wrong. On a CPU it is the resident memory of the process without the libraries
-that it imports; on a GPU, the memory that torch's allocator gives to tensors.
+If a step does not fit, the run only warns, because the estimate may be wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from lorafold.ops.kernel_requirements import place_of
 from lorafold.recipe.recipe import Recipe
 
 LOOKED_AT = 64  # of the first steps, those with the most tokens
-SHARE = 0.9  # of the free memory: the rest is for what an estimate leaves out
+SHARE = 0.9  # of the free memory: the rest is for memory outside the estimate
 
 
 def largest_batch(
@@ -45,7 +42,7 @@ def largest_batch(
     held_out: Any = None,
     shares: bool = False,
 ) -> Setting:
-    """Return the setting of the largest micro-batch of the run's first steps."""
+    """The setting of the largest micro-batch of the run's first steps."""
     packed, outputs = bool(recipe.packing) and objective.packs, objective.outputs
     shares = shares and packed and recipe.packing == "auto"
     draws = objective.draws(feed, held_out) if isinstance(objective, OnPolicy) else None
@@ -56,13 +53,13 @@ def largest_batch(
         [objective.trained(example) for example in examples[::processes]]
         for examples in islice(feed.after(0), feed.foreseen)
     )
-    if shares:  # to find what rows have in common takes a millisecond or more a step
+    if shares:  # finding shared prefixes takes a millisecond or more per step
         steps = nlargest(LOOKED_AT, steps, key=lambda examples: sum(documents(examples)))
     n = recipe.accumulate
     for examples in steps:
-        # it has to pay to compute shared prefixes once
+        # shared prefixes are only used if they save enough tokens
         if once := shares and sum(documents(examples, True)) <= PAYS * sum(documents(examples)):
-            # a prompt, or a whole row, is what may be shared
+            # a prompt, or a whole row, may be shared
             parts = alike(
                 examples, n, recipe.max_length,
                 lambda e: e.shared if isinstance(e, Branched) else e.ids, lambda e: len(e.ids),
@@ -78,7 +75,7 @@ def largest_batch(
                 count = sum(map(labelled, part))
         whole = max(whole, sum(documents(examples, once)))
     rows = tuple(largest)
-    # more completions fit where they are shorter than they may be
+    # shorter completions leave room for more of them
     more = max(0, min(recipe.max_length, whole) - sum(rows)) if draws and packed else 0
     return replace(
         setting,
@@ -99,7 +96,8 @@ def largest_batch(
 
 
 def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
-    """The tokens that are computed for each document of a micro-batch."""
+    """The tokens computed for each document of a micro-batch; shared prefixes count once if `once`.
+    """
     if once:
         pairs = [
             pair
@@ -124,8 +122,8 @@ def choose_checkpointing(
     free: int,
     console: Console,
 ) -> tuple[bool, str]:
-    """Print the memory that the setting needs, and return whether to use gradient checkpointing,
-    and a line for where there is no estimate: loading may say why.
+    """Print the memory estimate; return whether to use gradient checkpointing, and a line to print
+    later without an estimate, because loading may raise a better error.
     """
     setting = replace(setting, checkpointing=checkpointing is True)
     room, why = SHARE * free, ""
@@ -160,8 +158,8 @@ def choose_checkpointing(
 
 
 def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
-    """Raise NoTarget if a run would find no module for its targets once its weights are loaded. The
-    few blocks of an estimate need not contain named targets.
+    """Raise NoTarget if the full model has no module for the run's targets; the few blocks of an
+    estimate need not contain them.
     """
     blocks, trusted = config.get_text_config().num_hidden_layers, setting.trust_remote_code
     with without_values():
@@ -171,4 +169,4 @@ def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
         except NoTarget:
             raise
         except LorafoldError:
-            return  # which the run says, if it is so there too
+            return  # the run reports it, if it happens there too

@@ -1,14 +1,5 @@
-"""Settings by name: the modes of using a model, and the sizes of Llama.
-
-    inference    no training; a base in bf16 unless the recipe sets it
-    full         every weight is trained, in fp32 unless the recipe sets bf16: 16 bytes a parameter
-                 with gradients and AdamW's moments
-    lora         LoRA over a base in bf16
-    qlora        LoRA over a base in NF4
-    any other    a method by its name, over the recipe's base
-
-`--params 7b, 13b, 70b` are the shapes of Llama 2 (Touvron et al. 2023, arXiv 2307.09288), `65b` and
-`33b` those of Llama (arXiv 2302.13971, table 2).
+"""Settings by name: the modes of using a model, and the shapes of Llama 2 (7b, 13b, 70b; Touvron et
+al. 2023, arXiv 2307.09288) and Llama (33b, 65b; arXiv 2302.13971, table 2).
 """
 
 from __future__ import annotations
@@ -41,7 +32,7 @@ MODES: dict[str, dict[str, Any]] = {
 def setting_of(
     mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None
 ) -> Setting:
-    """The setting for a mode and a recipe, whose fields take precedence over the mode's."""
+    """The setting for a mode and a recipe, whose fields override the mode's."""
     check_fields(recipe, OF_MEMORY)
     if labelled is not None and labelled > batch * (length - 1):
         raise LorafoldError(
@@ -64,7 +55,6 @@ def setting_of(
 
 
 def check_fields(recipe: Recipe, known: set[str]) -> None:
-    """Raise LorafoldError for fields of a recipe that an estimate does not use."""
     if unread := sorted(recipe.model_fields_set - known):
         more = sorted(OF_ROWS - known)
         rows = f"; with --data also {', '.join(more)}" if more else ""
@@ -75,13 +65,13 @@ def check_fields(recipe: Recipe, known: set[str]) -> None:
 
 
 def recipe_in(mode: str, recipe: Recipe) -> Recipe:
-    """Return the recipe with the fields of the mode that it does not set."""
+    """The recipe, with the mode's values for unset fields."""
     fields = MODES.get(mode, {"method": mode})
     return Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
 
 
 def stored(base: str) -> Storage:
-    """Return the storage of that name. Quantized ones are dequantized to bf16; auto is bf16."""
+    """The storage of that name, with compute dtype bf16 unless fp32; auto is bf16."""
     dtype = torch.float32 if base == "fp32" else torch.bfloat16
     return Storage(dtype, base if base in QUANTIZED else None)
 
@@ -89,7 +79,7 @@ def stored(base: str) -> Storage:
 def as_in_files(
     setting: Setting, config: PreTrainedConfig, name: str, explicit: bool
 ) -> Setting:
-    """Return the setting with the base as the model's files store it, if they are quantized."""
+    """The setting with the quantization of the model's files, if any."""
     settings, base = getattr(config, "quantization_config", None), setting.base
     stored_as = None if settings is None else quantization_of(settings, f"model {name}")
     if stored_as is None and base.quantization not in IN_FILES:
@@ -112,7 +102,6 @@ LLAMA = {  # width, width of the MLP, blocks, heads, key heads, context
 
 
 def llama(size: str) -> PreTrainedConfig:
-    """Return the configuration of the Llama of that size."""
     from transformers import LlamaConfig
 
     if size.lower() not in LLAMA:

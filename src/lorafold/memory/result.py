@@ -1,4 +1,4 @@
-"""What `lf.estimate` returns, as bars on a terminal and as a page that explains each term."""
+"""The result of `lf.estimate`, as bars in a terminal and as an HTML page."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ WIDTH = 40  # characters of the longest bar
 
 
 def verdict(advice: Advice, setting: Setting) -> list[str]:
-    """Whether the setting fits, the largest batch and length that do, and which changes would help,
-    as lines.
+    """Lines: whether the setting fits, the largest batch and length that do, and changes that would
+    help.
     """
     spare = format_bytes(abs(advice.spare))
     fits = f"fits, with {spare} to spare" if advice.fits else f"does not fit: {spare} short"
@@ -33,7 +33,6 @@ def verdict(advice: Advice, setting: Setting) -> list[str]:
 def page(
     estimate: Estimate, title: str, path: Path, lines: list[str], memory: int | None = None
 ) -> None:
-    """Write an HTML page with the terms as bars and as a table that explains them."""
     terms = {name.replace("_", " "): text for name, text in TERMS.items()}
     cells = [
         [name, format_bytes(n), f"{n / estimate.total:.1%}", terms[name]]
@@ -53,7 +52,6 @@ def page(
 
 
 def picture(estimate: Estimate, memory: int | None, counted: str) -> str:
-    """The terms as bars, each of which begins where the one above it ends, and their sum."""
     terms, total = estimate.shown, estimate.total
     names, sizes = [*terms, "total"], [*terms.values(), total]
     starts = [*accumulate([*terms.values()][:-1], initial=0), 0]
@@ -85,10 +83,10 @@ def picture(estimate: Estimate, memory: int | None, counted: str) -> str:
 class Forecast(ShownInNotebooks):
     """The memory of a setting at its peak, in bytes by term.
 
-    `advice` says whether it fits a device's memory and what would, if that was asked; `measured`
-    has the bytes of a real step, if one was run. `of_this_cpu` is set if the estimate is for this
-    machine's CPU instead of a GPU. Of several processes the bytes are those of
-    each; `speed` is what a device computes, in operations a second.
+    If a device's memory was given, `advice` states whether the setting fits and what would.
+    `measured` is the peak of a real step, if one was run. `of_this_cpu` is set if the estimate is
+    for this machine's CPU instead of a GPU. With several processes, the bytes are per process;
+    `speed` is a device's operations per second.
     """
 
     estimate: Estimate
@@ -133,7 +131,7 @@ class Forecast(ShownInNotebooks):
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        """All figures under the keys of `lorafold estimate --json`."""
+        """All values under the keys of `lorafold estimate --json`."""
         figures: dict[str, Any] = {"total": self.total, **self.terms}
         sent = self.estimate.sent
         if sent is not None:

@@ -1,13 +1,7 @@
-"""Traces the bytes of one step, by running the code that trains on a fake model with few blocks.
+"""Traces the bytes of one step, by running the training code on a fake model with few blocks.
 
-All blocks take the same memory, so every figure is linear in the number of blocks n, and two short
-models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a). An engine that samples completions
-beside a step holds the fast path's form of the weights and the factors of the adapter for the whole
-run, and a KV cache only while it samples.
-
-A `Ledger` counts the bytes of tensors as they are allocated and freed. It sees every tensor that
-torch makes, fake or real, through torch's dispatcher, but no memory that a kernel allocates and
-frees within a single operation.
+All blocks take the same memory, so every value is linear in the number of blocks n: two short
+models give a + (b - a) (n - n_a) / (n_b - n_a) for any n.
 """
 
 from __future__ import annotations
@@ -55,7 +49,7 @@ if TYPE_CHECKING:
 token_ids = partial(torch.zeros, dtype=torch.long)
 aten = torch.ops.aten
 DEVICE = torch.ops.prim.device.default  # the operation that fake tensors run most often
-# of products a b: which argument is a (..., m, k), before b (..., k, n)
+# matmuls a b: the index of the argument a (..., m, k), which precedes b (..., k, n)
 PRODUCTS = {
     **dict.fromkeys((aten.mm.default, aten.bmm.default, aten._grouped_mm.default), 0),
     **dict.fromkeys((aten.addmm.default, aten.addmm_.default, aten.baddbmm.default), 1),
@@ -63,13 +57,13 @@ PRODUCTS = {
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of tensors of any shapes; memory that several share counts once."""
+    """The bytes of tensors of any shapes; shared memory counts once."""
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the tensors that are made inside its `with` block, in bytes: `now` and `peak`; and the
-    operations of products of matrices.
+    """Counts the bytes of tensors, fake or real, in its `with` block (`now`, `peak`), and the
+    operations of matmuls, but no memory that a kernel frees within one operation.
     """
 
     def __init__(self) -> None:
@@ -109,22 +103,17 @@ class Ledger(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Traced:
-    """The bytes that a step takes.
+    """The bytes of a step; `forward_operations` and `backward_operations` count matmuls'
+    multiplications and additions.
 
-    weights, adapter, optimizer, gradients: The tensors of each.
-    ahead: Gradients that exist before the forward pass.
-    kept: Activations that exist when the forward pass is done.
-    kv_cache: Keys and values of inference.
-    engine: What draws completions beside the step, without keys and values.
-    slots: Keys and values of completions that are drawn before the step.
-    drawing: The peak meanwhile beyond weights, adapter, optimizer and engine.
-    forward, backward: The peak in either pass beyond weights, adapter and optimizer. For inference
-        these are the forward passes of the prompt and of the token after it.
-    late: The same in the second half of the backward pass.
-    exchanged: What is gathered from other processes and on its way to them.
-
-    forward_operations, backward_operations are no bytes, but the multiplications and additions of
-    either pass in products of matrices.
+    ahead: gradients that exist before the forward pass.
+    kept: activations that exist after the forward pass.
+    engine: the engine that samples completions, without its KV cache (`slots`).
+    drawing: the peak while it samples, beyond weights, adapter, optimizer and engine.
+    forward, backward: the peak in either pass beyond weights, adapter and optimizer; for inference,
+        in the passes of the prompt and of the next token.
+    late: the same in the second half of the backward pass.
+    exchanged: tensors gathered from and sent to other processes.
     """
 
     weights: int
@@ -145,8 +134,7 @@ class Traced:
     backward_operations: int = 0
 
     def extrapolated(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
-        """Extrapolate to blocks[2] blocks, given that this is for blocks[0] blocks and the other
-        for blocks[1].
+        """Extrapolate to blocks[2] blocks, from this trace (blocks[0]) and the other (blocks[1]).
         """
         a, b, n = blocks
         pairs = zip(astuple(self), astuple(other), strict=True)
@@ -156,41 +144,31 @@ class Traced:
 ON_CPU = DeviceKind("cpu")
 DDP, FSDP = "ddp", "fsdp"
 STRATEGIES = (FSDP, DDP)
-SETTINGS = EngineSettings()  # those of the tokens of prompts that are read in one pass
-COPIES = 3  # of a pass's logits: the head's, those of the rows in order, and those that are chosen
-KEPT = 3  # of an adapter's factors: as they are held, as passes read them, and zeros for other rows
+SETTINGS = EngineSettings()  # for the number of prompt tokens in one pass
+COPIES = 3  # of a pass's logits: the head's, the reordered and the selected ones
+KEPT = 3  # of an adapter's factors: stored, as passes read them, and zeros for other rows
 TOKENS = 4, 8  # below any window of attention
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an estimate is of: a base, a method, and the rows of a micro-batch. It does not depend
-    on the machine that computes the estimate.
+    """The input of an estimate: a base, a method, and the rows of a micro-batch.
 
-    base: How the base stores its weights.
-    spec: The method that is trained; None for inference.
-    targets: The modules to adapt, as `attach` takes them.
-    beside: Gives the further arguments of `attach`, for a model.
-    rows: The lengths in tokens of the rows computed at a time. Inference computes all but the last
-        token of each as a prompt, then the last token.
-    labelled: The tokens that the loss counts; None: all that can be predicted.
-    packed: The rows are packed into one sequence; else they are padded to the longest.
-    classes: The outputs of a head over the last token of each row; 0 for a language model.
-    loss: Gives the loss of a model, its inputs and the tokens that it counts; None: that of classes
-        or of the next token.
-    checkpointing: Gradient checkpointing is on.
-    optimizer: adamw, adamw8bit or paged-adamw8bit.
-    accumulating: Gradients of an earlier micro-batch exist already.
-    below: The frozen adapters that the new one lies over, lowest first: of each its method, and
-        what gives the other arguments of `attach`, for a model.
-    draws: The completions that are drawn before a step; None: there are none.
-    place: The kind of device that computes, whose ways with dropout and attention it follows.
-    widened: 16-bit matrices are multiplied in fp32, as some CPUs do because it is faster there
-        (`ops.arithmetic.widens`); this takes more memory.
-    trust_remote_code: The model's own Python files run.
-    processes: Those that train together, each on rows such as these.
-    strategy: ddp or fsdp, of several processes (`memory.sharing`).
-    resident: Also count what the process of a run on a CPU holds besides tensors.
+    spec: the trained method; None for inference.
+    beside: returns the arguments of `attach` besides targets, for a model.
+    rows: the lengths in tokens of the rows. Inference computes all but the last token of each as a
+        prompt, then the last token.
+    labelled: the tokens that count in the loss; None: all that can be predicted.
+    packed: rows are packed into one sequence; else padded to the longest.
+    classes: the outputs of a classification head; 0 for a language model.
+    loss: the loss of a model, its inputs and the number of labelled tokens; None: the default.
+    accumulating: gradients of an earlier micro-batch exist.
+    below: the frozen adapters below, lowest first: method, and further `attach` arguments.
+    draws: the completions sampled before a step, if any.
+    place: the kind of device, whose dropout and attention are modelled.
+    widened: 16-bit matrices are multiplied in fp32 (`ops.arithmetic.widens`).
+    processes: the number that train together, each on such rows.
+    resident: include the memory of a CPU run's process besides tensors.
     """
 
     base: Storage
@@ -215,18 +193,17 @@ class Setting:
     resident: bool = False
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Attach the adapter that trains. Raises as `lf.attach`."""
+        """Attach the trained adapter. Raises like `lf.attach`."""
         beside = {"targets": self.targets, **self.beside(model)}
         attach(model, self.spec, **beside)  # type: ignore[arg-type]
 
     @property
     def owned(self) -> bool:
-        """Whether the base's own weights train."""
+        """Whether the base weights are trained."""
         return self.spec is not None and self.spec.trains_base
 
     @property
     def batch(self) -> int:
-        """The number of rows computed at a time."""
         return len(self.rows)
 
     @property
@@ -236,9 +213,7 @@ class Setting:
 
 
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
-    """Trace the bytes of a step of a model with embedding, head and its first blocks. They are the
-    same on every machine.
-    """
+    """Trace a step of a model with embedding, head and its first blocks."""
     with (
         existing_set_aside(),
         without_values(),
@@ -253,7 +228,7 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
         except LorafoldError:
             raise
         except Exception as error:
-            # a model's code may raise anything on fake tensors; a run continues without an estimate
+            # a model's code may raise anything on fake tensors; the run goes on without an estimate
             what = config.model_type if setting.spec is None else type(setting.spec).__name__
             raise LorafoldError(
                 f"{what}: can't be estimated, since its code does not run on fake tensors (tensors"
@@ -262,10 +237,8 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
 
 
 def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
-    """Trace a training step with everything that a run uses: fused operations, packed documents,
-    the loss at labelled positions.
-    """
-    # a softmax with a logit that is of no key, as that of gpt-oss, is of no packed rows
+    """Trace a training step with every feature of a run."""
+    # packed rows do not support attention sinks (gpt-oss)
     sinks = any("sinks" in module._parameters for module in model.modules())
     setting = replace(setting, packed=setting.packed and not sinks)
     if setting.below:
@@ -285,7 +258,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
     ahead = ledger.now - start
     model.train()
-    # the longest is last
+    # the longest row last
     documents = partial(_mask, tuple(sorted(setting.rows)))
     with fused(model), attending(model, documents) if setting.packed else nullcontext():
         ledger.peak = collected(ledger)
@@ -320,8 +293,8 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
 
 
 class LastTiles(Documents):
-    """Documents of which only the last three tiles are computed. These are enough for the peak of
-    memory: tiles grow from first to last, except that the last may be cut short.
+    """Documents of which only the last three tiles are computed: enough for the peak, because tiles
+    grow.
     """
 
     def tiles(self) -> Iterator[Tile]:
@@ -331,13 +304,13 @@ class LastTiles(Documents):
 def _mask(
     lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
 ) -> Documents:
-    """Return documents of these lengths, or one where a soft prompt makes the sequence longer."""
+    """Documents of these lengths, or a single one if a soft prompt makes the sequence longer."""
     return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)
 
 
 def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parameter, Tensor]:
-    """Have each gradient give way to one of its parts (n,), of which each process holds one, as
-    soon as it is there; these parts.
+    """Replace each gradient by one process's part of it (n,) as soon as it exists; returns these
+    parts.
     """
     parts = {}
 
@@ -354,8 +327,8 @@ def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parame
 
 
 def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[int]:
-    """Have a ledger count its peak anew once half of these have gradients; a list with that before.
-    Few blocks may have theirs by the head, many by the gradients, which grow otherwise.
+    """Reset the ledger's peak when half of the parameters have gradients, and return a list for the
+    first half's peak, because each half depends on the number of blocks in its own way.
     """
     before = []
     left = (len(trained) + 1) // 2
@@ -373,14 +346,13 @@ def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> lis
 
 
 def attach_below(model: PreTrainedModel, setting: Setting) -> None:
-    """Attach the frozen adapters of the setting."""
     for n, (spec, beside) in enumerate(setting.below):
         attach(model, spec, name=f"below{n}", **beside(model)).requires_grad_(False)
 
 
 def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
-    """Return the loss of the setting, (), on fake ids with their positions (1, T), if they are
-    packed, or with a mask (B, T).
+    """The loss of the setting, (), on fake ids with positions (1, T) if packed, or with a mask (B,
+    T).
     """
     shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
     where = "position_ids" if setting.packed else "attention_mask"
@@ -393,7 +365,7 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
 
 @torch.no_grad()
 def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
-    """Trace the forward pass of a whole prompt, then that of one more token."""
+    """Trace the forward pass of a prompt, then of one more token."""
     weights = collected(ledger)
     prompt, token = (token_ids(setting.batch, n) for n in (setting.length - 1, 1))
     ledger.peak = start = collected(ledger)
@@ -406,20 +378,18 @@ def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Trace
 
 
 def collected(ledger: Ledger) -> int:
-    """Return the bytes that exist after a garbage collection."""
+    """The bytes that exist after a garbage collection."""
     gc.collect()
     return ledger.now
 
 
 @torch.no_grad()
 def drawing(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
-    """Trace the sampling of completions: the bytes of an engine, its KV cache, and its peak while
-    it samples.
-    """
+    """Trace the sampling of completions: the bytes of an engine, its KV cache, and its peak."""
     few, more = (_cached(model, n, ledger) for n in TOKENS)
     a_token = (more - few) // (TOKENS[1] - TOKENS[0])
     state = few - TOKENS[0] * a_token
-    # what has a state beside keys and values computes one completion at a time
+    # models with a state besides the KV cache compute one completion at a time
     slots = size.slots if state <= 0 else 1
     held = slots * (max(0, state) + columns(size.prompt + size.longest) * a_token)
     config = model.config.get_text_config()

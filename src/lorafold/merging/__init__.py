@@ -1,1 +1,3 @@
-"""`lorafold merge`: the weights to fold into, the plan, folding, the writers, the certificate."""
+"""`lorafold merge`: the target weights, the plan, merging and rounding, writing, and the merge
+report.
+"""

@@ -1,13 +1,13 @@
-"""The weights that an adapter is merged into, if its base was quantized in training. q is the round
-trip: it quantizes W and dequantizes it again.
+"""The weights to merge an adapter into, if its base was quantized in training. q quantizes W and
+dequantizes it again.
 
     trained         q(W) + dW           the weights that the adapter was trained on, in 16 bits
     original        W + dW              the weights before quantization
     nf4, int8       q(W + dW)           quantized again: small, but rounded once more
 
-nf4 and int8 start from the original weights: quantizing q(W) again would round away every change of
-less than half a level (measured: an adapter with 99% exact match fell to 0%). A model whose files
-are quantized has no original weights; its own, dequantized, are the only target.
+nf4 and int8 start from the original weights, because quantizing q(W) again would round away every
+change of less than half a level (an adapter with 99% exact match fell to 0%). A model with
+quantized files has no original weights; its own, dequantized, are the only target.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ ALIAS = {"dequantized": "trained"}
 
 @dataclass(frozen=True)
 class Distance:
-    """KL in nats a token between two models, and the share of equal top-1 tokens."""
+    """KL in nats per token between two models, and the fraction of equal top-1 tokens."""
 
     kl: float
     same: float
 
     def __str__(self) -> str:
-        return f"KL {self.kl:.1e} nats a token, same token {self.same:.1%}"
+        return f"KL {self.kl:.1e} nats per token, same token {self.same:.1%}"
 
 
 @dataclass(frozen=True)
 class Into:
-    """The target; `trained_on` and `base`: the quantization and storage of the base in training, or
-    None; `in_files`: the base's files are quantized; `asked`, `recorded`: storages named and
-    recorded.
+    """The target of a merge.
+
+    trained_on: The quantization of the base in training, or None. in_files: The base's files are
+    quantized. asked: The storage named by the user. recorded: Other storages in the adapters'
+    records.
     """
 
     target: str
@@ -56,18 +58,18 @@ class Into:
 
     @property
     def round_trip(self) -> str | None:
-        """The quantization whose round trip W makes before adapters are folded into it."""
+        """The quantization to which W is quantized and back before adapters are merged."""
         return self.trained_on if (self.target == "trained" and not self.in_files) else None
 
     @property
     def stored(self) -> str:
-        """The storage of the base in training, and fp32 where no record has it."""
+        """The storage of the base in training, fp32 if unknown."""
         known = self.base.storage if self.base else "fp32"
         return self.trained_on or (known if known in PLAIN else "fp32")
 
     @property
     def unmade(self) -> str:
-        """The storage in training, if it was a quantized one that lorafold does not make."""
+        """The storage in training, if it is a quantization that lorafold does not make."""
         known = "" if self.base is None or self.in_files else self.base.storage
         return "" if known in ("", "auto", "float16", *PLAIN, *MADE) else known
 
@@ -77,7 +79,7 @@ class Into:
         return self.target if self.target in MADE else None
 
     def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
-        """A sentence: the base in training, and the distances of files and original weights."""
+        """A sentence on the base in training, and the distances from files and original weights."""
         return in_words(
             "merging/distances.jinja", into=self, name=name, here=here, file=file, other=other
         )
@@ -92,7 +94,7 @@ def choose_into(
     base: str = "auto",
     in_files: str | None = None,
 ) -> Into:
-    """The target that was asked for, else trained for a quantized base, else original."""
+    """The requested target, else trained for a quantized base, else original."""
     known = trained_on(adapters) if base == "auto" else TrainedOn(base)
     given, asked = asked, ALIAS.get(asked or "", asked)
     storage = known.storage if known else "auto"

@@ -1,14 +1,13 @@
-"""The new values of a checkpoint's tensors, merged and rounded one tensor at a time, and their
-writer.
+"""The merged and rounded values of a checkpoint's tensors, one tensor at a time, and their writer.
 
     W' = round(fold_n(... fold_1(W)))       with each delta's own `fold`
 
-A parameter that transformers computes from several tensors is folded once for all of them. Those
-that are not written yet stay in memory, rounded, for at most CACHED parameters: the tensors of a
-block's experts lie side by side in files, but those of its parameters alternate.
+A parameter that transformers computes from several tensors is merged once for all of them; tensors
+that are not written yet are cached, rounded, because files list the experts' tensors in another
+order than the parameters.
 
 Memory: the adapters, and at most three times the largest changed tensor in fp32. Unchanged tensors
-are copied byte for byte; names, dtypes and the division into files stay.
+are copied byte for byte; names, dtypes and shards stay.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from lorafold.merging.plan import MergePlan
 from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import INDEX, write_container
 
-# two parameters of a block's experts, and two whose tensors are divided between two files
+# two parameters of a block's experts, and two whose tensors are split between two files
 CACHED = 4
 
 
@@ -55,8 +54,8 @@ def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tenso
 
 
 def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(target, original), both (n', k), equal in the vectors that adapters replace or append, so
-    that these count neither as update nor as noise.
+    """(target, original), both (n', k), made equal in rows that adapters replace or append, which
+    are neither update nor noise.
     """
     at = torch.tensor(
         [*(i for i in values if i < len(original)), *range(len(original), len(target))],
@@ -72,7 +71,7 @@ def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Te
 
 
 class MergedValues:
-    """The new values by name, each used once, with figures of the rounding so far."""
+    """The new values by name, each used once, with rounding statistics."""
 
     def __init__(self, plan: MergePlan, rounding: Rounding, seed: int) -> None:
         self.plan, self.rounding, self.seed = plan, rounding, seed
@@ -80,12 +79,12 @@ class MergedValues:
         self._cache: dict[Conversion, dict[str, Rounded]] = {}
 
     def new_values(self, name: str) -> Tensor | None:
-        """The new values of a tensor, of any shape in its dtype; None if it does not change."""
+        """The new values of a tensor (any shape) in its dtype; None if it does not change."""
         if (conversion := self.plan.converted.get(name)) is not None:
             tensors = self._cache.pop(conversion, {})
             if name not in tensors:
                 while len(self._cache) >= CACHED:
-                    del self._cache[next(iter(self._cache))]  # the one used least recently
+                    del self._cache[next(iter(self._cache))]  # the least recently used
                 tensors = self._all(conversion)
             result = tensors.pop(name)
             if tensors:
@@ -122,7 +121,7 @@ class MergedValues:
 
     @torch.no_grad()
     def _all(self, conversion: Conversion) -> dict[str, Rounded]:
-        """The tensors that the parameters of a conversion are made of, by name."""
+        """The merged tensors, by name, that a conversion makes parameters from."""
         targets, originals = {}, {}
         with conversion.made() as values:
             for parameter, value in values.items():
@@ -140,7 +139,7 @@ class MergedValues:
 def before_and_after(
     module: Adapted, adapters: Sequence[str], parameter: str
 ) -> tuple[Tensor, Tensor]:
-    """A parameter, of any shape, before (in its dtype) and after folding (fp32 or wider)."""
+    """A parameter (any shape) before (in its dtype) and after merging (fp32 or wider)."""
     layer = layer_of(module)
     w, b = layer.dense()
     before = (
@@ -152,17 +151,17 @@ def before_and_after(
     return before, as_stored(module, *fold(module, adapters, w, b))[parameter]
 
 
-Values = Callable[[str], Tensor | None]  # new values by name; None: those of the plan's entry
+Values = Callable[[str], Tensor | None]  # new values by name; None: the plan's entry is unchanged
 Written = Callable[[str, int], None]  # name and bytes of a tensor, after it was written
-# A format of merged models. It writes the tensors of `MergePlan.layout`, asks once for each of
-# them, and writes what else its format takes: `plan.config`, `plan.checkpoint.other_files()`.
+# A format of merged models. It writes the tensors of `MergePlan.layout`, requesting each once, and
+# the other files of its format: `plan.config`, `plan.checkpoint.other_files()`.
 Writer = Callable[[MergePlan, Values, Written], None]
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was done: sums of the rounding, tensors by the way they were rounded, tensors and biases
-    that were added, and the size of a vocabulary that grew.
+    """Rounding statistics, the number of tensors by rounding, and added tensors, biases and
+    vocabulary.
     """
 
     sums: Sums
@@ -179,7 +178,7 @@ def execute(
     seed: int = 0,
     progress: Progress = silent,
 ) -> MergeResult:
-    """Write the merged model; the progress is in bytes."""
+    """Write the merged model; `progress` counts bytes."""
     values, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0
 
     def written(_: str, size: int) -> None:
@@ -194,7 +193,7 @@ def execute(
 
 
 def write_shards(out: Path, plan: MergePlan, values: Values, written: Written) -> None:
-    """Write the merged model as a directory of transformers; a `Writer` but for `out`."""
+    """A `Writer`, apart from `out`, of a transformers model directory."""
     carried = plan.checkpoint.other_files()
     total = plan.weight_bytes
     besides = sum((plan.checkpoint.path / path).stat().st_size for path in carried)
@@ -212,7 +211,7 @@ def write_shards(out: Path, plan: MergePlan, values: Values, written: Written) -
 
 
 def need_space(directory: Path, size: int, what: str) -> None:
-    """Raises LorafoldError unless the disk of `directory` has room for so many bytes."""
+    """Raise LorafoldError unless the disk of `directory` has `size` bytes left."""
     if (free := shutil.disk_usage(directory).free) < size:
         raise LorafoldError(
             f"{directory}: the disk has {free / 1e9:.1f} GB left, {what} needs"

@@ -1,6 +1,5 @@
-"""The plan of a merge, made before anything is written: which tensors of which files change, how
-`config.json` changes, and every reason why the merge can't be done. `fold.plan` says which
-parameters change; this module translates that to tensors of files.
+"""The plan of a merge, made before anything is written: the tensors of the files that change,
+changes of `config.json`, and all problems.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ from lorafold.resolve import Base
 def untied_config(
     config: dict[str, Any], mapped: MappedModel, apart: Collection[str], trust_remote_code: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """(`config.json` without ties, parameters that the files must have besides the base's), except
-    for ties of the architecture itself.
+    """(`config.json` without tied weights, parameters that must be added to the files), except for
+    ties of the architecture itself.
     """
     written = _without_ties(config, True)
     loose = type(mapped.model.config).from_dict(copy.deepcopy(written))
@@ -67,7 +66,7 @@ def untied_config(
 
 
 def _without_ties(config: dict[str, Any], declare: bool) -> dict[str, Any]:
-    """The content without ties, in its parts too; `declare` says so where nothing was said."""
+    """The config without tied weights, including its parts; with `declare`, explicitly."""
     written = {
         key: _without_ties(value, key == "text_config") if isinstance(value, dict) else value
         for key, value in config.items()
@@ -78,7 +77,6 @@ def _without_ties(config: dict[str, Any], declare: bool) -> dict[str, Any]:
 
 
 def _of_language_model(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with these values for the language model."""
     if "text_config" not in config:
         return {**config, **values}
     return {**config, "text_config": {**config["text_config"], **values}}
@@ -87,8 +85,8 @@ def _of_language_model(config: Mapping[str, Any], values: Mapping[str, Any]) -> 
 def with_biases(
     config: dict[str, Any], mapped: MappedModel, switches: Switches
 ) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """(`config.json`, entries of added biases by parameter). The model gets the biases as zeros;
-    one whose weight transformers converts on loading is refused.
+    """(`config.json`, entries of added biases by parameter). Sets the new biases of the model to
+    zero.
     """
     model = mapped.model
     switch_on(model, switches)
@@ -109,7 +107,7 @@ def with_biases(
 
 
 def declared(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The config file's content for a model with a vocabulary of this size."""
+    """The config for a vocabulary of this size."""
     written = _of_language_model(config, {"vocab_size": size})
     return written | ({"vocab_size": size} if "vocab_size" in config else {})
 
@@ -120,10 +118,12 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What will be written: parameters of changed tensors, conversions of converted ones, entries
-    of added ones (`zeros` if no adapter changes them), modules of dequantized ones; the site and
-    name of each changed parameter; shapes of changed tensors; the vocabulary's size if it grew; and
-    a line for each adapter of another base.
+    """The tensors to write, by name.
+
+    changed: The changed parameter. converted: The conversion of a changed parameter. added: The
+    entry of a new tensor; in `zeros` if no adapter changes it. dequantized: The path of the
+    quantized module. sites: Changed parameter -> module path and name. vocabulary: Its size if it
+    grew. other_base: A message for each adapter of another base.
     """
 
     checkpoint: Checkpoint
@@ -141,7 +141,7 @@ class MergePlan:
     other_base: tuple[str, ...] = ()
 
     def layout(self, file: str) -> list[tuple[str, TensorEntry]]:
-        """The names and entries of the tensors to write to this file, in their order."""
+        """The names and entries of the tensors to write to this file, in order."""
         entries = [
             *self.checkpoint.files[file].entries.items(),
             *((name, e) for name, e in self.added.items() if e.file.name == file),
@@ -150,16 +150,17 @@ class MergePlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors that will be written."""
+        """The size in bytes of all tensors to write."""
         return sum(entry.size for file in self.checkpoint.files for _, entry in self.layout(file))
 
 
 def plan(
     base: Base, adapters: Sequence[SavedAdapter], *, round_trip: str | None = None
 ) -> MergePlan:
-    """Attach the adapters to the model and find what they change. Nothing is computed or written.
+    """Attach the adapters to the model and find the tensors that change, without computing or
+    writing.
     """
-    checkpoint = open_checkpoint(base.source, HUB_FILES)  # all: the unchanged ones are copied
+    checkpoint = open_checkpoint(base.source, HUB_FILES)  # all, because unchanged files are copied
     checkpoint, mapped, dequantized = as_plain(checkpoint, mapped_model(checkpoint))
     remember_source(mapped.model, base.source)
     if round_trip is not None:
@@ -217,15 +218,15 @@ def plan(
 def _tensors(
     mapped: MappedModel, planned: FoldPlan, untied: Sequence[str], problems: Problems
 ) -> tuple[dict[str, str], dict[str, Conversion]]:
-    """The changed tensors' parameters and conversions; refusals go to the problems."""
+    """The changed tensors' parameters and conversions; errors are added to the problems."""
     changed = {}
     converted: dict[str, Conversion] = {}
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
     for parameter, shape in planned.shapes.items():
         if parameter in planned.tied and parameter not in (*mapped.entries, *untied):
-            continue  # the files have this shared weight under the name of another parameter
+            continue  # the files contain this tied weight under another name
         if parameter not in known:
-            continue  # a bias that the architecture can't have, which is among the problems
+            continue  # a bias that the architecture can't have, already among the problems
         with _refusals_in(problems, module_of(parameter) or WHOLE):
             if (conversion := mapped.converted.get(parameter)) is not None:
                 _check_dtypes(conversion.entries)
@@ -237,7 +238,7 @@ def _tensors(
                 converted |= {entry.name: conversion for entry in conversion.entries}
                 continue
             changed[_entry(mapped, parameter)[0]] = parameter
-    # of the parameters that are converted alike, the first shows whether that can be reversed
+    # one parameter per converter shows whether it can be reversed
     for conversion in {id(c.converter): c for c in reversed(converted.values())}.values():
         with _refusals_in(problems, conversion.name):
             conversion.check_reversible()
@@ -246,7 +247,7 @@ def _tensors(
 
 @contextmanager
 def _refusals_in(problems: Problems, path: str) -> Iterator[None]:
-    """Add a refusal of what is inside the `with` block to the problems, as one of this path."""
+    """Add errors inside the `with` block to the problems of this path."""
     try:
         yield
     except LorafoldError as error:
@@ -254,7 +255,7 @@ def _refusals_in(problems: Problems, path: str) -> Iterator[None]:
 
 
 def _entry(mapped: MappedModel, parameter: str) -> tuple[str, TensorEntry]:
-    """The name of a parameter in the files, and the entry with its values, perhaps a tied one's."""
+    """The name of a parameter in the files, and its entry or a tied parameter's."""
     names = (parameter, *mapped.tied.get(parameter, ()))
     if any(n in mapped.converted for n in names):
         raise NotMergeable(

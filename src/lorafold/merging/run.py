@@ -1,13 +1,14 @@
-"""The merge of adapters into their base, to a plain Hugging Face directory with a report of the
-deviation from base plus adapters, computed in fp32 on probe texts.
+"""Merging adapters into their base, written as a Hugging Face model with a merge report.
+
+The report compares the merged model with base + adapters, in fp32 on probe texts:
 
     p = softmax(adapted(text)), q = softmax(merged(text)),     at every position of every text
     kl                  mean of sum_v p log(p / q)      (nats)
     max_logit_gap       max |adapted - merged|
     relative_logit_gap  |adapted - merged| / |adapted|  (Frobenius)
-    argmax_agreement    share of positions at which both choose the same token
+    argmax_agreement    fraction of positions at which both choose the same token
 
-One model at a time is in memory; the logits of the first one are in a file.
+Only one model at a time is in memory; the logits of the first one are in a file.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ from lorafold.resolve.base import check_language_model
 
 @dataclass(frozen=True)
 class Gap:
-    """The difference of the merged and the adapted model's logits, over so many positions."""
+    """The difference between the merged and the adapted model's logits, and the number of
+    positions.
+    """
 
     kl: float
     max_logit_gap: float
@@ -59,7 +62,7 @@ class Gap:
 
     @property
     def distance(self) -> Distance:
-        """The two figures of it that people read."""
+        """KL and top-1 agreement."""
         return Distance(self.kl, self.argmax_agreement)
 
 
@@ -70,7 +73,7 @@ def compare(
     scratch: Path,
     progress: Progress = silent,
 ) -> list[Gap]:
-    """The gaps between a model and others, which are loaded one after the other."""
+    """The differences between a model and others, which are loaded one after the other."""
     done, total = count(1), (1 + len(others)) * len(texts)
 
     def counted(logits: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -89,7 +92,7 @@ def compare(
 
 
 def _gap(file: BinaryIO, others: Iterator[Tensor]) -> Gap:
-    """The gap between the logits in a file and others, (T, vocabulary) for each text."""
+    """The difference between the logits in a file and others, (T, vocabulary) for each text."""
     kl = gap = squares = total = 0.0
     agreed = positions = 0
     for logits in others:
@@ -134,7 +137,7 @@ INSTEAD = "; merge another one in Python, with adapter.merge() and model.save_pr
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """The choices of `lf.merge` besides the model and the adapters."""
+    """The options of `lf.merge` besides the model and the adapters."""
 
     into: str | None = None
     rounding: Rounding = "auto"
@@ -147,7 +150,7 @@ class MergeOptions:
 @dataclass(frozen=True)
 class Merged(ShownInNotebooks):
     """A merged model, as in `merge.json`. `gap` is None without the report; `from_original` is the
-    distance of the adapters over the original weights, if these are others.
+    distance from the adapters on the original weights, if the target is not these.
     """
 
     gap: Gap | None
@@ -163,11 +166,11 @@ class Merged(ShownInNotebooks):
 
     @property
     def kl(self) -> float | None:
-        """The certificate's KL divergence in nats a token, or None without a certificate."""
+        """The report's KL divergence in nats per token, or None without a report."""
         return None if self.gap is None else self.gap.kl
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `merge.json`; survival and noise are shares of the update's norm."""
+        """The content of `merge.json`; survival and noise are fractions of the update's norm."""
         gap, folded, into = self.gap, self.folded, self.into
         return {
             **(asdict(gap) if gap else dict.fromkeys(f.name for f in fields(Gap))),
@@ -191,7 +194,7 @@ class Merged(ShownInNotebooks):
         }
 
     def summary(self) -> str:
-        """A few lines to read."""
+        """A summary of a few lines."""
         return in_words("merging/merged.jinja", merged=self)
 
 
@@ -205,7 +208,7 @@ def merge(
     """Merge saved adapters into their base and write a Hugging Face model; see `lf.merge`."""
     check_out(out, options.overwrite)
     storage, base = base.storage, base.with_files_for(adapters)
-    source, _ = base.source, base.loaded_as  # a wrong name or device is told before any work
+    source, _ = base.source, base.loaded_as  # fails early for a wrong name or device
     check_not_replaced(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
         target = choose_into(options.into, adapters, storage, stored_in_files(source))

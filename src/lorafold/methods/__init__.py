@@ -1,9 +1,7 @@
-"""The methods: one a file, one table from a method's name to a spec that can be built without
-arguments.
+"""The adapter methods, one per file, and the table of their names.
 
-A new method is its file and a row of `METHODS`. The spec classes of the table are `lorafold`'s own
-names too (`lf.LoRA`); the imports for type checkers say so to them. A method's files need a row in
-`peft` only where they are not what its code says (`peft/derived.py`).
+To add a method, add its file and a row in `METHODS`. The spec classes in the table are also names
+in `lorafold` (`lf.LoRA`), which the imports for type checkers declare.
 """
 
 import importlib
@@ -40,18 +38,17 @@ Row = str | tuple[str, dict[str, Any]] | Callable[..., "Spec"]
 
 
 class Methods(UserDict[str, Any]):
-    """Makers of specs by the names of methods.
+    """Spec factories by method name.
 
-    A row is `module.Class` in this package, or that with options, and is imported when it is first
-    used: the names are known without torch. A row may also be a spec's class, or a function that
-    makes a spec.
+    A row is `module.Class` in this package, optionally with options, imported on first use so that
+    the names are known without torch; or a spec class or function.
     """
 
     def __init__(self, rows: dict[str, Row]) -> None:
         super().__init__(rows)
         named = [row for row in rows.values() if not callable(row)]
         places = [row if isinstance(row, str) else row[0] for row in named]
-        # what imports each of this package's spec classes, by the name of the class
+        # class name -> function that imports the class
         self.classes = {place.partition(".")[2]: partial(_imported, place) for place in places}
 
     def __getitem__(self, name: str) -> Callable[..., "Spec"]:
@@ -63,14 +60,13 @@ class Methods(UserDict[str, Any]):
         return partial(cls, **options) if options else cls
 
     def spec(self, name: str) -> "type[Spec]":
-        """The class of a method's specs."""
+        """The spec class of a method."""
         maker = self[name]
         cls = getattr(maker, "func", maker)
         return cls if isinstance(cls, type) else type(maker())
 
 
 def _imported(place: str) -> "type[Spec]":
-    """The class that `module.Class` names, in this package."""
     module, _, name = place.partition(".")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
@@ -102,8 +98,8 @@ METHODS = Methods(
 
 
 def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
-    """The names of the options that `make_spec` takes for a method, where it lies over another one
-    (`over`, a name; None: the method's own choice) those of that one too.
+    """The option names that `make_spec` accepts for a method, including the options of the method
+    below it (`over`).
     """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
@@ -116,8 +112,8 @@ def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
 
 
 def make_spec(method: str, **options: Any) -> "Spec":
-    """The spec of a method by its name. A method that lies over another (`dora`) takes that one's
-    name as `over`, and its options with its own.
+    """The spec of a method by name. A method on top of another one (`dora`) accepts that method's
+    name as `over`, and its options.
     """
     from lorafold.core.spec import Spec
 
@@ -140,7 +136,7 @@ def make_spec(method: str, **options: Any) -> "Spec":
 
 
 def name_of(spec: "Spec") -> str:
-    """The method's name: among those with specs of this class, the one whose usual spec differs
+    """The method's name: among the methods with this spec class, the one whose default spec differs
     from this one in the fewest fields.
     """
     likes = {name: make_spec(name) for name in METHODS}

@@ -1,4 +1,4 @@
-"""AdaLoRA: a low-rank update in the form of an SVD, with more rank for the matrices that need it.
+"""AdaLoRA: a low-rank update in SVD form that assigns more rank to the matrices that need it.
 
     y = W x + s P diag(E) Q drop(x)         P (out, r), E (r,) zero at start, Q (r, in), s = alpha /
                                             (r + 1e-5), r the rank at start
@@ -7,13 +7,13 @@
 
 Zhang et al. 2023, arXiv 2303.10512. After every step each triplet (a column of P, an entry of E, a
 row of Q) is scored by smoothed sensitivity times uncertainty (eq. 8 to 12). The b(t) triplets of
-the whole adapter with the highest scores keep their E, the others' E are set to zero; b falls along
-a cubic from init_rank to rank for each matrix (eq. 13). Triplets that the last allocation left out
-are not saved. Use it where layers need different ranks. Its averages take twice the memory of the
-adapter, and it needs runs that are long enough for three phases: tinit steps at full rank, the
-fall, and tfinal steps at the end.
+the whole adapter with the highest scores keep their E, the others' E are set to zero; b decreases
+along a cubic from init_rank to rank for each matrix (eq. 13). Triplets that the last allocation
+dropped are not saved. Use it if layers need different ranks. Its averages take twice the memory of
+the adapter, and the run must be long enough for three phases: tinit steps at full rank, the
+decrease, and tfinal steps at the end.
 
-The penalty is that of the authors' code: the mean of the norms, where the paper's eq. 4 sums their
+The penalty follows the authors' code: it averages the norms, whereas eq. 4 of the paper sums their
 squares.
 """
 
@@ -42,8 +42,8 @@ AVERAGES = ("sensitivity", "uncertainty")
 
 
 class AdaLoRADelta(LowRank):
-    """P (*matrices, out, r), E (*matrices, r), Q (*matrices, r, in), fp32; kept (*matrices, r),
-    which triplets the last allocation kept; and two running averages for each of P, E and Q.
+    """P (*matrices, out, r), E (*matrices, r), Q (*matrices, r, in), fp32; kept (*matrices, r); and
+    two running averages for each of P, E and Q.
     """
 
     up_names = ("P",)
@@ -59,7 +59,7 @@ class AdaLoRADelta(LowRank):
         rank = next(iter(spec.rank_pattern.values()), first)
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
         self.init_rank = first
-        self.scale = alpha / (first + 1e-5)  # it keeps the rank at start
+        self.scale = alpha / (first + 1e-5)  # of the initial rank, also after pruning
         p, q = (*matrices, out, rank), (*matrices, rank, inn)
         self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
         self.E = zeros((*matrices, rank), device)
@@ -79,21 +79,21 @@ class AdaLoRADelta(LowRank):
 
 @dataclass(frozen=True)
 class AdaLoRA(Spec):
-    """AdaLoRA. Raises LorafoldError for values out of range.
+    """AdaLoRA: a low-rank update whose ranks are reallocated during training.
 
     Args:
         rank: the average rank at the end.
         init_rank: the rank at start (None: 1.5 rank).
         alpha: the numerator of the scale (None: 2 init_rank).
-        dropout: the probability of dropout on the branch.
-        tinit: the length of the first phase; below 1 a share of the run, else a number of steps.
-        tfinal: the length of the last phase, as `tinit`.
-        delta_t: the number of steps from one allocation to the next.
+        dropout: the dropout probability on the branch.
+        tinit: the length of the first phase; below 1 a fraction of the run, else a number of steps.
+        tfinal: the length of the last phase, in the same units as `tinit`.
+        delta_t: the number of steps between two allocations.
         beta1: the smoothing of sensitivity.
         beta2: the smoothing of uncertainty.
         orth_reg: the weight of the orthogonality penalty.
-        rank_pattern: ranks by regular expression, for the modules whose path ends in it; a file of
-            a pruned adapter has them.
+        rank_pattern: ranks by regular expression, for the modules whose path ends in it; the files
+            of a pruned adapter contain them.
     """
 
     rank: int = 8
@@ -177,13 +177,10 @@ class AdaLoRA(Spec):
             least = self.rank * sum(map(number_of_matrices, adapted))
             allocate(adapted, self.budget(step, total, full, min(full, least)))
         if due or step > last:
-            with torch.no_grad():  # no E where the last allocation left the triplet out
+            with torch.no_grad():  # E is 0 for the triplets that the last allocation dropped
                 torch._foreach_mul_([d.E for d in adapted], [d.kept for d in adapted])
 
     def report(self, deltas: DeltasByPath) -> str:
-        """The ranks that are left: one line for the matrices whose paths differ in numbers only, in
-        the order of the blocks.
-        """
         left = ranks(deltas)
         lines: dict[str, list[str]] = {}
         for path, rank in left.items():
@@ -196,10 +193,8 @@ class AdaLoRA(Spec):
 
 @torch.no_grad()
 def observe(deltas: list[AdaLoRADelta], beta1: float, beta2: float) -> None:
-    """Update the averages of all deltas (eq. 9 and 10) from parameters and their gradients, in few
-    operations.
-
-    `beta1` and `beta2` are the smoothing of sensitivity and of uncertainty.
+    """Update the averages (eq. 9 and 10) from parameters and gradients. `beta1` smooths
+    sensitivity, `beta2` uncertainty.
     """
     of = [(delta, part) for delta in deltas for part in PARTS]
     parameters = [getattr(delta, part) for delta, part in of]
@@ -226,7 +221,7 @@ def scores(deltas: list[AdaLoRADelta]) -> list[Tensor]:  # each (*matrices, r)
 
 @torch.no_grad()
 def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
-    """Keep the `budget` triplets with the highest scores among those of all deltas."""
+    """Keep the `budget` triplets with the highest scores among all deltas."""
     each = [score.flatten() for score in scores(deltas)]
     every = torch.cat(each)
     worst = len(every) - budget
@@ -237,7 +232,7 @@ def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
 
 
 def number_of_matrices(delta: Any) -> int:
-    """The number of matrices that a delta of AdaLoRA changes."""
+    """The number of matrices that an AdaLoRA delta changes."""
     return prod(delta.kept.shape[:-1])
 
 

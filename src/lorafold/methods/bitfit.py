@@ -3,11 +3,9 @@
     y = layer(x) + c                c (out,), zero at start
 
 Zaken et al. 2021, arXiv 2106.10199. It has the fewest parameters of all methods that can be merged,
-and is for small data. Every bias of the model is trained, those of norms too. If the blocks of a
-model have no biases, their linears get them; merging switches these on in the model's config
-(Llama: attention_bias, mlp_bias), and is refused if the architecture has no such switch. The offset
-is small where the bias may be large, so it is added before the layer's rounding and the bias itself
-after it.
+and suits small data sets. It trains every bias of the model, also in norms. If the blocks of a
+model have no biases, their linear layers get them; merging then enables biases in the model's
+config (Llama: attention_bias, mlp_bias), and fails if the architecture has no such setting.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from lorafold.methods.parts.extras import BiasDelta
 class BitFit(Spec):
     """BitFit, which has no options.
 
-    With other targets than its own, it adds an offset to those modules even if they have no bias.
+    If you set other targets, it adds an offset to those modules even if they have no bias.
     """
 
     targets = "biases"

@@ -4,8 +4,8 @@
                                                         or ReLU
 
 Houlsby et al. 2019, arXiv 1902.00751, sec. 2.1 (after both); Pfeiffer et al. 2021, arXiv 2005.00247
-(after the MLP only: half the cost). The change passes through a nonlinearity, so it can't be
-folded, and costs time for every token. Use it as the baseline that LoRA was compared with.
+(after the MLP only: half the cost). Because of the nonlinearity it can't be merged, and slows down
+every token. Use it as the baseline that LoRA was compared with.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ After = Literal["both", "mlp"]
 
 
 class BottleneckDelta(Opaque):
-    """down (m, d), down_bias (m,), up (d, m), up_bias (d,), fp32; they are applied in the
-    dtype of the activations.
+    """down (m, d), down_bias (m,), up (d, m), up_bias (d,), fp32, applied in the dtype of the
+    activations.
 
     If a sublayer returns a tuple (attention and its weights), the first element is changed.
     """
@@ -60,7 +60,7 @@ class BottleneckDelta(Opaque):
 
 @dataclass(frozen=True)
 class Bottleneck(Spec):
-    """A bottleneck adapter. Raises LorafoldError for values out of range.
+    """A bottleneck adapter.
 
     Args:
         size: the size m of the bottleneck.

@@ -1,16 +1,15 @@
-"""DoRA: a trained magnitude for every output, over any additive change of the weight.
+"""DoRA: a trained magnitude for every output, on top of any additive change of the weight.
 
     V = W + dW                      (out, in)
     y = g (V x) + b                 g = m / |V|, m (out,) starting at |W|, |.| the norm of each row,
-                                    taken as a constant
+                                    treated as a constant
 
 Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11 (the norm detached, sec. 4.3). dW is any additive
-method: LoRA in the paper, here LoHa, LoKr, PiSSA and VeRA as well. Use it where LoRA at a small
-rank falls short of full fine-tuning; merged, it costs nothing, as LoRA does.
+method: LoRA in the paper, here also LoHa, LoKr, PiSSA and VeRA. Use it if LoRA at a small rank
+falls short of full fine-tuning; like LoRA, it costs nothing once merged.
 
-The norms are computed from the factors as |w|^2 + 2 b.(A w) + b (A A^T) b, with |w|^2 kept. That is
-one thin product a step, however many micro-batches it has, where building V would take r / T of the
-layer's own time and the memory of a matrix. The base runs once: y = g (z - b) + b from z = V x + b,
+The norms are computed from the factors as |w|^2 + 2 b.(A w) + b (A A^T) b, with |w|^2 cached: one
+thin matmul per step, without building V. The base runs once: y = g (z - b) + b from z = V x + b,
 dropout included.
 """
 
@@ -41,8 +40,8 @@ def squares(w: Tensor) -> Tensor:  # (*matrices, out, in) -> (*matrices, out)
 
 
 class CachedValue:
-    """A value computed from tensors, which is computed again once one of these was replaced, moved
-    or written to. A copy, and a file, has no value.
+    """A value computed from tensors, recomputed once one was replaced, moved or modified in place.
+    It is not copied or pickled.
     """
 
     def __init__(self) -> None:
@@ -56,8 +55,8 @@ class CachedValue:
     def get(
         self, sources: Sequence[Tensor], make: Callable[[], Tensor], during: Any = None
     ) -> Tensor:  # any shape
-        """The value that `make` computes from the sources, kept while they stay the same."""
-        if any(s.is_inference() for s in sources):  # these have no version
+        """The value that `make` computes from the sources, cached while they stay the same."""
+        if any(s.is_inference() for s in sources):  # inference tensors have no version counter
             return make()
         state = [during, *((s._version, s.device, s.dtype) for s in sources)]
         same = len(sources) == len(self.sources) and all(
@@ -69,7 +68,8 @@ class CachedValue:
 
 
 class DoRADelta(Delta):
-    """magnitude m (*matrices, out), fp32, over `inner`, an additive delta that starts at zero."""
+    """magnitude m (*matrices, out), fp32, on top of `inner`, an additive delta that starts at zero.
+    """
 
     vector_names = ("magnitude",)
 
@@ -86,15 +86,15 @@ class DoRADelta(Delta):
     def row_norms(self, layer: Layer) -> Tensor:  # (*matrices, out), fp32 or wider
         """The norm of each row of V, 1 where that is 0.
 
-        |w|^2 is kept as long as W does not change. So are the norms outside training; in training
-        they are kept for one optimizer step, and for a checkpointed block that is replayed.
+        Cached until W or the inner delta changes; in training, for one optimizer step and for the
+        replay of a checkpointed block.
         """
         base = layer.sources()
 
         def own() -> Tensor:
             return squares(layer.dense()[0])
 
-        def norms(own: Tensor) -> Tensor:  # a norm of 0 counts as 1
+        def norms(own: Tensor) -> Tensor:  # replaces 0 by 1
             return F.threshold(self.inner.row_squares(layer, own), 0, 1).sqrt_()
 
         if torch.compiler.is_compiling() or base is None:
@@ -125,7 +125,7 @@ class DoRADelta(Delta):
 
 @dataclass(frozen=True)
 class DoRA(Spec):
-    """DoRA. Building raises LorafoldError if the delta that `over` builds is not additive.
+    """DoRA: a magnitude per output on top of an additive method.
 
     `make_spec` passes all other options on to `over`: `make_spec("dora", rank=8)`,
     `make_spec("dora", over="loha", rank=8)`.
@@ -140,7 +140,7 @@ class DoRA(Spec):
 
     @property
     def asks_losses(self) -> bool:  # type: ignore[override]
-        """Whether the method that it lies over asks for them."""
+        """Whether the method below needs losses."""
         return self.over.asks_losses
 
     def options(self) -> tuple[str, ...]:

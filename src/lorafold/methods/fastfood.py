@@ -3,15 +3,12 @@
     dW_i = l_i P_i v / sqrt(d)          v (d,) zero at start, shared by all matrices; l_i () one at
                                         start, for each matrix
     P_i v = H G_i Q H B v               B random signs, Q a random permutation, G_i Gaussian
-                                        numbers, H Walsh-Hadamard, v padded to 2^k numbers
+                                        values, H Walsh-Hadamard, v padded to length 2^k
 
-The smallest d that reaches 90% of full training's performance is the task's intrinsic dimension: Li
-et al. 2018, arXiv 1804.08838. The Fastfood projection (Le et al. 2013) with a learned scale for
-every matrix: Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2. B and Q are shared, since separate
-Gaussian numbers already make matrices and blocks independent. The division by sqrt(d) makes a step
-of AdamW move the weights equally far at any d, so that one learning rate fits all. All random
-numbers come from `seed`. The method is a diagnostic: dW is built in every step, in 16 bits where
-the weight has as many.
+The smallest d that reaches 90% of full training's performance is the task's intrinsic dimension (Li
+et al. 2018, arXiv 1804.08838). The projection is Fastfood (Le et al. 2013), with a learned scale
+per matrix (Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2). Dividing by sqrt(d) lets one
+learning rate fit all d. The method is a diagnostic: it builds dW in every step.
 """
 
 from __future__ import annotations
@@ -33,7 +30,9 @@ from lorafold.ops.walsh import halves, walsh
 
 
 class Subspace(nn.Module):
-    """v (d,), fp32, with B (L,), Q (L,) and H for L numbers, L the smallest power of 2 from d."""
+    """v (d,), fp32, with B (L,), Q (L,) and H of size L, the smallest power of 2 that is at least
+    d.
+    """
 
     entry_names = ("vector",)
     signs: Tensor
@@ -51,8 +50,8 @@ class Subspace(nn.Module):
             self.register_buffer(name, tensor.to(device), persistent=False)
 
     def transformed(self, x: Tensor) -> Tensor:  # (..., L)
-        """sqrt(L) times the Walsh-Hadamard transform of x (..., L): sums whose signs are exact in
-        16 bits too.
+        """sqrt(L) times the Walsh-Hadamard transform of x (..., L): with signs as entries, which
+        are exact in 16 bits.
         """
         return walsh(x, self.left.sign().to(x), self.right.sign().to(x))
 
@@ -80,7 +79,7 @@ class FastfoodDelta(Dense):
         self.subspace = None
 
     def join(self, first: FastfoodDelta, generator: torch.Generator, device: torch.device) -> None:
-        """Draw G, and refer to the delta that has the subspace."""
+        """Sample G, and refer to the delta that has the subspace."""
         self._first = (first,)  # in a tuple, so that it is no submodule of every delta
         length = len(first.subspace.signs)  # type: ignore[union-attr]
         blocks = ceil(prod(self.shape) / length)
@@ -95,7 +94,7 @@ class FastfoodDelta(Dense):
         return rounded(w.to(torch.promote_types(w.dtype, torch.float32)) + dw, w.dtype)
 
     def projected(self, dtype: torch.dtype) -> Tensor:  # (*matrices, out, in)
-        """dW (*matrices, out, in), each step of which is computed in that dtype."""
+        """dW (*matrices, out, in), computed in that dtype throughout."""
         subspace: Any = self._first[0].subspace
         spread = subspace.spread().to(self.gaussians.device)
         gains = spread * self.scale / self.gaussians.numel() ** 0.5
@@ -105,12 +104,12 @@ class FastfoodDelta(Dense):
 
 @dataclass(frozen=True)
 class Fastfood(Spec):
-    """Fastfood. Raises LorafoldError for a dimension below 1.
+    """Training in a random subspace.
 
     Args:
         dimension: the dimension d of the subspace.
         seed: the seed of its random directions.
-        head_lr: the learning rate of a head that is trained whole beside it, that of full training.
+        head_lr: the learning rate of a new head, which is always trained in full.
     """
 
     dimension: int = 1024
@@ -127,7 +126,7 @@ class Fastfood(Spec):
 
     @property
     def lr_whole(self) -> float:  # type: ignore[override]
-        """That of the head."""
+        """The learning rate of the head."""
         return self.head_lr
 
     def build(self, layer: Layer) -> FastfoodDelta:
@@ -137,7 +136,7 @@ class Fastfood(Spec):
         adapted: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]
         generator, first = torch.Generator().manual_seed(self.seed), adapted[0]
         for delta in adapted:
-            # drawn even where parameters are on the meta device, since no file has these tensors
+            # sampled even if the parameters are on the meta device, since files lack these tensors
             device = torch.device("cpu") if delta.scale.is_meta else delta.scale.device
             if delta is first:
                 first.subspace = Subspace(

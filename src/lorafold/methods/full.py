@@ -1,13 +1,11 @@
 """Full fine-tuning: the base's own weights are trained in place.
 
-    y = layer(x)                    W itself is the parameter; there is no copy and nothing to fold
+    y = layer(x)                    W itself is the parameter; there is no copy and nothing to merge
 
-The baseline of every other method. With its gradient and AdamW's moments, which are in fp32, a
-parameter takes 16 bytes on a base in fp32 and 12 on one in bf16. In bf16 most updates are under
-half a unit of the weight, so the optimizer has to round them stochastically, as
-`training_step.adamw` does. This method is an exception to two rules for adapters: `only(model)` is
-the model as trained so far, since the old weights are gone, and `detach` keeps what was learned. It
-saves a plain model.
+The baseline of every other method. With its gradient and AdamW's fp32 moments, a parameter takes 16
+bytes on an fp32 base and 12 on a bf16 one; in bf16 the optimizer has to round stochastically
+(`training_step.adamw`), because most updates are below half a unit. It saves a plain model. The old
+weights are gone: `only(model)` is the model as trained so far, and `detach` keeps trained weights.
 """
 
 from __future__ import annotations
@@ -24,13 +22,13 @@ from lorafold.errors import LorafoldError
 
 
 class FullDelta(Delta):
-    """The Parameters of one module themselves, under their names."""
+    """The parameters of one module themselves, under their names."""
 
     in_place = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        # those of experts are (experts, out)
+        # by name, since biases of experts are (experts, out)
         self.vector_names = tuple(name for name in module._parameters if name.endswith("bias"))
         for name, p in module._parameters.items():
             self.register_parameter(name, p)
@@ -44,9 +42,9 @@ class FullDelta(Delta):
 
 @dataclass(frozen=True)
 class Full(Spec):
-    """Full fine-tuning, which has no options. With other targets it trains only those modules.
+    """Full fine-tuning, which has no options. If you set targets, it trains only those modules.
 
-    Building raises LorafoldError for weights that can have no gradient: those of a quantized base.
+    Building fails for weights that can have no gradient, for example in a quantized base.
     """
 
     targets = "parameters"

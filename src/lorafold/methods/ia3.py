@@ -1,16 +1,16 @@
-"""IA3: three learned vectors a block, for the keys, the values and the input of the MLP's last
+"""IA3: three learned vectors per block, for the keys, the values and the input of the MLP's last
 matrix.
 
     keys, values    y = l * (W x + b)       l (out,) one at start
     MLP, last       y = W (l * x) + b       l (in,) one at start
 
-Liu et al. 2022, arXiv 2205.05638, sec. 3.3. The smallest of the methods, for few examples; merged,
-it costs nothing.
+Liu et al. 2022, arXiv 2205.05638, sec. 3.3. One of the smallest methods, for few examples; once
+merged, it costs nothing.
 
-Its default targets are the names that transformers gives such matrices: in attention, a projection
+By default it finds its targets by transformers' names for such matrices: in attention, a projection
 to keys or values, or a fused one that includes them (k_proj, value, qkv_proj, c_attn ...);
-elsewhere, the matrix back to the hidden size (down_proj, fc2, wo, mlp.c_proj ...). PEFT has a table
-by architecture, which in some of them has queries in place of keys; the paper never does.
+elsewhere, the matrix back to the hidden size (down_proj, fc2, wo, mlp.c_proj ...). PEFT instead has
+a table by architecture, which for some of them lists queries instead of keys, unlike the paper.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class IA3Delta(Delta):
 
 @dataclass(frozen=True)
 class IA3(Spec):
-    """IA3. Building raises LorafoldError for an embedding or a convolution among the feedforward
-    modules.
+    """IA3: learned gains on keys, values and MLP activations.
 
     Args:
         feedforward: the modules whose inputs are scaled: names or path ends, or a regular
-            expression over whole paths (None: those outside attention).
+            expression over whole paths (None: those outside attention). Embeddings and convolutions
+            can't be among them.
     """
 
     feedforward: str | Sequence[str] | None = None

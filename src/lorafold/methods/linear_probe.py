@@ -1,11 +1,11 @@
-"""Linear probe: a trained head over a frozen decoder.
+"""Linear probe: a trained head on a frozen decoder.
 
     logits = W h + b                W (classes, d) and b (classes,) start as the model's own head; h
                                     (T, d) is never changed
 
-Alain & Bengio 2016, arXiv 1610.01644. It measures what the base's representation contains already;
-a method that does better has changed that representation. For sequence classification; the head of
-`AutoModelForSequenceClassification` is found under any name.
+Alain & Bengio 2016, arXiv 1610.01644. It measures how much of the task the base's representation
+already contains; a method that does better has changed that representation. For sequence
+classification; the head of `AutoModelForSequenceClassification` is found under any name.
 """
 
 from __future__ import annotations

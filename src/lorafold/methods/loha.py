@@ -3,12 +3,12 @@
     y = (W + dW) x + b              dW = alpha / r (A1 B1) * (A2 B2), A (out, r), B (r, in), B2 zero
                                     at start
     dW = U V                        U (out, r^2) the products of a column of A1 and one of A2, V
-                                    (r^2, in) those of a row of B1 and one of B2
+                                    (r^2, in) the products of a row of B1 and one of B2
 
 Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, prop. 1; LyCORIS: Yeh et al. 2024, arXiv
-2309.14859. It reaches rank r^2 with twice the parameters of LoRA at rank r, so it costs more time
-than LoRA; use it where LoRA's rank is too small. As long as U and V are small beside W, it runs as
-the low-rank update that they make; at larger ranks, dW is built at every step.
+2309.14859. It reaches rank r^2 with twice the parameters of LoRA at rank r, but takes more time.
+Use it if LoRA's rank is too small. At small ranks it runs as the low-rank update U V; at larger
+ones, dW is built at every step.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class LoHaDelta(Dense):
         super().__init__()
         self.scale = scale
         out, inn = layer.shape
-        # U and V have at most a third as many numbers as W: their three products then take less
-        # than the gradient of a dense dW
+        # if U and V have at most a third of W's elements, their three matmuls take less time than
+        # the gradient of a dense dW
         self.small = 3 * rank**2 * (out + inn) <= out * inn
         shapes = [(*layer.matrices, *sides) for sides in ((out, rank), (rank, inn))] * 2
         self.w1_a, self.w1_b, self.w2_a, self.w2_b = (zeros(s, layer.device) for s in shapes)
@@ -52,8 +52,8 @@ class LoHaDelta(Dense):
         return layer(x, onto=add(recomputed(partial(self.branch, layer), x), onto))
 
     def branch(self, layer: Layer, x: Tensor) -> Tensor:
-        """U V x, (..., in) -> (..., out). U and V are built again in the backward: the factors that
-        they are made of are much smaller.
+        """U V x, (..., in) -> (..., out). The backward pass builds U and V again, because the
+        factors are smaller.
         """
         up = self.w1_a[..., :, None] * (self.scale * self.w2_a)[..., None, :]
         down = self.w1_b[..., :, None, :] * self.w2_b[..., None, :, :]
@@ -62,7 +62,7 @@ class LoHaDelta(Dense):
 
 @dataclass(frozen=True)
 class LoHa(Spec):
-    """LoHa. Raises LorafoldError for a rank below 1.
+    """LoHa: an update that is the elementwise product of two low-rank matrices.
 
     Args:
         rank: the rank r of each of the two matrices.

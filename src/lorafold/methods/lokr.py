@@ -6,8 +6,8 @@
 
 Yeh et al. 2024 (LyCORIS), arXiv 2309.14859, sec. 3; Edalati et al. 2022 (KronA), arXiv 2212.10650.
 A full-rank change with very few parameters. dW is not built: at 1536 x 576 the second form takes 7%
-of the layer's own multiplications. D is itself a product D1 D2 of rank r if r is under half its
-larger side, and so is C if `decompose_both`.
+of the layer's own multiplications. D is itself a product D1 D2 of rank r if r is less than half its
+larger side, and so is C with `decompose_both`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lorafold.methods.parts.options import check, kaiming, set_alpha, zeros
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
-    """Split size into a product (m, n) with m <= n: m is the largest divisor up to the root of size
-    and up to `factor` (-1: no such limit).
+    """Split size into a product (m, n) with m <= n: m is the largest divisor that exceeds neither
+    the root of size nor `factor` (-1: no such limit).
 
     A factor that divides size becomes m even if it is above the root, as in PEFT; LyCORIS swaps m
     and n then.
@@ -40,7 +40,7 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
 
 class LoKrDelta(Additive):
     """C is w1 (o1, i1), or w1_a (o1, r) times w1_b (r, i1). D is w2 (o2, i2), or w2_a (o2, r) times
-    w2_b (r, i2). All are fp32, with the matrices' dimension in front if there is one.
+    w2_b (r, i2). All are fp32, with a leading matrices dimension if the layer has one.
     """
 
     setting_names = ("scale",)
@@ -85,16 +85,16 @@ class LoKrDelta(Additive):
 
 @dataclass(frozen=True)
 class LoKr(Spec):
-    """LoKr. Raises LorafoldError for values out of range.
+    """LoKr: an update that is a Kronecker product.
 
     Args:
         rank: the rank r.
-        alpha: the numerator of the scale alpha / r (None: r), which holds at full rank too.
+        alpha: the numerator of the scale alpha / r (None: r), which applies at full rank too.
         decompose_factor: the smaller of the two factors of a side (-1: the closest to the root).
         decompose_both: let C be a product of rank r too.
     """
 
-    rank_is_dimension = False  # beyond full rank both factors are whole
+    rank_is_dimension = False  # at a large rank both factors are full matrices
 
     rank: int = 8
     alpha: float | None = None

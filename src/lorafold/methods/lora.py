@@ -4,12 +4,14 @@
                                     sqrt(r) (rsLoRA)
 
 Hu et al. 2021, arXiv 2106.09685, eq. 3; rank-stabilized scale: Kalajdzievski 2023, arXiv
-2312.03732. The default method: r (out + in) parameters a matrix, and no cost once merged. At step 0
-the model is the base, and A's first gradient is exactly zero. With LoftQ's init (Li et al. 2023,
-arXiv 2310.08659, eq. 6), s B A starts instead as the best update of rank r from a quantized base's
-weights to the weights before quantization. LoftQ then quantizes W - s B A and repeats, which gives
-each adapter a base of its own; here it stops after the first round, so that adapters share the
-base. B has the larger learning rate (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+2312.03732. The default method: r (out + in) parameters per matrix, and no cost once merged. At step
+0 the model equals the base, and A's first gradient is exactly zero. B has the larger learning rate
+(LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+
+With LoftQ's init (Li et al. 2023, arXiv 2310.08659, eq. 6), s B A starts instead as the best
+approximation of rank r of the quantization error, original minus quantized weights. LoftQ then
+quantizes W - s B A and repeats, which gives each adapter its own base; lorafold stops after the
+first round, so that adapters share the base.
 """
 
 from __future__ import annotations
@@ -63,18 +65,18 @@ class LoRADelta(LowRank):
 
 @dataclass(frozen=True)
 class LoRA(Spec):
-    """LoRA. Raises LorafoldError for values out of range.
+    """LoRA: a low-rank update B A of a frozen matrix.
 
     Args:
         rank: the rank r.
         alpha: the numerator of the scale (None: 2 r).
-        dropout: the probability of dropout on the branch.
+        dropout: the dropout probability on the branch.
         rslora: divide alpha by sqrt(r) instead of r.
         init: kaiming (uniform, as in PEFT) or gaussian for A; or loftq for both factors, which
             corrects the rounding of a quantized base, so merge into the dequantized base.
         rank_pattern: ranks by regular expression, for the modules whose path ends in it; the first
-            that matches counts.
-        alpha_pattern: alphas, as `rank_pattern` has ranks.
+            match counts.
+        alpha_pattern: alphas, in the form of `rank_pattern`.
     """
 
     rank: int = 16
@@ -125,8 +127,8 @@ class LoRA(Spec):
 
 
 def of_ranks(ranks: Mapping[str, int]) -> LoRA:
-    """LoRA with these ranks by module path, and scale 1: the most common rank is the spec's, the
-    others are in its patterns.
+    """LoRA with these ranks by module path, and scale 1. The most common rank becomes the spec's
+    rank, the others go into its patterns.
     """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}

@@ -7,10 +7,10 @@
 
 PiSSA: Meng et al. 2024, arXiv 2404.02948, eq. 2 to 4: W ~ U S V^T, s B0 A0 its r largest singular
 parts, U sqrt(S) and sqrt(S) V^T. OLoRA: Bueyuekakyuez 2024, arXiv 2406.01775: W = Q R, B0 the first
-r columns of Q, A0 the first r rows of R. Use them where LoRA learns too slowly in its first steps.
-The papers train on the residual W - s B0 A0. As an offset the update leaves the base as it is, so
-that the base can be quantized and shared, and at step 0 the model equals the base bit for bit, as
-the second form shows. It is saved as LoRA of rank 2 r.
+r columns of Q, A0 the first r rows of R. Use them if LoRA learns too slowly in its first steps. The
+papers train on the residual W - s B0 A0; as an offset, the update leaves the base unchanged, so
+that the base can be quantized and shared, and the model equals the base bit for bit at step 0 (see
+the second form). The adapter is saved as LoRA of rank 2 r.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FromWeight(Spec):
     Args:
         rank: the rank r.
         alpha: the numerator of the scale (None: r).
-        dropout: the probability of dropout on the branch.
+        dropout: the dropout probability on the branch.
     """
 
     rank: int = 16
@@ -93,7 +93,7 @@ class FromWeight(Spec):
 
 @dataclass(frozen=True)
 class PiSSA(FromWeight):
-    """PiSSA. Raises LorafoldError for values out of range.
+    """PiSSA: LoRA that starts from the largest singular parts of W.
 
     Args:
         niter: the subspace iterations of the randomized SVD (0: the full SVD).
@@ -107,7 +107,7 @@ class PiSSA(FromWeight):
 
 @dataclass(frozen=True)
 class OLoRA(FromWeight):
-    """OLoRA. Raises LorafoldError for values out of range."""
+    """OLoRA: LoRA that starts from the QR decomposition of W."""
 
     def start(self, w: Tensor) -> Factors:
         q, r = torch.linalg.qr(w)

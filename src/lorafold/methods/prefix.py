@@ -3,11 +3,11 @@
     attention(q, [P_K, K], [P_V, V])        P (n, 2 L Hk D): for each of L layers n keys (Hk, D) and
                                             n values (Hk, D)
 
-Li & Liang 2021, arXiv 2101.00190, without the reparameterization. The prefix is at positions 0 to
-n - 1 and every token attends to it; the tokens' positions start at n. It can't be folded, and no
-initialization leaves the base's outputs as they are, since n more keys take a share of each
-attention. As in the paper's sec. 7.4 it starts with the activations of real tokens. Use it to steer
-a frozen base whose weights must stay as they are.
+Li & Liang 2021, arXiv 2101.00190, without the reparameterization. The prefix is at positions 0 to n
+- 1 and every token attends to it; the tokens' positions start at n. It can't be merged, and every
+initialization changes the base's outputs, since the n additional keys take a share of each
+attention. As in sec. 7.4 of the paper, it starts with the activations of real tokens. Use it to
+steer a frozen base whose weights must stay as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Init = Literal["activations", "random"]
 
 class PrefixDelta(Sender):
     """prefix (n, 2 L Hk D), fp32: for each virtual token its key and value in layer after layer,
-    which is the layout of PEFT's files.
+    the layout of PEFT's files.
     """
 
     def __init__(
@@ -46,17 +46,14 @@ class PrefixDelta(Sender):
 
     @property
     def positions(self) -> int:
-        """n."""
         return len(self.prefix)
 
     def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
-        """The keys (1, Hk, n, D) and the values (1, Hk, n, D) by `layer_idx`."""
         return {i: (kv[:1], kv[1:]) for i, kv in zip(self.layers, self.by_layer(), strict=True)}
 
 @dataclass(frozen=True)
 class Prefix(VirtualTokens):
-    """Prefix tuning. Raises LorafoldError for values out of range; building does so on a model
-    whose attentions differ in heads or head size.
+    """Prefix tuning. All attentions of the model must have the same number of heads and head size.
 
     Args:
         tokens: the number n of virtual tokens.
@@ -70,7 +67,7 @@ class Prefix(VirtualTokens):
 
     def sender(self, layer: Layer, attentions: list[nn.Module]) -> PrefixDelta:
         body: Any = layer.module
-        shapes = set()  # the number Hk of an attention's key heads, and their size D
+        shapes = set()  # (Hk, D): number and size of an attention's key heads
         for attention in attentions:
             config: Any = attention.config
             queries = config.num_attention_heads

@@ -2,12 +2,12 @@
 
     model([E, embed(ids)])          E (n, d)
 
-Lester et al. 2021, arXiv 2104.08691. A causal decoder computes the same for E whatever follows, so
-E runs through it once for a whole batch, and every attention gets its keys and values in front of
-its own (`lorafold.methods.parts.virtual_tokens`). They are kept with the cache, if there is one, so
-that decoding computes them once. The method can't be folded, and no initialization leaves the
-base's outputs as they are. Use it where an adapter must be tiny (n d numbers) and the base is
-large: only for large models does it reach full fine-tuning (the paper's figure 1).
+Lester et al. 2021, arXiv 2104.08691. In a causal decoder the activations of E do not depend on the
+tokens that follow, so E runs through the decoder once per batch, and every attention prepends its
+keys and values (`lorafold.methods.parts.virtual_tokens`). With a KV cache they are stored beside
+it, so that decoding computes them once. It can't be merged, and every initialization changes the
+base's outputs. Use it if an adapter must be tiny (n d parameters) and the base is large: only for
+large models does it match full fine-tuning (figure 1 of the paper).
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ class PromptDelta(Sender):
 
     @property
     def positions(self) -> int:
-        """n."""
         return len(self.embeddings)
 
     def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
-        """Those of positions 0 to n - 1. A cache keeps them since its first token; they are
-        computed if there is no cache, or it is empty.
+        """The keys and values of positions 0 to n - 1, by `layer_idx`: from the KV cache unless it
+        is empty.
         """
         kept = getattr(cache, "virtual_tokens", {})
         if cache is not None and cache.get_seq_length() and id(self) in kept:
@@ -54,7 +53,7 @@ class PromptDelta(Sender):
 
 @dataclass(frozen=True)
 class Prompt(VirtualTokens):
-    """Prompt tuning. Raises LorafoldError for values out of range.
+    """Prompt tuning.
 
     Args:
         tokens: the number n of virtual tokens.
@@ -74,7 +73,7 @@ class Prompt(VirtualTokens):
 
     @torch.no_grad()
     def start(self, embedding: nn.Embedding) -> Tensor:  # (n, d)
-        """The embeddings at start, by `init`."""
+        """The initial embeddings, by `init`."""
         weight = embedding.weight
         if self.init == "vocabulary":
             return embedding(self.random_ids(embedding))

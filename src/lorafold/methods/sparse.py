@@ -4,11 +4,11 @@
                                     at start; sum of k_i = density * |W|
 
 LT-SFT (Ansell et al. 2022, arXiv 2110.07560, sec. 3) trains all entries for a number of steps,
-chooses the k in the whole model that changed most, and starts again from W. FISH mask (Sung et al.
-2021, arXiv 2111.09839, eq. 6) chooses the k with the largest mean squared gradient over n losses.
-Both choose in `prepare`, which needs memory for a dense fp32 update and its gradient (LT-SFT: two
-moments more). Afterwards values, optimizer state and files have size k. Before `prepare`, or
-without it, the entries are random. Use them to add up the updates of several tasks, which rarely
+chooses the k entries of the whole model that changed most, and restarts from W. FISH mask (Sung et
+al. 2021, arXiv 2111.09839, eq. 6) chooses the k entries with the largest mean squared gradient over
+n losses. Both choose in `prepare`, which needs memory for a dense fp32 update and its gradient
+(LT-SFT: two moments more). Afterwards values, optimizer state and files have size k. Without
+`prepare` the entries are random. Use them to add up the updates of several tasks, which rarely
 change the same entry.
 """
 
@@ -31,7 +31,7 @@ from lorafold.methods.parts.options import check, zeros
 class SparseDelta(Dense):
     """at (k,) int64, ascending, and values (k,) fp32.
 
-    While entries are being chosen, `at` is None and values has one for each entry of all matrices.
+    While entries are being chosen, `at` is None and values covers all entries of all matrices.
     """
 
     entry_names = ("values",)
@@ -57,7 +57,7 @@ class SparseDelta(Dense):
     def select(self, at: Tensor | None) -> None:
         """Train the entries at these positions (k,) (None: all), with values of zero.
 
-        The values are a new parameter, so make optimizers afterwards.
+        The values are a new parameter, so create optimizers afterwards.
         """
         size = prod(self.shape) if at is None else len(at)
         self.at, self.values = at, nn.Parameter(self.values.new_zeros(size))
@@ -65,7 +65,7 @@ class SparseDelta(Dense):
 
 @dataclass(frozen=True)
 class _Sparse(Spec):
-    """Abstract: the share of entries that are trained; random ones until `prepare` chooses."""
+    """Abstract: trains a fraction of the entries; random ones until `prepare` chooses."""
 
     density: float = 0.005
 
@@ -73,7 +73,6 @@ class _Sparse(Spec):
     asks_losses = True
 
     def check(self, *wrong: str, whole: str) -> None:
-        """Raise LorafoldError with all that is wrong with the options."""
         if not 0 < self.density <= 1:
             wrong = (f"density: found {self.density!r}, expected above 0, at most 1", *wrong)
         check(self, *wrong, whole=(whole,))
@@ -95,17 +94,17 @@ class _Sparse(Spec):
     @abstractmethod
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
         """The score of each entry of each weight, (out * in,) for each delta; the values are dense
-        while this runs.
+        during this call.
         """
 
 
 @dataclass(frozen=True)
 class LTSFT(_Sparse):
-    """LT-SFT. Raises LorafoldError for values out of range.
+    """LT-SFT: trains the entries that change most in a dense first phase.
 
     Args:
-        density: the share of entries that are trained.
-        dense_steps: the steps of the first phase, which has an AdamW of its own.
+        density: the fraction of entries that are trained.
+        dense_steps: the steps of the first phase, which has its own AdamW.
         dense_lr: the learning rate of that phase.
     """
 
@@ -130,10 +129,10 @@ class LTSFT(_Sparse):
 
 @dataclass(frozen=True)
 class FishMask(_Sparse):
-    """FISH mask. Raises LorafoldError for values out of range.
+    """FISH mask: trains the entries with the largest Fisher information.
 
     Args:
-        density: the share of entries that are trained.
+        density: the fraction of entries that are trained.
         samples: the number of rows whose squared gradients are summed.
     """
 
@@ -155,8 +154,8 @@ class FishMask(_Sparse):
 
 
 def largest(scores: list[Tensor], density: float) -> list[Tensor]:
-    """The ascending positions (k_i,), in each weight, of the share `density` of largest scores over
-    all weights; a weight may have none. Each of the scores is (out * in,).
+    """The ascending positions (k_i,) in each weight of the fraction `density` of largest scores
+    (out * in,) over all weights.
     """
     sizes = [len(s) for s in scores]
     keep = max(1, round(density * sum(sizes)))

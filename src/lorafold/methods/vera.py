@@ -4,11 +4,11 @@ each matrix.
     y = W x + diag(b) B[:out] diag(d) A[:, :in] drop(x)     A (r, in), B (out, r) frozen; b (out,)
                                                             zero, d (r,) 0.1 at start
 
-Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. It has hundreds of parameters where LoRA has
-thousands, for very many adapters of one base. The rank is large (256); that costs no storage, but
-time, since the products of the branch have that rank. A and B have the size that the largest matrix
-needs. They are kaiming-uniform from a CPU generator with the seed `projection_prng_key`, A first,
-which gives PEFT's numbers bit for bit.
+Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. It has hundreds of parameters per matrix instead of
+LoRA's thousands, for serving very many adapters on one base. The large rank (256) costs no storage,
+but time. A and B have the size of the largest matrix. They are sampled from a kaiming-uniform
+distribution with a CPU generator seeded by `projection_prng_key`, A first, which gives PEFT's
+values bit for bit.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lorafold.ops.frozen import scaled_product
 
 
 class Projections(nn.Module):
-    """A (r, in), B (out, r), frozen, fp32.
+    """A (r, in), B (out, r), frozen, fp32. If `saved`, adapter files contain them.
 
     All deltas of an adapter have the same module, so that it stays shared through `.to`, deepcopy
-    and pickle. `saved` says whether adapter files contain A and B.
+    and pickle.
     """
 
-    setting_names = ("key",)  # that A and B follow from
+    setting_names = ("key",)  # the seed of A and B
     A: Tensor
     B: Tensor
 
@@ -75,19 +75,20 @@ class VeRADelta(LowRank):
         dropped = self.training and self.dropout
         if dropped or layer.matrices or not layer.takes_vectors:
             return super().forward(layer, x, onto)
-        u = layer.op_once(x, self.projections.A)  # the same for all matrices that read x
+        u = layer.op_once(x, self.projections.A)  # shared by all matrices that read x
         small = scaled_product(u, self.projections.B[: self.shape[0]], self.b, self.d)
         return layer(x, onto=add(small, onto))
 
 
 @dataclass(frozen=True)
 class VeRA(Spec):
-    """VeRA. Raises LorafoldError for values out of range.
+    """VeRA: learned vectors around shared random projections.
 
     Args:
         rank: the rank r of the projections.
-        dropout: the probability of dropout on the branch.
+        dropout: the dropout probability on the branch.
         d_initial: the value of d at start.
+        projection_prng_key: the seed of the projections.
         save_projection: save the projections with the adapter, so that its files do not depend on
             torch's random generator.
     """
@@ -111,7 +112,7 @@ class VeRA(Spec):
         out, inn = (max(delta.shape[i] for delta in adapted) for i in (0, 1))
         by_device = {}
         for delta in adapted:
-            # drawn even where parameters are on the meta device, since files may not contain them
+            # sampled even if the parameters are on the meta device, since files may lack them
             device = torch.device("cpu") if delta.b.is_meta else delta.b.device
             if device not in by_device:
                 by_device[device] = Projections(

@@ -1,1 +1,1 @@
-"""Base models by name, by storage, in files, or as fake models; tokenizers and fingerprints."""
+"""Loading base models, their files, tokenizers, fingerprints and quantization."""

@@ -1,12 +1,11 @@
-"""Which of transformers' auto classes opens a configuration as a model that continues text.
+"""The auto class of transformers for a configuration, and language models inside multimodal ones.
 
-    AutoModelForCausalLM        if transformers has a causal class for it
-    AutoModelForMultimodalLM    for others that take images or sounds beside text (LLaVA, SmolVLM,
+    AutoModelForCausalLM        if transformers has a causal class for the configuration
+    AutoModelForMultimodalLM    for other models with images or audio beside text (LLaVA, SmolVLM,
                                 Qwen2.5-VL, Qwen2-Audio)
 
-A model that can't run on text alone is refused before its weights are read. A language model can be
-loaded alone from the files of a multimodal one; adapter files then have the module paths of the
-class that config.json names, as other programs expect.
+A language model can be loaded alone from a multimodal checkpoint. Its adapter files then use the
+module paths of the class in config.json, as other programs expect.
 """
 
 from __future__ import annotations
@@ -31,24 +30,24 @@ CAUSAL = "AutoModelForCausalLM"
 
 @dataclass(frozen=True)
 class Whole:
-    """The model that a language model is a part of, on the meta device, and the paths there of the
-    parts that both have, by their paths in the language model.
+    """The multimodal model (on the meta device) around a language model, and their common modules'
+    paths.
     """
 
     model: nn.Module
     paths: Mapping[str, str]
 
     def outward(self, path: str) -> str:
-        """The path in the whole model of a path in the language model."""
+        """Map a path in the language model to the whole model."""
         return _moved(path, self.paths.items())
 
     def inward(self, path: str) -> str:
-        """The reverse; a path that the whole model does not have is left as it is."""
+        """Map a path in the whole model to the language model; other paths are returned unchanged.
+        """
         return _moved(path, ((b, a) for a, b in self.paths.items()))
 
 
 def _moved(path: str, roots: Iterable[tuple[str, str]]) -> str:
-    """The path with its root, if it is the first of a pair, replaced by the second."""
     for a, b in roots:
         if f"{path}.".startswith(f"{a}."):
             return b + path[len(a) :]
@@ -56,15 +55,15 @@ def _moved(path: str, roots: Iterable[tuple[str, str]]) -> str:
 
 
 def whole_of(model: nn.Module) -> Whole | None:
-    """The whole that a language model was loaded out of; None for any other model."""
+    """The whole model that a language model was loaded from; None for any other model."""
     import transformers as tf
 
     source, own = source_of(model), getattr(model, "config", None)
     name = source.path if source else getattr(own, "_name_or_path", "")
-    trusted = source is not None and source.trust_remote_code  # unset, transformers asks on stdin
+    trusted = source is not None and source.trust_remote_code  # if unset, transformers prompts
     if not name:
         return None
-    try:  # the configuration in the files that it was read from, if they are here
+    try:  # the configuration of the original files, if they are on this machine
         config = tf.AutoConfig.from_pretrained(
             name, local_files_only=True, trust_remote_code=trusted
         )
@@ -73,7 +72,7 @@ def whole_of(model: nn.Module) -> Whole | None:
     if config.get_text_config() is config or isinstance(own, type(config)):
         return None
     cls = getattr(tf, next(iter(config.architectures or ()), ""), None)
-    # what a model of a class is for, such as ForCausalLM
+    # the tasks, such as ForCausalLM
     task, of_model = (c and c.__name__[c.__name__.rfind("For") :] for c in (cls, type(model)))
     if cls is None or isinstance(model, cls) or task == of_model:
         return None
@@ -89,7 +88,7 @@ def whole_of(model: nn.Module) -> Whole | None:
 
 
 def auto_class(config: PreTrainedConfig, what: str) -> Any:
-    """The auto class of a language model with this configuration."""
+    """The auto class of a language model; an error if it can't run on text alone."""
     auto = opened_by(config)
     cls = auto._model_mapping.get(type(config), None)
     if auto.__name__ != CAUSAL and cls and (needed := _beside_text(config, cls)):
@@ -102,8 +101,8 @@ def auto_class(config: PreTrainedConfig, what: str) -> Any:
 
 
 def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
-    """The auto class that has a model for this configuration, whatever that model needs, first the
-    one that makes it of a class; the causal one, whose error lists what there is, if none has.
+    """The auto class for this configuration, preferably one that maps to `cls`, by default the
+    causal one.
     """
     import transformers as tf
 
@@ -115,9 +114,7 @@ def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
 
 
 def opened_by_name(model: Any) -> str:
-    """The name of the auto class that opens a model again, for its model card: whole, where the
-    model is a part for text.
-    """
+    """The auto class that opens a model again, for its model card."""
     whole = whole_of(model)
     shown = model if whole is None else whole.model
     config = getattr(shown, "config", None)
@@ -125,7 +122,7 @@ def opened_by_name(model: Any) -> str:
 
 
 def _beside_text(config: PreTrainedConfig, cls: Any) -> str:
-    """What the model needs in addition to text; empty if nothing."""
+    """The inputs that the model requires besides text; empty if none."""
     takes = signature(cls.forward).parameters
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"

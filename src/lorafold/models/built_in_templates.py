@@ -1,16 +1,14 @@
-"""The chat templates that lorafold has itself, and variables of templates.
+"""The built-in chat templates, and default values for variables of templates.
 
     none     <bos> content content <eos> content content <eos>, for base models and for prompts that
-             contain all their formatting; <bos> if the tokenizer begins texts with it, <eos> after
+             contain all their formatting; <bos> if the tokenizer adds it to texts, <eos> after
              assistant turns
     tools    ChatML with tools and calls, for models whose own template has none:
              <tools> one JSON object a line </tools> in the system turn, <tool_call> {...}
              </tool_call>, <tool_response> ... </tool_response>
 
-Reasoning is in <think></think> before the content of every turn, so that no turn is rewritten when
-another follows. A tokenizer without ChatML's tokens has `### Role:` before a message and its
-end-of-sequence token after it. `set_variables` sets default values in a template itself, so that
-everything that renders with the tokenizer later uses them.
+Reasoning precedes the content of every turn in <think></think>, so that a later turn never changes
+an earlier one. For a tokenizer without ChatML's tokens, messages start with `### Role:`.
 """
 
 from __future__ import annotations
@@ -25,12 +23,12 @@ from lorafold.errors import LorafoldError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NONE = "none"  # its name in a recipe and on the command line; a file of that name is ./none
+NONE = "none"  # in recipes and on the command line; for a file of that name, write ./none
 JOINED = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-TOOLS = "tools"  # its name in a recipe and on the command line; a file of that name is ./tools
+TOOLS = "tools"  # as NONE
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = """\
 {%- macro begin(role) %}HEADER{% endmacro -%}
@@ -71,14 +69,14 @@ TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ begin('assistant') }}{% endif -%}"""
-# what transformers passes itself
+# the variables that transformers passes
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
 GLOBALS = {"raise_exception", "strftime_now", "range", "dict", "namespace", "lipsum", "cycler",
            "joiner"}  # fmt: skip
 
 
 def joined(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for this tokenizer."""
+    """The template `none` for this tokenizer."""
     if tokenizer.eos_token is None:
         raise LorafoldError(
             f"chat template {NONE}: the tokenizer has no end-of-sequence token, so completions"
@@ -88,9 +86,7 @@ def joined(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning of a template for this tokenizer: its beginning-of-sequence token, if it puts
-    that before texts.
-    """
+    """The beginning-of-sequence token, if the tokenizer adds it to texts."""
     starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
         tokenizer.bos_token_id
     ]
@@ -98,10 +94,10 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def with_tools(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for this tokenizer."""
+    """The template `tools` for this tokenizer."""
     words = tokenizer.added_tokens_encoder
     if START in words and END in words:
-        # a beginning of sequence that is ChatML's own stands before the role already
+        # ChatML's header already contains it
         before = "" if tokenizer.bos_token == START else opening(tokenizer)
         header, ending = f"{{{{ '{START}' + role + '\\n' }}}}", f"'{END}'"
     elif tokenizer.eos_token is not None:
@@ -116,7 +112,7 @@ def with_tools(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
-    """Give variables of the tokenizer's chat template values."""
+    """Set default values of variables in the tokenizer's chat templates."""
     if tokenizer.chat_template is None:
         raise LorafoldError(
             f"template_kwargs: found {', '.join(values)}, but the model has no chat template that"
@@ -161,10 +157,10 @@ def variables_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _read(template: str) -> set[str]:
-    """The variables that a template reads, those included that it sets where they are absent."""
+    """The variables that a template reads, including its own default values."""
     from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 
-    # transformers has a tag that Jinja does not know
+    # remove transformers' own tag, which Jinja does not know
     text = re.sub(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}", "", template)
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
@@ -179,7 +175,6 @@ def _read(template: str) -> set[str]:
 
 
 def _literal(name: str, value: Any) -> str:
-    """The value as Jinja writes it."""
     if value is None:
         return "none"
     if isinstance(value, list | tuple):

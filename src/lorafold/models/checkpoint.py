@@ -1,15 +1,10 @@
-"""Opens a model directory as a model whose weights stay in its files.
+"""Model directories opened as models whose weights stay memory-mapped in the files.
 
-The architecture is built on the meta device, and every parameter is replaced by the file's tensor,
-memory-mapped and not read. transformers' own rules rename tensors and combine them to parameters:
+The architecture is built on the meta device, and every parameter is replaced by the mapped tensor
+of the file. transformers' own rules rename tensors and combine them into parameters:
 
     block_sparse_moe.gate.weight                    ->  mlp.gate.weight
     experts.0.w1.weight, experts.0.w3.weight, ...   ->  experts.gate_up_proj
-
-`original_weights` are those of a quantized base under the names of its parameters. `as_plain`
-presents the files of a quantized model as those of a plain one: the same tensors in the same order,
-each quantized weight with its dequantized shape and dtype in the place of its codes, and no scales.
-Nothing is dequantized here: whoever writes the files asks each site for its matrix.
 """
 
 from __future__ import annotations
@@ -79,7 +74,7 @@ PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weight files of a model directory by name, and their index if there is one."""
+    """The weight files of a model directory, and their index if there is one."""
 
     source: ModelSource
     files: dict[str, Container]
@@ -96,9 +91,7 @@ class Checkpoint:
         return {name: entry for file in self.files.values() for name, entry in file.entries.items()}
 
     def other_files(self) -> list[Path]:
-        """The paths, relative to the directory, of all files but weights of any format: config,
-        tokenizer, chat template and so on. Hidden files and the manifest are left out.
-        """
+        """The relative paths of all other files, without hidden files and the manifest."""
         files = (p for p in sorted(self.path.rglob("*")) if p.is_file())
         paths = (p.relative_to(self.path) for p in files if not p.name.endswith(WEIGHTS))
         return [
@@ -108,11 +101,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class MappedModel:
-    """A model whose parameters are tensors of its files.
-
-    `entries` gives the file's tensor by parameter name; `tied` gives the other names of a shared
-    parameter; `converted` gives the conversion of each parameter that transformers computes from
-    tensors of the files instead of reading it.
+    """A model whose parameters are mapped: its `entries` in files by parameter, the other names of
+    `tied` parameters, and the conversion of each parameter computed from several tensors.
     """
 
     model: PreTrainedModel
@@ -122,17 +112,14 @@ class MappedModel:
 
 
 def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
-    """Read the headers of all weight files of a model directory. `patterns` says which files are
-    going to be read and must be undamaged.
-    """
+    """Read the headers of a model's weight files. Files that match `patterns` must be undamaged."""
     path = source.intact(*patterns)
     files = {file.name: read_container(file) for file in model_files(path)}
     return Checkpoint(source, files, None if SINGLE in files else read_object(path / INDEX))
 
 
 def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """Build a language model on the meta device from its configuration, frozen and without weights.
-    """
+    """Build a frozen language model on the meta device from its configuration."""
     auto = auto_class(config, "the model's architecture")
     with loading("the model's architecture"), torch.device("meta"):
         return (
@@ -143,8 +130,8 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def mapped_model(checkpoint: Checkpoint) -> MappedModel:
-    """Build the model of a checkpoint over its mapped files. Raises LorafoldError with every weight
-    that is missing or has another shape than the model expects.
+    """Build a checkpoint's model over its mapped files. The error lists all missing and misshapen
+    weights.
     """
     what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):
@@ -187,9 +174,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
 
 
 def mapped_model_of(source: ModelSource) -> MappedModel:
-    """Open the model of a source over its mapped files. Its `name_or_path` is the source's name,
-    which adapters attached to it record as their base.
-    """
+    """Open a source's model over its mapped files, with the source's name as `name_or_path`."""
     mapped = mapped_model(open_checkpoint(source))
     remember_source(mapped.model, source)
     mapped.model.config._name_or_path = mapped.model.name_or_path = source.name
@@ -205,16 +190,16 @@ def entries_of(path: Path) -> dict[str, TensorEntry]:
     }
 
 
-# a parameter and what it is computed with -> the entries that it is computed from, each with the
-# pattern of its name there and its name before the conversion
+# (parameter, its converter) -> the entries that it is computed from, each with its name's pattern
+# in the converter and its name before the conversion
 Parts = dict[tuple[str, WeightConverter], list[tuple[TensorEntry, str, str]]]
 
 
 def by_parameter(
     model: PreTrainedModel, entries: dict[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], Parts]:
-    """The tensors of the files by the model's names for them, among them such as the model does not
-    have, and those from which transformers computes parameters.
+    """The tensors of the files by parameter name, and those from which transformers computes
+    parameters.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
@@ -225,7 +210,7 @@ def by_parameter(
     for key, entry in entries.items():
         renamed = apply_renamings(key, renamings)
         alone, pattern = apply_converters(renamed, converters)
-        name, _ = rename_source_key(alone, [], [], prefix, known)  # with the prefix of the model
+        name, _ = rename_source_key(alone, [], [], prefix, known)  # adds the model's prefix
         if name not in known and key in known:
             name, pattern = key, None
         if pattern is None:
@@ -242,8 +227,8 @@ def by_parameter(
 def conversions(
     model: PreTrainedModel, parts: Parts, entries: Iterable[TensorEntry]
 ) -> tuple[dict[str, Tensor], dict[str, Conversion], dict[str, str]]:
-    """The tensors of the files, of any shape, by name, mapped; the conversions by the parameters
-    that they make of `parts`; and a line for each parameter that can't be made.
+    """The mapped tensors (any shape) by name, the conversions by parameter, and an error message
+    for each parameter that can't be made.
     """
     by_file = defaultdict(list)
     for entry in entries:
@@ -275,9 +260,8 @@ def _parameters(
     converted: dict[str, Conversion],
     tied: dict[str, tuple[str, ...]],
 ) -> dict[str, nn.Parameter]:
-    """The parameters that the files have, by name; two tied ones with equal tensors are one."""
     parameters = {n: nn.Parameter(tensors[entry.name], False) for n, entry in entries.items()}
-    # the files have a tensor for both names: transformers ties these if they are equal
+    # if the files contain both tensors, transformers ties them only if they are equal
     for name in tied.keys() & parameters.keys():
         first = min(n for n in (name, *tied[name]) if n in parameters)
         if first != name and torch.equal(parameters[first], parameters[name]):
@@ -288,8 +272,7 @@ def _parameters(
 def _place(
     model: nn.Module, parameters: dict[str, nn.Parameter], tied: dict[str, tuple[str, ...]]
 ) -> None:
-    """Give the model these parameters, and those of them that are buffers there. One that is not
-    among them becomes the one that it is tied to.
+    """Set these parameters, and buffers of these names. Other parameters are tied to one of them.
     """
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)
@@ -303,8 +286,7 @@ def _place(
 
 
 def original_weights(source: ModelSource) -> Weights:
-    """The weights in the files of a model, which must have been checked, under the names of its
-    parameters.
+    """The weights in a base's files under its parameters' names. The files must have been checked.
     """
     config = source.config()
     kinds = {config.get("model_type"), config.get("text_config", {}).get("model_type")}
@@ -325,9 +307,8 @@ def original_weights(source: ModelSource) -> Weights:
 def as_plain(
     checkpoint: Checkpoint, mapped: MappedModel
 ) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
-    """The checkpoint and the model's entries as those of a plain model, and the sites that have the
-    values of dequantized tensors, by the names of these. The sites then dequantize to the dtype
-    that the config names, else to bf16.
+    """The checkpoint and model with the entries of an unquantized model, and tensor name -> path of
+    the quantized module. Nothing is dequantized here.
     """
     dtype = mapped.model.config.dtype
     dtype = dtype if dtype in PLAIN else torch.bfloat16
@@ -354,9 +335,8 @@ def as_plain(
 def _quantized(
     mapped: MappedModel,
 ) -> Iterator[tuple[str, Any, str, list[str], tuple[int, ...]]]:
-    """Each quantized matrix, or parameter of several: its site, the module that says what it is
-    dequantized to, its parameter's path in a plain model, the paths of the tensors that are not
-    written again, codes first, and its shape as a plain model stores it.
+    """Yield each quantized weight: its path, the module with its `compute_dtype`, its parameter's
+    path in a plain model, the paths of its tensors, codes first, and its plain shape.
     """
     by_module = defaultdict(list)
     for name in mapped.entries:

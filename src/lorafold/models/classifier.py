@@ -1,13 +1,10 @@
-"""Sequence classifiers: the body of a base with a head for given classes, or for one score.
+"""Sequence classifiers and reward models: the body of a base with a head for classes or one score.
 
     logits = head(h at the last token)          (classes,); some architectures pool the hidden
                                                 states in another way
 
-`AutoModelForSequenceClassification` builds it from any base. A head that the files lack is
-initialized at random from a seed, trained whole, and saved with the adapter; so is a pooler. A
-reward model is such a model with one output. The head computes in fp32 over a body of any storage,
-since a score in bf16 has only 8 significant bits. `scoring_shell` builds a reward model over the
-decoder of a language model that is loaded already, with a head (1, d) of zeros.
+A head that the files lack is initialized from a seed, trained in full and saved with the adapter;
+so is a pooler. The head computes in fp32, because a bf16 score has only 8 significant bits.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from lorafold.models.weights import FileWeights, Weights, model_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-POOLER = "pooler"  # what transformers calls a part of a body that its head alone reads
+POOLER = "pooler"  # transformers' name for the part of a body that only the head reads
 
 
 def load_classifier(
@@ -44,18 +41,8 @@ def load_classifier(
     *,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Load a classifier, in evaluation mode. With one class it is a reward model.
-
-    Raises LorafoldError if transformers has no classifier of this architecture, or if the files
-    lack weights of the body.
-
-    Args:
-        source: The base model.
-        classes: The names of the classes, in the order of their numbers.
-        pad_id: The token that fills short texts, at the right.
-        storage: How the base stores its weights; a dtype for weights that are not quantized.
-        device: Where to load the model.
-        seed: The seed of the head, if the files have none.
+    """Load a classifier in evaluation mode, or with one class a reward model. `pad_id` pads texts
+    on the right; `seed` initializes a head that the files lack.
     """
     with loading(f"model {source.name}"):
         from transformers import AutoModelForSequenceClassification
@@ -68,7 +55,7 @@ def load_classifier(
                 config["problem_type"] = "regression"
             auto = AutoModelForSequenceClassification
             model, report = read_weights(auto, source, storage, device, **config)
-        # a decoder finds the last token by it
+        # a decoder uses it to find the last token
         model.config.get_text_config().pad_token_id = pad_id
         # each text takes a single forward pass, so a cache would never be used
         model.config.get_text_config().use_cache = False
@@ -84,8 +71,8 @@ def load_classifier(
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
-    """The paths of the modules with parameters that are neither part of the model's body nor of
-    encoders and connectors beside it, and of a new pooler inside its body.
+    """The paths of the head's modules: those with parameters outside the body and encoders, and a
+    new pooler.
     """
     anatomy = Anatomy.of(model)
     body = anatomy.decoder
@@ -106,21 +93,17 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
 
 
 def new_heads(model: nn.Module) -> tuple[str, ...]:
-    """The paths of the modules of a head that the files of the model do not have: initialized from
-    a seed in the dtype of the body, so that another dtype gives other values.
-    """
+    """The paths of head modules that the files lack; their values depend on the body's dtype."""
     return model.__dict__.get("new_heads", ())
 
 
 def new_poolers(model: nn.Module) -> tuple[str, ...]:
-    """The paths of the modules of a pooler that the files of the model do not have."""
+    """The paths of pooler modules that the files lack."""
     return model.__dict__.get("new_poolers", ())
 
 
 def expect_poolers(model: Any) -> None:
-    """Treat the pooler of a classifier, made from a configuration without files, as new if the
-    class that the configuration names has none.
-    """
+    """Treat a classifier's pooler as new if the class in its configuration has none."""
     import transformers as tf
 
     poolers = _poolers(name for name, _ in model.named_parameters())
@@ -134,14 +117,13 @@ def expect_poolers(model: Any) -> None:
 
 
 def _poolers(names: Iterable[str]) -> tuple[str, ...]:
-    """The paths of the modules of a pooler among parameters with these names."""
     paths = {name.rpartition(".")[0] for name in names}
     return tuple(sorted(path for path in paths if POOLER in path.split(".")))
 
 
 def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
-    """Make the heads of a classifier without adapters compute in fp32 if they are in 16 bits. For
-    heads that are not new, `files` have the values before the model rounded them.
+    """Make 16-bit heads compute in fp32. `files` have the unrounded values of heads that are not
+    new.
     """
     for path in head_paths(model):
         head = model.get_submodule(path)
@@ -156,14 +138,11 @@ def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
 
 
 def _widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A hook of torch that gives a forward its activations in fp32."""
     return tuple(x.float() if isinstance(x, Tensor) else x for x in args)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that fills short texts: the tokenizer's padding token, or else its
-    end-of-sequence token.
-    """
+    """The id of the tokenizer's padding token, or else of its end-of-sequence token."""
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if token is None:
         raise LorafoldError(
@@ -174,9 +153,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
-    """The names of the outputs of a model that has a head for texts already, or None if it has
-    none.
-    """
+    """The output names of a model that already has a classification head, or None."""
     config = source.config()
     names = config.get("architectures") or ()
     if not any(name.endswith("ForSequenceClassification") for name in names):
@@ -187,9 +164,7 @@ def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
 
 
 def scoring_shell(model: Any, pad_id: int) -> Any:
-    """A sequence classifier with one output over the model's own tensors, without its adapters, in
-    evaluation mode.
-    """
+    """A reward model on the decoder of a loaded language model, with a head (1, d) of zeros."""
     of_base = twin(model)
     for path, module in [*adapted_modules(of_base)]:
         deltas: Any = module.deltas.values()
@@ -222,7 +197,7 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
         setattr(shell.get_submodule(parent), name, own)
     for path in heads:
         head = shell.get_submodule(path)
-        for leaf, p in [*head.named_parameters(recurse=False)]:  # which an adapter replaces
+        for leaf, p in [*head.named_parameters(recurse=False)]:  # replaced by an adapter
             setattr(head, leaf, nn.Parameter(torch.zeros_like(p, device=model.device)))
     if lacking := [n for n, p in shell.named_parameters() if p.is_meta]:
         raise LorafoldError(

@@ -1,11 +1,10 @@
-"""Fake models: every module, parameter and quantized matrix with its shape and dtype, but without
-values and without memory for them.
+"""Fake models: modules with shapes and dtypes, but without values or memory.
 
     with without_values():
         model = fake_model(config, Storage(torch.bfloat16), blocks=2)
 
-A fake model is of transformers' own class, so code that runs on a model also runs on its fake
-model, unless it asks for values (`core.contexts`).
+They have transformers' own classes, so code for models runs on them unless it reads values
+(`core.contexts`).
 """
 
 from __future__ import annotations
@@ -42,13 +41,12 @@ GROUPED = torch.ops.aten._grouped_mm.default
 
 
 def without_values() -> AbstractContextManager[Any]:
-    """Make all tensors fake that are made inside the `with` block, or computed from fake ones."""
+    """Make all tensors fake that are created in the `with` block or computed from fake ones."""
     return _Fake(allow_non_fake_inputs=True)
 
 
 class _Fake(FakeTensorMode):
-    """torch infers the shape of a grouped matmul in bf16 alone, though its kernels also take fp32.
-    """
+    """Works around torch, which infers the shape of a grouped matmul only in bf16."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not GROUPED:
@@ -63,15 +61,15 @@ def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
     short = deepcopy(config)
     text = short.get_text_config()
     text.num_hidden_layers = blocks
-    # some configurations compute layer_types from the number of blocks and can't be set
+    # some configurations compute layer_types, which then can't be set
     if kinds := vars(text).get("layer_types"):
         text.layer_types = [kinds[i % len(kinds)] for i in range(blocks)]
     return short
 
 
 def period(config: PreTrainedConfig) -> int:
-    """After how many blocks the types of blocks repeat: 1 if all are alike, 2 if sliding windows
-    and full attention alternate.
+    """The number of blocks after which their types repeat, for example 2 if sliding windows and
+    full attention alternate.
     """
     kinds = [*(getattr(config.get_text_config(), "layer_types", None) or [""])]
     size = len(kinds)
@@ -85,8 +83,8 @@ def fake_model(
     classes: int = 0,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A frozen model of the first `blocks` blocks; inside `without_values` a fake one, else one
-    with random weights. With `classes` it is a classifier.
+    """A frozen model of the first `blocks` blocks, or a classifier with `classes`; random outside
+    of `without_values`.
     """
     import transformers as tf
 
@@ -101,7 +99,7 @@ def fake_model(
     fake = is_fake(torch.empty(0))
     # initialization may read values
     with loading(what), no_init_weights() if fake else nullcontext():
-        trusted = {"trust_remote_code": trust_remote_code}  # left open, transformers asks on stdin
+        trusted = {"trust_remote_code": trust_remote_code}  # if unset, transformers prompts
         model = auto.from_config(short, dtype=storage.dtype, **trusted).requires_grad_(False)
         model.tie_weights()  # a part of the initialization
         for module in model.modules() if fake else ():
@@ -138,9 +136,7 @@ def fake_model(
 
 
 def _even(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
-    """What JetMoe's router returns for x (T, H), with an equal number of rows for each expert: its
-    own forward needs values to count them.
-    """
+    """JetMoe's routing of x (T, H) with equally many rows per expert; its own needs values."""
     logits = router.layer(x).float()  # (T, E)
     gates = logits.topk(router.top_k, dim=1)[0].softmax(1).type_as(x)  # (T, k)
     order = gates.flatten().argsort()

@@ -1,14 +1,11 @@
-"""A model's fingerprint: the shapes and a few sampled values of some of its weights, before any
-quantization.
+"""Fingerprints of base models: shapes and sampled values of some weights, before quantization.
 
     {name: {"shape": [out, in], "dtype": "bfloat16", "values": "<16 fp32 numbers in hex>"}}
     up to 32 tensors
 
-An adapter is useless on another base than its own, but its shapes may fit all the same. The
-fingerprint shows that the base is another one. It does not depend on the dtype in which the base is
-loaded (fp32, bf16 or fp16): two values agree if they are equal after both are rounded to the
-narrower dtype. A base whose vocabulary was resized counts as the same base. A fingerprint reads 512
-numbers.
+A fingerprint detects that an adapter is used on another base of the same shapes. It does not depend
+on the dtype in which the base is loaded: two values agree if they are equal after both are rounded
+to the narrower dtype. A base with a resized vocabulary counts as the same base.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ STRIDE = 2_654_435_761
 
 
 class TensorSample(BaseModel, extra="forbid"):
-    """The shape, dtype and sampled values of one tensor, as `lorafold.json` stores them."""
+    """The shape, dtype and sampled values of one tensor, as stored in `lorafold.json`."""
 
     shape: list[PositiveInt]
     dtype: Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
@@ -42,7 +39,7 @@ class TensorSample(BaseModel, extra="forbid"):
 
 
 def parse(value: Any) -> Fingerprint:
-    """Check a fingerprint that was read from JSON."""
+    """Validate a fingerprint that was read from JSON."""
     try:
         TypeAdapter(dict[str, TensorSample]).validate_python(value, strict=True)
     except ValidationError as e:
@@ -55,25 +52,25 @@ def parse(value: Any) -> Fingerprint:
 
 
 def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
-    """The fingerprint of a model's base weights, without its adapters. `without` gives the paths of
-    modules that are not part of the base, such as a new head.
+    """The fingerprint of a model's base weights, except in the modules `without`, such as a new
+    head.
     """
     return of(InMemory.of_model(model), without)
 
 
 def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
-    """The fingerprint of named weights; `without` as `of_model` takes it."""
+    """The fingerprint of named weights; `without` as in `of_model`."""
     outside = tuple(f"{path}." for path in without)
     shapes = {n: weights.shape(n) for n in weights.names if not n.startswith(outside)}
-    # a scalar, such as the temperature of two encoders, has no positions to compare
+    # skip scalars, such as the temperature of two encoders
     names = [n for n, s in shapes.items() if s and 0 not in s and weights.is_floating(n)]
-    # the order of hashes mixes types of modules and depths
+    # ordered by hash, which mixes types of modules and depths
     names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
     matrices = [n for n in names if len(shapes[n]) > 1]
-    # only a few of the vectors are taken: norms and biases may be all ones and zeros
+    # only a few vectors, since norms and biases may be all ones and zeros
     vectors = [n for n in names if len(shapes[n]) == 1]
-    # in a quantized base only the vectors and the largest matrix, usually the embedding, can be
-    # compared: all its linears are quantized
+    # in a quantized base, only the vectors and the embedding (usually the largest matrix) can be
+    # compared
     largest = sorted(matrices, key=lambda n: math.prod(shapes[n]))[-1:]
     chosen = [*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors]
     fingerprint = {}
@@ -88,8 +85,8 @@ def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
 
 
 def differences(expected: Fingerprint, weights: Weights) -> list[str]:
-    """A line that says how the weights differ from a fingerprint, or no line if they agree. Tensors
-    that are missing here (tied, or under another name) are skipped, unless all are missing.
+    """A message if the weights differ from a fingerprint. Missing tensors (tied or renamed) are
+    skipped, unless all are missing.
     """
     here = {name: found for name in expected if (found := weights.find(name)) is not None}
     if expected and not here:
@@ -107,9 +104,8 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
 
 
 def fits(expected: Fingerprint, weights: Weights) -> bool:
-    """Whether the weights are those of a fingerprint. For another model little is read: all shapes
-    are compared before any values, and the small tensors' values first, up to the first that differ
-    (among 50 models of one shape, not yet in the page cache: 0.6 s instead of 54).
+    """Whether the weights match a fingerprint. Compares all shapes first and small tensors next, to
+    read little of a different model.
     """
     here = dict[str, str]()
     for name, sample in expected.items():
@@ -122,7 +118,7 @@ def fits(expected: Fingerprint, weights: Weights) -> bool:
 
 
 def agree(a: Fingerprint, b: Fingerprint) -> bool:
-    """Tell whether two fingerprints are of the same weights, which may be stored otherwise."""
+    """Whether two fingerprints are of the same weights, possibly stored in different dtypes."""
     both = a.keys() & b.keys()
     return bool(both) and all(
         a[n]["shape"] == b[n]["shape"] and same(_values(a[n]), _values(b[n])) for n in both
@@ -130,17 +126,15 @@ def agree(a: Fingerprint, b: Fingerprint) -> bool:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two floating-point tensors of the same shape, any shape, are equal after both are
-    rounded to the narrower of their dtypes.
-    """
+    """Whether two floating-point tensors (any shape) are equal in the narrower of their dtypes."""
     return bool(equal(a, b).all())
 
 
 def equal(a: Tensor, b: Tensor) -> Tensor:
-    """Compare as `same` does, element by element: a boolean tensor of the same shape."""
+    """`same` per element: a boolean tensor of the same shape."""
     narrow = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits)
-    # if one fp32 number was rounded to bf16 and to fp16, rounding the latter to bf16 may differ by
-    # one unit (at a tie), and more among fp16's subnormals
+    # rounding an fp32 value to fp16 and then to bf16 may differ by one unit from rounding it to
+    # bf16 (at a tie), and by more for fp16's subnormals
     both_halves = {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}
     rtol, atol = (2**-7, 2**-24) if both_halves else (0.0, 0.0)
     a, b = (t.to(a.device).to(narrow).float() for t in (a, b))
@@ -153,7 +147,7 @@ def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)
 
 
 def _misshapen(shape: list[int], expected: list[int]) -> bool:
-    """Of a resized vocabulary, the rows may be others."""
+    """Whether the shapes differ in more than the rows of a resized vocabulary."""
     same_rows = shape[1:] == expected[1:] and len(shape) == len(expected)
     return not same_rows or (shape != expected and len(shape) < 2)
 
@@ -168,6 +162,6 @@ def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | 
     if _misshapen(shape, wanted):
         return f"{name} (shape {shape}, expected {wanted})"
     positions = _positions(wanted)
-    both = positions[:, 0] < shape[0]  # of a resized vocabulary, the tokens that both have
+    both = positions[:, 0] < shape[0]  # the common tokens of a resized vocabulary
     agrees = same(weights.elements(name, positions[both]), _values(expected)[both])
     return None if agrees else f"{name} (other values)"

@@ -1,14 +1,13 @@
-"""GGUF files: found, one or several for a model, and unpacked to plain models once, in the cache.
+"""GGUF files: discovery, and conversion to safetensors, cached on first use.
 
     the file's tensors                  the copy's
-    F32, F16, BF16, and Q8_0 as F32     every value as it is in the file
+    F32, F16, BF16, and Q8_0 as F32     the exact values
     any fewer bits, as in Q4_1          bf16, or fp32 on request
 
-Unpacking takes tens of seconds (SmolLM2-135M: 25 s), so the first use writes a safetensors copy,
-whose name contains the digest of the file, with tokenizer and generation config to
-`$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`. A damaged copy is made
-anew. Split files (`model-00001-of-00003.gguf`) are joined first, since transformers reads one file
-and fills the rest with random numbers.
+Conversion takes tens of seconds. The copy's name contains the file's digest; it is stored in
+`$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`. Split files
+(`model-00001-of-00003.gguf`) are joined first, because transformers reads one file and fills the
+rest with random values.
 """
 
 from __future__ import annotations
@@ -38,20 +37,18 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-BESIDE = "mmproj"  # how the files of a model's towers begin
+BESIDE = "mmproj"  # the prefix of files with a model's encoders
 HALF = re.compile(r"^(.+\.ffn_)(gate|up)(_exps\..+)$")
 OTHER_HALF = {"gate": "up", "up": "gate"}
-BLOCK = re.compile(r"blk\.(\d+)\.(?!attn_rot_embd)")  # old files have those positions' angles
+BLOCK = re.compile(r"blk\.(\d+)\.(?!attn_rot_embd)")  # old files contain the rotary angles
 log = logging.getLogger(__name__)
-UNPACKING = 2  # raise it when copies made by an earlier version must not be used any more
+UNPACKING = 2  # version of the conversion: increase it to invalidate older copies
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-EXACT = {*PLAIN, "Q8_0"}  # what a copy has as it is in the file
+EXACT = {*PLAIN, "Q8_0"}  # types that are copied exactly
 
 
 def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str) -> None:
-    """Warn about tensors that transformers does not read. Raises LorafoldError if they are in the
-    model's own blocks, since it would compute something else without them.
-    """
+    """Warn about tensors that transformers does not read; an error if they are in blocks."""
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -66,7 +63,7 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
     known = {*get_gguf_hf_weights_map(model, processor)}
     if model.config.model_type in SCALED:
         known.add(FREQUENCIES)
-    # those of experts are known to it without their ending
+    # transformers maps names of experts without their ending
     names = [tensor.name for tensor in _tensors(readers)]
     unread = [n for n in names if not {n, n.removesuffix(".weight")} & known]
     blocks = model.config.get_text_config().num_hidden_layers
@@ -85,43 +82,42 @@ def _tensors(readers: Sequence[GGUFReader]) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Gguf:
-    """The GGUF files of a model, in their order, and whether its copy keeps fp32."""
+    """The GGUF files of a model, in order, and whether its copy keeps fp32."""
 
     files: tuple[Path, ...]
     fp32: bool = False
 
     @property
     def identity(self) -> str:
-        """The SHA-256 over the files, and over what their copy is."""
+        """The SHA-256 of the files and of the settings of their copy."""
         made = f"gguf {UNPACKING}{' fp32' * self.fp32}"
         return digest((f"{made} {n}", *file_digest(file)) for n, file in enumerate(self.files))
 
     @property
     def copy(self) -> Path:
-        """The directory of the copy, there or not."""
+        """The directory of the copy, whether it exists or not."""
         digests = [file_digest(file)[1] for file in self.files]
         key = digests[0] if len(digests) == 1 else self.identity
         name = f"{self.files[0].stem}-{key[:16]}-{UNPACKING}{'-fp32' * self.fp32}"
         return cache_directory() / "models" / name
 
     def __str__(self) -> str:
-        """Its name in messages."""
         return str(self.files[0])
 
 
 def gguf_of(files: Sequence[Path], fp32: bool = False) -> Gguf:
-    """The model of these files; fp32 is for files with fewer bits than their copy keeps."""
+    """The model of these files. fp32 has no effect if the copy is exact anyway."""
     return Gguf(tuple(files), fp32 and not _types(read(files)) <= EXACT)
 
 
 def unpacked(gguf: Gguf) -> Path:
-    """The directory of the copy of a model, which is made if there is none."""
+    """The directory of the copy of a model, created if it does not exist."""
     copy = gguf.copy
     return copy if (copy / MANIFEST).is_file() else renew(gguf, copy)
 
 
 def renew(gguf: Gguf, copy: Path) -> Path:
-    """The directory of the copy, which is made if there is none, and made anew if it is damaged."""
+    """The directory of the copy, created if it does not exist or is damaged."""
     return filled(copy, partial(_unpack, gguf), log.info)
 
 
@@ -149,13 +145,13 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
             ignore_mismatched_sizes=True,
         )
         names = sorted(tensor.name for tensor in _tensors(readers))
-        # of the two that transformers joins, where the file has one alone
+        # gate and up, which transformers joins, must both be in the file
         halves = [HALF.sub(lambda m: m[1] + OTHER_HALF[m[2]] + m[3], n) for n in names]
         missing = [*sorted(info["missing_keys"]), *(n for n in halves if n not in names)]
         check_complete(what, missing, info["mismatched_keys"])
         check_read(model, info, readers, what)
         scale_positions(model.config, readers, what)
-        for parameter in model.parameters():  # unless a value would be rounded
+        for parameter in model.parameters():  # narrow, unless this rounds a value
             narrow = parameter.data.to(in_file)
             if narrow.to(parameter.dtype).equal(parameter.data):
                 parameter.data = narrow
@@ -170,18 +166,17 @@ def _types(readers: Sequence[GGUFReader]) -> set[str]:
 
 
 def _dtypes(types: set[str], fp32: bool) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype to read tensors of these types in, and that of the copy."""
     import torch
 
     if not types <= EXACT:
         return (torch.float32 if fp32 else torch.bfloat16,) * 2
-    # vectors, and the matrices of routers, are F32 in every file
+    # vectors and routers are always F32
     matrices = types - {"F32"} if len(types) > 1 else types
     return torch.float32, getattr(torch, PLAIN.get("".join(matrices), "float32"))
 
 
 def files_of(file: Path) -> tuple[Path, ...]:
-    """The files of the model that one of its files belongs to, in their order."""
+    """The files, in order, of the model that one of its files belongs to."""
     named = PART.fullmatch(file.name)
     if named is None:
         return (file,)
@@ -195,7 +190,7 @@ def files_of(file: Path) -> tuple[Path, ...]:
 
 
 def models_of(names: Iterable[str]) -> list[list[str]]:
-    """The files of each model among those of a repository, in their order, without encoders'."""
+    """The files of each model in a repository, in order, without encoders."""
     models: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(names):
         path = PurePosixPath(name)
@@ -207,7 +202,7 @@ def models_of(names: Iterable[str]) -> list[list[str]]:
 
 
 def files_in(folder: Path) -> tuple[Path, ...]:
-    """The files of the only model in a folder; none if it has no GGUF files."""
+    """The files of the only model in a folder; empty if it has no GGUF files."""
     files = sorted(p for p in folder.glob(f"*{SUFFIX}") if not p.name.startswith(BESIDE))
     models = list(dict.fromkeys(map(files_of, files)))
     if len(models) > 1:
@@ -219,9 +214,7 @@ def files_in(folder: Path) -> tuple[Path, ...]:
 
 
 def read(files: Sequence[Path]) -> list[GGUFReader]:
-    """Read the metadata of the files of a model, and check that each is a whole GGUF file at its
-    place in their order.
-    """
+    """Read the metadata of a model's files, and check that they are complete and in order."""
     from gguf import GGUFReader
 
     readers = []
@@ -249,9 +242,8 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
 
 
 def check_places(reader: GGUFReader, file: Path) -> None:
-    """Raise LorafoldError unless the tensors fill a file from the end of its header on without
-    gaps. With a wrong number, type or offset in the header, bytes would be read as values that they
-    are not.
+    """Check that the tensors fill the file after its header without gaps; otherwise wrong bytes
+    would be read as values.
     """
     end = 0
     for tensor in reader.tensors:
@@ -272,7 +264,7 @@ def check_places(reader: GGUFReader, file: Path) -> None:
 
 @contextmanager
 def one_file(files: Sequence[Path]) -> Iterator[Path]:
-    """A file with the metadata and the names of all tensors of a model, but not all values."""
+    """A temporary file with all metadata and tensor names of a model, but not all values."""
     with tempfile.TemporaryDirectory() as folder:
         file = files[0]
         if len(files) > 1:
@@ -282,8 +274,7 @@ def one_file(files: Sequence[Path]) -> Iterator[Path]:
 
 
 def join(readers: Sequence[GGUFReader], out: Path, *, values: bool = True) -> None:
-    """Write the files of a model, in their order, as one; without `values` it has holes of their
-    size.
+    """Write a model's files, in order, as one. Without `values` it contains holes of the same size.
     """
     import numpy as np
 

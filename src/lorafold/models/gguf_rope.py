@@ -1,10 +1,7 @@
-"""How a GGUF file scales rotary positions, where transformers does not read it.
+"""RoPE scaling in GGUF files that transformers does not read.
 
-    rope_freqs (dims / 2,)      Llama 3's: what each frequency is divided by
-    ARCH.rope.scaling.type      linear: each by the factor; yarn: low ones alone
-
-Without the scaling a model reads its texts at other positions than those it was trained on: with
-linear scaling from the first token on, with the others beyond its first context.
+    rope_freqs (dims / 2,)      Llama 3's: the divisor of each frequency
+    ARCH.rope.scaling.type      linear: all divided by the factor; yarn: low ones alone
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 FREQUENCIES = "rope_freqs.weight"
-SCALED = ("llama", "mistral")  # the models whose frequencies that scales as Llama 3's
+SCALED = ("llama", "mistral")  # the models for which rope_freqs are Llama 3's
 YARN = {
     "scaling.original_context_length": "original_max_position_embeddings",
     "scaling.yarn_beta_fast": "beta_fast",
@@ -29,16 +26,16 @@ UNKNOWN = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multi
 
 
 def value(reader: GGUFReader, key: str) -> Any:
-    """The value of a key of a file's metadata; None if there is none."""
+    """The value of a metadata key; None if it is absent."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
 
 def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> None:
-    """Have a model scale its rotary positions as its file does."""
+    """Configure a model's RoPE scaling from its file."""
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
-        return  # it has no such positions, or several kinds of them, or transformers read it
+        return  # no or several kinds of RoPE, or transformers read the scaling
     factors = [t.data for reader in readers for t in reader.tensors if t.name == FREQUENCIES]
     if factors and config.model_type in SCALED:
         config.rope_parameters = _as_llama3(config, factors[0], what)
@@ -47,7 +44,7 @@ def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> No
     keys = [key for key in first.fields if key.startswith(prefix)]
     metadata = {key.removeprefix(prefix): value(first, key) for key in keys}
     kind, factor = metadata.get("scaling.type", "none"), metadata.get("scaling.factor")
-    if "scale_linear" in metadata:  # as files of 2023 say it
+    if "scale_linear" in metadata:  # in files of 2023
         kind, factor = "linear", metadata["scale_linear"]
     odd = [key for key in UNKNOWN if metadata.get(f"scaling.{key}", 1.0) != 1.0]
     if wrong := [*({kind} - {"none", "linear", "yarn"}), *odd]:

@@ -1,10 +1,9 @@
-"""How the byte-level tokenizer of a GGUF file splits text, for the rules that transformers lacks.
+"""Pre-tokenization rules of GGUF files (`tokenizer.ggml.pre`) that transformers lacks.
 
-    tokenizer.ggml.pre      the name of a rule; where transformers has none of this name, it splits
-                            as GPT-2 does
     "a  12"        GPT-2: a, Ġ, Ġ12      smollm: a, ĠĠ, 1, 2      deepseek-v3: a, Ġ, Ġ, 12
 
-The rules are those of llama.cpp, which writes the names.
+transformers splits as GPT-2 does if it does not know a rule. The rules follow llama.cpp, which
+defines the names.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ AS_GPT2 = frozenset(
 EACH_DIGIT = frozenset(
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")
 )
-# words that are tokens are taken whole, whether the merges make them or not
+# a word that is a token is used whole, even if the merges do not produce it
 WHOLE_WORDS = frozenset(
     ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
      "tekken", "youtu", "minicpm5")
@@ -56,9 +55,9 @@ BAILING = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     rf"|\s*[\r\n]|{SPACES}"
 )
-# the rules that transformers has too, by the name that says no more than the rule
+# the preferred one of several names of a rule
 PREFERRED = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35", "dbrx")
-# each splits what those before it left
+# each pattern splits the pieces left by the previous ones
 RULES = {
     "glm4": (LLAMA3,),
     "chatglm-bpe": (LLAMA3,),
@@ -95,7 +94,7 @@ RULES = {
 def split_as_learned(
     tokenizer: PreTrainedTokenizerBase, kind: str, pre: str | None, what: str
 ) -> None:
-    """Make a tokenizer that transformers read from a GGUF file split text by the file's rule."""
+    """Set the pre-tokenizer of a tokenizer read from a GGUF file to the file's rule."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     if kind != BYTE_LEVEL:
@@ -108,7 +107,7 @@ def split_as_learned(
 
 
 def rule_of(pre: str) -> PreTokenizer | None:
-    """The rule of this name, or None if neither transformers nor this file knows it."""
+    """The pre-tokenizer with this name, or None if neither transformers nor lorafold has it."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -126,7 +125,7 @@ def rule_of(pre: str) -> PreTokenizer | None:
 
 
 def names_of_rules() -> tuple[str, ...]:
-    """The names that `rule_of` knows, those first that say no more than a rule."""
+    """The names that `rule_of` knows, preferred names first."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     others = (*RULES, *GGUF_PRE_TOKENIZER_SPLITS, *sorted(EACH_DIGIT), *sorted(AS_GPT2))

@@ -1,6 +1,4 @@
-"""One-line errors for loading models and tokenizers with transformers, whose progress bars and
-notices are silenced; for weights that are missing and tensors that are left over too.
-"""
+"""One-line errors for loading with transformers, and checks for missing and unread weights."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +12,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Silence transformers inside the block, and turn its errors into a LorafoldError that begins
-    with `what`.
-    """
+    """Silence transformers, and turn its errors into a LorafoldError that begins with `what`."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -58,9 +54,8 @@ def one_line(error: Exception, limit: int = 300) -> str:
 def check_complete(
     what: str, missing: Sequence[str], misfits: Iterable[tuple[str, Any, Any]] = ()
 ) -> None:
-    """Raise LorafoldError, in a message that begins with `what`, if weights are missing, or if some
-    have another shape than the model, which transformers fills with random numbers. The misfits are
-    a name, the shape in the files and that of the model.
+    """Raise for missing weights and wrong shapes (name, in the files, in the model), which
+    transformers fills with random values.
     """
     if wrong := [f"{n}: shape {list(a)}, expected {list(b)}" for n, a, b in misfits]:
         raise LorafoldError(f"{what}: {listed(sorted(wrong), '; ')}")
@@ -71,7 +66,7 @@ def check_complete(
 
 
 def warn_unread(what: str, names: Sequence[str]) -> None:
-    """Log the tensors of files that the model has no place for, if there are any."""
+    """Log the tensors of files that have no place in the model."""
     if names:
         log.warning(
             "%s: %d tensors of its files are not read, since the model has no place for them: %s",

@@ -1,10 +1,4 @@
-"""Loads a base model from the directory that `models.sources` finds for a name, on a device
-(`runtime.devices`) and in a storage (`models.quantizations`). Checks that no file is damaged and no
-weight missing, and returns how files and models store their weights.
-
-`loaded_in_turn` makes transformers read one tensor at a time, and `each_registered` calls a
-function with each, so that the model is never whole in memory.
-"""
+"""Loading base models from their files on a device, in a dtype or quantization."""
 
 from __future__ import annotations
 
@@ -35,13 +29,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # else threads of transformers read ahead, as far as they get
+IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # otherwise, threads of transformers read ahead without limit
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def loaded_in_turn() -> Iterator[None]:
-    """Make transformers read a tensor when a module gets it, and not before."""
+    """Make transformers read a tensor only when a module gets it, to save memory."""
     before = os.environ.get(IN_TURN)
     os.environ[IN_TURN] = "1"
     try:
@@ -54,8 +48,8 @@ def loaded_in_turn() -> Iterator[None]:
 
 @contextmanager
 def each_registered(keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `keep` with each parameter and buffer, of any shape, that a module gets, once the next
-    one comes or the block ends: until then other hooks may still replace it.
+    """Call `keep` with each parameter and buffer (any shape) that a module gets, once the next one
+    comes, because until then other hooks may replace it.
     """
     last: list[tuple[Any, str]] = []
 
@@ -81,17 +75,7 @@ def load_model(
     storage: Storage | torch.dtype,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Load a language model, in evaluation mode. Its `name_or_path` is the requested name.
-
-    Raises LorafoldError as `resolve_model` does; if transformers can't load the directory; if the
-    files lack weights (which transformers would fill with random numbers); and if lorafold wrote
-    the files and they are damaged.
-
-    Args:
-        source: The model, or its name.
-        storage: How the base stores its weights; a dtype for weights that are not quantized.
-        device: Where to load the model.
-    """
+    """Load a language model in evaluation mode; missing weights are an error."""
     source = resolve_model(source)
     what = f"model {source.name}"
     with loading(what):
@@ -110,15 +94,14 @@ def read_weights(
     device: torch.device | str,
     **config: Any,
 ) -> tuple[Any, Any]:
-    """Load a model in evaluation mode, with an auto class of transformers and with these fields of
-    its configuration replaced. Returns it with transformers' report on weights that are missing in
-    the files, have other shapes, or have no place in the model.
+    """Load a model with an auto class and these config fields replaced, and transformers' report on
+    its weights.
     """
     import torch
 
     source.intact(*MODEL_FILES, *["*.py"] * source.trust_remote_code)
     files = model_files(source.path)
-    # of another save than the index, or beside a file that has the whole model
+    # left over from another save, or beside a file with the whole model
     if left_out := sorted(file.name for file in source.path.glob(SHARDS) if file not in files):
         log.warning(
             "model %s: %d files beside its weights are not read: %s",
@@ -136,7 +119,7 @@ def read_weights(
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # whoever reads the report refuses them by name
+            ignore_mismatched_sizes=True,  # callers check the report
             **config,
         )
         model.to(device)
@@ -145,19 +128,19 @@ def read_weights(
         compute_in(model, wanted.dtype)
     keep_scale(model)
     remember_source(model, source)
-    # an adapter's config names its base so
+    # adapters record this name as their base
     model.config._name_or_path = model.name_or_path = source.name
     return model.eval(), info
 
 
 def recorded_storage(model: nn.Module) -> dict[str, str] | None:
-    """How a loaded transformers model stores its weights and which dtype it computes in, by the
-    names that records use; None for any other model.
+    """The quantization and compute dtype of a transformers model for records; None for any other
+    model.
     """
     config = getattr(model, "config", None)
     find = getattr(model, "get_input_embeddings", None)
     weight = None
-    with suppress(NotImplementedError):  # transformers', of a model of two encoders
+    with suppress(NotImplementedError):  # raised for a model of two encoders
         weight = getattr(find() if config and find else None, "weight", None)
     if weight is None:
         return None
@@ -167,7 +150,7 @@ def recorded_storage(model: nn.Module) -> dict[str, str] | None:
         return {"storage": dtype, "dtype": dtype}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     storage = str(settings.get("quant_method", "unknown"))
-    with suppress(LorafoldError):  # one that lorafold does not read is called as its files call it
+    with suppress(LorafoldError):  # a quantization unknown to lorafold keeps its files' name
         storage = quantization_of(settings, "model")
     made = STORAGES[storage].made if storage in MADE else {}
     if any(settings.get(key) != made[key] for key in made.keys() & {"bnb_4bit_use_double_quant"}):
@@ -183,17 +166,13 @@ def default_storage(source: ModelSource) -> str:
 
 
 def stored_in_files(source: ModelSource) -> str | None:
-    """The storage of files that are quantized and that adapters are merged into, dequantized; None
-    if they are not.
-    """
+    """The quantization of files whose weights are dequantized for merging; None for others."""
     settings = source.config().get("quantization_config") or {}
     return storage_in_files(settings, f"model {source.name}") if readable(settings) else None
 
 
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
-    """The base's original weights, read from its files, if the model's are quantized and the files
-    have them; else None. `load_model` must have checked the files.
-    """
+    """The unquantized weights from a base's files, if it was quantized on load; else None."""
     if storage.quantization is None or stored_in_files(source) is not None:
         return None
     from lorafold.models.checkpoint import original_weights

@@ -1,14 +1,13 @@
-"""How many tokens a row may have for a model's positions, and what a length is cut to.
+"""Limits that a model's positions set on the length of rows.
 
-    wpe (n, d)              an embedding of positions, learned or computed once: a row of more
-                            tokens has none, and fails
-    bias (1, 1, n, n)       which position sees which, in models that read their mask from a buffer:
-                            a sequence of more than n tokens is beyond it, packed of short rows too
-    cos(p w), sin(p w)      rotary positions have no end, but the model was trained on as many as
-                            its configuration says; beyond them it computes what it never saw
+    wpe (n, d)              position embeddings, learned or computed once: longer rows fail
+    bias (1, 1, n, n)       a causal mask in a buffer: sequences of more than n tokens fail, even
+                            if they are packed from short rows
+    cos(p w), sin(p w)      rotary positions are unlimited, but the model was trained on only as
+                            many as its configuration contains
 
-The first two are tables. A table may begin with rows that no token has: two in OPT and BART, those
-up to the padding in RoBERTa. Relative positions (T5, ALiBi) and recurrences are not bounded.
+The first two are tables. A table may begin with unused rows: two in OPT and BART, those up to the
+padding in RoBERTa. Relative positions (T5, ALiBi) and recurrences have no limit.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SHORTEST = 2  # tokens of a row: one to read and one to predict
-OFFSET = 2  # the most rows before the first position of a table that does not say how many
-ENDLESS = "make_weights"  # what a table has that computes more rows when it needs them
-# kinds of rotary positions whose factor stretches the positions that the configuration has
+OFFSET = 2  # the maximum number of unused rows of a table
+ENDLESS = "make_weights"  # the method of tables that grow on demand
+# RoPE types whose factor extends the configuration's number of positions
 STRETCHED = ("linear", "dynamic", "yarn")
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a model, whose class is `owner`: those of its `table`, and those that it was
-    `trained` on; None where nothing bounds them.
+    """The positions of a model of class `owner`: in its `table`, and those it was `trained` on;
+    None if unlimited.
     """
 
     owner: str
@@ -45,7 +44,7 @@ class Positions:
     trained: int | None
 
     def after(self, before: int) -> Positions:
-        """What is left of a table for a row that comes after so many positions."""
+        """The remaining positions for rows that start after `before` others."""
         if self.table is None:
             return self
         if self.table - before < SHORTEST:
@@ -56,8 +55,8 @@ class Positions:
         return replace(self, table=self.table - before)
 
     def fitted(self, length: int | None, usual: int) -> tuple[int, str | None]:
-        """The length that rows are cut to, for a requested length or, if there is none, the
-        usual one, and a line about it if the positions bound it or do not reach as far.
+        """The length to cut rows to, for a requested length or the usual one, and a message about
+        limits.
         """
         table, trained = self.table, self.trained
         if length is None:
@@ -79,8 +78,8 @@ class Positions:
 
 
 def positions_of(model: PreTrainedModel) -> Positions:
-    """The positions of a model. Its tables are those in its language model that have about as many
-    rows as its configuration has positions; a table bounds rows by its own size.
+    """The positions of a model. Tables with about as many rows as its configuration has positions
+    limit rows.
     """
     config, anatomy = model.config.get_text_config(), Anatomy.of(model)
     given, bounds = _given(config) or 0, [sequence_of(model)]
@@ -101,8 +100,8 @@ def positions_of(model: PreTrainedModel) -> Positions:
 def positions_in(
     config: PreTrainedConfig, classifies: bool, trust_remote_code: bool = False
 ) -> Positions:
-    """The positions of the model that a configuration is of, of which one block is made without
-    values, unless its positions are rotary or its configuration names none.
+    """The positions of a configuration's model, from one block without values if only tables can
+    limit them.
     """
     from lorafold.models.fake import fake_model, without_values
 
@@ -115,20 +114,19 @@ def positions_in(
     try:
         with without_values():
             return positions_of(fake_model(config, fp32, 1, int(classifies), trust_remote_code))
-    except Exception:  # a model's own code may need values: once it is loaded, it is asked itself
+    except Exception:  # a model's own code may need values; then it is checked after loading
         return known
 
 
 def sequence_of(model: nn.Module) -> int | None:
-    """The most tokens of a sequence, packed or not; None if no buffer bounds them."""
+    """The maximum number of tokens in a sequence, packed or not, or None."""
     shapes = [tuple(buffer.shape) for buffer in model.buffers() if buffer.ndim == 4]
     return min((n for *one, m, n in shapes if one == [1, 1] and m == n > 1), default=None)
 
 
 def trained_on(config: PreTrainedConfig) -> int | None:
-    """How many positions a model with rotary ones was trained on; None for other models. A factor
-    stretches the positions before it, which some configurations name beside those after it, and
-    some name alone.
+    """The number of positions that a model with RoPE was trained on; None for other models. With a
+    scaling factor, some configurations lack the number before scaling.
     """
     given, rotary = _given(config), getattr(config, "rope_parameters", None)
     if given is None or not isinstance(rotary, Mapping) or getattr(config, "alibi", False):

@@ -1,9 +1,7 @@
-"""The storages: how a base may hold its weights, one row each, and the only file that names them.
+"""The table of quantizations and dtypes of base weights.
 
-A row says how large a weight is, what quantizes to the storage, and how files say that they are
-stored so. `choose_storage` chooses one as was asked, or else by the device; `bases.LAYERS` has the
-layers that read their modules. A new storage is its layer in `bases`, its name in `StorageName`,
-and its row.
+To add one, add its layer in `lorafold.layers`, its name to `StorageName` and a row to `STORAGES`.
+`choose_storage` selects one by name or by device.
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ StorageName = Literal["nf4", "int8", "fp8", "int4", "mxfp4", "bf16", "fp32", "au
 
 @dataclass(frozen=True)
 class StorageRow:
-    """A storage.
+    """One quantization or dtype.
 
-    bits: Of a weight, without the constants that it shares with others.
-    dtype: torch's name of the dtype, if a weight is a plain number.
-    made: What `BitsAndBytesConfig` is given to quantize a plain model to it as it is loaded; empty
-        where bitsandbytes has no such storage.
-    packer: The function that quantizes a matrix to it, `module:function`.
-    codes: The type of codes in files of compressed-tensors, and the formats that these may have.
-    method: The quant_method of files that are stored so whatever else they say.
+    bits: Per weight, without shared constants.
+    dtype: torch's name of the dtype, for unquantized weights.
+    made: The arguments of `BitsAndBytesConfig` to quantize a model on load; empty if bitsandbytes
+        does not support it.
+    packer: The function that quantizes a matrix, `module:function`.
+    codes: The type of codes in files of compressed-tensors, and their possible formats.
+    method: The `quant_method` that identifies such files by itself.
     """
 
     bits: int
@@ -45,7 +43,7 @@ class StorageRow:
 
     @property
     def pack(self) -> Callable[[Tensor], nn.Module]:
-        """What makes a matrix (out, in) a linear without bias that stores it so."""
+        """The function that turns a matrix (out, in) into a quantized linear layer without bias."""
         return resolve_name(self.packer)
 
 
@@ -72,41 +70,42 @@ STORAGES = {
     "fp8": StorageRow(8, codes=("float", ("float-quantized", "naive-quantized")), method="fp8"),
     # packed into int32, in rows or groups
     "int4": StorageRow(4, codes=("int", ("pack-quantized",))),
-    # a power of two for 32 weights, of matrices of experts alone
+    # a power of two for 32 weights; only matrices of experts
     "mxfp4": StorageRow(4, method="mxfp4"),
     "bf16": StorageRow(16, dtype="bfloat16"),
     "fp32": StorageRow(32, dtype="float32"),
 }
 PLAIN = tuple(name for name, row in STORAGES.items() if row.dtype)
 PLAIN_OF = {f"torch.{STORAGES[name].dtype}": name for name in PLAIN}
-MADE = tuple(name for name, row in STORAGES.items() if row.made)  # of plain files
-IN_FILES = tuple(name for name in STORAGES if name not in (*PLAIN, *MADE))  # and never made
+MADE = tuple(name for name, row in STORAGES.items() if row.made)  # quantized on load
+IN_FILES = tuple(name for name in STORAGES if name not in (*PLAIN, *MADE))  # only as in the files
 QUANTIZED = (*MADE, *IN_FILES)
 IN_CODES = tuple(name for name, row in STORAGES.items() if row.codes[0])  # of compressed-tensors
-DEFAULT: StorageName = "nf4"  # QLoRA's, and the least of those that are made
+DEFAULT: StorageName = "nf4"  # QLoRA's, and the smallest of MADE
 LISTED = f"{', '.join((*MADE, *PLAIN))} (only as its files are stored: {', '.join(IN_FILES)})"
 
 
 def made_of(bits: int) -> str | None:
-    """The storage of so many bits that bitsandbytes makes, if there is one."""
+    """The quantization with this many bits that bitsandbytes makes, if there is one."""
     return next((name for name in MADE if STORAGES[name].bits == bits), None)
 
 
 def of_method(method: Any) -> str | None:
-    """The storage that a quant_method of files stands for, if it stands for one."""
+    """The quantization that a `quant_method` implies, if it implies one."""
     names = (name for name, row in STORAGES.items() if row.method == method)
     return next(names, None) if method else None
 
 
 def of_codes(kind: str, bits: int) -> str | None:
-    """The storage of compressed-tensors' codes of this type, float or int, and of so many bits."""
+    """The quantization of compressed-tensors' codes of this type (float or int) and number of bits.
+    """
     rows = STORAGES.items()
     return next((n for n, row in rows if (row.codes[0], row.bits) == (kind, bits)), None)
 
 
 class Storage(NamedTuple):
-    """How a base stores its weights: the dtype that is computed in, the quantization of its linears
-    if there is one, and the reason for the choice.
+    """The compute dtype of a base, the quantization of its linear layers if any, and the reason for
+    the choice.
     """
 
     dtype: torch.dtype
@@ -115,12 +114,12 @@ class Storage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The storage as `choose_storage` takes it."""
+        """The name that `choose_storage` accepts."""
         return self.quantization or PLAIN_OF.get(str(self.dtype), PLAIN[-1])
 
 
 def check_storage(name: str) -> None:
-    """Raise LorafoldError unless it is auto or a row of STORAGES."""
+    """Raise LorafoldError unless the name is auto or in STORAGES."""
     if name not in ("auto", *PLAIN, *QUANTIZED):
         raise LorafoldError(
             f"storage {name}: unknown; expected auto, {', '.join(PLAIN)}, {' or '.join(MADE)}, or"
@@ -129,9 +128,9 @@ def check_storage(name: str) -> None:
 
 
 def choose_storage(base: str, device: torch.device | str) -> Storage:
-    """The storage for a base of auto or a row of STORAGES on this device, with the reason as a line
-    to print. auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is
-    slower than fp32. Quantized weights are dequantized to the dtype that auto would choose.
+    """The storage for auto or a name in STORAGES on this device, with the reason as a line to
+    print. auto is bf16 if the device multiplies it natively, else fp32; quantized weights are
+    dequantized to the same dtype.
     """
     import torch
 

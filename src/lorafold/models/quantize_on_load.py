@@ -1,11 +1,9 @@
-"""Loads models while bitsandbytes quantizes their linears, one tensor at a time, and models whose
-files are quantized already, in the storages of `models.quantizations`.
+"""Loading quantized models: bitsandbytes quantizes one tensor at a time, or the files are
+quantized.
 
-Every linear of the blocks is quantized, from bf16, and so are the matrices of experts; embeddings,
-norms, routers and heads stay in 16 bits: NF4 takes 0.26 of bf16's bytes, int8 0.50. Tensors are
-read from the files and not mapped, so the peak of memory is the quantized model and one tensor, or
-one block's experts. A model whose files are quantized already is loaded as it is
-(`models.quantized_files`).
+Linear layers of the blocks and matrices of experts are quantized; embeddings, norms, routers and
+heads stay in 16 bits. Tensors are not mapped, so peak memory is the quantized model plus one
+tensor.
 """
 
 from __future__ import annotations
@@ -53,12 +51,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# quant_method -> the package that transformers reads it with
+# quant_method -> the package that transformers needs to read it
 READ_BY = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
 
 
 def quantization_of(settings: Mapping[str, Any], what: str) -> str:
-    """The storage of a checkpoint by its `quantization_config`: a row of STORAGES, or fp4."""
+    """The quantization in a `quantization_config`: a name in STORAGES, or fp4."""
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
     if settings.get("load_in_8bit"):
@@ -83,9 +81,8 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
 
 
 def packable(model: PreTrainedModel) -> list[str]:
-    """The sites whose matrices are quantized: those of the blocks whose number of inputs is a
-    multiple of 64, the block of NF4. bitsandbytes' own forward, which runs at modules without an
-    adapter, computes others wrongly on some CPUs. Grouped linears have no quantized form.
+    """The paths of the matrices in blocks whose number of inputs is divisible by 64: for others,
+    bitsandbytes' own forward is wrong on some CPUs.
     """
     anatomy = Anatomy.of(model)
     inside = filter(beneath([anatomy.decoder]), block_linears(model, is_linear))
@@ -96,8 +93,8 @@ def packable(model: PreTrainedModel) -> list[str]:
 def read_quantized(
     auto: Any, source: ModelSource, storage: Storage, device: torch.device, **config: Any
 ) -> tuple[Any, Any]:
-    """Load a quantized model in evaluation mode, with an auto class of transformers and with these
-    fields of its configuration replaced, and return it with transformers' report on its weights.
+    """Load a quantized model with an auto class and these config fields replaced, and transformers'
+    report.
 
     Raises ImportError if bitsandbytes has to quantize and is not installed.
     """
@@ -161,9 +158,7 @@ def read_quantized(
 
 
 def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
-    """A subclass of a model's class that is built with quantized linears and experts, as the files
-    have them.
-    """
+    """A subclass of a model's class, built with the files' quantized layers."""
     from lorafold.models.checkpoint import by_parameter, entries_of
 
     make_quantized(model, settings, what)
@@ -171,8 +166,6 @@ def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, wh
     linears = {p: m for p, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear)}
 
     class Prepared(type(model)):  # type: ignore[misc]
-        """transformers loads files into what this makes."""
-
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             for at, module in linears.items():
@@ -186,8 +179,7 @@ def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, wh
 
 @contextmanager
 def experts_quantized(quantization: str) -> Iterator[None]:
-    """Quantize parameters of experts when a module gets them, so that a model that is being loaded
-    never has more than one of them in 16 bits.
+    """Quantize parameters of experts as modules get them, so that only one is in 16 bits at a time.
     """
     pack = STORAGES[quantization].pack
 
@@ -199,7 +191,7 @@ def experts_quantized(quantization: str) -> Iterator[None]:
         if not parameter.is_floating_point() or Floats(Matrices(module, name)).shape[2] % BLOCK:
             return None
         codes: Any = quantized(parameter, pack)
-        codes._is_hf_initialized = True  # else transformers fills it with random numbers
+        codes._is_hf_initialized = True  # otherwise transformers fills it with random values
         return codes
 
     with register_module_parameter_registration_hook(quantize):
@@ -207,27 +199,25 @@ def experts_quantized(quantization: str) -> Iterator[None]:
 
 
 def route_quantized(model: torch.nn.Module) -> None:
-    """Make modules of experts that have quantized matrices compute with these."""
+    """Make modules of experts compute with their quantized matrices."""
     for _, module in Anatomy.of(model).modules:
         if isinstance(module, Matrices) and stored_matrices(module).quantized:
             route(module.routed)
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a quantized model compute in this dtype: quantized weights are dequantized to it at each
-    use, the others converted.
-    """
+    """Make a quantized model dequantize to this dtype, and convert its other weights."""
     for module in model.modules():
         set_compute_dtype(module, dtype)
-        if isinstance(module, CompressedLinear):  # it was loaded in this dtype, but for its scales
+        if isinstance(module, CompressedLinear):  # already in this dtype, except for its scales
             module.freeze()
             continue
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is None or hasattr(tensor, "quant_state"):
-                continue  # codes, which may be stored under any dtype
+                continue  # codes, whose dtype has no meaning
             if tensor.dtype == torch.bfloat16 != dtype:
                 tensor.data = tensor.data.to(dtype)
-                # once more, for whoever keeps only a part of what modules get
+                # registered again, to trigger registration hooks
                 if isinstance(tensor, torch.nn.Parameter):
                     module.register_parameter(name, tensor)
                 else:

@@ -1,5 +1,5 @@
-"""Models whose files another tool quantized: compressed-tensors, fine-grained FP8, or MXFP4 as in
-gpt-oss. Finds which matrices are quantized, and checks that the files have their tensors.
+"""Models whose files are already quantized: compressed-tensors, fine-grained FP8, and gpt-oss's
+MXFP4.
 
     fp8      float8_e4m3fn with a scale for the matrix, a row, or a block    0.50 of bf16's bytes
     int8     8-bit integers                                                  0.50
@@ -7,10 +7,8 @@ gpt-oss. Finds which matrices are quantized, and checks that the files have thei
     mxfp4    experts.gate_up_proj_blocks (E, out, in / 32, 16), two codes a byte, and
              experts.gate_up_proj_scales (E, out, in / 32), powers of two    0.27
 
-The package compressed-tensors reads its own configurations and matches modules with them. The
-linears become `layers.compressed.CompressedLinear`, and matrices of experts in MXFP4 parameters of
-the files' names (`layers.expert_storage`), so the codes stay as they are in memory, and what the
-model computes does not depend on other packages' kernels.
+The package compressed-tensors only parses configurations; the codes stay unchanged in memory, and
+the results do not depend on other packages' kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from lorafold.ops.mxfp4 import NAN
 
 COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"  # a quant_method, and a format of it
 FLOATS = ("F32", "F16", "BF16")
-# the last parts of tensors' names that only quantized weights have
+# endings of tensor names that only quantized weights have
 PARTS = (
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx"),
     *(f"_proj{BLOCKS}", f"_proj{SCALES}"),
@@ -44,8 +42,8 @@ PARTS = (
 
 
 def _codes_by_method(settings: Mapping[str, Any]) -> str | None:
-    """The type of codes that the quant_method alone implies: float for fine-grained FP8, empty for
-    MXFP4; None for every other method.
+    """The type of codes that the `quant_method` implies: float for fine-grained FP8, empty for
+    MXFP4; else None.
     """
     name = of_method(settings.get("quant_method"))
     return None if name is None else STORAGES[name].codes[0]
@@ -66,7 +64,7 @@ def readable(settings: Mapping[str, Any]) -> bool:
 
 
 def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
-    """The storage of a readable `quantization_config`."""
+    """The quantization in a readable `quantization_config`."""
     if stored_mxfp4(settings):
         return str(of_method(settings["quant_method"]))
     names = sorted({str(of_codes(c.kind, c.bits)) for c, _ in _groups(settings, what)})
@@ -79,9 +77,7 @@ def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
 
 
 def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
-    """Replace the linears or experts of a model without values by quantized ones, as its files
-    store them.
-    """
+    """Replace the linear layers or experts of a model without values by quantized ones."""
     if stored_mxfp4(settings):
         return make_mxfp4(model, settings, what)
     formats: dict[str, QuantizationFormat] = {}
@@ -102,9 +98,7 @@ def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
 
 
 def as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry], what: str) -> None:
-    """Give the scales of a model on the meta device, after `make_quantized`, the dtypes of the
-    files.
-    """
+    """Give the scales of a model on the meta device, after `make_quantized`, the files' dtypes."""
     problems = [*misfits(model, entries)]
     if problems:
         raise LorafoldError(f"{what}: {as_one(problems)}")
@@ -115,9 +109,7 @@ def as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry], what: str)
 
 
 def check_quantized(model: nn.Module, what: str) -> None:
-    """Raise LorafoldError, with the tensor's name, for scales that are zero or not finite, codes
-    that are not numbers, and recorded shapes that are not the model's.
-    """
+    """Check scales (finite, not zero), codes (not NaN) and recorded shapes."""
     for path, module in _compressed(model):
         name, codes, own = module.codes.scale, module.codes, module._parameters
         scale: Any = own[name]
@@ -145,7 +137,7 @@ def check_quantized(model: nn.Module, what: str) -> None:
 
 
 def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
-    """Give the experts of a model parameters for blocks and scales, without values."""
+    """Give experts parameters for blocks and scales, without values."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     plain, quantized = settings.get("modules_to_not_convert"), 0
@@ -162,7 +154,7 @@ def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None
                     f" {GROUP}, the weights that share a scale of MXFP4"
                 )
             module._parameters.update(parameters)
-        # its own initialization asks for parameters that it has no longer
+        # its own initialization would need the removed parameters
         module._is_hf_initialized = True  # type: ignore[assignment]
         quantized += 1
     if not quantized:
@@ -178,8 +170,7 @@ def _mxfp4_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def remark(settings: Mapping[str, Any], what: str) -> str | None:
-    """A line, which begins with `what`, about quantization that the files ask for and training
-    leaves out; None if there is none.
+    """A message that begins with `what` about quantization that lorafold does not apply, or None.
     """
     groups = (settings.get("config_groups") or {}).values()
     sides = ("input_activations", "output_activations")
@@ -199,9 +190,7 @@ def remark(settings: Mapping[str, Any], what: str) -> str | None:
 
 
 def misfits(model: nn.Module, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
-    """Yield a line for each tensor of a quantized weight that is missing, or has another dtype or
-    shape.
-    """
+    """Yield a message for each tensor of a quantized weight that is missing or misshapen."""
     known = dict(model.named_parameters(remove_duplicate=False))
     expected = [(name, p, ["U8"], False) for name, p in _mxfp4_parameters(model)]
     for path, module in _compressed(model):
@@ -228,7 +217,7 @@ def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
 
 
 def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFormat, list[str]]]:
-    """The formats of the weights, each with the patterns of the modules that have it."""
+    """The formats of the weights, each with the patterns of its modules."""
     if _fine_grained(settings):
         rows, columns = settings.get("weight_block_size", (128, 128)) or (0, 0)
         return [(QuantizationFormat("float", rows, columns, scale="weight_scale_inv"), [])]

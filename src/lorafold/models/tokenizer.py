@@ -1,13 +1,4 @@
-"""Tokenizers of models, and of adapters: the model's tokenizer with new tokens or another chat
-template, saved with the adapter.
-
-    words = add_words(tokenizer, ["<|user|>", "<|im_end|>"])        the id of each word; new words
-                                                                    become special tokens
-    set_template(tokenizer, "chat.jinja")                           or "none", which joins texts
-                                                                    unchanged, or "tools"
-    tokenizer_of(source, directories)                               that of the last directory
-    read_tokenizer(source)                                          the model's
-"""
+"""Tokenizers of models and adapters: loading, adding tokens, setting chat templates, writing."""
 
 from __future__ import annotations
 
@@ -34,29 +25,28 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-# the files of a tokenizer, except vocabularies whose names depend on its class
+# all of them, and globs for templates
 TOKENIZER_FILES = (*FILES, "additional_chat_templates/*", "chat_template.*", "config.json")
-# one of these contains the vocabulary, unless the tokenizer needs none
+# one of these contains the vocabulary, if the tokenizer has one
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
     *("*.bpe", "vocab*", "merges.txt"),
 )
 CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
-BUILT_IN = {NONE: joined, TOOLS: with_tools}  # chat templates by the names that recipes have
+BUILT_IN = {NONE: joined, TOOLS: with_tools}  # chat templates by their names in recipes
 
 
 @dataclass(frozen=True)
 class Words:
-    """Words that are single tokens and whose embeddings are trained: the id of each, and which of
-    them are new to the tokenizer.
+    """Single tokens whose embeddings are trained: their ids, and the words that are new to the
+    tokenizer.
     """
 
     ids: dict[str, int]
     new: frozenset[str]
 
     def __str__(self) -> str:
-        """A line that lists the words, empty if there are none."""
         new = ", ".join(f"{word} {i}" for word, i in self.ids.items() if word in self.new)
         known = [
             f"{word} is a token already ({i}), its embedding is trained too"
@@ -67,9 +57,7 @@ class Words:
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words:
-    """Make each word a single token of the tokenizer. A new word becomes a special token, which is
-    left out of the text of completions.
-    """
+    """Make each word a single token. New words become special tokens, which completions omit."""
     from transformers import AddedToken
 
     if wrong := [word for word in words if not word.strip() or list(words).count(word) > 1]:
@@ -87,9 +75,7 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Set the tokenizer's chat template to the Jinja template of a file, or for "none" to that of
-    `joined` and for "tools" to that of `with_tools`.
-    """
+    """Set the tokenizer's chat template to a file's Jinja template, or to a built-in one."""
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     if path in BUILT_IN:
@@ -113,13 +99,12 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
             f"chat template {path}: line {error.lineno}: {error.message}"
         ) from error
     except TemplateError:
-        pass  # a valid template may refuse this conversation
+        pass  # a valid template may reject this conversation
 
 
 def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with its chat template, of the last of these adapters that have one. It
-    gets the new tokens of all. Raises LorafoldError if two adapters use one id for different
-    tokens, as adapters that were trained separately may.
+    """The tokenizer of the last of these adapters, with the new tokens of the others. An error if
+    two use one id for different tokens.
     """
     *earlier, last = (
         read_tokenizer(replace(source, path=p, name=str(p), gguf=None), f"tokenizer of {p}")
@@ -151,9 +136,7 @@ def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenize
 def load_tokenizer(
     source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Raises LorafoldError as `load_model` does, and NoTokenizer if the model has no tokenizer.
+    """Load a model's tokenizer. Raises NoTokenizer if it has none.
 
     Args:
         source: The model, or its name.
@@ -164,9 +147,8 @@ def load_tokenizer(
 
 
 def read_tokenizer(source: ModelSource, what: str = "") -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a directory. Raises NoTokenizer if there is no vocabulary (depending on
-    the class, transformers would make an empty tokenizer or fail), and LorafoldError if a file is
-    damaged or can't be loaded.
+    """Load the tokenizer of a directory. Raises NoTokenizer if there is no vocabulary, for which
+    transformers may make an empty one.
     """
     what = what or f"model {source.name}"
     source.intact(*TOKENIZER_FILES)
@@ -190,7 +172,7 @@ def read_tokenizer(source: ModelSource, what: str = "") -> PreTrainedTokenizerBa
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the tokenizer into a model's directory, replacing the one that is there."""
+    """Write the tokenizer into a model's directory, replacing the existing one."""
     for name in {*FILES, *(getattr(tokenizer, "vocab_files_names", None) or {}).values()}:
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / TEMPLATES, ignore_errors=True)

@@ -3,9 +3,8 @@
     experts.0.w1, experts.0.w3, experts.1.w1, ...   ->  experts.gate_up_proj  (E, 2 I, H)
     attention.qkv                                   ->  q_proj, k_proj, v_proj
 
-Files of mixtures have one tensor for each matrix of each expert, the model one parameter for all
-experts. The operations are transformers' own (`core_model_loading`), so every architecture that it
-converts works here. A parameter's values are made when they are needed and not kept.
+The operations are transformers' own (`core_model_loading`), so they cover every architecture that
+it converts. Values are computed on demand and not kept.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from lorafold.models.weights import TensorEntry
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor that a parameter is made of: its entry, the values, which are mapped from the file,
-    the pattern of its name in the converter, and the name that the reverse conversion gives it.
+    """A tensor that a parameter is made from: its entry, mapped values, name pattern in the
+    converter, and name in the reverse conversion.
     """
 
     entry: TensorEntry
@@ -45,13 +44,7 @@ class SourceTensor:
 
 
 class Conversion:
-    """The parameters that are made of some tensors of the files, which are made of no others.
-
-    Args:
-        model: the model that has the parameters.
-        converter: what transformers computes them with.
-        name: the name of the first of them.
-        sources: the tensors.
+    """The parameters that a converter makes from a group of tensors; `name` is the first of them.
     """
 
     def __init__(
@@ -71,7 +64,7 @@ class Conversion:
         return [source.entry for source in self.sources]
 
     def values(self) -> dict[str, Tensor]:
-        """The parameters by name, of any shape, computed from the files."""
+        """The parameters (any shape) by name, computed from the files."""
         return self._convert(lambda values: values)
 
     def _convert(self, each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -81,13 +74,7 @@ class Conversion:
         return self._run(converter, self.name)
 
     def reversed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the files, by their names there, for values of all the parameters.
-
-        Raises LorafoldError if transformers has no reverse that gives these tensors.
-
-        Args:
-            values: the parameters by name, of any shape.
-        """
+        """The tensors of the files by name, from values of all parameters (any shape)."""
         tensors: dict[str, Tensor] = {}
         names, renamed = {s.renamed: s.entry for s in self.sources}, ""
         try:
@@ -107,7 +94,7 @@ class Conversion:
         return tensors
 
     def check_reversible(self) -> None:
-        """Raise LorafoldError unless the reverse gives back the tensors of the files."""
+        """Check that the reverse gives back the tensors of the files."""
         back = self.reversed(self.values())
         if wrong := [s.entry.name for s in self.sources if not _same(back[s.entry.name], s.values)]:
             raise LorafoldError(
@@ -120,13 +107,8 @@ class Conversion:
         return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
     def elements(self, where: Tensor) -> Tensor | None:
-        """Elements of the parameter, read alone, or None where that takes the whole conversion.
-
-        Args:
-            where: indices (n, rank).
-
-        Returns:
-            The elements (n,).
+        """The elements (n,) at indices (n, rank) without the whole conversion, or None if not
+        possible.
         """
         first, *rest = self.converter.operations
         joined = rest[0] if rest else None
@@ -151,8 +133,7 @@ class Conversion:
 
     @contextmanager
     def made(self) -> Iterator[dict[str, Tensor]]:
-        """Context in which the model has the parameters with their values, of any shape, in memory;
-        it gives them by name.
+        """Context in which the model has the parameters (any shape) in memory; yields them by name.
         """
         values = self.values()
         before = {name: self._put(name, nn.Parameter(t, False)) for name, t in values.items()}
@@ -163,14 +144,14 @@ class Conversion:
                 self._put(name, parameter)
 
     def _put(self, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        """Give the model a parameter, and return the one that it had."""
+        """Set a parameter of the model, and return the previous one."""
         path, _, leaf = name.rpartition(".")
         own = self.model.get_submodule(path)._parameters
         before, own[leaf] = own[leaf], parameter
         return before
 
     def parameter(self, name: str) -> nn.Parameter:
-        """One of the parameters, as a tensor whose values are made when they are used."""
+        """One of the parameters, computed on demand."""
         lone = len(self.like) == 1
         values = OnDemand(
             self.like[name], lambda: self.values()[name], self.elements if lone else None
@@ -179,13 +160,8 @@ class Conversion:
 
 
 class OnDemand(Tensor):
-    """A tensor on the CPU whose values are made by each operation that needs them. Views of it are
-    such tensors too. It can't be written to.
-
-    Args:
-        like: a tensor of its shape and dtype, on the meta device.
-        make: makes the values.
-        elements: gives the elements at indices (n, rank), or None.
+    """A read-only CPU tensor, computed by each operation that needs its values or its views. `like`
+    is on the meta device; `elements` returns the elements at indices (n, rank).
     """
 
     make: Callable[[], Tensor]
@@ -237,7 +213,6 @@ class OnDemand(Tensor):
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of any shape have the same bytes."""
     return a.dtype == b.dtype and torch.equal(
         a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     )

@@ -1,5 +1,5 @@
-"""Named tensors of a model or of safetensors files, read only when they are asked for, and files
-that are written one tensor at a time.
+"""Named tensors in memory or in safetensors files, read on demand; and writing files one tensor at
+a time.
 
     weights.shape(name)           no data is read
     weights.elements(name, i)     some elements, i (n, rank)  ->  (n,)
@@ -8,7 +8,6 @@ that are written one tensor at a time.
     8 bytes: the header's length, little-endian | the header, JSON | the tensors' bytes, in order
 
 `safetensors.torch.save_file` needs all tensors of a file in memory at once; merging needs only one.
-Tensors are read through safetensors and stay memory-mapped: they take no memory of their own.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lorafold.files.atomic import read_object
 from lorafold.files.paths import nearest_name
 from lorafold.files.safetensors_header import places
 
-# by their names in safetensors
+# by name in safetensors
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
@@ -42,7 +41,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARDS = "model-*-of-*.safetensors"
-# the files of a model, except those of its tokenizer
+# the files of a model without its tokenizer
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -54,7 +53,7 @@ ALIGNMENT = 8  # of the first tensor, so that readers can map it
 
 
 class Weights(ABC):
-    """Abstract: named tensors that can be read in part; `names` has their names."""
+    """Abstract: named tensors that can be read in part."""
 
     names: Collection[str]
 
@@ -64,20 +63,19 @@ class Weights(ABC):
 
     @abstractmethod
     def is_floating(self, name: str) -> bool:
-        """Tell whether a tensor has a floating-point dtype of 16 bits or more: fewer are codes."""
+        """Whether a tensor has a floating-point dtype of at least 16 bits."""
 
     @abstractmethod
     def elements(self, name: str, indices: Tensor) -> Tensor:
-        """The elements at indices (n, rank) of a tensor: (n,), on the CPU, in its dtype."""
+        """The elements (n,) of a tensor at indices (n, rank), on the CPU, in its dtype."""
 
     @abstractmethod
     def get(self, name: str) -> Tensor:
         """A whole tensor, of any shape."""
 
     def find(self, name: str) -> str | None:
-        """The name here of a tensor that is called `name` elsewhere, or None. Files often lack the
-        first part of the model's names ("transformer.", "model."), and a part for text that was
-        loaded alone the second one ("model.language_model.").
+        """The name here of a tensor called `name` elsewhere, or None. Files often lack the first
+        part of names ("model."), and multimodal files have a second part ("model.language_model.").
         """
         if name in self.names:
             return name
@@ -96,7 +94,7 @@ class Weights(ABC):
 
 
 class InMemory(Weights):
-    """Tensors that are in memory, of any shape, by name."""
+    """Tensors (any shape) in memory, by name."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -104,8 +102,7 @@ class InMemory(Weights):
 
     @classmethod
     def of_model(cls, model: nn.Module) -> InMemory:
-        """The floating-point base weights of a model, without its adapters. Quantized weights, and
-        those on the meta device, count as absent.
+        """The floating-point base weights of a model, without adapters, quantized and meta weights.
         """
         state = base_state(model)
         buffers = model.named_buffers(remove_duplicate=False)
@@ -118,8 +115,8 @@ class InMemory(Weights):
 
     @classmethod
     def read(cls, content: bytearray, path: Path) -> InMemory:
-        """The tensors of a safetensors file that was read into memory, which they share: `load` of
-        safetensors copies it all, and no other thread runs meanwhile. They must not be written to.
+        """The tensors of a safetensors file in memory, which share its bytes and must not be
+        written to. (safetensors' `load` copies them and holds the GIL.)
         """
         try:
             entries = places(content)
@@ -135,7 +132,7 @@ class InMemory(Weights):
         })  # fmt: skip
 
     def with_others(self, hidden: Collection[str], others: Mapping[str, Tensor]) -> InMemory:
-        """The same without the `hidden` ones, and with others, of any shape, by name."""
+        """A copy without the `hidden` tensors and with others (any shape)."""
         shown = {name: t for name, t in self.tensors.items() if name not in hidden}
         return InMemory(shown | dict(others))
 
@@ -154,9 +151,7 @@ class InMemory(Weights):
 
 
 class FileWeights(Weights):
-    """The tensors of safetensors files, which are mapped into memory, or if not `mapped` read anew
-    for each tensor. Raises LorafoldError for a file that can't be read.
-    """
+    """The tensors of safetensors files, memory-mapped, or read for each access if not `mapped`."""
 
     def __init__(self, files: Iterable[Path], *, mapped: bool = True) -> None:
         self._file: dict[str, Any] = {}
@@ -185,12 +180,12 @@ class FileWeights(Weights):
         return self._file[name].get_tensor(name)
 
     def slice(self, name: str) -> Any:
-        """Return safetensors' view of a tensor, which reads the data when it is indexed."""
+        """safetensors' view of a tensor, which reads the data when it is indexed."""
         return self._file[name].get_slice(name)
 
 
 def unreadable(path: Path, error: Exception) -> LorafoldError:
-    """The error for a file of tensors that can't be read."""
+    """The error for a safetensors file that can't be read."""
     if isinstance(error, FileNotFoundError):
         return LorafoldError(f"{path}: there is no such file{nearest_name(path)}")
     return LorafoldError(
@@ -199,7 +194,7 @@ def unreadable(path: Path, error: Exception) -> LorafoldError:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The weight files of a model directory, those that transformers reads."""
+    """The weight files of a model directory that transformers reads."""
     if (single := directory / SINGLE).is_file():
         return [single]
     if (index := directory / INDEX).is_file():
@@ -221,9 +216,7 @@ def model_files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: its name and dtype as the file writes them, its shape, and the offset
-    and number of its bytes.
-    """
+    """A tensor of a file: its name and dtype there, its shape, offset and size in bytes."""
 
     name: str
     dtype: str
@@ -233,7 +226,7 @@ class TensorEntry:
     size: int
 
     def shaped(self, shape: tuple[int, ...]) -> TensorEntry:
-        """The entry of a tensor of another shape and the same dtype."""
+        """The entry with another shape and the same dtype."""
         return (
             self
             if shape == self.shape
@@ -243,7 +236,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class PendingTensor:
-    """A tensor to be written, of which the values are got when its turn comes."""
+    """A tensor to be written, whose values `get` returns when its turn comes."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -252,7 +245,7 @@ class PendingTensor:
 
 @dataclass(frozen=True)
 class Container:
-    """A safetensors file: its tensors by name, in the order of their bytes, and its metadata."""
+    """A safetensors file: its tensors by name, in file order, and its metadata."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -280,7 +273,7 @@ def read_container(path: Path) -> Container:
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return tensors of any shapes, by name, mapped from the file. They must not be written to."""
+    """Tensors (any shape) by name, mapped from the file. They must not be written to."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
@@ -292,17 +285,10 @@ def write_container(
     changed: Callable[[str], Tensor | None],
     written: Callable[[str, int], None],
 ) -> None:
-    """Write a safetensors file whose tensors are those of other files or have new values.
+    """Write a safetensors file of copied and new tensors, in the order of `layout`.
 
-    Raises LorafoldError if a file that is copied from ends early.
-
-    Args:
-        path: The file to write.
-        layout: (name, entry) pairs in the order of their bytes. Each tensor has its entry's dtype
-            and shape, and its bytes unless it is changed.
-        metadata: Free text for the header.
-        changed: Gives the new values of a name, of its entry's shape, or None to copy the bytes.
-        written: Is called with the name and the number of bytes after each tensor.
+    `changed` returns a tensor's new values (of its entry's shape, any shape), or None to copy its
+    bytes; `written` is called with name and bytes after each tensor.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0
@@ -327,9 +313,7 @@ def write_container(
 
 
 def check_finite(name: str, t: Tensor) -> Tensor:
-    """Return t, of any shape, unless it has NaN or infinity, which raises LorafoldError with its
-    name.
-    """
+    """Return t (any shape) unless it contains NaN or infinity."""
     counts = t.is_floating_point() and t.itemsize > 1 and t.numel()
     if counts and not torch.stack(torch.aminmax(t.detach())).isfinite().all():
         raise LorafoldError(f"found NaN or infinity in {name}, expected finite numbers")
@@ -337,7 +321,7 @@ def check_finite(name: str, t: Tensor) -> Tensor:
 
 
 def write_pieces(path: Path, pieces: Mapping[str, PendingTensor]) -> None:
-    """Write a safetensors file of which one tensor is in memory at a time."""
+    """Write a safetensors file with one tensor in memory at a time."""
     entries = [
         (n, TensorEntry(n, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize))
         for n, p in pieces.items()

@@ -1,10 +1,7 @@
-"""The objectives: one a file, one table from an objective's name to what is known of it without
-torch.
+"""The objectives by name, and their properties that are known without torch.
 
-    objective = OBJECTIVES["classify"].kind.of(asked)       of `objectives.objective.Objective`
-
-A new objective is its file and a row of `OBJECTIVES`; recipes, options, help, runs, estimates and
-measuring follow from them, and name none.
+A new objective is a file and a row of `OBJECTIVES`; recipes, help, runs and estimates use the
+table.
 """
 
 import importlib
@@ -32,19 +29,18 @@ if TYPE_CHECKING:
 class Declared:
     """One row of the table.
 
-    maker: `module.Class` in this package, imported when it is first used, or a subclass of
-        `Objective` itself.
-    about: What it does, as help says it.
-    takes: What it reads in rows, of what formats provide.
-    law: For an objective over completions, its class in `training_step.preference_algorithms` or
+    maker: `module.Class` in this package, imported on first use, or a subclass of `Objective`.
+    about: the description in the help.
+    takes: the content that it needs from rows, one of the formats' `provides`.
+    law: for an objective on completions, its class in `training_step.preference_algorithms` or
         `training_step.policy_algorithms`, by name or itself.
-    keys: Further keys that it reads in rows.
-    unread: What a user is told who gives it pairs, if it leaves one of their completions out.
-    streams: Its rows can be read while it trains.
-    head: It puts a head over a text in place of that of a language model.
-    compared: Methods are compared by what it measures.
-    draws: It draws completions with the weights that train, so nothing is dropped of them, and it
-        takes rewards, which read all keys of rows.
+    keys: further keys that it reads in rows.
+    unread: a notice if the rows are pairs and one completion of each is not used.
+    streams: whether its rows can be streamed.
+    head: whether it replaces the language model's head.
+    compared: whether `compare` supports it.
+    draws: whether it samples completions during training; rewards may then use all keys of rows,
+        and dropout is off.
     """
 
     maker: "str | type[Objective]"
@@ -61,18 +57,18 @@ class Declared:
 
     @property
     def kind(self) -> "type[Objective]":
-        """The class."""
+        """The objective's class."""
         if not isinstance(self.maker, str):
             return self.maker
         module, _, name = self.maker.partition(".")
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
     def options(self) -> Mapping[str, Any]:
-        """Its options by name, with their defaults; `beta` among them where the recipe's is one."""
+        """Its options by name, with their defaults, including `beta` if it has one."""
         return self.kind.options(self)
 
     def notices(self, formats: Iterable[RowFormat | None]) -> list[str]:
-        """Notices for a user who gives it rows of these formats."""
+        """Notices for rows of these formats."""
         pairs = any(of_source is not None and PAIRS in of_source.provides for of_source in formats)
         return [self.unread] if self.unread and pairs else []
 
@@ -114,7 +110,7 @@ OBJECTIVES: dict[str, Declared] = {
 
 
 def descriptions() -> str:
-    """The descriptions of all objectives for the help; objectives that do the same share one."""
+    """The descriptions of all objectives for the help, grouped if equal."""
     names: dict[str, list[str]] = {}
     for name, declared in OBJECTIVES.items():
         names.setdefault(declared.about, []).append(name)
@@ -122,7 +118,7 @@ def descriptions() -> str:
 
 
 def check_formats(formats: Iterable[RowFormat | None], objective: str) -> None:
-    """Raise LorafoldError if the objective does not train on rows of one of these formats."""
+    """Raise if the objective does not train on rows of one of these formats."""
     takes = OBJECTIVES[objective].takes
     for row_format in formats:
         if row_format is None or takes not in row_format.provides:
@@ -130,7 +126,7 @@ def check_formats(formats: Iterable[RowFormat | None], objective: str) -> None:
             expected = " or ".join(known) if len(known) < 4 else listed(known, room=90)
             provided = row_format.provides if row_format else ()
             fitting = [name for name, other in OBJECTIVES.items() if other.takes in provided]
-            # completions that rows have are for learning them, before they are for being drawn
+            # if rows have completions, suggest objectives that learn them first
             others = [n for n in fitting if not OBJECTIVES[n].draws] or fitting
             other = f", which are for --objective {' or '.join(others)}" if others else ""
             raise LorafoldError(

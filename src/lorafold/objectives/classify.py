@@ -1,4 +1,4 @@
-"""Classification: the class of a text, by a head on the decoder."""
+"""Classification of texts by a head on the decoder."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classify(Objective):
-    """The class of a text, by a head on the decoder; every method trains the whole head too."""
+    """Classification of texts by a head on the decoder, which every method trains in full."""
 
     packs = False
     classes: tuple[str, ...]
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        """With the classes of the model or an adapter, else those of the rows."""
+        """With the classes of the model or an adapter, else of the rows."""
         request.refuse_options()
         labels = classes_of(request.rows)
         classes = known_classes(request.base, request.adapters) or labels
@@ -94,7 +94,7 @@ class Classify(Objective):
         return load_classifier(base.source, self.classes, pad, *at, seed=seed)
 
     def guessing(self, labels: Mapping[str, int]) -> float:
-        """The entropy of the frequencies of the classes."""
+        """The entropy of the class frequencies."""
         shares = [n / sum(labels.values()) for n in labels.values() if n]
         return -sum(share * math.log(share) for share in shares)
 
@@ -121,12 +121,12 @@ class Classify(Objective):
 
 
 def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
-    """The paths of the head's modules, to be trained whole; where the method does so already, those
-    of a new pooler that it leaves out.
+    """The paths of the head's modules, to be trained in full; if the method already trains them,
+    only a new pooler's outside its targets.
     """
     heads = set(head_paths(model))
     adapted = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
-    # the method adapts nothing but the head, or trains the base's own weights, the head's too
+    # the method adapts only the head, or trains the base weights including the head
     fresh = {p for p in new_heads(model) if not isinstance(module_at(model, p), Adapted)}
     if adapted and adapted <= fresh and not (spec.head_alone or spec.trains_base):
         raise LorafoldError(
@@ -139,6 +139,6 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
 
 
 def class_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The loss of a head over the last token of each sequence, (), on tensors without values."""
+    """The classification loss, (), on fake tensors."""
     labels = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
     return Classification(model, 0)(labels, **inputs)

@@ -1,4 +1,4 @@
-"""What a run asks of an objective: examples of rows, a model, a loss, and what is measured."""
+"""The interface of an objective: examples from rows, a model, a loss, and evaluation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Data(Protocol):
 
     @property
     def examples(self) -> Sequence[Any]:
-        """The examples that a loss takes, in the order of their rows; each has `ids`."""
+        """The examples for the loss, in the order of their rows; each has `ids`."""
 
     @property
     def report(self) -> Any:
@@ -51,14 +51,14 @@ class Data(Protocol):
 
     @property
     def parts(self) -> tuple[SourcePart, ...]:
-        """How many rows with examples are from each source."""
+        """The number of rows with examples from each source."""
 
 
 @dataclass(frozen=True)
 class ObjectiveRequest:
     """The request for an objective: its name, the rows, the model and the saved adapters that will
-    be loaded on it, the recipe's `beta` (None: the default) and `objective_options`, reward
-    functions in Python, and the recipe's seed.
+    be loaded on it, the recipe's `beta` (None: the default) and `objective_options`, Python reward
+    functions, and the recipe's seed.
     """
 
     name: str
@@ -72,11 +72,11 @@ class ObjectiveRequest:
 
     @property
     def start(self) -> str:
-        """The name of the start of the run in messages: the adapters, or the model."""
+        """The adapters or the model that the run starts from, for messages."""
         return ", ".join(map(str, self.adapters)) or self.base.name
 
     def refuse_options(self) -> None:
-        """Raise LorafoldError if options are given: for an objective that has none."""
+        """Raise LorafoldError if options are given, for an objective without any."""
         if self.options or self.beta is not None:
             given = ", ".join(given_options(self.beta, self.options))
             raise LorafoldError(f"{given}: the objective {self.name} has no such option")
@@ -85,17 +85,17 @@ class ObjectiveRequest:
 class Objective(ABC):
     """Abstract: one objective, from rows to a loss."""
 
-    packs: ClassVar[bool] = True  # where the recipe asks for it and the model allows it
-    outputs: int = 0  # of the head over a text; 0 for that of a language model
-    # directories besides the model and the run's adapters, each after the option that names it
+    packs: ClassVar[bool] = True  # whether its examples can be packed
+    outputs: int = 0  # the size of the classification head; 0: a language model
+    # further directories that are read, each with the option that sets it
     reads: Sequence[tuple[str, Path]] = ()
-    # what a run depends on that neither its recipe nor its rows and models are, as JSON
+    # other inputs of a run, besides recipe, rows and models, as JSON
     identity: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        """The objective of a run. Raises LorafoldError for options that it does not have, and for
-        rows, a model or adapters that do not suit it.
+        """The objective of a run. Raises LorafoldError for unknown options, and for unsuitable
+        rows, models or adapters.
         """
         request.refuse_options()
         return cls()
@@ -107,32 +107,32 @@ class Objective(ABC):
 
     @abstractmethod
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
-        """What makes tables of tokens of what the formats of rows provide.
+        """The encoder that tokenizes the rows.
 
         Args:
-            tokenizer: After `set_up`.
-            rendering: What of a conversation is trained on.
+            tokenizer: after `set_up`.
+            rendering: the parts of a conversation that are trained.
         """
 
     @abstractmethod
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> Data:
-        """The examples of a table that the encoder made, with a report.
+        """The examples of a table from the encoder, with a report.
 
         Args:
-            rows: What it was made of.
-            max_length: Longer examples are cut to this many tokens.
+            rows: the rows of the table.
+            max_length: longer examples are cut to this many tokens.
 
-        Raises LorafoldError for rows of which nothing is left to train on.
+        Raises LorafoldError if nothing is left to train on.
         """
 
     def examples(self, step: int, planned: Sequence[Any], loss: Any) -> Sequence[Any]:
-        """The examples that a step computes: the planned ones, unless they depend on the weights,
-        which are those of the steps before. In every process they are the same.
+        """The examples of a step: the planned ones, unless they depend on the current weights. They
+        are the same in every process.
 
         Args:
-            step: The number of the step, from 0.
-            planned: Examples of the rows that the run has for this step.
-            loss: As `loss` yields it, with the model.
+            step: the number of the step, from 0.
+            planned: examples of the rows of this step.
+            loss: from `loss`, with the model.
         """
         return planned
 
@@ -141,22 +141,21 @@ class Objective(ABC):
         yield examples
 
     def trained(self, example: Any) -> Any:
-        """The part of an example that a step computes with gradients."""
+        """The part of an example that is computed with gradients."""
         return example
 
     @abstractmethod
     def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
-        """An example as the model sees it, with the tokens that count in the loss marked."""
+        """An example as the model sees it, with the trained tokens marked."""
 
     def load(
         self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
     ) -> PreTrainedModel:
-        """The model with the head that this objective needs, and without adapters: a language
-        model, unless it needs another head.
+        """The model with the head that this objective needs, without adapters.
 
         Args:
-            tokenizer: Names the token that pads.
-            seed: Draws the parts that are new in it.
+            tokenizer: defines the padding token.
+            seed: for the initialization of new parts.
         """
         return base.load()
 
@@ -171,43 +170,43 @@ class Objective(ABC):
         """A context manager that yields the `Loss` of this model.
 
         Args:
-            model: As `load` gives it, with adapters attached.
-            tokenizer: Names the token that pads.
-            packing: Lay the examples of a micro-batch end to end, where the model allows it; auto:
-                and compute once what several begin with, where that pays.
-            console: For a notice if it does not.
+            model: from `load`, with adapters attached.
+            tokenizer: defines the padding token.
+            packing: pack the examples of a micro-batch, if the model supports it; auto: also share
+                prefixes, if that saves tokens.
+            console: for a notice if the model does not support it.
         """
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
-        """The loss (), on tensors without values, from which the memory of a step is estimated:
-        that of the next token, unless the step keeps more.
+        """The loss (), on fake tensors, for the memory estimate of a step; by default the
+        next-token loss.
 
         Args:
-            model: As `load` gives it, without values.
+            model: from `load`, on fake tensors.
             inputs: input_ids with positions (1, T), or with a mask (B, T).
-            labelled: The tokens that the loss counts, divided evenly among padded rows.
+            labelled: the number of labelled tokens, divided evenly among padded rows.
         """
         return next_token_loss(model, inputs, labelled)
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """Add what the tokenizer lacks for this objective, such as a chat template. Returns a
-        notice of what was added, or of how the template renders.
+        """Add whatever the tokenizer lacks for this objective, such as a chat template. Returns a
+        notice.
         """
         plain = ensure_chat_template(tokenizer)
         return plain or f"chat template: {'; '.join(describe_template(tokenizer).lines)}"
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
-        """Paths of the modules that must be trained whole, whatever the method adapts.
+        """Paths of the modules that must be trained in full, whatever the method adapts.
 
         Args:
-            model: As `load` gives it.
-            targets: The recipe's; None takes the method's own.
+            model: from `load`.
+            targets: the recipe's; None: the method's default.
         """
         return ()
 
     def record(self) -> dict[str, Any]:
-        """Fields of `lorafold.json` without which the adapter could not be used, or that say what
-        it learned from.
+        """Fields of `lorafold.json` that are needed to use the adapter, or that describe its
+        training data.
         """
         return {}
 
@@ -215,27 +214,27 @@ class Objective(ABC):
         self, loss: Any, feed: BatchFeed, held_out: Any, below: Sequence[str], console: Console,
         layout: Replicated,
     ) -> tuple[BatchFeed, Any]:
-        """The same examples with what the objective has to know of them under the untrained model.
+        """The same examples with reference values from the untrained model.
 
         Args:
-            loss: As `loss` yields it.
-            held_out: The `Data` to measure on, or None.
-            below: The identities of what that model depends on besides its tensors.
-            layout: Of the model.
+            loss: from `loss`.
+            held_out: the `Data` for evaluation, or None.
+            below: identities of the untrained model's inputs besides its tensors.
+            layout: the placement of the model's tensors among the processes.
         """
         return feed, held_out
 
     def guessing(self, labels: Mapping[str, int]) -> float | None:
-        """The mean loss in nats of a model that only guesses, which a run has to get below. None:
-        that of the model before the first step, on the rows of that step; inf: none is too high.
+        """The mean loss in nats of a model that only guesses, for a warning. None: the untrained
+        model's loss on the first step's rows; inf: no warning.
 
         Args:
-            labels: The training rows of each label, if they have labels.
+            labels: the number of training rows of each label, if any.
         """
         return None
 
     def measure(self, loss: Any, held_out: Any) -> Measured:
-        """The figures of held-out examples."""
+        """The metrics of held-out examples."""
         return Measured(held_out_loss(loss, held_out.examples))
 
     def evaluate(
@@ -245,34 +244,34 @@ class Objective(ABC):
         rows: Sequence[Row],
         max_length: int,
     ) -> Evaluation | RewardEvaluation:
-        """What methods are compared by, of held-out rows: the loss and exact match.
+        """The metrics by which methods are compared on held-out rows: the loss and exact match.
 
         Args:
-            model: As `load` gives it, with adapters or without.
-            tokenizer: After `set_up`.
-            max_length: Longer rows are cut to this many tokens, or refused.
+            model: from `load`, with or without adapters.
+            tokenizer: after `set_up`.
+            max_length: longer rows are cut to this many tokens, or refused.
         """
         return evaluate(model, tokenizer, rows, max_length)
 
 
 class OnPolicy(Objective):
-    """Abstract: an objective that learns from completions which the model generates in each step.
+    """Abstract: an objective that samples completions from the model in each step.
 
-    Nothing is known of them before the step. The engine that samples them has passes of its own, so
-    a model can't be divided among processes. Held-out rows are measured before the first step too.
+    A model can't be sharded, because the sampling engine runs its own forward passes. Held-out rows
+    are also evaluated before the first step.
     """
 
     @abstractmethod
     def draws(self, feed: BatchFeed, held_out: Any) -> RolloutSize:
-        """The completions that steps draw at a time, for which an engine is beside the model.
+        """The completions that a step samples at a time, for the memory estimate.
 
         Args:
-            held_out: The `Data` to measure on, or None.
+            held_out: the `Data` for evaluation, or None.
         """
 
 
 def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an objective that a recipe gives, `beta` among them."""
+    """The options that a recipe sets for an objective, including `beta`."""
     first = {} if beta is None else {"beta": beta}
     return {**first, **options, **first}
 
@@ -286,8 +285,8 @@ def examples_of(
     rendering: Rendering = WHOLE,
     called: str = "data",
 ) -> Data:
-    """Tokenized rows, whose report is printed if there is a console. Longer examples are cut to
-    `max_length` tokens.
+    """Tokenized rows, with a printed report if there is a console. Longer examples are cut to
+    `max_length`.
     """
     encoder = objective.encoder(tokenizer, rendering)
     rows = as_checked(rows, encoder.takes)

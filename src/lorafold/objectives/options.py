@@ -1,6 +1,4 @@
-"""The law of an objective that has one, made of the options of a recipe: its class, by the row of
-the table, and for policies what they draw in each step.
-"""
+"""Creates an objective's algorithm and sampling options from a recipe."""
 
 from __future__ import annotations
 
@@ -22,14 +20,13 @@ L = TypeVar("L")
 
 
 def law_class(declared: Declared, laws: ModuleType) -> Any:
-    """The class of the law that a row of the table names, itself or by its name among `laws`."""
     return getattr(laws, declared.law) if isinstance(declared.law, str) else declared.law
 
 
 def checked_options(
     kind: type[L], given: Mapping[str, Any], objective: str, others: Sequence[str] = ()
 ) -> L:
-    """A law, or other options, as they are given. The objective has others elsewhere."""
+    """Validated options; `others` are further valid names, for the message."""
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in given if name not in known]:
         field = "objective_options: " * (unknown != ["beta"])
@@ -49,17 +46,16 @@ def checked_options(
 
 @algorithm
 class SamplingOptions:
-    """What is drawn of a prompt, and what judges it.
+    """Options of sampling and rewards.
 
-    Args:
-        group: completions of a prompt.
-        max_new_tokens: the most tokens of one.
-        fill: how often a group from which nothing is learned is drawn again.
-        updates: how often the weights are updated by the completions of a step.
-        truncated: whether completions that were cut off there count in the loss.
-        exact: draw bit by bit as the step computes, which takes longer.
-        rewards: names as `lorafold.rewards.reward_of` reads them.
-        reward_seconds: the seconds that a call of one may take.
+    group: completions per prompt.
+    max_new_tokens: the most tokens of one.
+    fill: how often a group without a signal is sampled again.
+    updates: updates of the weights per step.
+    truncated: whether completions cut off at `max_new_tokens` count in the loss.
+    exact: make sampling and training log-probabilities bit-identical, which is slower.
+    rewards: names for `lorafold.rewards.reward_of`.
+    reward_seconds: the time limit of a call of a reward.
     """
 
     group: Annotated[int, Field(ge=2)] = 8
@@ -75,7 +71,6 @@ class SamplingOptions:
 def policy_options(
     objective: str, beta: float | None, options: Mapping[str, Any]
 ) -> tuple[PolicyLaw, SamplingOptions]:
-    """The law of an objective of policies, and its sampling."""
     given = given_options(beta, options)
     names = [field.name for field in fields(SamplingOptions)]
     own = {name: given.pop(name) for name in names if name in given}
@@ -85,6 +80,5 @@ def policy_options(
 
 
 def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
-    """The law of an objective."""
     kind = law_class(OBJECTIVES[objective], preference_algorithms)
     return checked_options(kind, given_options(beta, options), objective)

@@ -1,8 +1,6 @@
-"""Objectives of policies: the model generates completions and learns from their rewards.
+"""Policy objectives: the model generates completions and learns from their rewards.
 
-A step samples a group of completions of each of its prompts, has them judged, and learns from the
-groups whose rewards differ. The samples follow from the weights, the run's seed and the step, so a
-resumed run goes on exactly.
+The samples depend only on the weights, the run's seed and the step, so a resumed run is exact.
 """
 
 from __future__ import annotations
@@ -60,9 +58,9 @@ if TYPE_CHECKING:
 
 
 HIGHEST, LOWEST = "highest reward", "lowest reward"  # of all completions so far
-SILENT = "lowest reward since a signal"  # of those since the last step with one
-LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
-COLLAPSED = 0.1  # nats a token: below it nearly all completions of a prompt are the same
+SILENT = "lowest reward since a signal"  # of completions since the last step with a signal
+LARGEST = 1e12  # the largest advantage: squared gradients must not overflow fp32
+COLLAPSED = 0.1  # nats per token: below it nearly all completions of a prompt are the same
 SOLVED = "the rows are solved, unless the reward can be higher; try harder rows"
 TRY = (
     "the prompts are too hard or too easy for it; try easier rows, a reward that grades, or more"
@@ -73,9 +71,7 @@ TRY = (
 
 
 class RolloutLoss(Policy):
-    """The loss of a policy, with the engine that samples its completions and the rewards that judge
-    them.
-    """
+    """The loss of a policy, with its sampling engine and rewards."""
 
     def __init__(
         self,
@@ -87,19 +83,19 @@ class RolloutLoss(Policy):
         rewards: Rewards,
     ) -> None:
         super().__init__(model, law, how, pad_id, rollouts.longest, rollouts.exact)
-        self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
-        self.processes: Processes = ALONE  # as `refer` has them
+        self.rollouts, self.rewards = (rollouts,), rewards  # a tuple, so not a submodule
+        self.processes: Processes = ALONE  # set by `refer`
 
 
 @dataclass(frozen=True)
 class PolicyObjective(OnPolicy):
-    """Learning from rewards, by a law."""
+    """Reinforcement learning from rewards."""
 
     law: PolicyLaw
     sampling: SamplingOptions
     functions: tuple[Callable[..., Any], ...] = ()  # rewards in Python
     seed: int = 0
-    adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by what names them
+    adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by reward name
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
@@ -124,14 +120,14 @@ class PolicyObjective(OnPolicy):
 
     @property
     def reads(self) -> Sequence[tuple[str, Path]]:  # type: ignore[override]
-        """The adapters that judge."""
+        """The adapters of reward models."""
         adapters = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
         return [(f"for --reward {name}", saved.path) for name, saved in adapters]
 
     @property
     def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
         """The digests of the rewards, by name."""
-        # an object's own repr may have its address, which another process does not have
+        # not repr, which may contain an address that differs between processes
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.functions]
         files = {text: RewardName.parse(text).digest for text in self.sampling.rewards}
         files |= {name: one.identity for name, one in self.adapters.items()}
@@ -142,7 +138,7 @@ class PolicyObjective(OnPolicy):
         return {JUDGED_BY: named | (Rewards.of(*self.functions).weights if self.functions else {})}
 
     def guessing(self, labels: Mapping[str, int]) -> float:
-        return math.inf  # a loss of advantages says nothing
+        return math.inf  # a policy loss is not comparable
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return PromptEncoder(tokenizer)
@@ -164,7 +160,7 @@ class PolicyObjective(OnPolicy):
         return RolloutSize(slots, self.sampling.group, max(lengths), self.sampling.max_new_tokens)
 
     def trained(self, example: TokenizedPrompt) -> Rollout:
-        """A group of completions of that prompt, as long as they may be."""
+        """A group of completions of that prompt, with the maximum length."""
         ids, k = (0,) * self.sampling.max_new_tokens, self.sampling.group
         return Rollout.of(example.ids, [ids] * k, [()] * k, [0.0] * k, [True] * k)
 
@@ -200,7 +196,7 @@ class PolicyObjective(OnPolicy):
                     "exact: found padded sequences, expected packed ones, as drawing computes them;"
                     " turn packing on, or train without exact"
                 )
-            if drawing.exact:  # in the backward too, where checkpointed parts run again
+            if drawing.exact:  # also in the backward, for recomputed checkpoints
                 stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
             yield RolloutLoss(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
 
@@ -208,7 +204,7 @@ class PolicyObjective(OnPolicy):
         self, loss: RolloutLoss, feed: BatchFeed, held_out: Any, below: Sequence[str],
         console: Console, layout: Replicated,
     ) -> tuple[BatchFeed, Any]:
-        """Open the engine for the longest prompt of both."""
+        """Open the engine for the longest prompt."""
         loss.processes = layout.processes
         size = self.draws(feed, held_out)
         if loss.rollouts[0].open(size.prompt, size.slots):
@@ -219,9 +215,8 @@ class PolicyObjective(OnPolicy):
     def examples(
         self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
-        """The groups that the model samples for the planned prompts. Groups whose rewards are equal
-        count in the mean too, as in TRL. Rank 0 judges for all, because another process might judge
-        otherwise.
+        """The sampled groups for the planned prompts. As in TRL, groups with equal rewards count in
+        the mean. Rank 0 computes all rewards, because other processes might get different ones.
         """
         return loss.processes.once(partial(self._rollouts, step, planned, loss))
 
@@ -253,18 +248,18 @@ class PolicyObjective(OnPolicy):
         if not silent:
             loss.counts.pop(SILENT, None)
         elif not step:
-            rollouts = []  # a policy that is its reference has nothing to be held back from
+            rollouts = []  # the policy still equals its reference, so the KL has no gradient
         return StepRollouts(rollouts, silent, figures, tokens, dict(seconds), first.to_read)
 
     def measure(self, loss: RolloutLoss, held_out: Encoded) -> Measured:
-        """The mean reward of one completion of each prompt, always from the same samples, with its
-        interval; the loss is minus that.
+        """The mean reward of one completion of each prompt, always with the same random numbers,
+        with its confidence interval; the loss is its negative.
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
         groups = rollouts.draw([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
         judged = Rewarded.of(prompts, groups, loss.rewards, at_once=SLOTS)
         reward, interval = judged.figures["reward"], judged.interval
-        # of a group of one all rewards are alike
+        # a group of one never has a signal
         figures = {k: v for k, v in judged.figures.items() if k != "groups without signal"}
         text = f", reward {reward:.3f}{within(interval, '.3f')}"
         return Measured(-reward, figures | {"reward_interval": interval}, text, judged.to_read)
@@ -273,8 +268,7 @@ class PolicyObjective(OnPolicy):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
         max_length: int,
     ) -> RewardEvaluation:  # fmt: skip
-        """The rewards of completions, as many of each prompt as in training, under the run's seed.
-        """
+        """The rewards of completions, as many per prompt as in training, under the run's seed."""
         longest, k = self.sampling.max_new_tokens, self.sampling.group
         how = RewardSettings(max_length, longest, k, seed=self.seed)
         with self._rewards(model, "auto", Console(quiet=True)) as rewards:
@@ -293,7 +287,6 @@ class PolicyObjective(OnPolicy):
         self, prompts: Sequence[TokenizedPrompt], key: int, loss: RolloutLoss,
         seconds: dict[str, float],
     ) -> Rewarded:  # fmt: skip
-        """Groups of completions with their rewards; adds the seconds that both took."""
         start = time.perf_counter()
         groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)
         sampled = time.perf_counter()
@@ -306,8 +299,8 @@ class PolicyObjective(OnPolicy):
         return judged
 
     def _advantages(self, judged: Rewarded) -> tuple[torch.Tensor, torch.Tensor]:
-        """The advantages (n, k), and whether there is anything to learn from each group, (n,)."""
-        # a mean of equal numbers may differ from them by its rounding
+        """The advantages (n, k), and whether each group has a signal, (n,)."""
+        # the mean of equal rewards may differ from them by rounding
         advantages = self.law.advantages(judged.rewards).where(~judged.alike[:, None], 0.0)
         if not bool((advantages.abs() <= LARGEST).all()):
             raise RewardFailed(
@@ -322,7 +315,6 @@ class PolicyObjective(OnPolicy):
         return one.ended or self.sampling.truncated == "counted"
 
     def _silent(self, judged: Rewarded, loss: RolloutLoss) -> str:
-        """Why a step has nothing to learn, and a remedy."""
         if not any(self._counts(one) for group in judged.groups for one in group):
             most = self.sampling.max_new_tokens
             return (

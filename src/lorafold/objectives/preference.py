@@ -1,8 +1,7 @@
-"""Objectives of preferences: examples of pairs or of judged completions, each prompt once, and an
-algorithm over the log-probabilities of completions, or over the scores of a head.
+"""Preference objectives, on pairs or single judged completions.
 
-The reference never changes, so its log-probabilities are computed once and cached under the
-identity of the examples, the model's files, its tensors except the trained adapter's, and the code.
+The reference never changes, so its log-probabilities are cached, under the identity of the
+examples, the model's files, its tensors except the trained adapter's, and the code.
 """
 
 from __future__ import annotations
@@ -55,13 +54,12 @@ FILE = "reference.npy"
 
 @dataclass(frozen=True)
 class Comparing(Objective):
-    """Abstract: an objective of preferences."""
+    """Abstract: an objective on preferences."""
 
     law: Law
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        """The objective with the law that its row of the table names, and its options."""
         return cls(law_of(request.name, request.beta, request.options))
 
     @classmethod
@@ -107,12 +105,12 @@ class Comparing(Objective):
             yield Preferences(model, self.law, how, self.padding(tokenizer))
 
     def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The token that fills short sequences, which the mask hides."""
+        """The padding token, which the mask hides."""
         return tokenizer.pad_token_id or 0
 
 
 class Referenced(Items[Branched]):
-    """Examples with the log-probabilities of their completions under the reference, (n, k)."""
+    """Examples with the reference log-probabilities of their completions, (n, k)."""
 
     def __init__(self, examples: Sequence[Branched], logps: Array) -> None:
         self.examples, self.logps = examples, logps
@@ -131,7 +129,7 @@ def referenced(
     console: Console,
     layout: Replicated,
 ) -> Referenced:
-    """The examples with their references, from the cache, or computed and added to it."""
+    """The examples with their reference log-probabilities, from the cache or computed."""
     from rich.progress import Progress
 
     source, start = "read from the cache", time.perf_counter()
@@ -157,8 +155,8 @@ def referenced(
 
 
 def digest(model: nn.Module) -> str:
-    """The SHA-256 of every tensor of a model except those of its highest adapter, unless that
-    adapter trains the model's own weights.
+    """The SHA-256 of every tensor of a model except its highest adapter's, unless that adapter
+    trains the base weights.
     """
     name = selection_of(model).names[-1]
     above = [] if moves(model) else adapted_modules(model)
@@ -172,15 +170,15 @@ def digest(model: nn.Module) -> str:
     for path, tensor in chain(model.named_parameters(), model.named_buffers()):
         if id(tensor) not in adapter:
             sha.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            # a copy, since one that is divided is whole for operations and not for numpy
+            # a copy, because a sharded tensor is whole for operations but not for numpy
             content = tensor.detach().to("cpu", copy=True).contiguous().flatten()
             sha.update(content.view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
 def moves(model: nn.Module) -> bool:
-    """Whether the highest adapter trains the model's own weights, so that the model below it is the
-    reference before the first step only.
+    """Whether the highest adapter trains the base weights, so that the model below it is the
+    reference only before the first step.
     """
     names = selection_of(model).names
     return any(
@@ -193,9 +191,7 @@ def moves(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Preference(Comparing):
-    """Preferring completions to others, by a law; the reference is the model without the adapter
-    that trains.
-    """
+    """Preference learning; the reference is the model without the trained adapter."""
 
     def refer(
         self,

@@ -1,10 +1,7 @@
 """Reward models: a head that scores a text, trained on preferences.
 
-    r(x, y) = head(h at the last token of the text of prompt x and completion y)
-
-The model is transformers' sequence classifier with one output (PEFT's SEQ_CLS). The head is drawn
-from the seed, trained whole in fp32 beside the method's own update, and saved with the adapter. The
-loss is the law `BradleyTerry` (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155).
+The model is transformers' sequence classifier with one output (PEFT's SEQ_CLS). Its new head is
+initialized from the seed, trained in full in fp32, and saved with the adapter.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewardModel(Comparing):
-    """A head that scores texts; every method trains the whole head too."""
+    """A head that scores texts, which every method trains in full."""
 
     outputs = 1
     law: BradleyTerry

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the next token of completions."""
+"""Supervised fine-tuning: next-token prediction on completions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Sft(Objective):
-    """Supervised fine-tuning: the next token of completions."""
+    """Supervised fine-tuning: next-token prediction on completions."""
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return CompletionEncoder(tokenizer, rendering)

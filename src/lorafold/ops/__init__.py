@@ -1,1 +1,2 @@
-"""Fused tensor operations, which know no model; `tests/lib/reference_ops.py` specifies them."""
+"""Fused tensor operations, independent of any model; `tests/lib/reference_ops.py` specifies them.
+"""

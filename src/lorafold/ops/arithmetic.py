@@ -1,24 +1,10 @@
-"""Whether 16-bit matrices are multiplied in 16 bits or widened to fp32: whichever is faster on this
-processor.
+"""The choice between multiplying 16-bit matrices in 16 bits and widening them to fp32 on a CPU.
 
-    x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; the sum is fp32 either way, and is
-                                            rounded once
-    with multiplying(widened=True): ...     overrides the choice until the `with` block ends
+    x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; both ways sum in fp32
 
-A processor with matrix units (AMX), or with AVX512-BF16 at full rate (AMD's), multiplies bf16 at
-twice the rate of fp32 or more; Intel's without AMX reach half the rate of fp32, and others a tenth
-or less. The kind of processor decides, not a measurement, so that a run is reproducible on a busy
-machine too. A backward multiplies in the same dtype as its forward. Graphs made by `torch.compile`,
-and devices other than the CPU, always multiply 16-bit matrices in 16 bits.
-
-`narrowed` casts trained factors to the dtype of matmuls. On a GPU, cast where they are used, they
-are two launches in each layer and micro-batch. No factor changes between two updates of the
-optimizer (`core.contexts`), so the first copy that is asked for in a step has all made again that
-the step before asked for, in a few launches for the whole model.
-
-1024 x 576 times 576 x 1536 on two cores in GFLOP/s, bf16 and widened: Intel Xeon with AVX512-BF16
-but without AMX 165 and 300, its gradient 165 and 280; the same restricted to AVX2 27 and 280, its
-gradient 5 and 285. AMD EPYC with AVX512-BF16: bf16 400, fp32 140 to 180.
+x86 processors with AMX, and AMD's with AVX512-BF16, multiply bf16 at least twice as fast as fp32;
+others are faster in fp32. The processor's features decide, not a measurement, so that runs are
+reproducible. A backward pass uses the dtype of its forward pass.
 """
 
 from __future__ import annotations
@@ -43,19 +29,17 @@ from lorafold.ops.autocast import Exact
 from lorafold.ops.kernel_requirements import HALF
 
 CPU = torch.device("cpu")
-# with fewer input vectors, reading W takes most of the time, which is half as long in 16 bits
+# with fewer input vectors, most of the time goes into reading W, which is half as large in 16 bits
 ROWS = 64
-# numbers of rows that kernels may sum in orders of their own: so many have the order of all more
+# kernels may sum fewer rows than this in a different order
 FEW = 16
-# whether to widen, None where the processor decides, and from how many input vectors on
+# whether to widen (None: the processor decides), and from how many input vectors on
 _chosen: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, ROWS))
 
 
 @contextmanager
 def multiplying(*, widened: bool, rows: int = ROWS) -> Iterator[None]:
-    """Multiply 16-bit matrices widened to fp32, or in 16 bits, whatever the processor is.
-
-    It holds in this thread or task until the `with` block ends. Of several, the innermost counts.
+    """Override whether 16-bit matrices are widened, in this thread or task, for the `with` block.
     """
     token = _chosen.set((widened, rows))
     try:
@@ -65,10 +49,7 @@ def multiplying(*, widened: bool, rows: int = ROWS) -> Iterator[None]:
 
 
 def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
-    """Whether matrices of that dtype are widened on that device.
-
-    On the CPU, 16-bit ones are if `multiplying` says so, or by default if that is faster.
-    """
+    """Whether 16-bit matrices are widened on this device; always False except on the CPU."""
     if dtype not in HALF or device.type != "cpu":
         return False
     chosen, _ = _chosen.get()
@@ -76,8 +57,8 @@ def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
-    """The dtype in which x (..., in) is multiplied: its own, or fp32 if that is chosen by
-    `multiplying`, or clearly faster with the conversions counted.
+    """The dtype in which x (..., in) is multiplied. Widening to fp32 pays only from a number of
+    rows on.
     """
     if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
@@ -86,7 +67,7 @@ def arithmetic(x: Tensor) -> torch.dtype:
 
 @cache
 def widening_pays(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a 16-bit dtype clearly faster in fp32."""
+    """Whether this CPU multiplies matrices of a 16-bit dtype faster in fp32."""
     if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
         return False
     info = Path("/proc/cpuinfo")
@@ -105,8 +86,6 @@ def multiplies_bf16() -> bool:
 
 
 class _Widened(Exact):
-    """x m^T + b in fp32; for the backward it keeps its inputs and no wider copies."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, m)
@@ -126,8 +105,7 @@ class _Widened(Exact):
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
-    """k a b (n, m), in a dtype, of a (n, l) and b (l, m). On CUDA the sums of 16-bit matrices are
-    widened to fp32 without rounding, and the matmul applies k.
+    """k a b (n, m) in `dtype`, for a (n, l) and b (l, m); on CUDA without rounding the fp32 sums.
     """
     if not a.is_cuda:
         y = (a @ b).to(dtype)
@@ -140,13 +118,13 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
 
 
 def out_dtype(a: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """The argument that has CUDA widen the sums of 16-bit matrices, of any shape, to fp32."""
+    """The keyword argument that makes CUDA return the fp32 sums of 16-bit matrices (any shape)."""
     widens_sums = a.is_cuda and a.dtype in HALF and dtype is torch.float32
     return {"out_dtype": dtype} if widens_sums else {}
 
 
 def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
-    """k (a b)^T (m, n), contiguous, in a dtype. a, b (n, l), (l, m)."""
+    """k (a b)^T (m, n), contiguous, in `dtype`, for a (n, l) and b (l, m)."""
     if a.is_cuda:
         return product(b.t(), a.t(), dtype, k)
     # a CPU multiplies (r, T) with (T, out) faster than (out, T) with (T, r)
@@ -155,7 +133,7 @@ def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0)
 
 
 def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
-    """x m^T + b (..., k), in x's dtype. x (..., in); m (k, in); b (k,) or None."""
+    """x m^T + b (..., k) in x's dtype, for x (..., in), m (k, in), b (k,) or None."""
     if arithmetic(x) is x.dtype:
         return F.linear(x, m.to(x.dtype), None if b is None else b.to(x.dtype))
     return _Widened.over_rows(x, m, b)
@@ -165,7 +143,7 @@ Form = tuple[float, torch.dtype]
 
 
 class _Copy:
-    """k x in a dtype, and the scopes for which it was made and last asked for."""
+    """k x in a dtype, and the scopes in which it was computed and last used."""
 
     def __init__(self, x: Tensor, form: Form, family: _Family) -> None:
         self.factor, self.form, self.family = weakref.ref(x), form, family
@@ -175,14 +153,14 @@ class _Copy:
 
 
 class _Family:
-    """The copies that are made together, which one step asked for; each lives with its factor."""
+    """Copies used in one step, which are renewed together."""
 
     def __init__(self, during: Scope) -> None:
         self.during = during
         self.copies: list[weakref.ref[_Copy]] = []
 
     def renew(self, during: Scope) -> None:
-        """Make the copies that the last scope used again, for another scope, and forget the rest.
+        """Recompute the copies that the previous scope used, in a few kernels, and drop the rest.
         """
         copies = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
         used = [(c, x) for c, x in copies if c.asked is self.during]
@@ -204,8 +182,10 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # factor -> {form:
 
 
 def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
-    """k x, of any shape, multiplied in x's dtype and rounded once to another; x itself where that
-    is the same. Not differentiable.
+    """k x (any shape), rounded once to `dtype`; x itself if nothing changes. Not differentiable.
+
+    On CUDA, copies of parameters are cached for a training step (`core.contexts`), because each
+    would cost two kernel launches per layer and micro-batch.
     """
     if k == 1.0 and x.dtype is dtype:
         return x
@@ -216,13 +196,12 @@ def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
 
 
 def _cached(x: Tensor, form: Form) -> _Copy | None:
-    """The copy that a step keeps; None outside of one."""
     during = scope()
     if during is None and not in_backward():
         return None
     forms = _copies.setdefault(x, {})
     copy = forms.get(form)
-    if during is None:  # in a backward, which does not know of the scope
+    if during is None:  # in a backward pass, where the scope is not visible
         return copy if copy is not None and copy.made.open else None
     if copy is not None and copy.family.during is not during:
         copy.family.renew(during)

@@ -1,18 +1,13 @@
-"""Causal attention over packed documents, each of which attends to itself alone.
+"""Causal attention over packed documents, each of which attends only to itself.
 
     o_i = sum_j p_ij v_j,   p_i = softmax_j(cap * tanh(scale * q_i k_j / cap)),   j in document(i),
                             i - window < j <= i
 
 q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk)
-(grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Documents are computed in tiles of
-at most TILE queries; no tensor has size T x T, and the backward computes the probabilities again.
-Documents may share their first tokens (`ops.packed_documents`): then k and v are gathered once for
-all tiles, and their gradients are added up in fp32. On CUDA, torch's flash attention (Dao 2023,
-arXiv 2307.08691) is used instead where it takes the inputs.
-
-At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and
-backward: five documents of 140 to 260 tokens take 0.4 of the time of torch's causal kernel over all
-1024 tokens, one document of 1024 takes 0.9 of it.
+(grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Computed in tiles of at most TILE
+queries, so no tensor has size T x T; the backward pass recomputes the probabilities. Gradients of
+keys in shared prefixes are accumulated in fp32. On CUDA, torch's FlashAttention
+(Dao 2023, arXiv 2307.08691) is used if it supports the inputs.
 """
 
 from __future__ import annotations
@@ -31,13 +26,13 @@ from lorafold.ops.kernel_requirements import FLASH, takes
 from lorafold.ops.operators import Operation, operator
 from lorafold.ops.packed_documents import Documents
 
-# From so many tokens of a document on, checkpointing keeps attention's output, which is no larger
-# than a block's input, while its time grows with their square.
+# From this document length on, checkpointing keeps the output of attention: it is no larger than a
+# block's input, but the time to recompute it grows with the square of the length.
 LONG = 4096
 
 
 class Scores(NamedTuple):
-    """The form of scores: cap tanh(scale q k / cap), or scale q k without a cap."""
+    """The scores: cap tanh(scale q k / cap), or scale q k without a cap."""
 
     scale: float
     cap: float | None
@@ -63,9 +58,7 @@ BACKWARD = operator(
 def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor | None]:
-    """q (b, G * t, D), k (b, s, D) -> the probabilities (b, G * t, s), and the tanh that the
-    backward of a cap needs.
-    """
+    """The probabilities (b, G * t, s), and the tanh for the backward pass of a cap."""
     p, (scale, cap) = torch.bmm(q, k.mT), scores
     if cap is None:
         SOFTMAX(p, mask, scale)
@@ -77,7 +70,6 @@ def _probabilities(
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) -> Tensor:
-    """The output (T, H, Dv) for queries (T, H, D), keys (T, Hk, D) and values (T, Hk, Dv)."""
     dtype, k, v = arithmetic(q), docs.gathered(k), docs.gathered(v)
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     out = q.new_empty(*q.shape[:2], v.shape[-1])
@@ -93,14 +85,13 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) 
 def _attended_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from that of the output, (T, H, Dv)."""
     dtype, kv_heads, groups = arithmetic(q), k.shape[1], q.shape[1] // k.shape[1]
-    # several tiles, and documents that share tokens, add to a key's gradient, and in bf16 each
+    # several tiles, and documents with a shared prefix, add to a key's gradient, and in bf16 each
     # sum would be rounded
     wide, tokens = at_least_fp32(k), len(k)
     k, v = docs.gathered(k), docs.gathered(v)
     gq = torch.empty_like(q)
-    # of keys that several documents share the gradients are added up, in fp32 or wider
+    # gradients of shared keys are accumulated in fp32 or wider
     gk, gv = (torch.empty_like(x, dtype=x.dtype if docs.keys is None else wide) for x in (k, v))
     for tiles in docs.groups():
         ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
@@ -149,8 +140,8 @@ class _DocumentAttention(Exact):
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Causal attention (T, H, Dv) within each document. Differentiable once. q (T, H, D); k (T, Hk,
-    D); v (T, Hk, Dv).
+    """Causal attention (T, H, Dv) within each document, for q (T, H, D), k (T, Hk, D), v
+    (T, Hk, Dv). Differentiable once.
     """
     q, k, v = (lower(x) for x in (q, k, v))
     if softcap is None and takes(FLASH, q, v):

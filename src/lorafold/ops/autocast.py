@@ -1,13 +1,7 @@
-"""Operations under `torch.autocast`, as mixed-precision training runs them.
+"""Fused operations under `torch.autocast`, which casts only the operands of single matmuls.
 
-    with torch.autocast("cpu", torch.bfloat16):     fp32 activations meet fp32 weights
-        y = W x                                     torch multiplies in bf16, and y is bf16
-
-Autocast casts the operands of torch's products one by one. An operation of ours is several
-products with sums between them, so it is cast as a whole: `lowered` gives it its activations in
-autocast's dtype and runs it outside of autocast, as over activations that were in that dtype
-already. Parameters stay in fp32 until they are multiplied. `Exact` keeps autocast out of forward
-and backward of the functions that are called without it, by fused parts of a model.
+`lowered` casts the activations of a fused operation once and runs it without autocast, so that sums
+between its matmuls are not cast. `Exact` does the same for autograd functions called directly.
 """
 
 from __future__ import annotations
@@ -24,32 +18,32 @@ from lorafold.ops.checkpoint_segments import once
 
 
 def at_least_fp32(x: Tensor) -> torch.dtype:
-    """The dtype of x, of any shape, or fp32 if that is wider."""
+    """The dtype of x (any shape), or fp32 if that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def autocasting(x: Tensor) -> bool:
-    """Whether autocast is on for the device of x, of any shape."""
+    """Whether autocast is enabled for the device of x (any shape)."""
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def lower(x: Tensor) -> Tensor:
-    """x, of any shape, in the dtype that autocast multiplies in; x itself if autocast is off or
-    does not cast it (integers, fp64). Layers that read the same x get the same tensor.
+    """x (any shape) in autocast's dtype, shared by all layers that read x; unchanged if autocast is
+    off or does not cast it (integers, fp64).
     """
     if not autocasting(x) or not x.is_floating_point() or x.dtype is torch.float64:
         return x
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype is dtype:
         return x
-    if x.is_leaf and x.requires_grad:  # what is kept on a leaf would keep the leaf
+    if x.is_leaf and x.requires_grad:  # a copy cached on a leaf would keep the leaf alive
         return x.to(dtype)
     cast = once(x, (), lambda: x.to(dtype))
     return cast if cast.dtype is dtype else x.to(dtype)
 
 
 def lowered(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """run(*args, **kwargs) with its tensors as `lower` gives them, outside of autocast."""
+    """run(*args, **kwargs) with its tensors cast by `lower`, outside of autocast."""
     x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if x is None or not autocasting(x):
         return run(*args, **kwargs)
@@ -60,7 +54,7 @@ def lowered(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class Exact(Function):
-    """Abstract: a function whose forward and backward run outside of autocast."""
+    """Abstract: an autograd function whose forward and backward run outside of autocast."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -69,7 +63,7 @@ class Exact(Function):
 
     @classmethod
     def over_rows(cls, x: Tensor, *args: Any) -> Tensor:
-        """`apply` to the rows of x (..., in): (..., out)."""
+        """`apply` to the rows of x (..., in), which returns (..., out)."""
         y = cls.apply(x.reshape(-1, x.shape[-1]), *args)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -1,15 +1,13 @@
-"""What checkpointed segments keep, and what layers share within one.
+"""Outputs kept for the replay of checkpointed segments, and tensors shared by layers within one.
 
     checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
-    y = kept(make)              inside: make() in the forward, and in the replay its output again
-    once(x, (A,), make)         make() for the first layer that reads x with A, its result for all
+    y = kept(make)              inside: make() in the forward pass; in the replay, its output again
+    once(x, (A,), make)         make() for the first layer that reads x with A; its result for all
 
-`kept` is for outputs that are dear to compute and cheap to hold; one that was written to in between
-is computed again. `once` is for layers that know nothing of each other, such as q, k and v, which
-read one tensor: the value is kept on x itself. It is computed again once x or A was written to, in
-another segment (which must be able to replay its part alone), and where gradients are recorded and
-were not. The value depends on x and on frozen tensors only; a graph of it must not keep x, which
-would keep itself.
+`kept` recomputes an output that was modified in place. `once`, for layers such as q, k and v,
+recomputes the value if x or A was modified in place, in another segment (which must be able to
+replay alone), and if grad mode changed. The value is cached on x, so its graph must not reference
+x, which would keep itself alive.
 """
 
 from __future__ import annotations
@@ -31,12 +29,13 @@ _way: ContextVar[Way] = ContextVar("kept", default=lambda make: make())
 
 
 def kept(make: Make) -> Tensor:
-    """The output of `make`, of any shape; in the replay of a segment, that of its forward."""
+    """The output of `make` (any shape); in the replay of a segment, the output of its forward pass.
+    """
     return _way.get()(make)
 
 
 class _By(AbstractContextManager[None]):
-    """Takes outputs in the way that `way` gives at each start, until the `with` block ends."""
+    """Uses the `kept` implementation that `way()` returns, in the `with` block."""
 
     def __init__(self, way: Callable[[], Way]) -> None:
         self._way = way
@@ -49,7 +48,7 @@ class _By(AbstractContextManager[None]):
 
 
 def keeping() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a segment's forward and of its replays, for torch's checkpointing."""
+    """The contexts of a segment's forward pass and of its replays, for torch's `context_fn`."""
     outputs = []
 
     def forward(make: Make) -> Tensor:
@@ -70,7 +69,7 @@ def keeping() -> tuple[AbstractContextManager[None], AbstractContextManager[None
 
 
 def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
-    """The tensor, of any shape, that `make` computes from x and the frozen tensors."""
+    """The tensor (any shape) that `make` computes from x and the frozen tensors, cached on x."""
     # inference tensors have no version counter
     if torch.compiler.is_compiling() or any(t.is_inference() for t in (x, *frozen)):
         return make()
@@ -84,8 +83,6 @@ def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> T
 
 
 def running_segment() -> ReferenceType[Any] | None:
-    """The checkpointed segment that is running, identified by its saved-tensor hooks; None outside
-    of one.
-    """
+    """The running checkpointed segment, identified by its saved-tensor hooks, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else ref(hooks[0])

@@ -1,26 +1,19 @@
-"""Cross-entropy over a large vocabulary, chunk by chunk.
+"""Cross-entropy over a large vocabulary, with logits for only CHUNK positions at a time.
 
     loss_i = -log softmax(f(h_i))[y_i],   h (n, d) hidden states, f a head, y (n,) targets
 
-Logits never exist for more positions than the CHUNK of them that is computed at a time.
+- `linear_cross_entropy`: per position, under a frozen linear head. The gradient in h_i depends on
+  loss_i alone, so it is computed in the forward pass.
+- `head_cross_entropy`: the sum, under any head f. All gradients are computed in the forward pass.
+- `head_losses`: per position, under any head. The weights of the positions are known only in the
+  backward pass, which therefore computes each chunk again.
 
-- `linear_cross_entropy`: the loss of each position under a frozen linear head. The gradient of h_i
-  is that of loss_i alone, so it is computed in the forward, and the backward is one multiplication.
-- `head_cross_entropy`: the sum under any head f, a function. Gradients are computed in the forward
-  too, those of the head's own tensors summed over the positions.
-- `head_losses`: the loss of each position under any head. The weights of the positions are known in
-  the backward only, so that computes each chunk again.
-
-A chunk's logits z (m, V) get their gradient in the same memory:
+The gradient of a chunk's logits z (m, V) overwrites them:
 
     loss_i = log sum_j exp(z_ij) - z_iy        y = targets_i
     gu_ij  = scale (p_ij - [j = y]) (1 - (z_ij / cap)^2)
                                                p = softmax(z), z = cap tanh(scale u / cap); without
                                                a cap z = scale u, and the last factor is 1
-
-The kernel of the linear form gets its working memory as arguments, so that an estimate on fake
-tensors counts as much memory as a real step takes. 1024 positions under SmolLM2-135M's head (V
-49,152) in bf16: 31 MB where whole logits and their gradients take 600, in 0.8 of the time.
 """
 
 from __future__ import annotations
@@ -40,7 +33,7 @@ from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.operators import operator
 
 CHUNK = 256  # positions whose logits exist at a time
-SLAB = 2**22  # elements of W that exist in another dtype at a time: 16 MB
+SLAB = 2**22  # elements of W that are converted at a time: 16 MB
 
 
 def chunks(n: int) -> list[slice]:
@@ -49,8 +42,8 @@ def chunks(n: int) -> list[slice]:
 
 
 def _scaled(gradient: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """kept * g, multiplied in g's precision: in bf16 the factor 1 / n of a mean would be off by up
-    to 0.4%, in all gradients alike.
+    """gradient * g in g's precision: in bf16, the factor 1 / n of a mean would be off by up to
+    0.4%.
     """
     return (gradient.to(g.dtype) * g).to(dtype)
 
@@ -97,15 +90,15 @@ class _HeadCrossEntropy(Function):
 
 
 def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """The cross-entropy of each position, (n,) in fp32 or wider. Differentiable in h and in what
-    the head reads. h (n, d); targets (n,).
+    """The cross-entropy of each position, (n,) in fp32 or wider, for h (n, d) and targets (n,).
+    Differentiable in h and in the tensors of the head.
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
         wide = at_least_fp32(h)
         return F.cross_entropy(head(h).to(wide), targets, reduction="none")
 
-    # without positions, one chunk of none gives gradients of 0
+    # with no positions, an empty chunk makes the gradients 0
     parts = [
         checkpoint(losses, h[run], targets[run], use_reentrant=False)
         for run in chunks(len(h)) or [slice(0, 0)]
@@ -120,15 +113,15 @@ def head_cross_entropy(
     leaves: Sequence[Tensor],
     runs: Sequence[slice],
 ) -> Tensor:
-    """The summed cross-entropy, a scalar in fp32 or wider. Differentiable once, in h and leaves. h
-    (n, d); targets (n,).
+    """The summed cross-entropy, a scalar in fp32 or wider, for h (n, d) and targets (n,).
+    Differentiable once, in h and `leaves`.
     """
     return _HeadCrossEntropy.apply(h, targets, head, runs, *leaves)
 
 
 class LinearHead(NamedTuple):
-    """f(h) = cap * tanh(scale * (W h + b) / cap), with frozen W (V, d) and b (V,), and no tanh if
-    cap is None.
+    """f(h) = cap * tanh(scale * (W h + b) / cap) with frozen W (V, d) and b (V,); no tanh if cap is
+    None.
     """
 
     w: Tensor
@@ -137,8 +130,8 @@ class LinearHead(NamedTuple):
     cap: float | None
 
     def logits(self, h: Tensor, out: Tensor | None = None, slab: Tensor | None = None) -> Tensor:
-        """The logits (n, V), in the dtype that the product is computed in. h (n, d); out (n or
-        more, V).
+        """The logits (n, V) of h (n, d), in the dtype of the matmul; written to `out`
+        (at least n rows, V) if given.
         """
         wide = h.to(arithmetic(h) if out is None else out.dtype)
         z = wide.new_empty(len(h), len(self.w)) if out is None else out[: len(h)]
@@ -152,17 +145,15 @@ class LinearHead(NamedTuple):
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
     def new_slab(self, like: Tensor) -> Tensor:
-        """Memory (m, d) for the part of W that is converted to the dtype of `like` at a time; m is
-        0 if W has that dtype.
+        """A buffer (m, d) for rows of W converted to the dtype of `like`; m is 0 if W has that
+        dtype.
         """
         size = 0 if like.dtype is self.w.dtype else max(1, SLAB // self.w.shape[1])
         return like.new_empty(size, self.w.shape[1])
 
     def slabs(self, slab: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield consecutive parts of W: the slice of its first dimension, and the part (m, d) in
-        the slab's dtype.
-
-        Each part overwrites the one before it in the slab; an empty slab means that W comes whole.
+        """Yield row slices of W, each with its rows (m, d) in the slab's dtype. Each overwrites the
+        previous one in the slab; with an empty slab, W is a single part.
         """
         if not len(slab):
             yield slice(0, len(self.w)), self.w
@@ -184,11 +175,11 @@ def _kernel(
     block: Tensor,
     slab: Tensor,
 ) -> Tensor:
-    """Return the losses (n,), and write the gradient of h to `gradient` (n, d), unless it is (0,
-    d).
+    """Return the losses (n,), and write the gradient of h to `gradient` (n, d), unless it is
+    (0, d).
 
-    logits (CHUNK, V), block (BLOCK, V) in fp32 or wider, and slab are overwritten: probabilities
-    and their gradient share the memory of the logits.
+    The working memory is passed in, so that an estimate on fake tensors counts it: logits
+    (CHUNK, V), block (BLOCK, V) in fp32 or wider, and slab.
     """
     linear = LinearHead(w, b, scale, cap)
     losses = h.new_empty(len(h), dtype=block.dtype)
@@ -196,7 +187,7 @@ def _kernel(
         rows = slice(at, at + CHUNK)
         z = linear.logits(h[rows], logits, slab)
         LOSSES(z, targets[rows], losses[rows], block, scale, cap, len(gradient) > 0)
-        if len(gradient):  # of h, from that of W h + b, which is in z
+        if len(gradient):  # z contains the gradient of W h + b
             gh = z.new_zeros(len(z), w.shape[1])
             for part, w_part in linear.slabs(slab):
                 gh.addmm_(z[:, part], w_part)
@@ -217,7 +208,7 @@ class _LinearCrossEntropy(Exact):
     def forward(ctx: Any, h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
         gradient = h.new_empty(len(h) if ctx.needs_input_grad[0] else 0, h.shape[1])
         logits = h.new_empty(min(CHUNK, len(h)), len(head.w), dtype=arithmetic(h))
-        wide = at_least_fp32(h)  # of losses, and of their sums
+        wide = at_least_fp32(h)  # dtype of the losses and of their sums
         block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=wide)
         slab = head.new_slab(logits)
         ctx.save_for_backward(gradient)
@@ -230,12 +221,12 @@ class _LinearCrossEntropy(Exact):
         return (gradient.to(g.dtype) * g[:, None]).to(gradient.dtype), None, None  # as `_scaled`
 
 
-# The cross-entropy of each position, (n,) in fp32 or wider, of hidden states (n, d) and targets
-# (n,). Differentiable once, in the first.
+# The cross-entropy of each position, (n,) in fp32 or wider, for hidden states (n, d) and targets
+# (n,). Differentiable once, in the hidden states.
 linear_cross_entropy: Callable[[Tensor, Tensor, LinearHead], Tensor] = _LinearCrossEntropy.apply
 
 
-BLOCK = 32  # positions with probabilities in fp32 at a time: 32 x 49,152 of them stay in cache
+BLOCK = 32  # positions with fp32 probabilities at a time, so that these stay in cache
 
 
 def _losses(
@@ -247,8 +238,7 @@ def _losses(
     cap: float | None,
     gradient: bool,
 ) -> None:
-    """Write the losses (m,) of logits z (m, V), and over z, if wanted, the gradient of W h + b.
-    targets (m,); losses (m,); block (BLOCK, V).
+    """Write the losses (m,) of logits z (m, V), and with `gradient` the gradient of W h + b over z.
     """
     blocks = (x.split(BLOCK) for x in (z, targets[:, None], losses))
     for z_block, y, loss in zip(*blocks, strict=True):

@@ -1,23 +1,14 @@
-"""Dropout whose elements follow from a counter, and are the same in every form and layout.
+"""Counter-based dropout: the same elements are dropped on every device and in every layout.
 
     dropout(x)[i] = 0 at every element i that is dropped, x[i] / (1 - p) elsewhere
-    element (t, j) of x (T, in) is dropped where h < round(65536 p), h 16 bits of
+    element (t, j) of x (T, in) is dropped if h < round(65536 p), h 16 bits of
     philox(counter = (call of j, position of t, row of t, site), key of the step)
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") gives four words
-of 32 bits for a counter under a key and keeps no state. A call of it has 16 bits for each of 8
-neighbours: the low and the high half of each of its four words, call 0 for the first 8 elements of
-a row. Tokens have names (`core.selection`), so the elements that are dropped of a row depend on
-nothing but its own name, and a resumed run or a replay draws the same. Where tokens have no names,
-each draw takes a key from torch's default generator of the CPU.
-
-On a CPU the indices of the n p dropped elements are kept for the backward instead of a mask; where
-a tensor's size must not be random (accelerators, compiled code), a boolean mask is used. The factor
-1 / (1 - p) is a Python float, so that it can be multiplied into an fp32 factor. Use `shared` inside
-a fused operation, `dropout` anywhere else.
-
-1024 x 576 in bf16, p = 0.05, one thread of an AMD EPYC with AVX2: 0.37 ms in C++, 6 in the plain
-form, 5.2 for `torch.nn.functional.dropout`.
+One call of Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") covers
+8 neighbouring elements: the low and the high half of each of its four words. Tokens are identified
+by names (`core.selection`), so a resumed run or a replay drops the same elements; without names,
+each call takes a key from torch's default CPU generator. The backward pass keeps the indices of the
+dropped elements on a CPU, and elsewhere a mask, whose size is not random.
 """
 
 from __future__ import annotations
@@ -34,28 +25,24 @@ from lorafold.ops.checkpoint_segments import running_segment
 from lorafold.ops.kernel_requirements import kind_of
 from lorafold.ops.operators import operator
 
-AT_ONCE = 1 << 16  # calls whose words are in memory together
+AT_ONCE = 1 << 16  # Philox calls whose words are in memory at a time
 
 
 def keep_scale(p: float) -> float:
-    """1 / (1 - p), the factor of the kept elements that preserves the mean.
-
-    Raises ValueError for p outside [0, 1).
-    """
+    """1 / (1 - p). Raises ValueError for p outside [0, 1)."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability: found {p!r}, expected 0 or more and below 1")
     return 1 / (1 - p)
 
 
 def threshold(p: float) -> int:
-    """The number of 16-bit values that drop an element."""
+    """The number of 16-bit values for which an element is dropped."""
     return min(round(p * (1 << 16)), (1 << 16) - 1)
 
 
 def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, Tensor]:
-    """x (..., in) with zeros at the sampled elements, and their places: ascending indices (m,),
-    int32, in the flattened x, or a boolean mask in x's shape. There is no gradient. Raises
-    ValueError for p outside [0, 1).
+    """x (..., in) with zeros at the dropped elements, and their places: ascending int32 indices
+    (m,) into the flattened x, or a boolean mask. Not differentiable.
     """
     keep_scale(p)
     x = x.detach()
@@ -70,8 +57,7 @@ def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, 
 
 
 def source(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
-    """The names of the rows of x, flattened, and the key; both made up, the key by torch's
-    generator, where there are no names. x (..., in).
+    """The flattened names of the rows of x (..., in), and the key; made up if there are no names.
     """
     if names is not None:
         return names.flatten(), key
@@ -116,7 +102,7 @@ MASKED = operator(
 
 
 def emptied(x: Tensor, where: Tensor) -> Tensor:
-    """A copy of x, of any shape, with zeros at the elements that `dropped` drew."""
+    """A copy of x (any shape) with zeros at the elements that `dropped` returned."""
     if where.dtype is torch.bool:
         return x.masked_fill(where, 0)
     copy = x.clone(memory_format=torch.contiguous_format)
@@ -149,9 +135,8 @@ class _Kept(Function):
 
 
 class Dropped(NamedTuple):
-    """An input (..., in) with dropped elements; which these are (see `dropped`); the factor that
-    makes up for them; and the version of the input, the checkpointed segment and the readers that
-    they are for.
+    """An input (..., in) with dropped elements, their places and the factor of the kept ones; the
+    version of the input, the checkpointed segment and the readers of this sample.
     """
 
     x: Tensor
@@ -163,13 +148,10 @@ class Dropped(NamedTuple):
 
 
 def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dropped:
-    """x, of any shape, with dropped elements, sampled once for all layers that read this tensor: q,
-    k and v, or gate and up, which know nothing of each other.
+    """x (any shape) with elements dropped once for all layers that read it, such as q, k and v.
 
-    The result is kept on x itself, and follows from the site of the first reader. A reader never
-    gets the draw of another one twice. A checkpointed segment shares with no other one, since it
-    must draw the same elements when it is replayed alone. There is no gradient. Raises ValueError
-    for p outside [0, 1).
+    Cached on x. A reader that asks again gets a new sample. Checkpointed segments do not share
+    samples, because each must drop the same elements when it is replayed alone. Not differentiable.
     """
     # inference tensors have no version counter
     segment, version = running_segment(), None if x.is_inference() else x._version
@@ -184,9 +166,8 @@ def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dr
 
 
 def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
-    """Dropout of x, of any shape, in its dtype; for the backward the indices are kept and not x.
-
-    Raises ValueError for p outside [0, 1).
+    """Dropout of x (any shape). The backward pass keeps the places of the dropped elements and not
+    x.
     """
     if torch.compiler.is_compiling():
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)
@@ -201,12 +182,12 @@ ROUNDS = 10
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, ...]:
-    """The four words for a counter under a key of 64 bits."""
+    """The four words for a counter under a 64-bit key."""
     a, b, c, d = counter
     k, m = key & WORD, key >> 32 & WORD
     for _ in range(ROUNDS):
-        # products of int64 tensors wrap around, which leaves their 64 bits right; b and d have more
-        # than 32 bits on the way
+        # int64 products wrap around, which keeps their low 64 bits correct; b and d exceed 32 bits
+        # until the end
         x, y = FACTORS[0] * a, FACTORS[1] * c
         a, b, c, d = ((y >> 32) ^ b ^ k) & WORD, y, ((x >> 32) ^ d ^ m) & WORD, x
         k, m = (k + STEPS[0]) & WORD, (m + STEPS[1]) & WORD
@@ -214,6 +195,6 @@ def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, ...]:
 
 
 def key_of(seed: int, step: int) -> int:
-    """The key of a step of a run: 63 bits that look like any other's."""
+    """The 63-bit key of a training step, for a run's seed."""
     low, high, *_ = philox((step & WORD, step >> 32 & WORD, 0, 0), seed)
     return (high << 32 | low) >> 1

@@ -1,32 +1,25 @@
-"""A frozen linear whose matrix is read again in the backward, instead of being kept from the
-forward; and the same with what is trained on it.
+"""Frozen linear layers that read their matrix again in the backward pass, and trained updates on
+them.
 
     y  = addmm(onto, x, W^T)        x (T, in), W (out, in), onto (T, out) or (out,): one sum in the
     gx = g W,  gonto = g            GEMM's fp32 accumulator, rounded once
 
-`read` gives W in a dtype. A matrix stored in floating point costs nothing to read; a quantized one
-(NF4, int8) is dequantized for each use, so that a step never holds more than one of them.
+`read` returns W in a dtype. A quantized W is dequantized for each use, so that a step never holds
+more than one dequantized matrix.
 
     u  = drop(x) A^T                        a low-rank update: A = down (r, in), B = up (out, r),
     y  = addmm(u (k B)^T, x, W^T)           rounded once in the forward and in the backward
     gx = addmm(drop((g k B) A), g, W)       the same elements of (T, in) dropped in both
 
-k is the update's scale times 1 / (1 - p). Only drop(x), u, the indices of the dropped elements and
-the small factors are kept. For any other layer `Layer.low_rank` does
-the same.
+k is the update's scale times 1 / (1 - p).
 
     y  = x W'^T                             W' = W + values (k,) at places `at` (LT-SFT, FISH mask)
     gx = g W',  gvalues[e] = sum_t g[t, i_e] x[t, j_e]      (i_e, j_e) row and column of entry e
 
-The gradient of few entries is computed at these alone, from rows of the transposed g and x. 1024 x
-576 times 576 x 1536 in bf16, one CPU thread, 0.5% of the entries: 5.0 ms, the whole matrix of
-gradients 10.2.
-
     y = u (diag(b) M diag(d))^T             M (out, r) frozen, gains b (out,) and d (r,) (VeRA)
     gu = g (diag(b) M diag(d)),  H = g^T u * M,  gb = H d,  gd = b H
 
-The gains are multiplied into M in fp32, which is rounded once, since M is smaller than u and y.
-Only u, b and d are kept for the backward: autograd would keep the scaled matrix as well.
+The gains are multiplied into M in fp32, which is rounded once.
 """
 
 from __future__ import annotations
@@ -66,16 +59,16 @@ class _FrozenLinear(Exact):
         return gx, g.sum_to_size(shape).to(dtype), None
 
 
-# x W^T + onto (T, out), in x's dtype, of x (T, in) and onto (T, out), (out,) or None; `Read` reads
-# W (out, in). Differentiable once.
+# x W^T + onto (T, out), in x's dtype, for x (T, in) and onto (T, out), (out,) or None; `Read`
+# returns W (out, in). Differentiable once.
 frozen_linear: Callable[[Tensor, Tensor | None, Read], Tensor] = _FrozenLinear.apply
 
 
 def low_rank_parts(
     x: Tensor, down: Tensor, up: Tensor, drop: Dropped | None, k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, float]:
-    """x and the factors in the dtype in which they are multiplied, up with every scale; drop(x),
-    where its elements were dropped, and that scale. x (T, in); down (..., r, in); up (..., out, r).
+    """x (T, in) and the factors, down (..., r, in) and scaled up (..., out, r), in the dtype of
+    their matmuls; drop(x); the places of the dropped elements, or None; the scale.
     """
     dtype, xd, where, scale = arithmetic(x), x, None, k
     if drop is not None:
@@ -114,16 +107,16 @@ class _LowRankLinear(Exact):
         return gx, None, gdown, gup, None, None
 
 
-# x W^T + k drop(x) down^T up^T (..., out), in x's dtype, of x (..., in), down (r, in) and up (out,
-# r). Differentiable once.
+# x W^T + k drop(x) down^T up^T (..., out), in x's dtype, for x (..., in), down (r, in) and
+# up (out, r). Differentiable once.
 low_rank_linear: Callable[[Tensor, Read, Tensor, Tensor, Dropped | None, float], Tensor] = (
     _LowRankLinear.over_rows
 )
 
 
-# at most one entry of so many: above, a whole product is faster
+# with more than one entry in FEW, the whole matmul is faster
 FEW = 128
-# numbers of g and of x that are gathered at a time, which fit in a processor's cache
+# elements of g and of x that are gathered at a time, so that they fit in a processor's cache
 BLOCK = 1 << 18
 
 
@@ -148,8 +141,8 @@ class _SparseLinear(Exact):
 
 
 def product_at(g: Tensor, x: Tensor, at: Tensor) -> Tensor:
-    """The entries (k,) of g^T x (out, in), in fp32 or wider where they are few. g (T, out); x (T,
-    in); at (k,).
+    """The entries (k,) of g^T x at the flat indices `at` (k,), in fp32 or wider if they are few. g
+    (T, out); x (T, in).
     """
     dtype = arithmetic(x)
     if g.device.type != "cpu" or FEW * len(at) > g.shape[1] * x.shape[1]:
@@ -163,7 +156,7 @@ def product_at(g: Tensor, x: Tensor, at: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
-# x W'^T (..., out), in x's dtype, of x (..., in), values (k,) and at (k,). Differentiable once.
+# x W'^T (..., out), in x's dtype, for x (..., in), values (k,) and at (k,). Differentiable once.
 sparse_linear: Callable[[Tensor, Read, Tensor, Tensor], Tensor] = _SparseLinear.over_rows
 
 
@@ -189,13 +182,13 @@ class _ScaledProduct(Exact):
 
 
 def scaled_matrix(m: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """diag(b) m diag(d), (..., out, r). m (out, r); b (..., out); d (..., r)."""
+    """diag(b) m diag(d), (..., out, r), for m (out, r), b (..., out), d (..., r)."""
     return (b[..., None] * m).mul_(d[..., None, :])
 
 
 def scaled_product(u: Tensor, m: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """u (diag(b) m diag(d))^T, (..., out), in u's dtype. Differentiable once. u (..., r); m (out,
-    r); b (out,); d (r,).
+    """u (diag(b) m diag(d))^T, (..., out), in u's dtype, for u (..., r), m (out, r), b (out,), d
+    (r,). Differentiable once.
     """
     if torch.compiler.is_compiling():
         return u @ (b[:, None] * m * d).to(u.dtype).t()

@@ -1,20 +1,16 @@
-"""Grouped matrix multiplications: rows in groups, each group with a matrix, as tokens meet experts.
+"""Grouped matrix multiplications for mixture-of-experts layers: each group of rows has its own
+matrix.
 
     y_s = x_s M_e^T                     s a row of group e; x (S, in), M (E, k, in), y (S, k)
     y_s = W_e x_s + B_e A_e drop(x_s)   the same with a frozen W and a low-rank update, summed in
                                         one accumulator and rounded once (`ops.frozen`: one matrix)
 
-Rows of one group lie together. Only groups that have rows are computed, so a quantized W is read
-for those experts alone, one at a time. Backward passes keep what those of `ops.frozen` keep, and
-read W again. A matmul of a new shape costs 0.6 ms before it begins (oneDNN makes a kernel for every
-shape; AMD EPYC, Zen 5), and the number of tokens that an expert gets is new at every step. So
-groups are filled up to multiples of a step, and the low-rank factors meet tiles of so many rows.
+Only groups with rows are computed, so a quantized W is dequantized one expert at a time. oneDNN
+compiles a kernel for every new matmul shape, so groups are padded to multiples of `Groups.step`
+rows, and the low-rank factors are multiplied with tiles of that many rows.
 
-`torch._grouped_mm` computes all groups in one call, but not onto an accumulator, so that the sum is
-rounded a second time, and not from codes. GPUs of compute capability 9 and 10 take it in bf16,
-since the sizes of the groups stay on the device then: nothing is waited for, and launches do not
-grow with the experts. On a CPU it is such a loop as well: 2048 rows in 8 groups, 512 x 2048 in bf16
-on two cores, take 15.4 ms with it and 13.8 here.
+GPUs of compute capability 9 and 10 use `torch._grouped_mm` in bf16: it keeps the group sizes on the
+device, so the host never waits.
 """
 
 from __future__ import annotations
@@ -41,9 +37,11 @@ from lorafold.ops.scale import SCALE
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of S rows that lie sorted, each a multiple of `step` rows: `of_row` (S,), the
-    group of each row; the numbers of rows of each, or None where only the device knows them; and
-    `ends` (E,), int32, where each group ends, or None where the sizes are known.
+    """S sorted rows in groups, each padded to a multiple of `step` rows. `of_row` (S,) is the group
+    of each row.
+
+    `known` are the group sizes, or None if only the device has them; then `ends` (E,), int32, is
+    the end of each group.
     """
 
     of_row: Tensor
@@ -53,7 +51,7 @@ class Groups:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """The number of rows of each group, for which the device is waited for if it must be."""
+        """The number of rows of each group. Waits for the device if only the device has them."""
         if self.known is not None:
             return self.known
         assert self.ends is not None
@@ -61,12 +59,12 @@ class Groups:
 
     @property
     def tiles(self) -> Tensor:
-        """The group of each tile of `step` rows (n,); no tile has rows of two groups."""
+        """The group (n,) of each tile of `step` rows; no tile contains rows of two groups."""
         return self.of_row[:: self.step]
 
     def spans(self, times: int = 1) -> Iterator[tuple[int, slice]]:
-        """The number of each group that has rows, and where its rows are, if each of the S rows is
-        `times` rows.
+        """Yield the number and rows of each group that has rows, with each row counted `times`
+        times.
         """
         start = 0
         for number, size in enumerate(self.sizes):
@@ -76,17 +74,18 @@ class Groups:
 
 
 def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
-    """The groups that S rows form once they are sorted, their sizes rounded up by copies of the
-    first row; the row that each of the P places in the groups gets (P,); and the place of each row
-    (S,). `of_row` (S,) has the group of each row; fake rows have no values, so their groups are
-    equally large.
+    """Sort S rows into `number` groups by `of_row` (S,), padded with copies of the first row to P
+    rows.
+
+    Returns the groups, the source row of each of the P places (P,) and the place of each row (S,).
+    For fake tensors, the groups have equal sizes.
     """
     n, device = len(of_row), of_row.device
     # sizes are multiples of a quarter of their mean, as a power of two
     step = 1 << max(0, (n // (4 * number)).bit_length() - 1)
-    # so many tiles that their number is rarely another: half a tile a group, and a quarter of these
+    # the total is rounded up too, so that the number of tiles rarely changes
     whole = step * max(1, number // 4)
-    stays = n > 0 and groups_at_once(of_row)  # the sizes on the device, which nobody waits for
+    stays = n > 0 and groups_at_once(of_row)  # the sizes stay on the device; the host doesn't wait
     if is_fake(of_row) and not stays:
         share = -(-n // (number * step)) * step
         full = (*(share,) * (number - 1), share + (step * number // 2 + whole - 1) // step * step)
@@ -96,13 +95,13 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
     counted = torch.zeros(number, dtype=torch.long, device=device)
     sizes = counted.index_add_(0, of_row, torch.ones_like(of_row, dtype=torch.long))
     if not stays:
-        sizes = sizes.cpu()  # the one value that is waited for: all else follows from it
+        sizes = sizes.cpu()  # the only wait for the device
     padded = (sizes + step - 1).div_(step, rounding_mode="floor").mul_(step)
     ends = known = None
     if stays:
-        # room for the most rows that there can be, those that are left over in the last group
+        # room for the largest possible number of rows; unused ones belong to the last group
         room, last = (-(-n // step) + number) * step, padded.cumsum(0)
-        shift = (last - padded).sub_(sizes.cumsum(0)).add_(sizes)  # filled up before each group
+        shift = (last - padded).sub_(sizes.cumsum(0)).add_(sizes)  # padding before each group
         shift = shift.index_select(0, of_row.index_select(0, order))
         at = torch.arange(n, device=device).add_(shift)
         last[-1].fill_(room)
@@ -110,7 +109,7 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
         ends = last.to(torch.int32)
     else:
         padded[-1] += -padded.sum() % whole
-        shift = (padded - sizes).cumsum(0) - (padded - sizes)  # filled up before each group
+        shift = (padded - sizes).cumsum(0) - (padded - sizes)  # padding before each group
         at = sent(torch.arange(n).add_(shift.repeat_interleave(sizes)), device)
         groups = sent(torch.arange(number).repeat_interleave(padded), device)
         known = tuple(padded.tolist())
@@ -120,8 +119,8 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
 
 
 class FrozenMatrices(NamedTuple):
-    """The frozen matrices of groups: read(e, dtype) is W_e (out, in) of group e, read_all(dtype)
-    has all of them (E, out, in).
+    """The frozen matrices of groups: read(e, dtype) returns W_e (out, in), read_all(dtype) all of
+    them (E, out, in).
     """
 
     read: Callable[[int, torch.dtype], Tensor]
@@ -129,7 +128,7 @@ class FrozenMatrices(NamedTuple):
     groups: Groups
 
     def at_once(self, x: Tensor, width: int) -> bool:
-        """Whether one matmul takes all rows x (S, in), to or from `width` features."""
+        """Whether one matmul handles all rows x (S, in), to or from `width` features."""
         if self.groups.ends is None or x.dtype is not torch.bfloat16:
             return False
         return x.shape[1] % GROUPED_UNIT == 0 == width % GROUPED_UNIT
@@ -137,11 +136,11 @@ class FrozenMatrices(NamedTuple):
     def matmul(
         self, x: Tensor, width: int, back: bool, onto: Tensor | None, out: Tensor | None = None
     ) -> Tensor:
-        """W_e x_s + onto_s (S, width) of all rows x (S, in), rounded once, or with the transposed
-        W_e. `out` (S, width), which may be `onto`, is overwritten.
+        """W_e x_s + onto_s (S, width) of all rows x (S, in), rounded once; with `back`, the
+        transposed W_e. `out` (S, width), which may be `onto`, is overwritten.
 
-        One matmul of all groups has no accumulator to begin from, so its sum with `onto` is
-        rounded with a dither: a small update is kept on average.
+        `torch._grouped_mm` can't start from an accumulator, so its sum with `onto` is rounded with
+        a dither, which preserves small updates on average.
         """
         if self.at_once(x, width):
             every = self.read_all(x.dtype)
@@ -164,8 +163,6 @@ def _ones(n: int, device: torch.device) -> Tensor:
 
 
 class _Product(Exact):
-    """x (S, in) times m (E, k, in), by groups."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor, spans: list[tuple[int, slice]]) -> Tensor:
         ctx.dtype = dtype = arithmetic(x)
@@ -204,8 +201,6 @@ def product(x: Tensor, m: Tensor, groups: Groups) -> Tensor:
 
 
 class _Frozen(Exact):
-    """x (S, in) times frozen W_e (out, in), plus onto (S, out)."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, onto: Tensor | None, w: FrozenMatrices, out: int) -> Tensor:
         ctx.w, ctx.width = w, x.shape[1]
@@ -222,8 +217,8 @@ class _Frozen(Exact):
         return gx, g.to(ctx.onto) if need_onto else None, None, None
 
 
-# x (S, in) times the frozen matrix of its group, plus what is added before the rounding, (S, out)
-# or None: (S, out), in x's dtype; the last argument is the size of the output. Differentiable once.
+# x (S, in) times the frozen matrix of its group, plus onto (S, out) or None before the rounding:
+# (S, out), in x's dtype; the last argument is `out`. Differentiable once.
 frozen_product: Callable[[Tensor, Tensor | None, FrozenMatrices, int], Tensor] = _Frozen.apply
 
 
@@ -271,8 +266,8 @@ def _summed(
     return parts.new_zeros(shape).index_add_(0, tiles, parts, alpha=k)
 
 
-# W_e x + k up_e down_e drop(x), (S, out), in x's dtype, e the group of each row of x (S, in); down
-# (E, r, in), up (E, out, r). Differentiable once.
+# W_e x + k up_e down_e drop(x), (S, out), in x's dtype; e is the group of each row of x (S, in);
+# down (E, r, in), up (E, out, r). Differentiable once.
 low_rank_product: Callable[
     [Tensor, FrozenMatrices, Tensor, Tensor, Dropped | None, float], Tensor
 ] = _LowRank.apply

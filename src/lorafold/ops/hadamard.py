@@ -1,8 +1,6 @@
-"""The elementwise (Hadamard) product of two low-rank matrices, from their factors.
+"""The elementwise (Hadamard) product of two low-rank matrices, saving only the factors.
 
     P = s (A1 B1) * (A2 B2)         A (..., out, r), B (..., r, in)
-
-Only the factors are kept for the backward: autograd would keep both products, (out, in) each.
 """
 
 from __future__ import annotations
@@ -32,5 +30,5 @@ class _Hadamard(Exact):
         return g1 @ b1.mT, a1.mT @ g1, g2 @ b2.mT, a2.mT @ g2, None
 
 
-# s (a1 b1) * (a2 b2), (..., out, in), of a1, b1, a2, b2 and s. Differentiable once.
+# s (a1 b1) * (a2 b2), (..., out, in), for a1, b1, a2, b2 and s. Differentiable once.
 hadamard: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = _Hadamard.apply

@@ -1,11 +1,7 @@
-"""Tensors that the host sent to a device, and what it still knows of them.
+"""Tensors sent from the host to a device, with the values that the host still has.
 
-    x = sent(ids, device)       on a GPU a copy that nothing waits for
-    on_host(x)                  the values on the CPU: at once, if x was sent and is unchanged
-
-A GPU computes what is queued for it while the host prepares what comes next, until the host asks
-for a value. Lengths, labels and positions are known on the host before they are sent, so nothing
-that follows from them alone has to ask.
+    x = sent(ids, device)       on a GPU, an asynchronous copy
+    on_host(x)                  the values on the CPU; no wait if x was sent and is unchanged
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ ON_HOST = "_lorafold_on_host"
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x, of any shape, from the CPU to a device; x itself if it is there."""
+    """x (any shape) copied from the CPU to a device; x itself if it is already there."""
     if x.device.type != "cpu" or device.type == "cpu":
         return x.to(device)
     cuda = device.type == "cuda"
@@ -35,9 +31,7 @@ def all_sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, T
 
 
 def on_host(x: Tensor) -> Tensor:
-    """x, of any shape, on the CPU. The host waits for tensors that it did not send, or that changed
-    since.
-    """
+    """x (any shape) on the CPU. Waits for the device unless x was sent and is unchanged."""
     if x.device.type == "cpu":
         return x
     known = _host_of(x)
@@ -51,7 +45,7 @@ def _known(copy: Tensor, x: Tensor) -> Tensor:
 
 
 def _host_of(x: Tensor) -> Tensor | None:
-    if torch.compiler.is_compiling():  # in a graph nothing can be kept beside a tensor
+    if torch.compiler.is_compiling():  # in a graph, tensors cannot carry attributes
         return None
     known, version = vars(x).get(ON_HOST, (None, None))
     return known if version == _version(x) else None
@@ -62,13 +56,14 @@ def _version(x: Tensor) -> int | None:
 
 
 def plus(x: Tensor, n: int) -> Tensor:
-    """x + n, of any shape, which the host knows if it knows x."""
+    """x + n (any shape); the host knows the result if it knows x."""
     known = _host_of(x)
     return x + n if known is None else _known(x + n, known + n)
 
 
 def picked(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows (m, ...) of x (n, ...) by their numbers; x itself, if they are all, in order."""
+    """The rows (m, ...) of x (n, ...) with these numbers; x itself if these are all rows in order.
+    """
     if len(rows) == len(x) and all(i == b for i, b in enumerate(rows)):
         return x
     return x.index_select(0, sent(torch.tensor(rows, dtype=torch.long), x.device))
@@ -87,5 +82,5 @@ class _Rows(Exact):
         return g.new_zeros(ctx.shape).index_copy_(0, at, g), None
 
 
-# the rows (m, ...) of x (n, ...) at places (m,), of which none comes twice
+# the rows (m, ...) of x (n, ...) at places (m,), which must be distinct
 rows_at: Callable[[Tensor, Tensor], Tensor] = _Rows.apply

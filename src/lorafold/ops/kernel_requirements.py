@@ -1,9 +1,7 @@
-"""What kernels of other libraries demand of a GPU and of their inputs.
+"""Requirements of other libraries' kernels on the GPU and on their inputs.
 
-    takes(FLASH, q, v)                      whether the kernel takes these inputs where they are
-    with as_on(Place("cuda")): ...          as if tensors were on such a card
-
-A path that uses a kernel asks here first, so that every card takes one that exists.
+    takes(FLASH, q, v)                      whether the kernel supports these inputs on their device
+    with as_on(DeviceKind("cuda")): ...     as if tensors were on such a GPU
 """
 
 from __future__ import annotations
@@ -22,8 +20,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Demand(NamedTuple):
-    """The requirements of an attention kernel: dtypes, the largest head size and its divisor, and
-    the least compute capability of the GPU.
+    """An attention kernel's dtypes, largest head size and its divisor, and minimum compute
+    capability.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -37,14 +35,14 @@ FLASH = Demand(HALF, 256, 8, AMPERE)
 
 
 class DeviceKind(NamedTuple):
-    """A kind of device, and the compute capability of a GPU, major and minor."""
+    """A kind of device, and the compute capability (major, minor) of a GPU."""
 
     kind: str
     capability: tuple[int, int] = AMPERE
 
 
 def place_of(device: torch.device) -> DeviceKind:
-    """The kind of a device of this machine, with its compute capability if it is a GPU of CUDA."""
+    """The kind of a device of this machine, with its compute capability if it is a CUDA GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return DeviceKind(device.type)
     return DeviceKind("cuda", torch.cuda.get_device_capability(device))
@@ -55,8 +53,8 @@ _said: ContextVar[DeviceKind | None] = ContextVar("place", default=None)
 
 @contextmanager
 def as_on(place: DeviceKind) -> Iterator[None]:
-    """Have tensors computed as if they were on another device, until the `with` block ends, in this
-    thread. An estimate is of a device that may be elsewhere.
+    """Compute tensors as if they were on another device, in this thread, in the `with` block.
+    Estimates use it for devices that this machine lacks.
     """
     token = _said.set(place)
     try:
@@ -66,20 +64,20 @@ def as_on(place: DeviceKind) -> Iterator[None]:
 
 
 def kind_of(x: Tensor) -> str:
-    """The kind of device, such as cpu or cuda, whose ways x, of any shape, is computed in."""
+    """The kind of device, such as cpu or cuda, whose code paths apply to x (any shape)."""
     place = _said.get()
     return x.device.type if place is None else place.kind
 
 
-# major numbers for which torch has one kernel for products of groups, by sizes on the device; it
-# loops on others, and asks for the sizes
+# major versions for which torch has a grouped matmul kernel that reads the sizes on the device; on
+# others it loops, and waits for the sizes
 GROUPED = (9, 10)
-GROUPED_UNIT = 8  # what divides the sides of its matrices, in 16 bits
+GROUPED_UNIT = 8  # the sides of its 16-bit matrices must be multiples of this
 
 
 def groups_at_once(x: Tensor) -> bool:
-    """Whether one kernel multiplies all groups of rows on the device of x, of any shape, so that
-    the host need not know their sizes.
+    """Whether one kernel multiplies all groups of rows on the device of x (any shape), so that the
+    host need not know their sizes.
     """
     if kind_of(x) != "cuda":
         return False
@@ -89,7 +87,7 @@ def groups_at_once(x: Tensor) -> bool:
 
 
 def takes(demand: Demand, q: Tensor, v: Tensor) -> bool:
-    """Whether a kernel takes queries (..., D) and values (..., Dv), of one dtype and device."""
+    """Whether a kernel supports queries (..., D) and values (..., Dv) of one dtype and device."""
     size, place = q.shape[-1], _said.get()
     return (
         kind_of(q) == "cuda"

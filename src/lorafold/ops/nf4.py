@@ -1,12 +1,10 @@
-"""4-bit NormalFloat (NF4): the levels of its codes, for blocks of 64 weights whose constants may be
-quantized again in blocks of 256.
+"""The levels of 4-bit NormalFloat (NF4), and its block sizes.
 
-The levels are quantiles of N(0, 1), scaled so that the outermost are -1 and 1. Sixteen of them with
-an exact zero among them can't be symmetric, so 7 are below zero and 8 above, each side at even
-steps of probability between 1/2 and 0.9677083: the mean of 1 - 1/32 and 1 - 1/30, the middles of
-the outermost of 16 and of 15 bins of equal mass, whose ends are infinite.
+The levels are quantiles of N(0, 1), scaled so that the outermost are -1 and 1. Sixteen levels that
+include zero can't be symmetric, so 7 are negative and 8 positive, each side at even steps of
+probability between 1/2 and 0.9677083, the mean of 1 - 1/32 and 1 - 1/30.
 
-Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E, whose levels these are; its
+Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E, which lists these levels;
 equation 4 averages neighbouring quantiles instead.
 """
 
@@ -22,7 +20,7 @@ BLOCK, BLOCK_OF_CONSTANTS = 64, 256
 def levels() -> Tensor:
     """The 16 levels (16,), ascending, fp32: level[0] = -1, level[7] = 0, level[15] = 1."""
 
-    # the probabilities are rounded to fp32, so that the levels equal the published ones exactly
+    # fp32 probabilities make the levels equal the published ones exactly
     def above_zero(n: int) -> Tensor:
         return torch.special.ndtri(torch.linspace(OFFSET, 0.5, n + 1)[:-1].double()).float()
 

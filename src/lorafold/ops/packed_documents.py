@@ -1,13 +1,11 @@
-"""Documents that are packed end to end, and the tiles in which their attention is computed.
+"""Documents packed end to end, and the tiles in which their attention is computed.
 
     document i: keys key_at(i) + [0, lens[i]), queries at(i) + [0, lens[i] - starts[i])
 
-The query that is j-th in its document sees the keys (j - window, j] of it. Without shared tokens
-starts is 0 and every token is one query and one key. Documents that begin with the same tokens, as
-two completions of one prompt do, share them to any depth: the tokens are queries of the first
-document only, and keys of all of them, which `keys` lays end to end. A tile has some queries of
-documents of one length. `prefixed` documents have keys in front that are no queries (virtual tokens
-of prompt and prefix tuning), so no (T, n + T) mask is needed.
+The j-th query of a document sees its keys (j - window, j]. Without shared prefixes, starts is 0 and
+every token is one query and one key. Tokens of a shared prefix are queries of the first document
+only, and keys of all of them. `prefixed` documents have keys in front without queries (the virtual
+tokens of prompt and prefix tuning).
 """
 
 from __future__ import annotations
@@ -29,8 +27,10 @@ TILE = 128
 
 
 class Tile(NamedTuple):
-    """Queries lo:hi against keys first:hi of each of n consecutive documents of one length, whose
-    own queries begin at `start`; those of the first begin at token `at`, its keys at key `key_at`.
+    """Queries lo:hi against keys first:hi of each of n consecutive documents of one length.
+
+    Each document's own queries begin at position `start`; the first document's are at token `at`,
+    its keys at key `key_at`.
     """
 
     at: int
@@ -50,7 +50,7 @@ class Tile(NamedTuple):
 
     @property
     def seen(self) -> slice:
-        """The keys of the tile among those of a document."""
+        """The tile's keys among the keys of a document."""
         return slice(self.first, self.hi)
 
     def _every(self, x_SHD: Tensor) -> Tensor:
@@ -59,43 +59,43 @@ class Tile(NamedTuple):
         return x_SHD[self.key_at : end].unflatten(0, (self.n, self.length)).transpose(1, 2)
 
     def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """A copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key head
-        follow each other.
+        """A copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key head are
+        adjacent.
         """
         by_group = self.own(x_THD).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
         copy = by_group.to(dtype, memory_format=torch.contiguous_format)
         return copy.reshape(self.n * kv_heads, -1, x_THD.shape[-1])
 
     def keys(self, x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy (n * Hk, length, D), in that dtype, of all keys or values of its documents."""
+        """A copy (n * Hk, length, D), in `dtype`, of all keys or values of the tile's documents."""
         return self._every(x_SHD).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
     def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
-        """Write part (n * Hk, G * t, D), laid out as by `queries`, to its place in x_THD."""
+        """Write part (n * Hk, G * t, D), in the layout of `queries`, to its place in x_THD."""
         t, (heads, width) = self.hi - self.lo, x_THD.shape[1:]
         by_group = part.view(self.n, -1, heads * self.n // len(part), t, width)
         self.own(x_THD).copy_(by_group.permute(0, 3, 1, 2, 4).reshape(self.n, t, heads, width))
 
     def put_keys(self, x_SHD: Tensor, every: Tensor) -> None:
-        """Write every (n * Hk, length, D), laid out as by `keys`, to its place in x_SHD."""
+        """Write every (n * Hk, length, D), in the layout of `keys`, to its place in x_SHD."""
         self._every(x_SHD).copy_(every.unflatten(0, (self.n, -1)))
 
 
 @dataclass(frozen=True)
 class Documents:
     """The documents in a batch: `lens` are their lengths in tokens, sequence after sequence, with
-    sum B * T. With a window, query i sees the keys in (i - window, i].
+    sum B * T.
 
-    Documents may share their first tokens. Then document i's own tokens are starts[i]:lens[i] of
-    it, these are laid end to end in one sequence of T tokens, and `keys` (S,), S = sum(lens), says
-    which of the T is each key of each document.
+    With shared prefixes, the own tokens of document i are starts[i]:lens[i], packed into one
+    sequence of T tokens, and `keys` (S,), S = sum(lens), maps each key of each document to one of
+    the T tokens.
     """
 
     lens: tuple[int, ...]
     window: int | None = None
-    starts: tuple[int, ...] = ()  # zeros, unless they are given
+    starts: tuple[int, ...] = ()  # default: zeros
     keys: Tensor | None = field(default=None, repr=False, compare=False)
-    # the same documents without tokens in front, and how many keys these add in all
+    # the documents without their prefix keys, and the total number of prefix keys
     behind: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
     _ends: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -111,9 +111,7 @@ class Documents:
     def forest(
         cls, lens: Sequence[int], starts: Sequence[int], device: torch.device
     ) -> Documents:
-        """The documents of rows that lie end to end, each the first starts[i] tokens of the one
-        before and its own.
-        """
+        """Packed rows, each of which shares its first starts[i] tokens with the row before it."""
         if not any(starts):
             return cls(tuple(lens))
         keys, at, path = list[Tensor](), 0, torch.arange(0)
@@ -134,34 +132,34 @@ class Documents:
 
     @property
     def own(self) -> tuple[int, ...]:
-        """The number of each document's own tokens; their sum is that of all queries."""
+        """The number of each document's own tokens; they sum to the number of queries."""
         return tuple(n - start for n, start in zip(self.lens, self.starts, strict=True))
 
     @cached_property
     def table(self) -> Tensor:
-        """The tokens of queries and of keys before each document, its first own key and its length:
-        int64 (documents, 4), on the CPU.
+        """Per document, the number of queries and of keys before it, its first own key and its
+        length: int64 (documents, 4), on the CPU.
         """
         lens, own = torch.tensor(self.lens), torch.tensor(self.own)
         return torch.stack([own.cumsum(0) - own, lens.cumsum(0) - lens, lens - own, lens], 1)
 
     def gathered(self, x_THD: Tensor) -> Tensor:
-        """The keys or values (S, Hk, D) of each document in turn; x_THD itself, where none shares
-        tokens.
+        """The keys or values (S, Hk, D), document after document; x_THD itself without shared
+        prefixes.
         """
         return x_THD if self.keys is None else x_THD.index_select(0, self.keys)
 
     def scattered(self, x_SHD: Tensor, tokens: int) -> Tensor:
-        """The sums (tokens, Hk, D) of what is at each token's keys: the transpose of `gathered`."""
+        """The transpose of `gathered`: for each token, the sum over its keys, (tokens, Hk, D)."""
         if self.keys is None:
             return x_SHD
         return x_SHD.new_zeros(tokens, *x_SHD.shape[1:]).index_add_(0, self.keys, x_SHD)
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The attention (T, H, D) by the kernel of flash attention, in fp16 or bf16 on CUDA. q (T,
-        H, D); k, v (S, Hk, D).
+        """Attention (T, H, D) by FlashAttention, in fp16 or bf16 on CUDA. q (T, H, D); k, v
+        (S, Hk, D).
         """
-        # This takes over a second to import, and only GPUs need it.
+        # the import takes over a second, and only GPUs need it
         from torch.nn.attention.varlen import varlen_attn
 
         of_keys, of_queries = self._borders(q.device)
@@ -172,9 +170,7 @@ class Documents:
         )  # fmt: skip
 
     def _borders(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where each document's keys begin, and its queries, with the end: int32 (documents + 1,)
-        each. They are copied once for all layers.
-        """
+        """The offsets of each document's keys and of its queries: int32 (documents + 1,) each."""
         if device not in self._ends:
             borders = {
                 lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
@@ -184,10 +180,8 @@ class Documents:
         return self._ends[device]
 
     def tiles(self) -> Iterator[Tile]:
-        """Yield tiles that contain every query once.
-
-        Consecutive documents of equal length, and of as many own tokens, share their tiles, so that
-        a batch of documents of one length is one batched product.
+        """Yield tiles that contain every query once. Consecutive documents with the same length and
+        start share their tiles, so that a batch of equal documents is one batched matmul.
         """
         at = key_at = 0
         for (length, start), equal in groupby(zip(self.lens, self.starts, strict=True)):
@@ -202,11 +196,8 @@ class Documents:
         return (list(tiles) for _, tiles in groupby(self.tiles(), lambda tile: tile.key_at))
 
     def mask(self, tile: Tile, groups: int, like: Tensor) -> Tensor:
-        """The mask (G * t, s), 0 or -inf, that is added to the scores of a tile's t queries and s
-        keys.
-
-        Aligned at the last key, all tiles of t queries have the same mask. So the widest one is
-        kept, for all layers of a model, and the others are its last columns.
+        """The mask (G * t, s), 0 or -inf, added to the scores of a tile's t queries and s keys.
+        Only the widest mask is cached: aligned at the last key, the others are its last columns.
         """
         t, columns = tile.hi - tile.lo, tile.hi - tile.first
         key = t, groups, like.dtype, like.device
@@ -220,8 +211,8 @@ class Documents:
         return self._masks[key][:, -columns:]
 
     def dense(self, batch: int, device: torch.device) -> Tensor:
-        """The whole mask, boolean (B, 1, T, T): True where a query sees a token; (B, 1, T, n + T)
-        with n tokens in front.
+        """The whole mask, boolean (B, 1, T, T), True if a query sees a token; (B, 1, T, n + T) with
+        n tokens in front.
         """
         if self.behind is not None:
             documents, front = self.behind
@@ -238,22 +229,20 @@ class Documents:
         return seen if self.window is None else seen & (i[:, None] - self.window < i)
 
     def _dense_shared(self, document: Tensor, begins: Tensor, keys: Tensor) -> Tensor:
-        """The whole mask (1, 1, T, T) of documents that share tokens. document (S,); begins
-        (documents,); keys (S,).
-        """
+        """The whole mask (1, 1, T, T) of documents with shared prefixes."""
         j = torch.arange(len(document), device=document.device)
         first = begins + torch.tensor(self.starts, device=document.device)
-        i = j[j >= first[document]]  # (T,), each token's key in the document that it is of
+        i = j[j >= first[document]]  # (T,), each token's key in its own document
         seen = (document[i, None] == document) & (i[:, None] >= j)
         if self.window is not None:
             seen &= i[:, None] - self.window < j
-        # a token is a key of several documents, of which a query sees one
+        # a token is a key of several documents, but a query sees only one of them
         mask = seen.new_zeros(len(i), len(i), dtype=torch.uint8)
         return mask.index_add_(1, keys, seen.byte()).bool()[None, None]
 
 
 def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
-    """The documents behind n tokens each, those at the front of its sequence."""
+    """The documents with n more keys in front of each: the tokens at the front of its sequence."""
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
     keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
     sequence = keys // length

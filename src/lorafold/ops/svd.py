@@ -1,12 +1,9 @@
-"""The best approximation of a matrix by one of rank r, as two factors of equal norm (Eckart and
-Young 1936).
+"""Truncated SVD as two factors of equal norm, and the SVD of a product (Eckart and Young 1936).
 
     w ~ s B A,   B = U sqrt(S / s) (out, r), A = sqrt(S / s) V^T (r, in),   U S V^T the r largest
                  singular parts of w
 
-For small r it is found by subspace iteration: on a trained 1536 x 576 matrix 16 rounds take a
-quarter of the full SVD's time and leave a residual within 5e-5 of the least. A product of factors
-is never formed: with up = Q R and down^T = Q' R' its SVD follows from that of R R'^T, (r, r).
+With up = Q R and down^T = Q' R', the SVD of a product follows from the SVD of R R'^T, (r, r).
 """
 
 from __future__ import annotations
@@ -18,8 +15,9 @@ from torch import Tensor
 def best_of_rank(
     w: Tensor, rank: int, scale: float = 1.0, niter: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """The factors B (..., out, rank) and A (..., rank, in) of the best approximation of w. w (...,
-    out, in).
+    """The factors B (..., out, rank) and A (..., rank, in) of the best approximation of w
+    (..., out, in). For small ranks, by subspace iteration: 16 iterations leave a residual within
+    5e-5 of the optimum.
     """
     if niter and 2 * rank < min(w.shape[-2:]):
         u, s, v = torch.svd_lowrank(w, q=2 * rank, niter=niter)
@@ -32,8 +30,8 @@ def best_of_rank(
 
 def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of up (..., out, r) @ down (..., r, in), in fp64: U (..., out, k), S (..., k)
-    descending, V^T (..., k, in), where k = min(out, r, in); on the CPU for factors on Apple's GPU,
-    which has no fp64.
+    descending, V^T (..., k, in), k = min(out, r, in). On the CPU for MPS tensors, because MPS has
+    no fp64.
     """
     up, down = (x.cpu() if x.device.type == "mps" else x for x in (up, down))
     left, r_up = torch.linalg.qr(up.double())

@@ -1,11 +1,10 @@
-"""The Walsh-Hadamard transform, as two products with small Hadamard matrices.
+"""The Walsh-Hadamard transform, as two matmuls with small Hadamard matrices.
 
     y = H x / sqrt(n),  H[i, j] = (-1)^(number of ones that i and j share in binary),  n a power of
                         2; the transform of y is x
 
-H of n = a b is the Kronecker product of those of a and b, so for x reshaped to a matrix X (a, b) it
-is H_a X H_b. That takes n (a + b) multiplications where the fast transform takes n log n additions,
-but a matrix product is faster on a processor than many passes over memory.
+H of n = a b is the Kronecker product of H_a and H_b, so for x reshaped to a matrix X (a, b) the
+transform is H_a X H_b, which is faster than the n log n additions of the fast transform.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ def hadamard_matrix(n: int) -> Tensor:
 
 
 def halves(n: int) -> tuple[Tensor, Tensor]:
-    """H_a (a, a) and H_b (b, b) for `walsh` of n = a b numbers, a and b as close as possible."""
+    """H_a (a, a) and H_b (b, b) for `walsh` of n = a b values, with a and b as close as possible.
+    """
     a = 1 << (n.bit_length() - 1) // 2
     return hadamard_matrix(a), hadamard_matrix(n // a)
 
 
 def walsh(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The transform of x, (..., a b), which is orthonormal and its own inverse. x (..., a b); left,
-    right (a, a), (b, b).
+    """The transform of x (..., a b), which is orthonormal and its own inverse. left (a, a), right
+    (b, b).
     """
     return (left @ (x.unflatten(-1, (len(left), len(right))) @ right)).flatten(-2)

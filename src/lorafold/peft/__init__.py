@@ -1,1 +1,1 @@
-"""Reads and writes adapters as directories in PEFT's format, by one table of methods."""
+"""Reading and writing adapters in PEFT's format, described by one table of methods."""

@@ -1,15 +1,15 @@
-"""Adapters as directories in PEFT's format, read and written.
+"""Adapter directories in PEFT's format, read and written.
 
     adapter_config.json            method, targets, bias, modules to save
     adapter_model.safetensors      fp32, under PEFT's names: base_model.model.<module
                                    path>.lora_A.weight ...
-    lorafold.json                  the base's fingerprint, the adapters below, how it was made
+    lorafold.json                  the base's fingerprint, the base adapters, the recipe
     README.md, tokenizer.json ...  the model card; the tokenizer, if the adapter has its own
 
-Reading is strict: an error lists everything in a directory that is not understood, missing or left
-over, and the model stays unchanged. Directories written by PEFT have no record. If the model is a
-part of the one that other programs load, files have the module paths of the whole
-(`models.architecture`); files with the part's own paths are read too.
+Reading is strict: an error lists everything that is not understood, missing or left over, and the
+model stays unchanged. Directories written by PEFT have no lorafold.json. If the model is part of a
+multimodal one, files use the module paths of the whole (`models.architecture`); files with the
+part's own paths can be read too.
 """
 
 from __future__ import annotations
@@ -75,9 +75,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What of a model an adapter changes, and how: its method, the adapted modules by the pattern
-    with which the user selected them, the biases that train too, and the names with which the user
-    selected modules to train whole.
+    """An adapter's method, targets by the user's patterns, biases, and the user's names of modules
+    to save.
     """
 
     spec: Spec
@@ -95,17 +94,17 @@ class SavedAdapter:
     bias: Bias
     selection: PeftSelection
     weights: InMemory
-    own_base: OwnBase  # what it says of the base that it was trained on
-    over: tuple[Origin, ...]  # what it was trained over
+    own_base: OwnBase  # the base that it was trained on
+    over: tuple[Origin, ...]  # the adapters that it was trained on top of
     record: Mapping[str, Any]  # how it was made; empty if PEFT wrote it
     task: str | None  # PEFT's type of task
-    files: Mapping[str, tuple[int, str]]  # bytes and SHA-256 in hexadecimal of each that was read
-    sha256: str  # over the files COMPUTED
+    files: Mapping[str, tuple[int, str]]  # size and hex SHA-256 of each file that was read
+    sha256: str  # of the files COMPUTED
     own_tokenizer: bool
 
     @classmethod
     def open(cls, path: str | Path | Contents) -> SavedAdapter:
-        """Read an adapter directory, or take what was read of it."""
+        """Read an adapter directory, or parse contents that were already read."""
         contents = path if isinstance(path, Contents) else Contents(path, FILES)
         if CONFIG not in contents.files:
             raise no_adapter(contents.path)
@@ -121,11 +120,11 @@ class SavedAdapter:
             over = parse_over(record) if OVER in record else ()
         except LorafoldError as e:
             problems.append(f"{RECORD}: {e}")
-        contents.check_intact()  # what is damaged explains the problems
+        contents.check_intact()  # first, because damaged files cause the other problems
         if problems or written is None or config is None or weights is None:
             raise LorafoldError(f"{contents.path}: {as_one(problems)}")
         spec, selection, bias = config
-        # what is missing or damaged of a tokenizer is told when it is loaded
+        # missing or damaged tokenizer files are reported when the tokenizer is loaded
         named = contents.object(MANIFEST).get("files", ()) if MANIFEST in contents.files else ()
         return cls(
             contents.path,
@@ -147,12 +146,12 @@ class SavedAdapter:
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        """The recipe that it was trained with, under the names of now; empty if there is none."""
+        """Its training recipe with current field names; empty if there is none."""
         return named_as_now(self.record.get("recipe") or {})
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The classes of a classifier's adapter, in the order of their numbers, else None."""
+        """The class names of a classifier's adapter in order, else None."""
         names = self.record.get(CLASSES)
         if names is None:
             return None
@@ -164,7 +163,7 @@ class SavedAdapter:
 
     @property
     def scores(self) -> bool:
-        """Whether it is the adapter of a reward model; one that PEFT wrote has a head of one
+        """Whether it is a reward model's adapter. One written by PEFT is, if its head has one
         output.
         """
         if self.record or self.task != "SEQ_CLS":
@@ -173,7 +172,7 @@ class SavedAdapter:
         return bool(heads) and self.weights.shape(heads[0])[0] == 1
 
     def within(self, model: nn.Module) -> SavedAdapter:
-        """The adapter with the module paths that this model has."""
+        """The adapter with the module paths of this model."""
         modules = {path for path, _ in Anatomy.of(model).modules}
         own = [name.removeprefix(START) for name in self.weights.names if name.startswith(START)]
         roots = {".".join(path.split(".")[:2]) for path in own}
@@ -206,9 +205,7 @@ class SavedAdapter:
         }
 
     def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, SavedAdapter]:
-        """The ids of the tokens whose vectors the adapter has, as its selection says that it has
-        some, by module path, and the adapter with exactly these vectors among its weights.
-        """
+        """The ids of trained tokens by module path, and the adapter with exactly their rows."""
         resolved = tokens.resolve(model, self.selection.tokens)
         ids, weights = tokens.completed(model, resolved, self.weights, base)
         return ids, replace(self, weights=weights)
@@ -221,9 +218,7 @@ class SavedAdapter:
         base: Weights,
         problems: Sequence[str] = (),
     ) -> None:
-        """Give attached deltas the adapter's values, in fp32, on the devices of their modules (the
-        CPU for modules on the meta device).
-        """
+        """Set the values of attached deltas, in fp32; on the CPU for meta modules."""
         expected = saved_tensors(sites_of(model, parts, targets, base))
         keys = set(self.weights.names)
         loaded = {key: self.weights.get(key) for key in sorted(keys & expected.keys())}
@@ -247,7 +242,7 @@ def write(
     base: Weights,
     beside: ResultFiles,
 ) -> Path:
-    """Write the directory, completely or not at all."""
+    """Write the directory atomically."""
     spec, matches, targets = chosen.spec, chosen.matches, chosen.matches.paths
     replaced = [p for p, (first, *_) in parts.items() if isinstance(first, ReplaceDelta)]
     form, whole = form_of(model, spec, targets), whole_of(model)
@@ -261,7 +256,7 @@ def write(
     sites = sites_of(model, parts, targets, base)
     config = write_config(model, spec, sites, selection, chosen.bias, form)
     saved = {key: one.encoded() for key, one in saved_tensors(sites).items()}
-    if names := selection.modules_to_save:  # PEFT reads all that such a module has
+    if names := selection.modules_to_save:  # PEFT also reads their buffers
         buffers = buffers_beneath(model, names)
         saved = {f"{START}{name}": buffer for name, buffer in buffers.items()} | saved
     tensors = {
@@ -272,7 +267,7 @@ def write(
     record = {k: v for k, v in beside.record.items() if k != DROPOUT}
     if form.dropout:
         record[DROPOUT] = form.dropout
-    beneath = new_heads(model) if OVER in record else ()  # replaced there
+    beneath = new_heads(model) if OVER in record else ()  # the base adapters replaced these
     known = record.get(BASE) or fingerprint.of(base, [*replaced, *beneath])
     shown = {k: record[k] for k in (OVER, VOCABULARY) if k in record}
     card = beside.card or training_card(
@@ -294,7 +289,7 @@ def write(
 
 
 def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
-    """The adapters in these directories."""
+    """Read the adapters in these directories."""
     problems: list[str] = []
     adapters = [_attempt(problems, partial(SavedAdapter.open, path)) for path in paths]
     if problems:
@@ -303,8 +298,8 @@ def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
 
 
 def trained_on(adapters: Sequence[SavedAdapter | OwnBase]) -> TrainedOn | None:
-    """How the base of these adapters stored its weights in training; None if no record has it, and
-    where they were trained on plain weights of different dtypes.
+    """The base's storage in training; None if unknown, or if the adapters had different unquantized
+    dtypes.
     """
     own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
     records = {str(one.adapter): one.trained_on for one in own if one.trained_on}
@@ -322,7 +317,7 @@ def trained_on(adapters: Sequence[SavedAdapter | OwnBase]) -> TrainedOn | None:
 
 
 def renamed(key: str, path: Callable[[str], str]) -> str:
-    """The key of a tensor in a file, with the module path in it as `path` gives it."""
+    """A tensor's key in a file, with its module path mapped by `path`."""
     return START + path(key.removeprefix(START)) if key.startswith(START) else key
 
 

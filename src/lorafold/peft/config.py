@@ -1,12 +1,13 @@
-"""adapter_config.json, both ways: the method's fields by its row of the table, and those that all
-methods share. A field that is not understood must be neutral (null, false, empty).
+"""adapter_config.json, read and written: the fields of the method and the fields of all methods.
 
     target_modules     a list: paths, or ends of paths; a string: a regular expression over whole
-                       paths, or "all-linear" (all linears but the output layer)
-    exclude_modules    the same forms, for modules to leave out; modules to save are left out too
+                       paths, or "all-linear" (all linear layers but the output layer)
+    exclude_modules    the same forms, for modules to exclude; modules to save are excluded too
     layers_to_transform, layers_pattern    adapt only modules in the blocks of these numbers
     modules_to_save    names with which paths end, even inside a part of a path
     target_parameters, trainable_token_indices    see `form.py` and `tokens.py`
+
+Unknown fields must be neutral (null, false, empty).
 """
 
 from __future__ import annotations
@@ -44,20 +45,19 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """A list as a tuple; any other value alone in one."""
+    """A list as a tuple; any other value alone in a tuple."""
     return tuple(value) if isinstance(value, list) else (value,)
 
 
 def as_patterns(value: str | list[str]) -> Patterns:
-    """Names as a tuple, or a regular expression as it is; the preset all-linear may have any case.
-    """
+    """Names as a tuple, or a regular expression; all-linear in any case."""
     if not isinstance(value, str):
         return tuple(value)
     return value.lower() if value.lower() == "all-linear" else value
 
 
 def as_ids(value: list[int] | dict[str, list[int]]) -> Ids:
-    """Token ids as a tuple, or a tuple for each named module."""
+    """Token ids as a tuple, or as a tuple per module name."""
     return (
         {name: tuple(ids) for name, ids in value.items()}
         if isinstance(value, dict)
@@ -82,7 +82,7 @@ PARAMETERS = Field(
     "target_parameters", "target_parameters", list[str] | None, None, from_file=as_tuple, empty=()
 )
 BIAS = Field("bias", "bias", Bias, "none")
-# what says where an adapter came from, not what it computes
+# fields about an adapter's origin, which do not affect its outputs
 ABOUT = frozenset(
     {
         "peft_type",
@@ -95,14 +95,12 @@ ABOUT = frozenset(
         "runtime_config",
     }
 )
-# what no method's own option is called
+# names that a method's options must not have
 SHARED = ABOUT | {BIAS.key, PARAMETERS.key} | {field.key for field in SELECTION}
 
 
 def no_adapter(path: Path) -> LorafoldError:
-    """The error for a path without an adapter's configuration: what is there instead, and what to
-    give.
-    """
+    """The error for a path without an adapter_config.json, with a hint."""
     if path.is_file():
         own = (path.parent / CONFIG).is_file()
         hint = f"; it is a file, and its directory is {path.parent}" if own else "; it is a file"
@@ -130,7 +128,7 @@ def write_config(
         )
     task, heads = task_of(model)
     names = selection.modules_to_save
-    # without heads that the adapter does not hold, for which PEFT would look
+    # no task if PEFT would then look for heads that the adapter does not contain
     if heads and {*saved_leaves(model, (*names, *heads))} != {*saved_leaves(model, names)}:
         task = None
     config = method.config(spec, sites) | {
@@ -159,7 +157,7 @@ def write_config(
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
-    """LorafoldError lists every field that has a wrong value or is not supported."""
+    """Parse a config. The error lists every invalid or unsupported field."""
     method = method_of(config)
     spec, problems = method.read(config)
     shared: dict[str, Any] = {"experts": not method.of_peft}
@@ -191,7 +189,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
 
 
 def method_of(config: Mapping[str, Any]) -> Method:
-    """The row of the table that a config is read by."""
+    """The table row for a config."""
     kind = config.get("peft_type")
     of_kind = [m for m in METHODS if m.peft_type == kind]
     of_kind = of_kind or [m for m in more_methods() if m.peft_type == kind]
@@ -209,13 +207,12 @@ def method_of(config: Mapping[str, Any]) -> Method:
 
 
 def is_neutral(value: Any) -> bool:
-    """Does this value of a key that is not understood leave unchanged what the adapter computes?"""
+    """Whether this value of an unknown key means that the option is off."""
     return value is None or value is False or value in ("", [], {})
 
 
 Patterns = str | tuple[str, ...]
-# By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the
-# modules to save.
+# (end of the model class's name, PEFT's task, heads that PEFT then adds to the modules to save)
 TASKS = (
     ("ForCausalLM", "CAUSAL_LM", ()),
     ("LMHeadModel", "CAUSAL_LM", ()),
@@ -227,9 +224,7 @@ TASKS = (
 
 @dataclass(frozen=True)
 class PeftSelection:
-    """The fields of a PEFT config that select modules, under PEFT's names. `targets` and `saved`
-    find the modules in a model.
-    """
+    """The fields of a PEFT config that select modules, under PEFT's names."""
 
     target_modules: Patterns
     modules_to_save: tuple[str, ...] = ()
@@ -238,11 +233,11 @@ class PeftSelection:
     layers_pattern: tuple[str, ...] = ()
     tokens: Ids = ()
     target_parameters: tuple[str, ...] = ()
-    preset: str | None = None  # what the method always adapts, instead of target_modules
-    experts: bool = False  # target_modules name matrices of experts too, as PEFT's do not
+    preset: str | None = None  # the fixed targets of the method, instead of target_modules
+    experts: bool = False  # target_modules may match matrices of experts, unlike in PEFT
 
     def targets(self, model: nn.Module) -> Matches:
-        """The modules to adapt, by pattern. Patterns that match no module are left out."""
+        """The modules to adapt, by pattern. Patterns without a match are omitted."""
         if self.preset is not None:
             return match(model, self.preset, is_linear)
         patterns = self.target_modules
@@ -283,8 +278,8 @@ class PeftSelection:
         return Matches({pattern: hits for pattern, hits in matches.items() if hits})
 
     def spec_in(self, model: nn.Module, spec: Spec) -> Spec:
-        """The spec that gives each site the rank and alpha that PEFT gives it in this model: it
-        looks those of a module's weight up by the path of the weight.
+        """The spec with PEFT's ranks and alphas, which it looks up by weight for modules adapted as
+        parameters.
         """
         if not self.target_parameters:
             return spec
@@ -297,8 +292,8 @@ class PeftSelection:
         return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)  # type: ignore[type-var]
 
     def saved(self, model: nn.Module) -> Matches:
-        """The modules to save whole, by name. Names that match no module are left out: PEFT lists
-        the heads of all architectures in the config of a classifier.
+        """The modules to save, by name. PEFT lists the heads of all architectures for a classifier,
+        so names without a match are omitted.
         """
         paths = [p for p, _ in Anatomy.of(model).modules if p]
         names = self.modules_to_save
@@ -306,8 +301,8 @@ class PeftSelection:
         return Matches({name: hits for name, hits in matches.items() if hits})
 
     def under(self, roots: Mapping[str, str]) -> PeftSelection:
-        """The same selection of a part of a model, where the whole one's module paths have other
-        roots.
+        """The selection for a part of a model; `roots` maps paths in the part to paths in the
+        whole.
         """
 
         def inner(value: Any) -> Any:
@@ -368,16 +363,14 @@ def simplest_selection(
 
 
 def task_of(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
-    """PEFT's task for the model, and the names of the heads that PEFT then saves; None and no names
-    for a model of which it knows none.
-    """
+    """PEFT's task for the model, and the heads that PEFT then saves."""
     name = type(model).__name__
     return next(((task, heads) for end, task, heads in TASKS if name.endswith(end)), (None, ()))
 
 
 def _with_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """These names with the head that PEFT saves as a whole in place of those of its parts: it would
-    put a wrapper around both, and has no key for the inner one.
+    """The names, with a whole head instead of its parts: PEFT would wrap both, and has no key for
+    the inner one.
     """
     _, heads = task_of(model)
     paths = PeftSelection((), heads).saved(model).paths
@@ -392,16 +385,13 @@ def _with_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The paths of all modules with parameters at or below the modules that PEFT finds for these
-    `modules_to_save`.
-    """
+    """The paths of all modules with parameters in these `modules_to_save`."""
     inside = beneath(PeftSelection((), tuple(names)).saved(model).paths)
     return [path for path, m in Anatomy.of(model).modules if m._parameters and inside(path)]
 
 
 def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """The floating-point buffers in a model's state, of any shape, by name, of the modules that
-    PEFT finds for these `modules_to_save`, and of those below.
+    """The floating-point buffers (any shape) of the state dict in these `modules_to_save`, by name.
     """
     inside, state = beneath(PeftSelection((), tuple(names)).saved(model).paths), base_state(model)
     return {

@@ -1,18 +1,16 @@
-"""The forms that tensors of a convolution's delta have in PEFT's files. A delta holds matrices for
-W (out, in / groups * prod(window)).
+"""PEFT's tensor shapes for convolutions. A delta holds matrices for W (out, in / groups *
+prod(window)).
 
     lora_A       (r, in / groups, *window)      lora_B               (out, r, 1, ...)
     ia3_l        (1, out, 1, ...)               lora_magnitude_vector (1, out, 1, ...)
-    lokr_w2      (o2, i2, *window); over a Conv1d (o2, i2 * window), as explained at `not_whole`
-    all others of LoHa, LoKr and AdaLoRA as the delta has them
+    lokr_w2      (o2, i2, *window); over a Conv1d (o2, i2 * window), see `not_whole`
+    all others of LoHa, LoKr and AdaLoRA as in the delta
 
 With `use_effective_conv2d`, LoHa and LoKr have a Tucker core for a window larger than 1. It is
-multiplied into one of its factors when a file is read:
+multiplied into one of its factors when a file is read, which leaves the update unchanged:
 
     t (r, r, *window), a (r, out), b (r, in):   dW[o, c, k] = sum_ij a[i, o] t[i, j, k] b[j, c]
     a' = a^T (out, r),   b' (r, in * prod(window)) = sum_j t[i, j, k] b[j, c]
-
-The change of the weight stays the same; b' has more parameters than t and b.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ def as_kernel(m: Tensor, site: TargetModule) -> Tensor:
 
 
 def as_channels(v: Tensor, site: TargetModule) -> Tensor:
-    """A vector (out,) that broadcasts to outputs: (1, out, 1, ...)."""
+    """A vector (out,) as (1, out, 1, ...), which broadcasts to outputs."""
     return v.view(1, -1, *(1,) * len(site.window))
 
 
@@ -44,13 +42,13 @@ def flat(kernel: Tensor, site: TargetModule) -> Tensor:
 
 
 def all_flat(v: Tensor, site: TargetModule) -> Tensor:
-    """A vector (out,) of any form."""
+    """A vector (out,) from any shape."""
     return v.flatten()
 
 
 def not_down(a: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with a lora_A (r, channels, ...) of a file, or None. PEFT's has all input
-    channels if the convolution has groups: an update that mixes them, which the weight can't hold.
+    """The problem with a lora_A (r, channels, ...) of a file, or None. With all input channels of a
+    grouped convolution, the update mixes groups, which the weight can't represent.
     """
     expected = as_kernel(site.delta.A, site).shape  # type: ignore[arg-type]
     mixes = a.dim() == len(expected) and a.shape[1] > expected[1]
@@ -66,18 +64,17 @@ def _misfit(found: Tensor, expected: torch.Size, hint: str) -> str | None:
 
 
 def whole(w2: Tensor, site: TargetModule) -> Tensor:
-    """LoKr's whole D, a matrix (o2, i2 * prod(window)), as the file has it: (o2, i2, *window), or
-    the matrix itself over a Conv1d.
+    """LoKr's full D, a matrix (o2, i2 * prod(window)), in the file's shape: (o2, i2, *window), or
+    unchanged over a Conv1d.
     """
     return w2 if len(site.window) == 1 else as_kernel(w2, site)
 
 
 def not_whole(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with a lokr_w2 of a file, or None.
+    """The problem with a lokr_w2 (any shape) of a file, or None.
 
-    PEFT 0.21 multiplies a w2 (o2, i2, k) of a Conv1d in another order, kron(w2, w1), than its own
-    factors, its Conv2d and LyCORIS. Such a file is refused, and ours has the matrix, which PEFT
-    refuses: neither is misread.
+    For a Conv1d, PEFT 0.21 multiplies a w2 (o2, i2, k) in another order, kron(w2, w1), than its own
+    factors and LyCORIS. Such a file is rejected, and lorafold writes a matrix, which PEFT rejects.
     """
     other = len(site.window) == 1 and w2.dim() == 3
     hint = (
@@ -88,7 +85,7 @@ def not_whole(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str
 
 
 def in_matrix_form(file: InMemory) -> InMemory:
-    """The tensors of a file with Tucker cores, which are multiplied into their factors."""
+    """The tensors of a file with Tucker cores multiplied into their factors."""
     hidden, factors = set[str](), dict[str, Tensor]()
     for core in [name for name in file.names if name.endswith(CORES)]:
         stem = f"{core[:-2]}w{core[-1]}"

@@ -5,9 +5,9 @@
     tensors      {at}.<delta>_<tensor> for everything in the delta's state dict but its `run_names`:
                  the tensor `scale` of a `ScaledDelta` is `{at}.scaled_scale`
 
-A new method needs a row only if PEFT has it too, if its file has other names than the code, or if
-the file and not the spec decides on the size of a tensor. OWN and TENSORS are methods that had
-names in files before this rule.
+A new method needs a row only if PEFT has it too, if its file uses other names than the code, or if
+the size of a tensor depends on the file and not on the spec. OWN and TENSORS are methods whose
+names in files predate this rule.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ PREFIX = "LORAFOLD_"
 
 
 def method(spec: type[Spec], peft_type: str) -> Method:
-    """The row of a spec's class, from its fields."""
+    """The row of a spec class, from its fields."""
     own = (_field(spec, field) for field in fields(spec) if field.init)  # type: ignore[arg-type]
     return Method(spec, peft_type, tuple(own))
 
 
 def methods(known: Collection[type[Spec]]) -> list[Method]:
-    """The rows of the registered methods that are not `known`. Those that train the base have none:
-    they are saved as models.
+    """The rows of the registered methods that are not `known`. Methods that train the base have
+    none, because they are saved as models.
     """
     rows: dict[str, tuple[str, Method]] = {}
     seen = {*known}
@@ -66,7 +66,7 @@ def methods(known: Collection[type[Spec]]) -> list[Method]:
 
 
 def entries(site: TargetModule) -> list[FileTensor]:
-    """The tensors of a delta that has no row."""
+    """The tensors of a delta without a row."""
     delta = site.delta
     prefix = type(delta).__name__.lower().removesuffix("delta")
     names = [name for name in delta.state_dict() if name not in delta.run_names]
@@ -80,7 +80,7 @@ def _field(spec: type[Spec], field: OfSpec[Any]) -> Field:
     def from_file(value: Any) -> Any:
         if value is default and made is not MISSING:
             return default
-        # as JSON, which has lists where the field may have a tuple
+        # validated as JSON, in which tuples are lists
         kind = TypeAdapter(get_type_hints(spec)[field.name])
         return kind.validate_json(json.dumps(value), strict=True)
 
@@ -100,8 +100,8 @@ def _field(spec: type[Spec], field: OfSpec[Any]) -> Field:
 
 
 def not_positions(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the positions (k,) of a sparse delta's entries, in a weight in row-major
-    order, or None. The file decides how many there are.
+    """The problem with the positions (k,) of a sparse delta in a row-major weight, or None. The
+    file determines k.
     """
     shape: Any = site.delta.shape
     ascending = at.dim() == 1 and at.dtype == torch.int64 and bool((at[1:] > at[:-1]).all())
@@ -111,7 +111,7 @@ def not_positions(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]) ->
 
 
 def not_values(values: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the values (k,) of a sparse delta's entries, or None."""
+    """The problem with the values (k,) of a sparse delta, or None."""
     at = file.get(f"{site.at}.sparse_at")
     if values.is_floating_point() and at is not None and values.shape == at.shape:
         return None
@@ -126,8 +126,8 @@ def subspace(site: TargetModule) -> list[FileTensor]:
 
 
 def not_owners(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the numbers (R,) of the adapters that a mixture's columns belong to, or
-    None. The file decides how many there are.
+    """The problem with the adapter numbers (R,) of a mixture's columns, or None. The file
+    determines R.
     """
     n: Any = site.delta.n
     if owner.dim() == 1 and owner.dtype == torch.int64 and bool(((owner >= 0) & (owner < n)).all()):
@@ -136,8 +136,8 @@ def not_owners(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) ->
 
 
 def not_frozen(dim: int) -> Misfit:
-    """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in):
-    dimension `dim`, -1 or -2, has a column for each owner, and the others are those of the layer.
+    """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in), whose
+    dimension `dim` is R.
     """
 
     def misfit(factor: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
@@ -158,7 +158,7 @@ def not_frozen(dim: int) -> Misfit:
     return misfit
 
 
-# the frozen factors of a mixture, and which adapter each column belongs to
+# the frozen factors of a mixture, and the adapter of each column
 MIXTURE = (
     FileTensor("up", "{at}.mixture_up", misfit=not_frozen(-1)),
     FileTensor("down", "{at}.mixture_down", misfit=not_frozen(-2)),
@@ -167,7 +167,7 @@ MIXTURE = (
 
 
 def gated(site: TargetModule) -> list[FileTensor]:
-    """The tensors of a mixture with gates, which are in the file once if they are shared."""
+    """The tensors of a mixture with gates; shared gates are in the file once."""
     delta = site.delta
     key = GATES if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
     return [*MIXTURE, *[FileTensor("gates.values", key)] * ("gates" in delta._modules)]

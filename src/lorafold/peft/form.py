@@ -1,17 +1,18 @@
-"""The form in which an adapter is written: PEFT's, or one of our own that PEFT refuses.
+"""The format in which an adapter is written: PEFT's, or lorafold's own, which PEFT rejects.
 
-PEFT adapts the matrices of experts and of grouped linears as parameters (`target_parameters`), with
-LoRA alone, without dropout, and experts in parameters of three dimensions. So the dropout of such
-an adapter is in its record; any other method over them has a peft_type of our own. A model whose
-experts transformers 4 had as modules has some linears named by their weights too (`renames`).
+PEFT adapts the matrices of experts and of grouped linear layers as parameters
+(`target_parameters`), only with LoRA, without dropout, and only if the experts are 3-D parameters.
+The dropout of such an adapter is therefore in lorafold.json, and other methods on them have a
+peft_type of lorafold's. In models whose experts were modules in transformers 4, some linear layers
+are named by their weights too (`renames`).
 
 PEFT puts a wrapper over the module for each of its parameters, the last registered outermost:
 
     ...experts.lora_A.weight                of down_proj
     ...experts.base_layer.lora_A.weight     of gate_up_proj, if down_proj is adapted too
 
-For a module without the attribute `is_transposed` PEFT assumes matrices (out, in), so those of
-Llama 4, which are (in, out), have their factors exchanged (`turned`).
+For a module without the attribute `is_transposed` PEFT assumes matrices (out, in), so the factors
+for Llama 4's matrices, which are (in, out), are exchanged (`turned`).
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from lorafold.peft.table_types import Method
 from lorafold.peft.tokens import ends
 
 log = logging.getLogger(__name__)
-# PEFT refuses these targets of LoRA and AdaLoRA in models of these types, whose kernels may read
-# the weights past its layers
+# PEFT rejects these targets of LoRA and AdaLoRA in models of these types, whose kernels may read
+# the weights directly
 REFUSED = frozenset({"out_proj", "conv1d"})
 REFUSING = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-# the modules whose weights models of these types read or write past the modules' forwards, always
-# or in their fast kernels
+# the modules whose weights models of these types access without the modules' forward, always or in
+# their fast kernels
 PAST = {
     **dict.fromkeys(("falcon_mamba", "mamba"), ("dt_proj", "out_proj", "x_proj")),
     **dict.fromkeys(
@@ -54,8 +55,8 @@ PAST = {
     "rwkv": ("output", "value"),
     "wavlm": ("k_proj", "out_proj", "q_proj", "v_proj"),
 }
-DROPOUT = "dropout"  # in the record: the dropout of an adapter whose config can't have it
-# the last parts of the paths that PEFT renames, by the family of experts in transformers 4
+DROPOUT = "dropout"  # in lorafold.json: the dropout of an adapter whose config can't contain it
+# the model families whose target modules PEFT renames, and the last parts of these modules' paths
 FAMILIES = ("mixtral", "qwen2_moe")
 RENAMED = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 PER_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -65,16 +66,13 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class WrittenForm:
-    """How an adapter is written.
+    """The format of a written adapter.
 
-    method: The row of the table.
-    parameters: The paths of the parameters by site, for the sites that PEFT adapts as parameters;
-        empty in a form of our own.
-    renamed: PEFT renames target modules of this model, so that only lists of names are safe.
-    own_format: The form is one of our own because PEFT has no such method for parameters.
-    dropout: The dropout that the config can't have.
-    refused: The targets for which PEFT does not load it, by the last part of their paths.
-    past: Likewise the others whose weights the model reads itself, without PEFT's update.
+    parameters: Target module -> parameter, for modules that PEFT adapts as parameters. renamed:
+    PEFT renames target modules of this model, so that only lists of names are safe. own_format:
+    PEFT does not have this method for parameters. dropout: The dropout that the config can't
+    contain. refused: Target names because of which PEFT does not load the adapter. past: Other
+    target names whose weights the model reads without PEFT's update.
     """
 
     method: Method
@@ -87,14 +85,12 @@ class WrittenForm:
 
     @property
     def in_peft(self) -> bool:
-        """Whether PEFT reads the files, or refuses their peft_type, which is one of our own, or
-        their targets.
-        """
+        """Whether PEFT can load the files."""
         return self.method.of_peft and not self.refused
 
 
 def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenForm:
-    """The form of an adapter."""
+    """The format for an adapter."""
     method = next((m for m in METHODS if m.holds(spec)), None)
     method = method or next((m for m in more_methods() if m.holds(spec)), None)
     if method is None:
@@ -118,7 +114,7 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
         parameters, refused, past = {}, (), ()
     if not parameters:
         return WrittenForm(method, {}, renamed, refused=refused, past=past)
-    # the matrices of which PEFT would take for one
+    # PEFT would mistake these for a single matrix
     flat = any(isinstance(module, Matrices) and module.stored.flat for module in modules)
     if flat or not method.parameters:
         return WrittenForm(over_experts(method), {}, own_format=True)
@@ -127,7 +123,7 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
 
 
 def warn_limits(form: WrittenForm, path: object) -> None:
-    """Log what the form means to a user of PEFT."""
+    """Log the limits of the format for users of PEFT."""
     if form.own_format:
         log.warning(
             f"{path}: PEFT adapts experts and grouped linears with LoRA alone, and experts in"
@@ -153,7 +149,7 @@ def warn_limits(form: WrittenForm, path: object) -> None:
 
 
 def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
-    """The spec of a config, with the dropout of the record beside it."""
+    """The spec of a config with the dropout from lorafold.json."""
     if DROPOUT not in record:
         return spec
     if type(value := record[DROPOUT]) is not float:
@@ -162,8 +158,8 @@ def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
 
 
 def renames(model: nn.Module) -> bool:
-    """Whether PEFT takes some target modules of LoRA in this model, which has experts, for
-    parameters of these: it looks the model's type up in transformers' table of families.
+    """Whether PEFT treats some LoRA targets in this model with experts as parameters, by the model
+    type's family.
     """
     from transformers import conversion_mapping
 
@@ -173,7 +169,7 @@ def renames(model: nn.Module) -> bool:
 
 
 def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
-    """How many wrappers of other parameters PEFT puts over each target that is one of experts."""
+    """The number of other parameters' wrappers that PEFT puts over each target in experts."""
     owned: dict[nn.Module, dict[str, str]] = defaultdict(dict)
     for path in targets:
         if isinstance(module := module_at(model, path), Matrices) and not module.stored.flat:
@@ -186,14 +182,14 @@ def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
 
 
 def turned(module: nn.Module) -> bool:
-    """Whether PEFT takes the inputs of a module's matrices for their outputs."""
+    """Whether PEFT exchanges inputs and outputs of a module's matrices."""
     if not isinstance(module, Matrices):
         return False
     return module.stored.transposed != bool(getattr(module.owner, "is_transposed", False))
 
 
 def shortest(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
-    """The shortest ends of paths, in whole parts, that name exactly the chosen parameters."""
+    """The shortest path ends that name exactly the chosen parameters."""
     every = Counter(end for path, *_ in _parameters(model) for end in ends(path))
     own = Counter(end for path in chosen for end in ends(path))
     names = (next(e for e in ends(p) if own[e] == every[e] or e == p) for p in chosen)
@@ -201,8 +197,8 @@ def shortest(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
 
 
 def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The sites that PEFT's `target_parameters` select, by name; a name that matches no parameter
-    has none.
+    """The modules that PEFT's `target_parameters` select, by name; empty for a name without a
+    match.
     """
     found: dict[str, list[str]] = {name: [] for name in names}
     wrong = []
@@ -227,8 +223,8 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
 
 
 def renamed_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) -> dict[str, V]:
-    """The values (ranks or alphas by regular expression, as PEFT matches them) with more of them
-    for each pair of names of a path, where the second name would get another value than the first.
+    """Ranks or alphas by regular expression, with entries for new names of (old, new) paths that
+    would get other values.
     """
     def of(path: str) -> Any:
         return next((v for key, v in values.items() if pattern_matches(key, path)), None)
@@ -238,9 +234,7 @@ def renamed_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) 
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
-    """Yield the path of each parameter, that of its module, the module and the parameter's name.
-    Experts have those of a plain model in any storage.
-    """
+    """Yield (path, module path, module, name) of each parameter, for experts as if unquantized."""
     anatomy = Anatomy.of(model)
     for path, module in anatomy.modules:
         own = [name for name, parameter in module._parameters.items() if parameter is not None]

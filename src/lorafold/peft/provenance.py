@@ -1,13 +1,13 @@
-"""What a saved adapter says of what it was trained on: its base, and the adapters below it.
+"""The base of a saved adapter, and the adapters below it.
 
     "base_model_name_or_path": ...                in adapter_config.json: the base's name
     "base": {...}, "base_identity": ...           in lorafold.json: its fingerprint and identity
     "over": [{"adapter": "out/sft", "sha256": "5d1c..."}, ...]      and the adapters, lowest first
 
-Directories that PEFT wrote have the name alone. An adapter that was trained over others is a change
-of what they make of the base, so it is loaded over the same ones only. They are known by a digest
-of the two files that say what they compute: neither a card, a record nor a tokenizer is part of it,
-and PEFT's directories have one too.
+Directories written by PEFT contain only the name. An adapter that was trained on top of others can
+only be loaded on top of the same ones. They are identified by a digest of the config and the
+weights, so that changes of the card, record or tokenizer do not matter, and PEFT's directories have
+one too.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, no_adapter
 
-COMPUTED = (CONFIG, WEIGHTS)  # the files whose digest is an adapter's
+COMPUTED = (CONFIG, WEIGHTS)  # the files that an adapter's digest covers
 SHOWN = 12  # digits of a digest in messages
-BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
+BASE_IDENTITY = "base_identity"  # in lorafold.json: `identity.of_model` of the base's files
 ALLOWED = "--allow-other-base"
 OTHER = "not the base it was trained on"
-MOST = 290  # characters of a message that names an adapter, its base and the one at hand
-BYTES = 8 << 20  # the most of both files
-SHORT = 30  # characters of a name, so that a message has less than 300
+MOST = 290  # maximum characters of a message that names an adapter and two bases
+BYTES = 8 << 20  # maximum size of both files
+SHORT = 30  # maximum characters of a name in a message
 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The storage of a base in training, and the dtype that it computed in; None where the record
-    of an earlier version does not name it.
+    """The storage and compute dtype of a base in training; no dtype in records of earlier versions.
     """
 
     storage: str
@@ -48,7 +47,7 @@ class TrainedOn:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> TrainedOn | None:
-        """From a record."""
+        """Parse lorafold.json."""
         names = record.get(TRAINED_ON)
         if names is None:
             storage = named_as_now(record.get("recipe") or {}).get("storage")
@@ -58,7 +57,7 @@ class TrainedOn:
         return cls(names.get("storage", "auto"), names.get("dtype"))
 
     def as_json(self) -> dict[str, str]:
-        """As a record has it."""
+        """The entry in lorafold.json."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __str__(self) -> str:
@@ -68,15 +67,8 @@ class TrainedOn:
 
 @dataclass(frozen=True)
 class OwnBase:
-    """The base of an adapter as it says itself; what it does not say is empty.
-
-    adapter: The directory of the adapter.
-    name: The name or path by which the base was opened.
-    revision: Of a hub model, as PEFT notes it.
-    fingerprint: Of the base's weights.
-    identity: Of the base's files.
-    trained_on: How the base stored its weights in training, and the dtype that it computed in; None
-        where the record has neither.
+    """The base recorded in an adapter (a directory): its name or path, Hub revision, fingerprint
+    and identity, and its storage in training. Unknown fields are empty.
     """
 
     adapter: Path
@@ -109,18 +101,16 @@ class OwnBase:
 
     @property
     def named_in(self) -> str:
-        """The file that names it, in words."""
+        """The file that contains its name, for messages."""
         return "the adapter's record" if self.fingerprint else f"the adapter's {CONFIG}"
 
     @property
     def known(self) -> bool:
-        """Whether it says anything by which the base can be found."""
+        """Whether there is any information to find the base."""
         return bool(self.name or self.fingerprint)
 
     def same_as(self, other: OwnBase) -> bool:
-        """Whether both are one base: by what both say of it, and if only one has a fingerprint, by
-        their names.
-        """
+        """Whether both are the same base, by identity, fingerprint, or else name."""
         if self.identity and self.identity == other.identity:
             return True
         if self.fingerprint and other.fingerprint:
@@ -128,16 +118,13 @@ class OwnBase:
         return self.name == other.name
 
     def without(self, paths: Sequence[str]) -> OwnBase:
-        """The same with a fingerprint that has nothing of these modules, which are not the base's.
-        """
+        """A copy whose fingerprint omits these modules, which are not part of the base."""
         inside = tuple(f"{path}." for path in paths)
         samples = {n: one for n, one in self.fingerprint.items() if not n.startswith(inside)}
         return replace(self, fingerprint=samples)
 
     def problems(self, base: Weights, called: str) -> list[str]:
-        """A line that says that a base is another one, or no line. An adapter without a fingerprint
-        fits any base.
-        """
+        """A message if `base` is another one; none for an adapter without a fingerprint."""
         if not (differences := fingerprint.differences(self.fingerprint, base)):
             return []
         message = OTHER
@@ -151,8 +138,8 @@ class OwnBase:
         ]
 
     def check(self, base: Weights, called: str) -> None:
-        """Raise LorafoldError for another base, as `problems`, whose arguments these are, but not
-        where none of the weights is there: in files they may have other names than in the model.
+        """Raise LorafoldError for another base, unless none of its weights is found: files may use
+        other names.
         """
         known = any(base.find(name) for name in self.fingerprint)
         if known and (problems := self.problems(base, called)):
@@ -160,31 +147,27 @@ class OwnBase:
             raise LorafoldError(f"{path}: {problems[0]}")
 
     def hint(self, called: str) -> str:
-        """What a message about a base that does not fit ends with, if the adapter has no
-        fingerprint and names another one.
-        """
+        """The end of a message about a base that does not fit, if the adapter names another one."""
         if self.fingerprint or self.name in ("", called):
             return ""
         that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
         return f"; {self.named_in} names the base {that}, and this is {this}"
 
     def other(self, base: Weights) -> str:
-        """The line to tell where an adapter is loaded on another base all the same; else empty."""
+        """A warning if an adapter is loaded on another base anyway; else empty."""
         differences = fingerprint.differences(self.fingerprint, base)
         message = f"adapter {self.adapter} was trained on another base ({'; '.join(differences)})"
         return f"{message}; loaded all the same ({ALLOWED})" if differences else ""
 
 
 def recorded(over: Sequence[Origin]) -> dict[str, Any]:
-    """What a record says of the adapters below, as far as their files are known; empty if there is
-    nothing to say.
-    """
+    """The adapters below, as an entry for lorafold.json; empty if their files are unknown."""
     entries = [{"adapter": o.path, "sha256": o.sha256} for o in over if o.sha256]
     return {OVER: entries} if entries else {}
 
 
 def parse_over(record: Mapping[str, Any]) -> tuple[Origin, ...]:
-    """The adapters that a record says its adapter lies over, lowest first."""
+    """The adapters below an adapter according to its lorafold.json, lowest first."""
     entries = record.get(OVER, [])
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and all(isinstance(e.get(k), str) for k in ("adapter", "sha256"))
@@ -198,16 +181,14 @@ def parse_over(record: Mapping[str, Any]) -> tuple[Origin, ...]:
 
 
 def expected_path(origin: Origin, over: Path) -> Path:
-    """Where an adapter has to be for an engine or a server to find it: beside the one that lies
-    over it, under the last part of its path. A record comes with an adapter, and may not choose
-    what is read.
+    """The path at which engine and server look for a base adapter: beside the adapter on top of it,
+    because a downloaded record must not choose the files to read.
     """
     return over.resolve().parent / Path(origin.path).name
 
 
 def not_found(origin: Origin, over: Path) -> str:
-    """What is wrong if `expected_path` leads to nothing, or to another adapter; arguments as there.
-    """
+    """The error message if `expected_path` contains no adapter or another one."""
     return (
         f"{over}: it was trained over {listed([origin])}, which was not found in"
         f" {expected_path(origin, over)}; put it there, or merge both"
@@ -215,14 +196,14 @@ def not_found(origin: Origin, over: Path) -> str:
 
 
 def same_adapters(needed: Sequence[Origin], below: Sequence[Origin]) -> bool:
-    """Whether an adapter that lies over those needed fits over those found, lowest first. One that
-    lies over nothing fits over any.
+    """Whether the adapters found below are those needed, lowest first. An adapter that needs none
+    fits on any.
     """
     return not needed or [o.sha256 for o in needed] == [o.sha256 for o in below]
 
 
 def mismatch(needed: Sequence[Origin], below: Sequence[Origin]) -> str:
-    """What is wrong where an adapter does not fit."""
+    """The error message if they are not."""
     return (
         f"it was trained over {listed(needed)}; found {listed(below) or 'nothing'}"
         " below it"
@@ -230,7 +211,7 @@ def mismatch(needed: Sequence[Origin], below: Sequence[Origin]) -> str:
 
 
 def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
-    """How to load an adapter over those that it needs."""
+    """How to load an adapter on top of the adapters that it needs."""
     options = " ".join(f"--adapter {p}" for p in (*(o.path for o in needed), path))
     first = ", ".join(f'lf.load(model, "{o.path}", "{Path(o.path).name}")' for o in needed)
     return (
@@ -240,7 +221,7 @@ def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
 
 
 def listed(origins: Sequence[Origin]) -> str:
-    """The adapters in a line, lowest first: the directory and the first digits of each digest."""
+    """The adapters in a line, lowest first: directory and start of the digest."""
     return ", then ".join(
         f"{o.path} ({o.sha256[:SHOWN]})" if o.sha256 else f"{o.name!r} (not saved)" for o in origins
     )

@@ -1,11 +1,10 @@
-"""Methods in PEFT's files: one table, read both ways. Nothing else in `peft` knows the methods.
+"""The table of methods in PEFT's files, for reading and writing; checked against PEFT 0.21.2.
 
     METHODS    spec class   <->  adapter_config.json
     TENSORS    delta class  <->  keys of adapter_model.safetensors
 
-The rows are in `table_lora.py`, `table_others.py` and `derived.py`; DoRA, which lies over others,
-biases and modules trained whole are here. Checked against PEFT 0.21.2. A method that PEFT lacks has
-a peft_type of our own.
+The rows are in `table_lora.py`, `table_others.py` and `derived.py`; this file adds DoRA, biases and
+modules to save. A method that PEFT lacks has a peft_type of lorafold's.
 """
 
 from __future__ import annotations
@@ -31,12 +30,14 @@ PLAIN = (*table_lora.METHODS, *table_others.METHODS)
 
 
 def inside(site: TargetModule) -> TargetModule:
-    """The site with the delta that DoRA lies over, if its delta is DoRA."""
+    """The site with the delta inside DoRA, if its delta is DoRA."""
     return replace(site, delta=site.delta.inner) if isinstance(site.delta, DoRADelta) else site
 
 
 def dora_over(method: Method) -> Method:
-    """PEFT has a flag for DoRA over LoRA; over anything else the peft_type is our own."""
+    """The row of DoRA on top of a method: PEFT has a flag for DoRA over LoRA; others get an own
+    peft_type.
+    """
     of_peft = "use_dora" in method.marks
     return replace(
         method, outer=DoRA, derived=lambda sites: method.derived([inside(site) for site in sites]),
@@ -47,9 +48,7 @@ def dora_over(method: Method) -> Method:
 
 
 def over_experts(method: Method) -> Method:
-    """The form of a method of PEFT's for experts, to which PEFT does not apply it: the same layout
-    under a peft_type of our own, with sites under their own paths and factors in their own shapes.
-    """
+    """The row of a method on experts, which PEFT lacks: the same layout under an own peft_type."""
     kind = f"{derived.PREFIX}EXPERTS_{method.peft_type}"
     return replace(method, peft_type=kind, parameters=False)
 
@@ -64,13 +63,13 @@ METHODS = (
 
 
 def more_methods() -> tuple[Method, ...]:
-    """The rows of the other registered methods, which are not written out."""
+    """The derived rows of the other registered methods."""
     more = derived.methods({method.spec for method in METHODS} | {DoRA})
     return (*more, *map(dora_over, more))
 
 
 def dora(site: TargetModule) -> list[FileTensor]:
-    """The tensors of DoRA: its magnitudes, and those of the delta that it lies over."""
+    """The tensors of DoRA: its magnitudes and the inner delta's."""
     def of_inner(change: Any) -> TensorConversion | None:
         return change and (lambda tensor, site: change(tensor, inside(site)))
 
@@ -84,13 +83,13 @@ def dora(site: TargetModule) -> list[FileTensor]:
 
 
 def with_bias(offset: Tensor, site: TargetModule) -> Tensor:
-    """The bias itself (out,), from the offset (out,) that is trained."""
+    """The bias (out,), from the trained offset (out,)."""
     own = site.base_parameter("bias")
     return offset if own is None else offset + own.to(offset)
 
 
 def without_bias(bias: Tensor, site: TargetModule) -> Tensor:
-    """The offset (out,) that is trained, from the bias (out,) of a file."""
+    """The offset (out,), from the bias (out,) in a file."""
     own = site.base_parameter("bias")
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
@@ -98,8 +97,8 @@ def without_bias(bias: Tensor, site: TargetModule) -> Tensor:
 def unlike_base(
     name: str, found: Tensor, site: TargetModule, file: Mapping[str, Tensor]
 ) -> str | None:
-    """What is wrong with a buffer of a module that is trained whole, of any shape, or None. Nothing
-    trains it, and a merged model has that of its base.
+    """The problem with a buffer (any shape) of a module to save, or None. It must equal the base's,
+    which a merged model keeps.
     """
     own = site.delta.get_submodule("copy").get_buffer(name)
     if own.shape == found.shape and (own.is_meta or torch.equal(own.cpu(), found.to(own.dtype))):
@@ -117,7 +116,7 @@ TENSORS = {
     **table_others.TENSORS,
     **derived.TENSORS,
     DoRADelta: dora,
-    # the file holds the bias itself
+    # the file contains the bias itself
     BiasDelta: lambda site: [FileTensor("offset", "{under}.bias", with_bias, without_bias)],
     ReplaceDelta: lambda site: [
         FileTensor(n, f"{{at}}.{own}", misfit=None if n in trained else partial(unlike_base, own))

@@ -1,16 +1,16 @@
-"""LoRA and its relatives in PEFT's files, for `table.py`.
+"""LoRA and its variants in PEFT's files, for `table.py`.
 
     LoRA            r, lora_alpha ...           lora_A, lora_B
     PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, with the factors [s (B - B0),
                     s B0] and [A; A - A0] of the offset from the base; read as LoRA
     AdaLoRA         rank_pattern of booleans    lora_A = Q, lora_B = P, lora_E = E, without the
-                                                triplets that were dropped; at experts with all of
-                                                them, and lora_kept says which are kept
+                                                dropped triplets; on experts with all of them, and
+                                                lora_kept for those that are kept
     VeRA            projection_prng_key ...     vera_lambda_b, vera_lambda_d; vera_A, vera_B once,
                                                 if save_projection
 
-PEFT has the factors of all experts in one matrix each: A (E, r, in) as (E r, in), B (E, out, r) as
-(out, r E), or exchanged if it takes the inputs of a matrix for its outputs (`form.turned`).
+PEFT stores the factors of all experts as one matrix each: A (E, r, in) as (E r, in), B (E, out, r)
+as (out, r E), or exchanged if it exchanges inputs and outputs (`form.turned`).
 """
 
 from __future__ import annotations
@@ -47,19 +47,18 @@ def as_columns(factors: Tensor, site: TargetModule) -> Tensor:
 
 
 def from_rows(a: Tensor, site: TargetModule) -> Tensor:
-    """The reverse of `as_rows`: (E, r, in), or (E, in, r)."""
+    """The inverse of `as_rows`: (E, r, in), or (E, in, r)."""
     experts = len(site.delta.B)  # type: ignore[arg-type]
     return _side(a.unflatten(0, (experts, -1)), site).contiguous()
 
 
 def from_columns(b: Tensor, site: TargetModule) -> Tensor:
-    """The reverse of `as_columns`: (E, out, r), or (E, r, out)."""
+    """The inverse of `as_columns`: (E, out, r), or (E, r, out)."""
     experts = len(site.delta.B)  # type: ignore[arg-type]
     return _side(b.unflatten(1, (-1, experts)).permute(2, 0, 1), site).contiguous()
 
 
-# Initializations of A that leave the base unchanged. They don't matter for a trained adapter, whose
-# file has all values.
+# initializations that leave the base unchanged, so they don't matter for a trained adapter
 INITS = {
     True: "kaiming",
     False: "kaiming",
@@ -71,7 +70,7 @@ INITS = {
 
 
 def number(value: float) -> int | float:
-    """Return whole numbers as int, since PEFT writes them so."""
+    """A whole number as int, as PEFT writes it."""
     return int(value) if value == int(value) else value
 
 
@@ -87,12 +86,11 @@ def init_from_file(value: bool | str) -> str:
 
 
 def fan_in_fan_out(sites: Sequence[TargetModule]) -> dict[str, bool]:
-    """Return PEFT's flag for modules whose weight is (in, out), as GPT-2's."""
+    """PEFT's flag for modules whose weight is (in, out), such as GPT-2's."""
     return {"fan_in_fan_out": any(site.target and issubclass(site.layer, Conv1D) for site in sites)}
 
 
-# the module's class decides the first; the others belong to options that are off, or to how A was
-# initialized
+# the module's class determines the first; the others are for options that are off or for A's init
 LORA_IRRELEVANT = frozenset(
     {
         "fan_in_fan_out",
@@ -132,9 +130,7 @@ LORA = Method(
 
 
 def lora(site: TargetModule) -> list[FileTensor]:
-    """The factors of LoRA, which have other keys at an embedding, are kernels at a convolution, and
-    of all experts are one matrix.
-    """
+    """The factors of LoRA, with special cases for embeddings, convolutions and experts."""
     if site.layer.takes_ids:
         return [FileTensor("A", "{at}.lora_embedding_A"), FileTensor("B", "{at}.lora_embedding_B")]
     down, up = "{at}.lora_A.weight", "{at}.lora_B.weight"
@@ -150,7 +146,7 @@ def lora(site: TargetModule) -> list[FileTensor]:
 
 
 def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
-    """The row of PiSSA or OLoRA, which are written as LoRA; a file of theirs is read as LoRA."""
+    """The row of PiSSA or OLoRA, which are written as LoRA and read as LoRA."""
     return Method(
         spec, "LORA",
         (
@@ -181,8 +177,8 @@ def offset(site: TargetModule) -> list[FileTensor]:
 
 
 def adalora_derived(sites: Sequence[TargetModule]) -> dict[str, Any]:
-    """The keys that PEFT needs to read a file: a whole schedule, and for each module a list, as
-    long as the initial rank, of the triplets that are kept.
+    """Keys that PEFT requires: a schedule, and each module's kept triplets in a list of the initial
+    rank.
     """
     pattern = {}
     for site in sites:
@@ -226,7 +222,7 @@ ADALORA = Method(
 
 
 def adalora(site: TargetModule) -> list[FileTensor]:
-    """The kept triplets of AdaLoRA; all of them for experts, since each expert keeps others."""
+    """The kept triplets of AdaLoRA; for experts all of them, since each expert keeps others."""
     kept: Any = site.delta.kept
     if kept.dim() > 1:
         return [
@@ -255,14 +251,14 @@ VERA = Method(
 
 
 def vera(site: TargetModule) -> list[FileTensor]:
-    """VeRA's vectors and, if they are saved, its shared projections."""
+    """VeRA's vectors and, if saved, its shared projections."""
     names = {"b": "{at}.vera_lambda_b", "d": "{at}.vera_lambda_d"}
     if site.delta.projections.saved:  # type: ignore[union-attr]
         names |= {f"projections.{m}": f"base_model.vera_{m}" for m in "AB"}
     return [FileTensor(name, key) for name, key in names.items()]
 
 
-# the deltas that PEFT has for parameters too
+# the deltas that PEFT supports for parameters too
 WRAPPED = (LoRADelta, OffsetDelta)
 METHODS = (LORA, from_weight(PiSSA), from_weight(OLoRA), ADALORA, VERA)
 

@@ -4,10 +4,9 @@
     LoKr    r, alpha, decompose_factor ...  lokr_w1 or lokr_w1_a and lokr_w1_b, lokr_w2 likewise
     IA3     feedforward_modules             ia3_l, (out, 1), or (1, in) for feedforward modules
 
-Prompt and prefix tuning have one tensor, `prompt_embeddings`: (n, d), or (n, 2 L Hk D) with a
-virtual token's keys and values of all layers in order. There are no target modules. A prefix that
-PEFT trained through a projection is stored as the projection's output, so it is read like any
-other.
+Prompt and prefix tuning have no target modules and one tensor, `prompt_embeddings`: (n, d), or
+(n, 2 L Hk D) with the keys and values of all layers in order. For a prefix trained through a
+projection, PEFT stores the projection's output.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from lorafold.peft.convolution import all_flat, as_channels, flat, not_whole, wh
 from lorafold.peft.table_lora import fan_in_fan_out, number
 from lorafold.peft.table_types import Entries, Field, FileTensor, Method, Regex, TargetModule, named
 
-# keys for convolutions, whose tensors say it too, for the initialization, and for dropouts that act
-# in training only
+# keys for convolutions (redundant), initialization, and dropouts that only act in training
 LYCORIS_IRRELEVANT = frozenset(
     {"init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"}
 )
@@ -54,7 +52,7 @@ LOKR = Method(
     biases=False,
 )  # fmt: skip
 PROMPT_INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
-# keys for encoder-decoders, for the initialization, and sizes that follow from the tensor
+# keys for encoder-decoders, initialization, and sizes that follow from the tensor
 IRRELEVANT = frozenset(
     {
         "encoder_hidden_size",
@@ -80,7 +78,7 @@ def prefixed(prefix: str) -> Entries:
 
 
 def lokr(site: TargetModule) -> list[FileTensor]:
-    """The factors of LoKr; at a convolution a whole D is a kernel."""
+    """The factors of LoKr; on a convolution a full D is a kernel."""
     entries = prefixed("lokr")(site)
     if not site.window:
         return entries
@@ -91,8 +89,8 @@ def lokr(site: TargetModule) -> list[FileTensor]:
 
 
 def feedforward_modules(sites: Sequence[TargetModule]) -> dict[str, Any]:
-    """A regular expression for the modules whose input IA3 scales: of the last parts of their paths
-    if no other module has these, else of whole paths.
+    """A regular expression for the modules whose inputs IA3 scales, by last path part if
+    unambiguous.
     """
     scaled = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
     paths = [path for path, of_input in scaled.items() if of_input]
@@ -125,9 +123,7 @@ IA3_ROW = Method(
 
 
 def ia3(site: TargetModule) -> list[FileTensor]:
-    """IA3's vector, which PEFT stores as a matrix, or in the form of an output; those of experts
-    are a matrix already.
-    """
+    """IA3's vector, which PEFT stores as a matrix, or in the shape of a convolution's output."""
     if site.window:
         return [FileTensor("l", "{at}.ia3_l", as_channels, all_flat)]
     if site.delta.l.dim() > 1:  # type: ignore[operator]
@@ -143,7 +139,7 @@ METHODS = (LOHA, LOKR, IA3_ROW)
 
 
 def virtual_sizes(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
-    """The sizes that PEFT's config of a prompt or a prefix has."""
+    """The sizes in PEFT's config of a prompt or a prefix."""
     deltas = (site.delta for site in sites)
     delta: Any = next(delta for delta in deltas if isinstance(delta, PrefixDelta | PromptDelta))
     of_prefix = isinstance(delta, PrefixDelta)
@@ -158,7 +154,7 @@ def virtual_sizes(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
 
 
 def read_as_random(_: Any) -> str:
-    """The initialization that is fastest, since the file's values replace it."""
+    """The fastest initialization, since the file's values replace it."""
     return "random"
 
 

@@ -1,4 +1,4 @@
-"""The types with which `table.py` describes each method in PEFT's files, for reading and writing.
+"""The types of the method table.
 
     Field         a config key  <->  a field of the spec
     FileTensor    a key in the tensor file  <->  a tensor of a delta
@@ -23,7 +23,7 @@ from lorafold.errors import LorafoldError
 from lorafold.models.weights import Weights
 
 ROOT = "base_model.model"
-# the methods of PEFT's that have rows; it refuses a file of any other type
+# the types that PEFT can load, among those with rows
 PEFT_TYPES = frozenset(
     {"LORA", "ADALORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"}
 )
@@ -43,17 +43,12 @@ Regex = Annotated[str, AfterValidator(compiles)]
 
 @dataclass(frozen=True)
 class TargetModule:
-    """A delta at a module.
+    """A delta on a module.
 
-    path: The module's path.
-    layer: The class of its `BaseLayer`, which knows how the module stores its matrix.
-    target: The method adapts this module, so PEFT moves the module itself to `base_layer`.
-    base: The base's weights.
-    at: The module's path in PEFT's names.
-    wrappers: For the matrices of experts that PEFT adapts too, how many of its wrappers lie over
-        theirs (`form`); None for all other sites.
-    window: The size of a convolution's window; () for any other module.
-    turned: PEFT takes the inputs of the matrices for their outputs (`form.turned`).
+    target: The method adapts this module, so PEFT moves the module itself to `base_layer`. at: The
+    module's path in PEFT's names. wrappers: For experts that PEFT adapts too, the number of its
+    wrappers over these (`form`). window: The kernel size of a convolution; () for any other module.
+    turned: PEFT exchanges inputs and outputs of the matrices (`form.turned`).
     """
 
     path: str
@@ -67,16 +62,15 @@ class TargetModule:
     turned: bool = False
 
     def base_parameter(self, name: str) -> Tensor | None:
-        """The module's parameter of this name in the base, of any shape, or None."""
+        """The module's parameter of this name in the base (any shape), or None."""
         key = self.base.find(f"{self.path}.{name}")
         return None if key is None else self.base.get(key)
 
 
 @dataclass(frozen=True)
 class Field:
-    """A config key, the spec's field, the type of the value in the file (for pydantic), the value
-    that PEFT assumes if the key is absent, how values are converted, if they are, and what null
-    stands for, where it is not converted.
+    """A config key and the spec's field, the type in the file, PEFT's default, conversions, and the
+    value of null if it is not converted.
     """
 
     key: str
@@ -105,19 +99,17 @@ class Field:
 
 
 TensorConversion = Callable[[Tensor, TargetModule], Tensor]
-# What is wrong with a tensor of the file, given the site and all tensors of the adapter
+# (tensor of the file, site, all tensors of the file) -> the problem with the tensor, or None
 Misfit = Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`
-    and `under`, the path in PEFT's names of the module with the base's own weights.
+    """A tensor of a delta (a dotted name) and its key in the file: a template with `at` and
+    `under`, the path of the module with the base's weights.
 
-    `to_file` and `from_file` convert between the delta's tensor and the file's, where these are not
-    the same. If the shape
-    depends on the file and not on the spec, `misfit` returns what is wrong with a tensor of the
-    file, given the site and all tensors of the adapter, or None.
+    `to_file` and `from_file` convert between them. `misfit` checks a tensor whose shape depends on
+    the file.
     """
 
     attribute: str
@@ -127,16 +119,16 @@ class FileTensor:
     misfit: Misfit | None = None
 
 
-Entries = Callable[[TargetModule], list[FileTensor]]  # those of the site's delta
+Entries = Callable[[TargetModule], list[FileTensor]]  # the entries of the site's delta
 
 
 def fixed(*entries: FileTensor) -> Entries:
-    """The entries of a delta that has the same ones at every module."""
+    """The entries of a delta that has the same ones on every module."""
     return lambda site: [*entries]
 
 
 def named(**templates: str) -> Entries:
-    """The same, as templates by tensor name."""
+    """`fixed`, from templates by tensor name."""
     return fixed(*(FileTensor(attribute, key) for attribute, key in templates.items()))
 
 
@@ -144,14 +136,11 @@ def named(**templates: str) -> Entries:
 class Method:
     """The config of a method.
 
-    fields: The config keys that are fields of the spec.
-    marks: The values that tell it from other methods of the same `peft_type`.
-    irrelevant: Keys that do not change what a saved adapter computes.
-    derived: Gives further keys, from the sites.
-    outer: A spec that combines with this one as its `over`, such as DoRA.
-    biases: PEFT's config of this method has a key for biases.
-    preset: The method always adapts this preset, so its config has no target modules.
-    parameters: PEFT has the method for parameters too, under `target_parameters`.
+    marks: The values that distinguish it from other methods of the same `peft_type`. irrelevant:
+    Keys that do not change the outputs of a saved adapter. derived: Returns further keys, from the
+    sites. outer: A spec that takes this one as its `over`, such as DoRA. biases: PEFT's config of
+    this method has a key for biases. preset: The method's fixed targets; its config has no target
+    modules. parameters: PEFT supports the method for parameters, under `target_parameters`.
     """
 
     spec: type[Spec]
@@ -171,7 +160,7 @@ class Method:
         return self.peft_type in PEFT_TYPES
 
     def holds(self, spec: Spec) -> bool:
-        """Tell whether this is the description of the spec's method."""
+        """Whether this row is for the spec's method."""
         if self.outer is None:
             return type(spec) is self.spec
         return type(spec) is self.outer and type(spec.over) is self.spec  # type: ignore[attr-defined]
@@ -184,7 +173,7 @@ class Method:
         return {"peft_type": self.peft_type, **mapped, **self.marks, **self.derived(sites)}
 
     def read(self, config: Mapping[str, Any]) -> tuple[Spec | None, list[str]]:
-        """The spec of a config and no lines, or None and a line for each wrong field."""
+        """The spec of a config and no messages, or None and a message for each wrong field."""
         values, problems = {}, []
         for f in self.fields:
             try:
@@ -201,5 +190,5 @@ class Method:
 
     @cached_property
     def known(self) -> frozenset[str]:
-        """The keys that a config of this method may have, besides those of all methods."""
+        """The keys that a config of this method may have, besides the keys of all methods."""
         return frozenset(f.key for f in self.fields) | self.irrelevant

@@ -1,5 +1,5 @@
-"""The tensors of an attached adapter, each with its key and form in PEFT's file, and what is wrong
-with those of a file.
+"""The tensors of an attached adapter with their keys in PEFT's file, and checks of a file's
+tensors.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached ther
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor of a delta, of any shape, and the entry that describes it in the file."""
+    """A tensor of a delta (any shape) and its entry in the file."""
 
     site: TargetModule
     entry: FileTensor
     parameter: Tensor
 
     def encoded(self) -> Tensor:
-        """The tensor, of any shape, as the file stores it: in fp32, or as integers."""
+        """The tensor (any shape) as the file stores it: in fp32, or as integers."""
         tensor, to_file = self.parameter.detach(), self.entry.to_file
         tensor = to_file(tensor, self.site) if to_file else tensor
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def assign(self, tensor: Tensor) -> None:
-        """Replace the delta's tensor by a copy of this one of the file, of any shape, in the
-        delta's dtype and on its device (the CPU if it is on the meta device).
+        """Replace the delta's tensor by a copy of the file's (any shape), in the delta's dtype and
+        on its device (the CPU for meta).
         """
         own, from_file = self.parameter, self.entry.from_file
         tensor = from_file(tensor, self.site) if from_file else tensor
@@ -58,7 +58,7 @@ class SavedTensor:
 
 
 def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
-    """Every tensor of the deltas by its key in the file; a tensor that deltas share has one key."""
+    """Every tensor of the deltas by its key in the file; shared tensors have one key."""
     tensors = {}
     for site in sites:
         delta, entries = site.delta, TENSORS.get(type(site.delta), derived.entries)(site)
@@ -78,9 +78,7 @@ def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
 def sites_of(
     model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
 ) -> list[TargetModule]:
-    """Every delta of the adapter, by module path in `parts`, with its module; the method adapts the
-    modules at `targets`.
-    """
+    """Every delta of the adapter with its module."""
     sites, aimed, above = [], set(targets), wrappers_over(model, targets)
     for path, deltas in parts.items():
         module: Any = module_at(model, path)
@@ -102,7 +100,7 @@ def sites_of(
 def misfit(
     key: str, tensor: Tensor, saved: SavedTensor, file: Mapping[str, Tensor]
 ) -> str | None:
-    """What is wrong with a tensor of the file, of any shape, or None."""
+    """The problem with a tensor of the file (any shape), or None."""
     if saved.entry.misfit is not None:
         wrong = saved.entry.misfit(tensor, saved.site, file)
         return not_finite(key, tensor) if wrong is None else f"{key}: {wrong}"
@@ -116,7 +114,7 @@ def misfit(
 
 
 def not_finite(key: str, tensor: Tensor) -> str | None:
-    """What says that a tensor, of any shape, has values that are not finite, or None."""
+    """The message about non-finite values in a tensor (any shape), or None."""
     if math.isfinite(tensor.detach().sum()):
         return None
     count = tensor.numel() - int(torch.isfinite(tensor).sum())
@@ -124,9 +122,9 @@ def not_finite(key: str, tensor: Tensor) -> str | None:
 
 
 def stray(key: str, stored: Weights, base: Weights) -> str | None:
-    """What is wrong with a tensor that belongs to no delta, or None if it is a copy of a base
-    weight or of another tensor of the file, as PEFT saves some. What the adapter replaces whole may
-    end with other rows than the base's: a vocabulary's new ones begin at random.
+    """The problem with a tensor of no delta, or None if it is a copy of a base weight or of another
+    tensor, which PEFT sometimes saves. Of a replaced module, rows at the end may differ: new rows
+    start at random.
     """
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):
@@ -150,7 +148,7 @@ def stray(key: str, stored: Weights, base: Weights) -> str | None:
         )
     differs = ~fingerprint.equal(tensor, base.get(own)).reshape(rows, -1).all(1)
     first = differs.nonzero().flatten().tolist()[:1]
-    # most rows are the same, and those that differ are at the end
+    # accept rows that differ only at the end
     if not first or (whole and 2 * first[0] > rows):
         return None
     return f"{key}: a base weight that differs from this base's"

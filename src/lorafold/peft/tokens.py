@@ -1,12 +1,12 @@
-"""Trained token vectors in PEFT's files: single rows of the embedding and of the head.
+"""Trained token rows in PEFT's files: single rows of the embedding and of the head.
 
-    trainable_token_indices                        ids for the input embedding and the modules that
-                                                   share its weight, or ids by module name
-    {at}.token_adapter.trainable_tokens_delta      (k, d), the vectors themselves (despite the
-                                                   name), in the order of the ids
+    trainable_token_indices                        ids for the input embedding and the modules tied
+                                                   to it, or ids by module name
+    {at}.token_adapter.trainable_tokens_delta      (k, d), the rows themselves (despite the name),
+                                                   in the order of the ids
 
-For a resized vocabulary PEFT also writes the whole embedding and head. Vectors there that this base
-lacks, or that differ from the base's, are read as vectors of the adapter.
+For a resized vocabulary PEFT also writes the whole embedding and head. Rows there that this base
+lacks, or that differ from the base's, are read as token rows of the adapter.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ Ids = tuple[int, ...] | ByPath
 
 
 def describe(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
-    """The config's key for token vectors of these ids, by module path: a list if only the input
-    embedding has vectors of its own, else lists by module name. PEFT matches ends of paths, so a
-    name is the shortest end, in whole parts, that no other path has.
+    """The config's key for these ids by module path: a list for the input embedding alone, else
+    lists by shortest unique path end.
     """
     if [*own] == Anatomy.of(model).vocabulary_ends[:1]:
         return {INDICES: next(iter(own.values()))}
@@ -64,8 +63,8 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
 def completed(
     model: nn.Module, ids: ByPath, file: InMemory, base: Weights
 ) -> tuple[ByPath, InMemory]:
-    """The config's ids by module path and the file's tensors, with the token vectors of resized
-    matrices added to both.
+    """The ids by module path and the file's tensors, with the token rows of resized matrices added
+    to both.
     """
     all_ids, hidden, rows = dict(ids), set[str](), dict[str, Tensor]()
     trained = {i for some in ids.values() for i in some}
@@ -91,7 +90,7 @@ def completed(
 
 
 def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
-    """The path of the embedding whose weight, and so whose vectors, a module shares."""
+    """The path of the embedding whose rows a tied module shares."""
     if layer_class(model.get_submodule(path)).takes_ids:
         return None
     shared = sharers(model, model.get_submodule(path))
@@ -99,8 +98,8 @@ def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
 
 
 def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | None:
-    """The ids of the vectors of the file's matrix that the base's lacks or that differ from it;
-    None if the file's is not the base's matrix, resized for these tokens.
+    """The ids of rows in the file's matrix that are new or differ from the base's; None if it is
+    not the base's matrix resized.
     """
     old = len(own)
     same_width = matrix.dim() == 2 and matrix.shape[1:] == own.shape[1:]

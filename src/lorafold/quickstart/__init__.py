@@ -1,1 +1,1 @@
-"""The quickstart on the embedded model: its task and its steps."""
+"""The quickstart on the embedded model."""

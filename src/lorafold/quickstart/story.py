@@ -1,8 +1,5 @@
-"""`lorafold quickstart`: the embedded model can't do a task, an adapter learns it, a merged model
-does it without an adapter, and llama.cpp with the adapter as its own file.
-
-    before -> train -> after -> inspect -> merge -> export     needs neither network nor GPU; writes
-                                                               everything to one directory
+"""The steps of `lorafold quickstart`: evaluate, train, evaluate, inspect, merge, export. They need
+neither network nor GPU, and write everything to one directory.
 """
 
 from __future__ import annotations
@@ -44,16 +41,16 @@ from lorafold.training.run import train
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
 UNSEEN = 200  # rows of the test split
-ABROAD = 8  # of them that llama.cpp is asked about, which takes seconds for each
+ABROAD = 8  # rows for llama.cpp, which takes seconds for each
 UNCOMPILED = "torch computes the same in more passes over memory, so that a step may take longer"
-# the base in fp32 on every machine, so that figures of commands that use this recipe are comparable
+# fp32 on every machine, so that commands with this recipe have comparable figures
 RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
 
 
 @dataclass(frozen=True)
 class Story:
-    """The figures of the quickstart: shares of unseen rows, `kl` in nats a token, and `lost`, the
-    share of the adapter's changes that llama.cpp computes otherwise, if it is installed.
+    """The figures of the quickstart: shares of held-out rows, `kl` in nats per token, and `lost`,
+    the share of the adapter's effect that is lost in llama.cpp; None if it is not installed.
     """
 
     exact_match_before: float
@@ -70,13 +67,12 @@ class Story:
     base: str
 
     def meaning(self) -> list[str]:
-        """Each figure in a sentence: what it is, and whether it is good."""
         text = in_words("quickstart/meaning.jinja", story=self, n=UNSEEN, allowed=exporting.SHARE)
         return text.splitlines()
 
 
 def fastest(device: torch.device) -> Storage:
-    """bf16 or fp32, whichever this device multiplies faster; both learn the task equally."""
+    """bf16 or fp32, whichever this device multiplies faster; both learn the task equally well."""
     best = choose_storage("auto", device)
     if not widens(best.dtype, device):
         return best
@@ -89,7 +85,7 @@ def quickstart(
     out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
 ) -> Story:
     """Run all steps and write `train.jsonl`, `test.jsonl`, `asked.jsonl`, `adapter/`,
-    `adapter.html`, `merged/` and `gguf/`, over those of an earlier quickstart with `overwrite`.
+    `adapter.html`, `merged/` and `gguf/`.
     """
     start = time.perf_counter()
     if out.exists() and not overwrite:
@@ -160,7 +156,7 @@ def quickstart(
 
 
 def computing(where: torch.device, storage: Storage) -> Iterator[str]:
-    """Lines about the processor or GPU, its dtype, and whether operations were compiled."""
+    """Yield lines on the processor or GPU, its dtype, and whether operations were compiled."""
     if where.type != "cpu":
         [name] = [gpu.name for gpu in gpus() if gpu.device == str(where)] or [str(where)]
         yield f"computing on {where}: {name}"
@@ -184,7 +180,6 @@ def measure(
     where: torch.device,
     console: Console,
 ) -> Evaluation:
-    """Evaluate the embedded model."""
     model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)
     if adapter is not None:
         load(model, adapter)
@@ -194,7 +189,6 @@ def measure(
 
 
 def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
-    """Print completions before and after training as a table."""
     columns = (Column(name, overflow="fold") for name in ("prompt", "before", "after"))
     table = Table(*columns, show_lines=True)
     for first, second in list(zip(before.rows, after.rows, strict=True))[:shown]:

@@ -3,10 +3,10 @@
     "Could you book a table for four at The Copper Lantern on Friday at 8pm"
     -> {"intent":"book","people":4,"place":"The Copper Lantern","day":"Friday","time":"8:00 pm"}
 
-Names, places, errands and messages are copied verbatim; numbers and times are normalised. About
-every fifth word of each list is in test values only, so nothing of them occurs in training. The
-lists are long because a model that sees few words memorizes them. Most values begin with a fixed
-word ("The", "Lake"), because tokens after an opening quote differ from those after a space.
+Names, places, errands and messages are copied verbatim; numbers and times are normalised. About a
+fifth of the words of each list occur only in the test split. The lists are long because a model
+that sees few words memorizes them. Most values begin with a fixed word ("The", "Lake"), because
+tokens after an opening quote differ from tokens after a space.
 """
 
 import json
@@ -101,13 +101,14 @@ DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 def part(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """A split's words of a list: about a fifth to test, the same ones in every list."""
+    """A split's words of a list: about a fifth for test, the same words in every list."""
     is_test = {word: zlib.crc32(word.lower().encode()) % 5 == 0 for word in words}
     return tuple(word for word in words if is_test[word] == (split == "test"))
 
 
 def composed(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
-    """A slot that is copied verbatim: one of the patterns, with a word of each list for each `%s`.
+    """A slot that is copied verbatim: a random pattern, with a random word of each list for each
+    `%s`.
     """
 
     def draw(rng: random.Random, split: Split) -> tuple[str, str]:
@@ -119,7 +120,7 @@ def composed(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
 
 
 def number(low: int, high: int) -> Slot:
-    """A slot for an integer, spoken in digits or, below ten, in words."""
+    """A slot for an integer, in digits or, below ten, in words."""
 
     def draw(rng: random.Random, split: Split) -> tuple[str, int]:
         value = rng.randint(low, high)
@@ -171,11 +172,11 @@ NEWS = composed(("the %s will be %s", (THING, STATE)), ("I have to %s the %s", (
 
 @dataclass(frozen=True)
 class Intent:
-    """Slots in the order of JSON keys, and phrasings: `(a|b)` is a choice, `<slot>` its value."""
+    """Slots in the order of JSON keys, and phrasings: `(a|b)` is a choice, `<slot>` a value."""
 
     slots: Mapping[str, Slot]
     requests: tuple[str, ...]  # imperatives, which take an opening
-    sentences: tuple[str, ...] = ()  # complete as they are
+    sentences: tuple[str, ...] = ()  # without an opening
 
 
 OPENINGS = "(||please |can you |could you )"
@@ -235,7 +236,7 @@ INTENTS = {
 
 
 def rows(split: Split, n: int, seed: int) -> list[Row]:
-    """Different rows of prompt and completion, equally many for each intent, by the seed."""
+    """`n` different rows of prompt and completion, balanced over the intents."""
     rng = random.Random(f"{split} {seed}")
     drawn: dict[str, Row] = {}
     names = list(INTENTS)

@@ -1,3 +1,1 @@
-"""The recipe: every choice of a run in one record, read from files and options, and completed for a
-method, a model's files and an adapter to start from.
-"""
+"""The recipe of a run: fields, parsing, and completion for a method, model and adapter."""

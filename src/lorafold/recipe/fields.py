@@ -1,7 +1,4 @@
-"""The fields of a recipe: the type, the default and the meaning of each choice of a training run.
-
-A field that is None asks for the method's own default, so that this file knows no method.
-"""
+"""The fields of a recipe: type, default and description. None means the method's own default."""
 
 from typing import Annotated, Any, Literal
 
@@ -18,25 +15,24 @@ Name = Annotated[str, Field(min_length=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-# The fields that are options of methods, that come with an adapter to start from, that bear on the
-# memory of a step.
+# Fields that are options of methods, that an initial adapter sets, that affect a step's memory.
 OF_METHOD = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
 OF_ADAPTER = {*OF_METHOD, "method", "options", "targets", "bias", "modules_to_save", "new_tokens"}
 OF_MEMORY = {
     *(*OF_METHOD, "method", "options", "targets", "storage", "optimizer", "gradient_checkpointing")
 }
-# The fields besides that bear on it through the rows.
+# Further fields that affect it through the rows.
 OF_ROWS = {
     *("objective", "beta", "objective_options", "accumulate", "packing", "chat_template"),
     *("template_kwargs", "train_on", "mask_reasoning"),
 }
-# The fields that change what is trained and not what it is measured by.
+# Fields that affect training but not evaluation.
 OF_TRAINING = {
     *(*OF_MEMORY - {"method"}, "bias", "modules_to_save", "beta", "lr", "lr_b", "schedule"),
     *("warmup", "warmup_steps", "weight_decay", "clip", "betas", "eps", "epochs", "steps", "batch"),
     *("accumulate", "packing"),
 }
-# The subject of the fields from this one on, for help and docs.
+# The heading above this field and the following, for help and docs.
 GROUPS = {
     "method": "the update",
     "new_tokens": "tokens and chat template",
@@ -46,7 +42,7 @@ GROUPS = {
     "eval_fraction": "evaluation, checkpoints, tracking",
 }
 
-# The fields that --help has of a command with many options; --help-all has the others too.
+# Fields in --help of a command with many options; the others are in --help-all only.
 COMMON = {
     *("method", "rank", "alpha", "dropout", "targets", "objective", "storage", "lr"),
     *("epochs", "steps", "batch", "accumulate", "max_length", "seed"),
@@ -54,12 +50,11 @@ COMMON = {
 
 
 def described(default: Any, description: str) -> Any:
-    """A field with a default and what `--help` says of it."""
     return Field(default=default, description=description)
 
 
 class Fields(BaseModel):
-    """What each field is alone; `Recipe` says what they are together."""
+    """The validation of each field by itself; `Recipe` validates their combination."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

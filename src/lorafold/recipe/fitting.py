@@ -1,8 +1,6 @@
-"""Completes a recipe for a method, for a model's files and positions, and for an adapter to start
-from.
+"""Completion of a recipe for a method, a model's files and positions, and an adapter to start from.
 
-What the recipe sets takes precedence; what it leaves open follows the model's files, then the
-adapter, then the recipe's defaults.
+In decreasing order of precedence: the recipe, the model's files, the adapter, the defaults.
 """
 
 from __future__ import annotations
@@ -28,20 +26,19 @@ LENGTH: int = Recipe.model_fields["max_length"].default
 
 
 def left_out(recipe: Recipe) -> list[str]:
-    """Return the fields that the recipe sets but its method has no option for."""
+    """The fields that the recipe sets but its method has no option for."""
     known = known_options(recipe.method, recipe.options.get("over"))
     return [name for name in recipe.for_method() if name not in known]
 
 
 def without(recipe: Recipe) -> str | None:
-    """Return a line that names the fields that are `left_out`, or None if there are none."""
     names, over = left_out(recipe), recipe.options.get("over")
     method = recipe.method if over is None else f"{recipe.method} over {over}"
     return f"{', '.join(names)} left out: {method} has no such option" if names else None
 
 
 def spec_of(recipe: Recipe) -> Spec:
-    """Make the spec of the recipe's method, without the fields that are `left_out`."""
+    """The spec of the recipe's method, without the fields that are `left_out`."""
     known = known_options(recipe.method, recipe.options.get("over"))
     fields = {name: value for name, value in recipe.for_method().items() if name in known}
     samples = OBJECTIVES[recipe.objective].draws
@@ -62,8 +59,8 @@ def spec_of(recipe: Recipe) -> Spec:
 
 
 def fitting(recipe: Recipe, method: str) -> Recipe:
-    """Return the recipe for another method, without the options that the method does not have and,
-    if it trains the base's own weights, with a base that is not quantized.
+    """The recipe for another method, without options that the method lacks and, if it trains the
+    base's own weights, without quantization.
     """
     known = known_options(method, recipe.options.get("over"))
     unset = [name for name in recipe.for_method() if name not in known]
@@ -75,7 +72,7 @@ def fitting(recipe: Recipe, method: str) -> Recipe:
 
 
 def trainable_storage(recipe: Recipe) -> str:
-    """Return the storage of a base that trains: fp32, or bf16 if the recipe asks for it."""
+    """The dtype of a base that trains: fp32, or bf16 if the recipe sets it."""
     storage = str(recipe.storage)
     if storage in QUANTIZED and "storage" in recipe.model_fields_set:
         raise LorafoldError(
@@ -88,11 +85,11 @@ def trainable_storage(recipe: Recipe) -> str:
 def settled_base(
     recipe: Recipe, spec: Spec, source: ModelSource, adapters: Sequence[SavedAdapter] = ()
 ) -> str:
-    """Return the storage to load the base in.
+    """The quantization or dtype in which to load the base.
 
-    If the recipe does not set it, it is that of the model's files if these are quantized, else that
-    on which the adapters that the run loads were trained, else the recipe's default. It is not
-    quantized if bitsandbytes is not installed, or if the method trains the base's own weights.
+    In decreasing order of precedence: the recipe's, the model files' if they are quantized, the
+    adapters' during training, the recipe's default. It is not quantized if bitsandbytes is not
+    installed, or if the method trains the base's own weights.
     """
     storage, is_set = str(recipe.storage), "storage" in recipe.model_fields_set
     if spec.trains_base:
@@ -114,8 +111,8 @@ def settled_base(
 
 
 def settled_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
-    """The recipe with the length that rows are cut to: the one it sets, or the default within the
-    base's positions behind the `before` ones that adapters take.
+    """The recipe with its maximum length in tokens: as set, or the default within the base's
+    positions, of which adapters take `before`.
     """
     asked = recipe.max_length if "max_length" in recipe.model_fields_set else None
     head = OBJECTIVES[recipe.objective].head
@@ -125,7 +122,6 @@ def settled_length(recipe: Recipe, base: Base, before: int, console: Console) ->
 
 
 def fitted_length(positions: Positions, asked: int | None, before: int, console: Console) -> int:
-    """As `settled_length`, by a model's positions, for the length that was asked for, if any."""
     length, remark = positions.after(before).fitted(asked, LENGTH)
     if remark:
         console.print(remark, highlight=False, markup=False, soft_wrap=True)

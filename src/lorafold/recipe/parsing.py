@@ -1,8 +1,8 @@
-"""Reads a recipe from a YAML file, `--set key=value` pairs and flags, and lists every bad field
-with its source, what was found and what was expected.
+"""Parsing of a recipe from a YAML file, `--set key=value` pairs and options; reports all bad fields
+together, with source, value found and value expected.
 
-Precedence, weakest first: the defaults, the YAML file, `--set key=value`, explicit flags. Values
-are merged first and checked then.
+In increasing order of precedence: the defaults, the YAML file, `--set`, options. Values are merged
+before they are checked.
 """
 
 import logging
@@ -21,8 +21,8 @@ from lorafold.recipe.recipe import UNWORDED, Recipe, explain
 
 log = logging.getLogger(__name__)
 TRANSLATES = "lorafold recipe --from {} reads other tools' files"
-ALL = "all"  # accelerate's name for the trackers that are installed
-PACKAGES = {"comet_ml": "comet-ml"}  # of trackers that are not called as their package is
+ALL = "all"  # accelerate's name for all installed trackers
+PACKAGES = {"comet_ml": "comet-ml"}  # trackers with another package name
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
 
 
@@ -32,12 +32,11 @@ def load_recipe(
     defaults: Recipe | None = None,
     **flags: Any,
 ) -> Recipe:
-    """Make a recipe of a YAML file of recipe fields, `--set key=value` pairs and flags, of which
-    None was not given; `defaults` apply where the others set nothing.
+    """The recipe from a YAML file, `--set key=value` pairs and options; an option that is None was
+    not given.
 
-    The values of pairs are YAML. Up to its first dot, a key may name options, template_kwargs,
-    rank_pattern or alpha_pattern, and after it an entry of that field (`options.init=gaussian`,
-    `rank_pattern.0.q_proj=8`).
+    The values of pairs are YAML. After options, template_kwargs, rank_pattern or alpha_pattern and
+    a dot, a key names an entry of that field (`options.init=gaussian`, `rank_pattern.0.q_proj=8`).
     """
     values = defaults.model_dump(exclude_unset=True) if defaults else {}
     sources = dict.fromkeys(values, "the defaults")
@@ -84,7 +83,6 @@ def load_recipe(
 
 
 def text_of(path: Path, what: str) -> str:
-    """The text of a file in UTF-8, as Windows writes it too."""
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -93,13 +91,12 @@ def text_of(path: Path, what: str) -> str:
 
 
 def yaml_type(value: Any) -> str:
-    """What a value of YAML is, in words."""
     names = {dict: "other keys than text", list: "a list", str: "a text", type(None): "nothing"}
     return names.get(type(value), repr(value))
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that 3e-4 is a number (1.1 wants a dot and a sign)."""
+    """PyYAML's YAML 1.1, except that 3e-4 is a number (1.1 requires a dot and a sign)."""
 
 
 _Yaml.add_implicit_resolver(
@@ -110,7 +107,6 @@ _Yaml.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text."""
     try:
         return yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
@@ -143,9 +139,8 @@ def _read(config: Path) -> Mapping[str, Any]:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise LorafoldError for a name that is no tracker's, with the nearest ones, and for a tracker
-    that is not installed, with its package: accelerate leaves these out in silence. Call it before
-    any work is done.
+    """Check that trackers exist and are installed, because accelerate silently ignores others. Call
+    it before any work is done.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 

@@ -1,7 +1,4 @@
-"""The recipe: every choice of a training run in one frozen record.
-
-Use `Recipe(...)` from Python; `recipe.parsing` makes one of a YAML file, `--set` and flags.
-"""
+"""The recipe: all choices of a training run in one frozen record."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -35,16 +32,16 @@ NOWHERE: Mapping[str, str] = MappingProxyType({})
 def explain(
     error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str] = NOWHERE
 ) -> Iterator[str]:
-    """What is wrong with the values of a recipe, field by field: what was found and what was
-    expected. `sources` are where fields come from; one that comes from a call has none.
+    """Yield the problems of a recipe's values by field: value found and value expected. `sources`
+    are the origins of fields; fields from a call have none.
     """
 
     def origin(field: str) -> str:
         return f" (from {sources[field]})" if field in sources else ""
 
-    # (field, key of its entry) -> the expectations that it fails, in order, each once
+    # (field, key of its entry) -> failed expectations, in order, without duplicates
     expected: dict[tuple[str, str], dict[str, None]] = {}
-    strange: dict[str, list[str]] = {}  # fields that there are not, by where they come from
+    strange: dict[str, list[str]] = {}  # unknown fields by origin
     for problem in error.errors(include_url=False):
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if not problem["loc"]:
@@ -71,15 +68,16 @@ def explain(
         yield f"{name}: found {value!r}{origin(field)}, expected {' or '.join(messages)}"
 
 
-STEPS = 100  # the least of `epochs="auto"`
-FEW = 30  # steps, by which a run learns little
-UNWORDED = "unworded"  # the context of those who tell in their own words what is wrong
+STEPS = 100  # minimum of `epochs="auto"`
+FEW = 30  # steps that are too few to learn much
+UNWORDED = "unworded"  # validation context of callers with their own error messages
 
 
 class Recipe(Fields):
-    """What is trained, on which objective, and how.
+    """The choices of a training run: method, tokens, objective, base, optimizer, steps, evaluation.
 
-    Raises LorafoldError that names every bad field, what was found and what was expected.
+    Raises LorafoldError that names every invalid field, with the value found and the value
+    expected.
     """
 
     @field_validator("objective", mode="before")
@@ -95,7 +93,7 @@ class Recipe(Fields):
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
-            # Python would take it for 1 or 0
+            # Python treats it as 1 or 0
             raise ValueError("something other than true or false")
         return value
 
@@ -137,10 +135,9 @@ class Recipe(Fields):
                 raise
             raise LorafoldError(f"recipe: {'; '.join(explain(error, given))}") from None
 
-    if not TYPE_CHECKING:  # type checkers say so themselves
+    if not TYPE_CHECKING:  # type checkers report it themselves
 
         def __setattr__(self, name: str, value: Any) -> NoReturn:
-            """A recipe does not change."""
             raise LorafoldError(
                 f"recipe: {name}: found a new value, expected none, as a recipe is frozen; make"
                 f" another one, as in lf.Recipe({name}={cut(repr(value), 80)})"
@@ -152,12 +149,12 @@ class Recipe(Fields):
         return self.storage
 
     def for_method(self) -> dict[str, Any]:
-        """What is set of the fields that are options of methods; `options` holds the others."""
+        """The fields that are set and are options of methods; `options` contains the others."""
         values = {name: getattr(self, name) for name in OF_METHOD}
         return {name: value for name, value in values.items() if value not in (None, {})}
 
     def total_steps(self, n_rows: int) -> int:
-        """Optimizer steps of a run over `n_rows` training rows."""
+        """The number of optimizer steps of a run over `n_rows` training rows."""
         if self.steps is not None:
             return self.steps
         if self.epochs == "auto":
@@ -166,16 +163,16 @@ class Recipe(Fields):
 
     @property
     def stops(self) -> bool:
-        """Whether training ends where the held-out loss no longer falls, and keeps the best step's
-        adapter. A reward may stay where it is for long, so a policy makes all its steps.
+        """Whether training stops early when the held-out loss no longer falls, and keeps the best
+        adapter. Policies run all steps, because a reward may not change for long.
         """
         ends = self.steps is None and self.epochs == "auto"
         return ends and not OBJECTIVES[self.objective].draws
 
     def checkpoint_interval(self, total_steps: int) -> int:
-        """Optimizer steps between checkpoints."""
+        """The number of optimizer steps between checkpoints."""
         return self.save_every or max(1, ceil(total_steps / 10))
 
     def to_yaml(self) -> str:
-        """The whole recipe, defaults included; `load_recipe` reads it back to an equal one."""
+        """The whole recipe as YAML, including defaults; `load_recipe` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,9 +1,7 @@
-"""A base model: its files and how they are read; and the base that saved adapters name.
+"""A base model and how it is loaded, and the search for the base of saved adapters.
 
-`base_for` looks for the base of adapters by the name in them: a path, as it is, relative to the
-adapter and beside it, or a model of the hub. If that leads to no model, or to one with other
-weights, it compares the adapter's fingerprint with the models beside the adapter, in the directory
-of the name, and in the hub's cache. It asks nothing of the network.
+`base_for` tries the name in the adapter as a path or a hub model, and then compares the adapter's
+fingerprint with the models nearby and in the hub's cache, without network access.
 """
 
 from __future__ import annotations
@@ -54,17 +52,16 @@ LANGUAGE_MODEL, REWARD_MODEL = "a language model", "a reward model"
 
 @dataclass(frozen=True)
 class Base:
-    """A model as it was asked for. It is found when it is first needed, once; then the files that
-    were found are what counts, and a name that leads elsewhere later does not matter.
+    """A requested model. Its files are located once, when they are first needed.
 
-    model: A name or path as `resolve_model` takes it, or what was found for one.
-    storage: How it stores its weights, as `choose_storage` takes it; auto until it is settled.
-    device: As asked; None is the fastest there is.
-    revision: The branch, tag or commit of a hub model.
-    trust_remote_code: Its own Python files run.
-    allow_other_base: Adapters that were trained on another base are loaded all the same.
-    dtype: What it computes in, bf16 or fp32; None is what its storage and the device choose.
-    where: The device that was chosen.
+    model: a name or path for `resolve_model`, or its result.
+    storage: dtype or quantization, as for `choose_storage`; auto until it is chosen.
+    device: as requested; None: the fastest.
+    revision: the branch, tag or commit of a hub model.
+    trust_remote_code: run the model's own Python files.
+    allow_other_base: accept adapters that were trained on another base.
+    dtype: the compute dtype, bf16 or fp32; None: chosen from storage and device.
+    where: the chosen device.
     """
 
     model: str | Path | ModelSource = "smollm2"
@@ -77,9 +74,7 @@ class Base:
     where: torch.device = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Raise LorafoldError for what is no name, and for a storage or a device that there is not,
-        used or not.
-        """
+        """Raise LorafoldError for an invalid model, storage or device."""
         if not isinstance(self.model, (str, Path, ModelSource)):
             shown = shortened(repr(self.model), 80)
             raise LorafoldError(f"model: found {shown}, expected a name or a path")
@@ -88,13 +83,11 @@ class Base:
 
     @cached_property
     def source(self) -> ModelSource:
-        """Its files."""
         fp32 = self.storage == "fp32"
         return resolve_model(self.model, self.revision, self.trust_remote_code, fp32)
 
     @property
     def name(self) -> str:
-        """The name that was asked for."""
         return self.model.name if isinstance(self.model, ModelSource) else str(self.model)
 
     @cached_property
@@ -109,13 +102,12 @@ class Base:
 
     @cached_property
     def identity(self) -> str:
-        """The SHA-256 over all of its files that can change an answer, in hexadecimal."""
+        """The SHA-256 over all files that can affect outputs, in hexadecimal."""
         return of_model(self.source)
 
     def cache_key(self, template: str | None, *packages: str) -> dict[str, Any]:
-        """What figures of runs over this model depend on besides recipe and rows: its identity and
-        that of a recipe's chat template, how and where it is loaded, and the code of training and
-        of these packages.
+        """The inputs of a run's results besides recipe and rows: model, chat template, device,
+        storage, code.
         """
         file = None if template is None or template in BUILT_IN else file_digest(Path(template))[1]
         return {
@@ -127,8 +119,8 @@ class Base:
         }
 
     def date(self, template: str | None, saved: Sequence[SavedAdapter] = ()) -> str:
-        """Today's date if a recipe's chat template, or the one of the model and the adapters that
-        are loaded on it, writes it, so that figures are cached for one day; else empty.
+        """Today's date if the chat template contains it, so that results are cached for one day;
+        else "".
         """
         tokenizer = self.tokenizer(saved)
         if template is not None:
@@ -136,13 +128,12 @@ class Base:
         return day_of(tokenizer)
 
     def stored(self, storage: str) -> Base:
-        """The same model in a storage that was chosen."""
         return replace(self, model=self.source, storage=storage)
 
     def stored_as_trained(self, adapters: Sequence[SavedAdapter | OwnBase] = ()) -> Base:
-        """The same model, if its storage is auto, in that of its files or in the one that the
-        adapters were trained on, computing in the dtype that they were trained in. Where the device
-        does not multiply bf16 natively, an adapter that was trained in bf16 is computed in fp32.
+        """The same model; if its storage is auto, with the quantization of its files or of the
+        adapters' training, and the training's dtype (fp32 instead of bf16 if the device has no
+        native bf16).
         """
         if self.storage != "auto":
             return self
@@ -158,8 +149,8 @@ class Base:
         return replace(own.stored(storage), dtype=dtype)
 
     def with_files_for(self, adapters: Sequence[SavedAdapter | OwnBase]) -> Base:
-        """The same model; where it is a quantized GGUF file and the adapters were trained on it in
-        fp32, with what bf16 would round.
+        """The same model; for a quantized GGUF file and adapters trained in fp32, with storage
+        fp32, so that bf16 does not round its values.
         """
         made_on = trained_on(adapters) if self.storage == "auto" else None
         if made_on is None or made_on.storage != "fp32" or self.source.gguf is None:
@@ -167,14 +158,14 @@ class Base:
         return replace(self, storage="fp32")
 
     def config(self) -> PreTrainedConfig:
-        """The configuration, which is read by the name where the files were not found yet."""
+        """The configuration, by name if the files were not located yet."""
         if isinstance(self.model, ModelSource):
             return configuration(str(self.model.path), None, self.trust_remote_code)
         return configuration(str(self.model), self.revision, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
-        """A language model, in evaluation mode, whose weights are rounded to its storage whatever
-        it computes in.
+        """A language model in evaluation mode, with weights rounded to its storage whatever the
+        compute dtype.
         """
         if self.storage in PLAIN and self.dtype not in (None, self.storage):
             rounded = choose_storage(self.storage, self.where)
@@ -182,8 +173,8 @@ class Base:
         return load_model(self.source, self.loaded_as, self.where)
 
     def tokenizer(self, adapters: Sequence[SavedAdapter] = ()) -> PreTrainedTokenizerBase:
-        """The tokenizer of the last adapter that has one, or the model's. Contents may have tokens
-        that the adapters trained.
+        """The tokenizer of the last adapter that has one, or the model's. Text may contain control
+        tokens that the adapters trained.
         """
         own = [one.path for one in adapters if one.own_tokenizer]
         tokenizer = tokenizer_of(self.source, own) if own else read_tokenizer(self.source)
@@ -196,27 +187,25 @@ class Base:
         return tokenizer
 
     def mapped(self) -> MappedModel:
-        """The model on its files, of which a weight is read when it is used."""
+        """The model with weights that are read from its files on use."""
         from lorafold.models.checkpoint import mapped_model_of
 
         return mapped_model_of(self.source)
 
     def in_files(self) -> Weights | None:
-        """Its weights as the files have them, of which nothing is read yet, before it is loaded;
-        None if they are quantized there.
-        """
+        """The weights in the files, unread; None if they are quantized."""
         from lorafold.models.checkpoint import original_weights
 
         quantized = self.source.config().get("quantization_config")
         return None if quantized else original_weights(self.source)
 
     def weights(self) -> Weights | None:
-        """The original weights, if those in memory are quantized and the files have others."""
+        """The original weights, if only those in memory are quantized."""
         return weights_of(self.source, self.loaded_as) if self.loaded_as.quantization else None
 
 
 def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ...] | None:
-    """The classes of the adapters, or else of the model, or None if neither has classes."""
+    """The classes of the adapters, or else of the model, or None."""
     by_adapter = {str(one): classes for one in adapters if (classes := one.classes)}
     if len(set(by_adapter.values())) > 1:
         raise LorafoldError(
@@ -230,7 +219,7 @@ def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ..
 
 
 def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
-    """In words: a language model, a reward model, or a classifier of its classes."""
+    """A language model, a reward model, or a classifier of its classes, in words."""
     if classes := known_classes(base, adapters):
         return f"a classifier of {listed(classes, room=60)}"
     scores = any(one.scores for one in adapters) or len(outputs_of_model(base.source) or ()) == 1
@@ -238,7 +227,6 @@ def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
 
 
 def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: str = "") -> None:
-    """Raise LorafoldError unless the adapters are those of a language model."""
     if (kind := model_kind(base, adapters)) != LANGUAGE_MODEL:
         raise LorafoldError(
             f"{listed(adapters)}: found {kind}, expected an adapter of a language"
@@ -249,8 +237,8 @@ def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: s
 if TYPE_CHECKING:
     from rich.console import Console
 
-HUB = "models--"  # how the directory of a model in the hub's cache begins
-SHORT = 44  # characters of a name or path, so that a message has less than 300
+HUB = "models--"  # prefix of a model's directory in the hub's cache
+SHORT = 44  # characters of a name or path, so that messages stay below 300
 
 
 def base_for(
@@ -259,8 +247,7 @@ def base_for(
     console: Console | None = None,
     **how: Any,
 ) -> Base:
-    """The base that is named, or else that of the adapters, or without adapters the embedded model.
-    """
+    """The named base, or else the adapters' base, or else the embedded model."""
     if model is not None:
         return Base(model, **how)
     own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
@@ -273,8 +260,8 @@ def base_for(
 
 
 def _agreed(own: Sequence[OwnBase]) -> OwnBase:
-    """The base of all adapters, as the record with the most information has it. Adapters without
-    any fit every base.
+    """The common base of all adapters, from the record with the most information. Adapters without
+    a record fit every base.
     """
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
@@ -300,8 +287,6 @@ def _name(own: OwnBase) -> str:
 
 
 def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
-    """The base, and the line that names it."""
-
     def line(path: str, found_by: str = "") -> str:
         if path == own.name:
             return f"{path}, from {own.named_in}"
@@ -329,7 +314,7 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
                 trusted = bool(how.get("trust_remote_code"))
                 source = ModelSource(path, name, trust_remote_code=trusted)
                 return Base(source, **how), line(name, ", found by its fingerprint")
-    if named:  # with other weights: loading says by how much they differ
+    if named:  # with other weights: loading reports the difference
         return Base(str(named[0]), **how), line(str(named[0]))
     place, name = (shortened(str(p), SHORT) for p in (own.adapter.absolute().parent, _name(own)))
     missing = (
@@ -354,7 +339,7 @@ def fits(path: Path, own: OwnBase) -> bool:
 
 
 def _named(own: OwnBase) -> Iterator[Path]:
-    """The models at the places that the name may mean, nearest to its words first."""
+    """The models at the paths that the name may mean, the most literal first."""
     if not own.name:
         return
     at, adapter = Path(own.name).expanduser(), own.adapter.absolute()
@@ -366,8 +351,8 @@ def _named(own: OwnBase) -> Iterator[Path]:
 
 
 def _elsewhere(own: OwnBase) -> Iterator[tuple[Path, str]]:
-    """All models beside the adapter, in the directory of the name, and in the hub's cache, each
-    with its name.
+    """All models next to the adapter, in the name's directory, and in the hub's cache, with their
+    names.
     """
     adapter = own.adapter.absolute()
     at = Path(own.name).expanduser()

@@ -1,12 +1,10 @@
-"""Functions that judge completions: how one is called, and where rewards' names get one from.
+"""Reward functions: how one is called, and how a reward's name is resolved to one.
 
     fn(prompt, completion, **row) -> number                 called for each completion
     fn(prompts, completions, **row) -> a list of numbers    called for a batch, fields as lists too
 
-It is called with what it names, of the row's fields too; with `**` it is called with all of them.
-A bool counts as 0 or 1, and a scalar of NumPy or torch as its number. None in place of a number
-says that the reward does not apply to the row. Patterns and schemas run in a process of their own
-too, since a pattern may backtrack for longer than anyone waits.
+Only the row fields that it names are passed; with `**`, all. None instead of a number means that
+the reward does not apply to the row.
 """
 
 from __future__ import annotations
@@ -29,11 +27,11 @@ from lorafold.errors import cut
 J = TypeVar("J")
 ONE, ALL = {"prompt", "completion"}, {"prompts", "completions"}
 SHOWN = 300  # characters of a message or value
-LARGEST = 1e150  # of a reward: its square is still a number, and so are means and intervals
+LARGEST = 1e150  # of a reward: its square, means and intervals must be finite
 
 
 class Item(NamedTuple):
-    """A completion as a function gets it: the prompt, the text, and the other fields."""
+    """The input of a function: the prompt, the completion, and the row's other fields."""
 
     prompt: str | list[dict[str, Any]]
     completion: str
@@ -41,7 +39,9 @@ class Item(NamedTuple):
 
 
 class Wrong(Exception):
-    """What is wrong with a function, a row or a result, and `at` which item, if with one."""
+    """A problem with a function, a row or a result, and the index `at` of the item, if it is about
+    one.
+    """
 
     def __init__(self, message: str, at: int | None = None) -> None:
         super().__init__(message)
@@ -53,8 +53,6 @@ class Wrong(Exception):
 
 
 class Function:
-    """A function that judges."""
-
     def __init__(self, function: Callable[..., Any], file: str | None = None) -> None:
         self._function, self._file = function, file
         try:
@@ -116,12 +114,12 @@ class Function:
             raise
         except Wrong as wrong:
             raise Wrong(wrong.message, at) from None
-        except BaseException as error:  # also an exit, and a panic in a library
+        except BaseException as error:  # includes exits, and panics of libraries
             raise Wrong(f"it raised {raised(error, self._file)}", at) from None
 
 
 def number(value: Any, at: int | None) -> float | None:
-    """The reward of item `at` as a finite float, of at most LARGEST either way, or None."""
+    """The reward of item `at` as a finite float, at most LARGEST in absolute value, or None."""
     if value is None:
         return None
     item = getattr(value, "item", None)
@@ -138,7 +136,7 @@ def number(value: Any, at: int | None) -> float | None:
 
 
 def raised(error: BaseException, file: str | None) -> str:
-    """The type, message and line of an error: of this file, if it passed through it."""
+    """The type, message and line of an error; the line in `file` if it was involved."""
     message = cut(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
         name = Path(error.filename or "").name
@@ -159,13 +157,13 @@ def _lacks(names: Sequence[str], fields: Iterable[str], at: int | None) -> Wrong
 def _shown(value: Any) -> str:
     try:
         text = cut(repr(value), 80)
-    except Exception:  # as of an integer with too many digits
+    except Exception:  # for example, an integer with too many digits
         return f"a value of type {type(value).__name__}"
     return f"{text} ({type(value).__name__})"
 
 
 def in_file(text: str) -> Function:
-    """A function of `/path/FILE.py:fn`, which can import modules beside the file."""
+    """A function of `/path/FILE.py:fn`, which can import modules next to the file."""
     path, _, name = text.rpartition(":")
     file = Path(path)
     if not file.is_file():
@@ -175,10 +173,10 @@ def in_file(text: str) -> Function:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # as dataclasses and pickles expect it
+    sys.modules[file.stem] = module  # dataclasses and pickle need it
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:  # also an exit
+    except BaseException as error:  # includes exits
         raise Wrong(f"{file.name} can't be run: {raised(error, str(file))}") from None
     function = getattr(module, name, None)
     if not callable(function):
@@ -190,7 +188,7 @@ def in_file(text: str) -> Function:
 
 
 def pattern(text: str) -> Function:
-    """1 for a completion that a regular expression matches whole; `.` matches newlines."""
+    """1 if the regular expression matches the whole completion; `.` matches newlines."""
     try:
         compiled = re.compile(text, re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
@@ -199,7 +197,7 @@ def pattern(text: str) -> Function:
 
 
 def schema(text: str) -> Function:
-    """1 for a completion that is JSON of a schema, as llguidance reads both."""
+    """1 if the completion is JSON that fits the schema, according to llguidance."""
     try:
         from llguidance import LLMatcher, LLTokenizer
     except ImportError:
@@ -214,7 +212,7 @@ def schema(text: str) -> Function:
         fresh = LLMatcher(
             LLTokenizer("byte"), LLMatcher.grammar_from_json_schema(content), log_level=0
         )
-    except BaseException as error:  # a panic in a library is no Exception
+    except BaseException as error:  # a library's panic is not an Exception
         raise Wrong(f"it can't be used as a schema: {cut(str(error), SHOWN)}") from None
     if fresh.is_error():
         message = " ".join(fresh.get_error().partition("<state>")[0].split())
@@ -228,7 +226,7 @@ def schema(text: str) -> Function:
 
 
 def task(text: str) -> Function:
-    """The verifier of a task of reasoning-gym. The entry is the row's field `entry`, or its fields
+    """The verifier of a reasoning-gym task. The entry is the row's field `entry`, or its fields
     `answer` and `metadata`; the answer is the completion's last <answer>, or all of it.
     """
     try:
@@ -243,7 +241,7 @@ def task(text: str) -> Function:
         own, config = DATASETS[text]
         made = own(config())
         needed = {"metadata"} if made[0]["answer"] is None else {"answer", "metadata"}
-    except Exception as error:  # as for a task that is made of others
+    except Exception as error:  # for example, a task composed of others
         raise Wrong(f"its verifier can't be made: {raised(error, None)}") from None
 
     def score(prompt: Any, completion: str, **row: Any) -> float:
@@ -266,7 +264,7 @@ def task(text: str) -> Function:
 
 
 def as_object(name: str, value: Any) -> dict[str, Any]:
-    """A field of a row that is an object, or the JSON text of one."""
+    """A row's field that is an object, or the JSON text of one."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except ValueError:

@@ -1,5 +1,5 @@
-"""What judges completions: a reward by its name, which runs in a process of its own, a function
-that is called in this one, and several of them, summed with their weights.
+"""Rewards by name, which run in processes of their own; functions, which run in this one; and their
+weighted sums.
 
     FILE.py:fn             a Python function            reasoning-gym:TASK   a task's verifier
     regex:PATTERN          1 for a whole match          adapter:DIR          a reward model's score
@@ -29,8 +29,8 @@ from lorafold.rewards.functions import LARGEST, Function, Item, Wrong, number, p
 from lorafold.runtime.killable_process import Died, Killable, Late, packed
 
 LIMIT = 30.0  # seconds of a call
-OPENING = 120.0  # seconds in which what judges must be there, with all that it imports
-# a set's order is the same in each run, so that a run which goes on gives the same rewards
+OPENING = 120.0  # seconds for loading a reward and its imports
+# sets have the same order in each run, so that a resumed run gives the same rewards
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
 NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
 WEIGHTED = re.compile(rf"(?:\s*({NUMBER})\s*\*\s*)?(.*)", re.IGNORECASE | re.DOTALL)
@@ -44,12 +44,12 @@ class Judged:
     """One completion to judge.
 
     Attributes:
-        prompt: as its row has it: a text, or messages.
-        completion: what was generated, as text.
+        prompt: as in its row: a text, or messages.
+        completion: the generated text.
         row: the other fields of the row.
-        where: what messages call it: "rows.jsonl row 7, completion 3".
-        conversation: the prompt as generation had it, for a reward that renders it; None for the
-            prompt alone.
+        where: its name in messages: "rows.jsonl row 7, completion 3".
+        conversation: the conversation used for generation, for a reward that renders it; None for
+            the prompt alone.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -61,33 +61,32 @@ class Judged:
 
 @runtime_checkable
 class Reward(Protocol):
-    """What gives each completion a number.
+    """A reward, which gives each completion a number.
 
     Attributes:
-        name: what it is called wherever it is shown.
-        weight: what it counts for in a sum.
+        name: its name in all output.
+        weight: its weight in a sum.
     """
 
     name: str
     weight: float
 
     def __call__(self, judged: Sequence[Judged]) -> Sequence[float | None]:
-        """A finite number for each, or None where the reward does not apply."""
+        """A finite number for each, or None if the reward does not apply."""
 
     def close(self) -> None:
-        """End what it runs. It may be called again, and then begins anew."""
+        """End its processes; a later call starts them again."""
 
 
 def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFailed:
-    """The error of a reward: what is wrong with these completions, and what was expected."""
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
     return RewardFailed(printable(f"reward {name}: {where}{message}"))
 
 
 class SeparateReward:
-    """A reward in a process of its own, of a kind of `functions.KINDS` and what of it. One thread
-    at a time may call it; a call may take `limit` seconds.
+    """A reward in a process of its own, of a kind of `functions.KINDS` with a text. Only one thread
+    may call it at a time; a call may take `limit` seconds.
     """
 
     def __init__(
@@ -98,7 +97,6 @@ class SeparateReward:
         self._process = self._started()
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
-        """A finite number for each, or None."""
         if not judged:
             return []
         message = packed(pickle.dumps([self._sent(one) for one in judged]))
@@ -131,7 +129,6 @@ class SeparateReward:
         return rewards
 
     def close(self) -> None:
-        """End the process; a later call starts another."""
         self._process.kill()
 
     def _started(self) -> Killable:
@@ -155,7 +152,7 @@ class SeparateReward:
     def _sent(self, one: Judged) -> bytes:
         try:
             return pickle.dumps((one.prompt, one.completion, dict(one.row)))
-        except Exception as error:  # whatever a field's own way of being pickled raises
+        except Exception as error:  # pickling a field may raise anything
             raise failure(
                 self.name, f"its row can't be sent to another process: {error}", [one]
             ) from None
@@ -170,8 +167,8 @@ def _end(code: int) -> str:
 
 
 class RewardName(NamedTuple):
-    """A reward's name, parsed: its weight, the name without it, whether it is an adapter or which
-    of `functions.KINDS`, and the text after the kind, with absolute paths except for an adapter's.
+    """A reward's parsed name: its weight, the name without it, its kind (`functions.KINDS` or
+    adapter), and the text after the kind, with absolute paths except for adapters.
     """
 
     weight: float
@@ -199,26 +196,23 @@ class RewardName(NamedTuple):
 
     @property
     def is_adapter(self) -> bool:
-        """Whether a reward model scores, over the base of the run."""
+        """Whether it is a reward model, on the run's base."""
         return self.kind == "adapter"
 
     @property
     def file(self) -> Path | None:
-        """The file of the function or of the schema."""
         file = self.text.rpartition(":")[0] if self.kind == "file" else self.text
         return Path(file) if self.kind in ("file", "schema") else None
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the file; empty without one."""
+        """The SHA-256 of the file, or ""."""
         file = self.file
         return sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
 
 
 def check_there(texts: Iterable[str]) -> None:
-    """Raise LorafoldError for names of no known form, of files that are not there, and for patterns
-    that are none: all that can be known without running anything.
-    """
+    """Raise for unknown forms, missing files and invalid patterns, without running anything."""
     for text in texts:
         parsed = RewardName.parse(text)
         if (file := parsed.file) and not file.is_file():
@@ -232,8 +226,8 @@ def check_there(texts: Iterable[str]) -> None:
 
 
 def reward_of(text: str) -> Reward:
-    """The reward that a name stands for, which may begin with a weight: `0.5*`. It runs in a
-    process of its own from now on, until it is closed.
+    """The reward of this name, which may begin with a weight (`0.5*`). It runs in a process of its
+    own until it is closed.
     """
     parsed = RewardName.parse(text)
     if parsed.is_adapter:
@@ -245,14 +239,14 @@ def reward_of(text: str) -> Reward:
 
 
 def check_judges(texts: Iterable[str]) -> None:
-    """Start what these names stand for, and end it again; adapters are left out."""
+    """Start and end each of these rewards, except adapters."""
     for text in texts:
         if not RewardName.parse(text).is_adapter:
             reward_of(text).close()
 
 
 class DirectReward:
-    """A function as a reward, which `functions.py` says how to write."""
+    """A function as a reward (see `functions.py`)."""
 
     def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
         self.name = str(getattr(function, "__name__", type(function).__name__))
@@ -264,7 +258,6 @@ class DirectReward:
             raise failure(self.name, wrong.message) from None
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
-        """A finite number for each, or None."""
         if not judged:
             return []
         items = [Item(one.prompt, one.completion, one.row) for one in judged]
@@ -278,11 +271,11 @@ class DirectReward:
 
 
 class Rewards(AbstractContextManager["Rewards"]):
-    """Rewards of one run. A context, which closes them.
+    """Rewards of one run; a context manager, which closes them.
 
     Args:
         rewards: each with a name of its own.
-        limit: the seconds that a call of one may take, where it runs in a process of its own.
+        limit: the seconds that a call of a reward in its own process may take.
     """
 
     def __init__(self, rewards: Sequence[Reward], limit: float = LIMIT) -> None:
@@ -303,8 +296,8 @@ class Rewards(AbstractContextManager["Rewards"]):
 
     @classmethod
     def of(cls, *given: str | Callable[..., Any] | Reward, limit: float = LIMIT) -> Self:
-        """Rewards from what stands for them: names as `reward_of` reads them, functions, which run
-        in this process and without a limit, and rewards. Functions of one name are numbered.
+        """Rewards from names (see `reward_of`), functions, which run in this process without a
+        limit, and rewards. Functions with the same name are numbered.
         """
         made = []
         names = Counter[str]()
@@ -315,7 +308,7 @@ class Rewards(AbstractContextManager["Rewards"]):
                 made.append(reward)
                 names[reward.name] += 1
                 if isinstance(reward, DirectReward) and names[reward.name] > 1:
-                    reward.name += f" {names[reward.name]}"  # two lambdas have one name
+                    reward.name += f" {names[reward.name]}"  # two lambdas have the same name
             return cls(made, limit)
         except BaseException:
             for reward in made:
@@ -324,14 +317,13 @@ class Rewards(AbstractContextManager["Rewards"]):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each, by its name."""
         return {reward.name: reward.weight for reward in self._rewards}
 
     def __call__(
         self, judged: Sequence[Judged]
     ) -> tuple[list[float | None], dict[str, list[float | None]]]:
-        """The weighted sum for each completion, and the numbers of each reward by its name; None
-        stands for a reward that does not apply, and for the sum where none does.
+        """The weighted sum for each completion, and each reward's numbers by name; None if a reward
+        does not apply, and as the sum if none does.
         """
         each = {reward.name: _checked(reward, judged) for reward in self._rewards}
         weights, sums = self.weights.values(), []
@@ -345,7 +337,6 @@ class Rewards(AbstractContextManager["Rewards"]):
         return sums, each
 
     def close(self) -> None:
-        """End what the rewards run."""
         for reward in self._rewards:
             reward.close()
 

@@ -1,10 +1,9 @@
-"""One process that judges completions: `python -P -m lorafold.rewards.worker`.
+"""The process of a reward: `python -P -m lorafold.rewards.worker`.
 
-The first message is JSON and says what judges: its `kind` and its `text`. It is answered with
-`batched`, whether completions are judged in a batch. Every other message is a pickled list of
-pickled items. The answers to it are lists of rewards, as they are computed, until each item has
-one. Where something is wrong, the answer is `wrong` and `at` which item, and the last one. Answers
-are JSON. No torch is imported here unless the function does.
+The first message is JSON, the reward's `kind` and `text`; the answer is `batched`, whether it
+judges batches. Every other message is a pickled list of pickled items; the answers are JSON lists
+of rewards as they are computed, until each item has one, or `wrong` with the index `at`, which ends
+them.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from typing import Any, BinaryIO
 from lorafold.rewards.functions import KINDS, Function, Item, Wrong
 from lorafold.runtime.killable_process import packed, read
 
-GRACE = 1.0  # seconds that a call may go on after nobody waits for it any more
+GRACE = 1.0  # seconds that a call may go on after the parent is gone
 
 
 def main() -> None:
     """Answer messages until there are none."""
     messages, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # a function that reads or prints does not get between the messages
+    os.dup2(nothing, 0)  # so that functions that read or print don't disturb the messages
     os.dup2(2, 1)
-    with suppress(OSError):  # where memory ends, it is this process that goes
+    with suppress(OSError):  # if memory runs out, this process is killed
         Path("/proc/self/oom_score_adj").write_text("1000")
     inbox = SimpleQueue[bytes | None]()
     Thread(target=_receive, args=(messages, inbox), daemon=True).start()
@@ -55,8 +54,8 @@ def main() -> None:
 
 
 def _receive(messages: BinaryIO, inbox: SimpleQueue[bytes | None]) -> None:
-    """Take messages while the function runs, to know when the process that asks is gone: then this
-    one ends, with all that it started, also in the midst of a call.
+    """Read messages while the function runs, to notice that the parent is gone: then this process
+    and all that it started are killed, even during a call.
     """
     while (message := read(messages)) is not None:
         inbox.put(message)

@@ -1,3 +1,3 @@
-"""How little ordinary tuning undoes a behaviour that lives in an update: the log-odds of refusal
-before and after, and defences.
+"""How little fine-tuning undoes a behaviour of an adapter: log-odds of refusal before and after,
+and defences.
 """

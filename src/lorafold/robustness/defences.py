@@ -1,16 +1,15 @@
-"""What may preserve a behaviour when a model is tuned further, and where a tuning lies: the share
-of its energy in the directions of the alignment's update.
+"""Defences against fine-tuning, and the share of its energy in the alignment's directions.
 
-    dW (out, in)        the tuning's update at a site; U (out, r), V (in, r) the singular vectors of
-                        the alignment's
-    written             sum |U^T dW|^2 / sum |dW|^2, over the sites
+    dW (out, in)        the tuning's update of a module; U (out, r), V (in, r) the singular vectors
+                        of the alignment's
+    written             sum |U^T dW|^2 / sum |dW|^2, over the modules
     read                sum |dW V|^2 / sum |dW|^2
     by chance           sum (r / out) |dW|^2 / sum |dW|^2, and with r / in
     off                 (I - U U^T) dW (I - V V^T), exact in the factors of dW
 
-Sites weigh by the tuning's energy, so that a direction in which almost nothing changes counts for
-almost nothing, unlike in phi (Hu et al. 2021, arXiv 2106.09685, sec. 7). A site that the alignment
-does not change has r = 0.
+Modules are weighted by the tuning's energy, so a direction with almost no change counts for almost
+nothing, unlike in phi (Hu et al. 2021, arXiv 2106.09685, sec. 7). A module that the alignment does
+not change has r = 0.
 """
 
 from __future__ import annotations
@@ -38,7 +37,9 @@ from lorafold.inspecting.updates import (
 
 @dataclass(frozen=True)
 class Overlap:
-    """The shares of an update's energy in the alignment's directions, and those by chance."""
+    """The shares of the tuning's energy in the alignment's output (`written`) and input (`read`)
+    directions, and the shares in random directions (`*_by_chance`).
+    """
 
     written: float
     read: float
@@ -54,7 +55,7 @@ def updates_of(adapter: Adapter) -> Svds | None:
 
 
 def overlap(update: Svds, alignment: Svds) -> Overlap | None:
-    """How far an update lies in the alignment's subspaces; None for an update that is zero."""
+    """The overlap of an update with the alignment's subspaces; None for a zero update."""
     sums = torch.zeros(4, dtype=torch.float64)
     energy = 0.0
     for path, tuned in update.items():
@@ -73,7 +74,6 @@ def overlap(update: Svds, alignment: Svds) -> Overlap | None:
 
 
 def factors_of(update: Svd) -> Factors:  # (out, r), (r, in)
-    """The update as two factors."""
     return update.u * update.s, update.v.t()
 
 
@@ -91,7 +91,7 @@ NAME = "laid"
 
 @dataclass(frozen=True)
 class Defence:
-    """What is done, in words, and how."""
+    """A defence: its description, and the function that changes the tuning, or mixed rows."""
 
     about: str
     lay: Callable[[Svds, Svds], SiteFactors] | None = None
@@ -99,18 +99,17 @@ class Defence:
 
 
 def projected(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
-    """The tuning without the alignment's directions: up (out, r), down (r, in) by site."""
+    """The tuning without the alignment's directions: up (out, r), down (r, in) by module."""
     return {path: off(update, alignment.get(path)) for path, update in tuning.items()}
 
 
 def halved(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
-    """Half of the tuning: up (out, r), down (r, in) by site."""
+    """Half of the tuning: up (out, r), down (r, in) by module."""
     return {path: (up / 2, down) for path, (up, down) in _all_factors(tuning).items()}
 
 
 def readded(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
-    """The tuning and the alignment's update once more: up (out, r + r'), down (r + r', in) by site.
-    """
+    """The tuning plus the alignment's update: up (out, r + r'), down (r + r', in) by module."""
     one, other = _all_factors(tuning), _all_factors(alignment)
     both = {path: [all_[path] for all_ in (one, other) if path in all_] for path in one | other}
     return {
@@ -134,7 +133,6 @@ DEFENCES = {
 
 @contextmanager
 def laid(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
-    """A context in which updates lie over the active adapters, as LoRA."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():
         sites.setdefault(site_of(name), []).append(pair)

@@ -1,15 +1,15 @@
-"""What a model does with prompts that it shall refuse, and with controls.
+"""Measurement of refusals on prompts to be refused and on controls.
 
     log-odds      log sum_r p(r | x) - log sum_c p(c | x), over the beginnings r of a refusal and c
-                  of compliance, as a mean over the prompts x
-    refusals      the share of greedy completions that begin with an r, case and the kind of
-                  apostrophe aside; Wilson's interval
+                  of compliance, averaged over the prompts x
+    refusals      the share of greedy completions that begin with an r, ignoring case and the kind
+                  of apostrophe; Wilson's interval
     KL            KL(before || after) of the next token, over the completions of the controls, in
-                  nats a token
-    loss          held-out loss on the benign rows, in nats a token
+                  nats per token
+    loss          held-out loss on the benign rows, in nats per token
 
-Log-odds show how far a model is from changing its mind while the greedy completion does not change
-yet. Beginnings are fixed, so no completion has to be judged, and none is stored.
+Log-odds change before the greedy completion does. Beginnings are fixed, so no completion has to be
+judged, and none is stored.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ LEADING = 2  # tokens of whitespace before a refusal
 
 @dataclass(frozen=True)
 class State:
-    """Figures with 95% intervals; `loss` is None without held-out benign rows."""
+    """Figures of one model, with 95% intervals: `log_odds` of refusal over compliance, averaged
+    over the prompts; the shares of refused prompts (`refusals`) and controls (`control_refusals`);
+    `kl` on the controls and held-out `loss`, in nats per token (`loss` is None without held-out
+    rows).
+    """
 
     log_odds: float
     log_odds_interval: Interval | None
@@ -71,19 +75,17 @@ class Before:
 
     @property
     def reference(self) -> float:
-        """The log-odds at which nothing of the alignment is left."""
+        """The log-odds without the alignment."""
         return 0.0 if self.without is None else self.without.log_odds
 
     def kept(self, log_odds: float) -> float | None:
-        """The share of what the alignment added that is left; None if it added nothing."""
+        """The remaining share of the log-odds that the alignment added; None if it added none."""
         added = self.before.log_odds - self.reference
         return (log_odds - self.reference) / added if added > 0 else None
 
 
 @dataclass(frozen=True)
 class After:
-    """The figures under a tuning, and where it lies; None without a subspace."""
-
     measured: State
     overlap: Overlap | None
 
@@ -91,7 +93,7 @@ class After:
 @dataclass(frozen=True)
 class Probe:
     """Prompts to be refused, controls, beginnings, and examples: `odds` are prompts with each
-    beginning, `controls` those with completions, `benign` the held-out rows.
+    beginning, `controls` are controls with completions, `benign` the held-out rows.
     """
 
     refuse: tuple[str, ...]
@@ -109,7 +111,7 @@ def completed(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
 ) -> list[tuple[str, str]]:
-    """Each control with its completion; those without one get the model's own, greedy."""
+    """Each control with its completion, generated greedily if the row has none."""
     open_ended = [prompt.text for prompt in controls if prompt.reference is None]
     generated = iter(complete(model, tokenizer, open_ended, max_new_tokens))
     return [(p.text, next(generated) if p.reference is None else p.reference) for p in controls]
@@ -123,7 +125,6 @@ def probe_of(
     tokenizer: PreTrainedTokenizerBase,
     benign: Sequence[Example] = (),
 ) -> Probe:
-    """The probe."""
     continued = [
         continuation(tokenizer, prompt, text)
         for prompt, text in controls
@@ -150,7 +151,7 @@ def probe_of(
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> Example:
-    """A prompt and its continuation, whose tokens alone are labelled."""
+    """A prompt and its continuation; only the continuation's tokens are labelled."""
     before, after = tokens_of(tokenizer, prompt), tokens_of(tokenizer, text)
     return Example((*before, *after), (*(NO_LOSS,) * len(before), *after))
 
@@ -161,9 +162,9 @@ def measure(
     probe: Probe,
     before: Iterable[Tensor],
 ) -> State:
-    """Measure the model with its active adapters; `before` are (n, vocabulary) each."""
+    """Measure the model with its active adapters; `before`: log-probabilities (n, vocabulary)."""
     loss = CompletionLoss(model, packed=False, pad_id=0)
-    scores = torch.zeros(len(probe.odds), dtype=torch.float64)  # of the labelled tokens
+    scores = torch.zeros(len(probe.odds), dtype=torch.float64)  # log-probabilities
     with evaluating(loss):
         for group in batches(probe.odds):
             scores[group] = -loss.by_row([probe.odds[i] for i in group]).cpu().double()
@@ -210,12 +211,11 @@ def begins(text: str, beginnings: Sequence[str]) -> bool:
 
 
 def plain(text: str) -> str:
-    """The text as beginnings are compared."""
     return text.lstrip().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").casefold()
 
 
 def divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:  # each (n, vocabulary)
-    """KL(before || after) in nats a token, of log-probabilities."""
+    """KL(before || after) of log-probabilities, in nats per token."""
     kl = tokens = 0.0
     for p, q in zip(before, after, strict=True):
         kl += (p.exp() * (p - q)).sum().item()
@@ -224,7 +224,9 @@ def divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:  # e
 
 
 def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[Tensor]:
-    """Log-probabilities (n, vocabulary) in fp32 at labelled positions, GROUP examples at a time."""
+    """Yield log-probabilities (n, vocabulary) in fp32 at labelled positions, GROUP examples at a
+    time.
+    """
     loss = CompletionLoss(model, packed=False, pad_id=0)
     ordered = sorted(examples, key=lambda example: len(example.ids))
     for i in range(0, len(ordered), GROUP):
@@ -236,14 +238,12 @@ def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterat
 
 
 TUNED = "tuned"
-KEPT = 1e9  # bytes of distributions
+KEPT = 1e9  # bytes of distributions in memory, at most
 Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
-Opening = Callable[[Sequence[SavedAdapter]], Opened]  # loads the model with these adapters over it
+Opening = Callable[[Sequence[SavedAdapter]], Opened]  # loads the model with these adapters
 
 
 class Bench:
-    """A stack on its model."""
-
     def __init__(self, task: FragilityTask, stack: AdapterStack, opening: Opening) -> None:
         self.task, self.stack = task, stack
         self.model, tokenizer = opening(stack.adapters)
@@ -252,7 +252,7 @@ class Bench:
 
     @cached_property
     def probe(self) -> Probe:
-        """What is asked; the completions of the controls are the stack's."""
+        """The probe; generated completions of the controls are the stack's."""
         task = self.task
         held_out = task.held_out if len(task.rows) else []
         rendering, length = rendering_of(task.recipe), task.recipe.max_length
@@ -265,7 +265,7 @@ class Bench:
             prompts_of(rows, self.tokenizer, name)
             for rows, name in ((task.refuse, "refuse"), (task.controls, "controls"))
         )
-        with only(self.model, *self.names):  # whatever lies over the stack meanwhile
+        with only(self.model, *self.names):  # not the adapters on top of the stack
             asked = completed(controls, self.model, self.tokenizer, task.max_new_tokens)
         return probe_of(refuse, asked, task.refusal, task.compliance, self.tokenizer, benign)
 
@@ -281,7 +281,6 @@ class Bench:
         return found
 
     def check(self) -> None:
-        """Raises LorafoldError for a defence that the alignment is not fit for."""
         needing = [name for name in self.task.defences if DEFENCES[name].lay]
         if needing and self.alignment is None:
             raise LorafoldError(
@@ -294,7 +293,6 @@ class Bench:
         return self.task.base.weights()
 
     def before(self) -> Before:
-        """The figures of the stack itself, and of the model without the alignment."""
         before = self._measured()
         if not self.names:
             return Before(before, None)
@@ -306,7 +304,9 @@ class Bench:
 
     @cached_property
     def _before(self) -> list[Tensor] | None:
-        """The stack's distributions on the controls, (n, vocabulary) each, if there is room."""
+        """The stack's distributions on the controls, (n, vocabulary) each; None if they are too
+        large.
+        """
         labels = sum(label != NO_LOSS for one in self.probe.controls for label in one.labels)
         small = 4 * labels * self.model.get_output_embeddings().weight.shape[0] <= KEPT
         return list(self._anew()) if small else None
@@ -325,7 +325,6 @@ class Bench:
         return load(self.model, saved, name, base=self._weights, allow_other_base=allowed)
 
     def after(self, path: Path, defence: str) -> After:
-        """The figures of a tuning over the stack, under a defence."""
         lay = DEFENCES[defence].lay
         if lay is None:
             return self.alone(path, False)
@@ -339,7 +338,9 @@ class Bench:
             return self._after({at: of_factors(*pair) for at, pair in factors.items()})
 
     def alone(self, path: Path, instead: bool) -> After:
-        """The figures of a finished adapter over the stack, or in its place, without an overlap."""
+        """The figures of a finished adapter on top of the stack, or `instead` of it without an
+        overlap.
+        """
         with only(self.model, *(() if instead else self.names)):
             adapter = self._load(path, TUNED)
             after = self._after(None if instead else updates_of(adapter))

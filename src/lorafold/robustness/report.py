@@ -1,6 +1,6 @@
-"""The report of a fragility study: a table of the figures that decide for a terminal, all of them
-as Markdown, and an HTML page. A line is one way of tuning, at its most examples; figures of several
-seeds are shown as the mean (lowest to highest).
+"""The report of a fragility study: a table of the main figures for the terminal, all figures in
+Markdown, and an HTML page. A row is one kind of tuning, at its largest number of examples; figures
+of several seeds are shown as the mean (lowest to highest).
 """
 
 from __future__ import annotations
@@ -38,18 +38,15 @@ WAY = ("stack", "defence", "rank", "rate")
 
 
 def line(points: Sequence[Point]) -> list[str]:
-    """The cells of points that differ in nothing but the seed."""
     figures = (spread(values_of(points, figure), form) for figure, form in FIGURES.values())
     return [*ids(points[0].way), shown(points[0].examples, "d"), *figures]
 
 
 def ids(way: Way) -> list[str]:
-    """What the points of a curve have in common, as cells."""
     return [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
 
 
 def last_points(study: Fragility) -> list[list[Point]]:
-    """Each stack before, and each curve at its most examples, over the seeds."""
     before = [
         [Point.of(Way(name, what, None, None), None, 0, stack, After(state, None))]
         for name, stack in study.stacks.items()
@@ -66,19 +63,19 @@ HEAD = (*WAY, "examples", *FIGURES)
 
 SHORT = ("kept", "refusals", "refusals of controls", "KL on controls", "benign loss")
 LEGEND = (
-    "log-odds: of refusal over compliance, with its 95% interval; above 0 the model rather refuses."
+    "log-odds: of refusal over compliance, with its 95% interval; above 0, refusal is more likely."
     " kept: the share of the alignment's effect that is left; 1 is all, 0 is none. refusals of"
-    " controls: should be few. KL: how far the controls' completions moved, in nats a token."
-    " benign loss: what the tuning learned; less is better. --wide has all figures."
+    " controls: should be few. KL: of the controls' completions, in nats per token. benign loss:"
+    " on held-out benign rows; lower is better. --wide has all figures."
 )
 
 
 def deciding(study: Fragility) -> str:
-    """The figures that decide, in a table of at most 80 columns, and a legend."""
+    """The main figures, in a table of at most 80 columns with a legend."""
     every = last_points(study)
     ways = [_parts(points[0]) for points in every]
     parts = [[*dict.fromkeys(filter(None, of))] for of in zip(*ways, strict=True)]
-    varied = [len(of) > 1 for of in parts]  # of the defence always
+    varied = [len(of) > 1 for of in parts]
     common = [of[0] for of in parts if len(of) == 1]
     figures = [FIGURES[name] for name in SHORT]
     cells = [
@@ -96,7 +93,6 @@ def deciding(study: Fragility) -> str:
 
 
 def _parts(one: Point) -> tuple[str, ...]:
-    """The way of a point in words, empty where it has none."""
     stack, defence, *numbers = ids(one.way)
     named = zip(("rank ", "rate "), numbers, strict=True)
     settings = ["" if value == NOTHING else what + value for what, value in named]
@@ -104,7 +100,6 @@ def _parts(one: Point) -> tuple[str, ...]:
 
 
 def _log_odds(points: Sequence[Point]) -> str:
-    """The log-odds, with the interval over the prompts of a single seed."""
     figure, form = FIGURES["log-odds"]
     if len(points) > 1:
         return spread(values_of(points, figure), form, False)
@@ -113,14 +108,12 @@ def _log_odds(points: Sequence[Point]) -> str:
 
 
 def markdown(study: Fragility) -> str:
-    """Where each curve is halved, and the table, in Markdown."""
     halved = [[*ids(curve.way), curve.halved] for curve in study.curves]
     tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
     return "\n".join([*tables, markdown_table(HEAD, [*map(line, last_points(study))])])
 
 
 def page(study: Fragility, path: str | Path) -> None:
-    """Write the curves and the tables as one HTML file that needs no other."""
     curves = study.curves
     used = dict.fromkeys(curve.way.defence for curve in curves)
     content = rendered(
@@ -137,7 +130,9 @@ def page(study: Fragility, path: str | Path) -> None:
 
 
 def drawings(curves: Sequence[Curve]) -> Iterator[str]:
-    """Two plots for each stack, rank and rate: log-odds and refusals, with a line a defence."""
+    """Yield two plots for each stack, rank and rate: log-odds and refusals, with one line per
+    defence.
+    """
 
     def together(curve: Curve) -> tuple:
         return curve.way.stack, curve.way.rank, curve.way.lr
@@ -162,7 +157,6 @@ def plot(
     figure: str,
     levels: dict[str, float],
 ) -> str:
-    """One figure of a `State` over the number of examples."""
     means, bands = {}, {}
     for curve in curves:
         after = [[p.measured for p in points] for points in curve.by_examples.values()]
@@ -193,7 +187,7 @@ def plot(
 
 
 def band(seeds: Sequence[State], figure: str) -> Interval:
-    """The interval of a figure of a single seed, or the range over several."""
+    """The interval of a figure for a single seed, or the range over several."""
     values = values_of(seeds, figure)
     own = getattr(seeds[0], f"{figure}_interval") if len(seeds) == 1 else None
     return own or (min(values), max(values))

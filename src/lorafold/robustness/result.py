@@ -1,8 +1,8 @@
-"""The result of a fragility study: the stacks before, every point after, and the curves over the
-number of benign examples.
+"""The result of a fragility study: the stacks before tuning, every point after, and the curves over
+the number of benign examples.
 
     kept        (after - without) / (before - without), of the log-odds of refusal; without is the
-                same model without the alignment, or 0 where no adapter holds it: 1 is unchanged
+                same model without the alignment, or 0 without adapters: 1 is unchanged
     halved at   the number of examples at which kept falls to 1/2, on the straight line between two
                 measured points over log(1 + k), from k = 0
 """
@@ -24,8 +24,6 @@ from lorafold.robustness.measure import After, Before, State
 
 
 class Way(NamedTuple):
-    """What the points of one curve have in common."""
-
     stack: str
     defence: str
     rank: int | None
@@ -37,7 +35,7 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """The figures after one tuning under a defence; a finished adapter has no seed."""
+    """The figures after one tuning under a defence. A finished adapter has no seed or examples."""
 
     way: Way
     seed: int | None
@@ -50,7 +48,6 @@ class Point:
     def of(
         cls, way: Way, seed: int | None, examples: int | None, stack: Before, after: After
     ) -> Self:
-        """The point of a tuning over a stack."""
         kept = stack.kept(after.measured.log_odds)
         return cls(way, seed, examples, kept, after.measured, after.overlap)
 
@@ -63,7 +60,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of one way, by number of examples and seed, and the stack's figures before."""
+    """The points of one kind of tuning, by number of examples and seed, and the stack's figures
+    before it.
+    """
 
     way: Way
     stack: Before
@@ -71,14 +70,16 @@ class Curve:
 
     @property
     def by_examples(self) -> dict[int, list[Point]]:
-        """The points of all seeds, by the number of examples."""
+        """The points of all seeds, by number of examples."""
         by_count: dict[int, list[Point]] = {}
         for one in sorted(self.points, key=lambda p: (p.examples or 0, p.seed or 0)):
             by_count.setdefault(one.examples or 0, []).append(one)
         return by_count
 
     def halved_at(self, seed: int | None = None) -> float | None:
-        """The examples that halve the log-odds of a seed, or of the mean; None if none do."""
+        """The number of examples that halves the log-odds of a seed, or of the mean; None if none
+        does.
+        """
         means = [
             (k, fmean(p.kept for p in points if p.kept is not None))
             for k, all_ in self.by_examples.items()
@@ -91,7 +92,7 @@ class Curve:
 
     @property
     def halved(self) -> str:
-        """Where the log-odds are halved, in words."""
+        """The number of examples that halves the log-odds, in words."""
         most = max(self.by_examples)
         if self.stack.kept(0) is None:
             return "the alignment added nothing"
@@ -107,7 +108,7 @@ class Curve:
 
 
 def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
-    """The k at which a value first falls to a level, linear in log(1 + k); else None."""
+    """The k at which a value first falls to a level, linear in log(1 + k); None if it does not."""
     for (k, above), (more, below) in pairwise(points):
         if above > level >= below:
             start, end = math.log1p(k), math.log1p(more)
@@ -117,7 +118,9 @@ def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
 
 @dataclass(frozen=True)
 class Fragility(ShownInNotebooks):
-    """The figures of every stack before, by its name, and of every point."""
+    """The result of a fragility study: the figures of every stack before tuning, by name, and the
+    points after every tuning.
+    """
 
     model: str
     source: str
@@ -126,7 +129,7 @@ class Fragility(ShownInNotebooks):
 
     @property
     def curves(self) -> list[Curve]:
-        """The points of each way; none for a finished adapter."""
+        """The curves of all kinds of tuning; none for a finished adapter."""
         counted = [p for p in self.points if p.examples is not None]
         ordered = sorted(counted, key=lambda p: _order(p.way, counted))
         return [
@@ -134,8 +137,19 @@ class Fragility(ShownInNotebooks):
             for way, points in groupby(ordered, key=lambda p: p.way)
         ]
 
+    @property
+    def notes(self) -> list[str]:
+        """Which stacks had nothing to erode, in sentences."""
+        found = []
+        for name, stack in self.stacks.items():
+            if stack.kept(0) is None:
+                found.append(f"{name}: the alignment added nothing, so there was nothing to erode.")
+            elif not stack.before.refusals:
+                found.append(f"{name}: no completion was a refusal before; see the log-odds alone.")
+        return found
+
     def under(self, least: float) -> str | None:
-        """A line if a finished adapter keeps less than this share of what was added."""
+        """A message if a finished adapter keeps less than `least` of the log-odds, else None."""
         [one], [stack] = self.points, self.stacks.values()
         odds = (
             f"{stack.reference:+.2f} without the alignment, {stack.before.log_odds:+.2f} with it,"
@@ -154,7 +168,6 @@ class Fragility(ShownInNotebooks):
         )
 
     def __str__(self) -> str:
-        """A line for each curve; for a finished adapter, one of its figures."""
         return in_words("robustness/fragility.jinja", found=self)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The sweep: every run is trained over its stack, and every point is measured. Figures are stored
-in `<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped one, and several
-calls share the work. No two models are in memory at a time.
+"""The sweep: trains every run on its stack, and measures every point. Figures are stored in
+`<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped sweep, and several
+calls share the work. Only one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorafold.robustness.task import AdapterStack, FragilityTask, Run, check
 from lorafold.training.request import RunRequest, rendering_of
 from lorafold.training.run import train
 
-Tell = Callable[[str, int, int], None]  # what is done, how many of them, of how many
+Tell = Callable[[str, int, int], None]  # description, done, total
 
 
 def sweep(
@@ -32,7 +32,6 @@ def sweep(
     tell: Tell,
     say: Callable[[str], object] = silent,
 ) -> Fragility:
-    """Train every run of the task and measure every point."""
     check(task)
     for name in ("figures", "tuned"):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -59,37 +58,33 @@ def sweep(
 
 
 def counted(tell: Tell, total: int) -> Callable[[str], None]:
-    """A function that tells what is done and counts it."""
     done = count(1)
     return lambda what: tell(what, next(done), total)
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The files of a sweep, whose names have digests of everything that they depend on."""
+    """The files of a sweep; their names contain digests of everything that they depend on."""
 
     task: FragilityTask
     out: Path
 
     def before(self, stack: AdapterStack) -> Path:
-        """The file of the figures of a stack itself."""
         task = self.task
         digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
         return self.out / "figures" / f"before-{digest}.json"
 
     def files(self, run: Run) -> dict[str, Path]:
-        """The file of each point of a run, by its defence."""
         probe = digest_of(run.task.probe_identity)
         names = run.task.of_kind(run.mixed)
         return {name: self.out / "figures" / f"{name}-{run.name}-{probe}.json" for name in names}
 
     def tuned(self, run: Run) -> Path:
-        """The directory of a run's adapter."""
         return self.out / "tuned" / run.name
 
 
 def before(task: FragilityTask, stack: AdapterStack, opening: Opening) -> Before:
-    """The figures of a stack; all that a run would stumble over later is checked with them."""
+    """The figures of a stack; also checks the inputs of all later runs."""
     bench = Bench(task, stack, opening)
     bench.check()
     for rows in filter(None, (task.rows, task.mix)):
@@ -105,7 +100,6 @@ def points_of(
     tell: Callable[[str], None],
     say: Callable[[str], object],
 ) -> Iterator[Point]:
-    """Yield the points of a stack in the order of its runs; tell after each."""
     runs = {
         file: (run, defence)
         for run in cells.task.runs(stack)
@@ -127,7 +121,6 @@ def points_of(
 
 
 def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) -> Fragility:
-    """Measure one stack before, and with a finished adapter over it."""
     check(task)
     [stack] = task.stacks
     bench = Bench(task, stack, opening)
@@ -137,7 +130,6 @@ def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) ->
 
 
 def tune(run: Run, path: Path) -> None:
-    """Train a run; one that was stopped goes on."""
     task = run.task
     request = RunRequest(
         task.base,

@@ -1,5 +1,5 @@
-"""The task of a fragility study: which behaviour, over which stack of adapters (the last one's
-update is the alignment), and the runs that tune it away: rank, rate, seed and number of examples.
+"""The inputs of a fragility study, and its tuning runs by rank, rate, seed and number of examples.
+The update of a stack's last adapter is the alignment.
 """
 
 from __future__ import annotations
@@ -27,27 +27,24 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.robustness.defences import DEFENCES
 
-HELD_OUT = 32  # benign rows at most, on which the loss is measured
+HELD_OUT = 32  # benign rows for the held-out loss, at most
 OWN = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
 RECIPE = Recipe(epochs=5, batch=4)
-ROOMS = ("composing", "inspecting", "robustness")  # that measure
+ROOMS = ("composing", "inspecting", "robustness")  # packages whose code the figures depend on
 
 
 @dataclass(frozen=True)
 class AdapterStack:
-    """Adapters over the base, lowest first, and a name for them."""
-
     adapters: tuple[SavedAdapter, ...]
     name: str
 
     @cached_property
     def identity(self) -> list[str]:
-        """The identities of the adapters."""
         return [*map(of_adapter, self.adapters)]
 
 
 def stacks_of(*adapters: Sequence[SavedAdapter]) -> tuple[AdapterStack, ...]:
-    """The stacks, named uniquely by their adapters' directories; one of none is the base."""
+    """The stacks, with unique names from their adapters' directories; the empty stack is "base"."""
     short = iter(names([one.path for stack in adapters for one in stack]))
     return tuple(
         AdapterStack(tuple(stack), " + ".join(next(short) for _ in stack) or "base")
@@ -65,8 +62,6 @@ def _selected(rows: Rows, numbers: Sequence[int]) -> Rows:
 
 @dataclass(frozen=True)
 class FragilityTask:
-    """The prompts, the benign rows, the stacks, and what of each run is varied."""
-
     base: Base
     stacks: tuple[AdapterStack, ...]
     refuse: Sequence[Row]
@@ -86,19 +81,19 @@ class FragilityTask:
 
     @cached_property
     def grounds(self) -> dict[str, Any]:
-        """The model's identity, how and where it is loaded, and the code."""
+        """The identity of the model, of its quantization and device, and of the code."""
         return self.base.cache_key(self.recipe.chat_template, *ROOMS)
 
     @cached_property
     def day(self) -> str:
-        """What a chat template that asks for the date writes in all figures; else empty."""
-        templates = {None, self.recipe.chat_template}  # of what is measured, and of what is trained
+        """The date for chat templates that print it, the same in all figures; otherwise empty."""
+        templates = {None, self.recipe.chat_template}  # measured and trained
         each = product(templates, (stack.adapters for stack in self.stacks))
         return next(filter(None, (self.base.date(*one) for one in each)), "")
 
     @property
     def probe_identity(self) -> list[Any]:
-        """What the figures of any state of the model depend on."""
+        """Everything that the figures depend on besides the adapters."""
         asked = [Rows.of(list(rows)).sha256 for rows in (self.refuse, self.controls)]
         held_out = Rows.of(list(self.held_out)).sha256 if self.rows else ""
         beginnings = [self.refusal, self.compliance, self.max_new_tokens]
@@ -116,26 +111,25 @@ class FragilityTask:
         return _selected(self.rows, self._order[:n])
 
     def benign(self, examples: int, seed: int) -> Rows:
-        """The first so many rows of the seed's order, so that more examples contain the fewer."""
+        """The first rows in the seed's order, so that larger numbers of examples contain the
+        smaller.
+        """
         rest = self._order[len(self.held_out) :]
         return _selected(self.rows, _shuffled(f"{seed}/benign", rest)[:examples])
 
     def runs(self, stack: AdapterStack) -> Iterator[Run]:
-        """Every run over a stack, as varied, without mixed refusals and then with them."""
+        """Yield every run on a stack, first without mixed refusals and then with them."""
         kinds = [kind for kind in (False, True) if any(self.of_kind(kind))]
         varied = product(kinds, self.ranks, self.rates, self.seeds, self.examples)
         for mixed, rank, lr, seed, examples in varied:
             yield Run(self, stack, mixed, rank, lr, seed, examples)
 
     def of_kind(self, mixed: bool) -> list[str]:
-        """The defences whose runs have refusals among their examples, or those whose have not."""
         return [name for name in self.defences if DEFENCES[name].mixed is mixed]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One tuning over a stack."""
-
     task: FragilityTask
     stack: AdapterStack
     mixed: bool
@@ -152,7 +146,9 @@ class Run:
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows that are trained on; mixed ones have as many refusals, or all there are."""
+        """The training rows; mixed ones have as many refusals as benign examples, if there are
+        enough.
+        """
         benign, mix = self.task.benign(self.examples, self.seed), self.task.mix
         if not self.mixed or mix is None:
             return benign
@@ -161,8 +157,8 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run. Mixed refusals make the batches larger, not the steps more, so
-        that runs with and without them differ in nothing else.
+        """The recipe of the run. Mixed refusals make batches larger and don't add steps, so that
+        runs with and without them differ in nothing else.
         """
         own, benign = self.task.recipe, self.examples
         batch = min(own.batch, benign)
@@ -185,7 +181,7 @@ class Run:
 
     @cached_property
     def name(self) -> str:
-        """The name of its files, with a digest of all that the tuning depends on."""
+        """The name of its files, with a digest of everything that the tuning depends on."""
         task, recipe = self.task, self.recipe.model_dump(mode="json")
         all_ = [task.grounds, task.day, self.stack.identity, self.rows.identity, recipe]
         kind = "mixed-" if self.mixed else ""
@@ -193,7 +189,6 @@ class Run:
 
 
 def check(task: FragilityTask) -> None:
-    """Raises LorafoldError with everything that is wrong with what is asked itself."""
     prefixes = {"refusal-prefix": task.refusal, "compliance-prefix": task.compliance}
     problems = [
         f"--{option}: found none, expected at least one"
@@ -235,7 +230,9 @@ def check(task: FragilityTask) -> None:
 
 
 def _overlapping(task: FragilityTask) -> Iterator[str]:
-    """Yield beginnings that include each other: their sum would be no probability."""
+    """Yield beginnings that include each other, because the sum of their probabilities would exceed
+    1.
+    """
     named = [("refusal-prefix", text) for text in task.refusal]
     named += [("compliance-prefix", text) for text in task.compliance]
     for option, text in named:
@@ -248,7 +245,6 @@ def _overlapping(task: FragilityTask) -> Iterator[str]:
 
 
 def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
-    """Yield prompts that are both measured and trained on."""
     asked = {
         prompt: f"row {number} of --{option}"
         for option, rows in (("controls", task.controls), ("refuse", task.refuse))

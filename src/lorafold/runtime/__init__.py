@@ -1,3 +1,1 @@
-"""This machine: its devices, its free memory, its allocator, processes that work beside this one,
-and environment variables that make training faster.
-"""
+"""This machine: devices, memory, allocator, processes, and environment variables for speed."""

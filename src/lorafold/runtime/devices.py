@@ -1,4 +1,4 @@
-"""The device that a model runs on, and whether it has instructions for bf16."""
+"""The device for a model, and native bf16."""
 
 import re
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     import torch
 
 
-AMPERE = (8, 0)  # the first compute capability with instructions for bf16
+AMPERE = (8, 0)  # the first compute capability with native bf16
 
 
 class Gpu(NamedTuple):
-    """A device beside the processor, its memory in bytes; None where it shares the host's. Of
-    CUDA's there is a compute capability, major and minor.
+    """A GPU, and its memory in bytes (None if shared with the host); CUDA devices have a compute
+    capability.
     """
 
     device: str
@@ -26,7 +26,6 @@ class Gpu(NamedTuple):
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that torch can use."""
     import torch
 
     cuda = torch.cuda
@@ -41,8 +40,8 @@ def gpus() -> list[Gpu]:
 
 
 def choose_device(name: str | None = None, absent: bool = False) -> "torch.device":
-    """The device of that name (cpu, cuda, cuda:1, mps); without a name, CUDA if available, else
-    MPS, else the CPU.
+    """Returns the named device (cpu, cuda, cuda:1, mps), or else CUDA, MPS or CPU, in this order.
+    `absent` allows one that this machine lacks.
     """
     named = isinstance(name, str) and re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name, re.ASCII)
     if name is not None and not named:
@@ -62,7 +61,7 @@ def choose_device(name: str | None = None, absent: bool = False) -> "torch.devic
 
 
 def own_device(name: str | None, here: Launched) -> str | None:
-    """The device of one of several processes: on GPUs the one of its own number on its machine."""
+    """Returns the device of one of several processes: the GPU with its local rank."""
     import torch
 
     if (device := choose_device(name)).type != "cuda":
@@ -74,7 +73,7 @@ def own_device(name: str | None, here: Launched) -> str | None:
         )
     count = torch.cuda.device_count()
     if here.by == "srun" and count == 1:
-        return "cuda:0"  # SLURM may give each process the sight of its own alone
+        return "cuda:0"  # SLURM may show each process only its own GPU
     if here.local_rank >= count:
         raise LorafoldError(
             f"device cuda: found {count} GPUs for process {here.rank}, number {here.local_rank} on"
@@ -84,7 +83,7 @@ def own_device(name: str | None, here: Launched) -> str | None:
 
 
 def native_bf16(device: "torch.device") -> tuple[bool, str]:
-    """Whether the device has instructions for bf16, and the reason in words."""
+    """Whether the device has native bf16, and an explanation."""
     import torch
 
     if device.type == "cuda":

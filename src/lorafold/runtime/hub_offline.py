@@ -1,8 +1,5 @@
-"""Whether the hub answers, found by one short look: its libraries would try for half a minute.
-
-    with asked_once() as away:
-        ...             what is asked of the hub here comes from this machine alone, if `away` says
-                        why the hub is not asked
+"""Checks once, with a short timeout, whether the hub answers; its libraries would retry for half a
+minute.
 """
 
 from collections.abc import Iterator
@@ -13,8 +10,8 @@ SECONDS = 5.0  # to wait for an answer
 
 @contextmanager
 def asked_once() -> Iterator[str]:
-    """If the hub does not answer, hub libraries use only local files in the `with` block. Yields
-    the reason; empty if the hub answers.
+    """Makes hub libraries use only local files in the block if the hub doesn't answer. Yields the
+    reason, or an empty text.
     """
     from huggingface_hub import constants
 
@@ -28,14 +25,12 @@ def asked_once() -> Iterator[str]:
 
 
 def cache() -> str:
-    """The directory in which models of the hub are kept."""
     from huggingface_hub import constants
 
     return str(constants.HF_HUB_CACHE)
 
 
 def _silent(address: str) -> str:
-    """Why the hub is not asked; empty if it answered anything at all."""
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session
 

@@ -1,12 +1,8 @@
-"""A process that can be killed whatever it does, and the messages to it and from it.
+"""A process that can be killed at any time, with messages in both directions.
 
-    process = Killable("lorafold.verification.worker")          `python -P -m` runs that module in
-    it process.write(packed(content), until)
-    content = process.read(until)
-
-A message is eight bytes with the length of its content, and the content. Writing and reading end at
-a time of the monotonic clock. The process leads a session of its own, so that what it starts is
-killed with it, and a signal from the terminal doesn't reach it.
+A message is its length in eight bytes, and the content. Deadlines are times of time.monotonic().
+The process leads its own session, so its children are killed with it and terminal signals don't
+reach it.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import BinaryIO
 
-SIZE = 8  # bytes before a message
+SIZE = 8  # bytes of a message's length
 
 
 class Late(Exception):
@@ -29,7 +25,7 @@ class Late(Exception):
 
 
 class Large(Exception):
-    """The process makes a message of more bytes than it may; `size` is their number."""
+    """A message exceeds the limit; `size` is in bytes."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"{size:,} bytes")
@@ -37,7 +33,7 @@ class Large(Exception):
 
 
 class Died(Exception):
-    """The process is gone; `code` is as that of `subprocess`, the negative number of a signal."""
+    """The process has ended; `code` is its exit code, or a negative signal number."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"code {code}")
@@ -45,18 +41,18 @@ class Died(Exception):
 
 
 def packed(content: bytes) -> bytes:
-    """A message: the content with its length before it."""
+    """Prepends the length."""
     return len(content).to_bytes(SIZE, "big") + content
 
 
 def read(source: BinaryIO) -> bytes | None:
-    """The content of the next message, as the process itself reads it; None at the end."""
+    """Reads the next message inside of the process; None at the end."""
     head = source.read(SIZE)
     return source.read(int.from_bytes(head, "big")) if len(head) == SIZE else None
 
 
 class Killable:
-    """One process. Whatever its methods raise, it should be killed then."""
+    """After any exception, the process should be killed."""
 
     def __init__(
         self, module: str, environment: Mapping[str, str] | None = None, quiet: bool = False
@@ -70,16 +66,14 @@ class Killable:
 
     @property
     def id(self) -> int:
-        """The number that the system knows it by."""
         return self._process.pid
 
     @property
     def lives(self) -> bool:
-        """Whether it has not ended yet."""
         return self._process.poll() is None
 
     def write(self, content: bytes, until: float) -> None:
-        """Write messages to it. Raises Late and Died."""
+        """Raises Late and Died."""
         assert self._process.stdin is not None
         left, pipe = memoryview(content), self._process.stdin.fileno()
         os.set_blocking(pipe, False)
@@ -93,19 +87,19 @@ class Killable:
                 raise Died(self._process.wait()) from None
 
     def read(self, until: float, most: int | None = None) -> bytes:
-        """The content of the next message that it makes. Raises Late, Large and Died."""
+        """Returns the next message. Raises Late, Large and Died."""
         size = int.from_bytes(self._read(SIZE, until), "big")
         if most is not None and size > most:
             raise Large(size)
         return self._read(size, until)
 
     def end(self) -> None:
-        """Kill it, while a thread may wait for its messages."""
+        """Kills it, even while another thread waits for a message."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.id, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kill it and everything that it started, once no thread waits for it."""
+        """Kills it and its children, and closes the pipes; no thread may be waiting."""
         self.end()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

@@ -1,10 +1,9 @@
-"""The memory that is free for tensors, on a GPU or on the host, and the most that was in use.
+"""Free and peak memory, and glibc's handling of freed blocks.
 
 glibc returns freed blocks above its mmap threshold to the system, and keeps smaller ones.
-`freed_blocks(RETURNED)` is for loading, with one pass over large tensors that leaves small ones
-between them (2.2 GB as NF4 peak at 0.9 GB instead of 1.4), `freed_blocks(KEPT)` for training, whose
-steps allocate and free the same large blocks again and again. Both set both thresholds, because
-setting one switches off the rule that adapts the other.
+`freed_blocks(RETURNED)` is for loading, a single pass over large tensors with small ones in
+between, and `freed_blocks(KEPT)` for training, whose steps reallocate the same large blocks. Both
+set both thresholds, because setting one disables glibc's dynamic adjustment of the other.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ import torch
 
 from lorafold.runtime.processor import CONTROL_GROUP
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # the numbers of glibc's settings
-LARGEST = 32 << 20  # the most that glibc accepts of the latter
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt
+LARGEST = 32 << 20  # glibc's maximum of MMAP_THRESHOLD
 KEPT = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: 1 << 30}
 RETURNED = {MMAP_THRESHOLD: 1 << 20, TRIM_THRESHOLD: 1 << 20}
 ADAPTED = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: 2 * LARGEST}
 
 
 def free_bytes(device: torch.device, group: Path = CONTROL_GROUP) -> int:
-    """The bytes that tensors can still take: on a CUDA device the driver's free memory and the
-    reserved memory that is unused; elsewhere the host's available memory, or the rest of the memory
-    limit of a control group (version 2), without the kernel's file cache.
+    """Bytes that tensors can still use: on CUDA the driver's free memory and unused reserved
+    memory; else the host's available memory, or the rest of a cgroup's limit (version 2), not
+    counting the file cache.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -48,9 +47,7 @@ def free_bytes(device: torch.device, group: Path = CONTROL_GROUP) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes that the process had in use: allocated on a CUDA device, else resident on the
-    host.
-    """
+    """The peak: allocated on CUDA, else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -59,10 +56,7 @@ def peak_bytes(device: torch.device) -> int:
 
 @contextmanager
 def freed_blocks(thresholds: Mapping[int, int]) -> Iterator[bool]:
-    """Keep or return freed blocks; at the end they are returned.
-
-    Yields whether that is possible on this system.
-    """
+    """Keeps or returns freed blocks in the block. Yields whether this system supports it."""
     if platform.libc_ver()[0] != "glibc":
         yield False
         return
@@ -77,6 +71,6 @@ def freed_blocks(thresholds: Mapping[int, int]) -> Iterator[bool]:
 
 
 def give_back() -> None:
-    """Return freed blocks to the system now: a flood of requests left 70 MB in fragments."""
+    """Returns freed blocks to the system now."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

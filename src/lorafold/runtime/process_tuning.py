@@ -1,19 +1,10 @@
-"""Makes a process faster: it restarts with other environment variables, and keeps Python's garbage
-collector away from what it has imported.
+"""Speeds up a process with environment variables, and by excluding objects from garbage collection.
 
-`restart_tuned` sets variables that libraries read only when a process starts (huge pages for the
-heap, fewer cached matmul kernels, of 0.7 MB each). A variable that is set stays as it is, and with
-LORAFOLD_TUNE=off nothing is changed. SmolLM2-135M on two cores: huge pages take 0.88 of the time,
-and the process takes a constant 1.57 GB instead of growing by 30 MB a step.
-
-    with imports_set_aside(): ...       for a command: modules are set aside as they come
-    with existing_set_aside(): ...      for a block that collects often: all that exists before it
-    with all_set_aside(): ...           for a server: all that exists once it listens
-
-torch and transformers are a million objects, none of which is ever garbage, and a full collection
-goes through all of them: 1.5 s of CPU time of `lorafold train`. `gc.freeze` sets them aside.
-Garbage that is set aside stays until the process ends, so `imports_set_aside` is for a process that
-does one thing.
+`restart_tuned` restarts the process with variables that libraries only read at start-up (huge pages
+for the heap, fewer cached matmul kernels of 0.7 MB each); LORAFOLD_TUNE=off disables this. torch
+and transformers create a million objects that are never garbage, which full collections traverse;
+`gc.freeze` excludes them. Excluded garbage is never freed, so `imports_set_aside` is for processes
+with a single task.
 """
 
 import _thread
@@ -30,12 +21,11 @@ from pathlib import Path
 SWITCH = "LORAFOLD_TUNE"
 WISHES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-SOON = 0.02  # seconds, after which what interrupted is done with
-MANY = 1.1  # times the modules that there were; a module or two are imported at any time
+SOON = 0.02  # seconds until the interrupt is repeated
+MANY = 1.1  # growth of the number of modules that triggers another freeze
 
 
 def wishes() -> dict[str, str]:
-    """The variables, with their values, that this process should have and does not."""
     if os.environ.get(SWITCH) == "off" or platform.libc_ver()[0] != "glibc":
         return {}
     pages = HUGE_PAGES if huge_pages() == "madvise" else {}
@@ -43,25 +33,21 @@ def wishes() -> dict[str, str]:
 
 
 def huge_pages() -> str | None:
-    """The kernel's setting for huge pages: always, madvise or never; None if there is none."""
+    """The kernel's setting: always, madvise, never, or None."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
     return chosen and chosen[1]
 
 
 def restart_tuned() -> None:
-    """Restart this process with the same arguments if a variable is missing.
-
-    Call it before the process has done anything.
-    """
+    """Restarts this process with the same arguments if a variable is missing. Call it first."""
     if missing := wishes():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
 
 
 @contextmanager
 def imports_set_aside() -> Iterator[None]:
-    """Set the objects of imported modules aside, as long as the block runs and once when it ends.
-    """
+    """Freezes objects of imported modules during the block, and once at its end."""
     modules = len(sys.modules)
 
     def before(phase: str, about: Mapping[str, int]) -> None:
@@ -82,8 +68,8 @@ def imports_set_aside() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_kept() -> Iterator[None]:
-    """Interrupt again, soon, where Ctrl-C came while a callback of the collector ran: Python tells
-    such an exception and goes on, and while it imports those callbacks are called all the time.
+    """Repeats an interrupt by Ctrl-C during a callback of the garbage collector: Python only prints
+    the exception there, and imports trigger these callbacks all the time.
     """
     usual = sys.unraisablehook
 
@@ -102,7 +88,7 @@ def _interrupts_kept() -> Iterator[None]:
 
 @contextmanager
 def all_set_aside() -> Iterator[None]:
-    """Collect once, and set the rest aside until the block ends: a full collection of a server's
+    """Collects once and freezes all objects until the block ends: a full collection of a server's
     objects would stop its threads for 0.3 s.
     """
     gc.collect()
@@ -115,8 +101,8 @@ def all_set_aside() -> Iterator[None]:
 
 @contextmanager
 def existing_set_aside() -> Iterator[None]:
-    """Set the objects that exist aside until the block ends: where torch is imported, a collection
-    would take 0.15 s for them. Where a command has set objects aside already, these are enough.
+    """Freezes existing objects until the block ends, unless a command has frozen some: with torch
+    imported, each collection would take 0.15 s.
     """
     if gc.get_freeze_count():
         yield

@@ -1,24 +1,13 @@
-"""The processes that compute one run together, and what they say to each other.
+"""Data-parallel processes of one run, and their communication.
 
-    with together(launched(), device) as processes:        one process alone: ALONE
-        processes.add([p.grad for p in parameters])        summed over all, in place
-        found = processes.once(measure)                    process 0 computes it, all have it
+    with together(launched(), device) as processes:        a single process: ALONE
+        processes.add([p.grad for p in parameters])        all-reduce, in place
+        found = processes.once(measure)                    rank 0 computes, all receive
 
-Each holds the whole model and computes its share of a step's rows. What one process decides by its
-own clock, disk or memory is decided by process 0, or agreed on. An error in one ends all of them
-(`Lifeline`): each process has a connection to process 0 for as long as it lives. The system closes
-it when the process dies, and probes it where the whole machine is gone, so that nothing is taken
-for dead because it computes for long. Process 0 then says which process it was, and all end; if it
-is process 0, process 1 says so.
-
-`launched` says how many processes a launcher started, and which one this is, by the environment
-that it leaves:
-
-    torchrun, accelerate launch     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-    srun                            SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
-    mpirun                          OMPI_COMM_WORLD_* or PMI_*, and MASTER_ADDR on several machines
-
-It imports and starts nothing, so that a command can ask before anything else.
+Decisions that depend on a clock, disk or memory are made by rank 0, or agreed on. An error in one
+process ends all (`Lifeline`): each keeps a connection to rank 0, which the system closes when a
+process dies, and probes in case the machine is gone, so a long computation is not taken for a
+failure. Rank 0 then reports the failed process; if it is rank 0, rank 1 does.
 """
 
 from __future__ import annotations
@@ -43,23 +32,23 @@ from lorafold.errors import Interrupted, LorafoldError
 if TYPE_CHECKING:
     import torch
 
-PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # gone after 20 seconds
-GRACE = 2.0  # seconds in which process 0 may find the same mistake as another
-LAST = 15.0  # seconds that a process waits for process 0 to have ended
+PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # fails after 20 seconds
+GRACE = 2.0  # seconds in which rank 0 may raise the same error as another
+LAST = 15.0  # seconds for which a process waits for rank 0 to end
 
 
 class Lifeline:
-    """The connections of one process, made through the store that all processes read and write.
-    `place` says what it is at, for the line about another's death.
+    """A process's connections, established through the common store. `place` describes its
+    progress, for the message on another's death.
     """
 
     def __init__(self, rank: int, world: int, address: str, store: Any) -> None:
         self.rank, self.host = rank, socket.gethostname()
         self.place: Callable[[], str] = lambda: "at the start"
         self._lock = threading.Lock()
-        self._over, self._gone = threading.Event(), threading.Event()  # here, process 0
-        self._code: int | None = None  # with which process 0 ends
-        self._left = set[int]()  # those that are done
+        self._over, self._gone = threading.Event(), threading.Event()  # of this process, of rank 0
+        self._code: int | None = None  # rank 0's exit code
+        self._left = set[int]()  # processes that are done
         self._peers: dict[int, socket.socket] = {}
         self._heard: dict[int, TextIO] = {}
         self._hosts: dict[int, str] = {}
@@ -70,7 +59,7 @@ class Lifeline:
             first = socket.create_connection((address, int(port)), LAST)
             self._add(0, host, first, first.makefile())
             self._tell(0, token=token, rank=rank, host=self.host)
-        os.register_at_fork(after_in_child=self._forget)  # a child would keep them open
+        os.register_at_fork(after_in_child=self._forget)  # a child must not keep them open
         for peer in self._peers:
             threading.Thread(target=self._hear, args=(peer,), name="lifeline", daemon=True).start()
 
@@ -81,7 +70,7 @@ class Lifeline:
             store.set("lifeline", f"{server.getsockname()[1]} {token} {self.host}")
             while len(self._peers) < world - 1:
                 peer, _ = server.accept()
-                with suppress(ValueError, KeyError, OSError):  # a stranger
+                with suppress(ValueError, KeyError, OSError):  # not a process of this run
                     peer.settimeout(LAST)
                     heard = peer.makefile()
                     hello = json.loads(heard.readline())
@@ -97,9 +86,8 @@ class Lifeline:
                 peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def failed(self, code: int, message: str) -> None:
-        """Say that this process ends with an error, and let process 0 print the message, unless it
-        fails in the same way, before others end: a launcher that sees one process end may kill them
-        before they could.
+        """Announces an error and lets rank 0 print the message, unless it fails in the same way,
+        before others end: a launcher that sees one process end may kill the others first.
         """
         self._over.set()
         if self.rank == 0:
@@ -107,17 +95,17 @@ class Lifeline:
                 self._end_others(code)
             return
         if threading.current_thread() is threading.main_thread():
-            # of a launcher that saw process 0 end
+            # sent by a launcher that saw rank 0 end
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
         self._tell(0, failed=code, told=message)
         self._gone.wait(LAST)
 
     def wait(self, seconds: float) -> None:
-        """Wait for a message, which may end this process."""
+        """Waits for a message, which may end this process."""
         self._over.wait(seconds)
 
     def left(self) -> None:
-        """Say that this process is done."""
+        """Announces that this process is done."""
         self._over.set()
         for peer in self._peers:
             self._tell(peer, left=True)
@@ -165,19 +153,17 @@ class Lifeline:
 
 
 T = TypeVar("T")
-TOGETHER = timedelta(minutes=5)  # in which all have to come
-PATIENT = timedelta(days=7)  # one may compute alone for long; the lifeline tells if it died
-BUCKET = 1 << 26  # bytes that are sent at a time
-CAUSE = 3.0  # seconds in which a connection that broke turns out to be a death
-PORT = 29500  # torch's own, where a launcher names none
-ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # a variable that `accelerate launch` sets
+TOGETHER = timedelta(minutes=5)  # for all processes to start
+PATIENT = timedelta(days=7)  # `Lifeline` detects failures, so collectives need no timeout
+BUCKET = 1 << 26  # bytes per collective call
+CAUSE = 3.0  # seconds after which a broken connection is known to be another's death
+PORT = 29500  # torch's default
+ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
 
 @dataclass(eq=False)
 class Processes:
-    """This process among those of a run; `index` is its rank, and only the `first` writes and
-    prints.
-    """
+    """This process of a run; `index` is its rank, and only the `first` writes and prints."""
 
     index: int = 0
     count: int = 1
@@ -187,14 +173,13 @@ class Processes:
         self.first = self.index == 0
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace tensors, of any shapes and on one device, by their sums over all processes."""
+        """Sums tensors, of any shapes and on one device, over all processes, in place."""
         import torch.distributed as dist
 
         if self.count > 1:
             _at_once(tensors, dist.all_reduce)
 
     def largest(self, number: int) -> int:
-        """The largest of the numbers of all processes."""
         import torch
         import torch.distributed as dist
 
@@ -205,14 +190,14 @@ class Processes:
         return int(largest)
 
     def same(self, tensors: Sequence[torch.Tensor], source: int = 0) -> None:
-        """Replace tensors, of any shapes and on one device, by those of one process."""
+        """Replaces tensors, of any shapes and on one device, by one process's."""
         import torch.distributed as dist
 
         if self.count > 1:
             _at_once(tensors, lambda flat: dist.broadcast(flat, source))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes in their order. It waits until all have come here."""
+        """Returns the values of all processes; a barrier."""
         import torch.distributed as dist
 
         if self.count == 1:
@@ -222,7 +207,7 @@ class Processes:
         return values
 
     def once(self, compute: Callable[[], T]) -> T:
-        """The result of process 0; the others wait for it."""
+        """Returns rank 0's result to all."""
         import torch.distributed as dist
 
         result = [compute() if self.first else None]
@@ -236,9 +221,8 @@ ALONE = Processes()
 
 @contextmanager
 def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
-    """Join the processes that a launcher started, until the `with` block ends.
-
-    An error in the block ends all of them with its exit code: that of a LorafoldError is 2.
+    """Joins the launched processes until the block ends. An error in the block ends all with its
+    exit code, which is 2 for LorafoldError.
     """
     if here.world == 1:
         yield ALONE
@@ -262,7 +246,7 @@ def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
         codes = {LorafoldError: 2, KeyboardInterrupt: 130}
         code = next((n for kind, n in codes.items() if isinstance(error, kind)), 1)
         code = error.code if isinstance(error, Interrupted) else code
-        if code == 1:  # whose message does not say it all
+        if code == 1:  # another process's death may be the cause
             lifeline.wait(CAUSE)
         lifeline.failed(code, f"{type(error).__name__}: {error}" if code == 1 else str(error))
         raise
@@ -272,7 +256,6 @@ def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
 
 
 def _met(here: Launched) -> Any:
-    """The store of these processes, for this run of them."""
     import torch.distributed as dist
 
     os.environ |= {
@@ -294,11 +277,11 @@ def _met(here: Launched) -> Any:
 
 
 def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any]) -> None:
-    """Apply an operation to tensors in place, many in one call."""
+    """Applies an operation to tensors of any shapes in place, many per call."""
     import torch
 
     for bucket in _buckets(tensors):
-        if len(bucket) == 1 and bucket[0].is_contiguous():  # a large one, which needs no copy
+        if len(bucket) == 1 and bucket[0].is_contiguous():  # no copy needed
             do(bucket[0].view(-1))
             continue
         flat = torch.cat([t.reshape(-1) for t in bucket])
@@ -308,7 +291,6 @@ def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any])
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The tensors in parts of one dtype each, in their order."""
     bucket: list[torch.Tensor] = []
     for t in tensors:
         full = bucket and sum(b.nbytes for b in bucket) + t.nbytes > BUCKET
@@ -322,8 +304,8 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 @dataclass(frozen=True)
 class Launched:
-    """One of `world` processes, numbered from 0 by `rank`, and by `local_rank` on its machine;
-    process 0 is at `address`. `by` is the launcher, empty for a process that is alone.
+    """One of `world` processes; `rank` and `local_rank` (on its machine) count from 0, and rank 0
+    is at `address`. `by` is the launcher, empty for a single process.
     """
 
     by: str = ""
@@ -335,13 +317,10 @@ class Launched:
 
     @property
     def speaks(self) -> bool:
-        """Whether this is the process that prints."""
         return self.rank == 0
 
 
 class Launcher(NamedTuple):
-    """A launcher, and the variables in which it leaves the numbers of a process."""
-
     name: str
     rank: str
     world: str
@@ -357,14 +336,14 @@ LAUNCHERS = (
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched:
-    """This process as the launcher's environment describes it."""
+    """Reads this process's rank from the launcher's environment."""
     number = partial(_number, environment)
     for name, rank_name, world_name, local_name in LAUNCHERS:
         given = rank_name if rank_name in environment else world_name
         if (given if name == "torchrun" else world_name) not in environment:
             continue
         world = number(world_name, given)
-        # the script of a job of SLURM has the job's tasks in its environment, and is one process
+        # the script of a SLURM job is a single process in spite of the job's variables
         if world == 1 and name != "torchrun":
             continue
         rank = number(rank_name, given)
@@ -399,7 +378,6 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
 
 
 def first_node(nodes: str) -> str:
-    """The first machine of a list as SLURM writes it, such as rack[03-07,11],login."""
     first = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
     if first is None:
         raise LorafoldError(
@@ -412,7 +390,6 @@ def first_node(nodes: str) -> str:
 def _number(
     environment: Mapping[str, str], name: str, beside: str = "", default: int | None = None
 ) -> int:
-    """A number of the environment."""
     text = environment.get(name)
     if text is None and default is not None:
         return default

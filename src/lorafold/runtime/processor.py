@@ -1,12 +1,9 @@
-"""The processor: its name, how many of its cores this process may use, how busy others keep them,
-its instructions for matmuls, and the threads that compute on it.
+"""The CPU: its name, usable cores, load by others, instruction sets, and OpenMP threads.
 
-Threads that spin while they wait slow down busy machines, and sleeping ones are slow to wake on
-quiet ones; GCC's OpenMP lets none spin while a process has more threads than cores. So
-`considerate` looks at the load once a second and holds a team of its own while others are busy
-(SmolLM2-135M in bf16, two cores of an AMD EPYC: spinning and sleeping 95 and 56 tokens/s alone, 36
-and 47 beside two busy processes). For the same reason a thread that need not compute in parallel
-computes `alone`: a step of the engine took 48 ms instead of 28 after another thread had once.
+Threads that spin while waiting slow down busy machines; sleeping ones wake slowly on idle ones.
+GCC's OpenMP doesn't spin while a process has more threads than cores, so `considerate` creates an
+extra team of threads while others are busy. For the same reason, threads that don't need
+parallelism compute `alone`.
 """
 
 from __future__ import annotations
@@ -23,20 +20,19 @@ from pathlib import Path
 
 import psutil
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # where a container's limits are
-BUSY, QUIET = 0.3, 0.1  # cores that others use: above, below
-PAUSE = 1.0  # seconds between two looks
-GRAIN = 1 << 16  # numbers for which one thread is enough, at least
-SOFT = 1  # omp_pause_soft: threads are made again when they are needed
-STACK = 32 << 20  # bytes of a stack; the pages that are never used take no memory
-LOOKS = 3  # quiet ones in a row before it counts as quiet
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits
+BUSY, QUIET = 0.3, 0.1  # thresholds for the number of cores used by others
+PAUSE = 1.0  # seconds between two measurements
+GRAIN = 1 << 16  # elements per thread that make torch use another thread
+SOFT = 1  # omp_pause_soft: threads are created again on demand
+STACK = 32 << 20  # bytes of a stack; unused pages take no memory
+LOOKS = 3  # consecutive quiet measurements that count as quiet
 _lock = threading.Lock()
 _users = 0
 _ended = threading.Event()
 
 
 def processor_name() -> str:
-    """The model's name where the system tells it, else the architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -44,7 +40,7 @@ def processor_name() -> str:
 
 
 def usable_cores(group: Path = CONTROL_GROUP) -> int:
-    """The cores that this process may run on, or fewer where a container's quota is worth fewer."""
+    """Cores that this process may use, also limited by a container's quota."""
     if hasattr(os, "sched_getaffinity"):
         there = len(os.sched_getaffinity(0))
     else:
@@ -53,7 +49,7 @@ def usable_cores(group: Path = CONTROL_GROUP) -> int:
 
 
 def quota(group: Path) -> float:
-    """How many cores' time a control group (version 2) may take; infinite if it has no limit."""
+    """A cgroup's CPU limit (version 2) in cores; may be infinite."""
     try:
         most, period = (group / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -62,23 +58,23 @@ def quota(group: Path) -> float:
 
 
 class Neighbours:
-    """How many of this process's cores others keep busy."""
+    """Measures the load by other processes on this process's cores."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._before = self._times()
 
     def look(self) -> float:
-        """Cores that were busy for others since the last look, on average."""
+        """Cores used by others since the last call, on average."""
         before, self._before = self._before, self._times()
         passed, everyone, here = (x - y for x, y in zip(self._before, before, strict=True))
         return max(0.0, (everyone - here) / passed) if passed else 0.0
 
     def _times(self) -> tuple[float, float, float]:
-        """Now, and the seconds that all and this process have computed on its cores."""
+        """(time, CPU seconds of all processes on these cores, CPU seconds of this process)."""
         every = psutil.cpu_times(percpu=True)
         here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(every))
-        # a guest's time is in user's already
+        # user time already includes guest time
         working = ("user", "system", "nice", "irq", "softirq")
         busy = sum(getattr(every[n], k, 0) for n in here if n < len(every) for k in working)
         process = self._process.cpu_times()
@@ -86,16 +82,13 @@ class Neighbours:
 
 
 def busy_elsewhere(seconds: float) -> float:
-    """How many cores other processes kept busy, on average, while this one slept so long."""
     neighbours = Neighbours()
     time.sleep(seconds)
     return neighbours.look()
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets of x86 processors that decide how fast matrices are multiplied; empty on
-    others.
-    """
+    """x86 instruction sets that determine the speed of matmuls; empty on others."""
     import torch
 
     known = {
@@ -109,11 +102,11 @@ def instruction_sets() -> tuple[str, ...]:
 
 @contextmanager
 def considerate() -> Iterator[None]:
-    """While it lasts, threads wait asleep whenever others are busy. Nothing happens where there is
-    one thread, or another OpenMP than GCC's.
+    """Makes waiting threads sleep whenever others are busy. No effect with one thread, or without
+    GCC's OpenMP.
     """
     global _users, _ended
-    import torch  # in functions alone, for `stacks` serves processes that do without
+    import torch  # not at the top, because processes without torch use `stacks`
 
     if torch.get_num_threads() == 1:
         yield
@@ -147,8 +140,8 @@ def _watch(ended: threading.Event) -> None:
 
 @contextmanager
 def stacks(size: int = STACK) -> Iterator[None]:
-    """Give threads that start in the block stacks of one size, because native code that parses
-    requests recurses.
+    """Sets the stack size of threads started in the block, because native code that parses requests
+    recurses.
     """
     before = threading.stack_size(size)
     try:
@@ -158,15 +151,15 @@ def stacks(size: int = STACK) -> Iterator[None]:
 
 
 def alone() -> None:
-    """Let the calling thread compute without a team from now on."""
+    """Makes the calling thread compute without an OpenMP team."""
     import torch
 
-    torch.get_num_threads()  # PyTorch sets the number itself when a thread first asks for it
+    torch.get_num_threads()  # the first call in a thread sets the number itself
     _call("omp_set_num_threads", 1)
 
 
 def gather(n: int) -> bool:
-    """Give the calling thread a team of n, which sleeps. False without GCC's OpenMP."""
+    """Creates a sleeping team of n threads for the calling thread. False without GCC's OpenMP."""
     import torch
 
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
@@ -178,7 +171,7 @@ def gather(n: int) -> bool:
 
 
 def disband() -> None:
-    """End the calling thread's team; its next parallel region makes a new one."""
+    """Ends the calling thread's team; its next parallel region creates a new one."""
     _call("omp_pause_resource_all", SOFT)
 
 

@@ -1,9 +1,5 @@
-"""Processes that work beside this one: forked, so that they begin at once and share its memory.
-
-    with workers(function) as call:                 call(iterator of arguments) -> results, in order
-
-Where there is one core, or the system is not Linux, the function is called in this process. Forked
-processes end when their pipe is closed, also because this process was killed: none is left behind.
+"""Worker processes, forked so that they start at once and share memory. They end when their pipe
+closes, so none is left behind if this process is killed.
 """
 
 from __future__ import annotations
@@ -29,12 +25,12 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 T = TypeVar("T")
-PARALLELISM = "TOKENIZERS_PARALLELISM"  # threads of tokenizers, which can't go on in a fork
-AHEAD = 3  # calls that wait for each process
+PARALLELISM = "TOKENIZERS_PARALLELISM"  # tokenizers' threads don't survive a fork
+AHEAD = 3  # queued calls per process
 
 
 def end_with_parent() -> None:
-    """Have this process of `multiprocessing` end as soon as its parent does, however that ends."""
+    """Makes this `multiprocessing` process exit as soon as its parent has ended in any way."""
     if (parent := parent_process()) is None:
         return
 
@@ -49,10 +45,9 @@ def end_with_parent() -> None:
 def workers(
     function: Callable[..., T],
 ) -> Iterator[Callable[[Iterator[tuple[Any, ...]]], Iterator[T]]]:
-    """Start one process for each core; it yields a function that maps tuples of arguments, which go
-    through pipes, to results.
-
-    Raises what the function raises, and LorafoldError if a process was killed.
+    """Starts a process per core; yields a function that maps tuples of arguments to results, in
+    order. With one core, or on systems other than Linux, it runs in this process. Raises the
+    function's exceptions.
     """
     count = usable_cores()
     if count == 1 or sys.platform != "linux":
@@ -70,7 +65,7 @@ def workers(
         finally:
             free.put(process)
 
-    with ThreadPoolExecutor(count) as threads:  # one thread waits for each process
+    with ThreadPoolExecutor(count) as threads:  # one per process
 
         def mapped(calls: Iterator[tuple[Any, ...]]) -> Iterator[T]:
             waiting: deque[Future[T]] = deque()
@@ -90,15 +85,13 @@ def workers(
 
 
 class _Worker(Generic[T]):
-    """One forked process."""
-
     def __init__(self, function: Callable[..., T]) -> None:
         self._pipe, other = Pipe()
         process = get_context("fork").Process(target=self._run, args=(other, function), daemon=True)
         before = os.environ.get(PARALLELISM)
         os.environ[PARALLELISM] = "false"
         with warnings.catch_warnings():
-            # of threads in this process: the worker uses none of their locks
+            # warns about threads in this process, whose locks the worker doesn't use
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
         if before is None:
@@ -106,8 +99,6 @@ class _Worker(Generic[T]):
         other.close()
 
     def call(self, *arguments: Any) -> T:
-        """The function's result. Raises what it raises, and LorafoldError if the process is gone.
-        """
         try:
             self._pipe.send(arguments)
             result = self._pipe.recv()
@@ -120,13 +111,12 @@ class _Worker(Generic[T]):
         return result
 
     def close(self) -> None:
-        """Let the process end."""
         self._pipe.close()
 
     def _run(self, pipe: Connection, function: Callable[..., T]) -> None:
         self._pipe.close()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
-        gc.freeze()  # what the parent had is not looked at again
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+        gc.freeze()  # don't touch, and so copy, the parent's pages
         with suppress(EOFError, ConnectionError):
             while True:
                 arguments = pipe.recv()

@@ -1,8 +1,7 @@
-"""The application: `Gate` names each request, bounds its body before anything reads it, and counts
-and logs the request once it has ended. Errors are answered in OpenAI's shape.
+"""The application, with limits on requests and connections.
 
-uvicorn waits for the rest of a request for ever and keeps headers of any size; so `bounded` gives
-each request a deadline and a size, and counts connections.
+uvicorn has no time limit for receiving a request and no size limit for headers, so `bounded` adds
+both.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ BODIES: dict[str, type[Body]] = {
 KEY = {"key": {"type": "http", "scheme": "bearer"}}
 UNLOGGED = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-POLLED = ("/v1/models", "/v1/models/events")  # by pages; only their errors are logged
+POLLED = ("/v1/models", "/v1/models/events")  # polled by the page; only errors are logged
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 ORIGIN = re.compile(r"^[^/?]*://[^/]*")
 HEAD = 1 << 16  # bytes of an address and headers
@@ -72,8 +71,6 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def application(server: Server) -> FastAPI:
-    """The ASGI application of a server."""
-
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(logs.unhandled)
@@ -92,7 +89,7 @@ def application(server: Server) -> FastAPI:
 
     @app.get("/openapi.json")
     async def schema(request: Request) -> Response:
-        """This description, the same for everybody."""
+        """Returns the OpenAPI description, without authentication."""
         return answer(described(app.routes))
 
     for kind in (Refusal, LorafoldError, HTTPException, RequestValidationError):
@@ -108,29 +105,26 @@ def application(server: Server) -> FastAPI:
 
 
 def operations(app: FastAPI, server: Server) -> None:
-    """Add the routes that keep a server running."""
-
     @app.get("/livez")
     async def live() -> Response:
-        """Whether the process answers at all."""
+        """Returns 200 while the process answers requests."""
         return answer({"status": "alive"})
 
     @app.get("/readyz")
     @app.get("/health")
     async def ready() -> Response:
-        """Whether requests are computed: the engine made a step lately."""
+        """Returns 200 if requests are computed, or 503 with the reason."""
         why = server.host.ready
         return answer({"status": why or "ready"}, 503 if why else 200)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        """Counters in Prometheus's format; they name tenants, so they need a key."""
+        """Returns metrics in Prometheus format. Needs a key, because labels name tenants."""
         server.keys.check_metrics(request.headers.get("authorization"))
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def described(routes: list[Any]) -> dict[str, Any]:
-    """The OpenAPI description of these routes."""
     openapi = get_openapi(title="lorafold", version="1", routes=routes)
     kinds: Any = [(kind, "validation") for kind in dict.fromkeys(BODIES.values())]
     names, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
@@ -143,7 +137,9 @@ def described(routes: list[Any]) -> dict[str, Any]:
 
 
 class Gate:
-    """What every request passes."""
+    """Assigns request ids, limits bodies before they are read, counts and logs requests at their
+    end.
+    """
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server
@@ -185,16 +181,16 @@ class Gate:
                 await refused(record, refusal)(scope, receive, named)
             else:
                 await self.app(scope, bounded, named)
-        except ClientDisconnect:  # in the middle of its body
+        except ClientDisconnect:  # while sending the body
             record.outcome, record.status = "client_left", 499
         except SendTimeoutError:
             record.outcome = "slow_reader"
-        except asyncio.CancelledError:  # the server shuts down and no longer waits
+        except asyncio.CancelledError:  # the server's shutdown timed out
             record.outcome, record.status = "not_ready", record.status or 503
             raise
         except STOPS:
             raise
-        except BaseException as error:  # a panic in a tokenizer is no Exception
+        except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
             failed = defect(record, error)
             if not begun:
                 await refused(record, failed)(scope, receive, named)
@@ -203,21 +199,21 @@ class Gate:
 
     def _check(self, headers: Headers, record: Record) -> None:
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > 20:  # Python converts no very long numbers
+        if not length.isdecimal() or len(length) > 20:  # int() raises for very long numbers
             raise wrong("content-length", f"found {length!r:.40}, expected the bytes of the body")
         self._check_size(int(length))
         try:
             host = urlsplit(f"//{headers.get('host', '')}").hostname
         except ValueError:
             host = None
-        # DNS rebinding: without keys, another site's page whose name leads here could act as the
-        # user
+        # DNS rebinding: without keys, a page of another site that resolves to this address could
+        # act as the user
         keys = self.server.keys
         if keys.file is None and host not in (*LOOPBACK, self.server.settings.host):
             expected = f"expected {', '.join(LOOPBACK)}, since there are no keys"
             raise Refusal(403, "wrong_host", f"host: found {host!r:.80}, {expected}")
         if record.path in COMPLETIONS and record.method == "POST":
-            # a flood is refused before its bodies are read
+            # refuse before reading the body
             caller = keys.caller(authorization(headers))
             record.tenant = caller.tenant
             self.server.admission.check_caller(caller, 1)
@@ -241,7 +237,7 @@ class Gate:
 async def _refused(request: Request, error: Any) -> Response:
     if isinstance(error, LorafoldError):
         error = Refusal(400, "invalid_value", cut(str(error), 2000))
-    elif not isinstance(error, Refusal):  # of FastAPI's router
+    elif not isinstance(error, Refusal):  # raised by FastAPI's router
         detail = str(getattr(error, "detail", "not found")).lower()
         message = f"{request.method} {request.url.path[:200]!a}: {detail}"
         error = Refusal(getattr(error, "status_code", 404), "no_route", message)
@@ -249,12 +245,13 @@ async def _refused(request: Request, error: Any) -> Response:
 
 
 def bounded(limits: Limits) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol under limits."""
-    arriving: dict[Bounded, asyncio.TimerHandle] = {}  # the one that takes longest first
-    trims: list[asyncio.TimerHandle] = []  # the last one, for all late or large requests since
+    arriving: dict[Bounded, asyncio.TimerHandle] = {}  # incomplete requests, oldest first
+    trims: list[asyncio.TimerHandle] = []  # at most one pending
 
     class Bounded(HttpToolsProtocol):
-        """One connection, whose next request has a deadline from its first byte on."""
+        """A connection, with a deadline for its first request, and for each one from its first
+        byte.
+        """
 
         read, head = 0, True  # bytes of the request, and whether its headers are still arriving
 
@@ -270,7 +267,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self.read += len(data)  # chunks and trailers count
+            self.read += len(data)  # includes chunk headers and trailers
             most = HEAD + (0 if self.head else 2 * limits.body_bytes)
             if self in arriving and self.read > most:
                 status = 431 if self.head else 413
@@ -290,7 +287,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             super().on_message_complete()
 
         def on_response_complete(self) -> None:
-            # free the part of a body that no route read, and the memory of a large one
+            # free the unread part of a body, and the memory of a large one
             if self.read > HEAD:
                 self._trim()
             if not self.pipeline:
@@ -299,7 +296,6 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
 
         @property
         def _busy(self) -> bool:
-            """Whether the request before this one is still being answered."""
             return self.head and self.cycle is not None and not self.cycle.response_complete
 
         def _wait(self) -> None:
@@ -311,7 +307,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
                 timer.cancel()
 
         def _late(self) -> None:
-            if self.flow.read_paused or self._busy:  # the server itself does not read
+            if self.flow.read_paused or self._busy:  # reading is paused by the server
                 self._wait()
             else:
                 message = f"expected the whole request within {limits.receive_seconds:g} s"
@@ -323,7 +319,8 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
                 trims[:] = [self.loop.call_later(1, self.loop.run_in_executor, None, give_back)]
 
         def _refuse(self, status: int, code: str, message: str) -> None:
-            """Close the connection, with an answer if a request has begun that has none yet."""
+            """Closes the connection; sends an error if a request has begun and has no answer yet.
+            """
             self._arrived()
             if self.read and not self._busy and (self.head or not self.cycle.response_started):
                 content = to_json(Refusal(status, code, f"request: {message}").body)

@@ -1,10 +1,4 @@
-"""The next turn of a conversation, which chat completions, responses and messages ask for in three
-dialects: the request in the form of chat completions, the request to the engine, and the message
-that the model generates.
-
-`shortened` drops the oldest exchanges, each as a whole, of a conversation that is too long; the
-system message, the last message of the user and the last exchange stay.
-"""
+"""The next turn of a conversation, for the chat completions, responses and messages APIs."""
 
 from __future__ import annotations
 
@@ -60,19 +54,18 @@ class ChatBody(Completing):
 
     @property
     def names(self) -> dict[str, str]:
-        """Fields by the names under which the client sent them."""
+        """The client's names of fields that differ from ours."""
         newer = self.max_completion_tokens is not None
         return {"max_tokens": "max_completion_tokens"} if newer else {}
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Further variables of the chat template, which has to know them."""
+        """Variables of the chat template, which must support them."""
         verbosity = None if self.verbosity == "medium" else self.verbosity
         named = {"reasoning_effort": self.reasoning_effort, "verbosity": verbosity}
         return {k: v for k, v in named.items() if v is not None} | self.chat_template_kwargs
 
     def conversation(self, limits: Limits) -> list[Message]:
-        """The messages in one form."""
         check_number("messages", len(self.messages), limits.messages)
         _check(message_problems("messages", self.messages))
         for i, message in enumerate(self.messages):
@@ -90,7 +83,8 @@ class ChatBody(Completing):
         )
 
     def offered(self, limits: Limits) -> tuple[tuple[Tool, ...], list[str] | None]:
-        """The tools that may be called, and the names of which one must be, None if none must."""
+        """Returns the allowed tools, and the names of those of which one must be called, or None.
+        """
         check_number("tools", len(self.tools), limits.tools)
         _check(tool_problems(self.tools))
         for i, tool in enumerate(self.tools):
@@ -101,7 +95,6 @@ class ChatBody(Completing):
         return tuple(tool for tool in tools if tool["function"]["name"] in allowed), forced
 
     def _choice(self, names: list[str]) -> tuple[list[str], list[str] | None]:
-        """The names of the tools that may be called, and of those of which one must be."""
         choice = self.tool_choice
         if choice in ("auto", "none"):
             return (names if choice == "auto" else []), None
@@ -112,7 +105,7 @@ class ChatBody(Completing):
             raise wrong("tool_choice", f"found {choice!r}, expected {expected}")
         if choice.get("type") != "allowed_tools":
             return names, [_tool_name(choice, names)]
-        inner = choice.get("allowed_tools", choice)  # of chats; of responses it is flat
+        inner = choice.get("allowed_tools", choice)  # flat in the responses API
         tools = inner.get("tools") if isinstance(inner, Mapping) else None
         if not isinstance(tools, list) or inner.get("mode") not in ("auto", "required"):
             message = "found allowed_tools without tools or a mode, expected mode auto or required"
@@ -124,7 +117,6 @@ class ChatBody(Completing):
 
 
 def _tool_name(choice: Any, names: Collection[str]) -> str:
-    """The name in a choice in OpenAI's form, flat or not."""
     function = choice.get("function", choice) if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if function is None or choice.get("type") != "function" or name not in names:
@@ -145,8 +137,8 @@ def chat_of(
     names: Mapping[str, str],
     **fields: Any,
 ) -> tuple[ChatBody, dict[str, str]]:
-    """A request in another dialect as a chat completion, and the names of its fields there. Each
-    message comes with the field that it is from.
+    """Converts a request of another API. Each message comes with its field, for error messages.
+    Also returns that API's names of fields.
     """
     chat = {name: getattr(body, name) for name in ChatBody.model_fields if hasattr(body, name)}
     for name, sent_as in names.items():
@@ -171,7 +163,6 @@ def chat_of(
 def call_of(
     id: Any, name: Any, arguments: Any, where: str, field: str = "arguments"
 ) -> dict[str, Any]:
-    """A call in OpenAI's form; in the request it is at `where`, its arguments in that field."""
     function = {"name": name, "arguments": arguments}
     for problem in call_problems("calls", [function]):
         wrong_field, _, message = problem.removeprefix("field calls[0].").partition(": ")
@@ -180,8 +171,8 @@ def call_of(
 
 
 def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, message: str) -> str:
-    """Join the texts of parts of these types; Refusal for any other part, whose place and type go
-    into `where` and `message` in place of `{}`.
+    """Joins text parts; refuses other parts with `where` and `message`, in which `{}` stands for
+    index and type.
     """
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -191,7 +182,7 @@ def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, message: s
 
 
 def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
-    """The messages without the oldest units, as few as have to go to make them fit."""
+    """Drops the fewest oldest exchanges that make the rest fit."""
     units = _units(messages)
 
     def without(n: int) -> list[Message]:
@@ -202,8 +193,8 @@ def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) ->
 
 
 def _units(messages: list[Message]) -> list[list[int]]:
-    """The positions of what may be dropped together, oldest first: a user's message and all that
-    follows up to the next one; after the last one, a message of the assistant and its results.
+    """Groups indices of messages that are dropped together, oldest first: a user message and the
+    replies; after the last user message, an assistant message and its tool results.
     """
     roles = [message["role"] for message in messages]
     last = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
@@ -219,8 +210,8 @@ def _units(messages: list[Message]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class MessageDelta:
-    """What one event of the engine adds to a completion: texts by field of the message, and at its
-    end the calls, in OpenAI's form. `field` is the one that the token belongs to.
+    """One event's addition to a completion: texts by field of the message and, at the end, calls in
+    OpenAI's format. `field` is the token's field.
     """
 
     index: int
@@ -232,16 +223,13 @@ class MessageDelta:
 
 
 class GeneratedMessage:
-    """All of a completion, once it has ended."""
-
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
-        self.tokens: list[tuple[str, Token]] = []  # each with its field
+        self.tokens: list[tuple[str, Token]] = []  # (field, token)
         self.calls: list[dict[str, Any]] = []
         self.end: Ended
 
     def add(self, delta: MessageDelta) -> None:
-        """Add a part."""
         for field, text in delta.texts.items():
             self.texts[field] = self.texts.get(field, "") + text
         if delta.token is not None:
@@ -251,9 +239,8 @@ class GeneratedMessage:
 
 
 class NextTurn(DialectRequest):
-    """The next turn of a conversation. `names` has the names of fields in another dialect, `wishes`
-    variables for a chat template that knows them; with `shorten` the oldest messages may be left
-    out.
+    """`names` are the API's names of fields, `wishes` optional variables of the chat template;
+    `shorten` allows dropping the oldest messages.
     """
 
     body: ChatBody
@@ -282,7 +269,7 @@ class NextTurn(DialectRequest):
             self._schema = schema_of(body.response_format, "response_format")
             if body.top_logprobs is not None and not body.logprobs:
                 raise wrong("top_logprobs", "found it without logprobs, expected logprobs true")
-            # beside tools the schema is a part of the grammar of their calls
+            # with tools, the schema is part of their grammar
             alone = self._forced is None and not self.tools
             self._sampling = body.sampling(
                 logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -309,12 +296,11 @@ class NextTurn(DialectRequest):
         text, prompts = self.rendered(renderer)
         lark = self._grammar(renderer)
         sampling = self._sampling if lark is None else replace(self._sampling, lark=lark)
-        # it probes the template, which takes its time, so not on the event loop
+        # slow, so not on the event loop: it probes the template
         reader = PartReader(renderer.tokenizer, text, self.tools)
         return Prompted(chosen, text, prompts, sampling, reader)
 
     async def deltas(self, reply: Reply) -> AsyncIterator[MessageDelta]:
-        """The message in parts, as they are generated."""
         readers = [copy(reply.prompted.reader) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
@@ -328,14 +314,12 @@ class NextTurn(DialectRequest):
             yield MessageDelta(i, texts, end=event, calls=self._calls(calls))
 
     async def messages_of(self, reply: Reply) -> list[GeneratedMessage]:
-        """The message of each completion, once all have ended."""
         messages = [GeneratedMessage() for _ in reply.jobs]
         async for delta in self.deltas(reply):
             messages[delta.index].add(delta)
         return messages
 
     def _grammar(self, renderer: Renderer) -> str | None:
-        """The grammar of calls, and beside them of the schema; None if there is none to make."""
         if self._forced is None and (self._schema is None or not self.tools):
             if self._schema is not None:
                 check_founded(self._schema, "response_format")
@@ -346,7 +330,6 @@ class NextTurn(DialectRequest):
         return renderer.call_grammar(self.tools, names, self._compiles, schema)
 
     def _calls(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Calls in OpenAI's form; one alone if the request wants no more at a time."""
         functions = [call["function"] for call in calls]
         return [
             {

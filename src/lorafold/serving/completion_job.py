@@ -1,11 +1,7 @@
-"""One completion, and all those of one request, as the event loop sees them.
+"""A completion on the event loop, all completions of a request, and their parsing.
 
-    reader = PartReader(tokenizer, prompt, tools)   separates reasoning, content and calls
-    reader.add("Let me see. <tool_")                [("content", "Let me see.")]
-    reader.finish()                                 the rest, and the calls
-
-Text is held back while it may be the beginning of a mark, and from the first call on, so that
-nothing is ever taken back. A call that can't be parsed is content.
+`PartReader` holds text back while it may be the start of a tag, and after the start of a call, so
+streamed text is never retracted. A call that can't be parsed becomes content.
 """
 
 from __future__ import annotations
@@ -32,25 +28,25 @@ from lorafold.serving.request_body import Completing
 from lorafold.serving.settings import Limits
 
 REASONING, CONTENT = "reasoning_content", "content"
-Part = tuple[str, str]  # the field of a message, and what is added to it
+Part = tuple[str, str]  # the field of a message, and text to append
 Prompts = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """A request to the engine, once its adapter is chosen."""
+    """A request to the engine, with its adapter chosen."""
 
     chosen: ServedModel
-    text: object  # the prompts in words, for the log
+    text: object  # the prompts as text, for the log
     prompts: Prompts
-    sampling: Sampling  # of all completions, but for the seed
-    reader: Any = None  # a PartReader, of which each completion has a copy; None for plain text
-    prompt_logprobs: int | None = None  # as `engine.Request` has it
+    sampling: Sampling  # for all completions, except the seed
+    reader: Any = None  # a PartReader to copy for each completion; None for plain text
+    prompt_logprobs: int | None = None  # see `engine.Request`
 
 
 class DialectRequest(ABC):
-    """Abstract: one request, whatever its dialect. `names` has the client's names of fields by
-    ours, `field` the field with the prompts.
+    """A request in any API. `names` are the client's names by ours, `field` is the field of the
+    prompts.
     """
 
     def __init__(
@@ -61,34 +57,33 @@ class DialectRequest(ABC):
 
     @abstractmethod
     def rendered(self, renderer: Renderer) -> tuple[object, Prompts]:
-        """The prompts in words and in tokens. It may take its time."""
+        """Returns the prompts as text and as tokens. Slow."""
 
     @abstractmethod
     def prompted(self, chosen: ServedModel) -> Prompted:
-        """The request under a model. It may take its time."""
+        """Returns the request for a model. Slow."""
 
 
 @dataclass(eq=False)
 class CompletionJob:
-    """One completion: its request and its events so far. All times are time.monotonic's."""
+    """One completion: its request and events. Times are from time.monotonic()."""
 
     request: Request
-    adapter: str  # or the base
-    submitted: float  # when its request came
+    adapter: str  # or the base's name
+    submitted: float  # the arrival of its request
     arrived: asyncio.Event
-    count: Callable[[int], None]  # called with the number of tokens that arrive
-    began: float | None = None  # when it got a slot
+    count: Callable[[int], None]  # receives the number of new tokens
+    began: float | None = None  # the time at which it got a slot
     admitted: bool = False  # until then its request counts as waiting
-    prompt: Sequence[Token] = ()  # with log probabilities, if the client wants them
-    tokens: int = 0  # that arrived
+    prompt: Sequence[Token] = ()  # with log probabilities, if requested
+    tokens: int = 0
     events: deque[Token | Ended] = field(default_factory=deque)
     end: Ended | None = None
-    why: Refusal | None = None  # the server's reason to end it
-    before: float | None = None  # when the previous events arrived
-    times: Sequence[float] = ()  # of the first token and the last
+    why: Refusal | None = None  # the server's reason for ending it
+    before: float | None = None  # the arrival of the previous events
+    times: Sequence[float] = ()  # the first and the last token's
 
     def put(self, events: Sequence[Token | Ended]) -> None:
-        """Take events that arrived."""
         now, new = time.monotonic(), sum(isinstance(event, Token) for event in events)
         self.events.extend(events)
         self.tokens += new
@@ -103,7 +98,6 @@ class CompletionJob:
         self.arrived.set()
 
     def late(self, now: float, limits: Limits) -> Refusal | None:
-        """The deadline that it exceeds, if any."""
         queue, first = limits.queue_seconds, limits.first_token_seconds
         waited = now - self.submitted
         if self.began is None and waited > queue:
@@ -117,7 +111,6 @@ class CompletionJob:
 
     @property
     def failed(self) -> Refusal | None:
-        """Why it has no completion, if it ended without."""
         if self.end is None or self.end.reason not in ("failed", "cancelled"):
             return None
         if self.why is not None:
@@ -136,7 +129,7 @@ class CompletionJob:
 
 @dataclass(frozen=True)
 class Usage:
-    """The tokens of a request."""
+    """Tokens of a request; `cached` are part of the prompt."""
 
     prompt: int
     completion: int
@@ -144,7 +137,6 @@ class Usage:
 
     @property
     def openai(self) -> dict[str, object]:
-        """The usage in the form of completions."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -154,16 +146,15 @@ class Usage:
 
 
 class Reply:
-    """The completions of one request, in the order in which they are answered."""
+    """The completions of a request, in the order of the choices."""
 
     def __init__(self, id: str) -> None:
         self.id, self.created = id, int(time.time())
         self.arrived = asyncio.Event()
-        self.prompted: Prompted  # once it is admitted
-        self.jobs: list[CompletionJob] = []  # as many for each prompt
+        self.prompted: Prompted  # set on admission
+        self.jobs: list[CompletionJob] = []  # equally many for each prompt
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
-        """Every event with the number of its completion."""
         left = len(self.jobs)
         while left:
             await self.arrived.wait()
@@ -179,7 +170,6 @@ class Reply:
 
     @property
     def usage(self) -> Usage:
-        """The tokens of prompts and completions so far."""
         each = len(self.jobs) // len(self.prompted.prompts)
         ends = [job.end for job in self.jobs if job.end]
         return Usage(
@@ -190,7 +180,7 @@ class Reply:
 
 
 class PartReader:
-    """Separates the parts of one completion by the marks of the tokenizer's chat template."""
+    """Splits a completion by the tags of the chat template."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: str, tools: Sequence[Tool]
@@ -204,17 +194,16 @@ class PartReader:
         grammar = grammar_of(tokenizer) if tools else None
         words = special_words(tokenizer)
         self._call = grammar.without(words).before.strip() if grammar else ""
-        self._all = bool(grammar) and not self._call  # calls have no mark: all may be one
+        self._all = bool(grammar) and not self._call  # calls without a tag: any text may be one
 
     @property
     def field(self) -> str:
-        """The field of the message that the text belongs to now, empty for calls."""
+        """The field of the message for new text; empty for calls."""
         if self._state == "calling":
             return ""
         return REASONING if self._state == "thinking" else CONTENT
 
     def add(self, piece: str) -> list[Part]:
-        """The parts that a piece of text completes."""
         self._held += piece
         self.length += len(piece)
         parts = []
@@ -241,17 +230,18 @@ class PartReader:
         return [part for part in parts if part[1]]
 
     def finish(self) -> tuple[list[Part], list[dict[str, Any]]]:
-        """The parts that are left, and the calls, in OpenAI's form with arguments as objects."""
+        """Returns the remaining parts, and the calls in OpenAI's format with arguments as objects.
+        """
         calls = []
         if self._state == "calling" or self._all:
-            with suppress(LorafoldError, RecursionError, MemoryError):  # nested without end
+            with suppress(LorafoldError, RecursionError, MemoryError):  # endless nesting
                 calls = parse_calls(self._held, self._tokenizer, self._tools)
         if calls or not self._held:
             return [], calls
         return [(REASONING if self._state == "thinking" else CONTENT, self._held)], []
 
     def _take(self, mark: str) -> str:
-        """The text before what may be the beginning of a mark, and before whitespace there."""
+        """Releases the text before a possible start of the tag and white space before it."""
         text = self._held
         taken = text[: len(text) - may_begin(text, [mark])].rstrip() if mark else text
         self._held = text[len(taken) :]

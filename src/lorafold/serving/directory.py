@@ -1,9 +1,8 @@
-"""The adapters' directory, and which of its entries may be read as adapters.
+"""The directory of adapters. Only listed entries are read.
 
-Only `DIR/NAME` is ever read, and NAME comes from the directory's listing, not from a client. Links
-that lead outside are refused, since whoever may write one adapter could replace or borrow another's
-files. A hard link borrows likewise, but nothing shows which name was first, so the verifier accepts
-files with several links only if they are unchanged.
+Links that lead outside are refused, because someone who may write one adapter could use them to
+read or replace another's files. A hard link could too, but doesn't show which file is the original,
+so the verifier accepts files with several links only if they are unchanged.
 """
 
 from __future__ import annotations
@@ -31,27 +30,25 @@ from lorafold.peft.config import CONFIG
 from lorafold.peft.provenance import expected_path
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page
-TOKENIZERS, ENTRIES = 64 << 20, 1000  # bytes of all files of a tokenizer, and an adapter's files
-# seconds between listings of a directory that has just changed, so that its time may not show the
-# next change, and of others
+MOST, PAGE = 4 << 30, 32 << 20  # maximum bytes of an adapter's file, and of its page
+TOKENIZERS, ENTRIES = 64 << 20, 1000  # maximum bytes of a tokenizer, and files of an adapter
+# seconds between listings of a directory that changed just now, whose next change may have the
+# same mtime, and of others
 PAUSE, AGAIN = 0.25, 2.0
 
 
 class Directory:
-    """A directory of adapters, or one adapter."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
             raise LorafoldError(f"--adapters {path}: found no directory, expected one")
         self._single = _has_config(path)
         self._names: frozenset[str] = frozenset()
-        self._listed = -math.inf, -1  # when, and the directory's time then
+        self._listed = -math.inf, -1  # time of the listing, mtime of the directory
 
     def names(self) -> frozenset[str]:
-        """The names of all entries that look like adapters, but for hidden ones. They are listed
-        again when the directory changes, and now and then, since a file may come into an entry.
+        """Lists the entries that look like adapters. Repeated after changes and periodically,
+        because an entry may get its config later.
         """
         if self._single:
             return frozenset({self.path.resolve().name})
@@ -61,16 +58,14 @@ class Directory:
         if changed != listed or now - when > (PAUSE if fresh else AGAIN):
             entries = [name for name in os.listdir(self.path) if not name.startswith(".")]
             self._names = frozenset(_utf8(n) for n in entries if _has_config(self.path / n))
-            self._listed = now, changed  # last, so that a listing that fails is repeated
+            self._listed = now, changed  # last, so that a failed listing is repeated
         return self._names
 
     @property
     def beside(self) -> Path:
-        """Where files about all the adapters are."""
         return self.path.parent if self._single else self.path
 
     def others(self) -> list[str]:
-        """The names of directories that are no adapters."""
         if self._single:
             return []
         entries = os.listdir(self.path)
@@ -78,17 +73,16 @@ class Directory:
         return sorted(others - self.names())
 
     def marks(self, path: Path) -> dict[str, FileStamp]:
-        """The marks of all files of an adapter, by `NAME/FILE`."""
         marks = dict[str, FileStamp]()
         for place in (path, path / TEMPLATES):
             if not place.is_dir():
                 continue
             with os.scandir(place) as listing:
                 entries = list(islice(listing, ENTRIES + 1))
-            if len(entries) > ENTRIES:  # the others could change unnoticed
+            if len(entries) > ENTRIES:  # changes of the others would be missed
                 raise LorafoldError(f"found more than {ENTRIES:,} files, expected an adapter's")
             for entry in entries:
-                with suppress(OSError):  # a link to nothing, or a file that is gone by now
+                with suppress(OSError):  # a dangling link or a deleted file
                     status = entry.stat()
                     if stat.S_ISREG(status.st_mode):
                         where = Path(entry.path).relative_to(path)
@@ -96,18 +90,16 @@ class Directory:
         return marks
 
     def touch(self, name: str) -> object:
-        """The marks of an adapter's files, None for one that may not be read."""
         try:
             return self.marks(self.locate(name))
         except (LorafoldError, OSError):
             return None
 
     def linked(self, path: Path, names: Iterable[str]) -> list[str]:
-        """The files of an adapter that have several hard links."""
         return [n for n in names if not self._single and (path / n).stat().st_nlink > 1]
 
     def words(self, path: Path) -> list[str]:
-        """The names of the files of an adapter's tokenizer, and of those that it might have."""
+        """Returns the names of present and possible files of an adapter's tokenizer."""
         marks = {name.partition("/")[2]: mark for name, mark in self.marks(path).items()}
         present = [name for name in marks if any(fnmatchcase(name, p) for p in WORDS)]
         self._check_own(*(path / name for name in {*present, *TOKENIZER}))
@@ -119,13 +111,11 @@ class Directory:
         return sorted({*present, *TOKENIZER})
 
     def tokenizer(self, path: Path) -> Contents:
-        """The files of an adapter's tokenizer."""
         contents = Contents(path, self.words(path), 2 * TOKENIZERS)
         contents.check_intact()
         return contents
 
     def page(self, name: str) -> Path | None:
-        """The page that `lorafold inspect --html` wrote beside an adapter, as NAME.html."""
         file = f"{self.beside}/{name}.html"
         try:
             status = os.lstat(file)
@@ -135,13 +125,12 @@ class Directory:
         return Path(file) if regular and status.st_size <= PAGE else None
 
     def locate(self, name: str) -> Path:
-        """Where an adapter is."""
         if not NAME.fullmatch(name):
             raise LorafoldError(
                 f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
             )
         if name not in self.names():
-            self._listed = -math.inf, -1  # it may have come within a tick of the disk's clock
+            self._listed = -math.inf, -1  # it may be newer than the mtime's resolution shows
         if name not in self.names():
             raise LorafoldError(f"found no adapter {name}, expected one of the directory's")
         path = self.path if self._single else self.path / name
@@ -149,13 +138,11 @@ class Directory:
         return path
 
     def below(self, origin: Origin, path: Path) -> Path:
-        """Where an adapter is that the one at `path` was trained over."""
         if not self._single:
             self.locate(Path(origin.path).name)
         return expected_path(origin, path)
 
     def _check_own(self, *files: Path) -> None:
-        """Raise LorafoldError for a file that is not the directory's own."""
         root = self.path.resolve()
         for file in files:
             if not os.path.lexists(file):
@@ -172,7 +159,7 @@ class Directory:
 
 
 def _utf8(name: str) -> str:
-    """A name for answers; one that is no UTF-8 gets a name that no adapter may have."""
+    """Escapes a name that isn't UTF-8, which then is no valid adapter's."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

@@ -1,8 +1,5 @@
-"""lorafold's engine as the server's backend, in a thread of this process.
-
-After every step the engine's thread hands the new events of all requests to the event loop in one
-call. If the thread dies, its requests end at once; then another engine is opened on the same model,
-which knows the same adapters and reads again those that were in memory.
+"""Runs lorafold's engine in a thread. After every step, all new events go to the event loop in one
+call. If the thread dies, requests end and a new engine on the same model reloads the adapters.
 """
 
 from __future__ import annotations
@@ -25,21 +22,18 @@ from lorafold.serving.settings import Settings
 
 log = logging.getLogger(__name__)
 WATCH = 0.25  # seconds between two checks of the thread
-BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the next start, until one lasts
-LASTS = 60.0  # seconds after which a start counts as one that lasts
+BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the next restart after failures
+LASTS = 60.0  # seconds after which a start counts as successful
 
 
 @dataclass
 class ActiveRequest:
-    """A request that the engine has, and how many of its events were handed over."""
-
     id: str
-    stream: EventStream | None = None  # None until the engine has taken it
+    stream: EventStream | None = None  # None until the engine accepts it
     delivered: int = 0
     began: float | None = None
 
     def news(self) -> News | None:
-        """Its new events, if there are any."""
         if self.stream is None:
             return None
         events, began = self.stream.so_far(self.delivered), self.stream.began
@@ -49,14 +43,13 @@ class ActiveRequest:
         return News(self.id, events, began, self.stream.prompt)
 
     def lost(self) -> News:
-        """Its end, with the tokens that were handed over."""
         events = self.stream.so_far()[: self.delivered] if self.stream else []
         tokens = tuple(event.token for event in events if isinstance(event, Token))
         return News(self.id, [Ended(self.id, "failed", tokens, message=LOST)], self.began)
 
 
 class EngineBackend(Backend):
-    """lorafold's engine; `restarted` is called before it is opened anew."""
+    """Calls `restarted` before it restarts the engine."""
 
     def __init__(
         self,
@@ -83,7 +76,7 @@ class EngineBackend(Backend):
         self._known: dict[str, AdapterFiles] = {}
         self._pinned: set[str] = set()
         self._resident: set[str] = set()
-        self._silent = 0.0  # seconds without a step while this process ran
+        self._silent = 0.0  # seconds without a step, excluding pauses of the process
         self._started = time.monotonic()
         self._failures, self._restarting = 0, False
 
@@ -118,7 +111,7 @@ class EngineBackend(Backend):
             with self._lock:
                 self._requests.pop(request.id, None)
             raise
-        engine.wake()  # the thread may have made its last step before it saw the stream
+        engine.wake()  # the thread's last step may precede the assignment of the stream
 
     def cancel(self, id: str) -> None:
         self.engine.cancel(id)
@@ -161,7 +154,7 @@ class EngineBackend(Backend):
         )  # fmt: skip
 
     def _hand_over(self) -> None:
-        """Pass new events on; the engine's thread calls it after every step."""
+        """Called by the engine's thread after every step."""
         with self._lock:
             all_news = [news for active in self._requests.values() if (news := active.news())]
         self._silent = 0.0
@@ -169,7 +162,7 @@ class EngineBackend(Backend):
             self._loop.call_soon_threadsafe(self._deliver, all_news)
 
     def _deliver(self, all_news: Sequence[News]) -> None:
-        # requests that ended are forgotten here: if the thread dies on the way they are still lost
+        # removed here, not in `_hand_over`, so that undelivered ends are reported as lost
         with self._lock:
             for news in all_news:
                 if news.events and isinstance(news.events[-1], Ended):
@@ -207,7 +200,7 @@ class EngineBackend(Backend):
         log.info("the engine computes again")
 
     def _reopen(self) -> None:
-        with suppress(Exception):  # whatever state the thread left it in, the model is given back
+        with suppress(Exception):  # restores the model in any state
             self.engine.close()
         engine = self._open()
         with self._lock:

@@ -1,4 +1,4 @@
-"""What the server answers to a request that it refuses: a status, a stable code and one line."""
+"""Errors of the API: an HTTP status, a stable code and one line."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     429: "rate_limit_error",
 }  # fmt: skip
-MESSAGES = "/v1/messages"  # whose clients expect Anthropic's shape
+MESSAGES = "/v1/messages"  # answers in Anthropic's format
 ANTHROPIC = TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
-# the fields of a request that the engine's settings come from
+# the request's fields by the engine's settings
 FIELDS = {"lark": "tools", "schema": "response_format", "prompt_logprobs": "echo"}
 
 
 @dataclass(eq=False)
 class Refusal(Exception):
-    """An error that a client gets: the HTTP status, a code for programs that never changes, one
-    line for people, the field of the request at fault, and the seconds after which to try again.
+    """An error response: HTTP status, stable code, one-line message, the wrong field, and the
+    seconds after which to retry.
     """
 
     status: int
@@ -33,7 +33,7 @@ class Refusal(Exception):
         return self.message
 
     def sent_as(self, names: Mapping[str, str]) -> Refusal:
-        """The same refusal, naming the field as the client wrote it (`names`: ours to theirs)."""
+        """Renames the field to the client's name (`names`: ours to theirs)."""
         param = self.param or ""
         above = [n for n in names if param == n or param.startswith((f"{n}.", f"{n}["))]
         if not above:
@@ -45,21 +45,19 @@ class Refusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer in OpenAI's shape."""
         other = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = TYPES.get(self.status, other)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def anthropic(self, id: str) -> dict[str, Any]:
-        """The JSON of the answer in Anthropic's shape, with the server's name of the request."""
         other = "api_error" if self.status >= 500 else "invalid_request_error"
-        long = self.code == "context_length_exceeded"  # clients know this error by these words
+        long = self.code == "context_length_exceeded"  # clients match these words
         error: dict[str, Any] = {
             "type": ANTHROPIC.get(self.status, other),
             "message": "prompt is too long: " * long + self.message,
         }
-        if self.param == "thread":  # after which clients send the whole conversation each time
+        if self.param == "thread":  # clients then send the whole conversation
             error["details"] = {
                 "error_code": "thread_unsupported_request", "unsupported": ["thread"],
             }  # fmt: skip
@@ -67,30 +65,25 @@ class Refusal(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of the answer."""
         later = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return later | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
 def wrong(param: str, message: str) -> Refusal:
-    """The refusal of a field's value."""
     return Refusal(400, "invalid_value", f"{param}: {message}", param)
 
 
 def unsupported(param: str, more: str = "") -> Refusal:
-    """The refusal of an unknown field."""
     return Refusal(400, "unsupported_parameter", f"{param}: it is not supported{more}", param)
 
 
 def check_number(param: str, n: int, most: int) -> None:
-    """Raise Refusal for more entries than a field may have."""
     if n > most:
         raise wrong(param, f"found {n} of them, expected at most {most}")
 
 
 @contextmanager
 def naming(names: Mapping[str, str]) -> Iterator[None]:
-    """Name fields in refusals as the client wrote them (`Refusal.sent_as`)."""
     try:
         yield
     except Refusal as refusal:

@@ -1,14 +1,7 @@
-"""The running completions as the event loop sees them, and the admission of new ones.
+"""Admission, queue and deadlines of completions on the event loop.
 
-    async with host.computing():
-        value = await host.think(do, tenant)    what takes its time, beside the event loop
-        host.submit(job)                        its events come to the job, at most a step later
-        host.cancel(job, why)
-        reply = await admission.admit(...)      limits, the queue; choose, render and submit
-
-If the queue is full, a request is refused at once, with the seconds after which to try again. A few
-threads verify adapters, render, tokenize and compile grammars, so that neither the engine nor the
-event loop waits for that.
+Verification, tokenization and grammars run in threads (`Host.think`), so that they block neither
+the engine nor the event loop.
 """
 
 from __future__ import annotations
@@ -40,15 +33,13 @@ from lorafold.verification.checks import Sandbox
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-THREADS, TURNS = 4, 2  # of `think`, and of them one tenant's
-LEAVING = 4  # times as many may be about to end as may wait: they end with the engine's next step
+THREADS, TURNS = 4, 2  # threads of `think`, in total and per tenant
+LEAVING = 4  # limit of cancelled jobs relative to waiting ones; they end with the next step
 RETRIES = 3  # an adapter's version may be replaced between its choice and its use
 WATCH = 0.25  # seconds between two checks of deadlines
 
 
 class Host:
-    """The jobs that wait or run, their deadlines, and the threads beside the event loop."""
-
     def __init__(
         self, backend: Backend, registry: Registry, settings: Settings, metrics: Metrics
     ) -> None:
@@ -63,7 +54,6 @@ class Host:
 
     @asynccontextmanager
     async def computing(self) -> AsyncIterator[None]:
-        """Compute while the context is open; all requests end with it."""
         self._loop = asyncio.get_running_loop()
         with stacks(), self.pool:
             async with self.backend.events(self._deliver):
@@ -76,11 +66,11 @@ class Host:
 
     @property
     def ready(self) -> str:
-        """Why no requests can be computed now, empty if they can."""
+        """The reason for which requests can't be computed, or an empty text."""
         return "the server is about to end" if self.draining else self.backend.ready
 
     def submit(self, job: CompletionJob) -> None:
-        """Give a job to the backend. It may take its time."""
+        """Passes a job to the backend; may block."""
         self.jobs[job.request.id] = job
         try:
             self.backend.submit(job.request)
@@ -89,14 +79,14 @@ class Host:
             raise
 
     async def think(self, do: Callable[[], T], tenant: str) -> T:
-        """Call a slow function in a thread, TURNS at a time for each tenant. Raises Refusal."""
+        """Runs a slow function in a thread, TURNS at a time for each tenant."""
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         with self.counted(tenant):
             async with turn:
                 doing = self._loop.run_in_executor(self.pool, do)
                 try:
                     return await asyncio.shield(doing)
-                except asyncio.CancelledError:  # its turn lasts as long as its thread
+                except asyncio.CancelledError:  # keeps the turn until the thread is done
                     await asyncio.wait({doing})
                     raise
                 except Exception as error:
@@ -108,7 +98,6 @@ class Host:
 
     @contextmanager
     def counted(self, tenant: str) -> Iterator[None]:
-        """Count a request of a tenant as waiting while the block runs."""
         self._thinking[tenant] += 1
         try:
             yield
@@ -117,20 +106,18 @@ class Host:
 
     @property
     def seconds_to_wait(self) -> int:
-        """About how long the queue takes, by how fast requests ended lately."""
         if len(self._ends) < 2:
             return 1
         each = (time.monotonic() - self._ends[0]) / len(self._ends)
         return max(1, min(60, round(each * self.waiting())))
 
     def cancel(self, job: CompletionJob, why: Refusal | None = None) -> None:
-        """End a job within a step."""
         if job.end is None:
             job.why = job.why or why
         self.backend.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
-        """How many requests of one tenant, or of all, are being admitted or wait for a slot."""
+        """Counts requests in admission or waiting for a slot, for one tenant or all."""
         thinking = self._thinking.total() if tenant is None else self._thinking[tenant]
         return thinking + sum(
             job.admitted and not (job.began or job.why) and tenant in (None, job.request.tenant)
@@ -138,11 +125,9 @@ class Host:
         )
 
     def leaving(self, tenant: str) -> int:
-        """How many jobs of a tenant are about to end."""
         return sum(j.request.tenant == tenant for j in list(self.jobs.values()) if j.why)
 
     def running(self) -> int:
-        """How many jobs have a slot."""
         return sum(job.began is not None for job in list(self.jobs.values()))
 
     def _deliver(self, all_news: Sequence[News]) -> None:
@@ -166,13 +151,12 @@ class Host:
         del self.jobs[job.request.id]
         self._ends.append(time.monotonic())
         message = " ".join(end.message.split()) if self.settings.log_texts else end.fault
-        if message:  # it may name paths, which clients do not get to see
+        if message:  # only logged, because it may contain paths
             log.error("%s failed: %s", job.request.id, message)
         if end.message == NOT_FINITE:
             self.pool.submit(self._check_quarantine, job)
 
     def _check_quarantine(self, job: CompletionJob) -> None:
-        """Record that the backend refuses an adapter from now on, if it does."""
         key = job.request.adapter
         with suppress(LorafoldError, Refusal):
             if key and self.backend.states().refuses(key):
@@ -191,14 +175,11 @@ class Host:
 
 
 class Admission:
-    """Checks requests against the limits, and submits their completions."""
-
     def __init__(self, host: Host, registry: Registry, usage: TokenUsage, sandbox: Sandbox) -> None:
         self.host, self.registry, self.usage, self._sandbox = host, registry, usage, sandbox
         self.limits = host.settings.limits
 
     def check(self, body: Completing) -> None:
-        """Raise Refusal for a body that exceeds the limits."""
         if not 1 <= body.n <= self.limits.choices:
             raise wrong("n", f"found {body.n}, expected 1 to {self.limits.choices}")
         check_number("stop", len(body.stops), self.limits.stops)
@@ -207,7 +188,7 @@ class Admission:
     async def admit(
         self, caller: Caller, id: str, since: float, request: DialectRequest
     ) -> Reply:
-        """Submit a request that came at `since`, whole or not at all, and return its reply."""
+        """Submits all completions of a request or none; `since` is its arrival."""
         self.check_caller(caller, request.body.n)
         reply = Reply(id)
         submit = partial(self._submit, caller, since, request, reply)
@@ -224,7 +205,7 @@ class Admission:
     def _submit(
         self, caller: Caller, since: float, request: DialectRequest, reply: Reply
     ) -> Prompted:
-        """Choose, render and submit. It takes its time, and calls nothing of the event loop."""
+        """Chooses the model, renders and submits. Slow; runs in a thread."""
         count, most = partial(self.usage.add, caller.tenant), self.limits.choices
         for _ in range(RETRIES):
             chosen = self.registry.choose(caller, request.body.model)
@@ -233,7 +214,7 @@ class Admission:
             if n > most:
                 prompts = f"found {len(prompted.prompts)} prompts and n {request.body.n}"
                 raise wrong(request.field, f"{prompts}, expected at most {most} completions")
-            self.check_room(caller.tenant, n - 1)  # `think` counts the request as one
+            self.check_room(caller.tenant, n - 1)  # `think` already counts one
             if grammar := prompted.sampling.grammar:
                 try:
                     self.compiles(grammar)
@@ -267,11 +248,9 @@ class Admission:
             )  # fmt: skip
 
     def compiles(self, grammar: tuple[str, str]) -> None:
-        """Raise LorafoldError for a setting and its text that no engine could compile safely."""
         self._sandbox.compile(guidance(grammar))
 
     async def count(self, caller: Caller, request: DialectRequest) -> int:
-        """The number of tokens of a request's prompts."""
         self.check_room(caller.tenant, 1)
 
         def counted() -> int:
@@ -281,18 +260,17 @@ class Admission:
         return await self.host.think(counted, caller.tenant)
 
     def drop(self, reply: Reply) -> None:
-        """End the completions of a reply that no client waits for."""
         for job in reply.jobs:
             if job.end is None:
                 self.host.cancel(job, Refusal(499, "client_left", "the client left"))
 
     def check_caller(self, caller: Caller, n: int) -> None:
-        """Raise Refusal as `check_room`, and if the tenant has used all that its key allows."""
+        """Like `check_room`, and refuses a tenant that has used up its key's limits."""
         self.check_room(caller.tenant, n)
         self.usage.check(caller)
 
     def check_room(self, tenant: str, n: int) -> None:
-        """Raise Refusal if the queue has no room for n completions, or nothing is computed now."""
+        """Refuses if the queue has no room for n completions, or nothing is computed."""
         if why := self.host.ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
         host, most, of_tenant = self.host, self.limits.queue, self.limits.tenant_queue
@@ -315,7 +293,7 @@ class Admission:
         if new < least <= left:
             raise wrong("max_tokens", f"found {new}, expected {least} or more")
         if left < least or new > left:
-            wanted = max(new, least)  # clients know this error by its first words
+            wanted = max(new, least)  # clients match the first words of this message
             message = (
                 f"This model's maximum context length is {length} tokens. However, you requested"
                 f" {len(prompt) + wanted} tokens ({len(prompt)} in the {request.field}, {wanted} in"

@@ -1,12 +1,8 @@
-"""API keys, of which only hashes are stored, their tenants, and the adapters that they may use.
+"""API keys, stored as hashes, with their tenants, adapters and limits.
 
-    {"keys": [{"tenant": "acme", "adapters": ["acme-*"], "sha256": "...",
-               "expires": "2026-12-31", "base": false, "limits": {"tokens_per_day": 100000}}]}
-
-A key has 32 random bytes, so a plain SHA-256 is enough. All hashes are compared, each in constant
-time. The file is read again for every request, since times and sizes don't show every change:
-deleting an entry revokes its key. A limit is checked before a request begins; what runs may finish
-beyond it.
+Keys have 32 random bytes, so plain SHA-256 suffices. The file is read for every request, because
+mtime and size don't show every change; deleting an entry revokes its key. Limits are checked when a
+request begins; a running one may exceed them.
 """
 
 from __future__ import annotations
@@ -38,7 +34,7 @@ from lorafold.serving.settings import Strict, content_of, parsed, read, read_if_
 
 log = logging.getLogger(__name__)
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-LOCAL = "local"  # the tenant of all requests where there is no key file
+LOCAL = "local"  # the tenant of all requests without a key file
 ADMIN = "admin"
 HINT = "new-key writes it"
 DAY = 86400
@@ -46,8 +42,6 @@ PERIODS: dict[Literal["day", "minute"], int] = {"day": DAY, "minute": 60}
 
 
 class TokenLimits(Strict):
-    """The most tokens of prompts and completions that a tenant may use, None for no limit."""
-
     tokens_per_minute: PositiveInt | None = None
     tokens_per_day: PositiveInt | None = None
 
@@ -64,7 +58,7 @@ def _end_of_day(value: object) -> object:
 
 
 class Key(Strict):
-    """One entry of the file. A date in `expires` is the last day, by UTC."""
+    """An entry. A date in `expires` is the last valid day in UTC."""
 
     tenant: str = Field(pattern=f"^{TENANT.pattern}$")
     adapters: tuple[str, ...] = ("*",)
@@ -75,14 +69,12 @@ class Key(Strict):
 
 
 class KeyFile(Strict):
-    """The whole file."""
-
     keys: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request. `adapters` are globs of the names that it may use."""
+    """The sender of a request. `adapters` are globs of allowed names."""
 
     tenant: str
     adapters: tuple[str, ...] = ("*",)
@@ -90,13 +82,12 @@ class Caller:
     limits: TokenLimits = UNLIMITED
 
     def may(self, name: str) -> bool:
-        """Whether it may use the adapter or alias of that name."""
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
 class Keys:
-    """The keys of a server: those of tenants (None: everybody is LOCAL), the administrator's (None:
-    administration is closed), and one that reads the metrics and nothing else.
+    """Keys of tenants (None: everybody is LOCAL), of the administrator (None: administration is
+    closed), and a key that can only read metrics.
     """
 
     def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:
@@ -111,17 +102,14 @@ class Keys:
 
     @property
     def tenants(self) -> tuple[str, ...]:
-        """Everybody who may call."""
         named = dict.fromkeys(key.tenant for key in self._keys)
         return tuple(named) if self.file else (LOCAL,)
 
     @property
     def limited(self) -> bool:
-        """Whether any key has a limit of tokens."""
         return any(key.limits != UNLIMITED for key in self._keys)
 
     def caller(self, authorization: str | None) -> Caller:
-        """Who sent a request with this header."""
         sent = _sent_hash(authorization)
         if _same(self._admin, sent):
             return Caller(ADMIN)
@@ -138,7 +126,6 @@ class Keys:
         raise Refusal(401, "expired_api_key", "the key has expired, expected another one")
 
     def admin(self, authorization: str | None) -> Caller:
-        """As `caller`, but for the administrator alone."""
         if not self._admin:
             message = "administration is closed: the server has no --admin-key-file"
             raise Refusal(403, "admin_closed", message)
@@ -147,8 +134,8 @@ class Keys:
         return Caller(ADMIN)
 
     def check_metrics(self, authorization: str | None) -> None:
-        """Raise Refusal for whoever may not read the metrics. They name tenants: if there are keys,
-        or one for the metrics, only that one or the administrator's opens them.
+        """Refuses callers that may not read metrics, which name tenants: if there are keys, only
+        the metrics key and the administrator's are allowed.
         """
         if self.file is None and not self._metrics:
             return
@@ -162,7 +149,7 @@ class Keys:
             raise Refusal(401, "invalid_api_key", "found no key for the metrics, expected it")
 
     def refresh(self) -> bool:
-        """Read the file again; True if that fails, and then the keys stay as they were."""
+        """Reads the file again; returns True and keeps the old keys if that fails."""
         try:
             if self.file is not None:
                 self._read(self.file)
@@ -178,7 +165,7 @@ class Keys:
 
 
 def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) -> str:
-    """Add a key to the file, or to a new one, and return it: it is stored nowhere."""
+    """Adds a key to a new or existing file and returns it. It is stored nowhere else."""
     if not TENANT.fullmatch(tenant) or tenant == ADMIN:
         raise LorafoldError(
             f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ -, not {ADMIN}"
@@ -198,7 +185,7 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
 
 
 def until(text: str) -> datetime:
-    """When a key expires: after so long (`30d`, `12h`), or at the end of a day (`2026-12-31`)."""
+    """Parses an expiry: a duration (`30d`, `12h`) or a last day (`2026-12-31`)."""
     now = datetime.now(UTC).replace(microsecond=0)
     end = _end_of_day(text)
     if match := re.fullmatch(r"([0-9]{1,5})([dh])", text):
@@ -216,7 +203,6 @@ def _hash(key: str) -> str:
 
 
 def _hash_in(file: Path | None) -> str:
-    """The hash of the one key in a file, empty without a file."""
     if file is None:
         return ""
     key = text_of(file, "a key").strip()
@@ -231,27 +217,22 @@ def _sent_hash(authorization: str | None) -> str:
 
 
 def _same(hashed: str, sent: str) -> bool:
-    """Whether a key that there may be, and its hash, is the one that was sent."""
+    """Compares hashes; `hashed` may be empty."""
     return hmac.compare_digest(hashed or "-" * 64, sent)
 
 
 class Tally(Strict):
-    """Tokens in one minute or on one day, which is numbered from 1970 on."""
-
     at: NonNegativeInt = 0
     tokens: NonNegativeInt = 0
 
 
 class UsageFile(Strict):
-    """The tokens of each tenant in the last minute and on the last day in which it used any."""
-
     tenants: dict[str, dict[Literal["day", "minute"], Tally]] = Field({})
 
 
 class TokenUsage:
-    """The tokens that the tenants of one server used in this minute and on this day, by UTC; the
-    event loop alone calls it. It is kept in a file if any key has a limit (`needed`), so that a
-    restart gives nobody new tokens.
+    """Tokens per tenant in this UTC minute and day. Used on the event loop only. Saved to a file if
+    a key has a limit (`needed`), so a restart doesn't reset limits.
     """
 
     def __init__(
@@ -262,7 +243,6 @@ class TokenUsage:
         self._changed = self._failed = False
 
     def add(self, tenant: str, tokens: int) -> None:
-        """Count tokens that a tenant used now."""
         if tokens:
             used, now = self._tenants.setdefault(tenant, {}), int(self._now())
             for period, seconds in PERIODS.items():
@@ -272,7 +252,6 @@ class TokenUsage:
             self._changed = True
 
     def check(self, caller: Caller) -> None:
-        """Raise Refusal if the caller's tenant has used all that the key allows."""
         counts, now = self._tenants.get(caller.tenant, {}), self._now()
         for period, seconds in PERIODS.items():
             most = getattr(caller.limits, f"tokens_per_{period}")
@@ -285,13 +264,11 @@ class TokenUsage:
                 raise Refusal(429, code, message, retry_after=left)
 
     async def keep_saving(self) -> None:
-        """Write the file again and again."""
         while True:
             await asyncio.sleep(1.0)
             await self.save()
 
     async def save(self) -> None:
-        """Write the file, beside the event loop, if it is needed and anything changed."""
         if not (self._changed and self._needed()):
             return
         today = int(self._now()) // DAY

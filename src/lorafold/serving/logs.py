@@ -1,9 +1,7 @@
-"""The log: one line for each request, and one for each event of the server.
+"""The log: one line per request and per event of the server.
 
-Of what a client sends a line has the first 200 characters of the path and nothing else; of an error
-that was raised for a request, the type and the places, but not the message, in which a library may
-quote anything. With the setting `log_texts` it has all of it. A line that repeats one within a few
-seconds is counted, not written.
+Only the first 200 characters of a client's path are logged and, of errors, the type and the stack
+but not the message, which may quote anything. `log_texts` adds texts and messages.
 """
 
 from __future__ import annotations
@@ -21,19 +19,16 @@ from lorafold.errors import cut
 from lorafold.serving.server import Record
 
 log = logging.getLogger(__name__)
-MOST = 4000  # characters of a line, but for texts
-EACH = 5.0  # seconds in which a line is written once
+MOST = 4000  # characters of a message without `log_texts`
+EACH = 5.0  # seconds in which a repeated line is suppressed
 
 
 class Lines(logging.Formatter):
-    """Lines for people, or one JSON object a line; with `texts` the messages of errors, too."""
-
     def __init__(self, as_json: bool, texts: bool) -> None:
         super().__init__()
         self._json, self._texts = as_json, texts
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record, and where its error was raised."""
         error, places = record.exc_info[1] if record.exc_info else None, ""
         message = record.getMessage() if self._texts else cut(record.getMessage(), MOST)
         if error is not None and self._texts:
@@ -54,14 +49,13 @@ class Lines(logging.Formatter):
 
 
 class RepeatFilter(logging.StreamHandler[TextIO]):
-    """Writes a line once in EACH seconds and counts repetitions, but for requests' lines."""
+    """Counts repetitions within EACH seconds, except of lines on requests."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
         self._written = dict[object, tuple[logging.LogRecord, int]]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, or count it."""
         for key, (first, n) in [*self._written.items()]:
             if abs(record.created - first.created) > EACH:
                 del self._written[key]
@@ -78,7 +72,6 @@ class RepeatFilter(logging.StreamHandler[TextIO]):
 
 
 def set_up(as_json: bool, texts: bool = False) -> None:
-    """Log to stderr: the server's lines, and warnings of the libraries that it uses."""
     handler = RepeatFilter()
     handler.setFormatter(Lines(as_json, texts))
     for name in ("lorafold", "uvicorn", "asyncio", "sse_starlette"):
@@ -90,18 +83,17 @@ def set_up(as_json: bool, texts: bool = False) -> None:
 
 
 def unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log an error of the event loop that no task awaits, without the objects that took part."""
+    """Logs an unawaited error of the event loop, without the objects involved."""
     log.error("on the event loop: %s", context["message"], exc_info=context.get("exception"))
 
 
 def places_of(error: BaseException) -> list[str]:
-    """The type of an error and the frames of its traceback, after those of its cause."""
     lines = [type(error).__name__]
     lines += [
         f"  {frame.filename}:{frame.lineno} in {frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)
     ]
-    for inner in getattr(error, "exceptions", ()):  # of a group
+    for inner in getattr(error, "exceptions", ()):  # an exception group
         lines += [f"  {line}" for line in places_of(inner)]
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return lines if before is None else [*places_of(before), "and then", *lines]
@@ -117,7 +109,6 @@ def _unraisable(args: Any) -> None:
 
 
 def write(record: Record) -> None:
-    """Log a request that has ended."""
     reply = record.reply
     jobs = reply.jobs if reply else []
     fields = {
@@ -140,6 +131,6 @@ def write(record: Record) -> None:
         if record.texts:
             fields |= record.texts
             fields["completions"] = [job.end.text for job in jobs if job.end]
-    # escaped, so that a client's characters can't begin a line of their own
+    # escaped, so that a client can't inject lines
     line = " ".join(f"{k}={ascii(str(v))[1:-1]}" for k, v in fields.items() if v not in ("", None))
     log.info("%s", line.removeprefix("request="), extra={"fields": fields})

@@ -1,11 +1,8 @@
-"""The metrics, for `/metrics` in Prometheus's format and for the page.
+"""Metrics in Prometheus format, and for the page.
 
-Labels are the tenants of the key file, the adapters of the directory, and the codes of refusals:
-clients cannot create labels. Those beyond MOST of a kind share the label `other`.
-
-`Gauges` also has vLLM's gauges by which routers choose a server, such as the gateway API inference
-extension of Kubernetes: how many requests wait and run, how full the cache is, and, as labels of a
-gauge whose value is the time, which adapters have requests.
+Labels are tenants, adapters and codes of refusals, so clients can't create any; more than MOST
+share the label `other`. `Gauges` also has the vLLM metrics that routers use, such as the Kubernetes
+gateway API inference extension.
 """
 
 from __future__ import annotations
@@ -32,26 +29,21 @@ if TYPE_CHECKING:
 
 MOST = 200
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-FEW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)  # where every adapter has them
+FEW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)  # for each adapter
 BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
 
 class Use:
-    """How much an adapter was used."""
-
     def __init__(self) -> None:
         self.requests = self.tokens = 0
-        self.firsts: deque[float] = deque(maxlen=64)  # seconds to the first token
+        self.firsts: deque[float] = deque(maxlen=64)  # recent seconds to the first token
 
     @property
     def first_token_ms(self) -> float | None:
-        """The median time to the first token, in milliseconds."""
         return round(1000 * median(self.firsts), 1) if self.firsts else None
 
 
 class Metrics:
-    """The counters of one server."""
-
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._names: dict[str, set[str]] = {"tenant": set(), "adapter": set()}
@@ -81,7 +73,6 @@ class Metrics:
         self.whole = seconds("lorafold_request_seconds", "From a request's arrival to its end")
 
     def arrived(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
-        """Count events of a job, after `CompletionJob.put`."""
         use = self.uses.setdefault(job.adapter, Use())
         adapter = self.label("adapter", job.adapter)
         new = sum(isinstance(event, Token) for event in events)
@@ -107,36 +98,30 @@ class Metrics:
             self.whole.observe(waited)
 
     def ended(self, tenant: str, adapter: str, outcome: str) -> None:
-        """Count a request with its outcome: ok, or the code of a refusal."""
         labels = self.label("tenant", tenant), self.label("adapter", adapter)
         self.requests.labels(*labels, outcome).inc()
 
     def label(self, kind: str, name: str) -> str:
-        """The name as a label."""
         names = self._names[kind]
         if len(names) < MOST:
             names.add(name)
         return name if name in names else "other"
 
     def labels(self, kind: str, names: Sequence[str]) -> dict[str, str]:
-        """The labels that names would get, which reserves none of them."""
         taken = self._names[kind]
         free = [name for name in names if name not in taken][: max(0, MOST - len(taken))]
         return {name: name if name in taken.union(free) else "other" for name in names}
 
 
 class Gauges(Collector):
-    """The gauges of one server, read when they are collected."""
-
     def __init__(self, metrics: Metrics, host: Host, registry: Registry, keys: Keys) -> None:
         self._metrics, self._host, self._registry, self._keys = metrics, host, registry, keys
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: no other collector has these names."""
+        """Returns nothing, since no other collector has these names."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """The values as they are now."""
         host, now, jobs = self._host, self._host.backend.states(), list(self._host.jobs.values())
         slots, waiting, running = host.settings.slots, host.waiting(), host.running()
         for name, about, value in (
@@ -162,7 +147,7 @@ class Gauges(Collector):
              " take, 0 to 1", min(1.0, tokens / (slots * host.backend.length))),
         ):  # fmt: skip
             yield GaugeMetricFamily(f"vllm:{name}", about, value=share)
-        values = [str(slots)]  # adapters take slots as the base does
+        values = [str(slots)]  # any slot can run any adapter
         for runs in (True, False):
             names = {job.adapter for job in jobs if bool(job.began) == runs} - {self._registry.base}
             values.append(",".join(sorted(names)[:MOST]))
@@ -195,6 +180,5 @@ def _labelled(
 
 
 def state_of(registry: Registry, adapter: AdapterFiles, now: States) -> tuple[str, int]:
-    """An adapter's state (cold, loading, resident or quarantined) and bytes in memory."""
     state, nbytes = now.adapters.get(adapter.key, ("cold", 0))
     return ("quarantined" if adapter.name in registry.state.quarantined else state), nbytes

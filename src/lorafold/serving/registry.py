@@ -1,15 +1,9 @@
-"""The names of models: the base, an adapter, `adapter@digest`, or an alias, whose requests go to
-its targets in proportion to weights.
+"""Names of models: the base, an adapter, `adapter@digest`, or an alias with weighted targets.
 
-    registry.watcher.begin()                    verifies the directory's adapters in the background
-    chosen = registry.choose(caller, "sql")     an adapter's version, verified by then, or the base
-
-The backend knows every version under a name of its own, `adapter@digest`, so running requests keep
-the version that they began with. Aliases, pins, quarantines and unloaded adapters are in one JSON
-file, which is replaced before a change is answered, so that it holds after a restart.
-
-Until lorafold 0.3 digests of the old form match too, which cover no tokenizer. Without a manifest
-such a digest may be another version's: it matches nothing, but a quarantine by it holds.
+The backend knows versions as `adapter@digest`, so running requests keep theirs. Aliases, pins,
+quarantines and unloaded adapters are in a JSON file, written before a change is confirmed. Until
+lorafold 0.3, digests of the old format, without the tokenizer, match too; without a manifest they
+are ambiguous and match nothing, except for a quarantine.
 """
 
 from __future__ import annotations
@@ -41,40 +35,34 @@ from lorafold.serving.verifier import Verifier
 
 V = TypeVar("V")
 log = logging.getLogger(__name__)
-STATE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
-LOOK, SAVE = 1.0, 5.0  # seconds between two looks at the directory, and two writes
-WARM = 16  # adapters that are read into memory before a request needs them
-REASON = 2000  # characters of why an adapter is rejected
+STATE = ".lorafold-serve.json"  # next to the adapters by default
+LOOK, SAVE = 1.0, 5.0  # seconds between scans of the directory, and between writes
+WARM = 16  # adapters that are loaded before a request needs them
+REASON = 2000  # characters of the reason for a rejection
 
 
 class AliasTarget(Strict, strict=True):
-    """Where a part of an alias's requests goes: an adapter, or one version of it."""
-
     adapter: str
     digest: str | None = Field(None, pattern=r"^[0-9a-f]{8,64}$")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class Alias(Strict):
-    """The targets of an alias, and those before the last change."""
-
     targets: tuple[AliasTarget, ...] = Field(min_length=1, max_length=16)
     previous: tuple[AliasTarget, ...] = ()
 
 
 class ServerState(Strict):
-    """The content of the state file."""
-
     aliases: dict[str, Alias] = Field({})
     pinned: tuple[str, ...] = ()
     unloaded: tuple[str, ...] = ()
-    quarantined: dict[str, tuple[str, str]] = Field({})  # the digest and the reason
-    digests: dict[str, str] = Field({})  # that each adapter had when last seen
-    base: OwnBase | None = None  # the adapters' base, if a start without `--model` derived it
+    quarantined: dict[str, tuple[str, str]] = Field({})  # (digest, reason)
+    digests: dict[str, str] = Field({})  # the last seen digest of each adapter
+    base: OwnBase | None = None  # the base derived by a start without `--model`
 
 
 class Registry:
-    """The names of one server. Any thread may call it."""
+    """The models of one server. Thread-safe."""
 
     def __init__(
         self,
@@ -87,42 +75,40 @@ class Registry:
         self.plain, self.base, self.directory, self.file = plain, plain.name, directory, file
         self.verifier, self._backend = verifier, backend
         self.state = read_if_exists(file, ServerState)
-        self._warned: set[str] = set()  # versions whose digest of the old form was used
+        self._warned: set[str] = set()  # versions that were requested by an old digest
         self.created = int(time.time())
         self.adapters: dict[str, AdapterFiles] = {}
-        self.rejected: dict[str, str] = {}  # why
-        self._marks: dict[str, object] = {}  # of the files of rejected adapters
+        self.rejected: dict[str, str] = {}  # reasons
+        self._marks: dict[str, object] = {}  # stamps of rejected adapters' files
         self.watcher = DirectoryWatcher(self)
         self.lock = threading.RLock()
         self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
     def close(self) -> None:
-        """Verify nothing more, and do not wait for what is being read."""
+        """Stops verification, without waiting for files that are being read."""
         self.watcher.closing.set()
         self.verifier.close()
         self.watcher.close()
 
     @property
     def unverified(self) -> list[str]:
-        """The names that are still to be verified."""
         return sorted(self.names() - self.adapters.keys() - self.rejected.keys())
 
     def to_verify(self) -> list[str]:
-        """The names that are still to be verified, or were rejected and have other files now."""
-        for name, marks in [*self._marks.items()]:  # a copy: threads add to it
+        for name, marks in [*self._marks.items()]:  # a copy, because threads add to it
             if name in self.rejected and self.directory.touch(name) != marks:
                 self.rejected.pop(name, None)
         return self.unverified
 
     def ready(self, name: str) -> AdapterFiles | None:
-        """The adapter of a name, verified now if it was not before; None if there is none, or it
-        was rejected. Raises Busy if the machine lacks what that needs.
+        """Returns an adapter, verifying it if necessary, or None if it doesn't exist or was
+        rejected. Raises Busy if resources are exhausted.
         """
         if name in self.rejected or name in self.state.unloaded:
             return None
         if name in self.adapters:
             return self.adapters[name]
-        if name not in self.directory.names():  # a name that a client made up leaves nothing here
+        if name not in self.directory.names():  # made-up names must not create locks
             return None
         with self._turns[name]:
             if name in self.adapters or name in self.rejected:
@@ -137,8 +123,8 @@ class Registry:
                 return None
 
     def choose(self, caller: Caller, model: str) -> ServedModel:
-        """The model of this name for a caller. The refusal is the same if there is none and if the
-        caller may not use it, so that nobody learns a name.
+        """Returns a model for a caller. The refusal is the same for missing and for forbidden
+        models, so names are not disclosed.
         """
         if model == self.base and caller.base:
             return self.plain
@@ -165,7 +151,6 @@ class Registry:
             raise Refusal(503, "adapter_unavailable", message, "model") from None
 
     def version(self, caller: Caller, model: str) -> AdapterFiles:
-        """The adapter of NAME or NAME@DIGEST."""
         name, at, digest = model.partition("@")
         adapter = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
         if adapter is None or (at and len(digest) < 8) or not self.matches(adapter, digest):
@@ -174,7 +159,7 @@ class Registry:
         return adapter
 
     def matches(self, adapter: AdapterFiles, digits: str, unsure: bool = False) -> bool:
-        """Whether a digest, or its beginning, is a version's; `unsure` accepts an ambiguous one."""
+        """Whether a digest or its prefix is a version's; `unsure` accepts an ambiguous one."""
         if adapter.digest.startswith(digits):
             return True
         if not adapter.old.startswith(digits):
@@ -191,16 +176,15 @@ class Registry:
         return adapter.manifest or unsure
 
     def serves(self, chosen: ServedModel) -> bool:
-        """Whether a name still stands for the version that was chosen."""
         adapter = self.adapters.get(chosen.name)
         return chosen.key is None or (adapter is not None and adapter.key == chosen.key)
 
     def load(self, name: str) -> AdapterFiles:
-        """Read an adapter, new or changed, and lift its quarantine; an error changes nothing."""
+        """Loads a new or changed adapter and lifts its quarantine; an error changes nothing."""
         with self._turns[name]:
             adapter = self._verified(name, afresh=True)
             with self.lock:
-                if name in self.state.quarantined:  # resets its strikes
+                if name in self.state.quarantined:  # reset its strikes
                     self._backend.load(adapter, "known")
             self._backend.load(adapter, "resident")
             with self.lock:
@@ -213,7 +197,6 @@ class Registry:
             return adapter
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, until `load`. Running requests finish with it."""
         with self._changing(name) as [adapter]:
             self.save(
                 unloaded=(*self.state.unloaded, name),
@@ -223,7 +206,6 @@ class Registry:
             self._forget(adapter)
 
     def pin(self, name: str, pinned: bool) -> None:
-        """Keep an adapter in memory, or no longer."""
         with self._changing(name) as [adapter]:
             others = tuple(n for n in self.state.pinned if n != name)
             self.save(pinned=(*others, name) if pinned else others)
@@ -232,17 +214,15 @@ class Registry:
                 self._backend.load(adapter, "begun")
 
     def quarantine(self, name: str, why: str) -> None:
-        """Refuse an adapter's requests, until `load`."""
         with self._changing(name) as [adapter]:
             quarantined = self.state.quarantined | {name: (adapter.digest, why)}
             try:
                 self.save(quarantined=quarantined)
-            except LorafoldError as error:  # it holds at least until the server ends
+            except LorafoldError as error:  # keep it at least in memory
                 self.state = self.state.model_copy(update={"quarantined": quarantined})
                 log.error("the quarantine of %s can't be kept: %s", name, error)
 
     def point(self, name: str, targets: tuple[AliasTarget, ...]) -> Alias:
-        """Point an alias to these targets from the next request on."""
         with self._changing(*(target.adapter for target in targets)) as adapters:
             if not NAME.fullmatch(name) or name in {self.base, *self.names()}:
                 raise wrong("name", f"found {name[:80]!r}, expected one that no model has")
@@ -256,27 +236,23 @@ class Registry:
             return alias
 
     def roll_back(self, name: str) -> Alias:
-        """Point an alias to its targets before the last change."""
         alias = self.alias(name)
         if not alias.previous:
             raise Refusal(409, "nothing_before", f"{name} has stood for nothing else before")
         return self.point(name, alias.previous)
 
     def drop_alias(self, name: str) -> None:
-        """Forget an alias."""
         with self.lock:
             self.alias(name)
             self.save(aliases=without(self.state.aliases, name))
 
     def alias(self, name: str) -> Alias:
-        """The alias of a name."""
         if name not in self.state.aliases:
             raise Refusal(404, "alias_not_found", f"found no alias {name[:80]!r}", "name")
         return self.state.aliases[name]
 
     @contextmanager
     def _changing(self, *names: str) -> Iterator[list[AdapterFiles]]:
-        """Verify adapters, which may wait, and then hold the lock to change them."""
         for name in filter(NAME.fullmatch, names):
             self.ready(name)
         with self.lock:
@@ -287,7 +263,6 @@ class Registry:
             yield [self.adapters[name] for name in names]
 
     def names(self) -> frozenset[str]:
-        """The names of all adapters that were not unloaded."""
         return self.directory.names() - set(self.state.unloaded)
 
     def _verified(self, name: str, afresh: bool = False) -> AdapterFiles:
@@ -309,7 +284,7 @@ class Registry:
             if before is not None and before.key != adapter.key:
                 self._forget(before)
             quarantined = self.state.quarantined.get(name)
-            # other files are another adapter
+            # a quarantine ends with a change of the files
             if quarantined and not self.matches(adapter, quarantined[0], unsure=True):
                 with suppress(LorafoldError):
                     self.save(quarantined=without(self.state.quarantined, name))
@@ -324,7 +299,6 @@ class Registry:
             self._backend.unload(adapter.key)
 
     def save(self, **changes: object) -> None:
-        """Change the state and its file."""
         state = self.state.model_copy(update=changes)
         if state != self.state:
             write_text(self.file, state.model_dump_json(indent=2) + "\n")
@@ -332,13 +306,12 @@ class Registry:
 
 
 def without(entries: Mapping[str, V], name: str) -> dict[str, V]:
-    """All entries but the one of that name."""
     return {key: value for key, value in entries.items() if key != name}
 
 
 class DirectoryWatcher:
-    """Verifies the directory's adapters in the background, and looks for new ones. A request under
-    an adapter whose turn has not come verifies that one itself.
+    """Verifies the directory's adapters in the background and polls for new ones. A request for an
+    unverified adapter verifies it first.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -349,16 +322,14 @@ class DirectoryWatcher:
         self._thread = threading.Thread(None, self._run, "lorafold-watcher", daemon=True)
 
     def begin(self) -> None:
-        """Begin with what there is now."""
         self._idle.clear()
         self._thread.start()
 
     def settled(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is left to verify; False if that takes longer than so many seconds."""
+        """Waits until everything is verified; False after a timeout in seconds."""
         return self._idle.wait(timeout)
 
     def close(self) -> None:
-        """End the threads, after what they do now."""
         self.closing.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -386,7 +357,6 @@ class DirectoryWatcher:
             self.closing.wait(LOOK)
 
     def _verified(self, name: str) -> bool:
-        """Verify an adapter, and return whether that was possible now."""
         try:
             if self.closing.is_set():
                 return False

@@ -1,6 +1,4 @@
-"""Requests as tokens, through a tokenizer and its chat template: the base's, or that of an adapter
-whose tokenizer files differ.
-"""
+"""Renders and tokenizes requests with the base's tokenizer, or an adapter's own."""
 
 from __future__ import annotations
 
@@ -30,27 +28,24 @@ from lorafold.serving.schema import Compiles, check, compact
 from lorafold.verification.checks import Sandbox
 from lorafold.verification.tokenizer_files import variables_of
 
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # in the text of a part of a character
-BYTE = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece writes a token of one byte
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level BPE
-MARKS = 2048  # characters of a template's marks of reasoning and calls, sought in every text
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # marks an incomplete character
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte token of SentencePiece
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE
+MARKS = 2048  # maximum length of a template's tags, which every completion is searched for
 
 
 class TokenTexts:
-    """The texts of single tokens, for log probabilities."""
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._texts = tokenizer, dict[int, str]()  # at most the vocabulary's
+        self._tokenizer, self._texts = tokenizer, dict[int, str]()
 
     def text(self, token: int) -> str:
-        """A token's text; a part of a character has the replacement character."""
+        """An incomplete character becomes the replacement character."""
         if (text := self._texts.get(token)) is None:
             text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
             self._texts[token] = text
         return text
 
     def bytes(self, token: int) -> bytes:
-        """A token's bytes, also where they are a part of a character."""
         text, piece = self.text(token), str(self._tokenizer.convert_ids_to_tokens(token))
         if INCOMPLETE not in text:
             return text.encode()
@@ -60,13 +55,14 @@ class TokenTexts:
         return bytes(BYTES[character] for character in piece) if known else text.encode()
 
     def unique(self, token: int) -> str:
-        """A token's text, or the bytes of a part of a character, so that no two are equal."""
+        """Returns a token's text, or its bytes for an incomplete character, so that texts are
+        unique.
+        """
         text = self.text(token)
         return f"bytes:{str(self.bytes(token))[2:-1]}" if INCOMPLETE in text else text
 
     def pieces(self, tokens: Sequence[int], text: str | None) -> list[str]:
-        """The text that each token of a prompt adds, but for tokens that the tokenizer put before
-        the prompt's own text.
+        """Splits a prompt's text by tokens; tokens that the tokenizer added before `text` get none.
         """
         reader = Text(self._tokenizer, special=True)
         pieces = [reader.add(token) for token in tokens]
@@ -77,8 +73,6 @@ class TokenTexts:
         return pieces
 
     def chat_logprobs(self, tokens: Sequence[Token], top: int) -> list[dict[str, Any]]:
-        """Log probabilities in the form of chat completions."""
-
         def one(token: int, logprob: float) -> dict[str, Any]:
             return {
                 "token": self.text(token), "logprob": logprob, "bytes": list(self.bytes(token)),
@@ -90,7 +84,7 @@ class TokenTexts:
         ]
 
     def legacy_logprobs(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
-        """Log probabilities in the form of plain completions, whose text begins at `offset`."""
+        """In the format of plain completions, whose text begins at `offset`."""
         offsets = [*accumulate((len(t.text) for t in tokens), initial=offset)]
         return {
             "tokens": [self.unique(t.token) for t in tokens],
@@ -104,12 +98,10 @@ class TokenTexts:
 
 
 class Renderer:
-    """A tokenizer, the tokens that end a completion, and the variables of its template."""
-
     def __init__(self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]) -> None:
         self.tokenizer, self.ends, self.variables = tokenizer, ends, variables
         self.texts = TokenTexts(tokenizer)
-        # probe how the template writes tools, calls and reasoning, so that no request waits for it
+        # fill the caches of template analysis, so that no request waits for it
         called = {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE})]}
         conversation = Conversation([ASKED, called], 0, (PROBE_TOOL,))
         for probe in (
@@ -124,7 +116,7 @@ class Renderer:
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]
     ) -> str:
-        """A conversation as the prompt for its next turn; Refusal if a part would be lost."""
+        """Renders the prompt of the next turn; refuses if the template hides a part."""
         for name in variables:
             if name not in self.variables:
                 raise wrong(name, "the model's chat template has no such variable")
@@ -137,18 +129,16 @@ class Renderer:
             raise Refusal(400, "template_refuses", f"messages: {message}", "messages") from None
 
     def prompt_tokens(self, text: str) -> tuple[int, ...]:
-        """The tokens of a conversation that `chat` rendered."""
         try:
             return tuple(ids_of(text, self.tokenizer))
         except LorafoldError as error:
             raise Refusal(400, "template_refuses", f"messages: {error}", "messages") from None
 
     def tokens(self, text: str, special: bool) -> tuple[int, ...]:
-        """The tokens of a text as it stands, with those that begin a text if `special` is set."""
         return tuple(tokens_of(text, self.tokenizer, special))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens."""
+        """Decodes tokens; refuses ids outside of the vocabulary."""
         size = len(self.tokenizer)
         for token in tokens:
             if not 0 <= token < size:
@@ -158,7 +148,9 @@ class Renderer:
     def call_grammar(
         self, tools: Sequence[Tool], names: Sequence[str], compiles: Compiles, schema: str | None
     ) -> str:
-        """A grammar of one call of a named tool, as the template writes it, or of the schema."""
+        """Builds a grammar for one call of a named tool in the template's syntax, or for the
+        schema.
+        """
         calls_of = grammar_of(self.tokenizer)
         if calls_of is None or calls_of.pairs is not None:
             why = "the model's template writes no calls as JSON, so"
@@ -191,27 +183,23 @@ class Renderer:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The base or a version of an adapter, under which a request runs."""
-
     name: str
-    key: str | None  # the adapter's version in the engine, None for the base
+    key: str | None  # the adapter's key in the engine; None for the base
     renderer: Renderer
     base: str  # the base's identity
 
 
 class Renderers:
-    """The renderers of a base and its adapters. Any thread may call it."""
-
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sandbox: Sandbox
     ) -> None:
         self._model, self._sandbox = model, sandbox
         ends = end_tokens(model, tokenizer)
         self.base = Renderer(tokenizer, ends, variables_of(tokenizer))
-        self.known: dict[str, Renderer] = {}  # by the digest of the files
+        self.known: dict[str, Renderer] = {}  # by digest of the files
 
     def of(self, files: Contents) -> Renderer:
-        """The renderer of a tokenizer's files, without running any code of theirs."""
+        """Returns the renderer of a tokenizer's files, without executing code from them."""
         if files.named in self.known:
             return self.known[files.named]
         tokenizer: Any = self._sandbox.open(files)

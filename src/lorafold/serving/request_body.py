@@ -1,7 +1,5 @@
-"""The bodies of requests, and what the bodies of answers share.
-
-An unknown field is refused by its name, because it may change the answer. Those in HARMLESS never
-do and are ignored; those in NEUTRAL are accepted with a value that asks for nothing.
+"""Bodies of requests. Unknown fields are refused, because they may change the answer; HARMLESS ones
+are ignored, and NEUTRAL ones accepted with a value that has no effect.
 """
 
 from __future__ import annotations
@@ -27,13 +25,13 @@ NEUTRAL = {
     "background": (False,), "functions": ([],),
 }  # fmt: skip
 DONE = b"data: [DONE]\n\n"
-PIECE = 16384  # elements of a list that are written at a time
-ENTRIES = 8192  # of an object in a field; each may be an error of its own
+PIECE = 16384  # elements of a list serialized at a time
+ENTRIES = 8192  # maximum entries of an object, since each may cause an error
 E = TypeVar("E")
 
 
 class FirstError(FailFast):
-    """Stops at the first error of a list: one is reported, and a million take seconds."""
+    """Stops at a list's first error, because a million errors take seconds."""
 
     __hash__ = object.__hash__  # for unions
 
@@ -42,19 +40,15 @@ Listed = Annotated[list[E], FirstError()]
 
 
 class Body(Strict, strict=True):
-    """A body in which unknown fields and values of another type are errors."""
+    """A strict body: unknown fields and other types are errors."""
 
 
 class StreamOptions(Body):
-    """`stream_options`."""
-
     include_usage: bool = False
-    include_obfuscation: bool = False  # no event is padded
+    include_obfuscation: bool = False  # ignored: events are never padded
 
 
 class Completing(Body):
-    """The fields of every request for a completion, with OpenAI's defaults."""
-
     model: str
     temperature: float = 1.0
     top_p: float = 1.0
@@ -74,11 +68,9 @@ class Completing(Body):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts before which a completion ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def sampling(self, **more: Any) -> Sampling:
-        """The engine's settings."""
         try:
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
@@ -98,7 +90,7 @@ B = TypeVar("B", bound=Body)
 
 
 def read_body(kind: type[B], content: bytes) -> B:
-    """Parse the body of a request; Refusal names the first field that is wrong."""
+    """Parses a body; a refusal names the first wrong field."""
     try:
         fields = from_json(content, allow_inf_nan=False)  # at most 200 levels
     except ValueError as error:
@@ -126,17 +118,15 @@ def read_body(kind: type[B], content: bytes) -> B:
 
 
 def new_id(kind: str) -> str:
-    """A unique name, such as `chatcmpl-...`."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 
 def sse_event(value: Mapping[str, Any], name: str | None = None) -> bytes:
-    """One server-sent event, with its type if it has one."""
     return (f"event: {name}\n" if name else "").encode() + b"data: " + to_json(value) + b"\n\n"
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """JSON of an answer, long lists in pieces, since no other thread runs during one."""
+    """Serializes long lists in pieces, because serialization blocks other threads."""
 
     def written(field: Any) -> bytes:
         if not isinstance(field, list | tuple) or len(field) <= PIECE:
@@ -149,5 +139,4 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def finish(end: Ended) -> str:
-    """Why a completion ends, by OpenAI's names."""
     return "stop" if end.reason == "end" else end.reason

@@ -1,8 +1,7 @@
-"""From options to a listening server, and its shutdown.
+"""Start-up and shutdown.
 
-The port is taken before the model is loaded, so that a port in use fails at once. After SIGTERM or
-Ctrl-C running requests may finish for as long as the settings say, and no new ones begin; a second
-signal ends the process at once.
+The port is bound before the model is loaded, so a used port fails at once. After SIGTERM or Ctrl-C,
+running requests have `drain_seconds` to finish; a second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -50,21 +49,20 @@ from lorafold.serving.settings import Settings
 from lorafold.serving.verifier import VerifiedCache, Verifier
 from lorafold.verification.checks import Sandbox
 
-# the code that verifies adapters: if it changes, all are verified again
+# code that affects verification: if it changes, all adapters are verified again
 CODE = (
     "adapter", "layers", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
     "peft", "verification", "serving",
 )  # fmt: skip
 PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
-# seconds for which a thread may keep the interpreter lock from the event loop, which releases it at
-# each system call
+# seconds until a thread yields the GIL to the event loop, which releases it at each system call
 SWITCH = 5e-4
-BACKLOG = 4096  # connections that wait to be accepted: one more tries again after a second
+BACKLOG = 4096  # connections waiting to be accepted; others retry after a second
 Load = Callable[[Base], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def listening(settings: Settings) -> socket.socket:
-    """A socket at the settings' address; without keys only at a loopback address."""
+    """Binds a socket; without keys, only to a loopback address."""
     host, port, loopback = settings.host, settings.port, settings.host == "localhost"
     with contextlib.suppress(ValueError):
         loopback = loopback or ip_address(host).is_loopback
@@ -76,7 +74,7 @@ def listening(settings: Settings) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         at = socket.create_server((host, port), family=family, backlog=BACKLOG)
-        # unread data stays in this process, which bounds it, and not in the kernel
+        # small kernel buffers, so that unread data stays in this process, which limits it
         at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
         at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         return at
@@ -96,13 +94,13 @@ def serve(
     open_page: bool = False,
     derived_base: OwnBase | None = None,
 ) -> None:
-    """Serve until a signal ends it. `derived_base` is the base as the adapters name it, if no
-    option named one: the next start takes the same.
+    """Serves until a signal. `derived_base` is the base that the adapters name, if no option did;
+    it is saved for the next start.
     """
     directory = Directory(adapters)
     keys = Keys(settings.keys, settings.admin_key, settings.metrics_key)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # files and connections
-    with contextlib.suppress(OSError, ValueError):  # macOS reports unlimited, and refuses that
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # macOS reports unlimited and rejects it
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with listening(settings) as at:
         server = server_of(base, load, directory, keys, settings)
@@ -124,15 +122,15 @@ def serve(
 def server_of(
     base: Base, load: Load, directory: Directory, keys: Keys, settings: Settings
 ) -> Server:
-    """A server that is ready to start: the model is loaded, and adapters are verified once it runs.
-    Requests name the base by the last part of its path, or by its name.
+    """Loads the model and builds the server; verification starts once it runs. The base's name in
+    requests is the last part of its path, or its name.
     """
     files, at, allowed = base.identity, Path(base.name), base.allow_other_base
     name = at.resolve().name if at.exists() else base.name
     model, tokenizer = load(base)
     if settings.allow_control_tokens:
         allow(tokenizer)
-    # the files don't determine how the tensors are stored
+    # the files don't determine the tensors' dtypes
     tensors = [[path, list(p.shape), str(p.dtype)] for path, p in model.named_parameters()]
     identity = joined([files, sha256(json.dumps(tensors).encode()).hexdigest()])
     state = settings.state or directory.beside / STATE
@@ -161,7 +159,6 @@ def server_of(
 
 
 def over_http(server: Server) -> uvicorn.Config:
-    """uvicorn's configuration."""
     sys.setswitchinterval(SWITCH)
     return uvicorn.Config(
         application(server), log_config=None, access_log=False, lifespan="on", ws="none",
@@ -199,20 +196,18 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
 
 
 class Http(uvicorn.Server):
-    """uvicorn without its signal handlers, which would end the process with the signal. Its event
-    loop accepts one connection at a time: without free file descriptors asyncio would try, and log,
-    once for each connection of the backlog, again and again.
+    """uvicorn without signal handlers, which would end the process. With a backlog of 1, asyncio
+    accepts one connection at a time; otherwise, without free file descriptors, it would retry and
+    log for every waiting connection.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen, with the backlog of `listening`."""
         await super().startup(sockets)
         for at in sockets or ():
             at.listen(BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
         yield
 
 

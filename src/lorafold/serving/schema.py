@@ -1,7 +1,7 @@
-"""JSON schemas that a completion, or the arguments of a call, have to fit.
+"""JSON schemas for completions and arguments of calls.
 
-At most one blank separates two tokens of the JSON, because a small model that may write any white
-space writes line breaks until its limit; a schema's own `x-guidance` of llguidance overrides that.
+At most one space separates tokens of the JSON, because small models otherwise write line breaks
+without end. A schema's own `x-guidance` of llguidance overrides this.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from lorafold.errors import LorafoldError
 from lorafold.serving.errors import Refusal, wrong
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-VALUES = {"const", "enum", "default", "examples"}  # below them are no schemas
-DEFINITIONS = {"$defs", "definitions"}  # below them are schemas only as far as a $ref leads there
-# levels of objects, one inside another or behind a $ref: each takes up to 5.6 kB of the stack of
-# the thread that compiles them
+VALUES = {"const", "enum", "default", "examples"}  # don't contain schemas
+DEFINITIONS = {"$defs", "definitions"}  # only relevant as targets of $ref
+# levels of nesting and $ref; each takes up to 5.6 kB of the compiling thread's stack
 DEEPEST = 2000
 
-# raises LorafoldError for a setting and its text, of which no grammar can be compiled
+# raises LorafoldError for a (setting, text) that can't be compiled to a grammar
 Compiles = Callable[[tuple[str, str]], None]
 
 
 def schema_of(form: Mapping[str, Any], field: str) -> str | None:
-    """The schema that a response format asks for, None for text."""
     kind = form.get("type")
     known = {"json_schema", "name", "schema", "strict", "description"}
     for name in form.keys() - {"type", *(known if kind == "json_schema" else ())}:
@@ -45,12 +43,11 @@ def schema_of(form: Mapping[str, Any], field: str) -> str | None:
 
 
 def compact(schema: Mapping[str, Any]) -> str:
-    """A schema as text, with the rule for white space."""
     return json.dumps({"x-guidance": COMPACT} | dict(schema))
 
 
 def check_founded(schema: str, field: str) -> None:
-    """Raise Refusal for a schema that requires itself or is nested too deeply."""
+    """Refuses a schema that requires itself or is nested too deeply."""
     whole = json.loads(schema)
     graph = {}
     for part, depth in _parts(whole):
@@ -66,7 +63,7 @@ def check_founded(schema: str, field: str) -> None:
 
 
 def check(schema: str, field: str, compiles: Compiles) -> None:
-    """Raise Refusal for a schema that can't be compiled. A large one takes its time."""
+    """Refuses a schema that can't be compiled. Slow for large ones."""
     check_founded(schema, field)
     try:
         compiles(("schema", schema))
@@ -75,7 +72,7 @@ def check(schema: str, field: str, compiles: Compiles) -> None:
 
 
 def _parts(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
-    """A schema and all below it, each once, with its depth for a reader that follows $ref first."""
+    """Yields all schemas once, with their depth in a traversal that follows $ref first."""
     left, seen = [(whole, 1)], set[int]()
     while left:
         part, depth = left.pop()
@@ -89,7 +86,7 @@ def _parts(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
 
 
 def _required(part: Mapping[str, Any], whole: Any) -> list[Mapping[str, Any]]:
-    """The schemas that a value has to fit as well, by allOf and $ref."""
+    """Returns the schemas that a value must also fit, by allOf and $ref."""
     every, ref = part.get("allOf"), part.get("$ref")
     required = list(every) if isinstance(every, list) else []
     if isinstance(ref, str) and ref.startswith("#"):

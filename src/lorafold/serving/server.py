@@ -1,5 +1,4 @@
-"""What the routes share: the parts of a server, the caller of a request, its body and its answer.
-"""
+"""Shared by the routes: the server's components, authentication, bodies and answers."""
 
 from __future__ import annotations
 
@@ -30,18 +29,16 @@ from lorafold.serving.request_body import B, new_id, read_body, sse_event
 from lorafold.serving.settings import Settings
 
 T = TypeVar("T")
-SMALL = 8192  # bytes of a body that the event loop reads itself
+SMALL = 8192  # bytes; larger bodies are parsed in a thread
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Record:
-    """What is counted and logged of one HTTP request once it has ended."""
-
     id: str
     method: str
     path: str
-    raw_path: str  # as the client wrote it
+    raw_path: str  # as sent
     started: float = field(default_factory=time.monotonic)
     tenant: str = ""
     adapter: str = ""
@@ -54,24 +51,22 @@ class Record:
 
 @dataclass
 class Dialect(ABC):
-    """Abstract: how a request for completions is answered in one of the API's dialects."""
+    """Answers a completion request in the format of one API."""
 
     body: Any
     request: Any  # the body as a DialectRequest
 
     @abstractmethod
     async def whole(self, reply: Reply) -> dict[str, Any]:
-        """The whole answer."""
+        """Returns the whole answer."""
 
     @abstractmethod
     def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        """The answer as a stream of events."""
+        """Streams the answer as server-sent events."""
 
 
 @dataclass
 class Server:
-    """One server's parts."""
-
     settings: Settings
     keys: Keys
     registry: Registry
@@ -79,17 +74,15 @@ class Server:
     admission: Admission
     metrics: Metrics
     usage: TokenUsage
-    # parsing JSON stops all other threads, so one body is parsed at a time
+    # JSON parsing holds the GIL, so only one body is parsed at a time
     parsing: Lock = field(default_factory=Lock)
 
     def caller(self, request: Request, header: str | None = None) -> Caller:
-        """Who sent a request, by its headers or by this one in their place."""
         caller = self.keys.caller(header or authorization(request.headers))
         record_of(request).tenant = caller.tenant
         return caller
 
     def admin(self, request: Request) -> Caller:
-        """The administrator; Refusal for everybody else."""
         caller = self.keys.admin(authorization(request.headers))
         record_of(request).tenant = caller.tenant
         return caller
@@ -97,12 +90,12 @@ class Server:
     async def body(
         self, request: Request, caller: Caller, kind: type[B], then: Callable[[B], T]
     ) -> T:
-        """Read the body of a request and call `then` with it; large ones beside the event loop."""
+        """Reads a body and calls `then` with it, in a thread if it is large."""
         sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if sent != "application/json":
             message = f"content-type: found {sent[:80]!r}, expected application/json"
             raise Refusal(415, "unsupported_media_type", message)
-        with self.host.counted(caller.tenant):  # a half-sent body takes memory, too
+        with self.host.counted(caller.tenant):  # partial bodies take memory too
             content = await request.body()
 
         def parsed() -> T:
@@ -117,7 +110,6 @@ class Server:
     async def count(
         self, request: Request, kind: type[B], read: Callable[[Server, B], DialectRequest]
     ) -> int:
-        """The number of tokens of a request's prompts."""
         caller = self.caller(request)
         counted = await self.body(request, caller, kind, partial(read, self))
         with naming(counted.names):
@@ -131,7 +123,7 @@ class Server:
         dialect_of: type[Dialect],
         id: str,
     ) -> Response:
-        """Answer a request for completions in its dialect, by an id that begins with `id`."""
+        """Answers a completion request; `id` is the prefix of its id."""
         caller, record = self.caller(request), record_of(request)
         dialect = await self.body(
             request, caller, kind, lambda body: dialect_of(body, read(self, body))
@@ -148,11 +140,11 @@ class Server:
                 return self._stream(request, reply, dialect.events(reply))
             try:
                 return answer(await unless_left(request, dialect.whole(reply)))
-            finally:  # also if the client has left
+            finally:  # the client may have left
                 self.admission.drop(reply)
 
     def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
-        """Stream events. If the client leaves or reads too slowly, its completions end."""
+        """Streams events; the completions end if the client leaves or reads too slowly."""
         record, gone, complete = record_of(request), False, False
 
         async def guarded() -> AsyncIterator[bytes]:
@@ -165,11 +157,11 @@ class Server:
                 yield sse_event(*error_event(record, refusal))
             except asyncio.CancelledError:
                 if not gone and record.outcome == "ok":
-                    record.outcome = "not_ready"  # the server shuts down and no longer waits
+                    record.outcome = "not_ready"  # the server's shutdown timed out
                 raise
             except (*STOPS, GeneratorExit):
                 raise
-            except BaseException as error:  # a panic in a tokenizer is no Exception
+            except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
                 yield sse_event(*error_event(record, defect(record, error)))
             finally:
                 reasons = [why for job in reply.jobs if (why := job.failed or job.why)]
@@ -178,7 +170,7 @@ class Server:
                 self.admission.drop(reply)
                 complete = True
 
-        async def left(_: object) -> None:  # perhaps before the first event, or after the last one
+        async def left(_: object) -> None:  # may precede the first event or follow the last
             nonlocal gone
             gone = True
             if not complete and any(job.events or job.end is None for job in reply.jobs):
@@ -190,7 +182,8 @@ class Server:
     def streaming(
         self, events: AsyncIterator[bytes], left: Callable[[object], Awaitable[None]]
     ) -> Response:
-        """A response of events; `left` is called if the client leaves or reads too slowly."""
+        """Returns a streaming response; `left` is called if the client leaves or reads too slowly.
+        """
         return EventSourceResponse(
             events, ping=15, sep="\n", send_timeout=self.settings.limits.send_seconds,
             client_close_handler_callable=left,
@@ -198,36 +191,32 @@ class Server:
 
 
 def record_of(request: Request) -> Record:
-    """The record of a request, which `app.Gate` made."""
     return request.scope["record"]
 
 
 def authorization(headers: Headers) -> str | None:
-    """The key of a request as a header `Authorization`; Anthropic's clients send `x-api-key`."""
+    """Returns the header `Authorization`, or `x-api-key` of Anthropic's clients as one."""
     key = headers.get("x-api-key")
     return headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
 def error_event(record: Record, refusal: Refusal) -> tuple[dict[str, Any], str | None]:
-    """A refusal in the dialect of its route, and the type of its event in a stream."""
+    """Returns a refusal in the route's format, and its event type in a stream."""
     if f"{record.path}/".startswith(f"{MESSAGES}/"):
         return refusal.anthropic(record.id), "error"
     return refusal.body, None
 
 
 def refused(record: Record, refusal: Refusal) -> Response:
-    """The answer to a request that is refused."""
     record.outcome, record.status = refusal.code, refusal.status
     return answer(error_event(record, refusal)[0], refusal.status, refusal.headers)
 
 
 def answer(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response of JSON."""
     return Response(to_json(value), status, headers, "application/json")
 
 
 def defect(record: Record, error: BaseException) -> Refusal:
-    """Log an unexpected error and return what the client is told of it."""
     log.error("%s failed", record.id, exc_info=error)
     message = f"the server failed; see its log under {record.id}"
     record.outcome, record.status = "internal_error", record.status or 500
@@ -235,7 +224,7 @@ def defect(record: Record, error: BaseException) -> Refusal:
 
 
 async def unless_left(request: Request, doing: Coroutine[Any, Any, T]) -> T:
-    """Await what is done for a client; if the client leaves first, cancel it and raise Refusal."""
+    """Awaits work for a client; cancels it if the client leaves."""
     waiting = asyncio.create_task(doing)
     leaving = asyncio.create_task(_left(request))
     try:

@@ -1,9 +1,8 @@
-"""Whether an adapter may be served: its files, its tokenizer, and that it fits the base.
+"""Verifies adapters: their files, their tokenizer, and that they fit the base.
 
-Its files, and those of the adapters below it, are read first in processes that can be killed
-(`lorafold.verification`), which return their digests; only then are its configuration and record
-interpreted here, and its tokenizer opened, from bytes of these digests. Adapters that differ in
-nothing but their values fit the base if one of them does.
+Files are first read in separate processes that can be killed (`lorafold.verification`) and return
+digests. Only then this process parses configuration and record and opens the tokenizer, from bytes
+with these digests. Adapters that differ only in values fit the base if one of them does.
 """
 
 from __future__ import annotations
@@ -37,36 +36,32 @@ from lorafold.serving.settings import Strict, read
 from lorafold.verification.checks import Sandbox, VerifiedFiles
 
 log = logging.getLogger(__name__)
-BELOW = 16  # adapters below one
-# fields of the record that decide how an adapter is read
+BELOW = 16  # maximum number of base adapters
+# fields of the record that affect loading
 READ_BY = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
 
 
 class CachedAdapter(Strict):
-    """An adapter, with the marks that its files had, and those of the adapters below."""
-
     found: AdapterFiles
     marks: dict[str, FileStamp]
 
 
 class CacheFile(Strict):
-    """The content of the file; `identity` is that of the base and of the code."""
-
     identity: str
     adapters: dict[str, CachedAdapter] = Field({})
 
 
 class VerifiedCache:
-    """The adapters that were verified, kept between runs. An entry holds as long as its files have
-    the same marks, for one base and for the code that verified it (`identity`); whoever reads an
-    adapter compares its digest all the same. Any thread may call it.
+    """Verified adapters, saved between runs. An entry is valid while its files have the same
+    stamps, for one base and version of the code (`identity`); loading compares digests anyway.
+    Thread-safe.
     """
 
     def __init__(self, file: Path, identity: str) -> None:
         self.file, self.identity = file, identity
         self._saving, self._changed, self._failed = threading.Lock(), False, False
-        self.adapters = dict[str, CachedAdapter]()  # without marks: it has to be verified again
-        self.digests: dict[str, str] = {}  # that adapters had when they were last seen
+        self.adapters = dict[str, CachedAdapter]()  # without stamps: to be verified again
+        self.digests: dict[str, str] = {}  # last seen digests
         if os.path.lexists(file):
             try:
                 content = read(file, CacheFile, "it is written anew")
@@ -79,20 +74,19 @@ class VerifiedCache:
                 self.adapters[name] = CachedAdapter(found=cached.found, marks=marks)
 
     def put(self, adapter: AdapterFiles, marks: Mapping[str, FileStamp]) -> None:
-        """Add an adapter; without marks, so that it is verified again, if a file was written just
-        now: it could change again and keep its mark.
+        """Adds an adapter, without stamps if a file was written just now, since a further change
+        might not alter its stamp.
         """
         settled = dict(marks) if all(mark.settled for mark in marks.values()) else {}
         self.adapters[adapter.name] = CachedAdapter(found=adapter, marks=settled)
         self._changed = True
 
     def save(self) -> None:
-        """Write the file, if anything changed."""
-        with self._saving:  # no older content is written over a newer one
+        with self._saving:  # older content must not overwrite newer
             if not self._changed:
                 return
             self._changed = False
-            adapters = dict(self.adapters)  # other threads add to it
+            adapters = dict(self.adapters)  # a copy, because other threads add to it
             content = CacheFile(identity=self.identity, adapters=adapters)
             try:
                 write_text(self.file, content.model_dump_json())
@@ -104,8 +98,8 @@ class VerifiedCache:
 
 
 class Verifier:
-    """Verifies the adapters of one server; `weights` are those of the base if adapters of other
-    bases are served too, `storage` is its quantization. Any thread may call it.
+    """Verifies adapters of one server. `weights` are the base's if adapters of other bases are
+    served too, `storage` is its quantization. Thread-safe.
     """
 
     def __init__(
@@ -118,14 +112,14 @@ class Verifier:
         self._forms = {cached.found.form for cached in cache.adapters.values() if cached.marks}
 
     def find(self, name: str, afresh: bool = False) -> AdapterFiles:
-        """The adapter of a name, verified; read again in any case if `afresh`. Raises LorafoldError
-        if it can't be served, Busy if the machine lacks what that needs, and nothing else.
+        """Returns a verified adapter; `afresh` ignores the cache. Raises only LorafoldError if it
+        can't be served, and Busy if resources are exhausted.
         """
         try:
             return self._find(name, afresh)
         except STOPS:
             raise
-        except BaseException as error:  # a panic in a library is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             if passes(error):
                 raise Busy(f"{name} can't be verified now: {error}") from None
             if isinstance(error, LorafoldError):
@@ -146,7 +140,6 @@ class Verifier:
         return self._with_note(adapter)
 
     def renderer(self, adapter: AdapterFiles) -> Renderer:
-        """The renderer of an adapter's requests."""
         if adapter.words is None:
             return self._renderers.base
         if (renderer := self._renderers.known.get(adapter.tokenizer)) is not None:
@@ -157,7 +150,6 @@ class Verifier:
         return self._renderers.of(files)
 
     def close(self) -> None:
-        """End the processes, and save the cache."""
         self._sandbox.close()
         self.cache.save()
 
@@ -170,7 +162,9 @@ class Verifier:
         return self._sandbox.verify(path, files, CONFIG, RECORD, READ_BY)
 
     def _read(self, name: str, path: Path, marks: dict[str, FileStamp]) -> AdapterFiles:
-        """Verify an adapter and read its record; adds the earlier marks of all its files."""
+        """Verifies an adapter and reads its record. Adds to `marks` the stamps that its files had
+        before.
+        """
         verified = self._verified(path, marks)
         files = (CONFIG, RECORD, MANIFEST)
         small = Contents(path, (CONFIG, RECORD), verified.bytes_of(files))
@@ -186,20 +180,20 @@ class Verifier:
         if len(over) > BELOW:
             raise LorafoldError(f"{OVER}: found {len(over):,} adapters, expected at most {BELOW}")
         below = [self.directory.below(origin, path) for origin in over]
-        # they are read with it, so they are verified even if they were rejected by themselves
+        # base adapters are loaded with it, so they are verified here in any case
         stack = {at: self._verified(at, marks) for at in below} | {path: verified}
         for at, origin in zip(below, over, strict=True):
             if stack[at].digest_of((CONFIG, WEIGHTS)) != origin.sha256:
                 raise LorafoldError(not_found(origin, path))
         spec = read_config(config)[0]
-        ranked = getattr(spec, "over", spec)  # the method that has the rank
+        ranked = getattr(spec, "over", spec)  # the spec with the rank
         ranks = [getattr(ranked, "rank", 0), *getattr(ranked, "rank_pattern", {}).values()]
-        # factors of that rank would be made before they are compared with the file's tensors
+        # checked here, because loading allocates factors of this rank before comparing shapes
         rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
         if rank > verified.widest and ranked.rank_is_dimension:
             raise LorafoldError(f"r: found {rank:,}, which no tensor of its file has")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
-        # in the order of `lorafold.identity.of_adapter`
+        # the order of `lorafold.identity.of_adapter`
         each = [stack[at] for at in (*below, path)]
         identities = [files.digest_of(files.files.keys() - {MANIFEST}) for files in each]
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
@@ -223,7 +217,6 @@ class Verifier:
         return adapter
 
     def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:
-        """How an adapter's base, and its quantization, differ from the served ones."""
         base, served = "", self._storage
         if self._weights is not None:
             base = OwnBase.of(path, files.object(CONFIG), files.record).other(self._weights)
@@ -235,7 +228,6 @@ class Verifier:
         return cut(base, 1000), storage
 
     def _open_tokenizer(self, path: Path, verified: VerifiedFiles) -> str:
-        """Open an adapter's tokenizer from the bytes that were verified, and return its digest."""
         words = self.directory.tokenizer(path)
         if words.named != verified.digest_of(verified.files.keys() - {*FILES, MANIFEST}):
             raise LorafoldError(f"{path} changes while it is read; load it again")
@@ -243,8 +235,8 @@ class Verifier:
         return words.named
 
     def _with_note(self, adapter: AdapterFiles) -> AdapterFiles:
-        """The adapter with a note if it was trained on another base or quantization, or names
-        another base and has no fingerprint of that.
+        """Adds a note if the adapter was trained on another base or quantization, or names another
+        base without having its fingerprint.
         """
         base, note = adapter.base, adapter.other_base
         named, served_name = (Path(name.rstrip("/")).name.lower() for name in (base, self._base))

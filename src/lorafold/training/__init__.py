@@ -1,1 +1,1 @@
-"""A training run: its request, setup, loop and checkpoints, its display and result."""
+"""A training run: its request, setup, loop, checkpoints, progress display and result."""

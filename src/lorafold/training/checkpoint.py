@@ -1,9 +1,8 @@
-"""Checkpoints: the state from which a run resumes exactly, in safetensors and JSON.
+"""Checkpoints, from which a run resumes exactly, in safetensors and JSON.
 
     RUN/step-000020/{adapter,optimizer}.safetensors, state.json     RUN is `<out>.run`
 
-The order of the rows follows from the seed alone, so the number of steps tells which rows come
-next. A checkpoint is written whole or not at all.
+The order of the rows depends only on the seed, so the step determines the next rows.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ from lorafold.files.atomic import (
 from lorafold.models.weights import PendingTensor, write_pieces
 from lorafold.training_step.policy_loss import StepRollouts
 
-PATIENCE = 3  # measures in a row without a better one
+PATIENCE = 3  # evaluations in a row without improvement
 GRADIENT = "gradient norm"  # of a step, before it is clipped
-HOLDER = "process "  # begins what a lock file says of the run that holds it
-FILES = "files"  # of an identity: what the run reads, each by `name` and `sha256`
+RATE = "learning rate"  # of a step, of the first parameter group
+HOLDER = "process "  # start of the lock file's text
+FILES = "files"  # in an identity: the files that the run reads, each by `name` and `sha256`
 
 
 @dataclass
 class Progress:
     """The progress of a run. Losses are means in nats over labelled tokens, one for each step;
-    `seconds` and `tokens` count training steps only, not evaluations. Measurements before the first
-    step belong to step 0.
+    `seconds` and `tokens` exclude evaluations. Evaluations before the first step have step 0.
     """
 
     step: int = 0
@@ -59,42 +58,40 @@ class Progress:
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # the first, and the last
     tokens: int = 0
     seconds: float = 0.0
-    # where completions are drawn: tokens, seconds and rates by what they went to
+    # tokens, seconds and rates of sampling, rewards and training
     pace: dict[str, float] = field(default_factory=dict)
-    # after the last step, or the one that is kept: the loss beside that of guessing
+    # the loss compared with guessing, after the last step or the best one
     guessing: dict[str, Any] = field(default_factory=dict)
-    # the optimizer whose state is saved: `auto` might choose another one when the run is resumed
+    # the optimizer of the saved state: after a resume, `auto` might choose another one
     optimizer: str = ""
-    counts: dict[str, float] = field(default_factory=dict)  # those of the loss
+    counts: dict[str, float] = field(default_factory=dict)  # `Loss.counts`
     skipped: list[int] = field(default_factory=list)  # steps without an update
-    quiet: int = 0  # how many of the last steps had no example with a signal
+    quiet: int = 0  # the number of last steps without an example that has a signal
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest held-out loss, the earliest of equals; None before any."""
+        """The step with the lowest held-out loss, the earliest of equals, or None."""
         steps = self.evals.keys() - {0}
         return min(steps, key=lambda s: (self.evals[s], s)) if steps else None
 
     @property
     def stalled(self) -> bool:
-        """Whether the last PATIENCE measures were no better than one before."""
+        """Whether the last PATIENCE evaluations did not improve."""
         return sum(step > (self.best or 0) for step in self.evals) >= PATIENCE
 
     def add_figures(self, figures: Mapping[str, float]) -> None:
-        """Add the figures of the step that was just counted, by name. A figure that is missing or
-        not finite becomes None.
-        """
+        """Add metrics of the last step; a missing or non-finite one becomes None."""
         for name in {**self.shown, **figures}:
             values = self.shown.setdefault(name, [])
-            values += [None] * (self.step - 1 - len(values))  # a figure that is new
+            values += [None] * (self.step - 1 - len(values))  # a new metric
             value = figures.get(name)
             values.append(value if value is not None and math.isfinite(value) else None)
 
     def add_rollouts(
         self, rollouts: StepRollouts, tokens: int, seconds: float, read: bool
     ) -> dict[str, float]:
-        """Add the seconds and tokens of sampling and learning in a step, and keep samples if `read`
-        is set. Returns the rates so far.
+        """Add the seconds and tokens of sampling and training in a step, and its samples if `read`.
+        Returns the rates so far.
         """
         self.quiet = self.quiet + 1 if rollouts.silent else 0
         parts = {f"{name} seconds": s for name, s in rollouts.seconds.items()}
@@ -110,25 +107,22 @@ class Progress:
         return rates
 
     def add_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Keep completions to read, of this step, as the last ones."""
         if samples:
             now = {"step": self.step, "samples": [*samples]}
             self.samples = {"first": now, **self.samples, "last": now}
 
 
 class RunDirectory:
-    """The directory `<out>.run`: the checkpoints of one run, and its recipe, model and data."""
+    """The directory `<out>.run` with the checkpoints of one run, and its recipe, model and data."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, out.with_name(out.name + ".run")
-        # of the adapter with the lowest held-out loss, where that was not the last
+        # the adapter with the lowest held-out loss, if it is not the last
         self.best = out.with_name(out.name + ".best")
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other runs out until the `with` block ends, and remove leftovers of killed ones. The
-        lock of a killed process is free.
-        """
+        """Context: no other run uses this directory. The lock of a killed process is released."""
         check_out(self.out, overwrite=True)
         target = self.path.expanduser().resolve()
         absent = [folder for folder in target.parents if not folder.exists()]
@@ -159,27 +153,23 @@ class RunDirectory:
                     folder.rmdir()
 
     def start(self, identity: dict) -> None:
-        """Remove the checkpoints of an earlier run and write the identity of this one."""
         remove(self.path)
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
     @property
     def identity(self) -> dict[str, Any] | None:
-        """The identity of the run as it was stored; None if there is none."""
         try:
             return read_object(self.path / "run.json")
         except (OSError, LorafoldError):
-            return None  # `check` says what is wrong
+            return None  # `check` reports the problem
 
     def recorded(self, name: str) -> Any:
-        """A field of the run's identity, such as the day of its chat template, or None."""
+        """A field of the stored identity, or None."""
         return (self.identity or {}).get(name)
 
     def check(self, identity: dict) -> None:
-        """Raise LorafoldError unless the stored run has the same recipe, model and data, and read
-        the same files.
-        """
+        """Raise if the stored run had another recipe, model or data, or other files."""
         check_intact(self.path, ["run.json"])
         if (stored := self.identity) is None:
             raise LorafoldError(f"{self.path}: found no run to resume; start one without --resume")
@@ -210,13 +200,13 @@ class RunDirectory:
 
     @property
     def last_good(self) -> str:
-        """A clause that names the last checkpoint, for a run that fails."""
+        """A clause about the last checkpoint, for error messages."""
         if not (good := self.checkpoints()):
             return "no checkpoint was written yet"
         return f"the last good checkpoint is {good[max(good)]}"
 
     def checkpoint_label(self) -> str:
-        """The last checkpoint, as a text that processes on several machines compare."""
+        """The last checkpoint as a text that processes on several machines compare."""
         if not self.path.exists():
             return "none"
         if not (checkpoints := self.checkpoints()):
@@ -229,7 +219,6 @@ class RunDirectory:
         return f"step {last} ({sha256(content).hexdigest()[:8]})"
 
     def path_of(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
         return self.path / f"step-{step:06d}"
 
     def save(
@@ -239,7 +228,6 @@ class RunDirectory:
         optimizer: Mapping[str, PendingTensor],
         keep: int,
     ) -> Path:
-        """Write the checkpoint of `progress.step`, and remove old ones."""
         path = self.path_of(progress.step)
         with atomic_directory(path, overwrite=True) as tmp:
             write_pieces(tmp / "adapter.safetensors", adapter)
@@ -251,7 +239,7 @@ class RunDirectory:
         return path
 
     def load(self, path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-        """(progress, adapter tensors, optimizer tensors), as `save` took them, of any shapes."""
+        """(progress, adapter tensors, optimizer tensors), of any shapes."""
         if problems := verify(path):
             raise LorafoldError(
                 f"{path}: damaged checkpoint: {as_one(problems)}; remove it to resume from"

@@ -1,10 +1,5 @@
-"""The files that a run leaves: the last adapter, the best one if an earlier step was better, and in
-each a record of how it was made.
-
-Before a run says that it succeeded, what it trained is finite and not zero, and what it wrote is
-read back. A run that is to be resumed and is finished is kept as it is, since a cluster may start a
-job with --resume once more after its end: the same request has the same result, from the adapter's
-record; another one is refused.
+"""Writes and verifies the result of a run: the last adapter, the best one if an earlier step was
+better, and their records.
 """
 
 from __future__ import annotations
@@ -45,31 +40,30 @@ from lorafold.training.request import RunRequest, depends_on, free_on_resume, ob
 from lorafold.training.setup import Setup
 from lorafold.training_step.optim import UP
 
-LAST = 10  # steps, whose mean loss is told
+LAST = 10  # steps, whose mean loss is reported
 SKIPPED = "skipped"  # in a record: the steps without an update
-GUESSING = "guessing"  # in a record: as the result has it
+GUESSING = "guessing"  # in a record: as in `Trained`
 INIT_ADAPTER = "init_adapter"  # in a record: the adapter that the run started from
 DEPENDS_ON = "depends_on"  # in a record
-MADE = {"resized", "composed", "extracted"}  # in records of adapters that no run wrote
-MOMENTS = ("exp_avg", "absmax1", "state1")  # of a gradient, as optimizers call it
+MADE = {"resized", "composed", "extracted"}  # in records of adapters that were not trained
+MOMENTS = ("exp_avg", "absmax1", "state1")  # optimizers' names for the first moment
 
 
 @dataclass(frozen=True)
 class Trained(ShownInNotebooks):
-    """The result of a run.
+    """The result of a training run.
 
-    Losses are means in nats over labelled tokens (over texts, for a classifier); `train_loss` is
-    that of the last ten steps. `adapter` is the directory that was written, and `figures` are
-    further ones of the held-out rows, such as the accuracy of preferences. `frozen` has the shares
-    of parameters that the adapter does not reach, by kind: of those of the blocks, and of the
-    model's the towers and connectors beside them. `files` has the rows of each file that was read
-    of a directory or a pattern, and `data` what was found in the rows before the first step, such
-    as duplicates. `skipped` are the steps without an update, since their loss or gradient was not
-    finite. `pace` has tokens and seconds of drawing, judging and learning, where completions
-    are drawn. `guessing` has the `loss` that is compared with that of a model which only guesses,
-    and whether it is `better`. Of a run that was finished before, which had nothing to resume,
-    there is what the adapter's record has: no times (nan), no memory and no counts of parameters
-    (None).
+    Losses are means in nats over labelled tokens (for a classifier, over texts); `train_loss` is
+    the mean of the last ten steps. `adapter` is the directory of the adapter, and `figures` are
+    further metrics of the held-out rows, such as the accuracy of preferences. `frozen` contains the
+    shares of parameters that the adapter does not reach, by kind: of the parameters of the blocks,
+    and in a multimodal model of its encoders and connectors. `files` contains the number of rows of
+    each file of a directory or pattern, and `data` problems in the rows, such as duplicates.
+    `skipped` lists the steps without an update, because their loss or gradient was not finite.
+    `pace` contains the tokens and seconds of sampling, rewards and training in reinforcement
+    learning. `guessing` contains the `loss`, the loss of a model that only guesses, and whether the
+    first is `better`. If a finished run is resumed, the result comes from the adapter's record,
+    without times (nan), memory and parameter counts (None).
     """
 
     train_loss: float
@@ -105,21 +99,20 @@ class Trained(ShownInNotebooks):
 
 
 def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -> Trained:
-    """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
-    earlier one, or in its place if the recipe stops early; read them back, and remove the
-    checkpoints. Only rank 0 writes. `base` has the base's own weights, if the model has only
-    quantized ones.
+    """Write the last adapter to `request.out`, and an earlier best one to `<out>.best` (or
+    `request.out` if the recipe stops early); verify them and remove the checkpoints. Only rank 0
+    writes. `base` has the original weights of a quantized model.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
     if plan.layout.divides:
         if adapter.spec.trains_base:
-            plan.optimizer.state.clear()  # to make room for what is written
+            plan.optimizer.state.clear()  # frees memory for writing
         else:
             base = base or request.base.in_files()
         if base is None:
             plan.layout.gather_to_first()
     best = progress.best
-    better = best if best != progress.step else None  # where it was an earlier step
+    better = best if best != progress.step else None  # if it was an earlier step
     ends = request.recipe.stops or progress.step < plan.feed.steps
     saved_step = better if better is not None and ends else progress.step
     peaks = [n for n in processes.gather(peak_bytes(plan.device)) if n is not None]
@@ -145,7 +138,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
         processes.gather(None)
         return result
     check_trained(adapter, plan.optimizer)
-    plan.optimizer.state.clear()  # to make room for what is written and read back
+    plan.optimizer.state.clear()  # frees memory for writing and verifying
     record, run = record_of(setup, plan, progress), plan.run
     write = partial(write_adapter, setup, plan, progress, result, base)
     with freed_blocks(RETURNED):
@@ -156,16 +149,14 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
             adapter.load_state_dict(tensors)
             write(request.out if saved_step == better else run.best, record | {"step": better})
     if better is None or saved_step == better:
-        remove(run.best)  # of the run that this one replaces
+        remove(run.best)  # from an earlier run
     remove(run.path)
     processes.gather(None)
     return result
 
 
 def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """The adapter's record. It has no wall times, so that a run that was killed and resumed has the
-    same record.
-    """
+    """The adapter's record, without times, so that a resumed run has the same record."""
     request, files, size = setup.request, setup.files, plan.adapter.vocabulary
     steps = sorted(progress.evals)
     names = dict.fromkeys(name for of_step in progress.measured.values() for name in of_step)
@@ -200,13 +191,13 @@ def write_adapter(
     setup: Setup, plan: Plan, progress: Progress, result: Trained, base: Weights | None,
     path: Path, record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write the adapter as it is, with its card and record, and read it back."""
+    """Write the adapter with its card and record, and verify it."""
     request, adapter, spec = setup.request, plan.adapter, plan.adapter.spec
     step = record.get("step", progress.step)
     if figures := progress.measured.get(step):
         record = record | {"figures": figures}
     targets = adapter.matches.paths
-    # in the card, the fields that are None have what the run took for them
+    # in the card, fields that are None show the value that the run used
     taken = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
     names = {"": "lr", UP: "lr_b"}
     groups = [group for group in plan.optimizer.param_groups if group["of"] in names]
@@ -238,7 +229,7 @@ def mean_of_last(losses: Sequence[float]) -> float:
 
 
 def _rounded(value: Any) -> Any:
-    """A number, or the two of an interval, with six digits; None for anything else."""
+    """A number, or an interval, with six digits; None for anything else."""
     if isinstance(value, list | tuple):
         return [*map(_rounded, value)] if len(value) == 2 else None
     if isinstance(value, float):
@@ -247,8 +238,7 @@ def _rounded(value: Any) -> Any:
 
 
 def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
-    """Raise LorafoldError if a tensor of the adapter is not finite, or an up factor that had
-    gradients is zero: its update would be too.
+    """Raise if a tensor is not finite, or an up factor with gradients is zero (so is the update).
     """
     for name, t in adapter.state_dict().items():
         check_finite(name, t)
@@ -267,9 +257,9 @@ def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
 
 
 def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
-    """Read a directory that was just written."""
+    """Compare the files that were just written with the adapter."""
     model = adapter.model
-    if adapter.spec.trains_base:  # a plain model: files may name some of its tensors otherwise
+    if adapter.spec.trains_base:  # a full model, in whose files some tensors have other names
         whole, state = FileWeights(model_files(path)), base_state(model)
         shared = state.keys() & {*whole.names}
         wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
@@ -298,7 +288,8 @@ def _learned(optimizer: Optimizer, p: Tensor) -> bool:
 
 
 def finished(request: RunRequest, console: Console) -> Trained | None:
-    """The result of the run, if it is to be resumed and is finished; None if there is a run to do.
+    """The result of a complete run that is resumed (clusters restart jobs), or None if there is a
+    run to do. Raises if another run wrote the adapter.
     """
     out, replaced = request.out, request.overwrite or not request.resume
     if replaced or RunDirectory(out).path.exists() or not (out / RECORD).is_file():
@@ -321,11 +312,10 @@ def finished(request: RunRequest, console: Console) -> Trained | None:
 
 
 def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
-    """The differences between the request and the finished run."""
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
     recipe = request.recipe
     now = recipe.model_dump(mode="json")
-    # a run settles these where they are left to it
+    # the run chooses these if they are not set
     left = {"storage", "max_length", "packing"} - recipe.model_fields_set
     left |= {"storage"} if recipe.storage == "auto" else set()
     left |= free_on_resume(recipe)
@@ -333,7 +323,7 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
         if now[name] != then[name]:
             was, new = (shortened(repr(of[name]), 40) for of in (then, now))
             yield f"{name} was {was}, now {new}"
-    base = record.get(BASE_IDENTITY)  # which earlier versions did not write
+    base = record.get(BASE_IDENTITY)  # absent from earlier versions' records
     if base and base != request.base.identity:
         yield "the model was another one"
     data, given = record.get("data", {}), request.data.record
@@ -342,7 +332,7 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
     below = [origin.sha256 for origin in parse_over(record)]
     if below != [one.sha256 for one in open_all(request.over)]:
         yield "it lay over other adapters"
-    if DEPENDS_ON in record:  # which earlier versions did not write
+    if DEPENDS_ON in record:  # absent from earlier versions' records
         here = depends_on(request, objective_of(request, open_all(request.adapters)))
         yield from (f"{name} had other contents" for name in differing(here, record[DEPENDS_ON]))
     began = request.init_adapter and of_adapter(SavedAdapter.open(request.init_adapter))
@@ -351,7 +341,7 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _in_record(record: Mapping[str, Any], out: Path) -> Trained:
-    """The result from a record: without times, memory and counts."""
+    """The result from a record, without times, memory and counts."""
     losses = [math.nan if loss is None else loss for loss in record["losses"]]
     return Trained(
         train_loss=mean_of_last(losses),

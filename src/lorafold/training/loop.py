@@ -1,9 +1,7 @@
-"""The training loop: one adapter, one objective, one plan of batches.
+"""The training loop, for any method and objective.
 
-It names no method and no objective: a spec's `penalty` and `after_step` bring in what a method
-needs, `examples` and `updates` what an objective does. The examples, learning rates and random
-numbers of step i follow from the recipe, i and the checkpoint, so a run that is killed and resumed
-produces the same bytes.
+The examples, learning rates and random numbers of step i depend only on the recipe, i and the
+checkpoint, so a resumed run produces the same bytes.
 """
 
 from __future__ import annotations
@@ -34,29 +32,26 @@ from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.processor import considerate
-from lorafold.training.checkpoint import GRADIENT, Progress, RunDirectory
+from lorafold.training.checkpoint import GRADIENT, RATE, Progress, RunDirectory
 from lorafold.training.progress import Display
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.losses import Loss
 from lorafold.training_step.optim import optimizer_tensors, set_learning_rates, warm_steps
 from lorafold.training_step.policy_loss import StepRollouts
 
-RECENT, FEWEST = 50, 10  # steps after the warm-up whose loss is compared with guessing
+RECENT, FEWEST = 50, 10  # most and fewest steps after warmup for the comparison with guessing
 
 log = logging.getLogger(__name__)
 SKIPPED = 5  # steps in a row that may be skipped before the run ends
 LOWER = "Try a lower learning rate (lr, lr_b), clip or alpha"
-TOLD, QUIET = 3, 10  # steps without a signal, after which that is said, and after which a run ends
-GROUPS = 32  # examples of them, at the least, where batches are small
+TOLD, QUIET = 3, 10  # steps without a signal before a warning, and before the run ends
+GROUPS = 32  # the fewest examples without a signal before the run ends
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the steps of a run work with, known before the first one.
-
-    `feed` has the rows of each step, `held_out` those to measure on. `guessing` is the loss of a
-    model that only guesses, as `Objective.guessing` gives it. `layout` says how tensors lie among
-    the processes.
+    """All inputs of a run's steps. `feed` yields the rows of each step, `guessing` is
+    `Objective.guessing`, and `layout` the placement of tensors among the processes.
     """
 
     recipe: Recipe
@@ -74,9 +69,8 @@ class Plan:
 
 @considerate()
 def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
-    """Train from `progress.step` to the last step, and write the checkpoints that are due.
-
-    A step whose loss or gradient is not finite is skipped.
+    """Train from `progress.step` to the last step, and write checkpoints. A step with a non-finite
+    loss or gradient is skipped.
     """
     recipe, objective, processes = plan.recipe, plan.objective, plan.layout.processes
     first = next(plan.feed.after(0)) if plan.guessing is None else ()
@@ -88,7 +82,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     first_too = progress.step or isinstance(objective, OnPolicy)
     unmeasured = plan.held_out is not None and progress.step not in progress.evals and first_too
     if unmeasured and (progress.step % eval_every == 0 or is_over(plan, progress)):
-        measure(plan, progress, display)  # before the first step, or again after it failed
+        measure(plan, progress, display)  # before the first step, or again after a failure
     with stop_signals() as stops:
         while not is_over(plan, progress):
             start = time.perf_counter()
@@ -107,7 +101,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
                 if warning:
                     display.note(f"step {progress.step}: so far {warning}")
             last, stop = is_over(plan, progress), processes.largest(stops[-1] if stops else 0)
-            # of a state that may be a bad one, older checkpoints are no worse
+            # the state after a skipped step may be bad, so older checkpoints are kept
             good = progress.step not in progress.skipped
             due = (progress.step % save_every == 0 and good) or last or stop
             if due or (evaluate and progress.best == progress.step):
@@ -131,8 +125,8 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield the numbers of the signals that ask the run to stop, as they come: after SIGTERM or the
-    first Ctrl-C it finishes its step and writes a checkpoint; a second Ctrl-C ends it at once.
+    """Yield the received stop signals; on SIGTERM or the first Ctrl-C the run finishes its step and
+    saves a checkpoint, on a second Ctrl-C it ends at once.
     """
     stops: list[int] = []
 
@@ -150,7 +144,6 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def is_over(plan: Plan, progress: Progress) -> bool:
-    """Whether no step is left, or none that would help."""
     stalled = plan.recipe.stops and progress.stalled
     silent = progress.quiet >= max(QUIET, math.ceil(GROUPS / plan.recipe.batch))
     return progress.step == plan.feed.steps or stalled or silent
@@ -164,7 +157,6 @@ def note_step(
     updates: Sequence[tuple[float, float]],
     seconds: float,
 ) -> None:
-    """Add a step that was computed to the progress, and show it."""
     loss, norm = map(fmean, zip(*updates, strict=True))
     tokens = len(updates) * sum(len(e.ids) for e in examples if plan.loss.learns(e))
     progress.losses.append(loss)
@@ -173,10 +165,10 @@ def note_step(
     rollouts = examples if isinstance(examples, StepRollouts) else None
     figures = dict(rollouts.figures) if rollouts is not None else {}
     figures |= {**plan.loss.figures(plan.layout.processes), GRADIENT: norm}
-    progress.add_figures(figures)
+    lr = plan.optimizer.param_groups[0]["lr"]
+    progress.add_figures(figures | {RATE: lr})
     if rollouts is not None:
         figures |= progress.add_rollouts(rollouts, tokens, seconds, read=plan.held_out is None)
-    lr = plan.optimizer.param_groups[0]["lr"]
     display.step(progress.step, loss, progress.tokens / progress.seconds, figures, lr)
     if not math.isfinite(loss + norm):
         skip_step(plan, progress, loss, display)
@@ -185,7 +177,6 @@ def note_step(
 
 
 def report_silence(plan: Plan, progress: Progress, display: Display, why: str) -> None:
-    """Say that no example of the last steps had a signal, and why."""
     n, step, last = progress.quiet, progress.step, is_over(plan, progress)
     message = f"step {step}: no group of completions of the last {n} steps has a signal: {why}"
     if n == step == QUIET:
@@ -196,9 +187,7 @@ def report_silence(plan: Plan, progress: Progress, display: Display, why: str) -
 
 @contextmanager
 def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
-    """Add the place to any error of the `with` block. If a reward fails, rank 0 writes a checkpoint
-    of the last complete step.
-    """
+    """Context: errors contain the place; if a reward fails, rank 0 saves the last complete step."""
     try:
         yield
     except LorafoldError as error:
@@ -211,7 +200,6 @@ def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[No
 
 
 def measure(plan: Plan, progress: Progress, display: Display) -> None:
-    """Measure on held-out examples."""
     compute, step = partial(plan.objective.measure, plan.loss, plan.held_out), progress.step
     with saving_on_failure(plan, progress, f"held-out rows after step {step}"):
         measured = compute() if plan.layout.divides else plan.layout.processes.once(compute)
@@ -230,7 +218,6 @@ def measure(plan: Plan, progress: Progress, display: Display) -> None:
 
 
 def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> None:
-    """Count and report a skipped step."""
     step, n = progress.step, 1
     progress.skipped.append(step)
     while step - n in progress.skipped:
@@ -243,12 +230,11 @@ def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> 
 
 
 def versus_guessing(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
-    """The `loss`, the one of `guessing`, and whether the first is `better`; empty if there were too
-    few steps to say, or if the loss means nothing.
+    """The `loss`, the one of `guessing`, and whether the first is `better`; empty if not
+    comparable.
 
-    The mean over the last RECENT steps has to be lower by two of its standard errors. If guessing
-    is the model before the first step, both losses are of the rows of that step, and a thousandth
-    counts as rounding.
+    The mean of the last RECENT steps must be lower by two standard errors. If guessing is the
+    untrained model, both are on the rows of the first step, with a tolerance of a thousandth.
     """
     last = progress.best if is_over(plan, progress) and plan.recipe.stops else None
     recent = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-RECENT:]
@@ -266,7 +252,7 @@ def versus_guessing(plan: Plan, progress: Progress, first: Sequence[Any]) -> dic
 
 
 def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
-    """The mean loss of examples, in nats, under the weights as they are."""
+    """The mean loss of examples, in nats, with the current weights."""
     loss, recipe = plan.loss, plan.recipe
     parts = loss.micro_batches(examples, recipe.accumulate, recipe.max_length)
     with evaluating(loss):
@@ -277,7 +263,6 @@ def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
 
 
 def guessing_warning(guessing: Mapping[str, Any]) -> str:
-    """A line for a user whose loss is no better than guessing; empty if it is better."""
     if guessing.get("better", True):
         return ""
     loss, level = guessing["loss"], guessing["guessing"]
@@ -289,21 +274,21 @@ def guessing_warning(guessing: Mapping[str, Any]) -> str:
 
 
 def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, float]:
-    """One update of the weights, skipped if the loss or the gradient is not finite. Returns the
-    mean loss, in nats, and the norm of the gradient before it is clipped.
+    """One optimizer step, skipped if the loss or the gradient is not finite. Returns the mean loss,
+    in nats, and the gradient norm before clipping.
     """
     recipe, optimizer, layout = plan.recipe, plan.optimizer, plan.layout
     adapter, steps = plan.adapter, plan.feed.steps
     total = max(1, sum(map(plan.loss.count, examples)))
     examples = [example for example in examples if plan.loss.learns(example)]
-    if not examples:  # of a step in which there is nothing to learn
+    if not examples:  # a step without any signal
         return 0.0, 0.0
     set_learning_rates(optimizer, recipe, step, steps)
     summed = backward(plan, examples, total, key_of(recipe.seed, step))
     trained = [*dict.fromkeys(adapter.parameters())]
     layout.add_gradients(trained)
     layout.processes.add([summed])
-    if step == 0 and not optimizer.state:  # later updates may have all ratios clipped
+    if step == 0 and not optimizer.state:  # in later updates all ratios may be clipped
         idle = check_gradients(adapter, layout.moves(trained))
         if idle and layout.processes.first:
             log.warning(
@@ -314,30 +299,30 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
     norm = layout.norm(trained)
     if recipe.clip:
         nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
-    # the one time that a GPU is waited for: it updates the weights while this process goes on
+    # the only synchronisation with a GPU, which then updates the weights while this continues
     loss, size = torch.stack([summed, norm.to(summed)]).tolist()
     if math.isfinite(loss) and math.isfinite(size):
         with layout.updating():
             optimizer.step()
     else:
-        optimizer.zero_grad()  # before a method looks at them
+        optimizer.zero_grad()  # so that the method's hook does not see them
     adapter.spec.after_step(adapter.own_deltas, step + 1, steps)
     optimizer.zero_grad()
     return loss / total, size
 
 
 def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tensor:
-    """Compute the gradients of this process's share of the examples, micro-batch by micro-batch,
-    and of the method's penalty. Returns the summed loss (), in nats.
+    """Compute the gradients of this process's examples, in micro-batches, and of the method's
+    penalty. Returns the summed loss (), in nats.
     """
     loss, recipe, processes = plan.loss, plan.recipe, plan.layout.processes
     share = range(len(examples))[processes.index :: processes.count]
     own = [examples[i] for i in share]
     parts = loss.micro_batches(own, recipe.accumulate, recipe.max_length) if own else []
-    # of a divided model all processes make as many passes, if need be with nothing to learn
+    # with a sharded model, all processes must make the same number of passes
     passes = processes.largest if plan.layout.divides else int
     idle = passes(len(parts)) - len(parts)
-    if processes.count > 1:  # each draws other numbers
+    if processes.count > 1:  # each uses different random numbers
         torch.manual_seed((key + processes.index) % (1 << 63))
     loss.train()
     summed = torch.zeros((), device=plan.device)
@@ -355,7 +340,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
                 else:
                     summed += value.detach()
                     value = value * (1 / total)
-                # of the sum over all
+                # once in the sum over processes
                 if i == len(parts) - 1 and processes.first:
                     penalty = plan.adapter.spec.penalty(plan.adapter.own_deltas)
                     value = value if penalty is None else value + penalty
@@ -364,17 +349,15 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
 
 
 def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> list[str]:
-    """Return the paths of the adapted modules that the loss does not depend on: those of a
-    cross-attention on text alone, of copies that the model's code does not call.
-
-    Without this check, such a run would only look like one that does not learn.
+    """The paths of adapted modules on which the loss does not depend (cross-attention on text
+    only). Raises if there is no gradient at all.
     """
     grads = {}
     for path, delta in adapter.deltas.items():
         held = {name: p for name, p in delta.named_parameters() if p.numel()}
-        if held:  # a twin's are another's, and a mask may have no entry in a weight
+        if held:  # a twin has no own parameters, and a mask may be empty
             grads[path] = {name: moves[p] for name, p in held.items() if p in moves}
-    # a scale of a vector that starts at zero, as Fastfood's, is zero at the start everywhere
+    # a scale of a vector that starts at zero, as in Fastfood, has zero gradient at first
     telling = {name for own in grads.values() for name, moved in own.items() if moved}
     if telling:
         return [
@@ -396,7 +379,7 @@ def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> lis
 
 
 def save(plan: Plan, progress: Progress) -> None:
-    """Write a checkpoint in the first process, where the others only give it what they hold."""
+    """Write a checkpoint in rank 0; the other processes send their pieces."""
     state = optimizer_tensors(plan.optimizer) | {"rng.cpu": torch.get_rng_state()}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state |= {f"rng.cuda.{i}": generator for i, generator in enumerate(cuda)}

@@ -1,8 +1,5 @@
-"""The preview of a run: its first rows as the model will see them, and what there is to know of all
-of them, in the terminal and as a page.
-
-Each example stands with its row, the row's tools and turns, and how many of its tokens are trained
-on; the text has these tokens marked. Nothing is trained or written but the page.
+"""The preview of a run, in the terminal and as an HTML page: its first rows as the model sees them,
+with the trained tokens marked, and problems found in the data.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ if TYPE_CHECKING:
 
     from lorafold.objectives.objective import Data, Objective
 
-SOME = 4_000_000  # bytes of rows of which a preview makes all tokens
+SOME = 4_000_000  # bytes of rows up to which a preview tokenizes everything
 LEGEND = (
     "<h2>The first rows</h2>"
     "<p><mark>Marked</mark> text counts in the loss; the rest is context.</p>"
@@ -53,8 +50,8 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class PreviewExample:
-    """One example of a row: what heads it, the row's conversation, and its text, in which what
-    counts in the loss has a bold style.
+    """One example of a row: its heading, the row's conversation, and its text, with the trained
+    parts bold.
     """
 
     heading: str
@@ -65,9 +62,7 @@ class PreviewExample:
 def show(
     request: RunRequest, console: Console, rows: int = 3, html: Path | None = None
 ) -> Findings:
-    """Print the first rows as the model will see them, and mark the tokens that count in the loss.
-    Returns what was found in all rows, of large data in the first ones.
-    """
+    """Print the first rows with trained tokens marked, and return the findings about the data."""
     saved = open_all(request.adapters)
     request = with_length(request, saved, console)
     objective = objective_of(request, saved)
@@ -103,9 +98,7 @@ def show(
 def _findings(
     request: RunRequest, objective: Objective, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Findings:
-    """What there is to know of the rows, as a run finds it: of all, or of the first ones where all
-    tokens would take long to make.
-    """
+    """The findings about the rows, or about the first ones if tokenizing all would take long."""
     less = ""
     if not isinstance(request.rows, RowStream):
         train, held_out = sides(request)
@@ -121,7 +114,6 @@ def _findings(
 
 
 def _few(rows: Sequence[Row]) -> Sequence[Row]:
-    """As many of the first rows as a preview looks at."""
     n = max(1, len(rows) * SOME // max(1, Rows.of(rows).measured[1]))
     if n >= len(rows):
         return rows
@@ -155,7 +147,6 @@ def _previewed(
 
 
 def _tool_line(tool: Tool) -> str:
-    """A tool as its name, its arguments and what it does."""
     function = tool["function"]
     parameters = function.get("parameters") or {}
     names = ", ".join(parameters.get("properties") or ())
@@ -163,7 +154,6 @@ def _tool_line(tool: Tool) -> str:
 
 
 def _turn_line(message: Message) -> str:
-    """A message in one line: its role, and what it has of reasoning, calls and content."""
     parts = []
     if thought := message.get("reasoning_content"):
         parts.append(f"thinks: {_short(thought)}")
@@ -182,7 +172,6 @@ def _short(text: str, length: int = 72) -> str:
 
 
 def _section(one: PreviewExample) -> str:
-    """One example of the page."""
     tools = one.conversation.tools
     schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))
     turns = [_turn_line(message).partition(": ")[::2] for message in one.conversation.messages]
@@ -197,7 +186,6 @@ def _section(one: PreviewExample) -> str:
 
 
 def _marked(text: Text) -> str:
-    """The text as HTML, with what is bold in it marked, and without the brackets of terminals."""
     page, at = "", 0
     for span in sorted(text.spans):
         page += markup.escape(text.plain[at : span.start])

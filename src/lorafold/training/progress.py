@@ -1,6 +1,4 @@
-"""The progress of a run: a bar on a terminal, one that is drawn anew in place in a notebook, and
-about ten lines in a file or pipe; and the trackers of the accelerate library that it reports to.
-"""
+"""The progress display of a run, in a terminal, notebook or file, and its trackers."""
 
 from __future__ import annotations
 
@@ -22,13 +20,12 @@ from rich.progress import (
 from lorafold.files.terminal import print_lines
 from lorafold.recipe.recipe import Recipe
 
-PAUSE = 0.5  # seconds between two drawings of a notebook's bar, at least
+PAUSE = 0.5  # least seconds between updates of a notebook's bar
+FEW = 2  # figures of a step in a sentence; more stand in columns
 
 
 class Display:
-    """A context that shows the loss, tokens per second and time left on a console, and reports them
-    to trackers.
-    """
+    """Context: shows loss, tokens per second and time left, and reports them to trackers."""
 
     def __init__(
         self, console: Console, steps: int, done: int = 0, trackers: Sequence[Any] = ()
@@ -62,18 +59,15 @@ class Display:
             tracker.finish()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Report figures of a step, by name, to the trackers."""
         for tracker in self.trackers:
             tracker.log(dict(values), step=step)
 
     def note(self, text: str) -> None:
-        """Print a line above the bar."""
         print_lines(self.console, text)
 
     def step(
         self, step: int, loss: float, rate: float, figures: Mapping[str, float], lr: float
     ) -> None:
-        """Show the figures of a step."""
         if self.trackers:
             self.log({"loss": loss, "lr": lr, **figures}, step)
         shown = [f", {name} {value:.4g}" for name, value in figures.items()]
@@ -87,10 +81,13 @@ class Display:
             step == self.steps or step % max(1, self.steps // 10) == 0
         ):
             line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
-            self.note(line + "".join(shown))
+            if len(figures) > FEW:  # in columns
+                line = f"{line:<{2 * len(str(self.steps)) + 38}}"
+                shown = [f"  {name} {value:<9.4g}" for name, value in figures.items()]
+            self.note((line + "".join(shown)).rstrip())
 
     def draw(self, step: int, figures: str) -> None:
-        """Draw a notebook's bar anew, if the last time is long enough ago or this is the end."""
+        """Update a notebook's bar, at most every PAUSE seconds."""
         now = monotonic()
         if step == self.steps or now - self.drawn >= PAUSE:
             from IPython.display import HTML
@@ -101,17 +98,16 @@ class Display:
             self.cell.update(HTML(self.drawing(step, f"{figures}, {minutes}:{seconds:02} left")))
 
     def drawing(self, step: int, figures: str) -> str:
-        """The bar as HTML, with the figures of the last step."""
         bar = f'<progress value="{step}" max="{self.steps}"></progress>'
         return f"{bar} step {step}/{self.steps} {html.escape(figures)}"
 
 
 def started(recipe: Recipe, logs: Path) -> list[Any]:
-    """The recipe's trackers, which are told the recipe."""
+    """The recipe's trackers (of accelerate), started."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
-    PartialState()  # which its trackers ask for the main process
+    PartialState()  # accelerate's trackers need it
     trackers = []
     for name in filter_trackers([*recipe.trackers], str(logs)):
         kind = LOGGER_TYPE_TO_CLASS[str(name)]

@@ -1,6 +1,4 @@
-"""The request for a run, and what training and a preview make of it without a model: the objective,
-the tokenizer and the tokenized rows.
-"""
+"""The request for a training run, and its objective, tokenizer and tokenized rows."""
 
 from __future__ import annotations
 
@@ -35,25 +33,24 @@ from lorafold.training.checkpoint import RunDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELD_OUT = "eval_data"  # whose losses choose the best step
+HELD_OUT = "eval_data"
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What to train, on which rows, and where to write the adapter.
+    """The inputs of a training run, and the path of its adapter.
 
     `out` must not exist unless `overwrite` or `resume` is set; without `eval_rows` the recipe's
-    `eval_fraction` of `rows` is held out. The adapters of `over` are loaded in this order, frozen,
-    below the one that is trained. A chat template that asks for the date writes `day`; without one
-    it writes the day on which the run begins. `rewards` are functions of Python, beside those that
-    the recipe names.
+    `eval_fraction` of `rows` is held out. The adapters of `over` are loaded frozen, in this order,
+    below the trained one. `day` is the date in chat templates, by default the day the run begins.
+    `rewards` are Python functions in addition to the recipe's rewards.
     """
 
     base: Base
     out: Path
     recipe: Recipe
     rows: Sequence[Row] | RowStream
-    source: str  # where the rows came from, for the record
+    source: str  # the origin of the rows, for the record
     eval_rows: Sequence[Row] | None = None
     init_adapter: Path | None = None
     resume: bool = False
@@ -64,23 +61,20 @@ class RunRequest:
 
     @property
     def below(self) -> tuple[str, ...]:
-        """The names on the model of the adapters of `over`, lowest first: `only(model, *below)` is
-        the model that the new adapter starts from.
-        """
+        """The names of the `over` adapters on the model, lowest first."""
         return tuple(f"over{n}" for n, _ in enumerate(self.over, 1))
 
     @property
     def adapters(self) -> tuple[Path, ...]:
-        """The saved adapters that the run loads, lowest first."""
         return (*self.over, *([self.init_adapter] if self.init_adapter else []))
 
     @property
     def data(self) -> Rows | RowStream:
-        """The rows as one of the two that know their identity."""
+        """The rows as an object that has an identity."""
         return self.rows if isinstance(self.rows, RowStream) else Rows.of(self.rows)
 
     def first_rows(self, n: int) -> Sequence[Row]:
-        """The rows that training begins with, if they are streamed, else the first ones."""
+        """The first rows; of a stream, the first training rows."""
         if not isinstance(self.rows, RowStream):
             return self.rows[:n]
         rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
@@ -89,20 +83,16 @@ class RunRequest:
 
 
 def free_on_resume(recipe: Recipe) -> set[str]:
-    """The fields that a resumed run may change: they decide what is shown and saved, not what is
-    learned; where a run ends by its held-out loss, its measurements decide that too.
-    """
+    """The fields that a resumed run may change, because they do not affect training."""
     free = {"keep", "trackers", "strategy"}
     return free if recipe.stops else free | {"save_every", "eval_every"}
 
 
 def rendering_of(recipe: Recipe) -> Rendering:
-    """What of a conversation is trained on."""
     return Rendering(recipe.train_on, recipe.mask_reasoning, recipe.end_of_turn)
 
 
 def objective_of(request: RunRequest, saved: Sequence[SavedAdapter] = ()) -> Objective:
-    """The run's objective for its model and the adapters that it loads."""
     recipe = request.recipe
     rows = () if isinstance(request.rows, RowStream) else request.rows
     check_formats(request.data.formats, recipe.objective)
@@ -114,8 +104,8 @@ def objective_of(request: RunRequest, saved: Sequence[SavedAdapter] = ()) -> Obj
 
 
 def with_length(request: RunRequest, saved: Sequence[SavedAdapter], console: Console) -> RunRequest:
-    """The request with the length that rows are cut to: that of the run to resume, if the recipe
-    does not set one, else as `settled_length` finds it.
+    """The request with `max_length` set: the resumed run's, if the recipe does not set it, else
+    from `settled_length`.
     """
     recipe, began = request.recipe, None
     if request.resume and "max_length" not in recipe.model_fields_set:
@@ -130,8 +120,8 @@ def with_length(request: RunRequest, saved: Sequence[SavedAdapter], console: Con
 def tokenizer_for(
     request: RunRequest, objective: Objective, console: Console, saved: Sequence[SavedAdapter] = ()
 ) -> tuple[PreTrainedTokenizerBase, Words]:
-    """The tokenizer of the model, or of an adapter that has its own, with the recipe's chat
-    template and new tokens, and the ids of these tokens.
+    """The tokenizer of the model or an adapter, with the recipe's template and new tokens, and
+    their ids.
     """
     tokenizer = request.base.tokenizer(saved)
     if request.recipe.chat_template is not None:
@@ -147,7 +137,7 @@ def tokenizer_for(
 
 
 def sides(request: RunRequest) -> tuple[Sequence[Row], Sequence[Row] | None]:
-    """The rows to train on, and those to measure on, if any; not of rows that are streamed."""
+    """The training rows and the held-out rows, if any; not for streams."""
     assert not isinstance(request.rows, RowStream)
     held_out, recipe = request.eval_rows, request.recipe
     if held_out is None and recipe.eval_fraction:
@@ -158,8 +148,8 @@ def sides(request: RunRequest) -> tuple[Sequence[Row], Sequence[Row] | None]:
 def tokenized(
     request: RunRequest, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
 ) -> tuple[BatchFeed, Data | None, Findings]:
-    """The feed of the run, the examples to measure on, which may be None, and what there is to know
-    of the rows; all are reported.
+    """The feed of the run, the held-out examples or None, and the findings about the rows, which
+    are printed.
     """
     recipe, rendering = request.recipe, rendering_of(request.recipe)
     encode = partial(
@@ -193,9 +183,7 @@ def tokenized(
 
 
 def depends_on(request: RunRequest, objective: Objective) -> dict[str, Any]:
-    """What the result of a run depends on besides its recipe, model, adapters and training rows:
-    held-out rows, the file of a chat template, and what the objective names.
-    """
+    """The other inputs of a run: held-out rows, the chat template file, and the objective's."""
     held_out = Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
     identity = {HELD_OUT: held_out, **objective.identity}
     template = request.recipe.chat_template

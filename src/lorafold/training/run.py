@@ -1,13 +1,4 @@
-"""One training run: from a base model, rows and a recipe to an adapter directory in PEFT's format.
-
-    set_up            what needs no model: the checks, device and dtype, tokenizer, tokenized rows
-    adapted_model     the base model with its adapter, once the memory of a step is estimated
-    objective.loss    the loss over the model
-    objective.refer   what the objective needs of the untrained model (the reference of DPO)
-    prepare           the optimizer, and the state of a run that is resumed: the plan of the steps
-    fit               the steps: forward, backward, update, evaluation, checkpoints
-    finish            the files: adapter, model card, record
-"""
+"""A training run: from a base model, rows and a recipe to an adapter directory in PEFT's format."""
 
 from __future__ import annotations
 
@@ -53,19 +44,19 @@ from lorafold.training_step.optim import (
 )
 from lorafold.training_step.sharding import Sharded
 
-SAMPLED = 8  # steps, whose rows are searched for shared prefixes
+SAMPLED = 8  # steps whose rows are searched for shared prefixes
 
 
 def train(request: RunRequest, console: Console, processes: Processes = ALONE) -> Trained:
-    """Train one adapter and write it to `request.out`, in processes that each have this request. A
-    run that is to be resumed and is finished is left as it is. Raises Interrupted after SIGINT or
-    SIGTERM, when a checkpoint is written.
+    """Train one adapter and write it to `request.out`; every process has the same request. A
+    finished run is left unchanged on resume. Raises Interrupted after SIGINT or SIGTERM, with a
+    checkpoint.
     """
     check_name(request.out)
     if (request.over or request.init_adapter) and not request.resume:
-        check_places(request)  # a resumed run that is finished already is reported first
+        check_places(request)  # for a resumed run, after it is known not to be finished
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
-        # several processes all ask, as one of them may have been started otherwise
+        # all processes take part, because one of them may have other options
         if request.resume or processes.count > 1:
             before = processes.once(partial(finished, request, console))
             if before is not None:
@@ -76,7 +67,7 @@ def train(request: RunRequest, console: Console, processes: Processes = ALONE) -
 def _train(setup: Setup, console: Console) -> Trained:
     request, recipe, objective = setup.request, setup.request.recipe, setup.objective
     layout, tokenizer, base = setup.layout, setup.tokenizer, request.base
-    # of the model without the adapter that trains: its files, storage and device
+    # of the model without the trained adapter: its files, dtype and device
     identities = [of["sha256"] for name, of in setup.files.items() if name != "init_adapter"]
     identities += [base.loaded_as.name, str(base.loaded_as.dtype), base.where.type]
 
@@ -90,21 +81,21 @@ def _train(setup: Setup, console: Console) -> Trained:
         print_lines(console, f"strategy fsdp: {alone}" * (recipe.strategy == "fsdp"))
     with freed_blocks(KEPT), dividing:
         with (
-            # first: a policy's sampler copies the model's modules before any of them is fused
+            # first, because a policy's sampler copies the modules before they are fused
             objective.loss(model, tokenizer, recipe.packing, console) as loss,
             fused(model) as fused_parts,
         ):
             print_lines(console, fused_parts)
             loss.to(base.where)
             with layout.reading():
-                # some objectives compare with the untrained model, whose losses join the rows
+                # some objectives add the untrained model's log-probabilities to the rows
                 feed, held_out = objective.refer(
                     loss, setup.feed, setup.held_out, identities, console, layout
                 )
                 print_lines(console, in_common(setup, loss, feed))
                 plan, progress = prepare(setup, adapter, loss, feed, held_out, console)
 
-            # the logs of trackers stay when the checkpoints are removed
+            # outside the run directory, because that is removed at the end
             logs = request.out.with_name(request.out.name + ".logs")
             reports = recipe.trackers and layout.processes.first
             trackers = started(recipe, logs) if reports else []
@@ -117,8 +108,8 @@ def _train(setup: Setup, console: Console) -> Trained:
 
 @contextmanager
 def divided(layout: Sharded, model: nn.Module, console: Console) -> Iterator[None]:
-    """Divide the model among the processes until the `with` block ends, and say how."""
-    # what is whole for a moment must not stay in the process
+    """Context: the model is sharded; prints the sizes."""
+    # memory of temporarily gathered tensors must be returned
     with freed_blocks(RETURNED), layout.dividing(model):
         whole, kept, largest = map(format_bytes, layout.sizes())
         print_lines(
@@ -137,9 +128,7 @@ def prepare(
     held_out: Data | None,
     console: Console,
 ) -> tuple[Plan, Progress]:
-    """The plan of the steps, and how far they have come: a fresh run or, if its request says to
-    resume, the last checkpoint.
-    """
+    """The plan of the steps, and the progress: fresh or from the last checkpoint."""
     request, layout, spec = setup.request, setup.layout, adapter.spec
     recipe, where, processes = request.recipe, request.base.where, layout.processes
     progress, state = begin(setup, adapter, loss, feed, console)
@@ -181,9 +170,9 @@ def prepare(
 def begin(
     setup: Setup, adapter: Adapter, loss: Loss, feed: BatchFeed, console: Console
 ) -> tuple[Progress, dict[str, Tensor] | None]:
-    """Load the last checkpoint of a run that is resumed into the adapter, or have the method
-    prepare a fresh one. Returns how far the run is, and the tensors of its optimizer: none before
-    the first checkpoint, of any shape after it, None for a fresh run.
+    """Load the last checkpoint of a resumed run, or let the method prepare a fresh adapter. Returns
+    the progress and the optimizer's tensors: of any shapes, {} before the first checkpoint, None if
+    fresh.
     """
     request, layout, spec = setup.request, setup.layout, adapter.spec
     run, identity = RunDirectory(request.out), identity_of(setup, adapter)
@@ -193,7 +182,7 @@ def begin(
         others = [name for name, digest in judged.items() if judges.get(name) != digest]
         adapted = any(WEIGHTED.findall(name)[0][1].startswith(ADAPTER) for name in others)
         if others and judged.keys() == judges.keys() and not adapted:
-            identity[REWARDS] = judged  # as one that failed and was mended is
+            identity[REWARDS] = judged  # for example, a bug in the reward was fixed
             changed = f"reward {', '.join(others)}: changed"
             print_lines(console, f"{changed}, and judges from here on as it is now")
         run.check(identity)
@@ -214,8 +203,8 @@ def begin(
 
 
 def take_first(adapter: Adapter, processes: Processes) -> None:
-    """Have all processes begin with what process 0 prepared: where another one rounds otherwise,
-    its method may choose other entries, and of each weight another number.
+    """Copy rank 0's prepared adapter to all: rounding differences can make a method choose other
+    entries.
     """
     states = {path: delta.state_dict() for path, delta in adapter.deltas.items()}
     shapes = {path: {name: t.shape for name, t in of.items()} for path, of in states.items()}
@@ -227,8 +216,8 @@ def take_first(adapter: Adapter, processes: Processes) -> None:
 
 
 def in_common(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
-    """What of the first steps is computed once for several rows, as a line; None if little is, or
-    what is computed is not known yet.
+    """A line about shared prefixes in the first steps; None if there are few or the rows are not
+    known.
     """
     once, each, recipe = 0, 0, setup.request.recipe
     if isinstance(setup.objective, OnPolicy):
@@ -243,9 +232,7 @@ def in_common(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
 
 
 def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that was stopped, among it the version of
-    lorafold.
-    """
+    """The settings and inputs that a resumed run must share with the stopped one."""
     request = setup.request
     recipe, free = request.recipe.model_dump(mode="json"), free_on_resume(request.recipe)
     identity = {k: v for k, v in recipe.items() if k not in free}
@@ -260,7 +247,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     if request.over:
         identity["over"] = [origin.sha256 for origin in adapter.over]
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
-        # the template itself: the file that the recipe names may have changed
+        # the template's text, because the file that the recipe names may have changed
         template = setup.tokenizer.chat_template
         named = template if isinstance(template, dict) else {"": str(template)}
         plain = {name: NOTE.sub("", text) for name, text in named.items()}
@@ -273,8 +260,8 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
 def sample_losses(
     loss: Loss, feed: BatchFeed, recipe: Recipe, n: int, rows: int | None = None
 ) -> Iterator[Tensor]:
-    """Mean losses of n batches, each a scalar in nats, drawn as training draws them but with a seed
-    of their own.
+    """Mean losses of n batches, each a scalar in nats, sampled as in training but with another
+    seed.
     """
     if issubclass(OBJECTIVES[recipe.objective].kind, OnPolicy):
         raise LorafoldError(

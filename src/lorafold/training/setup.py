@@ -1,8 +1,4 @@
-"""What a run settles before its first step: the checks of its request, the choices that need no
-model, and the model with its adapter.
-
-The cheap refusals come first, so that a wrong request fails before anything is loaded.
-"""
+"""The setup of a run: checks of its request (before anything is loaded), choices, and the model."""
 
 from __future__ import annotations
 
@@ -69,7 +65,9 @@ SHOWN = 40  # characters of a value
 
 @dataclass(frozen=True)
 class Setup:
-    """The choices of a run that need no model; in `request` the storage of the base is settled."""
+    """The choices of a run that need no model; `request` has the base's chosen dtype or
+    quantization.
+    """
 
     request: RunRequest
     spec: Spec
@@ -82,17 +80,17 @@ class Setup:
     feed: BatchFeed
     held_out: Data | None
     findings: Findings
-    layout: Replicated  # how tensors lie among the processes
-    day: str = ""  # what the chat template writes as the date; empty where it asks for none
+    layout: Replicated  # the placement of tensors among the processes
+    day: str = ""  # the date in the chat template; empty if it has none
 
 
 def check_request(request: RunRequest, console: Console, processes: Processes) -> Spec:
-    """The spec of the recipe's method; a notice names the recipe's fields that it leaves out."""
+    """Check the request, print the fields that the method ignores, and return the method's spec."""
     if request.over or request.init_adapter:
         check_places(request)
     run, replaces = RunDirectory(request.out), request.overwrite or request.resume
     count = processes.count
-    if processes.first:  # which alone writes
+    if processes.first:  # only it writes
         for path in (run.out, run.best):
             check_out(path, replaces)
         if run.checkpoints() and not replaces:
@@ -124,7 +122,7 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
 
 
 def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) -> None:
-    """Raise LorafoldError if what the run writes is, contains or lies in what it reads."""
+    """Raise if a path that the run writes is, contains or lies in one that it reads."""
     run = RunDirectory(request.out)
     read = [*(("--over", path) for path in request.over), *besides]
     if request.init_adapter:
@@ -140,7 +138,6 @@ def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) 
 
 
 def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
-    """The adapters that the run loads, lowest first."""
     saved = [*open_all(request.adapters)]
     origins = [Origin(path=str(one), sha256=one.sha256) for one in saved]
     for n, one in enumerate(saved):
@@ -154,7 +151,7 @@ def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
 
 
 def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) -> Setup:
-    """Check the request, choose device and storage, and tokenize the rows."""
+    """Check the request, choose device and dtype, and tokenize the rows."""
     spec = check_request(request, console, processes)
     saved = saved_adapters(request) if request.over or request.init_adapter else []
     objective = objective_of(request, saved)
@@ -201,10 +198,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
 
 
 def check_alike(setup: Setup) -> None:
-    """Raise LorafoldError, the same in all processes, unless they have the same code, files, rows,
-    recipe and kind of device, and see the run to resume: on another machine there may be another
-    lorafold, other files under the same names, other rows.
-    """
+    """Raise, in all processes, unless they have the same code, files, rows, recipe and device."""
     request, processes = setup.request, setup.layout.processes
     recipe = request.recipe.model_dump(mode="json")
     here = {
@@ -223,7 +217,7 @@ def check_alike(setup: Setup) -> None:
         if others := [
             f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} there,"
             f" {shortened(first.get(name, 'none'), SHOWN)} in process 0"
-            for name in {**first, **theirs}  # what explains others is before them
+            for name in {**first, **theirs}  # causes come before their effects
             if theirs.get(name) != first.get(name)
         ]:
             where = there if there == host else f"{there}, process 0 on {host}"
@@ -236,11 +230,8 @@ def check_alike(setup: Setup) -> None:
 def adapted_model(
     setup: Setup, console: Console
 ) -> tuple[PreTrainedModel, Adapter, Weights | None]:
-    """(model, adapter, the base's own weights).
-
-    The memory of a step is estimated and printed before the model is loaded. The adapter is new, or
-    the one that `init_adapter` names; those of `over` are below it. Of the model each process keeps
-    what the layout has it keep.
+    """(model, adapter, the base's original weights). Prints the memory estimate before it loads the
+    model; the adapter is new, or `init_adapter`.
     """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     over, objective = setup.saved[: len(request.over)], setup.objective
@@ -288,7 +279,7 @@ def adapted_model(
 
 
 def largest_setting(setup: Setup) -> Setting:
-    """The setting of the run's largest micro-batch, for an estimate before anything is loaded."""
+    """The run's largest micro-batch, for a memory estimate before anything is loaded."""
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     stored = setup.saved[-1] if request.init_adapter else None
     below = tuple((s.spec, s.attach_options) for s in setup.saved[: len(request.over)])
@@ -305,9 +296,7 @@ def largest_setting(setup: Setup) -> Setting:
 
 
 def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
-    """Raise LorafoldError for a row of more tokens than the model has positions, which are fewer
-    than the recipe's `max_length`.
-    """
+    """Raise for a row with more tokens than the model has positions."""
     most = setup.request.recipe.max_length
     foreseen = (e for rows in islice(setup.feed.after(0), setup.feed.foreseen) for e in rows)
     held_out = setup.held_out.examples if setup.held_out else ()
@@ -324,8 +313,8 @@ def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
 
 
 def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `attach` for modules that are trained in addition to the method: biases, whole
-    modules, and the embeddings of tokens.
+    """Arguments of `attach` for modules trained in addition to the method: biases, full modules,
+    and embeddings of tokens.
     """
     recipe, words = setup.request.recipe, setup.words
     needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)

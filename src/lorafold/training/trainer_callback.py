@@ -1,17 +1,12 @@
-"""A callback that keeps an adapter's work while Hugging Face's `Trainer` or TRL's `SFTTrainer` runs
-the steps.
-
-    adapter = lf.attach(model, lf.LoRA(rank=16))
-    trainer = Trainer(model, args, train_dataset=data, callbacks=[lf.AdapterCallback(adapter)])
-    trainer.train(resume_from_checkpoint=lf.AdapterCallback.last_checkpoint(args.output_dir))
+"""A callback that saves and resumes an adapter under Hugging Face's `Trainer` or TRL's
+`SFTTrainer`.
 
     OUTPUT_DIR/checkpoint-N/adapter/         the adapter in PEFT's format
     OUTPUT_DIR/checkpoint-N/adapter-state/   every tensor of the adapter as it is in memory
     OUTPUT_DIR/checkpoint-N/...              Trainer's own: optimizer, schedule, random numbers
     OUTPUT_DIR/adapter/                      the adapter at the end
 
-Each of the adapter's directories appears whole or not at all, with a manifest that is checked when
-the run is resumed. Trainer's checkpoints do not hold the base (`BaseKeptOut`).
+The adapter's directories are written atomically, with a manifest that is checked on resume.
 """
 
 from __future__ import annotations
@@ -37,7 +32,7 @@ from lorafold.models.weights import SINGLE, InMemory
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.provenance import mismatch, same_adapters
 
-with quietly():  # transformers imports PEFT here, and that bitsandbytes
+with quietly():  # transformers imports PEFT here, which imports bitsandbytes
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 ADAPTER, STATE = "adapter", "adapter-state"
@@ -48,32 +43,32 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterCallback(TrainerCallback):
-    """Saves an adapter with every checkpoint of a `Trainer`, brings it back when the run is
-    resumed, and writes it at the end.
+    """Saves an adapter with every checkpoint of a `Trainer`, restores it when the run is resumed,
+    and writes it at the end.
 
-    A run that is killed and resumed from a complete checkpoint ends with the bytes of one that was
-    not. Optimizer, learning rates, random numbers and the position in the data are Trainer's own.
-    With `load_best_model_at_end` the adapter of the best checkpoint is written at the end.
+    A run that is killed and resumed from a complete checkpoint produces a byte-identical adapter.
+    Trainer itself saves the optimizer, learning rates, random numbers and the position in the data.
+    With `load_best_model_at_end`, the adapter of the best checkpoint is written at the end.
 
-    Trainer still writes the base into a checkpoint, which is then larger by all of the base's
-    weights, where the model is no `PreTrainedModel`, and with `save_strategy="best"`, which chooses
-    what to save too late. `trainer.save_model()`, called by hand, writes the base without the
-    adapter. Trainer itself refuses a quantized base under any adapter but PEFT's.
+    Checkpoints usually leave the base out. However, Trainer writes it into them if the model is not
+    a `PreTrainedModel`, or with `save_strategy="best"`, which decides too late.
+    `trainer.save_model()` writes the base without the adapter. Trainer only accepts a quantized
+    base with PEFT's adapters.
 
     Args:
-        adapter: what `attach` or `load` returned, on the model that the trainer has.
-        out: where the adapter goes at the end (None: `OUTPUT_DIR/adapter`).
-        overwrite: an existing `out` of another run is replaced.
-        resume_from: the checkpoint that is resumed, if it does not lie in the trainer's own
-            `output_dir`; callbacks are not told by the trainer.
-        own_reference: a trainer that compares with a reference (DPO, KTO, GRPO) has the right one,
-            which was not made by `lorafold.reference`.
+        adapter: the adapter from `attach` or `load`, on the trainer's model.
+        out: the directory for the adapter at the end (None: `OUTPUT_DIR/adapter`).
+        overwrite: replace an `out` that another run wrote.
+        resume_from: the checkpoint that is resumed, if it is not in the trainer's `output_dir`; the
+            trainer does not pass it to callbacks.
+        own_reference: the trainer (DPO, KTO, GRPO) has a correct reference that was not made by
+            `lorafold.reference`.
 
-    Every method raises LorafoldError: if the trainer's model does not carry the adapter, if a
-    trainer of TRL compares with a reference that lacks the adapters below this one, if something
-    else on the model trains as well (nothing would save it), if the method needs more
-    than a trainer's steps (it chooses entries first, prunes ranks, adds a penalty to the loss or
-    trains the base), and if the checkpoint to resume has no adapter, a damaged one or another one.
+    Every method raises LorafoldError if the adapter is not on the trainer's model, if TRL's
+    reference lacks the adapters below this one, if other parameters are trained as well (they would
+    not be saved), if the method needs more than a trainer's steps (a selection before the first
+    step, rank pruning, a penalty, training of the base), and if the checkpoint to resume has no
+    adapter, a damaged one or another one.
     """
 
     def __init__(
@@ -98,10 +93,11 @@ class AdapterCallback(TrainerCallback):
 
     @staticmethod
     def last_checkpoint(output_dir: str | Path) -> str | None:
-        """The newest checkpoint that both the trainer and this callback finished, for
-        `resume_from_checkpoint`; None, which starts afresh, if there is none.
+        """The newest checkpoint that both the trainer and this callback completed, for
+        `resume_from_checkpoint`; None (a fresh start) if there is none.
 
-        Trainer's own choice (`True`) takes a checkpoint that a kill left half-written.
+        Trainer's own choice (`True`) may be a checkpoint that was half-written when the run was
+        killed.
         """
         steps = {
             int(number): path
@@ -112,7 +108,7 @@ class AdapterCallback(TrainerCallback):
 
     def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         self._check_model(kwargs["model"])
-        # a run that is resumed loads the empty weights before it begins
+        # a resumed run loads the empty weights before it begins
         self._base = BaseKeptOut(kwargs["model"])
 
     def on_train_begin(
@@ -136,9 +132,9 @@ class AdapterCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the adapter before the trainer writes the rest and removes older checkpoints."""
+        """Write the adapter before the trainer writes its files and removes older checkpoints."""
         if control.should_save:
-            # the shorter the base is kept out the better: an evaluation may be interrupted
+            # only for as long as needed, because an evaluation may be interrupted
             self._base_stays_out(not control.should_evaluate)
             self._save(args, state)
 
@@ -202,7 +198,6 @@ class AdapterCallback(TrainerCallback):
             )
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """The checkpoint that the trainer resumed, which the state that it read there tells."""
         expected = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         path = expected if self.resume_from is None else Path(self.resume_from)
         try:
@@ -218,7 +213,7 @@ class AdapterCallback(TrainerCallback):
         return path
 
     def _restore(self, checkpoint: Path) -> None:
-        """Give the adapter the tensors of a checkpoint, in place, since the optimizer has them."""
+        """Load a checkpoint's tensors in place, because the optimizer refers to them."""
         for part in (ADAPTER, STATE):
             if problems := verify(checkpoint / part):
                 good = self.last_checkpoint(checkpoint.parent)
@@ -248,7 +243,7 @@ class AdapterCallback(TrainerCallback):
 
 
 def _check_method(adapter: Adapter) -> None:
-    """LorafoldError for a method that lorafold's own loop does more for than a trainer does."""
+    """Raise for a method with hooks that only lorafold's own loop calls."""
     spec, name = adapter.spec, type(adapter.spec).__name__
     if spec.trains_base:
         raise LorafoldError(
@@ -279,17 +274,16 @@ def _complete(checkpoint: Path) -> bool:
 
 
 def check_reference(adapter: Adapter, args: Any) -> None:
-    """Raise LorafoldError if a trainer of TRL compares with a reference that lacks adapters; log a
-    warning if it loads one that the model has already.
+    """Raise if TRL's reference lacks adapters; log a warning if it loads the base a second time.
 
-        DPOTrainer(model, lf.reference(model), ...)     the model under the adapters below
-        DPOTrainer(model, ...)                          a second model, by its name: the bare base
+        DPOTrainer(model, lf.reference(model), ...)     the model with the adapters below
+        DPOTrainer(model, ...)                          a second model, by its name: only the base
 
-    Callbacks don't see the trainer, but its configuration and whether `lf.reference` was called.
+    Callbacks see only the trainer's configuration and whether `lf.reference` was called.
     """
     compares = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
     if not compares or getattr(args, "precompute_ref_log_probs", False):
-        return  # a reference that is computed ahead is the model as it starts
+        return  # a precomputed reference is the model at the start
     under = below(adapter.model)
     if selection_of(adapter.model).referred == under:
         return
@@ -305,12 +299,9 @@ def check_reference(adapter: Adapter, args: Any) -> None:
 
 
 class BaseKeptOut:
-    """While it is switched on, `save_pretrained` leaves the model's own weights out. Until it ends,
-    a state without any tensor can be loaded into the model without a warning.
-
-    `save_pretrained` leaves out what a model names in `_keys_to_ignore_on_save`, and with all of it
-    named writes no file. Trainer looks for a `model.safetensors` when it resumes a run and loads
-    it, so one without tensors takes its place.
+    """While switched on, `save_pretrained` leaves out the model's own weights (all are listed in
+    `_keys_to_ignore_on_save`). Until `end`, a state without tensors can be loaded without a
+    warning, because on resume Trainer loads a `model.safetensors`, which is empty.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -319,13 +310,11 @@ class BaseKeptOut:
         self.handle = model.register_load_state_dict_post_hook(self._nothing_missing)
 
     def switch(self, on: bool) -> None:
-        """Leave the model's weights out of Trainer's files, or let them in again."""
         if hasattr(self.model, "_keys_to_ignore_on_save"):
             ignored: Any = set(self.model.state_dict()) if on else self.before
             self.model._keys_to_ignore_on_save = ignored
 
     def end(self) -> None:
-        """Leave the model as it was found."""
         self.switch(False)
         self.handle.remove()
 

@@ -1,1 +1,1 @@
-"""A training step: losses, attention over packed documents, fused operations, optimizer."""
+"""A training step: losses, attention over packed documents, fused modules, optimizer, sharding."""

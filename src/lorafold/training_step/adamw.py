@@ -1,23 +1,13 @@
-"""AdamW in three forms, which differ in how they store its two moments, and the choice among them.
+"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with fp32 or 8-bit moments, and with
+stochastic rounding of 16-bit parameters.
 
-    adamw             moments in fp32, 8 bytes a parameter: torch's AdamW, or `RoundedAdamW` if
-                      16-bit parameters are trained (its seed is the recipe's)
-    adamw8bit         bitsandbytes' AdamW: moments in 8 bits with an fp32 scale for every 256 of
-                      them, 2.03 bytes a parameter (tensors under 4,096 elements: fp32)
-    paged-adamw8bit   the same in paged memory, which CUDA moves to the host when other tensors need
-                      the room (tensors from 100,000 elements)
+    adamw             fp32 moments, 8 bytes per parameter: torch's, or `RoundedAdamW` for 16 bits
+    adamw8bit         bitsandbytes: 8-bit moments, an fp32 scale for every 256 of them, 2.03 bytes
+                      per parameter (tensors under 4,096 elements: fp32)
+    paged-adamw8bit   the same in paged memory (tensors from 100,000 elements)
 
 Dettmers et al. 2022, arXiv 2110.02861 (8 bits); Dettmers et al. 2023, arXiv 2305.14314, sec. 3
-(paging). `auto` takes fp32 as long as there is room for it. Updates to 16-bit parameters are
-computed in fp32 and rounded stochastically, which the 8-bit forms can't:
-
-    m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2                      fp32, of the shape of W
-    W = round((1 - lr wd) W - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
-
-Loshchilov & Hutter 2019, arXiv 1711.05101; rounded by `core.rounding.turned`. At a learning rate of
-1e-5 nearly every update of a bf16 weight is under half a unit in the last place, and is lost if it
-is rounded to the nearest. The random numbers follow from the seed, the parameter's number and the
-step, so a checkpoint stores no random state. A weight takes 2 bytes and its moments 8.
+(paging).
 """
 
 from __future__ import annotations
@@ -41,21 +31,20 @@ from lorafold.training_step.optim import parameters
 
 PAGED = "paged-adamw8bit"
 SMALL = 4096  # bitsandbytes stores the moments of smaller tensors in fp32
-# fp32 moments may take a third of the free memory: gradients take half as much, which leaves half
-# for the activations
+# fp32 moments may take a third of the free memory: gradients take half as much, and the other half
+# is left for activations
 SHARE = 3
 DEVICES = {"cpu": "the CPU", "mps": "MPS"}
 
 
 class OptimizerChoice(NamedTuple):
-    """The name of an optimizer and why it was chosen (empty: the recipe asks for it)."""
+    """The name of an optimizer and the reason for the choice (empty: set in the recipe)."""
 
     name: str
     why: str
 
 
 def choose(parameters: int, device: str, free: int) -> OptimizerChoice:
-    """Choose the optimizer for `auto`."""
     state, room = 8 * parameters, f"a third of the {format_bytes(free)} free"
     if device != "cuda":
         return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} has no paging")
@@ -69,8 +58,8 @@ def pick(
     name: str, before: str, groups: list[dict], where: torch.device, processes: Processes,
     parts: int = 1,
 ) -> OptimizerChoice:  # fmt: skip
-    """Choose the optimizer of a run, whose state is divided among so many parts. For auto, a
-    resumed run keeps the one that it had before it stopped.
+    """Choose the optimizer of a run, its state divided into `parts`; a resumed `auto` run keeps its
+    own.
     """
     device, trained = where.type, parameters(groups)
     if name != "auto":
@@ -80,7 +69,7 @@ def pick(
     elif any(p.itemsize == 2 for p in trained):
         choice = OptimizerChoice("adamw", "16-bit weights are trained")
     else:
-        # all choose by the one that has the fewest bytes
+        # the smallest free memory decides, so that all processes choose the same
         free = min(processes.gather(free_bytes(where)))
         choice = choose(sum(p.numel() for p in trained) // parts, device, free)
     if choice.name == PAGED and device != "cuda":
@@ -89,7 +78,6 @@ def pick(
 
 
 def make_optimizer(name: str, groups: list[dict], recipe: Any) -> Optimizer:
-    """Make the optimizer (adamw, adamw8bit or paged-adamw8bit) with the options of a `Recipe`."""
     trained = parameters(groups)
     check_rounding(name, (p.dtype for p in trained))
     options = {key: getattr(recipe, key) for key in ("betas", "eps", "weight_decay")}
@@ -105,7 +93,7 @@ def make_optimizer(name: str, groups: list[dict], recipe: Any) -> Optimizer:
 
 
 def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
-    """Raise LorafoldError if an 8-bit optimizer is asked for and one of the dtypes has 16 bits."""
+    """Raise if an 8-bit optimizer would train 16-bit parameters."""
     narrow = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
     if name not in ("auto", "adamw") and narrow:
         raise LorafoldError(
@@ -115,7 +103,6 @@ def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
 
 
 def bitsandbytes_optimizers(name: str) -> Any:
-    """Return bitsandbytes.optim."""
     try:
         return bitsandbytes().optim
     except ImportError as error:
@@ -126,9 +113,7 @@ def bitsandbytes_optimizers(name: str) -> Any:
 
 
 def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
-    """A line with the optimizer, the storage and size of its state, the reason for the choice, and
-    stochastic rounding if there is any.
-    """
+    """A line with the optimizer, its state's dtype and size, and the reason for the choice."""
     trained, eight = parameters(groups), choice.name != "adamw"
     small = eight and all(p.numel() < SMALL for p in trained)
     why = "; ".join(filter(None, (choice.why, f"no tensor has {SMALL:,} elements" * small)))
@@ -142,22 +127,24 @@ def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts
 
 
 def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
-    """Return the bytes of AdamW's two moments, for parameters of any shapes."""
+    """The bytes of AdamW's two moments, for parameters of any shapes."""
     sizes = [p.numel() for p in parameters]
     whole = name == "adamw"
     return sum(8 * n if whole or n < SMALL else 2 * n + 8 * ceil(n / 256) for n in sizes)
 
 
 MOMENTS = "exp_avg", "exp_avg_sq"  # torch's names
-# elements that are updated at a time, with some 20 bytes each: on the CPU they fit a core's cache
+# elements updated at a time, about 20 bytes each: on the CPU they fit into a core's cache
 CHUNKS = {"cpu": 1 << 16}
 CHUNK = 1 << 22
 
 
 class RoundedAdamW(Optimizer):
-    """AdamW with stochastic rounding of 16-bit parameters. Its options and state have the names of
-    torch's AdamW; each group also has the seed of the rounding. The moments of 16-bit parameters
-    are in fp32.
+    """AdamW that computes updates of 16-bit parameters in fp32 and rounds them with
+    `core.rounding.turned`: at a learning rate of 1e-5 nearly every update of a bf16 weight is below
+    half a unit in the last place and would be lost. Options and state are named as in torch's
+    AdamW. The random numbers depend only on `seed`, the parameter's index and the step, so a
+    checkpoint stores no random state.
     """
 
     def __init__(
@@ -176,7 +163,6 @@ class RoundedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters once; return the loss of `closure`, if one is given."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         numbers = {p: i for i, p in enumerate(parameters(self.param_groups))}
@@ -190,11 +176,10 @@ class RoundedAdamW(Optimizer):
         return loss
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """The parameter's two moments and the number of its steps, made anew if needed."""
         state, narrow = self.state[p], p.itemsize == 2
         if not state:
-            # of 16-bit parameters the number of steps is read, so it is on the CPU, and moments are
-            # contiguous, as the chunks are
+            # for 16-bit parameters the number of steps is read, so it is on the CPU, and moments
+            # are contiguous like the chunks
             on_device = group["fused"] and not narrow
             state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
             for name in MOMENTS:
@@ -203,9 +188,9 @@ class RoundedAdamW(Optimizer):
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer, whose moments keep their dtypes."""
+        """Load a state of this optimizer; moments keep their dtypes."""
         super().load_state_dict(state_dict)
-        # torch has just cast the moments to the dtype of their parameter
+        # torch has cast the moments to the dtype of their parameter
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         for p, key in zip(parameters(self.param_groups), keys, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
@@ -213,7 +198,7 @@ class RoundedAdamW(Optimizer):
 
 
 def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:
-    """Update (parameter, gradient, moment, moment, steps done) tuples in place, as torch does."""
+    """Update (parameter, gradient, moment, moment, steps) tuples in place, like torch."""
     if not parts:
         return
     params, grads, first, second, steps = map(list, zip(*parts, strict=True))
@@ -226,12 +211,12 @@ def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:
 
 
 def _update(group: dict[str, Any], number: int, parts: tuple[Tensor, ...]) -> None:
-    """Update one such tuple, of a 16-bit parameter, some slices along its first axis at a time."""
+    """Update one such tuple of a 16-bit parameter in chunks along its first axis."""
     p, g, m, v, step = parts
     generator = generator_of(group["seed"], str(number), p.device)
     tensors = [torch.atleast_1d(t) for t in (p, g, m, v)]
-    # slices in fours, since four values share a random draw: so the result does not depend on the
-    # size of the chunks
+    # multiples of four slices, because four values share a random number: otherwise the result
+    # would depend on the chunk size
     chunk = CHUNKS.get(p.device.type, CHUNK)
     slices = max(1, chunk * len(tensors[0]) // max(1, 4 * p.numel())) * 4
     for w, g_part, *moments in zip(*(t.split(slices) for t in tensors), strict=True):

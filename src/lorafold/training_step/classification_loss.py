@@ -1,4 +1,4 @@
-"""The loss of classes, from the score of each class at the last token of a text."""
+"""The cross entropy of sequence classification, from the logits at the last token of a text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from lorafold.training_step.shared_prefixes import Branching, over
 
 
 class Classification(RowsAlike):
-    """The cross entropy of the class, in nats, for a model whose output has `.logits` (B, classes);
-    on padded sequences, or once for texts that begin alike.
-    """
+    """The cross entropy of the class, in nats, for a model with `.logits` (B, classes)."""
 
-    # A step has one label a text, a completion one a token: at LoRA+'s full rate the noise of so
-    # few makes the last hidden states of all texts alike before the classes are learned.
+    # A text has only one label, so gradients are noisy: at LoRA+'s full rate the last hidden states
+    # of all texts become the same before the classes are learned.
     pace_up = 2 / 15
 
     def __init__(self, model: nn.Module, pad_id: int, how: Branching | None = None) -> None:
@@ -34,14 +32,14 @@ class Classification(RowsAlike):
     def collate(
         self, examples: Sequence[LabelledExample], device: torch.device
     ) -> dict[str, Tensor]:
-        """labels (n,) and input_ids, attention_mask (n, T), padded at the right; or, of texts that
-        are computed once, input_ids, position_ids, document (1, T), lens, and `ends` (n,), where
-        each has its scores.
+        """labels (n,) and input_ids, attention_mask (n, T), padded at the right; or, with shared
+        prefixes, input_ids, position_ids, document (1, T), lens, and `ends` (n,), the last token of
+        each text.
         """
         if self.shared_in(examples):
             tree, ends = forest(examples), []
             for e, place in zip(examples, tree.places, strict=True):
-                # read where transformers reads it: at the last token that is none of padding
+                # like transformers, at the last token that is not padding
                 texts = (i for i, token in enumerate(e.ids) if token != self.pad_id)
                 ends.append(int(place[max(texts, default=0)]))
             names, tensors = ("input_ids", "position_ids", "document", "lens"), tree.tensors()
@@ -56,7 +54,7 @@ class Classification(RowsAlike):
         return all_sent(inputs, device)
 
     def logits(self, **inputs: Tensor) -> Tensor:
-        """The model's logits (n, classes), in fp32, for inputs as `collate` gives them."""
+        """The model's logits (n, classes), in fp32, for inputs from `collate`."""
         if (ends := inputs.pop("ends", None)) is None:
             return self.model(**inputs).logits.float()
         del inputs["document"]

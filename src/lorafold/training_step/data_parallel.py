@@ -1,11 +1,4 @@
-"""The tensors of a run whose processes each have all of them, as data parallelism has it.
-
-    replicated.add_gradients(parameters)        summed over the processes, in place
-    replicated.norm(parameters)                 of all gradients together
-    write_pieces(path, replicated.pieces(state))        of a state, in process 0
-
-`training_step.sharding` divides them behind the same words.
-"""
+"""Data parallelism with replicated tensors (DDP); `training_step.sharding` is the sharded form."""
 
 from __future__ import annotations
 
@@ -23,35 +16,34 @@ from lorafold.runtime.processes import Processes
 
 
 class Replicated:
-    """Each process has all tensors. Gradients belong to the process's share of a batch until they
-    are added.
+    """Each process has all tensors; until gradients are summed, they belong to its share of the
+    batch.
     """
 
-    divides = False  # whether all have to pass through the model together
-    # What a `with` block is for: an optimizer updates the parameters, which all have then;
+    divides = False  # whether all processes must run each pass together
+    # contexts in which an optimizer updates the parameters, in all processes;
     updating: Callable[[], AbstractContextManager[Any]] = nullcontext
-    # of a model that is loaded for a device, this process keeps its share;
+    # a model is loaded for a device, and this process keeps its share;
     loading: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext
-    # operations find tensors whole, in all processes at once;
+    # operations see full tensors, in all processes at once;
     reading: Callable[[], AbstractContextManager[Any]] = nullcontext
-    # each process does with what it owns what the others do not do.
+    # each process works on its own tensors, without the others.
     apart: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
 
     def owns(self, p: nn.Parameter) -> bool:
-        """Whether this process has a parameter of any shape."""
+        """Whether this process has the parameter (any shape)."""
         return True
 
     def updates(self, p: nn.Parameter) -> bool:
-        """Whether this process updates a parameter of any shape, and has its optimizer's state."""
+        """Whether this process updates the parameter (any shape) and has its optimizer state."""
         return True
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients of all processes; afterwards only who owns a parameter has its one. A
-        parameter on which no process's loss depends has none; where some do, the others count as
-        zeros.
+        """Sum the gradients over processes. A parameter without a gradient in any process keeps
+        none.
         """
         if self.processes.count == 1:
             return
@@ -63,16 +55,16 @@ class Replicated:
         self.processes.add([p.grad for p in used if p.grad is not None])
 
     def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
-        """The parameters that have a gradient, and whether any of its elements is not zero."""
+        """The parameters that have a gradient, and whether any of its elements is nonzero."""
         return {p: bool(p.grad.any()) for p in parameters if p.grad is not None}
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The norm () of all gradients together, the same in all processes."""
+        """The norm () of all gradients, the same in all processes."""
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
-        """The tensors of a state, of any shapes, as process 0 writes them. All processes get each
-        in turn, and process 0 alone has it then.
+        """The tensors of a state, of any shapes, for rank 0 to write; all processes must get each
+        in turn.
         """
         return {
             name: PendingTensor(tuple(t.shape), t.dtype, t.detach)
@@ -86,4 +78,4 @@ class Replicated:
         return cached(kind, key, write, notice)
 
     def gather_to_first(self) -> None:
-        """Give process 0 all tensors that it writes."""
+        """Gather all tensors in rank 0, which writes them."""

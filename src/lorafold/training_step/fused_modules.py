@@ -1,12 +1,8 @@
-"""Replaces a model's norms, rotary embeddings, gated MLPs and frozen linears by fused operations
-while the model trains.
+"""Replaces norms, rotary embeddings, gated MLPs and frozen linear layers by fused operations in
+training.
 
-    with fused(model) as found:
-        print(found)                        # fast path: 30 of 30 blocks
-
-Parts are recognized by what they compute, never by a model's name: a part is replaced if it has
-the expected structure and computes the same outputs from random inputs as the fused operation does.
-Parts that carry a delta or whose weight is trained keep their own code.
+A module is replaced if it has the expected structure and gives the same output as the fused
+operation on random inputs. Modules with a delta or a trained weight keep their own code.
 """
 
 from __future__ import annotations
@@ -36,9 +32,9 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class FastPath:
-    """How many of the blocks run norms, MLP and rotary embedding fused, which of these parts run
-    the model's own code in the other blocks, and why operators run in torch and not in kernels of
-    lorafold (empty: they don't). The blocks of towers do not count.
+    """The coverage of `fused`: `fast` of `blocks` blocks (without encoders) are fully fused;
+    `plain` lists the unfused parts of the others; `in_torch` is the reason why lorafold's kernels
+    are not used, if any.
     """
 
     fast: int
@@ -60,17 +56,17 @@ def fused(
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary,
     gate: Callable[[Tensor, Tensor, str], Tensor] = gated,
 ) -> Iterator[FastPath]:
-    """Replace all parts that can be fused until the `with` block ends.
+    """Context manager: fuses all modules that can be fused.
 
     Args:
-        linears: whether frozen linears and the head are among the parts.
-        norm: what computes `lorafold.ops.elementwise.rms_norm` (..., d).
-        rotate: what computes `lorafold.ops.elementwise.rotary` (B, H, T, D).
-        gate: what computes `lorafold.ops.elementwise.gated` (..., k).
+        linears: whether to fuse frozen linear layers and the head.
+        norm: the implementation of `lorafold.ops.elementwise.rms_norm` (..., d).
+        rotate: the implementation of `lorafold.ops.elementwise.rotary` (B, H, T, D).
+        gate: the implementation of `lorafold.ops.elementwise.gated` (..., k).
     """
-    rotation = cache(partial(_fused_rotary, rotate))  # of each of transformers' functions
-    # the name of a part, the attribute of a module that is replaced, whether the module must be
-    # free, and what makes the fused form, or None
+    rotation = cache(partial(_fused_rotary, rotate))  # for each of transformers' functions
+    # the part's name, the replaced attribute, whether the module must be frozen and unadapted, and
+    # a function that returns the fused form or None
     parts: tuple[tuple[str, str, bool, Callable[[nn.Module], Forward | None]], ...] = (
         ("norms", "forward", True, partial(_fused_norm, norm)),
         ("MLP", "forward", True, partial(_fused_mlp, gate)),
@@ -101,7 +97,7 @@ def fused(
                 if not adapted and "forward" not in vars(head):  # trained or not
                     plain.append(head)
                 for module in filter(is_linear, plain):
-                    # multiplies in the dtype that is fastest on this processor, from any storage
+                    # computes in the fastest dtype of this processor, for any weight format
                     layer = layer_of(module)
                     replace_attribute(stack, module, "forward", partial(layer.called, layer))
         counted = [*filter(beneath(anatomy.language_blocks), blocks)]
@@ -111,9 +107,7 @@ def fused(
 
 
 def _free(module: nn.Module) -> bool:
-    """Whether the module is frozen, carries no delta, and runs its class's own forward on one
-    input.
-    """
+    """Whether the module is frozen and unadapted, and runs its class's forward on one input."""
     trained = any(p is not None and p.requires_grad for p in module._parameters.values())
     unchanged = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
     # one input: some norms take a gate as well, which the fused norm does not
@@ -121,9 +115,7 @@ def _free(module: nn.Module) -> bool:
 
 
 def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
-    """Whether both compute the same outputs, up to the rounding of a few operations. Fake tensors
-    have no values to compare, so there a part with the right structure is fused.
-    """
+    """Whether both give the same outputs up to rounding; always true for fake tensors."""
     if is_fake(inputs[0]):
         return True
     outputs = (f(*inputs) for f in (forward, plain))
@@ -133,9 +125,7 @@ def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
 
 
 def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
-    """The fused forward of a root mean square norm whose gain is its weight, or 1 + its weight;
-    None if the module is no such norm.
-    """
+    """The fused forward of an RMS norm with gain `weight` or 1 + `weight`, or None."""
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     alone = len(module._parameters) == 1 and weight is not None and weight.dim() == 1
@@ -155,9 +145,7 @@ def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
 
 
 def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
-    """The fused forward of down(act(gate(x)) * up(x)), whose parts have the names that transformers
-    gives them; None if the module is no such MLP.
-    """
+    """The fused forward of down(act(gate(x)) * up(x)), or None."""
     parts, names = dict(module.named_children()), ("gate_proj", "up_proj", "down_proj", "act_fn")
     if parts.keys() != {*names}:
         return None
@@ -179,9 +167,7 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
 
 
 def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
-    """The fused act(gate) * up of experts, whose gates and ups are the halves of u (S, 2 k); None
-    if the module has no experts or their gate is another.
-    """
+    """The fused act(gate) * up of experts, the halves of u (S, 2 k), or None."""
     plain: Any = getattr(module, "_apply_gate", None)
     known_gate = plain is not None and plain.__func__.__name__ == "_default_apply_gate"
     if not known_gate or not expert_parameters(module):
@@ -199,9 +185,7 @@ def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
 
 
 def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -> Forward | None:
-    """A copy of the attention's forward, for this module alone, that calls the fused rotation
-    instead of the function of its file; None if it can't be fused.
-    """
+    """A copy of the attention's forward that calls the fused rotation, or None."""
     if isinstance(module, Adapted) or "forward" in vars(module):
         return None
     plain = inspect.unwrap(type(module).forward)  # without wrappers for deprecated arguments
@@ -215,8 +199,8 @@ def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -
 
 
 def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
-    """The fused function that rotates queries and keys, (B, H, T, D) or (B, T, H, D), by the halves
-    of D; None if `plain` computes something else.
+    """The fused rotation of queries and keys, (B, H, T, D) or (B, T, H, D), by the halves of D, or
+    None.
     """
     if [*inspect.signature(plain).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return None
@@ -230,7 +214,7 @@ def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     q = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
-    with suppress(RuntimeError):  # its cos and sin have another size
+    with suppress(RuntimeError):  # cos and sin have another size
         if _agree(forward, plain, q[None], q[None], q + 1, q + 2):
             return forward
     return None

@@ -1,16 +1,11 @@
-"""The next-token loss at labelled positions only, in chunks, so that the logits of all positions
-never exist at once.
+"""The next-token loss at labelled positions only, in chunks, so that the full logits never exist.
 
     loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) the hidden states of the n labelled
                                               positions, f the model's head, y (n,)
 
-Models differ in f (Gemma caps its logits, Cohere and Granite scale them), so the model computes it
-itself. It runs once, where a hook keeps the decoder's hidden states and passes only the last
-position on to the head; and again for each chunk of hidden states, which a function returns in the
-decoder's place. Each chunk's gradients are computed at once and its logits are freed; the losses of
-documents, whose weights in the gradient are not known then, compute each chunk again in the
-backward. A frozen linear head whose logits agree with the model's at that last position, which is
-checked once for each state of the head, is computed directly, without a graph.
+The model computes f (caps, scales): a hook catches the decoder's hidden states and passes only the
+last position on; then the model runs for each chunk, with the chunk as its decoder's output. A
+frozen linear head is computed directly if its logits agree with the model's.
 """
 
 from __future__ import annotations
@@ -43,9 +38,7 @@ from lorafold.ops.host_tensors import on_host, rows_at, sent
 
 
 class _Known(NamedTuple):
-    """Whether a head's linear form agrees with the model, and the state of the head for which it
-    holds.
-    """
+    """Whether a head's linear form agrees with the model, for one state of the head."""
 
     model: ref[Any]
     weight: ref[Tensor]
@@ -57,8 +50,8 @@ _agreed: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
-    """Return the linear form of the head, or None. The head has one if it is frozen and the form's
-    logits for h (1, d) agree with the `logits` that the model computed.
+    """The head's linear form if it is frozen and gives the model's `logits` for h (1, d), else
+    None.
     """
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     plain = type(layer) is nn.Linear and isinstance(w := layer.weight, nn.Parameter)
@@ -71,13 +64,13 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
     with torch.no_grad():
         if is_fake(h):
             return linear if logits.shape == linear.logits(h).shape else None
-        # the answer of the device is waited for once
+        # cached, because reading the result waits for the device
         key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
         same = known is not None and known.model() is model and known.weight() is w
         if known is None or not same or known.key != key:
             z = linear.logits(h)
             agree = z.shape == logits.shape
-            if agree:  # but for rounding
+            if agree:  # up to rounding
                 wide = logits.to(at_least_fp32(z))
                 off = (z.to(wide) - wide).norm()
                 agree = bool(off <= 4 * torch.finfo(z.dtype).eps * wide.norm())
@@ -90,12 +83,11 @@ def labelled_loss(
     rows: Tensor | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The loss in nats summed over the labelled positions of labels (B, T), targets or -100, and
-    their number n. `counts` (B, T) says how often each position counts, `rows` (B, T) how many rows
-    have it, for the load-balancing loss.
+    their number n. `counts` (B, T) weights positions; `rows` (B, T) is the number of rows with
+    each, for the load-balancing loss, which is added times n.
 
-    The loss is differentiable once; for n = 0 it is 0, with gradients of 0. If
-    config.output_router_logits is set, the sum includes the model's load-balancing loss, times its
-    coefficient and n. To train under DDP or FSDP, wrap a module whose forward calls this function.
+    Differentiable once: each chunk's gradients are computed with its logits. For DDP or FSDP, wrap
+    a module whose forward calls this function.
     """
     h, targets, linear, output = until_head(model, labels, inputs)
     if linear is not None:
@@ -116,11 +108,8 @@ def labelled_loss(
 def token_losses(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], own: bool = False
 ) -> Tensor:
-    """Return the loss in nats of each labelled position, (n,), from the first row to the last.
-
-    The losses are differentiable once, and their gradients may have any weights. They never include
-    a load-balancing loss. A head that is trained or adapted is computed again in the backward,
-    under the adapters that are active then.
+    """The loss in nats of each labelled position, (n,); differentiable once. A trained or adapted
+    head is recomputed in the backward, under the adapters active then.
     """
     h, targets, linear, _ = until_head(model, labels, inputs)
     if linear is not None and not own:
@@ -131,8 +120,8 @@ def token_losses(
 def document_losses(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the `token_losses` of each document, summed, and the number of its labelled positions:
-    (n,) and (n,). document (B, T).
+    """The summed `token_losses` and labelled positions of each document, (n,) each. document (B,
+    T).
     """
     if is_fake(labels):
         losses, of = token_losses(model, labels, inputs), document.flatten()
@@ -149,14 +138,14 @@ def document_losses(
 def until_head(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
-    """Return the hidden states (n, d) and targets (n,) of the labelled positions, the head's linear
-    form if it has one, and the model's output.
+    """The hidden states (n, d) and targets (n,) at labelled positions, the head's linear form if
+    any, and the model's output.
     """
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: Any, output: Any) -> Any:
         h = output.last_hidden_state
-        # with the strides of h, torch would copy the whole head
+        # with the strides of h, torch would copy the whole weight of the head
         output.last_hidden_state = last = h.detach()[0, -1].view(1, 1, -1)
         caught.extend((h, last))
         return output
@@ -165,7 +154,7 @@ def until_head(
         output = model(**inputs, use_cache=False)
     h, last, *_ = caught
     h = h[:, -labels.shape[1] :].flatten(0, 1)
-    if is_fake(labels):  # they have no values: all positions count as labelled
+    if is_fake(labels):  # without values, all positions count as labelled
         targets = labels.flatten()
     else:
         targets = on_host(labels).flatten()
@@ -180,16 +169,13 @@ def at_labels(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _runs(h: Tensor) -> list[slice]:
-    """Return the chunks of positions whose logits exist at a time.
-
-    For fake tensors the last three are enough to find the peak of memory: all chunks but the last
-    are equally long.
+    """The chunks of positions whose logits exist at a time; for fake tensors, enough to find the
+    peak.
     """
     return chunks(len(h))[-3:] if is_fake(h) else chunks(len(h))
 
 
 def _decoder(model: Any) -> Any:
-    """Return the module between the token ids and the head."""
     anatomy = Anatomy.of(model)
     if not anatomy.decoder or anatomy.head is None:
         raise LorafoldError(
@@ -200,9 +186,7 @@ def _decoder(model: Any) -> Any:
 
 
 class _Given:
-    """A decoder's output that has hidden states; every other attribute is None. A multimodal model
-    unpacks it with `**`.
-    """
+    """A decoder's output with hidden states; every other attribute is None."""
 
     def __init__(self, h: Tensor) -> None:
         self.last_hidden_state = h
@@ -211,7 +195,6 @@ class _Given:
         return self.last_hidden_state if index in (0, "last_hidden_state") else None
 
     def keys(self) -> tuple[str, ...]:
-        """The names that `**` unpacks."""
         return ("last_hidden_state",)
 
     def __getattr__(self, name: str) -> None:
@@ -240,15 +223,13 @@ def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def head_of(model: Any, h: Tensor, least: int = 0) -> Tensor:
-    """Return the logits (n, V) of hidden states h (n, d), as the model computes `least` or more."""
+    """The logits (n, V) of hidden states h (n, d), computed with at least `least` rows."""
     with _short_circuit(model) as head:
         return head(F.pad(h, (0, 0, 0, max(0, least - len(h)))))[: len(h)]
 
 
 def _leaves(y: Tensor) -> list[Tensor]:
-    """Return the leaf tensors that y depends on and that require gradients: the trained tensors of
-    the head, in whichever module they are.
-    """
+    """The leaf tensors with gradients that y depends on: the trained tensors of the head."""
     leaves, seen, ahead = [], set(), [y.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -262,20 +243,18 @@ def _leaves(y: Tensor) -> list[Tensor]:
 
 
 def balances(model: Any) -> bool:
-    """Whether the model adds such a loss."""
+    """Whether the model adds a load-balancing loss."""
     config = getattr(model, "config", None)
     return config is not None and getattr(config.get_text_config(), "output_router_logits", False)
 
 
 def weighs(model: Any) -> bool:
-    """Whether the loss can count a token as often as rows have it: transformers' function of it is
-    beside the model, and weights tokens by their mask.
-    """
+    """Whether the load-balancing loss can weight tokens: transformers' function for it exists."""
     return _own(model) is not None and hasattr(model, "num_experts_per_tok")
 
 
 def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tensor | float:
-    """The loss (), times its coefficient; 0 if the model would add none. rows (B, T)."""
+    """The load-balancing loss () times its coefficient; 0 if the model has none. rows (B, T)."""
     if not balances(model):
         return 0.0
     config = model.config.get_text_config()

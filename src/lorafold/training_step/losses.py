@@ -1,5 +1,4 @@
-"""Losses as modules: each has a model, takes the inputs of a micro-batch and returns their sum.
-"""
+"""Losses as modules, which return the sum over a micro-batch."""
 
 from __future__ import annotations
 
@@ -30,11 +29,11 @@ from lorafold.training_step.shared_prefixes import Branching, over
 
 
 class Loss(nn.Module, ABC):
-    """Abstract: a loss that is summed, and not averaged, over what `count` counts, so that the sum
-    over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
+    """Abstract: a loss that is summed, not averaged, so that micro-batches add up to the batch
+    exactly.
 
-    `pace` is the share of a method's own learning rates that suits the loss, `pace_up` that of the
-    rate of its up factors. `counts` go with its checkpoints.
+    `pace` is a factor on a method's learning rates, `pace_up` on its up factors'; `counts` are
+    saved.
     """
 
     pace = 1.0
@@ -47,24 +46,19 @@ class Loss(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
         return next(self.parameters()).device
 
     @abstractmethod
     def count(self, example: Any) -> int:
-        """Return the weight of the example in the mean loss: its tokens, or 1 for a text."""
+        """The weight of the example in the mean loss: its tokens, or 1 for a text."""
 
     def learns(self, example: Any) -> bool:
-        """Whether the loss of the example has a gradient; one without only counts in the mean."""
+        """Whether the example's loss has a gradient; without one it only counts in the mean."""
         return True
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
-        """Divide the examples of an optimizer step into micro-batches. Returns the indices of the
-        examples of each.
-
-        Args:
-            n: The number of micro-batches; there are more if packed ones would exceed `tokens`.
-            tokens: The most tokens of a packed sequence.
+        """Divide the indices of a step's examples into n micro-batches, or more, of at most
+        `tokens` if packed.
         """
         return micro_batches(range(len(examples)), n)
 
@@ -74,75 +68,54 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
-        """Return the arguments of `forward` for these examples, on the device: labels and inputs,
-        each (B, T), or labels (B,) for a classifier.
-        """
+        """The arguments of `forward` on the device: each (B, T), or labels (B,) to classify."""
 
     def of_step(
         self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
     ) -> dict[str, Tensor]:
-        """Return the arguments of `forward` that all micro-batches of an optimizer step share: sums
-        over its examples, (k,), without gradients, which add up over processes. There are none
-        unless the loss of an example depends on the others.
-
-        Args:
-            examples: Those of this process, which may have none.
-            idle: One that passes through the model, and counts nothing, where others pass more.
-            passes: Makes of the number of passes here the one that all processes make.
+        """Arguments of `forward` shared by a step's micro-batches: sums over its examples, (k,),
+        additive over processes, which all make `passes(n)` passes (of `idle` if necessary).
         """
         return {}
 
     def figures(self, processes: Processes = ALONE) -> Mapping[str, float]:
-        """Return what the step that was just computed has to show besides its loss, by name, over
-        all processes. It is asked once a step.
-        """
+        """Metrics of the last step besides the loss, over all processes; called once per step."""
         return {}
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
-        """Return for each example of a step the row that each of its tokens is named by, (t,): its
-        place in the whole batch, or, where tokens that begin several are computed once, that of the
-        first of them. It depends neither on micro-batches nor on the number of processes.
+        """The row (t,) that names each token of each example: its index in the batch, or the first
+        row's with the same prefix.
         """
         return [np.full(1, row) for row in range(len(examples))]
 
     def names(
         self, examples: Sequence[Any], rows: Sequence[Array], inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """Return the names (B, T) of the tokens of a micro-batch, which dropout follows from.
-
-        Args:
-            rows: Of each example, as `rows_of` gives them.
-            inputs: As `collate` gives them.
-        """
+        """The names (B, T) of the tokens of a micro-batch, which dropout depends on."""
         ids, given = inputs["input_ids"], inputs.get("position_ids")
         if given is None:
             document = torch.arange(len(ids))[:, None]
             positions = torch.arange(ids.shape[1])
         else:
             positions = on_host(given)
-            shared = inputs.get("document")  # where tokens of several rows are computed once
+            shared = inputs.get("document")  # with shared prefixes
             document = (positions == 0).cumsum(1) - 1 if shared is None else on_host(shared)
         return sent(named(row_at(rows, document, positions), positions), ids.device)
 
     @abstractmethod
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Return the loss in nats, (), summed over labels (B, T), or (B,) for a classifier.
-
-        `inputs` are the model's keyword arguments, each (B, T).
-        """
+        """The loss in nats, (), summed over labels (B, T), or (B,) for a classifier."""
 
 
 def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor:
-    """The rows (B, T) that tokens are named by. document, positions (B, T)."""
+    """The rows (B, T) that name the tokens. document, positions (B, T)."""
     table = np.stack([np.pad(of, (0, max(map(len, rows)) - len(of)), "edge") for of in rows])
     of_tokens = torch.from_numpy(table)
     return of_tokens[document, positions.clamp(max=of_tokens.shape[1] - 1)]
 
 
 class RowsAlike(Loss):
-    """Abstract: a loss over rows that computes shared prefixes once, where `how` allows it and it
-    pays.
-    """
+    """Abstract: a loss that computes shared prefixes once if it saves tokens."""
 
     def __init__(
         self, model: nn.Module, packed: bool, pad_id: int, how: Branching | None = None
@@ -154,7 +127,7 @@ class RowsAlike(Loss):
         self.how = how if shares else None
 
     def shared_in(self, examples: Sequence[Any]) -> bool:
-        """Whether rows that begin alike are computed once there."""
+        """Whether shared prefixes of these rows are computed once."""
         lengths, how = [len(e.ids) for e in examples], self.how
         if how is None or not how.shares or max(lengths) > (how.longest or inf):
             return False
@@ -177,7 +150,7 @@ class RowsAlike(Loss):
 
 
 class CompletionLoss(RowsAlike):
-    """The next-token loss at labelled positions, in nats; on packed or on padded sequences."""
+    """The next-token loss at labelled positions, in nats; on packed or padded sequences."""
 
     def count(self, example: Example) -> int:
         return labelled(example)
@@ -210,7 +183,7 @@ class CompletionLoss(RowsAlike):
             inputs.pop(name, None)
         with over(self.how, lens, labels.device):
             losses = token_losses(self.model, labels, inputs)
-        place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # of a token among the labelled ones
+        place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # index among the labelled tokens
         trained = forest(examples).trained
         return torch.stack([losses[place[torch.from_numpy(of)]].sum() for of in trained])
 
@@ -218,9 +191,7 @@ class CompletionLoss(RowsAlike):
 def similar_lengths(
     rows: Iterable[int], length: Callable[[int], int], tokens: int
 ) -> list[list[int]]:
-    """Batches of rows of similar length, which need little padding, each of at most so many tokens
-    with it.
-    """
+    """Batches of rows of similar length, each of at most `tokens` tokens with padding."""
     batches: list[list[int]] = []
     for i in sorted(rows, key=length):
         if not batches or (len(batches[-1]) + 1) * length(i) > tokens:
@@ -230,7 +201,7 @@ def similar_lengths(
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
-    """The loss of the next token, (), on tensors without values. inputs (1, T) or (B, T)."""
+    """The next-token loss (), for fake tensors. inputs (1, T) or (B, T)."""
     ids = inputs["input_ids"]
     labels = ids.new_zeros((len(ids), ceil(labelled / len(ids))))
     return labelled_loss(model, labels, inputs)[0]

@@ -1,8 +1,6 @@
-"""For any optimizer of an adapter: its parameter groups, the learning rate schedule, and its state
-as tensors in a checkpoint.
+"""Parameter groups, the learning rate schedule, and optimizer state in checkpoints.
 
-Up factors B have a learning rate of their own in every low-rank method, as in LoRA+ (Hayou et al.
-2024, arXiv 2402.12354, with a ratio of 16), and so a group. Weight decay shrinks matrices alone.
+Up factors B have their own learning rate, as in LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from torch.optim import Optimizer
 from lorafold.core.delta import Delta
 from lorafold.errors import LorafoldError, differing, listed
 
-SHARED = {"qmap1", "qmap2"}  # of 8-bit optimizers: constants that all parameters have in common
-# the parameters that may have a learning rate of their own, as a run tells them
+SHARED = {"qmap1", "qmap2"}  # 8-bit optimizers: constants shared by all parameters
+# labels of the parameters that may have their own learning rate
 UP, WHOLE = "up factors (LoRA+)", "modules trained whole"
 
 
@@ -30,12 +28,9 @@ def param_groups(
     decay_vectors: bool = True,
     lr_whole: float | None = None,
 ) -> list[dict]:
-    """Divide the trained parameters of deltas into up factors, those of whole modules if they have
-    a rate of their own, and all others, for the optimizer, and each into those that weight decay
-    shrinks and those that it does not.
-
-    Weights that act by their size, such as the gains of a norm, IA3's l and DoRA's magnitude, would
-    be drawn to 0 by it, where the base is switched off.
+    """Parameter groups: up factors, fully trained modules if they have their own rate, and all
+    others, each with and without weight decay. Weights that act by their size, such as norm gains,
+    IA3's l and DoRA's magnitude, must not decay to 0.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {
         (kind, decays): {"params": list[nn.Parameter](), "lr": rate, "peak": rate, "of": kind}
@@ -47,7 +42,7 @@ def param_groups(
         whole = WHOLE if delta.whole and lr_whole is not None else ""
         shrunk = None if decay_vectors else matrices_in(delta)
         for name, p in delta.named_parameters():
-            # a sparse delta may have no entry at all, and CUDA launches no kernel on empty tensors
+            # a sparse delta may be empty, and CUDA can't launch kernels on empty tensors
             if p.requires_grad and p.numel():
                 decays = shrunk is None or p in shrunk
                 kind = UP if name in delta.up_names else whole
@@ -56,7 +51,7 @@ def param_groups(
 
 
 def matrices_in(delta: nn.Module) -> set[nn.Parameter]:
-    """The parameters that are matrices, or entries of such."""
+    """The parameters that are matrices, or entries of matrices."""
     matrices = set[nn.Parameter]()
     for module in delta.modules():
         vectors, entries = (getattr(module, f"{kind}_names", ()) for kind in ("vector", "entry"))
@@ -67,8 +62,8 @@ def matrices_in(delta: nn.Module) -> set[nn.Parameter]:
 
 
 def sum_in_fp32(model: nn.Module) -> None:
-    """Have the gradients of 16-bit embeddings that train summed in fp32 over micro-batches. A row
-    that is rounded after each of them is off by several units.
+    """Accumulate the gradients of trained 16-bit embeddings in fp32, to avoid errors of several
+    units.
     """
     for module in model.modules():
         w = module._parameters.get("weight") if isinstance(module, nn.Embedding) else None
@@ -77,9 +72,7 @@ def sum_in_fp32(model: nn.Module) -> None:
 
 
 def rates(groups: list[dict], lr: float) -> str:
-    """Return a line with the peak learning rates, as in "learning rate: 2e-4; up factors (LoRA+)
-    3e-3", in which the up factors are named if their rate is another one.
-    """
+    """A line with the peak learning rates: "learning rate: 2e-4; up factors (LoRA+) 3e-3"."""
     texts = dict[str, None]()
     for group in groups:
         digits, _, power = f"{group['peak']:e}".partition("e")
@@ -89,16 +82,12 @@ def rates(groups: list[dict], lr: float) -> str:
 
 
 def warm_steps(recipe: Any, steps: int) -> int:
-    """The steps over which learning rates rise, of a run's."""
     return recipe.warmup_steps or math.ceil(recipe.warmup * steps)
 
 
 def set_learning_rates(optimizer: Optimizer, recipe: Any, step: int, steps: int) -> None:
-    """Set each group's learning rate to its peak rate times the schedule at this step.
-
-    The rate rises linearly over the first `warmup_steps`, or the `warmup` share of the steps
-    (rounded up); then it falls to zero along a cosine or a line, or stays. It depends on the step
-    alone, so a checkpoint stores nothing of it.
+    """Set each group's learning rate: linear warmup, then cosine or linear decay to zero, or
+    constant.
     """
     warm = warm_steps(recipe, steps)
     done = (step - warm) / max(1, steps - warm)
@@ -109,12 +98,7 @@ def set_learning_rates(optimizer: Optimizer, recipe: Any, step: int, steps: int)
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors of any shapes, by `<parameter's number>.<name>`, for
-    a checkpoint.
-
-    A Python number becomes a scalar tensor. A tensor that several parameters share is stored once,
-    with the first of them.
-    """
+    """The optimizer's state as tensors of any shapes, by `<parameter's index>.<name>`."""
     tensors: dict[int, tuple[str, Tensor]] = {}  # by the identity of the value
     for i, p in enumerate(parameters(optimizer.param_groups)):
         for name, value in optimizer.state.get(p, {}).items():
@@ -128,12 +112,9 @@ def restore_optimizer(
     tensors: dict[str, Tensor],
     updates: Callable[[nn.Parameter], bool] = lambda p: True,
 ) -> None:
-    """Restore the state of `optimizer_tensors`, of any shapes, to an optimizer over the same
-    parameters that has made no step: that of the parameters that this process updates.
-
-    The optimizer first makes a state of its own, with a step whose learning rates and gradients are
-    zero and which changes nothing. The tensors are then copied into that state, which keeps its
-    dtypes and its paged memory; load_state_dict would keep neither.
+    """Restore `optimizer_tensors` (any shapes) to an optimizer that has made no step. A step with
+    zero gradients creates the state, into which the tensors are copied, because load_state_dict
+    would not preserve its dtypes and paged memory.
     """
     trained = parameters(optimizer.param_groups)
     others = {str(i) for i, p in enumerate(trained) if not updates(p)}
@@ -165,12 +146,11 @@ def restore_optimizer(
 
 
 def parameters(groups: list[dict]) -> list[nn.Parameter]:
-    """Return the parameters of an optimizer's groups, in order."""
     return [p for group in groups for p in group["params"]]
 
 
 def restore_rng(tensors: dict[str, Tensor]) -> None:
-    """Restore the states of torch's generators, each (bytes,), as a checkpoint has them."""
+    """Restore the states of torch's generators, each (bytes,), from a checkpoint."""
     torch.set_rng_state(tensors["rng.cpu"])
     for i in range(torch.cuda.device_count()):
         if (state := tensors.get(f"rng.cuda.{i}")) is not None:

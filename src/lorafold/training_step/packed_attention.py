@@ -1,16 +1,9 @@
-"""Attention over documents that are packed into one sequence, each attending to itself alone.
+"""Attention over documents packed into one sequence, each attending only to itself.
 
-    with packed(model) as apart:
-        batch = collate(examples, packed=apart, pad_id=tokenizer.pad_token_id)
-
-A packed batch consists of ids (1, T) and positions (1, T) that restart at 0 in each document. Our
-mask function, in transformers' registry, gets a predicate: may query i see key j? Where it is false
-for j = i - 1, a document begins, so a `Documents` takes the place of a (T, T) mask on the way to
-our attention function. Everything else (padding, decoding with a cache, custom masks, sinks,
-position bias, attention dropout) gets a mask and general attention. Models whose documents
-influence each other all the same (recurrent ones, those that ignore position_ids) are found by a
-test first and train on padded batches. Documents are found on the host, which sent the positions:
-transformers would ask the device once for each mask.
+A packed batch has ids (1, T) and positions (1, T) that restart at 0 in each document. The mask
+function derives the documents from transformers' predicate (one begins at i if i can't attend to i
+- 1), on the host, and gives the attention function a `Documents` instead of a (T, T) mask. Anything
+else (padding, caches, sinks, position bias, dropout) uses general attention with a mask.
 """
 
 from __future__ import annotations
@@ -49,8 +42,8 @@ FIND, REMAP = "find_packed_sequence_indices", "remap_positions_for_packed_sequen
 
 @contextmanager
 def packed(model: PreTrainedModel) -> Iterator[bool]:
-    """Keep the model's attention inside documents until the `with` block ends, and yield True; or
-    leave the model unchanged and yield False if its documents would influence each other.
+    """Keep the model's attention inside documents and yield True; or leave the model unchanged and
+    yield False if its documents would influence each other.
     """
     if not isolates(model):
         yield False
@@ -60,8 +53,8 @@ def packed(model: PreTrainedModel) -> Iterator[bool]:
 
 
 def isolates(model: PreTrainedModel) -> bool:
-    """Test, with two short documents, whether the model computes a packed document as it computes
-    the document alone. The model and the random state stay unchanged.
+    """Whether a packed document has the same outputs as the document alone (tested with two
+    documents).
     """
     n, m = 11, 13
     first, other, second = random_ids(model, 2 * n + m).split([n, n, m])
@@ -73,7 +66,7 @@ def isolates(model: PreTrainedModel) -> bool:
                 together = packed_logits(model, torch.cat([first, second]), both)
                 changed = packed_logits(model, torch.cat([other, second]), both)
     except (AttributeError, TypeError, LorafoldError) as error:
-        # the decoder computes with its masks, or no head is over its positions
+        # the decoder computes with its masks, or has no head that covers every position
         why = f"{type(error).__name__}: {cut(str(error), 200)}"
         log.warning("packed rows fail in this model (%s)", why)
         return False
@@ -82,16 +75,14 @@ def isolates(model: PreTrainedModel) -> bool:
 
 
 def random_ids(model: PreTrainedModel, n: int) -> Tensor:
-    """Return n token ids, (n,), the same each time, on the model's device."""
+    """n token ids, (n,), the same at each call, on the model's device."""
     vocab = model.config.get_text_config().vocab_size
     return torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tensor:
-    """Return the logits (T, V), in fp32, of packed documents. ids (T,).
-
-    A model without output embedding pools its logits; of it the hidden states (T, d) are returned
-    that its head is over.
+    """The logits (T, V), in fp32, of packed documents, ids (T,); for a model without output
+    embedding, the hidden states (T, d) that enter its head.
     """
     inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
     if model.get_output_embeddings() is None:
@@ -100,10 +91,8 @@ def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tenso
 
 
 def near(model: PreTrainedModel, logits: Tensor, expected: Tensor, units: int) -> bool:
-    """Whether logits (T, V) agree to so many units of the model's dtype.
-
-    Norms are compared, since experts group the tokens of all documents together: sums then round
-    differently, even if no document influences another.
+    """Whether logits (T, V) agree up to `units` of the dtype, by norm, because experts group the
+    tokens of all documents, which changes rounding.
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
     return bool((logits - expected).norm() <= allowed * expected.norm())
@@ -116,7 +105,7 @@ def attending(
     attention: Callable[..., Any] | None = None,
     name: str = NAME,
 ) -> Iterator[None]:
-    """Set the model's attention function until the `with` block ends."""
+    """Context: the model uses this attention function."""
     AttentionInterface.register(name, attention or attend)
     AttentionMaskInterface.register(name, mask)
     before = _implementations(model.config)
@@ -130,9 +119,8 @@ def attending(
 
 
 def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[str, Any]:
-    """The attention implementations as set_attn_implementation takes them, or `name` in their
-    place: the model's own under "", those of nested configurations by name. A configuration without
-    one (MPT, DBRX) is left out, because transformers can't set it back to none.
+    """The argument of set_attn_implementation, with `name` if given, without configurations that
+    have no implementation (MPT, DBRX): transformers can't reset those.
     """
     nested = {key: getattr(config, key) for key in config.sub_configs}
     return {"": name or config._attn_implementation} | {
@@ -150,10 +138,10 @@ def document_mask(
     attention_mask: Tensor | None = None,
     **protocol: Any,
 ) -> Documents | Tensor | None:
-    """A `Documents` for causal documents, else a boolean mask (B, 1, Tq, Tk); a function of
-    transformers' mask protocol, with an attention_mask (B, Tk) that is False at padding.
+    """A `Documents` for causal documents, else a boolean mask (B, 1, Tq, Tk); transformers' mask
+    interface.
     """
-    # an offset is a tensor if the cache is static
+    # with a static cache, an offset is a tensor
     offsets = protocol.get("q_offset", 0), protocol.get("kv_offset", 0)
     whole = q_length == kv_length and all(isinstance(n, int) and n == 0 for n in offsets)
     if attention_mask is None and not protocol.get("use_vmap") and whole:
@@ -165,7 +153,7 @@ def document_mask(
             try:
                 ahead = mask_function(b, head, earlier, later)
                 break
-            except RuntimeError:  # it reads tensors of the device, as that of chunks does
+            except RuntimeError:  # the predicate of chunked attention reads tensors on the device
                 if where == places[-1]:
                     raise
         if not ahead.any():
@@ -193,14 +181,14 @@ def attend(
     scaling: float | None = None,
     **protocol: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention, (B, Tq, H, Dv); a function of transformers' attention protocol. query,
-    key, value (B, H, Tq, D), (B, Hk, Tk, D), (B, Hk, Tk, Dv); attention_mask (B, 1, Tq, Tk).
+    """Attention output (B, Tq, H, Dv): transformers' attention interface. query, key, value (B, H,
+    Tq, D), (B, Hk, Tk, D), (B, Hk, Tk, Dv); attention_mask (B, 1, Tq, Tk).
     """
     softcap, s_aux, position_bias = map(protocol.get, ("softcap", "s_aux", "position_bias"))
     dropout = protocol.get("dropout", 0.0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):
-        virtual = attention_mask.behind is not None  # tokens in front, which are keys alone
+        virtual = attention_mask.behind is not None  # virtual tokens in front, which are only keys
         if not virtual and query.shape[2] != key.shape[2]:
             raise LorafoldError(
                 f"{type(module).__name__}: found {key.shape[2]} keys for {query.shape[2]} queries,"
@@ -233,7 +221,7 @@ def attend(
 
 @dataclass
 class _Both:
-    """Values (B, T) that are known on the host, for indices there and on a device."""
+    """Values (B, T) known on the host, that can be indexed there and on a device."""
 
     here: Tensor
     device: torch.device
@@ -244,8 +232,7 @@ class _Both:
 
 
 class _OnHost:
-    """transformers' functions that find documents, and how many `with` blocks replace them by ours.
-    """
+    """Replaces transformers' functions that find documents, while any `with` block needs it."""
 
     def __init__(self) -> None:
         self.users, self.known = 0, _Both(torch.empty(0), HOST)
@@ -260,7 +247,7 @@ class _OnHost:
         if not self.users:
             self.theirs = {name: vars(masking_utils).get(name) for name in self.ours}
         self.users += more
-        if None not in self.theirs.values():  # a version that has others goes on as it does
+        if None not in self.theirs.values():  # other versions of transformers stay unchanged
             vars(masking_utils).update(self.ours if self.users else self.theirs)
 
     def _find(self, position_ids: Tensor) -> Any:

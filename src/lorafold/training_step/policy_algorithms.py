@@ -1,14 +1,10 @@
-"""The laws of policies: each with its equation, its paper and its options.
+"""The policy gradient algorithms. A token y_t of a sampled completion with reward r has
 
-Of a prompt the policy drew a group of completions y, and each got a reward r. Of a token y_t are
-given its log-probability under the policy that trains, under the one that drew it, and under the
-reference, which never moves:
-
-    w_t = pi(y_t | y_<t) / pi_drawn(y_t | y_<t)        its ratio
+    w_t = pi(y_t | y_<t) / pi_sampled(y_t | y_<t)      its ratio
     A   = (r - baseline) / scale                       the advantage of its completion
     KL_t = e^d - d - 1,   d = log ref(y_t) - log pi(y_t)       k3, Schulman 2020
 
-A loss is that of each token, in nats; `average` says what they are averaged over.
+The loss is per token, in nats; `average` selects how it is averaged.
 """
 
 from __future__ import annotations
@@ -23,18 +19,17 @@ from torch import Tensor
 from lorafold.training_step.preference_algorithms import Positive, Weight, algorithm
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Scale = Literal["group", "batch", "none"]  # whose deviation advantages are divided by
-TINY = 1e-4  # beside a standard deviation, which may be 0
+Scale = Literal["group", "batch", "none"]  # advantages are divided by its standard deviation
+TINY = 1e-4  # added to a standard deviation, which may be 0
 
-# What losses of tokens are averaged over: the tokens of the step; the tokens of a completion, then
-# completions; completions, of sums; completions, of sums over the most tokens of one
+# Token losses are averaged over the tokens of the step; over each completion, then completions;
+# summed over each completion, then averaged; the same, divided by the maximum completion length
 Average = Literal["tokens", "per-sequence", "sums", "longest"]
 
 
 class SampledTokens(NamedTuple):
-    """The n tokens of k completions: log-probabilities (n,) in nats under the policy, the one that
-    sampled them and the reference (None: it has no part), the advantage (n,) of the completion, and
-    which completion (n,), from 0 to k - 1, a token is of.
+    """The n tokens of k completions: log-probabilities (n,) in nats under the policy, the sampling
+    policy and the reference, the advantage (n,), and the index (n,) of the completion.
     """
 
     logps: Tensor
@@ -64,7 +59,7 @@ class SampledTokens(NamedTuple):
 
 
 def deviation(x: Tensor) -> Tensor:
-    """The standard deviation (n, 1) of the numbers in each row of x (n, k), NaN left out."""
+    """The standard deviation (n, 1) of each row of x (n, k), ignoring NaN."""
     squares = (x - x.nanmean(1, keepdim=True)).square()
     n = (~x.isnan()).sum(1, keepdim=True)
     return (squares.nansum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
@@ -72,14 +67,13 @@ def deviation(x: Tensor) -> Tensor:
 
 @algorithm
 class PolicyLaw(ABC):
-    """Abstract: one law over completions that the policy drew.
+    """Abstract: one policy gradient algorithm.
 
-    With beta > 0 w_t KL_t, the KL to the reference, is added to the loss of each token. The ratio
-    makes its gradient that of the KL itself, also where it is 1 (DeepSeek-V3.2 2025, arXiv
-    2512.02556, eq. 7).
+    With beta > 0, w_t KL_t is added to the loss of each token. Because of the ratio, its gradient
+    is the KL's, even if the ratio is 1 (DeepSeek-V3.2 2025, arXiv 2512.02556, eq. 7).
     """
 
-    pace: ClassVar[float] = 0.25  # of a method's own learning rates
+    pace: ClassVar[float] = 0.25  # factor on a method's learning rates
     beta: Weight = 0.0
     average: Average = "tokens"
     scale: Scale = "none"
@@ -94,7 +88,7 @@ class PolicyLaw(ABC):
         return loss + self.beta * tokens.ratios * tokens.kl if self.beta else loss
 
     def clipped(self, tokens: SampledTokens) -> Tensor:
-        """Whether the loss of each token has no gradient, since its ratio went too far, (n,)."""
+        """Whether each token has no gradient because its ratio is out of bounds, (n,)."""
         return torch.zeros_like(tokens.logps, dtype=torch.bool)
 
     def baseline(self, rewards: Tensor) -> Tensor:
@@ -102,8 +96,8 @@ class PolicyLaw(ABC):
         return rewards.nanmean(1, keepdim=True)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """The advantages (groups, k) of rewards (groups, k). A NaN reward is ignored and gets an
-        advantage of 0, as does a reward that is alone in its group.
+        """The advantages (groups, k) of rewards (groups, k). A NaN reward, and a reward that is
+        alone in its group, gets an advantage of 0.
         """
         advantages = rewards - self.baseline(rewards)
         if self.scale == "group":
@@ -141,11 +135,11 @@ class Rloo(Reinforce):
 @algorithm
 class Ppo(PolicyLaw):
     """The clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with the mean of the
-    group in place of a learned value, over the deviation of the batch.
+    group instead of a learned value, divided by the standard deviation of the batch.
 
         loss_t = -min(w_t A, clip(w_t, 1 - clip, 1 + clip_high) A)
 
-    clip_high is clip unless it is given; DAPO has 0.28 (Yu et al. 2025, arXiv 2503.14476, eq. 10).
+    clip_high defaults to clip; DAPO uses 0.28 (Yu et al. 2025, arXiv 2503.14476, eq. 10).
     """
 
     scale: Scale = "batch"
@@ -154,7 +148,7 @@ class Ppo(PolicyLaw):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The least and the greatest ratio."""
+        """The smallest and the largest ratio that is not clipped."""
         return 1 - self.clip, 1 + (self.clip if self.clip_high is None else self.clip_high)
 
     def ratios(self, tokens: SampledTokens) -> Tensor:
@@ -174,9 +168,9 @@ class Ppo(PolicyLaw):
 @algorithm
 class Grpo(Ppo):
     """Group relative policy optimization (Shao et al. 2024, arXiv 2402.03300, eq. 3): advantages
-    over the deviation of the group. Tokens count alike, as in DAPO (Yu et al. 2025, arXiv
-    2503.14476, eq. 8); the paper's own mean is `average=per-sequence`, and `average=longest` with
-    `scale=none` is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
+    are divided by the standard deviation of the group. All tokens have equal weight, as in DAPO (Yu
+    et al. 2025, arXiv 2503.14476, eq. 8); the paper's mean is `average=per-sequence`, and
+    `average=longest` with `scale=none` is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
     """
 
     scale: Scale = "group"
@@ -185,7 +179,7 @@ class Grpo(Ppo):
 @algorithm
 class Gspo(Grpo):
     """Group sequence policy optimization (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7): one
-    ratio a completion, the geometric mean of its tokens'.
+    ratio per completion, the geometric mean of its tokens' ratios.
     """
 
     average: Average = "per-sequence"
@@ -198,8 +192,8 @@ class Gspo(Grpo):
 
 @algorithm
 class Cispo(PolicyLaw):
-    """Clipped weights of importance sampling (MiniMax 2025, arXiv 2506.13585, eq. 4 and 5): every
-    token keeps its gradient, and its ratio, which has none, is bounded above.
+    """Clipped importance sampling weights (MiniMax 2025, arXiv 2506.13585, eq. 4 and 5): every
+    token keeps its gradient; its ratio has none and is bounded above.
 
         loss_t = -min(w_t, 1 + clip_high) A log pi(y_t)
     """

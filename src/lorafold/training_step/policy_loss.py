@@ -1,12 +1,4 @@
-"""The loss of a policy: a law over completions that it drew itself.
-
-    loss = Policy(model, Grpo(), how, pad_id, longest=256)
-    loss(**loss.collate(rollouts, device))
-
-The completions of a group meet their prompt as those of preferences do. The log-probabilities with
-which tokens were drawn are compared with those that the step computes: they are of the same weights
-in another order of sums, or the run ends.
-"""
+"""The loss of policy training on sampled completions."""
 
 from __future__ import annotations
 
@@ -31,16 +23,15 @@ from lorafold.training_step.shared_prefixes import Branching, over
 
 log = logging.getLogger(__name__)
 
-# The mean difference of log-probabilities a token, in nats, from which on they are of other weights
-# by the bytes of the base's numbers: SmolLM2's rounding alone is 6e-6 in fp32 and 0.034 in bf16
+# The largest mean difference of log-probabilities per token, in nats, for the same weights, by the
+# bytes of the dtype: SmolLM2's rounding error is 6e-6 in fp32 and 0.034 in bf16
 APART = {4: 1e-3, 2: 0.2}
 
 
 @dataclass(frozen=True)
 class Rollout(Branched):
-    """The completions of one prompt. `logprobs` are the log-probabilities (b,) with which the
-    tokens of each were sampled, `advantages` one number each, and `counted` whether it is part of
-    the loss: one that was cut off may not be.
+    """The completions of one prompt; for each, its tokens' sampling `logprobs` (b,), its advantage,
+    and whether it is `counted` in the loss.
     """
 
     logprobs: tuple[tuple[float, ...], ...] = ()
@@ -56,7 +47,7 @@ class Rollout(Branched):
         advantages: Sequence[float],
         counted: Sequence[bool],
     ) -> Rollout:
-        """The completions of a prompt, whose token ids follow those of the prompt."""
+        """The completions of a prompt, as token ids."""
         branches = tuple(Example((prompt[-1], *ids), (NO_LOSS, *ids)) for ids in completions)
         return cls(
             tuple(prompt[:-1]), branches, logprobs=tuple(map(tuple, logprobs)),
@@ -65,8 +56,8 @@ class Rollout(Branched):
 
 
 class StepRollouts(list[Rollout]):
-    """The groups of completions that a step learns from, with figures of their sampling. `silent`
-    says why no group has a signal, and what to try; it is empty if one has.
+    """The completions of one step, with sampling metrics; `silent` is the reason if no group has a
+    signal.
     """
 
     def __init__(
@@ -85,23 +76,22 @@ class StepRollouts(list[Rollout]):
 
 @dataclass
 class StepStatistics:
-    """Counts and sums over the tokens that a step learned from."""
+    """Counts and sums over the tokens of a step."""
 
     tokens: int = 0  # in all updates
-    compared: int = 0  # with those that were drawn, in the first
+    compared: int = 0  # with the sampled log-probabilities, in the first update
     largest: float = 0.0
-    difference: float = 0.0  # of log-probabilities to those with which tokens were sampled
+    difference: float = 0.0  # between training and sampling log-probabilities
     clipped: int = 0
     kl: float = 0.0
 
     @classmethod
     def of(cls, parts: Sequence[StepStatistics]) -> StepStatistics:
-        """The statistics of several processes together."""
         sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls)}
         return cls(**(sums | {"largest": max(part.largest for part in parts)}))
 
     def figures(self, kl: bool) -> dict[str, float]:
-        """Means over the tokens, and the largest difference; nothing of a step without any."""
+        """Means over the tokens, and the largest difference; empty without tokens."""
         if not (n := self.tokens):
             return {}
         mismatch = {"mismatch": self.difference / self.compared, "largest mismatch": self.largest}
@@ -109,7 +99,7 @@ class StepStatistics:
 
 
 class Policy(BranchedLoss):
-    """The loss of a law over groups of completions, in nats, summed over tokens or completions."""
+    """The loss of a policy algorithm in nats, summed over tokens or completions."""
 
     def __init__(
         self,
@@ -123,10 +113,10 @@ class Policy(BranchedLoss):
         super().__init__(model, how, pad_id)
         self.law, self.pace, self.longest, self.exact = law, law.pace, longest, exact
         self.seen, self.at, self.inexact = StepStatistics(), 0, False
-        # log-probabilities (n,) of micro-batches before the first update from them: those of the
-        # policy and of the reference, if that has a part
+        # log-probabilities (n,) of each micro-batch before the step's first update, under the
+        # policy and the reference (None if unused)
         self.first = list[tuple[Tensor, Tensor | None]]()
-        # factors in fp32 over a base in 16 bits meet what that has rounded
+        # fp32 factors on a 16-bit base receive rounded activations
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
         self.bound = APART.get(size, APART[2])
 
@@ -141,8 +131,8 @@ class Policy(BranchedLoss):
         return any(counts and (advantage or self.law.beta > 0) for advantage, counts in given)
 
     def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of `laid_out`, with `drawn` (n,), the log-probability with which each token
-        was sampled, and `advantages` and `weights` (k,) of each completion.
+        """The tensors of `laid_out`, with `drawn` (n,), the sampling log-probability of each token,
+        and `advantages` and `weights` (k,) of each completion.
         """
         inputs = self.laid_out(examples)
         logprobs = torch.tensor([p for e in examples for own in e.logprobs for p in own])
@@ -155,17 +145,13 @@ class Policy(BranchedLoss):
         return all_sent(inputs, device)
 
     def begin(self, update: int) -> None:
-        """Be told that the examples of a step come, for the first time (0) or again: then ratios
-        are those to the first.
-        """
+        """Start update number `update` on a step's examples; ratios are relative to update 0."""
         self.at = 0
         if not update:
             self.first = []
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Return the loss in nats, (); arguments as `collate` gives them. Ratios are those to the
-        first update of the same examples.
-        """
+        """The loss in nats, (); arguments from `collate`."""
         document, lens = inputs.pop("document"), inputs.pop("lens", None)
         drawn, advantages, weights = map(inputs.pop, ("drawn", "advantages", "weights"))
 
@@ -192,13 +178,12 @@ class Policy(BranchedLoss):
         return (self.law.loss(tokens) * weights[of]).sum()
 
     def figures(self, processes: Processes = ALONE) -> dict[str, float]:
-        """The figures of the last step over all processes, once."""
         statistics, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
         return statistics.figures(bool(self.law.beta))
 
     def _compare(self, logps: Tensor, sampled: Tensor, reference: Callable[[], Tensor]) -> None:
-        """Add the sampler/trainer difference of log-probabilities to the statistics, and raise
-        LorafoldError if it is too large for rounding.
+        """Raise if sampling and training log-probabilities differ by more than rounding: the
+        weights differ.
         """
         if not len(logps):
             return

@@ -1,13 +1,8 @@
-"""The laws of preferences: each with its equation, its paper and its options.
+"""The preference losses. A row has log p(y | x), in nats and summed over tokens, for the chosen
+completion w (column 0) and the rejected one l (column 1):
 
-Of each row are given log p(y | x), summed over the tokens of a completion y in nats, for the chosen
-completion w and the rejected one l, under the model and, for some, under the reference, which never
-moves:
-
-    r(y) = log p(y | x) - log p_ref(y | x)            the implicit reward over beta
-    |y|                                               the tokens of y
-
-The first completion is in column 0, the second in column 1. A loss is in nats a row.
+    r(y) = log p(y | x) - log p_ref(y | x)            the implicit reward divided by beta
+    |y|                                               the number of tokens of y
 """
 
 from __future__ import annotations
@@ -31,16 +26,15 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def algorithm(cls: type[T]) -> type[T]:
-    """A frozen dataclass, whose options are checked when it is made."""
+    """A frozen dataclass whose options are validated."""
     return dataclass(frozen=True, config=STRICT)(cls)  # type: ignore[return-value]
 
 
 class Scored(NamedTuple):
-    """The n rows that a law scores: log-probabilities under the model and the reference (n, 2) in
-    nats (None without a reference), the tokens of the completions (n, 2), and for judged
-    completions whether they are desirable (n,). For a law that reads a head `logps` are its scores.
-    `mismatched` has the `ratio_sums` of the mismatched completions of the whole step; with it the
-    columns of the completions that have gradients are enough.
+    """The n rows that a loss scores: log-probabilities under the model and the reference (n, 2) in
+    nats, tokens of the completions (n, 2), whether single completions are desirable (n,). `logps`
+    are scores if the loss reads a head. `mismatched` holds the step's `ratio_sums`; then those
+    columns may be absent.
     """
 
     logps: Tensor
@@ -51,7 +45,7 @@ class Scored(NamedTuple):
 
     @property
     def ratios(self) -> Tensor:
-        """r (n, 2), or log p where there is no reference."""
+        """r (n, 2), or log p without a reference."""
         return self.logps if self.reference is None else self.logps - self.reference
 
     @property
@@ -61,37 +55,37 @@ class Scored(NamedTuple):
 
     @property
     def means(self) -> Tensor:
-        """log p a token, (n, 2)."""
+        """log p per token, (n, 2)."""
         return self.logps / self.tokens
 
     @property
     def nll(self) -> Tensor:
-        """The supervised loss of the first completion, in nats a token, (n,)."""
+        """The supervised loss of the first completion, in nats per token, (n,)."""
         return -self.means[:, 0]
 
 
 def ratio_sums(ratios: Tensor) -> Tensor:
-    """The sum of ratios r, in nats, and their number, (2,): of parts of a step they add up."""
+    """The sum of the ratios r, in nats, and their number, (2,); additive over parts of a step."""
     return torch.stack([ratios.sum(), ratios.new_tensor(float(ratios.numel()))])
 
 
 class Law(ABC):
-    """Abstract: one law over completions that are compared."""
+    """Abstract: one preference loss."""
 
-    kind: ClassVar[str] = PAIRS  # what it is over, of what formats of rows provide
+    kind: ClassVar[str] = PAIRS  # the kind of rows
     has_reference: ClassVar[bool] = True
-    reads_head: ClassVar[bool] = False  # scores of a head in place of log-probabilities
+    reads_head: ClassVar[bool] = False  # uses a head's scores instead of log-probabilities
     trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
-    # of a method's own learning rates: a pair is told apart long before its completions are learned
+    # factor on a method's learning rates: pairs are separated long before completions are learned
     pace: ClassVar[float] = 0.05
-    beta: float  # an option of each that has rewards of its own
+    beta: float  # an option of every loss with implicit rewards
 
     @abstractmethod
     def loss(self, scored: Scored) -> Tensor:
         """The loss of each row, (n,), in nats."""
 
     def rewards(self, scored: Scored) -> Tensor:
-        """The rewards that the law implies for both completions, (n, 2)."""
+        """The implicit rewards of both completions, (n, 2)."""
         return self.beta * (scored.ratios if self.has_reference else scored.means)
 
 
@@ -101,9 +95,9 @@ class Dpo(Law):
 
         loss = -(1 - e) log s(beta d) - e log s(-beta d) + a NLL(w),      d = r(w) - r(l)
 
-    s is the logistic function. With label_smoothing e > 0 it is cDPO (Mitchell 2023), which assumes
-    that a share e of the labels is wrong. With sft_weight a > 0 the chosen completion is learned
-    too (Pang et al. 2024, arXiv 2404.19733, eq. 1), which keeps its probability from falling.
+    s is the logistic function. label_smoothing e > 0 is cDPO (Mitchell 2023), for a share e of
+    wrong labels. sft_weight a > 0 adds the supervised loss of the chosen completion (Pang et al.
+    2024, arXiv 2404.19733, eq. 1), which keeps its probability from falling.
     """
 
     beta: Positive = 0.1
@@ -122,9 +116,9 @@ class Ipo(Law):
 
         loss = (d - 1 / (2 beta))^2,      d = r(w) / |w| - r(l) / |l|
 
-    The margin has a finite target, so that pairs which all agree do not drive it to infinity. The
-    paper's form is for single actions; here ratios are means over tokens, so that beta means the
-    same for long and short completions (`per_token`; without it they are sums, as in eq. 17).
+    The margin has a finite target, so unanimous preferences do not drive it to infinity. Ratios are
+    means over tokens, so that beta does not depend on length (`per_token=False`: sums, as in eq.
+    17).
     """
 
     beta: Positive = 0.1
@@ -137,8 +131,8 @@ class Ipo(Law):
 
 @algorithm
 class Hinge(Law):
-    """The hinge of SLiC on DPO's margin (Zhao et al. 2023, arXiv 2305.10425; in this form Liu et
-    al. 2023, arXiv 2309.06657, eq. 13).
+    """The hinge loss of SLiC on DPO's margin (Zhao et al. 2023, arXiv 2305.10425; in this form Liu
+    et al. 2023, arXiv 2309.06657, eq. 13).
 
         loss = max(0, 1 - beta d),      d = r(w) - r(l)
     """
@@ -156,8 +150,8 @@ class Orpo(Law):
         loss = NLL(w) - beta log s(log odds(w) - log odds(l)),      odds(y) = p / (1 - p),
                                                                    log p = log p(y | x) / |y|
 
-    It has no reference: the supervised loss of the chosen completion is part of it, so it can
-    replace supervised fine-tuning.
+    It needs no reference, and includes the supervised loss, so it can replace supervised
+    fine-tuning.
     """
 
     has_reference = False
@@ -175,8 +169,8 @@ class Simpo(Law):
 
         loss = -log s(beta (log p(w | x) / |w| - log p(l | x) / |l|) - gamma) + a NLL(w)
 
-    It has no reference; log-probabilities are means over tokens, so that length earns nothing.
-    sft_weight a is the variant of the paper's appendix with a supervised term.
+    It needs no reference; means over tokens remove the effect of length. sft_weight a is the
+    variant of the paper's appendix.
     """
 
     has_reference = False
@@ -192,13 +186,13 @@ class Simpo(Law):
 @algorithm
 class Kto(Law):
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8), for
-    completions that are judged one by one.
+    completions that are judged individually.
 
         loss = w_d (1 - s(beta (r(y) - z)))        y desirable
                w_u (1 - s(beta (z - r(y))))        y undesirable
         z    = max(0, mean of r over the mismatched completions of the step), without gradient
 
-    Column 0 has the completion, column 1 that of another prompt, on which z is measured.
+    Column 0 holds the completion, column 1 a completion of another prompt, for z.
     """
 
     kind = JUDGED
@@ -224,10 +218,9 @@ class BradleyTerry(Law):
 
         loss = -log s(r(w) - r(l) - margin) + centre (r(w) + r(l))^2
 
-    r is the score that a head gives the whole text, in place of log p. With a margin a pair counts
-    as told apart only from that difference on (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
-    Differences leave the level of scores open; centre > 0 holds it at 0 (Eisenstein et al. 2023,
-    arXiv 2312.09244), so that scores of different prompts compare; TRL recommends 0.01.
+    r is the score of the whole text from a head. The margin is a minimum difference (Touvron et al.
+    2023, arXiv 2307.09288, eq. 2). centre > 0 keeps scores near 0 (Eisenstein et al. 2023, arXiv
+    2312.09244), so that scores of different prompts are comparable; TRL recommends 0.01.
     """
 
     has_reference = False

@@ -1,14 +1,4 @@
-"""The loss of preferences as a module: log-probabilities of completions, and the law over them.
-
-    loss = Preferences(model, Dpo(beta=0.1), how, pad_id)
-    loss.references(examples)          log p_ref (n, k), of the adapters below the highest one
-    loss(**loss.collate(examples, device), **loss.of_step(examples))
-
-The reference is the model without its highest adapter, the one that trains.
-
-`compared` computes KL = sum_i sum_v p_i(v) (log p_i(v) - log q_i(v)) in nats between a model p and
-the same with fewer adapters q, computed in chunks of positions.
-"""
+"""Preference losses as a module, and the KL of a model to its reference."""
 
 from __future__ import annotations
 
@@ -37,9 +27,9 @@ def compared(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor],
     other: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The losses of the model, and of what it is in the context `other()`, at the n labelled
-    positions of labels (B, T), (n,) each; and the KL of the first to the second summed over them,
-    (), all in nats.
+    """The losses of the model, and of the model in the context `other()`, at the n labelled
+    positions of labels (B, T), (n,) each; and the KL of the first to the second, (), summed, in
+    nats.
     """
     h, targets, *_ = until_head(model, labels, inputs)
     with other():
@@ -58,7 +48,7 @@ def compared(
 
 
 class Preferences(BranchedLoss):
-    """The loss of a law over rows of completions, in nats, summed over rows."""
+    """A preference loss over rows of completions, in nats, summed over rows."""
 
     def __init__(
         self, model: nn.Module, law: Law, how: Branching | None, pad_id: int, tokens: int = 2048
@@ -67,7 +57,6 @@ class Preferences(BranchedLoss):
         self.law, self.pace = law, law.pace
 
     def trained(self, example: Branched) -> Branched:
-        """The example with the completions that have gradients."""
         return example.some(slice(self.law.trained))
 
     def count(self, example: Branched) -> int:
@@ -86,9 +75,8 @@ class Preferences(BranchedLoss):
         return all_sent(tensors, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Return the loss in nats, (), summed over the rows; arguments as `collate` gives them.
-
-        A reference that is not given is computed.
+        """The loss in nats, (), summed over the rows; arguments from `collate`. A missing reference
+        is computed.
         """
         mismatched = inputs.pop("mismatched", None)
         scored = self._scored(True, labels, **inputs)
@@ -100,8 +88,8 @@ class Preferences(BranchedLoss):
         idle: Sequence[Branched] = (),
         passes: Callable[[int], int] = int,
     ) -> dict[str, Tensor]:
-        """`mismatched` (2,) for `Scored`, if rows have completions without gradients; like the
-        reference they are computed without dropout.
+        """`mismatched` (2,) for `Scored`, if rows have completions without gradients; computed
+        without dropout, like the reference.
         """
         others = [one.some(slice(self.law.trained, None)) for one in (*examples, *idle)]
         if not all(one.branches for one in others):
@@ -120,8 +108,8 @@ class Preferences(BranchedLoss):
         self, refer: bool, labels: Tensor, desirable: Tensor, reference: Tensor | None = None,
         **inputs: Tensor,
     ) -> Scored:  # fmt: skip
-        """The log-probabilities (n, k) of a batch, and of its reference: the given one, or if it is
-        wanted computed.
+        """The log-probabilities (n, k) of a batch and its reference (given, or computed if
+        `refer`).
         """
         logps, tokens = self.logps(labels, len(desirable), **inputs)
         if refer and reference is None and self.law.has_reference:
@@ -132,8 +120,8 @@ class Preferences(BranchedLoss):
     def logps(
         self, labels: Tensor, n: int, document: Tensor, lens: Tensor | None = None, **inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return log p of the completions in nats (or the scores that a head gives the documents,
-        if the law reads them), and the tokens of the completions, both (n, k).
+        """log p of the completions in nats (or a head's scores), and their numbers of tokens, both
+        (n, k).
         """
         batch = self.model, labels, inputs, document, int(on_host(document).max()) + 1
         with over(self.how, lens, labels.device):
@@ -145,19 +133,19 @@ class Preferences(BranchedLoss):
         return scores.view(n, -1), counts.view(n, -1)
 
     def references(self, examples: Sequence[Branched]) -> Iterator[tuple[int, list[float]]]:
-        """Yield the index and the log-probabilities under the reference of each example."""
+        """Yield the index and the reference log-probabilities of each example."""
         for group in self.groups(examples):
             with evaluating(self), self.below():
                 logps = self.scored([examples[i] for i in group]).logps
             yield from zip(group, logps.tolist(), strict=True)
 
     def scored(self, examples: Sequence[Branched]) -> Scored:
-        """The log-probabilities of the examples under the model as it is, with their references."""
+        """The log-probabilities of the examples under the current model, with their references."""
         return self._scored(False, **self.tensors(examples, self.device))
 
     def against_reference(self, examples: Sequence[Branched]) -> tuple[Scored, float]:
-        """The log-probabilities of the examples under the model and its reference, and the KL of
-        the model to it in nats, summed over the tokens of the completions.
+        """The log-probabilities under the model and its reference, and the summed KL between them
+        in nats.
         """
         inputs = self.tensors(examples, self.device)
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)

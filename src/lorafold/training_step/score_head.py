@@ -1,14 +1,8 @@
-"""The score that a head over the decoder gives each document of a batch.
+"""The score of each document from a head on top of the decoder, for reward models.
 
     r_i = head(h_e),      e the last position of document i whose token is not the padding token
 
-That is where transformers' classifiers read, whatever else pads or ends a text: if a text ends in
-the padding token itself, as where a tokenizer pads with the end-of-sequence token, the score is
-read before it. So a document has one score in a packed sequence, in a padded batch, in transformers
-and in PEFT, as long as `config.pad_token_id` is the token that pads.
-
-The head is computed once, by the model itself: a hook keeps what goes into it and what comes out.
-Use it for reward models.
+transformers' classifiers read this position, so packed and padded scores agree with theirs.
 """
 
 from __future__ import annotations
@@ -32,9 +26,7 @@ class AtHead(NamedTuple):
 
 
 def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
-    """Run the model on inputs (B, T), and return the input and the output of its head at every
-    position.
-    """
+    """Run the model on inputs (B, T), and return the input and the output of its head."""
     paths, shape = head_paths(model), inputs["input_ids"].shape
     head = model.get_submodule(paths[0])
     caught = []
@@ -55,8 +47,8 @@ def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
 def document_scores(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the score of each document, in fp32, and the number of its labelled positions: (n,)
-    and (n,). labels (B, T); inputs (B, T); document (B, T).
+    """The score of each document, in fp32, and its labelled positions: (n,) and (n,). labels (B,
+    T); inputs (B, T); document (B, T).
     """
     of, ids = document.flatten(), inputs["input_ids"].flatten()
     counts = of.new_zeros(n).index_add(0, of, (labels.flatten() != NO_LOSS).to(of.dtype))

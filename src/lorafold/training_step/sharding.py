@@ -1,19 +1,9 @@
-"""A model whose large tensors are divided among the processes of a run.
+"""A model whose large tensors are sharded over processes (ZeRO stage 3; Rajbhandari et al. 2020,
+arXiv 1910.02054).
 
-    with shards.reading():                      operations find weights whole (`ShardedReads`)
-        with shards.loading(device):
-            model = load()                      each weight is divided as soon as the model gets it
-    with shards.dividing(model):
-        loss(**inputs).backward()               in every process, as often as in the others
-        shards.add_gradients(parameters)
-
-Before a block runs, in the forward and in the backward, it is made whole, and the block before is
-let go: one block is whole at a time, or the embedding or the head (the scheme of ZeRO, stage 3:
-Rajbhandari et al. 2020, arXiv 1910.02054). Of a *frozen* tensor a process keeps one part of the
-bytes, which are gathered as they are: codes of a quantized base are never cast. A *trained* weight
-has one owner, which keeps it whole, with its gradient and its moments. A tensor stays the same
-object and only its storage is emptied and filled. The tensors of adapters stay whole in each
-process; their moments have owners (`training_step.shards`).
+A block is gathered before it runs, and the previous one is freed. A *frozen* tensor is split by
+bytes, so quantized codes are never cast. A *trained* weight has one owner, with its gradient and
+moments. Tensor objects stay; only their storage is emptied and filled. Adapters are replicated.
 """
 
 from __future__ import annotations
@@ -55,7 +45,7 @@ from lorafold.training_step.shards import (
 
 
 class Sharded(Replicated):
-    """The parts of a divided model, of which one is whole at a time."""
+    """A sharded model, of which one part is whole at a time."""
 
     divides = True
 
@@ -65,7 +55,7 @@ class Sharded(Replicated):
         self._mode = ShardedReads(self.known)
         self._parts: list[Sequence[Shard]] = []
         self._current: Sequence[Shard] = ()
-        self._backward = False  # whether what is whole was made so by a backward pass
+        self._backward = False  # whether a backward pass gathered the current part
         self._owned: dict[nn.Parameter, Owned] = {}
         self._moments = Moments(processes)
 
@@ -74,16 +64,14 @@ class Sharded(Replicated):
         return (shard for part in self._parts for shard in part)
 
     def sizes(self) -> tuple[int, int, int]:
-        """The bytes of all large tensors, those that this process keeps, and those of the largest
-        part, which are whole at a time.
-        """
+        """The bytes of all large tensors, of this process's share, and of the largest part."""
         parts = [sum(shard.size for shard in part) for part in self._parts]
         return sum(parts), sum(shard.kept for shard in self._all), max(parts, default=0)
 
     @contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:
         def keep_part(t: Tensor) -> None:
-            if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # its values are there
+            if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # it has its values
                 divide(t, self.known, self.processes, device)
 
         with freed_blocks(RETURNED), loaded_in_turn(), each_registered(keep_part):
@@ -97,7 +85,7 @@ class Sharded(Replicated):
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        self._close()  # others would keep what they have whole while its owner writes to it
+        self._close()  # otherwise others would keep stale copies while the owner writes
         self._mode.let_go()
         self._mode.shards = {}
         yield
@@ -105,14 +93,14 @@ class Sharded(Replicated):
 
     @contextmanager
     def dividing(self, model: nn.Module) -> Iterator[None]:
-        """Divide all weights that are still whole, and make each part whole while it computes,
-        until the `with` block ends. Afterwards no process has them all, unless they were gathered.
+        """Context: shards all weights that are still whole, and gathers each part while it
+        computes.
         """
         parts, anatomy = self._divided(model), Anatomy.of(model)
         with ExitStack() as stack:
             for path, part in parts.items():
                 open_for(stack, model.get_submodule(path), partial(self.open, part))
-            # the loss reads the head itself, once the decoder has run
+            # the loss reads the head's weight after the decoder has run
             if len(ends := anatomy.vocabulary_ends) > 1:
                 decoder = model.get_submodule(anatomy.decoder)
                 opens = decoder.register_forward_hook(lambda *_: self.open(parts[ends[-1]]))
@@ -121,7 +109,6 @@ class Sharded(Replicated):
 
     @torch.no_grad()
     def _divided(self, model: nn.Module) -> dict[str, Sequence[Shard]]:
-        """The shards of each part of the model, by its path."""
         params, taken = set[nn.Parameter](), set[int]()
         owner_of, ends = owners(model, self.processes.count), Anatomy.of(model).vocabulary_ends
         parts: dict[str, Sequence[Shard]] = {}
@@ -139,7 +126,7 @@ class Sharded(Replicated):
         known = {shard.storage._cdata: shard for shard in self._all}
         there = held_by(model)
         for place, shard in self.known.items():
-            # what is in no part stays whole, and what was converted since is nobody's
+            # tensors in no part stay whole; those converted meanwhile no longer exist
             if place not in known and place in there and isinstance(shard, Parted):
                 shard.restore()
         self.known.clear()
@@ -154,9 +141,9 @@ class Sharded(Replicated):
         return shard
 
     def open(self, part: Sequence[Shard]) -> None:
-        """Make a part whole, and let the one before go."""
+        """Gather a part, and free the previous one."""
         backward = torch._C._current_graph_task_id() != -1
-        # a forward pass that follows a backward one of the same part must not take its gradients
+        # a forward pass after a backward pass of the same part must not keep its gradients
         if part is not self._current or (self._backward and not backward):
             self._close()
             self._mode.let_go()
@@ -179,7 +166,7 @@ class Sharded(Replicated):
         return self.owns(p) and self._moments.mine(p)
 
     def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Say who updates which of the parameters, of any shapes, that are whole in all."""
+        """Decide which process updates each of the unsharded parameters (any shapes)."""
         self._moments.share_out(p for p in parameters if p not in self._owned)
 
     @contextmanager
@@ -190,7 +177,7 @@ class Sharded(Replicated):
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         self._close()
         owned = [*self._owned.values()]
-        # a gradient that came after its block was let go; one of which no process knows
+        # gradients that arrived after their block was freed, and parameters without any gradient
         here = [one.p.grad is not None for one in owned]
         late = [has and not one.mine for one, has in zip(owned, here, strict=True)]
         learned = [has or one.learned for one, has in zip(owned, here, strict=True)]
@@ -217,7 +204,7 @@ class Sharded(Replicated):
             if p.grad is not None and counts:
                 norms[i] = torch.linalg.vector_norm(p.grad)
         self.processes.add([norms])
-        kinds = {p.grad_dtype or p.dtype for p in parameters}  # torch's, of the norm of norms
+        kinds = {p.grad_dtype or p.dtype for p in parameters}  # the dtype of torch's norm of norms
         return torch.linalg.vector_norm(norms.to(reduce(torch.promote_types, kinds)))
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
@@ -241,7 +228,7 @@ class Sharded(Replicated):
             if index == self.processes.index and here is not None:
                 if index:
                     dist.send(here.detach().cpu().contiguous(), 0)
-                return here.detach().clone()  # whoever sees it as bytes fixes its storage's size
+                return here.detach().clone()  # a view as bytes would fix its storage's size
             there = torch.empty(shape if self.processes.first else 0, dtype=dtype)
             if self.processes.first:
                 dist.recv(there, index)
@@ -256,7 +243,7 @@ class Sharded(Replicated):
         if all(self.processes.gather(there is not None)) and there is not None:
             return there
         with TemporaryDirectory() as made:
-            write(Path(made))  # in all, since it passes through the model
+            write(Path(made))  # in all processes, because it runs the model
 
             def copy(to: Path) -> None:
                 copytree(made, to, dirs_exist_ok=True)

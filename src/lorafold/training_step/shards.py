@@ -1,8 +1,5 @@
-"""The large tensors of a model as they are divided among processes (`training_step.sharding`):
-frozen ones by their bytes, trained ones by who owns them.
-
-`Moments` shares out the parameters that every process holds whole, as ZeRO stage 1 does
-(Rajbhandari et al. 2020, arXiv 1910.02054): one process updates each and keeps its moments.
+"""The shards of a model's large tensors, and the distribution of optimizer state (ZeRO stage 1;
+Rajbhandari et al. 2020, arXiv 1910.02054).
 """
 
 from __future__ import annotations
@@ -20,20 +17,22 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from lorafold.core.anatomy import Anatomy
 from lorafold.runtime.processes import Processes
 
-LEAST = 1 << 14  # bytes of a tensor; what is smaller stays whole
-UNIT = 64  # bytes that are not parted
+LEAST = 1 << 14  # bytes; smaller tensors stay whole
+UNIT = 64  # alignment of parts, in bytes
 ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 class Moments:
-    """The processes by the parameters that each updates; a parameter of no process is all's."""
+    """The process that updates each replicated parameter and keeps its moments; all processes if
+    none.
+    """
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self._of: dict[nn.Parameter, int] = {}
 
     def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Have each parameter, of any shape, updated by one process."""
+        """Assign each parameter, of any shape, to one process."""
         self._of = balanced(parameters, self.processes.count)
 
     def mine(self, p: nn.Parameter) -> bool:
@@ -42,8 +41,8 @@ class Moments:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Show an optimizer only the gradients of this process's parameters in the `with` block,
-        and send the updated parameters to all processes.
+        """Context: an optimizer sees only this process's parameters; then all processes get the
+        updated ones.
         """
         learned = [p for p in self._of if p.grad is not None]
         others = {p: p.grad for p in learned if not self.mine(p)}
@@ -57,9 +56,7 @@ class Moments:
 
 
 def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Parameter, int]:
-    """The process, of so many, that has each parameter: the largest first, each goes to the one
-    that has least.
-    """
+    """The process of each parameter: the largest first, to the process with the fewest bytes."""
     loads, chosen = [0] * count, dict[nn.Parameter, int]()
     for p in sorted(parameters, key=lambda p: -p.nbytes):
         chosen[p] = loads.index(min(loads))
@@ -68,7 +65,7 @@ def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Paramete
 
 
 class Parted:
-    """A storage, and this process's part of its bytes."""
+    """A storage, of which this process keeps a part of the bytes."""
 
     def __init__(
         self, storage: torch.UntypedStorage, processes: Processes, content: Tensor | None = None
@@ -79,7 +76,7 @@ class Parted:
         self.part = torch.zeros(each, dtype=torch.uint8, device=storage.device)
         self._keep(_bytes(storage) if content is None else content)
         self.whole = True
-        self.written = False  # whether an operation wrote to it since it is whole
+        self.written = False  # whether an operation wrote to it since it was gathered
 
     def _keep(self, content: Tensor) -> None:
         first = self._index * self.kept
@@ -95,26 +92,26 @@ class Parted:
             gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
             gather(whole, self.part)
             return
-        for index, part in enumerate(whole.split(self.kept)):  # gloo would gather into a copy
+        for index, part in enumerate(whole.split(self.kept)):  # gloo gathers into a copy
             if index == self._index:
                 part.copy_(self.part)
             dist.broadcast(part, index)
 
     def empty(self) -> None:
-        """Keep this process's part alone."""
+        """Free the storage, except for this process's part."""
         if self.written:
             self._keep(_bytes(self.storage))
         self.storage.resize_(0)
         self.whole = self.written = False
 
     def restore(self) -> None:
-        """Give the storage all bytes and its size from before it was divided."""
+        """Gather all bytes, and give the storage its original size."""
         if not self.whole:
             self.fill()
         self.storage.resize_(self.size)
 
     def give(self, owner: int, processes: Processes) -> None:
-        """Give the owner the whole storage; the other processes keep nothing of it."""
+        """Move the whole storage to its owner."""
         if self.whole:
             self.empty()
         mine = owner == processes.index
@@ -128,7 +125,7 @@ class Parted:
 
 
 class Owned:
-    """A trained parameter, and the process that keeps it."""
+    """A trained parameter, kept by one process."""
 
     def __init__(
         self, p: nn.Parameter, owner: int, processes: Processes, before: Parted | None = None
@@ -139,7 +136,7 @@ class Owned:
             before.restore()
         storage = p.untyped_storage()
         if storage.nbytes() not in (0, p.nbytes) or not storage.resizable():
-            p.data = p.detach().clone()  # a part of a larger one, or of a file
+            p.data = p.detach().clone()  # it was a view, or mapped from a file
         self.p, self.owner, self.mine = p, owner, owner == processes.index
         self.storage, self.size = p.untyped_storage(), p.nbytes
         self.kept = self.size if self.mine else 0
@@ -153,15 +150,15 @@ class Owned:
         dist.broadcast(_bytes(self.storage), self.owner)
 
     def empty(self) -> None:
-        """Empty the storage of another process's parameter. The owner has whatever all processes
-        wrote to it.
+        """Empty another process's storage; the owner already has every write, because all processes
+        make it.
         """
         if not self.mine:
             self.storage.resize_(0)
         self.whole = self.written = False
 
     def reduce_gradient(self) -> None:
-        """Add the gradients of all to the owner's."""
+        """Sum the gradients of all processes in the owner."""
         self.learned |= self.p.grad is not None
         if self.p.grad is None:
             self.p.grad = torch.zeros_like(self.p, dtype=self.p.grad_dtype)
@@ -174,10 +171,9 @@ Shard = Parted | Owned
 
 
 class ShardedReads(TorchDispatchMode):
-    """The mode in which operations find divided tensors whole: each is whole while an operation
-    reads or writes it, and is let go when another one is needed. So whatever prepares a run uses
-    weights as if they were whole, in all processes in the same order. State dicts (ALIASES) leave
-    them as they are: what other code takes by its address must be copied first.
+    """Mode in which operations see full tensors: each is gathered while an operation uses it, in
+    all processes in the same order. ALIASES (state dicts) do not gather: copy tensors before using
+    addresses.
     """
 
     def __init__(self, shards: Mapping[int, Shard]) -> None:
@@ -202,7 +198,6 @@ class ShardedReads(TorchDispatchMode):
         return self.shards.get(value.untyped_storage()._cdata)
 
     def _fill(self, needed: list[Shard]) -> None:
-        """Fill the shards that are needed, and empty those that were filled before."""
         missing = [shard for shard in dict.fromkeys(needed) if not shard.whole]
         if missing:
             self.let_go(needed)
@@ -220,9 +215,8 @@ class ShardedReads(TorchDispatchMode):
 def divide(
     t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
 ) -> None:
-    """Divide a large frozen tensor of any shape, and the state of a quantized one. A tensor that
-    lies in a file, or on another device, gets a storage on this device, of which only this
-    process's part is ever written.
+    """Shard a large frozen tensor of any shape, and a quantized one's state; the storage moves to
+    `device`.
     """
     for one in _inside(t):
         storage, content = one.untyped_storage(), None
@@ -241,21 +235,20 @@ def divide(
 
 
 def parts_of(model: nn.Module) -> list[str]:
-    """The paths of the parts that are made whole one at a time: the blocks, and the ends of the
-    vocabulary.
+    """The paths of the parts that are gathered one at a time: the blocks, the embedding and the
+    head.
     """
     anatomy = Anatomy.of(model)
     return [*anatomy.blocks, *anatomy.vocabulary_ends]
 
 
 def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
-    """The process, of so many, that owns each large trained weight of the base."""
     taken, parts = set[nn.Parameter](), map(model.get_submodule, parts_of(model))
     return balanced([p for part in parts for p in trained_in(part, taken)], count)
 
 
 def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
-    """The module's large trained parameters that are not taken, which then are."""
+    """The module's large trained parameters that are not in `taken`, which is updated."""
     params = (p for _, one in Anatomy.of(module).modules for p in one._parameters.values())
     large = (p for p in params if p is not None and p.requires_grad and p.nbytes >= LEAST)
     trained = [*dict.fromkeys(p for p in large if p not in taken)]
@@ -266,7 +259,7 @@ def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter
 def parted_in(
     module: nn.Module, known: Mapping[int, Shard], taken: set[int], processes: Processes
 ) -> list[Shard]:
-    """The shards of the module's large frozen tensors that are not taken, which then are."""
+    """The shards of the module's large frozen tensors that are not in `taken`, which is updated."""
     shards = list[Shard]()
     unmap(module)
     for t in _frozen(module):
@@ -291,9 +284,8 @@ def unmap(module: nn.Module) -> None:
 
 
 def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> None:
-    """Make a part of the model whole while a module of it runs, and when its backward begins. It
-    may begin inside the part, where another pass read the output of a block, such as keys of
-    virtual tokens.
+    """Gather a part of the model while one of its modules runs, and when its backward begins (which
+    may be inside the part).
     """
 
     def before(*_: Any) -> None:
@@ -340,5 +332,5 @@ def _inside(t: Tensor) -> Iterator[Tensor]:
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    """All bytes of a storage (n,), which it shares."""
+    """All bytes of a storage, (n,), as a view."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,9 +1,4 @@
-"""A loss over rows whose documents begin alike, such as the completions of one prompt.
-
-How the documents of a row meet what they share depends on the model: it is computed once for all
-(`training_step.shared_prefixes`), once for each in a packed sequence, or in padded sequences. The
-model without its highest adapter, the one that trains, is the reference: no second model.
-"""
+"""A loss over rows whose documents share a prefix, such as the completions of one prompt."""
 
 from __future__ import annotations
 
@@ -37,7 +32,9 @@ from lorafold.training_step.shared_prefixes import Branching
 
 
 class BranchedLoss(Loss):
-    """Abstract: a loss over rows of branches."""
+    """Abstract: a loss over rows of branches, whose prefix is computed once if the model supports
+    it.
+    """
 
     def __init__(
         self, model: nn.Module, how: Branching | None, pad_id: int, tokens: int = 2048
@@ -59,7 +56,7 @@ class BranchedLoss(Loss):
         return micro_batches(rows, n, capacity, sizes.__getitem__)
 
     def meet(self, examples: Sequence[Branched]) -> bool:
-        """Whether it pays to put examples with shared prefixes into one micro-batch."""
+        """Whether computing the examples' shared prefixes in one micro-batch saves tokens."""
         if self.how is None or not self.how.across or not self.shared_in(examples):
             return False
         each = sum(map(self._own_size, examples))
@@ -90,12 +87,12 @@ class BranchedLoss(Loss):
 
     def laid_out(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
         """input_ids and labels (B, T) with positions or a mask; `document` (B, T), the branch of
-        each position; and if shared prefixes are computed once `lens` (n, 2), the tokens of each
-        document and how many of them it shares with the one before.
+        each position; with shared prefixes `lens` (n, 2): each document's tokens, and how many it
+        shares with the previous one.
         """
         if self.shared_in(examples):
             tensors = self._forest(examples).tensors()
-            del tensors["counts"]  # no token that is trained is shared
+            del tensors["counts"]  # shared tokens are not trained
             return tensors
         documents = [document for e in examples for document in e.documents()]
         tensors = collate(documents, self.how is not None, self.pad_id)
@@ -108,9 +105,7 @@ class BranchedLoss(Loss):
         return tensors
 
     def order(self, examples: Sequence[Branched]) -> Tensor:
-        """The trained tokens (n,) of a batch in the order of `laid_out`, by their numbers from the
-        first document to the last.
-        """
+        """The trained tokens (n,) in the order of `laid_out`, by their index in the documents."""
         if not self.shared_in(examples):
             return torch.arange(sum(label != NO_LOSS for e in examples for label in e.labels))
         return torch.from_numpy(np.concatenate(self._forest(examples).trained)).argsort()
@@ -141,20 +136,20 @@ class BranchedLoss(Loss):
         example, shared, branch = torch.tensor(documents).t()[:, document]
         given = inputs.get("position_ids")
         positions = torch.arange(document.shape[1]) if given is None else on_host(given)
-        # a prompt that is computed with each completion has the names that it has if it is shared
+        # a prompt has the same names whether it is computed once or with each completion
         branch = branch * (positions >= shared)
         return sent(named(row_at(rows, example, positions), positions, branch), device)
 
     @contextmanager
     def below(self) -> Iterator[None]:
-        """A context in which the model is the reference: without its highest adapter."""
+        """Context: the model is the reference, without its highest adapter, which is the trained
+        one.
+        """
         with only(self.model, *selection_of(self.model).names[:-1]):
             yield
 
     def groups(self, examples: Sequence[Branched]) -> list[list[int]]:
-        """The indices of examples in batches of at most `tokens`. Examples with shared prefixes are
-        in one batch, where that pays; the others are batched by length.
-        """
+        """Indices of examples in batches of at most `tokens`, by shared prefixes or by length."""
         batches, rest = list[list[int]](), list[int]()
         for first in range(0, len(examples), WINDOW):
             window = range(first, min(first + WINDOW, len(examples)))

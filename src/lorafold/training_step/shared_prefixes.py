@@ -1,16 +1,9 @@
 """Packed rows whose documents share their first tokens, such as two completions of one prompt.
 
-    with branching(model) as branches:
-        docs = Documents.forest(lens=[140, 131], starts=[0, 100], device=model.device)
-        with branches.over(docs):
-            losses, counts = document_losses(model, labels, inputs, document, n)
-
-A document is the first s tokens of the one before and its own, at positions s, s + 1 ... Its own
-attend to all of them, so the shared tokens are computed once. The mask function is told the layout
-of the batch, and returns it where it finds the documents that the layout's positions imply. The
-backward may come after the block, with gradient checkpointing too, since masks are arguments of
-checkpointed layers. The last shared token has one hidden state and can predict one token only: let
-each branch begin with the last token of the prompt, and share the tokens before it.
+A document is the first s tokens of the previous one, followed by its own at positions s, s + 1 ...
+The last shared token can predict only one token, so each branch must begin with the last token of
+the prompt. The backward may follow the `over` block, because masks are arguments of checkpointed
+layers.
 """
 
 from __future__ import annotations
@@ -41,13 +34,13 @@ from lorafold.training_step.packed_attention import (
 
 @dataclass(eq=False)
 class Branching:
-    """How far a model goes, and what tells its attention the layout of a batch.
+    """The model's support for shared prefixes, and the layout of the current batch.
 
-    packs: Packed documents do not influence each other.
-    shares: They may share their first tokens as well.
-    across: So may those of different rows, where that pays.
-    longest: The most tokens of a document that shares; None for any number. Where attention has
-        chunks, tokens after a border see none before it, shared or not, which no layout says.
+    packs: packed documents do not influence each other.
+    shares: documents of a row may share a prefix.
+    across: so may documents of different rows.
+    longest: the most tokens of a document that shares, or None; a layout can't express the borders
+        of chunked attention.
     """
 
     packs: bool
@@ -59,7 +52,7 @@ class Branching:
 
     @contextmanager
     def over(self, docs: Documents) -> Iterator[None]:
-        """Let every forward of the model inside the `with` block be over these documents."""
+        """Context: every forward of the model is over these documents."""
         self._docs, self._used = docs, False
         try:
             yield
@@ -73,13 +66,13 @@ class Branching:
             self._docs = None
 
     def mask(self, **protocol: Any) -> Documents | Tensor | None:
-        """The layout set by `over`, for a batch of its tokens, else the result of `document_mask`,
-        such as a mask (B, 1, Tq, Tk); a function of transformers' mask protocol.
+        """The layout set by `over` for a batch of its tokens, else the result of `document_mask`,
+        such as a mask (B, 1, Tq, Tk).
         """
         mask, docs = document_mask(**protocol), self._docs
         if docs is None or protocol["batch_size"] * protocol["q_length"] != sum(docs.own):
             return mask
-        if protocol.get("local_size") == 0:  # Qwen2-MoE without windows makes it for no layer
+        if protocol.get("local_size") == 0:  # Qwen2-MoE without windows: no layer uses it
             return mask
         if not isinstance(mask, Documents) or mask.lens != docs.own:
             seen = mask.lens if isinstance(mask, Documents) else "a mask that is not of documents"
@@ -95,15 +88,15 @@ class Branching:
 def branching(
     model: PreTrainedModel, name: str = NAME, across: bool = False
 ) -> Iterator[Branching]:
-    """Keep the model's attention inside documents, as `packed` does, until the `with` block ends,
-    and yield how far that goes: the model is unchanged if its documents would influence each other.
+    """Keep the model's attention inside documents, as `packed` does, and yield the model's support
+    for shared prefixes.
     """
     if not isolates(model):
         yield Branching(packs=False, shares=False)
         return
     config = model.config.get_text_config()
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
-    chunk = config.attention_chunk_size if chunked else None  # in which attention stays: Llama 4
+    chunk = config.attention_chunk_size if chunked else None  # Llama 4
     pays = shares(model)
     how = Branching(True, pays, chunk, across and pays)
     with attending(model, how.mask, name=name):
@@ -111,9 +104,7 @@ def branching(
 
 
 def may_share(config: PreTrainedConfig) -> bool:
-    """Whether a configuration has only full and sliding-window attention, so that its model will
-    most likely share prefixes. That is known before there are weights.
-    """
+    """Whether the model can probably share prefixes: only full and sliding-window attention."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     attends = getattr(text, "num_attention_heads", None) is not None
@@ -122,8 +113,7 @@ def may_share(config: PreTrainedConfig) -> bool:
 
 @contextmanager
 def over(how: Branching | None, lens: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Tell the model's attention the documents of a batch until the `with` block ends. lens (n, 2).
-    """
+    """Context: the model's attention uses the documents of a batch. lens (n, 2)."""
     if lens is None or how is None:
         yield
         return
@@ -133,11 +123,11 @@ def over(how: Branching | None, lens: Tensor | None, device: torch.device) -> It
 
 
 def shares(model: PreTrainedModel) -> bool:
-    """Test, with rows that part at two depths, whether the model computes the tokens of each as it
-    computes them alone. The model and the random state stay unchanged.
+    """Whether rows with shared prefixes have the same outputs as the rows alone (tested with rows
+    that branch at two depths).
     """
     lens, starts = (16, 17, 17, 9, 11), (0, 9, 13, 0, 5)
-    unshared = slice(starts[1], lens[0])  # what the first row shares with none
+    unshared = slice(starts[1], lens[0])  # the part of the first row that no other row shares
     ids = random_ids(model, sum(lens) - sum(starts) + unshared.stop - unshared.start)
     ids, others = ids[: unshared.start - unshared.stop], ids[unshared.start - unshared.stop :]
     branches = Branching(packs=True, shares=True)
@@ -153,7 +143,7 @@ def shares(model: PreTrainedModel) -> bool:
                 changed = torch.cat([ids[: unshared.start], others, ids[unshared.stop :]])
                 changed = packed_logits(model, changed, docs)
     except (AttributeError, TypeError, LorafoldError):
-        return False  # the decoder computes with its masks, or has others than the documents'
+        return False  # the decoder computes with its masks, or uses other masks
     expected = torch.cat([y[start:] for y, start in zip(alone, starts, strict=True)])
     rest = slice(unshared.stop, None)
     unmoved = near(model, changed[rest], logits[rest], units=1)

@@ -1,4 +1,4 @@
-"""The check of an adapter's files in a process, and their digests.
+"""Verification of an adapter's files in a worker process, and their digests.
 
 The configuration and the record must be JSON of bounded size and depth with finite numbers;
 patterns must match the names of the base's modules in bounded time; the header of the weights must
@@ -25,31 +25,29 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
 from lorafold.files.safetensors_header import check_numbers, places
 
-TEXT = 8 << 20  # bytes of one file of JSON, and of the header of the weights
-DEPTH, VALUES = 64, 1 << 18  # levels of JSON, and its keys and values: nine a tensor of a header
+TEXT = 8 << 20  # bytes of a JSON file, and of the header of the weights
+DEPTH, VALUES = 64, 1 << 18  # levels, and keys and values of JSON; a header has nine per tensor
 FIELDS = 1 << 16  # keys and values of a configuration or a record
-LONG = 1 << 18  # letters of one text
-INTEGERS = 1 << 63  # the bound of integers, as in everything that computes with them
-# CPU seconds of patterns: of all on one module's path, during which later nothing else of the
-# server runs, and of all together
+LONG = 1 << 18  # characters of one text
+INTEGERS = 1 << 63  # bound of integers
+# CPU seconds of all patterns on one module's path, which later blocks the server, and on all paths
 AT_ONCE, PATTERNS = 0.02, 0.5
 WEIGHTS = "adapter_model.safetensors"
-# by name in safetensors: the integers as which they are read, and the bits of the exponent, which
-# are all set unless the number is finite
+# by safetensors dtype: the integer type to view them as, and the exponent bits, which are all set
+# for NaN and infinity
 FLOATS = {
     "F64": (np.uint64, 0x7FF0000000000000), "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80),
 }  # fmt: skip
-PIECE = 1 << 20  # values that are checked at a time
+PIECE = 1 << 20  # values checked at a time
 
 
 def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
     read_by: Sequence[str], most_parameters: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Verify an adapter's files: `config` and `record` are JSON, the fields `read_by` of the record
-    decide how the rest is read, and the weights have at most so many parameters. Returns the fields
-    of `checks.VerifiedFiles`.
+    """Verify an adapter's files and return the fields of `checks.VerifiedFiles`. `config` and
+    `record` are JSON; the record's fields `read_by` determine how the rest is read.
     """
     directory = Path(path)
     for name in (config, record, MANIFEST):
@@ -75,8 +73,8 @@ def verified(
 
 
 def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
-    """The object in a file, of so many keys and values at most; LorafoldError for anything that
-    another parser could read otherwise, or not at all.
+    """The object in a file with at most `most` keys and values. Rejects everything that another
+    parser could read differently.
     """
 
     def constant(text: str) -> None:
@@ -105,7 +103,6 @@ def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
 
 
 def _wrong(value: Any) -> str:
-    """The problem of a value, "" if there is none."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"found {value}, expected a finite number"
     if isinstance(value, int) and abs(value) >= INTEGERS:
@@ -118,7 +115,7 @@ def _wrong(value: Any) -> str:
 
 
 def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
-    """Every key and every value with its depth and its top-level field."""
+    """Yield every key and value with its depth and top-level field."""
     left = [(0, "", value)]
     while left:
         depth, where, value = left.pop()
@@ -131,8 +128,8 @@ def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """Match the configuration's patterns with the base's modules, in every way in which that is
-    done later. One that never ends is ended with the process.
+    """Match the configuration's patterns with the base's modules, in every way in which loading
+    does. An endless match is ended by the process's time limit.
     """
     begun = time.process_time()
     compiled = []
@@ -159,7 +156,7 @@ def _in_time(field: str, since: float, most: float) -> None:
 
 
 def _forms(field: str, pattern: str) -> tuple[str, ...]:
-    """The regular expressions that loading makes of a pattern."""
+    """The regular expressions into which loading converts a pattern."""
     whole = rf"(?:{pattern})\Z"
     return {
         "layers_pattern": (rf"(?:^|.*?\.){pattern}\.(\d+)\.",),
@@ -170,7 +167,7 @@ def _forms(field: str, pattern: str) -> tuple[str, ...]:
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = config.get(field)
-        patterned = field in ("layers_pattern", "modules_to_save")  # lists of the others are names
+        patterned = field in ("layers_pattern", "modules_to_save")  # other lists are names
         patterns = value if isinstance(value, list) and patterned else [value]
         yield from ((field, pattern) for pattern in patterns if isinstance(pattern, str))
     for field in ("rank_pattern", "alpha_pattern"):
@@ -179,8 +176,8 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _header(content: bytearray) -> tuple[str, int]:
-    """The digest of the header of a safetensors file, which must fit the file exactly, and the
-    largest dimension of its tensors, whose values must be finite.
+    """(digest of the safetensors header, largest tensor dimension). The header must fit the file
+    exactly, and all values must be finite.
     """
     size = int.from_bytes(content[:8], "little")
     if size > TEXT:

@@ -1,8 +1,8 @@
 """The tokenizer of an adapter in the server.
 
-Texts of tokens come from the base's tokenizer, which is not copied, and the adapter's new tokens:
-the others have to mean what they mean in the base. The adapter's template and its splitting of
-texts run in a process that can be killed.
+Token texts come from the base's tokenizer, which is not copied, and the adapter's new tokens; all
+other tokens must equal the base's. The adapter's template and tokenization run in a process that
+can be killed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jinja2 import TemplateError
 from lorafold.errors import LorafoldError
 from lorafold.verification.worker_pool import CheckFailed
 
-PROBES, LONGEST = 256, 1 << 16  # cached renderings of probes, and the characters of each
-DEATHS, MINUTE = 3, 60.0  # processes that may die of one tokenizer in so many seconds
+PROBES, LONGEST = 256, 1 << 16  # cached renderings of probes, and characters of each
+DEATHS, MINUTE = 3, 60.0  # deaths of processes allowed per tokenizer and seconds
 
 
 class AdapterTokenizer:
-    """A tokenizer for `lorafold.data` and the engine; `call` calls a process."""
+    """A tokenizer for `lorafold.data` and the engine; `call` sends a request to a process."""
 
-    is_fast = False  # it renders by a method of its own
+    is_fast = False  # it has its own rendering
 
     def __init__(
         self, about: Mapping[str, Any], base: Any, known: Mapping[int, Any],
@@ -36,7 +36,7 @@ class AdapterTokenizer:
         from transformers import AddedToken
 
         self._process_call, self._probing = call, True
-        self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # when
+        self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # times
         self._probes: dict[str, str | TemplateError] = {}
         self.chat_template: Any = about["template"]
         self.special_tokens_map: Mapping[str, Any] = about["special"]
@@ -65,7 +65,9 @@ class AdapterTokenizer:
         self, text: str, add_special_tokens: bool = True, sanitize_control_tokens: bool = False,
         **_: Any,
     ) -> Any:  # fmt: skip
-        """The tokens of a text as `input_ids`; sanitized, it has marks of `data.control_tokens`."""
+        """The tokens of a text as `input_ids`; `sanitize_control_tokens` expects marks of
+        `data.control_tokens`.
+        """
         ids = self._call(
             "tokens", text=text, special=add_special_tokens, marked=sanitize_control_tokens
         )
@@ -74,17 +76,14 @@ class AdapterTokenizer:
         return SimpleNamespace(input_ids=ids)
 
     def get_vocab(self) -> dict[str, int]:
-        """The number of each token by its text."""
         return self._base.get_vocab() | self._numbers
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
-        """The token of a number, or the list of those of several."""
         if isinstance(ids, int):
             return self._texts.get(ids) or self._base.convert_ids_to_tokens(ids)
         return [self.convert_ids_to_tokens(number) for number in ids]
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """The number of a token, or the list of those of several."""
         if isinstance(tokens, str):
             return self._numbers.get(tokens) or self._base.convert_tokens_to_ids(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
@@ -93,7 +92,6 @@ class AdapterTokenizer:
         self, ids: Sequence[int], skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:  # fmt: skip
-        """The text of tokens."""
         if self._texts.keys().isdisjoint(ids):
             return str(
                 self._base.decode(
@@ -108,7 +106,6 @@ class AdapterTokenizer:
         return " ".join(tokens) if decoder is None else str(decoder.decode(tokens))
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The template that renders with these tools."""
         if isinstance(self.chat_template, str):
             return self.chat_template
         name = "tool_use" if tools and "tool_use" in self.chat_template else "default"
@@ -118,7 +115,7 @@ class AdapterTokenizer:
         self, messages: Sequence[Any], tools: Any = None, tokenize: bool = False,
         add_generation_prompt: bool = False, **variables: Any,
     ) -> str:  # fmt: skip
-        """Render a conversation. Raises jinja2's TemplateError, as templates do that refuse one."""
+        """Render a conversation. Raises jinja2's TemplateError if the template does."""
         conversation = {
             "messages": list(messages), "tools": tools,
             "add_generation_prompt": add_generation_prompt, "variables": variables,
@@ -138,11 +135,11 @@ class AdapterTokenizer:
         return text
 
     def probed(self) -> None:
-        """Cache no renderings from now on."""
+        """Stop caching renderings."""
         self._probing = False
 
     def _call(self, do: str, **arguments: Any) -> Any:
-        """Call a process, unless several died of this tokenizer lately."""
+        """Call a process, unless several died of this tokenizer recently."""
         if time.monotonic() - self._deaths[0] < MINUTE:
             raise CheckFailed(f"{DEATHS} processes died of it within {MINUTE:.0f} s")
         try:

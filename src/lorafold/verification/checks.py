@@ -1,4 +1,4 @@
-"""The checks of untrusted input, in processes: adapters' files and tokenizers, and grammars."""
+"""Verification of untrusted input in processes: adapter files, tokenizers and grammars."""
 
 from __future__ import annotations
 
@@ -18,36 +18,32 @@ from lorafold.verification.adapter_tokenizer import AdapterTokenizer
 from lorafold.verification.tokenizer_files import backend_of, write
 from lorafold.verification.worker_pool import CheckFailed, WorkerPool
 
-# processes of each kind: two for the background, one for what a request waits for
+# processes of each kind: two for background work, one for requests
 VERIFYING, RENDERING, COMPILING = 3, 3, 2
 SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0, "compile": 2.0}
-PER_BYTE = 5e-9  # seconds more for each byte of the weights
+PER_BYTE = 5e-9  # additional seconds per byte of the weights
 BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20,
          "compile": 512 << 20}  # fmt: skip
-VERDICTS = 4096  # grammars whose verdict is cached
+VERDICTS = 4096  # cached results of grammars
 
 
 @dataclass(frozen=True)
 class VerifiedFiles:
-    """Files that were verified."""
-
     files: Mapping[str, tuple[int, str]]  # (bytes, SHA-256 in hexadecimal) by name
-    form: str  # the digest of all but the values of the tensors
+    form: str  # digest of everything but the tensors' values
     widest: int  # the largest dimension of a tensor
 
     def digest_of(self, names: Iterable[str]) -> str:
-        """The digest over the files of these names that exist, as `Contents` has it."""
+        """The digest of those of the named files that exist, as in `Contents`."""
         return digest((name, *self.files[name]) for name in names if name in self.files)
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        """The bytes of the files of these names that exist."""
         return sum(self.files[name][0] for name in names if name in self.files)
 
 
 class Sandbox:
-    """Calls processes, which it starts when they are needed, for a base with these modules' paths
-    and this tokenizer; `allow` control tokens in messages. Any thread
-    may call it.
+    """Starts worker processes on demand for a base with these modules and this tokenizer; `allow`
+    allows control tokens in messages. Thread-safe.
     """
 
     def __init__(
@@ -68,12 +64,11 @@ class Sandbox:
         self._verdicts: OrderedDict[str, str] = OrderedDict()  # by digest, the oldest first
         self._copies = TemporaryDirectory(prefix="lorafold-tokenizers-")
         self.backend = backend_of(tokenizer)
-        self._added = tokenizer.added_tokens_decoder  # which the property computes each time
+        self._added = tokenizer.added_tokens_decoder  # the property recomputes it on each access
 
     def verify(
         self, path: Path, files: Sequence[str], config: str, record: str, read_by: Sequence[str]
     ) -> VerifiedFiles:
-        """Verify an adapter's files (`adapter_files.verified`)."""
         size = sum(f.stat().st_size for name in files if (f := path / name).is_file())
         verified = self._verifying.call(
             "verify", (SECONDS["verify"] + PER_BYTE * size, BYTES["verify"] + 2 * size),
@@ -85,7 +80,7 @@ class Sandbox:
 
     def open(self, contents: Contents) -> AdapterTokenizer | None:
         """The tokenizer of these files; None if it is the base's."""
-        # a copy, which another process can read again if one dies, whatever becomes of the files
+        # a copy for other processes if one dies, even if the files change
         path = Path(self._copies.name) / contents.named
         write(contents, path)
         files = {"path": str(path), "names": list(contents.names), "digest": contents.named}
@@ -106,11 +101,11 @@ class Sandbox:
         return opened
 
     def compile(self, grammar: str) -> None:
-        """Raise LorafoldError for a grammar of llguidance that can't be compiled within the limits
-        of a process, since the engine, which compiles it again, can't be stopped.
+        """Check that a llguidance grammar compiles within a process's limits, because the engine,
+        which compiles it again, can't be stopped.
         """
         if not self.backend or self._tokenizer.eos_token_id is None:
-            return  # the engine refuses every grammar
+            return  # the engine rejects every grammar
         key = sha256(grammar.encode("utf-8", "replace")).hexdigest()
         if (why := self._verdicts.get(key)) is None:
             seconds, memory = SECONDS["compile"], BYTES["compile"]
@@ -127,7 +122,6 @@ class Sandbox:
             raise LorafoldError(why)
 
     def close(self) -> None:
-        """End the processes."""
         self._verifying.close()
         self._rendering.close()
         self._compiling.close()

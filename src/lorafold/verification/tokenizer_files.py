@@ -1,5 +1,5 @@
-"""The tokenizers of adapters, and their chat templates, in a process: they are read from the bytes
-of a digest, without running any code of theirs. AdapterTokenizers run in transformers' sandbox.
+"""Adapters' tokenizers and chat templates in a worker process. They are read from the bytes of a
+digest, without running their code; templates run in transformers' sandbox.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 
-# variables that transformers itself gives to a template
+# variables that transformers passes to a template
 OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
         "raise_exception", "strftime_now"}  # fmt: skip
-SETTINGS = ("truncation", "padding")  # of calls, not of the tokenizer
-LETTERS, TOKENS = 2 << 20, 1 << 19  # of a text that a template makes, and of any text
-TEMPLATE = 1 << 20  # letters of all templates
-NEW, LONG = 1 << 12, 1 << 16  # tokens that an adapter may add, and the letters of all of them
+SETTINGS = ("truncation", "padding")  # settings of calls, not of the tokenizer
+LETTERS, TOKENS = 2 << 20, 1 << 19  # characters of a rendering, and tokens of a text
+TEMPLATE = 1 << 20  # characters of all templates
+NEW, LONG = 1 << 12, 1 << 16  # new tokens of an adapter, and characters of all of them
 
 
 class TokenizerFiles(TypedDict):
-    """The files of a tokenizer, and the digest that they must have, as `Contents` has it."""
+    """The files of a tokenizer, and their expected digest (`Contents`)."""
 
     path: str
     names: list[str]
@@ -37,7 +37,7 @@ class TokenizerFiles(TypedDict):
 
 
 class AdapterTokenizers:
-    """Tokenizers for a base's vocabulary; `allow` allows control tokens in contents."""
+    """Tokenizers for a base's vocabulary; `allow` allows control tokens in messages."""
 
     def __init__(self, vocabulary: Mapping[str, int], allow: bool) -> None:
         self._allow = allow
@@ -45,7 +45,7 @@ class AdapterTokenizers:
         self._cache: OrderedDict[str, Any] = OrderedDict()
 
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
-        """Describe a tokenizer, which must not renumber the base's tokens."""
+        """A description of a tokenizer, which must not renumber the base's tokens."""
         tokenizer = self.opened(files)
         vocabulary = tokenizer.get_vocab()
         words = {number: word for word, number in vocabulary.items()}
@@ -83,7 +83,7 @@ class AdapterTokenizers:
         self, files: TokenizerFiles, messages: list[Any], tools: Any, add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
-        """Render a conversation. Raises as the template does."""
+        """Render a conversation; raises whatever the template raises."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self.opened(files)
@@ -101,7 +101,6 @@ class AdapterTokenizers:
         return text
 
     def tokens(self, files: TokenizerFiles, text: str, special: bool, marked: bool) -> list[int]:
-        """The tokens of a text, which may have the marks of `data.control_tokens`."""
         tokenizer = self.opened(files)
         if marked:
             ids = ids_of(text, tokenizer)
@@ -112,7 +111,6 @@ class AdapterTokenizers:
         return ids
 
     def opened(self, files: TokenizerFiles, **_: object) -> Any:
-        """The tokenizer of these files; the last ones are cached."""
         digest = files["digest"]
         if digest in self._cache:
             self._cache.move_to_end(digest)
@@ -132,7 +130,6 @@ class AdapterTokenizers:
 
 
 def write(contents: Contents, folder: Path) -> None:
-    """Write the files of a tokenizer to a folder."""
     for name in contents.names:
         if (content := contents.files.get(name)) is not None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +151,7 @@ def _read(contents: Contents) -> Any:
 
 
 def backend_of(tokenizer: Any) -> str:
-    """The digest of how a fast tokenizer splits texts; empty for one that is not."""
+    """A digest of a fast tokenizer's behaviour; empty for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return ""
@@ -170,6 +167,6 @@ def variables_of(tokenizer: Any) -> frozenset[str]:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             str(tokenizer.get_chat_template())
         )
-    except TemplateError:  # tags of transformers' own
+    except TemplateError:  # transformers' own tags
         return frozenset()
     return meta.find_undeclared_variables(tree) - OURS - tokenizer.special_tokens_map.keys()

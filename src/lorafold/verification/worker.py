@@ -1,10 +1,10 @@
-"""One process that reads untrusted input: `python -P -m lorafold.verification.worker`.
+"""A process that reads untrusted input: `python -P -m lorafold.verification.worker`.
 
-A message (`runtime/killable_process.py`) is JSON. The first one describes the base, every other one
-has `do`, its arguments, and `limits`, the CPU seconds and the bytes of memory beyond what the
-process has, for each step of it. The answer has `found` or `wrong`, unless the process dies.
-Opening a tokenizer is a step of its own, so that a process that just began has as much time for a
-rendering as one that has it open. Imports have no limit.
+A message (`runtime/killable_process.py`) is JSON. The first describes the base; every other one has
+`do`, its arguments, and `limits`: CPU seconds and bytes of additional memory for each step. The
+answer has `found` or `wrong`, unless the process dies. Opening a tokenizer is a step of its own, so
+that a new process has as much time for rendering as one that has the tokenizer open. Imports have
+no limit.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ from lorafold.runtime.processor import STACK, stacks
 
 
 def as_message(message: Any) -> bytes:
-    """A message as JSON, with its length before it."""
+    """A message as JSON, prefixed with its length."""
     # lone surrogates become question marks
     return packed(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def main() -> None:
-    """Answer messages until there are none."""
     sys.modules["torch"] = None  # type: ignore[assignment] # transformers then does without
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that prints don't get between the answers
     os.nice(5)
-    with suppress(OSError):  # Linux schedules a session as a group, inside which niceness counts
+    with suppress(OSError):  # Linux schedules a session as a group; niceness only counts inside
         Path("/proc/self/autogroup").write_text("5")
     messages = os.fdopen(0, "rb")
     if (base := read(messages)) is None:
@@ -67,7 +66,7 @@ def _compiler(tokenizer: str, end: int) -> Callable[[str], str]:
     tokens = LLTokenizer(tokenizer, eos_token=end)
 
     def compiled(grammar: str) -> str:
-        # half the stack of the engine's threads, which compile it again below their callers
+        # half of the engine's stack, because it compiles the grammar again deeper in the stack
         with stacks(STACK // 2), ThreadPoolExecutor(1) as pool:
             matcher = pool.submit(LLMatcher, tokens, grammar, log_level=0).result()
             pool.submit(matcher.compute_bitmask).result()
@@ -91,7 +90,7 @@ def _answer(
         return {"wrong": "it is nested too deeply"}
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         kind = type(error).__name__
         return {"wrong": str(error) or kind, "kind": kind}
     finally:
@@ -99,8 +98,8 @@ def _answer(
 
 
 def _limit(seconds: float, memory: int) -> None:
-    """Die after so many CPU seconds, and get no more memory than so many bytes beyond what the
-    process has, if the system tells that; 0 takes a limit away.
+    """Limit CPU seconds, after which the process dies, and additional bytes of memory, if the
+    system reports memory use; 0 removes a limit.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     hard = soft = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -1,8 +1,8 @@
-"""The processes that read adapters' files, and requests' grammars.
+"""The pool of worker processes.
 
-A call goes to an idle process or to a new one. A process that takes too much CPU time is killed by
-its own limit, and the call is refused. One that gives no answer for long without that is killed,
-too, but then the machine is busy (`Busy`), and nothing is known of what it was given.
+A call goes to an idle process or to a new one. A process that uses too much CPU time is killed by
+its own limit, and the call is rejected. A process that does not answer for long without that is
+killed too, but then the machine is busy (`Busy`), and the input is not to blame.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from lorafold.errors import Busy, LorafoldError
 from lorafold.runtime.killable_process import Died, Killable, Large, Late
 from lorafold.verification.worker import as_message
 
-ANSWER = 8 << 20  # bytes of an answer: nothing else of the server runs while it is parsed
-WALL, LEAST = 20.0, 60.0  # an answer may take so many times the CPU seconds, or so many
+ANSWER = 8 << 20  # bytes of an answer, because parsing it blocks the server
+WALL, LEAST = 20.0, 60.0  # wall time of an answer: times the CPU seconds, and at least seconds
 MESSAGE = 600  # characters of an error's message
 
 
 class CheckFailed(LorafoldError):
-    """A process refused what it was given; `kind` is the name of the error there, "" if it died."""
+    """The input was rejected; `kind` is the exception's name in the process, "" if the process
+    died.
+    """
 
     def __init__(self, message: str, kind: str = "") -> None:
         super().__init__(message)
@@ -32,7 +34,7 @@ class CheckFailed(LorafoldError):
 
 
 class Process(Killable):
-    """One process; its first message describes the base."""
+    """A worker process; the first message describes the base."""
 
     def __init__(self, base: bytes) -> None:
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -40,7 +42,7 @@ class Process(Killable):
         self._base = base
 
     def ask(self, message: bytes, seconds: float) -> Any:
-        """The answer to a message. Raises CheckFailed and Busy, and then the process is dead."""
+        """The answer to a message. Raises CheckFailed and Busy, after killing the process."""
         base, self._base = self._base, b""
         until = time.monotonic() + seconds
         try:
@@ -61,7 +63,7 @@ class Process(Killable):
 
 
 class WorkerPool:
-    """Processes of one kind, of which so many at most are used at a time."""
+    """Processes of one kind, of which at most `most` are in use at a time."""
 
     def __init__(self, base: Callable[[], Any], most: int) -> None:
         self._base, self._most = base, threading.Semaphore(most)
@@ -71,8 +73,8 @@ class WorkerPool:
         self._closed = False
 
     def call(self, do: str, *limits: tuple[float, int], **arguments: Any) -> Any:
-        """Have a worker do something; `limits` are the CPU seconds and the bytes of memory beyond
-        what the process has, for each step of it. Raises CheckFailed and Busy.
+        """Run `do` in a process; `limits` are the CPU seconds and additional bytes of memory for
+        each step. Raises CheckFailed and Busy.
         """
         message = as_message({"do": do, "limits": limits} | arguments)
         seconds = sum(limit[0] for limit in limits)
@@ -99,7 +101,6 @@ class WorkerPool:
         )
 
     def close(self) -> None:
-        """End all processes, and the calls to them."""
         with self._lock:
             self._closed, idle, self._idle = True, self._idle, []
             for process in self._busy:

@@ -1,6 +1,6 @@
-"""The engines that verify an export, each in a process of its own, which can be another Python.
-`program.py` runs in the environment that has the engine and imports nothing of lorafold. A new
-engine is a function there and a row of `ENGINES` here.
+"""The engines that verify an export, each in its own process and possibly another Python
+environment. `program.py` runs there and imports nothing of lorafold. A new engine is a function in
+it and a row of `ENGINES`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ from lorafold.exporting.proof import EngineAnswers
 
 @dataclass(frozen=True)
 class ExternalEngine:
-    """An engine: its name for people, the module that has it, and what installs it."""
-
     title: str
     module: str
     install: str
 
     @property
     def here(self) -> bool:
-        """Whether this environment has it."""
         return find_spec(self.module) is not None
 
 
@@ -41,12 +38,11 @@ ENGINES: dict[str, ExternalEngine] = {
     "peft": ExternalEngine("PEFT", "peft", "pip install peft"),
     "llamacpp": ExternalEngine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
     "vllm_url": ExternalEngine("vLLM", "numpy", "vllm serve"),
-    "vllm": ExternalEngine("vLLM", "vllm", "pip install vllm, base_reference: --engine-python"),
+    "vllm": ExternalEngine("vLLM", "vllm", "pip install vllm; elsewhere: --engine-python"),
 }
 
 
 def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineAnswers:
-    """What an engine answers."""
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
         file, out = Path(scratch, "job.json"), Path(scratch, "answers.npz")
         file.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")

@@ -1,24 +1,23 @@
-"""What runs in an engine's process: a function here has the engine answer a job, and the
-answers are written.
+"""The program in an engine's process: it runs a job and writes the answers.
 
     program.py ENGINE JOB.json
     job        base       the directory or file of the base, or of the merged model
                adapter    the directory or file of the adapter
                ids        the tokens of each prompt
                texts      the prompts as texts
-               chats      what they are of: messages and tools
-               greedy     how many tokens a greedy text has
-               ends       the tokens that end it
-               lora       of vLLM: the values of its options and of its request in the launch line
-               url        of a running server of vLLM
+               chats      the messages and tools of each prompt
+               greedy     the number of tokens of a greedy text
+               ends       the end-of-text tokens
+               lora       for vLLM: its options and the fields of its request
+               url        the URL of a running vLLM server
                out        the .npz file to write
     answers    adapted    (prompts, vocabulary) log-probabilities of the next token
-               base       the same without adapters, of the first prompts, if the engine can
-               greedy     tokens of each prompt, without those that end it
-               version    of the engine
-               unused     the tensors of the files that it did not take, if it tells
-               other_tokens    the prompts whose texts it tokenizes in another way, if it can tell
-               other_texts     the prompts that its own template application writes in another way
+               base       the same without adapters, for the first prompts, if the engine can
+               greedy     the tokens of each prompt, without end-of-text tokens
+               version    the engine's version
+               unused     tensors of the files that were not loaded, if the engine reports them
+               other_tokens    the prompts that the engine tokenizes differently, if it can
+               other_texts     the prompts that its own chat template renders differently
 """
 
 import json
@@ -43,18 +42,19 @@ import numpy as np
 
 Job = dict[str, Any]  # or the answers
 NAME = "lorafold-export"
-SLOTS = 8  # requests at once to llama.cpp, and prompts that are sent without the adapter
-UNIT = 256  # llama.cpp's contexts are multiples of it
+SLOTS = 8  # concurrent requests to llama.cpp, and prompts without the adapter
+UNIT = 256  # llama.cpp's context sizes are multiples of it
 ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
 NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprobs -1"
 
 
 def llamacpp(job: Job) -> Job:
-    """llama.cpp's answers, from its own server in this process, as the xllamacpp wheel has it;
-    `base` only for the first prompts, and without an adapter not at all.
+    """Answers of llama.cpp's server in this process (xllamacpp); `base` only for the first prompts,
+    and not without an adapter.
 
     The server writes probabilities as text, which costs as much as computing them, so several
-    prompts are sent at once. Nothing is cached for another adapter: it would not notice.
+    prompts are sent at once. Its prompt cache does not distinguish adapters, so only greedy texts
+    use it.
     """
     server, version = started(job)
     address, adapter = server.listening_address, job.get("adapter")
@@ -70,7 +70,7 @@ def llamacpp(job: Job) -> Job:
         return list(json.loads(ask("/tokenize", body))["tokens"])
 
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
-    harmless = tokens("a")[-1:]  # a whole character: part of one would have no probabilities
+    harmless = tokens("a")[-1:]  # a whole character, because part of one has no probabilities
 
     def following(ids: Sequence[int], slot: int, scale: float) -> np.ndarray:
         body = {
@@ -81,14 +81,14 @@ def llamacpp(job: Job) -> Job:
         reply = ask("/completion", body)
         reply = reply[reply.index(b'"top_logprobs"') :]
         row, values = np.full(size, -np.inf, np.float32), VALUE.findall(reply)
-        if b"null" in values:  # a logarithm that is no number
+        if b"null" in values:  # log-probability NaN
             raise SystemExit("it computes NaN for a token: numbers there grow too large for it")
         row[np.array(ID.findall(reply), "S").astype(int)] = np.array(values, "S")
         return row
 
     def greedy(ids: Sequence[int], slot: int) -> list[int]:
         made: list[int] = []
-        while len(made) < job["greedy"]:  # it stops at more tokens than those that end a completion
+        while len(made) < job["greedy"]:  # it also stops at tokens that are not in `ends`
             body = {
                 "prompt": [*ids, *made], "n_predict": job["greedy"] - len(made), "id_slot": slot,
                 "temperature": 0, "cache_prompt": True, "return_tokens": True,
@@ -123,8 +123,7 @@ def llamacpp(job: Job) -> Job:
 
 
 def started(job: Job) -> tuple[Any, str]:
-    """llama.cpp's server with the job's files, and its version."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as the library is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the library is loaded
     import xllamacpp
 
     longest = max(map(len, job["ids"])) + job["greedy"]
@@ -141,18 +140,17 @@ def started(job: Job) -> tuple[Any, str]:
         try:
             return xllamacpp.Server(params), xllamacpp.__version__
         except RuntimeError as error:
-            for _ in range(100):  # a thread of its own writes why
+            for _ in range(100):  # another thread prints the reason
                 if "exiting due to" in stderr():
                     break
                 time.sleep(0.05)
             why = next(iter(re.findall(r"(?m)^[\d.]+ E .*?: (.*)$", stderr())), "") or str(error)
-            if re.fullmatch(r"[\w:]+", why):  # the name of a function of C++ that raised
+            if re.fullmatch(r"[\w:]+", why):  # only the name of a C++ function
                 why = f"it can't read {os.path.basename(job['base'])}, and reports only {why}"
             raise SystemExit(why) from None
 
 
 def other_texts(job: Job, address: str, bos: str) -> list[int]:
-    """The chats that the server's own Jinja renders differently, apart from a first bos token."""
     differing = []
     for n, (chat, text) in enumerate(zip(job["chats"], job["texts"], strict=True)):
         try:
@@ -166,7 +164,6 @@ def other_texts(job: Job, address: str, bos: str) -> list[int]:
 
 @contextmanager
 def captured_stderr() -> Iterator[Callable[[], str]]:
-    """A context that captures what a library writes to stderr, and yields a function with it."""
     with tempfile.TemporaryFile() as file:
         screen = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -183,7 +180,6 @@ def captured_stderr() -> Iterator[Callable[[], str]]:
 
 
 def peft(job: Job) -> Job:
-    """PEFT's answers, by its own defaults but for fp32."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -215,7 +211,7 @@ def peft(job: Job) -> Job:
 
 
 def mlx(job: Job) -> Job:
-    """mlx-lm's answers on the CPU, in fp32, and the modules that it leaves out or changes. The
+    """mlx-lm's answers on the CPU in fp32, and the modules that it leaves out or changes. The
     common prefix is computed once, and only the last position goes through the head.
     """
     import mlx.core as mx
@@ -228,13 +224,12 @@ def mlx(job: Job) -> Job:
     common = len([*takewhile(lambda column: len(set(column)) == 1, columns)])
 
     def read(model: Any, ids: list[int], cache: Any) -> None:
-        """Put tokens into the cache."""
         if ids:
             model(mx.array([ids]), cache=cache)
             mx.eval([layer.state for layer in cache])
 
     def answers_of(model: Any, most: int) -> tuple[Any, Any]:
-        """For each prompt, log-probabilities (vocabulary,) and greedy tokens, `most` at most."""
+        """For each prompt, log-probabilities (vocabulary,) and at most `most` greedy tokens."""
         model.set_dtype(mx.float32)
         start = make_prompt_cache(model)
         read(model, job["ids"][0][:common], start)
@@ -273,7 +268,7 @@ def mlx(job: Job) -> Job:
 
 
 def vllm(job: Job) -> Job:
-    """vLLM's answers in this process, in fp32, and the modules that it loads and never applies."""
+    """vLLM's answers in this process in fp32, and the modules that it loads but never applies."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -288,14 +283,13 @@ def vllm(job: Job) -> Job:
     lora = LoRARequest("exported", 1, job["adapter"], **job["lora"]["request"])
 
     def completions(prompts: list[list[int]], over: Any, **params: Any) -> list[Any]:
-        """What follows each prompt."""
         sampling = vllm.SamplingParams(temperature=0, detokenize=False, **params)
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         rows = llm.generate(inputs, sampling, lora_request=over, use_tqdm=False)
         return [row.outputs[0] for row in rows]
 
     def distribution(ids: list[int], over: Any) -> np.ndarray:
-        """The log-probabilities (vocabulary,) of the token that follows these."""
+        """The log-probabilities (vocabulary,) of the next token."""
         entries = completions([ids], over, max_tokens=1, logprobs=-1)[0].logprobs[0]
         return row_of({token: entry.logprob for token, entry in entries.items()})
 
@@ -311,15 +305,14 @@ def vllm(job: Job) -> Job:
 
 
 def unused(worker: Any) -> list[str]:
-    """The modules that adapters have factors for and vLLM's model has not."""
     manager = worker.model_runner.lora_manager._adapter_manager
     loras = [lora.loras.keys() for lora in manager.list_adapters().values()]
     return sorted(set().union(*loras) - manager.modules.keys())
 
 
 def vllm_url(job: Job) -> Job:
-    """The answers of a running server of vLLM on this machine or disk, which loads the adapter for
-    them and unloads it again; it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING and --max-logprobs -1.
+    """Answers of a running vLLM server, which loads and unloads the adapter for them; it needs
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING and --max-logprobs -1, and access to the files.
     """
     url, name = job["url"].rstrip("/").removesuffix("/v1"), f"{NAME}-{os.getpid()}"
     version = json.loads(sent(url, "/version"))["version"]
@@ -327,18 +320,16 @@ def vllm_url(job: Job) -> Job:
     base = next(model["id"] for model in models if not model.get("parent"))
 
     def completion(model: str, ids: list[int], **fields: Any) -> Any:
-        """What the server makes of a prompt."""
         body = {"model": model, "prompt": ids, "temperature": 0, **fields}
         return json.loads(sent(url, "/v1/completions", body))["choices"][0]
 
     def distribution(model: str, ids: list[int]) -> np.ndarray:
-        """The log-probabilities (vocabulary,) of the token that follows these."""
+        """The log-probabilities (vocabulary,) of the next token."""
         choice = completion(model, ids, max_tokens=1, logprobs=-1, return_tokens_as_token_ids=True)
         logprobs = choice["logprobs"]["top_logprobs"][0]
         return row_of({int(token.removeprefix("token_id:")): p for token, p in logprobs.items()})
 
     def greedy(ids: list[int]) -> list[int]:
-        """The most likely tokens, without those that end a completion."""
         limits = {"max_tokens": job["greedy"], "stop_token_ids": job["ends"]}
         choice = completion(name, ids, **limits, return_token_ids=True)
         return [token for token in choice["token_ids"] if token not in job["ends"]]
@@ -357,7 +348,6 @@ def vllm_url(job: Job) -> Job:
 
 
 def sent(url: str, path: str, body: Job | None = None) -> bytes:
-    """The reply of vLLM's server; ends the process with a line where there is none."""
     try:
         return post(url + path, body)
     except HTTPError as error:
@@ -370,14 +360,12 @@ def sent(url: str, path: str, body: Job | None = None) -> bytes:
 
 
 def post(url: str, body: Job | None = None) -> bytes:
-    """The reply to a request."""
     data = None if body is None else json.dumps(body).encode()
     with urlopen(Request(url, data, {"Content-Type": "application/json"})) as reply:
         return bytes(reply.read())
 
 
 def reason(error: HTTPError) -> str:
-    """Why a server refused a request, in its words."""
     try:
         return str(json.loads(error.read())["error"]["message"]).strip()
     except (ValueError, KeyError, TypeError):
@@ -385,14 +373,13 @@ def reason(error: HTTPError) -> str:
 
 
 def row_of(logprobs: dict[int, float]) -> np.ndarray:
-    """Log-probabilities (vocabulary,) by token."""
+    """Log-probabilities (vocabulary,) from a mapping by token."""
     row = np.full(max(logprobs) + 1, -np.inf, np.float32)
     row[[*logprobs]] = [*logprobs.values()]
     return row
 
 
 def other_tokens(job: Job, tokenizer: Any) -> list[int]:
-    """The prompts whose texts a tokenizer makes other tokens of."""
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in job["texts"]]
     return [n for n, ids in enumerate(job["ids"]) if list(ids) != texts[n]]
 
@@ -403,7 +390,6 @@ ENGINES: dict[str, Callable[[Job], Job]] = {
 
 
 def main(engine: str, job_file: str) -> None:
-    """Answer a job."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     answers = ENGINES[engine](job)
     greedy = np.full((len(answers["greedy"]), job["greedy"]), -1, np.int64)

@@ -1,1 +1,1 @@
-"""Parts of methods and of adapters: token rows, whole modules, biases, virtual tokens, mixtures."""
+"""Deltas for token rows, whole modules, biases, virtual tokens and mixtures; checks of options."""

@@ -1,8 +1,8 @@
-"""The deltas that an adapter can have in addition to those of its method.
+"""Deltas that an adapter can have in addition to its method's.
 
     BiasDelta       y = layer(x) + c        c (out,), zero at start: a trained bias as an offset,
                                             added before the layer's rounding, the bias after it
-    ReplaceDelta    y = copy(x)             a trained copy in the module's place (PEFT's
+    ReplaceDelta    y = copy(x)             a trained copy instead of the module (PEFT's
                                             `modules_to_save`), for a new head or norms
     token rows      see `trainable_tokens.py`
 """
@@ -35,7 +35,7 @@ Bias = Literal["none", "lora_only", "all"]
 def add_biases(
     model: nn.Module, matches: Matches, bias: Bias, deltas: dict[str, list[Delta]]
 ) -> None:
-    """Add a delta for every bias that is to be trained, but those of experts and their routers."""
+    """Add a delta for every bias to be trained, except in experts and their routers."""
     left_out = Anatomy.of(model).routers
     every = (path for path, _ in Anatomy.of(model).modules if path not in left_out)
     for path in {"lora_only": matches.paths, "all": every}[bias]:
@@ -74,8 +74,8 @@ def add_token_rows(
 
 
 def vocabulary(model: nn.Module, parts: Iterable[tuple[str, Delta]]) -> int | None:
-    """The size of the vocabulary with the new tokens of an adapter, whose parts these are by module
-    path; None if it has none.
+    """The vocabulary size including an adapter's new tokens, for its deltas by module path; None if
+    it has none.
     """
     ids = {path: part.ids for path, part in parts if isinstance(part, TokenRows)}
     ends: dict[str, Any] = {path: bare(module_at(model, path)) for path in ids}
@@ -84,7 +84,7 @@ def vocabulary(model: nn.Module, parts: Iterable[tuple[str, Delta]]) -> int | No
 
 
 class BiasDelta(Delta):
-    """c (out,), fp32. Folding adds it to the layer's bias, or makes it the bias of one without."""
+    """c (out,), fp32. Merging adds it to the layer's bias, which is created if there is none."""
 
     def __init__(self, out: int, device: torch.device) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class BiasDelta(Delta):
 
 
 def leaves(module: nn.Module, path: str) -> list[str]:
-    """The paths, at and under `path`, of the modules that have parameters of their own."""
+    """The paths, at and below `path`, of the modules that have parameters of their own."""
     return [f"{path}.{p}" if p else path for p, m in module.named_modules() if m._parameters]
 
 
@@ -129,7 +129,7 @@ class ReplaceDelta(Delta):
 
     def forward(self, layer: Layer, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
         dtype = self.dtype
-        if self.multiplies and args[0].is_floating_point():  # autocast's dtype may be another one
+        if self.multiplies and args[0].is_floating_point():  # autocast's dtype may differ
             dtype = args[0].dtype
         own = {n: p.to(dtype) for n, p in self.copy.named_parameters()}
         y = functional_call(self.copy, own, args, kwargs)

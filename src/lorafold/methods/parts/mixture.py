@@ -1,17 +1,16 @@
-"""A mixture of frozen adapters with learned gates.
+"""A mixture of frozen adapters with learned gates (`lorafold compose --how mixture`).
 
     y = W x + sum_i g_i B_i A_i x       B_i (out, r_i), A_i (r_i, in) frozen and concatenated; g
                                         (n,) learned, 1/n at start
 
     global      one g for the whole adapter, as in LoRAHub (Huang et al. 2023, arXiv 2307.13269)
-    layer       one g for every adapted layer, as MoLE has for every block (Wu et al. 2024, arXiv
+    layer       one g for every adapted layer; MoLE has one per block (Wu et al. 2024, arXiv
                 2404.13628)
     token       g = softmax(R x), R (n, in) zero at start: every adapted layer routes every token by
                 its own input
 
-With global or layer gates it is a low-rank update like any other, which can be merged and composed;
-with token gates it has no weight-space form. An adapter without a delta at a layer has no columns
-there. `lorafold compose --how mixture` makes a mixture and trains the gates.
+With global or layer gates it is a low-rank update, which can be merged and composed; with token
+gates it has no weight-space form. An adapter without a delta at a layer has no columns there.
 """
 
 from __future__ import annotations
@@ -36,10 +35,7 @@ Gating = Literal["global", "layer", "token"]
 
 
 class Gates(nn.Module):
-    """values (n,), fp32; a module, so that the deltas of an adapter can share it.
-
-    `shared` says whether they do.
-    """
+    """values (n,), fp32; a module, so that the deltas of an adapter can share it (`shared`)."""
 
     def __init__(self, n: int, shared: bool, device: torch.device) -> None:
         super().__init__()
@@ -48,8 +44,8 @@ class Gates(nn.Module):
 
 
 def add_factor_buffers(delta: nn.Module, layer: Layer) -> None:
-    """Give a delta empty buffers for the frozen factors: up (*matrices, out, R), down (*matrices,
-    R, in), fp32, and owner (R,) int64, the index of the adapter that a column of up belongs to.
+    """Give a delta empty buffers for frozen factors: up (*matrices, out, R), down
+    (*matrices, R, in), fp32, and owner (R,) int64, each column's adapter.
     """
     (out, inn), device = layer.shape, layer.device
     for name, sides in {"up": (out, 0), "down": (0, inn)}.items():
@@ -59,10 +55,7 @@ def add_factor_buffers(delta: nn.Module, layer: Layer) -> None:
 
 
 class MixtureDelta(LowRank):
-    """Frozen factors with gates that are the same for all tokens.
-
-    `gates` are its own, or those of the delta that it shares them with.
-    """
+    """Frozen factors with gates that are the same for all tokens, its own or another delta's."""
 
     gates: Gates
     up: Tensor
@@ -76,9 +69,8 @@ class MixtureDelta(LowRank):
         add_factor_buffers(self, layer)
 
     def share(self, gates: Gates) -> None:
-        """Use another delta's gates.
-
-        They remain parameters of that delta only, so that they are trained, counted and saved once.
+        """Use another delta's gates. They remain parameters of that delta only, so that they are
+        trained, counted and saved once.
         """
         del self.gates
         object.__setattr__(self, "gates", gates)
@@ -113,12 +105,11 @@ class RoutedDelta(Opaque):
 
 @dataclass(frozen=True)
 class Mixture(Spec):
-    """A mixture. Raises LorafoldError for no adapters or unknown gates.
-
-    The deltas that it builds have empty factors, which composing or loading fills.
+    """A mixture of adapters. The deltas that it builds have empty factors, which composing or
+    loading fills.
 
     Args:
-        adapters: the names of the adapters that are mixed, in the order of their gates.
+        adapters: the names of the adapters to mix, in the order of their gates.
         gates: global, layer or token.
     """
 

@@ -1,4 +1,4 @@
-"""What the options of a method may be, and how the factors of a fresh delta are filled."""
+"""Checks of a method's options, and the initialization of factors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def check(
     below_one: Sequence[str] = (),
     one_of: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Raise LorafoldError with all that is wrong with the options of a spec, if anything is:
-    `whole` are whole numbers from 1 (the values of a pattern), `below_one` probabilities below 1,
-    `one_of` choices, and `wrong` are lines for other options.
+    """Raise one LorafoldError with all invalid options: `whole` must be integers from 1 (or
+    patterns of them), `below_one` probabilities, `one_of` choices; `wrong` are messages about
+    others.
     """
     lines = []
     for name in whole:
@@ -39,18 +39,18 @@ def check(
 
 
 def zeros(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
-    """A parameter of zeros of that shape, fp32."""
+    """A parameter of zeros (any shape), fp32."""
     return nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
 
 
 def set_alpha(spec: Any, default: float) -> None:
-    """Set the alpha of a frozen spec, if it is None, to a default, and make it a float."""
+    """Set the alpha of a frozen spec, if it is None, to the default, and convert it to a float."""
     object.__setattr__(spec, "alpha", float(default if spec.alpha is None else spec.alpha))
 
 
 def kaiming(factor: Tensor) -> None:
-    """Fill a factor (*matrices, k, in) with kaiming-uniform numbers, as PEFT does: between -b and
-    b, b the inverse root of `in`; each of its matrices by itself.
+    """Fill a factor (*matrices, k, in) with kaiming-uniform values, matrix by matrix, as PEFT does:
+    up to 1 / sqrt(in).
     """
     for matrix in factor.detach().view(-1, *factor.shape[-2:]):
         nn.init.kaiming_uniform_(matrix, a=5**0.5)

@@ -1,22 +1,19 @@
-"""Token rows: the embedding and head rows of a few tokens are trained, together with any method.
+"""Token rows: the embedding and head rows of a few tokens, trained together with any method.
 
-    embedding   y[t] = rows[i] where id_t is the i-th of the ids, else the layer's output
+    embedding   y[t] = rows[i] if id_t is the i-th of the ids, else the layer's output
                 rows (k, d), ids (k,)
     head        z[t, id_i] = x[t] . rows[i], else the layer's output            z (T, V + m)
-    fold        the matrix (V, d) with these rows at their ids; those of ids from V on are appended:
+    fold        the matrix (V, d) with these rows at their ids; rows of ids from V on are appended:
                 (V + m, d)
 
-They are for tokens that a tokenizer gains (roles of a conversation, say), and for known tokens that
-are to mean something else. The base is never resized: the m rows that it lacks belong to the delta,
-so the vocabulary is V + m while the adapter is active and V without it. If head and embedding have
-a tied weight, they share the rows, which are parameters of the embedding's delta alone; the head's
-delta has it as its `twin`.
+For tokens added to a tokenizer, and for existing tokens that should change their meaning. The base
+is never resized: the m rows that it lacks belong to the delta. If head and embedding are tied, the
+rows are parameters of the embedding's delta alone, which is the `twin` of the head's delta.
 
-A row that the base has starts as it is. A new row starts as the mean of all rows, so that a new
-token's logit is the mean of the others' for any text, and its probability at most their average
-(Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"); training makes new
-rows differ. The new entries of a head's bias are the mean of the bias, and are not trained. Rows
-are fp32, and rounded to the nearest before use, as a merged model stores them.
+A new row starts as the mean of all rows, so that a new token's probability is at most the average
+for any text (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). New
+entries of a head's bias are the mean of the bias, and are not trained. Rows are rounded to the
+nearest before use, as a merged model stores them.
 """
 
 from __future__ import annotations
@@ -39,8 +36,8 @@ from lorafold.layers import is_linear, layer_class, layer_of
 
 
 class TokenRows(Delta):
-    """Abstract: the rows (k, d), fp32, of the ids (k,) in the order given; its own parameters, or
-    those of the delta that is its twin.
+    """Abstract: the rows (k, d), fp32, of the ids (k,) in the given order; its own parameters, or
+    its twin's.
     """
 
     setting_names = ("ids",)
@@ -50,7 +47,7 @@ class TokenRows(Delta):
     def __init__(self, ids: Sequence[int], rows: Tensor | TokenRows) -> None:
         super().__init__()
         self.ids = tuple(ids)
-        # in a tuple, so that it is no submodule: the rows are parameters of one delta only
+        # in a tuple, so that it is not a submodule: only one delta may own the rows
         self._owner = (rows,) if isinstance(rows, TokenRows) else ()
         if isinstance(rows, Tensor):
             self.rows = nn.Parameter(rows.detach().to(torch.float32, copy=True))
@@ -144,7 +141,7 @@ class HeadRows(TokenRows):
 
 @dataclass(frozen=True)
 class TrainableTokens:
-    """The tokens whose rows train.
+    """The tokens whose rows are trained.
 
     Args:
         ids: the ids for the embedding and the head, or ids by module name.
@@ -157,8 +154,8 @@ class TrainableTokens:
 
     @torch.no_grad()
     def deltas(self, model: nn.Module, active: Sequence[str]) -> dict[str, TokenRows]:
-        """The deltas by module path, to be attached above the active adapters of these names.
-        Raises LorafoldError with everything that is wrong.
+        """The deltas by module path, to be attached on top of the active adapters with these names.
+        Raises one LorafoldError with all problems.
         """
         by_path, problems = self._by_path(model)
         deltas: dict[str, TokenRows] = {}
@@ -192,9 +189,8 @@ class TrainableTokens:
         return deltas
 
     def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-        """The ids by module path, and what is wrong with them. Embeddings come first, each followed
-        by the modules whose weight is tied to it, which get the same ids unless the user gave them
-        others.
+        """The ids by module path, and the problems. Modules tied to an embedding come after it, and
+        get its ids unless the user set others.
         """
         problems = []
         if isinstance(self.ids, Mapping):
@@ -221,7 +217,7 @@ class TrainableTokens:
 
     @staticmethod
     def _one_sided(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
-        """What is wrong if embedding and head would have different vocabularies."""
+        """The problem, if embedding and head would have different vocabularies."""
         ends = {path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends}
         rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
         sizes = dict(rows)

@@ -3,16 +3,14 @@
     attention(q, [K_virtual, K], [V_virtual, V])        K_virtual (1, Hk, n, D) of each layer, seen
                                                         by every query
 
-A delta on the decoder (the sender) gives every attention the keys and values of n virtual tokens,
-which come before the first real token; positions shift by n. They are passed as one keyword
-argument, which transformers' decoders pass on to their attentions. There a second delta (the
-receiver) takes it out, gives the attention a wrapper of its cache that prepends the virtual keys
-and values, and extends the mask by n columns. So the cache itself contains real tokens only:
-lengths, reordering, cropping and resuming work as usual, every packed document sees the virtual
-tokens, and gradient checkpointing passes the same tensors again when it recomputes.
+A delta on the decoder (the sender) computes the keys and values of n virtual tokens, and passes
+them as one keyword argument, which transformers' decoders forward to their attentions; positions
+shift by n. On each attention, a second delta (the receiver) removes the argument, wraps the KV
+cache to prepend the virtual keys and values, and extends the mask by n columns. The cache itself
+contains only real tokens, so lengths, reordering, cropping and resuming work as usual.
 
-Virtual tokens stay visible under a sliding window. A model without attention layers, or whose
-decoder does not pass such arguments on, is refused.
+Virtual tokens stay visible under a sliding window. Models whose decoder does not forward such
+arguments are rejected.
 """
 
 from __future__ import annotations
@@ -40,12 +38,12 @@ KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
 Seen = dict[int, tuple[Tensor, Tensor]]
 
 _KEYWORD = "virtual_tokens"
-_CACHE_NAMES = ("cache", "layer_past")  # the argument of an attention that is its cache
+_CACHE_NAMES = ("cache", "layer_past")  # names of an attention's KV cache argument
 
 
 class Virtual:
-    """What senders pass to the attentions: the keys and values of every sender so far, and a
-    dictionary in which to record a layer's own keys and values, or None.
+    """The argument that senders pass to attentions: every sender's keys and values, and a
+    dictionary in which to record a layer's own, or None.
     """
 
     def __init__(self, before: tuple[KeysAndValues, ...], seen: Seen | None) -> None:
@@ -54,18 +52,15 @@ class Virtual:
         self._documents: tuple[Documents, Documents] | None = None
 
     def at(self, layer_idx: int) -> list[tuple[Tensor, Tensor]]:
-        """Each sender's keys (1, Hk, n, D) and values (1, Hk, n, Dv) for the layer; the layer is
-        recorded as reached.
+        """Each sender's keys (1, Hk, n, D) and values (1, Hk, n, Dv) for the layer. Records the
+        layer as reached.
         """
         self.reached.add(layer_idx)
         return [kv[layer_idx] for kv in self.before]
 
     def mask(self, mask: Any, n: int, x: Tensor) -> Any:
-        """`widened`; the documents that all layers are given are widened once for all of them.
-
-        Args:
-            mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
-            x: the input (B, T, d) of the attention.
+        """`widened` for a mask (B, 1, T, Tk), documents or None, and input x (B, T, d); documents
+        are widened once for all layers.
         """
         if not isinstance(mask, Documents):
             return widened(mask, n, x)
@@ -78,10 +73,10 @@ class Virtual:
 
 
 class _Prepended:
-    """A wrapper of an attention's cache (None: no cache) that prepends the virtual tokens.
+    """A wrapper of an attention's KV cache (None: no cache) that prepends the virtual tokens.
 
-    Without a mask, attention is causal over its own `tokens`; then the unused positions of a cache
-    of fixed size are cut off.
+    Without a mask, attention is causal over its own `tokens`, so unused positions of a fixed-size
+    cache are cut off.
     """
 
     def __init__(
@@ -108,7 +103,7 @@ class _Prepended:
 
 
 class Receiver(Opaque):
-    """The delta on an attention that takes what a sender passed. It has no parameters."""
+    """The delta on an attention that receives a sender's virtual tokens. It has no parameters."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -135,8 +130,8 @@ class Receiver(Opaque):
 
 
 def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Documents | None:
-    """An attention's mask with n columns in front that every query sees: (B, 1, T, n + Tk), boolean
-    or additive; documents with n keys in front; None if there is nothing to mask.
+    """An attention's mask with n columns in front that every query sees, (B, 1, T, n + Tk);
+    documents with n keys in front; None if there is nothing to mask.
     """
     if isinstance(mask, Documents):
         if mask.window is None:
@@ -165,7 +160,7 @@ def argument_names(module: nn.Module) -> list[str]:
 
 
 class Sender(Opaque):
-    """Abstract: the delta on the decoder, which knows the virtual tokens' keys and values in every
+    """Abstract: the delta on the decoder, which has the virtual tokens' keys and values in every
     layer.
     """
 
@@ -176,12 +171,12 @@ class Sender(Opaque):
     @property
     @abstractmethod
     def positions(self) -> int:
-        """The positions that the virtual tokens take before each row."""
+        """The number of positions that the virtual tokens take before each row."""
 
     @abstractmethod
     def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
-        """The virtual tokens' keys (1, Hk, n, D) and values (1, Hk, n, Dv), by `layer_idx`; a cache
-        may keep them.
+        """The virtual tokens' keys (1, Hk, n, D) and values (1, Hk, n, Dv), by `layer_idx`; may be
+        stored on the KV cache.
         """
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -214,8 +209,8 @@ class Sender(Opaque):
 
 
 def positions(inputs: dict[str, Any]) -> Tensor:
-    """The positions (B or 1, T) of a decoder's input: those that it is given, or else those that
-    follow the tokens in its cache.
+    """The positions (B or 1, T) of a decoder's input: `position_ids` if given, else those after the
+    tokens in its KV cache.
     """
     if (given := inputs.get("position_ids")) is not None:
         return given
@@ -230,7 +225,7 @@ class VirtualTokens(Spec):
 
     tokens: int
     init: str
-    inits: ClassVar[tuple[str, ...]]  # what `init` may be
+    inits: ClassVar[tuple[str, ...]]  # the choices of `init`
 
     targets = "decoder"
     lr = 1e-2
@@ -240,7 +235,7 @@ class VirtualTokens(Spec):
 
     @property
     def positions(self) -> int:  # type: ignore[override]
-        """Those of the virtual tokens."""
+        """The positions of the virtual tokens."""
         return self.tokens
 
     def build(self, layer: Layer) -> Sender | Receiver:
@@ -262,4 +257,4 @@ class VirtualTokens(Spec):
 
     @abstractmethod
     def sender(self, layer: Layer, attentions: list[nn.Module]) -> Sender:
-        """The delta of the decoder, a layer over these attentions."""
+        """The delta for the decoder's layer, with these attentions."""

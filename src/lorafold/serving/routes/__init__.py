@@ -1,1 +1,1 @@
-"""The routes, by what they are for. Each `routes(server)` gives the router of one group."""
+"""The routes of the API."""

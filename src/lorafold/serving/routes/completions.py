@@ -24,24 +24,20 @@ Ids = Listed[int]
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add the routes of completions."""
-
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        """A model's next message in a conversation."""
+        """Generates the next message of a conversation."""
         return await server.complete(request, ChatBody, NextTurn, ChatAnswer, "chatcmpl")
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        """What follows a prompt, given as text or as tokens, or several."""
+        """Continues one or more prompts, given as text or tokens."""
         return await server.complete(
             request, CompletionsBody, PlainPrompts, CompletionsReply, "cmpl"
         )
 
 
 def tokens(app: FastAPI, server: Server) -> None:
-    """Add the routes of the tokenizer."""
-
     def admitted(request: Request) -> Caller:
         caller = server.caller(request)
         server.admission.check_caller(caller, 1)
@@ -55,7 +51,7 @@ def tokens(app: FastAPI, server: Server) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        """The tokens of a text, or of a conversation as the prompt for its next turn."""
+        """Tokenizes a text, or a conversation as the prompt for its next turn."""
         caller = admitted(request)
         body = await server.body(request, caller, Tokenize, lambda body: body)
         if (body.prompt is None) == (body.messages is None):
@@ -83,7 +79,7 @@ def tokens(app: FastAPI, server: Server) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        """The text of tokens."""
+        """Decodes tokens."""
         caller = admitted(request)
         body = await server.body(request, caller, Detokenize, lambda body: body)
         server.usage.add(caller.tenant, len(body.tokens))
@@ -106,7 +102,7 @@ class CompletionsBody(Completing):
 
 
 class Tokenize(Body):
-    """The body of `POST /tokenize`: a text, or a conversation."""
+    """The body of `POST /tokenize`: a text or a conversation."""
 
     model: str | None = None
     prompt: str | None = None
@@ -120,12 +116,10 @@ class Detokenize(Body):
     """The body of `POST /detokenize`."""
 
     model: str | None = None
-    tokens: Annotated[Ids, Field(max_length=1 << 16)]  # a text that one call makes at once
+    tokens: Annotated[Ids, Field(max_length=1 << 16)]  # decoded in a single call
 
 
 class PlainPrompts(DialectRequest):
-    """Plain prompts."""
-
     body: CompletionsBody
 
     def __init__(self, server: Server, body: CompletionsBody) -> None:
@@ -151,18 +145,18 @@ class PlainPrompts(DialectRequest):
 
 
 class Choices(Dialect):
-    """Abstract: an answer that is a list of choices, whole or each in chunks."""
+    """An answer with a list of choices, whole or in chunks."""
 
     body: Completing
     whole_kind = chunk_kind = "text_completion"
 
     @abstractmethod
     async def choices(self, reply: Reply) -> list[dict[str, Any]]:
-        """All choices."""
+        """Returns all choices."""
 
     @abstractmethod
     def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
-        """The choices in parts, as they are generated."""
+        """Yields parts of choices as they are generated."""
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         choices = await self.choices(reply)
@@ -190,8 +184,6 @@ class Choices(Dialect):
 
 
 class CompletionsReply(Choices):
-    """Completions of plain prompts, for OpenAI's older clients."""
-
     body: CompletionsBody
     request: PlainPrompts
 
@@ -213,7 +205,7 @@ class CompletionsReply(Choices):
 
     async def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
         lengths = [0] * len(reply.jobs)
-        echoed = {}  # the length of each prompt's text that was sent
+        echoed = {}  # the length of each echoed prompt
         async for i, event in reply.events():
             if self.body.echo and i not in echoed:
                 echo, logprobs = await asyncio.to_thread(self._echo, reply, i, [])
@@ -228,8 +220,8 @@ class CompletionsReply(Choices):
                 yield _choice(i, event.text[lengths[i] :], None, finish(event))
 
     def _echo(self, reply: Reply, i: int, tokens: list[Token]) -> tuple[str, dict[str, Any] | None]:
-        """The text of a completion's prompt, if it is wanted, and the log probabilities of its
-        tokens and of those of the completion. It takes its time.
+        """Returns the prompt's text if echo is set, and log probabilities of it and the completion.
+        Slow.
         """
         echo = list[Token]()
         if self.body.echo:
@@ -250,8 +242,6 @@ def _choice(i: int, text: str, logprobs: object, finish: str | None = None) -> d
 
 
 class ChatAnswer(Choices):
-    """A turn as a chat completion."""
-
     body: ChatBody
     request: NextTurn
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"

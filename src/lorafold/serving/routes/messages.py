@@ -1,5 +1,5 @@
-"""`POST /v1/messages`, Anthropic's dialect. A user's turn may have results of tools beside text; as
-a chat completion those are messages of their own.
+"""`POST /v1/messages`, Anthropic's API. Tool results in a user's turn become separate messages of
+the chat completion.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorafold.serving.server import Dialect, Server, answer
 Block = dict[str, Any]
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-HINTS = {"type", "cache_control"}  # of tools and of blocks
+HINTS = {"type", "cache_control"}  # in tools and blocks
 TOOL = {"name", "description", "input_schema", "strict", "eager_input_streaming"} | HINTS
 ROLES = ("user", "assistant", "system")
 BLOCKS = {
@@ -31,7 +31,7 @@ BLOCKS = {
 }
 NO_TEXT = "found a block of type {}, expected text"
 STOPS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
-# by kind of block: the type of its deltas, and the field that they add to
+# by kind of block: (type of its deltas, field)
 DELTAS = {
     "text": ("text_delta", "text"),
     "thinking": ("thinking_delta", "thinking"),
@@ -40,21 +40,19 @@ DELTAS = {
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add the routes of messages."""
-
     @app.post(MESSAGES)
     async def messages(request: Request) -> Response:
-        """A model's next message in a conversation, in Anthropic's dialect."""
+        """Generates the next message of a conversation, in Anthropic's format."""
         return await server.complete(request, MessagesBody, turn_of, MessagesReply, "msg")
 
     @app.post(f"{MESSAGES}/count_tokens")
     async def count(request: Request) -> Response:
-        """How many tokens the conversation has."""
+        """Counts the tokens of a conversation."""
         return answer({"input_tokens": await server.count(request, CountTokens, turn_of)})
 
 
 class CountTokens(Body):
-    """The body of `POST /v1/messages/count_tokens`: a request without the fields of its answer."""
+    """The body of `POST /v1/messages/count_tokens`."""
 
     model: str
     messages: Listed[dict[str, Any]]
@@ -65,7 +63,7 @@ class CountTokens(Body):
     output_config: dict[str, Any] = Field(default_factory=dict)
 
     def chat(self) -> tuple[ChatBody, dict[str, str]]:
-        """The same as a chat completion, and the names of its fields here."""
+        """Converts to a chat completion; also returns the names of its fields here."""
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
         conversation = list(self._conversation())
@@ -88,7 +86,6 @@ class CountTokens(Body):
         )  # fmt: skip
 
     def _conversation(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The messages, each with the field that it comes from."""
         if self.system:
             yield "system", {"role": "system", "content": _text(self.system, "system")}
         names: dict[str, str] = {}
@@ -125,15 +122,12 @@ class MessagesBody(CountTokens):
 
 
 def turn_of(server: Server, body: CountTokens) -> NextTurn:
-    """The turn that a body asks for."""
-    # with `thinking` disabled, for a template that has the variable
+    # `thinking` is disabled; only for templates that have the variable
     wishes = {"enable_thinking": False} if body.thinking else None
     return NextTurn(server, *body.chat(), wishes=wishes)
 
 
 class MessagesReply(Dialect):
-    """A turn in Anthropic's form."""
-
     body: MessagesBody
     request: NextTurn
 
@@ -144,7 +138,7 @@ class MessagesReply(Dialect):
         return self._message(reply, content) | self._end(reply, message)
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        # text in pieces, each call whole
+        # text in pieces, calls whole
         usage = _usage(Usage(len(reply.jobs[0].request.prompt), 0, 0))
         begun = self._message(reply, []) | {"usage": usage}
         yield _event("message_start", message=begun)
@@ -185,7 +179,7 @@ class MessagesReply(Dialect):
 
     def _end(self, reply: Reply, message: GeneratedMessage) -> dict[str, Any]:
         end, stop = message.end, None
-        if end.reason == "stop":  # by the text that follows
+        if end.reason == "stop":  # find the stop sequence in the text after the completion
             after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
             stop = next((text for text in self.body.stop_sequences if after.startswith(text)), None)
         return {
@@ -223,7 +217,6 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The messages of one turn; `names` has those of the calls so far, by id."""
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list) or not blocks:
         raise wrong(where, "expected text or a list of blocks")
@@ -264,7 +257,7 @@ def _text(content: Any, where: str) -> str:
 
 
 def _check_keys(fields: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Raise Refusal for an unknown key that asks for something."""
+    """Refuses unknown keys, unless their value has no effect."""
     for key in fields.keys() - known:
         if fields[key] not in (None, False, []):
             raise unsupported(f"{where}.{key[:80]}")

@@ -1,11 +1,4 @@
-"""Models: the list, single ones, their changes as server-sent events, and the administration of
-adapters and aliases.
-
-    async for data in feed.events(caller, admin):     the whole list, then the changes
-
-Once a second, if somebody listens, the feed takes a `Snapshot`, and each listener gets the
-difference from the one it got last. Only models that differ are described again.
-"""
+"""Models: their list, changes as server-sent events, and administration."""
 
 from __future__ import annotations
 
@@ -37,22 +30,20 @@ ACTS = ("pin", "unpin", "quarantine")
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add the routes of models."""
     feed, registry = ModelChanges(server), server.registry
-    streams = defaultdict[str, set[str]](set)  # that are open, by tenant
+    streams = defaultdict[str, set[str]](set)  # open ones, by tenant
     most = server.settings.limits.tenant_streams
 
     def may_listen(request: Request) -> tuple[Caller, bool]:
-        """Who listens, and whether it is the administrator."""
         header = authorization(request.headers)
         try:
             return server.keys.admin(header), True
         except Refusal:
             return server.keys.caller(header), False
 
-    @app.get("/v1/models/events")  # before that of models, one of which could be called `events`
+    @app.get("/v1/models/events")  # before /v1/models/{model}, which would match too
     async def events(request: Request) -> Response:
-        """Every model that the caller may name, then those that changed, once a second at most."""
+        """Streams all models that the caller may use, then changes, at most once a second."""
         who = may_listen(request)
         caller, record = who[0], record_of(request)
         record.tenant = caller.tenant
@@ -65,7 +56,7 @@ def routes(app: FastAPI, server: Server) -> None:
             return Response(media_type="text/event-stream")
         streams[caller.tenant].add(record.id)
 
-        async def end(_: object = None) -> None:  # perhaps before the first event
+        async def end(_: object = None) -> None:  # may precede the first event
             streams[caller.tenant].discard(record.id)
 
         async def following() -> AsyncIterator[bytes]:
@@ -85,14 +76,14 @@ def routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        """Every model that the caller may name."""
+        """Lists the models that the caller may use."""
         caller = server.caller(request)
         models = await server.host.think(lambda: Snapshot(server).models(caller), caller.tenant)
         return answer({"object": "list", "data": models})
 
     @app.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
-        """One model."""
+        """Returns one model."""
         caller = server.caller(request)
 
         def described() -> dict[str, Any]:
@@ -107,8 +98,6 @@ def routes(app: FastAPI, server: Server) -> None:
 
 
 class Snapshot:
-    """The models at one moment."""
-
     def __init__(self, server: Server) -> None:
         self.server, registry = server, server.registry
         uses, jobs = list(server.metrics.uses.items()), list(server.host.jobs.values())
@@ -123,8 +112,8 @@ class Snapshot:
         self._events: dict[object, bytes] = {}
 
     def event(self, before: Snapshot | None, caller: Caller, admin: bool) -> bytes:
-        """All models of a caller, or their difference from a snapshot before, empty if there is
-        none. Callers that may see the same models share it.
+        """Returns a caller's models, or their difference from an earlier snapshot, which may be
+        empty. Cached for callers with the same rights.
         """
         key = caller.adapters, caller.base, admin, before and before.taken
         if key not in self._events:
@@ -146,7 +135,6 @@ class Snapshot:
         return sse_event(changes | status) if new or gone or status else b""
 
     def _differing_from(self, before: Snapshot) -> set[str]:
-        """The names of models that differ, are new, or are gone."""
         old, a, b = before.adapters, before.state, self.state
         names = {name for name, adapter in self.adapters.items() if old.get(name) is not adapter}
         names |= old.keys() - self.adapters.keys() | (before.unverified ^ self.unverified)
@@ -160,7 +148,6 @@ class Snapshot:
         return names
 
     def models(self, caller: Caller, admin: bool = False) -> list[dict[str, Any]]:
-        """A caller's models, the base first, aliases last; for the administrator all."""
         aliases, names = self.state.aliases, {*self.adapters, *self.unverified}
         if admin:
             names |= {*self.rejected, *self.state.unloaded}
@@ -172,7 +159,6 @@ class Snapshot:
         return caller.base if name == self.registry.base else caller.may(name)
 
     def _described(self, name: str, admin: bool) -> dict[str, Any] | None:
-        """An entry of the list, None if there is no such model."""
         if name == self.registry.base:
             return self.base()
         if name in self.state.aliases:
@@ -191,13 +177,11 @@ class Snapshot:
         return None
 
     def base(self) -> dict[str, Any]:
-        """The base's entry."""
         name, length = self.registry.base, self.server.host.backend.length
         model = self._model(name, parent=None, state="resident", max_model_len=length)
         return model | self._use(name)
 
     def adapter(self, adapter: AdapterFiles) -> dict[str, Any]:
-        """An adapter's entry."""
         state, nbytes = state_of(self.registry, adapter, self.states)
         model = self._model(
             adapter.name,
@@ -212,7 +196,6 @@ class Snapshot:
         return model | self._use(adapter.name)
 
     def alias(self, name: str) -> dict[str, Any]:
-        """An alias's entry."""
         targets = self.state.aliases[name].targets
         shown = [target.model_dump(exclude_none=True) for target in targets]
         return self._model(name, state="alias", targets=shown)
@@ -239,14 +222,11 @@ def _differing(a: Mapping[K, object], b: Mapping[K, object]) -> set[K]:
 
 
 class ModelChanges:
-    """The changes of one server's models."""
-
     def __init__(self, server: Server) -> None:
         self._server, self._snapshot = server, Snapshot(server)
         self._turn = asyncio.Lock()
 
     async def events(self, caller: Caller, admin: bool) -> AsyncGenerator[bytes, None]:
-        """The whole list, then the changes, until the server ends."""
         before = None
         while True:
             async with self._turn:
@@ -269,22 +249,22 @@ class ModelChanges:
 
 
 class UnloadBody(Body):
-    """The body of vLLM's route that unloads an adapter, whose number has no use here."""
+    """The body of `POST /v1/unload_lora_adapter`; `lora_int_id` is ignored."""
 
     lora_name: str
     lora_int_id: int | None = None
 
 
 class LoadBody(UnloadBody):
-    """The body of vLLM's route that loads one; the base that it names is ignored."""
+    """The body of `POST /v1/load_lora_adapter`; `base_model_name` is ignored."""
 
     lora_path: str | None = None
     load_inplace: bool = True
     base_model_name: str | None = None
 
     def load(self, registry: Registry) -> AdapterFiles:
-        """Load the adapter. Raises Refusal for a path to anything but the directory's entry of that
-        name, and for an adapter that exists and may not be replaced.
+        """Loads the adapter. Refuses a path that isn't the directory's entry of this name, and an
+        existing adapter if it may not be replaced.
         """
         name, path = self.lora_name, self.lora_path
         entry, same = registry.directory.locate(name), path is None
@@ -301,14 +281,13 @@ class LoadBody(UnloadBody):
 
 
 class AliasBody(Body):
-    """The body of `PUT /admin/aliases/NAME`: one target, several, or those before."""
+    """The body of `PUT /admin/aliases/NAME`: one target, several, or a rollback."""
 
     target: str | None = None
     targets: list[dict[str, Any]] = Field(default_factory=list, max_length=16)
     rollback: bool = False
 
     def read(self) -> tuple[AliasTarget, ...]:
-        """The targets."""
         if (self.target is None) == (not self.targets):
             raise wrong("target", "expected one of target, targets and rollback")
         name, _, digest = (self.target or "").partition("@")
@@ -320,11 +299,9 @@ class AliasBody(Body):
 
 
 def administration(app: FastAPI, server: Server) -> None:
-    """Add the routes for administration, which need its key."""
     registry = server.registry
 
     async def done(change: Callable[[], T]) -> T:
-        """Make a change beside the event loop."""
         try:
             return await server.host.think(change, ADMIN)
         except LorafoldError as error:
@@ -332,7 +309,7 @@ def administration(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
-        """Read the files of an adapter of the directory, new or changed."""
+        """Loads a new or changed adapter from the directory."""
         caller = server.admin(request)
         body = await server.body(request, caller, LoadBody, lambda body: body)
         adapter = await done(lambda: body.load(registry))
@@ -340,7 +317,7 @@ def administration(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
-        """Forget an adapter until it is loaded again. Running requests finish with it."""
+        """Removes an adapter until it is loaded again. Running requests finish."""
         caller = server.admin(request)
         name = await server.body(request, caller, UnloadBody, lambda body: body.lora_name)
         await done(lambda: registry.unload(name))
@@ -348,7 +325,7 @@ def administration(app: FastAPI, server: Server) -> None:
 
     @app.get("/admin/adapters")
     async def adapters(request: Request) -> Response:
-        """All adapters: those that are served, that were unloaded, and that are wrong, and why."""
+        """Lists all adapters: served, unloaded, and rejected ones with the reason."""
         server.admin(request)
 
         def listed() -> Response:
@@ -356,7 +333,7 @@ def administration(app: FastAPI, server: Server) -> None:
             return answer(
                 {
                     "adapters": [now.adapter(a) for a in now.adapters.values()],
-                    "unverified": registry.unverified,  # which may read the directory
+                    "unverified": registry.unverified,  # may read the directory
                     "notes": {a.name: a.note for a in now.adapters.values() if a.note},
                     "unloaded": now.state.unloaded,
                     "quarantined": {n: why for n, (_, why) in now.state.quarantined.items()},
@@ -369,7 +346,7 @@ def administration(app: FastAPI, server: Server) -> None:
 
     @app.post("/admin/adapters/{name}:{act}")
     async def manage(request: Request, name: str, act: str) -> Response:
-        """Pin an adapter in memory, unpin it, or refuse its requests."""
+        """Pins an adapter in memory, unpins it, or puts it in quarantine."""
         server.admin(request)
         if act not in ACTS:
             message = f"found {act[:40]!r}, expected one of {', '.join(ACTS)}"
@@ -383,7 +360,7 @@ def administration(app: FastAPI, server: Server) -> None:
 
     @app.put("/admin/aliases/{name}")
     async def point(request: Request, name: str) -> Response:
-        """Point an alias to other adapters from the next request on."""
+        """Sets an alias's targets from the next request on."""
         caller = server.admin(request)
         body = await server.body(request, caller, AliasBody, lambda body: body)
         if body.rollback:
@@ -395,7 +372,7 @@ def administration(app: FastAPI, server: Server) -> None:
 
     @app.delete("/admin/aliases/{name}")
     async def drop(request: Request, name: str) -> Response:
-        """Forget an alias."""
+        """Deletes an alias."""
         server.admin(request)
         await done(lambda: registry.drop_alias(name))
         return answer({"id": name, "status": "deleted"})

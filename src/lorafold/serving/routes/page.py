@@ -1,4 +1,4 @@
-"""The page at `/`, which talks to the API as any client does, and the adapters' own pages."""
+"""The web page at `/`, and adapters' own pages."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ OWN = (
     "page.css", "page.js", "api.js", "chat.js", "answer.js", "markdown.js", "difference.js",
     "table.js", "manage.js",
 )  # fmt: skip
-FILES = {  # by path; the look is that of all pages
+FILES = {  # by path; /look.css is shared by all pages
     "/": "serving/page/index.html",
     "/look.css": "files/look.css",
     **{f"/{name}": f"serving/page/{name}" for name in OWN},
 }
-# nothing from other origins, and no frames
+# only this origin, no frames
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
-# an adapter's page comes from its author: it may not run, send or load anything
+# an adapter's page is untrusted: it may not run, send or load anything
 SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 FORM = 4096  # bytes of a form, which is read before the key is checked
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add the routes of pages."""
     registry, place = server.registry, files("lorafold")
     content = {path: (place / file).read_bytes() for path, file in FILES.items()}
 
     async def page(request: Request) -> Response:
-        """The page and its files."""
+        """Returns the web page and its files."""
         path = request.url.path
         headers = {
             "Content-Security-Policy": POLICY,
@@ -67,13 +66,13 @@ def routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/adapters/{name}/page")
     async def inspected(request: Request, name: str) -> Response:
-        """The page that `lorafold inspect` wrote for an adapter."""
+        """Returns the page that `lorafold inspect` wrote for an adapter."""
         return await shown(server.caller(request), name)
 
     @app.post("/v1/adapters/{name}/page")
     async def opened(request: Request, name: str) -> Response:
-        """The same for a form with the key: a browser that opens a page sends no such header, and
-        keys in addresses end up in histories and logs.
+        """Returns the same for a form with the key, because a browser sends no such header when it
+        opens a page, and keys in URLs end up in histories and logs.
         """
         content = b""
         async for part in request.stream():

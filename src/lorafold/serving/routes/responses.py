@@ -1,5 +1,4 @@
-"""`POST /v1/responses`. Nothing is stored between requests, so fields that refer to an earlier one
-are not supported.
+"""`POST /v1/responses`. Nothing is stored, so fields that refer to an earlier request are refused.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from lorafold.serving.server import Dialect, Server, answer
 Item = dict[str, Any]
 PARTS = ("input_text", "output_text", "text", "reasoning_text")
 LOGPROBS = "message.output_text.logprobs"
-INCLUDED = (LOGPROBS, "reasoning.encrypted_content")  # there is nothing to include of the second
-PAIRS, KEY, VALUE = 16, 64, 512  # OpenAI's limits of metadata
+INCLUDED = (LOGPROBS, "reasoning.encrypted_content")  # the second has no effect
+PAIRS, KEY, VALUE = 16, 64, 512  # OpenAI's limits on metadata
 NAMES = {
     "messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",
     "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
@@ -33,26 +32,24 @@ RETURNED = {  # fields of the request in the answer
     "tool_choice", "tools", "top_logprobs", "top_p", "truncation",
 }  # fmt: skip
 KINDS = {REASONING: "reasoning", CONTENT: "message"}
-TEXTS = {"reasoning": "reasoning_text", "message": "output_text"}  # the events of an item's text
+TEXTS = {"reasoning": "reasoning_text", "message": "output_text"}  # events by kind of item
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add the routes of responses."""
-
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
-        """A model's next message, and its calls, in a conversation given as items."""
+        """Generates the next message and calls of a conversation given as items."""
         return await server.complete(request, ResponsesBody, turn_of, ResponsesReply, "resp")
 
     @app.post("/v1/responses/input_tokens")
     async def count(request: Request) -> Response:
-        """How many tokens the conversation has."""
+        """Counts the tokens of a conversation."""
         tokens = await server.count(request, InputTokens, turn_of)
         return answer({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 class InputTokens(Body):
-    """The body of `POST /v1/responses/input_tokens`: a request without the fields of its answer."""
+    """The body of `POST /v1/responses/input_tokens`."""
 
     model: str
     input: str | Listed[dict[str, Any]]
@@ -65,7 +62,7 @@ class InputTokens(Body):
     truncation: Literal["auto", "disabled"] = "disabled"
 
     def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
-        """The same as a chat completion, and the names of its fields here."""
+        """Converts to a chat completion; also returns the names of its fields here."""
         conversation = []
         if self.instructions is not None:
             system = {"role": "system", "content": self.instructions}
@@ -106,7 +103,6 @@ class ResponsesBody(InputTokens):
 
     @property
     def logprobs(self) -> bool:
-        """Whether log probabilities are asked for."""
         return LOGPROBS in self.include
 
     def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
@@ -126,20 +122,19 @@ class ResponsesBody(InputTokens):
 
 
 def turn_of(server: Server, body: InputTokens) -> NextTurn:
-    """The turn that a body asks for."""
     return NextTurn(server, *body.chat(), "input", shorten=body.truncation == "auto")
 
 
 class ResponsesReply(Dialect):
-    """A turn in the form of responses: items of reasoning, text and calls."""
+    """Answers with items of reasoning, text and calls."""
 
     body: ResponsesBody
     request: NextTurn
 
     def __init__(self, body: ResponsesBody, request: NextTurn) -> None:
         super().__init__(body, request)
-        self._items: list[Item] = []  # that were begun so far
-        self._pending: list[Token] = []  # tokens of a message whose text is still held back
+        self._items: list[Item] = []  # started so far
+        self._pending: list[Token] = []  # tokens whose text is still held back
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         async for event in self._events(reply):
@@ -152,7 +147,7 @@ class ResponsesReply(Dialect):
             yield sse_event({"sequence_number": next(sequence)} | event, event["type"])
 
     async def _events(self, reply: Reply) -> AsyncIterator[Item]:
-        # text in pieces, each call whole
+        # text in pieces, calls whole
         begun = self._response(reply, "in_progress", [])
         yield _event("response.created", response=begun)
         yield _event("response.in_progress", response=begun)
@@ -177,7 +172,6 @@ class ResponsesReply(Dialect):
         yield _event(f"response.{ended['status']}", response=ended)
 
     def _text_events(self, reply: Reply, kind: str, text: str) -> Iterator[Item]:
-        """Add text to the last item, or to a new one if that is of another kind."""
         if not self._items or self._items[-1]["type"] != kind:
             if self._items:
                 yield from self._end_text(reply)
@@ -203,7 +197,7 @@ class ResponsesReply(Dialect):
         yield self._end()
 
     def _add_logprobs(self, reply: Reply, part: Item) -> list[Any]:
-        """The log probabilities of the pending tokens, which a message's part gets."""
+        """Moves the log probabilities of pending tokens into a message's part."""
         texts, new = reply.prompted.chosen.renderer.texts, list[Any]()
         if self.body.logprobs:
             new = texts.chat_logprobs(self._pending, self.body.top_logprobs)
@@ -284,7 +278,9 @@ def _text_item(kind: str) -> Item:
 
 
 def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The items as messages, each with the item where it begins; calls join the message beside."""
+    """Converts items to messages, each with the field of its first item; calls join the message
+    next to them.
+    """
     names: dict[str, str] = {}
     turn: dict[str, Any] = {}
     begun = ""
@@ -323,7 +319,6 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _text(content: Any, where: str) -> Any:
-    """Parts of text joined; anything but a list is checked with its message."""
     if not isinstance(content, list):
         return content
     return text_of(content, PARTS, where + "[{}]", "found a part of type {}, expected text alone")
