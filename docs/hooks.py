@@ -124,8 +124,8 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def folded(found: re.Match[str]) -> str:
-    """A part of a page behind its first sentence; links to it open it (`sections.js`). The heading
-    stays outside, or the search would not find the part's text under it.
+    """A part of a page behind its first sentence; `sections.js` opens it for links into it.
+    The heading stays outside, or the search would not find the part's text under it.
     """
     first = re.search(r"<p>(.*?)</p>", found["rest"], re.DOTALL)
     sentence, _, more = (first[1] if first else "Details").partition(". ")

@@ -1,14 +1,16 @@
-// A link to something in a closed part of a page opens the part; a link to a heading opens the
-// parts of its section.
-const open = () => {
-  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  const around = target?.closest("details");
-  if (around) around.open = true;
-  for (let part = target?.nextElementSibling; part && part.tagName !== "H2"; part = part.nextElementSibling) {
-    if (part.tagName === "DETAILS") part.open = true;
-    if (part.matches("details.part")) break;
+// A link to a section opens its tables, or the object that it describes, which are closed at first;
+// a link to something in a closed part opens that part.
+function openSection() {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)))
+  const within = target?.closest("details")
+  if (within) {
+    within.open = true
+    target.scrollIntoView()
   }
-  if (around) target.scrollIntoView();
-};
-addEventListener("hashchange", open);
-open();
+  let part = target
+  while ((part = part?.nextElementSibling) && !/^H[1-6]$/.test(part.tagName)) {
+    if (part.tagName === "DETAILS") part.open = true
+  }
+}
+addEventListener("hashchange", openSection)
+openSection()

@@ -1,4 +1,4 @@
-"""Every family of docs/models.md through every step, as its line says, and the page has them all."""
+"""Every family of docs/models.md through every step, as its line says; the page has them all."""
 
 from __future__ import annotations
 

@@ -23,19 +23,26 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+import lorafold as lf
 from embedded_cases import embed_a_tiny_model
+from lorafold.api.options import declared
 from lorafold.cli import COMMANDS, _load, app
+from lorafold.cli.command_line import ALIASES
 from lorafold.layers import LAYERS
 from lorafold.methods import METHODS
-from lorafold.objectives import OBJECTIVES
+from lorafold.objectives import OBJECTIVES, options
 from lorafold.recipe.recipe import Recipe
+from lorafold.training_step import policy_algorithms, preference_algorithms
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
@@ -347,6 +354,19 @@ def test_a_page_has_one_title(page: str) -> None:
     assert len(re.findall(r"^# \S", text, re.MULTILINE)) == 1
 
 
+def test_objects_are_closed_behind_their_first_sentence() -> None:
+    pytest.importorskip("mkdocs")
+    objects = "".join(
+        f'<div class="doc doc-object doc-class"><h3 id="{name}" class="doc doc-heading">{name}</h3>'
+        f'<div class="doc doc-contents first"><p>A {name}. And more.</p></div></div>\n'
+        for name in ("one", "two")
+    )
+    built = load_hooks().on_page_content(f"<p>Before.</p>{objects}<h2 id='b'>B</h2>")
+    assert re.findall(r"</h3><details[^>]*><summary>(.*?)</summary>", built) == ["A one.", "A two."]
+    assert built.count("<p>And more.</p>") == 2
+    assert built.endswith("</details><h2 id='b'>B</h2>")
+
+
 def test_blocks_of_text_with_columns_are_not_folded() -> None:
     pytest.importorskip("mkdocs")
     block = '<div class="language-text highlight"><pre><span></span><code>{}</code></pre></div>'
@@ -468,6 +488,84 @@ def test_all_blocks_of_the_front_pages_run_in_an_empty_folder(page: str, tmp_pat
 
 
 ROOT = Path(__file__).parents[2]
+NAMING = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{page}" for page in PAGES)]
+SPAN = re.compile(r"`([^`\n]+)`")
+PLACE = re.compile(r"(?:src|benchmarks|tests|docs|examples|lorafold)/[\w./*-]*|[a-z_]+/[\w/*]+\.py")
+OPTION = re.compile(r"(--[a-z][\w-]*)(?:=.*)?")
+# options of other programs that stand alone: pip, llama.cpp, accelerate, SLURM
+THEIRS = {
+    "--no-deps", "--chat-template-file", "--lora-init-without-apply", "--num_processes",
+    "--signal", "--requeue", "--lora-r",
+}  # fmt: skip
+
+
+def options_of(command: Any) -> set[str]:
+    below = getattr(command, "commands", {}).values()
+    own = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
+    return own.union(*map(options_of, below))
+
+
+@cache
+def known_options() -> frozenset[str]:
+    every = set().union(*(options_of(_load(name)) for name in COMMANDS))
+    return frozenset(every | THEIRS | ALIASES.keys() | {"--help", "--help-all"})
+
+
+@cache
+def options_of_scripts(*scripts: str) -> frozenset[str]:
+    files = [*map(ROOT.joinpath, scripts), *(ROOT / "benchmarks" / "lib").glob("*.py")]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
+    return frozenset(re.findall(r"--[a-z][\w-]*", "".join(texts)))
+
+
+@cache
+def known_fields() -> frozenset[str]:
+    """Of recipes, of objectives, and the parameters of `lf.train`."""
+    modules = (options, preference_algorithms, policy_algorithms)
+    classes = [c for m in modules for c in vars(m).values() if is_dataclass(c)]
+    names = {field.name for c in classes for field in fields(c)}
+    return frozenset({*Recipe.model_fields, *(one.name for one in declared(lf.train)), *names})
+
+
+def gone(page: str, text: str) -> Iterator[str]:
+    """Each place, option, name of lorafold and field in a page's code spans that does not exist."""
+    text = FENCE.sub("", text)
+    for span in SPAN.findall(text):
+        words = [word.strip(",;()'\"") for word in span.split()]
+        for word in filter(PLACE.fullmatch, words):
+            if not any([*(ROOT / at).glob(word)] for at in ("", "src", "src/lorafold")):
+                yield word
+        scripts = [word for word in words if re.fullmatch(r"benchmarks/\w+\.py", word)]
+        known = known_options().union(options_of_scripts(*scripts) if scripts else ())
+        if scripts or span.startswith(("lorafold ", "--")):
+            yield from (m[1] for m in map(OPTION.fullmatch, words) if m and m[1] not in known)
+        for name in re.findall(r"\blf\.([A-Za-z_]\w*(?:\.\w+)*)", span):
+            try:
+                attrgetter(name)(lf)
+            except AttributeError:
+                yield f"lf.{name}"
+        yield from set(re.findall(r"--(?:set|vary) ([a-z]\w*)=", span)) - known_fields()
+    if Path(page).name.startswith("from-"):
+        last = "\n".join(re.findall(r"^\|.* \| (.*) \|$", text, re.MULTILINE))
+        yield from set(re.findall(r"`(\w+)=[^`]*`", last)) - known_fields()
+
+
+@pytest.mark.parametrize("page", NAMING)
+def test_what_code_spans_name_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if page == "CHANGELOG.md":  # earlier versions name what there was
+        text = text.split("\n## ")[1]
+    assert [*gone(page, text)] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["`src/lorafold/none.py`", "`core/none.py`", "`--ranks 4`", "`lorafold train --none`",
+     "`lf.none()`", "`lf.LoRA.none`", "`--set none=1`", "`benchmarks/fits.py --none`",
+     "| a | `none=1` |"],
+)  # fmt: skip
+def test_what_does_not_exist_is_not_overlooked(text: str) -> None:
+    assert len([*gone("from-peft.md", text)]) == 1
 
 
 @pytest.mark.slow
