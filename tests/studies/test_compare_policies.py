@@ -268,10 +268,10 @@ def test_fewer_than_three_seeds_give_no_verdict(seeds: int, tmp_path: Path) -> N
     assert Comparison(tuple(rows), "model", "rows").as_json()["verdict"].startswith(said)
 
 
-# The loss of a row in nats per token, as six seeds of LoRA had it on 60 other rows after 24 steps of
-# 4 rows of the quickstart's task (`smollm2`, fp32): its mean, and the standard deviations of a row,
-# of a seed, and of a row under a seed. By rows alone 4 of the 10 splits of these seeds into three
-# and three were told apart.
+# The loss of a row in nats per token, as six seeds of LoRA had it on 60 other rows after 24 steps
+# of 4 rows of the quickstart's task (`smollm2`, fp32): its mean, and the standard deviations of a
+# row, of a seed, and of a row under a seed. By rows alone 4 of the 10 splits of these seeds into
+# three and three were told apart.
 MEAN, OF_ROWS, OF_SEEDS, OF_BOTH = 0.0356, 0.0301, 0.0115, 0.0492
 
 
