@@ -5,11 +5,12 @@ torch.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from lorafold.errors import WINDOWS as _WINDOWS
 from lorafold.errors import LorafoldError as LorafoldError
 from lorafold.errors import NotMergeable as NotMergeable
-from lorafold.errors import check_platform as _check_platform
 from lorafold.methods import METHODS as _METHODS
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ if not TYPE_CHECKING:  # a wrong name is an error to type checkers, which read t
 
     def __getattr__(name: str) -> Any:
         if name in _HOME:
-            _check_platform()
+            if sys.platform == "win32":
+                raise LorafoldError(_WINDOWS)
             return getattr(importlib.import_module(f"lorafold.{_HOME[name]}"), name)
         if name == "__all__":  # of `from lorafold import *`
             return __dir__()

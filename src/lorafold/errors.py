@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import errno
-import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 
+WINDOWS = "lorafold runs on Linux and macOS; on Windows, install it in WSL 2"
 UNTIL = "0.3"  # the version that no longer knows old names
 LISTED = 5  # items in a message
 ALONE = 240  # characters of a single item
@@ -56,12 +56,6 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
-
-
-def check_platform() -> None:
-    """Raise LorafoldError on Windows, which lacks the limits and signals of processes."""
-    if sys.platform == "win32":
-        raise LorafoldError("lorafold runs on Linux and macOS; on Windows, install it in WSL 2")
 
 
 def passes(error: BaseException | None) -> bool:

@@ -170,7 +170,7 @@ def test_the_machine(model, paths, tokens) -> None:
                     expected = tokens[version, i]
                     key = self.generations[at], stream.request.tenant
                     same = computed.setdefault(key, [])
-                    most = max((common(ids, PROMPTS[i][:-1]) for ids in same), default=0)
+                    most = max((common(ids, PROMPTS[i]) for ids in same), default=0)
                     assert ended.cached <= (0 if version in APART else most)
                     same.append(PROMPTS[i] + expected)
                     if ended.reason == "cancelled":

@@ -185,7 +185,7 @@ def adapted(kind: str, names: tuple[str, ...]) -> tf.PreTrainedModel:
     for i, name in enumerate(names):
         torch.manual_seed(i)
         for p in lf.attach(model, METHODS[name], name=name).parameters():
-            p.data.add_(0.2 * torch.randn(p.shape))
+            p.data.add_(0.4 * torch.randn(p.shape))
     return model.eval()
 
 

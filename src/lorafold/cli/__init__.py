@@ -18,7 +18,7 @@ from lorafold.cli.command_line import words
 from lorafold.cli.help import OTHERS, HelpAll, write_examples, write_lists
 from lorafold.cli.parser import Above, Command, CommandGroup
 from lorafold.cli.suggestions import no_options
-from lorafold.errors import Interrupted, LorafoldError, check_platform
+from lorafold.errors import WINDOWS, Interrupted, LorafoldError
 from lorafold.runtime.process_tuning import imports_set_aside, restart_tuned
 from lorafold.runtime.processes import Launched, launched
 
@@ -170,7 +170,8 @@ def root(
 def main() -> None:
     here = Launched()
     try:
-        check_platform()
+        if sys.platform == "win32":
+            raise LorafoldError(WINDOWS)
         if TRAINING.intersection(sys.argv[1:2]):
             restart_tuned()
         here = launched()
