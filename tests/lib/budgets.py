@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-# In the order in which they run: algebra has many short files, and lets the workers end together.
+# In the order in which they run: house has the longest file, the pages of the documentation;
+# algebra has many short ones, and lets the workers end together.
 BUDGETS = {
+    "house": 55,
     "train": 125,
     "serve": 95,
-    "house": 55,
     "files": 115,
     "studies": 60,
     "export": 35,
