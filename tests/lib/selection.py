@@ -25,6 +25,7 @@ import pytest
 
 SECONDS = Path(__file__).with_name("seconds.json")
 UNKNOWN = 10.0  # CPU seconds of a slow test that the file does not have
+LEAST = 0.1  # of a case, with what surrounds it
 LONGEST = 50.0  # of a test that may be in a slice: the workers share files, and one waits for it
 SHOWN = 10
 RECORD = "lorafold/last_passed"
@@ -76,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seconds = json.loads(SECONDS.read_text(encoding="utf-8"))
     chosen = set[str]()
     for item in sorted((one for one in items if one.get_closest_marker("slow")), key=order):
-        takes = seconds.get(test_of(item.nodeid), UNKNOWN)
+        takes = max(LEAST, seconds.get(test_of(item.nodeid), UNKNOWN))
         if takes <= min(room, LONGEST):
             chosen.add(item.nodeid)
             room -= takes
