@@ -120,7 +120,7 @@ def test_weights_that_a_file_lacks_are_named(tiny):
     whole = tiny().read_bytes()
     for size in (len(whole) - 100, len(whole) // 2, 200, 10, 0):
         file.write_bytes(whole[:size])
-        assert "expected a GGUF file, but it is none, was cut" in refusal(resolve_model, file)
+        assert "can't be read as GGUF: another format, truncated" in refusal(resolve_model, file)
 
 
 def test_a_header_that_its_bytes_do_not_agree_with_is_refused(tiny):

@@ -224,7 +224,7 @@ def test_rows_that_lack_a_field_or_cannot_be_sent(batch: Rewards) -> None:
     rows = [*judged("a", wanted=1), *judged("b", "c", other=2)[1:]]
     with pytest.raises(LorafoldError, match=r"completion 2: it asks for wanted; found .* other$"):
         batch(rows)
-    assert "completion 1: its row can't be sent" in fails(batch, "a", wanted=lambda: 1)
+    assert "completion 1: its row can't be pickled" in fails(batch, "a", wanted=lambda: 1)
 
 
 @pytest.mark.parametrize(

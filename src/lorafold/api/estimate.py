@@ -73,7 +73,7 @@ def estimate(
             `measure`, the device that runs the steps. Default: the fastest one.
         compute_capability: The GPU's compute capability, for example 7.5 for a T4. Default: 8.0 or
             newer, with FlashAttention.
-        html: Also write a chart of the parts to one HTML file.
+        html: Also write a chart of the memory by part to one HTML file.
         length: The old name of `max_length`.
 
     Raises LorafoldError for an unknown mode or size, arguments that exclude each other, or a model
@@ -249,7 +249,7 @@ def capability(given: str | None) -> tuple[int, int]:
         return AMPERE
     if not re.fullmatch(r"\d{1,2}\.\d", given, re.ASCII):
         raise LorafoldError(
-            f"--compute-capability: found {given!r}, expected two numbers such as 8.0 or 9.0"
+            f"--compute-capability: found {given!r}, expected MAJOR.MINOR such as 8.0"
         )
     major, _, minor = given.partition(".")
     return int(major), int(minor)

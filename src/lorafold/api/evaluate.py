@@ -69,8 +69,8 @@ def evaluate(
         group: Completions per prompt (num_generations). Default: 1.
         temperature: 0 takes the most likely tokens; above 0 they are sampled. Default: 1, as in
             training.
-        seed: The seed for sampling. A run's seed reproduces the completions of its held-out rows.
-            Default: 0.
+        seed: The seed for sampling. The seed of a training run reproduces the completions that it
+            sampled for held-out rows. Default: 0.
         reward_seconds: The time limit in seconds for one call of a reward, which judges about 64
             completions. Default: 30.
 

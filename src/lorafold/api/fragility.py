@@ -94,7 +94,7 @@ def fragility(
     console: opt.Progress = None,
     **opening: Unpack[opt.Opening],
 ) -> "Fragility":
-    """Measure how little fine-tuning undoes a behaviour that an adapter taught.
+    """Measure how easily fine-tuning undoes a behaviour that an adapter taught.
 
     The last of `adapters` is the alignment: it makes the model refuse some prompts. LoRA adapters
     are trained on top of it on a few of your benign examples, also with defences, and refusals are

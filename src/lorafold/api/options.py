@@ -290,7 +290,7 @@ Out = Annotated[str | Path, _OUT]
 OutLast = Annotated[str | Path | None, _OUT]  # after parameters that have defaults
 StudyOut = Annotated[
     str | Path,
-    Option("The directory for the results. To continue after a stop, run the same command again."),
+    Option("The directory for the results. To resume, run the same command again."),
 ]
 Overwrite = Annotated[
     bool, Option("Replace an earlier result in OUT once the new one is complete.", rare=True)

@@ -201,7 +201,7 @@ def data_rows(objective: str | None) -> Table:
 
     def several(value: Any, settings: ToolSettings) -> Outcome | None:
         if not isinstance(value, list):
-            raise LorafoldError(f"found {value!r}, expected a list of objects with path")
+            raise LorafoldError(f"found {value!r}, expected a list of objects, each with path")
         sources = []
         for one in objects_with_path(value):
             files = one.get("data_files") or one.get("data_dir")

@@ -117,8 +117,8 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
         if free < size:
             raise LorafoldError(
                 f"{directory.parent}: found {free / 1e9:.2f} GB free, expected about"
-                f" {size / 1e9:.2f} GB for the tokens of the rows; LORAFOLD_CACHE names another"
-                " directory"
+                f" {size / 1e9:.2f} GB for the tokenized rows; free some space, or set"
+                " LORAFOLD_CACHE to another directory"
             )
         notice(
             f"tokens: about {size / 1e9:.2f} GB will be kept in {directory.parent} for the next"

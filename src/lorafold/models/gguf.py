@@ -223,8 +223,8 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
             reader = GGUFReader(file)
         except (OSError, ValueError, LookupError, OverflowError) as error:
             raise LorafoldError(
-                f"{file}: expected a GGUF file, but it is none, was cut short, or is newer than the"
-                f" package gguf: {one_line(error)}"
+                f"{file}: can't be read as GGUF: another format, truncated, or newer than the"
+                f" installed package gguf: {one_line(error)}"
             ) from error
         check_places(reader, file)
         readers.append(reader)

@@ -65,8 +65,8 @@ def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
         placed = {entry.attribute for entry in entries}
         if homeless := delta.state_dict().keys() - placed - set(delta.run_names):
             raise LorafoldError(
-                f"{site.path}: {type(delta).__name__} has no place in PEFT's format for"
-                f" {', '.join(sorted(homeless))}"
+                f"{site.path}: PEFT's format has no tensors for"
+                f" {', '.join(sorted(homeless))} of {type(delta).__name__}"
             )
         under = f"{site.at}.base_layer" if site.target else site.at
         for entry in entries:

@@ -318,8 +318,8 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
         return Base(str(named[0]), **how), line(str(named[0]))
     place, name = (shortened(str(p), SHORT) for p in (own.adapter.absolute().parent, _name(own)))
     missing = (
-        f"{shortened(str(own.adapter), SHORT)}: its base {name} is neither there, nor beside it in"
-        f" {place}, nor in {shortened(cache(), SHORT)}; expected --model PATH (model)"
+        f"{shortened(str(own.adapter), SHORT)}: its base {name} is not at its path, next to the"
+        f" adapter in {place}, or in {shortened(cache(), SHORT)}; expected --model PATH (model)"
     )
     if of_hub is None:
         raise LorafoldError(missing)
@@ -327,7 +327,7 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
         return replace(of_hub, model=of_hub.source), line(own.name)
     except LorafoldError as error:
         reason = shortened(str(error).rpartition(" the hub: ")[2].partition(";")[0], 60)
-        raise LorafoldError(f"{missing}; and it can't be had from the hub: {reason}") from error
+        raise LorafoldError(f"{missing}; the hub does not have it either: {reason}") from error
 
 
 def fits(path: Path, own: OwnBase) -> bool:

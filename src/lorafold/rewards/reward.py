@@ -154,7 +154,7 @@ class SeparateReward:
             return pickle.dumps((one.prompt, one.completion, dict(one.row)))
         except Exception as error:  # pickling a field may raise anything
             raise failure(
-                self.name, f"its row can't be sent to another process: {error}", [one]
+                self.name, f"its row can't be pickled for the reward's process: {error}", [one]
             ) from None
 
 

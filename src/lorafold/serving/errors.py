@@ -79,7 +79,7 @@ def unsupported(param: str, more: str = "") -> Refusal:
 
 def check_number(param: str, n: int, most: int) -> None:
     if n > most:
-        raise wrong(param, f"found {n} of them, expected at most {most}")
+        raise wrong(param, f"found {n} items, expected at most {most}")
 
 
 @contextmanager

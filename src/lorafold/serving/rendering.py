@@ -153,11 +153,11 @@ class Renderer:
         """
         calls_of = grammar_of(self.tokenizer)
         if calls_of is None or calls_of.pairs is not None:
-            why = "the model's template writes no calls as JSON, so"
+            why = "the model's template does not write tool calls as JSON, so"
             if schema is None:
-                raise wrong("tool_choice", f"{why} none can be forced; use auto")
+                raise wrong("tool_choice", f"{why} a call can't be forced; use auto")
             hint = "use tool_choice none, or no schema"
-            raise wrong("response_format", f"{why} that it can't stand beside tools; {hint}")
+            raise wrong("response_format", f"{why} it can't be combined with tools; {hint}")
         form = calls_of.without(special_words(self.tokenizer))
         calls, rules = [], []
         for i, tool in enumerate(tools):

@@ -191,7 +191,7 @@ class Verifier:
         # checked here, because loading allocates factors of this rank before comparing shapes
         rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
         if rank > verified.widest and ranked.rank_is_dimension:
-            raise LorafoldError(f"r: found {rank:,}, which no tensor of its file has")
+            raise LorafoldError(f"r: found {rank:,}, expected at most the rank of its tensors")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
         # the order of `lorafold.identity.of_adapter`
         each = [stack[at] for at in (*below, path)]

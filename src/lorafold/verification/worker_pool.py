@@ -53,10 +53,10 @@ class Process(Killable):
             if isinstance(error, Late):
                 raise Busy(f"the machine is busy: no answer within {seconds:.0f} s") from None
             if isinstance(error, Large):
-                raise CheckFailed(f"it makes an answer of {error.size:,} bytes") from None
+                raise CheckFailed(f"{error.size:,} bytes of results are too many") from None
             if isinstance(error, Died):
                 late = error.code == -signal.SIGPROF
-                why = "it takes too long" if late else "the process that read it died"
+                why = "it takes too long" if late else "the process that verified it died"
                 raise CheckFailed(why) from None
             raise
         return json.loads(content)
