@@ -106,7 +106,9 @@ def relations_of(changes: Mapping[int, Change]) -> dict[tuple[int, int], UpdateR
 def subspaces(
     a: Change, b: Change
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """(shared output, shared input, the same two for random subspaces); None without factors."""
+    """The overlaps (0 to 1) of output and of input subspaces, and the two that random subspaces
+    have; all None unless both updates have factors.
+    """
     if not (isinstance(a, tuple) and isinstance(b, tuple)):
         return None, None, None, None
     (up_a, down_a), (up_b, down_b) = a, b

@@ -249,9 +249,9 @@ class RowFormat:
         conversation = self.extract(CONVERSATIONS, row) if CONVERSATIONS in self.provides else None
         return conversation or Conversation([])
 
-    def answered(self, row: Row) -> bool:
-        """Whether no answer is empty, except with `weight: 1`. In a conversation, one assistant
-        turn suffices.
+    def has_answers(self, row: Row) -> bool:
+        """Whether every answer has content; in a conversation, whether one assistant turn has. An
+        empty answer with `weight: 1` counts as content.
         """
         for key in [key for key in self.keys if key in ANSWERS] or self.keys[:1]:
             value = row[key]

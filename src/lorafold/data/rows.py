@@ -79,7 +79,7 @@ class RowRemarks:
             filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
             why, out = BLANK, not any(filled)
         else:
-            why, out = UNANSWERED, self.wanted != PROMPTS and not row_format.answered(row)
+            why, out = UNANSWERED, self.wanted != PROMPTS and not row_format.has_answers(row)
         if out:
             self._counts[why] += 1
             self._first.setdefault(why, f"; the first: {place}")

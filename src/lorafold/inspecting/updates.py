@@ -146,7 +146,7 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
 
 
 def load_below(model: nn.Module, base: Base, stack: Sequence[SavedAdapter]) -> tuple[str, ...]:
-    """Load the adapters below the last of a stack; returns their names on the model."""
+    """Load all adapters of the stack but the last; returns their names on the model."""
     attach_as_trained(model, base.source, base.storage, stack)
     below = load_all(model, stack[:-1], "over", allow_other_base=base.allow_other_base)
     return tuple(adapter.name for adapter in below)

@@ -188,7 +188,7 @@ def expected_path(origin: Origin, over: Path) -> Path:
 
 
 def not_found(origin: Origin, over: Path) -> str:
-    """The error message if `expected_path` contains no adapter or another one."""
+    """The error message for an `expected_path` without an adapter, or with another than recorded."""
     return (
         f"{over}: it was trained over {listed([origin])}, which was not found in"
         f" {expected_path(origin, over)}; put it there, or merge both"

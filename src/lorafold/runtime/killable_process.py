@@ -46,7 +46,7 @@ def packed(content: bytes) -> bytes:
 
 
 def read(source: BinaryIO) -> bytes | None:
-    """Reads the next message inside of the process; None at the end."""
+    """Read the next message in the worker process; returns None at the end of the stream."""
     head = source.read(SIZE)
     return source.read(int.from_bytes(head, "big")) if len(head) == SIZE else None
 

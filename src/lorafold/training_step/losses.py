@@ -83,8 +83,8 @@ class Loss(nn.Module, ABC):
         return {}
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
-        """The row (t,) that names each token of each example: its index in the batch, or the first
-        row's with the same prefix.
+        """For each token of each example, a row index (t,): its own row's, or within a shared
+        prefix that of the first row with this prefix.
         """
         return [np.full(1, row) for row in range(len(examples))]
 
