@@ -188,7 +188,7 @@ def expected_path(origin: Origin, over: Path) -> Path:
 
 
 def not_found(origin: Origin, over: Path) -> str:
-    """The error message for an `expected_path` without an adapter, or with another than recorded."""
+    """The error message if no adapter, or another than the recorded one, is at `over`."""
     return (
         f"{over}: it was trained over {listed([origin])}, which was not found in"
         f" {expected_path(origin, over)}; put it there, or merge both"
