@@ -17,9 +17,9 @@ One JSON object a line, and a table of smollm2's, also written to results/quanti
 relative_error |W - Q(W)| / |W| over all matrices together, worst_matrix the largest of a single
 one, max_error in units of the block's largest weight, entropy of the codes' use in bits,
 above_bound the error against lloyd-max's, kl of the model's answers on the probe texts against the
-original's (nats per token; both computed in fp32 from bf16 weights). Shifting a code by half
-of a block or mirroring its levels leaves its error as it is and moves kl by 0.01 to 0.04: smaller
-differences say little.
+original's (nats per token; both computed in fp32 from bf16 weights). Shifting the blocks of a
+code by half a block or mirroring its levels keeps its error and moves kl by 0.01 to 0.04: smaller
+differences mean little.
 
 --loftq: LoftQ (Li et al. 2023, arXiv 2310.08659) at rank 16 on NF4 with double quantization. T
 times Q = nf4(W - BA), BA = SVD_16(W - Q); relative_error is then |W - Q - BA| / |W|. T = 1 leaves
