@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -291,7 +292,7 @@ def test_what_is_not_additive_is_refused_by_name(
 
 
 def test_what_is_wrong_is_told_before_anything_is_written(
-    llama: Path, made: Any, tiny_model_dir: Any, tmp_path: Path
+    llama: Path, made: Any, tiny_model_dir: Any, tmp_path: Path, monkeypatch
 ) -> None:
     other = make_adapter(tiny_model_dir("qwen2"), tmp_path / "other")
 
@@ -307,6 +308,8 @@ def test_what_is_wrong_is_told_before_anything_is_written(
     assert "found nonsense, expected one of linear, task-arithmetic" in refused(a, word="nonsense")
     assert "share above 0" in refused(a, word="ties", density=1.5)
     assert "--density: used by --how ties and dare" in refused(a, density=0.3)
+    monkeypatch.setitem(sys.modules, "cma", None)
+    assert "found no cma, expected it; install lorafold[lorahub]" in refused(a, word="lorahub")
     assert "--evaluations: used by --how lorahub only" in refused(a, evaluations=3)
     assert "--gates: used by --how mixture only" in refused(a, gates="token")
     assert "--set: used by --how mixture only" in refused(a, recipe=lf.Recipe(steps=7))

@@ -4,6 +4,7 @@ screen, and all of it can be read.
 
 import json
 import re
+import sys
 import warnings
 from importlib.resources import files
 from itertools import combinations
@@ -20,6 +21,7 @@ from browser_cases import CONTRASTS, CUT
 from conftest import lorafold, refused
 from conversation_cases import ROWS
 from lorafold.files.plots import SERIES, brief, distinct, drawing, folded, number, scaled, short
+from lorafold.inspecting.inspect import described
 from page_cases import CHINESE, LONG, PAGES
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
@@ -172,3 +174,16 @@ def test_a_logarithmic_axis_has_plain_numbers(low: float, times: float) -> None:
     shown = [text for text in texts if text not in across]
     assert len(shown) >= 2
     assert all(re.fullmatch(r"[0-9.]+[kM]?", text) for text in shown), shown
+
+
+def test_a_page_without_matplotlib_has_all_but_its_plots(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    made = drawing(lambda axes: None, "Loss", "It fell.")
+    assert "<svg" not in made
+    assert "Loss</b> It fell. Not drawn: install lorafold[plots]." in made
+
+
+def test_an_inspection_describes_the_method_in_words() -> None:
+    over = lf.LoRA(rank=4, alpha=8, dropout=0.1)
+    assert described(lf.DoRA(over)) == "DoRA, over LoRA, rank 4, alpha 8, dropout 0.1"
+    assert described(lf.LoRA(rank=8)).startswith("LoRA, rank 8")

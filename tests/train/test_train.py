@@ -359,6 +359,9 @@ def test_trackers_keep_their_logs(llama, tmp_path: Path) -> None:
     norms = [event.value for event in found.Scalars("gradient norm")]
     shown = json.loads((tmp_path / "a" / "lorafold.json").read_text())["steps"]["gradient norm"]
     assert norms == pytest.approx(shown, rel=1e-5)
+    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
+    rates = [event.value for event in found.Scalars("lr")]
+    assert rates == pytest.approx(record["steps"]["learning rate"], rel=1e-5)
     assert len(norms) == 6
     assert min(norms) > 0
 

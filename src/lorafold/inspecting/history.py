@@ -282,7 +282,7 @@ def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     recipe, data, on = record.recipe, record.data, record.trained_on or {}
     base = [peft.get("base_model_name_or_path"), on.get("storage") or recipe.get("storage")]
     method = [recipe.get("method")]
-    method += [f"{name} = {peft[key]}" for name, key in SIZES.items() if key in peft]
+    method += [f"{name} = {peft[key]}" for name, key in SIZES.items() if peft.get(key)]
     rates = [rate for rate in record.steps.get(RATE, ()) if rate is not None]
     peak = max(rates, default=None)
     batch, parts = recipe.get("batch"), recipe.get("accumulate", 1)
@@ -292,12 +292,12 @@ def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         "base model": base,
         "method": method,
         "objective": [recipe.get("objective", "sft")],
-        "learning rate": [f"at most {peak:g}", recipe.get("schedule")] if peak else [],
+        "learning rate": [f"{peak:g} (peak)", recipe.get("schedule")] if peak else [],
         "steps": [f"{len(record.losses):,}"],
         "batch size": [batch, f"{parts} micro-batches" if parts != 1 else None],
         "training data": [data.get("source"), rows],
         "seed": [recipe.get("seed")],
-        "written": [f"{written:%Y-%m-%d}"],
+        "file date": [f"{written:%Y-%m-%d}"],
     }
     for name, parts in each.items():
         if text := ", ".join(str(part) for part in parts if part is not None):

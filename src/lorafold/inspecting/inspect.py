@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -129,14 +129,14 @@ def inspect(
 
 def described(spec: Spec) -> str:
     """The method with its rank, alpha, and whatever is not its default."""
-    usual = type(spec)()
-    options = [
-        f"{f.name.replace('_', ' ')} {as_text(value)}"
-        for f in fields(spec)  # type: ignore[arg-type]
-        if (value := getattr(spec, f.name)) is not None
-        and (f.name in ("rank", "alpha") or value != getattr(usual, f.name))
-    ]
-    return ", ".join([type(spec).__name__, *options])
+    parts = [type(spec).__name__]
+    for f in fields(spec):  # type: ignore[arg-type]
+        value = getattr(spec, f.name)
+        usual = f.default if f.default_factory is MISSING else f.default_factory()
+        if value is not None and (value != usual or f.name in ("rank", "alpha")):
+            text = described(value) if isinstance(value, Spec) else as_text(value)
+            parts.append(f"{f.name.replace('_', ' ')} {text}")
+    return ", ".join(parts)
 
 
 def vocabulary_of(model: PreTrainedModel, stream: ResidualStream) -> Vocabulary:

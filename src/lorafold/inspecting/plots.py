@@ -94,8 +94,9 @@ def curves(
             mark = style["marker"] if len(line) == 1 else ""
             axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
             ends.append(plots.End(line[-1][1], name, style["color"]))
-        for n, (name, points) in enumerate(measured.items(), len(lines)):
-            style = plots.series(n)
+        names = [*dict.fromkeys([*lines, *measured])]
+        for name, points in measured.items():  # several figures keep the colours of their lines
+            style = plots.series(names.index(name) if len(names) > 1 else len(lines))
             at, values, intervals = zip(*points, strict=True)
             axes.errorbar(at, values, plots.spread(values, intervals), **style | {"linestyle": ":"})
             ends.append(plots.End(values[-1], f"{name}, held out", style["color"]))
