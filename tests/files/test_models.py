@@ -63,7 +63,7 @@ def test_what_is_no_model_is_refused(tmp_path, tiny_model_dir):
     assert "no *.safetensors in it" in refusal(resolve_model, tmp_path)
     assert "not a model" in refusal(resolve_model, tmp_path / "config.json")
     (tmp_path / "fake.gguf").write_bytes(b"not one")
-    assert "expected a GGUF file" in refusal(resolve_model, tmp_path / "fake.gguf")
+    assert "another format, truncated, or newer" in refusal(resolve_model, tmp_path / "fake.gguf")
     told = refusal(resolve_model, tiny_model_dir("llama"), revision="main")
     assert "--revision main, which is for models of the hub" in told
 
