@@ -35,10 +35,12 @@ def draw(rows: list[dict], axes: dict[str, str]) -> None:
             (("tokens_per_second", "tokens/s", 1), ("peak_bytes", "peak memory, GB", 1e9))
         ):
             plot = plots[line][column]
-            for peer, title in (("lorafold", "lorafold"), ("peft", "PEFT")):
+            ours = [row["lorafold"] for row in chosen]
+            peft = [row[row["peft"]] for row in chosen]
+            for values, title in ((ours, "lorafold"), (peft, "PEFT")):
                 plot.plot(
                     [row[axis] for row in chosen],
-                    [row[peer][name] / scale for row in chosen],
+                    [value[name] / scale for value in values],
                     marker="o",
                     label=title,
                 )
