@@ -33,7 +33,6 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 import lorafold
-from lorafold.api.options import declared
 from lorafold.cli import GROUPS as COMMANDS
 from lorafold.cli import _load
 from lorafold.cli.help import OTHERS, help_entry
@@ -44,7 +43,6 @@ ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
 MARK = re.compile(r"^<!-- generated: (\w+)(?: (.+))? -->$", re.MULTILINE)
 NOT_RUN = re.compile(r' title="Not run by the tests: [^"]*"')
-VERB = re.compile(r"^::: lorafold\.([a-z]\w+)$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
 INSIDE = re.compile(r"(?<= )--[a-z][\w-]*")  # an option of a command
 WHOLE = r'<span class="whole">\g<0></span>'
@@ -91,24 +89,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page with its marks replaced by what they stand for."""
     markdown = NOT_RUN.sub("", markdown)  # the tests need it, readers do not
-    made = MARK.sub(lambda found: GENERATED[found[1]](*filter(None, [found[2]])), markdown)
-    return VERB.sub(with_shared, made)
-
-
-def with_shared(found: re.Match[str]) -> str:
-    """A function of the API with the parameters that it shares with others, which its docstring
-    has only once it is imported.
-    """
-    function = getattr(lorafold, found[1])
-    if not function.__module__.startswith("lorafold.api."):
-        return found[0]
-    rows = [
-        [code(one.name), cell(one.help)]
-        for one in declared(function)
-        if one.group is None and getattr(one.option, "help", "")
-    ]
-    shared = f"\n\nShared with other functions:\n\n{table(['parameter', 'meaning'], rows)}"
-    return found[0] + shared * bool(rows)
+    return MARK.sub(lambda found: GENERATED[found[1]](*filter(None, [found[2]])), markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
