@@ -43,7 +43,7 @@ from lorafold.robustness.measure import (
     probe_of,
 )  # fmt: skip
 from lorafold.robustness.report import deciding, markdown, page
-from lorafold.robustness.result import Curve, Point, Way, crossing
+from lorafold.robustness.result import Curve, Fragility, Point, Way, crossing
 from lorafold.robustness.task import RECIPE, FragilityTask, stacks_of
 
 REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
@@ -324,6 +324,18 @@ def test_kept_is_a_share_of_what_was_added() -> None:
     alone = Before(figures(4.0), None)
     assert alone.kept(1.0) == 0.25
     assert Before(figures(-2.0), None).kept(1.0) is None
+
+
+def test_a_stack_that_had_nothing_to_erode_is_noted() -> None:
+    never = replace(figures(-2.0), refusals=0.0)
+    stacks = {
+        "none": Before(figures(-10.0), figures(-2.0)),
+        "quiet": Before(never, figures(-10.0)),
+        "taught": Before(figures(-2.0), figures(-10.0)),
+    }
+    first, second = Fragility("m", "s", stacks, ()).notes
+    assert first.startswith("none: the alignment added nothing")
+    assert second.startswith("quiet: no completion was a refusal")
 
 
 def test_more_examples_contain_the_fewer_and_held_out_rows_are_apart(task: FragilityTask) -> None:

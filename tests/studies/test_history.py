@@ -128,6 +128,20 @@ def test_the_page_has_all_and_shows_completions_as_text(whole, tmp_path) -> None
     assert "src=" not in text
 
 
+def test_the_page_begins_with_the_configuration_of_the_run(whole, tmp_path, tiny_model_dir) -> None:
+    found = lf.history(whole[0])
+    settings = found.configuration
+    assert settings["base model"] == f"{tiny_model_dir('llama')}, fp32"
+    assert settings["method"].startswith("lora, r = 16")
+    assert settings["learning rate"] == "0.01 (peak), cosine"
+    assert (settings["steps"], settings["batch size"], settings["seed"]) == ("4", "2", "0")
+    assert settings["training data"] == "rows given in Python, 4 rows"
+    file = tmp_path / "page.html"
+    lf.history(whole[0], html=file)
+    text = file.read_text()
+    assert all(name in text and value in text for name, value in settings.items())
+
+
 def plots(found: dict[str, Any]) -> set[str]:
     still = {name for name, values in found["steps"].items() if len({*values}) == 1}
     assert "clipped" in still
