@@ -295,7 +295,7 @@ def test_betas_of_mlx_that_are_none_are_refused(tmp_path, betas):
 def test_axolotl_packs_without_a_named_attention_as_one_text(tmp_path):
     open_rows = axolotl_of(tmp_path, sample_packing=True, flash_attention=False)
     assert open_rows.recipe.packing
-    assert "axolotl lets packed rows attend to each other" in remark(open_rows, "sample_packing")
+    assert "axolotl's packed rows attend to each other" in remark(open_rows, "sample_packing")
     for named in ({"flash_attention": True}, {"attn_implementation": "sdpa"}):
         found = axolotl_of(tmp_path, sample_packing=True, **named)
         assert found.recipe.packing

@@ -165,7 +165,7 @@ def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
     if is_policy(settings):
         return taken("lorafold computes a prompt once for all its completions")
     mixed = boolean(value) and all(is_off(settings[key]) for key in APART)
-    why = "axolotl lets packed rows attend to each other in this case; lorafold never does"
+    why = "axolotl's packed rows attend to each other without attn_implementation, lorafold's don't"
     return changed(why if mixed else "", packing=boolean(value))
 
 

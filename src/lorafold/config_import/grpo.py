@@ -233,7 +233,7 @@ def batch(value: Any, settings: ToolSettings) -> Outcome:
 
 def accumulation(value: Any, settings: ToolSettings) -> Outcome:
     steps, rows = count("gradient_accumulation_steps", settings), sizes(settings)[2]
-    why = "lorafold's micro-batches contain whole groups" if rows % steps else ""
+    why = "lorafold's micro-batches contain whole groups of completions" if rows % steps else ""
     return changed(why, accumulate=gcd(rows, steps))
 
 
@@ -247,7 +247,7 @@ def draws_for(factor: str) -> Reader:
         sampled = integer(value) / (count(factor, settings) if factor else 1)
         if sampled <= count("gradient_accumulation_steps", settings):
             return taken("each step trains on the completions that it samples")
-        return changed("TRL makes several updates per sample; lorafold samples for each")
+        return changed("TRL makes several updates per sample; lorafold samples for each update")
 
     return read
 
@@ -285,11 +285,11 @@ SHARED: Table = {
     "chat_template_kwargs": to("template_kwargs"),
     "mask_truncated_completions": (_mask_truncated, False),
     **REFERENCE,
-    "disable_dropout": taken("lorafold never uses dropout here"),
+    "disable_dropout": taken("lorafold trains without dropout"),
     "num_generations_eval": "lorafold samples one completion per held-out prompt and reports the"
     " mean reward with its confidence interval",
     "vllm_structured_outputs_regex vllm_guided_decoding_regex": refusing(
-        "lorafold samples from all tokens"
+        "lorafold does not support structured outputs in training"
     ),
     "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url"
     " vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port"

@@ -136,7 +136,7 @@ def _stage(value: Any, settings: ToolSettings) -> Outcome:
     }
     choice(value, "pt", "sft", "rm", "ppo", "dpo", "kto")
     if value == "dpo":
-        return taken("pref_loss decides the objective")
+        return taken("pref_loss determines the objective")
     if value == "pt" and not is_lora(settings):
         raise LorafoldError("found 'pt' with full fine-tuning, but lorafold does not pretrain")
     if value == "ppo":

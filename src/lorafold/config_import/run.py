@@ -48,20 +48,20 @@ HEADS = {
 
 
 AFTER_TURNS = (
-    "the loss excludes text that the chat template adds after the end of a turn (often a newline),"
-    " which the other tool includes"
+    "lorafold's loss excludes text that the chat template adds after the end of a turn, often a"
+    " newline; the other tool includes it"
 )
 NOTES = {
     "trl-sft": f"{AFTER_TURNS}; TRL concatenates a prompt and completion of plain text without a"
     " template: for such rows pass --chat-template none",
-    "mlx-lm": f"{AFTER_TURNS}, together with one token of padding after each row",
+    "mlx-lm": f"{AFTER_TURNS}, and one token of padding after each row",
 }
 STRANGERS = {  # keys of other files, with a description of the file
     "compute_environment": "an accelerate configuration, which sets up processes and not training;"
     " to start two, run torchrun --nproc_per_node 2 -m lorafold train",
     "zero_optimization": "a DeepSpeed configuration, which sets up sharding and not training; to"
     " shard the weights, run lorafold train --strategy fsdp",
-    "model_class": "a LLaMA-Factory v1 configuration, which lorafold can't read, expected the"
+    "model_class": "a LLaMA-Factory v1 configuration, which lorafold can't read; expected the"
     " format with stage and finetuning_type",
     "architectures": "a model configuration, expected a training configuration",
 }

@@ -225,7 +225,7 @@ STEPS: Table = {
     "max_grad_norm": (SAME, 1.0),
     "adam_beta1 adam_beta2 adam_epsilon": SAME,
     "max_steps": lambda value, settings: (
-        taken(steps=integer(value)) if integer(value) > 0 else taken("no limit: epochs applies")
+        taken(steps=integer(value)) if integer(value) > 0 else taken("no limit: epochs apply")
     ),
     "eval_steps": interval("eval_every"),
     "save_steps": interval("save_every"),
