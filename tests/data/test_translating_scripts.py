@@ -224,7 +224,7 @@ def test_rates_are_those_of_transformers_after_the_warm_up(tmp_path, kind, warmu
     assert ours[warmup_steps:] == pytest.approx(theirs[warmup_steps:])
     if warmup_steps:
         assert theirs[0] == 0
-        assert "starts at a learning rate of 0" in remark(found, "warmup_steps")
+        assert "from a learning rate of 0" in remark(found, "warmup_steps")
         assert all(a > b for a, b in zip(ours[:3], theirs, strict=False))
     else:
         assert not remark(found, "warmup_steps")

@@ -379,9 +379,7 @@ OF_METHOD: Table = {
             taken(rank=integer(value))
             if settings.given.get("lora_alpha")
             else taken(
-                "LLaMA-Factory's default alpha is twice the rank",
-                rank=integer(value),
-                alpha=2.0 * integer(value),
+                "alpha defaults to twice the rank", rank=integer(value), alpha=2.0 * integer(value)
             )
         ),
         8,
@@ -407,8 +405,7 @@ OF_QUANTIZED: Table = {
     "quantization_method": (taken("part of the base's quantization"), "bnb"),
     "quantization_type": (taken("part of the base's quantization"), "nf4"),
     "double_quantization": switch(
-        taken("nf4 always uses double quantization"),
-        changed("lorafold's nf4 always uses double quantization"),
+        taken("always on with nf4"), changed("always on with lorafold's nf4")
     ),
 }
 RULES: tuple[Rule, ...] = (

@@ -182,10 +182,7 @@ def _batch(value: Any, settings: ToolSettings) -> Outcome:
     fields = {"batch": integer(value) * several, "accumulate": several}
     said = "; mlx-lm weights micro-batches equally, lorafold tokens" if several > 1 else ""
     return taken(
-        f"micro-batch times gradient accumulation, for one machine{said}",
-        **fields,
-        packing=False,
-        clip=0.0,
+        f"micro-batch times accumulation, for one machine{said}", **fields, packing=False, clip=0.0
     )
 
 

@@ -277,10 +277,7 @@ def dataset(
     parts += [f"split {split}"] if split not in (None, "train") else []
     parts += [f"files {files}"] if files else []
     if parts:
-        parts[-1] += (
-            ": save these rows to a file, because --data reads only the split train of the default"
-            " configuration"
-        )
+        parts[-1] += ": save these rows to a file, as --data reads only the default train split"
     place = None if parts or path is None else str(path)
     return SourceDataset(name or f"{path}{kind}", place, columns, [*parts, *remarks])
 

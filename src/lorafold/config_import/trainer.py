@@ -42,14 +42,8 @@ from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.options import law_class
 
-AUTO = (
-    "the other tool keeps the dtype of the model files; lorafold uses bf16 if the device supports"
-    " it natively, else fp32"
-)
-RISES = (
-    "in transformers the warm-up starts at a learning rate of 0, in lorafold at the peak divided by"
-    " the warm-up steps"
-)
+AUTO = "the tool keeps the files' dtype; lorafold uses bf16 if native to the device, else fp32"
+RISES = "transformers warms up from a learning rate of 0, lorafold from peak / warm-up steps"
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
 ADAMW = "lorafold supports only AdamW, which may need a different learning rate"
 COMPLETIONS = taken("the loss is computed on completions only")
@@ -132,8 +126,7 @@ def trackers(value: Any, settings: ToolSettings) -> Outcome:
         return taken("no tracker")
     if unknown := [name for name in named if name not in TRACKERS]:
         return left(
-            f"unsupported: {', '.join(unknown)}; list the trackers by name, for example --set"
-            " trackers=[tensorboard]"
+            f"unsupported: {', '.join(unknown)}; list trackers, as in --set trackers=[tensorboard]"
         )
     return taken(trackers=named)
 
@@ -208,8 +201,7 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
 
 TRUST: Row = switch(left("pass --trust-remote-code", "--trust-remote-code"))
 TRAINS: Row = switch(
-    taken("lorafold train always trains"),
-    left("the file turns training off, but lorafold train always trains"),
+    taken("lorafold train always trains"), left("off in the file, but lorafold train trains")
 )
 EVAL_DATA = left("pass the rows as --eval-data", "--eval-data EVAL_DATA")
 interval_strategy = cases(
@@ -331,10 +323,7 @@ def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
             raise LorafoldError(f"found {losses} with {key}: {given!r}, expected one per loss")
         weights = [*map(number, given)]
     if not losses or losses[0] not in DPO_LOSSES:
-        raise LorafoldError(
-            f"found {losses}, expected {' or '.join(DPO_LOSSES)}: lorafold supports no other DPO"
-            " losses"
-        )
+        raise LorafoldError(f"found {losses}, expected {' or '.join(DPO_LOSSES)}")
     if losses[1:] not in ([], ["sft"]) or weights[0] != 1:
         raise LorafoldError(
             f"found {losses} with weights {weights}, but lorafold supports one loss of weight 1"

@@ -170,10 +170,7 @@ def _max_length(value: Any, settings: ToolSettings) -> Outcome | None:
 def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
     if Path(str(value)).suffix in (".jinja", ".j2", ".txt"):
         return taken(chat_template=str(value))
-    return left(
-        f"lorafold uses the model's own template; to use the one of {value}, write it to a file and"
-        " pass --chat-template FILE"
-    )
+    return left(f"write the template of {value} to a file and pass it as --chat-template FILE")
 
 
 def losses(settings: ToolSettings) -> tuple[str, ...]:

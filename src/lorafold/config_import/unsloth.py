@@ -209,8 +209,7 @@ OWN: tuple[Rule, ...] = (
             ),
             "eval_dataset": trainer.EVAL_DATA,
             "get_chat_template.chat_template": lambda value, settings: left(
-                f"lorafold uses the model's own template; to use {value}, write it to a file and"
-                " pass --chat-template FILE"
+                f"to replace the model's own template by {value}, pass --chat-template FILE"
             ),
             "get_chat_template.mapping get_chat_template.map_eos_token"
             " get_chat_template.system_message": "lorafold uses the model's own template",
