@@ -128,8 +128,8 @@ def _betas(value: Any, given: Mapping[str, Any]) -> Fields:
     return {"betas": tuple(map(number, pair))}
 
 
-ONE_RATE = "one rate for both factors, no LoRA+"
-NO_FP16 = "lorafold does not train in fp16; bf16 takes the same memory"
+ONE_RATE = "the same learning rate for A and B, without LoRA+"
+NO_FP16 = "lorafold does not train in fp16; bf16 uses the same memory"
 SCHEDULES = {
     "cosine": "cosine",
     "cosine_with_restarts": "cosine",  # one cycle unless the scheduler's arguments say otherwise
@@ -172,7 +172,7 @@ NAMED = {
     "num_train_epochs num_epochs": _field("epochs", number),
     "max_steps iters": _field("steps", integer),
     "per_device_train_batch_size micro_batch_size batch_size": KnownName(
-        ("batch",), _rows, "micro-batch times accumulation, of one process"
+        ("batch",), _rows, "micro-batch times gradient accumulation, for one process"
     ),
     "gradient_accumulation_steps grad_accumulation_steps": _field("accumulate", integer),
     "max_seq_length cutoff_len sequence_len": _field("max_length", integer),
@@ -193,7 +193,7 @@ NAMED = {
 # of the servers vLLM, SGLang and llama.cpp, of converters and of mergers
 SERVED = {
     "lora_modules lora_paths lora": _field("adapters")._replace(like="DIR"),
-    "api_key": _field("keys", remark="which lorafold serve new-key writes")._replace(like="FILE"),
+    "api_key": _field("keys", remark="a file of lorafold serve new-key")._replace(like="FILE"),
     "quantization_method outtype quantize": _field("tensors"),
     "format output_format": _field("to"),
     "save_path": _field("out"),
@@ -226,8 +226,8 @@ def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
         shown = ", ".join(f"{key}={v!r}" for key, v in fields.items()) or " and ".join(option.names)
         remark = f" ({option.remark})" if option.remark else ""
         if {*known} >= {*option.names}:
-            return f"lorafold's is {shown}{remark}"
-        other = f"lorafold's is {shown} of {OWNERS.get(option.names[0], 'lf.Recipe')}{remark}"
+            return f"use {shown}{remark}"
+        other = f"use {shown} of {OWNERS.get(option.names[0], 'lf.Recipe')}{remark}"
     ending = next((f"did you mean {one}?" for one in known if name.endswith(f"_{one}")), "")
     return near(name, known, SPELT, 3) or ending or other or near(name, known, ALIKE, 3)
 
@@ -235,7 +235,7 @@ def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
 def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -> UnknownName:
     hints = {name: advice(name, given, known) for name in given if name not in known}
     others = [name for name, hint in hints.items() if not hint]
-    all_of_them = f"it has: {', '.join(known) or 'none'}"
+    all_of_them = f"options: {', '.join(known) or 'none'}"
     lines = [f"{name}; {hint}" for name, hint in hints.items() if hint]
     lines += [f"{', '.join(others)}; {all_of_them}"] if others else []
     return UnknownName("; ".join(f"{what} has no option {line}" for line in lines))

@@ -351,9 +351,9 @@ def test_a_bad_row_of_a_stream_is_told_when_it_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "streaming: expected a number of steps"),
-        ({"steps": 3, "eval_fraction": 0.1}, "eval_fraction: a stream has no rows"),
-        ({"steps": 3, "objective": "classify"}, "streaming: expected the objective sft"),
+        ({}, "streaming: requires steps"),
+        ({"steps": 3, "eval_fraction": 0.1}, "eval_fraction: not supported with streaming"),
+        ({"steps": 3, "objective": "classify"}, "streaming: requires the objective sft"),
     ],
 )
 def test_what_a_stream_cant_do(fields: dict, said: str) -> None:

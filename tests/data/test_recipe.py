@@ -136,7 +136,7 @@ def test_micro_batches_divide_the_batch():
 
 
 def test_a_warm_up_is_a_share_or_a_number_of_steps():
-    assert "warmup_steps: found beside warmup" in refused(warmup=0.1, warmup_steps=5)
+    assert "warmup_steps: found together with warmup" in refused(warmup=0.1, warmup_steps=5)
     group = {"params": [torch.zeros(1)], "lr": 0.0, "peak": 6.0}
     optimizer, rates = torch.optim.SGD([group]), []
     for step in range(8):
@@ -362,17 +362,17 @@ def test_the_table_agrees_with_what_files_of_other_tools_become(tool):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"learning_rate": 1e-4}, "lorafold's is lr=0.0001, lr_b=0.0001 (one rate for both"),
-        ({"lora_r": "16"}, "lorafold's is rank=16"),
-        ({"num_train_epochs": 3}, "lorafold's is epochs=3.0"),
-        ({"load_in_4bit": True}, "lorafold's is storage='nf4'"),
-        ({"load_in_4bit": "perhaps"}, "lorafold's is storage"),
+        ({"learning_rate": 1e-4}, "use lr=0.0001, lr_b=0.0001 (the same learning"),
+        ({"lora_r": "16"}, "use rank=16"),
+        ({"num_train_epochs": 3}, "use epochs=3.0"),
+        ({"load_in_4bit": True}, "use storage='nf4'"),
+        ({"load_in_4bit": "perhaps"}, "use storage"),
         (
             {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-            "lorafold's is batch=8 (micro-batch times accumulation, of one process);"
-            " gradient_accumulation_steps is not a field of a recipe: lorafold's is accumulate=4",
+            "use batch=8 (micro-batch times gradient accumulation, for one process);"
+            " gradient_accumulation_steps is not a field of a recipe: use accumulate=4",
         ),
-        ({"model_name_or_path": "m"}, "lorafold's is model='m' of lf.train"),
+        ({"model_name_or_path": "m"}, "use model='m' of lf.train"),
         ({"rnak": 8}, "did you mean rank?"),
     ],
 )
@@ -388,26 +388,26 @@ def test_a_recipe_says_what_a_name_is_here_wherever_it_stands(tmp_path, given, s
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: lf.LoRA(r=8), "LoRA has no option r; lorafold's is rank=8"),
+        (lambda: lf.LoRA(r=8), "LoRA has no option r; use rank=8"),
         (
             lambda: lf.LoRA(8, lora_alpha=16),
-            "LoRA has no option lora_alpha; lorafold's is alpha=16.0",
+            "LoRA has no option lora_alpha; use alpha=16.0",
         ),
         (lambda: lf.LoRA(use_rslora=True), "LoRA has no option use_rslora; did you mean rslora?"),
         (lambda: lf.VeRA(rnak=8), "VeRA has no option rnak; did you mean rank?"),
-        (lambda: lf.IA3(colour=8), "IA3 has no option colour; it has: "),
+        (lambda: lf.IA3(colour=8), "IA3 has no option colour; options: "),
         (
             lambda: lf.LoRA(target_modules=["q_proj"]),
-            "lorafold's is targets=('q_proj',) of lf.attach or lf.Recipe",
+            "use targets=('q_proj',) of lf.attach or lf.Recipe",
         ),
-        (lambda: make_spec("lora", r=8), "method lora has no option r; lorafold's is rank=8"),
+        (lambda: make_spec("lora", r=8), "method lora has no option r; use rank=8"),
         (
             lambda: lf.attach(linear(), lf.LoRA(), target_modules=["0"]),
-            "attach has no option target_modules; lorafold's is targets=('0',)",
+            "attach has no option target_modules; use targets=('0',)",
         ),
         (
             lambda: lf.attach(linear(), r=8),
-            "attach has no option r; lorafold's is rank=8 of lf.LoRA",
+            "attach has no option r; use rank=8 of lf.LoRA",
         ),
     ],
 )

@@ -33,7 +33,7 @@ def test_what_a_file_leaves_out_has_the_other_tools_default(tmp_path):
         schedule="linear", warmup=0.0, optimizer="adamw", epochs=3, batch=8, max_length=2048,
         packing=False,
     )  # fmt: skip
-    assert "dropout: 0.0  # lora_dropout: 0.0 (their default)" in theirs.to_yaml()
+    assert "dropout: 0.0  # lora_dropout: 0.0 (tool default)" in theirs.to_yaml()
     assert {e.key for e in theirs.changed} == {"excess_length_strategy"}
 
 
@@ -82,9 +82,9 @@ def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path,
 
 def test_plugins_that_learn_the_same_are_passed_over_and_unknown_ones_named(tmp_path):
     fast = "axolotl.integrations.liger.LigerPlugin"
-    assert "concern speed" in remark(axolotl_of(tmp_path, plugins=[fast]), "plugins")
+    assert "affects speed" in remark(axolotl_of(tmp_path, plugins=[fast]), "plugins")
     found = axolotl_of(tmp_path, plugins=[fast, "my.Plugin"])
-    assert "what my.Plugin does" in remark(found, "plugins")
+    assert "unknown plugins, which have no effect in lorafold: my.P" in remark(found, "plugins")
 
 
 def test_an_unknown_key_is_listed_with_a_near_name(tmp_path):
@@ -104,7 +104,7 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("stage: ppo\nlora_rank: 8", "stage: found 'ppo', whose reward is a model"),
+        ("stage: ppo\nlora_rank: 8", "stage: found 'ppo', which needs a reward model"),
         ("stage: pt\nfinetuning_type: full", "lorafold does not pretrain"),
         ("stage: sft\nfinetuning_type: oft", "finetuning_type: found 'oft'"),
         ("stage: sft\nlora_rank: many", "lora_rank: found 'many', expected a number"),
@@ -113,10 +113,10 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
         (f"{AXOLOTL}rl: gdpo", "rl: found 'gdpo'"),
         ("base_model: m\nadapter: lora\nlora_r: 8", "learning_rate, lora_alpha missing"),
         ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
-        (f"{AXOLOTL}plugins: [axolotl.integrations.kd.KDPlugin]", "learns a teacher's"),
+        (f"{AXOLOTL}plugins: [axolotl.integrations.kd.KDPlugin]", "distills a teacher model"),
         ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),
-        ("a: 1\nb: 2", "its keys do not identify the tool (a, b)"),
-        ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory"),
+        ("a: 1\nb: 2", "the keys do not identify the tool (a, b)"),
+        ("base_model: m\nstage: sft", "choose one with --kind: axolotl, llamafactory"),
         ("- a", "found a list, expected `name: value` lines"),
         ("a: [1", "not YAML at line 1"),
         ("", "found an empty file"),
@@ -199,7 +199,7 @@ def test_parameters_of_experts_are_targets(tmp_path):
     assert "experts" in remark(preset, "target_parameters")
     bare = peft_file(tmp_path, target_modules=["q_proj"], target_parameters=["down_proj"])
     assert bare.recipe.targets == ("q_proj", "down_proj")
-    assert "modules called down_proj" in remark(bare, "target_parameters")
+    assert "modules named down_proj" in remark(bare, "target_parameters")
     regex = peft_file(tmp_path, target_modules=".*q_proj", target_parameters=["down_proj"])
     assert (regex.recipe.targets, keys(regex, "left")) == (".*q_proj", {"target_parameters"})
     settings = {"lora_target_linear": False, "lora_target_modules": ["q_proj"]}
@@ -248,8 +248,8 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
     assert yaml.safe_load(done.stdout)["rank"] == 32
     for part in [
         "lora_r: 32",
-        "taken differently:",
-        "without a counterpart in the recipe:",
+        "converted with a difference:",
+        "not part of the recipe:",
         "off or not set: ",
         "lora_model_dir",
         "train with: lorafold train --config recipe.yaml",
@@ -270,5 +270,5 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
 
 def test_the_command_refuses_a_file_in_one_line(tmp_path):
     (tmp_path / "theirs.yml").write_text("a: 1\n")
-    assert "expected --kind" in refused("recipe", "--from", str(tmp_path / "theirs.yml"))
+    assert "choose one with --kind" in refused("recipe", "--from", str(tmp_path / "theirs.yml"))
     assert set(TOOLS) == {*RULES, "unsloth", "peft"}

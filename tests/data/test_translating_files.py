@@ -259,7 +259,7 @@ FILES = {
         {"base_model", "datasets", "output_dir", "vllm", "trl.use_vllm", "trl.vllm_server_timeout",
          "trl.async_prefetch", "trl.oddity"},
         {"trl.oddity": NOT_KNOWN, "trl.use_vllm": grpo.OWN_DRAWS,
-         "datasets": "rows of prompt, with the columns that the rewards read",
+         "datasets": "rows of {prompt} and the columns that the rewards read",
          "trl.reward_funcs": "lists of messages"},
     ),
     "trl-grpo": File(
@@ -277,7 +277,7 @@ FILES = {
         ),
         {"reward_funcs", "gradient_accumulation_steps", "max_prompt_length"},
         {"model_name_or_path", "dataset_name", "output_dir", "use_vllm"},
-        {"reward_funcs": "no file of yours has accuracy_reward",
+        {"reward_funcs": "no file for accuracy_reward",
          "gradient_accumulation_steps": "whole groups"},
         "--model acme/tiny-qwen --data acme/sums --out out --reward 2*FILE.py:FUNCTION",
     ),
@@ -290,8 +290,8 @@ FILES = {
             max_length=1024, packing=False,
         ),
         set(), {"model_name_or_path", "adapter_name_or_path", "dataset", "template", "output_dir"},
-        {"dataset": "prompt, chosen and rejected",
-         "lora_dropout": "it is off while preferences are trained"},
+        {"dataset": "{prompt, chosen, rejected}",
+         "lora_dropout": "turns dropout off in preference training"},
         "--out saves/chef --over 'saves/answers one'",
     ),
     "axolotl-kto": File(
@@ -302,7 +302,7 @@ FILES = {
             schedule="linear", optimizer="adamw", epochs=1, batch=4, max_length=2048, packing=False,
         ),
         set(), {"base_model", "datasets", "output_dir", "precompute_ref_log_probs"},
-        {"datasets": "prompt, completion and label"},
+        {"datasets": "{prompt, completion, label}"},
     ),
     "trl-sft": File(
         TRL_SFT, "TRL's SFT",

@@ -32,11 +32,11 @@ def test_rloo_and_a_file_of_no_model(tmp_path):
     assert found.recipe.objective_options["group"] == 2
     assert found.recipe.objective_options["scale"] == "batch"
     assert found.recipe.batch == 4
-    assert "off its reward" in remark(found, "beta")
+    assert "from its reward" in remark(found, "beta")
     assert translated(tmp_path, "num_generations: 4\nreward_clip_range:").tool == "TRL's RLOO"
     alone = translated(tmp_path, "num_generations: 4\nloss_type: grpo")
     assert alone.recipe.method == "lora"
-    assert "names no model" in remark(alone, "use_peft")
+    assert "sets no model" in remark(alone, "use_peft")
     assert "--reward FILE.py:FUNCTION" in alone.command()
 
 
@@ -65,12 +65,12 @@ def test_what_means_something_else_here_is_told(tmp_path):
             "top_entropy_quantile": 1.0, "entropy_coef": 0}  # fmt: skip
     assert keys(trl_of(tmp_path, **same), "changed") == {"reward_funcs"}
     plain = trl_of(tmp_path, beta=0.1, use_bias_correction_kl=False)
-    assert "by its ratio" in remark(plain, "beta")
+    assert "by its importance ratio" in remark(plain, "beta")
     assert remark(trl_of(tmp_path, beta=0.1), "beta") == ""
     assert trl_of(tmp_path, sync_ref_model=True).recipe.beta is None  # there is no reference
     several = trl_of(tmp_path, num_iterations=4)
     assert several.recipe.objective_options["updates"] == 4
-    assert "steps count draws here" in remark(several, "num_iterations")
+    assert "divide max_steps by 4" in remark(several, "num_iterations")
 
 
 LOSSES = [
@@ -200,7 +200,7 @@ def test_axolotl_settings(tmp_path, settings, objective, beta, options):
 def test_what_trl_computes_otherwise_is_told(tmp_path):
     told = axolotl_of(tmp_path, rl="orpo")
     assert keys(told, "changed") == {"rl"}
-    assert "learns the prompts" in remark(told, "rl")
+    assert "trains on the prompts" in remark(told, "rl")
     told = axolotl_of(tmp_path, rl="simpo", simpo_gamma=0.5)
     assert "micro-batch" in remark(told, "cpo_alpha")
     told = axolotl_of(tmp_path, rl="dpo", dpo_label_smoothing=0.1)

@@ -72,14 +72,14 @@ def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
         optimizer="adamw8bit", epochs=3, steps=60, batch=8, accumulate=2, max_length=1024,
         packing=False,
     )  # fmt: skip
-    assert remark(found, "seed") == "no literal, so that it is not read: give --seed SEED"
+    assert remark(found, "seed") == "not read because it is not a literal: pass --seed SEED"
     assert found.command().endswith("--seed SEED")  # which is no number, so that nobody forgets it
     [told] = [line for line in found.to_yaml().splitlines() if line.startswith("# NOT READ: ")]
     assert "seed: " in told
-    assert told.endswith("give --seed SEED")
+    assert told.endswith("pass --seed SEED")
     pairs = unsloth_of(tmp_path, SFT="DPO")
-    assert "rows of prompt, chosen and rejected" in remark(pairs, "load_dataset.path")
-    assert remark(found, "odd").startswith("it is not known here")
+    assert "rows of {prompt, chosen, rejected}" in remark(pairs, "load_dataset.path")
+    assert remark(found, "odd").startswith("unknown key")
     counts = [e.key for e in found.entries]
     assert len(counts) == len(set(counts))
     assert "--data acme/chats" in found.command()
@@ -96,19 +96,20 @@ def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
           "message_property_mappings": {"role": "from", "content": "value"}},
          "--columns conversations=talk", ""),
         ({"path": "acme/chats", "type": "chat_template",
-          "message_property_mappings": {"role": "who", "content": "what"}}, "", "who and what"),
+          "message_property_mappings": {"role": "who", "content": "what"}}, "",
+         "the keys who and what"),
         ({"path": "acme/alpaca", "type": "alpaca"}, "--data acme/alpaca", "### Instruction"),
         ({"path": "acme/text", "type": "completion", "field": "body"}, "--columns text=body", ""),
         ({"path": "json", "data_files": "a.jsonl", "ds_type": "json"},
          "--data a.jsonl", "a.jsonl (no type)"),
         ({"path": "acme/a", "type": "chat_template.default", "field_messages": "asked",
           "field_chosen": "better", "roles": {"user": ["human"]}},
-         "--columns chosen=better,prompt=asked", "roles: without a counterpart"),
-        ({"path": "acme/a", "type": "alpaca", "field_messages": "m"}, "", "messages: without"),
-        ({"path": "acme/a", "split": "train[:5%]"}, "--data DATA", "its split train[:5%]"),
-        ({"path": "acme/a", "chat_template": "chatml", "shards": 4}, "", "shards: without a"),
+         "--columns chosen=better,prompt=asked", "roles: not supported"),
+        ({"path": "acme/a", "type": "alpaca", "field_messages": "m"}, "", "messages: not"),
+        ({"path": "acme/a", "split": "train[:5%]"}, "--data DATA", "(split train[:5%]: save"),
+        ({"path": "acme/a", "chat_template": "chatml", "shards": 4}, "", "shards: not supported"),
         ({"path": "acme/a", "type": {"field_instruction": "q", "field_output": "a"}},
-         "--columns instruction=q,output=a", "prompt form is not written"),
+         "--columns instruction=q,output=a", "instead of this prompt format"),
     ],
 )  # fmt: skip
 def test_axolotls_rows(tmp_path, dataset, flags, said):
@@ -133,16 +134,16 @@ def test_llamafactorys_rows(tmp_path, monkeypatch):
     assert "--data data/chef.json --data acme/chats --columns messages=talk" in found.command()
     info["chef"]["tags"] = {"role_tag": 1, "content_tag": None}
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
-    assert "turns have 1 and None" in remark(llamafactory_of(tmp_path, dataset="chef"), "dataset")
+    assert "the keys 1 and None" in remark(llamafactory_of(tmp_path, dataset="chef"), "dataset")
     online = llamafactory_of(tmp_path, dataset="acme/a", dataset_dir="ONLINE")
     assert "--data acme/a" in online.command()
 
 
 def test_axolotls_unfrozen_parameters_with_an_adapter(tmp_path):
     every = axolotl_of(tmp_path, unfrozen_parameters=[".+lora_"])
-    assert remark(every, "unfrozen_parameters") == "they are the adapter's weights"
+    assert remark(every, "unfrozen_parameters") == "the patterns match all weights of the adapter"
     some = axolotl_of(tmp_path, unfrozen_parameters=["model.layers.2[0-9]+.mlp"])
-    assert "axolotl freezes every weight of the adapter" in remark(some, "unfrozen_parameters")
+    assert "axolotl freezes adapter weights whose" in remark(some, "unfrozen_parameters")
     with pytest.raises(LorafoldError, match="full method trains the whole model"):
         axolotl_of(tmp_path, adapter=None, unfrozen_parameters=["^lm_head.weight$"])
 
@@ -223,7 +224,7 @@ def test_rates_are_those_of_transformers_after_the_warm_up(tmp_path, kind, warmu
     assert ours[warmup_steps:] == pytest.approx(theirs[warmup_steps:])
     if warmup_steps:
         assert theirs[0] == 0
-        assert "a rate of 0 there" in remark(found, "warmup_steps")
+        assert "from a learning rate of 0" in remark(found, "warmup_steps")
         assert all(a > b for a, b in zip(ours[:3], theirs, strict=False))
     else:
         assert not remark(found, "warmup_steps")
@@ -266,9 +267,9 @@ def test_a_system_text_of_the_file_is_to_be_written_to_the_rows(tmp_path):
 def test_what_mlx_weighs_in_another_way_is_told(tmp_path):
     text = "model: m\ntrain: true\nfine_tune_type: lora\niters: 8\n"
     assert "one token of padding" in str(translated(tmp_path, text))
-    assert "weigh alike" not in remark(translated(tmp_path, text), "batch_size")
+    assert "equally" not in remark(translated(tmp_path, text), "batch_size")
     several = translated(tmp_path, f"{text}grad_accumulation_steps: 2\n")
-    assert "micro-batches weigh alike there" in remark(several, "batch_size")
+    assert "mlx-lm weights micro-batches equally" in remark(several, "batch_size")
 
 
 def test_the_larger_steps_of_mlx_are_told_with_the_rate_that_comes_near(tmp_path):
@@ -287,14 +288,14 @@ def test_the_larger_steps_of_mlx_are_told_with_the_rate_that_comes_near(tmp_path
 @pytest.mark.parametrize("betas", [[0.9, 1.0], [0.9], 0.9])
 def test_betas_of_mlx_that_are_none_are_refused(tmp_path, betas):
     text = f"model: m\niters: 8\noptimizer_config: {{adam: {{betas: {betas}}}}}\n"
-    with pytest.raises(LorafoldError, match="expected two numbers from 0 to below 1"):
+    with pytest.raises(LorafoldError, match="expected two numbers, at least 0 and below 1"):
         translated(tmp_path, text)
 
 
 def test_axolotl_packs_without_a_named_attention_as_one_text(tmp_path):
     open_rows = axolotl_of(tmp_path, sample_packing=True, flash_attention=False)
     assert open_rows.recipe.packing
-    assert "rows see each other there" in remark(open_rows, "sample_packing")
+    assert "axolotl's packed rows attend to each other" in remark(open_rows, "sample_packing")
     for named in ({"flash_attention": True}, {"attn_implementation": "sdpa"}):
         found = axolotl_of(tmp_path, sample_packing=True, **named)
         assert found.recipe.packing
@@ -383,15 +384,15 @@ def test_a_file_is_known_by_what_is_in_it(tmp_path, extra, tool):
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        (LEAST | {"beta": 0.1}, ["TRL's DPO, TRL's KTO", "--kind trl-dpo, trl-kto"]),
+        (LEAST | {"beta": 0.1}, ["TRL's DPO, TRL's KTO", "--kind: trl-dpo, trl-kto"]),
         (LEAST | {"learning_rate": 1e-5}, ["TRL's SFT, TRL's DPO", "trl-reward"]),
-        (LEAST | {"packing": True, "a": 1, "b": 2, "c": 3}, ["TRL's SFT does not know a, b, c"]),
-        ({"reward_funcs": ["a.b"]}, ["TRL's GRPO, TRL's RLOO know as many", "trl-grpo, trl-rloo"]),
-        ({"compute_environment": "LOCAL_MACHINE", "fsdp_config": {}}, ["accelerate's", "torchrun"]),
-        ({"zero_optimization": {}, "train_batch_size": 8}, ["DeepSpeed's", "--strategy fsdp"]),
-        ({"model": "m", "model_class": "llm", "peft_config": {}}, ["LLaMA-Factory's v1", "stage"]),
-        ({"model_type": "llama", "architectures": []}, ["a model's configuration"]),
-        ({"base_model": "m", "model_type": "x", "a": 1, "b": 2}, ["axolotl does not know a, b"]),
+        (LEAST | {"packing": True, "a": 1, "b": 2, "c": 3}, ["TRL's SFT does not have a, b, c"]),
+        ({"reward_funcs": ["a.b"]}, ["TRL's GRPO, TRL's RLOO match equally", "trl-grpo, trl-rloo"]),
+        ({"compute_environment": "LOCAL_MACHINE", "fsdp_config": {}}, ["accelerate", "torchrun"]),
+        ({"zero_optimization": {}, "train_batch_size": 8}, ["a DeepSpeed", "--strategy fsdp"]),
+        ({"model": "m", "model_class": "llm", "peft_config": {}}, ["a LLaMA-Factory v1", "stage"]),
+        ({"model_type": "llama", "architectures": []}, ["a model configuration"]),
+        ({"base_model": "m", "model_type": "x", "a": 1, "b": 2}, ["axolotl does not have a, b"]),
     ],
 )
 def test_a_file_that_fits_no_tool_well_is_refused_with_what_is_unknown(tmp_path, config, parts):
@@ -405,7 +406,7 @@ def test_a_file_that_fits_no_tool_well_is_refused_with_what_is_unknown(tmp_path,
 
 def test_where_rows_lie(tmp_path):
     found = trl_of(tmp_path, "trl-sft", dataset_name="acme/a", dataset_config="small")
-    assert "its configuration small" in remark(found, "dataset_name")
+    assert "configuration small: save" in remark(found, "dataset_name")
     assert "--data DATA" in found.command()
     mixed = trl_of(tmp_path, "trl-sft", datasets=[{"path": "acme/a"}, {"path": "acme/b"}])
     assert "--data acme/a --data acme/b" in mixed.command()

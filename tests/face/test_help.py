@@ -176,7 +176,7 @@ def test_examples_run(name: str, after_quickstart, monkeypatch) -> None:
         ("--lora-target-modules q_proj,v_proj", "lorafold's is --targets q_proj --targets v_proj"),
         ("--gradient-accumulation-steps 4", "lorafold's is --accumulate 4"),
         ("--num-generations 8", "--num-generations: lorafold's is --objective-options group=8"),
-        ("--logging-steps 5", "--logging-steps: a run shows its loss by itself"),
+        ("--logging-steps 5", "--logging-steps: lorafold logs the loss by itself"),
         ("--max-steps -1", "--max-steps: did you mean --steps?"),
     ],
 )

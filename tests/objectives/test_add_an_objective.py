@@ -229,7 +229,7 @@ def test_what_it_does_not_take_is_refused(hardest, tiny_model_dir, tmp_path: Pat
     told = r"rows of \{text, label\}, which are for --objective classify; --objective hardest"
     with pytest.raises(LorafoldError, match=told):
         train(request(model, out, "hardest", TEXTS), quiet)
-    with pytest.raises(LorafoldError, match="streaming: expected the objective sft"):
+    with pytest.raises(LorafoldError, match="streaming: requires the objective sft"):
         lf.Recipe(objective="hardest", streaming=True, steps=1)
     with pytest.raises(LorafoldError, match="objective: found hardest, expected one whose figures"):
         lf.compare(out, model=model, data=ROWS, recipe=lf.Recipe(objective="hardest"))

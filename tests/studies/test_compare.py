@@ -138,7 +138,7 @@ def test_dora_takes_a_recipes_dropout_over_any_method(over: str | None, dropout:
     recipe = Recipe(method="dora", dropout=0.1, options={} if over is None else {"over": over})
     assert getattr(spec_of(recipe).over, "dropout", None) == dropout
     assert fitting(recipe, "dora").dropout == dropout
-    said = None if dropout else "dropout left out: dora over loha has no such option"
+    said = None if dropout else "dropout ignored: dora over loha has no such option"
     assert without(recipe) == said
 
 

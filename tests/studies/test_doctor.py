@@ -46,15 +46,15 @@ CPU = replace(FINE, device="cpu", fp32=400.0, bf16=800.0)
         (CPU,
          "At 800 GFLOP/s a training step of a model of 1B parameters on 1024 tokens takes 5 s"),
         (replace(CPU, widened=True), "At 400 GFLOP/s"),
-        (replace(CPU, bf16=100.0, widened=True), "than fp32 ones here (100 and 400 GFLOP/s)"),
+        (replace(CPU, bf16=100.0, widened=True), "than fp32 matmuls (100 and 400 GFLOP/s)"),
         (replace(CPU, native_bf16=False, native_why="it has none"),
-         "as it has none; --storage auto"),
+         "because it has none; --storage auto"),
         (replace(CPU, native_bf16=False), "At 400 GFLOP/s"),
         (replace(CPU, cores=1, threads=1), "Only one core is usable"),
         (replace(CPU, cores=2, threads=2), "Only 2 cores are usable"),
         (replace(CPU, threads=4), "torch uses 4 of 8 usable cores, because of OMP_NUM_THREADS=4"),
-        (replace(CPU, busy=1.26), "Other processes keep 1.3 of"),
-        (replace(CPU, free=10**9), "Only 1.0 GB of memory are free"),
+        (replace(CPU, busy=1.26), "Other processes keep 1.3 CPU cores busy"),
+        (replace(CPU, free=10**9), "Only 1.0 GB of memory is free"),
         (replace(FINE, kernels=False), "bitsandbytes has no native library"),
         (replace(CPU, unused_driver="built without CUDA"), "built without CUDA"),
     ],
@@ -69,14 +69,14 @@ def test_each_shortcoming_has_its_sentence(machine: Hardware, said: str) -> None
 def test_the_process_and_the_kernel_have_sentences_too() -> None:
     fine = sentences(CPU)
     assert [s for s in sentences(CPU, untuned=True) if s not in fine] == [
-        "LORAFOLD_TUNE=off keeps training from huge pages and short waits: unset it."
+        "LORAFOLD_TUNE=off disables huge pages and short waits in training: unset it."
     ]
     assert "write madvise to" in next(s for s in sentences(CPU, "never") if s not in fine)
 
 
 def test_what_lorafold_uses_is_told() -> None:
     told = {f.name: f for f in findings(replace(CPU, native_bf16=False, widened=True))}
-    assert "--storage auto holds weights in fp32" in told["lorafold uses"].text
+    assert "--storage auto keeps weights in fp32" in told["lorafold uses"].text
     assert "multiplied in fp32" in told["lorafold uses"].text
     assert told["lorafold uses"].value["widened"] is True
     assert told["processor"].text == "a processor, 8 usable cores"
@@ -117,7 +117,7 @@ def test_packages_are_held_to_the_ranges_that_are_declared(distribution) -> None
     assert {n: f.problem for n, f in told.items() if f.problem} == {
         "old-one": "expected <2,>=1; run: pip install 'old-one<2,>=1'",
         "broken-one": (
-            "it can't be imported (OSError: libnone.so: no such file); run: pip install"
+            "can't be imported (OSError: libnone.so: no such file); run: pip install"
             " 'broken-one' --force-reinstall"
         ),
         "absent-one": "not installed; run: pip install 'absent-one>=3'",
@@ -141,8 +141,8 @@ def test_optional_groups_are_complete_or_name_what_is_missing(distribution) -> N
     )
     told = {f.name: f for f in extras("whole")}
     assert told["all"].text == "here: complete"
-    assert told["newer"].problem.startswith("outside the declared range: here;")
-    assert told["none"].text == "gone: without gone; for them: pip install 'whole[none]'"
+    assert told["newer"].problem.startswith("unsupported version: here;")
+    assert told["none"].text == "gone: missing gone; run: pip install 'whole[none]'"
     assert not any(f.broken for f in told.values())
 
 
@@ -164,7 +164,7 @@ def test_a_report_marks_problems_and_keeps_its_columns() -> None:
     )
     text = str(DoctorReport(groups, (long,)))
     assert "  one 1.0, two 2.0\n! three  words" in text
-    assert text.endswith("\n\n1 problem is marked with ! above; lorafold works all the same.")
+    assert text.endswith("\n\n1 problem is marked with ! above; lorafold still works.")
     assert max(map(len, text.splitlines())) <= WIDTH
     told = DoctorReport(groups, ()).as_json()
     assert told["b"] == {"one": "1.0", "lorafold_cache": {"bytes": 1}}
@@ -222,7 +222,7 @@ def test_the_command_reports_this_installation_and_exits_with_1_where_it_is_brok
         "template", "slow", "problems", "broken",
     ]  # fmt: skip
     assert told["broken"] is True
-    torn = "gguf: it can't be imported (ImportError: torn)"
+    torn = "gguf: can't be imported (ImportError: torn)"
     assert any(problem.startswith(torn) for problem in told["problems"])
     assert told["packages"]["torch"]["version"] == torch.__version__
     assert told["models"]["lorafold_cache"]["bytes"] == 1000
@@ -235,7 +235,7 @@ def test_the_command_reports_this_installation_and_exits_with_1_where_it_is_brok
 def test_the_report_for_people_has_every_group_and_what_would_be_slow() -> None:
     done = doctor()
     assert done.returncode == 0, done.stdout
-    for title in ("Packages", "Machine", "Models and caches", "What would be slow here, and why"):
+    for title in ("Packages", "Machine", "Models and caches", "What is slow on this machine"):
         assert f"{title}\n" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= WIDTH
 
@@ -244,9 +244,9 @@ def test_the_report_for_people_has_every_group_and_what_would_be_slow() -> None:
     ("capability", "found"),
     [
         ((7, 5), ("7.5: weights and matmuls in fp32", "in tiles", "one after the other")),
-        ((8, 6), ("8.6: weights and matmuls in bf16", "flash attention", "one after the other")),
-        ((9, 0), ("9.0: weights and matmuls in bf16", "by flash attention", "in one product")),
-        ((12, 0), ("12.0: weights and matmuls in bf16", "by flash attention", "one after")),
+        ((8, 6), ("8.6: weights and matmuls in bf16", "FlashAttention", "one after the other")),
+        ((9, 0), ("9.0: weights and matmuls in bf16", "with FlashAttention", "one grouped matmul")),
+        ((12, 0), ("12.0: weights and matmuls in bf16", "with FlashAttention", "one after")),
     ],
 )
 def test_the_paths_of_a_card_are_named(capability, found) -> None:

@@ -331,7 +331,7 @@ def test_an_existing_out_is_refused_before_anything_is_done(llama, tmp_path: Pat
 
 
 def test_a_wrong_option_of_the_method(llama, tmp_path: Path) -> None:
-    with pytest.raises(LorafoldError, match="method lora has no option colour; it has: rank"):
+    with pytest.raises(LorafoldError, match="method lora has no option colour; options: rank"):
         trained(llama, tmp_path / "a", options={"colour": 1})
     with pytest.raises(LorafoldError, match="unknown method 'lorra'"):
         trained(llama, tmp_path / "a", method="lorra")

@@ -63,17 +63,17 @@ APART = (
     "attn_implementation", "flash_attention", "flex_attention", "xformers_attention",
     "sage_attention", "sdp_attention", "eager_attention", "sdpa_varlen",
 )  # fmt: skip
-NO_ADAPTER = "none, the whole model"  # for a file without `adapter`
+NO_ADAPTER = "none (full fine-tuning)"  # for a file without `adapter`
 OF_AXOLOTL = "axolotl.integrations."
 LEARNS_OTHERWISE = {
-    "densemixer": "passes gradients to the router through every expert",
-    "diffusion": "trains a model that fills in masks",
-    "grokfast": "filters the gradients of past steps",
-    "hatchery": "trains on another machine",
-    "kd": "learns a teacher's probabilities",
-    "llm_compressor": "keeps weights at zero",
-    "nemo_gym": "is rewarded by environments of its own",
-    "spectrum": "trains the layers with the most signal",
+    "densemixer": "trains the router through every expert",
+    "diffusion": "trains a diffusion language model",
+    "grokfast": "filters gradients over past steps",
+    "hatchery": "trains on a remote machine",
+    "kd": "distills a teacher model",
+    "llm_compressor": "keeps pruned weights at zero",
+    "nemo_gym": "uses rewards from its own environments",
+    "spectrum": "trains only the layers with the highest signal-to-noise ratio",
 }
 LEARNS_THE_SAME = (
     "cut_cross_entropy", "expert_parallel", "kernels", "liger", "lm_eval", "swanlab"
@@ -91,8 +91,8 @@ BATCH = trainer.batch(
     "GPU", lambda settings: bool(settings["sample_packing"]), "axolotl sequence_len", accumulation
 )
 TOO_LONG = cases(
-    {"truncate": taken("longer rows are cut")},
-    changed("longer rows are truncated here and counted; filter them out before"),
+    {"truncate": taken("longer rows are truncated")},
+    changed("lorafold truncates longer rows; to drop them, filter the data first"),
 )
 
 
@@ -107,17 +107,17 @@ def is_quantized(settings: ToolSettings) -> bool:
 def _adapter(value: Any, settings: ToolSettings) -> Outcome:
     if not is_lora(settings):
         if settings["pretraining_dataset"]:
-            raise LorafoldError("found none and a pretraining_dataset: lorafold does not pretrain")
+            raise LorafoldError("found pretraining_dataset, but lorafold does not pretrain")
         _require("learning_rate", settings)
         return taken(method="full")
     choice(value, "lora", "qlora")
     if value == "qlora" and not settings["load_in_4bit"]:
-        raise LorafoldError("found qlora without load_in_4bit: true, which axolotl asks for")
+        raise LorafoldError("found qlora without load_in_4bit: true, which axolotl requires")
     afresh = objectives.starts_afresh(settings)
     _require("learning_rate lora_r lora_alpha" if afresh else "learning_rate", settings)
     where = [f"lora_target_{name}" for name in ("modules", "linear", "parameters")]
     if afresh and not any(settings[key] for key in where):
-        raise LorafoldError(f"found {value}, expected one of {', '.join(where)} beside it")
+        raise LorafoldError(f"found {value} without targets, expected one of {', '.join(where)}")
     peft = settings["peft"]
     loftq = isinstance(peft, dict) and peft.get("loftq_config")
     return trainer.kind_of_lora(
@@ -129,7 +129,7 @@ def _adapter(value: Any, settings: ToolSettings) -> Outcome:
 
 def _require(keys: str, settings: ToolSettings) -> None:
     if missing := [key for key in keys.split() if settings[key] is None]:
-        raise LorafoldError(f"{', '.join(missing)} missing, and axolotl has no default for it")
+        raise LorafoldError(f"{', '.join(missing)} missing; axolotl has no default, so set a value")
 
 
 def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
@@ -139,7 +139,7 @@ def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
 
 def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     if is_quantized(settings):
-        return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
+        return taken("a quantized base computes in 16-bit") if "bf16" in settings.given else None
     if value not in ("full", True) and any(settings[key] for key in ("fp16", "float16", "float32")):
         return None
     if value == "auto":
@@ -163,9 +163,9 @@ def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
     instead.
     """
     if is_policy(settings):
-        return taken("a prompt is read once for all its completions")
+        return taken("lorafold computes a prompt once for all its completions")
     mixed = boolean(value) and all(is_off(settings[key]) for key in APART)
-    why = "without an attn_implementation rows see each other there, and are kept apart here"
+    why = "axolotl's packed rows attend to each other without attn_implementation, lorafold's don't"
     return changed(why if mixed else "", packing=boolean(value))
 
 
@@ -205,10 +205,10 @@ def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
     if value == "tokenizer_default":
         return taken("the model's own template")
     if value == "jinja":
-        return taken("it is chat_template_jinja's")
+        return taken("set by chat_template_jinja")
     return left(
-        f"write the template {value} to a file and pass it as --chat-template FILE; without it the"
-        " model's own is used"
+        f"lorafold uses the model's own template; to use {value}, write it to a file and pass"
+        " --chat-template FILE"
     )
 
 
@@ -222,12 +222,12 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
     try:  # axolotl escapes dots, except before +
         patterns = [re.compile(re.sub(r"\.(?!\+)", r"\\.", one)) for one in names(value)]
     except re.error as error:
-        raise LorafoldError(f"found {value!r}, no regular expressions: {error}") from None
+        raise LorafoldError(f"found {value!r}, expected regular expressions: {error}") from None
     if all(any(pattern.match(name) for pattern in patterns) for name in OF_LORA):
-        return taken("they are the adapter's weights")
+        return taken("the patterns match all weights of the adapter")
     return left(
-        "axolotl freezes every weight of the adapter that none matches, by names such as"
-        f" {OF_LORA[0]}; here they all train, and of the base none: --set targets=REGEX"
+        "axolotl freezes adapter weights whose names match no pattern, such as"
+        f" {OF_LORA[0]}; lorafold trains all of them: choose modules with --set targets=REGEX"
     )
 
 
@@ -241,12 +241,12 @@ def _plugins(value: Any, settings: ToolSettings) -> Outcome:
         own = name.startswith(OF_AXOLOTL)
         part = name.removeprefix(OF_AXOLOTL).partition(".")[0] if own else ""
         if part in LEARNS_OTHERWISE:
-            raise LorafoldError(f"found {name}, which {LEARNS_OTHERWISE[part]}: lorafold does not")
+            raise LorafoldError(f"found {name}, which {LEARNS_OTHERWISE[part]}; lorafold does not")
         if part not in LEARNS_THE_SAME:
             others.append(name)
     if others:
-        return left(f"what {', '.join(others)} does there is not known and not done")
-    return left("they concern speed, measuring or logging, not the training")
+        return left(f"unknown plugins, which have no effect in lorafold: {', '.join(others)}")
+    return left("affects speed, evaluation or logging, not the result of training")
 
 
 def _datasets(value: Any, settings: ToolSettings) -> Outcome:
@@ -291,12 +291,12 @@ def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
     alpaca = form.split(":")[0] == "alpaca"
     if isinstance(kind, Mapping) or alpaca:
         form_of = " (### Instruction:)" * alpaca
-        yield f"its prompt form{form_of} is not written, but the model's chat template is"
+        yield f"lorafold uses the model's chat template instead of this prompt format{form_of}"
     elif form == "chat_template":
         known |= OF_TURNS
         yield from turn_keys(*_properties(one))
     if template not in (None, "tokenizer_default"):
-        yield f"its template {template}: write it to a file, --chat-template FILE"
+        yield f"to use its template {template}, write it to a file and pass --chat-template FILE"
     known |= {"field"} if kind == "completion" else set()
     rest = {k: v for k, v in one.items() if k not in known and not is_off(v)}
     yield from without_counterpart([k for k, v in rest.items() if AS_HERE.get(k) != v])
@@ -307,7 +307,7 @@ OWN: Table = {
     "load_in_4bit": switch(taken(storage=made_of(4))),
     "load_in_8bit": switch(taken(storage=made_of(8))),
     "bf16": (_bf16, "auto"),
-    "bfloat16": taken("bf16 decides"),
+    "bfloat16": taken("determined by bf16"),
     "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
     "float32": unless_bf16(taken(storage="fp32")),
     "learning_rate": to("lr", number),
@@ -321,23 +321,23 @@ OWN: Table = {
         ),
         1,
     ),
-    "batch_size": taken("accumulation follows from it"),
+    "batch_size": taken("determines gradient accumulation"),
     "sequence_len": (
         either(
             is_policy,
-            changed("axolotl does not cut prompts; here they may have as many tokens"),
+            changed("axolotl does not truncate prompts; lorafold rejects longer ones"),
             to("max_length", integer),
         ),
         512,
     ),
     "excess_length_strategy": (
-        either(is_policy, changed("a run refuses prompts that are too long"), TOO_LONG),
+        either(is_policy, changed("lorafold rejects longer prompts"), TOO_LONG),
         "drop",
     ),
     "sample_packing": (sample_packing, False),
     "train_on_inputs": switch(trainer.EVERY_TOKEN, trainer.COMPLETIONS),
     "gradient_checkpointing": lambda value, settings: (
-        changed("activations are recomputed, and not offloaded", gradient_checkpointing=True)
+        changed("lorafold does not offload activations", gradient_checkpointing=True)
         if str(value).startswith(("offload", "unsloth"))
         else taken(gradient_checkpointing=boolean(value))
     ),
@@ -347,21 +347,21 @@ OWN: Table = {
     "evaluation_strategy": trainer.interval_strategy,
     "default_system_message": SYSTEM,
     "tokens": lambda value, settings: (
-        left("the tokenizer's own special tokens are used")
+        left("lorafold uses the tokenizer's own special tokens")
         if isinstance(value, dict)
-        else changed("the base is not resized: their rows train beside it", new_tokens=names(value))
+        else changed("the new rows are in the adapter, not the base", new_tokens=names(value))
     ),
     "chat_template": _chat_template,
     "chat_template_jinja": lambda value, settings: (
         taken(chat_template=str(value))
         if "{" not in str(value) and Path(str(value)).suffix
-        else left("write the template to a file and pass it as --chat-template FILE")
+        else left("write the template to a file and pass --chat-template FILE")
     ),
     "chat_template_kwargs": lambda value, settings: (
-        left("expected an object of variables of the chat template")
+        left("ignored: expected an object with variables of the chat template")
         if not isinstance(value, dict)
         else changed(
-            "a run refuses variables that the model's chat template does not read",
+            "lorafold rejects variables that the model's chat template does not use",
             template_kwargs=value,
         )
     ),
@@ -376,14 +376,14 @@ OWN: Table = {
     "model_revision revision_of_model": "--revision",
     "datasets pretraining_dataset": _datasets,
     "test_datasets": trainer.EVAL_DATA,
-    "auto_resume_from_checkpoints": "pass --resume to go on with a run",
+    "auto_resume_from_checkpoints": "pass --resume to resume a run",
     "reinit_weights": refusing("lorafold does not pretrain"),
-    "relora": refusing("lorafold does not restart LoRA"),
+    "relora": refusing("lorafold does not support ReLoRA"),
     "unfrozen_parameters": unfrozen_parameters,
-    "qat": refusing("lorafold does not train for later quantization"),
+    "qat": refusing("lorafold does not support quantization-aware training"),
     "plugins": _plugins,
-    "diffusion": refusing("lorafold does not train a model that fills in masks"),
-    "special_tokens": "the tokenizer's own are used; words that are to be tokens: --new-tokens",
+    "diffusion": refusing("lorafold does not train diffusion language models"),
+    "special_tokens": "lorafold uses the tokenizer's own; add new tokens with --new-tokens",
     **trainer.STEPS,
     **AXOLOTL,
 }
@@ -395,14 +395,12 @@ OF_METHOD: Table = {
     "lora_target_linear": switch(taken(targets="all-linear")),
     "lora_target_modules": either(
         lambda settings: settings["lora_target_linear"],
-        changed(
-            "lora_target_linear is on besides: all-linear has every linear layer of the blocks"
-        ),
+        changed("lora_target_linear is on, so all linear layers of the blocks are targets"),
         to("targets", modules),
     ),
     "lora_target_parameters": _target_parameters,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
-    "lora_fan_in_fan_out": taken("the base's storage decides"),
+    "lora_fan_in_fan_out": taken("determined by the base"),
 }
 RULES: tuple[Rule, ...] = (
     *table(OWN),

@@ -28,6 +28,7 @@ from lorafold.config_import.rules import (
     flagged,
     is_off,
     left,
+    read_with,
     refused,
     refusing,
     table,
@@ -46,10 +47,10 @@ REFUSED = {"gdpo": grpo.SUMMED, "ebft": "lorafold has no energy-based objective"
 DEFAULTS = {"max_completion_length": grpo.WITHOUT_LIMIT, "use_bias_correction_kl": False}
 # `beta` is read with the other keys that may contain it
 IN_BLOCK: Table = {
-    "rollout_func": refusing("lorafold draws completions itself, of one turn"),
-    "replay_buffer_size": refusing("completions are not reused"),
-    "reroll_start_fraction": unless(1, "prompts are drawn in their order"),
-    "skip_zero_advantage_batches": taken("groups without a signal are always left out"),
+    "rollout_func": refusing("lorafold samples completions itself, in one turn"),
+    "replay_buffer_size": refusing("lorafold does not reuse completions"),
+    "reroll_start_fraction": unless(1, "lorafold uses the prompts in order"),
+    "skip_zero_advantage_batches": taken("lorafold always skips groups with zero advantages"),
     "use_data_producer async_prefetch prefetch_depth vllm_sync_interval"
     " streaming_partial_batch streaming_min_groups reward_num_workers"
     " replay_recompute_logps reroll_max_groups vllm_lora_sync"
@@ -124,19 +125,19 @@ def rl(value: Any, settings: ToolSettings) -> Outcome:
         raise refused(value, REFUSED[str(value)])
     choice(value, "dpo", *OTHERS, "grpo")
     if settings["sample_packing"]:
-        raise LorafoldError(f"found {value!r} and sample_packing, which axolotl refuses together")
+        raise LorafoldError(f"found {value!r} and sample_packing, which axolotl does not combine")
     if value not in OTHERS:
         key = "dpo_loss_type" if value == "dpo" else "trl.loss_type"
-        return taken(f"{key} decides the objective")
+        return taken(f"{key} determines the objective")
     if value == "simpo" and settings["simpo_gamma"] is None:
-        raise LorafoldError("simpo_gamma missing, and axolotl has no default for it")
+        raise LorafoldError("simpo_gamma missing; axolotl has no default, so set a value")
     return changed(trainer.ORPO_TERM if value == "orpo" else "", objective=value)
 
 
 def _loss_weights(value: Any, settings: ToolSettings) -> Outcome:
     if settings.given.get("dpo_loss_type") is None:
-        raise LorafoldError(f"found {value!r} without dpo_loss_type, which axolotl asks for")
-    return taken("they are read with dpo_loss_type")
+        raise LorafoldError(f"found {value!r} without dpo_loss_type, which axolotl requires")
+    return read_with("dpo_loss_type")
 
 
 def beta_of(key: str) -> Reader:
@@ -161,8 +162,8 @@ def beta_of(key: str) -> Reader:
 
 def _num_labels(value: Any, settings: ToolSettings) -> Outcome:
     if integer(value) != 1:
-        raise refused(value, "a reward model of lorafold gives one score")
-    return taken("a reward model gives one score")
+        raise refused(value, "lorafold's reward models output one score")
+    return taken("a reward model outputs one score")
 
 
 def dropout(value: Any, settings: ToolSettings) -> Outcome:
@@ -184,8 +185,8 @@ OWN: Table = {
         flagged("--init-adapter", value)
         if not starts_afresh(settings)
         else left(
-            f"axolotl does not load it for rl: {settings['rl']}, and trains a fresh adapter over"
-            " the base; to train over this one pass it as --over"
+            f"with rl: {settings['rl']}, axolotl ignores this adapter and trains a new one on the"
+            " base; to train on top of this adapter, pass it as --over"
         )
     ),
     "rl": rl,
@@ -195,9 +196,9 @@ OWN: Table = {
     "rl_beta": (beta_of("rl_beta"), 0.1),
     "dpo_beta": beta_of("dpo_beta"),
     "orpo_alpha": beta_of("orpo_alpha"),
-    "dpo_use_weighting": refusing("lorafold weighs every pair alike"),
-    "rpo_alpha": refusing("axolotl refuses it; dpo_loss_type: [sigmoid, sft] has the term"),
-    "dpo_norm_loss": refusing("axolotl refuses it"),
+    "dpo_use_weighting": refusing("lorafold gives every pair the same weight"),
+    "rpo_alpha": refusing("axolotl rejects this key; use dpo_loss_type: [sigmoid, sft]"),
+    "dpo_norm_loss": refusing("axolotl rejects this key"),
     "simpo_gamma": trainer.law_option("gamma", objective_of),
     "kto_desirable_weight": trainer.law_option("desirable_weight", objective_of),
     "kto_undesirable_weight": trainer.law_option("undesirable_weight", objective_of),

@@ -46,17 +46,17 @@ SCALES = {"true": "group", "batch": "batch", "false": "none"}
 WITHOUT_LIMIT = "no limit"  # for a file without a completion length
 LIMIT = 256  # tokens of a completion then
 BESIDE = 1024  # tokens of a prompt if the file sets none
-NO_DROPOUT = "completions are drawn without dropout, and learned from without it"
-OWN_DRAWS = "completions are drawn in the process that trains, by the weights that train"
-PLAINLY = "completions are drawn at temperature 1 among all tokens"
-SUMMED = "lorafold sums rewards before it compares them"
-NO_PART = "tokens count alike here, and entropy has no part in the loss"
-RATIOS = "ratios are 1 where a step draws and learns once"
+NO_DROPOUT = "lorafold samples completions and trains on them without dropout"
+OWN_DRAWS = "lorafold samples completions in the training process, from the weights that it trains"
+PLAINLY = "lorafold samples completions at temperature 1 from all tokens"
+SUMMED = "lorafold sums rewards before it normalizes them"
+NO_PART = "lorafold gives all tokens the same weight, and its loss has no entropy term"
+RATIOS = "with one update per step, every importance ratio is 1"
 PLACE = "FILE.py:FUNCTION"
 INSTALLED = ("trl", "axolotl")  # packages whose modules are not the user's files
 TEXTS = (
-    "TRL gives completions of prompts that are messages as lists of messages; here they are texts,"
-    " and so completion[0]['content'] is completion"
+    "for prompts of messages, TRL passes completions to a reward as lists of messages, lorafold as"
+    " text: replace completion[0]['content'] by completion"
 )
 
 
@@ -78,17 +78,17 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
     ratio itself.
     """
     if value in ("sapo", "vespo"):
-        raise refused(value, "lorafold has no such law of policies")
+        raise refused(value, "lorafold does not support this loss")
     options: dict[str, Any] = {"average": AVERAGES.get(choice(value, *AVERAGES, "cispo"), "tokens")}
     if value == "cispo":
         bound = upper(settings)
         if bound <= 1:
             raise LorafoldError(
-                f"found 'cispo' and {bound:g} as epsilon_high, to which TRL bounds the ratio"
-                " itself, so that no weight would be 1; expected more than 1, as 5"
+                f"found 'cispo' and {bound:g} as epsilon_high, but with cispo it is the upper bound"
+                " of the importance ratio itself; expected more than 1, for example 5"
             )
         options["clip_high"] = float(f"{bound - 1:.12g}")
-    why = "TRL averages over the tokens of a micro-batch, and lorafold over the tokens of the step"
+    why = "TRL averages over the tokens of a micro-batch, lorafold over the tokens of the step"
     return changed(
         why if value == "bnpo" else "", objective=objective_of(settings), objective_options=options
     )
@@ -97,7 +97,7 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
 def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
     """`importance_sampling_level` is read with `loss_type`; sequence means GSPO."""
     if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
-        raise refused(value, "lorafold's cispo has a ratio for each token")
+        raise refused(value, "lorafold's cispo has one ratio per token")
     return read_with("loss_type")
 
 
@@ -107,28 +107,28 @@ def upper(settings: ToolSettings) -> float:
 
 def beta(value: Any, settings: ToolSettings) -> Outcome:
     if not (coefficient := number(value)):
-        return taken("there is no KL to a reference")
+        return taken("no KL to a reference")
     why = ""
     if is_leave_one_out(settings):
         why = (
-            "TRL takes the KL of a completion off its reward, and lorafold adds each token's KL"
-            " to its loss"
+            "TRL subtracts the KL of a completion from its reward; lorafold adds the KL of each"
+            " token to the loss"
         )
     elif objective_of(settings) == "gspo" or not settings.on("use_bias_correction_kl"):
-        why = "lorafold weighs the KL of each token by its ratio, so that its gradient is the KL's"
+        why = "lorafold multiplies each token's KL by its importance ratio for an unbiased gradient"
     return changed(why, beta=coefficient)
 
 
 def _sync_ref_model(value: Any, settings: ToolSettings) -> Outcome | None:
     if boolean(value) and settings.read("beta", number):
-        raise refused(value, "lorafold's reference never moves")
+        raise refused(value, "lorafold's reference is never updated")
     return None if boolean(value) else OFF
 
 
 def _mask_truncated(value: Any, settings: ToolSettings) -> Outcome:
     masked = boolean(value)
     same = not masked or settings["loss_type"] in ("dapo", "bnpo", "cispo")
-    why = "TRL averages over them too, with a loss of 0; lorafold leaves them out of the mean"
+    why = "TRL includes truncated completions in the mean, with a loss of 0; lorafold excludes them"
     truncated = "masked" if masked else "counted"
     return changed("" if same else why, objective_options={"truncated": truncated})
 
@@ -137,9 +137,9 @@ def _completion_length(value: Any, settings: ToolSettings) -> Outcome:
     longest, prompt, remarks = settings.given.get("max_completion_length", value), BESIDE, []
     if longest in (None, WITHOUT_LIMIT):
         longest = LIMIT
-        remarks.append(f"completions have no limit there, and {LIMIT} tokens here")
+        remarks.append(f"TRL has no limit on completions, lorafold limits them to {LIMIT} tokens")
     if settings["max_prompt_length"] is None:
-        remarks.append(f"prompts have none there; here a run refuses prompts of more than {BESIDE}")
+        remarks.append(f"TRL has no limit on prompts, lorafold rejects more than {BESIDE} tokens")
     else:
         prompt = settings.read("max_prompt_length", integer)
     longest = integer(longest)
@@ -150,17 +150,17 @@ def _completion_length(value: Any, settings: ToolSettings) -> Outcome:
 def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
     updates = integer(value)
     if updates == 1:
-        return taken("a step draws and learns once")
+        return taken("one update per step")
     if is_leave_one_out(settings):
-        raise refused(value, "lorafold's rloo clips no ratios")
+        raise refused(value, "lorafold's rloo does not clip ratios")
     return changed(
-        f"steps count draws here, and updates there: of {updates} each, for max_steps too",
+        f"a lorafold step makes {updates} updates, a TRL step one: divide max_steps by {updates}",
         objective_options={"updates": updates},
     )
 
 
 def drawn_plainly(*neutral: float) -> Reader:
-    bent = changed(f"{PLAINLY}: what draws is what learns")
+    bent = changed(f"{PLAINLY}, the distribution that it trains")
     return lambda value, settings: taken(PLAINLY) if number(value) in neutral else bent
 
 
@@ -171,7 +171,7 @@ def bound_of_ratios(least: float) -> Reader:
         if number(value) < least:
             raise LorafoldError(f"found {value!r}, expected {least:g} or more")
         if integer(settings["num_iterations"] or 1) != 1:
-            raise LorafoldError(f"found {value!r} with num_iterations, but there is no such bound")
+            raise refused(value, "with num_iterations above 1, lorafold has no such bound")
         return changed(f"lorafold has no such bound; {RATIOS}")
 
     return read
@@ -180,17 +180,17 @@ def bound_of_ratios(least: float) -> Reader:
 def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
     functions, given = names(value), settings["reward_weights"]
     if not functions:
-        return left(f"pass what judges completions as --reward {PLACE}", f"--reward {PLACE}")
+        return left(f"pass a reward function as --reward {PLACE}", f"--reward {PLACE}")
     if models := [name for name in functions if "/" in name]:
         raise LorafoldError(
-            f"found {models[0]!r}, a model that scores, but lorafold's rewards are functions,"
-            " patterns, schemas and verifiers"
+            f"found {models[0]!r}, a reward model, but lorafold supports functions, patterns,"
+            " schemas and verifiers as rewards"
         )
     weights = given if isinstance(given, list | tuple) else [given]
     weights = [1.0] * len(functions) if given is None else weights
     if len(weights) != len(functions):
         counts = f"{len(functions)} functions and {len(weights)} reward_weights"
-        raise LorafoldError(f"found {counts}, one for each")
+        raise LorafoldError(f"found {counts}, expected one weight per function")
     rewards, others, flags = [], [], []
     for name, weight in zip(functions, map(number, weights), strict=True):
         scale = "" if weight == 1 else f"{weight:.12g}*"
@@ -200,7 +200,7 @@ def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
         else:
             others.append(name)
             flags.append(f"--reward {scale}{PLACE}")
-    remark = f"no file of yours has {', '.join(others)}: write a function; " if others else ""
+    remark = f"no file for {', '.join(others)}: write your own function; " if others else ""
     fields = {"objective_options": {"rewards": rewards}} if rewards else {}
     return Outcome("changed" if rewards else "left", fields, f"{remark}{TEXTS}", " ".join(flags))
 
@@ -223,17 +223,17 @@ def sizes(settings: ToolSettings) -> tuple[int, int, int]:
 def batch(value: Any, settings: ToolSettings) -> Outcome:
     completions, size, rows = sizes(settings)
     if completions == rows * size:
-        return taken(f"{completions} completions of one process, {size} a prompt", batch=rows)
+        return taken(f"{completions} completions per process, {size} per prompt", batch=rows)
     return changed(
-        f"{completions} completions of one process are not whole groups of {size}: for N processes"
-        f" --batch is N*{completions}/{size}",
+        f"{completions} completions per process are not a multiple of {size} per prompt: for N"
+        f" processes pass --batch N*{completions}/{size}",
         batch=rows,
     )
 
 
 def accumulation(value: Any, settings: ToolSettings) -> Outcome:
     steps, rows = count("gradient_accumulation_steps", settings), sizes(settings)[2]
-    why = "a micro-batch has whole groups here" if rows % steps else ""
+    why = "lorafold's micro-batches contain whole groups of completions" if rows % steps else ""
     return changed(why, accumulate=gcd(rows, steps))
 
 
@@ -246,8 +246,8 @@ def draws_for(factor: str) -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome:
         sampled = integer(value) / (count(factor, settings) if factor else 1)
         if sampled <= count("gradient_accumulation_steps", settings):
-            return taken("a step learns from the completions that it samples")
-        return changed("several updates learn from one draw there; here each draws for itself")
+            return taken("each step trains on the completions that it samples")
+        return changed("TRL makes several updates per sample; lorafold samples for each update")
 
     return read
 
@@ -259,9 +259,9 @@ REFERENCE: Table = {
 SHARED: Table = {
     "reward_funcs": (_reward_funcs, ()),
     "reward_weights": lambda value, settings: (
-        taken("they are part of the rewards")
+        taken("part of the rewards")
         if names(settings["reward_funcs"] or ())
-        else left("write each before its reward, as in --reward 0.5*FILE.py:FUNCTION")
+        else left("put each weight before its reward, as in --reward 0.5*FILE.py:FUNCTION")
     ),
     "max_completion_length": (_completion_length, 512),
     "epsilon": (
@@ -273,8 +273,8 @@ SHARED: Table = {
         0.2,
     ),
     "epsilon_high": lambda value, settings: {
-        "rloo": None, "cispo": taken("it is part of the bound")
-    }.get(objective_of(settings), taken("the upper")),
+        "rloo": None, "cispo": read_with("loss_type")
+    }.get(objective_of(settings), read_with("epsilon")),
     "num_iterations": _num_iterations,
     "steps_per_generation": draws_for(""),
     "generation_batch_size": draws_for("per_device_train_batch_size"),
@@ -285,11 +285,11 @@ SHARED: Table = {
     "chat_template_kwargs": to("template_kwargs"),
     "mask_truncated_completions": (_mask_truncated, False),
     **REFERENCE,
-    "disable_dropout": taken("there is no dropout here"),
-    "num_generations_eval": "held-out prompts have one completion each, and their reward its"
-    " interval",
+    "disable_dropout": taken("lorafold trains without dropout"),
+    "num_generations_eval": "lorafold samples one completion per held-out prompt and reports the"
+    " mean reward with its confidence interval",
     "vllm_structured_outputs_regex vllm_guided_decoding_regex": refusing(
-        "completions are drawn among all tokens"
+        "lorafold does not support structured outputs in training"
     ),
     "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url"
     " vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port"
@@ -318,7 +318,7 @@ GRPO: Table = {
     ),
     "multi_objective_aggregation": cases(
         {
-            "sum_then_normalize": taken("rewards are summed, then compared"),
+            "sum_then_normalize": taken("rewards are summed, then normalized"),
             "normalize_then_sum": SUMMED,
         }
     ),
@@ -330,7 +330,7 @@ GRPO: Table = {
     "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
     " sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg"
     " vespo_lambda_neg": None,
-    "max_tool_calling_iterations": "a completion is one turn here, without tools that answer",
+    "max_tool_calling_iterations": "lorafold samples completions of one turn, without tool calls",
     "cast_lm_head_to_fp32 use_liger_loss": NUMBERS,
 }
 RLOO: Table = {
@@ -345,8 +345,8 @@ RLOO: Table = {
     "normalize_advantages": (
         switch(
             changed(
-                "TRL divides by the deviation of the batch's advantages, and lorafold by"
-                " the deviation of its rewards",
+                "TRL divides by the standard deviation of the batch's advantages, lorafold by"
+                " the standard deviation of the batch's rewards",
                 objective_options={"scale": "batch"},
             ),
             taken(objective_options={"scale": "none"}),
@@ -354,6 +354,6 @@ RLOO: Table = {
         False,
     ),
     "reward_clip_range": refusing(
-        "rewards count as they are: clip in the function", lambda value: False
+        "lorafold does not clip rewards: clip them in the reward function", lambda value: False
     ),
 }

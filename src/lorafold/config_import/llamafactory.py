@@ -54,11 +54,11 @@ SIGNS = (
 LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 PREF_LOSS = cases(
     {theirs: taken(objective=ours) for theirs, ours in LOSSES.items()}
-    | {"kto_pair": "lorafold's kto takes completions one by one, as stage kto does"}
+    | {"kto_pair": "lorafold's kto trains on single completions; use stage: kto"}
 )
 FULL = cases(
     {
-        **dict.fromkeys(("freeze", "oft"), "lorafold has no such method"),
+        **dict.fromkeys(("freeze", "oft"), "lorafold does not support this method"),
         "lora": OFF,
         "full": taken(method="full"),
     }
@@ -124,25 +124,25 @@ def is_fresh(settings: ToolSettings) -> bool:
 def _of_supervised(value: Any, settings: ToolSettings) -> bool:
     if boolean(value) and objective_of(settings) is not None:
         raise LorafoldError(
-            f"found {value!r}, which LLaMA-Factory refuses with stage {settings['stage']}"
+            f"found {value!r}, which LLaMA-Factory rejects with stage {settings['stage']}"
         )
     return boolean(value)
 
 
 def _stage(value: Any, settings: ToolSettings) -> Outcome:
     remarks = {
-        "pt": "lorafold reads plain text as rows of {text}, and cuts or packs them whole",
-        "rm": "its head there has a bias and a dropout of its own, and here neither",
+        "pt": "lorafold reads plain text as rows of {text}, and truncates or packs whole rows",
+        "rm": "LLaMA-Factory's value head has a bias and dropout, lorafold's head has neither",
     }
     choice(value, "pt", "sft", "rm", "ppo", "dpo", "kto")
     if value == "dpo":
-        return taken("pref_loss decides the objective")
+        return taken("pref_loss determines the objective")
     if value == "pt" and not is_lora(settings):
-        raise LorafoldError("found 'pt' of the whole model, but lorafold does not pretrain")
+        raise LorafoldError("found 'pt' with full fine-tuning, but lorafold does not pretrain")
     if value == "ppo":
         raise LorafoldError(
-            "found 'ppo', whose reward is a model and whose value is learned, but lorafold's ppo"
-            " takes functions and has groups of completions"
+            "found 'ppo', which needs a reward model and a value model, but lorafold's ppo uses"
+            " reward functions and groups of completions"
         )
     ours = {"pt": "sft", "rm": "reward"}
     return changed(remarks.get(value, ""), objective=ours.get(value, value))
@@ -164,7 +164,7 @@ def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
     LLaMA-Factory, because the reference would be the base that PiSSA changes.
     """
     if boolean(value) and compares(settings):
-        raise LorafoldError(f"found {value!r}, which LLaMA-Factory refuses with a reference")
+        raise LorafoldError(f"found {value!r}, which LLaMA-Factory rejects with a reference")
     return trainer.OF_METHOD if boolean(value) else None
 
 
@@ -173,24 +173,24 @@ def _quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
     nearest = made or DEFAULT
     same = STORAGES[nearest].made.get("bnb_4bit_quant_type", kind) == kind
     exact = made and same and settings["quantization_method"] in ("bnb", "bitsandbytes")
-    why = f"lorafold quantizes with bitsandbytes, as {' or '.join(MADE)}, of which {nearest} is"
-    return changed("" if exact else f"{why} nearest", storage=nearest)
+    why = f"lorafold quantizes with bitsandbytes to {' or '.join(MADE)}; {nearest} is used"
+    return changed("" if exact else why, storage=nearest)
 
 
 def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     if is_quantized(settings):
-        return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
+        return taken("a quantized base computes in 16-bit") if "bf16" in settings.given else None
     if boolean(value) or settings.on("pure_bf16"):
         if is_lora(settings) or settings.on("pure_bf16"):
             return taken(storage="bf16")
-        return changed("weights that train are held in fp32 there, and so here", storage="fp32")
+        return changed("trained weights are kept in fp32, as in LLaMA-Factory", storage="fp32")
     return None if settings.on("fp16") else taken(trainer.AUTO, storage="auto")
 
 
 def _neat_packing(value: Any, settings: ToolSettings) -> Outcome:
     neat, packed = _of_supervised(value, settings), is_packed(settings)
-    why = "rows see each other there and are kept apart here" if packed and not neat else ""
-    return changed(why, packing=packed)
+    why = "LLaMA-Factory lets packed rows attend to each other; lorafold never does"
+    return changed(why if packed and not neat else "", packing=packed)
 
 
 def _pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -204,7 +204,7 @@ def _label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
     if number(value) <= NEGLIGIBLE:
         return OFF
     if objective_of(settings) != "dpo":
-        raise refused(value, "LLaMA-Factory takes it with pref_loss: sigmoid only")
+        raise refused(value, "LLaMA-Factory supports this only with pref_loss: sigmoid")
     return taken(objective_options={"label_smoothing": number(value)})
 
 
@@ -229,8 +229,8 @@ def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
     options = ["--over"] * len(below) + ["--init-adapter"] * (len(adapters) - len(below))
     pairs = zip(options, adapters, strict=True)
     return left(
-        f"LLaMA-Factory merges {', '.join(below)} first; here nothing is merged, and the adapter"
-        " that trains lies over it",
+        f"LLaMA-Factory merges {', '.join(below)} into the base first; lorafold merges nothing and"
+        " trains the adapter on top",
         " ".join(f"{option} {shlex.quote(name)}" for option, name in pairs),
     )
 
@@ -238,8 +238,8 @@ def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
 def _ref_model(value: Any, settings: ToolSettings) -> Outcome:
     theirs = names(settings["ref_model_adapters"] or ())
     if value == settings["model_name_or_path"] and theirs == adapters_below(settings):
-        return taken("it is below the new adapter, and so lorafold's reference")
-    over = " over ".join((*reversed(theirs), str(value)))
+        return taken("this is the model without the new adapter, lorafold's reference")
+    over = " on top of ".join((*reversed(theirs), str(value)))
     raise LorafoldError(f"found {over} as the reference, but {trainer.NO_SECOND_MODEL}")
 
 
@@ -248,8 +248,8 @@ def _ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome |
         return None
     own = settings["quantization_bit"]
     if own is not None and integer(value) == integer(own):
-        return taken("the reference has the storage of the base")
-    return changed("the reference is the base itself, in the storage that it is trained in")
+        return taken("the reference is quantized like the base")
+    return changed("the reference is the base itself, quantized as for training")
 
 
 def _dataset(value: Any, settings: ToolSettings) -> Outcome:
@@ -298,11 +298,11 @@ OWN: Table = {
         lambda value, settings: trainer.OF_METHOD if settings.on("pissa_init") else None,
         16,
     ),
-    "pissa_convert": taken("an adapter is always saved as LoRA over the plain base"),
+    "pissa_convert": taken("lorafold always saves the adapter as LoRA for the original base"),
     "adapter_name_or_path": named_adapters,
     "create_new_adapter": (
         lambda value, settings: (
-            taken("there a quantized base goes on with the adapter that is named")
+            taken("LLaMA-Factory continues the given adapter on a quantized base")
             if boolean(value) and settings["adapter_name_or_path"] and not is_fresh(settings)
             else read_with("adapter_name_or_path")
         ),
@@ -319,7 +319,7 @@ OWN: Table = {
     ),
     "quantization_bit": _quantization_bit,
     "bf16": (_bf16, False),
-    "pure_bf16": (switch(taken("bf16 is read with it"), None), False),
+    "pure_bf16": (switch(read_with("bf16"), None), False),
     "fp16": (
         lambda value, settings: (
             None
@@ -334,7 +334,7 @@ OWN: Table = {
     ),
     "gradient_accumulation_steps": (SAME, 1),
     "cutoff_len": (SAME, 2048),
-    "packing": taken("neat_packing is read with it"),
+    "packing": read_with("neat_packing"),
     "neat_packing": (_neat_packing, False),
     "train_on_prompt": lambda value, settings: (
         trainer.EVERY_TOKEN if _of_supervised(value, settings) else trainer.COMPLETIONS
@@ -342,21 +342,21 @@ OWN: Table = {
     "mask_history": lambda value, settings: (
         taken(train_on="last")
         if _of_supervised(value, settings)
-        else taken("every turn of the assistant is trained", train_on="all")
+        else taken("every assistant turn is trained", train_on="all")
     ),
     "enable_thinking": lambda value, settings: changed(
-        "a run refuses it where the model's chat template does not read it",
+        "lorafold rejects enable_thinking if the model's chat template does not use it",
         template_kwargs={"enable_thinking": boolean(value)},
     ),
     "disable_gradient_checkpointing": to(
         "gradient_checkpointing", lambda value: not boolean(value)
     ),
-    "gradient_checkpointing": taken("disable_gradient_checkpointing decides there"),
+    "gradient_checkpointing": taken("determined by disable_gradient_checkpointing"),
     "val_size": (trainer.held_out_rows, 0.0),
     "default_system": SYSTEM,
     "use_swanlab": switch(taken(trackers=("swanlab",))),
     "template": lambda value, settings: left(
-        f"the model's own template is used; for {value} write it to a file and pass it as"
+        f"lorafold uses the model's own template; to use {value}, write it to a file and pass"
         " --chat-template FILE"
     ),
     "model_revision": "--revision",
@@ -365,9 +365,9 @@ OWN: Table = {
     "eval_dataset": trainer.EVAL_DATA,
     "do_train": trainer.TRAINS,
     "train_from_scratch": refusing("lorafold does not pretrain"),
-    "use_galore": refusing("lorafold has no GaLore"),
-    "use_apollo": refusing("lorafold has no APOLLO"),
-    "use_badam": refusing("lorafold has no BAdam"),
+    "use_galore": refusing("lorafold does not support GaLore"),
+    "use_apollo": refusing("lorafold does not support APOLLO"),
+    "use_badam": refusing("lorafold does not support BAdam"),
     **trainer.ARGUMENTS,
     **trainer.STEPS,
     "evaluation_strategy": trainer.interval_strategy,
@@ -379,7 +379,7 @@ OF_METHOD: Table = {
             taken(rank=integer(value))
             if settings.given.get("lora_alpha")
             else taken(
-                "alpha is twice the rank there", rank=integer(value), alpha=2.0 * integer(value)
+                "alpha defaults to twice the rank", rank=integer(value), alpha=2.0 * integer(value)
             )
         ),
         8,
@@ -402,10 +402,10 @@ OF_REFERENCE: Table = {
     "ref_model_quantization_bit": _ref_model_quantization_bit,
 }
 OF_QUANTIZED: Table = {
-    "quantization_method": (taken("it is part of the base"), "bnb"),
-    "quantization_type": (taken("it is part of the base"), "nf4"),
+    "quantization_method": (taken("part of the base's quantization"), "bnb"),
+    "quantization_type": (taken("part of the base's quantization"), "nf4"),
     "double_quantization": switch(
-        taken("nf4 is always so"), changed("nf4 always quantizes its scales again here")
+        taken("always on with nf4"), changed("always on with lorafold's nf4")
     ),
 }
 RULES: tuple[Rule, ...] = (

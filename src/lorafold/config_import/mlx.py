@@ -67,9 +67,9 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if block is None:
         return config
     if not isinstance(block, dict):
-        raise LorafoldError(f"{BLOCK}: found {block!r}, expected an object of rank, scale, dropout")
+        raise LorafoldError(f"{BLOCK}: found {block!r}, expected an object: rank, scale, dropout")
     if missing := [key for key in OF_BLOCK if key not in block]:
-        raise LorafoldError(f"{BLOCK}: {', '.join(missing)} missing, and mlx-lm has no default")
+        raise LorafoldError(f"{BLOCK}: {', '.join(missing)} missing; mlx-lm has no default")
     rest = {key: value for key, value in config.items() if key != BLOCK}
     return rest | {f"{BLOCK}.{key}": value for key, value in block.items()}
 
@@ -92,8 +92,8 @@ def in_steps(name: str, key: str) -> Reader:
 def _fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
     if choice(value, "lora", "dora", "full") == "full" and settings["num_layers"] != -1:
         raise LorafoldError(
-            f"found 'full' of the last {settings['num_layers']} layers (num_layers), but lorafold's"
-            " full method trains the whole model: num_layers: -1"
+            f"found 'full' for the last {settings['num_layers']} layers (num_layers), but"
+            " lorafold's full method trains the whole model: set num_layers: -1"
         )
     return taken(objective="sft", method=value)
 
@@ -102,8 +102,8 @@ def _num_layers(value: Any, settings: ToolSettings) -> Outcome:
     if integer(value) < 0:
         return taken("every layer")
     return left(
-        f"there the last {integer(value)} layers are adapted, and here all: for fewer --set"
-        " targets=REGEX of their module paths"
+        f"mlx-lm adapts only the last {integer(value)} layers, lorafold all: for fewer, pass --set"
+        " targets=REGEX for their module paths"
     )
 
 
@@ -113,7 +113,7 @@ def _optimizer(value: Any, settings: ToolSettings) -> Outcome:
     config = settings["optimizer_config"] or {}
     given = config.get(name) or {} if isinstance(config, dict) else None
     if not isinstance(given, dict):
-        raise LorafoldError(f"found {name}, and optimizer_config: {config!r}, expected an object")
+        raise LorafoldError(f"found {name} with optimizer_config: {config!r}, expected an object")
     decay = number(given.get("weight_decay", 0.01)) if name == "adamw" else 0.0
     fields: dict[str, Any] = {"optimizer": "adamw", "weight_decay": decay}
     if name not in ("adam", "adamw"):
@@ -127,7 +127,7 @@ def _optimizer(value: Any, settings: ToolSettings) -> Outcome:
 def _betas(value: Any) -> tuple[float, ...]:
     betas = tuple(map(number, value)) if isinstance(value, list) else ()
     if len(betas) != 2 or not all(0 <= one < 1 for one in betas):
-        raise LorafoldError(f"found betas {value!r}, expected two numbers from 0 to below 1")
+        raise LorafoldError(f"found betas {value!r}, expected two numbers, at least 0 and below 1")
     return betas
 
 
@@ -146,33 +146,33 @@ def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
     rate = times * number(scheduled[0] if scheduled else settings["learning_rate"])
     near = f"--lr {rate:.2g}" + (f" --lr-b {rate:.2g}" if is_lora(settings) else "")
     return (
-        f"its moments are not corrected for their start there, which makes steps {times:.1f}"
-        f" times as large in the mean of {steps}: {near} comes nearer"
+        f"mlx-lm does not correct the bias of Adam's moments, so its steps are {times:.1f} times as"
+        f" large on average over {steps} steps: use {near} for steps of this size"
     )
 
 
 def _lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
     if value == CONSTANT:
-        return taken("there is no warm-up", schedule="constant", warmup=0.0)
+        return taken("no warm-up", schedule="constant", warmup=0.0)
     arguments = value.get("arguments") if isinstance(value, dict) else None
     if not isinstance(arguments, list) or not arguments or "name" not in value:
-        raise LorafoldError(f"found {value!r}, expected an object with name and arguments, a list")
+        raise LorafoldError(f"found {value!r}, expected an object with name and arguments (a list)")
     name, rate = value["name"], trainer.rate(is_lora)(arguments[0], settings)
     warm = integer(value.get("warmup") or 0)
     fields = {**(rate.fields if rate else {}), "schedule": SCHEDULES.get(name, "cosine")}
     fields |= {"warmup_steps": warm} if warm else {"warmup": 0.0}
-    remarks = [] if name in SCHEDULES else [f"lorafold has no {name}"]
+    remarks = [] if name in SCHEDULES else [f"lorafold does not support {name}; cosine is used"]
     if name in SCHEDULES:
         rest = [*arguments[1:], 0, 0][:2]
         length, end = rest if name == "cosine_decay" else reversed(rest)
         steps = steps_of("iters", settings) - warm
         if number(end):
-            remarks.append(f"it ends at {end} there, and at 0 here")
+            remarks.append(f"mlx-lm ends the schedule at {end}, lorafold at 0")
         if integer(length) != steps:
-            remarks.append(f"it falls over {length} steps there, and over {steps} here")
+            remarks.append(f"mlx-lm decays over {length} steps, lorafold over {steps}")
     if warm and number(value.get("warmup_init") or 0):
         remarks.append(
-            f"the warm-up begins at {value['warmup_init']} there, and at a step's share here"
+            f"mlx-lm starts the warm-up at {value['warmup_init']}, lorafold at peak / warm-up steps"
         )
     return changed("; ".join(remarks), **fields)
 
@@ -180,19 +180,19 @@ def _lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
 def _batch(value: Any, settings: ToolSettings) -> Outcome:
     several = micro(settings)
     fields = {"batch": integer(value) * several, "accumulate": several}
-    said = "; its micro-batches weigh alike there, and tokens here" if several > 1 else ""
+    said = "; mlx-lm weights micro-batches equally, lorafold tokens" if several > 1 else ""
     return taken(
-        f"micro-batch times accumulation, of one machine{said}", **fields, packing=False, clip=0.0
+        f"micro-batch times accumulation, for one machine{said}", **fields, packing=False, clip=0.0
     )
 
 
 def _data(value: Any, settings: ToolSettings) -> Outcome:
     if settings["hf_dataset"]:
-        return taken("hf_dataset takes its place")
+        return taken("replaced by hf_dataset")
     columns = {ours: settings[theirs] for ours, theirs in FEATURES.items()}
     rows = given_as_data([SourceDataset(str(value), str(value), columns)], None)
     valid = shlex.quote(str(PurePath(str(value)) / "valid.jsonl"))
-    said = f"{rows.remark}; of a directory train.jsonl is taken: --eval-data {valid}"
+    said = f"{rows.remark}; of a directory, lorafold reads train.jsonl: add --eval-data {valid}"
     return replace(rows, remark=said)
 
 
@@ -217,14 +217,14 @@ def model(value: Any, settings: ToolSettings) -> Outcome:
     return Outcome(
         "changed",
         {"storage": made_of(bits)},
-        f"{value} is quantized as MLX does it: pass the model that it was made of as --model",
+        f"lorafold does not read MLX's quantized format: pass the original of {value} as --model",
         "--model MODEL",
     )
 
 
 OWN: Table = {
     "fine_tune_type": (_fine_tune_type, "lora"),
-    f"{BLOCK}.alpha": taken("scale decides"),
+    f"{BLOCK}.alpha": taken("determined by scale"),
     BLOCK: None,
     "model": (model, "Qwen/Qwen3-0.6b"),
     "optimizer": (_optimizer, "adam"),
@@ -232,12 +232,12 @@ OWN: Table = {
     "lr_schedule": (_lr_schedule, CONSTANT),
     "iters": (in_steps("steps", "iters"), 1000),
     "batch_size": (_batch, 4),
-    "grad_accumulation_steps": (taken("batch has it"), 1),
+    "grad_accumulation_steps": (taken("included in batch"), 1),
     "max_seq_length": (SAME, 2048),
     "mask_prompt": (
         switch(
-            taken("the last message is trained", train_on="last"),
-            changed("there every token is trained; here the assistant's turns and {text} rows are"),
+            taken("only the last message is trained", train_on="last"),
+            changed("mlx-lm trains on every token, lorafold on assistant turns and {text} rows"),
         ),
         False,
     ),
@@ -247,14 +247,14 @@ OWN: Table = {
     "seed": to("seed", integer),
     "report_to": trainer.trackers,
     "train": trainer.TRAINS,
-    "test": "lorafold eval measures the rows of test.jsonl",
+    "test": "use lorafold eval to evaluate test.jsonl",
     "data": (_data, "mlx-community/WikiSQL"),
     "hf_dataset": _hf_dataset,
     " ".join(FEATURES.values()): read_with("data"),
     "adapter_path": ("--out", "adapters"),
     "resume_adapter_file": "lorafold does not read mlx-lm's adapters",
     "trust_remote_code": trainer.TRUST,
-    "config": "it is the file itself",
+    "config": "the path of this file",
     "project_name": NAMES_OF_RUNS,
     "steps_per_report val_batches test_batches": LOGGING,
     "clear_cache_threshold": MEMORY,

@@ -18,6 +18,7 @@ from lorafold.config_import.rules import (
     taken,
 )
 from lorafold.config_import.trainer import LOOKED_UP, kind_of_lora, target_parameters
+from lorafold.config_import.unsupported import ABSENT
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec, name_of
@@ -42,10 +43,10 @@ PHASES = ("tinit", "tfinal")
 OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
 STARTS = ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection")
 BESIDE = {
-    "exclude_modules": "write --set targets=REGEX that leaves them out",
-    "layers_to_transform": "write --set targets=REGEX of these layers",
-    "layers_pattern": "write --set targets=REGEX of these layers",
-    "trainable_token_indices": "name the words of these ids with --new-tokens",
+    "exclude_modules": "pass --set targets=REGEX that excludes these modules",
+    "layers_to_transform": "pass --set targets=REGEX for these layers",
+    "layers_pattern": "pass --set targets=REGEX for these layers",
+    "trainable_token_indices": "pass the tokens with these ids as --new-tokens",
 }
 
 
@@ -86,7 +87,7 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
     if start is not None:
         kind = kind_of_lora(dora, name == "rslora", start)
         options = {k: v for k, v in kind.fields.items() if k == "options"}
-        yield INIT, Outcome(kind.how, options, kind.remark or "it is part of the method")
+        yield INIT, Outcome(kind.how, options, kind.remark or "part of the method")
         full_name = kind.fields["method"]
     over = {"options": {"over": name}} if dora and name != "lora" else {}
     yield "peft_type", taken(method=full_name, **over)
@@ -100,7 +101,7 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
         elif value != getattr(usual, field.attribute) and value not in ((), None):
             yield field.key, taken(options={field.attribute: value})
         else:
-            yield field.key, taken(f"it is so in method {full_name}")
+            yield field.key, taken(f"the default of method {full_name}")
 
 
 def _of_selection(field: Field, value: Any, read: Mapping[str, Any]) -> Outcome:
@@ -119,11 +120,11 @@ def _about(key: str, value: Any) -> Outcome:
     if key in options and value:
         return flagged(options[key], value)
     if key != "task_type" or value is None:
-        return left("it records how the file was made") if value else OFF
+        return left("records how the file was created") if value else OFF
     if str(value) not in OBJECTIVES:
         raise LorafoldError(
-            f"{CONFIG}: task_type: found {value!r}, but lorafold's objectives are sft (CAUSAL_LM)"
-            " and classify (SEQ_CLS)"
+            f"{CONFIG}: task_type: found {value!r}, but lorafold supports only CAUSAL_LM (objective"
+            " sft) and SEQ_CLS (objective classify)"
         )
     return taken(objective=OBJECTIVES[value])
 
@@ -134,9 +135,9 @@ def _of_rest(key: str, value: Any, harmless: bool, method: Method) -> Outcome:
     if not value:
         return OFF
     if key in method.marks:
-        return taken("it is part of the method")
+        return taken("part of the method")
     if key in STARTS:
-        return taken("the base and the method decide")
+        return taken("determined by the base and the method")
     if key in method.known:
-        return left("lorafold has no such option and trains without it")
+        return left(ABSENT)
     return OFF if harmless else left(NOT_KNOWN)

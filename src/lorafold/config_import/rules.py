@@ -24,7 +24,7 @@ from lorafold.recipe.fields import OF_ADAPTER
 
 T = TypeVar("T")
 
-NOT_KNOWN = "it is not known here"
+NOT_KNOWN = "unknown key"
 PLACEHOLDER = "--data DATA"
 TURNS = (("role", "content"), ("from", "value"))
 SAME = "="  # the reader of a key in `ELSEWHERE`
@@ -138,11 +138,11 @@ def left(instead: str, flag: str = "") -> Outcome:
     return Outcome("left", {}, instead, flag)
 
 
-OFF = taken("it is off")
+OFF = taken("off")
 
 
 def read_with(key: str) -> Outcome:
-    return taken(f"it is read with {key}")
+    return taken(f"read together with {key}")
 
 
 def to(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reader:
@@ -174,7 +174,7 @@ def if_on(outcome: Outcome) -> Reader:
 
 
 def flagged(name: str, value: Any) -> Outcome:
-    return left(f"pass it as {name}", f"{name} {shlex.quote(str(value))}")
+    return left(f"pass this value as {name}", f"{name} {shlex.quote(str(value))}")
 
 
 def is_off(value: Any) -> bool:
@@ -216,7 +216,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
     for rule in rules:
         value, there = settings[rule.key], rule.key in config
         if value is None:
-            entries += [TranslatedKey(rule.key, None, True, taken("it is not set"))] * there
+            entries += [TranslatedKey(rule.key, None, True, taken("not set"))] * there
             continue
         try:
             outcome = rule.reader(value, settings)
@@ -224,7 +224,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
             problems.append(shortened(f"{rule.key}: {error}", 250))
             continue
         if outcome is None:
-            outcome = OFF if is_off(value) else taken("it has no effect here")
+            outcome = OFF if is_off(value) else taken("no effect with these settings")
         if there or outcome.fields or outcome.how != "taken":
             given = config.get(rule.key) is not None
             entries.append(TranslatedKey(rule.key, value, given, outcome))
@@ -246,7 +246,7 @@ def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[Translated
         if rest or not fields:
             yield replace(entry, outcome=replace(entry.outcome, fields=rest))
         elif entry.given:
-            brought = left("the adapter that --init-adapter names brings its own")
+            brought = left("set by the adapter of --init-adapter")
             yield replace(entry, outcome=brought)
 
 
@@ -273,23 +273,23 @@ def dataset(
     """
     if path in FILES and isinstance(files, str):
         path, files = files or path, None
-    parts = [f"its configuration {config}"] if config is not None else []
-    parts += [f"its split {split}"] if split not in (None, "train") else []
-    parts += [f"its files {files}"] if files else []
+    parts = [f"configuration {config}"] if config is not None else []
+    parts += [f"split {split}"] if split not in (None, "train") else []
+    parts += [f"files {files}"] if files else []
     if parts:
-        parts[-1] += ": save these rows to a file, as --data reads the default and train"
+        parts[-1] += ": save these rows to a file, as --data reads only the default train split"
     place = None if parts or path is None else str(path)
     return SourceDataset(name or f"{path}{kind}", place, columns, [*parts, *remarks])
 
 
 def turn_keys(*keys: Any) -> Iterator[str]:
     if keys not in TURNS:
-        yield f"its turns have {' and '.join(map(str, keys))}: rename them to role and content"
+        yield f"rename the keys {' and '.join(map(str, keys))} of the messages to role and content"
 
 
 def without_counterpart(keys: Sequence[str]) -> Iterator[str]:
     if keys:
-        yield f"{', '.join(keys)}: without a counterpart"
+        yield f"{', '.join(keys)}: not supported"
 
 
 def given_as_data(sources: Sequence[SourceDataset], objective: str | None) -> Outcome:
@@ -304,7 +304,7 @@ def given_as_data(sources: Sequence[SourceDataset], objective: str | None) -> Ou
     }
     listed, columns = ", ".join(map(str, sources)), sorted(pairs)
     if len(dict(columns)) < len(columns):
-        listed += "; their columns have other names in each: rename them in the files"
+        listed += "; the datasets use different column names: rename the columns in the files"
         columns = []
     flags = [PLACEHOLDER if s.path is None else f"--data {shlex.quote(s.path)}" for s in sources]
     if columns:
@@ -315,19 +315,19 @@ def given_as_data(sources: Sequence[SourceDataset], objective: str | None) -> Ou
 
 def rows_wanted(objective: str | None) -> str:
     if objective is None:
-        rows = "messages, of prompt and completion, or of text"
+        rows = "{messages}, {prompt, completion} or {text}"
     elif OBJECTIVES[objective].draws:
-        rows = "prompt, with the columns that the rewards read,"
+        rows = "{prompt} and the columns that the rewards read"
     elif OBJECTIVES[objective].takes == JUDGED:
-        rows = "prompt, completion and label (true or false)"
+        rows = "{prompt, completion, label}, where label is true or false"
     else:
-        rows = "prompt, chosen and rejected"
-    return f"pass rows of {rows} as --data"
+        rows = "{prompt, chosen, rejected}"
+    return f"pass --data with rows of {rows}"
 
 
 def objects_with_path(value: Any) -> list[Mapping[str, Any]]:
     objects = value if isinstance(value, list) else [value]
     for one in objects:
         if not isinstance(one, dict) or not one.get("path"):
-            raise LorafoldError(f"found {one!r}, expected an object with path")
+            raise LorafoldError(f"found {one!r}, expected an object with the key path")
     return objects

@@ -41,29 +41,29 @@ from lorafold.recipe.recipe import UNWORDED, Recipe
 
 WIDTH = 100
 HEADS = {
-    "taken": "taken",
-    "changed": "taken differently",
-    "left": "without a counterpart in the recipe",
+    "taken": "converted",
+    "changed": "converted with a difference",
+    "left": "not part of the recipe",
 }
 
 
 AFTER_TURNS = (
-    "text of the chat template after the end of a turn, often a newline, counts in the loss"
-    " there and not here"
+    "lorafold's loss excludes text that the chat template adds after the end of a turn, often a"
+    " newline; the other tool includes it"
 )
 NOTES = {
-    "trl-sft": f"{AFTER_TURNS}; a prompt and completion of plain text are joined there as they"
-    " stand: for such rows --chat-template none",
-    "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
+    "trl-sft": f"{AFTER_TURNS}; TRL concatenates a prompt and completion of plain text without a"
+    " template: for such rows pass --chat-template none",
+    "mlx-lm": f"{AFTER_TURNS}, and one token of padding after each row",
 }
 STRANGERS = {  # keys of other files, with a description of the file
-    "compute_environment": "a file of accelerate's, which configures the start of processes, not"
-    " the training: torchrun --nproc_per_node 2 -m lorafold train starts two",
-    "zero_optimization": "a file of DeepSpeed's, which configures sharding:"
-    " lorafold train --strategy fsdp divides them among processes",
-    "model_class": "a file of LLaMA-Factory's v1, of which nothing is read: expected the form that"
-    " has stage and finetuning_type",
-    "architectures": "a model's configuration, expected a training run's",
+    "compute_environment": "an accelerate configuration, which sets up processes and not training;"
+    " to start two, run torchrun --nproc_per_node 2 -m lorafold train",
+    "zero_optimization": "a DeepSpeed configuration, which sets up sharding and not training; to"
+    " shard the weights, run lorafold train --strategy fsdp",
+    "model_class": "a LLaMA-Factory v1 configuration, which lorafold can't read; expected the"
+    " format with stage and finetuning_type",
+    "architectures": "a model configuration, expected a training configuration",
 }
 SHOWN = 3  # fields named in a line, at most
 
@@ -108,15 +108,15 @@ TOOLS: dict[str, Tool] = {
         unsloth.SIGNS,
         unsloth.entries,
         unsloth.KNOWN,
-        "a script is read and not executed: its processing of rows before training is not"
-        " seen, and is to be done to them before",
+        "lorafold reads the script without executing it: if the script processes the rows before"
+        " training, apply the same processing to your data",
     ),
     "peft": Tool(
         "PEFT",
         peft_config.SIGNS,
         peft_config.entries,
         None,
-        "it has no data, base, learning rates, batch and length: lorafold's defaults apply",
+        "the file sets no data, learning rate, batch size or length: lorafold's defaults apply",
     ),
 }
 # Switches that are read with another key, and that key's value
@@ -168,7 +168,7 @@ class Translation:
         the command in its header.
         """
         lines = [
-            f"# {self.tool}'s {self.source.name}, translated by lorafold {version('lorafold')}.",
+            f"# {self.source.name} ({self.tool}), converted by lorafold {version('lorafold')}.",
             f"# {self.command(path)}",
             *(f"# NOT READ: {_named(e)}: {e.outcome.remark}" for e in self.unread),
         ]
@@ -202,7 +202,7 @@ class Translation:
         }
 
     def report(self, config: str = "recipe.yaml") -> str:
-        lines = [f"{self.source}, of {self.tool}, as a recipe"]
+        lines = [f"{self.source} ({self.tool}), converted to a recipe"]
         silent = [entry for entry in self.taken if _is_silent(entry)]
         for how, head in HEADS.items():
             if entries := [entry for entry in getattr(self, how) if entry not in silent]:
@@ -217,12 +217,12 @@ class Translation:
 
 
 def _is_silent(entry: TranslatedKey) -> bool:
-    off = entry.outcome.remark in ("it is off", "it is not set")
+    off = entry.outcome.remark in ("off", "not set")
     return off and entry.outcome.how == "taken" and not entry.outcome.fields
 
 
 def _named(entry: TranslatedKey) -> str:
-    return f"{entry.key}: {_shown(entry.value)}{'' if entry.given else ' (their default)'}"
+    return f"{entry.key}: {_shown(entry.value)}{'' if entry.given else ' (tool default)'}"
 
 
 def _shown(value: Any) -> str:
@@ -357,8 +357,8 @@ def tool_of(path: Path, config: Mapping[str, Any]) -> str:
     own = [key for key in config if key in Recipe.model_fields]
     if 2 * len(own) > len(config):
         raise LorafoldError(
-            f"{path}: found a recipe of lorafold's own ({_some(own)}), expected another tool's"
-            f" file; train with: lorafold train --config {path}"
+            f"{path}: found a lorafold recipe ({_some(own)}), expected another tool's file; train"
+            f" with: lorafold train --config {path}"
         )
     if stranger := next((what for key, what in STRANGERS.items() if key in config), None):
         raise LorafoldError(f"{path}: found {stranger}")
@@ -366,14 +366,14 @@ def tool_of(path: Path, config: Mapping[str, Any]) -> str:
     kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
     names = _some([TOOLS[kind].name for kind in kinds])
     if len(kinds) > 1:
-        why = f"{names} know as many of them"
+        why = f"{names} match equally well"
     elif signs[best]:
-        why = f"{names} does not know {_some(unknown[best])}"
+        why = f"{names} does not have {_some(unknown[best])}"
     else:
-        why, kinds = "they are no tool's own", TOOLS
+        why, kinds = "no supported tool has them", TOOLS
     raise LorafoldError(
-        f"{path}: its keys do not identify the tool ({_some(list(config)) or 'none'}):"
-        f" {why}; expected --kind {', '.join(kinds)}"
+        f"{path}: the keys do not identify the tool ({_some(list(config)) or 'none'}):"
+        f" {why}; choose one with --kind: {', '.join(kinds)}"
     )
 
 

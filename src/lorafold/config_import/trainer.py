@@ -42,14 +42,14 @@ from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.options import law_class
 
-AUTO = "there as the model's files are; here bf16 where the device multiplies it, else fp32"
-RISES = "the first step has a rate of 0 there, and a share here"
+AUTO = "the tool keeps the files' dtype; lorafold uses bf16 if native to the device, else fp32"
+RISES = "transformers warms up from a learning rate of 0, lorafold from peak / warm-up steps"
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
-ADAMW = "lorafold trains with AdamW only, which may need another learning rate"
-COMPLETIONS = taken("the loss is on completions")
-EVERY_TOKEN = left("every token of {text} rows is trained, and completions of the other rows")
-OF_METHOD = taken("it is part of the method")
-LOOKED_UP = changed("PEFT looks them up by architecture, and lorafold by the method's own rule")
+ADAMW = "lorafold supports only AdamW, which may need a different learning rate"
+COMPLETIONS = taken("the loss is computed on completions only")
+EVERY_TOKEN = left("lorafold trains on every token only in {text} rows, in others on completions")
+OF_METHOD = taken("part of the method")
+LOOKED_UP = changed("PEFT chooses targets by architecture; lorafold uses the method's default")
 
 
 def text(value: Any) -> str:
@@ -60,15 +60,15 @@ def text(value: Any) -> str:
 
 def schedule(value: Any, settings: ToolSettings) -> Outcome:
     if text(value) == "constant":
-        return taken("it has no warm-up there", schedule="constant", warmup=0.0)
+        return taken("without warm-up, as in transformers", schedule="constant", warmup=0.0)
     known = value in SCHEDULES
-    why = "" if known else "lorafold has cosine, linear and constant, of which cosine is taken"
+    why = "" if known else "lorafold has only cosine, linear and constant; cosine is used"
     return changed(why, schedule=SCHEDULES.get(value, "cosine"))
 
 
 def optimizer(value: Any, settings: ToolSettings) -> Outcome:
     paged = value in ("paged_adamw_32bit", "paged_adamw")
-    why = "its fp32 state is not paged here" if paged else ADAMW
+    why = "lorafold does not page the fp32 optimizer state" if paged else ADAMW
     known = text(value) in OPTIMIZERS
     return changed("" if known else why, optimizer=OPTIMIZERS.get(value, "adamw"))
 
@@ -96,8 +96,8 @@ def total_steps(settings: ToolSettings) -> int | None:
 
 
 def interval(name: str) -> Reader:
-    checkpoints = "there are about ten checkpoints a run"
-    otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
+    checkpoints = "lorafold writes about ten checkpoints per run"
+    otherwise = checkpoints if name == "save_every" else "lorafold evaluates at each checkpoint"
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
         every, total = number(value), total_steps(settings)
@@ -106,7 +106,7 @@ def interval(name: str) -> Reader:
         if every <= 0:
             return OFF
         if total is None:
-            return left(f"intervals are in steps here: --set {name}=STEPS; without it {otherwise}")
+            return left(f"pass the interval in steps as --set {name}=STEPS; by default {otherwise}")
         return taken(**{name: ceil(every * total)})
 
     return read
@@ -116,8 +116,8 @@ def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
     if number(value) < 1:
         return taken(eval_fraction=number(value))
     return left(
-        f"rows are held out as a share here: --set eval_fraction=SHARE, {integer(value)} over all"
-        " rows, or give them as --eval-data"
+        "pass the held-out rows as --eval-data, or their share of all rows as"
+        f" --set eval_fraction=SHARE ({integer(value)} / number of rows)"
     )
 
 
@@ -126,7 +126,7 @@ def trackers(value: Any, settings: ToolSettings) -> Outcome:
         return taken("no tracker")
     if unknown := [name for name in named if name not in TRACKERS]:
         return left(
-            f"{', '.join(unknown)}: name trackers one by one, as in --set trackers=[tensorboard]"
+            f"unsupported: {', '.join(unknown)}; list trackers, as in --set trackers=[tensorboard]"
         )
     return taken(trackers=named)
 
@@ -136,12 +136,12 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
     list of names; a linear layer's weight becomes the layer.
     """
     if modules == "all-linear":
-        return changed("all-linear has the matrices of experts too")
+        return changed("all-linear also includes the weight matrices of experts")
     if isinstance(modules, str):
-        return left("write --set targets=REGEX that matches these parameters too")
+        return left("pass --set targets=REGEX that also matches these parameters")
     own = tuple(name.removesuffix(".weight") for name in parameters)
     bare = " or ".join(name for name in own if "." not in name)
-    return changed(f"modules called {bare} are targets too" if bare else "", targets=own)
+    return changed(f"modules named {bare} become targets too" if bare else "", targets=own)
 
 
 def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
@@ -170,11 +170,11 @@ def batch(
     def read(value: Any, settings: ToolSettings) -> Outcome:
         rows = integer(value) * steps(settings)
         if not packed(settings):
-            return taken(f"micro-batch times accumulation, of one {of_one}", batch=rows)
+            return taken(f"micro-batch times gradient accumulation, for one {of_one}", batch=rows)
         tool, _, key = fills.partition(" ")
         return changed(
-            f"{tool} counts packed sequences and lorafold counts rows: to see as many tokens a step"
-            f" raise batch by the rows that fill {key}",
+            f"{tool} counts packed sequences, lorafold counts rows: for as many tokens per step,"
+            f" multiply batch by the number of rows that fit in {key}",
             batch=rows,
         )
 
@@ -187,12 +187,12 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
         options["init"] = init
     elif init == "olora" or str(init).startswith("pissa"):
         if rslora:
-            raise LorafoldError(f"initialization {init!r} can't be had with rsLoRA here")
+            raise LorafoldError(f"lorafold does not support initialization {init!r} with rsLoRA")
         beneath = "olora" if init == "olora" else "pissa"
         if beneath == "pissa":
             options["niter"] = integer(init.removeprefix("pissa_niter_").replace("pissa", "0"))
     elif init not in (None, True, "true", "default"):
-        why = f"initialization {init!r} is not here; A is drawn uniformly and B is zero"
+        why = f"lorafold does not support {init!r}; A is initialized uniformly and B to zero"
     if dora and beneath != "lora":
         options = {"over": beneath, **options}
     fields = {"method": "dora" if dora else beneath} | ({"options": options} if options else {})
@@ -201,14 +201,14 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
 
 TRUST: Row = switch(left("pass --trust-remote-code", "--trust-remote-code"))
 TRAINS: Row = switch(
-    taken("lorafold train does it"), left("the file does not train; lorafold train does")
+    taken("lorafold train always trains"), left("off in the file, but lorafold train trains")
 )
-EVAL_DATA = left("pass its rows as --eval-data", "--eval-data EVAL_DATA")
+EVAL_DATA = left("pass the rows as --eval-data", "--eval-data EVAL_DATA")
 interval_strategy = cases(
-    {"steps": taken("the interval is in steps")},
+    {"steps": taken("an interval in steps")},
     left(
-        "checkpoints are written about ten times a run, and rows that are held out are evaluated"
-        " with each: --set save_every=STEPS, --set eval_every=STEPS"
+        "lorafold writes about ten checkpoints per run and evaluates the held-out rows at each;"
+        " change this with --set save_every=STEPS and --set eval_every=STEPS"
     ),
 )
 # The Trainer's keys that tools rename
@@ -217,20 +217,20 @@ STEPS: Table = {
     "max_grad_norm": (SAME, 1.0),
     "adam_beta1 adam_beta2 adam_epsilon": SAME,
     "max_steps": lambda value, settings: (
-        taken(steps=integer(value)) if integer(value) > 0 else taken("the epochs decide")
+        taken(steps=integer(value)) if integer(value) > 0 else taken("no limit: epochs apply")
     ),
     "eval_steps": interval("eval_every"),
     "save_steps": interval("save_every"),
     "save_strategy eval_strategy": interval_strategy,
     "save_total_limit": lambda value, settings: (
-        taken("the best is kept besides", keep=integer(value))
+        taken("the best one is kept in addition", keep=integer(value))
         if integer(value) > 0
-        else left("lorafold keeps 2 checkpoints and the best: --set keep=N")
+        else left("lorafold keeps 2 checkpoints and the best one; change this with --set keep=N")
     ),
     "seed": to("seed", integer),
     "trust_remote_code": TRUST,
     "output_dir": "--out",
-    "resume_from_checkpoint": "lorafold resumes runs of its own: --resume",
+    "resume_from_checkpoint": "lorafold resumes only its own runs, with --resume",
     **TRAINER,
 }
 # The Trainer's keys under its own names
@@ -252,19 +252,19 @@ ARGUMENTS: Table = {
 }
 
 
-NO_DROPOUT = "there it is off while preferences are trained"
+NO_DROPOUT = "the other tool turns dropout off in preference training"
 NO_SECOND_MODEL = (
-    "lorafold loads one model, and its reference is the model below the new adapter: the base, or"
-    " the adapters of --over"
+    "lorafold loads only one model: the reference is this model without the new adapter (the base,"
+    " with the adapters of --over)"
 )
 DPO_LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}  # of TRL's DPOTrainer
 SUPERVISED = (
-    "TRL averages the supervised term over the chosen tokens of a micro-batch, and lorafold over"
-    " the tokens of each row"
+    "TRL averages the SFT term over the chosen tokens of a micro-batch, lorafold over the tokens of"
+    " each row"
 )
 ORPO_TERM = (
-    "TRL's supervised term also learns the prompts, and averages over the tokens of a micro-batch;"
-    " lorafold's learns each chosen completion"
+    "TRL's SFT term also trains on the prompts and averages over the tokens of a micro-batch;"
+    " lorafold's trains only on the chosen completions, one by one"
 )
 # The preference objective of a file's settings; None: another, or a rejected one
 ObjectiveOf = Callable[[ToolSettings], str | None]
@@ -292,7 +292,7 @@ def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
         if name not in options:
             return None
         is_default = number(value) == options[name]
-        return taken("the objective's own") if is_default else to_options(name)(value, settings)
+        return taken("the objective's default") if is_default else to_options(name)(value, settings)
 
     return read
 
@@ -304,7 +304,7 @@ def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome |
     if weight == 0:
         return OFF
     if "sft_weight" not in options_of(objective):
-        raise refused(value, f"lorafold's objective {objective} takes no such term")
+        raise refused(value, f"lorafold's objective {objective} does not support an SFT term")
     return changed(remark, objective_options={"sft_weight": weight})
 
 
@@ -320,16 +320,14 @@ def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
     weights = [1.0] * len(losses)
     if given is not None:
         if not isinstance(given, list) or len(given) != len(losses):
-            raise LorafoldError(f"found {losses}, and {key}: {given!r}, one for each")
+            raise LorafoldError(f"found {losses} with {key}: {given!r}, expected one per loss")
         weights = [*map(number, given)]
     if not losses or losses[0] not in DPO_LOSSES:
-        raise LorafoldError(
-            f"found {losses}, expected {', '.join(DPO_LOSSES)}, of what lorafold has"
-        )
+        raise LorafoldError(f"found {losses}, expected {' or '.join(DPO_LOSSES)}")
     if losses[1:] not in ([], ["sft"]) or weights[0] != 1:
         raise LorafoldError(
-            f"found {losses} with weights {weights}, but lorafold has one loss of weight 1"
-            " and, for sigmoid, sft besides"
+            f"found {losses} with weights {weights}, but lorafold supports one loss of weight 1"
+            " and, with sigmoid, an additional sft"
         )
     objective = DPO_LOSSES[losses[0]]
     extra = supervised(weights[1], objective, SUPERVISED) if losses[1:] else None
@@ -341,7 +339,7 @@ def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
     """`label_smoothing`, which TRL's DPOTrainer reads only for losses that lorafold lacks."""
     if not (smoothing := number(value)):
         return None
-    remark = "TRL 1 does not read it for this loss; for cDPO pass --objective-options"
+    remark = "TRL 1 ignores this key for this loss; for cDPO pass --objective-options"
     return left(f"{remark} label_smoothing={smoothing:g}")
 
 

@@ -49,7 +49,6 @@ DPO_NAMES = (
     *trainer.DPO_LOSSES, "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "aot_pair", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
-NO_TEMPLATE = "the model's own template is used; write the other to a file: --chat-template FILE"
 
 
 def is_lora(settings: ToolSettings) -> bool:
@@ -61,13 +60,13 @@ def _use_peft(value: Any, settings: ToolSettings) -> Outcome:
         return taken(method="full")
     kind = trainer.kind_of_lora(settings.on("use_dora"), settings.on("use_rslora"), None)
     return changed(
-        "" if boolean(value) else "the file names no model: LoRA is trained", **kind.fields
+        "" if boolean(value) else "the file sets no model, so lorafold trains LoRA", **kind.fields
     )
 
 
 def _modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
     others = tuple(name for name in names(value) if name != HEAD)
-    said = f"{HEAD} is trained with a reward model in any case" if HEAD in names(value) else ""
+    said = f"a reward model always trains {HEAD}" if HEAD in names(value) else ""
     return taken(said, modules_to_save=others) if others else taken(said)
 
 
@@ -81,10 +80,10 @@ def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
     if name == "float16" or settings.on("fp16"):
         return changed(NO_FP16, storage="bf16")
     if name == "float32" and not is_lora(settings):
-        return taken("weights that train are kept in fp32", storage="fp32")
+        return taken("trained weights are kept in fp32", storage="fp32")
     if name == "float32" and not settings.on("bf16"):
         return taken(storage="fp32")
-    remarks = {"float32": "its products are in bf16 there", "auto": trainer.AUTO}
+    remarks = {"float32": "TRL multiplies these fp32 weights in bf16", "auto": trainer.AUTO}
     return taken(remarks.get(name, ""), storage=DTYPES[name])
 
 
@@ -92,7 +91,7 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
     if not boolean(value):
         return OFF
     if settings["bnb_4bit_quant_type"] != "nf4":
-        raise LorafoldError("found 4 bits of fp4, but lorafold has nf4")
+        raise LorafoldError("lorafold supports only nf4 as bnb_4bit_quant_type")
     return taken(storage=made_of(4))
 
 
@@ -101,19 +100,19 @@ SWITCHES: Table = {
     "use_peft": (_use_peft, False),
     "use_dora use_rslora": (if_on(read_with("use_peft")), False),
     "lora_task_type": cases(
-        dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("the objective decides"))
+        dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("determined by the objective"))
     ),
     "load_in_4bit": (_load_in_4bit, False),
     "load_in_8bit": (switch(taken(storage=made_of(8))), False),
-    "bnb_4bit_quant_type": (taken("it is part of the base"), "nf4"),
-    "use_bnb_nested_quant": taken("nf4 always quantizes its scales"),
+    "bnb_4bit_quant_type": (taken("part of the base's quantization"), "nf4"),
+    "use_bnb_nested_quant": taken("nf4 always uses nested quantization"),
     "torch_dtype": dtype,
     "bf16": (if_on(read_with("dtype")), True),
     "fp16": (if_on(read_with("dtype")), False),
     "gradient_checkpointing": (to("gradient_checkpointing", boolean), True),
     "model_name_or_path": "--model",
     "model_revision": lambda value, settings: (
-        taken("the model's own") if value == "main" else flagged("--revision", value)
+        taken("the default revision") if value == "main" else flagged("--revision", value)
     ),
     "trust_remote_code": trainer.TRUST,
 }
@@ -143,7 +142,7 @@ COMMON = (
     *table(
         {
             "test_split_size": trainer.held_out_rows,
-            "do_train": taken("lorafold train does it"),
+            "do_train": taken("lorafold train always trains"),
             **TRL,
         }
     ),
@@ -152,7 +151,7 @@ COMMON = (
 
 def _packing(value: Any, settings: ToolSettings) -> Outcome:
     mixed = boolean(value) and "flash" not in str(settings["attn_implementation"])
-    why = "without FlashAttention rows see each other there, and are kept apart here"
+    why = "without FlashAttention TRL lets packed rows attend to each other; lorafold never does"
     return changed(why if mixed else "", packing=boolean(value))
 
 
@@ -164,14 +163,14 @@ def _max_length(value: Any, settings: ToolSettings) -> Outcome | None:
     if settings["max_seq_length"] is not None:
         return None
     uncut = settings.given.get("max_length", value) is None
-    why = "there rows are not cut; here they are" if uncut else ""
+    why = "TRL does not truncate the rows, lorafold does" if uncut else ""
     return changed(why, max_length=integer(value))
 
 
 def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
     if Path(str(value)).suffix in (".jinja", ".j2", ".txt"):
         return taken(chat_template=str(value))
-    return left(f"{NO_TEMPLATE}: {value}")
+    return left(f"write the template of {value} to a file and pass it as --chat-template FILE")
 
 
 def losses(settings: ToolSettings) -> tuple[str, ...]:
@@ -195,17 +194,17 @@ def _drawn_dropout(value: Any, settings: ToolSettings) -> Outcome:
 def data_rows(objective: str | None) -> Table:
     def name(value: Any, settings: ToolSettings) -> Outcome:
         if settings["datasets"]:
-            return taken("datasets takes its place")
+            return taken("replaced by datasets")
         config, split = settings["dataset_config"], settings["dataset_train_split"]
         return given_as_data([dataset(value, config, split)], objective)
 
     def several(value: Any, settings: ToolSettings) -> Outcome | None:
         if not isinstance(value, list):
-            raise LorafoldError(f"found {value!r}, expected a list of objects, each with path")
+            raise LorafoldError(f"found {value!r}, expected a list of objects with the key path")
         sources = []
         for one in objects_with_path(value):
             files = one.get("data_files") or one.get("data_dir")
-            remarks = [f"its columns {one['columns']} alone"] if one.get("columns") else []
+            remarks = [f"only the columns {one['columns']}"] if one.get("columns") else []
             place = one["path"], one.get("name"), one.get("split"), files
             sources.append(dataset(*place, remarks=remarks))
         return given_as_data(sources, objective) if sources else None
@@ -214,7 +213,7 @@ def data_rows(objective: str | None) -> Table:
         "dataset_name": name,
         "datasets": several,
         "dataset_config dataset_train_split": read_with("dataset_name"),
-        "dataset_test_split": "pass its rows as --eval-data",
+        "dataset_test_split": "pass the rows of this split as --eval-data",
     }
 
 
@@ -227,19 +226,19 @@ GIVEN: Table = {
     "gradient_accumulation_steps": (SAME, 1),
     "max_length": (_max_length, 1024),
     "max_prompt_length max_completion_length": changed(
-        "prompt and completion are cut together here, at max_length"
+        "lorafold truncates prompt and completion together, at max_length"
     ),
     "truncation_mode": cases(
         {
-            "keep_start": taken("the start of a row is kept"),
-            "keep_end": changed("the start of a row is kept here, and its end is cut"),
+            "keep_start": taken("rows are truncated at the end"),
+            "keep_end": changed("lorafold truncates rows at the end"),
         }
     ),
     "pad_to_multiple_of": MEMORY,
 }
 # Preferences: dropout is off, and the reference is the model below the adapter
 COMPARING: Table = {
-    "disable_dropout": (switch(taken("there is none"), taken("dropout is applied")), True),
+    "disable_dropout": (switch(taken("there is no dropout"), taken("dropout is applied")), True),
     "packing": (taken(packing=False), False),
     "learning_rate": (RATE, 1e-6),
     **GIVEN,
@@ -251,13 +250,13 @@ DRAWING: Table = {
     "per_device_train_batch_size": (grpo.batch, 8),
     "gradient_accumulation_steps": (grpo.accumulation, 1),
     "max_prompt_length": changed(
-        "TRL cut longer prompts, and a run here refuses them; max_length has both"
+        "TRL truncated longer prompts, lorafold rejects them; max_length includes both parts"
     ),
     "reward_model_name_or_path": refusing(
-        "lorafold's rewards are functions, patterns, schemas and verifiers"
+        "lorafold supports functions, patterns, schemas and verifiers as rewards"
     ),
 }
-REVERSE_KL = "lorafold's laws have its reverse KL"
+REVERSE_KL = "lorafold supports only the reverse KL"
 OTHER_STRATEGIES = ("bfd_split", "bfd-requeue", "wrapped")
 OF_POLICIES = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
@@ -275,7 +274,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 cases(
                     {
                         **dict.fromkeys(("nll", "chunked_nll"), taken(objective="sft")),
-                        "dft": "lorafold's sft has the mean of -log p alone",
+                        "dft": "lorafold's sft supports only the mean of -log p",
                     }
                 ),
                 "nll",
@@ -286,34 +285,34 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 lambda settings: settings.on("packing"),
                 cases(
                     {
-                        "bfd": taken("rows are packed by best fit"),
+                        "bfd": taken("best-fit packing"),
                         **dict.fromkeys(
                             OTHER_STRATEGIES,
                             changed(
-                                "rows are packed by best fit, kept apart, and cut where they are"
-                                " too long"
+                                "lorafold uses best-fit packing without attention between rows,"
+                                " and truncates rows that are too long"
                             ),
                         ),
                     }
                 ),
             ),
-            "eval_packing": taken("packing decides"),
+            "eval_packing": taken("determined by packing"),
             "max_seq_length": SAME,
             "completion_only_loss": switch(trainer.COMPLETIONS, trainer.EVERY_TOKEN),
             "assistant_only_loss": (
                 switch(
-                    taken("the loss is on the assistant's turns"),
+                    taken("the loss is computed on assistant turns only"),
                     changed(
-                        "TRL trains every token of {messages}; here the assistant's turns are"
-                        " trained"
+                        "TRL trains on every token of {messages} rows, lorafold only on assistant"
+                        " turns"
                     ),
                 ),
                 False,
             ),
             "dataset_text_field": lambda value, settings: (
-                taken("the column has lorafold's name")
+                taken("lorafold uses the same column name")
                 if value == "text"
-                else left("rows of plain text have it in that column", f"--columns text={value}")
+                else left("name the text column with --columns", f"--columns text={value}")
             ),
             "chat_template_path": _chat_template_path,
             **data_rows(None),
@@ -331,7 +330,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 ),
                 ["sigmoid"],
             ),
-            "loss_weights": taken("they are read with loss_type"),
+            "loss_weights": read_with("loss_type"),
             "beta": (
                 trainer.beta(
                     lambda settings: trainer.DPO_LOSSES.get(next(iter(losses(settings)), ""))
@@ -340,11 +339,11 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
             ),
             "label_smoothing": trainer.smoothing_of_dpo,
             "f_divergence_type": cases(
-                {"reverse_kl": taken(REVERSE_KL)}, f"{REVERSE_KL}: expected reverse_kl"
+                {"reverse_kl": taken(REVERSE_KL)}, f"{REVERSE_KL} (reverse_kl)"
             ),
             "f_alpha_divergence_coef": read_with("f_divergence_type"),
-            "ld_alpha": unless(1, "lorafold weighs the tokens of both completions alike"),
-            "use_weighting": refusing("lorafold weighs every pair alike"),
+            "ld_alpha": unless(1, "lorafold gives all tokens of both completions the same weight"),
+            "use_weighting": refusing("lorafold gives every pair the same weight"),
             "discopop_tau": None,
             **data_rows("dpo"),
             **grpo.REFERENCE,
@@ -359,11 +358,11 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 cases(
                     {
                         "kto": changed(
-                            "z is a mean over a micro-batch there, and over the step here",
+                            "TRL estimates z (the KL) over a micro-batch, lorafold over a step",
                             objective="kto",
                         )
                     },
-                    "lorafold's kto has the loss kto alone",
+                    "lorafold's kto supports only the loss kto",
                 ),
                 "kto",
             ),
@@ -397,15 +396,15 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
             "loss_type": (
                 cases(
                     {"simpo": taken(objective="simpo")},
-                    "without a reference, of CPO's losses lorafold has simpo alone",
+                    "lorafold supports only simpo of CPO's losses",
                 ),
                 "sigmoid",
             ),
             "beta": (to("beta", number), 0.1),
             "simpo_gamma": (trainer.law_option("gamma", lambda _: "simpo"), 0.5),
             "cpo_alpha": (trainer.supervised_as("simpo"), 1.0),
-            "alpha": unless(0, "lorafold's rewards are log-probabilities, without AlphaPO's power"),
-            "label_smoothing": unless(0, "lorafold's simpo has no such option"),
+            "alpha": unless(0, "lorafold does not support AlphaPO's reward transformation"),
+            "label_smoothing": unless(0, "lorafold's simpo does not support label smoothing"),
             **data_rows("simpo"),
             **COMPARING,
         },

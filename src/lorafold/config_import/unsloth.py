@@ -36,7 +36,7 @@ from lorafold.config_import.rules import (
     taken,
     to,
 )
-from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS, ROWS
+from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of
 
@@ -112,11 +112,11 @@ def _method(value: Any, settings: ToolSettings) -> Outcome:
 
 def storage(value: Any, settings: ToolSettings) -> Outcome:
     if not is_lora(settings):
-        return changed("the whole model trains in bf16 where it can", storage="bf16")
+        return changed("lorafold uses bf16, Unsloth only if the GPU supports it", storage="bf16")
     if settings.on(f"{LOADED}load_in_8bit"):
         return taken(storage=made_of(8))
     if settings[f"{LOADED}load_in_fp8"]:
-        return changed("lorafold quantizes to nf4 or int8, of which int8 is taken", storage="int8")
+        return changed("lorafold quantizes to nf4 or int8; int8 is used", storage="int8")
     if not boolean(value) or settings.on(f"{LOADED}load_in_16bit"):
         return taken(storage="auto")
     return taken(storage=made_of(4))
@@ -146,11 +146,11 @@ AT_LOADING: Table = {
     "load_in_4bit": (storage, True),
     "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
     "load_in_fp8": read_with("load_in_4bit"),
-    "dtype": "a base that is not quantized is stored as its files are",
+    "dtype": "if the base is not quantized, set its dtype with --storage",
     "max_seq_length": (_length, 2048),
     "revision": "--revision",
     "trust_remote_code": trainer.TRUST,
-    "use_gradient_checkpointing": taken("get_peft_model's decides"),
+    "use_gradient_checkpointing": taken("determined by get_peft_model"),
     "token device_map rope_scaling fix_tokenizer resize_model_vocab"
     " use_exact_model_name text_only auto_model quantization_config"
     " return_logits": MODEL,
@@ -162,19 +162,19 @@ AT_LOADING: Table = {
 AT_ADAPTING: Table = {
     "use_gradient_checkpointing": (
         lambda value, settings: (
-            changed("activations are recomputed where a step would not fit, and not offloaded")
+            changed("lorafold recomputes activations only if memory is short; no offloading")
             if value == "unsloth"
             else taken(gradient_checkpointing=boolean(value))
         ),
         "unsloth",
     ),
-    "random_state": taken("seed decides"),
+    "random_state": taken("determined by seed"),
     "max_seq_length": None,
-    "model": taken("it is the base"),
+    "model": taken("the base model"),
     "layers_to_transform layers_pattern finetune_last_n_layers"
     " finetune_vision_layers finetune_audio_layers finetune_language_layers"
     " finetune_attention_modules"
-    " finetune_mlp_modules": "write --set targets=REGEX of these modules",
+    " finetune_mlp_modules": "pass --set targets=REGEX for these modules",
     "qat_scheme ensure_weight_tying temporary_location task_type": ABSENT,
 }
 OF_LORA: Table = {
@@ -193,39 +193,39 @@ OF_LORA: Table = {
 OWN: tuple[Rule, ...] = (
     *table(
         {
-            "trainer": taken("it decides the objective"),
+            "trainer": taken("determines the objective"),
             **_of(LOADED, AT_LOADING),
             "max_length max_seq_length": read_with(f"{LOADED}max_seq_length"),
             **_of(ADAPTED, AT_ADAPTING),
-            "gradient_checkpointing": taken("get_peft_model's decides"),
-            "bf16 fp16": taken("the base's storage decides"),
+            "gradient_checkpointing": taken("determined by get_peft_model"),
+            "bf16 fp16": taken("determined by the base's quantization or dtype"),
             "embedding_learning_rate": ABSENT,
             f"{SET}path": _loaded_rows,
             f"{SET}name {SET}split {SET}data_files": read_with(f"{SET}path"),
             "train_dataset": lambda value, settings: (
-                taken("it is load_dataset's")
+                taken("loaded by load_dataset")
                 if settings[f"{SET}path"]
                 else left(rows_wanted(objective_of(settings)), PLACEHOLDER)
             ),
             "eval_dataset": trainer.EVAL_DATA,
             "get_chat_template.chat_template": lambda value, settings: left(
-                f"the model's own template is used; write {value}'s to a file: --chat-template FILE"
+                f"to replace the model's own template by {value}, pass --chat-template FILE"
             ),
             "get_chat_template.mapping get_chat_template.map_eos_token"
-            " get_chat_template.system_message": "the model's own template is used",
+            " get_chat_template.system_message": "lorafold uses the model's own template",
             "model tokenizer processing_class args data_collator get_chat_template.tokenizer"
-            " train_on_responses_only.trainer": taken("lorafold makes its own"),
+            " train_on_responses_only.trainer": taken("lorafold creates its own"),
             **_of(
                 "train_on_responses_only.",
                 {
                     "instruction_part response_part tokenizer num_proc": taken(
-                        "the loss is on completions, by the template itself"
+                        "lorafold finds the completions by itself"
                     )
                 },
             ),
-            "ref_model": "the reference is the model below the new adapter",
-            "formatting_func": "apply it to the rows before training",
-            "callbacks compute_metrics": ROWS,
+            "ref_model": "the reference is the model without the new adapter",
+            "formatting_func": "apply the function to the rows before training",
+            "callbacks compute_metrics": ABSENT,
         }
     ),
     *table(_of(ADAPTED, OF_LORA), is_lora),
@@ -261,8 +261,8 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     result = [entry for entry in read if entry.key not in unread]
     for key, text in unread.items():
         options = [f"--{name.replace('_', '-')} {name.upper()}" for name in defaults.get(key, ())]
-        flag, remark = " ".join(options), "no literal, so that it is not read"
-        outcome = left(f"{remark}: give {flag}" if flag else remark, flag)
+        flag, remark = " ".join(options), "not read because it is not a literal"
+        outcome = left(f"{remark}: pass {flag}" if flag else remark, flag)
         result.append(TranslatedKey(key, text, True, outcome))
     return tuple(result)
 
@@ -290,8 +290,8 @@ def arguments_of(text: str, where: str) -> Mapping[str, Any]:
                 arguments[f"{prefix}{key}"] = _value(node, literals)
     if not any(key.startswith(LOADED) for key in arguments):
         raise LorafoldError(
-            f"{where}: found no call of {', '.join(MODELS[:2])}.from_pretrained, expected a script"
-            " of Unsloth"
+            f"{where}: found no from_pretrained call of {' or '.join(MODELS[:2])}, expected an"
+            " Unsloth script"
         )
     return arguments
 

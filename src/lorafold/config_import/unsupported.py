@@ -2,24 +2,24 @@
 or advice. They are reported only if they are on.
 """
 
-NAMES_OF_RUNS = "a tracker takes such names from its own environment variables"
-ATTENTION = "lorafold chooses how attention is computed"
-NUMBERS = "lorafold chooses its own kernels and number formats"
-MODEL = "lorafold takes the model and its tokenizer as they are"
-PROCESSES = "accelerate launches several processes, and batch is the total of all of them"
+NAMES_OF_RUNS = "set this in the tracker's own environment variables"
+ATTENTION = "lorafold chooses the attention implementation"
+NUMBERS = "lorafold chooses kernels and dtypes itself"
+MODEL = "lorafold uses the model and its tokenizer unchanged"
+PROCESSES = "start the processes with torchrun or accelerate; batch is the total over all of them"
 ROWS = "lorafold reads, tokenizes and orders rows in its own way"
-DECAY = "the schedule decays to zero, and AdamW has the arguments that a recipe names"
-ABSENT = "lorafold has no such option and trains without it"
-MEMORY = "it concerns memory or speed, not the training"
-LOGGING = "a run shows its loss by itself and keeps the best checkpoint"
-SYSTEM = "give the rows a column system with it, or their messages one of that role"
-HUB = "a saved adapter is uploaded with the hub's own command"
-MERGES = "lorafold merge folds the adapter into its base"
-NEW_TOKENS = "words that are to be tokens: --new-tokens"
-BEST_FIT = "lorafold packs rows by best fit and keeps each apart from the others"
-EVERY_LAYER = "every linear layer of the language model's blocks can be a target"
-OTHER_STAGE = "it belongs to another stage or method than the file asks for"
-REFERENCE = "one model is loaded, and the reference's log-probabilities are cached between runs"
+DECAY = "lorafold's schedules decay to zero, and AdamW has only the arguments in the recipe"
+ABSENT = "lorafold does not support this option and trains without it"
+MEMORY = "affects memory or speed, not the result of training"
+LOGGING = "lorafold logs the loss by itself and keeps the best checkpoint"
+SYSTEM = "add this text to the rows as a column system, or to their messages with the role system"
+HUB = "upload the saved adapter with the Hugging Face CLI (hf upload)"
+MERGES = "use lorafold merge to merge the adapter into its base"
+NEW_TOKENS = "add new tokens with --new-tokens"
+BEST_FIT = "lorafold uses best-fit packing, and packed rows do not attend to each other"
+EVERY_LAYER = "choose the modules with --targets: any linear layer of the language model's blocks"
+OTHER_STAGE = "applies only to a stage or method that the file does not use"
+REFERENCE = "lorafold loads one model and caches the reference's log-probabilities between runs"
 
 # transformers' Trainer, for TRL, axolotl and LLaMA-Factory; below, for TRL and LLaMA-Factory
 TRAINER = {
@@ -52,7 +52,7 @@ TRL = {
     "liger_kernel_config fp16_full_eval bnb_4bit_quant_storage label_names"
     " prediction_loss_only batch_eval_metrics include_for_metrics": NUMBERS,
     "precompute_ref_log_probs precompute_ref_batch_size": REFERENCE,
-    "eos_token pad_token padding_value": "the tokenizer's own is used",
+    "eos_token pad_token padding_value": "lorafold uses the tokenizer's own special tokens",
     "is_encoder_decoder model_init_kwargs router_aux_loss_coef"
     " ignore_bias_buffers use_cache": MODEL,
     "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph accelerator_config"
@@ -70,7 +70,7 @@ TRL = {
 }
 AXOLOTL = {
     "rl_adapter_ref_model precompute_ref_log_probs": REFERENCE,
-    "wandb_watch": "gradients are not logged",
+    "wandb_watch": "lorafold does not log gradients",
     "added_tokens_overrides": NEW_TOKENS,
     "merge_lora": MERGES,
     "wandb_entity wandb_name wandb_run_id wandb_mode wandb_log_model mlflow_tracking_uri"
@@ -127,7 +127,7 @@ LLAMAFACTORY = {
     "do_eval do_predict predict_with_generate infer_backend infer_dtype temperature top_p"
     " top_k num_beams max_new_tokens repetition_penalty length_penalty do_sample eval_num_beams"
     " compute_accuracy vllm_maxlen vllm_gpu_util vllm_enforce_eager use_kv_cache"
-    " generation_max_length": "lorafold generate and lorafold eval do that",
+    " generation_max_length": "use lorafold generate or lorafold eval",
     "swanlab_project swanlab_workspace swanlab_run_name"
     " swanlab_mode swanlab_api_key": NAMES_OF_RUNS,
     "flash_attn shift_attn": ATTENTION,
@@ -138,7 +138,7 @@ LLAMAFACTORY = {
     " video_max_pixels video_min_pixels video_fps video_maxlen": MODEL,
     "ray_run_name ray_storage_path ray_num_workers ray_init_kwargs resources_per_worker"
     " placement_strategy use_ray device_map quantization_device_map": PROCESSES,
-    "max_samples": "give that many rows as --data",
+    "max_samples": "pass only that many rows as --data",
     "media_dir overwrite_cache preprocessing_num_workers preprocessing_batch_size buffer_size"
     " mix_strategy interleave_probs tokenized_path data_shared_file_system group_by_length"
     " disable_shuffling tool_format preserve_thinking eval_on_each_dataset": ROWS,

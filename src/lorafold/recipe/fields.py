@@ -128,7 +128,7 @@ class Fields(BaseModel):
     storage: quantizations.StorageName = described(
         quantizations.DEFAULT,
         "The quantization or dtype of the base model during training:"
-        f" {quantizations.LISTED}. auto is bf16 if the device multiplies it natively, else"
+        f" {quantizations.LISTED}. auto is bf16 if the device supports it natively, else"
         " fp32. You can also write --quantization.",
     )
 
@@ -182,7 +182,7 @@ class Fields(BaseModel):
         " Requires a number of steps, and separate held-out rows.",
     )
     shuffle_buffer: Count = described(
-        10_000, "With streaming, how many rows to sample the next one from."
+        10_000, "With streaming, the size of the buffer that rows are sampled from."
     )
     max_length: Annotated[int, Field(ge=2)] = described(
         1024,

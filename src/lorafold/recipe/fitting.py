@@ -34,7 +34,7 @@ def left_out(recipe: Recipe) -> list[str]:
 def without(recipe: Recipe) -> str | None:
     names, over = left_out(recipe), recipe.options.get("over")
     method = recipe.method if over is None else f"{recipe.method} over {over}"
-    return f"{', '.join(names)} left out: {method} has no such option" if names else None
+    return f"{', '.join(names)} ignored: {method} has no such option" if names else None
 
 
 def spec_of(recipe: Recipe) -> Spec:
@@ -52,8 +52,8 @@ def spec_of(recipe: Recipe) -> Spec:
     spec = make_spec(recipe.method, **fields | recipe.options)
     if samples and spec.asks_losses:
         raise LorafoldError(
-            f"method: found {recipe.method}, which chooses its entries by the losses of rows;"
-            f" the objective {recipe.objective} has no loss before completions are sampled"
+            f"method: {recipe.method} chooses the weights to train from the loss of the rows, but"
+            f" the objective {recipe.objective} has no loss before sampling; use another method"
         )
     return spec
 
@@ -104,8 +104,8 @@ def settled_base(
         return storage
     if is_set:
         raise LorafoldError(
-            f"storage {storage}: needs bitsandbytes, which is not installed; pip install"
-            " bitsandbytes, or expected bf16, fp32 or auto"
+            f"storage {storage}: requires bitsandbytes, which is not installed; run pip install"
+            " bitsandbytes, or use bf16, fp32 or auto"
         )
     return "auto"
 

@@ -20,7 +20,7 @@ from lorafold.files.record import NAMES, RENAMED, named_as_now
 from lorafold.recipe.recipe import UNWORDED, Recipe, explain
 
 log = logging.getLogger(__name__)
-TRANSLATES = "lorafold recipe --from {} reads other tools' files"
+TRANSLATES = "to convert another tool's file, run lorafold recipe --from {}"
 ALL = "all"  # accelerate's name for all installed trackers
 PACKAGES = {"comet_ml": "comet-ml"}  # trackers with another package name
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
@@ -91,7 +91,7 @@ def text_of(path: Path, what: str) -> str:
 
 
 def yaml_type(value: Any) -> str:
-    names = {dict: "other keys than text", list: "a list", str: "a text", type(None): "nothing"}
+    names = {dict: "keys that are not text", list: "a list", str: "text", type(None): "nothing"}
     return names.get(type(value), repr(value))
 
 
@@ -119,17 +119,17 @@ def parse_yaml(text: str, where: str) -> Any:
 def _read(config: Path) -> Mapping[str, Any]:
     fields = parse_yaml(text_of(config, "a recipe"), str(config))
     if fields is None:
-        log.warning("%s: it is empty, so the defaults apply", config)
+        log.warning("%s: the file is empty, so the defaults apply", config)
         return {}
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise LorafoldError(
-            f"{config}: expected recipe fields as `name: value` lines, found {yaml_type(fields)};"
+            f"{config}: found {yaml_type(fields)}, expected recipe fields as `name: value` lines;"
             f" {TRANSLATES.format(config)}"
         )
     theirs = [name for name in fields if name not in {*Recipe.model_fields, *RENAMED}]
     if 2 * len(theirs) > len(fields) and len(theirs) > 1:
         raise LorafoldError(
-            f"{config}: found {listed(theirs, room=100)}, which are no fields of a recipe;"
+            f"{config}: found {listed(theirs, room=100)}, which are not recipe fields;"
             f" {TRANSLATES.format(config)}"
         )
     try:
@@ -152,5 +152,5 @@ def check_trackers(names: Sequence[str]) -> None:
         if name != ALL and name not in map(str, get_available_trackers()):
             package = PACKAGES.get(name, name)
             raise LorafoldError(
-                f"trackers: {name} is not installed; pip install {package}, or leave it out"
+                f"trackers: {name} is not installed; run pip install {package}, or remove {name}"
             )

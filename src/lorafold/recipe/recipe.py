@@ -58,7 +58,7 @@ def explain(
         else:
             strange.setdefault(origin(field), []).append(field)
     for place, names in strange.items():
-        what = "is not a field" if len(names) == 1 else "are no fields"
+        what = "is not a field" if len(names) == 1 else "are not fields"
         known = listed(Fields.model_fields, room=60)
         yield f"{listed(names, room=60)}{place} {what} of a recipe: expected one of {known}"
     for (field, key), messages in expected.items():
@@ -105,14 +105,14 @@ class Recipe(Fields):
                 f" {self.batch}"
             )
         if self.warmup_steps and self.warmup != type(self).model_fields["warmup"].default:
-            raise ValueError("warmup_steps: found beside warmup, expected one of the two")
+            raise ValueError("warmup_steps: found together with warmup, expected one of the two")
         if self.streaming and self.steps is None:
-            raise ValueError("streaming: expected a number of steps, since the rows have no end")
+            raise ValueError("streaming: requires steps, because a stream has no known length")
         if self.streaming and self.eval_fraction:
-            raise ValueError("eval_fraction: a stream has no rows to hold out; give held-out rows")
+            raise ValueError("eval_fraction: not supported with streaming; pass held-out rows")
         if self.streaming and not OBJECTIVES[self.objective].streams:
             streamed = " or ".join(name for name, one in OBJECTIVES.items() if one.streams)
-            raise ValueError(f"streaming: expected the objective {streamed}")
+            raise ValueError(f"streaming: requires the objective {streamed}")
         return self
 
     @model_validator(mode="wrap")
@@ -139,8 +139,8 @@ class Recipe(Fields):
 
         def __setattr__(self, name: str, value: Any) -> NoReturn:
             raise LorafoldError(
-                f"recipe: {name}: found a new value, expected none, as a recipe is frozen; make"
-                f" another one, as in lf.Recipe({name}={cut(repr(value), 80)})"
+                f"recipe: {name}: can't be set, because a recipe is frozen; create a new recipe, as"
+                f" in lf.Recipe({name}={cut(repr(value), 80)})"
             )
 
     @property
