@@ -192,7 +192,7 @@ def _data(value: Any, settings: ToolSettings) -> Outcome:
     columns = {ours: settings[theirs] for ours, theirs in FEATURES.items()}
     rows = given_as_data([SourceDataset(str(value), str(value), columns)], None)
     valid = shlex.quote(str(PurePath(str(value)) / "valid.jsonl"))
-    said = f"{rows.remark}; of a directory, lorafold reads train.jsonl: add --eval-data {valid}"
+    said = f"{rows.remark}; lorafold reads train.jsonl of a directory: add --eval-data {valid}"
     return replace(rows, remark=said)
 
 

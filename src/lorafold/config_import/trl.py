@@ -163,7 +163,7 @@ def _max_length(value: Any, settings: ToolSettings) -> Outcome | None:
     if settings["max_seq_length"] is not None:
         return None
     uncut = settings.given.get("max_length", value) is None
-    why = "TRL does not truncate the rows, lorafold does" if uncut else ""
+    why = f"TRL does not truncate the rows, lorafold does at {value} tokens" if uncut else ""
     return changed(why, max_length=integer(value))
 
 
