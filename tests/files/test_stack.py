@@ -463,7 +463,7 @@ def test_a_server_reads_what_is_below_from_its_own_directory_only(base, sft, dpo
     def below() -> Path:
         return Directory(adapters).below(origin, adapters / "dpo")
 
-    with pytest.raises(LorafoldError, match="found no adapter sft, expected one of the directory"):
+    with pytest.raises(LorafoldError, match="the directory of adapters has no adapter sft"):
         below()
     shutil.copytree(sft, tmp_path / "sft")
     (adapters / "sft").symlink_to(tmp_path / "sft")
