@@ -235,7 +235,7 @@ def test_what_memory_has_no_room_for_is_refused_by_its_header(folder, llama) -> 
     with running(llama, folder, adapter_bytes=32 << 20) as server:
         told = server.ask("/admin/adapters", key=ADMIN).json["wrong"]
         assert told.keys() == {"large"}
-        assert "found 16,777,216 numbers, expected at most 8,388,608" in told["large"]
+        assert "found 16,777,216 parameters, expected at most 8,388,608" in told["large"]
         assert server.text("a", "Hello")
 
 

@@ -173,7 +173,7 @@ class Verifier:
         config = small.object(CONFIG)
         if config.get("task_type") == "SEQ_CLS":
             raise LorafoldError(
-                "found an adapter for a classifier or a reward model, expected one for a language"
+                "found an adapter of a classifier or a reward model, expected one of a language"
                 " model"
             )
         over = parse_over(small.record)
