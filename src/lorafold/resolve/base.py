@@ -266,8 +266,8 @@ def _agreed(own: Sequence[OwnBase]) -> OwnBase:
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
         raise LorafoldError(
-            f"{shortened(str(own[0].adapter), SHORT)}: its config names no base model; pass"
-            " --model PATH (model)"
+            f"{shortened(str(own[0].adapter), SHORT)}: its config does not contain the base model;"
+            " pass --model PATH (model)"
         )
     first = known[0]
     if other := next((one for one in known if not first.same_as(one)), None):

@@ -158,7 +158,7 @@ class Keys:
                 self._read(self.file)
             return False
         except LorafoldError as error:
-            log.error("the earlier keys still apply: %s", error)
+            log.error("the key file is not used, and the earlier keys still apply: %s", error)
             return True
 
     def _read(self, file: Path) -> None:

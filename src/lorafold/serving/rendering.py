@@ -157,7 +157,7 @@ class Renderer:
             if schema is None:
                 raise wrong("tool_choice", f"{why} a call can't be forced; use auto")
             hint = "set tool_choice to none, or remove the schema"
-            raise wrong("response_format", f"{why} a schema excludes tools; {hint}")
+            raise wrong("response_format", f"{why} a schema can't be used with tools; {hint}")
         form = calls_of.without(special_words(self.tokenizer))
         calls, rules = [], []
         for i, tool in enumerate(tools):
