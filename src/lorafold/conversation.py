@@ -96,7 +96,8 @@ class Chat:
         """Selects one adapter for answers, or `none` (the base), or `all`."""
         choices = {NONE: (), ALL: tuple(self.adapters), **{n: (n,) for n in self.adapters}}
         if name not in choices:
-            raise LorafoldError(f"no adapter {name}; expected {', '.join([*self.adapters, NONE])}")
+            names = ", ".join([*self.adapters, NONE])
+            raise LorafoldError(f"found no adapter {name}, expected one of {names}")
         self.active = choices[name]
 
     def speakers(self) -> list[tuple[str, ...]]:
@@ -122,8 +123,8 @@ class Chat:
         if left < 1:
             system = " and the system message" * (self.system is not None)
             raise LorafoldError(
-                f"this message{system}: found {used} tokens, expected fewer than"
-                f" {context}, the model's context; it was not sent"
+                f"this message{system}: found {used} tokens, expected fewer than the model's"
+                f" context length, {context}; the message was not sent"
             )
         return Turn(text, prompt, min(self.max_new_tokens, left), first, (first - self._first) // 2)
 
@@ -157,10 +158,10 @@ class Chat:
         if not self.messages:
             raise LorafoldError(f"{path} was not written: the conversation is empty")
         if file.suffix != ".jsonl":
-            raise LorafoldError(f"{path}: expected a name that ends in .jsonl")
+            raise LorafoldError(f"{path}: expected a file name that ends in .jsonl")
         rows = list(read_rows(str(file))) if file.exists() else []
         if any("messages" not in row for row in rows):
-            raise LorafoldError(f"{path}: found rows without messages, expected messages in each")
+            raise LorafoldError(f"{path}: found rows without the field messages; use another file")
         rows.append({"messages": self.conversation()})
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return len(rows)

@@ -68,12 +68,12 @@ def passes(error: BaseException | None) -> bool:
 
 def called_now(old: str, now: str) -> str:
     """The warning for an old name."""
-    return f"{old} is called {now} now; lorafold {UNTIL} no longer takes {old}"
+    return f"{old} is now called {now}; lorafold {UNTIL} will no longer accept {old}"
 
 
 def both_names(old: str, now: str) -> str:
     """The error message for an old name next to the new one."""
-    return f"{old}: found it beside {now}, which is the same; expected {now} alone"
+    return f"{old}: has the same meaning as {now}, which is set too; use only {now}"
 
 
 def place(error: BaseException) -> str:
@@ -89,7 +89,7 @@ def place(error: BaseException) -> str:
 def why_unread(error: OSError | ValueError) -> str:
     """Why a text file can't be read, in a few words."""
     if isinstance(error, UnicodeDecodeError):
-        return "it is no text in UTF-8"
+        return "it is not UTF-8 text"
     return getattr(error, "strerror", None) or str(error)
 
 

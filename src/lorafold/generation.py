@@ -175,8 +175,8 @@ def room_of(
         )
     if longest + max_new_tokens > limit:
         log.warning(
-            "max_new_tokens %d: the longest prompt has %d tokens and %s %d positions, so"
-            " completions end there at the latest",
+            "max_new_tokens %d: the longest prompt has %d tokens and %s has only %d positions, so"
+            " completions may end earlier",
             max_new_tokens, longest, type(model).__name__, limit,
         )  # fmt: skip
     return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]

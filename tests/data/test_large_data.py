@@ -162,7 +162,7 @@ def test_two_runs_at_once_share_what_one_makes(large: Path) -> None:
         for _ in range(2):
             pool.submit(cache.cached, "tokens", "key", write, notices.append)
     assert made == [1]
-    assert [text.split(" that makes ")[0] for text in notices] == ["waiting for another process"]
+    assert [text.split(" to create ")[0] for text in notices] == ["waiting for another process"]
 
 
 def test_the_command_lists_and_clears_the_cache(large: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_recipe_of_a_call_is_refused_in_one_line_too(fields, said):
 
 
 def test_a_field_under_its_old_name_is_told_of_the_caller_s_line():
-    with pytest.warns(DeprecationWarning, match="storage now") as told:
+    with pytest.warns(DeprecationWarning, match="is now called storage") as told:
         Recipe(base="int8")
     assert [one.filename for one in told] == [__file__]
 

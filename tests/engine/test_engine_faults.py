@@ -52,7 +52,7 @@ def paths(model, tmp_path_factory) -> dict[str, Path]:
         (Request("a", (1, 2), 31), r"found 2 \+ 31 tokens, expected at most 32"),
         (Request("a", (1,) * 40, 1), r"found 40 \+ 1 tokens"),
         (Request("running", (1, 2), 4), "id: found 'running'"),
-        (Request("a", (1, 2), 4, "none"), "found 'none', expected one of those loaded: one"),
+        (Request("a", (1, 2), 4, "none"), "found 'none', expected one of the loaded adapters: one"),
         (Request("a", (1,), 4, sampling=Sampling(logit_bias={400: 1.0})), "logit_bias.*400"),
         (Request("a", (1,), 4, sampling=Sampling(stop=("x",))), "no tokenizer"),
         (Request("a", (), 0), "prompt: found no tokens.*max_new_tokens: found 0"),
@@ -323,7 +323,7 @@ def test_an_adapter_whose_requests_fail_is_refused_after_the_third(model, paths,
         check(engine)
         assert "NaN" in third.result().message
         assert waiting.result().reason == "failed"
-        assert "in quarantine, since the logits of 3 of its requests" in waiting.result().message
+        assert "in quarantine, because 3 requests had NaN" in waiting.result().message
         assert other.result().reason == "length"
         assert status(engine.adapters, "it") == "quarantined"
         with pytest.raises(LorafoldError, match="request '6': adapter 'it': in quara") as error:

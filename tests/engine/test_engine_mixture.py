@@ -112,7 +112,7 @@ def test_what_is_attached_can_be_adopted_beside_what_is_loaded(model, paths, tmp
     assert generated(model, asked[0]) != tokens[0]  # all are active again
     with (
         Engine(model, slots=2, length=64) as engine,
-        pytest.raises(LorafoldError, match="adapter lora: found it active"),
+        pytest.raises(LorafoldError, match="adapter lora: already active"),
     ):
         engine.adopt("lora", ["lora"])
     for handle in reversed(handles):

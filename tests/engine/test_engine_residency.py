@@ -383,7 +383,7 @@ def test_what_grew_since_it_was_verified_is_not_read(model, adapter, name) -> No
         with taking_little():
             end = ended(engine, Request("1", prompt(3, 0), 2, adapter="a"))
     assert end.reason == "failed"
-    assert f"found more with {name}; if it changed, load it again" in end.message
+    assert f"found more with {name}; if this file changed, load the adapter again" in end.message
 
 
 def test_weights_that_memory_has_no_room_for_are_not_read(model, adapter, tmp_path) -> None:
@@ -391,7 +391,7 @@ def test_weights_that_memory_has_no_room_for_are_not_read(model, adapter, tmp_pa
     with_large_weights(large, LARGE // 4)
     with Engine(model, slots=1, length=32, adapter_bytes=LARGE // 2) as engine:
         engine.load("a", adapter)
-        told = f"found {LARGE // 4:,} numbers, expected at most {LARGE // 8:,}"
+        told = f"found {LARGE // 4:,} parameters, expected at most {LARGE // 8:,}"
         with taking_little(), pytest.raises(LorafoldError, match=told):
             engine.load("large", large)
         assert engine.adapters.names() == ("a",)

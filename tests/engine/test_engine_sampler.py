@@ -128,7 +128,7 @@ def test_only_allowed_tokens_are_chosen() -> None:
         ({"top_p": 2.0, "top_k": -1}, "top_k.*top_p"),
         ({"logit_bias": {3: 1e39}}, r"^logit_bias: found 1e\+39"),
         *(
-            ({name: value}, f"^{name}: found .*finite number of float32")
+            ({name: value}, f"^{name}: found .*finite float32 number")
             for name in ("temperature", *(f"{x}_penalty" for x in PENALTIES))
             for value in (1e39, 10**400, float("inf"))
         ),

@@ -237,7 +237,7 @@ def test_an_iterator_that_is_closed_halfway_gives_the_model_back(names, tokenize
     pieces = stream(model, tokenizer, PROMPTS[1], 40)
     next(pieces)
     assert torch.is_grad_enabled()
-    with pytest.raises(LorafoldError, match="another one that has this model"):
+    with pytest.raises(LorafoldError, match="another engine is using this model"):
         complete(model, tokenizer, ["a"], 4)
     pieces.close()
     assert state() == before

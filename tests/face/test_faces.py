@@ -147,10 +147,10 @@ def test_old_names_work_and_say_what_they_are_called_now(tiny_model_dir, tmp_pat
     assert told.exit_code == now.exit_code == 0
     assert told.stdout == now.stdout
     assert told.stderr.splitlines()[:2] == [
-        "--seq is called --max-length now; lorafold 0.3 no longer takes --seq",
-        "--base is called --storage now; lorafold 0.3 no longer takes --base",
+        "--seq is now called --max-length; lorafold 0.3 will no longer accept --seq",
+        "--base is now called --storage; lorafold 0.3 will no longer accept --base",
     ]
-    with pytest.warns(DeprecationWarning, match=r"max_length now; lorafold 0\.3"):
+    with pytest.warns(DeprecationWarning, match=r"max_length; lorafold 0\.3"):
         old = lf.estimate(tiny_model_dir("llama"), "lora", length=16)
     assert old.total == lf.estimate(tiny_model_dir("llama"), "lora", max_length=16).total
 
@@ -160,17 +160,17 @@ def test_a_recipe_keeps_the_old_names_of_its_fields(tmp_path: Path, caplog) -> N
 
     file = tmp_path / "recipe.yaml"
     file.write_text("base: int8\n")
-    with pytest.warns(DeprecationWarning, match=r"base is called storage now; lorafold 0\.3"):
+    with pytest.warns(DeprecationWarning, match=r"base is now called storage; lorafold 0\.3"):
         assert lf.Recipe(base="int8") == lf.Recipe(storage="int8") == load_recipe(file)
     assert load_recipe(file, ["base=fp32"]).storage == "fp32"
-    assert "--set base is called --set storage now; lorafold 0.3" in caplog.text
+    assert "--set base is now called --set storage; lorafold 0.3" in caplog.text
     assert load_recipe(file, storage="bf16").base == "bf16"
-    with pytest.raises(LorafoldError, match="base: found it beside storage"):
+    with pytest.raises(LorafoldError, match="base: has the same meaning as storage"):
         lf.Recipe(base="int8", storage="fp32")
     file.write_text("base: int8\nstorage: fp32\n")
-    with pytest.raises(LorafoldError, match=r"recipe\.yaml: base: found it beside storage"):
+    with pytest.raises(LorafoldError, match=r"recipe\.yaml: base: has the same meaning as storage"):
         load_recipe(file)
-    with pytest.raises(LorafoldError, match="--set base: found it beside --set storage"):
+    with pytest.raises(LorafoldError, match="--set base: has the same meaning as --set storage"):
         load_recipe(None, ["base=fp32", "storage=fp32"])
 
 
@@ -189,17 +189,17 @@ def test_quantization_is_another_name_for_storage(tiny_model_dir, tmp_path: Path
     assert lf.load_model(model, quantization="fp32").dtype == torch.float32
     with pytest.raises(LorafoldError, match="storage foo: unknown"):
         lf.generate(model, "a", quantization="foo")  # type: ignore[call-arg]
-    with pytest.raises(LorafoldError, match="quantization: found it beside storage"):
+    with pytest.raises(LorafoldError, match="quantization: has the same meaning as storage"):
         lf.generate(model, "a", quantization="fp32", storage="fp32")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("estimate", "--quantization=nf4", "--storage=fp32"), "--quantization: found it beside"),
-        (("estimate", "--base", "nf4", "--storage=fp32"), "--base: found it beside --storage"),
-        (("estimate", "--seq=8", "--max-length", "9"), "--seq: found it beside --max-length"),
-        (("eval", "--answers", "--no-completions"), "--answers: found it beside --no-completions"),
+        (("estimate", "--quantization=nf4", "--storage=fp32"), "--quantization: has the same"),
+        (("estimate", "--base", "nf4", "--storage=fp32"), "base: has the same meaning as --sto"),
+        (("estimate", "--seq=8", "--max-length", "9"), "--seq: has the same meaning as --max-"),
+        (("eval", "--answers", "--no-completions"), "the same meaning as --no-completions"),
     ],
 )
 def test_an_option_is_given_under_one_of_its_names(given: tuple[str, ...], said: str) -> None:
@@ -207,14 +207,14 @@ def test_an_option_is_given_under_one_of_its_names(given: tuple[str, ...], said:
 
 
 def test_lengths_are_given_under_one_name() -> None:
-    with pytest.raises(LorafoldError, match="length: found it beside max_length"):
+    with pytest.raises(LorafoldError, match="length: has the same meaning as max_length"):
         lf.estimate(length=8, max_length=9)
 
 
 def test_a_value_may_read_like_the_old_name_of_an_option(tmp_path: Path) -> None:
     asked = ["generate", "--prompt", "--base", "--model", str(tmp_path / "absent")]
     done = CliRunner().invoke(app, [*asked, "--seed", "1"])
-    assert "is called" not in done.stderr
+    assert "is now called" not in done.stderr
     assert "no such file" in str(done.exception)
 
 

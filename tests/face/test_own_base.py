@@ -191,15 +191,15 @@ def test_among_fifty_models_it_is_found_within_two_seconds(place: Path, hub: Pat
 def test_what_is_not_found_says_where_it_was_looked_for(place: Path, hub: Path) -> None:
     shutil.rmtree(place / "base")
     said = refused("inspect", str(place / "adapter"))
-    assert "is not at its path, next to the adapter in " in said
-    assert said.endswith("; expected --model PATH (model)\n")
+    assert "was found neither at its path, next to the adapter in " in said
+    assert said.endswith("; pass --model PATH (model)\n")
     named(place / "adapter", "acme/tiny")
     said = refused("inspect", str(place / "adapter"))
-    assert "its base acme/tiny is not at its path" in said
+    assert "its base acme/tiny was found neither at its path" in said
     assert "HF_HUB_OFFLINE is set" in said
     for record in (True, False):
         named(place / "adapter", None, record)
-        with pytest.raises(LorafoldError, match=r"expected --model PATH \(model\)"):
+        with pytest.raises(LorafoldError, match=r"pass --model PATH \(model\)"):
             found(place / "adapter")
 
 

@@ -119,7 +119,7 @@ def test_overwriting_keeps_the_old_until_the_new_is_complete(tmp_path):
 def test_files_of_others_are_never_replaced(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(LorafoldError, match="holds files that lorafold did not write"):
+    with pytest.raises(LorafoldError, match="contains files that lorafold did not write"):
         check_out(tmp_path / "thesis", overwrite=True)
     with pytest.raises(LorafoldError, match="is not a directory"):
         check_out(tmp_path / "thesis" / "chapter.tex", overwrite=True)
@@ -190,7 +190,7 @@ with atomic_directory({str(out)!r}) as tmp:
 def test_a_process_killed_between_its_two_renames_loses_nothing(tmp_path):
     out = tmp_path / "out"
     leftover(out, dead_pid(), "old")
-    with pytest.raises(LorafoldError, match="holds files"):
+    with pytest.raises(LorafoldError, match="contains files"):
         check_out(out)
     assert (out / "weights").read_text() == "left"
     assert os.listdir(tmp_path) == ["out"]
@@ -219,7 +219,7 @@ def test_json_is_replaced_in_one_step(tmp_path):
 
 
 def test_a_directory_is_no_file_to_write(tmp_path: Path) -> None:
-    said = f"{tmp_path}: found a directory, expected the name of a file"
+    said = f"{tmp_path}: found a directory, expected a file name"
     assert refusal(write_json, tmp_path, {}) == said
     assert not [*tmp_path.iterdir()]
 

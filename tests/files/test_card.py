@@ -30,7 +30,7 @@ def test_the_card_says_whether_peft_reads_it(name: str, tiny_model: Any, tmp_pat
         reads = True
     _, front, text = (tmp_path / "a" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert ("from peft import PeftModel" in text) is reads
-    assert ("PEFT has no such adapters and refuses these files" in text) is not reads
+    assert ("PEFT does not support this type of adapter" in text) is not reads
     assert ("in PEFT's format" in text) is reads
     assert yaml.safe_load(front)["library_name"] == ("peft" if reads else "lorafold")
 

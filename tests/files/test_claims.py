@@ -109,7 +109,7 @@ def test_a_claim_that_nobody_touches_runs_out_and_its_holder_ends(start, tmp_pat
     first.send_signal(signal.SIGCONT)
     told = first.communicate()[1]
     assert first.returncode == -signal.SIGTERM
-    assert f"a{CLAIM}: lost to another worker" in told
+    assert f"a{CLAIM}: taken over by another worker" in told
     (tmp_path / "a.hold").unlink()
     assert second.wait() == 0
     assert made(tmp_path) == [("a", first.pid), ("a", second.pid)]
@@ -161,7 +161,7 @@ def test_claims_on_other_work_are_told(tmp_path: Path) -> None:
         assert said == []
         report_other_claims([tmp_path / "lora-0-bb.json"], said.append)
     assert len(said) == 1
-    assert said[0].startswith("found claims on lora-0-aa.json, which is other work")
+    assert said[0].startswith("found claims on other work (lora-0-aa.json)")
 
 
 @pytest.mark.parametrize(("written", "found"), [(None, "none"), ("b", "another"), ("a\n", None)])

@@ -49,8 +49,8 @@ def flip(file: Path, seed: int) -> None:
 
 
 def says_damaged(message: str, file: str) -> bool:
-    why = "content differs from the manifest: damaged, or changed by hand; restore it, or delete"
-    return f"{file}: {why} {MANIFEST} if you changed it yourself" in message
+    why = "content differs from the manifest: the files were damaged or edited; restore them, or"
+    return f"{file}: {why} delete {MANIFEST} if you edited them" in message
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_file_of_another_size_says_its_size(adapter: Path, tiny_model) -> None
     size = (adapter / WEIGHTS).stat().st_size
     (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-1])
     message = refusal(lf.load, tiny_model("llama"), adapter)
-    assert message.startswith(f"{adapter}: {WEIGHTS}: {size - 1} bytes, expected {size}: damaged")
+    assert message.startswith(f"{adapter}: {WEIGHTS}: {size - 1} bytes, expected {size}: the files")
 
 
 @pytest.mark.parametrize("file", ["model-00002-of-*.safetensors", "model.*.index.json"])
@@ -273,7 +273,7 @@ def test_without_a_manifest_of_ours_all_is_as_ever(manifest, base, adapter, tiny
 def test_a_manifest_that_is_none(manifest: bytes, base: Path, adapter: Path, told) -> None:
     (adapter / MANIFEST).write_bytes(manifest)
     line = told("generate", "--prompt", "Book", "--model", base, "--adapter", adapter)
-    assert line.startswith(f"error: {adapter}: {MANIFEST}: not readable as a manifest: damaged, or")
+    assert line.startswith(f"error: {adapter}: {MANIFEST}: not readable as a manifest: the files")
 
 
 def test_each_file_is_hashed_once_a_load(base, adapter: Path, merged: Path, monkeypatch) -> None:

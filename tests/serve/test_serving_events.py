@@ -82,7 +82,7 @@ def test_the_list_comes_first_and_then_what_changed_alone(server: Running) -> No
             registry.load(name)
         assert names(next(events)) == ["b"]
         server.parts.host.draining = True
-        assert next(events)["status"] == "the server is about to end"
+        assert next(events)["status"] == "the server is shutting down"
         assert next(events, None) is None
         assert server.ask(PATH, key=key).code == "not_ready"
         server.parts.host.draining = False
@@ -123,7 +123,7 @@ def test_a_listener_learns_at_once_what_is_and_that_the_server_ends(server, monk
         monkeypatch.setattr(Directory, "page", lambda d, n: described.append(n) or page(d, n))
         server.parts.registry.pin("a", False)
         server.parts.host.draining = True
-        assert next(events)["status"] == "the server is about to end"
+        assert next(events)["status"] == "the server is shutting down"
         assert {*described} <= {"a"}  # of ten thousand models the others make no work
         began = time.monotonic()
         assert next(events, None) is None

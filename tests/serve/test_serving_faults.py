@@ -76,7 +76,7 @@ def test_a_quarantine_holds_where_it_cannot_be_kept(server: Running, caplog):
     answer = server.manage("a", "quarantine")
     assert answer.status == 200, answer.content
     assert server.complete("a", "The").code == "adapter_quarantined"
-    assert "the quarantine of a can't be kept" in caplog.text
+    assert "the quarantine of a can't be saved" in caplog.text
 
 
 def test_other_files_are_not_in_quarantine(llama, tmp_path):

@@ -102,7 +102,7 @@ def test_a_path_to_the_directory_s_entry_is_its_name(server: Running, tmp_path: 
 def test_a_load_may_refuse_to_replace(server: Running) -> None:
     again = load(server, load_inplace=False)
     assert again.json["error"]["param"] == "load_inplace"
-    assert "has already been loaded" in again.json["error"]["message"]
+    assert "is already loaded" in again.json["error"]["message"]
     assert load(server, load_inplace=True, base_model_name="any").status == 200
     named = {"lora_name": "a", "lora_int_id": 1}
     assert server.ask("/v1/unload_lora_adapter", named, ADMIN).status == 200

@@ -238,7 +238,7 @@ def test_a_key_is_revoked_whatever_became_of_the_file_before(tmp_path, fault, st
     file.chmod(0o600)
     os.utime(file, ns=(when + step, when + step))
     assert keys.caller(f"Bearer {stays}").tenant == "stays"
-    with pytest.raises(Refusal, match="no valid key"):
+    with pytest.raises(Refusal, match="no valid API key"):
         keys.caller(f"Bearer {goes}")
 
 
@@ -302,7 +302,7 @@ def test_links_and_borrowed_files_are_refused(tmp_path, llama):
     assert directory.locate("good") == folder / "good"
     for name, told in {
         "linked": "leads outside", "weights": "leads outside", "..": "letters",
-        "piped": "neither a file", "sealed": "leads outside",
+        "piped": "expected a regular file", "sealed": "leads outside",
     }.items():  # fmt: skip
         with pytest.raises(LorafoldError, match=told):
             directory.locate(name)
@@ -320,7 +320,7 @@ def test_links_and_borrowed_files_are_refused(tmp_path, llama):
         assert server.text("good", "The")
         assert sorted(server.parts.registry.rejected) == ["borrowed", *wrong]
         for name in ("borrowed", "hard"):
-            assert "more than one link" in server.parts.registry.rejected[name]
+            assert "several hard links" in server.parts.registry.rejected[name]
         assert server.load("good").status == 200
 
 

@@ -67,13 +67,13 @@ def test_the_metrics_are_open_only_where_nothing_closes_them(tmp_path: Path) -> 
     keys = tmp_path / "keys.json"
     new_key(keys, "acme", ["*"])
     Keys(None, None).check_metrics(None)
-    with pytest.raises(Refusal, match="no --metrics-key-file"):
+    with pytest.raises(Refusal, match="without --metrics-key-file"):
         Keys(keys, None).check_metrics(None)
     for file in (None, keys):
-        with pytest.raises(Refusal, match="no key for the metrics"):
+        with pytest.raises(Refusal, match="no valid key for metrics"):
             Keys(file, None, tmp_path / "scrape").check_metrics("Bearer x")
         Keys(file, None, tmp_path / "scrape").check_metrics(f"Bearer {SCRAPE}")
-    with pytest.raises(LorafoldError, match="expected one of its own"):
+    with pytest.raises(LorafoldError, match="expected another key for metrics"):
         Keys(None, tmp_path / "scrape", tmp_path / "scrape")
 
 
@@ -164,7 +164,7 @@ def test_counts_survive_a_restart(llama: Path, tmp_path: Path) -> None:
         after = complete(server, key)
     assert (before.code, after.code) == ("token_limit_day", "token_limit_day")
     kept.write_text("{")
-    told = pytest.raises(LorafoldError, match=r"state-tokens.json: .*move it away")
+    told = pytest.raises(LorafoldError, match=r"state-tokens.json: .*fix or move the file")
     with told, running(model, folder, {"acme": ["*"]}):
         pass
 
@@ -191,7 +191,7 @@ def test_counts_begin_anew_with_the_time(tmp_path: Path) -> None:
     assert refused() == ("token_limit_day", DAY - 60)
     asyncio.run(spent.save())
     again = TokenUsage(tmp_path / "spent.json", lambda: True, lambda: now[0])
-    with pytest.raises(Refusal, match="25 tokens were used this day, the key allows 25"):
+    with pytest.raises(Refusal, match="25 tokens were used this day, and the key's limit is 25"):
         again.check(caller)
     now[0] += DAY
     again.check(caller)
@@ -206,7 +206,7 @@ def test_counts_that_cannot_be_kept_are_told_once(tmp_path: Path, caplog: Any) -
     for _ in range(3):
         spent.add("t", 1)
         asyncio.run(spent.save())
-    assert caplog.text.count("the tokens of tenants can't be kept") == 1
+    assert caplog.text.count("the tenants' token counts can't be saved") == 1
 
 
 def test_old_files_of_keys_stay_readable_and_as_they_were(tmp_path: Path) -> None:

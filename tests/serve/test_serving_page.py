@@ -192,7 +192,7 @@ def test_what_is_refused_is_told_as_text(visit: Any) -> None:
     assert page.locator(".question .text").text_content() == EVIL
     assert page.locator(".answer h3").last.text_content() == EVIL
     told = page.locator(".answer .error").last.text_content()
-    assert f"found no {EVIL!r}" in told
+    assert f"{EVIL!r} does not exist" in told
     assert told.endswith("(model_not_found)")
     ask(page, "long " * 600)
     assert "(context_length_exceeded)" in page.locator("li:last-child .error").first.text_content()
@@ -218,7 +218,7 @@ def test_what_a_model_writes_is_text_however_it_arrives(visit: Any) -> None:
     one, other = page.locator(".answer .error").all_text_contents()
     assert {one, other} == {
         f"{EVIL} (total_timeout)",
-        "The connection to the server was lost: the answer broke off",
+        "The connection to the server was lost: the stream ended early",
     }
     assert page.locator(".reasoning .text").all_text_contents() == ["Hm <b>"] * 2
     assert ask(page, "Hello again") == [EVIL, EVIL]
@@ -280,7 +280,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(visit, llama, adapters
         assert chat.is_hidden()
         field.fill("lf-wrong")
         page.keyboard.press("Enter")
-        sync.expect(page.locator("#key-wrong")).to_have_text("The server does not know this key.")
+        sync.expect(page.locator("#key-wrong")).to_have_text("The server does not accept this key.")
         field.fill(f" {key} ")
         page.keyboard.press("Enter")
         sync.expect(chat).to_be_visible()
@@ -290,7 +290,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(visit, llama, adapters
         assert key not in page.content()
 
         with page.context.expect_page() as opened:
-            page.get_by_role("link", name="inside lora").click()
+            page.get_by_role("link", name="inspect lora").click()
         assert key not in opened.value.url
         see_inspected(opened.value)
         page.reload()
@@ -303,7 +303,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(visit, llama, adapters
 def test_the_inspected_page_opens_as_it_is_and_shut(visit: Any) -> None:
     page = visit()
     with page.context.expect_page() as opened:
-        page.get_by_role("link", name="inside lora").click()
+        page.get_by_role("link", name="inspect lora").click()
     see_inspected(opened.value)
 
 
@@ -322,7 +322,7 @@ def test_a_server_that_is_gone_is_told_and_waited_for(visit, site, llama, adapte
         sync.expect(page.locator("#rows tr")).to_have_count(4)
         sync.expect(trouble).to_be_empty()
         server.parts.host.draining = True
-        sync.expect(trouble).to_contain_text("not ready: the server is about to end")
+        sync.expect(trouble).to_contain_text("not ready: the server is shutting down")
         server.parts.host.draining = False
         sync.expect(trouble).to_be_empty()
     sync.expect(trouble).to_contain_text("does not answer")

@@ -226,7 +226,7 @@ def test_ten_thousand_models_are_searched_filtered_and_sorted(page: Any) -> None
     page.get_by_role("button", name="Tokens").click()
     assert names.all_text_contents()[0] == "a-09990"
     page.fill("#search", "nothing like it")
-    sync.expect(shown).to_have_text("no such model")
+    sync.expect(shown).to_have_text("no matching models")
 
     page.fill("#search", "")
     page.select_option("#states", "wrong")
@@ -240,7 +240,7 @@ def test_ten_thousand_models_are_searched_filtered_and_sorted(page: Any) -> None
     page.select_option("#states", "")
     page.get_by_role("button", name="ask a-00002").click()
     assert page.locator("#right").input_value() == "a-00002"
-    sync.expect(page.locator("#trouble")).to_contain_text("The server ended its stream")
+    sync.expect(page.locator("#trouble")).to_contain_text("The server closed the connection")
 
 
 @pytest.mark.slow
@@ -254,7 +254,7 @@ def test_an_administrator_changes_adapters_and_aliases(page: Any, site: Running)
     sync.expect(page.get_by_label("Key", exact=True)).to_be_focused()
     page.keyboard.type("another key of letters")
     page.keyboard.press("Enter")
-    sync.expect(page.locator("#key-wrong")).to_contain_text("found no key for administration")
+    sync.expect(page.locator("#key-wrong")).to_contain_text("found no valid administrator key")
     page.fill("#key", ADMIN)
     page.keyboard.press("Enter")
     sync.expect(rows).to_have_count(4)

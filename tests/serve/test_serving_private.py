@@ -187,13 +187,13 @@ def test_the_death_of_the_engine_and_lost_tasks_are_told_without_messages(
         boom()
 
     host._loop.call_soon_threadsafe(lambda: host._loop.create_task(lost()) and None)
-    until(lambda: "on the event loop" in written.getvalue())
+    until(lambda: "event loop error" in written.getvalue())
     engine = server.engine
     monkeypatch.setattr(engine, "step", boom)
     engine.wake()
     until(lambda: server.engine is not engine and not host.ready)
     text = check_private(written)
-    assert "the thread lorafold-engine ended" in text
+    assert "the thread lorafold-engine failed" in text
     assert "ValueError" in text
 
 
@@ -260,7 +260,7 @@ def test_lines_that_repeat_one_are_counted(written: io.StringIO, monkeypatch) ->
     log = logging.getLogger("lorafold.serving.verifier")
     flood()
     log.info("another line")
-    told = "on the event loop: socket.accept() out of system resource"
+    told = "event loop error: socket.accept() out of system resource"
     assert written.getvalue().count("out of system resource") == 1
     assert written.getvalue().count("another line") == 1
     monkeypatch.setattr(logs, "EACH", -1.0)

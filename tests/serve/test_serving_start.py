@@ -140,7 +140,7 @@ def test_new_directories_and_mended_ones_are_seen(folder, llama, caplog) -> None
         (folder / "d" / "adapter_config.json").write_bytes(right)
         until(lambda: "d" in server.parts.registry.adapters)
         assert server.text("d", "Hello") == server.text("b", "Hello")
-    assert any(record.getMessage().startswith("not served: d: ") for record in caplog.records)
+    assert any(r.getMessage().startswith("adapter d is not served: ") for r in caplog.records)
 
 
 def test_what_comes_while_nothing_can_be_opened_is_seen_afterwards(folder, llama, caplog) -> None:
@@ -149,7 +149,7 @@ def test_what_comes_while_nothing_can_be_opened_is_seen_afterwards(folder, llama
         with no_descriptors():
             (folder.parent / "c").rename(folder / "c")
             os.utime(folder, (10**9, 10**9))  # as if that was long ago
-            until(lambda: "the directory can't be read" in caplog.text)
+            until(lambda: "the directory of adapters can't be read" in caplog.text)
         until(lambda: server.complete("c", "Hello").status == 200, 5)
 
 
@@ -199,7 +199,7 @@ def test_an_adapter_that_names_another_base_is_served_and_told(folder, llama, ca
         assert server.text("a", "Hello")
         notes = server.ask("/admin/adapters", key=ADMIN).json["notes"]
     assert set(notes) == {"a"}
-    assert "it names the base 'somebody/another-base'" in notes["a"]
+    assert "names the base 'somebody/another-base'" in notes["a"]
     assert any("somebody/another-base" in record.getMessage() for record in caplog.records)
 
 
@@ -209,7 +209,7 @@ def test_an_adapter_that_was_trained_on_other_weights_is_told(folder, llama) -> 
     with running(llama, folder) as server:
         assert server.text("q", "Hello")
         notes = server.ask("/admin/adapters", key=ADMIN).json["notes"]
-    assert notes == {"q": "it was trained on nf4 weights: over fp32 ones it is another model"}
+    assert notes == {"q": "trained on nf4 weights but served on fp32 ones, so outputs differ"}
 
 
 def test_adapters_that_differ_in_values_alone_are_checked_against_the_base_once(
@@ -235,7 +235,7 @@ def test_what_memory_has_no_room_for_is_refused_by_its_header(folder, llama) -> 
     with running(llama, folder, adapter_bytes=32 << 20) as server:
         told = server.ask("/admin/adapters", key=ADMIN).json["wrong"]
         assert told.keys() == {"large"}
-        assert "found 16,777,216 numbers, expected at most 8,388,608" in told["large"]
+        assert "found 16,777,216 parameters, expected at most 8,388,608" in told["large"]
         assert server.text("a", "Hello")
 
 
@@ -281,23 +281,23 @@ def test_what_it_does_not_start_with(tiny_model_dir, adapters, tmp_path):
     both = ("--model", model, "--adapters", str(adapters))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"--port {port}: 127.0.0.1 can't be listened at" in refused(*both, "--port", port)
-    assert "keys are needed" in refused(*both, "--host", "0.0.0.0")
+        assert f"--port {port}: can't listen on 127.0.0.1" in refused(*both, "--port", port)
+    assert "keys are required" in refused(*both, "--host", "0.0.0.0")
     assert "--adapters" in refused("--model", model)
     nowhere = str(tmp_path / "nowhere")
-    assert "found no directory" in refused("--model", model, "--adapters", nowhere)
+    assert "not an existing directory" in refused("--model", model, "--adapters", nowhere)
     assert nowhere in refused("--model", nowhere, "--adapters", str(adapters), "--port", "0")
     assert "can't be read" in refused(*both, "--keys", nowhere)
     assert "can't be read" in refused(*both, "--admin-key-file", nowhere)
     (tmp_path / "short").write_text("abc")
-    assert "expected 16" in refused(*both, "--admin-key-file", str(tmp_path / "short"))
+    assert "expected at least 16" in refused(*both, "--admin-key-file", str(tmp_path / "short"))
     config = tmp_path / "serve.yaml"
     for text, told in {
-        "slot: 4": "slot: unknown, expected one of host, port",
-        "limits: {queues: 4}": "limits.queues: unknown, expected one of body_bytes",
+        "slot: 4": "slot: unknown setting, expected one of host, port",
+        "limits: {queues: 4}": "limits.queues: unknown setting, expected one of body_bytes",
         "slots: 0": "slots: found 0",
         "slots: many": "slots: found 'many'",
-        "- 1": "expected settings by name",
+        "- 1": "expected a mapping of settings",
         "a: [": "not YAML",
     }.items():
         config.write_text(text)
@@ -358,7 +358,7 @@ def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters, tmp_path):
         limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
         assert limits == (HARD, HARD)
         assert "3 adapters: a, b, wrong" in told
-        assert "no adapters: notes" in told
+        assert "ignored (no adapter_config.json): notes" in told
         assert f"listening at http://127.0.0.1:{port}" in told
         curl = lines[-3].strip()
         answer = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True)
@@ -375,7 +375,7 @@ def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters, tmp_path):
         out = running.communicate(timeout=60)[1]
         assert running.returncode == 0
         logged = [json.loads(line) for line in out.splitlines()]
-        why = "not served: wrong: adapter_config.json: peft_type 'LOHA?'"
+        why = "adapter wrong is not served: adapter_config.json: peft_type 'LOHA?'"
         assert [line for line in logged if line["message"].startswith(why)]
         asked = [line for line in logged if line.get("path") == "/v1/completions"]
         assert asked[0]["outcome"] == "ok"

@@ -281,6 +281,6 @@ def test_a_template_that_writes_no_json_has_no_schema_beside_tools(tiny_model_di
     set_template(tokenizer, tmp_path / "pairs.jinja")
     renderer = Renderer(tokenizer, frozenset(), frozenset())
     for schema, field in ((None, "tool_choice"), ("{}", "response_format")):
-        with pytest.raises(Refusal, match="does not write tool calls as JSON") as refused:
+        with pytest.raises(Refusal, match="does not format tool calls as JSON") as refused:
             renderer.call_grammar([TOOL], ["look"], lambda grammar: None, schema)
         assert refused.value.param == field

@@ -171,7 +171,7 @@ def test_what_was_verified_is_what_is_opened(server: Running, monkeypatch) -> No
         return found
 
     monkeypatch.setattr(Sandbox, "verify", then_changed)
-    with pytest.raises(LorafoldError, match="changes while it is read"):
+    with pytest.raises(LorafoldError, match="changed while it was read"):
         server.parts.registry.load("own")
     assert said(server, "own") == before
 
@@ -206,9 +206,9 @@ def test_digests_of_the_old_form_are_understood(llama, tmp_path, caplog) -> None
         assert said(server, f"own@{old['own'][:8]}") == said(server, "it")
         assert said(server, "it") == (404, "model_not_found")
         keys = {name: one.key for name, one in found.items()}
-    told = [r.getMessage() for r in caplog.records if "old form" in r.getMessage()]
+    told = [r.getMessage() for r in caplog.records if "old format" in r.getMessage()]
     assert len(told) == 3  # once for each version
-    assert f"high@{old['high'][:12]} is a digest of the old form" in told[-1]
+    assert f"high@{old['high'][:12]} is a digest in the old format" in told[-1]
     assert told[-1].endswith(f"use {keys['high']}")
 
 
@@ -277,8 +277,8 @@ def test_a_digest_that_may_be_of_another_version_stands_for_nothing(
         assert said(server, f"low@{digest[:12]}") == (404, "model_not_found")
         assert said(server, "it") == (404, "model_not_found")
         key = server.parts.registry.adapters["low"].key
-    told = [r.getMessage() for r in caplog.records if "old form" in r.getMessage()]
+    told = [r.getMessage() for r in caplog.records if "old format" in r.getMessage()]
     assert told == [
-        f"low@{digest[:12]} is a digest of the old form, or of another version without a tokenizer,"
-        f" so that it stands for nothing now; use {key}"
+        f"low@{digest[:12]} is a digest in the old format, which is ambiguous without a manifest"
+        f" and therefore matches no version; use {key}"
     ]

@@ -184,7 +184,7 @@ def test_a_damaged_mixture_is_refused(key: str, change: Any, message: str, llama
 def test_updates_without_factors_are_cut_into_a_mixture(llama, pair, tmp_path) -> None:
     lokr = make_adapter(llama, tmp_path / "lokr", spec=lf.LoKr(rank=2), targets=["v_proj"])
     adapters = [pair[0], lokr]
-    with pytest.raises(LorafoldError, match="give --rank"):
+    with pytest.raises(LorafoldError, match="pass --rank"):
         write_mixture(job(llama, adapters), tmp_path / "none", "global")
     assert write_mixture(job(llama, adapters, rank=32), tmp_path / "whole", "global") < ROUNDING
     assert 0.001 < write_mixture(job(llama, adapters, rank=4), tmp_path / "cut", "global") < 1

@@ -180,7 +180,7 @@ def test_a_page_without_matplotlib_has_all_but_its_plots(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     made = drawing(lambda axes: None, "Loss", "It fell.")
     assert "<svg" not in made
-    assert "Loss</b> It fell. Not drawn: install lorafold[plots]." in made
+    assert "Loss</b> It fell. To see this plot, install lorafold[plots]." in made
 
 
 def test_an_inspection_describes_the_method_in_words() -> None:

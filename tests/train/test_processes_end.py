@@ -245,7 +245,7 @@ def test_tasks_of_srun_are_one_run(command: tuple[str, ...], tmp_path: Path) -> 
 def test_a_launcher_that_starts_one_of_several(command: tuple[str, ...], tmp_path: Path) -> None:
     left = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     run = (*command, "--set", "steps=2", "--out", str(tmp_path / "out"))
-    assert "accelerate launch started one process" in the_line(
+    assert "accelerate launch started only one process" in the_line(
         together(1, tmp_path, *run, environments=[left]), 2
     )
 

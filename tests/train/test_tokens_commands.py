@@ -238,7 +238,7 @@ def test_templates_that_cannot_be_used_are_one_line(tiny_model_dir, tmp_path: Pa
     for name, content, message in [
         ("none", None, "can't be read: No such file or directory"),
         ("broken", b"{% for m in messages %}\n{{ m.content }", "line 2: unexpected '}'"),
-        ("bytes", b"\xff\xfe", "can't be read: it is no text"),
+        ("bytes", b"\xff\xfe", "can't be read: it is not UTF-8 text"),
         ("empty", b" \n", "found an empty file"),
     ]:
         path = tmp_path / f"{name}.jinja"

@@ -325,7 +325,7 @@ def test_evaluation_best_checkpoint_and_warm_start(llama, tmp_path: Path) -> Non
 def test_an_existing_out_is_refused_before_anything_is_done(llama, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "precious").write_text("x")
-    with pytest.raises(LorafoldError, match="holds files that lorafold did not write"):
+    with pytest.raises(LorafoldError, match="contains files that lorafold did not write"):
         trained(llama, tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 

@@ -76,8 +76,8 @@ class Job:
         """The rows to learn from, by task."""
         if not self.request.examples:
             raise LorafoldError(
-                "lorahub and mixture learn from rows, found none; give --examples, or --data, of"
-                " which they take half"
+                "--how lorahub and --how mixture need rows to learn from; pass --examples, or"
+                " --data, half of which they use"
             )
         return self.request.examples
 

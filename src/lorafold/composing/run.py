@@ -98,7 +98,7 @@ def check(request: ComposeRequest) -> None:
         if request.ways.count(way) > 1
     ]
     if "lorahub" in request.ways and find_spec("cma") is None:
-        problems.append("--how lorahub: found no cma, expected it; install lorafold[lorahub]")
+        problems.append("--how lorahub: the package cma is missing; install lorafold[lorahub]")
     problems += ["--adapter: found none, expected at least one"] * (not request.adapters)
     weights, n = len(request.weights), len(request.adapters)
     if weights and weights != n:
@@ -106,7 +106,7 @@ def check(request: ComposeRequest) -> None:
             f"--weight: found {weights}, expected one for each of the {n} adapters, in their order"
         )
     if weights and (learned := [way for way in request.ways if way in LEARNED]):
-        problems.append(f"--weight: {' and '.join(learned)} learns the weights; leave it out")
+        problems.append(f"--weight: learned by --how {' and '.join(learned)}; remove this option")
     if request.density is not None and not 0 < request.density <= 1:
         problems.append(
             f"--density: found {request.density:g}, expected a share above 0, at most 1"
@@ -121,7 +121,7 @@ def check(request: ComposeRequest) -> None:
         "--set": (any(getattr(recipe, f) != getattr(RECIPE, f) for f in fields), ["mixture"]),
     }
     problems += [
-        f"{option}: used by --how {' and '.join(users)} only; leave it out"
+        f"{option}: used by --how {' and '.join(users)} only; remove this option"
         for option, (given, users) in options.items()
         if given and not {*users} & {*request.ways}
     ]

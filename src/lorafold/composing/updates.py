@@ -244,8 +244,8 @@ def rank_of(update: Additive, path: str) -> int:
     """The rank of an update."""
     if (factors := update.factors()) is None:
         raise LorafoldError(
-            f"{path}: found {type(update).__name__}, which is not a product of two factors and has"
-            " no rank of its own; give --rank"
+            f"{path}: found {type(update).__name__}, which is not a product of two factors and so"
+            " has no rank; pass --rank"
         )
     return factors[1].shape[-2]
 

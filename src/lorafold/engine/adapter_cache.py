@@ -99,7 +99,7 @@ class AdapterCache:
             if name not in self._names:
                 known = ", ".join(sorted(self._names)[:8]) or "none"
                 raise LorafoldError(
-                    f"adapter: found {name!r}, expected one of those loaded: {known}"
+                    f"adapter: found {name!r}, expected one of the loaded adapters: {known}"
                 )
             return self._names[name]
 
@@ -177,8 +177,8 @@ class AdapterCache:
     def _check_strikes(self, entry: KnownAdapter) -> None:
         if entry.strikes >= self.strikes:
             raise LorafoldError(
-                f"adapter {entry.name!r}: in quarantine, since the logits of {entry.strikes} of its"
-                " requests were not finite; load other files under this name"
+                f"adapter {entry.name!r}: in quarantine, because {entry.strikes} requests had NaN"
+                " or infinite logits; load other files under this name"
             )
 
     def _keep(self, entry: KnownAdapter, loaded: LoadedAdapter) -> None:
@@ -218,7 +218,7 @@ class AdapterCache:
                 else:
                     raise LorafoldError(
                         f"adapter {entry.name!r}: found {loaded.nbytes:,} bytes, expected at most"
-                        f" {self.budget:,} in total, including pinned adapters"
+                        f" {self.budget:,} for this adapter and all pinned ones"
                     )
                 old = self._names.get(entry.name)
                 if naming and (old is None or old.generation < entry.generation):

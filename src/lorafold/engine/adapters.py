@@ -138,7 +138,7 @@ def _check(read: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> Non
         digests = [", ".join(identity[:12] for identity in each) for each in (actual, expected)]
         raise LorafoldError(
             f"{paths} changed since it was loaded: found digest {digests[0]}, expected"
-            f" {digests[1] or 'none'}; load it again"
+            f" {digests[1] or 'none'}; load the adapter again"
         )
 
 
@@ -206,8 +206,8 @@ class Reader:
                     parts.setdefault(path, []).extend(deltas)
         if needed and any(isinstance(d, TokenRows) for deltas in parts.values() for d in deltas):
             raise LorafoldError(
-                f"{stack[-1].path}: it lies over another adapter, and one of them has rows of"
-                " tokens, which are served alone only; merge them"
+                f"{stack[-1].path}: stacked adapters can't be served if one of them has trainable"
+                " tokens; merge the adapters"
             )
         return {path: d[0] if len(d) == 1 else Stack(d) for path, d in parts.items()}
 

@@ -135,8 +135,8 @@ class Engine:
         only(self.model, *on_model)  # raises unless they are attached
         if active := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
-                f"adapter {active}: found it active, so it belongs to the base, expected an engine"
-                " that was opened inside lf.only(model)"
+                f"adapter {active}: already active on the model, so the engine's base includes it;"
+                " open the engine inside lf.only(model)"
             )
         deltas = attached(self.model, on_model)
         size, alone = vocabulary(self.model, parts_of(deltas)), self._as_trained
@@ -172,13 +172,13 @@ class Engine:
         prompt, n, k = request.prompt, request.max_new_tokens, request.prompt_logprobs
         length, why, least = self.length, self.structure.why, 1 if k is None else 0
         checks = {
-            f"id: found {request.id!r}, which is running, expected another": (
+            f"id: found {request.id!r}, the id of a running request, expected a new one": (
                 request.id not in self._rows
             ),
             "prompt: found no tokens, expected at least one": bool(prompt),
             f"max_new_tokens: found {n}, expected 1 or more, or 0 with prompt_logprobs": n >= least,
             f"prompt and max_new_tokens: found {len(prompt)} + {n} tokens, expected at most"
-            f" {length}": n < least or len(prompt) + n <= length,
+            f" {length} in total": n < least or len(prompt) + n <= length,
         }
         for name, ids in (("prompt", prompt), ("logit_bias", request.sampling.logit_bias)):
             for i in ids:
@@ -191,7 +191,7 @@ class Engine:
             | {
                 f"{scores} 0 to 20, or None": k is None or 0 <= k <= 20,
                 f"{scores} None for this model, since {why}": k is None or not why,
-                "stop: found a text, expected none, since the engine has no tokenizer": (
+                "stop: stop strings need a tokenizer, and this engine has no tokenizer": (
                     self.tokenizer is not None or not request.sampling.stop
                 ),
             }
@@ -238,7 +238,7 @@ class Engine:
 
     def forget(self) -> None:
         if self._rows:
-            raise LorafoldError(f"engine: found {len(self._rows)} requests, expected none to run")
+            raise LorafoldError(f"engine: found {len(self._rows)} active requests, expected none")
         self._runner.rebuild()
 
     def start(self, after: Callable[[], None] = lambda: None) -> None:
@@ -290,7 +290,7 @@ class Engine:
         if isinstance(error, LorafoldError):
             message = fault = str(error)
         if isinstance(error, Unfit):
-            fault, setting = f"its {error.setting} admits no more", error.setting
+            fault, setting = f"its {error.setting} allows no further token", error.setting
         self._end(row, "failed", message, fault, setting)
 
     def _end(

@@ -114,8 +114,8 @@ class Packed:
             known[shape] = steady(self._kernel, x, -self._kernel(x))
             if known[shape] > FEW:
                 log.warning(
-                    "products with %s matrices of %s depend on the number of rows here, so they"
-                    " are computed %d rows at a time", *shape[::-1], FEW,
+                    "on this CPU, matmuls with %s matrices of shape %s depend on the number of"
+                    " rows, so they are computed %d rows at a time", *shape[::-1], FEW,
                 )  # fmt: skip
         self._least = known[shape]
         self._x: Tensor | None = None

@@ -184,9 +184,9 @@ class SlotAdapters:
             least = max(2, plain_products(shapes, dtype))
             if least > FEW and self._slots > 1:
                 log.warning(
-                    "torch's products in %s depend on the number of rows here, so where the"
-                    " engine computes with them (quantized weights, adapters that are no low-rank"
-                    " products) they are computed %d rows at a time", dtype, FEW,
+                    "on this CPU, torch's matmuls in %s depend on the number of rows, so the"
+                    " engine computes them %d rows at a time (quantized weights, and adapters that"
+                    " are not low-rank)", dtype, FEW,
                 )  # fmt: skip
                 self.in_blocks = True
             self._least[dtype] = least if least <= FEW else 2

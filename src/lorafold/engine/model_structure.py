@@ -112,10 +112,10 @@ def probe(model: Any) -> Structure:
                 inputs = _Inputs(model, stack)
                 together = _in_slots(model, prompts).float()
         except Exception as error:
-            return Structure(f"it can't run in slots ({type(error).__name__}: {error})")
+            return Structure(f"the model can't be batched ({type(error).__name__}: {error})")
     eps = max(1e-5, 16 * torch.finfo(model.dtype).eps)
     if not (together - alone).norm() <= eps * alone.norm():
-        return Structure("in slots it computes other logits than alone")
+        return Structure("the model's logits change when requests are batched")
     rowwise = frozenset(path for path, fits in inputs.rows.items() if fits)
     sizes = defaultdict(list)
     for path, module in Anatomy.of(model).modules:
@@ -182,8 +182,8 @@ def take_model(model: Any, stack: ExitStack) -> None:
     """Reserves a model for one engine, without gradients, until the stack is closed."""
     if TAKEN in vars(model):
         raise LorafoldError(
-            "engine: found another one that has this model, expected that to be closed, or its"
-            " completion to be read to the end"
+            "engine: another engine is using this model; close that engine, or read its completion"
+            " to the end"
         )
     vars(model)[TAKEN] = True
     stack.callback(vars(model).pop, TAKEN)

@@ -70,7 +70,7 @@ class Operations:
 
 def available(device: str, as_trained: bool = False) -> Operations:
     if why := use(DECODING, device):
-        log.info("the engine's operations run in torch: %s", why)
+        log.info("the engine uses torch instead of its own kernels: %s", why)
     return Operations("" if why else device, as_trained)
 
 
@@ -89,7 +89,7 @@ def slot_mask(
         others = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
         return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **others)
     if protocol.get("use_vmap") or protocol.get("attention_mask") is not None:
-        raise NotImplementedError("a mask that is no predicate on the positions of all rows")
+        raise NotImplementedError("the attention mask is not a function of positions only")
     device, kv_offset = protocol.get("device", "cpu"), protocol.get("kv_offset", 0)
     b = torch.arange(batch_size, device=device)[:, None, None, None]
     i = (q_offset[:, None] + torch.arange(q_length, device=device))[:, None, :, None]
@@ -203,7 +203,7 @@ class InBlocks(TorchDispatchMode):
 
 
 def lacks(device: str) -> str:
-    return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected one on a CPU"
+    return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected the CPU"
 
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:

@@ -51,7 +51,7 @@ class Sampling:
         values += [("logit_bias", x) for x in self.logit_bias.values()]
         require(
             {
-                f"{name}: found {x!r:.40}, expected a finite number of float32": (
+                f"{name}: found {x!r:.40}, expected a finite float32 number": (
                     isinstance(x, int | float) and abs(x) <= LARGEST
                 )
                 for name, x in values
@@ -60,7 +60,7 @@ class Sampling:
         checks = {
             f"temperature: found {self.temperature}, expected 0 or more": self.temperature >= 0,
             f"top_k: found {self.top_k}, expected 0 or more": self.top_k >= 0,
-            f"top_p: found {self.top_p}, expected above 0, at most 1": 0 < self.top_p <= 1,
+            f"top_p: found {self.top_p}, expected above 0 and at most 1": 0 < self.top_p <= 1,
             f"min_p: found {self.min_p}, expected 0 to 1": 0 <= self.min_p <= 1,
             f"repetition_penalty: found {self.repetition_penalty}, expected above 0": (
                 self.repetition_penalty > 0
@@ -68,10 +68,10 @@ class Sampling:
             f"logprobs: found {self.logprobs}, expected 0 to 20, or None": (
                 self.logprobs is None or 0 <= self.logprobs <= 20
             ),
-            "schema, regex, lark: found several, expected one": (
+            "schema, regex, lark: found several, expected at most one": (
                 (self.schema, self.regex, self.lark).count(None) > 1
             ),
-            "stop: found an empty text, expected at least one character": all(self.stop),
+            "stop: found an empty string, expected at least one character": all(self.stop),
         }
         require(checks)
 

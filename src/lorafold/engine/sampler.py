@@ -30,7 +30,7 @@ Allowed = Callable[[Sequence[int]], Tensor | None]
 AT_ONCE = 4  # rows computed together: 16 exceed a CPU cache and run at half the speed
 FEW = 1024  # tokens that top-p tries first, since sorting all takes five times as long
 LOW = float("-inf")
-NOT_FINITE = "the model's logits hold NaN or infinity"
+NOT_FINITE = "the model's logits are NaN or infinite"
 
 
 class NotFinite(LorafoldError):
@@ -39,7 +39,7 @@ class NotFinite(LorafoldError):
 
 class Unfit(LorafoldError):
     def __init__(self, setting: str, why: str) -> None:
-        super().__init__(f"{setting}: a completion can't go on under it ({cut(why, 300)})")
+        super().__init__(f"{setting}: the completion can't be continued ({cut(why, 300)})")
         self.setting = setting
 
 
@@ -207,7 +207,7 @@ class Grammars:
             from llguidance import LLMatcher
         except ImportError:
             raise LorafoldError(
-                f"{name}: found no llguidance, expected it; install lorafold[serve]"
+                f"{name}: the package llguidance is not installed; install lorafold[serve]"
             ) from None
         tokens = self._tokens(name)
         try:
@@ -215,9 +215,9 @@ class Grammars:
         except STOPS:
             raise
         except BaseException as error:  # a Rust panic is not an Exception
-            raise LorafoldError(f"{name}: it can't be read ({cut(str(error), 300)})") from None
+            raise LorafoldError(f"{name}: can't be compiled ({cut(str(error), 300)})") from None
         if matcher.is_error():
-            raise LorafoldError(f"{name}: it can't be read ({_why(matcher)})")
+            raise LorafoldError(f"{name}: can't be compiled ({_why(matcher)})")
         return _State(matcher, name)
 
     def ends(self, sampling: Sampling) -> frozenset[int]:
@@ -229,7 +229,7 @@ class Grammars:
             from llguidance.hf import from_tokenizer
 
             if self._tokenizer is None or self._tokenizer.eos_token_id is None:
-                raise LorafoldError(f"{name}: found no tokenizer with an end token, expected one")
+                raise LorafoldError(f"{name}: found no tokenizer with an EOS token, expected one")
             try:
                 known: Any = self._tokenizer
                 self._read = from_tokenizer(known, n_vocab=self._vocabulary)

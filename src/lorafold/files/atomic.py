@@ -68,11 +68,11 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise LorafoldError(f"{path} exists and is not a directory; remove it yourself")
+        raise LorafoldError(f"{path} exists and is not a directory; remove the file yourself")
     if not (target / MANIFEST).is_file() and any(target.iterdir()):
         raise LorafoldError(
-            f"{path} holds files that lorafold did not write (it has no {MANIFEST}); choose"
-            " another name, or remove it yourself"
+            f"{path} contains files that lorafold did not write (it has no {MANIFEST}); choose"
+            " another name, or remove the directory yourself"
         )
     if not overwrite:
         raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
@@ -87,7 +87,7 @@ def check_file(path: str | Path) -> None:
     target = Path(path).expanduser().resolve()
     _check_no_directory(path)
     if not target.parent.is_dir():
-        raise LorafoldError(f"{path} can't be written: found no directory {target.parent}")
+        raise LorafoldError(f"{path} can't be written: {target.parent} is not a directory")
     _try(path, target.parent)
 
 
@@ -106,7 +106,7 @@ def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise LorafoldError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
-        raise LorafoldError(f"{path}: found {type(value).__name__}, expected an object")
+        raise LorafoldError(f"{path}: found {type(value).__name__}, expected a JSON object")
     return value
 
 
@@ -192,7 +192,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 def _check_no_directory(path: str | Path) -> None:
     if Path(path).expanduser().is_dir():
-        raise LorafoldError(f"{path}: found a directory, expected the name of a file")
+        raise LorafoldError(f"{path}: found a directory, expected a file name")
 
 
 def _try(path: str | Path, folder: Path) -> None:
@@ -284,6 +284,6 @@ def check_intact(
     """Raises if files differ from lorafold's manifest, if any (`verify`)."""
     if problems := verify(directory, patterns, manifest, read, required=False):
         raise LorafoldError(
-            f"{directory}: {as_one(problems)}: damaged, or changed by hand; restore it, or"
-            f" delete {MANIFEST} if you changed it yourself"
+            f"{directory}: {as_one(problems)}: the files were damaged or edited; restore them, or"
+            f" delete {MANIFEST} if you edited them"
         )

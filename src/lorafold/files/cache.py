@@ -46,7 +46,7 @@ def filled(path: Path, write: Callable[[Path], None], notice: Callable[[str], No
             if not (problems := verify(path)):
                 os.utime(path)
                 return path
-            notice(f"{path}: damaged ({'; '.join(problems)}); it is made again")
+            notice(f"{path}: damaged ({'; '.join(problems)}); creating the entry again")
             shutil.rmtree(path)
         with atomic_directory(path, durable=False) as tmp:
             write(tmp)
@@ -103,7 +103,7 @@ def _locked(path: Path, notice: Callable[[str], None]) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            notice(f"waiting for another process that makes {path}")
+            notice(f"waiting for another process to create {path}")
             lock.acquire()
     except OSError as error:
         raise LorafoldError(

@@ -74,8 +74,8 @@ def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> N
     found = {claim.name.removesuffix(CLAIM) for claim in claims} - {path.name for path in own}
     if found:
         say(
-            f"found claims on {listed(sorted(found))}, which is other work: workers that differ in"
-            " their arguments, data, versions or kind of device share nothing"
+            f"found claims on other work ({listed(sorted(found))}); workers share work only if they"
+            " have the same arguments, data, versions and kind of device"
         )
 
 
@@ -92,8 +92,8 @@ def check_token(folder: Path) -> None:
     if found != expected.strip():
         there = "none" if found is None else "another"
         raise LorafoldError(
-            f"{folder / TOKEN}: found {there}, expected the token in {VARIABLE}, written when"
-            " the workers were started: the directory is not the same on all machines"
+            f"{folder / TOKEN}: found {there}, expected the token in {VARIABLE} from the start of"
+            " the workers; use a directory that all machines share"
         )
 
 
@@ -116,7 +116,7 @@ def _lost(found: LeaseCompromise) -> None:
     """Ends this process like SIGTERM, because another took its claim while it was suspended or its
     file system hung, and no two may do the same work.
     """
-    reason = f"lost to another worker ({found.reason}); this one ends"
+    reason = f"taken over by another worker ({found.reason}); this worker stops"
     print(f"{found.lock_file}: {reason}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 

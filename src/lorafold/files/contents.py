@@ -45,7 +45,7 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         yield file, about.st_size
 
 
@@ -80,8 +80,8 @@ class Contents:
                 ) from None
             if content is None:
                 raise LorafoldError(
-                    f"{self.path}: expected at most {most:,} bytes of files, found more with"
-                    f" {name}; if it changed, load it again"
+                    f"{self.path}: expected at most {most:,} bytes in total, found more with"
+                    f" {name}; if this file changed, load the adapter again"
                 )
             self.files[name] = content
         thread = ThreadPoolExecutor(1)

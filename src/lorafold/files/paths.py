@@ -40,5 +40,5 @@ def check_not_replaced(out: str | Path, read: Iterable[str | Path]) -> None:
     for path in read:
         if Path(path).expanduser().resolve().is_relative_to(target):
             raise LorafoldError(
-                f"--out {out}: it would replace {path}, which is read; expected another directory"
+                f"--out {out}: would overwrite {path}, which is read; choose another directory"
             )

@@ -106,7 +106,7 @@ def drawing(
     """
     if find_spec("matplotlib") is None:
         warn_not_drawn()
-        return _figure(title, f"{caption} Not drawn: install lorafold[plots].", "")
+        return _figure(title, f"{caption} To see this plot, install lorafold[plots].", "")
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -132,7 +132,7 @@ def _figure(title: str, caption: str, svg: str) -> str:
 @cache
 def warn_not_drawn() -> None:
     """Log once a process that pages have no plots."""
-    log.warning("found no matplotlib, so pages have no plots; install lorafold[plots]")
+    log.warning("matplotlib is missing, so pages have no plots; install lorafold[plots]")
 
 
 def _of_page(found: re.Match[str]) -> str:
@@ -291,4 +291,4 @@ def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]
         else:
             left_out += 1
     what = "name of one point" if left_out == 1 else f"names of {left_out} points"
-    return f" There is no room for the {what}." if left_out else ""
+    return f" The plot has no room for the {what}." if left_out else ""

@@ -46,7 +46,7 @@ def check_numbers(
                 return
             size = int.from_bytes(file.read(8), "little")
             if size > longest:
-                found = f"found a header of {size:,} bytes, expected {longest:,} at most"
+                found = f"found a header of {size:,} bytes, expected at most {longest:,}"
                 raise LorafoldError(f"{path}: {found}")
             file.seek(0)
             head = bytearray(file.read(8 + size))
@@ -58,7 +58,7 @@ def check_numbers(
         raise LorafoldError(f"{path}: not readable as safetensors: {error}") from None
     if (numbers := sum(prod(place.shape) for place in tensors.values())) > most:
         raise LorafoldError(
-            f"{path}: found {numbers:,} numbers, expected at most {most:,}, for which there is"
+            f"{path}: found {numbers:,} parameters, expected at most {most:,}, which fit into"
             " memory"
         )
 
@@ -72,25 +72,25 @@ def places(
     size, end = int.from_bytes(content[:8], "little"), len(content) if end is None else end
     if not 0 < size <= end - 8:
         raise LorafoldError(
-            f"found a header of {size:,} bytes in {end:,}, expected one that is there"
+            f"found a header of {size:,} bytes, which does not fit into the file's {end:,} bytes"
         )
     try:
         header = read(bytes(content[8 : 8 + size]))
     except (ValueError, RecursionError) as error:
-        raise LorafoldError(f"the header is no JSON ({error})") from None
+        raise LorafoldError(f"the header is not JSON ({error})") from None
     if not isinstance(header, Mapping):
-        raise LorafoldError("the header is no JSON object")
+        raise LorafoldError("the header is not a JSON object")
     texts = {} if header.get("__metadata__") is None else header["__metadata__"]
     if not (isinstance(texts, Mapping) and all(isinstance(text, str) for text in texts.values())):
-        raise LorafoldError("__metadata__: found no texts by name, expected an object of texts")
+        raise LorafoldError("__metadata__: expected an object whose values are strings")
     tensors = {name: about for name, about in header.items() if name != "__metadata__"}
     found = {name: _place(name, about, 8 + size) for name, about in tensors.items()}
     at = 8 + size
     for name, place in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
         if place.start != at or place.stop > end:
             raise LorafoldError(
-                f"{name!r:.200}: found its data at {place.start:,} to {place.stop:,}, expected"
-                f" {at:,} and on, in {end:,} bytes"
+                f"{name!r:.200}: found data at bytes {place.start:,} to {place.stop:,}, expected a"
+                f" start at {at:,} in a file of {end:,} bytes"
             )
         at = place.stop
     if at != end:
@@ -108,7 +108,7 @@ def _place(name: str, about: Any, begin: int) -> TensorPlace:
     if not lists or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
         raise LorafoldError(
             f"{name!r:.200}: found shape {shape!r:.80} and data_offsets {offsets!r:.80}, expected"
-            " whole numbers, and two of the latter"
+            " lists of non-negative integers, and two offsets"
         )
     size = prod(shape) * SIZES[dtype]
     if offsets[1] - offsets[0] != size:

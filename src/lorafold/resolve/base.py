@@ -266,8 +266,8 @@ def _agreed(own: Sequence[OwnBase]) -> OwnBase:
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
         raise LorafoldError(
-            f"{shortened(str(own[0].adapter), SHORT)}: does not name the base that it was"
-            " trained on; expected --model PATH (model)"
+            f"{shortened(str(own[0].adapter), SHORT)}: its config does not contain the base model;"
+            " pass --model PATH (model)"
         )
     first = known[0]
     if other := next((one for one in known if not first.same_as(one)), None):
@@ -276,8 +276,8 @@ def _agreed(own: Sequence[OwnBase]) -> OwnBase:
             for each in (first, other)
         )
         raise LorafoldError(
-            f"adapters of different bases: {one}, and {another}; expected adapters of one base, or"
-            f" it as --model (model) with {ALLOWED}"
+            f"adapters of different bases: {one}, and {another}; use adapters of one base, or pass"
+            f" --model (model) and {ALLOWED}"
         )
     return first
 
@@ -318,8 +318,8 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
         return Base(str(named[0]), **how), line(str(named[0]))
     place, name = (shortened(str(p), SHORT) for p in (own.adapter.absolute().parent, _name(own)))
     missing = (
-        f"{shortened(str(own.adapter), SHORT)}: its base {name} is not at its path, next to the"
-        f" adapter in {place}, or in {shortened(cache(), SHORT)}; expected --model PATH (model)"
+        f"{shortened(str(own.adapter), SHORT)}: its base {name} was found neither at its path, next"
+        f" to the adapter in {place}, nor in {shortened(cache(), SHORT)}; pass --model PATH (model)"
     )
     if of_hub is None:
         raise LorafoldError(missing)
@@ -327,7 +327,7 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
         return replace(of_hub, model=of_hub.source), line(own.name)
     except LorafoldError as error:
         reason = shortened(str(error).rpartition(" the hub: ")[2].partition(";")[0], 60)
-        raise LorafoldError(f"{missing}; the hub does not have it either: {reason}") from error
+        raise LorafoldError(f"{missing}; downloading it from the hub failed: {reason}") from error
 
 
 def fits(path: Path, own: OwnBase) -> bool:

@@ -68,16 +68,16 @@ def own_device(name: str | None, here: Launched) -> str | None:
         return device.type
     if device.index is not None:
         raise LorafoldError(
-            f"device {name}: found {here.world} processes, expected cuda: each takes a GPU of its"
-            " own; CUDA_VISIBLE_DEVICES selects them"
+            f"device {name}: found {here.world} processes, each of which needs its own GPU; use"
+            " cuda, and select GPUs with CUDA_VISIBLE_DEVICES"
         )
     count = torch.cuda.device_count()
     if here.by == "srun" and count == 1:
         return "cuda:0"  # SLURM may show each process only its own GPU
     if here.local_rank >= count:
         raise LorafoldError(
-            f"device cuda: found {count} GPUs for process {here.rank}, number {here.local_rank} on"
-            " its machine; expected one for each process: start fewer, or use --device cpu"
+            f"device cuda: found {count} GPUs, expected one for each process on this machine (rank"
+            f" {here.rank}, local rank {here.local_rank}); start fewer, or use --device cpu"
         )
     return f"cuda:{here.local_rank}"
 

@@ -127,7 +127,7 @@ class Lifeline:
             return
         if self._code is not None:
             os._exit(self._code)
-        how = "it printed nothing: killed, perhaps for lack of memory"
+        how = "it printed no error; it may have been killed for lack of memory"
         self._end(1, peer, f" died {self.place()}; {how}" if self.rank <= 1 else "")
 
     def _end(self, code: int, peer: int, problem: str) -> NoReturn:
@@ -270,8 +270,8 @@ def _met(here: Launched) -> Any:
     except (dist.DistError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:100]
         raise LorafoldError(
-            f"process {here.rank} of {here.world}, started by {here.by}: found no way to process 0"
-            f" at {here.address}:{here.port} ({first}); expected all to start within"
+            f"process {here.rank} of {here.world}, started by {here.by}: can't connect to process 0"
+            f" at {here.address}:{here.port} ({first}); start all processes within"
             f" {TOGETHER.seconds // 60} minutes"
         ) from None
 
@@ -349,7 +349,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
         rank = number(rank_name, given)
         if not 0 <= rank < world:
             raise LorafoldError(
-                f"{rank_name}: found {rank}, expected one of the {world} of {world_name}"
+                f"{rank_name}: found {rank}, expected 0 to {world - 1} ({world_name} is {world})"
             )
         if world == 1:
             return Launched()
@@ -364,14 +364,14 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
             name = "accelerate launch" if ACCELERATE in environment else name
             if not address:
                 raise LorafoldError(
-                    f"MASTER_ADDR: found none beside RANK={rank}, expected the address of process 0"
+                    f"MASTER_ADDR: not set, but RANK={rank} is; set it to the address of process 0"
                 )
         port = number("MASTER_PORT", default=port)
         return Launched(name, rank, world, local, address or "127.0.0.1", port)
     if ACCELERATE in environment and "MASTER_PORT" in environment:
         raise LorafoldError(
-            "accelerate launch started one process: on processors it takes --num_processes for"
-            " mpirun alone; expected torchrun --nproc_per_node N -m lorafold ..., or accelerate"
+            "accelerate launch started only one process, because on CPUs it uses --num_processes"
+            " only with mpirun; use torchrun --nproc_per_node N -m lorafold ..., or accelerate"
             " launch with --num_processes 1"
         )
     return Launched()
@@ -381,8 +381,8 @@ def first_node(nodes: str) -> str:
     first = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
     if first is None:
         raise LorafoldError(
-            f"SLURM_STEP_NODELIST: found {nodes!r}, expected machines; set MASTER_ADDR to"
-            " rank 0's machine"
+            f"SLURM_STEP_NODELIST: found {nodes!r}, expected a list of hosts; set MASTER_ADDR to"
+            " the host of rank 0"
         )
     return "".join(part or "" for part in first.groups())
 
@@ -394,6 +394,6 @@ def _number(
     if text is None and default is not None:
         return default
     if text is None or not re.fullmatch(r"\d+", text, re.ASCII):
-        where = f" beside {beside}" if beside else ""
+        where = f" although {beside} is set" if beside else ""
         raise LorafoldError(f"{name}: found {text or 'none'}{where}, expected a number")
     return int(text)

@@ -104,7 +104,7 @@ class _Worker(Generic[T]):
             result = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             raise LorafoldError(
-                "a worker process was killed, perhaps for want of memory"
+                "a worker process was killed, perhaps for lack of memory"
             ) from error
         if isinstance(result, Exception):
             raise result

@@ -200,7 +200,7 @@ class Gate:
     def _check(self, headers: Headers, record: Record) -> None:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 20:  # int() raises for very long numbers
-            raise wrong("content-length", f"found {length!r:.40}, expected the bytes of the body")
+            raise wrong("content-length", f"found {length!r:.40}, expected a number of bytes")
         self._check_size(int(length))
         try:
             host = urlsplit(f"//{headers.get('host', '')}").hostname
@@ -210,7 +210,7 @@ class Gate:
         # act as the user
         keys = self.server.keys
         if keys.file is None and host not in (*LOOPBACK, self.server.settings.host):
-            expected = f"expected {', '.join(LOOPBACK)}, since there are no keys"
+            expected = f"expected one of {', '.join(LOOPBACK)}, because the server has no API keys"
             raise Refusal(403, "wrong_host", f"host: found {host!r:.80}, {expected}")
         if record.path in COMPLETIONS and record.method == "POST":
             # refuse before reading the body
@@ -259,7 +259,8 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             super().connection_made(transport)
             self._wait()
             if len(self.connections) > limits.connections:
-                next(iter(arriving))._refuse(503, "too_many_connections", "try again later")
+                message = "too many connections; try again later"
+                next(iter(arriving))._refuse(503, "too_many_connections", message)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._arrived()

@@ -74,7 +74,7 @@ class ChatBody(Completing):
                 if message[unknown] is not None:
                     raise unsupported(f"messages[{i}].{unknown[:80]}")
             if not isinstance(name, str):
-                raise wrong(f"messages[{i}].name", f"found {name!r:.80}, expected text")
+                raise wrong(f"messages[{i}].name", f"found {name!r:.80}, expected a string")
             if role not in ROLES:
                 expected = f"expected one of {', '.join(ROLES)}"
                 raise wrong(f"messages[{i}].role", f"found {role[:40]!r}, {expected}")
@@ -108,10 +108,10 @@ class ChatBody(Completing):
         inner = choice.get("allowed_tools", choice)  # flat in the responses API
         tools = inner.get("tools") if isinstance(inner, Mapping) else None
         if not isinstance(tools, list) or inner.get("mode") not in ("auto", "required"):
-            message = "found allowed_tools without tools or a mode, expected mode auto or required"
+            message = "expected allowed_tools with a list of tools and the mode auto or required"
             raise wrong("tool_choice", message)
         if not tools:
-            raise wrong("tool_choice", "found no tools, expected the allowed ones")
+            raise wrong("tool_choice", "found an empty list of tools, expected at least one")
         allowed = [_tool_name(tool, names) for tool in tools]
         return allowed, allowed if inner["mode"] == "required" else None
 
@@ -256,7 +256,7 @@ class NextTurn(DialectRequest):
     ) -> None:
         newer, names = body.max_completion_tokens, body.names if names is None else names
         if newer is not None and body.max_tokens not in (None, newer):
-            raise wrong("max_tokens", "expected either this or max_completion_tokens")
+            raise wrong("max_tokens", "differs from max_completion_tokens; set only one of them")
         super().__init__(body, names, field, body.max_tokens if newer is None else newer)
         verbosity = {} if body.verbosity is None else {"verbosity": body.verbosity}
         self._wishes, self._shorten = {**verbosity, **(wishes or {})}, shorten
@@ -268,7 +268,7 @@ class NextTurn(DialectRequest):
             self.tools, self._forced = body.offered(limits)
             self._schema = schema_of(body.response_format, "response_format")
             if body.top_logprobs is not None and not body.logprobs:
-                raise wrong("top_logprobs", "found it without logprobs, expected logprobs true")
+                raise wrong("top_logprobs", "this field requires logprobs: true")
             # with tools, the schema is part of their grammar
             alone = self._forced is None and not self.tools
             self._sampling = body.sampling(

@@ -101,12 +101,12 @@ class CompletionJob:
         queue, first = limits.queue_seconds, limits.first_token_seconds
         waited = now - self.submitted
         if self.began is None and waited > queue:
-            message = f"waited {queue:g} s for a slot"
+            message = f"no slot became free within {queue:g} s; try again later"
             return Refusal(503, "queue_timeout", message, retry_after=round(queue))
         if not self.times and waited > first:
-            return Refusal(504, "first_token_timeout", f"no token after {first:g} s")
-        if waited > limits.total_seconds:
-            return Refusal(504, "total_timeout", f"not complete after {limits.total_seconds:g} s")
+            return Refusal(504, "first_token_timeout", f"no token was generated in {first:g} s")
+        if waited > (most := limits.total_seconds):
+            return Refusal(504, "total_timeout", f"the completion took more than {most:g} s")
         return None
 
     @property
@@ -119,10 +119,10 @@ class CompletionJob:
             field = FIELDS.get(self.end.setting, self.end.setting)
             return wrong(field, self.end.message.partition(": ")[2])
         if self.end.message == NOT_FINITE:
-            message = f"{self.adapter}: the model's logits are not finite under it"
+            message = f"{self.adapter}: the model's logits are NaN or infinite"
             return Refusal(500, "adapter_numerics", message, "model")
         if self.began is None:
-            message = f"{self.adapter} can't be read now; see the server's log"
+            message = f"{self.adapter} can't be loaded; see the server's log"
             return Refusal(503, "adapter_unavailable", message, "model")
         return Refusal(500, "not_computed", "the completion failed; see the server's log")
 

@@ -41,7 +41,7 @@ class Directory:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise LorafoldError(f"--adapters {path}: found no directory, expected one")
+            raise LorafoldError(f"--adapters {path}: this is not an existing directory")
         self._single = _has_config(path)
         self._names: frozenset[str] = frozenset()
         self._listed = -math.inf, -1  # time of the listing, mtime of the directory
@@ -80,7 +80,7 @@ class Directory:
             with os.scandir(place) as listing:
                 entries = list(islice(listing, ENTRIES + 1))
             if len(entries) > ENTRIES:  # changes of the others would be missed
-                raise LorafoldError(f"found more than {ENTRIES:,} files, expected an adapter's")
+                raise LorafoldError(f"found more than {ENTRIES:,} files, too many for an adapter")
             for entry in entries:
                 with suppress(OSError):  # a dangling link or a deleted file
                     status = entry.stat()
@@ -105,8 +105,8 @@ class Directory:
         self._check_own(*(path / name for name in {*present, *TOKENIZER}))
         if (size := sum(marks[name].size for name in present)) > TOKENIZERS:
             raise LorafoldError(
-                f"its tokenizer: found {len(present):,} files of {size:,} bytes, expected at most"
-                f" {TOKENIZERS:,}"
+                f"tokenizer: found {len(present):,} files of {size:,} bytes in total, expected at"
+                f" most {TOKENIZERS:,} bytes"
             )
         return sorted({*present, *TOKENIZER})
 
@@ -132,7 +132,7 @@ class Directory:
         if name not in self.names():
             self._listed = -math.inf, -1  # it may be newer than the mtime's resolution shows
         if name not in self.names():
-            raise LorafoldError(f"found no adapter {name}, expected one of the directory's")
+            raise LorafoldError(f"the directory of adapters has no adapter {name}")
         path = self.path if self._single else self.path / name
         self._check_own(path, *(path / each for each in (*FILES, MANIFEST)))
         return path
@@ -148,7 +148,7 @@ class Directory:
             if not os.path.lexists(file):
                 continue
             if not (file.is_file() or file.is_dir()):
-                raise LorafoldError(f"{file.name}: found neither a file nor a directory")
+                raise LorafoldError(f"{file.name}: expected a regular file or a directory")
             if self._single:
                 continue
             if root not in file.resolve().parents:

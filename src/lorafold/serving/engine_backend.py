@@ -87,9 +87,9 @@ class EngineBackend(Backend):
     @property
     def ready(self) -> str:
         if self._restarting or not self.engine.alive:
-            return "the engine is being started again"
+            return "the engine is restarting"
         late = self._silent > self._late
-        return f"the engine made no step for {self._silent:.0f} s" if late else ""
+        return f"the engine has not completed a step for {self._silent:.0f} s" if late else ""
 
     @asynccontextmanager
     async def events(self, take: Callable[[Sequence[News]], None]) -> AsyncIterator[None]:
@@ -185,7 +185,7 @@ class EngineBackend(Backend):
         self._take([active.lost() for active in requests.values()])
         lasted = time.monotonic() - self._started > LASTS
         self._failures = 0 if lasted else min(self._failures + 1, len(BACKOFF) - 1)
-        log.error("the engine's thread ended; %d requests are lost", len(requests))
+        log.error("the engine's thread stopped; %d requests were lost", len(requests))
         self._restarted()
         while True:
             await asyncio.sleep(BACKOFF[self._failures])
@@ -194,10 +194,10 @@ class EngineBackend(Backend):
                 break
             except Exception:
                 self._failures = min(self._failures + 1, len(BACKOFF) - 1)
-                log.exception("the engine can't be opened")
+                log.exception("the engine can't be restarted")
         self._silent, self._started = 0.0, time.monotonic()
         self._restarting = False
-        log.info("the engine computes again")
+        log.info("the engine is running again")
 
     def _reopen(self) -> None:
         with suppress(Exception):  # restores the model in any state

@@ -74,7 +74,8 @@ def wrong(param: str, message: str) -> Refusal:
 
 
 def unsupported(param: str, more: str = "") -> Refusal:
-    return Refusal(400, "unsupported_parameter", f"{param}: it is not supported{more}", param)
+    message = f"{param}: this field is not supported{more}; remove it"
+    return Refusal(400, "unsupported_parameter", message, param)
 
 
 def check_number(param: str, n: int, most: int) -> None:

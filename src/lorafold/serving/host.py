@@ -67,7 +67,7 @@ class Host:
     @property
     def ready(self) -> str:
         """The reason for which requests can't be computed, or an empty text."""
-        return "the server is about to end" if self.draining else self.backend.ready
+        return "the server is shutting down" if self.draining else self.backend.ready
 
     def submit(self, job: CompletionJob) -> None:
         """Passes a job to the backend; may block."""
@@ -92,9 +92,9 @@ class Host:
                 except Exception as error:
                     if not passes(error):
                         raise
-                    log.warning("a request is refused, the machine is busy: %s", place(error))
-                    busy = Refusal(503, "machine_busy", "the server is busy", retry_after=5)
-                    raise busy from None
+                    log.warning("rejected a request, the machine is busy: %s", place(error))
+                    message = "the server is busy; try again later"
+                    raise Refusal(503, "machine_busy", message, retry_after=5) from None
 
     @contextmanager
     def counted(self, tenant: str) -> Iterator[None]:
@@ -142,7 +142,7 @@ class Host:
             job.put(news.events)
             self.metrics.arrived(job, news.events)
             if (n := len(job.events)) > self.settings.limits.unread_tokens:
-                message = f"the client left {n} tokens unread"
+                message = f"the client reads too slowly: {n} tokens are unread"
                 self.cancel(job, Refusal(408, "slow_reader", message))
             if job.end is not None:
                 self._ended(job, job.end)
@@ -160,9 +160,9 @@ class Host:
         key = job.request.adapter
         with suppress(LorafoldError, Refusal):
             if key and self.backend.states().refuses(key):
-                why = f"{self.settings.strikes} of its requests had logits that are not finite"
+                why = f"{self.settings.strikes} requests for it had NaN or infinite logits"
                 self.metrics.quarantines.inc()
-                log.error("%s is in quarantine: %s", key, why)
+                log.error("%s was put in quarantine: %s", key, why)
                 self._registry.quarantine(job.adapter, why)
 
     async def _watch(self) -> None:
@@ -212,14 +212,15 @@ class Admission:
             prompted = request.prompted(chosen)
             n = request.body.n * len(prompted.prompts)
             if n > most:
-                prompts = f"found {len(prompted.prompts)} prompts and n {request.body.n}"
+                prompts = f"found {len(prompted.prompts)} prompts and n = {request.body.n}"
                 raise wrong(request.field, f"{prompts}, expected at most {most} completions")
             self.check_room(caller.tenant, n - 1)  # `think` already counts one
             if grammar := prompted.sampling.grammar:
                 try:
                     self.compiles(grammar)
                 except LorafoldError as error:
-                    raise wrong(grammar[0], f"it can't be read ({error})").sent_as(FIELDS) from None
+                    refusal = wrong(grammar[0], f"can't be compiled to a grammar ({error})")
+                    raise refusal.sent_as(FIELDS) from None
             try:
                 for each in self._requests(reply.id, caller.tenant, request, prompted):
                     job = CompletionJob(each, chosen.name, since, reply.arrived, count)
@@ -231,7 +232,7 @@ class Admission:
                 reply.jobs.clear()
                 if self.registry.serves(chosen):
                     raise self._refusal(error, request, chosen) from None
-        message = f"{request.body.model} is being replaced"
+        message = f"{request.body.model} is being replaced; try again"
         raise Refusal(503, "adapter_changed", message, retry_after=1)
 
     def _requests(
@@ -262,7 +263,7 @@ class Admission:
     def drop(self, reply: Reply) -> None:
         for job in reply.jobs:
             if job.end is None:
-                self.host.cancel(job, Refusal(499, "client_left", "the client left"))
+                self.host.cancel(job, Refusal(499, "client_left", "the client disconnected"))
 
     def check_caller(self, caller: Caller, n: int) -> None:
         """Like `check_room`, and refuses a tenant that has used up its key's limits."""
@@ -275,14 +276,14 @@ class Admission:
             raise Refusal(503, "not_ready", why, retry_after=1)
         host, most, of_tenant = self.host, self.limits.queue, self.limits.tenant_queue
         for limit, present, verb, code in (
-            (most, host.waiting(), "wait", "queue_full"),
-            (of_tenant, host.waiting(tenant), "wait", "tenant_queue_full"),
-            (LEAVING * of_tenant, host.leaving(tenant), "end", "tenant_queue_full"),
+            (most, host.waiting(), "waiting", "queue_full"),
+            (of_tenant, host.waiting(tenant), "waiting", "tenant_queue_full"),
+            (LEAVING * of_tenant, host.leaving(tenant), "ending", "tenant_queue_full"),
         ):
             if present + n > limit:
-                message = f"{present} completions {verb} already, expected at most {limit}"
+                message = f"{present} completions are already {verb}, and the limit is {limit}"
                 later = host.seconds_to_wait
-                raise Refusal(429, code, f"{message} with these", retry_after=later)
+                raise Refusal(429, code, f"{message}; try again later", retry_after=later)
 
     def _new_tokens(self, request: DialectRequest, prompt: Sequence[int], least: int) -> int:
         length = self.host.backend.length
@@ -297,7 +298,7 @@ class Admission:
             message = (
                 f"This model's maximum context length is {length} tokens. However, you requested"
                 f" {len(prompt) + wanted} tokens ({len(prompt)} in the {request.field}, {wanted} in"
-                " the completion); shorten the one or ask for less of the other"
+                " the completion); shorten the prompt or request a shorter completion"
             )
             raise Refusal(400, "context_length_exceeded", message, request.field)
         return new

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LOCAL = "local"  # the tenant of all requests without a key file
 ADMIN = "admin"
-HINT = "new-key writes it"
+HINT = "create key files with lorafold serve new-key"
 DAY = 86400
 PERIODS: dict[Literal["day", "minute"], int] = {"day": DAY, "minute": 60}
 
@@ -97,7 +97,7 @@ class Keys:
         self._admin, self._metrics = _hash_in(admin), _hash_in(metrics)
         if metrics is not None and self._metrics == self._admin:
             raise LorafoldError(
-                f"{metrics}: found the key for administration, expected one of its own"
+                f"{metrics}: found the administrator's key, expected another key for metrics"
             )
 
     @property
@@ -118,19 +118,21 @@ class Keys:
         self.refresh()
         keys = [key for key in self._keys if hmac.compare_digest(key.sha256, sent)]
         if not keys:
-            raise Refusal(401, "invalid_api_key", "found no valid key, expected one as Bearer")
+            message = "found no valid API key; send it as Authorization: Bearer KEY"
+            raise Refusal(401, "invalid_api_key", message)
         now = datetime.now(UTC)
         for key in keys:
             if key.expires is None or now < key.expires:
                 return Caller(key.tenant, key.adapters, key.base, key.limits)
-        raise Refusal(401, "expired_api_key", "the key has expired, expected another one")
+        raise Refusal(401, "expired_api_key", "the API key has expired; use a new one")
 
     def admin(self, authorization: str | None) -> Caller:
         if not self._admin:
-            message = "administration is closed: the server has no --admin-key-file"
+            message = "administration is off: the server was started without --admin-key-file"
             raise Refusal(403, "admin_closed", message)
         if not _same(self._admin, _sent_hash(authorization)):
-            raise Refusal(401, "invalid_api_key", "found no key for administration, expected it")
+            message = "found no valid administrator key; send it as Authorization: Bearer KEY"
+            raise Refusal(401, "invalid_api_key", message)
         return Caller(ADMIN)
 
     def check_metrics(self, authorization: str | None) -> None:
@@ -143,10 +145,11 @@ class Keys:
         if _same(self._metrics, sent):
             return
         if not (self._admin or self._metrics):
-            message = "the metrics are closed: the server has no --metrics-key-file"
+            message = "metrics are off: the server was started without --metrics-key-file"
             raise Refusal(403, "admin_closed", message)
         if not _same(self._admin, sent):
-            raise Refusal(401, "invalid_api_key", "found no key for the metrics, expected it")
+            message = "found no valid key for metrics; send it as Authorization: Bearer KEY"
+            raise Refusal(401, "invalid_api_key", message)
 
     def refresh(self) -> bool:
         """Reads the file again; returns True and keeps the old keys if that fails."""
@@ -155,7 +158,7 @@ class Keys:
                 self._read(self.file)
             return False
         except LorafoldError as error:
-            log.error("the keys stay as they were: %s", error)
+            log.error("the key file is not used, and the earlier keys still apply: %s", error)
             return True
 
     def _read(self, file: Path) -> None:
@@ -168,7 +171,7 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
     """Adds a key to a new or existing file and returns it. It is stored nowhere else."""
     if not TENANT.fullmatch(tenant) or tenant == ADMIN:
         raise LorafoldError(
-            f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ -, not {ADMIN}"
+            f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ -, except {ADMIN}"
         )
     key = f"lf-{secrets.token_urlsafe(32)}"
     try:
@@ -192,8 +195,8 @@ def until(text: str) -> datetime:
         end = now + int(match[1]) * timedelta(hours=24 if match[2] == "d" else 1)
     if not isinstance(end, datetime) or end <= now:
         raise LorafoldError(
-            f"--expires: found {text!r}, expected a time to come: days as 30d, hours as 12h, or"
-            " the last day as 2026-12-31"
+            f"--expires: found {text!r}, expected a time in the future: days (30d), hours (12h) or"
+            " the last valid day (2026-12-31)"
         )
     return end
 
@@ -207,7 +210,7 @@ def _hash_in(file: Path | None) -> str:
         return ""
     key = text_of(file, "a key").strip()
     if len(key) < 16:
-        raise LorafoldError(f"{file}: found a key of {len(key)} characters, expected 16")
+        raise LorafoldError(f"{file}: found a key of {len(key)} characters, expected at least 16")
     return _hash(key)
 
 
@@ -259,7 +262,7 @@ class TokenUsage:
             if most is not None and count.at == now // seconds and count.tokens >= most:
                 used = f"{count.tokens:,} tokens were used this {period}"
                 left = max(1, math.ceil((count.at + 1) * seconds - now))
-                message = f"{used}, the key allows {most:,}"
+                message = f"{used}, and the key's limit is {most:,}"
                 code = "token_limit_day" if period == "day" else "token_limit_minute"
                 raise Refusal(429, code, message, retry_after=left)
 
@@ -280,5 +283,5 @@ class TokenUsage:
         except LorafoldError as error:
             self._changed = True
             if not self._failed:
-                log.error("the tokens of tenants can't be kept: %s", error)
+                log.error("the tenants' token counts can't be saved: %s", error)
             self._failed = True

@@ -84,7 +84,7 @@ def set_up(as_json: bool, texts: bool = False) -> None:
 
 def unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Logs an unawaited error of the event loop, without the objects involved."""
-    log.error("on the event loop: %s", context["message"], exc_info=context.get("exception"))
+    log.error("event loop error: %s", context["message"], exc_info=context.get("exception"))
 
 
 def places_of(error: BaseException) -> list[str]:
@@ -101,11 +101,11 @@ def places_of(error: BaseException) -> list[str]:
 
 def _thread_ended(args: threading.ExceptHookArgs) -> None:
     name = args.thread and args.thread.name
-    log.error("the thread %s ended", name, exc_info=args.exc_value)
+    log.error("the thread %s failed", name, exc_info=args.exc_value)
 
 
 def _unraisable(args: Any) -> None:
-    log.error("an object could not be cleared away", exc_info=args.exc_value)
+    log.error("an object's cleanup failed", exc_info=args.exc_value)
 
 
 def write(record: Record) -> None:

@@ -53,24 +53,24 @@ class Metrics:
         self.requests = count(
             "lorafold_requests", "Requests by outcome", ("tenant", "adapter", "outcome")
         )
-        self.tokens = count("lorafold_tokens", "Tokens", ("tenant", "kind"))
+        self.tokens = count("lorafold_tokens", "Tokens by kind", ("tenant", "kind"))
         self.adapter_tokens = count(
-            "lorafold_adapter_tokens", "Tokens by adapter", ("adapter", "kind")
+            "lorafold_adapter_tokens", "Tokens by adapter and kind", ("adapter", "kind")
         )
-        self.restarts = count("lorafold_engine_restarts", "Starts of the engine after the first")
-        self.quarantines = count("lorafold_quarantines", "Adapters that were put in quarantine")
-        self.queue = seconds("lorafold_queue_seconds", "From a request's arrival to its slot")
+        self.restarts = count("lorafold_engine_restarts", "Restarts of the engine")
+        self.quarantines = count("lorafold_quarantines", "Adapters put in quarantine")
+        self.queue = seconds("lorafold_queue_seconds", "Seconds from arrival to a slot")
         self.first = seconds(
-            "lorafold_first_token_seconds", "From a request's arrival to its first token"
+            "lorafold_first_token_seconds", "Seconds from arrival to the first token"
         )
         self.adapter_first = seconds(
-            "lorafold_adapter_first_token_seconds", "To the first token, by adapter", ("adapter",),
-            buckets=FEW,
+            "lorafold_adapter_first_token_seconds",
+            "Seconds from arrival to the first token, by adapter", ("adapter",), buckets=FEW,
         )  # fmt: skip
         self.between = seconds(
-            "lorafold_between_tokens_seconds", "Between two tokens of a request", buckets=BETWEEN
+            "lorafold_between_tokens_seconds", "Seconds between two tokens", buckets=BETWEEN
         )
-        self.whole = seconds("lorafold_request_seconds", "From a request's arrival to its end")
+        self.whole = seconds("lorafold_request_seconds", "Seconds from arrival to the end")
 
     def arrived(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
         use = self.uses.setdefault(job.adapter, Use())
@@ -125,26 +125,26 @@ class Gauges(Collector):
         host, now, jobs = self._host, self._host.backend.states(), list(self._host.jobs.values())
         slots, waiting, running = host.settings.slots, host.waiting(), host.running()
         for name, about, value in (
-            ("keys_outdated", "Whether the key file can't be read, so that the earlier keys still"
-             " apply", self._keys.refresh()),
-            ("ready", "Whether requests are computed", not host.ready),
-            ("waiting", "Completions that wait for a slot", waiting),
-            ("running", "Completions that run", running),
-            ("slots", "Completions that may run at a time", slots),
+            ("keys_outdated", "1 if the key file can't be read and the earlier keys still apply",
+             self._keys.refresh()),
+            ("ready", "1 if the server is ready to compute requests", not host.ready),
+            ("waiting", "Completions waiting for a slot", waiting),
+            ("running", "Running completions", running),
+            ("slots", "Maximum number of running completions", slots),
             ("adapter_bytes", "Bytes of adapters in memory", now.nbytes),
-            ("adapter_reads", "Adapters that were read", now.reads),
-            ("adapter_evictions", "Adapters that made room", now.evictions),
-            ("adapters_damaged", "Adapters that changed there", now.damaged),
+            ("adapter_reads", "Loads of adapters from their files", now.reads),
+            ("adapter_evictions", "Adapters evicted from memory", now.evictions),
+            ("adapters_damaged", "Adapters whose memory was corrupted", now.damaged),
         ):  # fmt: skip
             yield GaugeMetricFamily(f"lorafold_{name}", about, value=value)
         yield from self._adapters(now)
         slots = 1 if now.alone else slots
         tokens = sum(len(job.request.prompt) + job.tokens for job in jobs if job.began)
         for name, about, share in (
-            ("num_requests_waiting", "Completions that wait for a slot", waiting),
-            ("num_requests_running", "Completions that run", running),
-            ("kv_cache_usage_perc", "The part of all slots' positions that running completions"
-             " take, 0 to 1", min(1.0, tokens / (slots * host.backend.length))),
+            ("num_requests_waiting", "Completions waiting for a slot", waiting),
+            ("num_requests_running", "Running completions", running),
+            ("kv_cache_usage_perc", "Fraction of the KV cache used by running completions, 0 to 1",
+             min(1.0, tokens / (slots * host.backend.length))),
         ):  # fmt: skip
             yield GaugeMetricFamily(f"vllm:{name}", about, value=share)
         values = [str(slots)]  # any slot can run any adapter
@@ -152,7 +152,7 @@ class Gauges(Collector):
             names = {job.adapter for job in jobs if bool(job.began) == runs} - {self._registry.base}
             values.append(",".join(sorted(names)[:MOST]))
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-        about = "The time, with the adapters of requests"
+        about = "Unix time, labelled with the adapters of running and waiting requests"
         yield _labelled("vllm:lora_requests_info", about, labels, {tuple(values): time.time()})
 
     def _adapters(self, now: States) -> Iterator[Metric]:
@@ -164,9 +164,9 @@ class Gauges(Collector):
             states[name, state_of(self._registry, adapter, now)[0]] += 1
             if (took := now.seconds.get(adapter.key)) is not None:
                 seconds[name,] = max(took, seconds.get((name,), 0.0))
-        about = "Adapters in this state, one where the adapter has a label of its own"
+        about = "Adapters in this state: 1 for an adapter with its own label"
         yield _labelled("lorafold_adapter_state", about, ("adapter", "state"), states)
-        about = "How long it took to read and check the adapter the last time"
+        about = "Seconds of the adapter's last load, including checks"
         yield _labelled("lorafold_adapter_load_seconds", about, ("adapter",), seconds)
 
 

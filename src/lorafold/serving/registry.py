@@ -119,7 +119,7 @@ class Registry:
             except LorafoldError as error:
                 why = printable(cut(str(error), REASON))
                 self._marks[name], self.rejected[name] = marks, why
-                log.warning("not served: %s: %s", printable(name), why)
+                log.warning("adapter %s is not served: %s", printable(name), why)
                 return None
 
     def choose(self, caller: Caller, model: str) -> ServedModel:
@@ -137,7 +137,7 @@ class Registry:
             target = random.choices(alias.targets, weights)[0]
             adapter = self.ready(target.adapter)
             if adapter is None or not self.matches(adapter, target.digest or ""):
-                message = f"model: {model!r} stands for nothing now"
+                message = f"model: the adapter of alias {model!r} is missing or has changed"
                 raise Refusal(404, "model_not_found", message, "model")
         name = adapter.name
         if name in self.state.quarantined:
@@ -147,14 +147,14 @@ class Registry:
             return ServedModel(name, adapter.key, self.verifier.renderer(adapter), self.plain.base)
         except LorafoldError as error:
             log.error("%s", error)
-            message = f"{name} can't be read now; see the server's log"
+            message = f"{name} can't be loaded; see the server's log"
             raise Refusal(503, "adapter_unavailable", message, "model") from None
 
     def version(self, caller: Caller, model: str) -> AdapterFiles:
         name, at, digest = model.partition("@")
         adapter = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
         if adapter is None or (at and len(digest) < 8) or not self.matches(adapter, digest):
-            message = f"model: found no {model[:200]!r} that you may use"
+            message = f"model: {model[:200]!r} does not exist, or your key may not use it"
             raise Refusal(404, "model_not_found", message, "model")
         return adapter
 
@@ -166,11 +166,11 @@ class Registry:
             return False
         if adapter.key not in self._warned:
             self._warned.add(adapter.key)
-            why = "or of another version without a tokenizer, so that it stands for nothing now"
+            why = "is ambiguous without a manifest and therefore matches no version"
             if adapter.manifest:
-                why = "which lorafold 0.3 won't understand"
+                why = "lorafold 0.3 will no longer support"
             log.warning(
-                "%s@%s is a digest of the old form, %s; use %s",
+                "%s@%s is a digest in the old format, which %s; use %s",
                 adapter.name, digits[:12], why, adapter.key,
             )  # fmt: skip
         return adapter.manifest or unsure
@@ -220,12 +220,12 @@ class Registry:
                 self.save(quarantined=quarantined)
             except LorafoldError as error:  # keep it at least in memory
                 self.state = self.state.model_copy(update={"quarantined": quarantined})
-                log.error("the quarantine of %s can't be kept: %s", name, error)
+                log.error("the quarantine of %s can't be saved: %s", name, error)
 
     def point(self, name: str, targets: tuple[AliasTarget, ...]) -> Alias:
         with self._changing(*(target.adapter for target in targets)) as adapters:
             if not NAME.fullmatch(name) or name in {self.base, *self.names()}:
-                raise wrong("name", f"found {name[:80]!r}, expected one that no model has")
+                raise wrong("name", f"found {name[:80]!r}, expected a name that no model has")
             for target, adapter in zip(targets, adapters, strict=True):
                 if target.digest and not self.matches(adapter, target.digest):
                     message = f"found digest {target.digest}, expected {adapter.digest[:12]}"
@@ -238,7 +238,7 @@ class Registry:
     def roll_back(self, name: str) -> Alias:
         alias = self.alias(name)
         if not alias.previous:
-            raise Refusal(409, "nothing_before", f"{name} has stood for nothing else before")
+            raise Refusal(409, "nothing_before", f"{name} has no earlier targets to restore")
         return self.point(name, alias.previous)
 
     def drop_alias(self, name: str) -> None:
@@ -248,7 +248,7 @@ class Registry:
 
     def alias(self, name: str) -> Alias:
         if name not in self.state.aliases:
-            raise Refusal(404, "alias_not_found", f"found no alias {name[:80]!r}", "name")
+            raise Refusal(404, "alias_not_found", f"alias {name[:80]!r} does not exist", "name")
         return self.state.aliases[name]
 
     @contextmanager
@@ -258,7 +258,7 @@ class Registry:
         with self.lock:
             for name in names:
                 if name not in self.adapters:
-                    message = f"found no adapter {name[:80]!r}"
+                    message = f"adapter {name[:80]!r} does not exist or is not served"
                     raise Refusal(404, "adapter_not_found", message, "adapter")
             yield [self.adapters[name] for name in names]
 
@@ -267,7 +267,7 @@ class Registry:
 
     def _verified(self, name: str, afresh: bool = False) -> AdapterFiles:
         if name == self.base or name in self.state.aliases:
-            raise LorafoldError(f"found {name!r}, the name of the base or an alias")
+            raise LorafoldError(f"the base or an alias has the name {name!r} too; rename one")
         return self.verifier.find(name, afresh)
 
     def _serve(self, adapter: AdapterFiles, loaded: bool = False) -> AdapterFiles:
@@ -289,7 +289,7 @@ class Registry:
                 with suppress(LorafoldError):
                     self.save(quarantined=without(self.state.quarantined, name))
         if self.verifier.cache.digests.get(name, adapter.digest) != adapter.digest:
-            log.warning("%s has other files than before: %s", name, adapter.key)
+            log.warning("the files of %s have changed; its version is now %s", name, adapter.key)
         if adapter.note:
             log.warning("%s: %s", name, adapter.note)
         return adapter
@@ -342,18 +342,18 @@ class DirectoryWatcher:
             try:
                 names = self._registry.to_verify()
             except Exception:
-                log.exception("the directory can't be read")
+                log.exception("the directory of adapters can't be read")
             if names:
                 self._idle.clear()
             if n := sum(self._pool.map(self._verified, names)):
-                log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)
+                log.info("checked %d adapters in %.1f s", n, time.monotonic() - begun)
             self._idle.set()
             if n or time.monotonic() - saved > SAVE:
                 saved = time.monotonic()
                 try:
                     self._registry.verifier.cache.save()
                 except Exception:
-                    log.exception("the record of verified adapters can't be written")
+                    log.exception("the cache of verified adapters can't be saved")
             self.closing.wait(LOOK)
 
     def _verified(self, name: str) -> bool:

@@ -153,11 +153,11 @@ class Renderer:
         """
         calls_of = grammar_of(self.tokenizer)
         if calls_of is None or calls_of.pairs is not None:
-            why = "the model's template does not write tool calls as JSON, so"
+            why = "the model's chat template does not format tool calls as JSON, so"
             if schema is None:
                 raise wrong("tool_choice", f"{why} a call can't be forced; use auto")
-            hint = "use tool_choice none, or no schema"
-            raise wrong("response_format", f"{why} it can't be combined with tools; {hint}")
+            hint = "set tool_choice to none, or remove the schema"
+            raise wrong("response_format", f"{why} a schema can't be used with tools; {hint}")
         form = calls_of.without(special_words(self.tokenizer))
         calls, rules = [], []
         for i, tool in enumerate(tools):
@@ -211,7 +211,7 @@ class Renderers:
         size = len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
         if size > MARKS:
             raise LorafoldError(
-                f"{files.path}: its chat template writes reasoning and calls with {size:,} letters"
-                f" around them, expected at most {MARKS:,}"
+                f"{files.path}: the chat template's tags around reasoning and tool calls have"
+                f" {size:,} characters, expected at most {MARKS:,}"
             )
         return self.known.setdefault(files.named, renderer)

@@ -74,7 +74,7 @@ class Completing(Body):
         try:
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
-            raise wrong("logit_bias", "found a key that is no token, expected numbers") from None
+            raise wrong("logit_bias", "found a key that is not a token id") from None
         penalties = {name: getattr(self, name) for name in NUMBERS}
         try:
             return Sampling(
@@ -94,7 +94,7 @@ def read_body(kind: type[B], content: bytes) -> B:
     try:
         fields = from_json(content, allow_inf_nan=False)  # at most 200 levels
     except ValueError as error:
-        raise Refusal(400, "invalid_json", f"body: found no JSON: {error}") from None
+        raise Refusal(400, "invalid_json", f"body: invalid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise Refusal(400, "invalid_json", "body: expected a JSON object")
     known_fields = {}
@@ -103,7 +103,7 @@ def read_body(kind: type[B], content: bytes) -> B:
         if value is None or (not known and (name in HARMLESS or value in NEUTRAL.get(name, ()))):
             continue
         if not known:
-            raise unsupported(name[:80], ", and the answer may change without it")
+            raise unsupported(name[:80], ", and ignoring it could change the answer")
         if isinstance(value, dict) and len(value) > ENTRIES:
             raise wrong(name, f"found {len(value)} entries, expected at most {ENTRIES}")
         known_fields[name] = value
@@ -113,7 +113,8 @@ def read_body(kind: type[B], content: bytes) -> B:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "missing":
-            raise Refusal(400, "missing_parameter", f"{where}: expected a value", where) from None
+            message = f"{where}: this field is required"
+            raise Refusal(400, "missing_parameter", message, where) from None
         raise wrong(where, f"{first['msg'][:1].lower()}{first['msg'][1:]}") from None
 
 

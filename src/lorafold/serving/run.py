@@ -68,8 +68,8 @@ def listening(settings: Settings) -> socket.socket:
         loopback = loopback or ip_address(host).is_loopback
     if settings.keys is None and not loopback:
         raise LorafoldError(
-            f"--host {host}: others can reach it, so that keys are needed: make one with"
-            " lorafold serve new-key TENANT --keys FILE, and pass --keys FILE"
+            f"--host {host}: other machines can reach this address, so API keys are required;"
+            " create one with lorafold serve new-key TENANT --keys FILE, and pass --keys FILE"
         )
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -80,8 +80,8 @@ def listening(settings: Settings) -> socket.socket:
         return at
     except OSError as error:
         raise LorafoldError(
-            f"--port {port}: {host} can't be listened at ({error.strerror});"
-            " --port 0 takes a free one"
+            f"--port {port}: can't listen on {host} ({error.strerror});"
+            " --port 0 selects a free port"
         ) from None
 
 
@@ -108,7 +108,7 @@ def serve(
             try:
                 server.registry.save(base=derived_base)
             except LorafoldError as error:
-                console.print(f"the next start takes the base that most name: {error}")
+                console.print(f"the base is not saved for the next start: {error}")
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{at.getsockname()[1]}"
         _print_summary(server, address, console)
@@ -187,7 +187,7 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
     until = loop.time() + server.settings.drain_seconds
     while (server.host.jobs or http.server_state.tasks) and loop.time() < until:
         await asyncio.sleep(0.05)
-    ended = Refusal(503, "not_ready", "the server ends", retry_after=1)
+    ended = Refusal(503, "not_ready", "the server is shutting down", retry_after=1)
     for job in list(server.host.jobs.values()):
         server.host.cancel(job, ended)
     if server.host.jobs:
@@ -217,15 +217,15 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
     several = "adapter" if len(names) == 1 else "adapters"
     lines.append(f"base {registry.base}, {len(names)} {several}: {listed(names) or 'none'}")
     if others := registry.directory.others():
-        lines.append(f"no adapters: {', '.join(others)} (without adapter_config.json)")
+        lines.append(f"ignored (no adapter_config.json): {', '.join(others)}")
     if state.unloaded:
         lines.append(f"unloaded by the administrator: {', '.join(state.unloaded)}")
     lines += [f"in quarantine: {name}: {why}" for name, (_, why) in state.quarantined.items()]
     if unknown := sorted(server.settings.weights.keys() - set(keys.tenants)):
-        lines.append(f"weights: no tenant has a key yet: {', '.join(unknown)}")
+        lines.append(f"weights: these tenants have no key: {', '.join(unknown)}")
     if why := backend.states().alone:
         lines.append(f"requests run one at a time: {why}")
-    who = f"{len(keys.tenants)} tenants with keys" if keys.file else "no keys, for this machine"
+    who = f"{len(keys.tenants)} tenants with keys" if keys.file else "no API keys (local only)"
     model = names[0] if names else registry.base
     key, bearer = "none", ""
     if keys.file:
@@ -233,7 +233,7 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     lines += [
         f"{server.settings.slots} slots of {backend.length:,} tokens, {who}",
-        f"listening at http://{address}; Ctrl-C ends it",
+        f"listening at http://{address}; press Ctrl-C to stop",
         f"  curl http://{address}/v1/chat/completions -H 'Content-Type: application/json'{bearer}"
         f" -d '{body}'",
         f"  OPENAI_BASE_URL=http://{address}/v1 OPENAI_API_KEY={key} python -c 'import openai;"

@@ -28,7 +28,7 @@ def schema_of(form: Mapping[str, Any], field: str) -> str | None:
     kind = form.get("type")
     known = {"json_schema", "name", "schema", "strict", "description"}
     for name in form.keys() - {"type", *(known if kind == "json_schema" else ())}:
-        message = f"{field}.{name[:80]}: it is not supported"
+        message = f"{field}.{name[:80]}: this field is not supported; remove it"
         raise Refusal(400, "unsupported_parameter", message, field)
     if kind == "text":
         return None
@@ -52,13 +52,13 @@ def check_founded(schema: str, field: str) -> None:
     graph = {}
     for part, depth in _parts(whole):
         if depth > DEEPEST:
-            message = f"more than {DEEPEST:,} levels of schemas, one inside another or by $ref"
+            message = f"schemas nested more than {DEEPEST:,} levels deep, directly or by $ref"
             raise wrong(field, f"found {message}")
         graph[id(part)] = [id(inner) for inner in _required(part, whole)]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError:
-        message = "a schema that refers to itself with nothing between, so that no text fits it"
+        message = "a schema that requires itself (by allOf or $ref), so no text can match it"
         raise wrong(field, f"found {message}") from None
 
 
@@ -68,7 +68,7 @@ def check(schema: str, field: str, compiles: Compiles) -> None:
     try:
         compiles(("schema", schema))
     except LorafoldError as error:
-        raise wrong(field, f"the schema can't be read ({error})") from None
+        raise wrong(field, f"the schema can't be compiled to a grammar ({error})") from None
 
 
 def _parts(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:

@@ -218,7 +218,7 @@ def answer(value: object, status: int = 200, headers: Mapping[str, str] | None =
 
 def defect(record: Record, error: BaseException) -> Refusal:
     log.error("%s failed", record.id, exc_info=error)
-    message = f"the server failed; see its log under {record.id}"
+    message = f"internal error; see {record.id} in the server's log"
     record.outcome, record.status = "internal_error", record.status or 500
     return Refusal(500, "internal_error", message)
 
@@ -230,7 +230,7 @@ async def unless_left(request: Request, doing: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
-            raise Refusal(499, "client_left", "the client left")
+            raise Refusal(499, "client_left", "the client disconnected")
         return waiting.result()
     finally:
         for task in (waiting, leaving):

@@ -75,7 +75,7 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
         settings = parse_yaml(text_of(file, "settings"), str(file)) or {}
         if not isinstance(settings, dict):
             kind = type(settings).__name__
-            raise LorafoldError(f"{file}: found {kind}, expected settings by name")
+            raise LorafoldError(f"{file}: found {kind}, expected a mapping of settings to values")
     options = {name: value for name, value in options.items() if value is not None}
     try:
         return Settings(**{str(k): v for k, v in settings.items()} | options)
@@ -88,12 +88,12 @@ def _problem(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         kind = Limits if name.startswith("limits.") else Settings
-        return f"{name}: unknown, expected one of {', '.join(kind.model_fields)}"
+        return f"{name}: unknown setting, expected one of {', '.join(kind.model_fields)}"
     return f"{name}: found {error['input']!r}, {error['msg'][:1].lower()}{error['msg'][1:]}"
 
 
 def read_if_exists(file: Path, kind: type[M]) -> M:
-    return read(file, kind, "move it away") if os.path.lexists(file) else kind()
+    return read(file, kind, "fix or move the file") if os.path.lexists(file) else kind()
 
 
 def read(file: Path, kind: type[M], hint: str) -> M:

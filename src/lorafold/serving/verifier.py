@@ -64,9 +64,9 @@ class VerifiedCache:
         self.digests: dict[str, str] = {}  # last seen digests
         if os.path.lexists(file):
             try:
-                content = read(file, CacheFile, "it is written anew")
+                content = read(file, CacheFile, "the file will be replaced")
             except LorafoldError as error:
-                log.warning("adapters are verified again: %s", error)
+                log.warning("all adapters are verified again: %s", error)
                 return
             for name, cached in content.adapters.items():
                 marks = cached.marks if content.identity == identity else {}
@@ -93,7 +93,7 @@ class VerifiedCache:
                 self._failed = False
             except LorafoldError as error:
                 if not self._failed:
-                    log.warning("the record of verified adapters can't be written yet: %s", error)
+                    log.warning("the cache of verified adapters can't be saved: %s", error)
                 self._changed = self._failed = True
 
 
@@ -125,7 +125,7 @@ class Verifier:
             if isinstance(error, LorafoldError):
                 raise
             log.exception("%s can't be read", name)
-            raise LorafoldError(f"it can't be read ({place(error)})") from None
+            raise LorafoldError(f"the adapter can't be read ({place(error)})") from None
 
     def _find(self, name: str, afresh: bool) -> AdapterFiles:
         path, marks = self.directory.locate(name), dict[str, FileStamp]()
@@ -146,7 +146,7 @@ class Verifier:
             return renderer
         files = self.directory.tokenizer(adapter.words)
         if files.named != adapter.tokenizer:
-            raise LorafoldError(f"{adapter.name}: its tokenizer changed; load it again")
+            raise LorafoldError(f"{adapter.name}: its tokenizer changed; load the adapter again")
         return self._renderers.of(files)
 
     def close(self) -> None:
@@ -169,7 +169,7 @@ class Verifier:
         files = (CONFIG, RECORD, MANIFEST)
         small = Contents(path, (CONFIG, RECORD), verified.bytes_of(files))
         if small.digest_of(files) != verified.digest_of(files):
-            raise LorafoldError(f"{path} changes while it is read; load it again")
+            raise LorafoldError(f"{path}: changed while it was read; load the adapter again")
         config = small.object(CONFIG)
         if config.get("task_type") == "SEQ_CLS":
             raise LorafoldError(
@@ -178,7 +178,8 @@ class Verifier:
             )
         over = parse_over(small.record)
         if len(over) > BELOW:
-            raise LorafoldError(f"{OVER}: found {len(over):,} adapters, expected at most {BELOW}")
+            message = f"found {len(over):,} base adapters, expected at most {BELOW}"
+            raise LorafoldError(f"{OVER}: {message}")
         below = [self.directory.below(origin, path) for origin in over]
         # base adapters are loaded with it, so they are verified here in any case
         stack = {at: self._verified(at, marks) for at in below} | {path: verified}
@@ -191,7 +192,8 @@ class Verifier:
         # checked here, because loading allocates factors of this rank before comparing shapes
         rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
         if rank > verified.widest and ranked.rank_is_dimension:
-            raise LorafoldError(f"r: found {rank:,}, expected at most the rank of its tensors")
+            most = f"{verified.widest:,}, the largest dimension of its tensors"
+            raise LorafoldError(f"r: found {rank:,}, expected at most {most}")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
         # the order of `lorafold.identity.of_adapter`
         each = [stack[at] for at in (*below, path)]
@@ -213,7 +215,7 @@ class Verifier:
         linked = [n for at, files in stack.items() for n in self.directory.linked(at, files.files)]
         cached = self.cache.adapters.get(name)
         if linked and (cached is None or cached.found.digest != adapter.digest):
-            raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
+            raise LorafoldError(f"{linked[0]}: found several hard links, expected one; copy it")
         return adapter
 
     def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:
@@ -223,14 +225,14 @@ class Verifier:
         trained_on, storage = TrainedOn.of(files.record), ""
         if trained_on and trained_on.storage != served and {trained_on.storage, served} & {*MADE}:
             trained = cut(trained_on.storage, 20)
-            storage = f"it was trained on {trained} weights: over {served} ones it is another model"
+            storage = f"trained on {trained} weights but served on {served} ones, so outputs differ"
             log.warning("%s: %s", name, storage)
         return cut(base, 1000), storage
 
     def _open_tokenizer(self, path: Path, verified: VerifiedFiles) -> str:
         words = self.directory.tokenizer(path)
         if words.named != verified.digest_of(verified.files.keys() - {*FILES, MANIFEST}):
-            raise LorafoldError(f"{path} changes while it is read; load it again")
+            raise LorafoldError(f"{path}: changed while it was read; load the adapter again")
         self._renderers.of(words)
         return words.named
 
@@ -241,7 +243,7 @@ class Verifier:
         base, note = adapter.base, adapter.other_base
         named, served_name = (Path(name.rstrip("/")).name.lower() for name in (base, self._base))
         if base and named != served_name:
-            served = f"and is served on {self._base!a}, which it fits"
-            note = f"it names the base {base[:200]!a}, {served}"
+            served = f"but it is served on {self._base!a}, which it fits"
+            note = f"the adapter's config names the base {base[:200]!a}, {served}"
         notes = filter(None, (note, adapter.other_storage))
         return adapter.model_copy(update={"note": "; ".join(notes)})

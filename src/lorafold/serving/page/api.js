@@ -55,7 +55,7 @@ export async function* chunks(asked, signal) {
     if (chunk.error) throw new Refusal(chunk.error);
     yield chunk;
   }
-  throw new Error("the answer broke off");
+  throw new Error("the stream ended early");
 }
 
 async function called(path, options, sent = key.get()) {

@@ -49,7 +49,7 @@ export function compared(left, right) {
   const made = document.getElementById("compared").content.cloneNode(true).firstElementChild;
   const found = differences(left, right);
   const [title, text] = [made.querySelector("summary"), made.querySelector(".text")];
-  if (!found) title.textContent = "The answers are too long to be compared word by word";
+  if (!found) title.textContent = "The answers are too long to compare word by word";
   else if (left === right) title.textContent = "Both answers are the same";
   else {
     const apart = found.filter(([kind]) => kind !== "both").length;

@@ -58,9 +58,9 @@ const ACTS = {
   delete: (name) => order("DELETE", aliasPath(name)),
 };
 const SURE = {
-  unload: "Requests for it are refused until it is loaded again.",
-  quarantine: "Requests for it are refused until it is loaded again.",
-  delete: "Requests for this alias are refused from now on.",
+  unload: "Requests for this adapter are rejected until you load it again.",
+  quarantine: "Requests for this adapter are rejected until you load it again.",
+  delete: "Requests for this alias are rejected from now on.",
 };
 
 const adapterPath = (name) => `admin/adapters/${encodeURIComponent(name)}`;

@@ -8,7 +8,7 @@ import { show } from "./table.js";
 
 const AGAIN = 1000; // milliseconds before the stream is asked for again
 const SILENT = 40_000; // after which it is lost: the server writes at least each 15 s
-const KEEPS = " This page keeps trying.";
+const KEEPS = " Retrying.";
 const $ = (id) => document.getElementById(id);
 const known = new Map();
 let names = ""; // of the models that can be asked
@@ -29,12 +29,12 @@ async function listen() {
   heard();
   try {
     for await (const event of watched(signal, heard)) take(event);
-    if (!$("trouble").textContent) write("trouble", `The server ended its stream.${KEEPS}`);
+    if (!$("trouble").textContent) write("trouble", `The server closed the connection.${KEEPS}`);
   } catch (error) {
     if (signal.aborted && signal.reason !== SILENT) return; // as this page wanted it
     if (error.status === 401) lock();
     else if (error.status === 503) write("trouble", unready(error.message));
-    else if (error.status) write("trouble", `The server refuses: ${error.message}.${KEEPS}`);
+    else if (error.status) write("trouble", `Request rejected: ${error.message}.${KEEPS}`);
     else write("trouble", `The server does not answer.${KEEPS}`);
   } finally {
     clearTimeout(silence);
@@ -84,11 +84,11 @@ function unlock(sees) {
 
 function lock() {
   locked = true;
-  write("key-wrong", key.get() && "The server does not know this key.");
+  write("key-wrong", key.get() && "The server does not accept this key.");
   write("trouble", "");
   key.forget();
   for (const id of ["parts", "chat", "adapters", "forget", "administer"]) $(id).hidden = true;
-  ask("This server asks for a key", false);
+  ask("This server requires an API key", false);
 }
 
 function ask(why, forMore) {
@@ -127,7 +127,7 @@ $("key-form").addEventListener("submit", async (event) => {
   again();
 });
 
-$("administer").addEventListener("click", () => ask("The key for administration", true));
+$("administer").addEventListener("click", () => ask("Administrator key", true));
 
 $("door-shut").addEventListener("click", () => {
   $("door").hidden = true;

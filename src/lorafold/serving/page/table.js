@@ -31,7 +31,7 @@ function draw() {
   const from = view.page * PAGE;
   place(found.slice(from, from + PAGE));
   const shown = `${count(from + 1)}–${count(Math.min(from + PAGE, found.length))}`;
-  write($("shown"), found.length ? `${shown} of ${count(found.length)}` : "no such model");
+  write($("shown"), found.length ? `${shown} of ${count(found.length)}` : "no matching models");
   $("back").disabled = !from;
   $("on").disabled = from + PAGE >= found.length;
 }

@@ -45,7 +45,7 @@ def tokens(app: FastAPI, server: Server) -> None:
 
     def renderer_of(caller: Caller, model: str | None) -> Renderer:
         if model is None and not caller.base:
-            message = "model: expected a value, since the key may not use the base"
+            message = "model: this field is required, because your key may not use the base"
             raise Refusal(400, "missing_parameter", message, "model")
         return server.registry.choose(caller, model or server.registry.base).renderer
 
@@ -55,7 +55,7 @@ def tokens(app: FastAPI, server: Server) -> None:
         caller = admitted(request)
         body = await server.body(request, caller, Tokenize, lambda body: body)
         if (body.prompt is None) == (body.messages is None):
-            raise wrong("prompt", "expected either prompt or messages")
+            raise wrong("prompt", "expected exactly one of prompt and messages")
 
         def tokens() -> bytes:
             renderer = renderer_of(caller, body.model)

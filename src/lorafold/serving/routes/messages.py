@@ -65,7 +65,7 @@ class CountTokens(Body):
     def chat(self) -> tuple[ChatBody, dict[str, str]]:
         """Converts to a chat completion; also returns the names of its fields here."""
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
-            raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
+            raise wrong("thinking", f"found {kind!r:.80}, expected disabled; or remove the field")
         conversation = list(self._conversation())
         tools, names = [], dict(NAMES)
         for i, tool in enumerate(self.tools):
@@ -98,8 +98,8 @@ class CountTokens(Body):
             for part in _turn(role, message.get("content"), f"{where}.content", names):
                 yield where, part
         if self.messages and self.messages[-1]["role"] == "assistant":
-            expected = "expected the user's: none is continued here"
-            raise wrong("messages", f"found the assistant's at the end, {expected}")
+            expected = "expected a user message, since answers can't be prefilled"
+            raise wrong("messages", f"found an assistant message at the end, {expected}")
 
     def _choice(self) -> str | dict[str, Any]:
         kind = self.tool_choice.get("type")
@@ -219,7 +219,7 @@ def _usage(usage: Usage) -> dict[str, int]:
 def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterator[dict[str, Any]]:
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list) or not blocks:
-        raise wrong(where, "expected text or a list of blocks")
+        raise wrong(where, "expected a string or a list of content blocks")
     message: dict[str, Any] = {}
     for i, block in enumerate(blocks):
         kind, at = block.get("type") if isinstance(block, Mapping) else None, f"{where}[{i}]"
@@ -243,7 +243,8 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
         elif kind == "thinking" and role == "assistant":
             message["reasoning_content"] = block.get("thinking")
         else:
-            raise wrong(f"{at}.type", f"found {kind!r:.80} of the {role}, which is not supported")
+            message = f"found {kind!r:.80}, which is not supported in {role} messages"
+            raise wrong(f"{at}.type", message)
     if message:
         yield {"role": role} | message
 
@@ -252,7 +253,7 @@ def _text(content: Any, where: str) -> str:
     if not content or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise wrong(where, "expected text or a list of blocks")
+        raise wrong(where, "expected a string or a list of content blocks")
     return text_of(content, ("text",), where + "[{}]", NO_TEXT)
 
 

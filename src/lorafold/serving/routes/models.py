@@ -50,7 +50,7 @@ def routes(app: FastAPI, server: Server) -> None:
         if server.host.draining:
             raise Refusal(503, "not_ready", server.host.ready, retry_after=1)
         if (n := len(streams[caller.tenant])) >= most:
-            message = f"{n} such streams are open, expected at most {most} with this one"
+            message = f"{n} event streams are already open, and the limit is {most}; close one"
             raise Refusal(429, "too_many_streams", message)
         if record.method == "HEAD":
             return Response(media_type="text/event-stream")
@@ -272,10 +272,10 @@ class LoadBody(UnloadBody):
             with suppress(OSError, ValueError):
                 same = Path(path).resolve() == entry.resolve()
         if not same:
-            expected = f"expected the entry {name} of the directory of adapters, or no path"
+            expected = f"expected the path of {name} in the directory of adapters, or no path"
             raise wrong("lora_path", f"found {path!r:.200}, {expected}")
         if name in registry.adapters and not self.load_inplace:
-            message = f"found false, and {name} has already been loaded; true replaces it"
+            message = f"found false, but {name} is already loaded; set true to replace it"
             raise wrong("load_inplace", message)
         return registry.load(name)
 
@@ -289,7 +289,7 @@ class AliasBody(Body):
 
     def read(self) -> tuple[AliasTarget, ...]:
         if (self.target is None) == (not self.targets):
-            raise wrong("target", "expected one of target, targets and rollback")
+            raise wrong("target", "expected exactly one of target, targets and rollback")
         name, _, digest = (self.target or "").partition("@")
         targets = self.targets or [{"adapter": name, "digest": digest or None}]
         try:
@@ -352,7 +352,7 @@ def administration(app: FastAPI, server: Server) -> None:
             message = f"found {act[:40]!r}, expected one of {', '.join(ACTS)}"
             raise Refusal(404, "no_route", message)
         if act == "quarantine":
-            await done(lambda: registry.quarantine(name, "the administrator put it there"))
+            await done(lambda: registry.quarantine(name, "quarantined by the administrator"))
             server.metrics.quarantines.inc()
         else:
             await done(lambda: registry.pin(name, act == "pin"))

@@ -56,7 +56,7 @@ def routes(app: FastAPI, server: Server) -> None:
             known = name in registry.adapters and caller.may(name)
             file = registry.directory.page(name) if known else None
             if file is None:
-                message = f"adapter: found no {name[:80]!r} with a page that you may see"
+                message = f"adapter: {name[:80]!r} has no page, or your key may not use it"
                 raise Refusal(404, "model_not_found", message, "model")
             return file.read_bytes()
 

@@ -72,13 +72,14 @@ class InputTokens(Body):
         else:
             conversation += _messages(self.input)
         if (summary := self.reasoning.get("summary")) not in (None, "auto"):
-            raise wrong("reasoning.summary", f"found {summary!r:.80}, expected auto: there is none")
+            message = f"found {summary!r:.80}, expected auto, since no summary is generated"
+            raise wrong("reasoning.summary", message)
         for name, values, known in (
             ("text", self.text, ("format", "verbosity")),
             ("reasoning", self.reasoning, ("effort", "summary")),
         ):
             for key in (k for k, v in values.items() if v is not None and k not in known):
-                raise wrong(f"{name}.{key}", "it is not supported here")
+                raise wrong(f"{name}.{key}", "this field is not supported; remove it")
         tools = []
         for i, tool in enumerate(self.tools):
             if tool.get("type") != "function":
@@ -111,7 +112,7 @@ class ResponsesBody(InputTokens):
                 expected = " or ".join(INCLUDED)
                 raise wrong(f"include[{i}]", f"found {name[:80]!r}, expected {expected}")
         if self.top_logprobs and not self.logprobs:
-            raise wrong("top_logprobs", f"found it without include, expected {LOGPROBS} in that")
+            raise wrong("top_logprobs", f"this field requires {LOGPROBS} in include")
         if len(self.metadata) > PAIRS:
             raise wrong("metadata", f"found {len(self.metadata)} pairs, expected at most {PAIRS}")
         for key, value in self.metadata.items():
@@ -310,10 +311,10 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
             yield where, {"role": "tool"} | result
         elif kind == "reasoning":
             if item.get("encrypted_content"):
-                raise wrong(f"{where}.encrypted_content", "it can't be read here")
+                raise wrong(f"{where}.encrypted_content", "this field is not supported; remove it")
             turn["reasoning_content"] = _text(item.get("content") or [], f"{where}.content")
         else:
-            raise wrong(f"{where}.type", f"found {kind!r}, which is not supported here")
+            raise wrong(f"{where}.type", f"found {kind!r}, which is not supported")
     if turn:
         yield begun, turn
 
@@ -321,4 +322,4 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
 def _text(content: Any, where: str) -> Any:
     if not isinstance(content, list):
         return content
-    return text_of(content, PARTS, where + "[{}]", "found a part of type {}, expected text alone")
+    return text_of(content, PARTS, where + "[{}]", "found a part of type {}, expected only text")
