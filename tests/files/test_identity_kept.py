@@ -131,12 +131,12 @@ class World:
     def tokens(self) -> bool:
         """The tokens of large data."""
         encode(self.rows_of(), load_tokenizer(self.model), 64, self.console())
-        return "tokens: about" not in self.told
+        return "tokens: caching about" not in self.told
 
     def parsed(self) -> bool:
         """The parsed rows of large data."""
         self.rows_of()
-        return "they are kept in" not in self.told
+        return "of rows into the cache" not in self.told
 
     # what they need
 

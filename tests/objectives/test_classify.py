@@ -275,7 +275,7 @@ def test_long_texts_are_cut_and_counted(directory: Path) -> None:
 
 
 def test_bad_labels_are_named() -> None:
-    told = r"row 2: field label: found 1.5, expected text or a whole number; row 3: .*found true"
+    told = r"row 2: field label: found 1.5, expected text or an integer; row 3: .*found true"
     rows = [{"text": "a", "label": label} for label in ("x", 1.5, True)]
     with pytest.raises(LorafoldError, match=told):
         check_rows(enumerate(rows, 1), "rows")
