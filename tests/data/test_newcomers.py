@@ -201,8 +201,8 @@ def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None
         ("Eingabe,Ausgabe", "a,b", "did you mean --columns prompt=Eingabe,completion=Ausgabe"),
         ("prompt,answer", "a,b", "did you mean --columns completion=answer"),
         ("Mail text,when,Reply text", "a,2024-01-02,b",
-         "--columns 'prompt=Mail text,completion=Reply text' (guessed from the column order, if the"
-         " first line has the column names)"),
+         "--columns 'prompt=Mail text,completion=Reply text' (guessed by their order, if the file"
+         " has a header)"),
         ("one,two,three", "a,b,c", "(rename with --columns)"),
     ],
 )  # fmt: skip
@@ -252,6 +252,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     began = time.monotonic()
     with pytest.raises(LorafoldError, match=r"not on this machine.*9 does not answer, and it is"):
         resolve_model("nobody/nothing")
-    with pytest.raises(LorafoldError, match=r"hub dataset: http://127.0.0.1:9 does not answer"):
+    with pytest.raises(LorafoldError, match=r"this name fails: http://127.0.0.1:9 does not ans"):
         _ = source_from("nobody/nothing").size
     assert time.monotonic() - began < 10  # with retries half a minute

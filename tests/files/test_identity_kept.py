@@ -350,7 +350,7 @@ def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeyp
     with pytest.raises(GoesOn):
         train(asked, Console(quiet=True))
     other = replace(asked.base, revision="other")
-    with pytest.raises(LorafoldError, match="model: owner/name had other files when the run began"):
+    with pytest.raises(LorafoldError, match="model: the files of owner/name have changed"):
         train(replace(asked, base=other, resume=True), Console(quiet=True))
     with pytest.raises(GoesOn):
         train(replace(asked, resume=True), Console(quiet=True))

@@ -169,7 +169,7 @@ def test_a_policy_trains_with_it_and_resumes_exactly(reward, tmp_path) -> None:
     for name in (out / "manifest.json", out / "lorafold.json"):
         name.unlink()
     save_file({n: t + 1 for n, t in load_file(weights).items()}, weights)
-    with pytest.raises(LorafoldError, match="the run to resume had another recipe: rewards: was"):
+    with pytest.raises(LorafoldError, match="the run, because settings have changed: rewards: was"):
         policy(directory, tmp_path / "killed", *given, resume=True, **changes)
     shutil.rmtree(out)
     shutil.copytree(reward[1], out)
@@ -283,7 +283,7 @@ def test_a_run_does_not_write_over_it(reward: tuple[Path, Path], tmp_path: Path)
     directory, out = reward
     name, before = f"0.5*adapter:{out}", sorted(out.iterdir())
     for target in (out, out / "inside"):
-        with pytest.raises(LorafoldError, match=r"the run would write .* and read for --reward"):
+        with pytest.raises(LorafoldError, match=r"write .* overlaps with the input for --reward"):
             policy(directory, target, name, overwrite=True)
     assert sorted(out.iterdir()) == before
 

@@ -166,7 +166,7 @@ def test_a_method_says_whether_it_asks_for_losses(tiny_model_dir, tmp_path, monk
     monkeypatch.setitem(METHODS, "asking", Asking)
     short = RECIPE.model_copy(update={"steps": 1, "method": "looking"})
     assert lf.train(short, out=tmp_path / "a", **how).steps == 1
-    with pytest.raises(LorafoldError, match="method asking: it asks for losses of rows before"):
+    with pytest.raises(LorafoldError, match="method asking: prepare uses losses of rows, which"):
         lf.train(short.model_copy(update={"method": "asking"}), out=tmp_path / "b", **how)
 
 

@@ -53,7 +53,7 @@ PLAIN_TEMPLATE = """\
 {%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif -%}"""
-HELP = "set --chat-template to FILE, or to tools for a built-in template that supports tools"
+HELP = "use --chat-template FILE, or --chat-template tools for a template that supports tools"
 
 
 def check_shown(

@@ -44,7 +44,7 @@ SAID = {
     *("antwort", "ausgabe"),
 }
 WORDED = re.compile(r"[^\W\d_]")  # text with a letter, not a number or a date
-GUESS = " (guessed from the column order, if the first line has the column names)"
+GUESS = " (guessed by their order, if the file has a header)"
 PLAIN = {"system", "user", "assistant", "tool", "developer"}
 # written by databases, spreadsheets and pandas for empty cells and errors in formulas
 NOTHING = {
