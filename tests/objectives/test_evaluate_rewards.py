@@ -200,10 +200,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no reward": ({"rewards": 3}, "^rewards: found 3, expected functions or names"),
     "an unknown one": ({"rewards": "words"}, "^reward 'words': expected FILE.py:fn"),
     "a lost field": (
-        {"data": [{"prompt": "a"}]}, "^reward letters: row 1, completion 1: it asks for word;",
+        {"data": [{"prompt": "a"}]}, "^reward letters: row 1, completion 1: needs the fields word;",
     ),
     "one that fails": (
-        {"rewards": lambda completion: 1 / 0}, "^reward <lambda>: row 1, completion 1: it raised",
+        {"rewards": lambda completion: 1 / 0}, "^reward <lambda>: row 1, completion 1: raised",
     ),
     "a setting too many": (
         {"allow_other_base": True, "model": None},

@@ -246,7 +246,7 @@ def test_dropout_of_models_and_of_adapters_is_taken_as_0(
         recipe = lf.Recipe(dropout=0.3, lr=1e-2, steps=2, batch=2, storage="fp32")
         lf.train(recipe, model=base, data=[{"text": "oak and elm"}] * 2, out=start)
     text = told("a", asked(steps=2), model=base, init_adapter=start)
-    assert "taken as 0: completions are drawn without" in text
+    assert "is set to 0, because sampling uses no dropout" in text
 
 
 def test_a_policy_may_start_as_its_reference(run) -> None:
@@ -303,7 +303,7 @@ def test_a_run_whose_reward_fails_is_kept_and_goes_on_with_the_mended_one(
 
     run("whole", 0)
     step = "held-out rows after step 2" if held_out else "step 3"
-    where = rf"^{step}: reward .*judge.py:size: row \d, completion 1: it raised ZeroDivision"
+    where = rf"^{step}: reward .*judge.py:size: row \d, completion 1: raised ZeroDivision"
     with pytest.raises(LorafoldError, match=rf"{where}.*step-000002; to continue .* with --resume"):
         run("failed", fails)
     assert "judge.py:size: changed since the run began; the next" in run("failed", 0, resume=True)
@@ -323,8 +323,8 @@ def test_a_later_update_of_the_first_step_may_have_all_ratios_clipped(average: s
 SILENT = {
     "solved": (lambda word, step: 9.0, "have the highest reward so far, 9: the rows are solved"),
     "right by chance in some steps": (lambda word, step: 9.0 * (step % 2), "the prompts are too"),
-    "out of reach": (lambda word, step: 1 / len(word), "too hard or too easy for it; try easier"),
-    "no reward applies": (lambda word, step: None, "no completion has a reward, as all rewards"),
+    "out of reach": (lambda word, step: 1 / len(word), "too hard or too easy for the model; try"),
+    "no reward applies": (lambda word, step: None, "no completion has a reward, because all"),
 }
 
 

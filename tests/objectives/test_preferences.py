@@ -458,7 +458,7 @@ def test_recurrent_models_are_padded_and_told(tmp_path: Path) -> None:
         model=tmp_path / "mamba", data=PAIRS, out=tmp_path / "out", console=console,
     )  # fmt: skip
     assert found.losses[0] == pytest.approx(math.log(2), rel=1e-4)
-    assert "this model does not compute a prompt once" in console.export_text()
+    assert "this model can't share a prompt among completions" in console.export_text()
 
 
 def test_a_preview_shows_both_completions(tiny_model_dir, tmp_path: Path) -> None:

@@ -338,8 +338,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: found fish, which chooses",
     ),
     "a reward of no form": ({"rewards": "nosuch"}, "reward 'nosuch': expected FILE.py:fn, "),
-    "no such file": ({"rewards": "nosuch.py:fn"}, "reward nosuch.py:fn: found no file"),
-    "no regular expression": ({"rewards": "regex:("}, r"reward regex:\(: it is no regular"),
+    "no such file": ({"rewards": "nosuch.py:fn"}, "reward nosuch.py:fn: there is no file"),
+    "no regular expression": ({"rewards": "regex:("}, r"reward regex:\(: not a regular"),
     "no such reward model": ({"rewards": "adapter:a"}, "a: found no adapter_config.json"),
 }  # fmt: skip
 

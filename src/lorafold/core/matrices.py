@@ -121,7 +121,8 @@ class Matrices(nn.Module):
         if self.around is None:
             kind = type(self.owner).__name__
             raise LorafoldError(
-                f"{self.name}: found a {kind} alone, expected one in the module that routes to it"
+                f"{self.name}: found a standalone {kind}, expected one in the module that routes"
+                " tokens to it"
             )
         return self.around
 
