@@ -389,7 +389,7 @@ def test_rewards_that_do_not_apply_are_left_out(run, tiny_model_dir, tmp_path: P
     samples = record["samples"]["last"]["samples"]
     assert all(len(one["each"]) == 1 for one in samples)
     assert found.figures["reward"] == pytest.approx(record["held_out"]["reward"][-1], rel=1e-5)
-    with pytest.raises(LorafoldError, match="rewards: found none for row 1, completion 1 to row 1"):
+    with pytest.raises(LorafoldError, match="rewards: all returned None for row 1, completion 1"):
         lf.evaluate(base, ROWS[:1], rewards=[cold], max_new_tokens=4)
     worth = lf.evaluate(base, ROWS, rewards=[warm, cold], max_new_tokens=4)
     assert [mean is None for mean in worth.prompt_rewards] == [False, False, False, True]

@@ -174,7 +174,7 @@ def test_a_resumed_run_must_be_the_same_run(llama, tmp_path: Path) -> None:
     (tmp_path / "a.run").rmdir()
     with pytest.raises(LorafoldError, match="loss is nan"):
         trained(llama, tmp_path / "a", lr=1e30, lr_b=1e30, save_every=1)
-    with pytest.raises(LorafoldError, match=r"another recipe: lr: was 1e\+30, now 0.001; lr_b"):
+    with pytest.raises(LorafoldError, match=r"have changed: lr: was 1e\+30, now 0.001; lr_b"):
         trained(llama, tmp_path / "a", lr=1e-3, resume=True)
 
 

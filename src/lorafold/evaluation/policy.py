@@ -109,8 +109,8 @@ class Rewarded:
             progress(len(sums), len(judged))
         if at_once and sums.count(None) == len(sums):
             raise RewardFailed(
-                f"rewards: all returned None for {judged[0].where} to {judged[-1].where}, expected a"
-                " number for at least one completion"
+                f"rewards: all returned None for {judged[0].where} to {judged[-1].where}, expected"
+                " a number for at least one completion"
             )
         tables = {name: _table(x, len(groups)) for name, x in each.items()}
         return cls(judged, groups, _table(sums, len(groups)), tables)

@@ -326,7 +326,7 @@ class PolicyObjective(OnPolicy):
         least = loss.counts[SILENT] = min(loss.counts.get(SILENT, math.inf), read[-1].reward)
         if least == loss.counts[HIGHEST] > loss.counts[LOWEST]:
             return f"all completions have the highest reward so far, {least:g}: {SOLVED}"
-        samples = "; ".join(f"{o.where}: {o.completion[:80]!r}, {o.reward:g}" for o in read)
+        samples = "; ".join(f"{o.where}: {o.completion[:80]!r} has {o.reward:g}" for o in read)
         entropy = judged.figures["entropy"]
         return (
             f"all completions of a prompt have the same reward, at an entropy of {entropy:.2g} nats"
