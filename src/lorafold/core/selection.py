@@ -198,10 +198,9 @@ class Selection:
         if others := self._ran - {self.names}:
             other = " and with ".join(str(list(names)) for names in sorted(others))
             raise LorafoldError(
-                f"the backward pass recomputes checkpointed blocks with {list(self.names)}, but"
-                f" their forward pass ran with {other}: call backward inside the same lf.only, or"
-                " set use_reentrant=False (gradient_checkpointing_kwargs), which records the"
-                " adapters"
+                f"backward recomputes checkpointed blocks with {list(self.names)}, but their forward"
+                f" pass ran with {other}: call backward inside the same lf.only, or set"
+                " use_reentrant=False (gradient_checkpointing_kwargs), which records the adapters"
             )
 
 

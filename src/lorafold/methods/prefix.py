@@ -75,9 +75,8 @@ class Prefix(VirtualTokens):
             shapes.add((getattr(config, "num_key_value_heads", None) or queries, size))
         if len(shapes) > 1:
             raise LorafoldError(
-                f"Prefix: found several numbers of key heads and head sizes in"
-                f" {type(body).__name__}: {sorted(shapes)}, expected the same in all attention"
-                " layers; choose another method"
+                f"Prefix: found several attention shapes (key heads, head size) in"
+                f" {type(body).__name__}: {sorted(shapes)}, expected one; choose another method"
             )
         layers: list[Any] = [m.layer_idx for m in attentions]
         delta = PrefixDelta(body, self.tokens, shapes.pop(), layers)

@@ -131,7 +131,7 @@ def number(value: Any, at: int | None) -> float | None:
     if not math.isfinite(reward):
         raise Wrong(f"returned {_shown(value)}, expected a finite number", at)
     if abs(reward) > LARGEST:
-        raise Wrong(f"returned {_shown(value)}, expected -{LARGEST:g} to {LARGEST:g}", at)
+        raise Wrong(f"returned {_shown(value)}, expected at most {LARGEST:g} in magnitude", at)
     return reward
 
 

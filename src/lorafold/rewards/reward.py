@@ -332,7 +332,7 @@ class Rewards(AbstractContextManager["Rewards"]):
             sums.append(sum(applied) if applied else None)
         for one, total in zip(judged, sums, strict=True):
             if total is not None and not abs(total) <= LARGEST:
-                why = f"the weighted sum is {total:g}, expected -{LARGEST:g} to {LARGEST:g}"
+                why = f"the weighted sum is {total:g}, expected at most {LARGEST:g} in magnitude"
                 raise failure(" + ".join(each), why, [one])
         return sums, each
 

@@ -188,10 +188,9 @@ class RunDirectory:
         if changes or others:
             wrong = "settings have changed" if changes else "files have changed"
             raise LorafoldError(
-                f"{self.path}: can't resume the run, because {wrong}:"
-                f" {listed([*changes, *others], '; ')}. Use the old"
-                f" {'values' if changes else 'files'} and lorafold version, or start again with"
-                " --overwrite"
+                f"{self.path}: can't resume, because {wrong}: {listed([*changes, *others], '; ')}."
+                f" Use the old {'values' if changes else 'files'} and lorafold version, or start"
+                " again with --overwrite"
             )
 
     def checkpoints(self) -> dict[int, Path]:

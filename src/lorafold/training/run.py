@@ -265,9 +265,8 @@ def sample_losses(
     """
     if issubclass(OBJECTIVES[recipe.objective].kind, OnPolicy):
         raise LorafoldError(
-            f"method {recipe.method}: prepare uses losses of rows, which the objective"
-            f" {recipe.objective} does not have; use another objective, and set asks_losses in the"
-            " spec"
+            f"method {recipe.method}: prepare uses losses of rows, which objective"
+            f" {recipe.objective} lacks; use another objective, and set asks_losses in the spec"
         )
     loss.train()
     for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):

@@ -291,10 +291,9 @@ def check_reference(adapter: Adapter, args: Any) -> None:
     how = f"ref_model={made} (or set trainer.ref_model = {made} if it has no such argument)"
     if under:
         raise LorafoldError(
-            f"AdapterCallback: {config}: found the base without adapters as reference model, which"
-            f" TRL loads by name, expected the model with {', '.join(under)}, on top of which the"
-            f" adapter {adapter.name!r} trains; pass {how}, or AdapterCallback(...,"
-            " own_reference=True) if your reference model is right"
+            f"AdapterCallback: {config}: found the bare base as reference, which TRL loads by name,"
+            f" expected the model with {', '.join(under)}, on top of which {adapter.name!r} trains;"
+            f" pass {how}, or own_reference=True if your reference model is right"
         )
     logger.warning(f"{config}: TRL loads the base again as reference; to save memory, pass {how}")
 
