@@ -84,9 +84,9 @@ class TemplateSummary:
     def lines(self) -> list[str]:
         end = f"turns end with {self.end}"
         if self.ended == NOWHERE and self.end:
-            end = f"turns have no end: training adds {self.end} (unless --end-of-turn none is set)"
+            end = f"turns have no end token: training adds {self.end} (unless --end-of-turn none)"
         elif self.ended == NOWHERE:
-            end = "turns have no end, and the tokenizer has no EOS token: generation does not stop"
+            end = "turns have no end token, and the tokenizer no EOS token: generation never stops"
         elif self.ended != WITH_TURN:
             end += ", which the template writes only before the next message"
         remarks = {
