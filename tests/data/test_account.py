@@ -84,7 +84,7 @@ def test_what_is_said_beside_a_call_is_counted_where_it_is_left_out() -> None:
         (lambda: family("llama3"), ["does not render tools, tool calls, reasoning"]),
         (lambda: family("llama3_1"), ["text next to a tool call", "a second tool call"]),
         (lambda: tokenizer_of(CASES["glm"]), ["<|user|>, which the template writes only"]),
-        (lambda: tokenizer_of(CASES["minicpm"]), ["turns have no end token: training adds <|im_end|>"]),
+        (lambda: tokenizer_of(CASES["minicpm"]), ["no end token: training adds <|im_end|>"]),
     ],
 )
 def test_one_line_says_what_a_template_does(tokenizer: Any, parts: list[str]) -> None:

@@ -289,7 +289,7 @@ def test_a_run_does_not_write_over_it(reward: tuple[Path, Path], tmp_path: Path)
 
 
 def test_it_needs_a_model_and_a_finite_weight(reward: tuple[Path, Path]) -> None:
-    with pytest.raises(LorafoldError, match="needs a base in memory, so it can only be used in"):
+    with pytest.raises(LorafoldError, match="a reward model needs the base in memory, as in"):
         Rewards.of(f"adapter:{reward[1]}")
     with pytest.raises(LorafoldError, match="found weight inf, expected a finite number"):
         RewardName.parse(f"inf*adapter:{reward[1]}")

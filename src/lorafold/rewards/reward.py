@@ -232,8 +232,8 @@ def reward_of(text: str) -> Reward:
     parsed = RewardName.parse(text)
     if parsed.is_adapter:
         raise LorafoldError(
-            f"reward {text}: a reward model needs a base in memory, so it can only be used in"
-            " training; to score rows, run lorafold score"
+            f"reward {text}: a reward model needs the base in memory, as in policy training and"
+            " evaluation; to score rows, run lorafold score"
         )
     return SeparateReward(parsed.name, parsed.kind, parsed.text, parsed.weight)
 
