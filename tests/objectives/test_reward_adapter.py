@@ -240,7 +240,7 @@ def test_a_reward_over_a_stack_and_a_policy_over_one(reward, tmp_path) -> None:
 
 
 WRONG = {
-    "plain": "reward adapter:.*: found an adapter of a language model, expected one of a rew",
+    "plain": "reward adapter:.*: found an adapter of a language model, expected an adapter of",
     "none": "reward: found no adapter_config.json, expected the directory of an adapter",
     "damaged": "reward: adapter_model.safetensors",
     "headless": "reward: missing key .*score.weight",

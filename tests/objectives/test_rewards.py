@@ -403,4 +403,4 @@ def test_a_verifier_of_a_task_with_many_right_answers(task: str) -> None:
         for row in ({"entry": json.dumps(entry)}, own, own | {"answer": None}):
             found = rewards([Judged("q", text, row, "row 1"), Judged("q", "no", row, "row 1")])[0]
             assert found[0] >= score >= found[1]
-        assert "found no metadata in its row" in fails(rewards, "1")
+        assert "found no metadata in the row" in fails(rewards, "1")

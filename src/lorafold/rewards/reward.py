@@ -286,7 +286,7 @@ class Rewards(AbstractContextManager["Rewards"]):
         if not names:
             raise LorafoldError("rewards: found none, expected at least one")
         if not isinstance(limit, int | float) or isinstance(limit, bool):
-            raise LorafoldError(f"rewards: found a limit of {limit!r}, expected a number")
+            raise LorafoldError(f"rewards: found a limit of {limit!r}, expected seconds")
         if not 0 < limit < math.inf:
             raise LorafoldError(f"rewards: found a limit of {limit} s, expected more than 0")
         self._rewards = tuple(rewards)
