@@ -73,7 +73,7 @@ def test_only_selects_and_the_bare_base_is_bit_for_bit() -> None:
             assert torch.equal(model(X), a)
         assert torch.equal(model(X), bare)
     assert torch.equal(model(X), both)
-    with pytest.raises(lf.LorafoldError, match="the attached ones: a, b"):
+    with pytest.raises(lf.LorafoldError, match="attached adapters: a, b"):
         lf.only(model, "c")
 
 

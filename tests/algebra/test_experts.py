@@ -432,7 +432,7 @@ def test_experts_apart_from_what_routes_to_them_are_refused(name: str, child: st
         for path, m in Anatomy.of(model).modules
         if isinstance(m, Matrices) and f".{child}." in path
     )
-    expected = f"found a {type(holder).__name__} alone, expected one in the module that routes"
+    expected = f"found a lone {type(holder).__name__}, expected one in the module that"
     with pytest.raises(lf.LorafoldError, match=expected):
         lf.attach(holder, lf.LoRA(rank=2), list(dict(holder.named_parameters())))
     assert not any(isinstance(m, Matrices) for m in holder.modules())

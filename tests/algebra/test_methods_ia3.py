@@ -67,5 +67,5 @@ def test_keys_and_values_where_peft_takes_queries(family: str) -> None:
 
 def test_inputs_of_an_embedding_are_refused() -> None:
     root = torch.nn.Sequential(torch.nn.Embedding(8, 4))
-    with pytest.raises(lf.LorafoldError, match="its inputs are ids"):
+    with pytest.raises(lf.LorafoldError, match="whose inputs are ids"):
         lf.attach(root, lf.IA3(feedforward=["0"]), ["0"])

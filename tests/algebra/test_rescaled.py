@@ -78,7 +78,7 @@ def test_quantized_weights_that_were_divided_are_refused() -> None:
     model = rwkv()
     logits(model)
     model.rwkv.blocks[0].attention.output.weight.SCB = torch.ones(32)
-    with pytest.raises(LorafoldError, match="expected a model that was just loaded"):
+    with pytest.raises(LorafoldError, match="has rescaled the quantized weights; load the model"):
         lf.attach(model, lf.LoRA(rank=2))
 
 

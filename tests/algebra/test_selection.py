@@ -127,7 +127,7 @@ def test_a_replay_whose_adapters_are_not_known_is_refused() -> None:
         again = way(model, X).square().sum()
     with (
         lf.only(model, "two"),
-        pytest.raises(LorafoldError, match=r"again under \['two'\], and their forward .*\['one'\]"),
+        pytest.raises(LorafoldError, match=r"blocks with \['two'\], but their forward .*\['one'\]"),
     ):
         again.backward()
     with lf.only(model, "two"):  # what comes after it is not refused
@@ -209,7 +209,7 @@ def test_two_tasks_are_refused() -> None:
 
     first, second = asyncio.run(both())
     assert first is None
-    assert "one at a time" in str(second)
+    assert "use a lock" in str(second)
 
 
 def test_blocks_that_are_left_in_another_order() -> None:

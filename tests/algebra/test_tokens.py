@@ -371,8 +371,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"model.embed_tokens: tokens \[300, 302\] leave a gap: .* is 299; .* from 300 on",
     ),
     "far": ({"tokens": (310,)}, r"tokens \[310\] leave a gap"),
-    "twice": ({"tokens": (300, 300)}, r"tokens \[300, 300\]: expected ids from 0 up, each once"),
-    "negative": ({"tokens": (-1,)}, r"tokens \[-1\]: expected ids from 0 up"),
+    "twice": ({"tokens": (300, 300)}, r"tokens: found \[300, 300\], expected distinct ids from 0"),
+    "negative": ({"tokens": (-1,)}, r"tokens: found \[-1\], expected distinct ids from 0"),
     "no such module": (
         {"tokens": {"embed_token": (3,)}},
         "'embed_token' matches no module; similar names: embed_tokens",
@@ -384,11 +384,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a target too": (
         {"tokens": (3,), "targets": ["q_proj", "lm_head"]},
-        "tokens: lm_head is a target or a module to save as well",
+        "tokens: lm_head is also a target or in modules_to_save",
     ),
     "saved too": (
         {"tokens": (3,), "modules_to_save": ["embed_tokens"]},
-        "tokens: model.embed_tokens is a target or a module to save",
+        "tokens: model.embed_tokens is also a target or in modules",
     ),
 }
 
@@ -405,7 +405,7 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(case: str, tiny_model) ->
 
 def test_a_module_that_says_nothing_of_embeddings_needs_names() -> None:
     model = nn.ModuleDict({"at": nn.Embedding(11, 6), "beside": nn.Linear(6, 6)})
-    told = "ModuleDict does not define its embedding module; pass the ids by module name"
+    told = "ModuleDict does not define its embedding module; pass the ids as a dict by"
     with pytest.raises(lf.LorafoldError, match=told):
         lf.attach(model, lf.LoRA(rank=2), ["beside"], tokens=(3,))
 
@@ -416,7 +416,7 @@ def test_every_method_has_new_tokens_or_says_why_not(method: str, tiny_model, tm
     model, spec = tiny_model("qwen2"), METHODS[method]()
     if reason := {
         "full": "Full trains the base's own weights",
-        "linear-probe": "lm_head is a target or a module to save as well",
+        "linear-probe": "lm_head is also a target or in modules_to_save",
     }.get(method):
         with pytest.raises(lf.LorafoldError, match=f"tokens: {reason}"):
             lf.attach(model, spec, tokens=NEW)

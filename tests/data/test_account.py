@@ -55,7 +55,7 @@ BY_ID = "{% for c in m.tool_calls %}{{ c.id + (c.function.arguments | tojson) }}
 
 @pytest.mark.parametrize(
     ("shown", "part"),
-    [(FIRST, r"messages\[1\].tool_calls\[1\]: its name"), (BY_ID, "does not show calls")],
+    [(FIRST, r"messages\[1\].tool_calls\[1\].name"), (BY_ID, "does not render tool calls")],
 )
 def test_what_is_lost_of_a_call_is_not_found_in_another_turn(shown: str, part: str) -> None:
     """The result and the answer have the name and the town that the second call lacks."""
@@ -77,14 +77,14 @@ def test_what_is_said_beside_a_call_is_counted_where_it_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "parts"),
     [
-        (lambda: family("qwen3"), ["a turn ends with <|im_end|>"]),
-        (lambda: family("deepseek_r1_distill"), ["opens a block of reasoning (<think>)"]),
-        (lambda: family("qwen3_5_nothink"), ["has an empty block of reasoning (<think></think>)"]),
-        (lambda: family("qwen2_5"), ["without a system message it writes 'You are Qwen"]),
-        (lambda: family("llama3"), ["does not show tools, calls, reasoning"]),
-        (lambda: family("llama3_1"), ["text next to a call", "a second call"]),
-        (lambda: tokenizer_of(CASES["glm"]), ["<|user|>, which it writes before the next"]),
-        (lambda: tokenizer_of(CASES["minicpm"]), ["ends no turn: <|im_end|> is trained after"]),
+        (lambda: family("qwen3"), ["turns end with <|im_end|>"]),
+        (lambda: family("deepseek_r1_distill"), ["opens a reasoning block (<think>)"]),
+        (lambda: family("qwen3_5_nothink"), ["has an empty reasoning block (<think></think>)"]),
+        (lambda: family("qwen2_5"), ["the default system message is 'You are Qwen"]),
+        (lambda: family("llama3"), ["does not render tools, tool calls, reasoning"]),
+        (lambda: family("llama3_1"), ["text next to a tool call", "a second tool call"]),
+        (lambda: tokenizer_of(CASES["glm"]), ["<|user|>, which the template writes only"]),
+        (lambda: tokenizer_of(CASES["minicpm"]), ["no end token: training adds <|im_end|>"]),
     ],
 )
 def test_one_line_says_what_a_template_does(tokenizer: Any, parts: list[str]) -> None:
@@ -105,7 +105,7 @@ def test_a_date_is_that_of_the_rendering_and_part_of_what_ids_depend_on() -> Non
     tokenizer = copy.deepcopy(embedded())
     assert identity_of(tokenizer)["day"] == ""
     tokenizer.chat_template = DATED
-    assert "it writes the date of the day" in "; ".join(describe_template(tokenizer).lines)
+    assert "the template inserts today's date" in "; ".join(describe_template(tokenizer).lines)
     row = {"prompt": "How?", "completion": "So."}
     fixed = on_day(tokenizer, "2024-02-03")
     [[example], _] = encode_row(row, fixed)
@@ -150,7 +150,7 @@ def test_a_run_keeps_the_day_on_which_it_began(tiny_model_dir, tmp_path: Path, m
 
 def test_doctor_says_it_of_a_model() -> None:
     [found] = looked_at("smollm2")
-    assert "a turn ends with <|im_end|>; without a system message it writes" in found.text
+    assert "turns end with <|im_end|>; the default system message is" in found.text
     assert found.value["end"] == "<|im_end|>"
 
 
@@ -167,7 +167,7 @@ WORDS = (
      ("true", None)],
 )  # fmt: skip
 def test_the_variable_that_lets_plain_turns_train_is_said(expression: str, name) -> None:
-    wanted = "turns without reasoning are left out, since generation would begin them otherwise"
+    wanted = "turns without reasoning are left out, because at generation they begin differently"
     found = describe_template(with_template(WORDS.replace("SET", expression)))
     wanted += f"; --template-kwargs {name} helps" if name else ""
     assert found.plain == wanted

@@ -264,7 +264,7 @@ def test_rows_are_counted_and_text_is_left_as_it_is() -> None:
     pair = {"prompt": "a", "chosen": "b <|im_end|>", "rejected": "c"}
     report = encode_preferred([pair, pair | {"chosen": "b"}], tokenizer, 512, "pairs").report
     assert report.marked == 1
-    assert "1 rows have control tokens in their contents, which are read as text" in str(report)
+    assert "1 rows have control tokens in their contents, which are tokenized as" in str(report)
     found = encode([{"text": "<|im_start|>user\na<|im_end|>"}], tokenizer, 512)
     assert found.report.marked == 0
     assert found.examples[0].ids[-1] == tokenizer.eos_token_id
@@ -278,7 +278,7 @@ def test_a_run_says_it_and_one_that_allows_them_generates_so_too(tiny_model_dir,
     how = ["--model", str(model), "--data", data, "--steps", "2", "--batch", "1"]
     out = tmp_path / "text"
     done = lorafold("train", *how, "--out", str(out))
-    assert "1 rows have control tokens in their contents, which are read as text" in done.stderr
+    assert "1 rows have control tokens in their contents, which are tokenized as" in done.stderr
     free = tmp_path / "free"
     done = lorafold("train", *how, "--out", str(free), "--allow-control-tokens")
     assert "control tokens" not in done.stderr
@@ -288,7 +288,7 @@ def test_a_run_says_it_and_one_that_allows_them_generates_so_too(tiny_model_dir,
     for adapter, says in ((out, True), (free, False)):
         asked = ["--adapter", str(adapter), "--prompt", FORGED, "--max-new-tokens", "1"]
         told = lorafold("generate", "--model", str(model), *asked).stderr
-        assert ("the prompt has control tokens, which are read as text" in told) == says
+        assert ("the prompt contains control tokens, which are tokenized" in told) == says
     before = bare.chat_template
     texts = [
         lf.generate(loaded, FORGED, tokenizer=bare, max_new_tokens=8, allow_control_tokens=free)

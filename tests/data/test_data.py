@@ -135,7 +135,7 @@ def test_many_bad_rows_are_counted(tmp_path):
     ("row", "part"),
     [
         ({"prompt": "a", "completion": [CHAT["messages"][1]]},
-         "found text and a list, expected both text or both lists"),
+         "found text and a list, expected text in both or lists"),
         ({"prompt": "a", "completion": 7}, "field completion: found 7, expected text"),
         ({"prompt": {"a": 1}, "completion": "b"}, "field prompt: found an object, expected text"),
         ({"prompt": "a"}, "keys found: 'prompt'; expected one of"),
@@ -176,7 +176,7 @@ def test_columns_have_other_names_and_unknown_keys_are_named(tmp_path):
     assert rows == [{"id": 7, "prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     assert rows.ignored == ("id",)
     message = refused(lambda: read_rows(path, {"prompt": "questions"}))
-    assert "row 1: found no column 'questions'; it has 'question', 'answer', 'id'" in message
+    assert "row 1: found no column 'questions'; the row has 'question', 'answer', 'id'" in message
     swapped = jsonl(tmp_path, {"prompt": "b", "completion": "a"})
     found = read_rows(swapped, {"prompt": "completion", "completion": "prompt"})
     assert found == [{"prompt": "a", "completion": "b"}]
@@ -186,7 +186,7 @@ def test_a_row_that_has_the_new_name_too_is_refused(tmp_path):
     rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": "b", "prompt": "c"}]
     columns = {"prompt": "question", "completion": "answer"}
     message = refused(read_rows, jsonl(tmp_path, *rows), columns)
-    assert "row 2: --columns prompt=question: the row has a column prompt as well" in message
+    assert "row 2: --columns prompt=question: the row already has a column prompt" in message
     assert "row 2: --columns prompt=question" in refused(as_rows, rows, columns)
 
 
@@ -214,7 +214,7 @@ def test_csv(tmp_path):
     path.write_text('text\n"open\n')
     assert "not CSV after line 1: a quote is not closed" in refused(read_rows, str(path))
     path.write_bytes("text\nä\n".encode() + b"\xff\n")
-    assert "not UTF-8 soon after line 1; save it as UTF-8" in refused(read_rows, str(path))
+    assert "invalid UTF-8 soon after line 1; save the whole" in refused(read_rows, str(path))
     path.write_text("text,label,text,label\na,b,c,d\n")
     assert refused(read_rows, str(path)) == (
         f"{path}: header: found 'text', 'label' more than once, expected each name once"
@@ -248,7 +248,7 @@ def test_an_unreachable_hub_dataset_is_one_line(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = refused(read_rows, "nobody/nothing")
-    assert "nobody/nothing: there is no such file, and it can't be loaded as a hub dataset" in said
+    assert "nobody/nothing: there is no such file, and loading a hub dataset of this name" in said
 
 
 # encoding
@@ -321,7 +321,7 @@ def test_turns_that_the_template_rewrites_have_examples_of_their_own(plain):
     assert first == ["<think></think>Hi!\nWhat now? <e>"]
     assert last == ["<think></think>naïve 🙂<e>"]
     assert encoded.report.turns_left_out == 0
-    assert "2 examples: a row gives several where" in str(encoded.report)
+    assert "2 examples: a row becomes several if" in str(encoded.report)
 
 
 def test_the_templates_own_marks_are_taken(plain):
@@ -337,7 +337,7 @@ def test_what_a_template_refuses_names_the_row(plain):
     )
     bad = {"messages": [{"role": "system", "content": "x"}, *CHAT["messages"]]}
     told = refused(encode, [bad, CHAT], plain, 512)
-    assert "row 1: the model's chat template refuses this conversation: no system turns" in told
+    assert "row 1: the model's chat template rejects this conversation: no system turns" in told
 
 
 def test_text_is_trained_whole_and_ended(plain, smollm2):

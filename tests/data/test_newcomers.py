@@ -42,8 +42,8 @@ def test_what_excel_saves_is_read_and_said(before: int, suffix: str, tmp_path, c
     found = read_rows(str(file))
     assert found[-1] == {"prompt": "Wann? „Öffnet“ ihr", "completion": "früh – 5 €"}
     [line] = caplog.messages
-    assert line.startswith(f"{file}: no UTF-8, so it is read as Windows-1252")
-    assert "'Öffnet'; where that is wrong, save it as UTF-8" in line
+    assert line.startswith(f"{file}: not UTF-8, so the file is decoded as Windows-1252")
+    assert "'Öffnet'; if this word is wrong, save the file as UTF-8" in line
 
 
 def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(tmp_path, caplog, monkeypatch):
@@ -66,7 +66,7 @@ def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(tmp_path, caplog
         ("cp1251", "Когда вы открываетесь?", "neither UTF-8 nor Windows-1252"),
         ("gbk", "你们几点开门？我想订一张桌子。", "neither UTF-8 nor Windows-1252"),
         ("shift-jis", "何時に開きますか。予約をお願いします。", "neither UTF-8 nor Windows-1252"),
-        ("cp1252", "früh", "UTF-8 first, and not UTF-8 soon after line"),
+        ("cp1252", "früh", "invalid UTF-8 soon after line"),
     ],
 )
 def test_other_code_pages_are_not_read_as_that_of_windows(encoding, text, told, tmp_path) -> None:
@@ -83,14 +83,13 @@ def test_json_is_read_as_the_shell_of_windows_writes_it(name: str, tmp_path: Pat
     (tmp_path / name).write_bytes(text.encode("utf-16"))
     assert list(read_rows(str(tmp_path / name))) == [row]
     (tmp_path / name).write_bytes(text.encode("utf-16")[:-1])
-    assert "not UTF-16 despite its first bytes" in refused(tmp_path / name)
+    assert "has a UTF-16 BOM, but is not UTF-16" in refused(tmp_path / name)
 
 
 def test_cells_that_name_nothing_are_said_to_be_words(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,completion\na,NULL\nb,NULL\nc,#N/A\nNone,a\n")
     assert read_rows(str(tmp_path / "rows.csv")).remarks == tuple(
-        f"{count} texts of {key} are {word!r} alone, which is read as that word and not as an empty"
-        " cell"
+        f"{count} values of {key} are the text {word!r}, which is not treated as an empty cell"
         for count, key, word in [
             (2, "completion", "NULL"), (1, "completion", "#N/A"), (1, "prompt", "None")
         ]
@@ -202,9 +201,9 @@ def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None
         ("Eingabe,Ausgabe", "a,b", "did you mean --columns prompt=Eingabe,completion=Ausgabe"),
         ("prompt,answer", "a,b", "did you mean --columns completion=answer"),
         ("Mail text,when,Reply text", "a,2024-01-02,b",
-         "--columns 'prompt=Mail text,completion=Reply text' (a guess by their order, if the file"
-         " begins with names)"),
-        ("one,two,three", "a,b,c", "(--columns renames)"),
+         "--columns 'prompt=Mail text,completion=Reply text' (guessed by their order, if the file"
+         " has a header)"),
+        ("one,two,three", "a,b,c", "(rename with --columns)"),
     ],
 )  # fmt: skip
 def test_the_columns_to_try_are_proposed(header, values, told: str, tmp_path: Path) -> None:
@@ -253,6 +252,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     began = time.monotonic()
     with pytest.raises(LorafoldError, match=r"not on this machine.*9 does not answer, and it is"):
         resolve_model("nobody/nothing")
-    with pytest.raises(LorafoldError, match=r"hub dataset: http://127.0.0.1:9 does not answer"):
+    with pytest.raises(LorafoldError, match=r"this name fails: http://127.0.0.1:9 does not ans"):
         _ = source_from("nobody/nothing").size
     assert time.monotonic() - began < 10  # with retries half a minute

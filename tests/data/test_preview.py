@@ -192,8 +192,8 @@ def test_duplicates_are_counted_and_named(found: Any, tmp_path: Path) -> None:
     second = str(tmp_path / "b.jsonl")
     findings, lines = found([first, second])
     assert lines == [  # b.jsonl has its row in line 5
-        f"data: 2 of 6 rows are the same as an earlier one: {first}: row 3 (as row 1),"
-        f" {second}: row 5 (as {first}: row 2)"
+        f"data: 2 of 6 rows are identical to an earlier row: {first}: row 3 (see row 1),"
+        f" {second}: row 5 (see {first}: row 2)"
     ]
     named = [
         {"file": first, "row": 3, "as": {"file": first, "row": 1}},
@@ -204,8 +204,8 @@ def test_duplicates_are_counted_and_named(found: Any, tmp_path: Path) -> None:
 
 def test_only_so_many_rows_are_named(found: Any) -> None:
     _, lines = found([asked(1)] * 9)
-    named = ", ".join(f"row {n} (as row 1)" for n in range(2, 7))
-    assert lines == [f"data: 8 of 9 rows are the same as an earlier one: {named} and 3 more"]
+    named = ", ".join(f"row {n} (see row 1)" for n in range(2, 7))
+    assert lines == [f"data: 8 of 9 rows are identical to an earlier row: {named} and 3 more"]
 
 
 ORDINARY: dict[str, tuple[str, list[dict[str, Any]]]] = {
@@ -243,7 +243,7 @@ def test_ordinary_rows_raise_no_alarm(name: str, found: Any) -> None:
     fields = {"chat_template": "tools"} if name == "a call says something" else {}
     findings, lines = found(rows, objective=objective, **fields)
     assert lines == []
-    assert findings.nothing.startswith(f"{len(rows)} rows were looked at and nothing was found: ")
+    assert findings.nothing.startswith(f"no problems found in {len(rows)} rows (checked: ")
     assert findings.found["duplicates"].of == len(rows)
 
 
@@ -252,8 +252,8 @@ def test_rows_of_both_sides_are_named(found: Any, tmp_path: Path) -> None:
     held_out = written(tmp_path / "test.jsonl", [asked(9), asked(4), asked(4, "no")])
     findings, lines = found(train, held_out)
     assert lines == [
-        "held out: 1 of 3 rows are trained on too, so held-out figures look better than they are:"
-        f" {held_out}: row 2 (as {train}: row 5)"
+        "held out: 1 of 3 rows are also in the training data, so held-out results look better than"
+        f" they are: {held_out}: row 2 (see {train}: row 5)"
     ]
     assert counts(findings) == {"held_out_in_training": 1}
 
@@ -299,14 +299,14 @@ def test_contradictions_are_named(found: Any) -> None:
     pairs = [pair(1, "a", "b"), pair(2, "b", "a"), pair(1, "b", "a")]
     _, lines = found(pairs, objective="dpo")
     assert lines == [
-        "data: 1 of 3 rows choose the answer that an earlier one rejects, and reject its chosen"
-        " one: row 3 (as row 1)"
+        "data: 1 of 3 rows swap the chosen and the rejected answer of an earlier row: row 3 (see"
+        " row 1)"
     ]
     rows = [judged(1, "a", True), judged(1, "b", False), judged(1, "a", False)]
     _, lines = found(rows, objective="kto")
     assert lines == [
-        "data: 1 of 3 rows have the prompt and the answer of an earlier one, and the other label:"
-        " row 3 (as row 1)"
+        "data: 1 of 3 rows repeat the prompt and the completion of an earlier row with the opposite"
+        " label: row 3 (see row 1)"
     ]
     ranking = [pair(1, "a", "b"), pair(1, "b", "c")]  # b is judged both ways
     findings, _ = found(ranking, objective="kto")
@@ -314,7 +314,8 @@ def test_contradictions_are_named(found: Any) -> None:
     texts = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "a", "label": "y"}]
     _, lines = found(texts, objective="classify")
     assert lines == [
-        "data: 1 of 3 rows have the text of an earlier one, and another label: row 3 (as row 1)"
+        "data: 1 of 3 rows have the same text as an earlier row, but another label: row 3 (see"
+        " row 1)"
     ]
 
 
@@ -338,12 +339,13 @@ def test_ends_that_are_cut_off_are_named(found: Any) -> None:
     rows = [asked(1), long, {"prompt": "no " * 200, "completion": "yes"}]
     findings, lines = found(rows, max_length=100)
     assert lines == [
-        "data: 1 of 3 rows lose the end of an answer at max_length 100: row 2",
+        "data: 1 of 3 rows are truncated at max_length 100 and lose the end of an answer: row 2",
         "data: 1 of 3 rows have no token to train on: row 3",
     ]
     assert counts(findings) == {"ends_lost": 1, "untrained": 1}
     pairs = [pair(1, "a", "b"), pair(2, "yes " * 200, "b"), pair(3, "a", "no " * 200)]
-    told = "data: 2 of 3 rows lose the end of an answer at max_length 100: row 2, row 3"
+    told = "data: 2 of 3 rows are truncated at max_length 100 and lose the end of an answer: row 2,"
+    told += " row 3"
     for objective in ("dpo", "kto"):
         assert found(pairs, objective=objective, max_length=100)[1] == [told]
     after = [{"messages": [user("a"), said("b"), user("c " * 200)]}]  # is no lost end
@@ -368,7 +370,7 @@ def test_a_stream_says_what_was_not_looked_at(found: Any, tmp_path: Path) -> Non
     fields = {"streaming": True, "steps": 1, "batch": 2}
     findings, lines = found(data, **fields)
     [line] = lines
-    assert line.startswith("data: rows are read while it trains, so that duplicates, ")
+    assert line.startswith("data: rows are streamed, so lorafold does not check them for")
     assert all(findings.as_json()[name] is None for name in COUNTED)
 
 
@@ -384,9 +386,9 @@ def test_large_data_is_named_the_same_and_previewed_in_part(found, tmp_path, mon
     data = str(tmp_path / "rows.jsonl")
     for _ in range(2):  # and from the cache
         findings, lines = found(data)
-        assert lines[0] == "data: the first 20 rows are looked at; a run looks at all"
+        assert lines[0] == "data: only the first 20 rows are checked; a run checks all rows"
         assert lines[1].startswith(
-            f"data: 5 of 20 rows are the same as an earlier one: {data}: row 17 (as row 2)"
+            f"data: 5 of 20 rows are identical to an earlier row: {data}: row 17 (see row 2)"
         )
     assert findings.rows == 20
 
@@ -406,10 +408,10 @@ def test_the_page_has_what_was_found(found: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     found([asked(1), asked(1)], html=page)
     text = page.read_text()
-    assert "1 of 2 rows are the same as an earlier one: row 2 (as row 1)" in text
+    assert "1 of 2 rows are identical to an earlier row: row 2 (see row 1)" in text
     assert "<td>assistant</td><td>2</td><td>2</td>" in text
     found([asked(1), asked(2)], html=page)
-    assert "2 rows were looked at and nothing was found: duplicates" in page.read_text()
+    assert "no problems found in 2 rows (checked: duplicates" in page.read_text()
 
 
 def test_rows_that_are_refused_are_named_by_their_file(found: Any, tmp_path: Path) -> None:
@@ -418,14 +420,14 @@ def test_rows_that_are_refused_are_named_by_their_file(found: Any, tmp_path: Pat
     with pytest.raises(LorafoldError, match=rf"^{second}: row 2: fields chosen and rejected"):
         found([first, second], objective="dpo")
     written(tmp_path / "b.jsonl", [pair("n " * 200, "a", "b")])
-    told = rf"^data: within max_length 100: {second}: row 1: no token of a completion is left"
+    told = rf"^data: truncation to max_length 100 .*: {second}: row 1: no token of a completion"
     with pytest.raises(LorafoldError, match=told):
         found([first, second], objective="dpo", max_length=100)
 
 
 def test_examples_of_no_table_say_that_they_are_not_looked_at() -> None:
     findings = find_problems([object()], Rows.of([asked(1)]), 100)
-    told = "data: these examples are of no table, so that nothing was looked for in them"
+    told = "data: these examples are not in a table, so lorafold does not check them"
     assert findings.lines == [told]
     assert findings.as_json()["duplicates"] is None
 

@@ -110,7 +110,7 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
             {"role": "function", "name": "f", "content": "2"}, said("b"),
          ], "functions": [TOOL]},
         [user("a"), CALLED, {"role": "tool", "name": "f", "content": "2"}, said("b")],
-        ["1 messages are read as tool: 'function'"],
+        ["1 messages are converted to the role tool: 'function'"],
     ),
     "columns of messages": (
         {"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}},
@@ -123,9 +123,9 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
         {"messages": [{"role": "Human", "content": "a"}, {"role": "bot", "content": "b"},
                       {"role": "narrator", "content": "c"}, {"role": "Assistant", "content": "d"}]},
         [user("a"), said("b"), {"role": "narrator", "content": "c"}, said("d")],
-        ["1 messages are read as user: 'Human'",
-         "2 messages are read as assistant: 'bot', 'Assistant'",
-         "1 messages go to the chat template with roles of their own, and are not "
+        ["1 messages are converted to the role user: 'Human'",
+         "2 messages are converted to the role assistant: 'bot', 'Assistant'",
+         "1 messages have an unknown role, passed to the chat template, and are not "
          "trained on: 'narrator'"],
     ),
     "system beside": (
@@ -158,7 +158,7 @@ def test_sets_of_conversations(name: str) -> None:
 
 
 ULTRA = SETS["ultrafeedback_binarized"][0]
-AS_TURNS = ["1 rows have texts that are read as turns of Human and Assistant"]
+AS_TURNS = ["1 rows have texts that are split into Human and Assistant turns"]
 BOTH: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
     "ultrafeedback_binarized": (
         ULTRA, [user("a")],
@@ -237,21 +237,21 @@ def test_a_struct_of_lists_in_parquet(tmp_path: Path) -> None:
     ("row", "part"),
     [
         ({"messages": [user("a"), said("b") | {"weight": 0.5}]},
-         "field messages[1].weight: found 0.5, expected 0 or 1, or false or true"),
+         "field messages[1].weight: found 0.5, expected 0, 1, false or true"),
         ({"messages": [user("a"), said("b") | {"train": "no"}]},
-         "field messages[1].train: found text, expected 0 or 1, or false or true"),
+         "field messages[1].train: found text, expected 0, 1, false or true"),
         ({"conversations": [turn("human", "a"), turn("gpt", "b", loss=2)]},
-         "field conversations[1].loss: found 2, expected 0 or 1, or false or true"),
+         "field conversations[1].loss: found 2, expected 0, 1, false or true"),
         ({"messages": [user("a"), said("") | {"function_call": 3}]},
          "field messages[1].function_call: found 3, expected an object with name and arguments"),
         ({"messages": [user("a") | {"function_call": CALL}]},
-         "field messages[0].function_call: found in a user message, expected assistant"),
+         "field messages[0].function_call: found with role user, expected role assistant"),
         ({"messages": {"role": ["user"], "content": []}},
-         "field messages: found 1 of role, 0 of content, expected as many of each"),
+         "field messages: found columns with 1 of role, 0 of content, expected"),
         ({"messages": "[{'role': 'user'}]"},
-         "field messages: found text that is no JSON of messages (not JSON: found single quotes"),
+         "field messages: found text that is not a JSON list (not JSON: found single quotes"),
         ({"chosen": "a", "rejected": "b"}, "field chosen: found text, expected a list of messages"),
-        ({"query": "a", "answers": "f(1)", "tools": []}, "field answers: found no JSON (not JSON:"),
+        ({"query": "a", "answers": "f(1)", "tools": []}, "field answers: found invalid JSON (not"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(row: dict[str, Any], part: str) -> None:
@@ -288,5 +288,5 @@ def test_such_a_turn_is_no_reference() -> None:
 
 
 def test_turns_of_others_that_shall_be_trained_are_told() -> None:
-    told = "1 turns that rows want trained are not of the assistant, and are not trained on"
+    told = "1 turns that rows mark for training are not assistant turns, and are not trained on"
     assert read({"messages": [user("a") | {"train": True}, said("b")]})[1] == [told]

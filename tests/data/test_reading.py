@@ -61,8 +61,8 @@ def test_a_directory_has_every_file_of_a_known_kind_by_name(tmp_path: Path) -> N
     assert rows.record["files"] == rows.files
     assert told(path) == (
         f"{path}: 5 files: b2.JSONL 2 rows, b10.jsonl 1 rows, c.csv 1 rows, my_test_questions.jsonl"
-        " 1 rows, z.jsonl 0 rows; left out: .ipynb_checkpoints/b2.jsonl (hidden); notes.txt (of no"
-        " kind that is read)\n"
+        " 1 rows, z.jsonl 0 rows; left out: .ipynb_checkpoints/b2.jsonl (hidden); notes.txt"
+        " (unsupported format)\n"
     )
 
 
@@ -74,13 +74,13 @@ def test_of_splits_a_directory_has_those_for_training(tmp_path: Path) -> None:
     assert [Path(name).name for name in read_rows(str(path)).files] == [
         "contest.jsonl", "more.jsonl", "a.jsonl"
     ]  # fmt: skip
-    left = "left out: dev.jsonl, test/a.jsonl (of another split; name a file to take it)"
+    left = "left out: dev.jsonl, test/a.jsonl (another split; to use it, give the file)"
     assert left in told(path)
     assert len(read_rows(str(path / "dev.jsonl"))) == 1
     other = folder(tmp_path / "e", test__jsonl=1, validation__jsonl=1)
     assert refusal(other) == (
-        f"{other}: found the splits test, validation; expected only one, or one named train; a"
-        f" pattern such as {other}/*test* takes one"
+        f"{other}: found the splits test, validation, expected only one, or one named train;"
+        f" select a split with a pattern such as {other}/*test*"
     )
     (other / "test.jsonl").unlink()
     assert len(read_rows(str(other))) == 1
@@ -220,20 +220,20 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("a.json", json.dumps([ROW, {"\ud83d": 1}]), "row 2: found the key '\\ud83d', expected"),
         ("a.json", '[{"prompt": "é"}]'.encode("latin-1"), "a.json: not UTF-8 at byte 14; save"),
         ("a.jsonl", f'{{"prompt": "a", "x": [2, {LONG}]}}',
-         "row 1: field x[1]: found a whole number of more than 4,300 digits, expected fewer"),
-        ("a.json", f'[{{"x": {LONG}}}]', "field [0].x: found a whole number of more than 4,300"),
-        ("a.jsonl", f'{{"x": {DEEP}}}', "row 1: found a value inside more than 100 lists and"),
+         "row 1: field x[1]: found an integer with more than 4,300 digits, expected fewer"),
+        ("a.json", f'[{{"x": {LONG}}}]', "field [0].x: found an integer with more than 4,300"),
+        ("a.jsonl", f'{{"x": {DEEP}}}', "row 1: found a value nested in more than 100 lists"),
         ("a.jsonl", f'{{"x": {DEEP[99_800:100_200]}}}',
-         "row 1: field x: found a value inside more than 100 lists and objects, expected fewer"),
+         "row 1: field x: found a value nested in more than 100 lists and objects, expected fewer"),
         ("a.jsonl", json.dumps(CHAT | {"tools": f'[{{"name": "f", "x": {LONG}}}]'}),
-         "row 1: field tools: found JSON of which can't be used: field [0].x: found a whole"),
-        ("a.jsonl", json.dumps(CHAT | {"tools": DEEP}), "row 1: field tools: found JSON of which"),
+         "row 1: field tools: found JSON that can't be used: field [0].x: found an integer"),
+        ("a.jsonl", json.dumps(CHAT | {"tools": DEEP}), "row 1: field tools: found JSON that"),
         ("a.jsonl", LINE + '{"prompt": "a", "completion": null}',
-         "row 2: field completion: found null, expected a value, as rows of {prompt, completion}"),
+         "row 2: field completion: found null, expected a value, which rows of {prompt, comple"),
         ("a.json", '{"data": [1,\n 2]}', "row 1: keys found: 'data'; expected one of"),
         ("a.json", '{"prompt": "a",\n "x": }', "row 1: not JSON: Expecting property name enclosed"),
         ("a.json", '{\n"prompt": "a",\n "x": }', "a.json: line 3: not JSON: Expecting value at"),
-        ("a.jsonl.gz", b"no", "found no gzip, despite its name"),
+        ("a.jsonl.gz", b"no", "found no gzip data; if the file is plain text, rename it"),
         ("a.zip", b"PK", "found a .zip file, expected .jsonl"),
     ],
 )  # fmt: skip
@@ -247,8 +247,8 @@ def test_one_line_says_what_cant_be_read(name, content, part, tmp_path) -> None:
     ("row", "part"),
     [
         (ROW | {"x": "\ud83d"}, "row 1: field x: found half of a surrogate pair"),
-        (ROW | {"x": 10**5000}, "row 1: field x: found a whole number of more than 4,300 digits"),
-        (ROW | {3: 4}, "row 1: found the key 3, expected text in keys"),
+        (ROW | {"x": 10**5000}, "row 1: field x: found an integer with more than 4,300 digits"),
+        (ROW | {3: 4}, "row 1: found the key 3, expected keys that are valid text"),
         (3, "row 1: found 3, expected an object"),
     ],
 )  # fmt: skip
@@ -266,7 +266,7 @@ def test_a_column_may_be_dropped(tmp_path: Path) -> None:
     assert as_rows(rows, {"messages": ""}) == [ROW]
     dropped = "rows given in Python: dropped by --columns: messages\n"
     assert told(rows, {"messages": ""}) == dropped
-    with pytest.raises(LorafoldError, match="row 1: found no column 'x'; it has"):
+    with pytest.raises(LorafoldError, match="row 1: found no column 'x'; the row has"):
         as_rows(rows, {"x": ""})
 
 

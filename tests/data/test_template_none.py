@@ -198,7 +198,7 @@ def test_a_run_is_resumed_with_it_and_with_nothing_else(tiny_model_dir, tmp_path
     with pytest.raises(RuntimeError, match="stopped"):
         train(asked("stopped"), quiet())
     monkeypatch.undo()
-    with pytest.raises(LorafoldError, match="had another recipe: chat_template: was"):
+    with pytest.raises(LorafoldError, match="settings have changed: chat_template: was"):
         train(asked("stopped", None, resume=True), quiet())
     train(asked("stopped", resume=True), quiet())
     a, b = (tmp_path / name / "adapter_model.safetensors" for name in ("stopped", "straight"))

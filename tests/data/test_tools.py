@@ -143,7 +143,7 @@ def test_sharegpt_has_calls_and_tools() -> None:
     turns[1]["value"] = "f(1)"
     assert format_of(row) is not None
     [problem] = list(format_of(row).problems(row))  # type: ignore[union-attr]
-    assert problem.startswith("field conversations[1].value: found no JSON (")
+    assert problem.startswith("field conversations[1].value: found invalid JSON (")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_sharegpt_has_calls_and_tools() -> None:
     [
         (chat(user(None)), "field messages[0].content: found null, expected text"),
         (chat(user([{"type": "image_url"}])),
-         "field messages[0].content[0]: found a part of type image_url, expected text alone"),
+         "field messages[0].content[0]: found a part of type image_url, expected only text"),
         (chat(user([7])), "field messages[0].content[0]: found 7, expected a part of type text"),
         (chat(user([{"type": "text"}])),
          "field messages[0].content[0].text: found null, expected text"),
@@ -160,24 +160,24 @@ def test_sharegpt_has_calls_and_tools() -> None:
         (chat(user("a"), {"role": "assistant", "tool_calls": [{"name": 3}]}),
          "field messages[1].tool_calls[0].name: found 3, expected text"),
         (chat(user("a"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}),
-         "field messages[1].tool_calls[0].arguments: found no JSON, expected JSON of an object"),
+         "field messages[1].tool_calls[0].arguments: found text, not JSON, expected JSON of"),
         (chat(user("a"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}),
-         "field messages[1].tool_calls[0].arguments: found a list, expected an object or JSON of"),
+         "field messages[1].tool_calls[0].arguments: found a list, expected an object or its JSON"),
         (chat(user("a") | {"tool_calls": [call("f", {})]}),
-         "field messages[0].tool_calls: found in a user message, expected assistant"),
+         "field messages[0].tool_calls: found with role user, expected role assistant"),
         (chat(user("a"), said("b") | {"reasoning": 1}),
          "field messages[1].reasoning: found 1, expected text"),
-        (chat(user("a"), tools="x"), "field tools: found no JSON, expected JSON of a list of"),
+        (chat(user("a"), tools="x"), "field tools: found text, not JSON, expected JSON of a"),
         (chat(user("a"), tools={"a": 1}), "field tools: found an object, expected a list of tools"),
         (chat(user("a"), tools=[{}]), "field tools[0].name: found null, expected text"),
         (chat(user("a"), tools=["f"]), "field tools[0]: found text, expected an object with a"),
         ({"chosen": "a", "rejected": "b"}, "field chosen: found text, expected a list of messages"),
-        ({"chosen": [user("a")], "rejected": [user("b")]}, "found no common first message"),
-        ({"chosen": [user("a")], "rejected": [user("a")]}, "found no answer in which they differ"),
+        ({"chosen": [user("a")], "rejected": [user("b")]}, "found different first messages"),
+        ({"chosen": [user("a")], "rejected": [user("a")]}, "found no message that differs"),
         ({"prompt": "a", "chosen": "b", "rejected": [user("c"), said("d")]},
-         "fields prompt, chosen and rejected: found conversations that do not begin with the"),
+         "fields prompt, chosen and rejected: the conversations do not begin with the"),
         ({"system": "a", "messages": [{"role": "system", "content": "b"}, user("c"), said("d")]},
-         "field system: found beside another system message, expected one of the two"),
+         "field system: found another system message in the conversation, expected only one"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_names_the_field(row: dict[str, Any], part: str, tmp_path: Path) -> None:
@@ -195,14 +195,14 @@ def test_a_template_that_shows_no_tools_is_refused_and_told_what_helps() -> None
     row = ROWS["tools"]
     for name in ("cohere", "deepseekv3", "gemma3", "phi3", "llama3"):
         message = refusal(encode_row, row, tokenizer_of(name))
-        assert "the chat template does not show the row's tools" in message
+        assert "the chat template does not render the row's tools" in message
         assert "--chat-template tools" in message
     without = chat(user("Rome?"), called(), RESULT, said(ROME))
     for name in ("deepseek_r1_distill", "lfm2", "llama3"):
         message = refusal(encode_row, without, tokenizer_of(name))
-        assert "the chat template does not show calls" in message
+        assert "the chat template does not render tool calls" in message
     message = refusal(encode, [chat(user("a"), said("b")), row], embedded(), 512)
-    assert message.startswith("data: row 2: the chat template does not show the row's tools")
+    assert message.startswith("data: row 2: the chat template does not render the row's tools")
 
 
 @pytest.mark.parametrize(
@@ -215,16 +215,16 @@ def test_a_template_that_shows_no_tools_is_refused_and_told_what_helps() -> None
          chat(user("a"), called(), RESULT, said("b")), "messages[2].content (tool)"),
         ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{"
          " c.function.name }}{% endfor %}{% endfor %}",
-         chat(user("a"), called(), RESULT, said("b")), "messages[1].tool_calls[0]: arguments"),
+         chat(user("a"), called(), RESULT, said("b")), "messages[1].tool_calls[0].arguments"),
         ("{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls and"
          " not m.content }}{% endfor %}",
          chat(user("a"), called() | {"content": "One moment."}, RESULT, said("b")),
-         "messages[1].tool_calls[0]: its name"),
+         "messages[1].tool_calls[0].name"),
     ],
 )  # fmt: skip
 def test_no_part_of_a_conversation_is_lost_in_silence(template, row, part) -> None:
     told = refusal(encode_row, row, with_template(template))
-    assert f"the chat template does not show {part}" in told
+    assert f"the chat template does not render {part}" in told
 
 
 def test_a_template_may_trim_quote_and_escape() -> None:
@@ -318,7 +318,7 @@ def test_calls_are_read_back(name: str, kind: str) -> None:
     try:
         [example], _ = encode_row(row, tokenizer)
     except LorafoldError as error:
-        assert re.search("does not show|single|refuses|supports", str(error))  # noqa: PT017
+        assert re.search("does not render|single|rejects|supports", str(error))  # noqa: PT017
         return
     said = [label for label in example.labels if label != NO_LOSS]
     for bare in (False, True):  # as a model says it, and as lf.generate shows it
@@ -349,8 +349,8 @@ def test_calls_are_read_as_transformers_reads_them(name: str) -> None:
 
 def test_calls_that_cannot_be_read(with_tools: Any) -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {"a": }}\n</tool_call>'
-    assert "the call of f: arguments that are no JSON" in refusal(parse_calls, text, with_tools)
-    assert "does not show calls" in refusal(parse_calls, "x", embedded())
+    assert "the call of f has arguments that are not JSON" in refusal(parse_calls, text, with_tools)
+    assert "does not render tool calls" in refusal(parse_calls, "x", embedded())
     loose = 'Sure. <tool_call>{"name":"f","arguments":{"a":1}}</tool_call>'
     assert parse_calls(loose, with_tools) == [call("f", {"a": 1})]
 
@@ -366,7 +366,7 @@ def test_a_reference_is_the_call_as_the_template_writes_it(with_tools: Any) -> N
     assert prompt == with_tools.apply_chat_template(
         row["messages"][:2], tools=[WEATHER], tokenize=False, add_generation_prompt=True
     )
-    assert "does not show the row's tools" in refusal(prompts, [row], embedded())
+    assert "does not render the row's tools" in refusal(prompts, [row], embedded())
 
 
 def test_an_answer_counts_without_its_reasoning() -> None:
@@ -406,7 +406,7 @@ def test_evaluation_and_generation_with_tools(tiny_model_dir, tmp_path: Path, mo
         assert parse_calls(said, tokenizer) == [call("set_alarm", {"code": "1"})]
     assert seen == seen[:1] * 3 == [prompts(rows[:1], tokenizer)[0][0]] * 3
     asked = {"tokenizer": lf.load_tokenizer(base), "tools": TOOLS}
-    assert "does not show the row's tools" in refusal(lf.generate, model, "Alarm", **asked)
+    assert "does not render the row's tools" in refusal(lf.generate, model, "Alarm", **asked)
     asked = {"tokenizer": tokenizer, "tools": "x"}
     assert "field tools: found" in refusal(lf.generate, model, "Alarm", **asked)
 

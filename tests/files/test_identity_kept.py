@@ -131,12 +131,12 @@ class World:
     def tokens(self) -> bool:
         """The tokens of large data."""
         encode(self.rows_of(), load_tokenizer(self.model), 64, self.console())
-        return "tokens: about" not in self.told
+        return "tokens: caching about" not in self.told
 
     def parsed(self) -> bool:
         """The parsed rows of large data."""
         self.rows_of()
-        return "they are kept in" not in self.told
+        return "of rows into the cache" not in self.told
 
     # what they need
 
@@ -350,7 +350,7 @@ def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeyp
     with pytest.raises(GoesOn):
         train(asked, Console(quiet=True))
     other = replace(asked.base, revision="other")
-    with pytest.raises(LorafoldError, match="model: owner/name had other files when the run began"):
+    with pytest.raises(LorafoldError, match="model: the files of owner/name have changed"):
         train(replace(asked, base=other, resume=True), Console(quiet=True))
     with pytest.raises(GoesOn):
         train(replace(asked, resume=True), Console(quiet=True))

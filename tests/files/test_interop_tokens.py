@@ -253,7 +253,7 @@ def test_reading_is_strict(defect: str, tiny_model, tmp_path: Path) -> None:
         ([300, 302], r"tokens \[300, 302\] leave a gap: the base's last token is 299"),
         ({"wte": [300]}, "trainable_token_indices: found no module wte in this model"),
         (["300"], "trainable_token_indices: found"),
-        ({"embed_tokens": [5], "lm_head": []}, r"lm_head: tokens \[\]: expected ids"),
+        ({"embed_tokens": [5], "lm_head": []}, r"lm_head: tokens: found \[\], expected"),
     ],
     ids=str,
 )

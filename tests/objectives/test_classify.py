@@ -275,7 +275,7 @@ def test_long_texts_are_cut_and_counted(directory: Path) -> None:
 
 
 def test_bad_labels_are_named() -> None:
-    told = r"row 2: field label: found 1.5, expected text or a whole number; row 3: .*found true"
+    told = r"row 2: field label: found 1.5, expected text or an integer; row 3: .*found true"
     rows = [{"text": "a", "label": label} for label in ("x", 1.5, True)]
     with pytest.raises(LorafoldError, match=told):
         check_rows(enumerate(rows, 1), "rows")
@@ -393,6 +393,6 @@ def test_a_drawn_head_below_is_no_part_of_the_base(directory: Path, tmp_path: Pa
 def test_a_drawn_head_is_trained_whole(directory: Path, tmp_path: Path) -> None:
     """What LoRA adds to a head that is saved nowhere is nothing: such runs could not be used."""
     recipe = Recipe(objective="classify", targets=["score"], steps=1, batch=9, storage="fp32")
-    with pytest.raises(LorafoldError, match=r"score alone, a new head.* --method linear-probe"):
+    with pytest.raises(LorafoldError, match=r"only score, a new head.* --method linear-probe"):
         lf.train(recipe, model=directory, data=ROWS, out=tmp_path / "one")
     assert not (tmp_path / "one").exists()

@@ -189,9 +189,9 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"data": [*ROWS, {"prompt": "x " * 50, "word": "a"}], "max_length": 64},
         r"^data: row 9: found a prompt of \d+ tokens, expected at most 52|row 9: found a prompt",
     ),
-    "no room": ({"max_length": 12}, "^max_new_tokens: found 12, expected 1 or more, and fewer tha"),
+    "no room": ({"max_length": 12}, "^max_new_tokens: found 12, expected at least 1 and less tha"),
     "none of each": ({"group": 0}, "^group: found 0, expected 1 or more"),
-    "half of one": ({"group": 1.5}, "^group: found 1.5, expected a whole number"),
+    "half of one": ({"group": 1.5}, "^group: found 1.5, expected an integer"),
     "the same again": ({"group": 2, "temperature": 0}, "^group: found 2 at temperature 0, "),
     "too cold": ({"temperature": -1}, "^temperature: found -1, expected 0 or more"),
     "a seed": ({"seed": -1}, "^seed: found -1, expected 0 to 4294967295"),
@@ -200,10 +200,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no reward": ({"rewards": 3}, "^rewards: found 3, expected functions or names"),
     "an unknown one": ({"rewards": "words"}, "^reward 'words': expected FILE.py:fn"),
     "a lost field": (
-        {"data": [{"prompt": "a"}]}, "^reward letters: row 1, completion 1: it asks for word;",
+        {"data": [{"prompt": "a"}]}, "^reward letters: row 1, completion 1: needs the fields word;",
     ),
     "one that fails": (
-        {"rewards": lambda completion: 1 / 0}, "^reward <lambda>: row 1, completion 1: it raised",
+        {"rewards": lambda completion: 1 / 0}, "^reward <lambda>: row 1, completion 1: raised",
     ),
     "a setting too many": (
         {"allow_other_base": True, "model": None},
@@ -222,5 +222,5 @@ def test_bad_input(case: str, base: Path) -> None:
 
 def test_a_classifier_that_is_loaded_draws_nothing(base: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(base)
-    with pytest.raises(LorafoldError, match="generates nothing, expected a causal language model"):
+    with pytest.raises(LorafoldError, match="can't generate text, expected a causal language"):
         measured(model)

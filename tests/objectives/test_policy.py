@@ -195,11 +195,11 @@ def test_completions_of_other_weights_end_the_run(model, tokenizer) -> None:
             rollouts.engine.adopt("policy", [])
         below = rollouts_of(rollouts)
     loss = Policy(model, Grpo(), None, 0, longest=5)
-    with pytest.raises(LorafoldError, match="sampled by the model without the adapter that trains"):
+    with pytest.raises(LorafoldError, match="sampled by the model without the trained adapter"):
         loss(**loss.collate(below, loss.device))
     with torch.no_grad():
         next(iter(adapter.parameters())).add_(1.0)
-    with pytest.raises(LorafoldError, match="sampled by other weights, of another step"):
+    with pytest.raises(LorafoldError, match=r"sampled by other weights \(another step"):
         loss(**loss.collate(examples, loss.device))
 
 
@@ -210,7 +210,7 @@ def test_rounding_that_is_left_of_an_exact_run_is_said_once(model, tokenizer, ca
     for _ in range(2):
         loss(**{**collated, "drawn": collated["drawn"] + 1e-5})
         loss.begin(0)
-    assert caplog.text.count("exact: found log-probabilities that differ by") == 1
+    assert caplog.text.count("exact: sampling and training log-probabilities differ by") == 1
 
 
 @pytest.mark.parametrize(("updates", "call"), [(1, 2), (3, 7)])
@@ -246,7 +246,7 @@ def test_dropout_of_models_and_of_adapters_is_taken_as_0(
         recipe = lf.Recipe(dropout=0.3, lr=1e-2, steps=2, batch=2, storage="fp32")
         lf.train(recipe, model=base, data=[{"text": "oak and elm"}] * 2, out=start)
     text = told("a", asked(steps=2), model=base, init_adapter=start)
-    assert "taken as 0: completions are drawn without" in text
+    assert "is set to 0, because sampling uses no dropout" in text
 
 
 def test_a_policy_may_start_as_its_reference(run) -> None:
@@ -303,10 +303,10 @@ def test_a_run_whose_reward_fails_is_kept_and_goes_on_with_the_mended_one(
 
     run("whole", 0)
     step = "held-out rows after step 2" if held_out else "step 3"
-    where = rf"^{step}: reward .*judge.py:size: row \d, completion 1: it raised ZeroDivision"
-    with pytest.raises(LorafoldError, match=rf"{where}.*step-000002; the same .* --resume cont"):
+    where = rf"^{step}: reward .*judge.py:size: row \d, completion 1: raised ZeroDivision"
+    with pytest.raises(LorafoldError, match=rf"{where}.*step-000002; to continue .* with --resume"):
         run("failed", fails)
-    assert "judge.py:size: changed, and judges from here on" in run("failed", 0, resume=True)
+    assert "judge.py:size: changed since the run began; the next" in run("failed", 0, resume=True)
     outs = [tmp_path / of for of in ("whole", "failed")]
     assert same_bytes(*outs)
     records = [json.loads((out / "lorafold.json").read_text()) for out in outs]
@@ -323,8 +323,8 @@ def test_a_later_update_of_the_first_step_may_have_all_ratios_clipped(average: s
 SILENT = {
     "solved": (lambda word, step: 9.0, "have the highest reward so far, 9: the rows are solved"),
     "right by chance in some steps": (lambda word, step: 9.0 * (step % 2), "the prompts are too"),
-    "out of reach": (lambda word, step: 1 / len(word), "too hard or too easy for it; try easier"),
-    "no reward applies": (lambda word, step: None, "no completion has a reward, as all rewards"),
+    "out of reach": (lambda word, step: 1 / len(word), "too hard or too easy for the model; try"),
+    "no reward applies": (lambda word, step: None, "no completion has a reward, because all"),
 }
 
 
@@ -347,11 +347,11 @@ def test_a_run_without_a_signal_says_so_and_ends_with_its_best_step(
     recipe = asked(steps=30, batch=4, eval_every=1, save_every=30)
     held = [{"prompt": "Say", "word": "held"}]
     found = run("a", recipe, rewards=judge, console=console, eval_data=held)
-    lines = [line for line in console.export_text().splitlines() if "has a signal" in line]
+    lines = [line for line in console.export_text().splitlines() if "has a learning signal" in line]
     assert [line.partition(":")[0] for line in lines] == ["step 5", "step 9", "step 16"]
-    assert all("of the last 3 steps has a signal: " in line for line in lines[:2])
+    assert all("of the last 3 steps has a learning signal: " in line for line in lines[:2])
     assert all(why in line for line in lines)
-    assert lines[2].endswith("; the run ends here")
+    assert lines[2].endswith("; the run stops")
     assert len(found.losses) == 16
     assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["step"] == 2
     assert len(calls) == 16 * 16
@@ -366,7 +366,7 @@ def test_a_policy_that_says_one_thing_is_said_to_have_collapsed(
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     text = told("a", asked(steps=3), model=base)
-    assert "step 3: no group of completions of the last 3 steps has a signal: " in text
+    assert "step 3: no group of the last 3 steps has a learning signal: " in text
     assert "the policy has collapsed; try a lower learning rate" in text
 
 
@@ -389,7 +389,7 @@ def test_rewards_that_do_not_apply_are_left_out(run, tiny_model_dir, tmp_path: P
     samples = record["samples"]["last"]["samples"]
     assert all(len(one["each"]) == 1 for one in samples)
     assert found.figures["reward"] == pytest.approx(record["held_out"]["reward"][-1], rel=1e-5)
-    with pytest.raises(LorafoldError, match="rewards: found none for row 1, completion 1 to row 1"):
+    with pytest.raises(LorafoldError, match="rewards: all returned None for row 1, completion 1"):
         lf.evaluate(base, ROWS[:1], rewards=[cold], max_new_tokens=4)
     worth = lf.evaluate(base, ROWS, rewards=[warm, cold], max_new_tokens=4)
     assert [mean is None for mean in worth.prompt_rewards] == [False, False, False, True]
@@ -425,7 +425,7 @@ def test_a_finished_run_is_known_by_the_contents_of_its_reward(run, tmp_path: Pa
     for _ in range(2):
         run("a", recipe, rewards=(), resume=True)
     judge.write_text("def size(completion):\n    return -len(completion)\n")
-    with pytest.raises(LorafoldError, match="another run: rewards had other contents"):
+    with pytest.raises(LorafoldError, match="this run differs: rewards has changed"):
         run("a", recipe, rewards=(), resume=True)
 
 

@@ -296,7 +296,7 @@ def test_options_of_objectives_are_checked() -> None:
     ("objective", "rows", "told"),
     [
         ("dpo", [*PAIRS, PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}],
-         "row 5: fields chosen and rejected: found the same text, expected two that differ"),
+         "row 5: fields chosen and rejected: found the same text, expected different texts"),
         ("kto", [*JUDGED, JUDGED[0] | {"label": "good"}, {"prompt": "a", "completion": "b"}],
          "row 5: field label: found text, expected true or false; row 6: field label: found"
          " null"),
@@ -304,7 +304,7 @@ def test_options_of_objectives_are_checked() -> None:
          " kto; --objective dpo expects rows of {prompt, chosen, rejected}"),
         ("dpo", [{"chosen": [{"role": "user", "content": "a"}],
                   "rejected": [{"role": "user", "content": "b"}]}],
-         "row 1: fields chosen and rejected: found no common first message, expected one prompt"),
+         "row 1: fields chosen and rejected: found different first messages, expected the same"),
     ],
     ids=["equal", "label", "shape", "prompt"],
 )  # fmt: skip
@@ -325,9 +325,9 @@ def test_rows_that_are_equal_after_cutting_are_named(tiny: Any) -> None:
     _, tokenizer, _ = tiny
     rows = [*PAIRS, {"prompt": "Hi", "chosen": "the fox and the dog", "rejected": "the fox and"}]
     whole = len(examples_of(rows[-1:], tokenizer)[0].documents()[1].ids)
-    with pytest.raises(LorafoldError, match="row 2: chosen and rejected are equal; raise max_len"):
+    with pytest.raises(LorafoldError, match="row 2: chosen and rejected become equal; raise max"):
         encode_preferred(rows[3:], tokenizer, whole - 3, "pairs")
-    with pytest.raises(LorafoldError, match="row 1: no token of a completion is left"):
+    with pytest.raises(LorafoldError, match="row 1: no token of a completion remains"):
         encode_preferred(PAIRS[2:3], tokenizer, 6, "pairs")
 
 
@@ -458,7 +458,7 @@ def test_recurrent_models_are_padded_and_told(tmp_path: Path) -> None:
         model=tmp_path / "mamba", data=PAIRS, out=tmp_path / "out", console=console,
     )  # fmt: skip
     assert found.losses[0] == pytest.approx(math.log(2), rel=1e-4)
-    assert "this model does not compute a prompt once" in console.export_text()
+    assert "this model can't share a prompt among completions" in console.export_text()
 
 
 def test_a_preview_shows_both_completions(tiny_model_dir, tmp_path: Path) -> None:

@@ -535,15 +535,15 @@ def test_what_can_t_be_used_is_one_line(trained: tuple[Path, Path], tmp_path: Pa
         (of_classes, lambda: fit(directory, none, init_adapter=classes)),
         ("adapter: found a reward model, expected a classif",
          lambda: lf.evaluate(str(directory), LABELLED, adapters=out)),
-        (r"--init-adapter .*lm: found no score, which the obj",
+        (r"--init-adapter .*lm: the adapter has no score, which the obj",
          lambda: fit(directory, none, init_adapter=lm)),
         ("score", lambda: lf.load(two, out)),
-        ("SequenceClassification with 2 outputs: expected a",
+        ("SequenceClassification: found 2 outputs, expected a",
          lambda: score_rows(two, load_tokenizer(directory), ROWS, 64)),
         (r"rows of \{prompt, completion\}, which are for", lambda: fit(directory, none, [JUDGED])),
         (r"row 2: .*chosen and rejected: found the same text",
          lambda: score(directory, out, rows=[ROWS[0], same])),
-        ("data: rows 1: found no turn of the assistant within",
+        ("data: rows 1: found no assistant turn within",
          lambda: score(directory, out, rows=long, max_length=32)),
     ]  # fmt: skip
     for told, work in cases:

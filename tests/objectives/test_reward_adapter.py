@@ -169,7 +169,7 @@ def test_a_policy_trains_with_it_and_resumes_exactly(reward, tmp_path) -> None:
     for name in (out / "manifest.json", out / "lorafold.json"):
         name.unlink()
     save_file({n: t + 1 for n, t in load_file(weights).items()}, weights)
-    with pytest.raises(LorafoldError, match="the run to resume had another recipe: rewards: was"):
+    with pytest.raises(LorafoldError, match="resume, because settings have changed: rewards: was"):
         policy(directory, tmp_path / "killed", *given, resume=True, **changes)
     shutil.rmtree(out)
     shutil.copytree(reward[1], out)
@@ -240,7 +240,7 @@ def test_a_reward_over_a_stack_and_a_policy_over_one(reward, tmp_path) -> None:
 
 
 WRONG = {
-    "plain": "reward adapter:.*: found an adapter of a language model, expected one of a rew",
+    "plain": "reward adapter:.*: found an adapter of a language model, expected an adapter of",
     "none": "reward: found no adapter_config.json, expected the directory of an adapter",
     "damaged": "reward: adapter_model.safetensors",
     "headless": "reward: missing key .*score.weight",
@@ -283,13 +283,13 @@ def test_a_run_does_not_write_over_it(reward: tuple[Path, Path], tmp_path: Path)
     directory, out = reward
     name, before = f"0.5*adapter:{out}", sorted(out.iterdir())
     for target in (out, out / "inside"):
-        with pytest.raises(LorafoldError, match=r"the run would write .* and read for --reward"):
+        with pytest.raises(LorafoldError, match=r"write .* overlaps with the input for --reward"):
             policy(directory, target, name, overwrite=True)
     assert sorted(out.iterdir()) == before
 
 
 def test_it_needs_a_model_and_a_finite_weight(reward: tuple[Path, Path]) -> None:
-    with pytest.raises(LorafoldError, match="it scores with a base in memory, expected in a run"):
+    with pytest.raises(LorafoldError, match="a reward model needs the base in memory, as in"):
         Rewards.of(f"adapter:{reward[1]}")
     with pytest.raises(LorafoldError, match="found weight inf, expected a finite number"):
         RewardName.parse(f"inf*adapter:{reward[1]}")

@@ -183,14 +183,14 @@ def test_the_callback_refuses_a_reference_without_the_adapters_below(
     lf.attach(model, lf.LoRA(rank=2), name="sft").requires_grad_(False)
     adapter = lf.attach(model, lf.LoRA(rank=2), name="run")
     args = config(output_dir=str(tmp_path), use_cpu=True, beta=0.1)
-    with pytest.raises(LorafoldError, match=r"expected the model under sft, over .*'run' trains"):
+    with pytest.raises(LorafoldError, match=r"expected the model with sft, on top .*'run' trains"):
         check_reference(adapter, args)
     lf.reference(model)
     check_reference(adapter, args)
     alone = tiny_model("llama")
     with caplog.at_level("WARNING"):
         check_reference(lf.attach(alone, lf.LoRA(rank=2)), args)
-    assert "loads the base once more" in caplog.text
+    assert "loads the base again as reference" in caplog.text
     if config is GRPOConfig:
         caplog.clear()
         args.beta = 0.0
@@ -205,7 +205,7 @@ def test_a_second_round_needs_a_reference_of_its_own(tiny_model) -> None:
     check_reference(first, args)
     moved(first, 0.3).requires_grad_(False)
     second = lf.attach(model, lf.LoRA(rank=2), name="second")
-    with pytest.raises(LorafoldError, match="under first"):
+    with pytest.raises(LorafoldError, match="expected the model with first"):
         check_reference(second, args)
     lf.reference(model)
     check_reference(second, args)
@@ -219,5 +219,5 @@ def test_the_callback_stops_a_dpo_over_a_stack(tiny_model_dir, tmp_path: Path) -
         train_dataset=Dataset.from_list(PAIRS), callbacks=[lf.AdapterCallback(adapter)],
         processing_class=AutoTokenizer.from_pretrained(tiny_model_dir("llama")),
     )  # fmt: skip
-    with pytest.raises(LorafoldError, match="expected the model under sft"):
+    with pytest.raises(LorafoldError, match="expected the model with sft"):
         trainer.train()

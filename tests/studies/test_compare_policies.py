@@ -166,7 +166,7 @@ def test_a_method_says_whether_it_asks_for_losses(tiny_model_dir, tmp_path, monk
     monkeypatch.setitem(METHODS, "asking", Asking)
     short = RECIPE.model_copy(update={"steps": 1, "method": "looking"})
     assert lf.train(short, out=tmp_path / "a", **how).steps == 1
-    with pytest.raises(LorafoldError, match="method asking: it asks for losses of rows before"):
+    with pytest.raises(LorafoldError, match="method asking: prepare uses losses of rows, which"):
         lf.train(short.model_copy(update={"method": "asking"}), out=tmp_path / "b", **how)
 
 
@@ -338,8 +338,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: found fish, which chooses",
     ),
     "a reward of no form": ({"rewards": "nosuch"}, "reward 'nosuch': expected FILE.py:fn, "),
-    "no such file": ({"rewards": "nosuch.py:fn"}, "reward nosuch.py:fn: found no file"),
-    "no regular expression": ({"rewards": "regex:("}, r"reward regex:\(: it is no regular"),
+    "no such file": ({"rewards": "nosuch.py:fn"}, "reward nosuch.py:fn: there is no file"),
+    "no regular expression": ({"rewards": "regex:("}, r"reward regex:\(: not a regular"),
     "no such reward model": ({"rewards": "adapter:a"}, "a: found no adapter_config.json"),
 }  # fmt: skip
 

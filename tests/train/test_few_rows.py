@@ -90,7 +90,7 @@ def test_a_finished_run_is_kept_under_what_it_was_ended_by(ended: Path, tiny_mod
     again = lf.train(lf.Recipe(**AUTO), out=ended, eval_data=OTHER, **given)
     found = record(ended)
     assert again.eval_loss == found["evals"][str(found["step"])]
-    with pytest.raises(LorafoldError, match="another run: eval_data had other contents"):
+    with pytest.raises(LorafoldError, match="this run differs: eval_data has changed"):
         lf.train(lf.Recipe(**AUTO), out=ended, eval_data=ROWS, **given)
     with pytest.raises(LorafoldError, match="eval_every was None, now 7"):
         lf.train(lf.Recipe(**AUTO, eval_every=7), out=ended, eval_data=OTHER, **given)
@@ -101,7 +101,7 @@ def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
     data, model = write_rows(tmp_path / "rows.jsonl", ROWS), tiny_model_dir("llama")
     asked = f"train --model {model} --data {data} --max-length 64 --out {tmp_path}"
     said = run(f"{asked}/few --epochs 1").stderr
-    assert "steps: 1, few to learn by: --epochs auto takes 100, and --eval-fr" in said
-    assert "few to learn by" not in run(f"{asked}/asked --steps 1").stderr
+    assert "steps: 1, which may be too few: --epochs auto sets 100, and --eval-fr" in said
+    assert "may be too few" not in run(f"{asked}/asked --steps 1").stderr
     said = run(f"{asked}/all").stderr
-    assert "epochs auto: 100 steps, found no held-out rows to end by" in said
+    assert "epochs auto: 100 steps, without early stopping" in said

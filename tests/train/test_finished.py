@@ -54,9 +54,9 @@ def test_a_finished_run_is_not_trained_again(run: list[str]) -> None:
     ("other", "told"),
     [
         (["--rank", "3", "--seed", "5"], "rank was None, now 3, seed was 0, now 5; choose"),
-        (["--data", "other"], "the rows were others"),
-        (["--model", "qwen2"], "the model was another one"),
-        (["--init-adapter", "same"], "it started from another adapter"),
+        (["--data", "other"], "the rows have changed"),
+        (["--model", "qwen2"], "the model has changed"),
+        (["--init-adapter", "same"], "the adapter of --init-adapter has changed"),
     ],
 )
 def test_another_run_replaces_no_finished_one(run, other, told, tiny_model_dir, tmp_path) -> None:
@@ -82,7 +82,7 @@ def test_what_no_run_wrote_is_not_resumed(run: list[str], tmp_path: Path) -> Non
     model = run[run.index("--model") + 1]
     lorafold("resize", adapter, "--model", model, "--out", smaller, "--rank", "1")
     line = refused(*with_other(run, "--out", smaller))
-    assert "found an adapter that no run of training wrote" in line
+    assert "found an adapter that was not written by a training run" in line
 
 
 @pytest.mark.parametrize(

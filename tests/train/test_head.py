@@ -265,7 +265,7 @@ def test_router_loss_is_the_models_own(name: str, adapted: bool) -> None:
 def test_router_loss_that_is_missing_is_an_error() -> None:
     model = build("llama")
     model.config.output_router_logits = True
-    with pytest.raises(LorafoldError, match="output_router_logits is set"):
+    with pytest.raises(LorafoldError, match="output_router_logits needs aux_loss"):
         labelled_loss(model, *batch())
 
 

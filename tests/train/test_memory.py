@@ -258,7 +258,7 @@ def test_a_model_that_no_machine_here_holds() -> None:
     ("mode", "fields", "labelled", "message"),
     [
         ("nosuch", {}, None, "unknown method 'nosuch'"),
-        ("lora", {"lr": 1e-3}, None, "found lr, which an estimate does not use"),
+        ("lora", {"lr": 1e-3}, None, "found lr, which the estimate does not use"),
         ("full", {"storage": "nf4"}, None, "full trains the base's own weights"),
         ("lora", {}, 127, "expected at most 126"),
     ],

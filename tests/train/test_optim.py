@@ -77,18 +77,18 @@ def step(optimizer: Optimizer, tensors: list[nn.Parameter], seed: int) -> None:
 @pytest.mark.parametrize(
     ("parameters", "device", "free", "name", "why"),
     [
-        (5 * MB, "cpu", 0, "adamw", "the CPU has no paging"),
-        (5000 * MB, "mps", 0, "adamw", "MPS has no paging"),
-        (40 * MB, "cuda", 70 * GB, "adamw", "within a third of the 70.0 GB free"),
-        (1000 * MB, "cuda", 24 * GB, "adamw", "within a third of the 24.0 GB free"),
-        (1001 * MB, "cuda", 24 * GB, PAGED, "8.0 GB, would be more than a third of the 24.0 GB"),
-        (7000 * MB, "cuda", 52 * GB, PAGED, "56.0 GB, would be more than a third of the 52.0 GB"),
-        (40 * MB, "cuda", 500 * MB, PAGED, "320.0 MB, would be more than a third of the 500.0 MB"),
+        (5 * MB, "cpu", 0, "adamw", "the CPU does not support paging"),
+        (5000 * MB, "mps", 0, "adamw", "MPS does not support paging"),
+        (40 * MB, "cuda", 70 * GB, "adamw", "within a third of the free 70.0 GB"),
+        (1000 * MB, "cuda", 24 * GB, "adamw", "within a third of the free 24.0 GB"),
+        (1001 * MB, "cuda", 24 * GB, PAGED, "8.0 GB, more than a third of the free 24.0 GB"),
+        (7000 * MB, "cuda", 52 * GB, PAGED, "56.0 GB, more than a third of the free 52.0 GB"),
+        (40 * MB, "cuda", 500 * MB, PAGED, "320.0 MB, more than a third of the free 500.0 MB"),
     ],
 )
 def test_auto_is_fp32_unless_memory_is_short_on_cuda(parameters, device, free, name, why) -> None:
     if name == PAGED:
-        why = f"fp32 state, {why} free"
+        why = f"fp32 state would take {why}"
     assert choose(parameters, device, free) == (name, why)
 
 
@@ -118,10 +118,10 @@ def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() ->
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("auto", "adamw with fp32 state, 524.3 kB (the CPU has no paging)"),
+        ("auto", "adamw with fp32 state, 524.3 kB (the CPU does not support paging)"),
         ("adamw", "adamw with fp32 state, 524.3 kB"),
         ("adamw8bit", "adamw8bit with 8-bit state, 377.6 kB"),
-        (PAGED, f"{PAGED} with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"),
+        (PAGED, f"{PAGED} with 8-bit state, 377.6 kB (not paged: not supported on the CPU)"),
     ],
 )
 @pytest.mark.filterwarnings("error:.*[Pp]aged")  # what bitsandbytes would warn of is in the line
@@ -262,7 +262,7 @@ def test_auto_keeps_to_its_choice_in_a_resumed_run(llama, tmp_path, monkeypatch,
             trained(llama, tmp_path / "a")
     asked = request(llama, tmp_path / "a", resume=True)
     resumed = train(asked, Console(file=sys.stdout, width=200))
-    told = "optimizer: adamw8bit with 8-bit state, 377.6 kB (as before the stop)\n"
+    told = "optimizer: adamw8bit with 8-bit state, 377.6 kB (as before the resume)\n"
     assert told in capsys.readouterr().out
     assert resumed.losses == straight.losses
 

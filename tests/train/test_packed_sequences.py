@@ -248,7 +248,7 @@ def test_an_error_of_the_model_on_packed_rows_is_told(caplog: pytest.LogCaptureF
 
     model.model.layers[1].self_attn.register_forward_hook(fail)
     assert not isolates(model)
-    told = "packed rows fail in this model (TypeError: attend() got an unexpected keyword argument"
+    told = "this model does not support packed rows (TypeError: attend() got an unexpected keyword"
     assert told in caplog.text
 
 

@@ -45,7 +45,7 @@ def the_line(done: list[One], code: int) -> str:
     [
         (("--data", "{other}", "--set", "alpha=3"), "found the rows: "),
         (("--data", "none.jsonl"), "none.jsonl: there is no such file"),
-        (("--set", "seed=3"), "seed: 3 there, 0 in process 0"),
+        (("--set", "seed=3"), "seed: 3 (process 0: 0)"),
     ],
 )
 def test_a_process_that_differs_is_refused_by_all(given, said, command, tmp_path) -> None:
@@ -214,7 +214,7 @@ def test_one_run_at_a_time(command: tuple[str, ...], tmp_path: Path) -> None:
     assert other.code == 2
     pid = first[0].process.pid
     assert (
-        f"a run is in progress in it (process {pid} on {socket.gethostname()} since "
+        f"a run is in progress in this directory (process {pid} on {socket.gethostname()} since "
         in other.stderr
     )
     assert first[0].code == 143

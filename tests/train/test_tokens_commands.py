@@ -173,7 +173,7 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     with stopping(6), pytest.raises(KeyboardInterrupt):
         train(asked("stopped"), quiet())
     template.write_text(TEMPLATE + "\n")
-    told = "the run to resume had another recipe: {}: was"
+    told = "resume, because settings have changed: {}: was"
     with pytest.raises(LorafoldError, match=told.format("chat_template")):
         train(asked("stopped", resume=True), quiet())
     template.write_text(TEMPLATE)

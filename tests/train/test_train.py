@@ -105,7 +105,7 @@ def test_what_rows_begin_with_is_said_and_changes_no_loss(llama, tmp_path: Path)
     }
     for name in ways:
         assert losses[name] == pytest.approx(losses["apart"], rel=1e-5), name
-    said = re.findall(r"packing: (\d+)% of the tokens begin as another row's", told.file.getvalue())
+    said = re.findall(r"packing: (\d+)% of the tokens are in shared prefixes", told.file.getvalue())
     assert len(said) == 3
     assert all(int(share) >= 10 for share in said)
 
@@ -174,7 +174,7 @@ def test_a_resumed_run_must_be_the_same_run(llama, tmp_path: Path) -> None:
     (tmp_path / "a.run").rmdir()
     with pytest.raises(LorafoldError, match="loss is nan"):
         trained(llama, tmp_path / "a", lr=1e30, lr_b=1e30, save_every=1)
-    with pytest.raises(LorafoldError, match=r"another recipe: lr: was 1e\+30, now 0.001; lr_b"):
+    with pytest.raises(LorafoldError, match=r"have changed: lr: was 1e\+30, now 0.001; lr_b"):
         trained(llama, tmp_path / "a", lr=1e-3, resume=True)
 
 
@@ -191,7 +191,7 @@ def test_other_held_out_rows_are_refused_whatever_the_run_said(llama, tmp_path) 
     identity = json.loads((RunDirectory(out).path / "run.json").read_text())
     del identity["eval_data"]
     RunDirectory(out).start(identity)  # as a version began it that knew no such field
-    with pytest.raises(LorafoldError, match=r"eval_data: was None, now .* lorafold that began it"):
+    with pytest.raises(LorafoldError, match=r"eval_data: was None, now .* and lorafold version"):
         train(again, quiet())
 
 
@@ -252,7 +252,7 @@ def test_a_model_that_is_not_what_was_trained_is_no_success(llama, tmp_path, mon
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
-    with pytest.raises(LorafoldError, match=r"other values than were trained in model\.norm\.w"):
+    with pytest.raises(LorafoldError, match=r"differ from the trained values in model\.norm\.w"):
         trained(llama, tmp_path / "a", method="full")
     assert RunDirectory(tmp_path / "a").checkpoints()
 
@@ -289,8 +289,8 @@ def test_modules_without_a_gradient_are_named(llama, tmp_path, caplog, monkeypat
     train(asked, quiet())
     [told] = [text for text in caplog.messages if "no gradient" in text]
     assert told == (
-        "no gradient in the first step for 2 of the 4 adapted modules, on which the loss of its"
-        " rows does not depend: model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj"
+        "2 of the 4 adapted modules get no gradient in the first step, because the loss of its rows"
+        " does not depend on them: model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj"
     )
 
 
@@ -341,7 +341,7 @@ def test_a_wrong_option_of_the_method(llama, tmp_path: Path) -> None:
 def test_a_stopped_run_is_not_thrown_away_unasked(llama, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match="loss is nan"):
         trained(llama, tmp_path / "a", lr=1e30, lr_b=1e30, clip=0.0, save_every=1)
-    told = r"a.run holds a run that was stopped: pass --resume to continue it"
+    told = r"a.run contains a stopped run: pass --resume to continue it"
     with pytest.raises(LorafoldError, match=told):
         trained(llama, tmp_path / "a")
     trained(llama, tmp_path / "a", overwrite=True)

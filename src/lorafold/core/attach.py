@@ -169,7 +169,7 @@ def selection_of(model: nn.Module) -> Selection:
     for other in others:
         if clash := set(first.names) & set(other.names):
             raise LorafoldError(
-                "two parts of this model have adapters of the same name:"
+                "two parts of this model have adapters with the same name:"
                 f" {listed(sorted(clash))}; detach one of them"
             )
         first.names += other.names
@@ -189,8 +189,8 @@ def attach_delta(
     if not isinstance(module, Adapted):
         if hasattr(module, "deltas"):
             raise LorafoldError(
-                f"{site or type(module).__name__}: found an attribute `deltas` of its own, where"
-                " adapters are kept; leave the module out of the targets"
+                f"{site or type(module).__name__}: the module has its own attribute `deltas`,"
+                " which adapters use; leave the module out of the targets"
             )
         deltas, swapped = Deltas(selection), adapted_class(type(module), layer_class)  # type: ignore
         module.__class__ = swapped
@@ -239,8 +239,8 @@ class only:
         carried = {name for _, m in adapted_modules(model) for name in m.deltas}
         if unknown := [n for n in names if n not in carried]:
             raise LorafoldError(
-                f"no adapter {listed(unknown, room=80)} is attached to this model; the attached"
-                " ones:"
+                f"no adapter {listed(unknown, room=80)} is attached to this model; attached"
+                " adapters:"
                 f" {listed(sorted(carried), room=120) or 'none'}"
             )
         self.selection, self.names = selection_of(model), names

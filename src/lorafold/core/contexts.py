@@ -118,8 +118,8 @@ def keep_scale(model: nn.Module) -> None:
         if own.layers_are_rescaled:
             if any(hasattr(p, "quant_state") or hasattr(p, "SCB") for p in module.parameters()):
                 raise LorafoldError(
-                    f"{type(module).__name__}: its quantized weights were divided by a forward pass"
-                    " for inference; expected a model that was just loaded"
+                    f"{type(module).__name__}: a forward pass for inference has rescaled the"
+                    " quantized weights; load the model again"
                 )
             training, own.training = own.training, True
             own._rescale_layers()

@@ -327,8 +327,8 @@ def check_settings(delta: Delta, given: Tensor, what: str) -> None:
             for name in differing(own, there)
         ]
         raise LorafoldError(
-            f"{what}: the state to load is of another adapter: {listed(lines, '; ')}; attach one"
-            " with the options of that one"
+            f"{what}: the state dict is of an adapter with other options: {listed(lines, '; ')};"
+            " attach an adapter with the options of the state dict"
         )
 
 

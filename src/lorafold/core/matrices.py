@@ -121,7 +121,7 @@ class Matrices(nn.Module):
         if self.around is None:
             kind = type(self.owner).__name__
             raise LorafoldError(
-                f"{self.name}: found a {kind} alone, expected one in the module that routes to it"
+                f"{self.name}: found a lone {kind}, expected one in the module that routes to it"
             )
         return self.around
 

@@ -127,8 +127,8 @@ class Selection:
                 other = ", ".join(map(repr, self._entries[-1].names)) or "no adapter"
                 raise LorafoldError(
                     "lf.only: another thread or task is inside lf.only on this model, with"
-                    f" {other} active; active adapters belong to the model, so enter one at a time"
-                    " (a lock), or let lorafold.engine run requests under many adapters at once"
+                    f" {other} active; active adapters belong to the model, so use a lock, or use"
+                    " lorafold.engine to run requests with many adapters at once"
                 )
             entry = OnlyBlock(names, self.names)
             self._entries.append(entry)
@@ -196,11 +196,11 @@ class Selection:
     def _check_replay(self) -> None:
         self._replayed = True
         if others := self._ran - {self.names}:
-            other = " and under ".join(str(list(names)) for names in sorted(others))
+            other = " and with ".join(str(list(names)) for names in sorted(others))
             raise LorafoldError(
-                f"a backward computes checkpointed blocks again under {list(self.names)}, and their"
-                f" forward ran under {other}: call backward under the same lf.only, or checkpoint"
-                " with use_reentrant=False (gradient_checkpointing_kwargs), which records it"
+                f"backward recomputes checkpointed blocks with {list(self.names)}, but their"
+                f" forward ran with {other}: call backward inside the same lf.only, or set"
+                " use_reentrant=False (gradient_checkpointing_kwargs), which records the adapters"
             )
 
 

@@ -180,7 +180,7 @@ class WeightDescriptor:
         except AttributeError as e:
             # on an AttributeError Python would get the stored tensor from nn.Module, and the
             # adapter would be left out silently
-            raise RuntimeError(f"{module.site}.{self.name} can't be folded: {e}") from e
+            raise RuntimeError(f"{module.site}.{self.name} can't be merged: {e}") from e
 
     def _of(self, module: Adapted) -> Tensor | None:
         own = module._parameters[self.name]
@@ -267,13 +267,13 @@ class WeightRead:
             try:
                 w, b = (on_meta(delta) if meta else delta).fold(w, b)
             except NotMergeable as e:
-                raise self._refused(f"adapter {adapter!r} can't be folded: {e}") from None
+                raise self._refused(f"adapter {adapter!r} can't be merged: {e}") from None
         return w, b
 
     def _refused(self, why: str) -> NotMergeable:
         return NotMergeable(
             f"{self.site} ({type(self.base.module).__name__}): the model reads the weight or bias"
-            f" of this module without calling its forward, so adapters must be folded, and {why};"
+            f" of this module without calling its forward, so adapters must be merged, but {why};"
             " leave the module out of the targets, or read the stored weight from the state dict"
         )
 

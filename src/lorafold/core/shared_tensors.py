@@ -67,7 +67,7 @@ class skip_init(TorchFunctionMode):
             self._left -= math.prod(size)
             if self._left < 0:
                 raise LorafoldError(
-                    f"its config asks for tensors of more than {self._most:,} numbers, far more"
-                    " than its file has"
+                    f"the config describes tensors with more than {self._most:,} elements, far"
+                    " more than the file has"
                 )
         return function(*args, **given)

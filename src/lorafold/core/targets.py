@@ -74,8 +74,8 @@ def match(
         matches = {targets: PRESETS[targets](model, is_linear)}
         if not matches[targets]:
             raise NoTarget(
-                f"targets {targets!r}: {type(model).__name__} has no modules of this preset; name"
-                " the modules instead"
+                f"targets {targets!r}: {type(model).__name__} has no modules of this preset; give"
+                " module names instead"
             )
     else:
         try:
@@ -97,11 +97,11 @@ def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
     if "," in pattern:
         each = [name.strip() for name in pattern.split(",")]
         options = listed((f"--targets {name}" for name in each), " ", room=60)
-        return f"target {given} matches no module; several names are a list: {options}"
+        return f"target {given} matches no module; to give several names, use {options}"
     if pattern in names:  # a single string is a regular expression, as in PEFT
-        return f"target {given} matches no whole path of a module; as a name it is [{given}]"
+        return f"target {given} matches no full module path; to give a name, use [{given}]"
     if any(path.endswith(f".{pattern}") for path, _ in modules):
-        return f"target {given} matches no whole path of a module; .*{pattern} does"
+        return f"target {given} matches no full module path; as a pattern, use .*{pattern}"
     return f"target {given} matches no module; similar names: {similar}"
 
 

@@ -45,7 +45,7 @@ class Batches(Sequence[list[int]]):
         self._taken = [epoch_size([part]) for part in self._parts]
         self._batch, self._steps, self._seed = batch, steps, seed
         if not sum(self._taken):
-            raise LorafoldError("found no rows to train on, expected at least one")
+            raise LorafoldError("data: no rows to train on, expected at least one")
         self._order = lru_cache(2)(self._epoch)
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
         return rows, Rows.of([])
     if len(rows) < 2:
         raise LorafoldError(
-            f"found {len(rows)} rows, expected at least 2 to hold out a share of {fraction}"
+            f"data: found {len(rows)} rows, expected at least 2 to hold out {fraction} of them"
         )
     size = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     held = np.zeros(len(rows), bool)

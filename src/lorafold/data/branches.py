@@ -115,7 +115,7 @@ class Branches(Encoder):
         ids = [entry["ids"] for entry in firsts]
         problem = self._problem(one, documents)
         if not problem and len(ids) == 2 and ids[0] == ids[1]:
-            problem = "fields chosen and rejected: found the same text, expected two that differ"
+            problem = "fields chosen and rejected: found the same text, expected different texts"
         columns = {
             "desirable": one.desirable is True,
             "marked": any(entry["marked"] for entry in firsts),
@@ -143,13 +143,13 @@ class Branches(Encoder):
                 return problem
             if len(entries) > 1:
                 return (
-                    f"field {name}: found {len(entries)} texts, because the chat template rewrites"
-                    " earlier turns of the completion; expected one turn of the assistant"
+                    f"field {name}: the chat template rewrites earlier turns, which splits the"
+                    f" completion into {len(entries)} texts; expected a single assistant turn"
                 )
             if not entries[0]["spans"]:
                 return (
-                    f"field {name}: found no token to train on, expected a turn of the assistant"
-                    " that the chat template renders as at generation"
+                    f"field {name}: found no token to train on, expected an assistant turn that the"
+                    " chat template renders in the same way as at generation"
                 )
         return ""
 
@@ -186,7 +186,7 @@ class BranchedExamples(TableExamples[Branched]):
         """The subject is the unordered pair of answers; the verdict is the chosen one."""
         chosen, rejected = (digests(self._documents(n)) for n in (0, 1))
         ordered = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
-        contrary = "choose the answer that an earlier one rejects, and reject its chosen one"
+        contrary = "swap the chosen and the rejected answer of an earlier row"
         return Judgements(digests(*(of.tolist() for of in ordered)), chosen < rejected, contrary)
 
     def _documents(self, branch: int) -> Iterator[bytes]:
@@ -227,7 +227,7 @@ class MismatchedExamples(BranchedExamples):
 
     @cached_property
     def judged(self) -> Judgements:  # type: ignore[override]
-        contrary = "have the prompt and the answer of an earlier one, and the other label"
+        contrary = "repeat the prompt and the completion of an earlier row with the opposite label"
         true = sum(self._desirable)
         labels = {"true": true, "false": len(self) - true}
         return Judgements(digests(self._ids), np.array(self._desirable), contrary, labels)
@@ -269,7 +269,7 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encode
     line = (
         f"{len(rows)} rows, {examples.lengths.sum()} tokens"
         f" ({(examples.shared[:, None] + examples.tails).sum()} if each completion had its own"
-        f" prompt); completions have on average {', '.join(means)} tokens; the longest document has"
+        f" prompt); mean completion length: {', '.join(means)} tokens; the longest sequence has"
         f" {examples.whole.max()}"
     )
     truncated = len(np.unique(examples.rows[cut]))
@@ -283,13 +283,13 @@ def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Arr
     for n in np.flatnonzero(cut).tolist():
         row, own = int(examples.rows[n]), examples[n].branches[: examples.whole.shape[1]]
         if any(set(branch.labels) == {NO_LOSS} for branch in own):
-            bad[row] = "no token of a completion is left"
+            bad[row] = "no token of a completion remains"
         elif len(own) == 2 and own[0] == own[1]:
-            bad[row] = "chosen and rejected are equal"
+            bad[row] = "chosen and rejected become equal"
     if bad:
         first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
         lines = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
         raise LorafoldError(
-            f"data: within max_length {max_length}: {lines}; raise max_length, or leave"
-            " these rows out"
+            f"data: truncation to max_length {max_length} leaves nothing to compare: {lines};"
+            " raise max_length, or remove these rows"
         )

@@ -160,7 +160,7 @@ def parse_calls(
     grammar = grammar_of(tokenizer)
     if grammar is None:
         raise LorafoldError(
-            "the chat template does not show calls (tool_calls), so none can be read back"
+            "the chat template does not render tool calls (tool_calls), so they can't be parsed"
         )
     prompt = attempt([ASKED], tokenizer, for_generation=True)
     text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
@@ -196,10 +196,10 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
             try:
                 arguments, at = json.JSONDecoder().raw_decode(text, at)
             except json.JSONDecodeError as error:
-                why = f"arguments that are no JSON: {error.msg}"
-                raise LorafoldError(f"the call of {name}: {why}") from error
+                why = f"arguments that are not JSON: {error.msg}"
+                raise LorafoldError(f"the call of {name} has {why}") from error
             if not isinstance(arguments, dict):
-                raise LorafoldError(f"the call of {name}: arguments that are no JSON object")
+                raise LorafoldError(f"the call of {name} has arguments that are not a JSON object")
         elif match.groupdict().get("bare") is not None:
             arguments = {}
         else:

@@ -44,23 +44,23 @@ if TYPE_CHECKING:
 SHOWN = 5  # rows named in one line
 HELD_OUT = "held_out_in_training"
 SAID = {
-    "duplicates": "are the same as an earlier one",
-    HELD_OUT: "are trained on too, so held-out figures look better than they are",
+    "duplicates": "are identical to an earlier row",
+    HELD_OUT: "are also in the training data, so held-out results look better than they are",
     "empty_answers": "have an empty answer to train on",
     "contradictions": "{}",
-    "ends_lost": "lose the end of an answer at max_length {}",
+    "ends_lost": "are truncated at max_length {} and lose the end of an answer",
     "untrained": "have no token to train on",
 }
 STREAMED = (
-    "rows are read while it trains, so that duplicates, held-out rows among them, empty answers,"
-    " contradictions and lost ends were not looked for"
+    "rows are streamed, so lorafold does not check them for duplicates, held-out rows, empty"
+    " answers, contradictions or truncated answers"
 )
-UNKNOWN = "these examples are of no table, so that nothing was looked for in them"
+UNKNOWN = "these examples are not in a table, so lorafold does not check them"
 BESIDE, OTHER = "probe beside", "probe other value"
 CALLS = [call(NAME, {KEY: v}) | {"id": f"probe000{n}"} for n, v in enumerate((VALUE, OTHER))]
 ROLES = {"", "system", "user", "assistant", "model", "human"}
 WORDS = re.compile(r"[^\W\d_]{2,}")
-LEFT_OUT = "turns without reasoning are left out, since generation would begin them otherwise"
+LEFT_OUT = "turns without reasoning are left out, because at generation they begin differently"
 QUOTED = 60  # characters shown of the template's system prompt
 
 
@@ -82,19 +82,19 @@ class TemplateSummary:
 
     @property
     def lines(self) -> list[str]:
-        end = f"a turn ends with {self.end}"
+        end = f"turns end with {self.end}"
         if self.ended == NOWHERE and self.end:
-            end = f"it ends no turn: {self.end} is trained after each (not with --end-of-turn none)"
+            end = f"turns have no end token: training adds {self.end} (unless --end-of-turn none)"
         elif self.ended == NOWHERE:
-            end = "it ends no turn, and the tokenizer has no end token: a model never stops"
+            end = "turns have no end token, and the tokenizer no EOS token: generation never stops"
         elif self.ended != WITH_TURN:
-            end += ", which it writes before the next message only"
+            end += ", which the template writes only before the next message"
         remarks = {
             end: True,
-            f"the prompt {self.prompt}": self.prompt,
-            f"without a system message it writes {self.system!r}": self.system,
-            "it writes the date of the day": self.dated,
-            f"it does not show {', '.join(self.hides)}": self.hides,
+            f"the generation prompt {self.prompt}": self.prompt,
+            f"the default system message is {self.system!r}": self.system,
+            "the template inserts today's date": self.dated,
+            f"the template does not render {', '.join(self.hides)}": self.hides,
             self.plain: self.plain,
         }
         return [line for line, applies in remarks.items() if applies]
@@ -105,9 +105,9 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     added = attempt([ASKED], tokenizer, for_generation=True)
     added, prompt = added.removeprefix(bare.rstrip()).strip(), ""
     if added.endswith(block.opening):
-        prompt = f"opens a block of reasoning ({block.opening})"
+        prompt = f"opens a reasoning block ({block.opening})"
     elif block.opening in added and block.closing in added:
-        prompt = f"has an empty block of reasoning ({block.opening}{block.closing})"
+        prompt = f"has an empty reasoning block ({block.opening}{block.closing})"
     # words before the first message, except role names
     before = template.specials.sub("\n", bare.partition(str(ASKED["content"]))[0])
     lines = (line.strip() for line in before.splitlines())
@@ -123,9 +123,9 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     shows = {
         "system messages": VALUE in attempt([SYSTEM, ASKED], tokenizer),
         "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,
-        "calls": template.shows_calls,
-        "text next to a call": BESIDE in beside or not template.shows_calls,
-        "a second call": OTHER in several or not template.shows_calls,
+        "tool calls": template.shows_calls,
+        "text next to a tool call": BESIDE in beside or not template.shows_calls,
+        "a second tool call": OTHER in several or not template.shows_calls,
         "reasoning": block.shown,
     }
     plain = _untrained(tokenizer)
@@ -154,7 +154,7 @@ def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return LEFT_OUT * render_trained(Conversation([ASKED, said]), tokenizer).left_out
     except LorafoldError as error:
-        return f"a plain conversation is refused ({error})"
+        return f"the template rejects a plain conversation ({error})"
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class DataFinding:
         more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
         rows = []
         for name, (one, other) in zip(named(p for p, _ in self.first), self.first, strict=True):
-            rows.append(name if other is None else f"{name} (as {[*named([one, other])][1]})")
+            rows.append(name if other is None else f"{name} (see {[*named([one, other])][1]})")
         return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(rows)}{more}"
 
 
@@ -201,7 +201,7 @@ class Findings:
     @property
     def nothing(self) -> str:
         names = ", ".join(name.replace("_", " ") for name in self.found)
-        return f"{self.rows:,} rows were looked at and nothing was found: {names}"
+        return f"no problems found in {self.rows:,} rows (checked: {names})"
 
     def as_json(self) -> dict[str, Any]:
         """Null stands for skipped checks."""

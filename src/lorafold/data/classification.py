@@ -85,7 +85,7 @@ class Labels(Encoder):
 
     def _problem(self, given: Labelled, ids: Sequence[int]) -> str:
         if not ids:
-            return f"field text: found no token in {given.text!r}"
+            return f"field text: found no token in {given.text!r}, expected at least one"
         if (label := str(given.label)) in self.classes:
             return ""
         expected = listed(self.classes, room=100)
@@ -104,7 +104,7 @@ class LabelledExamples(TableExamples[LabelledExample]):
     @cached_property
     def judged(self) -> Judgements:  # type: ignore[override]
         """Equal texts with different labels are contradictions."""
-        contrary = "have the text of an earlier one, and another label"
+        contrary = "have the same text as an earlier row, but another label"
         return Judgements(digests(self._ids), self._labels, contrary, self.counts)
 
     def item(self, index: int) -> LabelledExample:

@@ -34,12 +34,12 @@ NOTE = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
 ALL = None  # instead of a set of words
 OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
 IN_PROMPT = (
-    "the prompt has control tokens, which are read as text; --allow-control-tokens lets them be"
-    " tokens"
+    "the prompt contains control tokens, which are tokenized as plain text; to keep them as control"
+    " tokens, pass --allow-control-tokens"
 )
 MARKED = (
-    "rows have control tokens in their contents, which are read as text; --allow-control-tokens"
-    " lets them be tokens"
+    "rows have control tokens in their contents, which are tokenized as plain text; to keep them as"
+    " control tokens, pass --allow-control-tokens"
 )
 SAID = ("content", "reasoning_content")  # written by the assistant
 
@@ -258,4 +258,4 @@ def _as_text(word: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _not_text(why: str) -> str:
-    return f"{why}; --allow-control-tokens lets control tokens in contents be tokens"
+    return f"{why}; to keep control tokens in contents, pass --allow-control-tokens"

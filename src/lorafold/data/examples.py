@@ -94,8 +94,8 @@ class CompletionEncoder(Encoder):
             ).encodings
             if encoded is None:
                 raise LorafoldError(
-                    f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
-                    " offsets; expected a fast tokenizer (one with a tokenizer.json)"
+                    f"tokenizer: found {type(self.tokenizer).__name__}, which has no character"
+                    " offsets, expected a fast tokenizer (one with a tokenizer.json)"
                 )
             encodings |= zip(some, encoded, strict=True)
         examples = []
@@ -250,13 +250,13 @@ class EncodingReport:
             ),
             (
                 (self.examples > self.rows - self.unlabelled) * self.examples,
-                "examples: a row gives several where the chat template rewrites earlier turns, or"
-                " tokens would span their borders",
+                "examples: a row becomes several if the chat template rewrites earlier turns, or if"
+                " a token would cross the border of a turn",
             ),
             (
                 self.reasoning_hidden,
-                "assistant turns are trained on without their reasoning, or without their text"
-                " next to a call: the chat template leaves it out",
+                "assistant turns are trained on without their reasoning or their text next to a"
+                " tool call, because the chat template leaves these out",
             ),
             (self.marked, MARKED),
         )
@@ -318,12 +318,12 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
     left_out = int(column(table, "left_out").sum())
     if not examples:
         cut = f"{truncated} were cut at max_length {max_length} (the longest has {longest} tokens)"
-        lost = f"{left_out} assistant turns are left out, as the template renders them differently"
+        lost = f"{left_out} assistant turns are left out: the template renders them differently"
         reasons = [*[cut] * bool(truncated), *[f"{lost} at generation"] * bool(left_out)]
         raise LorafoldError(
             f"none of the {len(rows)} rows has a token to train on:"
-            f" {', and '.join(reasons) or 'they have no answer of an assistant that may train'};"
-            " expected answers within max_length"
+            f" {', and '.join(reasons) or 'they have no assistant turn that may be trained on'};"
+            " expected assistant turns within max_length"
         )
     used = np.unique(examples.rows)
     report = EncodingReport(

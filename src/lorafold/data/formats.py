@@ -42,7 +42,7 @@ from lorafold.data.messages import (
 
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
 SPOKEN = {"Human": "user", "Assistant": "assistant"}
-AS_TURNS = "rows have texts that are read as turns of Human and Assistant"
+AS_TURNS = "rows have texts that are split into Human and Assistant turns"
 
 
 def content_problems(name: str, value: Any) -> Iterator[str]:
@@ -56,8 +56,8 @@ def preference_problems(row: Row) -> Iterator[str]:
     lists = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
     if not problems and lists and not preference(row)[0]:
         yield (
-            "fields prompt, chosen and rejected: found conversations that do not begin with the"
-            " prompt, expected answers to it"
+            "fields prompt, chosen and rejected: the conversations do not begin with the prompt;"
+            " expected the prompt and an answer, or only an answer, in chosen and rejected"
         )
 
 
@@ -77,9 +77,9 @@ def implicit_problems(row: Row) -> Iterator[str]:
         return
     chosen, rejected = (_conversation(row[name]) for name in ("chosen", "rejected"))
     if not (shared := _shared(chosen, rejected)):
-        yield "fields chosen and rejected: found no common first message, expected one prompt"
+        yield "fields chosen and rejected: found different first messages, expected the same prompt"
     elif shared == min(len(chosen), len(rejected)):
-        yield "fields chosen and rejected: found no answer in which they differ, expected one"
+        yield "fields chosen and rejected: found no message that differs, expected two answers"
 
 
 def turns_preference_problems(row: Row) -> Iterator[str]:
@@ -289,7 +289,7 @@ def _pair_problems(row: Row) -> Iterator[str]:
     if {*kinds} == {str, list}:
         yield (
             f"fields prompt and completion: found {json_type(row['prompt'])} and"
-            f" {json_type(row['completion'])}, expected both text or both lists of messages"
+            f" {json_type(row['completion'])}, expected text in both or lists of messages in both"
         )
         return
     check = message_problems if kinds[0] is list else text_problems
@@ -300,7 +300,7 @@ def _pair_problems(row: Row) -> Iterator[str]:
 def _label_problems(row: Row) -> Iterator[str]:
     yield from text_problems("text", row["text"])
     if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
-        yield unlike("label", row["label"], "text or a whole number")
+        yield unlike("label", row["label"], "text or an integer")
 
 
 def _instruction(answered: str, beside: str) -> RowFormat:

@@ -15,7 +15,7 @@ from typing import Any
 Row = dict[str, Any]
 Found = Row | str  # a row, or the reason for which it could not be read
 DEEPEST = 100  # lists and objects around a value
-TOO_DEEP = f"found a value inside more than {DEEPEST} lists and objects, expected fewer"
+TOO_DEEP = f"found a value nested in more than {DEEPEST} lists and objects, expected fewer"
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 CONVERSED = ("messages", "conversations")
@@ -46,16 +46,16 @@ def loaded(text: str) -> Any:
 def _wrong(error: json.JSONDecodeError) -> str:
     here, before = error.doc[error.pos :], error.doc[: error.pos].rstrip()
     if (before.endswith(",") and here[:1] in ("]", "}")) or "trailing comma" in error.msg:
-        return "found a comma with nothing after it, expected none there"
+        return "found a trailing comma, expected none before a closing bracket"
     if "Extra data" in error.msg and here[:1] == ",":
-        return "found a comma after the object, expected an object a line without it"
+        return "found a comma after the object, expected one object per line and no commas between"
     if "double quotes" in error.msg and here[:1] == "'":
-        return "found single quotes, expected double ones, as json.dumps writes them"
+        return "found single quotes, expected double quotes, as json.dumps writes them"
     if word := re.match("None|True|False|nan", here):
         meant = "null" if word[0] in ("None", "nan") else word[0].lower()
         return f"found {word[0]}, expected {meant}"
     if "Unterminated string" in error.msg:
-        return f"found no end of the text that begins at column {error.colno}"
+        return f"the string that begins at column {error.colno} has no closing quote"
     return f"{error.msg} at column {error.colno}"
 
 
@@ -103,12 +103,12 @@ def unusable(value: Any) -> str:
             if isinstance(one, list):
                 inner = [(f"{name}[{n}]", item) for n, item in enumerate(one)]
             elif wrong := [key for key in one if not isinstance(key, str) or HALF.search(key)]:
-                return f"{field}found the key {wrong[0]!a}, expected text in keys"
+                return f"{field}found the key {wrong[0]!a}, expected keys that are valid text"
             else:
                 inner = [(f"{name}.{key}" if name else key, item) for key, item in one.items()]
             waiting += ((*pair, depth + 1) for pair in reversed(inner))
         elif isinstance(one, int) and 0 < digits < one.bit_length() * log10(2):
-            return f"{field}found a whole number of more than {digits:,} digits, expected fewer"
+            return f"{field}found an integer with more than {digits:,} digits, expected fewer"
     return ""
 
 
@@ -132,13 +132,13 @@ def as_known(row: Any) -> Found:
             try:
                 value = parsed(value)
             except ValueError as error:
-                what = f"found text that is no JSON of messages ({error})"
+                what = f"found text that is not a JSON list ({error})"
                 return f"field {key}: {what}, expected a list of messages"
             known = known | {key: value}
         if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
             if len({*map(len, value.values())}) > 1:
                 many = ", ".join(f"{len(column)} of {name}" for name, column in value.items())
-                return f"field {key}: found {many}, expected as many of each"
+                return f"field {key}: found columns with {many}, expected equal lengths"
             columns = zip(*value.values(), strict=True)
             known = known | {key: [dict(zip(value, one, strict=True)) for one in columns]}
     turns = known.get("conversations")

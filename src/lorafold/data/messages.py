@@ -70,7 +70,7 @@ def message_problems(name: str, value: Any) -> Iterator[str]:
         elif called:
             yield from call_problem(f"{field}.{key}", message[key])
         if called and role_of(role) != "assistant":
-            yield f"field {field}.{key}: found in a {role} message, expected assistant"
+            yield f"field {field}.{key}: found with role {role}, expected role assistant"
         for key in REASONING:
             if message.get(key) is not None:
                 yield from text_problems(f"{field}.{key}", message[key])
@@ -80,7 +80,7 @@ def message_problems(name: str, value: Any) -> Iterator[str]:
 def asking_problems(field: str, message: Message) -> Iterator[str]:
     for key in ASKING:
         if message.get(key) not in (None, 0, 1):
-            yield unlike(f"{field}.{key}", message[key], "0 or 1, or false or true")
+            yield unlike(f"{field}.{key}", message[key], "0, 1, false or true")
 
 
 def asks(message: Message) -> bool | None:
@@ -109,7 +109,7 @@ def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
         if kind is None:
             yield unlike(f"{name}[{index}]", part, "a part of type text")
         elif kind != "text":
-            yield f"field {name}[{index}]: found a part of type {kind}, expected text alone"
+            yield f"field {name}[{index}]: found a part of type {kind}, expected only text parts"
         else:
             yield from text_problems(f"{name}[{index}].text", part.get("text"))
 
@@ -135,7 +135,7 @@ def call_problem(field: str, call: Any) -> Iterator[str]:
         if other := _other(arguments, dict):
             yield f"field {field}.arguments: found {other}, expected JSON of an object"
     elif arguments is not None and not isinstance(arguments, dict):
-        yield unlike(f"{field}.arguments", arguments, "an object or JSON of one")
+        yield unlike(f"{field}.arguments", arguments, "an object or its JSON text")
 
 
 def tool_problems(value: Any) -> Iterator[str]:
@@ -224,7 +224,7 @@ def _other(text: str, kind: type) -> str:
     try:
         value = parsed(text)
     except ValueError as error:
-        return "no JSON" if "not JSON" in str(error) else f"JSON of which can't be used: {error}"
+        return "text, not JSON" if "not JSON" in str(error) else f"JSON that can't be used: {error}"
     return "" if isinstance(value, kind) else f"JSON of {json_type(value)}"
 
 
@@ -250,7 +250,7 @@ def turn_problems(name: str, turn: Any) -> Iterator[str]:
         try:
             calls = parsed(value)
         except ValueError as error:
-            yield f"field {name}.value: found no JSON ({error}), expected a call"
+            yield f"field {name}.value: found invalid JSON ({error}), expected a call"
             return
         yield from call_problems(f"{name}.value", calls if isinstance(calls, list) else [calls])
 
@@ -282,7 +282,7 @@ def query_problems(row: Row) -> Iterator[str]:
     try:
         yield from call_problems("answers", _answers(row))
     except ValueError as error:
-        yield f"field answers: found no JSON ({error}), expected a list of calls"
+        yield f"field answers: found invalid JSON ({error}), expected a list of calls"
 
 
 def query(row: Row) -> Said:
@@ -294,7 +294,7 @@ def system_problems(row: Row, wrong: bool) -> Iterator[str]:
     """Checks `system`, and compares it with the conversation unless the row is `wrong`."""
     yield from text_problems("system", row["system"])
     if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
-        yield "field system: found beside another system message, expected one of the two"
+        yield "field system: found another system message in the conversation, expected only one"
 
 
 def system_of(row: Row) -> list[Message]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 PROMPT_FORMATS = tuple(f for f in (*ROW_FORMATS, PROMPT_ONLY) if PROMPTS in f.provides)
 
 
-NO_PROMPT = "found no message before the assistant's turn, expected a prompt"
+NO_PROMPT = "found no message before the assistant turn, expected a prompt"
 
 
 class Reference(NamedTuple):
@@ -98,7 +98,7 @@ def reference_of(
     turn = renderings.turn(last)
     if turn is None:
         raise LorafoldError(
-            f"messages[{last}]: the chat template renders this turn differently at generation"
+            f"messages[{last}]: the chat template does not render this turn as at generation"
         )
     check_shown(given, turn.text, tokenizer)
     ids = ids_of(without_reasoning(turn.said, prompt, tokenizer), tokenizer)
@@ -211,7 +211,7 @@ class PromptEncoder(Encoder):
             ids = ids_of(text, self.tokenizer)
         except LorafoldError as error:
             return {"ids": [], "marked": False, "problem": str(error)}
-        problem = "" if ids else "found a prompt without tokens"
+        problem = "" if ids else "found a prompt without tokens, expected at least one"
         return {"ids": ids, "marked": is_marked(text), "problem": problem}
 
 
@@ -233,7 +233,7 @@ def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:
     if longest > most:
         raise LorafoldError(
             f"{examples[int(examples.lengths.argmax())].where}: found a prompt of {longest} tokens,"
-            f" expected at most {most}, which max_length leaves beside max_new_tokens"
+            f" expected at most {most} (max_length minus max_new_tokens); raise max_length"
         )
     line = f"{len(examples)} prompts; the longest has {longest} tokens"
     return Encoded(examples, Report(line, marked=examples.marked), rows.parts)

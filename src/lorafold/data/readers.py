@@ -36,21 +36,21 @@ LONGEST = 2**31 - 1  # bytes of a field of CSV
 PIECE = 1 << 16  # bytes
 WINDOWS = "cp1252"
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-AS_CSV = "save it as CSV in UTF-8, or: pandas.read_excel(FILE).to_csv('rows.csv', index=False)"
-NEITHER = "neither UTF-8 nor Windows-1252; save it as UTF-8: iconv -f ENCODING -t utf-8 FILE"
+AS_CSV = "save as CSV in UTF-8, or run pandas.read_excel(FILE).to_csv('rows.csv', index=False)"
+NEITHER = "neither UTF-8 nor Windows-1252; convert to UTF-8: iconv -f ENCODING -t utf-8 FILE"
 # descriptions of files by their first bytes
 SIGNS = {
     b"PK\x03\x04": f"a spreadsheet or another zip file, expected rows; {AS_CSV}",
     b"\xd0\xcf\x11\xe0": f"a spreadsheet, expected rows; {AS_CSV}",
-    b"%PDF": "a PDF, expected rows; write its text into a file of rows",
-    b"\x1f\x8b": "what gzip compressed; expected a name that ends with .gz",
-    b"BZh": "what bzip2 compressed; expected a name that ends with .bz2",
-    b"\x28\xb5\x2f\xfd": "what zstd compressed; expected a name that ends with .zst",
-    b"PAR1": "Parquet; expected a name that ends with .parquet",
-    b"ARROW1": "Arrow; expected a name that ends with .arrow",
-    b"version https://git-lfs": "what git-lfs keeps in place of the file: git lfs pull fetches it",
-    b"<!doctype": "a web page, expected rows; the download is not the file itself",
-    b"<html": "a web page, expected rows; the download is not the file itself",
+    b"%PDF": "a PDF, expected rows; save its text as JSON lines or CSV",
+    b"\x1f\x8b": "gzip data, expected a file name that ends with .gz",
+    b"BZh": "bzip2 data, expected a file name that ends with .bz2",
+    b"\x28\xb5\x2f\xfd": "zstd data, expected a file name that ends with .zst",
+    b"PAR1": "Parquet data, expected a file name that ends with .parquet",
+    b"ARROW1": "Arrow data, expected a file name that ends with .arrow",
+    b"version https://git-lfs": "a Git LFS pointer, expected rows; run git lfs pull",
+    b"<!doctype": "a web page, expected rows; download the file itself",
+    b"<html": "a web page, expected rows; download the file itself",
 }
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 FOREIGN = re.compile(r"[^\W\d_a-zA-Z]{4}")  # another alphabet misread as Windows-1252
@@ -100,7 +100,7 @@ def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]
         except UnicodeDecodeError as error:
             whole = waiting + piece
             if wide:
-                raise Unreadable("not UTF-16 despite its first bytes; save it as UTF-8") from error
+                raise Unreadable("has a UTF-16 BOM, but is not UTF-16; save it as UTF-8") from error
             if not (plain and whole[: error.start].isascii()):
                 yield whole  # the row's reader reports the bad bytes
                 yield from iter(lambda: file.read1(PIECE), b"")
@@ -108,8 +108,8 @@ def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]
             windows, text = True, _windows(whole)
             word = LETTERS.search(text) or WORD.search(text)
             tell(
-                "no UTF-8, so it is read as Windows-1252, as Excel saves CSV:"
-                f" {word and word[0]!r}; where that is wrong, save it as UTF-8"
+                "not UTF-8, so the file is decoded as Windows-1252, the encoding of CSV from Excel:"
+                f" {word and word[0]!r}; if this word is wrong, save the file as UTF-8"
             )
         plain = plain and text.isascii()
         yield text.encode()
@@ -121,7 +121,7 @@ def _windows(piece: bytes) -> str:
     except UnicodeDecodeError as error:
         raise Unreadable(NEITHER) from error
     if CONTROLS.search(text):
-        raise Unreadable("not text; expected CSV in UTF-8, or in UTF-16 with its byte order mark")
+        raise Unreadable("not text; expected CSV in UTF-8, or in UTF-16 with a byte order mark")
     if FOREIGN.search(text):
         raise Unreadable(NEITHER)
     return text
@@ -152,7 +152,7 @@ def numbered(path: Path, tell: Tell) -> Numbered:
             windows = kind.read in (TEXT[".csv"], TEXT[".tsv"])
             yield from kind.read(as_utf8(file, windows, tell) if of_text else file)
     except FileNotFoundError as error:
-        several = "; one --data names one file, a directory or a pattern" * ("," in path.name)
+        several = "; for several, repeat --data, or use a directory or pattern" * ("," in path.name)
         hint = nearest_name(path) or several
         raise LorafoldError(f"{path}: there is no such file{hint}") from error
     except (OSError, ValueError, NotImplementedError) as error:
@@ -168,7 +168,7 @@ def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedRe
     import pyarrow as pa
 
     if (begins := file.peek(4)) and not begins.startswith(MAGIC[compression]):
-        raise Unreadable(f"found no {compression}, despite its name; rename it if it is plain text")
+        raise Unreadable(f"found no {compression} data; if the file is plain text, rename it")
     return io.BufferedReader(pa.CompressedInputStream(file, compression))
 
 
@@ -180,7 +180,7 @@ def _lines(lines: Iterable[bytes]) -> Numbered:
     first = begins[0][1].strip() if begins else b""
     if first in (b"[", b"{") or (len(begins) == 1 and first.startswith(b"[")):
         what = "a list" if first.startswith(b"[") else "an object over several lines"
-        raise Unreadable(f"found {what}, expected an object a line; name the file .json")
+        raise Unreadable(f"found {what}, expected one object per line; rename the file to .json")
     for number, line in chain(begins, filled):
         yield number, row_of(line)
 
@@ -228,11 +228,11 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
                 elif given == len(names):
                     yield number, dict(zip(names, values, strict=True))
                 else:
-                    quotes = "; a text with such a mark stands in quotes" * (given > len(names))
+                    quotes = "; quote values that contain the delimiter" * (given > len(names))
                     found = f"found {given} values, expected {len(names)} as in the header"
                     yield number, f"{found}{quotes}"
         except UnicodeDecodeError as error:
-            reason = f"UTF-8 first, and not UTF-8 soon after line {last or 1}; save it as UTF-8"
+            reason = f"invalid UTF-8 soon after line {last or 1}; save the whole file as UTF-8"
             raise Unreadable(reason) from error
         except csv.Error as error:
             what = str(error)

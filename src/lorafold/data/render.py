@@ -53,7 +53,7 @@ PLAIN_TEMPLATE = """\
 {%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif -%}"""
-HELP = "--chat-template FILE takes another template, and --chat-template tools one with tools"
+HELP = "use --chat-template FILE, or --chat-template tools for a template that supports tools"
 
 
 def check_shown(
@@ -80,14 +80,14 @@ def check_shown(
             if not _has_call((turns or {}).get(n, text), given):
                 calls = [*message["tool_calls"]]
                 calls[number] = given | call(NAME, {KEY: VALUE})
-                for part, value in (("its name", NAME), ("arguments", VALUE)):
-                    lacks(f"tool_calls[{number}]: {part}", n, {"tool_calls": calls}, value)
+                for part, value in (("name", NAME), ("arguments", VALUE)):
+                    lacks(f"tool_calls[{number}].{part}", n, {"tool_calls": calls}, value)
     if tools and not all(_has_tool(text, tool) for tool in tools):
         missing.append(("the row's tools", messages, (*tools, PROBE_TOOL), KEY))
     for part, probed, offered, value in missing:
         if value not in attempt(probed, tokenizer, offered):
             raise LorafoldError(
-                f"the chat template does not show {part}, so it would be lost; {HELP}"
+                f"the chat template does not render {part}, so it would be lost; {HELP}"
             )
 
 
@@ -95,9 +95,9 @@ def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
     tools = conversation.tools
     called = any("tool_calls" in message for message in conversation.messages)
     if tools and not template_of(tokenizer, tools).shows_tools:
-        raise LorafoldError(f"the chat template does not show the row's tools; {HELP}")
+        raise LorafoldError(f"the chat template does not render the row's tools; {HELP}")
     if called and not template_of(tokenizer, tools).shows_calls:
-        raise LorafoldError(f"the chat template does not show calls (tool_calls); {HELP}")
+        raise LorafoldError(f"the chat template does not render tool calls (tool_calls); {HELP}")
 
 
 def _has_tool(text: str, tool: dict[str, Any]) -> bool:
@@ -308,13 +308,13 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     if tokenizer.eos_token is None:
         raise LorafoldError(
-            "tokenizer: found neither a chat template nor an end-of-sequence token, so completions"
-            " could not end; expected eos_token in tokenizer_config.json, or a chat template"
-            " (chat_template.jinja beside it; lorafold train takes --chat-template)"
+            "tokenizer: found neither a chat template nor an EOS token, so generation would not"
+            " stop; set eos_token in tokenizer_config.json, or add a chat template"
+            " (chat_template.jinja in the same directory, or --chat-template of lorafold train)"
         )
     tokenizer.chat_template = opening(tokenizer) + PLAIN_TEMPLATE
     return (
-        "the tokenizer has no chat template: using a plain one (### User: / ### Assistant:,"
+        "the tokenizer has no chat template: using a plain template (### User: / ### Assistant:,"
         f" completions end with {tokenizer.eos_token})"
     )
 

@@ -44,7 +44,7 @@ SAID = {
     *("antwort", "ausgabe"),
 }
 WORDED = re.compile(r"[^\W\d_]")  # text with a letter, not a number or a date
-GUESS = " (a guess by their order, if the file begins with names)"
+GUESS = " (guessed by their order, if the file has a header)"
 PLAIN = {"system", "user", "assistant", "tool", "developer"}
 # written by databases, spreadsheets and pandas for empty cells and errors in formulas
 NOTHING = {
@@ -52,12 +52,12 @@ NOTHING = {
     *("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!"),
 }
 LONGEST = max(map(len, NOTHING))
-AS_WORD = "which is read as that word and not as an empty cell"
+AS_WORD = "which is not treated as an empty cell"
 BLANK = "rows are blank and are left out"
-UNANSWERED = "rows have an empty answer and are left out (weight: 1 in its message keeps one)"
+UNANSWERED = "rows have an empty answer and are left out (to keep one, set weight: 1 in a message)"
 LEFT = "assistant turns are not trained on, because their rows exclude them"
-OTHERS = "turns that rows want trained are not of the assistant, and are not trained on"
-AS_THEY_ARE = "messages go to the chat template with roles of their own, and are not trained on"
+OTHERS = "turns that rows mark for training are not assistant turns, and are not trained on"
+AS_THEY_ARE = "messages have an unknown role, passed to the chat template, and are not trained on"
 
 
 @dataclass
@@ -93,7 +93,7 @@ class RowRemarks:
                 self.ignored[key] = None
             elif isinstance(value, str):
                 if len(value) <= LONGEST and value in NOTHING and key != "label":
-                    self._counts[f"texts of {key} are {value!r} alone, {AS_WORD}"] += 1
+                    self._counts[f"values of {key} are the text {value!r}, {AS_WORD}"] += 1
             elif key in SPOKEN:
                 inside = isinstance(value, list)
                 for message in value if inside else [value] * isinstance(value, dict):
@@ -118,7 +118,7 @@ class RowRemarks:
         elif meant != "assistant" and trained:
             self._counts[OTHERS] += 1
         if not turn and role not in PLAIN:
-            what = f"messages are read as {meant}" if meant in PLAIN else AS_THEY_ARE
+            what = f"messages are converted to the role {meant}" if meant in PLAIN else AS_THEY_ARE
             self._roles.setdefault(what, Counter())[role] += 1
 
     @property
@@ -160,14 +160,14 @@ def renamed(
             yield number, row
         elif missing := [key for key in theirs if key not in row]:
             keys = listed(map(repr, row), room=100) or "none"
-            hint = f"; it has {keys}{near_columns(names, row)}"
+            hint = f"; the row has {keys}{near_columns(names, row)}"
             if {*columns} <= {*row} and not dropped:
                 turned = ",".join(f"{key}={name}" for name, key in names.items())
-                hint = f"; NAME=COLUMN is --columns {turned}"
+                hint = f"; the order is NAME=COLUMN: --columns {turned}"
             yield number, f"found no column {listed(map(repr, missing), room=80)}{hint}"
         elif lost := [name for name in names if name in row and name not in theirs]:
             pairs = ", ".join(f"{name}={names[name]}" for name in lost)
-            yield number, f"--columns {pairs}: the row has a column {', '.join(lost)} as well"
+            yield number, f"--columns {pairs}: the row already has a column {', '.join(lost)}"
         else:
             rest = {key: value for key, value in row.items() if key not in theirs}
             yield number, rest | {name: row[key] for name, key in names.items()}
@@ -245,13 +245,13 @@ def _without_format(row: Row, formats: Sequence[RowFormat]) -> Iterator[str]:
     keys = listed(map(repr, row), room=80) or "none"
     guess = proposed_columns(row)
     known = listed(formats, room=40 if guess else 90)
-    renames = f"; {guess}" if guess else " (--columns renames)"
+    renames = f"; {guess}" if guess else " (rename with --columns)"
     yield f"keys found: {keys}; expected one of {known}{renames}"
 
 
 def _null(row_format: RowFormat, row: Row) -> list[str]:
     keys = [key for key in row_format.keys if key in row and row[key] is None]
-    expected = f"expected a value, as rows of {row_format} have one"
+    expected = f"expected a value, which rows of {row_format} need"
     return [f"field {key}: found null, {expected}" for key in keys]
 
 
@@ -325,7 +325,7 @@ def read_rows(
     else:
 
         def write(directory: Path) -> None:
-            notice(f"reading {size / 1e9:.2f} GB of rows; they are kept in {directory.parent}")
+            notice(f"reading {size / 1e9:.2f} GB of rows into the cache {directory.parent}")
             read = RowsRead()
             reading = _reading(named, columns, wanted, notice, read)
             sha256, written = write_rows(reading, directory / "rows.arrow")

@@ -70,9 +70,9 @@ def files_of(name: str) -> RowFiles:
         if not matched and _hidden(file):
             left_out[file] = "hidden"
         elif path.name in ABOUT:
-            left_out[file] = "about a dataset"
+            left_out[file] = "metadata of a dataset"
         elif not kind_of_file(path):
-            left_out[file] = "of no kind that is read"
+            left_out[file] = "unsupported format"
         else:
             words = () if matched else re.split(r"[^a-z]+", file.lower())
             splits_named = [SPLITS[word] for word in words if word in SPLITS]
@@ -80,12 +80,12 @@ def files_of(name: str) -> RowFiles:
     known = sorted({*splits.values()})
     if "train" in known:
         others = [path for path, split in splits.items() if split not in ("train", "")]
-        left_out |= {names[path]: "of another split; name a file to take it" for path in others}
+        left_out |= {names[path]: "another split; to use it, give the file" for path in others}
         splits = {path: split for path, split in splits.items() if path not in others}
     elif len(known) > 1 and "" not in known:
         raise LorafoldError(
-            f"{name}: found the splits {listed(known)}; expected only one, or one named"
-            f" train; a pattern such as {directory / f'*{known[0]}*'} takes one"
+            f"{name}: found the splits {listed(known)}, expected only one, or one named"
+            f" train; select a split with a pattern such as {directory / f'*{known[0]}*'}"
         )
     if not splits:
         others_found = f" ({RowFiles([], left_out)})" if left_out else ""
@@ -203,7 +203,7 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     if path.is_file() and path.suffix.lower() in SPREADSHEETS:
         raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {AS_CSV}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
-        kind = f"a {path.suffix or 'nameless'} file" if local else "no such file or directory"
+        kind = f"a {path.suffix or 'suffixless'} file" if local else "no such file or directory"
         expected = near or f", expected {KINDS}, a directory or a hub dataset"
         raise LorafoldError(f"{source}: found {kind}{expected}")
     from datasets import load_dataset, load_from_disk
@@ -219,15 +219,15 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
                 dataset = load_dataset(source, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         reason = shortened((str(error) or type(error).__name__).splitlines()[0], 150)
-        reason = f"{away}, and it is not in {HF_DATASETS_CACHE}" if away else reason
-        what = "there is no such file, and it can't be loaded as a hub dataset"
+        reason = f"{away}, and the dataset is not in {HF_DATASETS_CACHE}" if away else reason
+        what = "there is no such file, and loading a hub dataset of this name fails"
         what = "can't be read" if local else what
         raise LorafoldError(f"{source}: {what}: {reason}{near}") from error
     if not isinstance(dataset, dict):
         return dataset
     if "train" not in dataset and len(dataset) != 1:
         raise LorafoldError(
-            f"{source}: found the splits {', '.join(dataset)}; expected only one, or one named"
+            f"{source}: found the splits {', '.join(dataset)}, expected only one, or one named"
             " train"
         )
     return dataset["train"] if "train" in dataset else next(iter(dataset.values()))

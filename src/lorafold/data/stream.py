@@ -129,8 +129,8 @@ class StreamFeed(BatchFeed):
         examples = Examples(table, self.max_length)
         if not examples:
             raise LorafoldError(
-                f"stream: none of {n} rows from {chunk[0][0]} on has a token to train on within"
-                f" max_length {self.max_length}"
+                f"stream: none of the {n} rows from {chunk[0][0]} on has a token to train on within"
+                f" max_length {self.max_length}; raise max_length, or remove these rows"
             )
         cut = int((Lists(table.column("ids")).lengths > self.max_length).sum())
         unlabelled = n - len(set(examples.rows.tolist()))

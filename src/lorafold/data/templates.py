@@ -281,7 +281,7 @@ def apply(
         return str(rendered[0][0])
     except TemplateError as error:
         raise LorafoldError(
-            f"the model's chat template refuses this conversation: {error}"
+            f"the model's chat template rejects this conversation: {error}"
         ) from error
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise LorafoldError(

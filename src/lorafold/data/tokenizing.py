@@ -121,8 +121,8 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
                 " LORAFOLD_CACHE to another directory"
             )
         notice(
-            f"tokens: about {size / 1e9:.2f} GB will be kept in {directory.parent} for the next"
-            " run; lorafold cache clears it"
+            f"tokens: caching about {size / 1e9:.2f} GB in {directory.parent} for the next run;"
+            " to clear the cache, run lorafold cache --clear"
         )
         with (
             pa.OSFile(str(directory / TOKENS), "wb") as file,

@@ -96,7 +96,7 @@ def pad_id_of(model: PreTrainedModel) -> int:
     pad_id = model.config.get_text_config().pad_token_id
     if pad_id is None:
         raise LorafoldError(
-            "the model's config: field pad_token_id: found null, expected the id of the token that"
-            " pads short texts"
+            "the model's config: field pad_token_id: found null, expected the id of the padding"
+            " token"
         )
     return pad_id

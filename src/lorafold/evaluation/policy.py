@@ -109,8 +109,8 @@ class Rewarded:
             progress(len(sums), len(judged))
         if at_once and sums.count(None) == len(sums):
             raise RewardFailed(
-                f"rewards: found none for {judged[0].where} to {judged[-1].where}, as all returned"
-                " None; expected a number for some completion"
+                f"rewards: all returned None for {judged[0].where} to {judged[-1].where}, expected"
+                " a number for at least one completion"
             )
         tables = {name: _table(x, len(groups)) for name, x in each.items()}
         return cls(judged, groups, _table(sums, len(groups)), tables)
@@ -207,13 +207,13 @@ class RewardSettings:
     def __post_init__(self) -> None:
         for name in ("max_length", "max_new_tokens", "group", "seed"):
             if not isinstance(value := getattr(self, name), int):
-                raise LorafoldError(f"{name}: found {value!r:.40}, expected a whole number")
+                raise LorafoldError(f"{name}: found {value!r:.40}, expected an integer")
         checks = {
             f"group: found {self.group}, expected 1 or more": self.group >= 1,
-            f"group: found {self.group} at temperature 0, expected 1, as all completions of a"
-            " prompt would be the same": self.group <= 1 or self.temperature != 0,
-            f"max_new_tokens: found {self.max_new_tokens}, expected 1 or more, and fewer than the"
-            f" {self.max_length} of max_length": 1 <= self.max_new_tokens < self.max_length,
+            f"group: found {self.group} at temperature 0, expected 1, because all completions"
+            " of a prompt would be the same": self.group <= 1 or self.temperature != 0,
+            f"max_new_tokens: found {self.max_new_tokens}, expected at least 1 and less than"
+            f" max_length, {self.max_length}": 1 <= self.max_new_tokens < self.max_length,
             f"seed: found {self.seed}, expected 0 to {2**32 - 1}": 0 <= self.seed < 2**32,
         }
         if wrong := [what for what, right in checks.items() if not right]:
@@ -283,8 +283,8 @@ def evaluate_rewards(
     """
     if not model.can_generate():
         raise LorafoldError(
-            f"{type(model).__name__}: found a model that generates nothing, expected a causal"
-            " language model for rewards"
+            f"{type(model).__name__}: found a model that can't generate text, expected a"
+            " causal language model for rewards"
         )
     length = min(table_left(model) or settings.max_length, settings.max_length)
     data = prompt_data(

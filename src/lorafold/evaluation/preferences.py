@@ -67,8 +67,8 @@ class PreferenceFigures:
     def __str__(self) -> str:
         clauses = in_words("evaluation/preferences.jinja", figures=self).splitlines()
         warning = (
-            "\nthe chosen completions are less likely than under the reference: a supervised term"
-            " (--objective-options sft_weight=1) or a larger beta keeps them"
+            "\nthe chosen completions are less likely than under the reference; to avoid this, add"
+            " a supervised term (--objective-options sft_weight=1) or raise beta"
         )
         return ", ".join(clauses) + warning * self.falling
 

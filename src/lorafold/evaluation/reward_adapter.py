@@ -66,7 +66,7 @@ class RewardAdapter:
         saved = SavedAdapter.open(Path(reward.text).expanduser())
         if (kind := model_kind(base, [saved])) != REWARD_MODEL:
             raise failure(
-                reward.name, f"found an adapter of {kind}, expected one of {REWARD_MODEL}"
+                reward.name, f"found an adapter of {kind}, expected an adapter of {REWARD_MODEL}"
             )
         below = [SavedAdapter.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
         stack = [*below, saved]
@@ -88,7 +88,7 @@ class RewardAdapter:
         self.stack.clear()
         heads = head_paths(shell)
         if lacking := [p for p in heads if not isinstance(shell.get_submodule(p), Adapted)]:
-            raise failure(self.name, f"found no {', '.join(lacking)} in it, expected its head")
+            raise failure(self.name, f"the adapter has no {', '.join(lacking)}, expected a head")
         across = packing == "auto"
         with branching(shell, ATTENTION, across) if packing else nullcontext() as how:
             yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
@@ -98,7 +98,7 @@ class RewardAdapter:
         now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
         if _quantized(model) or before is None or before.storage == now:
             return ""
-        return f"it was trained over a base in {before.storage}, and scores over this one, in {now}"
+        return f"trained with the base in {before.storage}, but scores with the base in {now}"
 
 
 @contextmanager

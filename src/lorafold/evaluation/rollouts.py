@@ -98,7 +98,7 @@ class Rollouts:
         )  # fmt: skip
         self._engine = self._stack.enter_context(engine)
         if self.exact and not engine.slotted:
-            raise LorafoldError(f"exact: found a model that draws apart: {engine.structure.why}")
+            raise LorafoldError(f"exact: not supported by this model: {engine.structure.why}")
         return self.exact and unsteady(
             [(shape.out, shape.inn) for shape in engine.structure.shapes], self.shell.dtype
         )
@@ -145,7 +145,7 @@ class Rollouts:
     def _completion(self, stream: EventStream) -> Completion:
         end = stream.result()
         if end.reason == "failed":
-            raise LorafoldError(f"a completion can't be computed: {end.message}")
+            raise LorafoldError(f"sampling a completion failed: {end.message}")
         tokens = [event for event in stream.so_far() if isinstance(event, Token)]
         logprobs = tuple(float(token.drawn_logprob or 0.0) for token in tokens)
         return Completion(

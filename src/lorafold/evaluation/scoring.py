@@ -248,8 +248,8 @@ def score_rows(
     """Scores rows with a reward model and its active adapters."""
     if model.config.num_labels != 1 or model.get_output_embeddings() is not None:
         raise LorafoldError(
-            f"{type(model).__name__} with {model.config.num_labels} outputs: expected a reward"
-            " model, a sequence classifier with num_labels 1"
+            f"{type(model).__name__}: found {model.config.num_labels} outputs, expected a reward"
+            " model (a sequence classifier with num_labels 1)"
         )
     pad_id = pad_id_of(model)
     rows = as_checked(rows, PAIRS)
@@ -263,7 +263,7 @@ def score_rows(
         texts = dict(zip(data.examples.rows.tolist(), data.examples, strict=True))
         if missing := [n + 1 for n in range(len(rows)) if n not in texts]:
             raise LorafoldError(
-                f"data: rows {listed(missing)}: found no turn of the assistant within max_length"
+                f"data: rows {listed(missing)}: found no assistant turn within max_length"
                 f" {max_length}, expected one to score"
             )
         examples = [continued(texts[n]) for n in range(len(rows))]

@@ -46,52 +46,52 @@ RECOMPUTED = {"gradient_checkpointing": True}
 CASES = (
     Case(
         "7b", "inference", 1, 2048, 16,
-        "the rule counts 7.0e9 parameters, the model has 6.74e9, and adds a round figure for the"
-        " rest",
+        "the rule counts 7.0e9 parameters, although the model has 6.74e9, and adds a round number"
+        " for the rest",
     ),
     Case(
         "7b", "inference", 1, 32768, 30,
-        "the prompt is read in one piece, and an MLP's inner activations of 32,768 tokens are 3 GB",
+        "the prompt is one forward pass, in which the MLP's activations of 32,768 tokens are 3 GB",
     ),
     Case(
         "7b", "full", 4, 2048, 110,
-        "the rule leaves activations out, which are small then; 6.74e9 x 16 is 107.8",
+        "the rule ignores activations, which are small with checkpointing; 6.74e9 x 16 is 107.8",
         RECOMPUTED,
     ),
     Case(
         "7b", "lora", 4, 2048, 25,
-        "without checkpointing a token keeps 4.4 MB, and not the 0.5 MB that the rule has",
+        "without checkpointing, activations are 4.4 MB per token, not 0.5 MB as in the rule",
     ),
     Case(
         "7b", "lora", 4, 2048, 25,
-        "with it 0.26 MB a token, an input of 4096 numbers a block, and one block at a time",
+        "0.26 MB per token: a block input of 4096 numbers for each block, and one whole block",
         RECOMPUTED,
     ),
     Case(
         "7b", "qlora", 4, 2048, 12,
-        "the activations are LoRA's, whatever the quantization of the weights",
+        "activations are the same as for LoRA; quantized weights do not change them",
     ),
     Case(
         "7b", "qlora", 4, 2048, 12,
-        "the same; quantized weights take 0.52 bytes each, embedding and head stay at 2",
+        "the same; quantized weights take 0.52 bytes each, the embedding and the head 2",
         RECOMPUTED,
     ),
     Case(
         "70b", "qlora", 1, 2048, 45,
-        "with checkpointing, which the rule takes for granted",
+        "the rule assumes checkpointing",
         RECOMPUTED,
     ),
     Case(
         "65b", "qlora", 1, 512, 32.5 + 0.6 + 5,
-        "32.5 frozen, 0.6 of states and 5 of activations by the rule; r = 16 on every linear "
-        "trains 200M parameters, not 40M",
+        "by the rule 32.5 for the base, 0.6 for states and 5 for activations; r = 16 on every "
+        "linear layer trains 200M parameters, not 40M",
         RECOMPUTED,
     ),
 )
 
 
 def table() -> Iterator[tuple[str, ...]]:
-    yield "model", "mode", "batch x tokens", "the rule", "estimate", "of the rule", "why"
+    yield "model", "mode", "batch x tokens", "the rule", "estimate", "estimate / rule", "why"
     for case in CASES:
         setting = setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
         total = estimate(llama(case.size), replace(setting, place=DeviceKind("cuda"))).total

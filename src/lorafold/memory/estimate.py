@@ -37,29 +37,29 @@ FIXED, GAPS = 120 * 10**6, 0.05
 
 # the explanations on an estimate's page
 TERMS = {
-    "weights": "Every parameter and buffer of the base as it is stored, and of frozen adapters over"
-    " it. Quantized weights have codes, constants, and in NF4 constants of the constants (QLoRA,"
-    " sec. 3).",
+    "weights": "All parameters and buffers of the base as stored, and of frozen adapters on top of"
+    " it. Quantized weights consist of codes and constants; NF4 quantizes the constants again"
+    " (double quantization: QLoRA, sec. 3).",
     "adapter": "The parameters that the method adds, 4 bytes each. LoRA adds r (in + out)"
     " parameters to a matrix (Hu et al. 2021, sec. 4.1).",
-    "gradients": "One number for every trained parameter, in its dtype, if they exist at the peak.",
-    "optimizer": "AdamW's two moments: 8 bytes a trained parameter in fp32, 2.03 in 8 bits"
+    "gradients": "One number per trained parameter, in its dtype, if they exist at the peak.",
+    "optimizer": "AdamW's two moments: 8 bytes per trained parameter in fp32, 2.03 in 8 bits"
     " (Dettmers et al. 2022).",
     "activations": "Tensors that the forward pass stores for the backward pass; with gradient"
     " checkpointing one input for each block (Chen et al. 2016), and attention's output for long"
     " documents.",
-    "logits": "Tensors of the head and the loss at labelled positions, a chunk at a time, if the"
-    " peak is in the forward pass.",
+    "logits": "Tensors of the LM head and the loss at labelled positions, one chunk at a time, if"
+    " the peak is in the forward pass.",
     "kv_cache": "Keys and values: 2 x blocks x key heads x head width x tokens x bytes.",
     "workspace": "Temporary tensors inside a block, if the peak is there.",
-    "engine": "What draws the completions of a policy, beside its step: the weights once more in"
-    " the order of faster kernels, where they have 16 bits, and the adapter's factors.",
-    "exchanged": "What several processes send each other: with fsdp the weights of the largest"
-    " part, a block or embedding or head, and their gradients where they train; with ddp a bucket"
-    " of gradients.",
-    "process": "The memory of a run's process on a CPU besides tensors: its tokenizer and rows,"
-    " compiled matmul kernels and their buffers, and gaps in the heap. The libraries themselves do"
-    " not count.",
+    "engine": "The engine that samples completions in reinforcement learning: a second copy of"
+    " 16-bit weights in the layout of faster kernels, and the adapter's factors.",
+    "exchanged": "Communication buffers of several processes: with fsdp the gathered weights of"
+    " the largest part (a block, the embedding or the head), and their gradients if they are"
+    " trained; with ddp a bucket of gradients.",
+    "process": "The memory of the process on a CPU besides tensors: tokenizer and rows, compiled"
+    " matmul kernels and their buffers, and heap fragmentation. The imported libraries are not"
+    " included.",
 }
 BUCKET = 2**26  # bytes of gradients that are summed at a time
 SPEED = 4e14  # operations per second: 40% of an H100's peak in bf16

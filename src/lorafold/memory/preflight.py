@@ -132,7 +132,7 @@ def choose_checkpointing(
         if checkpointing == "auto" and needed.total > room:
             setting = replace(setting, checkpointing=True)
             why = (
-                "; gradient checkpointing is on, since without it a step would take"
+                "; gradient checkpointing is on, because a step without it would take"
                 f" {format_bytes(needed.total)}"
             )
             needed = estimate(config, setting)
@@ -142,13 +142,13 @@ def choose_checkpointing(
             console,
             f"memory: {format_bytes(needed.total)} at the peak of a step ({named})"
             f"{', without the libraries (about 0.3 GB)' * bool(needed.terms['process'])}"
-            f"{', 16-bit products in fp32' * setting.widened}; {format_bytes(free)} free{why}",
+            f"{', 16-bit matmuls in fp32' * setting.widened}; {format_bytes(free)} free{why}",
         )
         if needed.total > room:
-            remedy = "a smaller batch, max_length or model would help"
+            remedy = "try a smaller batch, max_length or model"
             changes = [n for n, s in changes_of(setting) if estimate(config, s).total <= room]
             if changes:
-                remedy = f"it would with {' or '.join(changes)}"
+                remedy = f"it would fit with {' or '.join(changes)}"
             print_lines(console, f"warning: a step may not fit in memory; {remedy}")
     except LorafoldError as error:
         if isinstance(error, NoTarget):

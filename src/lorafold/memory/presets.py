@@ -36,8 +36,8 @@ def setting_of(
     check_fields(recipe, OF_MEMORY)
     if labelled is not None and labelled > batch * (length - 1):
         raise LorafoldError(
-            f"--labelled {labelled}: expected at most {batch * (length - 1)}, since {batch} rows of"
-            f" {length} tokens have no more tokens to predict"
+            f"--labelled {labelled}: expected at most {batch * (length - 1)}, the number of"
+            f" tokens that {batch} rows of {length} tokens predict"
         )
     recipe = recipe_in(mode, recipe)
     rows = (length,) * batch
@@ -59,8 +59,8 @@ def check_fields(recipe: Recipe, known: set[str]) -> None:
         more = sorted(OF_ROWS - known)
         rows = f"; with --data also {', '.join(more)}" if more else ""
         raise LorafoldError(
-            f"estimate: found {', '.join(unread)}, which an estimate does not use; expected fields"
-            f" among {', '.join(sorted(known))}{rows}"
+            f"estimate: found {', '.join(unread)}, which the estimate does not use; expected only"
+            f" {', '.join(sorted(known))}{rows}"
         )
 
 
@@ -88,7 +88,7 @@ def as_in_files(
     if stored_as not in QUANTIZED or trains or (explicit and base.quantization != stored_as):
         stored_in = "not quantized" if stored_as is None else f"stored as {stored_as}"
         wanted = "a method that trains the base" if trains else f"the base {base.name}"
-        raise LorafoldError(f"model {name}: its files are {stored_in}, which does not fit {wanted}")
+        raise LorafoldError(f"model {name}: the files are {stored_in}, which does not fit {wanted}")
     return replace(setting, base=Storage(torch.bfloat16, stored_as))
 
 

@@ -38,14 +38,14 @@ def page(
         [name, format_bytes(n), f"{n / estimate.total:.1%}", terms[name]]
         for name, n in estimate.shown.items()
     ]
-    counted = "as torch's allocator counts tensors, without kernels' scratch memory and gaps"
+    counted = "tensors in PyTorch's allocator, without kernel workspaces and fragmentation"
     if estimate.terms["process"]:
-        counted = "the resident memory of the process, without the libraries that it imports"
+        counted = "the resident memory of the process, without imported libraries"
     parts = (
         notes(lines),
         picture(estimate, memory, counted),
         section("The terms"),
-        html_table(("term", "bytes", "share", "what it is"), cells, "texts"),
+        html_table(("term", "bytes", "share", "description"), cells, "texts"),
         f"<p>Counted: {counted}.</p>",
     )
     write_page(title, "\n".join(parts), path)
@@ -73,7 +73,7 @@ def picture(estimate: Estimate, memory: int | None, counted: str) -> str:
     most = max(terms, key=lambda name: terms[name])
     of = "" if memory is None else f" of the device's {format_bytes(memory)}"
     text = (
-        f"{format_bytes(total)}{of} at the peak, {counted}; the most is {most},"
+        f"{format_bytes(total)}{of} at the peak, {counted}; the largest term is {most},"
         f" {terms[most] / total:.0%}."
     )
     return drawing(draw, "Memory by term", text, (SIZE[0], 0.7 + 0.22 * len(names)))
@@ -115,18 +115,17 @@ class Forecast(ShownInNotebooks):
         if sent is not None:
             pace = format_bytes(int(sent.bandwidth(self.speed)))
             lines += [
-                f"in each of {setting.processes} processes, with {setting.strategy}",
-                f"a step of one micro-batch sends {format_bytes(sent.bytes)} from each, which takes"
-                f" as long as computing at {pace}/s, where a device computes"
-                f" {self.speed / 1e12:g} TFLOP/s",
+                f"per process, for {setting.processes} processes with {setting.strategy}",
+                f"a step of one micro-batch sends {format_bytes(sent.bytes)} per process; at"
+                f" {pace}/s, this takes as long as computing at {self.speed / 1e12:g} TFLOP/s",
             ]
         if self.advice is not None:
             lines += verdict(self.advice, setting)
         if self.measured is not None:
             off = f"{self.total / self.measured - 1:+.1%}"
             lines.append(
-                f"measured     {format_bytes(self.measured):>9}  of tensors, as torch's allocator"
-                f" counts; the estimate is {off} off"
+                f"measured     {format_bytes(self.measured):>9}  of tensors, in PyTorch's"
+                f" allocator; the estimate differs by {off}"
             )
         return lines
 

@@ -231,8 +231,8 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
             # a model's code may raise anything on fake tensors; the run goes on without an estimate
             what = config.model_type if setting.spec is None else type(setting.spec).__name__
             raise LorafoldError(
-                f"{what}: can't be estimated, since its code does not run on fake tensors (tensors"
-                f" without values): {one_line(error, 80)}"
+                f"{what}: can't be estimated, because its code fails on fake tensors (without"
+                f" values): {one_line(error, 80)}"
             ) from error
 
 

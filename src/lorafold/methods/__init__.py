@@ -102,7 +102,7 @@ def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
     below it (`over`).
     """
     if method not in METHODS:
-        raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
+        raise LorafoldError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")
     default: Any = METHODS[method]
     likeness = default if isinstance(default, type) else default()
     names = tuple(field.name for field in fields(likeness))

@@ -115,7 +115,7 @@ class AdaLoRA(Spec):
         object.__setattr__(self, "init_rank", first)
         set_alpha(self, 2 * first)
         checks = {
-            f"init_rank: found {self.init_rank!r}, expected at least rank, {self.rank}": (
+            f"init_rank: found {self.init_rank!r}, expected at least rank ({self.rank})": (
                 self.init_rank >= self.rank  # type: ignore[operator]
             ),
             f"tinit and tfinal: found {self.tinit!r} and {self.tfinal!r}, expected 0 or more": (
@@ -143,8 +143,8 @@ class AdaLoRA(Spec):
         first, final = (round(n * total) if n < 1 else int(n) for n in (self.tinit, self.tfinal))
         if first >= total - final:
             raise LorafoldError(
-                f"AdaLoRA: tinit {first} and tfinal {final} leave none of the {total} steps for the"
-                " ranks to fall; lower them, or train for more steps"
+                f"AdaLoRA: tinit {first} and tfinal {final} leave none of the {total} steps to"
+                " reduce the ranks; lower them, or train for more steps"
             )
         return first, total - final
 
@@ -187,7 +187,7 @@ class AdaLoRA(Spec):
             lines.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(f"{rank:.4g}")
         counts = [number_of_matrices(delta) for delta in deltas.values()]
         mean = sum(map(mul, left.values(), counts)) / sum(counts)
-        head = f"ranks left, {mean:.2f} on average:"
+        head = f"remaining ranks, {mean:.2f} on average:"
         return "\n  ".join([head, *(f"{name}: {' '.join(each)}" for name, each in lines.items())])
 
 

@@ -31,8 +31,8 @@ class BitFit(Spec):
     def build(self, layer: Layer) -> BiasDelta:
         if layer.matrices:
             raise LorafoldError(
-                "BitFit: found the matrices of experts, whose biases are not trained; leave them"
-                " out of the targets"
+                "BitFit: found expert weights, whose biases can't be trained; leave the experts out"
+                " of the targets"
             )
         bias = layer.module._parameters.get("bias")
         return BiasDelta(layer.shape[0] if bias is None else len(bias), layer.device)

@@ -90,8 +90,8 @@ class IA3(Spec):
         if self.feedforward and not layer.takes_vectors:
             inputs = "ids" if layer.takes_ids else "signals or groups of vectors"
             raise LorafoldError(
-                "IA3: this module is among the feedforward modules, whose inputs are scaled, but"
-                f" its inputs are {inputs}, expected vectors; leave it out of them"
+                f"IA3: found a feedforward module whose inputs are {inputs}, expected vectors,"
+                " which IA3 scales; leave this module out of feedforward"
             )
         shape = (*layer.matrices, inn if self.feedforward else out)
         return IA3Delta(shape, bool(self.feedforward), layer.device)

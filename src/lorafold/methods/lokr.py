@@ -105,7 +105,7 @@ class LoKr(Spec):
 
     def __post_init__(self) -> None:
         factor = self.decompose_factor
-        message = f"decompose_factor: found {factor!r}, expected a whole number from 1, or -1"
+        message = f"decompose_factor: found {factor!r}, expected a positive integer, or -1"
         check(self, *[message] * (factor != -1 and factor < 1), whole=("rank",))
         set_alpha(self, self.rank)
 

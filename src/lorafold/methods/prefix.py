@@ -75,8 +75,8 @@ class Prefix(VirtualTokens):
             shapes.add((getattr(config, "num_key_value_heads", None) or queries, size))
         if len(shapes) > 1:
             raise LorafoldError(
-                f"Prefix: expected attentions of one shape, found several numbers of heads and head"
-                f" sizes in {type(body).__name__}: {sorted(shapes)}; choose another method"
+                f"Prefix: found several attention shapes (key heads, head size) in"
+                f" {type(body).__name__}: {sorted(shapes)}, expected one; choose another method"
             )
         layers: list[Any] = [m.layer_idx for m in attentions]
         delta = PrefixDelta(body, self.tokens, shapes.pop(), layers)

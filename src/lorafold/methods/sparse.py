@@ -74,7 +74,7 @@ class _Sparse(Spec):
 
     def check(self, *wrong: str, whole: str) -> None:
         if not 0 < self.density <= 1:
-            wrong = (f"density: found {self.density!r}, expected above 0, at most 1", *wrong)
+            wrong = (f"density: found {self.density!r}, expected above 0 and at most 1", *wrong)
         check(self, *wrong, whole=(whole,))
 
     def build(self, layer: Layer) -> SparseDelta:

@@ -94,7 +94,7 @@ OBJECTIVES: dict[str, Declared] = {
     },
     "kto": Declared(
         "preference.Preference",
-        "the same for completions that are judged one by one",
+        "prefer completions with a true label to those with a false one",
         JUDGED,
         law="Kto",
         keys=("label",),

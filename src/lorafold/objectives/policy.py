@@ -63,10 +63,10 @@ LARGEST = 1e12  # the largest advantage: squared gradients must not overflow fp3
 COLLAPSED = 0.1  # nats per token: below it nearly all completions of a prompt are the same
 SOLVED = "the rows are solved, unless the reward can be higher; try harder rows"
 TRY = (
-    "the prompts are too hard or too easy for it; try easier rows, a reward that grades, or more"
-    " completions of a prompt (group, fill)",
-    "the policy has collapsed; try a lower learning rate, beta, or more prompts a step (batch) and"
-    " completions of a prompt (group)",
+    "the prompts are too hard or too easy for the model; try easier rows, a reward with partial"
+    " credit, or more completions per prompt (group, fill)",
+    "the policy has collapsed; try a lower learning rate, beta, or more prompts per step (batch)"
+    " and completions per prompt (group)",
 )  # by whether it has collapsed
 
 
@@ -102,7 +102,7 @@ class PolicyObjective(OnPolicy):
         law, drawing = policy_options(request.name, request.beta, request.options)
         if not (drawing.rewards or request.rewards):
             raise LorafoldError(
-                f"objective {request.name}: found no reward, expected one or several: --reward"
+                f"objective {request.name}: found no reward, expected at least one: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"
             )
         parsed = {text: RewardName.parse(text) for text in drawing.rewards}
@@ -186,15 +186,15 @@ class PolicyObjective(OnPolicy):
             )
             stack.callback(rollouts.close)
             if dropped := stack.enter_context(undropped(model)):
-                dropout = f"dropout: found {dropped:g} in the model or its adapters, taken as 0"
-                print_lines(console, f"{dropout}: completions are drawn without")
+                dropout = f"dropout: {dropped:g} in the model or its adapters is set to 0"
+                print_lines(console, f"{dropout}, because sampling uses no dropout")
             how = None
             if packing:
                 how = stack.enter_context(branching(model, across=packing == "auto"))
             if drawing.exact and (how is None or not how.packs):
                 raise LorafoldError(
-                    "exact: found padded sequences, expected packed ones, as drawing computes them;"
-                    " turn packing on, or train without exact"
+                    "exact: found padded sequences, expected packed ones, as in sampling; turn"
+                    " packing on, or train without exact"
                 )
             if drawing.exact:  # also in the backward, for recomputed checkpoints
                 stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
@@ -208,8 +208,8 @@ class PolicyObjective(OnPolicy):
         loss.processes = layout.processes
         size = self.draws(feed, held_out)
         if loss.rollouts[0].open(size.prompt, size.slots):
-            reason = "exact: products depend on the number of rows on this processor, so that some"
-            print_lines(console, f"{reason} differences of rounding remain")
+            reason = "exact: on this processor, matmuls depend on the number of rows, so some"
+            print_lines(console, f"{reason} rounding differences remain")
         return feed, held_out
 
     def examples(
@@ -275,7 +275,7 @@ class PolicyObjective(OnPolicy):
             evaluation = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
         if None in evaluation.prompt_rewards:
             row = evaluation.prompt_rewards.index(None) + 1
-            raise LorafoldError(f"held-out row {row}: found no reward that applies, expected one")
+            raise LorafoldError(f"held-out row {row}: all rewards returned None, expected a number")
         return evaluation
 
     def _rewards(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
@@ -306,7 +306,7 @@ class PolicyObjective(OnPolicy):
             raise RewardFailed(
                 f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in"
                 f" {judged.judged[0].where} to {judged.judged[-1].where}, expected at most"
-                f" {LARGEST:g}: give the reward a weight, as in 1e-6*FILE.py:FUNCTION"
+                f" {LARGEST:g}: give the reward a weight, for example 1e-6*FILE.py:FUNCTION"
             )
         counts = torch.tensor([[self._counts(one) for one in group] for group in judged.groups])
         return advantages, (counts & (advantages != 0)).any(1)
@@ -318,11 +318,11 @@ class PolicyObjective(OnPolicy):
         if not any(self._counts(one) for group in judged.groups for one in group):
             most = self.sampling.max_new_tokens
             return (
-                f"truncated=masked: all completions were cut off at max_new_tokens={most}; try more"
-                " max_new_tokens, or truncated=counted"
+                f"truncated=masked: all completions were cut off at max_new_tokens={most}; try a"
+                " larger max_new_tokens, or truncated=counted"
             )
         if not (read := judged.samples(2, 1)):
-            return "no completion has a reward, as all rewards returned None"
+            return "no completion has a reward, because all rewards returned None"
         least = loss.counts[SILENT] = min(loss.counts.get(SILENT, math.inf), read[-1].reward)
         if least == loss.counts[HIGHEST] > loss.counts[LOWEST]:
             return f"all completions have the highest reward so far, {least:g}: {SOLVED}"
@@ -330,5 +330,5 @@ class PolicyObjective(OnPolicy):
         entropy = judged.figures["entropy"]
         return (
             f"all completions of a prompt have the same reward, at an entropy of {entropy:.2g} nats"
-            f" a token: {TRY[entropy < COLLAPSED]} ({samples})"
+            f" per token: {TRY[entropy < COLLAPSED]} ({samples})"
         )

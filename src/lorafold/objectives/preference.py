@@ -94,13 +94,13 @@ class Comparing(Objective):
         console: Console,
     ) -> Iterator[Preferences]:
         with branching(model, across=packing == "auto") if packing else nullcontext() as how:
-            apart = "each completion has its prompt before it"
+            apart = "each completion repeats its prompt"
             if how is not None and not how.shares:
                 instead = apart if how.packs else "completions are padded"
-                once = "this model does not compute a prompt once for several completions"
+                once = "this model can't share a prompt among completions"
                 print_lines(console, f"packing: {once}; {instead}")
             elif how is not None and how.longest is not None:
-                long = f"packing: in rows of more than {how.longest} tokens, a chunk of this"
+                long = f"packing: in rows of more than {how.longest} tokens, the chunk size of this"
                 print_lines(console, f"{long} model's attention, {apart}")
             yield Preferences(model, self.law, how, self.padding(tokenizer))
 

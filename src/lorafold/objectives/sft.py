@@ -49,13 +49,13 @@ class Sft(Objective):
             loss, notice = CompletionLoss(model, how.packs, tokenizer.pad_token_id or 0, how), ""
             if not how.packs:
                 notice = (
-                    "packing: in this model documents of one sequence influence each other, so"
-                    " examples are padded instead"
+                    "packing: in this model, packed examples influence each other, so examples are"
+                    " padded instead"
                 )
             elif packing == "auto" and loss.how is None:
                 notice = (
-                    "packing: this model can't compute shared prefixes once; each"
-                    " row is computed separately, in more memory than was estimated"
+                    "packing: this model can't compute shared prefixes once; each row is computed"
+                    " separately, which needs more memory than estimated"
                 )
             print_lines(console, notice)
             yield loss

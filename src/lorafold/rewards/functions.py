@@ -58,7 +58,7 @@ class Function:
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
-            raise Wrong("its parameters can't be read, expected a Python function") from None
+            raise Wrong("can't inspect the parameters, expected a Python function") from None
         self._named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self._every = any(p.kind == p.VAR_KEYWORD for p in parameters)
         names = {p.name for p in self._named}
@@ -66,8 +66,8 @@ class Function:
         if self.batched == bool(names & ONE):
             given = ", ".join(map(str, parameters)) or "none"
             raise Wrong(
-                f"found the parameters {cut(given, SHOWN)}; expected prompt and completion, or"
-                " prompts and completions, or one of them"
+                f"found the parameters {cut(given, SHOWN)}; expected prompt or completion or both,"
+                " or for batches prompts or completions or both"
             )
 
     def rewards(self, items: Sequence[Item]) -> Iterator[list[float | None]]:
@@ -90,10 +90,10 @@ class Function:
         given |= {"prompts": prompts, "completions": completions}
         rewards = self._called(None, given, as_list=True)
         if not isinstance(rewards, list):
-            raise Wrong(f"it returned {_shown(rewards)}, expected a list of {len(items)} numbers")
+            raise Wrong(f"returned {_shown(rewards)}, expected a list of {len(items)} numbers")
         if len(rewards) != len(items):
             raise Wrong(
-                f"it returned {len(rewards)} rewards, expected {len(items)}, one a completion"
+                f"returned {len(rewards)} rewards, expected {len(items)}, one per completion"
             )
         return [number(value, at) for at, value in enumerate(rewards)]
 
@@ -115,7 +115,7 @@ class Function:
         except Wrong as wrong:
             raise Wrong(wrong.message, at) from None
         except BaseException as error:  # includes exits, and panics of libraries
-            raise Wrong(f"it raised {raised(error, self._file)}", at) from None
+            raise Wrong(f"raised {raised(error, self._file)}", at) from None
 
 
 def number(value: Any, at: int | None) -> float | None:
@@ -129,9 +129,9 @@ def number(value: Any, at: int | None) -> float | None:
     except OverflowError:
         reward = math.inf
     if not math.isfinite(reward):
-        raise Wrong(f"it returned {_shown(value)}, expected a finite number", at)
+        raise Wrong(f"returned {_shown(value)}, expected a finite number", at)
     if abs(reward) > LARGEST:
-        raise Wrong(f"it returned {_shown(value)}, expected at most {LARGEST:g} either way", at)
+        raise Wrong(f"returned {_shown(value)}, expected at most {LARGEST:g} in magnitude", at)
     return reward
 
 
@@ -151,7 +151,7 @@ def raised(error: BaseException, file: str | None) -> str:
 
 def _lacks(names: Sequence[str], fields: Iterable[str], at: int | None) -> Wrong:
     names_of = ", ".join(sorted(fields)) or "none"
-    return Wrong(f"it asks for {', '.join(names)}; found the fields {cut(names_of, SHOWN)}", at)
+    return Wrong(f"needs the fields {', '.join(names)}; the row has {cut(names_of, SHOWN)}", at)
 
 
 def _shown(value: Any) -> str:
@@ -167,7 +167,7 @@ def in_file(text: str) -> Function:
     path, _, name = text.rpartition(":")
     file = Path(path)
     if not file.is_file():
-        raise Wrong(f"found no file {path}, expected one")
+        raise Wrong(f"there is no file {path}")
     sys.path.insert(0, str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
@@ -182,7 +182,7 @@ def in_file(text: str) -> Function:
     if not callable(function):
         found = f"a {type(function).__name__}" if hasattr(module, name) else "none"
         own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == file.stem]
-        there = f"; there are {', '.join(own)}" if own else ""
+        there = f"; the file has {', '.join(own)}" if own else ""
         raise Wrong(f"expected a function {name} in {file.name}, found {found}{there}")
     return Function(function, str(file))
 
@@ -192,7 +192,7 @@ def pattern(text: str) -> Function:
     try:
         compiled = re.compile(text, re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
-        raise Wrong(f"it is no regular expression: {error}") from None
+        raise Wrong(f"not a regular expression: {error}") from None
     return Function(lambda completion: compiled.fullmatch(completion) is not None)
 
 
@@ -201,22 +201,22 @@ def schema(text: str) -> Function:
     try:
         from llguidance import LLMatcher, LLTokenizer
     except ImportError:
-        raise Wrong("found no llguidance, expected it; install lorafold[rl]") from None
+        raise Wrong("schema rewards need llguidance; install lorafold[rl]") from None
     try:
         content = json.loads(Path(text).read_text(encoding="utf-8"))
     except OSError as error:
-        raise Wrong(f"it can't be read: {error.strerror}") from None
+        raise Wrong(f"the file can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise Wrong(f"it is no JSON: {error}") from None
+        raise Wrong(f"the file is not JSON: {error}") from None
     try:
         fresh = LLMatcher(
             LLTokenizer("byte"), LLMatcher.grammar_from_json_schema(content), log_level=0
         )
     except BaseException as error:  # a library's panic is not an Exception
-        raise Wrong(f"it can't be used as a schema: {cut(str(error), SHOWN)}") from None
+        raise Wrong(f"the file is not a supported JSON schema: {cut(str(error), SHOWN)}") from None
     if fresh.is_error():
         message = " ".join(fresh.get_error().partition("<state>")[0].split())
-        raise Wrong(f"it can't be used as a schema: {cut(message, SHOWN)}")
+        raise Wrong(f"the file is not a supported JSON schema: {cut(message, SHOWN)}")
 
     def fits(completion: str) -> bool:
         matcher, tokens = fresh.deep_copy(), list(completion.strip().encode("utf-8", "replace"))
@@ -236,13 +236,13 @@ def task(text: str) -> Function:
         raise Wrong(f"reasoning-gym can't be imported ({error}); install lorafold[rl]") from None
     if text not in DATASETS:
         near = difflib.get_close_matches(text, DATASETS) or sorted(DATASETS)[:5]
-        raise Wrong(f"found no task {text!r}, expected one as {', '.join(near)}")
+        raise Wrong(f"unknown task {text!r}, expected for example {', '.join(near)}")
     try:
         own, config = DATASETS[text]
         made = own(config())
         needed = {"metadata"} if made[0]["answer"] is None else {"answer", "metadata"}
     except Exception as error:  # for example, a task composed of others
-        raise Wrong(f"its verifier can't be made: {raised(error, None)}") from None
+        raise Wrong(f"the task's verifier can't be created: {raised(error, None)}") from None
 
     def score(prompt: Any, completion: str, **row: Any) -> float:
         answer = extract_answer(completion)
@@ -253,11 +253,11 @@ def task(text: str) -> Function:
         fields = as_object("entry", row["entry"]) if row.get("entry") is not None else dict(row)
         if lacking := needed - {k for k, v in fields.items() if v is not None}:
             missing = " and ".join(sorted(lacking))
-            raise Wrong(f"found no {missing} in its row, expected entry, or answer and metadata")
+            raise Wrong(f"found no {missing} in the row, expected entry, or answer and metadata")
         fields["metadata"] = as_object("metadata", fields["metadata"])
         of = fields["metadata"].get("source_dataset", text)
         if of != text:
-            raise Wrong(f"found an entry of the task {of}, expected one of {text}")
+            raise Wrong(f"found an entry of the task {of}, expected the task {text}")
         return {"question": prompt, "answer": None, **fields}
 
     return Function(score)

@@ -122,8 +122,8 @@ class SeparateReward:
                 raise failure(self.name, _end(error.code), at_work) from None
             done = "" if self._batched else f"{len(rewards)} done of "
             why = (
-                f"it took more than {self.limit:g} s ({done}{len(judged)} completions); expected"
-                " less, or a longer limit"
+                f"took more than {self.limit:g} s ({done}{len(judged)} completions); make the"
+                " reward faster, or set a longer time limit (reward_seconds)"
             )
             raise failure(self.name, why, at_work) from None
         return rewards
@@ -142,9 +142,9 @@ class SeparateReward:
         except BaseException as error:
             process.kill()
             if isinstance(error, Late):
-                raise failure(self.name, f"it was not loaded within {OPENING:g} s") from None
+                raise failure(self.name, f"loading took more than {OPENING:g} s") from None
             if isinstance(error, Died):
-                raise failure(self.name, f"while it was loaded {_end(error.code)}") from None
+                raise failure(self.name, f"while loading, {_end(error.code)}") from None
             raise
         self._batched: bool = answer["batched"]
         return process
@@ -154,16 +154,16 @@ class SeparateReward:
             return pickle.dumps((one.prompt, one.completion, dict(one.row)))
         except Exception as error:  # pickling a field may raise anything
             raise failure(
-                self.name, f"its row can't be pickled for the reward's process: {error}", [one]
+                self.name, f"the row can't be pickled for the reward's process: {error}", [one]
             ) from None
 
 
 def _end(code: int) -> str:
     if code >= 0:
-        return f"its process ended with exit code {code}"
+        return f"the reward's process ended with exit code {code}"
     known = {int(number): number.name for number in signal.Signals}
-    memory = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
-    return f"its process was killed by {known.get(-code, f'signal {-code}')}{memory}"
+    memory = ", perhaps because memory ran out" if -code == signal.SIGKILL else ""
+    return f"the reward's process was killed by {known.get(-code, f'signal {-code}')}{memory}"
 
 
 class RewardName(NamedTuple):
@@ -191,7 +191,7 @@ class RewardName(NamedTuple):
             return cls(weight, name, kind, str(Path(rest).expanduser().absolute()))
         if file.endswith(".py") and function.isidentifier():
             return cls(weight, name, "file", f"{Path(file).expanduser().absolute()}:{function}")
-        expected = f"expected {FORMS}, with a weight as in 0.5* or without"
+        expected = f"expected {FORMS}, optionally with a weight such as 0.5*"
         raise LorafoldError(f"reward {text!r}: {expected}")
 
     @property
@@ -217,7 +217,7 @@ def check_there(texts: Iterable[str]) -> None:
         parsed = RewardName.parse(text)
         if (file := parsed.file) and not file.is_file():
             near = nearest_name(file)
-            raise LorafoldError(f"reward {text}: found no file {file}, expected one{near}")
+            raise LorafoldError(f"reward {text}: there is no file {file}{near}")
         if parsed.kind == "regex":
             try:
                 pattern(parsed.text)
@@ -232,8 +232,8 @@ def reward_of(text: str) -> Reward:
     parsed = RewardName.parse(text)
     if parsed.is_adapter:
         raise LorafoldError(
-            f"reward {text}: it scores with a base in memory, expected in a run that trains a"
-            " policy; lorafold score has the scores of rows"
+            f"reward {text}: a reward model needs the base in memory, as in policy training and"
+            " evaluation; to score rows, run lorafold score"
         )
     return SeparateReward(parsed.name, parsed.kind, parsed.text, parsed.weight)
 
@@ -332,7 +332,7 @@ class Rewards(AbstractContextManager["Rewards"]):
             sums.append(sum(applied) if applied else None)
         for one, total in zip(judged, sums, strict=True):
             if total is not None and not abs(total) <= LARGEST:
-                why = f"with weights it is {total:g}, expected at most {LARGEST:g} either way"
+                why = f"the weighted sum is {total:g}, expected at most {LARGEST:g} in magnitude"
                 raise failure(" + ".join(each), why, [one])
         return sums, each
 
@@ -347,7 +347,7 @@ class Rewards(AbstractContextManager["Rewards"]):
 def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
     rewards = reward(judged)
     if len(rewards) != len(judged):
-        why = f"it returned {len(rewards)} rewards, expected {len(judged)}, one a completion"
+        why = f"returned {len(rewards)} rewards, expected {len(judged)}, one per completion"
         raise failure(reward.name, why, judged)
     try:
         return [number(value, at) for at, value in enumerate(rewards)]

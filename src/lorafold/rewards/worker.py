@@ -71,7 +71,7 @@ def _judge(function: Function, message: bytes) -> Iterator[Any]:
             try:
                 items.append(Item(*pickle.loads(content)))
             except Exception as error:
-                raise Wrong(f"its row can't be read in another process: {error}", at) from None
+                raise Wrong(f"the row can't be unpickled: {error}", at) from None
         yield from function.rewards(items)
     except Wrong as wrong:
         yield {"wrong": wrong.message, "at": wrong.at}

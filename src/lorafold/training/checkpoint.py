@@ -136,8 +136,8 @@ class RunDirectory:
                 holder = file.read_text()
             of = f" ({holder})" if holder.startswith(HOLDER) else ""
             raise LorafoldError(
-                f"{self.path}: a run is in progress in it{of}; wait for it to end, stop it, or"
-                " choose another --out"
+                f"{self.path}: a run is in progress in this directory{of}; wait until it ends, stop"
+                " it, or choose another --out"
             ) from None
         try:
             if not (before := file.read_text()) or before.startswith(HOLDER):
@@ -181,16 +181,16 @@ class RunDirectory:
             if k != FILES
         ]
         others = [
-            f"{what}: {of['name']} had other files when the run began"
+            f"{what}: the files of {of['name']} have changed"
             for what, of in identity.get(FILES, {}).items()
             if files.get(what, {}).get("sha256") != of["sha256"]
         ]
         if changes or others:
-            wrong = "had another recipe" if changes else "began on something else"
+            wrong = "settings have changed" if changes else "files have changed"
             raise LorafoldError(
-                f"{self.path}: the run to resume {wrong}: {listed([*changes, *others], '; ')}. Use"
-                f" the old {'values' if changes else 'files'} and the lorafold that began it, or"
-                " start again with --overwrite"
+                f"{self.path}: can't resume, because {wrong}: {listed([*changes, *others], '; ')}."
+                f" Use the old {'values' if changes else 'files'} and lorafold version, or start"
+                " again with --overwrite"
             )
 
     def checkpoints(self) -> dict[int, Path]:
@@ -210,7 +210,7 @@ class RunDirectory:
         if not self.path.exists():
             return "none"
         if not (checkpoints := self.checkpoints()):
-            return "one without checkpoints"
+            return "a run without checkpoints"
         last = max(checkpoints)
         try:
             content = (checkpoints[last] / MANIFEST).read_bytes()
@@ -243,7 +243,7 @@ class RunDirectory:
         if problems := verify(path):
             raise LorafoldError(
                 f"{path}: damaged checkpoint: {as_one(problems)}; remove it to resume from"
-                " the checkpoint before"
+                " the previous checkpoint"
             )
         state = json.loads((path / "state.json").read_text())
         for name in ("evals", "measured"):

@@ -84,11 +84,11 @@ class Trained(ShownInNotebooks):
     guessing: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
+        held_out = "" if self.eval_loss is None else f", held-out loss {self.eval_loss:.4f}"
         count, rate = self.trainable_parameters, self.tokens_per_second
         parameters = "" if count is None else f"{count:,} parameters, "
         pace = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
-        over = f" of the last {LAST}" if len(self.losses) > LAST else ""
+        over = f" of the last {LAST} steps" if len(self.losses) > LAST else ""
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         steps += f", {len(self.skipped)} of them skipped" * bool(self.skipped)
         warning = f"\n{guessing_warning(self.guessing)}".rstrip()
@@ -250,8 +250,8 @@ def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
     ]
     if zero:
         raise LorafoldError(
-            f"nothing was written: found only zeros in the up factors of {len(zero)} modules, which"
-            f" had gradients ({listed(zero, room=80)}); expected them to have moved: try a higher"
+            f"nothing was written: the up factors of {len(zero)} modules are still zero after"
+            f" training, although they had gradients ({listed(zero, room=80)}); try a higher"
             " learning rate (lr, lr_b)"
         )
 
@@ -276,8 +276,8 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
                 wrong.append(key)
     if wrong:
         raise LorafoldError(
-            f"{path}: read back, found other values than were trained in {listed(wrong, room=120)};"
-            " expected the same: the checkpoints of the run are kept"
+            f"{path}: the written files differ from the trained values in"
+            f" {listed(wrong, room=120)}; the checkpoints of the run are kept"
         )
 
 
@@ -299,13 +299,13 @@ def finished(request: RunRequest, console: Console) -> Trained | None:
     made = MADE & record.keys()
     if made or not isinstance(record.get("recipe"), dict) or not record.get("losses"):
         raise LorafoldError(
-            f"{out}: --resume: found an adapter that no run of training wrote, expected a run that"
-            " was stopped; choose another --out, or replace it with --overwrite"
+            f"{out}: --resume: found an adapter that was not written by a training run, expected a"
+            " stopped run; choose another --out, or replace the adapter with --overwrite"
         )
     if differing := list(_differing(request, record)):
         raise LorafoldError(
-            f"nothing to resume: {out} is finished, and this is another run: {listed(differing)};"
-            " choose another --out, or replace it with --overwrite"
+            f"nothing to resume: {out} is finished, and this run differs: {listed(differing)};"
+            " choose another --out, or replace the adapter with --overwrite"
         )
     print_lines(console, f"nothing to resume: {out} is finished")
     return _in_record(record, out)
@@ -325,19 +325,19 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} was {was}, now {new}"
     base = record.get(BASE_IDENTITY)  # absent from earlier versions' records
     if base and base != request.base.identity:
-        yield "the model was another one"
+        yield "the model has changed"
     data, given = record.get("data", {}), request.data.record
     if any(data.get(key) != given[key] for key in ("sha256", "streamed") if key in given):
-        yield "the rows were others"
+        yield "the rows have changed"
     below = [origin.sha256 for origin in parse_over(record)]
     if below != [one.sha256 for one in open_all(request.over)]:
-        yield "it lay over other adapters"
+        yield "the adapters of --over have changed"
     if DEPENDS_ON in record:  # absent from earlier versions' records
         here = depends_on(request, objective_of(request, open_all(request.adapters)))
-        yield from (f"{name} had other contents" for name in differing(here, record[DEPENDS_ON]))
+        yield from (f"{name} has changed" for name in differing(here, record[DEPENDS_ON]))
     began = request.init_adapter and of_adapter(SavedAdapter.open(request.init_adapter))
     if record.get(INIT_ADAPTER, {}).get("sha256") != began:
-        yield "it started from another adapter"
+        yield "the adapter of --init-adapter has changed"
 
 
 def _in_record(record: Mapping[str, Any], out: Path) -> Trained:

@@ -110,8 +110,8 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
             if stop and not last:
                 path = plan.run.path_of(progress.step)
                 message = (
-                    f"stopped after step {progress.step}; {path} is complete; the same command with"
-                    " --resume continues from it"
+                    f"stopped after step {progress.step}; to continue from {path}, run the same"
+                    " command with --resume"
                 )
                 raise Interrupted(message, 128 + stop)
     progress.guessing = versus_guessing(plan, progress, first)
@@ -119,7 +119,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
         early = recipe.stops or progress.step < plan.feed.steps
         place = "is kept" if early else f"is in {plan.run.best}"
         lowest = f"the held-out loss was lowest after step {progress.best}"
-        display.note(f"step {progress.step}: {lowest}, whose adapter {place}")
+        display.note(f"step {progress.step}: {lowest}; the adapter of that step {place}")
     return progress
 
 
@@ -178,11 +178,11 @@ def note_step(
 
 def report_silence(plan: Plan, progress: Progress, display: Display, why: str) -> None:
     n, step, last = progress.quiet, progress.step, is_over(plan, progress)
-    message = f"step {step}: no group of completions of the last {n} steps has a signal: {why}"
+    message = f"step {step}: no group of the last {n} steps has a learning signal: {why}"
     if n == step == QUIET:
         raise LorafoldError(f"{message}; {plan.run.last_good}")
     if n == TOLD or (last and n >= min(TOLD, step)):
-        display.note(message + "; the run ends here" * (last and step < plan.feed.steps))
+        display.note(message + "; the run stops" * (last and step < plan.feed.steps))
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[No
     except LorafoldError as error:
         goes_on = ""
         if isinstance(error, RewardFailed) and progress.step:
-            goes_on = "; the same command with --resume continues from it"
+            goes_on = "; to continue from it, run the same command with --resume"
             if progress.step not in plan.run.checkpoints():
                 save(plan, progress)
         raise LorafoldError(f"{place}: {error}; {plan.run.last_good}{goes_on}") from None
@@ -292,8 +292,8 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
         idle = check_gradients(adapter, layout.moves(trained))
         if idle and layout.processes.first:
             log.warning(
-                "no gradient in the first step for %d of the %d adapted modules, on which the loss"
-                " of its rows does not depend: %s",
+                "%d of the %d adapted modules get no gradient in the first step, because the loss"
+                " of its rows does not depend on them: %s",
                 len(idle), len(adapter.sites), listed(idle),
             )  # fmt: skip
     norm = layout.norm(trained)

@@ -105,7 +105,7 @@ def _findings(
         few = _few(train), None if held_out is None else _few(held_out)
         request = replace(request, rows=few[0], eval_rows=few[1])
         if few[0] is not train or few[1] is not held_out:
-            less = f"the first {len(few[0]):,} rows are looked at; a run looks at all"
+            less = f"only the first {len(few[0]):,} rows are checked; a run checks all rows"
             print_lines(console, f"data: {less}")
     *_, findings = tokenized(request, tokenizer, objective, console)
     if not findings.lines:

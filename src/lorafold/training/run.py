@@ -77,7 +77,7 @@ def _train(setup: Setup, console: Console) -> Trained:
     if isinstance(layout, Sharded):
         dividing: Any = divided(layout, model, console)
     else:
-        dividing, alone = nullcontext(), "one process has all weights; several would divide them"
+        dividing, alone = nullcontext(), "one process has all weights; start several to shard them"
         print_lines(console, f"strategy fsdp: {alone}" * (recipe.strategy == "fsdp"))
     with freed_blocks(KEPT), dividing:
         with (
@@ -114,8 +114,8 @@ def divided(layout: Sharded, model: nn.Module, console: Console) -> Iterator[Non
         whole, kept, largest = map(format_bytes, layout.sizes())
         print_lines(
             console,
-            f"strategy fsdp: of {whole} of weights process 0 of {layout.processes.count} keeps"
-            f" {kept}, and at most {largest} are whole at a time",
+            f"strategy fsdp: rank 0 of {layout.processes.count} keeps {kept} of {whole} of"
+            f" weights, and gathers at most {largest} at a time",
         )
         yield
 
@@ -154,11 +154,11 @@ def prepare(
     if state is not None:
         print_lines(console, f"resuming after step {progress.step} of {feed.steps}")
     elif recipe.stops and held_out is None and feed.steps == STEPS:
-        remedy = "found no held-out rows to end by; --eval-fraction 0.1 holds some out"
+        remedy = "without early stopping, which needs held-out rows (--eval-fraction 0.1)"
         print_lines(console, f"epochs auto: {feed.steps} steps, {remedy}")
     elif recipe.steps is None and feed.steps < FEW:
-        less = "" if held_out else ", and --eval-fraction 0.1 ends where they no longer help"
-        few = f"steps: {feed.steps}, few to learn by: --epochs auto takes {STEPS}{less}"
+        less = "" if held_out else ", and --eval-fraction 0.1 turns on early stopping"
+        few = f"steps: {feed.steps}, which may be too few: --epochs auto sets {STEPS}{less}"
         print_lines(console, few)
     plan = Plan(
         recipe, setup.objective, adapter, loss, where, optimizer, feed, held_out,
@@ -183,8 +183,8 @@ def begin(
         adapted = any(WEIGHTED.findall(name)[0][1].startswith(ADAPTER) for name in others)
         if others and judged.keys() == judges.keys() and not adapted:
             identity[REWARDS] = judged  # for example, a bug in the reward was fixed
-            changed = f"reward {', '.join(others)}: changed"
-            print_lines(console, f"{changed}, and judges from here on as it is now")
+            changed = f"reward {', '.join(others)}: changed since the run began"
+            print_lines(console, f"{changed}; the next steps use the new version")
         run.check(identity)
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
@@ -193,7 +193,7 @@ def begin(
                 adapter.load_state_dict(tensors, layout.owns)
             return progress, state
     elif request.resume:
-        print_lines(console, f"{run.path}: no run to resume, this one starts from the beginning")
+        print_lines(console, f"{run.path}: no run to resume, so this run starts from the beginning")
     if layout.processes.first and not resumes:
         run.start(identity)
     spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, request.recipe))
@@ -228,7 +228,7 @@ def in_common(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
             once += loss.computed([examples[i] for i in part])
     if once > 0.99 * each:
         return None
-    return f"packing: {1 - once / each:.0%} of the tokens begin as another row's: computed once"
+    return f"packing: {1 - once / each:.0%} of the tokens are in shared prefixes, computed once"
 
 
 def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
@@ -265,8 +265,8 @@ def sample_losses(
     """
     if issubclass(OBJECTIVES[recipe.objective].kind, OnPolicy):
         raise LorafoldError(
-            f"method {recipe.method}: it asks for losses of rows before the first step, where the"
-            f" objective {recipe.objective} has none, expected a spec with asks_losses"
+            f"method {recipe.method}: prepare uses losses of rows, which objective"
+            f" {recipe.objective} lacks; use another objective, and set asks_losses in the spec"
         )
     loss.train()
     for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):

@@ -95,8 +95,8 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
             check_out(path, replaces)
         if run.checkpoints() and not replaces:
             raise LorafoldError(
-                f"{run.path} holds a run that was stopped: pass --resume to continue it or"
-                " --overwrite to start again"
+                f"{run.path} contains a stopped run: pass --resume to continue it, or --overwrite"
+                " to start again"
             )
     if (batch := request.recipe.batch) % count:
         raise LorafoldError(
@@ -115,8 +115,8 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
         )
     if request.over and spec.trains_base:
         raise LorafoldError(
-            f"--over: {request.recipe.method} trains the base's own weights and writes a plain"
-            " model, which nothing lies below; merge these adapters first"
+            f"--over: method {request.recipe.method} trains the base's own weights, so it can't"
+            " train on top of adapters; merge them into the base first"
         )
     return spec
 
@@ -132,8 +132,8 @@ def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) 
         for target in (w.resolve() for w in (run.out, run.best, run.path)):
             if target.is_relative_to(adapter) or adapter.is_relative_to(target):
                 raise LorafoldError(
-                    f"--out {request.out}: the run would write {target} and read {option} {path};"
-                    " expected another directory, beside it"
+                    f"--out {request.out}: the run would write {target}, which overlaps with the"
+                    f" input {option} {path}; choose a directory outside of it"
                 )
 
 
@@ -143,7 +143,7 @@ def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
     for n, one in enumerate(saved):
         if not (request.base.allow_other_base or same_adapters(one.over, origins[:n])):
             needed = " ".join(f"--over {origin.path}" for origin in one.over)
-            raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; give {needed}")
+            raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; pass {needed}")
     if not request.base.allow_other_base and (base := request.base.in_files()):
         for one in saved:
             one.own_base.check(base, request.base.name)
@@ -178,14 +178,14 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         began = RunDirectory(request.out).recorded("day") if request.resume else None
         day = str(began or request.day or day)
         dated = on_day(tokenizer, day)
-        written = "the day of each rendering" if day_of(dated) else f"{day} throughout this run"
-        print_lines(console, f"the chat template writes the date: {written}")
+        written = "the date of each rendering" if day_of(dated) else f"{day} throughout this run"
+        print_lines(console, f"the chat template inserts the date: {written}")
     feed, held_out, findings = tokenized(request, dated, objective, console)
     print_lines(console, f"base: {base.loaded_as.why}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
-            f"strategy fsdp: found objective {recipe.objective}, expected one that draws no"
-            " completions; or strategy ddp"
+            f"strategy fsdp: found objective {recipe.objective}, which samples completions;"
+            " expected another objective, or strategy ddp"
         )
     divides = recipe.strategy == "fsdp" and processes.count > 1
     setup = Setup(
@@ -215,8 +215,8 @@ def check_alike(setup: Setup) -> None:
     (host, first), *each = processes.gather((socket.gethostname(), here))
     for number, (there, theirs) in enumerate(each, 1):
         if others := [
-            f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} there,"
-            f" {shortened(first.get(name, 'none'), SHOWN)} in process 0"
+            f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} (process 0:"
+            f" {shortened(first.get(name, 'none'), SHOWN)})"
             for name in {**first, **theirs}  # causes come before their effects
             if theirs.get(name) != first.get(name)
         ]:
@@ -261,9 +261,9 @@ def adapted_model(
         if not isinstance(module_at(model, path), Adapted)
     ]:
         raise LorafoldError(
-            f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"
-            f" objective {recipe.objective} has to train, expected an adapter with it; as the"
-            " frozen adapter below a new one, give it as --over"
+            f"--init-adapter {request.init_adapter}: the adapter has no {', '.join(missing)}, which"
+            f" the objective {recipe.objective} must train; use an adapter that has it, or pass"
+            " this one as --over to train a new adapter on top of it"
         )
     towers = Anatomy.of(model).encoders
     print_lines(
@@ -308,7 +308,7 @@ def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
     if longest > limit:
         raise LorafoldError(
             f"max_length {most}: found a row of {longest} tokens, expected at most the {limit}"
-            f" positions of {type(model).__name__}; a max_length of {limit} cuts rows there"
+            f" positions of {type(model).__name__}; set max_length to {limit} to truncate rows"
         )
 
 

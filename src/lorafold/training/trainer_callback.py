@@ -115,7 +115,7 @@ class AdapterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_hyper_param_search:
-            raise LorafoldError("AdapterCallback: a search over hyper-parameters is not supported")
+            raise LorafoldError("AdapterCallback: hyperparameter search is not supported")
         self._check_model(kwargs["model"])
         if not self.own_reference:
             check_reference(self.adapter, args)
@@ -186,15 +186,15 @@ class AdapterCallback(TrainerCallback):
         named = list(model.named_parameters())
         if not trained or not trained <= {id(p) for _, p in named}:
             raise LorafoldError(
-                f"AdapterCallback: the trainer's model does not carry the adapter {name!r}; attach"
-                " it to the model that the trainer gets, and leave it attached"
+                f"AdapterCallback: the adapter {name!r} is not attached to the trainer's model;"
+                " attach it to the model that you pass to the trainer, and do not detach it"
             )
         if others := [n for n, p in named if p.requires_grad and id(p) not in trained]:
             raise LorafoldError(
-                f"AdapterCallback saves the adapter {name!r} alone, and {len(others)} other"
-                f" parameters of the model train as well: {listed(others)}"
-                f"{', ...' * (len(others) > 3)}; freeze them (another adapter:"
-                " requires_grad_(False)), or make them part of this adapter (modules_to_save)"
+                f"AdapterCallback saves only the adapter {name!r}, but {len(others)} other"
+                f" parameters of the model are trainable: {listed(others)}"
+                f"{', ...' * (len(others) > 3)}; freeze them (another adapter with"
+                " requires_grad_(False)), or add them to this adapter (modules_to_save)"
             )
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
@@ -207,8 +207,8 @@ class AdapterCallback(TrainerCallback):
         names = ("global_step", "epoch", "total_flos", "log_history")
         if stored is None or any(getattr(stored, n) != getattr(state, n) for n in names):
             raise LorafoldError(
-                f"AdapterCallback: the trainer resumed another checkpoint than {path}; name it:"
-                " AdapterCallback(adapter, resume_from=...)"
+                f"AdapterCallback: the trainer resumed another checkpoint than {path}; pass that"
+                " checkpoint: AdapterCallback(adapter, resume_from=...)"
             )
         return path
 
@@ -219,7 +219,7 @@ class AdapterCallback(TrainerCallback):
                 good = self.last_checkpoint(checkpoint.parent)
                 last = f"the last complete checkpoint is {good}" * bool(good)
                 raise LorafoldError(
-                    f"{checkpoint / part}: no adapter that could be resumed:"
+                    f"{checkpoint / part}: the adapter can't be resumed:"
                     f" {as_one(problems)}; {last or 'there is no complete checkpoint'}"
                 )
         saved = SavedAdapter.open(checkpoint / ADAPTER)
@@ -229,15 +229,15 @@ class AdapterCallback(TrainerCallback):
             wrong.append(mismatch(saved.over, self.adapter.over))
         about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)
         if about.get("spec") != spec:
-            wrong.append(f"it holds {about.get('spec')}, expected {spec}")
+            wrong.append(f"found {about.get('spec')}, expected {spec}")
         tensors, stored = self.adapter.state_dict(), load_file(checkpoint / STATE / TENSORS)
         wrong += [
-            f"{key}: shape {list(stored[key].shape)}, expected {list(tensor.shape)}"
+            f"{key}: found shape {list(stored[key].shape)}, expected {list(tensor.shape)}"
             for key, tensor in tensors.items()
             if key in stored and stored[key].shape != tensor.shape
         ]
         if wrong:
-            raise LorafoldError(f"{checkpoint / STATE}: another adapter: {as_one(wrong)}")
+            raise LorafoldError(f"{checkpoint / STATE}: not of this adapter: {as_one(wrong)}")
         self.adapter.load_state_dict(stored)
         logger.info(f"The adapter was restored from {checkpoint}.")
 
@@ -247,21 +247,21 @@ def _check_method(adapter: Adapter) -> None:
     spec, name = adapter.spec, type(adapter.spec).__name__
     if spec.trains_base:
         raise LorafoldError(
-            f"AdapterCallback: {name} trains the base itself, which the trainer's checkpoints hold"
-            " without a callback"
+            f"AdapterCallback: {name} trains the base's own weights, which the trainer saves in its"
+            " checkpoints; remove the callback"
         )
     lowest = spec
     while isinstance(over := getattr(lowest, "over", None), Spec):
         lowest = over
     when = {
-        "prepare": "acts before the first step",
-        "after_step": "acts after each step",
+        "prepare": "computes before the first step",
+        "after_step": "computes after each step",
         "penalty": "adds a penalty to the loss",
     }
     hooks = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
     if hooks:
         raise LorafoldError(
-            f"AdapterCallback: {name} {' and '.join(hooks)}, which a trainer leaves out; train it"
+            f"AdapterCallback: {name} {' and '.join(hooks)}, which a trainer does not do; train it"
             " with lorafold's own loop (lorafold train)"
         )
 
@@ -288,14 +288,14 @@ def check_reference(adapter: Adapter, args: Any) -> None:
     if selection_of(adapter.model).referred == under:
         return
     config, made = type(args).__name__, "lorafold.reference(model)"
-    how = f"ref_model={made}, or for a trainer that takes none trainer.ref_model = {made}"
+    how = f"ref_model={made} (or set trainer.ref_model = {made} if it has no such argument)"
     if under:
         raise LorafoldError(
-            f"AdapterCallback: {config}: found the bare base as reference, which TRL loads by the"
-            f" model's name, expected the model under {', '.join(under)}, over which the adapter"
-            f" {adapter.name!r} trains; give {how} (own_reference=True if yours is right)"
+            f"AdapterCallback: {config}: found the bare base as reference, which TRL loads by name,"
+            f" expected the model with {', '.join(under)}, on top of which {adapter.name!r} trains;"
+            f" pass {how}, or own_reference=True if your reference model is right"
         )
-    logger.warning(f"{config}: TRL loads the base once more as reference; {how} takes no memory.")
+    logger.warning(f"{config}: TRL loads the base again as reference; to save memory, pass {how}")
 
 
 class BaseKeptOut:

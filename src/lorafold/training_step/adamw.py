@@ -45,12 +45,12 @@ class OptimizerChoice(NamedTuple):
 
 
 def choose(parameters: int, device: str, free: int) -> OptimizerChoice:
-    state, room = 8 * parameters, f"a third of the {format_bytes(free)} free"
+    state, room = 8 * parameters, f"a third of the free {format_bytes(free)}"
     if device != "cuda":
-        return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} has no paging")
+        return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} does not support paging")
     if SHARE * state <= free:
         return OptimizerChoice("adamw", f"within {room}")
-    larger = f"fp32 state, {format_bytes(state)}, would be more than {room}"
+    larger = f"fp32 state would take {format_bytes(state)}, more than {room}"
     return OptimizerChoice(PAGED, larger)
 
 
@@ -65,7 +65,7 @@ def pick(
     if name != "auto":
         choice = OptimizerChoice(name, "")
     elif before:
-        choice = OptimizerChoice(before, "as before the stop")
+        choice = OptimizerChoice(before, "as before the resume")
     elif any(p.itemsize == 2 for p in trained):
         choice = OptimizerChoice("adamw", "16-bit weights are trained")
     else:
@@ -73,7 +73,7 @@ def pick(
         free = min(processes.gather(free_bytes(where)))
         choice = choose(sum(p.numel() for p in trained) // parts, device, free)
     if choice.name == PAGED and device != "cuda":
-        return OptimizerChoice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
+        return OptimizerChoice(PAGED, f"not paged: not supported on {DEVICES.get(device, device)}")
     return choice
 
 
@@ -97,8 +97,8 @@ def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
     narrow = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
     if name not in ("auto", "adamw") and narrow:
         raise LorafoldError(
-            f"optimizer {name} rounds updates to the nearest, and weights in {' and '.join(narrow)}"
-            " would lose those under half a unit; expected optimizer adamw, or base fp32"
+            f"optimizer {name} rounds to nearest, so weights in {' and '.join(narrow)} would lose"
+            " updates below half a unit in the last place; use optimizer adamw, or base fp32"
         )
 
 
@@ -120,7 +120,7 @@ def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts
     return (
         f"optimizer: {choice.name} with {'8-bit' if eight and not small else 'fp32'} state,"
         f" {format_bytes(state_bytes(choice.name, trained))}"
-        + f" among {parts} processes" * (parts > 1)
+        + f" across {parts} processes" * (parts > 1)
         + f" ({why})" * bool(why)
         + f"; updates rounded stochastically, seed {seed}" * any(p.itemsize == 2 for p in trained)
     )

@@ -44,7 +44,7 @@ class FastPath:
 
     def __str__(self) -> str:
         lacking = f"; not fused: {', '.join(self.plain)}" if self.plain else ""
-        slower = f"; operators in torch: {self.in_torch}" if self.in_torch else ""
+        slower = f"; PyTorch operators are used: {self.in_torch}" if self.in_torch else ""
         return f"fast path: {self.fast} of {self.blocks} blocks{lacking}{slower}"
 
 

@@ -18,7 +18,7 @@ def recompute(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": keeping})
     except ValueError as error:
         raise LorafoldError(
-            f"gradient_checkpointing: found on, expected off for this model: {error}"
+            f"gradient_checkpointing: not supported by this model: {error}; set it to off"
         ) from None
     if any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules()):
         # transformers makes the embeddings require gradients, because reentrant checkpointing needs

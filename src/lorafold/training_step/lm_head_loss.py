@@ -179,7 +179,7 @@ def _decoder(model: Any) -> Any:
     anatomy = Anatomy.of(model)
     if not anatomy.decoder or anatomy.head is None:
         raise LorafoldError(
-            f"{type(model).__name__}: found no decoder with a head over it, expected a causal"
+            f"{type(model).__name__}: found no decoder with an LM head, expected a causal"
             " language model"
         )
     return model.get_submodule(anatomy.decoder)
@@ -262,9 +262,9 @@ def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tenso
     coefficient = getattr(config, "router_aux_loss_coef", None)
     if aux is None or coefficient is None:
         raise LorafoldError(
-            f"{type(model).__name__}: config.output_router_logits is set; found aux_loss {aux},"
-            f" router_aux_loss_coef {coefficient}; expected both. Set output_router_logits to false"
-            " to train without the router's loss"
+            f"{type(model).__name__}: config.output_router_logits needs aux_loss and"
+            f" router_aux_loss_coef, found {aux} and {coefficient}; set output_router_logits to"
+            " false to train without the router's loss"
         )
     if rows is not None and (function := _own(model)) is not None:
         aux = function(output.router_logits, model.num_experts, model.num_experts_per_tok, rows)

@@ -18,7 +18,7 @@ from lorafold.errors import LorafoldError, differing, listed
 
 SHARED = {"qmap1", "qmap2"}  # 8-bit optimizers: constants shared by all parameters
 # labels of the parameters that may have their own learning rate
-UP, WHOLE = "up factors (LoRA+)", "modules trained whole"
+UP, WHOLE = "up factors (LoRA+)", "fully trained modules"
 
 
 def param_groups(
@@ -135,7 +135,7 @@ def restore_optimizer(
         for key in differing(expected, found)
     ]:
         raise LorafoldError(
-            f"the checkpoint's optimizer state is from another optimizer:"
+            f"the optimizer state in the checkpoint is of another optimizer:"
             f" {listed(wrong, '; ')}; resume with the optimizer that wrote it"
         )
     for i, p in enumerate(trained):

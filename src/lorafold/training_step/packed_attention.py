@@ -68,7 +68,7 @@ def isolates(model: PreTrainedModel) -> bool:
     except (AttributeError, TypeError, LorafoldError) as error:
         # the decoder computes with its masks, or has no head that covers every position
         why = f"{type(error).__name__}: {cut(str(error), 200)}"
-        log.warning("packed rows fail in this model (%s)", why)
+        log.warning("this model does not support packed rows (%s)", why)
         return False
     unmoved = near(model, changed[-m:], together[-m:], units=1)
     return unmoved and near(model, together, torch.cat(rows), units=8)
@@ -192,7 +192,7 @@ def attend(
         if not virtual and query.shape[2] != key.shape[2]:
             raise LorafoldError(
                 f"{type(module).__name__}: found {key.shape[2]} keys for {query.shape[2]} queries,"
-                " expected as many inside documents"
+                " expected as many keys as queries in packed documents"
             )
         if dropout == 0.0 and s_aux is None and position_bias is None:
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))

@@ -194,16 +194,16 @@ class Policy(BranchedLoss):
         if self.exact and self.seen.largest and not self.inexact:
             self.inexact = True
             log.warning(
-                "exact: found log-probabilities that differ by %.3g, expected 0: experts, windows"
-                " shorter than the text and capped scores are summed in another order",
+                "exact: sampling and training log-probabilities differ by %.3g: MoE experts, short"
+                " sliding windows and logit soft-capping use another summation order",
                 self.seen.largest,
             )
         if (mean := float(difference.mean())) <= self.bound:
             return
-        by = "other weights, of another step, adapter or base"
+        by = "other weights (another step, adapter or base)"
         if float((reference() - sampled).abs().mean()) <= self.bound:
-            by = "the model without the adapter that trains"
+            by = "the model without the trained adapter"
         raise LorafoldError(
-            f"completions were sampled by {by}: found log-probabilities that differ by {mean:.3g} a"
-            f" token from the trained weights', expected at most {self.bound:g}"
+            f"completions were sampled by {by}: sampling and training log-probabilities differ by"
+            f" {mean:.3g} per token, expected at most {self.bound:g}"
         )

@@ -58,9 +58,9 @@ class Branching:
             yield
             if not self._used:
                 raise LorafoldError(
-                    "packed documents: found no attention of the model that received the layout of"
-                    f" the batch, expected documents of {docs.own} own tokens; train without"
-                    " shared prompts"
+                    "packed documents: no attention of the model received the layout of the batch,"
+                    f" with documents of {docs.own} own tokens; set packing to false to train"
+                    " without shared prefixes"
                 )
         finally:
             self._docs = None
@@ -75,10 +75,10 @@ class Branching:
         if protocol.get("local_size") == 0:  # Qwen2-MoE without windows: no layer uses it
             return mask
         if not isinstance(mask, Documents) or mask.lens != docs.own:
-            seen = mask.lens if isinstance(mask, Documents) else "a mask that is not of documents"
+            seen = mask.lens if isinstance(mask, Documents) else "a mask without documents"
             raise LorafoldError(
-                f"packed documents: found {seen}, expected documents of {docs.own} own tokens, as"
-                " the layout of the batch has them; train without shared prompts"
+                f"packed documents: found {seen}, expected documents of {docs.own} own tokens; set"
+                " packing to false to train without shared prefixes"
             )
         self._used = True
         return replace(docs, window=mask.window)

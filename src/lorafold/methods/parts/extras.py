@@ -52,21 +52,21 @@ def add_token_rows(
     rows = tokens.deltas(model, active) if tokens.ids else {}
     if rows and spec.trains_base:
         raise LorafoldError(
-            f"tokens: {type(spec).__name__} trains the base's own weights, so it can't have token"
-            " rows too; leave out the tokens"
+            f"tokens: {type(spec).__name__} trains the base's own weights, so token rows can't be"
+            " added; leave out the tokens"
         )
     carry = {id(m) for _, m in adapted_modules(model) if any(token_rows_on(m))}
     others = [path for path in deltas if path not in rows] if carry else []
     over = [path for path in others if id(module_at(model, path)) in carry]
     problems = [
-        f"{path} has token rows of another adapter, which change its shape; merge that one first"
+        f"{path} has token rows of another adapter, which change its shape; merge it first"
         for path in over
     ]
     for path, delta in rows.items():
         if any(not isinstance(other, BiasDelta) for other in deltas.get(path, ())):
             problems.append(
-                f"tokens: {path} is a target or a module to save as well; train either its token"
-                " rows or all of it"
+                f"tokens: {path} is also a target or in modules_to_save; train either its token"
+                " rows or the whole module"
             )
         deltas.setdefault(path, []).append(delta)
     if problems:
@@ -111,13 +111,13 @@ class ReplaceDelta(Delta):
         super().__init__()
         if isinstance(module, Adapted):
             raise LorafoldError(
-                f"{path} has another adapter attached, which a module to save must not have; merge"
-                " or detach that one first"
+                f"{path} has another adapter attached, so it can't be in modules_to_save; merge or"
+                " detach that adapter first"
             )
         if others := [n for n in module._parameters if n not in ("weight", "bias")]:
             raise LorafoldError(
-                f"{path} can't be a module to save: found parameters {', '.join(others)}, expected"
-                " only weight and bias"
+                f"{path} can't be in modules_to_save: found parameters {', '.join(others)},"
+                " expected only weight and bias"
             )
         self.copy = copy.deepcopy(module, {id(p): p for p in module.parameters()})
         layer_of(self.copy).dequantize()

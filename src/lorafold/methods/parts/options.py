@@ -27,10 +27,10 @@ def check(
         value = getattr(spec, name)
         for n in value.values() if isinstance(value, Mapping) else (value,):
             if not isinstance(n, int) or n < 1:
-                lines.append(f"{name}: found {n!r}, expected a whole number from 1")
+                lines.append(f"{name}: found {n!r}, expected a positive integer")
     for name in below_one:
         if not 0 <= (value := getattr(spec, name)) < 1:
-            lines.append(f"{name}: found {value!r}, expected 0 or more, below 1")
+            lines.append(f"{name}: found {value!r}, expected at least 0 and below 1")
     for name, choices in (one_of or {}).items():
         if (value := getattr(spec, name)) not in choices:
             lines.append(f"{name}: found {value!r}, expected {' or '.join(choices)}")

@@ -165,14 +165,14 @@ class TrainableTokens:
             if not (is_linear(module) or of_embedding):
                 problems.append(
                     f"{path}: found {type(module).__name__}, which has no rows for tokens; expected"
-                    " an embedding or the head"
+                    " an embedding or the LM head"
                 )
                 continue
             layer = module.layer(*active) if isinstance(module, Adapted) else layer_of(module)
             w = layer.dense()[0].detach()
             w = w.t() if layer.takes_ids else w  # (V, d)
             if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
-                problems.append(f"{path}: tokens {list(ids)}: expected ids from 0 up, each once")
+                problems.append(f"{path}: tokens: found {list(ids)}, expected distinct ids from 0")
             elif wrong := gap_message(ids, len(w)):
                 problems.append(f"{path}: {wrong}")
             else:
@@ -205,7 +205,7 @@ class TrainableTokens:
             if not named:
                 problems.append(
                     f"{type(model).__name__} does not define its embedding module; pass the"
-                    " ids by module name"
+                    " ids as a dict by module name"
                 )
         by_path: dict[str, tuple[int, ...]] = {}
         for path in sorted(named, key=lambda p: not _is_embedding(model.get_submodule(p))):

@@ -110,8 +110,8 @@ class Receiver(Opaque):
         self.names = argument_names(attention)
         if not any(name in self.names for name in _CACHE_NAMES):
             raise LorafoldError(
-                f"{type(attention).__name__} takes no cache, through which virtual tokens are"
-                " given; choose another method"
+                f"{type(attention).__name__} does not accept a KV cache, which virtual tokens need;"
+                " choose another method"
             )
         self.cache_name = next(name for name in _CACHE_NAMES if name in self.names)
 
@@ -147,7 +147,7 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Docu
         )
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         raise LorafoldError(
-            "virtual tokens need an attention whose mask is a tensor of 4 dimensions (sdpa or"
+            "virtual tokens need an attention mask that is a tensor of 4 dimensions (sdpa or"
             f" eager), found {type(mask).__name__}; load the model with attn_implementation='sdpa'"
         )
     return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
@@ -200,8 +200,8 @@ class Sender(Opaque):
         output = run(**(inputs | {_KEYWORD: own, "position_ids": plus(positions(inputs), n)}))
         if missed := [i for i in self.layers if i not in own.reached]:
             raise LorafoldError(
-                "the decoder does not pass keyword arguments on to the attention of layers"
-                f" {missed}, so virtual tokens can't reach it; choose another method"
+                "the decoder does not pass keyword arguments to the attention of layers"
+                f" {missed}, so virtual tokens can't reach these layers; choose another method"
             )
         if above is not None:
             above.reached |= own.reached
@@ -245,8 +245,8 @@ class VirtualTokens(Spec):
         attentions = [module.get_submodule(path) for path in Anatomy.of(module).attentions]
         if not attentions:
             raise LorafoldError(
-                f"{type(self).__name__}: expected a decoder and its attentions (targets 'decoder'),"
-                f" found {type(module).__name__}"
+                f"{type(self).__name__}: found {type(module).__name__}, expected a decoder with"
+                " attention layers (targets 'decoder')"
             )
         return self.sender(layer, attentions)
 
