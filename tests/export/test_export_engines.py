@@ -215,8 +215,8 @@ def test_sglang_reads_back_what_is_there(llama, tmp_path):
     key = f"{ROOT}model.layers.1.mlp.up_proj.lora_B.weight"
     damaged = {
         "differ by 5": {**whole, key: whole[key] / 2},
-        "has no module": {**whole, key.replace("layers.1", "layers.7"): whole[key].clone()},
-        "not in the file": {k: t for k, t in whole.items() if k != key},
+        "match no module": {**whole, key.replace("layers.1", "layers.7"): whole[key].clone()},
+        "missing in the written file": {k: t for k, t in whole.items() if k != key},
     }
     for said, tensors in damaged.items():
         save_file(tensors, file)

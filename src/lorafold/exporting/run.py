@@ -121,7 +121,7 @@ class Exported(ShownInNotebooks):
         lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
         lines += [f"  {note}" for note in self.written.notes]
         if self.adapters:
-            alone = "the adapters over the base that the engine loads"
+            alone = "the adapters on the base that the engine loads"
             subject = "this file" if TARGETS[self.to].merged else alone
             far = self.into.compared(self.model, subject, self.away, self.from_original)
             lines.append(f"  {far}")
