@@ -148,8 +148,8 @@ def test_a_base_that_an_adapter_of_peft_names_otherwise_is_told(
         asked = {"to": "peft", "prove": False, "overwrite": True, "device": "cpu"}
         return lf.export(base, saved, tmp_path / "out", **asked).summary()
 
-    assert "adapter_config.json names the base org/other, and this is" in told("org/other")
-    assert "names the base" not in told("org/base")
+    assert "adapter_config.json is org/other, but this base is" in told("org/other")
+    assert "but this base is" not in told("org/base")
 
 
 def test_part_of_a_head_that_is_rotated_is_told_in_the_older_word():

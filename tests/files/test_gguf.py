@@ -130,7 +130,7 @@ def test_a_header_that_its_bytes_do_not_agree_with_is_refused(tiny):
     kind, place = dims + 16, dims + 20  # of a matrix
     tensors = int.from_bytes(whole[8:16], "little")
     lies = {
-        8: ((tensors - 1).to_bytes(8, "little"), f".* after the last of the {tensors - 1}"),
+        8: ((tensors - 1).to_bytes(8, "little"), f".* after the last of its {tensors - 1}"),
         kind: ((1).to_bytes(4, "little"), ".* the end of the previous tensor"),  # F16
         place: ((0).to_bytes(8, "little"), "blk.0.ffn_down.weight at byte 0 of"),
     }
@@ -156,7 +156,7 @@ def test_a_folder_has_one_model(tiny, tmp_path):
         tiny(f"folder/{name}")
     assert resolve_model(folder).path == resolve_model(folder / "a.gguf").path
     (folder / "b.gguf").touch()
-    with pytest.raises(LorafoldError, match=r"found 2 GGUF models .* one of them: a.gguf, b.gguf"):
+    with pytest.raises(LorafoldError, match=r"found 2 GGUF models; .* one of them: a.gguf, b.gguf"):
         resolve_model(folder)
 
 

@@ -229,7 +229,7 @@ def test_the_model_saves_as_it_was_loaded_and_half_merged(quantized, tmp_path, k
 @pytest.mark.parametrize("kind", ["fp8-dynamic", "int4"])
 def test_the_command_trains_evaluates_and_merges(quantized, tmp_path, kind):
     said = commands(quantized(kind), KINDS[kind][3], tmp_path)
-    assert ("activations too" in said) == (kind == "fp8-dynamic")
+    assert ("also quantizes activations" in said) == (kind == "fp8-dynamic")
 
 
 def test_activations_that_the_files_quantize_are_said_to_be_unquantized(quantized, caplog):
@@ -355,10 +355,10 @@ FP8_VALUES = {
         ("int4", lambda s: s.update(quantization_status="frozen"),
          "quantization_status: found frozen, expected only compressed weights"),
         ("int4", lambda s: s["config_groups"].update(other=FP8_VALUES),
-         "stored in 2 ways (fp8, int4)"),
+         "stored in 2 quantizations (fp8, int4)"),
         ("fp8", lambda s: s.update(ignore=[]), "includes lm_head, the head; expected only linear"),
         ("fp8", lambda s: first(s).update(targets=["Embedding"]),
-         "quantizes model.embed_tokens, of class Embedding"),
+         "includes model.embed_tokens, of class Embedding"),
         ("fp8", lambda s: first(s).update(targets=["re:nothing"]), "matches no linear layer of"),
         ("fp8", lambda s: s.update(config_groups=3), "quantization_config: "),
     ],

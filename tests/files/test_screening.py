@@ -261,7 +261,7 @@ def test_words_are_those_of_a_tokenizer_that_has_them(base):
 @pytest.mark.parametrize(
     ("file", "before", "after", "told"),
     [
-        ("adapter_config.json", '"r": 2', '"r": 2, "r": 3', "twice"),
+        ("adapter_config.json", '"r": 2', '"r": 2, "r": 3', "duplicate"),
         ("adapter_config.json", '"revision": null', '"revision": "\\ud800"', "unpaired surrogate"),
         ("adapter_config.json", '"r": 2', '"r": 1' + "0" * 30, "63 bits"),
         ("adapter_model.safetensors", '"F32"', '"F8_E4M3"', "dtype"),
@@ -301,5 +301,5 @@ def test_closing_does_not_wait_for_what_runs(adapter):
         others.close()
         with pytest.raises(CheckFailed):
             asked.result()
-    with pytest.raises(CheckFailed, match="ends"):
+    with pytest.raises(CheckFailed, match="shutting down"):
         others.call("verify", (1.0, 1 << 30), **endless)

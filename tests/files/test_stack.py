@@ -478,5 +478,5 @@ def test_what_is_active_on_the_model_of_an_engine_is_below(base, sft, dpo, other
     asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
     expected = generated(stacked(base, sft, dpo), asked)
     assert alone(stacked(base, sft), asked, {"dpo": dpo}) == expected
-    with pytest.raises(LorafoldError, match=f"found {other} "):
+    with pytest.raises(LorafoldError, match=f"loaded on top of {other} "):
         alone(stacked(base, other), asked, {"dpo": dpo})

@@ -208,7 +208,7 @@ def files_in(folder: Path) -> tuple[Path, ...]:
     if len(models) > 1:
         names = listed(parts[0].name for parts in models)
         raise LorafoldError(
-            f"model {folder}: found {len(models)} GGUF models; give the path of one: {names}"
+            f"model {folder}: found {len(models)} GGUF models; pass one of them: {names}"
         )
     return models[0] if models else ()
 

@@ -189,7 +189,7 @@ def unreadable(path: Path, error: Exception) -> LorafoldError:
     if isinstance(error, FileNotFoundError):
         return LorafoldError(f"{path}: no such file{nearest_name(path)}")
     return LorafoldError(
-        f"{path}: can't be read as safetensors, so it may be truncated or damaged ({error})"
+        f"{path}: not readable as safetensors, so it may be truncated or damaged ({error})"
     )
 
 
@@ -208,7 +208,7 @@ def model_files(directory: Path) -> list[Path]:
             )
         return files
     others = sorted(file.name for file in directory.glob("*.safetensors"))
-    note = f" but {listed(others)}" if others else ""
+    note = f" (only {listed(others)})" if others else ""
     raise LorafoldError(
         f"{directory}: found neither {SINGLE} nor {INDEX}{note}, expected one of them"
     )
