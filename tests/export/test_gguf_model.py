@@ -354,7 +354,7 @@ def test_the_other_expert_is_no_difference(model, prompts):
     assert found.tied == 1
     assert found.kl < 2e-6 < found.measured == plain.kl
     assert found.gap < 0.01 < plain.gap
-    assert "choice of experts for 1 with a near tie of two" in str(found)
+    assert "experts at near ties of the router in 1 of" in str(found)
 
 
 def test_what_is_far_for_another_reason_stays_far(model, prompts):

@@ -254,13 +254,15 @@ class Proof(ShownInNotebooks):
         prompts = f"{n} prompt{'s' * (n != 1)}"
         alone = "" if self.alone is None else f" ({self.alone:.1e} for the base alone)"
         top = f"the same top-1 token for {self.top} of {n}"
-        near = f" ({self.near} differ first where two tokens are nearly tied)" * bool(self.near)
+        near = f" ({self.near} differ after a near tie of two tokens)" * bool(self.near)
         tied = (
-            f", using the engine's choice of experts for {self.tied} with a near tie of two"
-            f" ({self.measured:.1e} otherwise)"
+            f", with the engine's experts at near ties of the router in {self.tied} of {n}"
+            f" ({self.measured:.1e} with lorafold's)"
         ) * bool(self.tied)
         other = {"tokens": len(self.other_tokens), "texts": len(self.other_texts)}
-        chats = "".join(f"; other {kind} in the engine for {n}" for kind, n in other.items() if n)
+        chats = "".join(
+            f"; {n} chats have other {kind} in the engine" for kind, n in other.items() if n
+        )
         return (
             f"{self.engine} {self.version}, {prompts}: KL {self.kl:.1e} nats on average,"
             f" {self.kl_largest:.1e} at most{part}{alone}{tied}; {top},"
