@@ -180,9 +180,9 @@ def test_a_checkpoint_that_is_packed_loads_as_it_is(tiny_model_dir, tmp_path, ki
     for path in packed_paths(model):
         assert torch.equal(*(layer_of(m.get_submodule(path)).dense()[0] for m in (model, again)))
     other = next(k for k in KINDS if k != kind)
-    with pytest.raises(LorafoldError, match=f"stored as {kind}, so it can't be loaded as {other}"):
+    with pytest.raises(LorafoldError, match=f"as {kind}, so they can't be loaded as {other}"):
         load_model(tmp_path / "packed", held(other))
-    with pytest.raises(LorafoldError, match=f"stored as {kind}; expected the base {kind}"):
+    with pytest.raises(LorafoldError, match=f"stored as {kind}; expected storage {kind}"):
         load_model(tmp_path / "packed", torch.float32)
 
 
@@ -220,7 +220,7 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
     plain.save_pretrained(tmp_path / "other")
     other = load_model(tmp_path / "other", held("nf4"))
     weights = weights_of(resolve_model(tmp_path / "other"), held("nf4"))
-    with pytest.raises(LorafoldError, match="not the base it was trained on"):
+    with pytest.raises(LorafoldError, match="the adapter was trained on another base"):
         lf.load(other, tmp_path / "a", base=weights)
 
 
@@ -235,7 +235,7 @@ def test_a_deep_base_is_known_by_what_is_not_packed(tiny_model_dir, tmp_path):
     lf.attach(model, lf.LoRA()).save(tmp_path / "a", base=weights)
     lf.load(load_model(tmp_path / "deep", held("nf4")), tmp_path / "a")
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "other")
-    with pytest.raises(LorafoldError, match="not the base it was trained on"):
+    with pytest.raises(LorafoldError, match="the adapter was trained on another base"):
         lf.load(load_model(tmp_path / "other", held("nf4")), tmp_path / "a")
 
 

@@ -230,7 +230,7 @@ def test_a_whole_w2_of_a_conv1d_is_never_misread(tmp_path: Path) -> None:
     right = torch.kron(w1[..., None], w2) * stem.scaling["default"]
     assert gap(stem.get_delta_weight("default"), right.view(16, 6, 3)) > 0.1
     save_theirs(wrapped, tmp_path / "theirs")
-    with pytest.raises(lf.LorafoldError, match=r"lokr_w2: .*order than LyCORIS"):
+    with pytest.raises(lf.LorafoldError, match=r"lokr_w2: .*order differs from LyCORIS"):
         lf.load(net(1), tmp_path / "theirs")
     ours("lokr-whole", 1)[1].save(tmp_path / "ours")
     with pytest.raises(RuntimeError, match="size mismatch"):

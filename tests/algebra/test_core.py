@@ -118,7 +118,7 @@ def test_targets() -> None:
         lf.attach(model, lf.LoRA(), ["fc", "fx", "haed"], "typo")
     with pytest.raises(lf.LorafoldError, match="in use"):
         lf.attach(model, lf.LoRA(), name="a")
-    with pytest.raises(lf.LorafoldError, match=r"layers: LoRA can't adapt it"):
+    with pytest.raises(lf.LorafoldError, match=r"layers: LoRA can't adapt this module"):
         lf.attach(model, lf.LoRA(), ["layers"], "list")
     assert "typo" not in str([list(m.deltas) for _, m in adapted_modules(model)])
 
@@ -142,7 +142,7 @@ def test_an_adapter_over_another_is_not_merged_first() -> None:
     y = model(X)
     assert plan_fold(model, ["a", "b"]).problems == ()
     assert all("'a' is attached" in why for _, why in plan_fold(model, ["b"]).problems)
-    with pytest.raises(lf.NotMergeable, match="adapter 'a' is attached below; merge that one fi"):
+    with pytest.raises(lf.NotMergeable, match="adapter 'a' is attached below; merge that first"):
         b.merge()
     assert set(a.deltas) == set(b.deltas)
     assert torch.equal(model(X), y)

@@ -335,7 +335,7 @@ def test_estimate_of_a_mixture_is_what_a_step_takes(family: str, tmp_path: Path)
 @pytest.mark.parametrize(("family", "router"), [("mixtral", "gate"), ("gpt-oss", "router")])
 def test_a_target_that_is_a_router_is_refused(family: str, router: str) -> None:
     model = mixture(family)
-    expected = r"mlp\.\w+: LoRA can't adapt it: it is a router.*such as experts.gate_up_proj"
+    expected = r"mlp\.\w+: LoRA can't adapt this module: a router.*such as experts.gate_up_proj"
     with pytest.raises(lf.LorafoldError, match=expected):
         lf.attach(model, lf.LoRA(rank=2), [router])
     assert not [m for m in model.modules() if hasattr(m, "deltas")]

@@ -34,7 +34,7 @@ def test_what_is_planned_is_what_changes(method: str, kind: str, tiny_model: Cal
         n: p.shape for n, p in before.items()
     }
     if planned.problems:
-        with pytest.raises(NotMergeable, match="no form in weight space"):
+        with pytest.raises(NotMergeable, match="can't be merged"):
             adapter.merge()
         return
     adapter.merge()
@@ -54,7 +54,7 @@ def test_a_shared_weight_changed_on_both_sides_stays_shared_and_else_parts(tiny_
     alone = lf.attach(tiny_model("gpt2"), lf.LoRA(rank=2), targets=["lm_head"], name="head")
     planned = plan_fold(alone.model, ["head"])
     assert planned.untied == {"lm_head.weight": ("transformer.wte.weight",)}
-    with pytest.raises(NotMergeable, match=r"lm_head: its weight is tied to transformer\.wte, "):
+    with pytest.raises(NotMergeable, match=r"lm_head: the weight is tied to transformer\.wte, "):
         alone.merge()
 
 

@@ -133,11 +133,11 @@ def test_a_name_matches_in_the_tower_too_and_one_line_says_so() -> None:
     )
     adapter = lf.attach(model, lf.LoRA(rank=2), ["q_proj", "v_proj"])
     assert set(adapter.sites) == set(theirs.base_model.targeted_module_names)
-    assert "  q_proj: 4 modules, 2 of them in a tower\n" in repr(adapter)
+    assert "  q_proj: 4 modules, 2 of them in an encoder\n" in repr(adapter)
     told = strays(model, adapter.matches)
     assert told is not None
     assert told.startswith(
-        "targets in the vision tower: 2 of the 4 modules of q_proj, 2 of the 4 modules of v_proj;"
+        "targets in the vision encoder: 2 of the 4 modules of q_proj, 2 of the 4 modules of v_proj;"
     )
     only = told.rpartition(" ")[2]
     adapter.detach()
@@ -203,8 +203,8 @@ def test_the_kinds_and_the_line() -> None:
     assert list(found.blocks) == list(expected)
     shares = [f"{kind} {n / whole:.1%}" for kind, n in expected.items() if kind != "other"]
     assert str(found) == (
-        f"frozen in the blocks: {', '.join(shares)}, other under 0.1% of their {2 * whole:,}"
-        " parameters"
+        f"frozen in the transformer blocks: {', '.join(shares)}, other under 0.1% of their"
+        f" {2 * whole:,} parameters"
     )
     assert found.as_json()["blocks"]["experts"] == pytest.approx(expected["experts"] / whole)
 
@@ -235,8 +235,9 @@ def test_the_run_says_what_is_in_a_tower_and_what_stays_frozen(tmp_path: Path) -
     assert set(shares) == {"linears", "norms"}
     assert 0 < shares["norms"] < 0.05 < shares["linears"] < 1
     assert set(frozen["beside"]) == {"vision tower", "connector"}
-    assert f"  frozen in the blocks: linears {shares['linears']:.1%}, norms" in told.stderr
-    assert "targets in the vision tower: 2 of the 4 modules of q_proj, 2 of" in told.stderr
+    blocks = f"  frozen in the transformer blocks: linears {shares['linears']:.1%}, norms"
+    assert blocks in told.stderr
+    assert "targets in the vision encoder: 2 of the 4 modules of q_proj, 2 of" in told.stderr
 
 
 def vit() -> Any:

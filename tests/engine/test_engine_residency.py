@@ -265,7 +265,7 @@ def test_an_adapter_below_that_changed_is_another_stack(tiny_model, tmp_path) ->
         assert ended(engine, Request("2", PROMPTS[0], NEW, adapter="it")).reason == "length"
         weights = low / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-        with pytest.raises(LorafoldError, match="it was trained over"):
+        with pytest.raises(LorafoldError, match="trained on top of"):
             engine.load("it", high)
         assert engine.adapters.entry("it") == after
 
@@ -285,7 +285,7 @@ def test_the_same_files_elsewhere_are_read_there_from_now(model, paths, tokens, 
 def test_what_cannot_be_read_gets_no_name(model, paths, tmp_path, tiny_model, kind) -> None:
     where = tmp_path / "it"
     # of a path beside two bases the middle is cut
-    said = "/it: not the base it was trained on" if kind == "other-model" else str(where)
+    said = "/it: the adapter was trained on another base" if kind == "other-model" else str(where)
     if kind == "other-model":
         where = save_adapters(tiny_model("gpt2"), tmp_path, {"it": lf.LoRA(rank=2)})["it"]
     if kind == "truncated":

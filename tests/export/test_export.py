@@ -101,7 +101,7 @@ def test_as_lora_says_what_it_loses_and_which_rank_is_enough(
 ):
     base, saved = tiny_model_dir("llama"), adapter("dora")
     few = {"prompts": prompts, "device": "cpu"}
-    with pytest.raises(LorafoldError, match=r"DoRADelta is no product .* --as-lora \d+ writes"):
+    with pytest.raises(LorafoldError, match=r"DoRADelta is not a product .* --as-lora \d+ writes"):
         lf.export(base, saved, tmp_path / "none", to="gguf", **few)
     assert not (tmp_path / "none").exists()
     done = lf.export(base, saved, tmp_path / "out", to="gguf", as_lora=2, **few)
@@ -131,7 +131,7 @@ def proved(**figures):
 
 def test_an_engine_that_reads_another_base_is_no_rounding():
     """As far from lorafold without the adapter as with it, and far: mlx-lm with GLM."""
-    with pytest.raises(LorafoldError, match="reads the base as another model"):
+    with pytest.raises(LorafoldError, match="computes the base differently"):
         _check(proved(kl=0.69, alone=0.63), target_of("mlx"), None)
     _check(proved(kl=6e-4, alone=5e-4, distance=1e-3), target_of("mlx"), None)
 
@@ -148,8 +148,8 @@ def test_a_base_that_an_adapter_of_peft_names_otherwise_is_told(
         asked = {"to": "peft", "prove": False, "overwrite": True, "device": "cpu"}
         return lf.export(base, saved, tmp_path / "out", **asked).summary()
 
-    assert "adapter_config.json names the base org/other, and this is" in told("org/other")
-    assert "names the base" not in told("org/base")
+    assert "adapter_config.json is org/other, but this base is" in told("org/other")
+    assert "but this base is" not in told("org/base")
 
 
 def test_part_of_a_head_that_is_rotated_is_told_in_the_older_word():
@@ -193,9 +193,9 @@ def test_a_cut_keeps_the_name_and_the_tokenizer(exported, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "attach", "said"),
     [
-        (lf.LoRA(), {"modules_to_save": ["norm"]}, "norm: a vector, which no LoRA has"),
-        (lf.BitFit(), {}, "a bias, which no LoRA has"),
-        (lf.LoRA(), {"tokens": [5, 6]}, "rows of tokens, which no LoRA has"),
+        (lf.LoRA(), {"modules_to_save": ["norm"]}, "norm: a vector, which LoRA can't represent"),
+        (lf.BitFit(), {}, "a bias, which LoRA can't represent"),
+        (lf.LoRA(), {"tokens": [5, 6]}, "rows of tokens, which LoRA can't represent"),
     ],
 )
 def test_a_cut_drops_nothing(spec, attach, said, exported, tmp_path):
@@ -279,14 +279,14 @@ def test_llama_cpp_is_told_of_another_template(exported, tmp_path):
     words = shlex.split(done.launch[1])
     file = Path(words[words.index("--chat-template-file") + 1])
     assert "[assistant]" in file.read_text()
-    assert "another than the base's" in done.summary()
+    assert "differs from the base model's" in done.summary()
 
 
 @pytest.mark.parametrize("row", [{"text": "the fox"}, {"text": "the fox", "label": "x"}])
 def test_rows_that_ask_nothing_are_no_prompts(row, exported, tmp_path):
     """Plain text ended in a KeyError."""
     (file := tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(LorafoldError, match="found rows of text, which ask nothing"):
+    with pytest.raises(LorafoldError, match="found rows of plain text, expected rows with prompts"):
         exported(lf.LoRA(), "gguf", prove=True, prompts=file)
 
 
@@ -294,7 +294,7 @@ def test_no_number_is_no_proof():
     """From NaN nothing has a distance, so it was as near as can be."""
     ours = Answers(torch.zeros(2, 30), torch.zeros(2, 30), ((), ()))
     theirs = EngineAnswers(torch.full((2, 30), torch.nan), None, ((), ()), "llama.cpp", "1")
-    with pytest.raises(LorafoldError, match="computes NaN"):
+    with pytest.raises(LorafoldError, match="contain NaN"):
         proof(ours, theirs, lambda prompt, at: 1.0)
 
 
@@ -303,7 +303,7 @@ def test_one_prompt_and_an_adapter_that_changes_nothing_are_told(exported, tmp_p
     (file := tmp_path / "rows.jsonl").write_text('{"prompt": "the fox"}\n')
     said = exported(lf.LoRA(), "gguf", std=0.0, prove=True, prompts=file).summary()
     assert ", 1 prompt: KL " in said
-    assert "the adapters: they change nothing on these prompts" in said
+    assert "the adapters: no effect on these prompts" in said
 
 
 def test_llama_cpp_says_why_it_refuses_a_prompt(exported, tmp_path):
@@ -320,11 +320,11 @@ def test_a_base_without_a_tokenizer_is_told(tiny_model, tiny_model_dir, tmp_path
     words = shutil.ignore_patterns("*token*", "chat_template*")
     shutil.copytree(tiny_model_dir("qwen2"), base, ignore=words)
     saved = noisy(tiny_model("qwen2"), lf.LoRA(), tmp_path / "adapter")
-    with pytest.raises(LorafoldError, match=r"expected its files beside .*, or --no-proof"):
+    with pytest.raises(LorafoldError, match=r"add its files next to .*, or use --no-proof"):
         lf.export(base, saved, out, to="peft", device="cpu")
     assert not out.exists()
     done = lf.export(base, saved, out, to="peft", prove=False, device="cpu")
-    assert "the base: it has no tokenizer, without which engines take no texts" in done.summary()
+    assert "the base: no tokenizer, which engines need for text prompts" in done.summary()
 
 
 @pytest.mark.parametrize("program", ["/bin/true", "/bin/false", "/bin/echo"])
@@ -339,8 +339,8 @@ def test_a_program_that_is_no_python_is_told(program, exported, tmp_path):
 @pytest.mark.parametrize(
     ("to", "url", "beside", "said"),
     [
-        ("mlx", "http://localhost:9", {}, "for mlx, expected --to vllm"),
-        ("vllm", "http://localhost:9", {"engine_python": "python"}, "expected one of them"),
+        ("mlx", "http://localhost:9", {}, "for mlx, but only --to vllm"),
+        ("vllm", "http://localhost:9", {"engine_python": "python"}, "can't be combined"),
         ("vllm", "http://localhost:9", {}, "refused; expected the URL of vLLM's server"),
         ("vllm", "localhost", {}, "unknown url type: .*; expected the URL of vLLM's server"),
     ],
@@ -375,6 +375,6 @@ def test_what_a_classifier_is_for_is_said(tiny_model_dir, tmp_path):
     base = tiny_model_dir("qwen2")
     recipe = lf.Recipe(objective="classify", steps=1, batch=9, storage="fp32")
     lf.train(recipe, model=base, data=ROWS, out=tmp_path / "classes", device="cpu")
-    with pytest.raises(LorafoldError, match=r"a classifier of .* PEFT reads the adapter") as e:
+    with pytest.raises(LorafoldError, match=r"a classifier of .* load the adapter with PEFT") as e:
         lf.export(base, tmp_path / "classes", tmp_path / "out", to="peft", device="cpu")
     assert len(str(e.value)) - len(str(tmp_path)) < 250

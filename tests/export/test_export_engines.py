@@ -215,8 +215,8 @@ def test_sglang_reads_back_what_is_there(llama, tmp_path):
     key = f"{ROOT}model.layers.1.mlp.up_proj.lora_B.weight"
     damaged = {
         "differ by 5": {**whole, key: whole[key] / 2},
-        "has no module": {**whole, key.replace("layers.1", "layers.7"): whole[key].clone()},
-        "not in the file": {k: t for k, t in whole.items() if k != key},
+        "match no module": {**whole, key.replace("layers.1", "layers.7"): whole[key].clone()},
+        "missing in the written file": {k: t for k, t in whole.items() if k != key},
     }
     for said, tensors in damaged.items():
         save_file(tensors, file)
@@ -225,18 +225,18 @@ def test_sglang_reads_back_what_is_there(llama, tmp_path):
 
 TWO, TIED, SITE = lf.LoRA(rank=2), {"targets": ["embed_tokens"]}, {"targets": ["q_proj"]}
 REFUSED = {
-    "mlx, names": ("mlx", "gpt2", TWO, {}, "found none of mlx-lm's names"),
-    "mlx, tied": ("mlx", "gemma", TWO, TIED, "embedding and head are tied"),
-    "mlx, no product": ("mlx", "llama", lf.DoRA(over=lf.LoHa()), SITE, "DoRADelta is no product"),
-    "vllm, head": ("vllm", "gemma", TWO, TIED, "adapts no embedding"),
+    "mlx, names": ("mlx", "gpt2", TWO, {}, "mlx-lm has no such module"),
+    "mlx, tied": ("mlx", "gemma", TWO, TIED, "a tied embedding and head"),
+    "mlx, no product": ("mlx", "llama", lf.DoRA(over=lf.LoHa()), SITE, "DoRADelta is not"),
+    "vllm, head": ("vllm", "gemma", TWO, TIED, "no LoRA on the embedding"),
     "vllm, norms": ("vllm", "llama", TWO, {"modules_to_save": ["norm"]}, "can't represent"),
-    "vllm, none": ("vllm", "gpt2", TWO, {}, "vLLM has no LoRA for models of type gpt2"),
+    "vllm, none": ("vllm", "gpt2", TWO, {}, "vLLM supports no LoRA for models of type gpt2"),
     "vllm, rank": (
         "vllm", "llama", lf.LoRA(rank=513, alpha=1), SITE,
-        "rank 513: vLLM takes at most 512; --as-lora 512",
+        "rank 513: vLLM supports at most 512; use --as-lora 512",
     ),
-    "sglang, names": ("sglang", "gpt2", TWO, {}, "SGLang adapts no module of that name"),
-    "sglang, tied": ("sglang", "gemma", TWO, TIED, "are tied"),
+    "sglang, names": ("sglang", "gpt2", TWO, {}, "SGLang supports no LoRA on modules of this name"),
+    "sglang, tied": ("sglang", "gemma", TWO, TIED, "a tied embedding"),
 }  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def test_experts_of_unknown_families_are_refused(to, tiny_mixture, tmp_path):
     base = tiny_mixture("deepseek-v3" if to == "vllm" else "gpt-oss")
     targets = r".*experts\.down_proj"
     saved = noisy(in_fp32(base), lf.LoRA(rank=2), tmp_path / "adapter", targets=targets)
-    with pytest.raises(LorafoldError, match=r"known of .*, not of"):
+    with pytest.raises(LorafoldError, match=r"known for .*, not for"):
         exported(base, saved, tmp_path / "out", to=to)
 
 

@@ -100,7 +100,7 @@ def test_a_file_of_a_split_model_that_is_not_there_is_named(split):
     split[1].rename(split[1].with_name("elsewhere"))
     for given in (split[0], split[2], split[0].parent):
         for read in (resolve_model, lambda name: configuration(str(name))):
-            with pytest.raises(LorafoldError, match=r"missing beside it: tiny-00002-of-00003"):
+            with pytest.raises(LorafoldError, match=r"missing: tiny-00002-of-00003"):
                 read(given)
     alone = split[0].rename(split[0].with_name("model.gguf"))
     with pytest.raises(LorafoldError, match=r"describes file 1 of 3, expected file 1 of 1"):
@@ -114,13 +114,13 @@ def test_a_file_of_a_split_model_that_is_not_there_is_named(split):
 
 def test_weights_that_a_file_lacks_are_named(tiny):
     file = tiny(without=[LOST])
-    lost = f"{file}: 1 weights are missing in its files: model.layers.1.mlp.up_proj"
+    lost = f"{file}: 1 weights are missing in the files: model.layers.1.mlp.up_proj"
     for _ in range(2):  # nothing of it is kept
         assert lost in refusal(resolve_model, file)
     whole = tiny().read_bytes()
     for size in (len(whole) - 100, len(whole) // 2, 200, 10, 0):
         file.write_bytes(whole[:size])
-        assert "can't be read as GGUF: another format, truncated" in refusal(resolve_model, file)
+        assert "can't be read as GGUF (another format, truncated" in refusal(resolve_model, file)
 
 
 def test_a_header_that_its_bytes_do_not_agree_with_is_refused(tiny):
@@ -130,13 +130,13 @@ def test_a_header_that_its_bytes_do_not_agree_with_is_refused(tiny):
     kind, place = dims + 16, dims + 20  # of a matrix
     tensors = int.from_bytes(whole[8:16], "little")
     lies = {
-        8: ((tensors - 1).to_bytes(8, "little"), f".* after the last of the {tensors - 1}"),
-        kind: ((1).to_bytes(4, "little"), ".* where the one before it ends"),  # F16
+        8: ((tensors - 1).to_bytes(8, "little"), f".* after the last of its {tensors - 1}"),
+        kind: ((1).to_bytes(4, "little"), ".* the end of the previous tensor"),  # F16
         place: ((0).to_bytes(8, "little"), "blk.0.ffn_down.weight at byte 0 of"),
     }
     for at, (value, said) in lies.items():
         file.write_bytes(whole[:at] + value + whole[at + len(value) :])
-        with pytest.raises(LorafoldError, match=rf"{file}: its header is damaged: found {said}"):
+        with pytest.raises(LorafoldError, match=rf"{file}: the header is damaged: found {said}"):
             resolve_model(file)
 
 
@@ -156,7 +156,7 @@ def test_a_folder_has_one_model(tiny, tmp_path):
         tiny(f"folder/{name}")
     assert resolve_model(folder).path == resolve_model(folder / "a.gguf").path
     (folder / "b.gguf").touch()
-    with pytest.raises(LorafoldError, match=r"found 2 GGUF models .* one of them: a.gguf, b.gguf"):
+    with pytest.raises(LorafoldError, match=r"found 2 GGUF models; .* one of them: a.gguf, b.gguf"):
         resolve_model(folder)
 
 
@@ -212,10 +212,10 @@ def test_tensors_that_nobody_reads_are_told_or_refused(tiny, caplog):
     beside = {f"blk.{n}.odd.weight": np.ones(3, np.float32) for n in range(2, 11)}
     with caplog.at_level(logging.WARNING, "lorafold"):
         resolve_model(tiny(besides=beside))
-    assert "9 tensors of its files are not read" in caplog.text
+    assert "9 tensors in the files are ignored" in caplog.text
     assert "blk.6.odd.weight and 4 more" in caplog.text
     inside = {"blk.1.attn_q.bias": np.ones(32, np.float32)}
-    with pytest.raises(LorafoldError, match=r"no place for 1 tensors .*: blk\.1\.attn_q\.bias"):
+    with pytest.raises(LorafoldError, match=r"no weights for 1 tensors .*: blk\.1\.attn_q\.bias"):
         resolve_model(tiny(besides=inside))
 
 
@@ -244,7 +244,7 @@ def test_experts_are_read_whole(tiny, tiny_model_dir, tmp_path, caplog):
     assert caplog.text == ""
     for lost in ("gate", "up", "down"):
         tiny(directory=directory, pre="qwen2", without=[f"blk.1.ffn_{lost}_exps.weight"])
-        assert "1 weights are missing in its files" in refusal(resolve_model, file)
+        assert "1 weights are missing in the files" in refusal(resolve_model, file)
 
 
 @pytest.fixture
@@ -276,8 +276,8 @@ def test_the_gguf_models_of_a_repository_are_named(on_hub, tiny_model_dir):
         write_gguf(tiny_model_dir("llama"), on_hub / name)
     for read in (resolve_model, configuration):
         assert refusal(read, "owner/name") == (
-            "model owner/name: found 2 GGUF models in it, expected one; give the path of one as"
-            " --model (hf download owner/name FILE prints it): Q8_0/b.gguf, a.gguf"
+            "model owner/name: found 2 GGUF models in the repository; pass the path of one"
+            " as --model (hf download owner/name FILE prints the path): Q8_0/b.gguf, a.gguf"
         )
     (on_hub / "a.gguf").unlink()
     (on_hub / "Q8_0" / "b.gguf").unlink()
@@ -337,7 +337,7 @@ def test_a_rule_that_nobody_knows_is_refused_and_none_is_told(tiny, caplog):
         resolve_model(tiny(pre="kimi-k2"))
     with caplog.at_level(logging.WARNING, "lorafold"):
         resolve_model(tiny(pre=None))
-    assert "does not name its tokenizer's rule for splitting text" in caplog.text
+    assert "the file names no pre-tokenizer" in caplog.text
 
 
 def llama3_factors(dims: int, theta: float) -> np.ndarray:
@@ -366,7 +366,7 @@ def test_the_scaling_of_positions_is_read(tiny, tiny_model_dir, tmp_path):
     torch.testing.assert_close(found.double(), plain / torch.tensor(factors).double())
     factors[1] = 2
     odd = tiny("odd.gguf", directory, besides={"rope_freqs.weight": factors})
-    assert "rope_freqs.weight scales rotary positions in anoth" in refusal(resolve_model, odd)
+    assert "rope_freqs.weight scales RoPE differently" in refusal(resolve_model, odd)
 
 
 @pytest.mark.few(1)
@@ -393,5 +393,5 @@ def test_a_scaling_in_the_metadata_is_read(says, rope, tiny, tiny_model_dir, tmp
 def test_a_scaling_that_is_not_known_is_refused(tiny):
     for says in ({"type": "longrope"}, {"type": "yarn", "factor": 4.0, "attn_factor": 1.19}):
         keys = {f"llama.rope.scaling.{key}": given for key, given in says.items()}
-        with pytest.raises(LorafoldError, match=r"rotary positions by (longrope|attn_factor) \(ll"):
+        with pytest.raises(LorafoldError, match=r"RoPE scaling (longrope|attn_factor) \(ll"):
             resolve_model(tiny(says=keys))

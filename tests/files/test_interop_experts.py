@@ -325,7 +325,7 @@ def test_what_peft_lacks_for_experts(kind: str, method: str, moe: Moe, tmp_path,
     with caplog.at_level(logging.INFO, "lorafold"):
         moved(model, spec=spec, targets=["q_proj", *EXPERTS]).save(tmp_path / "a")
     assert json_of(tmp_path / "a")["peft_type"] == peft_type
-    told = "with LoRA alone" in caplog.text
+    told = "only LoRA on experts" in caplog.text
     assert told == peft_type.startswith("LORAFOLD_")
     assert "PeftModel" not in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     with pytest.raises((ValueError, KeyError)):
@@ -358,7 +358,7 @@ def test_dropout_stays_ours(moe: Moe, tmp_path: Path, caplog) -> None:
     adapter = moved(model, spec=lf.LoRA(rank=3, dropout=0.25), targets="all-linear")
     with caplog.at_level(logging.INFO, "lorafold"):
         adapter.save(tmp_path / "a")
-    assert "lora_dropout is 0 in its config; lorafold reads 0.25" in caplog.text
+    assert "has lora_dropout 0; lorafold reads 0.25" in caplog.text
     assert json_of(tmp_path / "a")["lora_dropout"] == 0
     wrapped = in_peft(moe("qwen3-moe"), tmp_path / "a")
     assert gap(logits(wrapped), logits(model)) < CLOSE
@@ -383,7 +383,7 @@ def test_trained_by_the_command(moe_dir: Moe, moe: Moe, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = " ".join((done.stdout + done.stderr).split())
-    assert told.count("PEFT adapts experts and grouped linears without dropout") == 1
+    assert told.count("PEFT supports no dropout for experts and grouped linear") == 1
     wrapped = in_peft(moe("qwen3-moe"), tmp_path / "a")
     model = moe("qwen3-moe")
     bare = logits(model)
@@ -404,8 +404,7 @@ DEFECTS: dict[str, tuple[Asked, Asked, list[str]]] = {
     "a router": (
         {}, {"target_parameters": ["gate.weight", "gate_up_proj", "down_proj"]},
         ["target_parameters: found model.layers.0.mlp.gate.weight, model.layers.1.mlp.gate.weight,"
-         " expected the matrices of experts in parameters of three dimensions, or the weights of"
-         " linear modules"],
+         " expected 3-dimensional parameters of experts, or the weights of linear layers"],
     ),
     "an embedding": (
         {}, {"target_parameters": ["embed_tokens.weight"]},

@@ -144,7 +144,7 @@ def test_sparse_files_bring_their_own_sizes(tiny_model, tmp_path: Path) -> None:
          "sparse_at: expected ascending int64 positions in a weight of 64 x 32"),
         ("at", lambda at: at + 64 * 32, "sparse_at: expected ascending"),
         ("at", lambda at: at.float(), "sparse_at: expected ascending"),
-        ("values", lambda values: values[1:], "expected a number for each position"),
+        ("values", lambda values: values[1:], "expected one value for each position"),
         ("values", lambda values: values / 0, "values are not finite"),
         ("values", None, "missing key base_model.model.model.layers.0.mlp.up_proj.sparse_values"),
     ],

@@ -135,9 +135,9 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
         adapter.save(tmp_path / name, record={"trained_on": recorded})
     for adapters, asked, message in [
         (["a"], {"into": "fp8"}, "into: found fp8, expected one of trained, original, nf4, int8"),
-        (["unrecorded"], {"into": "trained"}, "into trained: no adapter has a record of the stora"),
+        (["unrecorded"], {"into": "trained"}, "into trained: the adapters do not record how"),
         (["fp4"], {"into": "trained"}, "into trained: the adapter was trained on fp4 weights"),
-        (["a", "b"], {}, "trained on bases in different storage"),
+        (["a", "b"], {}, "trained on bases with different quantization"),
     ]:
         with pytest.raises(LorafoldError, match=message):
             merge(base, [tmp_path / name for name in adapters], tmp_path / "d" / "out", **asked)
@@ -205,8 +205,8 @@ def test_the_storage_that_was_asked_for_is_known_and_told(tiny_model_dir, tmp_pa
     said = Console(file=io.StringIO(), width=400)
     merge(base, [adapter], tmp_path / "out", storage="fp32", certificate=False, console=said)
     assert said.file.getvalue() == (
-        "merging into the original weights; storage fp32 as asked, although the adapter's record"
-        " says nf4\n"
+        "merging into the original weights; storage fp32 as requested, although the adapter records"
+        " nf4\n"
     )
 
 
@@ -266,7 +266,7 @@ def test_what_stays_equal_is_written_where_nothing_is_shared_any_more(
     assert f"model.layers.3.{shared}.self_attn.q_proj.weight" in result.folded.untied
     assert "lm_head.weight" in result.folded.untied
     said = result.summary()
-    assert "weights are no longer shared: " in said
+    assert "weights are no longer tied: " in said
     assert re.search(r", .*,? and \d+ more were added", said)
 
     model = fresh_model(base)

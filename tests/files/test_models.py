@@ -55,29 +55,29 @@ def test_a_missing_model_is_one_line_that_says_what_is_accepted(name, said):
 
 
 def test_what_is_no_model_is_refused(tmp_path, tiny_model_dir):
-    assert "no config.json in it" in refusal(resolve_model, tmp_path)
+    assert "no config.json in the directory" in refusal(resolve_model, tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "this is an adapter, expected a model, as its" in refusal(resolve_model, tmp_path)
+    assert "this is an adapter, expected a model; use the" in refusal(resolve_model, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    assert "no *.safetensors in it" in refusal(resolve_model, tmp_path)
+    assert "no *.safetensors in the directory" in refusal(resolve_model, tmp_path)
     assert "not a model" in refusal(resolve_model, tmp_path / "config.json")
     (tmp_path / "fake.gguf").write_bytes(b"not one")
     assert "another format, truncated, or newer" in refusal(resolve_model, tmp_path / "fake.gguf")
     told = refusal(resolve_model, tiny_model_dir("llama"), revision="main")
-    assert "--revision main, which is for models of the hub" in told
+    assert "--revision main is only for models from the Hub" in told
 
 
 def test_weights_that_are_missing_or_broken_are_refused(tmp_path, tiny_model_dir):
     path, name = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model"), "model.safetensors"
     lost = "model.layers.1.mlp.up_proj.weight"
     change(path, lambda tensors: tensors.pop(lost), name)
-    missing = f"1 weights are missing in its files: {lost}"
+    missing = f"1 weights are missing in the files: {lost}"
     assert missing in refusal(load_model, path, torch.float32)
     change(path, lambda tensors: tensors.update({lost: torch.zeros(3, 3)}), name)
     assert f"{lost}: shape [3, 3], expected [64, 32]" in refusal(load_model, path, torch.float32)
     (path / name).write_bytes((tiny_model_dir("llama") / name).read_bytes()[:-100])
-    assert "transformers can't load it" in refusal(load_model, path, torch.float32)
+    assert "loading in transformers failed" in refusal(load_model, path, torch.float32)
     configure(path, "config.json", model_type="no-such-architecture")
     assert "no-such-architecture" in refusal(load_model, path, torch.float32)
 
@@ -102,7 +102,7 @@ def test_precision_follows_the_hardware_and_says_why():
         assert (dtype == torch.bfloat16) == bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags))
     assert why.startswith({torch.bfloat16: "bf16: ", torch.float32: "fp32: "}[dtype])
     assert choose_storage("bf16", "cpu")[0] == torch.bfloat16
-    assert choose_storage("fp32", "cpu") == (torch.float32, None, "fp32: as asked")
+    assert choose_storage("fp32", "cpu") == (torch.float32, None, "fp32: as requested")
     for packed in ("nf4", "int8"):
         assert choose_storage(packed, "cpu")[:2] == (dtype, packed)
     said = "storage fp4: unknown; expected auto, bf16, fp32, nf4 or int8, or fp8"

@@ -241,7 +241,7 @@ def test_targets_that_the_files_do_not_have_are_refused(released, tmp_path):
     for asked, said in [
         ({"into": "original"}, "into original: the model's files have mxfp4 weights, and no orig"),
         ({"into": "nf4"}, "into nf4: the model's files have mxfp4 weights, and no original"),
-        ({"into": "int8"}, "into int8: .* expected trained, or as --model the model"),
+        ({"into": "int8"}, "into int8: .* merge into trained, or pass the unquantized model"),
         ({"storage": "nf4"}, "storage nf4: the model's files are stored as mxfp4; expected mxfp4"),
     ]:
         with pytest.raises(LorafoldError, match=said):
@@ -291,11 +291,11 @@ def with_nan(scales):
 MISTAKES = {
     "no scales": (
         lambda t: t.pop(f"{OWNER}.gate_up_proj_scales"),
-        "gate_up_proj_scales: found in no weight file, expected U8 [4, 192, 2]",
+        "gate_up_proj_scales: missing in the weight files, expected U8 [4, 192, 2]",
     ),
     "no blocks": (
         lambda t: t.pop(f"{OWNER}.down_proj_blocks"),
-        "down_proj_blocks: found in no weight file, expected U8 [4, 64, 3, 16]",
+        "down_proj_blocks: missing in the weight files, expected U8 [4, 64, 3, 16]",
     ),
     "blocks' shape": (
         at("down_proj_blocks", lambda t: t[:, :, :2]),
@@ -311,7 +311,7 @@ MISTAKES = {
     ),
     "not a number": (
         at("down_proj_scales", with_nan),
-        "down_proj_scales: found 255, which stands for not-a-number (1 such scales)",
+        "down_proj_scales: found 255, which encodes NaN (1 such scales)",
     ),
 }
 
@@ -330,7 +330,7 @@ def test_files_that_do_not_fit_are_refused_by_the_tensor_s_name(released, tmp_pa
         (lambda c: c["quantization_config"].update(modules_to_not_convert=["mlp.experts"]),
          "quantization_config matches no experts of the model"),
         (lambda c: c["quantization_config"].update(modules_to_not_convert=[OWNER]),
-         f"{OWNER}.down_proj_blocks: found in the files, but quantization_config expects none"),
+         f"{OWNER}.down_proj_blocks: found in the files, but not expected by quantization_config"),
         (lambda c: c.update(intermediate_size=80),
          f"{OWNER}.down_proj: found rows of 80 weights, expected a multiple of 32"),
     ],
@@ -342,12 +342,12 @@ def test_configs_that_do_not_fit_are_refused(released, tmp_path, change, said):
 
 
 def test_a_storage_that_the_files_do_not_have_is_refused(released, plain):
-    with pytest.raises(LorafoldError, match=r"files that are not quantized, of which .* not mxfp4"):
+    with pytest.raises(LorafoldError, match=r"files are not quantized; .* not to mxfp4"):
         lf.load_model(plain, "mxfp4")
     for asked in ("nf4", "int8", "fp8"):
-        with pytest.raises(LorafoldError, match=r"stored as mxfp4, .* expected the base mxfp4"):
+        with pytest.raises(LorafoldError, match=r"stored as mxfp4, .* expected storage mxfp4"):
             lf.load_model(released, asked)
-    with pytest.raises(LorafoldError, match="stored as mxfp4; expected the base mxfp4"):
+    with pytest.raises(LorafoldError, match="stored as mxfp4; expected storage mxfp4"):
         lf.load_model(released, "bf16")
 
 

@@ -178,7 +178,7 @@ def test_targets_in_which_the_update_would_be_lost_are_refused(base, quantized, 
     for asked, said in [
         ({"into": "fp8"}, "into fp8: the model's files have fp8 weights, in which the update"),
         ({"into": "original"}, "into original: the model's files have fp8 weights, and no orig"),
-        ({"into": "nf4"}, "into nf4: .* expected trained, or as --model the model that it was"),
+        ({"into": "nf4"}, "into nf4: .* merge into trained, or pass the unquantized model"),
         ({"storage": "nf4"}, "storage nf4: the model's files are stored as fp8; expected fp8"),
     ]:
         with pytest.raises(LorafoldError, match=said):
@@ -189,7 +189,7 @@ def test_targets_in_which_the_update_would_be_lost_are_refused(base, quantized, 
     assert done.into.target == "original"
     other = load_model(base, torch.float32)
     nn.init.normal_(other.model.embed_tokens.weight)
-    with pytest.raises(LorafoldError, match="not the base it was trained on"):
+    with pytest.raises(LorafoldError, match="the adapter was trained on another base"):
         lf.load(other, tmp_path / "a")
 
 
@@ -229,7 +229,7 @@ def test_the_model_saves_as_it_was_loaded_and_half_merged(quantized, tmp_path, k
 @pytest.mark.parametrize("kind", ["fp8-dynamic", "int4"])
 def test_the_command_trains_evaluates_and_merges(quantized, tmp_path, kind):
     said = commands(quantized(kind), KINDS[kind][3], tmp_path)
-    assert ("activations too" in said) == (kind == "fp8-dynamic")
+    assert ("also quantizes activations" in said) == (kind == "fp8-dynamic")
 
 
 def test_activations_that_the_files_quantize_are_said_to_be_unquantized(quantized, caplog):
@@ -238,7 +238,7 @@ def test_activations_that_the_files_quantize_are_said_to_be_unquantized(quantize
         assert caplog.messages == []
         lf.load_model(quantized("fp8-dynamic"))
     assert len(caplog.messages) == 1
-    assert "activations too, which are computed unquantized" in caplog.messages[0]
+    assert "also quantizes activations, which lorafold leaves" in caplog.messages[0]
 
 
 def replaced(name, change):
@@ -261,9 +261,9 @@ def at_start(value):
 MISTAKES = {
     "no scale": (
         "fp8", drop("weight_scale"),
-        "weight_scale: found in no weight file, expected F32 or F16 or BF16 [1]",
+        "weight_scale: missing in the weight files, expected F32 or F16 or BF16 [1]",
     ),
-    "no codes": ("int4", drop("weight_packed"), "weight_packed: found in no weight file"),
+    "no codes": ("int4", drop("weight_packed"), "weight_packed: missing in the weight files"),
     "no zero points": ("int4-asymmetric", drop("weight_zero_point"), "weight_zero_point: found in"),
     "scale's shape": (
         "int4", replaced("weight_scale", lambda t: t[:, :1]),
@@ -284,13 +284,13 @@ MISTAKES = {
     "nan": ("fp8", at_start(torch.nan), "weight_scale: found nan (1 such scales)"),
     "a code that is nan": (
         "fp8", replaced("weight", lambda t: torch.full_like(t, torch.nan)),
-        "q_proj.weight: found 4096 values that are not numbers",
+        "q_proj.weight: found 4096 NaN values",
     ),
     "infinite": ("int4", at_start(torch.inf), "weight_scale: found inf (1 such scales)"),
     "zero": ("int8", at_start(0.0), "weight_scale: found 0 (1 such scales), expected finite"),
     "order of columns": (
         "int4", lambda t: t.update({f"{SITE}.weight_g_idx": torch.arange(64)}),
-        "weight_g_idx: found in the files, but quantization_config expects none",
+        "weight_g_idx: found in the files, but not expected by quantization_config",
     ),
     "a plain one among them": (
         "fp8", lambda t: t.update({"model.norm.weight_scale": torch.ones(1)}),
@@ -318,8 +318,8 @@ def with_settings(source, path, change):
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("gptq", "quantized by gptq, which the package gptqmodel reads"),
-        ("awq", "quantized by awq, which the package gptqmodel reads"),
+        ("gptq", "quantized with gptq (package gptqmodel"),
+        ("awq", "quantized with awq (package gptqmodel"),
         ("hqq", "unsupported quantization hqq; supported: compressed-tensors (int8, fp8, int4)"),
         ("quanto", "unsupported quantization quanto"),
     ],
@@ -330,7 +330,7 @@ def test_other_quantizations_are_refused_in_one_line(base, tmp_path, method, sai
     for storage in ("auto", "nf4", "bf16"):
         told = refusal(lf.load_model, path, storage)
         assert said in told
-        assert told.endswith("train on the model that it was quantized from instead")
+        assert told.endswith("use the unquantized model instead")
     with pytest.raises(LorafoldError, match="quantized"):
         lf.estimate(str(path), "lora")
 
@@ -353,13 +353,13 @@ FP8_VALUES = {
         ("fp8", lambda s: s.update(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
          "transform_config: found"),
         ("int4", lambda s: s.update(quantization_status="frozen"),
-         "quantization_status: found frozen, expected plain compressed weights"),
+         "quantization_status: found frozen, expected only compressed weights"),
         ("int4", lambda s: s["config_groups"].update(other=FP8_VALUES),
-         "stored in 2 ways (fp8, int4)"),
-        ("fp8", lambda s: s.update(ignore=[]), "quantizes lm_head, the head; expected linears"),
+         "stored in 2 quantizations (fp8, int4)"),
+        ("fp8", lambda s: s.update(ignore=[]), "includes lm_head, the head; expected only linear"),
         ("fp8", lambda s: first(s).update(targets=["Embedding"]),
-         "quantizes model.embed_tokens, of class Embedding"),
-        ("fp8", lambda s: first(s).update(targets=["re:nothing"]), "matches no linear of"),
+         "includes model.embed_tokens, of class Embedding"),
+        ("fp8", lambda s: first(s).update(targets=["re:nothing"]), "matches no linear layer of"),
         ("fp8", lambda s: s.update(config_groups=3), "quantization_config: "),
     ],
 )  # fmt: skip
@@ -379,12 +379,12 @@ def test_without_the_package_one_line_names_it(quantized, monkeypatch):
 
 
 def test_a_storage_that_the_files_do_not_have_is_refused(base, quantized, tmp_path):
-    with pytest.raises(LorafoldError, match="files that are not quantized, of which"):
+    with pytest.raises(LorafoldError, match="files are not quantized; lorafold"):
         lf.load_model(base, "fp8")
     for asked in ("nf4", "int4"):
-        with pytest.raises(LorafoldError, match=r"stored as fp8, .* expected the base fp8"):
+        with pytest.raises(LorafoldError, match=r"stored as fp8, .* expected storage fp8"):
             lf.load_model(quantized("fp8"), asked)
-    with pytest.raises(LorafoldError, match="stored as fp8; expected the base fp8"):
+    with pytest.raises(LorafoldError, match="stored as fp8; expected storage fp8"):
         lf.load_model(quantized("fp8"), "bf16")
     recipe = lf.Recipe(method="full", storage="fp8", steps=1)
     rows = rows_at(tmp_path)

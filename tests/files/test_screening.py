@@ -94,8 +94,8 @@ def test_files_are_named_by_their_digest_and_their_form(sandbox, adapter) -> Non
 def test_what_is_wrong_is_told_in_one_line(sandbox, adapter) -> None:
     for fields, told in (
         ({"lora_alpha": float("nan")}, "found NaN, expected a finite number"),
-        ({"target_modules": "(q_proj"}, "target_modules: found no regular expression"),
-        ({"rank_pattern": {"(": 3}}, "rank_pattern: found no regular expression"),
+        ({"target_modules": "(q_proj"}, "target_modules: found an invalid regular expression"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern: found an invalid regular expression"),
     ):
         changed(adapter, **fields)
         with pytest.raises(LorafoldError, match=told):
@@ -121,7 +121,7 @@ def test_a_pattern_that_never_ends_is_ended(adapter, base, monkeypatch) -> None:
     sandbox = Sandbox(lambda: ["a" * 60], base)
     changed(adapter, target_modules="(a|a)*b")
     begun = time.process_time()
-    with pytest.raises(LorafoldError, match="it takes too long"):
+    with pytest.raises(LorafoldError, match="time limit exceeded"):
         verified(sandbox, adapter)
     assert time.process_time() - begun < 1  # it is the child that worked
     changed(adapter, target_modules=["q_proj"])
@@ -180,8 +180,8 @@ def test_reading_an_answer_back_asks_no_process(sandbox, base, tmp_path) -> None
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        (ENDLESS, "takes too long|died of it"),  # probes come first, some of which die
-        pytest.param(DOUBLING, "memory|too long|died of it", marks=pytest.mark.slow),
+        (ENDLESS, "time limit exceeded|crashed"),  # probes come first, some of which die
+        pytest.param(DOUBLING, "memory|time limit exceeded|crashed", marks=pytest.mark.slow),
     ],
 )
 def test_a_template_that_never_ends_is_ended_and_after_some_not_asked(
@@ -193,7 +193,7 @@ def test_a_template_that_never_ends_is_ended_and_after_some_not_asked(
     with pytest.raises(LorafoldError, match=told):
         render(ASK, found)
     found._deaths.extend([time.monotonic()] * DEATHS)
-    with pytest.raises(LorafoldError, match="died of it within"):
+    with pytest.raises(LorafoldError, match=r"crashed .* processes within"):
         render(ASK, found)
 
 
@@ -261,8 +261,8 @@ def test_words_are_those_of_a_tokenizer_that_has_them(base):
 @pytest.mark.parametrize(
     ("file", "before", "after", "told"),
     [
-        ("adapter_config.json", '"r": 2', '"r": 2, "r": 3', "twice"),
-        ("adapter_config.json", '"revision": null', '"revision": "\\ud800"', "half a character"),
+        ("adapter_config.json", '"r": 2', '"r": 2, "r": 3', "duplicate"),
+        ("adapter_config.json", '"revision": null', '"revision": "\\ud800"', "unpaired surrogate"),
         ("adapter_config.json", '"r": 2', '"r": 1' + "0" * 30, "63 bits"),
         ("adapter_model.safetensors", '"F32"', '"F8_E4M3"', "dtype"),
     ],
@@ -301,5 +301,5 @@ def test_closing_does_not_wait_for_what_runs(adapter):
         others.close()
         with pytest.raises(CheckFailed):
             asked.result()
-    with pytest.raises(CheckFailed, match="ends"):
+    with pytest.raises(CheckFailed, match="shutting down"):
         others.call("verify", (1.0, 1 << 30), **endless)

@@ -140,9 +140,9 @@ def test_what_is_found_below_must_be_what_it_was_trained_over(base, sft, dpo, ot
         with pytest.raises(LorafoldError) as error:
             lf.load(model, dpo, "dpo")
         told = str(error.value)
-        assert f"{dpo}: it was trained over {sft} (" in told
+        assert f"{dpo}: trained on top of {sft} (" in told
         assert f"--adapter {sft} --adapter {dpo}" in told
-        assert ("found nothing" if not below else f"found {below[0]} (") in told
+        assert ("of the base alone" if not below else f"of {below[0]} (") in told
         assert torch.equal(logits(model), before)
     model = stacked(base, other)
     lf.load(model, dpo, "dpo", allow_other_base=True)
@@ -155,7 +155,7 @@ def test_a_file_that_changed_below_is_another_adapter(base, sft: Path, dpo: Path
     torch.testing.assert_close(logits(stacked(base, copy, dpo)), logits(stacked(base, sft, dpo)))
     key = next(iter(tensors_of(copy)))
     change(copy, lambda tensors: tensors[key].add_(1))
-    with pytest.raises(LorafoldError, match="it was trained over"):
+    with pytest.raises(LorafoldError, match="trained on top of"):
         stacked(base, copy, dpo)
 
 
@@ -274,8 +274,8 @@ def test_an_output_that_is_an_input_is_refused(where, option, base, sft, tmp_pat
 def test_what_training_over_refuses(base: Path, sft: Path, dpo: Path, tmp_path: Path) -> None:
     out, none = tmp_path / "out", tmp_path / "none"
     for over, fields, said in (
-        ((dpo,), {}, f"^{dpo}: it was trained over {sft} .* --over {sft}"),
-        ((), {"init_adapter": dpo}, f"^{dpo}: it was trained over .* found nothing"),
+        ((dpo,), {}, f"^{dpo}: trained on top of {sft} .* --over {sft}"),
+        ((), {"init_adapter": dpo}, f"^{dpo}: trained on top of .* top of the base alone"),
         ((sft,), {"method": "full"}, "full trains the base's own weights"),
         ((none,), {}, f"^{none}: found no adapter_config.json"),
     ):
@@ -345,7 +345,7 @@ def test_the_engine_serves_a_stack_under_one_name(base, sft: Path, dpo: Path, tm
     moved = shutil.copytree(dpo, tmp_path / "dpo")
     [below] = SavedAdapter.open(moved).record["over"]
     configure(moved, "lorafold.json", over=[below | {"adapter": "gone/sft"}])
-    with pytest.raises(LorafoldError, match=f"over gone/sft .* found in {tmp_path / 'sft'}; put"):
+    with pytest.raises(LorafoldError, match=f"top of gone/sft .* in {tmp_path / 'sft'}; copy"):
         alone(model, lora, {"dpo": moved})
     shutil.copytree(sft, tmp_path / "sft")
     assert alone(model, lora, {"dpo": moved}) == expected
@@ -409,7 +409,7 @@ def test_inspecting_takes_what_is_below_as_the_base(method: str, base, sft: Path
     assert found.against.adapter == str(sft)
     for path, site in found.sites.items():
         assert site.base.norm == pytest.approx(alone.sites[path].base.norm, rel=1e-4)
-    with pytest.raises(LorafoldError, match="it was trained over"):
+    with pytest.raises(LorafoldError, match="trained on top of"):
         lf.inspect(over, base)
 
 
@@ -478,5 +478,5 @@ def test_what_is_active_on_the_model_of_an_engine_is_below(base, sft, dpo, other
     asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
     expected = generated(stacked(base, sft, dpo), asked)
     assert alone(stacked(base, sft), asked, {"dpo": dpo}) == expected
-    with pytest.raises(LorafoldError, match=f"found {other} "):
+    with pytest.raises(LorafoldError, match=f"loaded on top of {other} "):
         alone(stacked(base, other), asked, {"dpo": dpo})

@@ -235,7 +235,7 @@ def test_a_reward_over_a_stack_and_a_policy_over_one(reward, tmp_path) -> None:
         assert scores == pytest.approx(of_score, rel=1e-4)
     policy(directory, tmp_path / "policy", f"adapter:{over}", short, over=[tmp_path / "sft"])
     (tmp_path / "sft").rename(tmp_path / "elsewhere")
-    with pytest.raises(LorafoldError, match=r"which was not found in .*sft; put it there"):
+    with pytest.raises(LorafoldError, match=r"which was not found in .*sft; copy that adapter"):
         policy(directory, tmp_path / "refused", f"adapter:{over}")
 
 
@@ -244,8 +244,8 @@ WRONG = {
     "none": "reward: found no adapter_config.json, expected the directory of an adapter",
     "damaged": "reward: adapter_model.safetensors",
     "headless": "reward: missing key .*score.weight",
-    "base": "reward: not the base it was trained on",
-    "full": "found base weights that are themselves trained, expected a method that leaves",
+    "base": "reward: the adapter was trained on another base",
+    "full": "trains the base weights themselves, but a reward adapter needs",
     "name": "reward 'adapter:': expected FILE.py:fn, .* or adapter:DIR",
 }
 

@@ -168,7 +168,7 @@ def test_there_is_no_reference_where_nothing_trains_or_the_base_does(tiny_model)
     model = tiny_model("llama")
     adapter = lf.attach(model, lf.LoRA(rank=2), name="sft")
     adapter.requires_grad_(False)
-    with pytest.raises(LorafoldError, match="found no active adapter that trains"):
+    with pytest.raises(LorafoldError, match="found no active trainable adapter"):
         lf.reference(model)
     lf.attach(model, lf.Full(), name="all")
     with pytest.raises(LorafoldError, match="adapter all trains the base's own weights"):

@@ -114,6 +114,6 @@ def test_a_long_reason_is_cut(llama: Path, tmp_path: Path) -> None:
     assert wrong.keys() == {"tensors", "options", "long"}
     for text in (*wrong.values(), *loaded, *told.getvalue().splitlines()):
         assert len(text) < 2200
-    assert "found 1,000,000 letters" in wrong["long"]
+    assert "found 1,000,000 characters" in wrong["long"]
     assert wrong["options"].endswith("and 2,995 more")
     assert re.search(r"and [\d,]+ more", wrong["tensors"])

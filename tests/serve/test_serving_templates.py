@@ -198,7 +198,7 @@ def test_a_new_template_counts_from_the_next_load_on(server):
 def test_a_tokenizer_with_other_numbers_is_refused_alone(server):
     wrong = server.parts.registry.rejected
     assert set(wrong) == {"other", "linked"}
-    assert "its tokenizer does not fit the base: token" in wrong["other"]
+    assert "the tokenizer does not fit the base: token" in wrong["other"]
     assert "tokenizer.json is a link that leads outside" in wrong["linked"]
     assert "\n" not in wrong["other"]
     assert server.text("own", "Hello")

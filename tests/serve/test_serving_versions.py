@@ -154,7 +154,7 @@ def test_what_lies_below_has_to_be_what_it_was_trained_over(server: Running) -> 
     one_weight(server.folder / "low")
     refused = server.load("high")
     assert (refused.status, refused.code) == (400, "adapter_refused")
-    assert "it was trained over" in refused.json["error"]["message"]
+    assert "trained on top of" in refused.json["error"]["message"]
     assert said(server, "high") == before
     weights.write_bytes(content)
     loaded(server, "high")

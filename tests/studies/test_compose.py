@@ -316,7 +316,7 @@ def test_what_is_wrong_is_told_before_anything_is_written(
     assert "used by --how lorahub and mixture only" in refused(a, examples={"t": [{"text": "x"}]})
     assert "--weight: learned by" in refused(a, b, word="lorahub", weights=(1.0, 1.0))
     assert "--examples" in refused(a, b, word="mixture")
-    assert "not the base" in refused(a, other)
+    assert "trained on another base" in refused(a, other)
     assert "found none" in refused()
     (tmp_path / "out").mkdir()
     with pytest.raises(LorafoldError, match="--overwrite"):

@@ -176,7 +176,7 @@ def test_a_foreign_adapter_is_refused(half_done: Path, tiny_model_dir, tmp_path:
         resumed(tiny_model_dir("llama"), out, lf.LoRA(rank=4, alpha=1.0, dropout=0.1))
     moved(other := base_of(tiny_model_dir("llama")), 1e-3)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(LorafoldError, match="not of this adapter: not the base it was trained on"):
+    with pytest.raises(LorafoldError, match=r"not of this adapter: .*trained on another base"):
         resumed(tmp_path / "other", out, LORA)
     shutil.rmtree(out / "checkpoint-3" / "adapter")
     with pytest.raises(LorafoldError, match=r"checkpoint-3/adapter: the .* can't be .*: missing"):

@@ -54,7 +54,7 @@ def test_a_gguf_file_by_its_header() -> None:
         ("--device-memory lots", "expected a size"),
         ("--mode nosuch", "unknown method 'nosuch'"),
         ("--model no/such/model/here", "no/such/model/here"),
-        ("--model LLAMA --revision main", "which is for models of the hub"),
+        ("--model LLAMA --revision main", "is only for models from the Hub"),
         ("--model LLAMA --device foo", "device: found 'foo'"),
         ("--gpus 2 --strategy zero", "--strategy: found zero, expected one of fsdp, ddp"),
         ("--gpus 2 --mode inference", "--gpus: found --mode inference too, expected none: the"),
@@ -110,7 +110,7 @@ def own_code(tiny_model_dir: Any, tmp_path: Path) -> Path:
 def test_code_of_a_model_that_is_trusted_runs_without_a_question(own_code: Path) -> None:
     asked = f"estimate --model {own_code} --mode lora --max-length 16"
     assert result(f"{asked} --trust-remote-code")["total"] > 0
-    assert "runs with --trust-remote-code" in refused(*asked.split())
+    assert "allow it with --trust-remote-code" in refused(*asked.split())
 
 
 def test_a_run_on_code_that_is_trusted_prints_its_result_alone(own_code, tmp_path) -> None:

@@ -79,8 +79,8 @@ def logits(model: Any) -> torch.Tensor:  # (n,)
 def test_trained_evaluated_generated_and_merged(name, model_dir, rows, trained, tmp_path) -> None:
     base, merged = model_dir(name), tmp_path / "merged"
     adapter, told = trained(name)
-    kind, what = ("audio", "a sound") if name == "qwen2-audio" else ("vision", "an image")
-    said = f"text alone is trained: no row has {what}, so the {kind} tower gets no input\n"
+    kind, what = ("audio", "audio") if name == "qwen2-audio" else ("vision", "an image")
+    said = f"training on text only: no row has {what}, so the {kind} encoder gets no input\n"
     assert said in told.stderr
     assert "memory: no estimate" not in told.stderr
     assert "fast path: 2 of 2 blocks\n" in told.stderr
@@ -166,7 +166,7 @@ def test_a_classifier_beside_a_tower(model_dir, tmp_path: Path) -> None:
 def test_a_tower_alone_is_refused(preset: str, model_dir, rows, tmp_path) -> None:
     name, what = {
         "vision-linear": ("llava", "no row has an image"),
-        "audio-linear": ("qwen2-audio", "no row has a sound"),
+        "audio-linear": ("qwen2-audio", "no row has audio"),
     }[preset]
     on = f"--storage fp32 --targets {preset}"
     told = train(model_dir(name), rows, tmp_path / "out", on)
@@ -179,7 +179,7 @@ def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
     model = MULTIMODAL["gemma3"].model()
     adapter = lf.attach(model, lf.LoRA(rank=2), ["q_proj"])
     assert text_alone(model, adapter.sites) == (
-        "text alone is trained: no row has an image, so the vision tower gets no input, and 2 of"
+        "training on text only: no row has an image, so the vision encoder gets no input, and 2 of"
         " the 4 adapted modules get no gradient"
     )
     model(input_ids=IDS % 90).logits.sum().backward()
@@ -191,13 +191,13 @@ def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
 @pytest.mark.parametrize(
     ("config", "needs"),
     [
-        (tf.BlipConfig(), "its forward needs pixel_values"),
+        (tf.BlipConfig(), "its forward requires pixel_values"),
         (tf.Pix2StructConfig(), "it is an encoder-decoder"),
-        (tf.Qwen2_5OmniConfig(), "its forward takes no input_ids"),
+        (tf.Qwen2_5OmniConfig(), "its forward has no argument input_ids"),
     ],
 )
 def test_models_that_need_more_than_text(config: Any, needs: str, tmp_path: Path) -> None:
-    line = f"a {config.model_type} model can't run on text alone ({needs}), and rows have only"
+    line = f"a {config.model_type} model can't run on text alone ({needs}), but rows contain only"
     with pytest.raises(lf.LorafoldError) as found:
         auto_class(config, "model x")
     assert str(found.value).startswith(f"model x: {line}")

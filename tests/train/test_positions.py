@@ -158,7 +158,7 @@ def test_a_length_is_fitted_refused_or_told() -> None:
     table, rotary = Positions("A", 512, None), Positions("B", None, 2048)
     assert table.fitted(None, 1024) == (512, "max_length 512 instead of 1024: A has 512 positions")
     assert table.fitted(512, 1024) == (512, None)
-    with pytest.raises(LorafoldError, match="max_length 513: expected at most 512, the positions"):
+    with pytest.raises(LorafoldError, match="max_length 513: expected at most 512, the number"):
         table.fitted(513, 1024)
     assert table.after(20).fitted(None, 1024)[0] == 492
     with pytest.raises(LorafoldError, match="512 positions, of which 511 come before each row"):
@@ -198,7 +198,7 @@ def test_a_classifier_is_trained_and_measured_within_its_positions(bert, tmp_pat
     assert "2 rows were cut at 64 tokens" in said
     measure = f"eval {on} --adapter {tmp_path}/a"
     assert told in done(measure).stderr
-    beyond = "error: max_length 65: expected at most 64, the positions that BertForSequence"
+    beyond = "error: max_length 65: expected at most 64, the number of positions of BertForSequence"
     for command in (f"{train}/b", measure):
         assert refused(*command.split(), "--max-length", "65").startswith(beyond)
     assert not (tmp_path / "b").exists()

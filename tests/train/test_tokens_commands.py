@@ -138,7 +138,8 @@ def test_what_is_known_already_is_said_and_trained(tiny_model_dir, template, tmp
         chat_template=str(template),
     )
     notice = (
-        "new tokens: <|user|> 300; <|im_end|> is a token already (2), its embedding is trained too"
+        "new tokens: <|user|> 300; <|im_end|> is already a token (2), and its embedding is trained"
+        " too"
     )
     shown = said(show, asked)
     assert notice in shown
@@ -256,8 +257,8 @@ def test_templates_that_cannot_be_used_are_one_line(tiny_model_dir, tmp_path: Pa
 
 def test_words_that_make_no_token_are_one_line(tiny_model_dir, tmp_path: Path) -> None:
     cases = {
-        ("a", " "): "new_tokens: found ' ', expected words that are not blank",
-        ("<|u|>", "<|u|>"): "found '<|u|>', expected words that are not blank, each once",
+        ("a", " "): "new_tokens: found ' ', expected distinct words",
+        ("<|u|>", "<|u|>"): "found '<|u|>', expected distinct words that are not blank",
     }
     for words, message in cases.items():
         with pytest.raises(LorafoldError, match=message.replace("|", r"\|")):

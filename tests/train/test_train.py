@@ -215,7 +215,7 @@ def test_targets_that_mean_other_modules_now(found: str, llama, tmp_path: Path) 
         said = r"unknown \['model\.layers\.0\.indexer\.down_proj\."
     pieces = Replicated(ALONE).pieces
     run.save(progress, pieces(tensors), pieces(optimizer), keep=2)
-    with pytest.raises(LorafoldError, match=f"keys of the state to load: .*{said}"):
+    with pytest.raises(LorafoldError, match=f"keys of the state dict: .*{said}"):
         train(again, quiet())
 
 

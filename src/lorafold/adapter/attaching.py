@@ -95,8 +95,8 @@ def load(
     source = None if allow_other_base else source_of(model)
     if source and built.base_identity and built.base_identity != of_model(source):
         log.warning(
-            f"{built.files[0]}: the base {source.name} has other files than the one that it was"
-            " trained on: the same weights stored otherwise, or changed ones"
+            f"{built.files[0]}: the files of the base {source.name} differ from those in training;"
+            " its weights may have changed, or only their format"
         )
     if trainable and not built.over:
         built = replace(built, over=selection_of(model).active)
@@ -122,7 +122,7 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
     if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
         raise LorafoldError(
             f"adapter name: found {name!r}, expected a name without a dot that is not in use on"
-            " this model; choose another"
+            " this model"
         )
     if trainable and any(p.is_cpu for p in model.parameters()):
         use(TRAINING)  # compiles kernels now, before the first step
@@ -175,7 +175,7 @@ def build(
     if not matches.paths:
         raise LorafoldError(
             f"modules_to_save includes every target ({listed(matches.by_pattern)}); leave some"
-            " modules to the method"
+            " target modules out of modules_to_save"
         )
     deltas = {}
     for path in matches.paths:
@@ -193,11 +193,13 @@ def build(
                 experts = ((p, expert_parameters(m)) for p, m in anatomy.modules)
                 owner, parameter = next((p, names[0]) for p, names in experts if names)
                 reason = (
-                    "it is a router, which chooses the experts of a token; to train it too, give it"
-                    " as --modules-to-save (modules_to_save); the experts themselves are targets"
+                    "a router selects the experts of each token; to train the router,"
+                    " add it to --modules-to-save (modules_to_save); for the experts, use targets"
                     f" such as {owner.rpartition('.')[2]}.{parameter}"
                 )
-            raise LorafoldError(f"{path}: {type(spec).__name__} can't adapt it: {reason}") from None
+            raise LorafoldError(
+                f"{path}: {type(spec).__name__} can't adapt this module: {reason}"
+            ) from None
     if bias != "none":
         add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
@@ -233,7 +235,7 @@ def read(
             log.warning(other_base)
         if not fits:
             reason = mismatch(saved.over, below)
-            log.warning("adapter %s: %s; loaded all the same (%s)", saved, reason, ALLOWED)
+            log.warning("adapter %s: %s; loaded anyway (%s)", saved, reason, ALLOWED)
     else:
         if not fits:
             advice = loading_advice(saved.path, saved.over)

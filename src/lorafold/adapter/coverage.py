@@ -23,7 +23,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.templates import in_words
 from lorafold.layers import is_linear, layer_of, parameter_sizes
 
-INPUTS = {"vision": "an image", "audio": "a sound"}
+INPUTS = {"vision": "an image", "audio": "audio"}
 KINDS = (
     *("linears", "experts", "router", "indexers", "convolutions", "embeddings", "norms", "other"),
 )
@@ -80,9 +80,9 @@ def counted(model: nn.Module, paths: Collection[str]) -> str:
     words = [f"{rest} modules"] * bool(rest or not experts)
     if experts:
         matrices = sum(layer_of(m).matrices[0] for m in experts)
-        words.append(f"{len(experts)} parameters of experts ({matrices:,} matrices)")
+        words.append(f"{len(experts)} expert parameters ({matrices:,} matrices)")
     inside = sum(map(beneath(Anatomy.of(model).encoders), paths))
-    return " and ".join(words) + (f", {inside} of them in a tower" if inside else "")
+    return " and ".join(words) + (f", {inside} of them in an encoder" if inside else "")
 
 
 def strays(model: nn.Module, matches: Matches) -> str | None:
@@ -107,8 +107,8 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
     only = rf"{re.escape(language)}\..*\.({'|'.join(sorted(ends))})"
     advice = f", or the regular expression {only}" if language and ends else ""
     return (
-        f"targets in the {' tower and the '.join(where)} tower: {counts}; for the language"
-        f" model alone give a preset such as all-linear{advice}"
+        f"targets in the {' encoder and the '.join(where)} encoder: {counts}; to adapt only the"
+        f" language model, use a preset such as all-linear{advice}"
     )
 
 
@@ -136,14 +136,14 @@ def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
     if not kinds:
         return None
     idle = sum(map(beneath(anatomy.beside), sites))
-    where = " and ".join(f"{kind} tower" for kind in kinds)
+    where = " and ".join(f"{kind} encoder" for kind in kinds)
     why = f"no row has {' or '.join(INPUTS[kind] for kind in kinds)}"
     if idle and idle == len(sites):
         raise LorafoldError(
-            f"targets: found {idle} modules, all in the {where} or beside it, and {why}, so none of"
-            " them would get a gradient; expected modules of the language model, such as all-linear"
+            f"targets: all {idle} modules are in or next to the {where}, and {why}, so none of them"
+            " would get a gradient; use targets in the language model, such as all-linear"
         )
-    line = f"text alone is trained: {why}, so the {where} gets no input"
+    line = f"training on text only: {why}, so the {where} gets no input"
     if idle:
         line += f", and {idle} of the {len(sites)} adapted modules get no gradient"
     return line

@@ -137,7 +137,7 @@ class Adapter:
         missing, unknown = own - set(state) - set(settings), set(state) - own
         if missing or unknown:
             wrong = f"missing {sorted(missing)}, unknown {sorted(unknown)}"
-            raise LorafoldError(f"adapter {self.name!r}: keys of the state to load: {wrong}")
+            raise LorafoldError(f"adapter {self.name!r}: keys of the state dict: {wrong}")
         for name, path in settings.items():
             if name in state:
                 check_settings(deltas[path], state[name], f"{path}: adapter {self.name!r}")
@@ -252,7 +252,7 @@ def _write_whole(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Pat
     if not hasattr(model, "save_pretrained"):
         raise LorafoldError(
             f"{path} was not written: found a {type(model).__name__}, but {type(spec).__name__}"
-            " saves whole models and expects one of transformers (with save_pretrained)"
+            " saves the whole model, which must be a transformers model (with save_pretrained)"
         )
     shown = {"recipe": {"method": type(spec).__name__, **vars(spec)}}
     name, opened_by = name_of_base(model), opened_by_name(model)

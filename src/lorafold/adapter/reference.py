@@ -50,13 +50,13 @@ def below(model: nn.Module) -> tuple[str, ...]:
     trained = {name for name, delta in deltas if any(p.requires_grad for p in delta.parameters())}
     if not trained & set(names):
         raise LorafoldError(
-            "reference: found no active adapter that trains, expected one, without which the model"
-            " is the reference; attach it, or load it with trainable=True"
+            "reference: found no active trainable adapter, expected at least one, because otherwise"
+            " the model is its own reference; attach one, or load it with trainable=True"
         )
     if moved := {name for name, part in parts if part.in_place} & trained:
         raise LorafoldError(
-            f"reference: adapter {', '.join(sorted(moved))} trains the base's own weights, so that"
-            " nothing of the model stays as it was; load the reference as a second model"
+            f"reference: adapter {', '.join(sorted(moved))} trains the base's own weights, so the"
+            " original weights are gone; load the reference as a second model"
         )
     return tuple(name for name in names if name not in trained)
 
@@ -102,7 +102,7 @@ class _Reference(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise LorafoldError("reference: found a copy or a pickle of it, expected one of the model")
+        raise LorafoldError("reference: can't be copied or pickled; create one from the model")
 
 
 @cache

@@ -97,22 +97,22 @@ def architecture_of(config: Any) -> Architecture:
     if row is None:
         raise LorafoldError(
             f"found a model of type {config.model_type}, expected one of"
-            f" {', '.join(ARCHITECTURES)}; the directory that lorafold merge writes can be"
-            " converted by llama.cpp's own converter"
+            f" {', '.join(ARCHITECTURES)}; for other types, run lorafold merge and convert its"
+            " output with llama.cpp's convert_hf_to_gguf.py"
         )
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     wrong = [
-        f"{name} = {actual!r} of {config.model_type}, which it takes for {value!r}"
+        f"{name} = {actual!r} of {config.model_type}, and assumes {value!r}"
         for name, value in row.granted.items()
         if (actual := getattr(config, name, value)) != value
     ]
     if activation != row.activation:
-        wrong.append(f"the activation {activation} of this model, where it has {row.activation}")
+        wrong.append(f"the activation {activation} of this model, and assumes {row.activation}")
     scale = getattr(config, "query_pre_attn_scalar", None)
     square = config.num_hidden_layers in row.square
     width = config.hidden_size // config.num_attention_heads if square else head_width(config)
     if scale not in (None, width):
-        wrong.append(f"query_pre_attn_scalar = {scale}, which it takes for {width}")
+        wrong.append(f"query_pre_attn_scalar = {scale}, and assumes {width}")
     if wrong:
         raise LorafoldError(f"llama.cpp can't represent {wrong[0]}")
     return row
@@ -152,8 +152,8 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
     kind, prefix = rope.get("rope_type", "default"), f"{row.name}.rope."
     if kind not in KNOWN or windowed.get("rope_type", "default") != "default":
         raise LorafoldError(
-            f"the model scales its rotary positions by {kind}, expected"
-            f" {', '.join(KNOWN)}, and by default in windows"
+            f"rope_type: found {kind}, expected one of {', '.join(KNOWN)}, and default in layers"
+            " with a sliding window"
         )
     width = int(head_width(config) * rope.get("partial_rotary_factor", 1.0))
     writer.add_uint32(f"{prefix}dimension_count", width)
@@ -186,9 +186,9 @@ def _check_yarn(rope: Mapping[str, Any]) -> None:
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     if rope.get("mscale") or not (scale is None or math.isclose(scale, usual, rel_tol=1e-4)):
         raise LorafoldError(
-            "its rotary positions (yarn) scale attention by"
-            f" {scale or rope.get('mscale')}, expected YaRN's own {usual:.4g}, all that llama.cpp"
-            " takes from a file"
+            "the model's YaRN positions scale attention by"
+            f" {scale or rope.get('mscale')}, expected YaRN's default {usual:.4g}, because"
+            " llama.cpp reads no other value from a file"
         )
 
 
@@ -232,11 +232,11 @@ def name_of_rule(backend: Backend, whole_words: bool) -> str:
                 continue
             if all(_pieces(rule, text) == _pieces(splitter, text) for text in TEXTS):
                 return name
-    kind = type(splitter).__name__ + ", words that are tokens are whole" * whole_words
+    kind = type(splitter).__name__ + " with ignore_merges" * whole_words
     raise LorafoldError(
-        f"its tokenizer splits text by a rule for which llama.cpp has no name that is known here"
-        f" ({kind}); expected the rule of one of GPT-2, SmolLM2, Llama 3, Qwen 2, Tekken, GPT-4o"
-        " and so on"
+        f"the model's pre-tokenizer ({kind}) matches no known one of llama.cpp; expected the"
+        " pre-tokenizer of GPT-2, SmolLM2, Llama 3, Qwen 2, Tekken, GPT-4o or another supported"
+        " model"
     )
 
 
@@ -250,8 +250,8 @@ def check_whole(backend: Backend) -> None:
         marked = _marked(backend, text)
         if marked not in (before + text.replace(" ", SPACE), text.replace(" ", SPACE)):
             raise LorafoldError(
-                "its tokenizer changes texts before it makes tokens in a way that llama.cpp"
-                f" has not: {text[:24]!r} becomes {marked[:24]!r}"
+                "the model's tokenizer normalizes text in a way that llama.cpp does not"
+                f" support: {text[:24]!r} becomes {marked[:24]!r}"
             )
 
 
@@ -276,8 +276,8 @@ def add_tokenizer(
     model = content["model"]
     if model["type"] != "BPE":
         raise LorafoldError(
-            f"the model has a tokenizer of the kind {model['type']}, expected byte-level BPE,"
-            " or BPE with bytes for unknown characters"
+            f"the model's tokenizer is of type {model['type']}, expected byte-level BPE or BPE"
+            " with byte fallback"
         )
     if len(tokenizer) > rows:
         raise LorafoldError(
@@ -311,8 +311,8 @@ def _check_bytes(vocabulary: Collection[str]) -> None:
     lacking = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
     if lacking:
         raise LorafoldError(
-            f"the tokenizer has no token for {listed(lacking)}, expected one for each of the 256"
-            " bytes, as llama.cpp has them"
+            f"the tokenizer has no token for {listed(lacking)}, but llama.cpp requires one for each"
+            " of the 256 bytes"
         )
 
 
@@ -346,7 +346,7 @@ def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> Non
     if eos is None:
         eos = next(iter(ends), None)
     if eos is None:
-        raise LorafoldError("neither tokenizer nor configuration defines a token that ends a text")
+        raise LorafoldError("the tokenizer and the configuration define no end-of-sequence token")
     bos = tokenizer.bos_token_id
     # llama.cpp uses token 11 if a file has none
     writer.add_bos_token_id(eos if bos is None else bos)

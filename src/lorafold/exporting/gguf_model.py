@@ -121,8 +121,8 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
             narrow = chunk.to(PLAIN[kind]).contiguous()
             if kind == "F16" and not narrow.isfinite().all():
                 raise LorafoldError(
-                    f"gguf: {name} has a value of {float(chunk.float().abs().max()):.3g}, and F16"
-                    f" has none above 65,504; expected --tensors BF16 or F32"
+                    f"gguf: {name} has a value of {float(chunk.float().abs().max()):.3g}, above"
+                    f" F16's maximum of 65,504; use --tensors BF16 or F32"
                 )
             yield narrow.view(torch.uint8).numpy()
         else:
@@ -148,7 +148,7 @@ def tensors_of(
             name = names.get_name(f"{part}.{leaf}", try_suffixes=SUFFIXES)
             if name is None:
                 raise LorafoldError(
-                    f"found a parameter {part}.{leaf}, for which llama.cpp has no name"
+                    f"llama.cpp has no tensor for the parameter {part}.{leaf}"
                 )
             shape = parameter.shape
             if count > 1:
@@ -195,11 +195,11 @@ def tensors_of_update(
         for part, _, of in _parts(path, up.dim() == 3, config, row):
             name = names.get_name(f"{part}.weight", try_suffixes=SUFFIXES)
             if name is None:
-                problems.append(f"{path}: llama.cpp has no tensor for it in {row.name}")
+                problems.append(f"{path}: llama.cpp has no tensor for this module in {row.name}")
             elif tied and name in (EMBEDDING, OUTPUT):
                 problems.append(
-                    f"{path}: the head is the embedding in this model, and llama.cpp has one matrix"
-                    " for both, which an adapter can't change"
+                    f"{path}: the embedding and the head are tied, and llama.cpp supports no"
+                    " adapter on the shared matrix"
                 )
             else:
                 tensors[f"{name}.lora_a"] = down.mT if name == EMBEDDING else down
@@ -262,9 +262,9 @@ def write_described(
                 done += sizes[tensor.path]
                 progress(done, total)
     except OSError as error:
-        raise LorafoldError(f"{out}: it could not be written: {error.strerror or error}") from error
+        raise LorafoldError(f"{out}: can't be written: {error.strerror or error}") from error
     if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
-        return [*content.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
+        return [*content.notes, f"{len(odd)} matrices are F16: their rows are not whole blocks"]
     return content.notes
 
 
@@ -290,8 +290,8 @@ def described(subject: Subject, tensors: str) -> Described:
     # llama.cpp ignores output.weight in these and uses the embedding
     if row.name in ("gemma", "gemma2") and OUTPUT in shapes:
         raise LorafoldError(
-            "adapters change the output's matrix alone, and llama.cpp takes the embedding for it in"
-            f" {row.name}; expected adapters that leave lm_head out"
+            "the adapters change only lm_head, but llama.cpp uses the embedding as the head in"
+            f" {row.name}; expected adapters without lm_head"
         )
     rows = shapes[EMBEDDING][0]
     writer.add_vocab_size(rows)

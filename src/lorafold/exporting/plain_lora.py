@@ -32,9 +32,9 @@ from lorafold.resolve import Base
 NAME = "canonical"
 FILES = (WEIGHTS, CONFIG)
 TEMPLATE = "chat_template.jinja"
-OTHER_TEMPLATE = f"the chat template is another than the base's: {TEMPLATE}"
+OTHER_TEMPLATE = f"the chat template differs from the base model's: {TEMPLATE}"
 ADAPTER = "adapter"
-FORM = "a server's plain LoRA"
+FORM = "a plain LoRA"
 HEADS = ("embed_tokens", "lm_head")
 
 
@@ -58,7 +58,7 @@ class BaseReference:
 def base_reference(base: Base) -> BaseReference:
     path = base.source.path
     if base.source.gguf is not None:
-        note = f"the base is a GGUF file; its plain copy, which the engine reads, is {path}"
+        note = f"the base is a GGUF file; the engine loads the unpacked copy {path}"
         return BaseReference(str(path), None, (note,))
     if path.parent.name == "snapshots" and not Path(base.name).is_dir():
         return BaseReference(base.name, path.name, ())
@@ -97,7 +97,7 @@ def write_files(
     files = [f"{ADAPTER}/{name}" for name in FILES] + [TEMPLATE] * template
     options = ["--revision", base.revision] if base.revision else []
     options += ["--chat-template", f"{{out}}/{TEMPLATE}"] * template
-    notes = [f"rank {subject.update.rank} at every site, scale 1", *base.notes]
+    notes = [f"rank {subject.update.rank} in every module, scale 1", *base.notes]
     return base, files, options, notes
 
 
@@ -130,13 +130,13 @@ class Cut(ShownInNotebooks):
     enough: int | None = None
 
     def __str__(self) -> str:
-        line = f"cut to rank {self.rank}: {self.error:.2%} of the update's norm is lost"
+        line = f"truncated to rank {self.rank}: {self.error:.2%} of the update's norm is lost"
         if self.share is None:
             return line
         least = f"rank {self.enough}" if self.enough else f"no rank up to {LARGEST}"
         return (
             f"{line}, KL {self.kl:.1e} nats, {self.share:.2%} of the adapters' effect;"
-            f" {least} stays below {ENOUGH:.0%}"
+            f" {least} loses less than {ENOUGH:.0%}"
         )
 
 
@@ -146,10 +146,11 @@ def cut_to(
     """The subject with one plain LoRA of this rank in place of its adapters."""
     update = update_of(subject.model, subject.names, rank)
     if update.other:
-        lines = [f"{path}: {change}, which no LoRA has" for path, change in update.other.items()]
+        items = update.other.items()
+        lines = [f"{path}: {change}, which LoRA can't represent" for path, change in items]
         raise LorafoldError(f"--as-lora {rank}: {as_one(lines)}")
     if not update.rank:
-        raise LorafoldError(f"--as-lora {rank}: found no adapter that changes anything")
+        raise LorafoldError(f"--as-lora {rank}: the adapters change no weight")
     saved = write_canonical(subject.base, update.factors, scratch)
     sites = {name: (lost / whole) ** 0.5 for name, (lost, whole) in update.lost.items() if whole}
     cut = Cut(rank, update.error, sites)
@@ -164,9 +165,9 @@ def rank_enough(subject: Subject, source: str | Path | None, progress: Progress)
     """The end of an error message: a sufficient rank for --as-lora."""
     kls, distance = kl_by_rank(ReferenceAnswers.of(subject, source, progress), subject, POWERS)
     if (rank := _enough(kls, distance)) is None:
-        return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of their effect"
+        return f"; no LoRA up to rank {LARGEST} keeps {1 - ENOUGH:.0%} of the adapters' effect"
     lost = kls[rank] / distance
-    return f"; --as-lora {rank} writes the best LoRA, which loses {lost:.2%} of their effect"
+    return f"; --as-lora {rank} writes the best LoRA and loses {lost:.2%} of the adapters' effect"
 
 
 @torch.no_grad()

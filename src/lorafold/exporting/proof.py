@@ -72,8 +72,8 @@ def prompts_of(
     rows = read_rows(str(source or BUILT_IN), wanted=PROMPTS)
     if not rows.provides(PROMPTS):
         raise LorafoldError(
-            f"--prompts {source}: found rows of text, which ask nothing; expected rows with prompts"
-            ' or conversations, such as {"prompt": ...}'
+            f"--prompts {source}: found rows of plain text, expected rows with prompts or"
+            ' conversations, such as {"prompt": ...}'
         )
     conversations = rows.extract(PROMPTS)
     texts = tuple(prompt_of(chat, tokenizer) for chat in conversations)
@@ -253,18 +253,20 @@ class Proof(ShownInNotebooks):
         part = "" if self.share is None else f", {self.share:.2%} of the adapters' effect"
         prompts = f"{n} prompt{'s' * (n != 1)}"
         alone = "" if self.alone is None else f" ({self.alone:.1e} for the base alone)"
-        top = f"the same likeliest token {self.top} of {n}"
-        near = f", {self.near} part where two tokens are as good as equal" * bool(self.near)
+        top = f"the same top-1 token for {self.top} of {n}"
+        near = f" ({self.near} differ after a near tie of two tokens)" * bool(self.near)
         tied = (
-            f", with the engine's experts in {self.tied} where two are as good as equal"
-            f" ({self.measured:.1e} with ours)"
+            f", with the engine's experts at near ties of the router in {self.tied} of {n}"
+            f" ({self.measured:.1e} with lorafold's)"
         ) * bool(self.tied)
         other = {"tokens": len(self.other_tokens), "texts": len(self.other_texts)}
-        chats = "".join(f"; other {kind} there of {n} chats" for kind, n in other.items() if n)
+        chats = "".join(
+            f"; {n} chats have other {kind} in the engine" for kind, n in other.items() if n
+        )
         return (
             f"{self.engine} {self.version}, {prompts}: KL {self.kl:.1e} nats on average,"
             f" {self.kl_largest:.1e} at most{part}{alone}{tied}; {top},"
-            f" the same greedy text {self.greedy} of {n}{near}{chats}"
+            f" the same greedy text for {self.greedy} of {n}{near}{chats}"
         )
 
 
@@ -276,7 +278,7 @@ def proof(
 ) -> Proof:
     """The figures of an engine's answers; `exchanged_experts` yields (vocabulary,) for a prompt."""
     if engine.adapted.isnan().any():
-        raise LorafoldError(f"{engine.engine} {engine.version}: it computes NaN for a prompt")
+        raise LorafoldError(f"{engine.engine} {engine.version}: the logits of a prompt contain NaN")
     adapted, bare = engine.adapted.double().log_softmax(-1), engine.base
     size = min(adapted.shape[-1], reference.adapted.shape[-1])
     kls = divergences(reference.adapted, adapted)

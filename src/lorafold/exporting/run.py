@@ -51,8 +51,8 @@ SHARE = 0.01  # share of the adapters' effect that a proof may lose
 ALONE = 1e-3  # nats, without adapters; above that, the engine computes another model
 FEWER = 4  # prompts for figures that are only reported
 INSTEAD = (
-    ": engines take no heads of another kind; lf.load and adapter.merge() in Python make it a plain"
-    " transformers model, and PEFT reads the adapter as it is"
+    ", because engines support no other heads; merge it in Python with lf.load and"
+    " adapter.merge(), or load the adapter with PEFT"
 )
 
 
@@ -121,7 +121,7 @@ class Exported(ShownInNotebooks):
         lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
         lines += [f"  {note}" for note in self.written.notes]
         if self.adapters:
-            alone = "the adapters over the base that the engine loads"
+            alone = "the adapters on the base that the engine loads"
             subject = "this file" if TARGETS[self.to].merged else alone
             far = self.into.compared(self.model, subject, self.away, self.from_original)
             lines.append(f"  {far}")
@@ -130,7 +130,7 @@ class Exported(ShownInNotebooks):
         proved = f"proved in {self.proof}" if self.proof else f"not proved: {self.unproved}"
         lines.append(f"  {proved}")
         lines += [f"  {name}: {figures}" for name, figures in self.beside.items()]
-        return "\n".join([*lines, "use it so:", *(f"  {line}" for line in self.launch)])
+        return "\n".join([*lines, "to use it:", *(f"  {line}" for line in self.launch)])
 
 
 def export(
@@ -143,7 +143,7 @@ def export(
     target = target_of(options.to)
     tensors, engine = _tensors(target, options.tensors), _engine(target, options)
     if (rank := options.as_lora) is not None and (type(rank) is not int or rank < 1):
-        raise LorafoldError(f"as_lora: found {rank!r}, expected a whole number from 1")
+        raise LorafoldError(f"as_lora: found {rank!r}, expected a positive integer")
     into, base = _into(base, adapters, target, options.into), base.with_files_for(adapters)
     check_out(out, options.overwrite)
     check_not_replaced(out, [base.source.path, *(saved.path for saved in adapters)])
@@ -157,11 +157,11 @@ def export(
         if options.as_lora is None:
             _check_representable(target, subject, options, bar("trying ranks"))
         if not _has_tokenizer(subject):
-            beside["the base"] = "it has no tokenizer, without which engines take no texts"
+            beside["the base"] = "no tokenizer, which engines need for text prompts"
             if not unproved:
                 raise LorafoldError(
                     f"{subject.base.source.name}: found no tokenizer, which the proof's prompts"
-                    " need; expected its files beside config.json, or --no-proof"
+                    " need; add its files next to config.json, or use --no-proof"
                 )
         elif options.prove and quantized:  # the other weights, for comparison
             storage = "fp32" if into.target == "trained" else into.stored
@@ -181,7 +181,7 @@ def export(
             verified, logprobs = _proof(reference, job, tmp, engine, options)
             _check(verified, target, tensors)
             if adapters and not verified.distance:
-                beside["the adapters"] = "they change nothing on these prompts"
+                beside["the adapters"] = "no effect on these prompts"
             few = reference.first(FEWER)
             for name, over in target.further_jobs(subject).items():
                 beside[name] = _proof(few, {**job, **over}, tmp, engine, options)[0]
@@ -261,7 +261,7 @@ def _proof(
 
 def _tensors(target: Target, tensors: str | None) -> str | None:
     if tensors is not None and tensors not in target.tensors:
-        expected = ", ".join(target.tensors) or "none, because it has one form alone"
+        expected = ", ".join(target.tensors) or "none, because the target has a single type"
         raise LorafoldError(f"--tensors: found {tensors!r} for {target.name}, expected {expected}")
     return tensors or next(iter(target.tensors), None)
 
@@ -270,11 +270,11 @@ def _engine(target: Target, options: ExportOptions) -> str | None:
     if options.engine_url is None:
         return target.engine
     if options.engine_python is not None:
-        raise LorafoldError("--engine-url: found --engine-python too, expected one of them")
+        raise LorafoldError("--engine-url: can't be combined with --engine-python")
     if target.server is None:
         raise LorafoldError(
-            f"--engine-url: found {options.engine_url} for {target.name}, expected --to vllm, whose"
-            " servers alone are asked"
+            f"--engine-url: found {options.engine_url} for {target.name}, but only --to vllm"
+            " supports a running server"
         )
     return target.server
 
@@ -283,7 +283,7 @@ def _unproved(target: Target, options: ExportOptions) -> str:
     if not options.prove:
         return "--no-proof was given"
     if target.engine is None:
-        return f"no engine here reads what {target.name} takes"
+        return f"lorafold runs no engine for {target.name}"
     engine = ENGINES[target.engine]
     if options.engine_python is None and options.engine_url is None and not engine.here:
         return f"{engine.title} is not installed here ({engine.install})"
@@ -292,11 +292,11 @@ def _unproved(target: Target, options: ExportOptions) -> str:
 
 def _check(proof: Proof, target: Target, tensors: str | None) -> None:
     allowed = target.tolerance.get(tensors or "", SHARE)
-    start = f"{proof.engine} {proof.version} does not compute what lorafold does"
+    start = f"{proof.engine} {proof.version} does not reproduce lorafold's outputs"
     if proof.unused:
-        raise LorafoldError(f"{start}: it left out {as_one(proof.unused)}")
+        raise LorafoldError(f"{start}: the engine ignored {as_one(proof.unused)}")
     if proof.distance and proof.changed == 0:
-        raise LorafoldError(f"{start}: the adapter changes nothing there")
+        raise LorafoldError(f"{start}: the adapter has no effect in the engine")
     if not proof.distance and allowed == SHARE and proof.kl > ALONE:
         raise LorafoldError(
             f"{start}: KL {proof.kl:.1e} nats, expected at most {ALONE}; nothing was written"
@@ -304,8 +304,8 @@ def _check(proof: Proof, target: Target, tensors: str | None) -> None:
     lost = proof.share is not None and allowed is not None and proof.share > allowed
     if lost and proof.alone is not None and proof.alone > ALONE:
         raise LorafoldError(
-            f"{start}: without adapters KL {proof.alone:.1e} nats, expected at most {ALONE}: it"
-            " reads the base as another model; nothing was written"
+            f"{start}: KL {proof.alone:.1e} nats even without adapters, expected at most {ALONE},"
+            " so the engine computes the base differently; nothing was written"
         )
     if lost and not proof.rounding:
         raise LorafoldError(

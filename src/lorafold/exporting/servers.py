@@ -96,22 +96,22 @@ class ToVllm(Target):
         update, kind = subject.update, subject.config.model_type
         reasons = only_products(update, FORM)
         if kind in WITHOUT:
-            reasons.append(f"vLLM has no LoRA for models of type {kind}; merge the adapter first")
+            reasons.append(f"vLLM supports no LoRA for models of type {kind}; merge the adapter")
         if update.rank > RANKS[-1]:
             reasons.append(
-                f"rank {update.rank}: vLLM takes at most {RANKS[-1]}; --as-lora {RANKS[-1]} cuts it"
+                f"rank {update.rank}: vLLM supports at most {RANKS[-1]}; use --as-lora {RANKS[-1]}"
             )
         heads = [path for path in update.factors if leaf_of(path) in HEADS]
         if heads and kind not in WITH_HEADS:
-            reasons.append(f"{heads[0]}: vLLM adapts no embedding and no head of {kind}")
+            reasons.append(f"{heads[0]}: vLLM supports no LoRA on the embedding or head of {kind}")
         elif tied := tied_heads(subject):
-            reasons.append(f"{tied[0]}: embedding and head are tied, which vLLM adapts as one")
+            reasons.append(f"{tied[0]}: vLLM can't adapt a tied embedding and head separately")
         experts = [path for path in update.factors if ".experts." in path]
         if experts and kind not in (*STACKED, *SPLIT):
             known = ", ".join(sorted((*STACKED, *SPLIT)))
             reasons.append(
-                f"{experts[0]}: vLLM passes over experts whose names it does not know without a"
-                f" word; they are known of {known}, not of {kind}"
+                f"{experts[0]}: vLLM silently ignores experts with unknown names; the names are"
+                f" known for {known}, not for {kind}"
             )
         return reasons
 
@@ -126,7 +126,7 @@ class ToVllm(Target):
             file = directory / ADAPTER / WEIGHTS
             named = {key.replace(*OWN[kind]): tensor for key, tensor in load_file(file).items()}
             save_file(named, file, metadata={"format": "pt"})
-            notes.append(f"experts have vLLM's names ({OWN[kind][1].strip('.')}), not PEFT's")
+            notes.append(f"experts have vLLM's names ({OWN[kind][1].strip('.')}) instead of PEFT's")
         most = next(rank for rank in RANKS if rank >= update.rank)
         engine: dict[str, object] = {"max_lora_rank": most}
         request: dict[str, object] = {}
@@ -142,7 +142,7 @@ class ToVllm(Target):
             "base": str(subject.base.source.path),
             "lora": {"engine": engine, "request": request},
         }
-        notes.append(f"requests ask for it as model {name}")
+        notes.append(f"the model name in requests is {name}")
         return Written(files, (launch,), notes, job)
 
 
@@ -182,30 +182,30 @@ class ToSglang(Target):
         if experts and kind not in FAMILIES:
             known = ", ".join(FAMILIES)
             reasons.append(
-                f"{experts[0]}: SGLang's order of gates and ups is known of {known}, not of {kind}"
+                f"{experts[0]}: SGLang's order of gate and up is known for {known}, not for {kind}"
             )
         other = [p for p in update.factors if leaf_of(p) not in KNOWN]
         if other:
-            reasons.append(f"{other[0]}: SGLang adapts no module of that name")
+            reasons.append(f"{other[0]}: SGLang supports no LoRA on modules of this name")
         if tied := tied_heads(subject):
-            reasons.append(f"{tied[0]}: embedding and head are tied, which SGLang adapts as one")
+            reasons.append(f"{tied[0]}: SGLang can't adapt a tied embedding and head separately")
         return reasons
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         factors, rank = packed(subject, subject.update.factors), subject.update.rank
         base, files, options, notes = write_files(subject, factors, directory)
         if added := len(factors) - len(subject.update.factors):
-            notes.append(f"{added} modules have zeros, because SGLang packs them with others")
+            notes.append(f"{added} unchanged modules are zeros: SGLang packs them with others")
         if any(map(EXPERTS.fullmatch, factors)):
             _split(directory / ADAPTER, subject.config.model_type, factors, rank)
-            notes.append("experts have a pair of matrices each: for SGLang, not for PEFT")
+            notes.append("each expert has its own A and B, for SGLang; PEFT can't load them")
         name = str(subject.called)
         line = (
             "python", "-m", "sglang.launch_server", "--model-path", base.model, "--enable-lora",
             "--lora-paths", partial(path_of, name), "--max-lora-rank", str(rank),
             "--lora-strict-loading",
         )  # fmt: skip
-        notes.append(f"requests ask for it as model {base.model}:{name}")
+        notes.append(f"the model name in requests is {base.model}:{name}")
         return Written(files, ((*line, *options),), notes)
 
     def read_back(self, subject: Subject, directory: Path) -> str:
@@ -217,19 +217,19 @@ class ToSglang(Target):
         expected = dict(_single(kind, packed(subject, subject.update.factors)))
         for path, (up, down) in expected.items():
             if leaf_of(path) not in named:
-                raise LorafoldError(f"sglang: {path} is not among its target modules")
+                raise LorafoldError(f"sglang: {path} is missing in the written target_modules")
             a, b = (_taken(tensors, path, half) for half in "AB")
             largest = max(largest, _difference((scale * b, a), (up, down)))
         if tensors:
             over = as_one(sorted(tensors))
-            raise LorafoldError(f"sglang: read back, {over}: it has no module for that")
+            raise LorafoldError(f"sglang: found written tensors that match no module: {over}")
         if largest > EXACT:
             raise LorafoldError(
-                f"sglang: read back, they differ by {largest:.1e} from the update"
+                f"sglang: the written factors differ by {largest:.1e} from the update"
             )
         return (
-            f"SGLang has no build for CPUs; read back, not run: {len(expected)} modules under names"
-            f" that its loader takes, at most {largest:.0e} from the update"
+            f"SGLang has no CPU build; read back, not run: {len(expected)} modules with names that"
+            f" its loader accepts, at most {largest:.0e} from the update"
         )
 
 
@@ -283,7 +283,7 @@ def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
     for key in (f"{ROOT}{path}.lora_{half}.weight", f"{ROOT}{path}.lora_embedding_{half}"):
         if key in tensors:
             return tensors.pop(key)
-    raise LorafoldError(f"sglang: {path}.lora_{half} is not in the file")
+    raise LorafoldError(f"sglang: {path}.lora_{half} is missing in the written file")
 
 
 def _difference(written: Factors, other: Factors) -> float:

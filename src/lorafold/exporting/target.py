@@ -185,8 +185,8 @@ def window_notes(engine: str, config: Any) -> tuple[str, ...]:
     if getattr(config, "use_sliding_window", True) is False:
         return ()
     return (
-        f"{engine} attends to all positions, where the model attends to the last {window:,} alone:"
-        " longer texts than that are read in another way",
+        f"{engine} attends to all positions, but the model only to the last {window:,}; outputs"
+        " for longer texts differ",
     )
 
 
@@ -310,12 +310,12 @@ class Target(ABC):
 def only_products(update: Update, name: str) -> list[str]:
     reasons = [f"{p}: {kind}, which {name} can't represent" for p, kind in update.other.items()]
     if not (reasons or update.factors or update.dense):
-        return ["found no adapter that changes anything, expected one"]
+        return ["the adapters change no weight"]
     methods: dict[str, list[str]] = {}
     for path, method in update.dense.items():
         methods.setdefault(method, []).append(path)
     return reasons + [
-        f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {method} is no product of"
-        f" factors, all that {name} has"
+        f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {method} is not a"
+        f" product of two factors, the only form that {name} can store"
         for method, paths in methods.items()
     ]

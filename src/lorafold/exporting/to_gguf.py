@@ -53,7 +53,7 @@ class GgufAdapter(Target):
 
     def problems(self, subject: Subject) -> Sequence[str]:
         if not subject.adapters:
-            return ["found no adapter, expected one; --to gguf-model writes a whole model"]
+            return ["found no adapter, expected one; use --to gguf-model for a whole model"]
         row, update = architecture_of(subject.config), subject.update
         reasons = tensors_of_update(update.factors, subject.config, row)[1]
         return [*only_products(update, "a GGUF adapter"), *reasons]
@@ -109,7 +109,7 @@ class ToLlamaCpp(GgufAdapter):
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
         return (
             ("llama-server", "-m", base, "--lora", listed_path, *options),
-            'a request with "lora": [{"id": 0, "scale": 0.0}] is answered by the base alone',
+            'send "lora": [{"id": 0, "scale": 0.0}] with a request to query the base model',
         )
 
 
@@ -143,7 +143,7 @@ def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequenc
     finally:
         plain.unlink()
     if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
         raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {shortened(lines[-1], 160)}")
     return notes
 
@@ -157,14 +157,14 @@ class GgufModel(Target):
     def problems(self, subject: Subject) -> Sequence[str]:
         if (held := stored_in_files(subject.base.source)) is not None:
             return [
-                f"the model's files have {held} weights; run lorafold merge first, or name the"
-                " model that it was quantized from"
+                f"the model's files have {held} weights; run lorafold merge first, or pass the"
+                " unquantized model as --model"
             ]
         if subject.tensors in MIXED and shutil.which(QUANTIZER) is None:
             return [
-                f"{subject.tensors} is the work of llama.cpp's {QUANTIZER}, which is not on PATH;"
-                f" write F16 and run: {QUANTIZER} {file_of('F16')} {file_of(subject.tensors)}"
-                f" {subject.tensors}"
+                f"{subject.tensors} requires llama.cpp's {QUANTIZER}, which is not on PATH; install"
+                f" it, or export F16 and run: {QUANTIZER} {file_of('F16')}"
+                f" {file_of(subject.tensors)} {subject.tensors}"
             ]
         described(subject, "F16")
         return []

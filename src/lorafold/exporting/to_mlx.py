@@ -125,12 +125,12 @@ class ToMlx(Target):
         update = subject.update
         if doras := _doras(subject):
             update = Update({path: pair for path, (pair, _) in doras.items()})
-        reasons = only_products(update, "mlx-lm's form")
+        reasons = only_products(update, "an mlx-lm adapter")
         config = subject.config
         if config.model_type == GEMMA and period_of(config.layer_types) is None:
             reasons.append(
-                "the base: mlx-lm computes Gemma 3 with attention to all positions in each Nth"
-                " layer alone; the layers of this one lie in another way"
+                "the base: mlx-lm supports Gemma 3 only with full attention in every Nth layer,"
+                " but this model's layer_types are irregular"
             )
         return reasons + [line for path in update.factors if (line := _unnamed(subject, path))]
 
@@ -162,16 +162,16 @@ class ToMlx(Target):
     def _written(self, subject: Subject, directory: Path, rank: int) -> Written:
         base, template = base_reference(subject.base), write_template(subject, directory)
         source = subject.base.source.path
-        notes, model, path = [f"rank {rank} at every site, scale 1"], base.model, str(source)
+        notes, model, path = [f"rank {rank} in every module, scale 1"], base.model, str(source)
         if write_older(source, directory / BASE):
             model = path = f"{{out}}/{BASE}"
             notes.append(
-                "base/ is the base with a config.json that mlx-lm understands: it reads no"
-                " rope_parameters and would compute with other positions"
+                "base/ is a copy of the base with older config keys such as rope_theta, because"
+                " mlx-lm ignores rope_parameters and would compute wrong positions"
             )
         elif base.revision:
             notes.append(
-                f"mlx-lm's commands take the newest revision of {base.model}, this is for"
+                f"mlx-lm loads the newest revision of {base.model}, but this adapter is for"
                 f" {base.revision}"
             )
         else:
@@ -217,13 +217,13 @@ def _unnamed(subject: Subject, path: str) -> str:
     block, kind = BLOCK.fullmatch(path), subject.config.model_type
     if path in (EMBEDDING, HEAD):
         if getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
-            return f"{path}: embedding and head are tied, and mlx-lm adapts both or neither"
+            return f"{path}: mlx-lm can't adapt a tied embedding and head separately"
         return ""
     if block is None:
-        return f"{path}: found none of mlx-lm's names, expected names in model.layers"
+        return f"{path}: mlx-lm has no such module; expected modules in model.layers"
     if EXPERTS.fullmatch(block[2]) and kind not in SWITCH:
         known = ", ".join(SWITCH)
-        return f"{path}: mlx-lm's names for experts are known of {known}, not of {kind}"
+        return f"{path}: mlx-lm's names of experts are known for {known}, not for {kind}"
     return ""
 
 

@@ -90,8 +90,8 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
         if not wrong[-1]:
             return turns
     raise LorafoldError(
-        f"the model's chat template can't be expressed in Ollama's language: it writes {wrong[0]};"
-        " --to gguf-model has the template itself, which llama.cpp's server applies"
+        f"the model's chat template can't be converted for Ollama: the conversion differs at"
+        f" {wrong[0]}; use --to gguf-model, whose file has the original template"
     )
 
 
@@ -100,14 +100,14 @@ def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     notes = []
     if lacking := [feature for feature, word in BESIDE.items() if re.search(word, template)]:
         notes.append(
-            "the template for Ollama is plain chat: it has no"
-            f" {' and no '.join(lacking)}, which the model's own has"
+            "the Ollama template supports plain chat only; the model's own also supports"
+            f" {' and '.join(lacking)}"
         )
     spaced = f" {U} "
     if spaced not in render(_chat("u", [spaced]), tokenizer, for_generation=True):
-        notes.append("the model's template trims messages, which Ollama's language can't do")
+        notes.append("the model's chat template strips messages, which Ollama's can't do")
     if re.search(r"strftime_now\s*\(", template):
-        notes.append("the model's template writes the current date; Ollama's keeps today's")
+        notes.append("the model's chat template has the current date; Ollama's keeps today's")
     return notes
 
 
@@ -124,8 +124,8 @@ def _around(text: str, contents: Sequence[str]) -> list[str]:
         before, mark, text = text.partition(content)
         if not mark or content in text:
             raise LorafoldError(
-                f"the model's chat template does not write {content!r}, a text of a plain chat,"
-                " once and in its place"
+                f"the model's chat template does not render the message {content!r} of a plain chat"
+                " exactly once and in order"
             )
         parts.append(before)
     return [*parts, text]
@@ -141,7 +141,7 @@ def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> s
         if (text := written(chat)) != by_marks:
             at, chat_of_roles = common(text, by_marks), "-".join(ROLES[r] for r in roles)
             part = shortened(repr(text[max(at - 20, 0) : at + 20]), 60)
-            return f"{part} in a chat of {chat_of_roles}"
+            return f"{part} in a {chat_of_roles} chat"
     return ""
 
 
@@ -175,7 +175,7 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
         if QUOTES in text or odd:
             shown = QUOTES if QUOTES in text else repr(odd[0])
             raise LorafoldError(
-                f"the model's chat template has {shown}, which a Modelfile can't have"
+                f"the model's chat template has {shown}, which a Modelfile can't contain"
             )
     ends = "".join(f"PARAMETER stop {QUOTES}{stop}{QUOTES}\n" for stop in stops)
     return f"FROM ./{weights}\nTEMPLATE {QUOTES}{template}{QUOTES}\n{ends}"
@@ -185,7 +185,7 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[st
     ensure_chat_template(tokenizer)
     turns, notes = turns_of(tokenizer), adds(tokenizer)
     if turns.system is None:
-        notes.append("the model's template takes no system message: Ollama's leaves one out")
+        notes.append("the model's chat template has no system message, so Ollama's ignores it")
     bos = str(tokenizer.bos_token or "")
     if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # the engine adds it
         system = turns.system and (turns.system[0].removeprefix(bos), turns.system[1])
@@ -223,7 +223,7 @@ class ToOllama(GgufModel):
         if subject.adapters:
             notes.insert(
                 0,
-                "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a"
-                " Modelfile",
+                "the adapters are merged into the model, because Ollama since 0.34.1 rejects"
+                " ADAPTER in a Modelfile",
             )
         return Written((MODELFILE, file), launch, notes, {"base": f"{{out}}/{file}"})

@@ -67,7 +67,7 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
             continue
         lowest = next(iter(module.deltas))
         if lowest not in names:
-            problems.append((path, f"adapter {lowest!r} is attached below; merge that one first"))
+            problems.append((path, f"adapter {lowest!r} is attached below; merge that first"))
             continue
         try:
             for name, shape in changes(module, names).items():
@@ -120,7 +120,7 @@ def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
     except NotMergeable as e:
         parts = (part for delta in deltas_of(module, names) for part in delta.parts())
         kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
-        raise NotMergeable(f"{kinds} has no form in weight space ({e})") from None
+        raise NotMergeable(f"{kinds} can't be merged into the weight ({e})") from None
     w, b = before
     for delta in deltas_of(module, names):
         w, b = on_meta(delta).fold(w, b)
@@ -143,8 +143,8 @@ def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
             left -= gained.keys()
     if left:
         raise NotMergeable(
-            f"{listed(sorted(left))}: the adapter adds a bias, and {type(model).__name__} has"
-            " none there, regardless of its config; keep the adapter separate"
+            f"{listed(sorted(left))}: the adapter adds a bias, but {type(model).__name__}"
+            " can't have one in this module; keep the adapter separate"
         )
     return switches
 
@@ -191,8 +191,8 @@ def grown(model: Any, rows: Mapping[str, int]) -> int | None:
     if len(set(after.values())) > 1:
         sizes = ", ".join(f"{path} with {n} tokens" for path, n in after.items())
         raise NotMergeable(
-            f"found {sizes}, expected one vocabulary for embedding and head; train the new tokens'"
-            " rows in both"
+            f"found {sizes}, expected the same vocabulary for embedding and head; train the new"
+            " tokens' rows in both"
         )
     return max(after.values())
 
@@ -233,8 +233,8 @@ def carry_out(
     problems = [f"{path}: {reason}" for path, reason in plan.problems]
     if not untie_weights:
         problems += [
-            f"{module_of(name)}: its weight is tied to {listed(map(module_of, others))}, where"
-            " it would not change in the same way; untie_weights=True gives it its own"
+            f"{module_of(name)}: the weight is tied to {listed(map(module_of, others))}, whose"
+            " change would differ; use untie_weights=True to separate the weights"
             for name, others in plan.untied.items()
         ]
     if problems:

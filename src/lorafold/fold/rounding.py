@@ -83,7 +83,7 @@ def _rounded(
         wide = o.to(t.dtype)
         if not wide.isfinite().all():
             raise LorafoldError(
-                f"folded values: found up to {t.abs().max().item():g}, which"
+                f"merged values: found up to {t.abs().max().item():g}, which"
                 f" {str(dtype).removeprefix('torch.')} can't represent; store the weights in a"
                 " wider dtype"
             )

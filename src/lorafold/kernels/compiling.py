@@ -81,7 +81,7 @@ def load_library(source: Path) -> ctypes.PyDLL:
     try:
         return ctypes.PyDLL(str(library))
     except OSError as error:
-        raise Unavailable(f"{library}: it can't be loaded ({error})") from None
+        raise Unavailable(f"{library}: can't be loaded ({error})") from None
 
 
 def _compiled(source: Path) -> Path:
@@ -117,7 +117,7 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]}: it can't run ({error})") from None
+        raise Unavailable(f"{command[0]}: can't be run ({error})") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise Unavailable(f"{command[0]}: {lines[-1]}")

@@ -93,8 +93,8 @@ def output_width(module: nn.Module) -> int:
         if is_linear(m):
             return layer_of(m).shape[1]
     raise LorafoldError(
-        f"{type(module).__name__}: its output size is unknown, since it has neither a config nor a"
-        " linear; choose other targets"
+        f"{type(module).__name__}: the output size is unknown, because the module has neither a"
+        " config nor a linear layer; choose other targets"
     )
 
 

@@ -178,7 +178,7 @@ class Quantized(Matrix):
     def original(self) -> Tensor:
         if self.stored is None:
             raise LorafoldError(
-                "its weight is quantized, and the weight before quantization is needed; give it as"
+                "the weight is quantized, but the weight before quantization is needed; pass it as"
                 " `base`"
             )
         w = self.stored()
@@ -194,7 +194,7 @@ class Quantized(Matrix):
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         raise NotMergeable(
             f"{type(self.module).__name__} stores a quantized weight, in which a change would be"
-            " lost to rounding; dequantize it first"
+            " lost to rounding; dequantize the weight first"
         )
 
     def dense_like(self) -> tuple[Tensor, Tensor | None]:

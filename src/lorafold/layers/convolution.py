@@ -38,8 +38,8 @@ class Convolution(BaseLayer):
         """The stored weight. Raises NotMergeable if the module computes it from others."""
         if "weight" not in self.module._parameters:
             raise NotMergeable(
-                f"{type(self.module).__name__}: its weight is computed from other parameters"
-                " (weight norm or another parametrization), expected a stored one; remove the"
+                f"{type(self.module).__name__}: the weight is computed from other parameters"
+                " (weight norm or another parametrization), expected a stored weight; remove the"
                 " parametrization, or leave the module out of the targets"
             )
         return self.bare.weight

@@ -223,17 +223,17 @@ class Plain(Vectors):
 
     @property
     def shape(self) -> tuple[int, int]:
-        transposed = ", since transposed convolutions are not supported" * isinstance(
+        transposed = ", because transposed convolutions are not supported" * isinstance(
             self.module, nn.modules.conv._ConvTransposeNd
         )
-        raise NotMergeable(f"{type(self.module).__name__} has no matrix{transposed}")
+        raise NotMergeable(f"{type(self.module).__name__} has no weight matrix{transposed}")
 
     def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
         y = self.run(*args, **kwargs)
         return y if onto is None else (y + onto).to(y.dtype)
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
-        raise NotMergeable(f"{type(self.module).__name__} has no matrix")
+        raise NotMergeable(f"{type(self.module).__name__} has no weight matrix")
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         weight = getattr(self.bare, "weight", None)

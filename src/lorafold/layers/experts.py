@@ -76,8 +76,8 @@ class Experts(BaseLayer):
     def rows(self) -> Groups:
         if self.groups is None:
             raise LorafoldError(
-                f"{self.name}: found no rows sorted by expert, expected to be called by the"
-                " module of the experts"
+                f"{self.name}: found no rows sorted by expert; only the module of the experts may"
+                " call this layer"
             )
         return self.groups
 
@@ -167,7 +167,7 @@ class Experts(BaseLayer):
         if self.quantized:
             raise NotMergeable(
                 "these experts store quantized weights, in which a change would be lost to"
-                " rounding; dequantize them first"
+                " rounding; dequantize the weights first"
             )
         stored = self.held.as_stored(w)
         return {"weight": stored} if b is None else {"weight": stored, "bias": b}

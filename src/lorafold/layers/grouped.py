@@ -82,5 +82,5 @@ class GroupedLinear(Vectors):
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         if b is not None:
-            raise NotMergeable("the adapter adds a bias, which a grouped linear does not add")
+            raise NotMergeable("the adapter adds a bias, which a grouped linear can't store")
         return {"weight": w}

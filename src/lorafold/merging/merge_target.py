@@ -37,7 +37,7 @@ class Distance:
     same: float
 
     def __str__(self) -> str:
-        return f"KL {self.kl:.1e} nats per token, same token {self.same:.1%}"
+        return f"KL {self.kl:.1e} nats per token, same top-1 token {self.same:.1%}"
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ def choose_into(
                 f"storage {base}: the model's files are stored as {in_files}; expected {in_files}"
             )
         if asked not in (None, "trained"):
-            lost = ", in which the update would be lost to rounding" * (asked == in_files)
+            lost = ", in which the update would be rounded away" * (asked == in_files)
             raise LorafoldError(
                 f"into {asked}: the model's files have {in_files} weights{lost}, and no original"
-                " ones; expected trained, or as --model the model that it was quantized from"
+                " weights; merge into trained, or pass the unquantized model as --model"
             )
         return Into("trained", in_files, in_files=True, base=known)
     made_on = storage if storage in MADE else None
@@ -115,14 +115,14 @@ def choose_into(
         raise LorafoldError(f"into: found {asked}, expected one of {', '.join(TARGETS)}")
     if asked == "trained" and storage == "auto":
         raise LorafoldError(
-            f"into {given}: no adapter has a record of the storage of its base; merge into"
-            f" original, or name the storage with --storage {', '.join((*MADE, *PLAIN))}"
+            f"into {given}: the adapters do not record how their base was quantized; merge into"
+            f" original, or set --storage to one of {', '.join((*MADE, *PLAIN))}"
         )
     if asked == "trained" and storage not in (*PLAIN, *MADE, "float16"):
         raise LorafoldError(
             f"into {given}: the adapter was trained on {storage} weights, which these files do not"
-            " have and lorafold does not make; merge into original, or give as --model the files"
-            f" that are stored as {storage}"
+            " have and lorafold can't make; merge into original, or pass as --model a model whose"
+            f" files are stored as {storage}"
         )
     records = [one.own_base.trained_on for one in adapters]
     recorded = sorted({one.storage for one in records if one} - {"auto", storage})
@@ -144,5 +144,5 @@ def check_saved(model: nn.Module, quantization: str) -> None:
         raise LorafoldError(
             f"into {quantization}: found experts ({listed(experts)}), which"
             f" transformers can't save as {quantization}; merge into original or"
-            f" trained weights and load them with --storage {quantization}"
+            f" trained weights and load the result with --storage {quantization}"
         )

@@ -54,8 +54,8 @@ def untied_config(
     still = tied_parameters(build(loose, trust_remote_code))
     if wrong := sorted(still.keys() & set(apart)):
         raise LorafoldError(
-            f"{', '.join(wrong)}: the architecture shares these weights despite its config,"
-            " so they can't be untied"
+            f"{', '.join(wrong)}: the architecture always ties these weights, so they can't"
+            " be untied"
         )
     there, lacking = {*mapped.entries, *mapped.converted}, []
     for name in mapped.tied:
@@ -94,7 +94,7 @@ def with_biases(
     for path in chain(*switches.values()):
         if (like := mapped.entries.get(f"{path}.weight")) is None:
             raise NotMergeable(
-                f"{path}: transformers converts its weight on loading, so a bias can't be added to"
+                f"{path}: transformers converts the weight on loading, so a bias can't be added to"
                 " the files"
             )
         bias: Any = model.get_submodule(path)._parameters["bias"]
@@ -232,8 +232,8 @@ def _tensors(
                 _check_dtypes(conversion.entries)
                 if shape != (before := tuple(conversion.like[parameter].shape)):
                     raise NotMergeable(
-                        "transformers converts this weight on loading, so it can't change its"
-                        f" shape: found {list(shape)}, expected {list(before)}"
+                        "transformers converts this weight on loading, so its shape can't"
+                        f" change: found {list(shape)}, expected {list(before)}"
                     )
                 converted |= {entry.name: conversion for entry in conversion.entries}
                 continue
@@ -259,8 +259,8 @@ def _entry(mapped: MappedModel, parameter: str) -> tuple[str, TensorEntry]:
     names = (parameter, *mapped.tied.get(parameter, ()))
     if any(n in mapped.converted for n in names):
         raise NotMergeable(
-            "the weight is tied to one that transformers converts on loading, so it can't be"
-            " written to the files"
+            "the weight is tied to a weight that transformers converts on loading, so it can't"
+            " be written to the files"
         )
     entry = next(mapped.entries[n] for n in names if n in mapped.entries)
     _check_dtypes([entry])

@@ -132,7 +132,7 @@ def _logits(
 
 
 CERTIFICATE = "merge.json"
-INSTEAD = "; merge another one in Python, with adapter.merge() and model.save_pretrained(out)"
+INSTEAD = "; merge other models in Python with adapter.merge() and model.save_pretrained(out)"
 
 
 @dataclass(frozen=True)

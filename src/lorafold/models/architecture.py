@@ -93,9 +93,9 @@ def auto_class(config: PreTrainedConfig, what: str) -> Any:
     cls = auto._model_mapping.get(type(config), None)
     if auto.__name__ != CAUSAL and cls and (needed := _beside_text(config, cls)):
         raise LorafoldError(
-            f"{what}: a {config.model_type} model can't run on text alone ({needed}), and rows have"
-            " only text; expected a causal language model, or one with towers for images or sounds"
-            " beside a language model that runs without them"
+            f"{what}: a {config.model_type} model can't run on text alone ({needed}), but rows"
+            " contain only text; expected a causal language model, or a multimodal model whose"
+            " language model runs without images or audio"
         )
     return auto
 
@@ -127,8 +127,8 @@ def _beside_text(config: PreTrainedConfig, cls: Any) -> str:
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
     if "input_ids" not in takes:
-        return "its forward takes no input_ids"
+        return "its forward has no argument input_ids"
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     required = {n for n, p in takes.items() if p.kind in named and p.default is p.empty}
     needed = [n for n in takes if n in required - {"self", "input_ids"}]
-    return f"its forward needs {', '.join(needed)}" if needed else ""
+    return f"its forward requires {', '.join(needed)}" if needed else ""

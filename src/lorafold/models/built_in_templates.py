@@ -80,7 +80,7 @@ def joined(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token is None:
         raise LorafoldError(
             f"chat template {NONE}: the tokenizer has no end-of-sequence token, so completions"
-            " could not end; expected a template that ends them"
+            " could not end; use a chat template that ends them"
         )
     return opening(tokenizer) + JOINED
 
@@ -106,7 +106,7 @@ def with_tools(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         raise LorafoldError(
             f"chat template {TOOLS}: the tokenizer has neither {START} and {END} nor an"
-            " end-of-sequence token, so completions could not end; expected either"
+            " end-of-sequence token, so completions could not end; use another chat template"
         )
     return before + TEMPLATE.replace("HEADER", header).replace("ENDING", ending)
 
@@ -115,14 +115,14 @@ def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any])
     """Set default values of variables in the tokenizer's chat templates."""
     if tokenizer.chat_template is None:
         raise LorafoldError(
-            f"template_kwargs: found {', '.join(values)}, but the model has no chat template that"
-            " could read it; --chat-template sets one"
+            f"template_kwargs: found {', '.join(values)}, but the model has no chat template; set"
+            " one with --chat-template"
         )
     own = variables_of(tokenizer)
     if strange := [name for name in values if name not in own]:
         raise LorafoldError(
-            f"template_kwargs: found {', '.join(strange)}, which the chat template never reads;"
-            f" expected {', '.join(sorted(own)) or 'none, as it has no variables'}"
+            f"template_kwargs: found {', '.join(strange)}, which the chat template does not use;"
+            f" expected {', '.join(sorted(own)) or 'none, because the template has no variables'}"
         )
     before = "".join(
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(name, value)} %}}"
@@ -166,8 +166,8 @@ def _read(template: str) -> set[str]:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except TemplateSyntaxError as error:
         raise LorafoldError(
-            f"the chat template: line {error.lineno}: {error.message}, so template_kwargs can't be"
-            " set"
+            f"chat template: line {error.lineno}: {error.message}; fix the template to set"
+            " template_kwargs"
         ) from error
     tests = [test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
     asked = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
@@ -185,6 +185,6 @@ def _literal(name: str, value: Any) -> str:
     if not isinstance(value, bool | int | float | str):
         raise LorafoldError(
             f"template_kwargs.{name}: found {type(value).__name__}, expected true, false, null, a"
-            " number, text, or a list or object of these"
+            " number, a string, or a list or object of these"
         )
     return json.dumps(value, ensure_ascii=False)

@@ -142,8 +142,8 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
             named = isinstance(settings, dict)
             method = settings.get("quant_method", "unknown") if named else settings
             raise LorafoldError(
-                f"{checkpoint.path}: its weights are quantized ({method}); merge into the model"
-                " that it was quantized from"
+                f"{checkpoint.path}: the weights are quantized ({method}); merge into the"
+                " unquantized model instead"
             )
         del config.quantization_config
     model = build(config, trusted)
@@ -165,7 +165,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
             label = own.name if own else name
             problems.append(f"{label}: shape {list(shape)}, expected {list(expected)}")
         elif known.isdisjoint((name, *tied.get(name, ()))):
-            problems.append(f"{name}: found in no weight file")
+            problems.append(f"{name}: missing in the weight files")
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {as_one(problems)}")
     _place(model, _parameters(entries, tensors, converted, tied), tied)
@@ -246,8 +246,8 @@ def conversions(
             conversion = Conversion(model, converter, name, sources)
         except (RuntimeError, ValueError, LookupError, TypeError) as e:
             problems[name] = (
-                f"{name}: transformers can't compute it from the {len(sources)} tensors found for"
-                f" it, {sources[0].entry.name} and so on ({one_line(e)})"
+                f"{name}: transformers can't convert the {len(sources)} tensors found for this"
+                f" weight, such as {sources[0].entry.name} ({one_line(e)})"
             )
         else:
             converted |= dict.fromkeys(conversion.like, conversion)

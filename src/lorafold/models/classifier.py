@@ -87,7 +87,7 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
     )
     if not body or not heads:
         raise LorafoldError(
-            f"{type(model).__name__}: found no head beside its body, expected a classifier"
+            f"{type(model).__name__}: found no classification head, expected a classifier"
         )
     return heads
 
@@ -147,7 +147,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if token is None:
         raise LorafoldError(
             "tokenizer: found neither a padding nor an end-of-sequence token, expected one of them"
-            " to fill the texts of a batch to one length"
+            " to pad the texts of a batch"
         )
     return int(token)
 
@@ -170,8 +170,8 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
         deltas: Any = module.deltas.values()
         if any(part.in_place for delta in deltas for part in delta.parts()):
             raise LorafoldError(
-                f"{path}: found base weights that are themselves trained, expected a method that"
-                " leaves the base as it is: a reward adapter lies over the base's own weights"
+                f"{path}: the adapter trains the base weights themselves, but a reward adapter"
+                " needs the unchanged base; use a method that freezes the base"
             )
         for name in [*module.deltas]:
             detach_delta(module, name)
@@ -180,7 +180,7 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
     config.id2label, config.label2id = {0: REWARD}, {REWARD: 0}
     text = config.get_text_config()
     text.pad_token_id, text.use_cache = pad_id, False
-    what = f"reward model over {type(model).__name__}"
+    what = f"reward model on {type(model).__name__}"
     with loading(what), torch.device("meta"):
         from transformers import AutoModelForSequenceClassification
 
@@ -201,7 +201,7 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
             setattr(head, leaf, nn.Parameter(torch.zeros_like(p, device=model.device)))
     if lacking := [n for n, p in shell.named_parameters() if p.is_meta]:
         raise LorafoldError(
-            f"{what}: found {', '.join(lacking[:3])} in {type(shell).__name__}, which the language"
+            f"{what}: {type(shell).__name__} has {', '.join(lacking[:3])}, which the language"
             " model does not have; expected the same decoder"
         )
     shell.config = config

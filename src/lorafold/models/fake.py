@@ -116,8 +116,8 @@ def fake_model(
             set_compute_dtype(module, storage.dtype)
     elif storage.quantization in IN_FILES:
         raise LorafoldError(
-            f"storage {storage.quantization}: found the {what} that is"
-            " not quantized, expected one whose files are stored so"
+            f"storage {storage.quantization}: the {what} is not quantized, expected a model"
+            f" whose files are stored as {storage.quantization}"
         )
     elif storage.quantization is not None:
         pack = STORAGES[storage.quantization].pack

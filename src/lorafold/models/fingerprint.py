@@ -91,7 +91,7 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
     here = {name: found for name in expected if (found := weights.find(name)) is not None}
     if expected and not here:
         return [
-            f"none of its {len(expected)} fingerprinted weights was found:"
+            f"none of the {len(expected)} fingerprinted weights was found:"
             f" {', '.join(list(expected)[:3])}, ..."
         ]
     lines = (_difference(expected[name], weights, found) for name, found in here.items())

@@ -70,8 +70,8 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
     inside = [n for n in unread if (at := BLOCK.match(n)) and int(at[1]) < blocks]
     if inside:
         raise LorafoldError(
-            f"{what}: {type(model).__name__} has no place for {len(inside)} tensors of its blocks,"
-            f" without which it is another model: {listed(inside)}"
+            f"{what}: {type(model).__name__} has no weights for {len(inside)} tensors of the file's"
+            f" layers, and outputs would be wrong without them: {listed(inside)}"
         )
     warn_unread(what, unread)
 
@@ -184,7 +184,7 @@ def files_of(file: Path) -> tuple[Path, ...]:
     parts = [file.with_name(f"{stem}-{n:05}-of-{count}{SUFFIX}") for n in range(1, int(count) + 1)]
     if absent := [part.name for part in parts if not part.is_file()]:
         raise LorafoldError(
-            f"model {file}: one of {int(count)} files; missing beside it: {listed(absent)}"
+            f"model {file}: the model has {int(count)} files; missing: {listed(absent)}"
         )
     return tuple(parts)
 
@@ -208,7 +208,7 @@ def files_in(folder: Path) -> tuple[Path, ...]:
     if len(models) > 1:
         names = listed(parts[0].name for parts in models)
         raise LorafoldError(
-            f"model {folder}: found {len(models)} GGUF models in it, expected one of them: {names}"
+            f"model {folder}: found {len(models)} GGUF models; pass one of them: {names}"
         )
     return models[0] if models else ()
 
@@ -223,17 +223,17 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
             reader = GGUFReader(file)
         except (OSError, ValueError, LookupError, OverflowError) as error:
             raise LorafoldError(
-                f"{file}: can't be read as GGUF: another format, truncated, or newer than the"
-                f" installed package gguf: {one_line(error)}"
+                f"{file}: can't be read as GGUF (another format, truncated, or newer than the"
+                f" installed package gguf): {one_line(error)}"
             ) from error
         check_places(reader, file)
         readers.append(reader)
         own, count = value(reader, "split.no") or 0, value(reader, "split.count") or 1
         if (own, count) != (number, len(files)):
             raise LorafoldError(
-                f"{file}: its metadata describes file {own + 1} of {count}, expected file"
-                f" {number + 1} of {len(files)}; the files of a model are named"
-                f" NAME-00001-of-{count:05}{SUFFIX} and so on, in one folder"
+                f"{file}: the metadata describes file {own + 1} of {count}, expected file"
+                f" {number + 1} of {len(files)}; the files of a model must be in one directory"
+                f" and have names such as NAME-00001-of-{count:05}{SUFFIX}"
             )
     wanted, found = value(readers[0], "split.tensors.count"), sum(len(r.tensors) for r in readers)
     if wanted not in (None, found):
@@ -250,15 +250,15 @@ def check_places(reader: GGUFReader, file: Path) -> None:
         offset = tensor.data_offset - reader.data_offset
         if offset != end:
             raise LorafoldError(
-                f"{file}: its header is damaged: found {tensor.name} at byte {offset} of the"
-                f" tensors, expected {end}, where the one before it ends"
+                f"{file}: the header is damaged: found {tensor.name} at byte {offset} of the"
+                f" tensors, expected {end}, the end of the previous tensor"
             )
         end += -(-int(tensor.n_bytes) // reader.alignment) * reader.alignment
     left = len(reader.data) - reader.data_offset - end
     if left >= reader.alignment:
         raise LorafoldError(
-            f"{file}: its header is damaged: found {left} bytes after the last of the"
-            f" {len(reader.tensors)} tensors that it names, expected none"
+            f"{file}: the header is damaged: found {left} bytes after the last of its"
+            f" {len(reader.tensors)} tensors, expected none"
         )
 
 

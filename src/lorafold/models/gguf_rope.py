@@ -49,7 +49,7 @@ def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> No
     odd = [key for key in UNKNOWN if metadata.get(f"scaling.{key}", 1.0) != 1.0]
     if wrong := [*({kind} - {"none", "linear", "yarn"}), *odd]:
         raise LorafoldError(
-            f"{what}: it scales rotary positions by {listed(wrong)} ({prefix}scaling),"
+            f"{what}: found RoPE scaling {listed(wrong)} ({prefix}scaling),"
             " expected linear or yarn; use the model in Hugging Face's format"
         )
     if kind != "none" and factor is not None:
@@ -81,7 +81,7 @@ def _as_llama3(config: Any, tensor: Any, what: str) -> dict[str, Any]:
         plain / factors, wanted.double(), rtol=1e-4
     ):
         raise LorafoldError(
-            f"{what}: its tensor {FREQUENCIES} scales rotary positions in another way than Llama"
-            " 3's, the only one that is known here; use the model in Hugging Face's format"
+            f"{what}: the tensor {FREQUENCIES} scales RoPE differently from Llama 3, the only"
+            " supported scaling by a tensor; use the model in Hugging Face's format"
         )
     return scaled.rope_parameters

@@ -144,15 +144,14 @@ def _rule(
     each_digit = Sequence([Digits(individual_digits=True), as_gpt2])
     if pre not in (None, "", "default"):
         raise LorafoldError(
-            f"{what}: its tokenizer splits text by a rule that is not known here,"
-            f" {pre} (tokenizer.ggml.pre), and another rule gives other tokens than the model was"
-            " trained on; use the model in Hugging Face's format, which has its tokenizer"
+            f"{what}: unsupported pre-tokenizer {pre} (tokenizer.ggml.pre); any other would split"
+            " text into other tokens than in training, so use the model in Hugging Face's format,"
+            " which includes the tokenizer"
         )
     learned = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
     guessed = not any(len(token) > 1 and re.search("[0-9]", token) for token in learned)
     log.warning(
-        "%s: it does not name its tokenizer's rule for splitting text (tokenizer.ggml.pre); text is"
-        " split as GPT-2 does%s",
-        what, ", with every digit alone, as in its vocabulary" if guessed else "",
+        "%s: the file names no pre-tokenizer (tokenizer.ggml.pre), so text is split as in GPT-2%s",
+        what, ", with single digits as in the vocabulary" if guessed else "",
     )  # fmt: skip
     return each_digit if guessed else as_gpt2

@@ -35,10 +35,10 @@ def loading(what: str) -> Iterator[None]:
     ) as error:
         if "trust_remote_code=True" in str(error):
             raise LorafoldError(
-                f"{what}: it comes with Python code of its own, which runs with"
-                " --trust-remote-code (trust_remote_code=True) alone"
+                f"{what}: loading requires custom Python code; allow it with"
+                " --trust-remote-code (trust_remote_code=True)"
             ) from error
-        raise LorafoldError(f"{what}: transformers can't load it: {one_line(error)}") from error
+        raise LorafoldError(f"{what}: loading in transformers failed: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -61,7 +61,7 @@ def check_complete(
         raise LorafoldError(f"{what}: {listed(sorted(wrong), '; ')}")
     if missing:
         raise LorafoldError(
-            f"{what}: {len(missing)} weights are missing in its files: {listed(missing)}"
+            f"{what}: {len(missing)} weights are missing in the files: {listed(missing)}"
         )
 
 
@@ -69,6 +69,6 @@ def warn_unread(what: str, names: Sequence[str]) -> None:
     """Log the tensors of files that have no place in the model."""
     if names:
         log.warning(
-            "%s: %d tensors of its files are not read, since the model has no place for them: %s",
+            "%s: %d tensors in the files are ignored, because the model has no such weights: %s",
             what, len(names), listed(names),
         )  # fmt: skip

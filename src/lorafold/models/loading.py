@@ -104,13 +104,13 @@ def read_weights(
     # left over from another save, or beside a file with the whole model
     if left_out := sorted(file.name for file in source.path.glob(SHARDS) if file not in files):
         log.warning(
-            "model %s: %d files beside its weights are not read: %s",
+            "model %s: %d other weight files are ignored: %s",
             source.name, len(left_out), listed(left_out),
         )  # fmt: skip
     wanted = storage if isinstance(storage, Storage) else Storage(storage)
     if wanted.quantization is None and (stored := default_storage(source)) != "auto":
         raise LorafoldError(
-            f"model {source.name}: its weights are stored as {stored}; expected the base {stored}"
+            f"model {source.name}: the weights are stored as {stored}; expected storage {stored}"
         )
     if wanted.quantization is None:
         model, info = auto.from_pretrained(

@@ -66,14 +66,14 @@ class Positions:
             return most, line if most < usual else None
         if table is not None and length > table:
             raise LorafoldError(
-                f"max_length {length}: expected at most {table}, the positions that {self.owner}"
-                " has"
+                f"max_length {length}: expected at most {table}, the number of positions of"
+                f" {self.owner}"
             )
         if trained is None or length <= trained:
             return length, None
         return length, (
-            f"max_length {length}: {self.owner} was trained on {trained} positions, so the tokens"
-            " of longer rows are at positions that it never saw"
+            f"max_length {length}: {self.owner} was trained on {trained} positions, so longer"
+            " rows have tokens at positions never seen in training"
         )
 
 

@@ -82,7 +82,7 @@ IN_FILES = tuple(name for name in STORAGES if name not in (*PLAIN, *MADE))  # on
 QUANTIZED = (*MADE, *IN_FILES)
 IN_CODES = tuple(name for name, row in STORAGES.items() if row.codes[0])  # of compressed-tensors
 DEFAULT: StorageName = "nf4"  # QLoRA's, and the smallest of MADE
-LISTED = f"{', '.join((*MADE, *PLAIN))} (only as its files are stored: {', '.join(IN_FILES)})"
+LISTED = f"{', '.join((*MADE, *PLAIN))} (only if the files are stored so: {', '.join(IN_FILES)})"
 
 
 def made_of(bits: int) -> str | None:
@@ -123,7 +123,7 @@ def check_storage(name: str) -> None:
     if name not in ("auto", *PLAIN, *QUANTIZED):
         raise LorafoldError(
             f"storage {name}: unknown; expected auto, {', '.join(PLAIN)}, {' or '.join(MADE)}, or"
-            f" {' or '.join(IN_FILES)} where its files are stored so"
+            f" {' or '.join(IN_FILES)} if the model's files are stored that way"
         )
 
 
@@ -142,4 +142,4 @@ def choose_storage(base: str, device: torch.device | str) -> Storage:
         return Storage(dtypes[best], base, f"{base}, computed in {best}: {why}")
     if base == "auto":
         return Storage(dtypes[best], None, f"{best}: {why}")
-    return Storage(dtypes[base], None, f"{base}: as asked" + f"; {why}" * (base == "bf16"))
+    return Storage(dtypes[base], None, f"{base}: as requested" + f"; {why}" * (base == "bf16"))

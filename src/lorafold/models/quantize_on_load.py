@@ -64,7 +64,7 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
     if readable(settings):
         return storage_in_files(settings, what)
     method = str(settings.get("quant_method", "unknown"))
-    advice = "train on the model that it was quantized from instead"
+    advice = "use the unquantized model instead"
     package = READ_BY.get(method)
     if package is None:
         methods = (row.method for row in STORAGES.values())
@@ -75,8 +75,8 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
         )
     absent = importlib.util.find_spec(package) is None
     raise LorafoldError(
-        f"{what}: its weights are quantized by {method}, which the package {package} reads"
-        f"{' (not installed)' * absent} and lorafold can't train over; {advice}"
+        f"{what}: the weights are quantized with {method} (package {package}"
+        f"{', not installed' * absent}), which lorafold can't train on; {advice}"
     )
 
 
@@ -109,13 +109,13 @@ def read_quantized(
     stored = None if settings is None else quantization_of(settings, what)
     if stored is None and quantization in IN_FILES:
         raise LorafoldError(
-            f"{what}: found files that are not quantized, of which lorafold makes"
-            f" {' or '.join(MADE)}, not {quantization}"
+            f"{what}: the files are not quantized; lorafold can quantize them to"
+            f" {' or '.join(MADE)}, not to {quantization}"
         )
     if stored not in (None, quantization):
         raise LorafoldError(
-            f"{what}: its weights are stored as {stored}, so it can't be loaded as"
-            f" {quantization}; expected the base {stored}"
+            f"{what}: the weights are stored as {stored}, so they can't be loaded as"
+            f" {quantization}; expected storage {stored}"
         )
     codes_in_files = stored is not None and readable(settings)
     if codes_in_files:

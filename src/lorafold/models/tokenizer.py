@@ -49,7 +49,7 @@ class Words:
     def __str__(self) -> str:
         new = ", ".join(f"{word} {i}" for word, i in self.ids.items() if word in self.new)
         known = [
-            f"{word} is a token already ({i}), its embedding is trained too"
+            f"{word} is already a token ({i}), and its embedding is trained too"
             for word, i in self.ids.items()
             if word not in self.new
         ]
@@ -62,8 +62,8 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words
 
     if wrong := [word for word in words if not word.strip() or list(words).count(word) > 1]:
         raise LorafoldError(
-            f"new_tokens: found {listed(map(repr, dict.fromkeys(wrong)))}, expected words that"
-            " are not blank, each once"
+            f"new_tokens: found {listed(map(repr, dict.fromkeys(wrong)))}, expected distinct"
+            " words that are not blank"
         )
     vocabulary = tokenizer.get_vocab()
     new = [word for word in words if word not in vocabulary]
@@ -118,7 +118,7 @@ def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenize
     for path, other in zip(own, earlier, strict=False):
         theirs, pair = by_id(other), f"{path} and {own[-1]}"
         if differing := [i for i in sorted(theirs.keys() & words.keys()) if theirs[i] != words[i]]:
-            some = listed(f"{i} is {theirs[i]} and {words[i]}" for i in differing)
+            some = listed(f"token {i} is {theirs[i]} and {words[i]}" for i in differing)
             raise LorafoldError(
                 f"{pair}: their tokenizers differ: {some}; these adapters can't be used together"
             )
@@ -127,8 +127,8 @@ def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenize
             words = by_id(last)
             if any(words.get(i) != theirs[i] for i in missing):
                 raise LorafoldError(
-                    f"{pair}: the tokens of the first adapter's tokenizer can't be added to the"
-                    " second's under the same ids; these adapters can't be used together"
+                    f"{pair}: the tokens of the first adapter can't keep their IDs in the second"
+                    " adapter's tokenizer; these adapters can't be used together"
                 )
     return last
 
@@ -153,7 +153,7 @@ def read_tokenizer(source: ModelSource, what: str = "") -> PreTrainedTokenizerBa
     what = what or f"model {source.name}"
     source.intact(*TOKENIZER_FILES)
     has_words = any(any(source.path.glob(pattern)) for pattern in VOCABULARIES)
-    missing = NoTokenizer(f"{what}: it has no tokenizer (found no file with a vocabulary)")
+    missing = NoTokenizer(f"{what}: found no tokenizer, expected a file with its vocabulary")
     try:
         with loading(what):
             from transformers import AutoTokenizer

@@ -88,8 +88,8 @@ class Conversion:
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         if shapes != {e.name: e.shape for e in self.entries}:
             raise LorafoldError(
-                f"{self.name}: transformers' conversion of this weight has no reverse that gives"
-                " the tensors of the files"
+                f"{self.name}: transformers' conversion of this weight can't be reversed to the"
+                " tensors of the files"
             )
         return tensors
 
@@ -98,8 +98,8 @@ class Conversion:
         back = self.reversed(self.values())
         if wrong := [s.entry.name for s in self.sources if not _same(back[s.entry.name], s.values)]:
             raise LorafoldError(
-                f"{self.name}: the reverse of transformers' conversion gives other values for"
-                f" {wrong[0]} than the file has, so the weight can't be written back"
+                f"{self.name}: reversing transformers' conversion gives other values for {wrong[0]}"
+                " than the file contains, so the weight can't be written back"
             )
 
     def _run(self, converter: WeightConverter, name: str) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ class OnDemand(Tensor):
         if self is not None and func is aten.detach.default:
             return OnDemand(self.like, self.make, self.elements)
         if self is not None and func._schema.is_mutable:
-            raise LorafoldError("a weight that is computed from files: it can't be written to")
+            raise LorafoldError("can't write to a weight that is computed from files")
         if self is not None and func.is_view:
             like = func(self.like, *args[1:], **kwargs)
             if isinstance(like, Tensor):

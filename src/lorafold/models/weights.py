@@ -187,9 +187,9 @@ class FileWeights(Weights):
 def unreadable(path: Path, error: Exception) -> LorafoldError:
     """The error for a safetensors file that can't be read."""
     if isinstance(error, FileNotFoundError):
-        return LorafoldError(f"{path}: there is no such file{nearest_name(path)}")
+        return LorafoldError(f"{path}: no such file{nearest_name(path)}")
     return LorafoldError(
-        f"{path}: not readable as safetensors, it may have been cut short or damaged ({error})"
+        f"{path}: not readable as safetensors, so it may be truncated or damaged ({error})"
     )
 
 
@@ -200,15 +200,15 @@ def model_files(directory: Path) -> list[Path]:
     if (index := directory / INDEX).is_file():
         named = read_object(index).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
-            raise LorafoldError(f"{index}: found no weight_map, expected the file of each tensor")
+            raise LorafoldError(f"{index}: found no weight_map, expected a file for each tensor")
         files = [directory / name for name in sorted(set(named.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise LorafoldError(
-                f"{directory}: {INDEX} names files that are missing: {listed(missing)}"
+                f"{directory}: {INDEX} lists files that are missing: {listed(missing)}"
             )
         return files
     others = sorted(file.name for file in directory.glob("*.safetensors"))
-    note = f" beside {listed(others)}" if others else ""
+    note = f" (only {listed(others)})" if others else ""
     raise LorafoldError(
         f"{directory}: found neither {SINGLE} nor {INDEX}{note}, expected one of them"
     )
@@ -261,7 +261,7 @@ def read_container(path: Path) -> Container:
             header = json.loads(file.read(length))
     except (OSError, SafetensorError) as e:
         raise LorafoldError(
-            f"{path}: expected a safetensors file, but it can't be read as one: {e}"
+            f"{path}: can't be read as safetensors: {e}"
         ) from None
     metadata, entries = header.pop("__metadata__", {}), {}
     for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
@@ -338,6 +338,6 @@ def _copy_bytes(entry: TensorEntry, out: BinaryIO) -> None:
         while left:
             if not (block := source.read(min(left, BLOCK))):
                 raise LorafoldError(
-                    f"{entry.file}: ends inside the tensor {entry.name}, so it was cut short"
+                    f"{entry.file}: truncated inside the tensor {entry.name}"
                 )
             left -= out.write(block)

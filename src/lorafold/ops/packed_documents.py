@@ -118,8 +118,8 @@ class Documents:
         for row, (length, start) in enumerate(zip(lens, starts, strict=True)):
             if not 0 <= start < length or start > max(0, len(path) - 1):
                 raise LorafoldError(
-                    f"packed row {row}: found {start} shared tokens of {length} and {len(path)},"
-                    " expected fewer than either row has"
+                    f"packed row {row}: found {start} shared tokens, expected fewer than the"
+                    f" {length} of this row and the {len(path)} of the previous row"
                 )
             path = torch.cat([path[:start], torch.arange(at, at := at + length - start)])
             keys.append(path)

@@ -190,9 +190,9 @@ class SavedAdapter:
         each = [key for key in self.weights.names if PER_EXPERT.search(key)]
         if each and any(isinstance(m, Matrices) for _, m in Anatomy.of(model).modules):
             raise LorafoldError(
-                f"found {len(each)} tensors of single experts, such as {min(each)}, as"
-                " in transformers 4; expected PEFT's target_parameters: load the adapter"
-                " with PEFT, which converts it, and save it again"
+                f"found {len(each)} tensors of single experts, such as {min(each)}, the"
+                " format of transformers 4; load the adapter with PEFT, which converts"
+                " them to target_parameters, and save the adapter again"
             )
         return self.selection.targets(model)
 
@@ -307,8 +307,8 @@ def trained_on(adapters: Sequence[SavedAdapter | OwnBase]) -> TrainedOn | None:
     if len(storages) > 1 and not storages <= {*PLAIN, "auto"}:
         listed = ", ".join(f"{path} on {one.storage}" for path, one in records.items())
         raise LorafoldError(
-            f"these adapters were trained on bases in different storage ({listed}); choose one of"
-            " them (--storage)"
+            f"these adapters were trained on bases with different quantization ({listed});"
+            " choose one with --storage"
         )
     if len(storages) != 1:
         return None
@@ -335,7 +335,7 @@ def _weights(contents: Contents) -> InMemory:
         return in_matrix_form(file) if any(n.endswith(CORES) for n in file.names) else file
     pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (
-        f"found {', '.join(pickles)}, which could run code when read; convert it to safetensors"
-        if pickles else "it is missing"
+        f"found {', '.join(pickles)}, which can run code when loaded; convert it to safetensors"
+        if pickles else "the file is missing"
     )
     raise LorafoldError(f"{WEIGHTS}: {reason}")

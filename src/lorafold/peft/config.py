@@ -103,13 +103,13 @@ def no_adapter(path: Path) -> LorafoldError:
     """The error for a path without an adapter_config.json, with a hint."""
     if path.is_file():
         own = (path.parent / CONFIG).is_file()
-        hint = f"; it is a file, and its directory is {path.parent}" if own else "; it is a file"
+        hint = f"; use the directory of this file, {path.parent}" if own else "; this is a file"
     elif not path.exists():
-        hint = "; there is none on this machine" + nearest_name(path)
+        hint = "; the path does not exist" + nearest_name(path)
     elif inside := sorted(str(p.parent) for p in path.glob(f"*/{CONFIG}")):
-        hint = f"; there is one in {listed(inside)}"
+        hint = f"; found an adapter in {listed(inside)}"
     elif (path / "config.json").is_file():
-        hint = f"; it is a model, which is given as --model {path}"
+        hint = f"; this is a model, so pass it as --model {path}"
     else:
         hint = ""
     return LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter{hint}")
@@ -123,8 +123,8 @@ def write_config(
     method = form.method
     if taken := sorted({f.key for f in method.fields} & SHARED):
         raise LorafoldError(
-            f"{method.spec.__name__}: {', '.join(taken)}: every config has a key of that name;"
-            " rename the option"
+            f"{method.spec.__name__}: {', '.join(taken)}: the name is reserved in adapter"
+            " configs; rename the option"
         )
     task, heads = task_of(model)
     names = selection.modules_to_save
@@ -336,8 +336,8 @@ def simplest_selection(
     if whole is None:
         extra = sorted(set(saved_leaves(model, saved)) - set(saved))
         raise LorafoldError(
-            f"modules to save {listed(names)}: PEFT's format can't name them without"
-            f" {listed(extra)}; save these too"
+            f"modules to save {listed(names)}: PEFT's format can't select them without"
+            f" {listed(extra)}; add these to modules_to_save"
         )
     like = PeftSelection((), whole, experts=not form.method.of_peft)
     chosen = form.parameters.values()
@@ -357,8 +357,8 @@ def simplest_selection(
             if set(selection.targets(model).paths) == set(modules):
                 return replace(selection, target_parameters=parameters)
     raise LorafoldError(
-        "PEFT's format can't name the target modules of this model without others: one path is the"
-        " end of another"
+        "PEFT's format can't select these target modules without others, because one path is the"
+        " suffix of another"
     )
 
 

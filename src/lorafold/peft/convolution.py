@@ -60,7 +60,7 @@ def _misfit(found: Tensor, expected: torch.Size, hint: str) -> str | None:
     if found.shape == expected and found.is_floating_point():
         return None
     shape = f"{found.dtype}, shape {list(found.shape)}"
-    return f"{shape}, expected numbers of shape {list(expected)}{hint}"
+    return f"{shape}, expected floating-point values of shape {list(expected)}{hint}"
 
 
 def whole(w2: Tensor, site: TargetModule) -> Tensor:
@@ -78,8 +78,8 @@ def not_whole(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str
     """
     other = len(site.window) == 1 and w2.dim() == 3
     hint = (
-        "; PEFT multiplies a whole lokr_w2 of a Conv1d in another order than LyCORIS, which is not"
-        " supported (a rank below half the larger side of w2 gives lokr_w2_a and lokr_w2_b)" * other
+        "; a full lokr_w2 of a Conv1d is not supported: PEFT's order differs from LyCORIS's; a"
+        " rank below half the larger side of w2 gives lokr_w2_a and lokr_w2_b" * other
     )
     return _misfit(w2, whole(site.delta.w2, site).shape, hint)  # type: ignore[arg-type]
 

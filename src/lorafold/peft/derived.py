@@ -58,8 +58,8 @@ def methods(known: Collection[type[Spec]]) -> list[Method]:
         peft_type = PREFIX + re.sub(r"[^A-Z0-9]+", "_", name.upper())
         if peft_type in rows:
             raise LorafoldError(
-                f"the methods {rows[peft_type][0]!r} and {name!r} would both be called {peft_type}"
-                " in files; rename one of them"
+                f"the methods {rows[peft_type][0]!r} and {name!r} would both have the peft_type"
+                f" {peft_type}; rename one of them"
             )
         rows[peft_type] = name, method(cls, peft_type)
     return [row for _, row in rows.values()]
@@ -92,8 +92,8 @@ def _field(spec: type[Spec], field: OfSpec[Any]) -> Field:
         except (PydanticUserError, ValueError, TypeError, NameError):
             pass
         raise LorafoldError(
-            f"{spec.__name__}: {field.name}={value!r} would not come back from a file; expected a"
-            f" value of the type {field.type} that JSON can hold"
+            f"{spec.__name__}: {field.name}={value!r} can't be saved as JSON and loaded again;"
+            f" expected a value of type {field.type} that JSON supports"
         )
 
     return Field(field.name, field.name, Any, default, to_file, from_file)
@@ -115,7 +115,7 @@ def not_values(values: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -
     at = file.get(f"{site.at}.sparse_at")
     if values.is_floating_point() and at is not None and values.shape == at.shape:
         return None
-    return f"shape {list(values.shape)}, expected a number for each position of sparse_at"
+    return f"shape {list(values.shape)}, expected one value for each position in sparse_at"
 
 
 def subspace(site: TargetModule) -> list[FileTensor]:
@@ -132,7 +132,7 @@ def not_owners(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) ->
     n: Any = site.delta.n
     if owner.dim() == 1 and owner.dtype == torch.int64 and bool(((owner >= 0) & (owner < n)).all()):
         return None
-    return f"expected int64 numbers of {n} adapters, from 0"
+    return f"expected int64 adapter indices from 0 to {n - 1}"
 
 
 def not_frozen(dim: int) -> Misfit:
@@ -149,10 +149,10 @@ def not_frozen(dim: int) -> Misfit:
             return None
         del expected[dim]
         return (
-            f"shape {list(factor.shape)}, expected a factor with"
+            f"shape {list(factor.shape)}, expected a factor of size"
             f" {' and '.join(map(str, expected))} in dimension"
             f" {' and '.join(str(i) for i in range(factor.dim()) if i != dim % factor.dim())} and"
-            " the owners' number in the other"
+            " the number of owners in the other"
         )
 
     return misfit

@@ -95,8 +95,8 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
     method = method or next((m for m in more_methods() if m.holds(spec)), None)
     if method is None:
         raise LorafoldError(
-            f"{type(spec).__name__} is no method of lorafold.methods.METHODS, where a file would be"
-            " looked up by its name; register it there"
+            f"{type(spec).__name__} is not registered in lorafold.methods.METHODS, so a saved"
+            " adapter could not be loaded; register the method there"
         )
     experts = Anatomy.of(model).experts
     renamed = bool(experts) and method.peft_type == "LORA" and renames(model)
@@ -126,25 +126,26 @@ def warn_limits(form: WrittenForm, path: object) -> None:
     """Log the limits of the format for users of PEFT."""
     if form.own_format:
         log.warning(
-            f"{path}: PEFT adapts experts and grouped linears with LoRA alone, and experts in"
-            " parameters of three dimensions, so it refuses this adapter (peft_type"
-            f" {form.method.peft_type}); lorafold reads it"
+            f"{path}: PEFT can't load this adapter (peft_type {form.method.peft_type}), because it"
+            " supports only LoRA on experts and grouped linear layers, and only experts in"
+            " 3-dimensional parameters; lorafold can load it"
         )
     if form.refused:
         log.warning(
-            f"{path}: PEFT refuses {', '.join(form.refused)} as targets of a model of this type, so"
-            " it does not load this adapter; lorafold reads it. For PEFT give the others as targets"
+            f"{path}: PEFT can't load this adapter, because it does not support the targets"
+            f" {', '.join(form.refused)} in models of this type; lorafold can load it. For PEFT,"
+            " use only the other targets"
         )
     if form.past:
         log.warning(
-            f"{path}: models of this type read or divide the weights of {', '.join(form.past)}"
-            " themselves, always or in their fast kernels, where PEFT leaves its update out;"
-            " lorafold computes with it, and PEFT once it has merged it"
+            f"{path}: models of this type use the weights of {', '.join(form.past)} directly,"
+            " always or in their fast kernels, so PEFT silently ignores the update there until the"
+            " adapter is merged; lorafold applies it"
         )
     if form.dropout:
         log.info(
-            f"{path}: PEFT adapts experts and grouped linears without dropout, so lora_dropout is"
-            f" 0 in its config; lorafold reads {form.dropout:g} from lorafold.json"
+            f"{path}: PEFT supports no dropout for experts and grouped linear layers, so its config"
+            f" has lora_dropout 0; lorafold reads {form.dropout:g} from lorafold.json"
         )
 
 
@@ -216,8 +217,8 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
             wrong.append(path)
     if wrong:
         raise LorafoldError(
-            f"target_parameters: found {listed(wrong)}, expected the matrices of experts in"
-            " parameters of three dimensions, or the weights of linear modules"
+            f"target_parameters: found {listed(wrong)}, expected 3-dimensional parameters"
+            " of experts, or the weights of linear layers"
         )
     return {name: tuple(sites) for name, sites in found.items()}
 

@@ -31,7 +31,7 @@ COMPUTED = (CONFIG, WEIGHTS)  # the files that an adapter's digest covers
 SHOWN = 12  # digits of a digest in messages
 BASE_IDENTITY = "base_identity"  # in lorafold.json: `identity.of_model` of the base's files
 ALLOWED = "--allow-other-base"
-OTHER = "not the base it was trained on"
+OTHER = "the adapter was trained on another base"
 MOST = 290  # maximum characters of a message that names an adapter and two bases
 BYTES = 8 << 20  # maximum size of both files
 SHORT = 30  # maximum characters of a name in a message
@@ -53,7 +53,7 @@ class TrainedOn:
             storage = named_as_now(record.get("recipe") or {}).get("storage")
             return None if storage is None else cls(str(storage))
         if not isinstance(names, dict) or {*map(type, names.values())} - {str}:
-            raise LorafoldError(f"field {TRAINED_ON}: found {names!r}, expected two names")
+            raise LorafoldError(f"field {TRAINED_ON}: found {names!r}, expected two strings")
         return cls(names.get("storage", "auto"), names.get("dtype"))
 
     def as_json(self) -> dict[str, str]:
@@ -130,10 +130,10 @@ class OwnBase:
         message = OTHER
         if self.name not in ("", called):
             that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
-            message += f": that is {that}, this is {this}"
+            message += f": {that}, not {this}"
             differences = [differences[0].partition(":")[0]]
         return [
-            f"{message} ({shortened(differences[0], 110)}); load that base, or allow this one:"
+            f"{message} ({shortened(differences[0], 110)}); load that base, or allow this one with"
             f" {ALLOWED} (allow_other_base=True)"
         ]
 
@@ -151,13 +151,13 @@ class OwnBase:
         if self.fingerprint or self.name in ("", called):
             return ""
         that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
-        return f"; {self.named_in} names the base {that}, and this is {this}"
+        return f"; the base in {self.named_in} is {that}, but this base is {this}"
 
     def other(self, base: Weights) -> str:
         """A warning if an adapter is loaded on another base anyway; else empty."""
         differences = fingerprint.differences(self.fingerprint, base)
         message = f"adapter {self.adapter} was trained on another base ({'; '.join(differences)})"
-        return f"{message}; loaded all the same ({ALLOWED})" if differences else ""
+        return f"{message}; loaded anyway ({ALLOWED})" if differences else ""
 
 
 def recorded(over: Sequence[Origin]) -> dict[str, Any]:
@@ -190,8 +190,8 @@ def expected_path(origin: Origin, over: Path) -> Path:
 def not_found(origin: Origin, over: Path) -> str:
     """The error message if no adapter, or another than the recorded one, is at `over`."""
     return (
-        f"{over}: it was trained over {listed([origin])}, which was not found in"
-        f" {expected_path(origin, over)}; put it there, or merge both"
+        f"{over}: trained on top of {listed([origin])}, which was not found in"
+        f" {expected_path(origin, over)}; copy that adapter there, or merge both"
     )
 
 
@@ -205,8 +205,8 @@ def same_adapters(needed: Sequence[Origin], below: Sequence[Origin]) -> bool:
 def mismatch(needed: Sequence[Origin], below: Sequence[Origin]) -> str:
     """The error message if they are not."""
     return (
-        f"it was trained over {listed(needed)}; found {listed(below) or 'nothing'}"
-        " below it"
+        f"trained on top of {listed(needed)}, but loaded on top of"
+        f" {listed(below) or 'the base alone'}"
     )
 
 
@@ -215,7 +215,7 @@ def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
     options = " ".join(f"--adapter {p}" for p in (*(o.path for o in needed), path))
     first = ", ".join(f'lf.load(model, "{o.path}", "{Path(o.path).name}")' for o in needed)
     return (
-        f"give the adapters in this order: {options} ({first} first), or override this with"
+        f"load the adapters in this order: {options} ({first} first), or override this with"
         " --allow-other-base (allow_other_base=True)"
     )
 

@@ -103,7 +103,7 @@ def unlike_base(
     own = site.delta.get_submodule("copy").get_buffer(name)
     if own.shape == found.shape and (own.is_meta or torch.equal(own.cpu(), found.to(own.dtype))):
         return None
-    return f"a buffer that differs from this base's, of shape {list(own.shape)}"
+    return f"a buffer that differs from this base's buffer of shape {list(own.shape)}"
 
 
 def token_rows(site: TargetModule) -> list[FileTensor]:

@@ -78,8 +78,8 @@ def init_from_file(value: bool | str) -> str:
     """The initialization for an `init_lora_weights`."""
     if value not in INITS:
         raise LorafoldError(
-            f"init_lora_weights={value!r} is not supported: the adapter belongs to a base that this"
-            " initialization changed; save it again with PEFT's"
+            f"init_lora_weights={value!r} is not supported, because this initialization changes the"
+            " base weights; save the adapter again with PEFT's"
             " path_initial_model_for_weight_conversion"
         )
     return INITS[value]

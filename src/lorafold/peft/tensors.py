@@ -65,7 +65,7 @@ def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
         placed = {entry.attribute for entry in entries}
         if homeless := delta.state_dict().keys() - placed - set(delta.run_names):
             raise LorafoldError(
-                f"{site.path}: PEFT's format has no tensors for"
+                f"{site.path}: PEFT's format can't store"
                 f" {', '.join(sorted(homeless))} of {type(delta).__name__}"
             )
         under = f"{site.at}.base_layer" if site.target else site.at
@@ -137,13 +137,13 @@ def stray(key: str, stored: Weights, base: Weights) -> str | None:
     rows = base.shape(own)[0]
     if whole and len(tensor) > rows and base.shape(own)[1:] == tuple(tensor.shape[1:]):
         return (
-            f"{key}: {len(tensor):,} rows, where this base has {rows:,}: it was trained over a base"
-            f" with rows for new tokens, which transformers' resize_token_embeddings({len(tensor)})"
-            " and save_pretrained make of this one"
+            f"{key}: {len(tensor):,} rows, but this base has {rows:,}; the adapter was trained on a"
+            " base with new tokens, so extend this one with transformers'"
+            f" resize_token_embeddings({len(tensor)}) and save_pretrained"
         )
     if base.shape(own) != tuple(tensor.shape):
         return (
-            f"{key}: a base weight of shape {list(tensor.shape)}, where this base has"
+            f"{key}: a base weight of shape {list(tensor.shape)}, but this base's has shape"
             f" {list(base.shape(own))}"
         )
     differs = ~fingerprint.equal(tensor, base.get(own)).reshape(rows, -1).all(1)

@@ -83,7 +83,7 @@ def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            raise LorafoldError(f"{name}: found a key of an object twice, expected each once")
+            raise LorafoldError(f"{name}: found a duplicate key, expected unique keys")
         return fields
 
     try:
@@ -91,7 +91,7 @@ def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
     except ValueError as error:
         raise LorafoldError(f"{name}: not readable as JSON ({error})") from None
     except RecursionError:
-        raise LorafoldError(f"{name}: found JSON that is nested without end") from None
+        raise LorafoldError(f"{name}: found JSON that is nested too deeply") from None
     if not isinstance(value, dict):
         raise LorafoldError(f"{name}: found {type(value).__name__}, expected an object")
     for n, (depth, where, inner) in enumerate(_values(value)):
@@ -106,11 +106,11 @@ def _wrong(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"found {value}, expected a finite number"
     if isinstance(value, int) and abs(value) >= INTEGERS:
-        return "found a number of more than 63 bits"
+        return "found an integer of more than 63 bits"
     if isinstance(value, str) and len(value) > LONG:
-        return f"found {len(value):,} letters, expected at most {LONG:,}"
+        return f"found {len(value):,} characters, expected at most {LONG:,}"
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        return "found half a character (a surrogate), expected text"
+        return "found an unpaired surrogate, expected valid text"
     return ""
 
 
@@ -137,7 +137,7 @@ def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
         try:
             compiled.append((field, [re.compile(form) for form in _forms(field, pattern)]))
         except (re.error, RecursionError, OverflowError) as error:
-            raise LorafoldError(f"{field}: found no regular expression ({error})") from None
+            raise LorafoldError(f"{field}: found an invalid regular expression ({error})") from None
         _in_time(field, begun, PATTERNS)
     for path in modules:
         for field, forms in compiled:
@@ -151,7 +151,7 @@ def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
 def _in_time(field: str, since: float, most: float) -> None:
     if time.process_time() - since > most:
         raise LorafoldError(
-            f"{field}: its patterns take more than {most:g} s to match the base's modules"
+            f"{field}: matching the patterns with the base's modules takes more than {most:g} s"
         )
 
 
@@ -182,7 +182,7 @@ def _header(content: bytearray) -> tuple[str, int]:
     size = int.from_bytes(content[:8], "little")
     if size > TEXT:
         problem = f"found a header of {size:,} bytes"
-        raise LorafoldError(f"{WEIGHTS}: {problem}, expected {TEXT:,} at most")
+        raise LorafoldError(f"{WEIGHTS}: {problem}, expected at most {TEXT:,}")
     try:
         tensors = places(content, partial(_json, "header", most=VALUES))
     except LorafoldError as error:

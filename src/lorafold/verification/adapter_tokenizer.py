@@ -52,7 +52,7 @@ class AdapterTokenizer:
         for expected, (number, text, _) in enumerate(new, len(base)):
             if number != expected:
                 raise LorafoldError(
-                    f"it numbers the new token {text!r:.80} {number}, expected {expected}"
+                    f"the ID of the new token {text!r:.80} is {number}, expected {expected}"
                 )
 
     def __getattr__(self, name: str) -> Any:
@@ -72,7 +72,7 @@ class AdapterTokenizer:
             "tokens", text=text, special=add_special_tokens, marked=sanitize_control_tokens
         )
         if not all(isinstance(i, int) and 0 <= i < self._size for i in ids):
-            raise LorafoldError("its tokenizer gives tokens that there are not")
+            raise LorafoldError("the adapter's tokenizer returns unknown token IDs")
         return SimpleNamespace(input_ids=ids)
 
     def get_vocab(self) -> dict[str, int]:
@@ -125,7 +125,7 @@ class AdapterTokenizer:
             try:
                 text = str(self._call("render", **conversation))
                 if self._probing and len(text) > LONGEST:
-                    text = TemplateError(f"it makes {len(text):,} letters of a probe")
+                    text = TemplateError(f"a test conversation has {len(text):,} characters")
             except CheckFailed as error:
                 text = TemplateError(str(error))
             if self._probing and len(self._probes) < PROBES:
@@ -141,7 +141,7 @@ class AdapterTokenizer:
     def _call(self, do: str, **arguments: Any) -> Any:
         """Call a process, unless several died of this tokenizer recently."""
         if time.monotonic() - self._deaths[0] < MINUTE:
-            raise CheckFailed(f"{DEATHS} processes died of it within {MINUTE:.0f} s")
+            raise CheckFailed(f"the tokenizer crashed {DEATHS} processes within {MINUTE:.0f} s")
         try:
             return self._process_call(do, **arguments)
         except CheckFailed as error:

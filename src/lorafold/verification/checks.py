@@ -95,7 +95,7 @@ class Sandbox:
             opened = None if same else AdapterTokenizer(about, base, self._added, call)
         except LorafoldError as error:
             rmtree(path, ignore_errors=True)
-            raise LorafoldError(f"{contents.path}: its tokenizer: {error}") from None
+            raise LorafoldError(f"{contents.path}: tokenizer: {error}") from None
         if opened is None:
             rmtree(path, ignore_errors=True)
         return opened
@@ -113,8 +113,8 @@ class Sandbox:
                 why = str(self._compiling.call("compile", (seconds, memory), grammar=grammar))
             except CheckFailed as error:
                 if not (why := str(error) if error.kind else ""):
-                    limits = f"{seconds:g} s, {memory >> 20} MiB of memory or the stack of a thread"
-                    why = f"compiling it takes more than {limits}"
+                    limits = f"{seconds:g} s, {memory >> 20} MiB of memory or a thread's stack"
+                    why = f"compiling the grammar takes more than {limits}"
             self._verdicts[key] = why = cut(" ".join(why.split()), 300)
             if len(self._verdicts) > VERDICTS:
                 self._verdicts.popitem(last=False)

@@ -52,24 +52,24 @@ class AdapterTokenizers:
         for number, word in self._words.items():
             if (other := words.get(number, word)) != word:
                 raise LorafoldError(
-                    f"its tokenizer does not fit the base: token {number} is {other!r:.80},"
+                    f"the tokenizer does not fit the base: token {number} is {other!r:.80},"
                     f" expected {word!r:.80}"
                 )
         new = sorted(number for number in words if number not in self._words)
         if len(new) > NEW:
             raise LorafoldError(f"found {len(new):,} new tokens, expected at most {NEW:,}")
         if (size := sum(len(words[n]) for n in new)) > LONG:
-            raise LorafoldError(f"found new tokens of {size:,} letters, expected at most {LONG:,}")
+            raise LorafoldError(f"new tokens: found {size:,} characters, expected at most {LONG:,}")
         added = tokenizer.added_tokens_decoder
         texts = tokenizer.chat_template
         each = texts.values() if isinstance(texts, dict) else (texts,)
         if not all(isinstance(text, str) for text in each):
-            raise LorafoldError("chat_template: expected a text, or texts by name")
+            raise LorafoldError("chat_template: expected a string, or an object of strings")
         if (size := sum(map(len, each))) > TEMPLATE:
-            raise LorafoldError(f"chat_template: found {size:,} letters, expected {TEMPLATE:,}")
+            raise LorafoldError(f"chat_template: found {size:,} characters, expected {TEMPLATE:,}")
         special = tokenizer.special_tokens_map
         if len(json.dumps(special)) > LONG:
-            raise LorafoldError(f"found special tokens of more than {LONG:,} letters")
+            raise LorafoldError(f"found special tokens of more than {LONG:,} characters")
         return {
             "template": texts,
             "variables": sorted(variables_of(tokenizer)),
@@ -97,7 +97,7 @@ class AdapterTokenizers:
         )
         text = str(rendered[0][0])
         if len(text) > LETTERS:
-            raise LorafoldError(f"found {len(text):,} letters, expected at most {LETTERS:,}")
+            raise LorafoldError(f"found {len(text):,} characters, expected at most {LETTERS:,}")
         return text
 
     def tokens(self, files: TokenizerFiles, text: str, special: bool, marked: bool) -> list[int]:
@@ -118,7 +118,7 @@ class AdapterTokenizers:
         contents = Contents(files["path"], files["names"])
         contents.check_intact()
         if contents.named != digest:
-            raise LorafoldError("the files of its tokenizer changed; load it again")
+            raise LorafoldError("the adapter's tokenizer files changed; load the adapter again")
         tokenizer = _read(contents)
         ensure_chat_template(tokenizer)
         new = (word for word, n in tokenizer.get_vocab().items() if n not in self._words)
@@ -147,7 +147,7 @@ def _read(contents: Contents) -> Any:
             )
         except (Exception, RecursionError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise LorafoldError(f"its tokenizer can't be read ({why[:300]})") from None
+            raise LorafoldError(f"the tokenizer can't be loaded ({why[:300]})") from None
 
 
 def backend_of(tokenizer: Any) -> str:

@@ -85,9 +85,9 @@ def _answer(
             result = step(**message)
         return {"found": result}
     except MemoryError:
-        return {"wrong": f"it needs more than {memory >> 20} MiB of memory"}
+        return {"wrong": f"memory limit of {memory >> 20} MiB exceeded"}
     except RecursionError:
-        return {"wrong": "it is nested too deeply"}
+        return {"wrong": "nested too deeply"}
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a Rust panic is not an Exception

@@ -53,10 +53,10 @@ class Process(Killable):
             if isinstance(error, Late):
                 raise Busy(f"the machine is busy: no answer within {seconds:.0f} s") from None
             if isinstance(error, Large):
-                raise CheckFailed(f"{error.size:,} bytes of results are too many") from None
+                raise CheckFailed(f"the result is too large ({error.size:,} bytes)") from None
             if isinstance(error, Died):
                 late = error.code == -signal.SIGPROF
-                why = "it takes too long" if late else "the process that verified it died"
+                why = "time limit exceeded" if late else "the process crashed"
                 raise CheckFailed(why) from None
             raise
         return json.loads(content)
@@ -96,7 +96,7 @@ class WorkerPool:
         why = " ".join(str(answer["wrong"]).split())
         more = len(why) - MESSAGE
         raise CheckFailed(
-            why[:MESSAGE] + (f" ... ({more:,} letters more)" if more > 0 else ""),
+            why[:MESSAGE] + (f" ... ({more:,} more characters)" if more > 0 else ""),
             str(answer.get("kind") or "Error"),
         )
 
@@ -111,7 +111,7 @@ class WorkerPool:
     def _process(self) -> Process:
         with self._lock:
             if self._closed:
-                raise CheckFailed("the server ends")
+                raise CheckFailed("the server is shutting down")
             self._first = self._first or as_message(self._base())
             process = self._idle.pop() if self._idle else Process(self._first)
             self._busy.add(process)

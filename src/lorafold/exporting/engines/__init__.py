@@ -34,11 +34,11 @@ class ExternalEngine:
 
 
 ENGINES: dict[str, ExternalEngine] = {
-    "mlx": ExternalEngine("mlx-lm", "mlx_lm", "pip install mlx-lm; on Linux mlx-cpu too"),
+    "mlx": ExternalEngine("mlx-lm", "mlx_lm", "pip install mlx-lm; on Linux also mlx-cpu"),
     "peft": ExternalEngine("PEFT", "peft", "pip install peft"),
     "llamacpp": ExternalEngine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
     "vllm_url": ExternalEngine("vLLM", "numpy", "vllm serve"),
-    "vllm": ExternalEngine("vLLM", "vllm", "pip install vllm; elsewhere: --engine-python"),
+    "vllm": ExternalEngine("vLLM", "vllm", "pip install vllm, or --engine-python"),
 }
 
 
@@ -57,10 +57,10 @@ def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineA
         if code or not out.is_file():
             log.seek(0)
             lines = log.read().decode("utf-8", "replace").strip().splitlines()
-            ended = f"it ended with code {code} and no answers"
+            ended = f"the engine exited with code {code} without answers"
             last = shortened(lines[-1], 160) if code and lines else ended
             if last == ended or last.startswith("ModuleNotFoundError"):
-                last += f"; expected a Python that has {engine.module}"
+                last += f"; use a Python environment with {engine.module}"
             raise LorafoldError(f"{option and option + ': '}{engine.title}: {last}")
         with np.load(out) as arrays:
             about = json.loads(str(arrays["about"]))

@@ -82,7 +82,7 @@ def llamacpp(job: Job) -> Job:
         reply = reply[reply.index(b'"top_logprobs"') :]
         row, values = np.full(size, -np.inf, np.float32), VALUE.findall(reply)
         if b"null" in values:  # log-probability NaN
-            raise SystemExit("it computes NaN for a token: numbers there grow too large for it")
+            raise SystemExit("a log-probability is NaN: the activations overflow")
         row[np.array(ID.findall(reply), "S").astype(int)] = np.array(values, "S")
         return row
 
@@ -146,7 +146,7 @@ def started(job: Job) -> tuple[Any, str]:
                 time.sleep(0.05)
             why = next(iter(re.findall(r"(?m)^[\d.]+ E .*?: (.*)$", stderr())), "") or str(error)
             if re.fullmatch(r"[\w:]+", why):  # only the name of a C++ function
-                why = f"it can't read {os.path.basename(job['base'])}, and reports only {why}"
+                why = f"can't load {os.path.basename(job['base'])}, and reports only {why}"
             raise SystemExit(why) from None
 
 
@@ -352,8 +352,8 @@ def sent(url: str, path: str, body: Job | None = None) -> bytes:
         return post(url + path, body)
     except HTTPError as error:
         if error.code == 404:
-            raise SystemExit(f"{url}{path}: not found; expected vLLM with {NEEDED}") from None
-        raise SystemExit(f"{url}{path}: {reason(error)}; expected {NEEDED}") from None
+            raise SystemExit(f"{url}{path}: not found; start vLLM with {NEEDED}") from None
+        raise SystemExit(f"{url}{path}: {reason(error)}; start vLLM with {NEEDED}") from None
     except (URLError, ValueError) as error:
         why = str(getattr(error, "reason", error))
         raise SystemExit(f"{url}: {why}; expected the URL of vLLM's server") from None
