@@ -426,7 +426,7 @@ def test_a_regular_expression_stands_in_names_as_it_is(tiny_model_dir, tmp_path)
     name = "lora targets=.*([qv]_proj|o_proj) rank_pattern.[qv]_proj=2"
     assert found.rows[1].name == name
     assert f"2/3 {name}: loss" in said.getvalue()
-    assert "rank_pattern.[qv]_proj not varied: ia3 has no such choice" in said.getvalue()
+    assert "rank_pattern.[qv]_proj not varied: ia3 has no such setting" in said.getvalue()
 
 
 def test_a_bar_ends_no_cell_of_a_table() -> None:

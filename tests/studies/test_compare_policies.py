@@ -332,7 +332,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no reward": ({}, "objective grpo: found no reward"),
     "a function": ({"rewards": len}, "rewards: found <built-in .*, expected names such as"),
     "an objective that takes none": (
-        {"rewards": "regex:a", "recipe": lf.Recipe()}, "the objective sft takes none; expected",
+        {"rewards": "regex:a", "recipe": lf.Recipe()}, "not used by the objective sft; choose",
     ),
     "a method that asks for losses": (
         {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: found fish, which chooses",

@@ -505,9 +505,9 @@ def test_the_command_and_its_gate(swept, files: list[str], tmp_path: Path, polic
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ([], "--out and --data: found none; needed to tune"),
-        (["--fail-under", "0.5"], "--fail-under: needs --tuned"),
-        (["--instead", "--out", "o", "--data", "d.jsonl"], "--instead: needs --tuned"),
+        ([], "--out and --data: missing; required for tun"),
+        (["--fail-under", "0.5"], "--fail-under: requires --tuned"),
+        (["--instead", "--out", "o", "--data", "d.jsonl"], "--instead: requires --tuned"),
         (["--tuned", "t", "--out", "o"], "--out: not used with --tuned"),
         (["--out", "o", "--data", "d.jsonl", "--examples", "13"], "found 12 rows, expected at"),
         (["--out", "o", "--data", "d.jsonl", "--examples", "0"], "--examples: found 0, expected"),
