@@ -94,8 +94,7 @@ def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any]
     if not hint and 0 < len(ending) < 4:
         hint = f"did you mean {' or '.join(ending)}?"
     more = options.get("--help-all")
-    every = "--help" if more is None or more.hidden else "--help-all"
-    return hint or f"{path} {every} lists all options"
+    return hint or f"{path} --help{'' if more is None or more.hidden else '-all'} lists all options"
 
 
 def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
