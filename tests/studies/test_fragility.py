@@ -514,7 +514,7 @@ def test_the_command_and_its_gate(swept, files: list[str], tmp_path: Path, polic
         (["--out", "o", "--data", "d.jsonl", "--defence", "hope"], "--defence: found hope"),
         (["--out", "o", "--data", "d.jsonl", "--defence", "mixed"], "--defence mixed: needs --mix"),
         (["--out", "o", "--data", "d.jsonl", "--refusal-prefix", " "], "found ' ', expected text"),
-        (["--out", "o", "--data", "d.jsonl", "--refusal-prefix", "Su"], "'Su': a prefix of 'Sure'; rem"),
+        (["--out", "o", "--data", "d.jsonl", "--refusal-prefix", "Su"], "a prefix of 'Sure'"),
         (["--out", "o", "--data", "no.jsonl"], "no.jsonl"),
         (["--out", "o", "--data", "d.jsonl", "--mix", "bad.jsonl"], "bad.jsonl: row 1: keys found"),
         (["--out", "o", "--data", "d.jsonl", "--adapter", "nowhere"], "nowhere"),
