@@ -69,7 +69,7 @@ def with_rewards(
     if given and not OBJECTIVES[recipe.objective].draws:
         sampling = " or ".join(name for name, one in OBJECTIVES.items() if one.draws)
         raise LorafoldError(
-            f"rewards: not used by the objective {recipe.objective}; choose {sampling}"
+            f"rewards: not used by the objective {recipe.objective}; choose one of {sampling}"
         )
     if names := [one for one in given if isinstance(one, str)]:
         options = recipe.objective_options

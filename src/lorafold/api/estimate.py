@@ -158,7 +158,7 @@ def estimate(
     kind = (device or "cuda").partition(":")[0]
     if compute_capability is not None:
         no_gpu = {f"--device {device}": kind != "cuda", "--measure": measure}
-        check_none("--compute-capability", no_gpu, "it describes a CUDA GPU")
+        check_none("--compute-capability", no_gpu, "it describes the CUDA GPU to estimate for")
     asked_for = DeviceKind(kind, capability(compute_capability))
     choose_device(device, absent=True)  # without `measure` the device need not exist
     trusted = opening.get("trust_remote_code", False)

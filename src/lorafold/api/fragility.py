@@ -241,4 +241,4 @@ def problems_of(
     else:
         given = {"out": out is not None, "against-adapter": against}
         if unused := [f"--{name}" for name, there in given.items() if there]:
-            yield f"{', '.join(unused)}: not used with --tuned, which trains nothing; leave out"
+            yield f"{', '.join(unused)}: not used with --tuned, which trains nothing; leave it out"

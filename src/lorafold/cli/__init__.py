@@ -194,7 +194,7 @@ def main() -> None:
         if here.world > 1 and command in COMMANDS.keys() - SEVERAL:
             raise LorafoldError(
                 f"lorafold {command}: {here.by} started {here.world} processes, expected one; start"
-                f" the command without {here.by} (only lorafold train supports several processes)"
+                f" the command without {here.by} (lorafold train supports several processes)"
             )
         with imports_set_aside():
             code = app(prog_name="lorafold", standalone_mode=False)

@@ -74,7 +74,7 @@ def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterat
         most = options.get("max_new_tokens")
         yield (
             f"{cut_off:.0%} of the completions {when} were cut off at max_new_tokens"
-            f"{'' if most is None else f'={most}'}: they were judged incomplete."
+            f"{'' if most is None else f'={most}'}: the reward judged incomplete texts."
         )
     if silent > SILENT:
         yield (
