@@ -137,7 +137,7 @@ def test_the_command_writes_the_page(tiny_model_dir: Any, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(app, asked)
     assert isinstance(done.exception, LorafoldError) or done.exit_code == 2
-    assert "--html writes the page of --preview" in str(done.exception) + done.stderr
+    assert "--html: requires --preview" in str(done.exception) + done.stderr
 
 
 COUNTED = ("duplicates", "held_out_in_training", "empty_answers", "contradictions", "ends_lost",

@@ -142,7 +142,7 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
         ]},
         [user("a") | {"id": 2, "name": "n"}, said("b")],
         ["ignored keys: id, messages[].id, messages[].content[].cache_control; keys of messages"
-         " go to the chat template (rows of {messages})"],
+         " are passed to the chat template (rows of {messages})"],
     ),
 }  # fmt: skip
 

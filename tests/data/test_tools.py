@@ -426,7 +426,7 @@ def test_evaluation_and_generation_with_tools(tiny_model_dir, tmp_path: Path, mo
     assert json.loads(done.stdout.splitlines()[-1])["tool_calls"] == wanted
     done = CliRunner().invoke(app, asked)
     assert done.stdout == text + "\n"
-    assert "calls set_alarm {'code': '1'}" in done.stderr
+    assert "function call: set_alarm {'code': '1'}" in done.stderr
     for content, part in [("{", "not JSON"), ("{}", "expected a list of tools")]:
         file.write_text(content)
         done = CliRunner().invoke(app, asked)

@@ -271,12 +271,12 @@ def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
     assert read_rows(str(tmp_path / "talk.jsonl")) == [{"messages": messages}]
     notices = [
         "answering: first + second\n",
-        "* first\n* second\n  none (the bare base)\n",
+        "* first\n* second\n  none (only the base model)\n",
         "answering: second\n",
-        "error: no command /no-such-command; /help lists them",
-        "error: /reset: found 'now' after it, expected nothing\n",
+        "error: unknown command /no-such-command; /help lists the commands",
+        "error: /reset: found 'now', expected no argument\n",
         "error: /both: no adapter is active",
-        "(cut after 6 tokens)\n",
+        "(stopped at the limit of 6 tokens)\n",
         "/save FILE ",
     ]
     assert [text for text in notices if text not in err] == []
@@ -298,7 +298,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_leaves_with_130(tiny_model_dir
         pytest.fail("the answer was not stopped")
     process.stdin.write(b"/system\n")
     process.stdin.flush()
-    assert process.stderr.readline() == b"system message: none of yours\n"
+    assert process.stderr.readline() == b"system message: not set\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -318,7 +318,7 @@ def test_in_a_terminal_lines_are_prompted_for_and_ctrl_d_ends(tiny_model_dir) ->
     os.close(ours)
     assert process.returncode == 0
     assert out.endswith(b"\n")
-    assert re.search(rb"^> /help lists the commands; Ctrl-D ends\n> ", err, re.MULTILINE)
+    assert re.search(rb"^> /help lists the commands; Ctrl-D exits\n> ", err, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def test_workers_need_a_directory() -> None:
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
     told = refused("compare", "--out", str(tmp_path / "out"), "--on", "ray")
-    assert told == "error: --on ray: found no ray, expected it; install lorafold[ray]\n"
+    assert told == "error: --on ray: ray is not installed; install lorafold[ray]\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -157,25 +157,25 @@ def test_examples_run(name: str, after_quickstart, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("typed", "told"),
     [
-        ("--lora-r 16", "--lora-r: lorafold's is --rank 16"),
-        ("--lora-r", "--lora-r: lorafold's is --rank"),
-        ("--r 8", "--r: lorafold's is --rank 8"),
-        ("--lora-alpha 32", "--lora-alpha: lorafold's is --alpha 32"),
-        ("--lora_dropout=0.1", "--lora_dropout: lorafold's is --dropout 0.1"),
-        ("--learning-rate 2e-4", "--learning-rate: lorafold's is --lr 0.0002 --lr-b 0.0002"),
-        ("--num-train-epochs 3", "--num-train-epochs: lorafold's is --epochs 3"),
-        ("--max-seq-length 2048", "--max-seq-length: lorafold's is --max-length 2048"),
-        ("--output-dir a", "--output-dir: lorafold's is --out a"),
-        ("--output-dir", "--output-dir: lorafold's is --out"),
-        ("--model-name-or-path a/b", "--model-name-or-path: lorafold's is --model a/b"),
-        ("--dataset-name a/b", "--dataset-name: lorafold's is --data a/b"),
-        ("--load-in-4bit", "--load-in-4bit: lorafold's is --storage nf4"),
-        ("--load-in-8bit true", "--load-in-8bit: lorafold's is --storage int8"),
-        ("--bf16", "--bf16: lorafold's is --storage bf16"),
-        ("--use-dora", "--use-dora: lorafold's is --method dora"),
-        ("--lora-target-modules q_proj,v_proj", "lorafold's is --targets q_proj --targets v_proj"),
-        ("--gradient-accumulation-steps 4", "lorafold's is --accumulate 4"),
-        ("--num-generations 8", "--num-generations: lorafold's is --objective-options group=8"),
+        ("--lora-r 16", "--lora-r: use --rank 16"),
+        ("--lora-r", "--lora-r: use --rank"),
+        ("--r 8", "--r: use --rank 8"),
+        ("--lora-alpha 32", "--lora-alpha: use --alpha 32"),
+        ("--lora_dropout=0.1", "--lora_dropout: use --dropout 0.1"),
+        ("--learning-rate 2e-4", "--learning-rate: use --lr 0.0002 --lr-b 0.0002"),
+        ("--num-train-epochs 3", "--num-train-epochs: use --epochs 3"),
+        ("--max-seq-length 2048", "--max-seq-length: use --max-length 2048"),
+        ("--output-dir a", "--output-dir: use --out a"),
+        ("--output-dir", "--output-dir: use --out"),
+        ("--model-name-or-path a/b", "--model-name-or-path: use --model a/b"),
+        ("--dataset-name a/b", "--dataset-name: use --data a/b"),
+        ("--load-in-4bit", "--load-in-4bit: use --storage nf4"),
+        ("--load-in-8bit true", "--load-in-8bit: use --storage int8"),
+        ("--bf16", "--bf16: use --storage bf16"),
+        ("--use-dora", "--use-dora: use --method dora"),
+        ("--lora-target-modules q_proj,v_proj", "use --targets q_proj --targets v_proj"),
+        ("--gradient-accumulation-steps 4", "use --accumulate 4"),
+        ("--num-generations 8", "--num-generations: use --objective-options group=8"),
         ("--logging-steps 5", "--logging-steps: lorafold logs the loss by itself"),
         ("--max-steps -1", "--max-steps: did you mean --steps?"),
     ],
@@ -189,12 +189,13 @@ def test_a_name_of_another_tool_is_told_by_its_name_here(typed: str, told: str) 
 def test_names_of_another_tool_are_read_together() -> None:
     many = "--per-device-train-batch-size 4 --gradient-accumulation-steps 2 --rnak 8"
     line = refused("train", *many.split())
-    assert "lorafold's is --batch 8 (" in line
-    assert "lorafold's is --accumulate 2; unknown option --rnak: did you mean --rank?" in line
+    assert "use --batch 8 (" in line
+    assert "use --accumulate 2; unknown option --rnak: did you mean --rank?" in line
 
 
 def test_an_option_that_another_command_has_is_told_with_it() -> None:
-    assert "--lora-r: it is --rank 8 of lorafold train" in refused("eval", "--lora-r", "8")
+    told = "--lora-r: only lorafold train supports it, as --rank 8"
+    assert told in refused("eval", "--lora-r", "8")
 
 
 def test_a_value_that_reads_like_an_unknown_option_is_no_option() -> None:

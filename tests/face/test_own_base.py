@@ -117,7 +117,7 @@ def test_help_says_what_the_default_is(verb: str) -> None:
 def test_an_adapter_is_loaded_with_its_base(place: Path) -> None:
     adapter = lf.load(path=place / "adapter")
     assert adapter.model.name_or_path == str(place / "base")
-    with pytest.raises(LorafoldError, match="path: found none, expected it"):
+    with pytest.raises(LorafoldError, match="path: missing; this argument"):
         lf.load()
 
 
@@ -251,7 +251,7 @@ def test_a_server_takes_that_of_its_directory(place: Path) -> None:
     assert base_for(None, own_bases(folder)).source.path == place / "base"
     assert OwnBase.read(folder / "a") == open_all([folder / "a"])[0].own_base
     shutil.rmtree(folder / "a")
-    with pytest.raises(LorafoldError, match="found no adapter in it whose base could be served"):
+    with pytest.raises(LorafoldError, match="none of its adapters has a base model"):
         own_bases(folder)
 
 
@@ -285,7 +285,7 @@ def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_mode
     told = io.StringIO()
     own = own_bases(folder, None, Console(file=told, width=60))
     assert base_for(None, own).source.path == place / "base"
-    said = f"using the base of the last start ({folder / STATE})"
+    said = f"using the base model of the last start ({folder / STATE})"
     assert told.getvalue() == f"no --model: {said}\n"
     shutil.copytree(place, place.parent / "moved")  # found beside it again
     shutil.rmtree(place)

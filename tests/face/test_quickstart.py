@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
     [
         (True, True, False, torch.bfloat16, "bf16: this CPU has AMX"),
         (False, True, False, torch.bfloat16, "bf16: this CPU has avx512_bf16"),
-        (False, True, True, torch.float32, "fp32: this CPU has avx512_bf16, and is faster in fp32"),
+        (False, True, True, torch.float32, "fp32: this CPU has avx512_bf16, but fp32 is faster"),
         (False, False, True, torch.float32, "fp32: this CPU has neither AMX nor avx512_bf16"),
         (False, False, False, torch.float32, "fp32: this CPU has neither AMX nor avx512_bf16"),
     ],
@@ -65,7 +65,7 @@ def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.Monke
     text = console.file.getvalue()  # type: ignore[attr-defined]
     first, second, third, *_ = text.splitlines()
     assert first.startswith(f"processor: {processor_name()}, ")
-    assert first.endswith(", multiplying in bf16")
+    assert first.endswith(", matmuls in bf16")
     assert second == "base: bf16: this CPU has AMX"
     assert third.startswith("C++ operations: ")
 
@@ -75,7 +75,7 @@ def test_a_processor_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     told = [*computing(CPU, Storage(torch.float32, None, "fp32: as requested"))]
     assert ", 1 thread on " in told[0]
-    assert told[0].endswith("multiplying in fp32")
+    assert told[0].endswith("matmuls in fp32")
     assert told[1:] == [
         "base: fp32: as requested", f"C++ operations: found no C++ compiler; {module.UNCOMPILED}"
     ]  # fmt: skip
@@ -84,11 +84,11 @@ def test_a_processor_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("after", "kl", "told", "others"),
     [
-        (0.99, 1e-6, ("99.0% after: the share of", "to the letter; good",
-                      "no difference but rounding: good", "0.01% lost in llama.cpp"), ()),
+        (0.99, 1e-6, ("99.0% after: the share of", "exactly the right JSON; good",
+                      "good: only rounding error", "0.01% lost in llama.cpp"), ()),
         (0.7, 1e-6, ("middling",), ()),
-        (0.1, 1e-2, ("poor", "more than rounding"), ()),
-        (0.1, None, ("costs 1.0% of a model",), ("KL", "llama.cpp")),
+        (0.1, 1e-2, ("poor", "more than rounding error"), ()),
+        (0.1, None, ("only 1.0% of the model's size",), ("KL", "llama.cpp")),
     ],
 )  # fmt: skip
 def test_each_figure_is_said_and_judged(after: float, kl: float | None, told, others) -> None:

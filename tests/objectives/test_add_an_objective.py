@@ -231,7 +231,7 @@ def test_what_it_does_not_take_is_refused(hardest, tiny_model_dir, tmp_path: Pat
         train(request(model, out, "hardest", TEXTS), quiet)
     with pytest.raises(LorafoldError, match="streaming: requires the objective sft"):
         lf.Recipe(objective="hardest", streaming=True, steps=1)
-    with pytest.raises(LorafoldError, match="objective: found hardest, expected one whose figures"):
+    with pytest.raises(LorafoldError, match="objective: found hardest, expected one that this"):
         lf.compare(out, model=model, data=ROWS, recipe=lf.Recipe(objective="hardest"))
 
 

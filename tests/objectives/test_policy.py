@@ -405,7 +405,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no function": ({}, {"rewards": 3}, "rewards: found 3, expected functions or names"),
     "a huge reward": ({"objective": "rloo"}, {"rewards": huge}, "advantage of .* at most 1e"),
     "a long prompt": ({"max_length": 12}, {}, r"row 3: found a prompt of \d+ tokens, expected"),
-    "a reward of sft": ({"objective": "sft", "options": {}}, {}, "the objective sft takes none"),
+    "a reward of sft": ({"objective": "sft", "options": {}}, {}, "not used by the objective sft"),
     "rows of text": ({}, {"data": [{"text": "a"}]}, "data: found rows of {text}"),
 }
 

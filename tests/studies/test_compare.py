@@ -76,7 +76,7 @@ def test_a_process_that_ends_before_it_is_done_is_told() -> None:
             return os._exit, (1,)
 
     ends = Ends(Base("smollm2"), ROWS, ROWS, "rows", RECIPE)
-    with pytest.raises(LorafoldError, match="lora: the process that measures it ended before"):
+    with pytest.raises(LorafoldError, match="lora: the process of this method ended unex"):
         in_own_process(ends, "lora", 0)
 
 
@@ -236,7 +236,7 @@ def test_names_say_what_varies(method: str, vary: dict[str, Any], names: list[st
 def test_epochs_vary_where_no_steps_are_set() -> None:
     recipe = PLAIN.model_copy(update={"steps": None})
     assert named(["lora"], {"epochs": ["auto", 2]}, recipe) == ["lora epochs=auto", "lora epochs=2"]
-    with pytest.raises(LorafoldError, match="found epochs beside steps"):
+    with pytest.raises(LorafoldError, match="found epochs and steps"):
         variants(recipe, ["lora"], {"epochs": [1, 2], "steps": [3, 4]})
 
 
@@ -257,20 +257,20 @@ def test_what_a_method_has_one_choice_of_does_not_vary() -> None:
     ("vary", "said"),
     [
         ({"seed": [1, 2]}, "vary: found seed, expected a field that changes training and not the"
-         " evaluation: .*; give a number of seeds"),
-        ({"method": ["lora"]}, "; name methods"),
+         " evaluation: .*; use seeds"),
+        ({"method": ["lora"]}, "; use methods"),
         ({"max_length": [64, 128]}, "vary: found max_length, expected a field that changes"),
         ({"objective_options.group": [2]}, "vary: found objective_options.group, expected"),
         ({"ranks": [2]}, "vary: found ranks, expected a field"),
         ({"rank": []}, r"vary: rank: found \[\], expected a list of values"),
         ({"targets": "q_proj"}, "vary: targets: found 'q_proj', expected a list of values"),
         ({"rank": 8}, "vary: rank: found 8, expected a list of values"),
-        ({"epochs": [1, 2]}, "vary: found epochs beside steps, .*expected one of the two"),
+        ({"epochs": [1, 2]}, "vary: found epochs and steps, .*use only one of them"),
         ({"rank": [4, 0]}, "vary: rank: found 0, expected greater"),
         ({"batch.size": [4]}, "vary: batch.size=4: found a dotted key"),
         ({"rank": [{1}]}, "vary: Object of type set .*, expected numbers, texts or lists"),
-        ({"options.nosuch": [1]}, "vary: found options.nosuch, expected settings that one of ia3"),
-        ({"rank": [4, 8]}, "vary: found rank, expected settings that one of ia3 has"),
+        ({"options.nosuch": [1]}, "vary: found options.nosuch, expected settings of the methods"),
+        ({"rank": [4, 8]}, "vary: found rank, expected settings of the methods ia3"),
     ],
 )  # fmt: skip
 def test_what_can_not_vary_is_refused(vary: dict[str, Any], said: str) -> None:
@@ -353,7 +353,7 @@ def test_the_best_setting_is_chosen_on_rows_that_it_is_not_reported_on(tmp_path:
     lucky = [
         replace(one, validation=0.5) if one.settings == {"lr": 2e-3} else one for one in found
     ]
-    said = "; chosen on 25 validation rows: {}; figures are of 25 test rows"
+    said = "; settings chosen on 25 validation rows: {}; the figures are for the 25 test rows"
     assert verdict(found).startswith("lowest held-out loss: lora lr=0.001, -2 (95%: ")
     assert verdict(found).endswith(said.format("lora lr=0.001"))
     assert verdict(lucky).startswith("no best method: lora lr=0.002 ")
@@ -371,8 +371,8 @@ def test_too_few_rows_to_split_are_told() -> None:
     found = sweep(19)
     assert with_validation(found) == found
     assert verdict(found).endswith(
-        "; chosen on the 19 rows that are reported too, so optimistic, as they are too few to split"
-        " (20 needed): lora lr=0.001"
+        "; settings chosen on the same 19 rows that are reported, so the figures are optimistic"
+        " (20 rows are needed for separate validation rows): lora lr=0.001"
     )
     methods = [replace(one, method=one.name, settings={}) for one in sweep(50)]
     assert with_validation(methods) == methods  # nothing is swept
@@ -426,7 +426,7 @@ def test_a_regular_expression_stands_in_names_as_it_is(tiny_model_dir, tmp_path)
     name = "lora targets=.*([qv]_proj|o_proj) rank_pattern.[qv]_proj=2"
     assert found.rows[1].name == name
     assert f"2/3 {name}: loss" in said.getvalue()
-    assert "rank_pattern.[qv]_proj not varied: ia3 has no such choice" in said.getvalue()
+    assert "rank_pattern.[qv]_proj not varied: ia3 has no such setting" in said.getvalue()
 
 
 def test_a_bar_ends_no_cell_of_a_table() -> None:

@@ -216,16 +216,17 @@ WORSE = policy("ia3", *(x - gain for x, gain in zip(HARD, (0.05, 0.06, 0.07), st
 def test_the_best_is_named_where_the_prompts_tell_it_from_all_others() -> None:
     told = verdict(thrice(BEFORE, WORSE, BETTER))
     assert told == (
-        "highest held-out reward: lora, +0.06 (95%: +0.03516 to +0.08484) over the base, paired by"
-        " prompts, over 3 seeds"
+        "highest held-out reward: lora, +0.06 (95%: +0.03516 to +0.08484) compared with the base,"
+        " paired by prompts, over 3 seeds"
     )
     both = thrice(BEFORE, BETTER)
     assert markdown(both).endswith(f"\n\n{verdict(both)}\n")
     tie = verdict(thrice(BEFORE, SAME, BETTER))
-    assert tie.startswith("no best method: lora has the highest held-out reward, and in pairs")
-    assert tie.endswith("these prompts and seeds don't tell it from ia3; nor ia3 from the base")
+    assert tie.startswith("no best method: lora has the highest held-out reward, but is ")
+    ends = "than ia3, paired by prompts, over 3 seeds; not significantly better than the base: ia3"
+    assert tie.endswith(ends)
     alone = verdict(thrice(BEFORE, SAME))
-    assert alone.endswith("by prompts, over 3 seeds, which does not tell it from the base")
+    assert alone.endswith("by prompts, over 3 seeds; not significantly better than the base")
 
 
 def losses(method: str, *rows: float) -> Measurement:
@@ -242,13 +243,13 @@ def test_losses_are_compared_in_pairs_too() -> None:
     same = losses("ia3", 0.4, 1.6, 2.4, 3.5)
     assert over_base([base, lora])["lora"].mean == pytest.approx(-0.54)
     assert verdict(thrice(base, lora)).startswith("lowest held-out loss: lora, -0.54 (95%: ")
-    assert verdict(thrice(base, lora)).endswith("against the base, paired by rows, over 3 seeds")
+    assert verdict(thrice(base, lora)).endswith("with the base, paired by rows, over 3 seeds")
     tie = verdict(thrice(base, lora, same))
     assert tie.startswith("no best method: ")
-    assert "don't tell it from" in tie
+    assert "is not significantly better than" in tie
     assert "the base" not in tie  # both are below it
     worse = losses("dora", 1.5, 2.5, 3.5, 4.4)
-    assert verdict(thrice(base, worse)).endswith("which does not tell it from the base")
+    assert verdict(thrice(base, worse)).endswith("; not significantly better than the base")
     assert figures([base, lora])[0] == [
         "method", "trainable", "seconds", "loss", "loss 95%", "over base", "exact"
     ]  # fmt: skip
@@ -259,12 +260,13 @@ def test_losses_are_compared_in_pairs_too() -> None:
 def test_fewer_than_three_seeds_give_no_verdict(seeds: int, tmp_path: Path) -> None:
     rows = [one for one in thrice(BEFORE, WORSE, BETTER) if one.seed < seeds]
     said = f"{seeds} seed{'s' * (seeds > 1)}: no verdict (3 needed)"
-    assert verdict(rows) == f"{said}; run it again with --seeds 3, which keeps these figures"
+    more = "run the same command with --seeds 3, which reuses these results"
+    assert verdict(rows) == f"{said}; {more}"
     page(rows, "Methods", tmp_path / "page.html")
     shown = (deciding(rows), markdown(rows), (tmp_path / "page.html").read_text())
     assert all(said in text and "best method" not in text for text in shown)
     assert not any("highest held-out reward: " in text for text in shown)
-    assert "Intervals are over prompts alone, not seeds." in " ".join(shown[0].split())
+    assert "Intervals cover prompts only, not seeds." in " ".join(shown[0].split())
     assert Comparison(tuple(rows), "model", "rows").as_json()["verdict"].startswith(said)
 
 
@@ -332,7 +334,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no reward": ({}, "objective grpo: found no reward"),
     "a function": ({"rewards": len}, "rewards: found <built-in .*, expected names such as"),
     "an objective that takes none": (
-        {"rewards": "regex:a", "recipe": lf.Recipe()}, "the objective sft takes none; expected",
+        {"rewards": "regex:a", "recipe": lf.Recipe()}, "not used by the objective sft; choose",
     ),
     "a method that asks for losses": (
         {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: found fish, which chooses",
@@ -376,5 +378,5 @@ def test_methods_that_can_not_are_left_out_and_named(tiny_model_dir, tmp_path, m
     left_out = [line for line in told.getvalue().splitlines() if "chooses the trained" in line]
     assert [line.split()[0] for line in left_out] == ["lt-sft", "fish"]
     scored = lf.Recipe(objective="grpo", objective_options={"rewards": ["0.5*adapter:a"]})
-    assert "over which a reward model scores" in str(run.unfit(scored, "full"))
+    assert "which the reward adapter uses too" in str(run.unfit(scored, "full"))
     assert run.unfit(scored, "lora") is run.unfit(lf.Recipe(), "fish") is None

@@ -109,7 +109,7 @@ def test_the_figures_of_each_expert_are_those_of_its_matrix(kind, method, moe_di
         assert figures.base.relative_norm == pytest.approx(size, rel=1e-3)
     energy = sum(dw.square().sum() for dw in changes.values())
     assert found.whole.norm == pytest.approx(float(energy.sqrt()), rel=1e-3)
-    assert "16 matrices of experts 16 changed" in " ".join(found.advice)
+    assert "16 matrices of experts, 16 changed" in " ".join(found.advice)
 
 
 def test_two_adapters_compared_at_each_expert(moe_dir, tmp_path):
@@ -164,7 +164,7 @@ def test_the_expert_that_changed_most_has_tokens_and_the_page_says_so(moe_dir, t
     nearest = [one for one in both if abs(one.cosine) > 0.99]
     assert [near.name for near in nearest] == [make_tokenizer().decode([77])]
     assert found.sites[f"{path}[1]"].numerical_rank == 0
-    assert "Of 4 matrices of experts 3 changed" in str(found)
+    assert "Of 4 matrices of experts, 3 changed" in str(found)
     text = "".join(sections(found))
     assert "3 of 4" in text
     assert "0, expert 2" in text

@@ -293,7 +293,7 @@ def test_an_adapter_that_is_no_sum_has_no_subspace(model_dir, tmp_path: Path, ta
     asked = replace(task, stacks=stacks_of(open_all([tmp_path / "dora"])), defences=("projected",))
     bench = bench_of(asked)
     assert bench.alignment is None
-    with pytest.raises(lf.LorafoldError, match="expected an update that has a subspace"):
+    with pytest.raises(lf.LorafoldError, match="not all changes are updates added to weights"):
         bench.check()
 
 
@@ -511,22 +511,22 @@ def test_the_command_and_its_gate(swept, files: list[str], tmp_path: Path, polic
     swapped = ["--refusal-prefix", "Sure", "--compliance-prefix", "I can't"]
     nothing = lorafold(*gate, "--fail-under", "0.5", *swapped)
     assert nothing.returncode == 2
-    assert "there is nothing to keep" in nothing.stderr.replace("\n", " ")
+    assert "expected the alignment to raise them" in nothing.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ([], "--out and --data: found none; needed to tune"),
-        (["--fail-under", "0.5"], "--fail-under: needs --tuned"),
-        (["--instead", "--out", "o", "--data", "d.jsonl"], "--instead: needs --tuned"),
+        ([], "--out and --data: missing; required for tun"),
+        (["--fail-under", "0.5"], "--fail-under: requires --tuned"),
+        (["--instead", "--out", "o", "--data", "d.jsonl"], "--instead: requires --tuned"),
         (["--tuned", "t", "--out", "o"], "--out: not used with --tuned"),
         (["--out", "o", "--data", "d.jsonl", "--examples", "13"], "found 12 rows, expected at"),
         (["--out", "o", "--data", "d.jsonl", "--examples", "0"], "--examples: found 0, expected"),
         (["--out", "o", "--data", "d.jsonl", "--defence", "hope"], "--defence: found hope"),
         (["--out", "o", "--data", "d.jsonl", "--defence", "mixed"], "--defence mixed: needs --mix"),
         (["--out", "o", "--data", "d.jsonl", "--refusal-prefix", " "], "found ' ', expected text"),
-        (["--out", "o", "--data", "d.jsonl", "--refusal-prefix", "Su"], "'Sure' begins with it"),
+        (["--out", "o", "--data", "d.jsonl", "--refusal-prefix", "Su"], "a prefix of 'Sure'"),
         (["--out", "o", "--data", "no.jsonl"], "no.jsonl"),
         (["--out", "o", "--data", "d.jsonl", "--mix", "bad.jsonl"], "bad.jsonl: row 1: keys found"),
         (["--out", "o", "--data", "d.jsonl", "--adapter", "nowhere"], "nowhere"),
@@ -548,9 +548,9 @@ def test_prompts_that_are_asked_are_not_trained_on(model_dir, policy, tmp_path: 
     turns = [asked, {"role": "assistant", "content": "No."}]
     one, other = REFUSE[2] | {"completion": "No."}, CONTROLS[0] | {"completion": "Sure."}
     for name, rows, told in (
-        ("mix", [one], "--mix: row 1 has the prompt of row 3 of --refuse"),
-        ("mix", [{"messages": [*turns, *turns]}], "--mix: row 1 has the prompt of row 2 of --"),
-        ("data", [*BENIGN, other], "row 13 has the prompt of row 1 of --controls"),
+        ("mix", [one], "--mix: row 1 has the same prompt as row 3 of --refuse"),
+        ("mix", [{"messages": [*turns, *turns]}], "--mix: row 1 has the same prompt as row 2"),
+        ("data", [*BENIGN, other], "row 13 has the same prompt as row 1 of --controls"),
     ):
         with pytest.raises(lf.LorafoldError, match=re.escape(told)):
             sweep(tmp_path / "o", model_dir, policy, **{name: rows})
@@ -568,7 +568,7 @@ def test_a_base_without_adapters_is_compared_with_zero(model_dir, tmp_path: Path
     assert stack.without is None
     assert one.overlap is None
     assert found.stacks.keys() == {"base"}
-    with pytest.raises(lf.LorafoldError, match="--defence projected: needs --adapter"):
+    with pytest.raises(lf.LorafoldError, match="--defence projected: needs an adapter"):
         sweep(tmp_path / "p", model_dir, (), ["projected"], mix=None)
 
 

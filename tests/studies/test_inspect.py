@@ -284,7 +284,7 @@ def test_a_fused_projection_is_said_to_be_left_out(tiny_model_dir, tmp_path) -> 
     lf.attach(model, lf.LoRA(rank=2), "all-linear").save(out)
     left = lf.inspect(out, model_dir).heads_left_out
     assert left is not None
-    assert left.startswith("The heads of projections that are one matrix")
+    assert left.startswith("Fused projections of queries, keys and values")
 
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -310,12 +310,12 @@ def test_the_tables_of_tokens_are_left_out(
     asked = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     found: dict[str, Any] = json.loads(asked.stdout.splitlines()[-1])
     line = (
-        f"The tables of tokens are left out: model {base}: found no tokenizer, expected a file"
+        f"The nearest tokens are left out: model {base}: found no tokenizer, expected a file"
         " with its vocabulary."
     )
     assert found["tokens_left_out"] == line
     assert line in asked.stderr.splitlines()
-    assert f"<h2>What it reads and writes</h2><p>{line}</p>" in (tmp_path / "page.html").read_text()
+    assert f"<h2>Tokens read and written</h2><p>{line}</p>" in (tmp_path / "page.html").read_text()
     assert not any(verb in site for site in found["sites"].values() for verb in ("reads", "writes"))
     # all else is there, the user's own vectors too, as with the tokenizer
     assert any("reads_vectors" in site for site in found["sites"].values())

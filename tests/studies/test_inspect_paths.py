@@ -120,5 +120,5 @@ def test_new_tokens_stay_as_they_are_along_a_line(tiny_model_dir, tmp_path):
     at = dict(found.scaling)
     assert at[1.0] == pytest.approx(expected, rel=1e-5)
     assert at[0.0] != pytest.approx(expected, rel=1e-5)
-    with pytest.raises(LorafoldError, match="found new tokens in both"):
+    with pytest.raises(LorafoldError, match="both have new tokens"):
         lf.inspect(tmp_path / "nt", against=tmp_path / "nt", storage="fp32", **data)

@@ -175,7 +175,7 @@ def test_extract_is_optimal_and_names_what_it_leaves_out(tiny_model_dir, tmp_pat
 
 def test_extract_refuses_other_models(tiny_model_dir, tmp_path):
     base, other = Base(tiny_model_dir("llama")), Base(tiny_model_dir("gpt2"))
-    with pytest.raises(LorafoldError, match=r"expected a fine-tuned .*, found other modules"):
+    with pytest.raises(LorafoldError, match=r"not a fine-tuned version of .*, because the modules"):
         extract(base, other, tmp_path / "out", rank=2)
     with pytest.raises(LorafoldError, match="nothing to extract"):
         extract(base, base, tmp_path / "out", rank=2)

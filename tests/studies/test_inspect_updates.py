@@ -121,11 +121,11 @@ def test_advice_states_what_resizing_loses():
     lost = float(squares[int(found.advised_rank) :].sum() / squares.sum())
     assert found.advised_loss == pytest.approx(lost)
     assert advice(16, found) == (
-        f"rank {found.rank_95} holds 95% of the energy, and the adapter has rank 16: resizing it to"
-        f" rank {found.advised_rank} loses {found.advised_loss:.1%} of the energy"
+        f"rank {found.rank_95} is enough for 95% of the energy, and the adapter has rank 16:"
+        f" resizing it to rank {found.advised_rank} loses {found.advised_loss:.1%} of the energy"
     )
     assert "use a higher rank" in advice(16, pooled([torch.ones(16)]))
-    kept = "rank 5 holds 95% of the energy, and the adapter has rank 8: keep this rank"
+    kept = "rank 5 is enough for 95% of the energy, and the adapter has rank 8: keep this rank"
     assert advice(8, pooled([torch.tensor([1.0] * 5 + [0.1] * 3)])) == kept
 
 def test_pooled_loss_weighs_sites_by_their_energy():

@@ -58,7 +58,7 @@ def test_it_goes_on_from_what_is_there(request_: RunRequest) -> None:
     (request_.out / "16.json").write_text(json.dumps({"loss": before.base_loss}))
     again = search(request_, 4, 16, 2.0, lambda p: None)
     assert (again.points[0].reached, again.full_loss) == (0.0, before.full_loss)
-    with pytest.raises(LorafoldError, match="another search, which differs in data; choose"):
+    with pytest.raises(LorafoldError, match="another search with other values of data; choose"):
         search(replace(request_, rows=ROWS[:2]), 4, 16, 2.0, lambda p: None)
 
 

@@ -76,7 +76,7 @@ def test_rows_and_a_run_on_them_can_be_read_everywhere(tiny_model_dir, browser, 
     assert lorafold(*run, "--preview", "--html", str(file)).returncode == 0
     see(browser, file)
     line = refused(*run, "--preview", "--plot", str(file))
-    assert "--plot draws a run, and --preview starts none" in line
+    assert "--plot: can't be combined with --preview" in line
     assert not (tmp_path / "a").exists()
 
     done = lorafold(*run, "--steps", "2", "--storage", "fp32", "--json", "--plot", str(file))

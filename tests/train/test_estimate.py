@@ -49,7 +49,7 @@ def test_a_gguf_file_by_its_header() -> None:
     ("arguments", "message"),
     [
         ("--params 6b", "params 6b: expected one of 7b, "),
-        ("--params 7b --measure", "--measure: found --params 7b, which has no weights"),
+        ("--params 7b --measure", "--measure: needs a model with weights; replace --params 7b by"),
         ("--params 7b --model m", "--params: found --params 7b and --model m, expected"),
         ("--device-memory lots", "expected a size"),
         ("--mode nosuch", "unknown method 'nosuch'"),
@@ -57,8 +57,8 @@ def test_a_gguf_file_by_its_header() -> None:
         ("--model LLAMA --revision main", "is only for models from the Hub"),
         ("--model LLAMA --device foo", "device: found 'foo'"),
         ("--gpus 2 --strategy zero", "--strategy: found zero, expected one of fsdp, ddp"),
-        ("--gpus 2 --mode inference", "--gpus: found --mode inference too, expected none: the"),
-        ("--gpus 2 --measure", "--gpus: found --measure too, expected none: the estimate is for a"),
+        ("--gpus 2 --mode inference", "--gpus: can't be combined with --mode inference: the"),
+        ("--gpus 2 --measure", "--gpus: can't be combined with --measure: the estimate is for a"),
     ],
 )
 def test_what_is_refused(arguments: str, message: str, tiny_model_dir: Any) -> None:

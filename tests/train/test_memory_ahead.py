@@ -164,10 +164,10 @@ def test_an_estimate_is_what_a_run_says(objective, tiny_model_dir, monkeypatch, 
 def test_what_an_estimate_on_rows_does_not_take(tiny_model_dir: Any) -> None:
     model = tiny_model_dir("llama")
     for given, message in (
-        ({"recipe": lf.Recipe(objective="dpo")}, "found objective without data; expected --data"),
-        ({"rewards": "regex:a"}, "found rewards without data; expected --data"),
-        ({"data": PAIRS, "measure": True}, "--data: found --measure too, expected none"),
-        ({"data": PAIRS, "mode": "inference"}, "--data: found --mode inference too"),
+        ({"recipe": lf.Recipe(objective="dpo")}, "found objective without --data; pass --data"),
+        ({"rewards": "regex:a"}, "found rewards without --data; pass --data"),
+        ({"data": PAIRS, "measure": True}, "--data: can't be combined with --measure: the"),
+        ({"data": PAIRS, "mode": "inference"}, "--data: can't be combined with --mode inf"),
         ({"data": PAIRS, "recipe": lf.Recipe(lr=1.0)}, "found lr, which the estimate does not use"),
         ({"data": PAIRS, "recipe": lf.Recipe(objective="classify")}, "data: found rows of"),
     ):

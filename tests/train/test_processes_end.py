@@ -252,7 +252,7 @@ def test_a_launcher_that_starts_one_of_several(command: tuple[str, ...], tmp_pat
 
 def test_a_command_for_one_process(tmp_path: Path) -> None:
     done = together(2, tmp_path, "merge", "adapter", "--out", str(tmp_path / "out"))
-    assert "lorafold merge: torchrun started 2 processes, expected one" in the_line(done, 2)
+    assert "lorafold merge: torchrun started 2 processes, expected one;" in the_line(done, 2)
 
 
 @pytest.mark.slow

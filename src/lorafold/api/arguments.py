@@ -48,7 +48,7 @@ def as_rows(
         numbered = renamed(numbered, columns) if columns else numbered
         rows = check_rows(numbered, source, wanted)
     if not weighted and any(part.weight != 1 for part in rows.parts):
-        raise LorafoldError(f"{source}: found a weight, which only training rows may have")
+        raise LorafoldError(f"{source}: only training rows may have a weight; remove it")
     messages = [*(_dropped(columns) if columns else ()), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if declared is not None:
@@ -69,7 +69,7 @@ def with_rewards(
     if given and not OBJECTIVES[recipe.objective].draws:
         sampling = " or ".join(name for name, one in OBJECTIVES.items() if one.draws)
         raise LorafoldError(
-            f"rewards: the objective {recipe.objective} takes none; expected {sampling}"
+            f"rewards: not used by the objective {recipe.objective}; choose one of {sampling}"
         )
     if names := [one for one in given if isinstance(one, str)]:
         options = recipe.objective_options
@@ -115,7 +115,7 @@ def as_stream(
     from lorafold.data.stream import RowStream
 
     if (sources := sources_in(data)) is None:
-        raise LorafoldError("streaming: found rows given in Python, expected the name of a source")
+        raise LorafoldError("streaming: found a list of rows, expected files or a Hub dataset")
     declared = OBJECTIVES[objective]
     stream = RowStream(tuple(map(source_from, sources)), columns or {}, declared.takes)
     remarks = stream.remarks()
@@ -135,7 +135,7 @@ def _dropped(columns: ColumnNames | None) -> list[str]:
 
 def _ignored(keys: Sequence[str]) -> str:
     inside = any(key.startswith("messages[]") for key in keys)
-    of = "; keys of messages go to the chat template" if inside else ""
+    of = "; keys of messages are passed to the chat template" if inside else ""
     return f"ignored keys: {', '.join(keys)}{of}"
 
 
@@ -144,7 +144,7 @@ def sources_in(data: Data) -> list[str] | None:
     if isinstance(data, (str, Path)):
         return [str(data)]
     if isinstance(data, Mapping):
-        raise LorafoldError("data: found a dict, expected a list of rows or the name of a source")
+        raise LorafoldError("data: found a dict, expected a list of rows, a path or a Hub dataset")
     names = [str(item) for item in data if isinstance(item, (str, Path))]
     return names if names and len(names) == len(data) else None
 
@@ -167,7 +167,7 @@ def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> R
 
 def missing(name: str) -> LorafoldError:
     """The error for a required argument that has a default because it follows `model`."""
-    return LorafoldError(f"{name}: found none, expected it")
+    return LorafoldError(f"{name}: missing; this argument is required")
 
 
 def as_paths(adapters: Paths) -> list[Path]:

@@ -92,9 +92,9 @@ def compare(
     recipe, functions = with_rewards(recipe, rewards)
     if functions:
         raise LorafoldError(
-            f"rewards: found {functions[0]!r:.80}, expected names such as rewards.py:score: each"
-            " method is measured in a process of its own, and figures are kept under the digest of"
-            " a reward's file"
+            f"rewards: found {functions[0]!r:.80}, expected names such as rewards.py:score, because"
+            " each method runs in its own process and results are cached under the digest of the"
+            " reward's file"
         )
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
     recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # held-out rows are already split off
@@ -109,13 +109,13 @@ def compare(
     _ = task.identity  # reports errors in rewards first
     check_judges(recipe.objective_options.get("rewards", ()))
     for name, why in left_out.items():
-        print_lines(console, f"{name} left out: it {why}")
+        print_lines(console, f"{name} is left out because it {why}")
     for name in names:
         if notice := without(recipe.model_copy(update={"method": name})):
             print_lines(console, notice)
         varied = {field for one in settings if one.method == name for field in one.settings}
         if same := [field for field in vary or {} if field not in varied]:
-            print_lines(console, f"{', '.join(same)} not varied: {name} has no such choice")
+            print_lines(console, f"{', '.join(same)} not varied: {name} has no such setting")
 
     def tell(one: "Measurement", done: int, total: int) -> None:
         print_lines(console, f"{done}/{total} {one}")
@@ -123,7 +123,7 @@ def compare(
     say = partial(print_lines, console)
     measured = run.compare(task, settings, range(seeds), folder, tell, say)
     for same in alike(measured):
-        say(f"the same loss on every row: {', '.join(same)}; their difference did nothing")
+        say(f"{', '.join(same)}: the same loss on every row; their settings make no difference")
     comparison = Comparison(tuple(with_validation(measured)), str(model), source)
     write_text(folder / "table.md", str(comparison))
     if place is not None:

@@ -81,7 +81,7 @@ def compose(
         learning: How weights and gates are learned.
         data: Rows of a task to evaluate on; repeat it for each task.
 
-    Raises LorafoldError, with nothing written, for arguments, adapters or rows that don't work.
+    Raises LorafoldError, with nothing written, for invalid arguments, adapters or rows.
 
     Examples:
         lorafold compose demo/adapter adapter --storage fp32 --out sum

@@ -85,9 +85,9 @@ def estimate(
         lorafold estimate --params 70b --gpus 8 --device-memory 80GB
 
     Notes:
-        Modes. inference; full (all weights in fp32, AdamW); lora (base model in bf16); qlora (base
-        model in 4 bits); or any method of `lorafold train` (base model in 4 bits). --storage
-        chooses another quantization of the base model.
+        Modes. inference (bf16); full (all weights in fp32, AdamW); lora (base model in bf16); qlora
+        (base model in 4 bits); or any method of `lorafold train` (base model in 4 bits). --storage
+        chooses another quantization or dtype of the base model, for example bf16 for full.
 
         For a GPU, the estimate is the peak memory that torch's allocator has allocated to tensors
         during a step, with 16-bit matrices multiplied without conversion. It does not include the
@@ -127,11 +127,11 @@ def estimate(
     memory = bytes_of(device_memory) if isinstance(device_memory, str) else device_memory
     if params is not None and str(model) != EMBEDDED:
         raise LorafoldError(
-            f"--params: found --params {params} and --model {model}, expected one of the two"
+            f"--params: found --params {params} and --model {model}, expected only one of them"
         )
     if measure and params is not None:
         raise LorafoldError(
-            f"--measure: found --params {params}, which has no weights; expected --model"
+            f"--measure: needs a model with weights; replace --params {params} by --model"
         )
     if gpus > 1 and strategy not in STRATEGIES:
         raise LorafoldError(
@@ -148,17 +148,17 @@ def estimate(
     if data is not None:
         excluded[f"--params {params}"] = params is not None
         excluded[f"--labelled {labelled}"] = labelled is not None
-        why = "rows need a tokenizer, have lengths and labels of their own, and are trained on"
+        why = "the estimate is for training on these rows, with the model's tokenizer"
         check_none("--data", excluded, why)
     elif needy:
         raise LorafoldError(
-            f"estimate: found {', '.join(needy)} without data; expected --data, since the memory of"
-            " a run with them depends on its rows"
+            f"estimate: found {', '.join(needy)} without --data; pass --data, because the memory of"
+            " such a run depends on its rows"
         )
     kind = (device or "cuda").partition(":")[0]
     if compute_capability is not None:
         no_gpu = {f"--device {device}": kind != "cuda", "--measure": measure}
-        check_none("--compute-capability", no_gpu, "it describes a CUDA GPU that is not used")
+        check_none("--compute-capability", no_gpu, "it describes the CUDA GPU to estimate for")
     asked_for = DeviceKind(kind, capability(compute_capability))
     choose_device(device, absent=True)  # without `measure` the device need not exist
     trusted = opening.get("trust_remote_code", False)
@@ -188,7 +188,7 @@ def estimate(
     )
     total, advice, measured = estimate.estimate(config, setting), None, None
     if memory is not None:
-        with console.status("searching for what fits, in about twenty settings"):
+        with console.status("searching for settings that fit (about 20 estimates)"):
             search = advise if data is None else advise_on_rows
             advice = search(config, setting, memory)
     if on is not None:
@@ -198,7 +198,7 @@ def estimate(
             )
     forecast = Forecast(total, setting, advice, measured, of_this_cpu, tflops * 1e12)
     if chart is not None:
-        rows = f"{setting.batch} x {setting.length} tokens" if data is None else "on its rows"
+        rows = f"{setting.batch} x {setting.length} tokens" if data is None else "on your rows"
         page(
             total, f"{mode} of {params or model}, {rows}", chart, forecast.remarks(), memory
         )
@@ -238,7 +238,7 @@ def setting_on_rows(
 def check_none(option: str, excluded: Mapping[str, bool], why: str) -> None:
     """Raise LorafoldError if options are given that an option excludes."""
     if found := [name for name, is_given in excluded.items() if is_given]:
-        raise LorafoldError(f"{option}: found {', '.join(found)} too, expected none: {why}")
+        raise LorafoldError(f"{option}: can't be combined with {', '.join(found)}: {why}")
 
 
 def capability(given: str | None) -> tuple[int, int]:

@@ -94,10 +94,10 @@ def evaluate(
     rewards = as_rewards(rewards)
     if sampling and not rewards:
         raise LorafoldError(
-            f"{', '.join(sampling)}: expected none without rewards, which judge sampled completions"
+            f"{', '.join(sampling)}: used only for completions that rewards judge; pass --reward"
         )
     if rewards and not completions:
-        raise LorafoldError("completions: found False, expected True, as rewards judge them")
+        raise LorafoldError("completions: found False, expected True: rewards judge completions")
     rows = as_rows(data, columns, console, objective=SAMPLING if rewards else None)
     wrong = [one for one in rows.formats if one is None or PROMPTS not in one.provides]
     if rewards and wrong:

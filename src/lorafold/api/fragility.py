@@ -233,11 +233,11 @@ def problems_of(
         needed = {"out": out, "data": data}
         if missing := [f"--{name}" for name, value in needed.items() if value is None]:
             yield (
-                f"{' and '.join(missing)}: found none; needed to tune, or give --tuned with a"
-                " finished adapter"
+                f"{' and '.join(missing)}: missing; required for tuning runs. To measure a finished"
+                " adapter instead, pass --tuned"
             )
         if instead:
-            yield "--instead: needs --tuned, the adapter that replaces the stack"
+            yield "--instead: requires --tuned, the adapter that replaces the stack"
     else:
         given = {"out": out is not None, "against-adapter": against}
         if unused := [f"--{name}" for name, there in given.items() if there]:

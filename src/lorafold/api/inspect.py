@@ -74,22 +74,22 @@ def inspect(
     place, console, below = as_page(html), or_quiet(console), as_paths(over)
     if below and against is not None and data is not None:
         raise LorafoldError(
-            "over, against, data: expected at most two of them; the loss between two adapters is"
-            " measured over the bare base only"
+            "over, against, data: expected at most two of them, because the loss between two"
+            " adapters is measured without base adapters"
         )
     examples = None if data is None else as_rows(data, None, console)[:rows]
     stack = open_all([*below, as_path(adapter, "adapter")])
     other = None if against is None else SavedAdapter.open(against)
     base = base_for(model, stack if other is None else (*stack, other), console, **opening)
     length = 0 if examples is None else length_for(base, max_length, stack, console)
-    with console.status("sites") as status:
+    with console.status("measuring the modules") as status:
         found = inspect_adapter(
             base,
             stack,
             against=other,
             directions=None if directions is None else as_path(directions, "directions"),
             full=full,
-            progress=lambda done, total: status.update(f"site {done} of {total}"),
+            progress=lambda done, total: status.update(f"module {done} of {total}"),
         )
     print_lines(console, found.tokens_left_out)
     if examples is not None:

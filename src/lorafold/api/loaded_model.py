@@ -62,9 +62,9 @@ def model_with(
         unused.insert(0, "adapters")
     if unused:
         raise LorafoldError(
-            f"{', '.join(unused)}: expected none, because the model is loaded already; pass the"
-            " model's name, or give storage, device and revision to lf.load_model, adapters and"
-            " allow_other_base to lf.load"
+            f"{', '.join(unused)}: not supported for a model that is already loaded; pass the"
+            " model's name instead, or pass storage, device and revision to lf.load_model, and"
+            " adapters and allow_other_base to lf.load"
         )
     return LoadedModel(model, how.get("trust_remote_code", False)), ()
 
@@ -93,9 +93,9 @@ def load_with_adapters(
     if wanted != ("a classifier" if classes else kind):
         found = f"no {wanted.removeprefix('a ')}" if kind == LANGUAGE_MODEL else kind
         trains = "classify" if classify else "reward" if reward else ""
-        hint = f"; lorafold train --objective {trains} makes one" * bool(trains)
+        hint = f"; train one with lorafold train --objective {trains}" * bool(trains)
         if kind == REWARD_MODEL:
-            hint = "; lorafold score has the scores of rows"
+            hint = "; use lorafold score to score rows"
         raise LorafoldError(
             f"{', '.join(map(str, adapters)) or model.name}: found {found}, expected {wanted} for"
             f" this data or command{hint}"

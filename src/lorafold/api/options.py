@@ -279,7 +279,7 @@ Over = Annotated[
     Paths,
     Option(
         "The base adapter that this adapter was trained on top of. For an adapter stack, repeat the"
-        " option, bottom adapter first."
+        " option, with the bottom adapter first."
     ),
 ]
 _OUT = Option(
@@ -392,7 +392,7 @@ class Hub(TypedDict, total=False):
     revision: Annotated[
         str | None,
         Option(
-            "The branch, tag or commit of a Hub model. Only a commit always means the same files.",
+            "The branch, tag or commit of a Hub model. Only a commit fixes the files.",
             panel=BASE,
             rare=True,
         ),

@@ -64,9 +64,9 @@ def serve(
         lorafold serve --adapters demo --host 0.0.0.0 --keys keys.json
     """
     if adapters is None:
-        raise LorafoldError("--adapters: expected it, as in --adapters DIR")
+        raise LorafoldError("--adapters: missing; pass --adapters DIR")
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise LorafoldError(f"found no {', '.join(missing)}, expected it; install lorafold[serve]")
+        raise LorafoldError(f"not installed: {', '.join(missing)}; install lorafold[serve]")
     from functools import partial
 
     from lorafold.api.arguments import as_path, or_quiet
@@ -117,14 +117,14 @@ def own_bases(
     directory, found = Directory(adapters), []
     file = state or directory.beside / STATE
     if (last := read_if_exists(file, ServerState).base) is not None:
-        print_lines(console, f"no --model: using the base of the last start ({file})")
+        print_lines(console, f"no --model: using the base model of the last start ({file})")
         return [replace(last, adapter=directory.beside / last.adapter.name)]
     for name in sorted(directory.names()):
         with suppress(LorafoldError):
             found.append(OwnBase.read(directory.locate(name)))
     if directory.names() and not found:
         raise LorafoldError(
-            f"--adapters {adapters}: found no adapter in it whose base could be served; expected"
+            f"--adapters {adapters}: none of its adapters has a base model that can be served; pass"
             " --model PATH (model)"
         )
     groups = list[list[OwnBase]]()

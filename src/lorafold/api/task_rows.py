@@ -34,11 +34,11 @@ def train_and_test(
     fitting = [n for n, one in OBJECTIVES.items() if one.compared and (rewarded or not one.draws)]
     if recipe.objective not in fitting:
         raise LorafoldError(
-            f"objective: found {recipe.objective}, expected one whose figures are compared:"
+            f"objective: found {recipe.objective}, expected one that this command supports:"
             f" {' or '.join(fitting)}"
         )
     if recipe.streaming:
-        raise LorafoldError("streaming: is for lorafold train; here all rows must fit in memory")
+        raise LorafoldError("streaming: only for lorafold train; this command keeps rows in memory")
     if data is None:
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
         return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"

@@ -41,7 +41,7 @@ class RunInputs(opt.Stacking, total=False):
         opt.Paths,
         opt.Option(
             "Train on top of this saved adapter, which stays frozen. For an adapter stack, repeat"
-            " the option, bottom adapter first.",
+            " the option, with the bottom adapter first.",
             rare=True,
             default=(),
         ),

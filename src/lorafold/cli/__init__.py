@@ -35,13 +35,13 @@ GROUPS = {
         "export": "Write adapters for another engine, and verify them there.",
     },
     "Measure": {
-        "eval": "Loss, perplexity, exact match or rewards, with intervals.",
+        "eval": "Measure loss, exact match or rewards, with intervals.",
         "score": "Score rows with a reward model.",
         "inspect": "Analyse an adapter: rank, relation to the base, tokens.",
-        "history": "The run that wrote an adapter: curves and completions.",
+        "history": "Show an adapter's run: curves and completions.",
         "compare": "Train and compare methods on your model and data.",
         "intrinsic": "Search for the intrinsic dimension of a task.",
-        "fragility": "How few benign examples undo an adapter's behaviour.",
+        "fragility": "Measure how easily fine-tuning undoes an adapter.",
     },
     "Shape": {
         "compose": "Combine several adapters into one.",
@@ -193,8 +193,8 @@ def main() -> None:
         command = "".join(sys.argv[1:2])
         if here.world > 1 and command in COMMANDS.keys() - SEVERAL:
             raise LorafoldError(
-                f"lorafold {command}: {here.by} started {here.world} processes, expected one: start"
-                " it alone; lorafold train runs on several"
+                f"lorafold {command}: {here.by} started {here.world} processes, expected one; start"
+                f" the command without {here.by} (lorafold train supports several processes)"
             )
         with imports_set_aside():
             code = app(prog_name="lorafold", standalone_mode=False)

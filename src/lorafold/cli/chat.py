@@ -85,16 +85,16 @@ class Session:
             if stop:
                 self.notify("(stopped)")
             elif len(pieces) >= turn.room:
-                self.notify(f"(cut after {turn.room} tokens)")
+                self.notify(f"(stopped at the limit of {turn.room} tokens)")
         return "".join(pieces), bool(stop)
 
     def obey(self, name: str, argument: str = "") -> None:
         if name not in self.commands and name not in ALONE:
             raise LorafoldError(
-                f"no command {name}; /help lists them, and // begins a message with a slash"
+                f"unknown command {name}; /help lists the commands, and // begins a message with /"
             )
         if argument and name in ALONE:
-            raise LorafoldError(f"{name}: found {argument!r} after it, expected nothing")
+            raise LorafoldError(f"{name}: found {argument!r}, expected no argument")
         self.commands[name](argument)
 
     def adapter(self, name: str) -> None:
@@ -103,7 +103,7 @@ class Session:
             return self.answering()
         for known in self.chat.adapters:
             self.notify(f"{'*' if known in self.chat.active else ' '} {known}")
-        self.notify(f"{' ' if self.chat.active else '*'} none (the bare base)")
+        self.notify(f"{' ' if self.chat.active else '*'} none (only the base model)")
 
     def answering(self) -> None:
         from lorafold.conversation import label
@@ -112,24 +112,24 @@ class Session:
 
     def both(self, _: str) -> None:
         if not self.chat.active:
-            raise LorafoldError("/both: no adapter is active, so there is only the base to answer")
+            raise LorafoldError("/both: no adapter is active; choose one with /adapter NAME")
         self.chat.both = not self.chat.both
-        self.notify(f"the base beside the adapter: {'on' if self.chat.both else 'off'}")
+        self.notify(f"the base model answers too: {'on' if self.chat.both else 'off'}")
 
     def system(self, text: str) -> None:
         if text:
             self.chat.system = None if text == "none" else text
-        self.notify(f"system message: {self.chat.system or 'none of yours'}")
+        self.notify(f"system message: {self.chat.system or 'not set'}")
 
     def reset(self, _: str) -> None:
         self.chat.reset()
-        self.notify("the conversation is forgotten")
+        self.notify("the conversation was reset")
 
     def save(self, path: str) -> None:
         if not path:
-            raise LorafoldError("/save: expected a file after it, as in /save talks.jsonl")
+            raise LorafoldError("/save: expected a file name, as in /save talks.jsonl")
         rows = self.chat.save(path)
-        self.notify(f"{path}: {rows} {'conversations' if rows > 1 else 'conversation'}")
+        self.notify(f"saved to {path} (rows in the file: {rows})")
 
     def help(self, _: str) -> None:
         lines = [line.rstrip(".").split(": ", 1) for line in Docs.of(chat).notes.splitlines()]
@@ -155,7 +155,7 @@ def typed(console: "Console") -> Iterator[str]:
     """Yield lines from a terminal until Ctrl-D. The prompt goes to stderr if stdout is a file."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it from here on)
-    console.print(f"{PROMPT}/help lists the commands; Ctrl-D ends", highlight=False)
+    console.print(f"{PROMPT}/help lists the commands; Ctrl-D exits", highlight=False)
     prompt = PROMPT if sys.stdout.isatty() else ""
     while True:
         if not prompt:
@@ -170,7 +170,7 @@ def typed(console: "Console") -> Iterator[str]:
             console.print()
             raise
         except UnicodeError:
-            console.print("error: that line is not UTF-8; it was not sent")
+            console.print("error: the line is not valid UTF-8 and was not sent")
             continue
         yield line
 
@@ -181,4 +181,4 @@ def piped() -> Iterator[str]:
         try:
             yield line.decode()
         except UnicodeDecodeError as error:
-            raise LorafoldError(f"stdin: line {number} is not UTF-8") from error
+            raise LorafoldError(f"stdin: line {number} is not valid UTF-8") from error

@@ -19,7 +19,7 @@ def table(on: str, workers: int, out: Path | None) -> str:
     if on != "ray":
         raise LorafoldError(f"--on: found {on}, expected ray")
     if out is None:
-        raise LorafoldError("--on: found no --out, expected the directory that workers share")
+        raise LorafoldError("--on: found no --out, expected a directory that the workers share")
     check_folder(out)
     return on_ray(without_cluster_options(sys.argv[1:]), out, workers)
 
@@ -39,13 +39,13 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
     try:
         import ray
     except ImportError:
-        raise LorafoldError("--on ray: found no ray, expected it; install lorafold[ray]") from None
+        raise LorafoldError("--on ray: ray is not installed; install lorafold[ray]") from None
     try:
         ray.init(address="auto", logging_level="warning")
     except ConnectionError:
         raise LorafoldError(
-            "--on ray: found no cluster, expected one that runs, here or at RAY_ADDRESS; `ray start"
-            " --head` starts one"
+            "--on ray: found no running Ray cluster on this machine or at RAY_ADDRESS; start one"
+            " with `ray start --head`"
         ) from None
     out.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(16)
@@ -60,14 +60,14 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
             ended.append(ray.get(task))
         except ray.exceptions.RayError as error:
             ended.append((1, ""))
-            print(f"--on ray: a worker ended: {type(error).__name__}", file=sys.stderr)
+            print(f"--on ray: a worker failed: {type(error).__name__}", file=sys.stderr)
     ray.shutdown()
     tables = [text for code, text in ended if code == 0]
     if failed := len(ended) - len(tables):
         message = f"--on ray: {failed} of {workers} workers failed; their messages are above"
         if not tables:
             raise LorafoldError(message)
-        print(f"{message}, and the others finished the work", file=sys.stderr)
+        print(f"{message}; the other workers completed the work", file=sys.stderr)
     return tables[0].rstrip("\n")
 
 

@@ -63,7 +63,7 @@ def train(
 
     if not preview:
         if html is not None:
-            raise LorafoldError("--html writes the page of --preview; expected both")
+            raise LorafoldError("--html: requires --preview, whose rows it writes")
         result = run()
         from lorafold.cli.other_commands import after_training
 
@@ -71,7 +71,7 @@ def train(
         lines = [str(result), *after_training(result, asked["recipe"], asked.get("over", ()))]
         return emit(json, result.as_json(), "\n".join(lines))
     if "plot" in run.keywords:
-        raise LorafoldError("--plot draws a run, and --preview starts none; expected one of them")
+        raise LorafoldError("--plot: can't be combined with --preview, which trains nothing")
     of_runs = {"out", "resume", "overwrite"}
     shared = {name: value for name, value in run.keywords.items() if name not in of_runs}
     findings = verbs.preview(**shared, html=html)
@@ -119,7 +119,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     emit(json, result, "")
     for call in result.get("tool_calls") or ():
         function = call["function"]
-        print_lines(console, f"calls {function['name']} {function['arguments']}")
+        print_lines(console, f"function call: {function['name']} {function['arguments']}")
     print_lines(console, f"{count} tokens, {speed:.1f} tokens/s")
 
 
@@ -206,7 +206,7 @@ def fragility(
     if on is not None:
         return on_cluster(run, on, workers)
     if fail_under is not None and "tuned" not in run.keywords:
-        raise LorafoldError("--fail-under: needs --tuned, the finished adapter that it judges")
+        raise LorafoldError("--fail-under: requires --tuned, the finished adapter to check")
     from lorafold.robustness.report import deciding, markdown
 
     found = run()

@@ -136,8 +136,8 @@ def _saved(wanted: str, typed: Typed) -> Any:
     positional, named = typed["positional"], typed["adapter"]
     if positional and named:
         raise LorafoldError(
-            f"--adapter {named[0]}: found {positional[0]} by its position too, expected all"
-            " adapters in one of the two ways"
+            f"--adapter {named[0]}: found {positional[0]} without --adapter; pass all adapters"
+            " either by position or with --adapter"
         )
     adapters = positional or named or []
     if not adapters and wanted != "any":

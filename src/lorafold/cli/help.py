@@ -105,6 +105,6 @@ HelpAll = Annotated[
         is_eager=True,
         expose_value=False,
         callback=_show_all,
-        help="Show the rarer options too, and exit.",
+        help="Show all options, including rare ones, and exit.",
     ),
 ]

@@ -87,12 +87,12 @@ def after_training(
 
     if recipe.steps is None and not recipe.stops and result.steps < FEW:
         yield (
-            f"{result.steps} steps are few to learn from; if the answers are poor, run the same"
-            " command with --epochs auto"
+            f"{result.steps} steps may be too few; if the answers are poor, run the same command"
+            " with --epochs auto"
         )
     if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
         adapters = " ".join(quote(str(path)) for path in (*over, result.adapter))
-        yield f"talk to it: {this_command()} chat {adapters}"
+        yield f"chat with the adapter: {this_command()} chat {adapters}"
 
 
 @verb
@@ -105,9 +105,9 @@ def recipe(
 ) -> tuple[Any, Path | None]:
     """Convert another tool's training configuration to a recipe for lorafold train --config.
 
-    A report lists the fields that were taken, the fields that were changed and why, and the fields
-    that a recipe does not have, with the option of lorafold train to use instead. Fields that the
-    file does not set take that tool's defaults, which are written if they differ from lorafold's.
+    A report lists the fields that were copied, the fields that were changed and why, and the fields
+    that a recipe does not have, with the option of lorafold train to use instead. For fields that
+    the file does not set, the tool's defaults are written if they differ from lorafold's.
     The report goes to stderr, or with --json to stdout.
 
     Args:
@@ -238,4 +238,4 @@ def new_key(
     more |= {"base": False} if no_base else {}
     more |= {"expires": until(expires)} if expires is not None else {}
     made = make(keys, tenant, adapters or ["*"], **more)
-    return made, f"{tenant}: written to {keys}; the key itself is not stored"
+    return made, f"{tenant}: added to {keys}, which stores only the hash; save the key"

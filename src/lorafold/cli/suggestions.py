@@ -1,7 +1,7 @@
 """Hints for unknown options and commands: lorafold's name for another tool's option, from the
 tables of `config_import`, or the nearest name.
 
-    unknown option --lora-r: lorafold's is --rank 16
+    unknown option --lora-r: use --rank 16
     unknown command trian: did you mean train?
 """
 
@@ -31,7 +31,7 @@ HINTS = {
     "--adapters": {
         **dict.fromkeys(
             ("max_model_len", "context_length", "ctx_size"),
-            "lorafold's is length, in the file of --config",
+            "use length (max_model_len) in the file of --config",
         )
     },
     "--into": dict.fromkeys(("dtype", "torch_dtype"), "merged weights keep the dtype of the files"),
@@ -47,16 +47,16 @@ def no_command(
     from lorafold.objectives import OBJECTIVES
 
     if name in OBJECTIVES and "train" in commands:  # TRL has a command for each
-        hint = f"lorafold's is {path} train --objective {name}"
+        hint = f"use {path} train --objective {name}"
     elif COMMANDS.get(name) in commands:
-        hint = f"lorafold's is {path} {COMMANDS[name]}"
+        hint = f"use {path} {COMMANDS[name]}"
     elif name == "help":
         below = [word for word in after[:1] if word in commands]
-        hint = f"lorafold's is {' '.join([path, *below])} --help"
+        hint = f"use {' '.join([path, *below])} --help"
     elif where and Path(name).exists():
         hint = f"expected {where} {quote(name)}"
     else:
-        hint = _near(name, commands) or f"{path} --help lists all"
+        hint = _near(name, commands) or f"{path} --help lists all commands"
     return LorafoldError(f"unknown command {name}: {hint}")
 
 
@@ -76,9 +76,9 @@ def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any]
     names = {_plain(option): option for option in options}
     plain, flags = _plain(name), [option for option in options if option.startswith("-")]
     if names.get(plain) in flags:
-        return f"lorafold's is {names[plain]}"
+        return f"use {names[plain]}"
     if plain in names:
-        return f"it is given without a name, as in {path} {given[plain] or plain.upper()}"
+        return f"pass the value without a name, as in {path} {given[plain] or plain.upper()}"
     tables = [table for option, table in HINTS.items() if option in options]
     hint = (
         next((table[plain] for table in tables if plain in table), "")
@@ -94,7 +94,7 @@ def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any]
     if not hint and 0 < len(ending) < 4:
         hint = f"did you mean {' or '.join(ending)}?"
     more = options.get("--help-all")
-    return hint or f"{path} {'--help' if more is None or more.hidden else '--help-all'} lists all"
+    return hint or f"{path} --help{'' if more is None or more.hidden else '-all'} lists all options"
 
 
 def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
@@ -102,7 +102,7 @@ def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
     if known is None or plain not in OF_SERVERS or f"--{known.names[0]}" not in options:
         return ""
     remark = f", {known.remark}" if known.remark else ""
-    return f"lorafold's is --{known.names[0]} {known.like}".rstrip() + remark
+    return f"use --{known.names[0]} {known.like}".rstrip() + remark
 
 
 def _of_training_tools(
@@ -129,10 +129,10 @@ def _of_training_tools(
             words = flags
         if not {*flags} <= options.keys():
             longer = [option for option in options if key.startswith(f"{_plain(option)}_")]
-            elsewhere = f"it is {join(words)} of lorafold train"
+            elsewhere = f"only lorafold train supports it, as {join(words)}"
             return f"did you mean {longer[0]}?" if longer else elsewhere
         remark = f" ({found.remark})" if fields and found.remark else ""
-        return f"lorafold's is {join(words)}{remark}"
+        return f"use {join(words)}{remark}"
     return problems[0] if trains else ""
 
 

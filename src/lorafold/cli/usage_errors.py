@@ -2,7 +2,7 @@
 option.
 
     --rank: found '8.5', expected a whole number
-    --rank: found 8 and 16, expected it once; see lorafold train --help
+    --rank: found 8 and 16, expected only one of them; see lorafold train --help
     found rows.jsonl without an option, expected --data rows.jsonl --out PATH; see ...
 """
 
@@ -64,7 +64,7 @@ def repeated(line: Line) -> LorafoldError | None:
         values = {w.name if flag else " ".join(map(str, w.values)): w.name for w in same}
         if len(values) > 1 and not getattr(same[0].option, "multiple", False):
             name = next(iter(values.values()))
-            problems.append(f"{name}: found {' and '.join(values)}, expected it once")
+            problems.append(f"{name}: found {' and '.join(values)}, expected only one of them")
     return LorafoldError("; ".join([*problems, line.see])) if problems else None
 
 
@@ -74,7 +74,7 @@ def unquoted(line: Line) -> LorafoldError | None:
         loose = [w.values[0] for w in takewhile(lambda w: not w.name, line.words[number:])]
         if option and option.name in TEXTS and loose and not Path(loose[0]).exists():
             text = quote(shortened(" ".join([*values, *loose]), 100))
-            return LorafoldError(f"{name}: found several words, expected quotes: {name} {text}")
+            return LorafoldError(f"{name}: found several words without quotes; write {name} {text}")
     return None
 
 
@@ -123,9 +123,9 @@ def _stray(line: Line) -> LorafoldError:
         return LorafoldError(f"{name}: found {word}, expected {names} without a value")
     if getattr(option, "multiple", False):
         each = " ".join(f"{name} {quote(value)}" for value in (*values, word))
-        return LorafoldError(f"{name}: found {word} as well, expected its name before each: {each}")
+        return LorafoldError(f"{name}: found a second value without {name}; write {each}")
     near = get_close_matches(f"--{word.strip(DASHES)}", line.options, 1, 0.8)
-    hint = f"did you mean {near[0]}?" if near else f"expected options alone; {line.see}"
+    hint = f"did you mean {near[0]}?" if near else f"expected only options; {line.see}"
     return LorafoldError(f"found {shortened(' '.join(line.stray), 100)} without an option; {hint}")
 
 
@@ -142,7 +142,7 @@ def _bad_values(error: Any) -> Iterator[str]:
             expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         hint = _number_in(str(found)) if expected in (WHOLE, FRACTION) else ""
         if "," in str(found) and param.multiple:
-            hint = "; repeat the option for several"
+            hint = "; repeat the option to pass several values"
         yield f"{name}: found {shortened(repr(found), 80)}, expected {expected}{hint}"
 
 

@@ -81,7 +81,7 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
     vary = checked(vary)
     if "epochs" in vary and ("steps" in vary or recipe.steps is not None):
         raise LorafoldError(
-            "vary: found epochs beside steps, which are how long a run is; expected one of the two"
+            "vary: found epochs and steps, which both set the length of a run; use only one of them"
         )
     distinct = []
     for method in methods:
@@ -103,13 +103,13 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
                 distinct.append(variant)
     if unknown := [name for name in vary if not any(name in one.settings for one in distinct)]:
         raise LorafoldError(
-            f"vary: found {listed(unknown)}, expected settings that one of {', '.join(methods)} has"
+            f"vary: found {listed(unknown)}, expected settings of the methods {', '.join(methods)}"
         )
     names = [str(one) for one in distinct]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise LorafoldError(
-            f"found {listed(twice)} twice (methods, vary); expected different methods, and settings"
-            " whose names differ"
+            f"methods, vary: found {listed(twice)} more than once; remove duplicate methods and"
+            " values"
         )
     return distinct
 
@@ -119,7 +119,7 @@ def checked(vary: Vary) -> dict[str, list[Any]]:
     values_by_field = {}
     for name, values in vary.items():
         if (whole := name.partition(".")[0]) not in OF_TRAINING:
-            instead = {"method": "; name methods", "seed": "; give a number of seeds"}.get(whole)
+            instead = {"method": "; use methods", "seed": "; use seeds"}.get(whole)
             raise LorafoldError(
                 f"vary: found {name}, expected a field that changes training and not the"
                 f" evaluation: {', '.join(sorted(OF_TRAINING))}{instead or ''}"

@@ -78,7 +78,7 @@ COSTS = (
         "trains the fewest",
     ),
     Cost(
-        "forgetting_kl", "forgetting", "KL from the base on other text, nats per token",
+        "forgetting_kl", "forgetting", "KL to the base on other text, nats per token",
         "forgets {} nats per token", "forgets the least",
     ),
 )  # fmt: skip
@@ -103,7 +103,7 @@ def plots_of(measurements: Measurements) -> Iterator[str]:
     for phase, figure in (("Decode", "latency"), ("Prefill", "prefill")):
         both = {way: means(figures, f"{figure}_{way}") for way in ("attached", "merged")}
         if any(both["attached"]):
-            yield latencies(f"{phase} latency, as a ratio to the base's", names, both)
+            yield latencies(f"{phase} latency, relative to the base model", names, both)
 
 
 def ranking(quality: Quality, names: Sequence[str]) -> str:
@@ -156,7 +156,7 @@ def scatter(
         caption += (
             f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
         )
-    merged = "Triangles can't be merged. " if not all(mergeable) else ""
+    merged = "Methods with triangles can't be merged. " if not all(mergeable) else ""
     title = f"Quality against {cost.name}"
     return plots.drawing(draw, title, f"{caption}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
 
@@ -170,7 +170,7 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
 
     def draw(axes: Any) -> str:
         plots.level(axes, "base", x=1)
-        axes.set(xlabel="times the base's")
+        axes.set(xlabel="ratio to the base")
         left_out = plots.rows(axes, names, marks)
         plots.scaled(axes, x="linear")
         return left_out
@@ -181,7 +181,7 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
         between = f"{low:.2f} ({fast}) to {high:.2f} ({slow})" if len(known) > 1 else f"{low:.2f}"
         return f"{one.name} {between}"
 
-    caption = f"Here it is {'; '.join(map(told, marks))}. Less is faster."
+    caption = f"Ratios: {'; '.join(map(told, marks))}. Lower is faster."
     return plots.drawing(draw, title, caption, plots.height_of(names, len(marks)))
 
 
@@ -282,19 +282,19 @@ def deciding(measurements: Measurements) -> str:
     }
     several = max(map(len, methods.values()))
     means = f" Means over {several} seeds." if several > 1 else ""
-    over = "and seeds" if several >= SEEDS else "alone, not seeds"
+    over = "and seeds" if several >= SEEDS else "only, not seeds"
     about = f"{LOW if lower else HIGH} {over}.{means} {LEGEND}"
     conclusion = verdict(measurements)
     below = [*paragraph(about), *(["", *paragraph(f"{conclusion}.")] if conclusion else [])]
     return text_table(*table_of(columns)) + "\n" + "\n".join(below)
 
 
-LOW = "loss: in nats per token, with its 95% interval; lower is better. Intervals are over rows"
-HIGH = "reward: with its 95% interval; higher is better. Intervals are over prompts"
+LOW = "loss: in nats per token, with its 95% interval; lower is better. Intervals cover rows"
+HIGH = "reward: with its 95% interval; higher is better. Intervals cover prompts"
 LEGEND = (
-    "over base: difference from the base model, in pairs. KL to base: forgetting, on text outside"
-    " the task, in nats per token; lower is better. time: of training. trained: parameters. --wide"
-    " has all figures."
+    "over base: paired difference from the base model. KL to base: forgetting, on text outside"
+    " the task, in nats per token; lower is better. time: training. trained: parameters. --wide"
+    " prints all figures."
 )
 
 

@@ -53,9 +53,9 @@ def unfit(recipe: Recipe, method: str) -> str | None:
         return None
     spec, rewards = make_spec(method), recipe.objective_options.get("rewards", ())
     if spec.asks_losses:
-        return "chooses the trained entries by losses of rows, which a policy does not have"
+        return "chooses the trained entries by the losses of rows, which a policy does not have"
     if spec.trains_base and any(RewardName.parse(name).is_adapter for name in rewards):
-        return "trains the base's own weights, over which a reward model scores"
+        return "trains the base model's own weights, which the reward adapter uses too"
     return None
 
 
@@ -72,9 +72,9 @@ def compare(
     """
     if task.recipe.new_tokens:
         raise LorafoldError(
-            f"recipe: new_tokens: found {', '.join(task.recipe.new_tokens)}, expected none: the"
-            " base, to which methods are compared, does not have these tokens; use lorafold train"
-            " for each method"
+            f"recipe: new_tokens: found {', '.join(task.recipe.new_tokens)}, expected none, because"
+            " the base model lacks these tokens and can't be compared; use lorafold train for each"
+            " method"
         )
     methods = known_methods([*dict.fromkeys(one.method for one in asked)])
     for method in methods:
@@ -86,8 +86,8 @@ def compare(
         if not any(option in known_options(m, task.recipe.options.get("over")) for m in methods)
     ]:
         raise LorafoldError(
-            f"recipe: options {listed(strange)}: expected options that one of"
-            f" {', '.join(methods)} has"
+            f"recipe: options {listed(strange)}: expected options of the methods"
+            f" {', '.join(methods)}"
         )
     declared = OBJECTIVES[task.recipe.objective]
     before = seeds if declared.draws or declared.head else seeds[:1]
@@ -123,9 +123,9 @@ def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
             return pool.submit(measure, task, method, seed).result()
     except BrokenProcessPool:
         raise LorafoldError(
-            f"{method}: the process that measures it ended before it was done, perhaps for want of"
-            " memory; a script calls lf.compare under `if __name__ == '__main__':`, as such a"
-            " process runs the script again"
+            f"{method}: the process of this method ended unexpectedly, perhaps because it ran out"
+            " of memory; in a script, call lf.compare under `if __name__ == '__main__':`, because"
+            " each process imports the script"
         ) from None
 
 

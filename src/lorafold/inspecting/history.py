@@ -67,19 +67,19 @@ def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterat
     _, when, also_when = (f"of the last {len(end)} steps" for _, end in each)
     if last < COLLAPSED * first:
         yield (
-            f"Entropy went from {first:.3g} to {last:.3g} nats per token, {last / first:.0%} of"
-            " its start: the policy hardly explores any more."
+            f"Entropy fell from {first:.3g} to {last:.3g} nats per token, {last / first:.0%} of"
+            " its initial value: the policy hardly explores any more."
         )
     if cut_off > CUT_OFF:
         most = options.get("max_new_tokens")
         yield (
             f"{cut_off:.0%} of the completions {when} were cut off at max_new_tokens"
-            f"{'' if most is None else f'={most}'}: the reward judged beginnings."
+            f"{'' if most is None else f'={most}'}: the reward judged incomplete texts."
         )
     if silent > SILENT:
         yield (
-            f"{silent:.0%} of the groups {also_when} had one reward for all their completions:"
-            " prompts are too hard, too easy, or learned."
+            f"{silent:.0%} of the groups {also_when} had the same reward for all completions, so"
+            " nothing is learned from them: prompts are too hard, too easy or already solved."
         )
     first, last = moved(steps.get("reward", ())) or (0.0, 0.0)
     if first >= last:
@@ -107,9 +107,9 @@ def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iter
     trained = [row for row in known if row[0]]  # step 0 is before training
     best, most, _ = max(trained, key=lambda row: row[1], default=known[-1])
     if most > last:
-        where = "lies beside it, in a directory with .best at the end of its name"
+        where = "is in the directory next to this one whose name ends with .best"
         yield (
-            f"The held-out reward was highest after step {best}, {most:.4g}, and {last:.4g} after"
+            f"The held-out reward was highest after step {best} ({most:.4g}) and {last:.4g} after"
             f" step {end}: the adapter of step {best} {'is this one' if own == best else where}."
         )
 
@@ -120,7 +120,7 @@ MOST = 1e150  # so that means and squares are finite
 
 def bounded(value: float) -> float:
     if abs(value) > MOST:
-        raise ValueError(f"found {value:g}, expected at most {MOST:g} either way")
+        raise ValueError(f"found {value:g}, expected a value from -{MOST:g} to {MOST:g}")
     return value
 
 
@@ -162,18 +162,18 @@ class RunRecord(BaseModel):
         measures = len(self.held_out.get("step", ()))
         for name, figures in self.steps.items():
             if len(figures) != len(self.losses):
-                raise ValueError(f"steps.{name}: {len(figures)} for {len(self.losses)} losses")
+                raise ValueError(f"steps.{name}: {len(figures)} for {len(self.losses)} steps")
         for name, measured in self.held_out.items():
             kind: Any = int | float | None
             expected = "numbers"
             if name == "step":
-                kind, expected = int, "whole numbers"
+                kind, expected = int, "integers"
             elif name.endswith(INTERVAL):
                 kind, expected = tuple | None, "pairs"
             if not all(isinstance(value, kind) for value in measured):
                 raise ValueError(f"held_out.{name}: expected {expected}")
             if len(measured) != measures:
-                raise ValueError(f"held_out.{name}: {len(measured)} for {measures} measures")
+                raise ValueError(f"held_out.{name}: {len(measured)} for {measures} steps")
         return self
 
 
@@ -255,7 +255,7 @@ def read_history(path: str | Path) -> History:
     path = Path(path)
     check_intact(path, [RECORD])
     if not (path / RECORD).is_file():
-        raise LorafoldError(f"{path}: found no {RECORD}, expected what `lorafold train` wrote")
+        raise LorafoldError(f"{path}: found no {RECORD}, expected the output of lorafold train")
     try:
         record = RunRecord.model_validate(read_object(path / RECORD))
     except ValidationError as error:
@@ -264,7 +264,7 @@ def read_history(path: str | Path) -> History:
             place = f"{'.'.join(map(str, one['loc']))}: " * bool(one["loc"])
             wrong.append(place + one["msg"].removeprefix("Value error, "))
         raise LorafoldError(
-            f"{path / RECORD}: expected the record of `lorafold train`: {'; '.join(wrong)}"
+            f"{path / RECORD}: not a valid record of lorafold train: {'; '.join(wrong)}"
         ) from None
     options = record.recipe.get("objective_options") or {}
     observations = observed(record.steps, record.held_out, options, record.step)

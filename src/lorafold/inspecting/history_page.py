@@ -30,7 +30,7 @@ SCALES = {  # axis titles
 SOUGHT = (
     "No problems found (checked for a collapse of the entropy, completions that are cut"
     " off, grow or shrink, groups without signal, one reward that falls while the sum rises, a"
-    " held-out reward that falls). Read the completions nevertheless."
+    " held-out reward that falls). Read the completions anyway."
 )
 
 
@@ -128,7 +128,7 @@ def plotted(history: History) -> Iterator[str]:
         caption = "; ".join(labels[n] + change for n, change in changes.items())
         if alone and title == "reward":
             caption += (
-                f". Of the rewards {labels_of[alone]} alone changes, {changed(history, alone)}"
+                f". Of the rewards, only {labels_of[alone]} changes, {changed(history, alone)}"
             )
         yield curves(
             SCALES.get(title, title),

@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Vocabulary = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # by verb: (V, d), (d,)
-EXPERTS = "Of the experts of a block, the one with the largest update has tables of tokens."
+EXPERTS = "Among the experts of a block, tokens are shown for the one with the largest update."
 FUSED = (
-    "The heads of projections that are one matrix for queries, keys and values are left out: which"
-    " rows are whose is unknown."
+    "Fused projections of queries, keys and values are left out, because it is unknown which of"
+    " their rows belong to which head."
 )
 
 
@@ -77,7 +77,7 @@ def inspect(
     try:
         tokenizer = base.tokenizer(stack)
     except NoTokenizer as error:
-        tokenizer, tokens_left_out = None, f"The tables of tokens are left out: {error}."
+        tokenizer, tokens_left_out = None, f"The nearest tokens are left out: {error}."
     model, allowed = base.mapped().model, base.allow_other_base
     below = load_below(model, base, stack)
     adapter = load(model, saved, "inspected", allow_other_base=allowed)

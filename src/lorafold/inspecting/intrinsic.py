@@ -60,7 +60,7 @@ class Intrinsic(ShownInNotebooks):
 
     def __str__(self) -> str:
         most = f"more than {self.points[-1].dimension}"
-        dimension = most if self.dimension is None else f"{self.dimension}, to a factor of 2"
+        dimension = most if self.dimension is None else f"{self.dimension}, within a factor of 2"
         return (
             f"held-out loss: {self.base_loss:.4f} before, {self.full_loss:.4f} after full"
             f" training\nintrinsic dimension: {dimension}"
@@ -78,8 +78,8 @@ def search(
     out, recipe = request.out, request.recipe
     if recipe.new_tokens:
         raise LorafoldError(
-            f"recipe: new_tokens: found {', '.join(recipe.new_tokens)}, expected none: the base has"
-            " no rows for them, and so no loss to improve on"
+            f"recipe: new_tokens: found {', '.join(recipe.new_tokens)}, expected none: the base"
+            " model has no embeddings for them, and so no loss to compare with"
         )
     if "storage" not in recipe.model_fields_set:
         # full training can't train quantized weights
@@ -100,9 +100,9 @@ def search(
         base, full = losses.get("base"), losses.get("full")
         if base is not None and full is not None and full >= base:
             raise LorafoldError(
-                f"intrinsic: full training changed the held-out loss from {base:.4f} to"
-                f" {full:.4f}, expected a lower one; try another learning rate (lr), more steps or"
-                " more data"
+                "intrinsic: full training did not reduce the held-out loss"
+                f" ({base:.4f} before, {full:.4f} after); try another learning rate (lr), more"
+                " steps or more data"
             )
 
     def in_subspace(d: int) -> dict[Path, Callable[[], HeldOutLoss]]:
@@ -164,7 +164,7 @@ def check(out: Path, identity: dict[str, Any]) -> None:
         )
     if names := differing(recorded, json.loads(json.dumps(identity))):
         raise LorafoldError(
-            f"{out}: found another search, which differs in {', '.join(names)}; choose"
+            f"{out}: found another search with other values of {', '.join(names)}; choose"
             " another --out"
         )
 
@@ -182,8 +182,8 @@ def run(
         )
     except Interrupted as stop:
         raise Interrupted(
-            f"stopped; the finished runs are in {request.out}, and the same command continues the"
-            " search",
+            f"stopped; the finished runs are in {request.out}. To continue the search, run the"
+            " same command again",
             stop.code,
         ) from stop
     shutil.rmtree(out)

@@ -84,7 +84,7 @@ def mixed(
         rows = [row for _, new in by_adapter.values() for row in new]
         if len(rows) > 1:
             raise LorafoldError(
-                "the loss between two adapters: found new tokens in both, expected them in one"
+                "the loss between two adapters: both have new tokens, expected them in at most one"
             )
         changes = {i: delta for i, (delta, _) in by_adapter.items() if delta is not None}
         here = list(changes)

@@ -20,8 +20,8 @@ def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: in
         (kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra_by_path.items()
     )
     lowest, falling = min(lines, key=lambda line: line[1][-1])
-    least = f"{falling[-1]:.2g} of the strongest"
-    caption = f"Block {lowest} falls most: the last of its {len(falling)} has {least}."
+    least = f"{falling[-1]:.2g} times the largest"
+    caption = f"Block {lowest} decays most: the smallest of its {len(falling)} values is {least}."
 
     def colour(block: int) -> str:
         return plots.between(block / max(depth, 1))
@@ -140,7 +140,7 @@ def position(
         plots.at_ends(axes, [*ends, plots.End(evenly["read"], "even", plots.FAINT)])
 
     of = " and ".join(
-        f"{heights[0]:.0%} of what is {name} ({evenly[name]:.0%} if even)"
+        f"{heights[0]:.0%} of the energy {name} ({evenly[name]:.0%} if even)"
         for name, (heights, _) in sides.items()
     )
-    return plots.drawing(draw, title, f"The strongest tenth has {of}.")
+    return plots.drawing(draw, title, f"The strongest tenth contains {of}.")

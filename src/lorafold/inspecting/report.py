@@ -29,7 +29,7 @@ from lorafold.inspecting.updates import largest, of_experts, site_of
 
 LEAST = 0.1  # at the end of a scale of phi
 MAPS = {  # heading: figure of a matrix, format
-    "Effective rank: directions for 95%": ("effective_rank_95", ".0f"),
+    "Effective rank: directions for 95% of the energy": ("effective_rank_95", ".0f"),
     "Size: |dW| over |W0|": ("base.relative_norm", ".1%"),
     "Amplification: |dW| over |Uᵀ W0 V|": ("base.amplification", ".2f"),
     "Intruder dimensions in the top 10": ("intruders", ".0f"),
@@ -115,15 +115,15 @@ def paths(measured: LossPaths) -> Iterator[str]:
     )
     yield plots.line("base + t dW", caption, measured.scaling, "t", {0.0: "base", 1.0: "adapter"})
     if measured.between is not None:
-        caption = f"The barrier between them is {measured.barrier:.4f} nats per token."
-        ends = {0.0: "this", 1.0: "the other"}
+        caption = f"The barrier between the adapters is {measured.barrier:.4f} nats per token."
+        ends = {0.0: "this adapter", 1.0: "the other"}
         yield plots.line("from this adapter to the other", caption, measured.between, "t", ends)
 
 
 def against(kinds: Mapping[str, KindOverlap], name: str) -> Iterator[str]:
     for kind, grids in kinds.items():
         phi = getattr(grids, name)
-        caption = f"{phi[0][0]:.2f} for the strongest of both, {phi[-1][-1]:.2f} for all."
+        caption = f"{phi[0][0]:.2f} for both strongest directions, {phi[-1][-1]:.2f} for all."
         yield plots.heat(kind, caption, phi, "i, this adapter", "j, the other")
 
 
@@ -147,10 +147,10 @@ def apart(phi: Grid) -> tuple[Grid, str, str, int, float]:
 def alike(phi: Grid) -> str:
     pairs = {(i, j): phi[i][j] for i in range(len(phi)) for j in range(i)}
     if not pairs:
-        return "There is one block."
+        return "There is only one block."
     i, j = max(pairs, key=lambda pair: pairs[pair])
     mean = fmean(pairs.values())
-    return f"Blocks {j} and {i} have the most in common, {phi[i][j]:.2f}; the mean is {mean:.2f}."
+    return f"Blocks {j} and {i} have the largest overlap, {phi[i][j]:.2f}; the mean is {mean:.2f}."
 
 
 def heads(sites: Sites) -> Iterator[str]:
@@ -165,7 +165,7 @@ def heads(sites: Sites) -> Iterator[str]:
         even = 1 / len(known[paths[0]])
         caption = (
             f"Head {head} of block {kind_and_block(paths[block])[1] or 0} has the largest share,"
-            f" {most:.0%}; evenly it would be {even:.0%}."
+            f" {most:.0%}; an even share would be {even:.0%}."
         )
         yield plots.heat(kind, caption, shares, "block", "head", 0)
 

@@ -114,7 +114,7 @@ def resize(
         if site.changes_bias:
             raise LorafoldError(
                 f"{saved}: {type(site.delta).__name__} changes the bias of {site.path} together"
-                " with its weight, so it can't become LoRA"
+                " with its weight, so the adapter can't be converted to LoRA"
             )
         parts = []
         for name, svd in site.parts():
@@ -152,7 +152,7 @@ def extract(
         if shapes.get(name) != list(p.shape)
     ]:
         raise LorafoldError(
-            f"{tuned.name}: expected a fine-tuned {base.name}, found other modules:"
+            f"{tuned.name}: not a fine-tuned version of {base.name}, because the modules differ:"
             f" {as_one(problems)}"
         )
     factors, cuts = {}, Cuts()
@@ -165,7 +165,7 @@ def extract(
             factors[path] = stacked(parts, layers[0].matrices)
     if not factors:
         raise LorafoldError(
-            f"{tuned.name}: the linear layers of its blocks are the same as in {base.name}:"
+            f"{tuned.name}: all linear layers of the blocks are the same as in {base.name}:"
             " nothing to extract"
         )
     extracted = {parameter_path(module_at(models[0], p), p, "weight") for p in paths}

@@ -93,7 +93,7 @@ def advice(nominal: int | None, pooled_rank: PooledRank) -> str:
         has += f" {nominal}"
         if advised >= nominal:
             verdict = "use a higher rank if you can" if enough >= nominal else "keep this rank"
-    return f"rank {enough} holds 95% of the energy{has}: {verdict}"
+    return f"rank {enough} is enough for 95% of the energy{has}: {verdict}"
 
 
 def phi(a: Tensor, b: Tensor) -> Tensor:  # (n, i), (n, j), orthonormal columns -> (i, j)

@@ -25,8 +25,8 @@ def sentences(
     if not changed:
         return ["The update is zero everywhere: this adapter changes nothing."]
     parts = [
-        f"Over all sites together, {advice(whole.rank, whole.pooled)}. A single site needs"
-        f" {whole.effective_rank_95:.1f} directions for 95% on average.",
+        f"For all modules together, {advice(whole.rank, whole.pooled)}. On average, a single module"
+        f" needs {whole.effective_rank_95:.1f} directions for 95%.",
         of_base(whole, changed),
         of_strength(changed),
         of_tokens(changed, chance),
@@ -43,12 +43,12 @@ def of_base(whole: AdapterFigures, sites: Sequence[MatrixFigures]) -> str:
     bases = [site.base for site in sites]
     known = [b.projection / b.random_projection for b in bases if b.random_projection]
     if not known or whole.amplification is None:
-        return "The base's weights are zero at the sites of this adapter."
+        return "The base weights of this adapter's modules are zero."
     return (
-        f"The norm of the update is {whole.relative_norm:.2%} of that of the base. In the"
-        f" update's own directions the base is {median(known):.1f} times as strong as in random"
+        f"The norm of the update is {whole.relative_norm:.2%} of the norm of the base weights. In"
+        f" the update's directions, the base is {median(known):.1f} times as strong as in random"
         f" directions, and the update is {whole.amplification:.2f} times as strong as the base"
-        " (amplification; both are medians over sites)."
+        " (amplification); both figures are medians over modules."
     )
 
 
@@ -65,9 +65,9 @@ def of_strength(sites: Sequence[MatrixFigures]) -> str:
 
     read, written = map(median, known)
     return (
-        "Strength of the base in the update's directions: its energy is"
-        f" {read:.2f} times the average along the directions that are read ({kind(read)}), and"
-        f" {written:.2f} times along those that are written ({kind(written)}); medians over sites."
+        "Strength of the base in the update's directions: the base's energy is"
+        f" {read:.2f} times the average along the input directions ({kind(read)}), and"
+        f" {written:.2f} times along the output directions ({kind(written)}); medians over modules."
     )
 
 
@@ -79,10 +79,10 @@ def of_tokens(sites: Sequence[MatrixFigures], chance: Mapping[str, float]) -> st
             max(abs(one.cosine) for one in (*ends.positive, *ends.negative)) for ends in strongest
         ]
         if cosines:
-            random = f"(random ones: {chance[verb]:.2f})"
+            random = f"(random directions: {chance[verb]:.2f})"
             parts.append(f"{fmean(cosines):.2f} for directions {side} {random}")
     return (
-        "The token nearest to the strongest direction of a site has, on average, a cosine of"
+        "The token nearest to the strongest direction of a module has, on average, a cosine of"
         f" {' and '.join(parts)}."
     ) * bool(parts)
 
@@ -94,9 +94,9 @@ def of_evenness(sites: Sites) -> str:
         return ""
     uneven = median(max(of) / fmean(of) for of in by_site if any(of))
     return (
-        f"Of {len(norms)} matrices of experts {sum(norm > 0 for norm in norms)} changed; the"
-        f" largest update of a site is {uneven:.1f} times as large as the mean of its experts"
-        " (median over sites)."
+        f"Of {len(norms)} matrices of experts, {sum(norm > 0 for norm in norms)} changed; the"
+        f" largest update in a module is {uneven:.1f} times as large as the mean of its experts"
+        " (median over modules)."
     )
 
 
@@ -107,8 +107,8 @@ def of_heads(sites: Sites) -> str:
         return ""
     share, path, shares = max(known, key=lambda one: one[0] * len(one[2]))
     return (
-        f"Of all attention heads, head {shares.index(share)} of {path} stands out most: {share:.0%}"
-        f" of that module's update is there (an even share of {len(shares)} heads is"
+        f"Of all attention heads, head {shares.index(share)} of {path} stands out most: it has"
+        f" {share:.0%} of the module's update (an even share of {len(shares)} heads is"
         f" {1 / len(shares):.0%})."
     )
 
@@ -124,10 +124,10 @@ def of_position(sites: Sequence[MatrixFigures]) -> str:
         fmean(min(shape) / shape[side] for _, shape, _ in known) / 5 for side in (1, 0)
     )
     return (
-        f"{read:.0%} of the update's energy is read from the strongest fifth of the base's"
-        f" directions, and {written:.0%} is written to it (an even distribution would have"
-        f" {reads:.0%} and {writes:.0%}). The base is {top:.0%} as strong in the update's"
-        " directions as in its own strongest ones."
+        f"{read:.0%} of the update's energy is in the strongest fifth of the base's input"
+        f" directions, and {written:.0%} in the strongest fifth of its output directions (an even"
+        f" distribution: {reads:.0%} and {writes:.0%}). In the update's directions, the base is"
+        f" {top:.0%} as strong as in its own strongest directions."
     )
 
 
@@ -135,9 +135,9 @@ def of_intruders(counts: Sequence[int]) -> str:
     if not counts:
         return ""
     return (
-        f"{sum(map(bool, counts))} of {len(counts)} sites have intruder dimensions ({sum(counts)}"
-        f" in all): top {TOP} singular vectors of the changed weight whose cosine to every one of"
-        f" the base's is below {COSINE}."
+        f"{sum(map(bool, counts))} of {len(counts)} modules have intruder dimensions ({sum(counts)}"
+        f" in all): top {TOP} singular vectors of the changed weight whose cosine to every singular"
+        f" vector of the base is below {COSINE}."
     )
 
 
@@ -168,13 +168,13 @@ def of_paths(paths: LossPaths) -> list[str]:
     size = "smaller" if best < 1 else "larger"
     better = f": a {size} update would be better" * (abs(best - 1) >= 0.3)
     conclusions = [
-        f"Along base + t dW the loss goes from {losses[0.0]:.4f} at t = 0 to {losses[1.0]:.4f} at"
-        f" t = 1; the lowest is {lowest:.4f} at t = {best:g}{better}."
+        f"Along base + t dW, the loss is {losses[0.0]:.4f} at t = 0 and {losses[1.0]:.4f} at t = 1;"
+        f" the lowest loss is {lowest:.4f} at t = {best:g}{better}."
     ]
     if paths.barrier is not None:
         how = "connected without" if paths.barrier < 0.01 else "separated by"
         conclusions.append(
-            f"The two adapters are {how} a barrier: between them the loss rises at most"
-            f" {paths.barrier:.4f} nats above the straight line."
+            f"The two adapters are {how} a barrier: between them, the loss rises at most"
+            f" {paths.barrier:.4f} nats per token above the straight line."
         )
     return conclusions

@@ -138,7 +138,7 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
     for name in sorted(file.names):
         shape = file.shape(name)
         if not file.is_floating(name) or len(shape) not in (1, 2) or size not in shape:
-            problems.append(f"{name}: shape {list(shape)}, expected [{size}] or [n, {size}]")
+            problems.append(f"{name}: found shape {list(shape)}, expected [{size}] or [n, {size}]")
             continue
         tensor = file.get(name).float()
         vectors = tensor[None] if tensor.dim() == 1 else tensor if shape[1] == size else tensor.t()

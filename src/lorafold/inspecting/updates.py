@@ -139,8 +139,8 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
             _ = layer.shape
         except NotMergeable as e:
             raise LorafoldError(
-                f"{path}: {type(delta).__name__} does not change a matrix ({e}), so it has no"
-                " spectrum"
+                f"{path}: {type(delta).__name__} does not change a matrix ({e}), so there is no"
+                " spectrum to inspect"
             ) from None
         yield AdaptedModule(path, delta, layer)
 

@@ -42,7 +42,7 @@ PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
 UNSEEN = 200  # rows of the test split
 ABROAD = 8  # rows for llama.cpp, which takes seconds for each
-UNCOMPILED = "torch computes the same in more passes over memory, so that a step may take longer"
+UNCOMPILED = "torch's own operations give the same results, but a step may take longer"
 # fp32 on every machine, so that commands with this recipe have comparable figures
 RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
 
@@ -77,7 +77,7 @@ def fastest(device: torch.device) -> Storage:
     if not widens(best.dtype, device):
         return best
     return Storage(
-        torch.float32, None, f"fp32: {best.why.partition(': ')[2]}, and is faster in fp32"
+        torch.float32, None, f"fp32: {best.why.partition(': ')[2]}, but fp32 is faster"
     )
 
 
@@ -119,10 +119,10 @@ def quickstart(
         overwrite=overwrite,
     )
     trained = train(request, console)
-    console.rule("3  after: the same unseen rows")
+    console.rule("3  after: the same held-out rows")
     after = measure(test_rows, adapter, storage, where, console)
     side_by_side(before, after, console)
-    console.rule("4  inspect: what the adapter changed")
+    console.rule("4  inspect: the changes made by the adapter")
     adapters = open_all([adapter])
     found = inspect(Base(MODEL), adapters)
     page(found, out / "adapter.html")
@@ -131,7 +131,7 @@ def quickstart(
     console.rule("5  merge: a plain model without an adapter")
     merged = merge(Base(MODEL), adapters, merged_to, MergeOptions(overwrite=overwrite), console)
     console.print(merged.summary(), highlight=False)
-    console.rule("6  export: the adapter for llama.cpp, proved there")
+    console.rule("6  export: the adapter for llama.cpp, verified there")
     wanted = exporting.ExportOptions("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
     exported = exporting.export(Base(MODEL), adapters, exported_to, wanted, console)
     print_lines(console, exported.summary())
@@ -166,7 +166,7 @@ def computing(where: torch.device, storage: Storage) -> Iterator[str]:
     what = "fp32" if storage.dtype is torch.float32 else "bf16"
     yield (
         f"processor: {processor_name()}, {threads} {'thread' if threads == 1 else 'threads'} on"
-        f" {cores} usable {'core' if cores == 1 else 'cores'}, multiplying in {what}"
+        f" {cores} usable {'core' if cores == 1 else 'cores'}, matmuls in {what}"
     )
     yield f"base: {storage.why}"
     why = use(TRAINING)

@@ -123,11 +123,11 @@ def _all_factors(updates: Svds) -> dict[str, Factors]:
 
 
 DEFENCES = {
-    "none": Defence("the tuning as it was trained"),
-    "halved": Defence("half of the tuning's update, which a defence has to beat", halved),
-    "projected": Defence("the tuning's update off the alignment's subspaces", projected),
-    "mixed": Defence("as many refusals as benign examples among the examples", mixed=True),
-    "readded": Defence("the alignment's update laid over the tuning once more", readded),
+    "none": Defence("the tuning as trained, without a defence"),
+    "halved": Defence("half of the tuning's update, as a baseline for defences", halved),
+    "projected": Defence("the tuning's update outside the alignment's subspaces", projected),
+    "mixed": Defence("tuning on benign examples and as many refusals", mixed=True),
+    "readded": Defence("the alignment's update added again after the tuning", readded),
 }
 
 

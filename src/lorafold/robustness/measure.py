@@ -132,8 +132,8 @@ def probe_of(
     ]
     if not continued:
         raise LorafoldError(
-            "controls: the model's completions of all of them are empty, so there is no token to"
-            " measure the KL divergence on; give rows with completions"
+            "controls: the completions of all controls are empty, so there are no tokens to measure"
+            " the KL divergence on; use rows with completions"
         )
     return Probe(
         tuple(prompt.text for prompt in refuse),
@@ -284,8 +284,8 @@ class Bench:
         needing = [name for name in self.task.defences if DEFENCES[name].lay]
         if needing and self.alignment is None:
             raise LorafoldError(
-                f"{self.stack.adapters[-1]}: found a change that is not added to a weight, expected"
-                f" an update that has a subspace, for --defence {', '.join(needing)}"
+                f"{self.stack.adapters[-1]}: not all changes are updates added to weights, which"
+                f" --defence {', '.join(needing)} requires; choose other defences"
             )
 
     @cached_property

@@ -65,8 +65,8 @@ SHORT = ("kept", "refusals", "refusals of controls", "KL on controls", "benign l
 LEGEND = (
     "log-odds: of refusal over compliance, with its 95% interval; above 0, refusal is more likely."
     " kept: the share of the alignment's effect that is left; 1 is all, 0 is none. refusals of"
-    " controls: should be few. KL: of the controls' completions, in nats per token. benign loss:"
-    " on held-out benign rows; lower is better. --wide has all figures."
+    " controls: should be low. KL: of the controls' completions, in nats per token. benign loss:"
+    " on held-out benign rows; lower is better. --wide prints all figures."
 )
 
 

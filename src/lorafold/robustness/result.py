@@ -95,7 +95,7 @@ class Curve:
         """The number of examples that halves the log-odds, in words."""
         most = max(self.by_examples)
         if self.stack.kept(0) is None:
-            return "the alignment added nothing"
+            return "the alignment did not raise the log-odds"
         halving = self.halved_at()
         count = f"{most} examples" if halving is None else f"{halving:.3g} examples"
         return f"{'not ' * (halving is None)}halved by {count}"
@@ -143,9 +143,9 @@ class Fragility(ShownInNotebooks):
         found = []
         for name, stack in self.stacks.items():
             if stack.kept(0) is None:
-                found.append(f"{name}: the alignment added nothing, so there was nothing to erode.")
+                found.append(f"{name}: the alignment did not raise the log-odds: nothing to erode.")
             elif not stack.before.refusals:
-                found.append(f"{name}: no completion was a refusal before; see the log-odds alone.")
+                found.append(f"{name}: no refusals before the tuning; compare only the log-odds.")
         return found
 
     def under(self, least: float) -> str | None:
@@ -157,8 +157,8 @@ class Fragility(ShownInNotebooks):
         )
         if one.kept is None:
             raise LorafoldError(
-                f"log-odds of refusal: found {odds}; expected more with it than without, or there"
-                " is nothing to keep: choose other beginnings of a refusal or of compliance"
+                f"log-odds of refusal: found {odds}; expected the alignment to raise them. Choose"
+                " other refusal or compliance prefixes"
             )
         if one.kept >= least:
             return None

@@ -144,6 +144,6 @@ def tune(run: Run, path: Path) -> None:
     try:
         train(request, Console(quiet=True))
     except Interrupted as stop:
-        raise Interrupted("stopped; the same command continues", stop.code) from None
+        raise Interrupted("stopped; to continue, run the same command again", stop.code) from None
     except LorafoldError as error:
         raise LorafoldError(f"{run}: {error}") from error

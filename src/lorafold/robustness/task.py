@@ -213,17 +213,17 @@ def check(task: FragilityTask) -> None:
     if (needing := [n for n in known if DEFENCES[n].lay]) and not all(
         stack.adapters for stack in task.stacks
     ):
-        problems.append(f"--defence {needing[0]}: needs --adapter, whose last one is the alignment")
+        problems.append(f"--defence {needing[0]}: needs an adapter: the last one is the alignment")
     if (needing := [n for n in known if DEFENCES[n].mixed]) and task.mix is None:
-        problems.append(f"--defence {needing[0]}: needs --mix, rows that refuse")
+        problems.append(f"--defence {needing[0]}: needs --mix, rows with refusals")
     if fixed := [name for name in OWN if name in task.recipe.model_fields_set]:
         problems.append(
-            f"recipe: found {', '.join(fixed)}, expected none of them: the tuning is LoRA, with"
-            " --rank, --lr and --seeds"
+            f"recipe: found {', '.join(fixed)}, expected none of them: the tuning uses LoRA"
+            " with --rank, --lr and --seeds"
         )
     if task.recipe.streaming or task.recipe.new_tokens or task.recipe.objective != DEFAULT:
         problems.append(
-            f"recipe: expected the objective {DEFAULT}, without streaming and new_tokens"
+            f"recipe: only the objective {DEFAULT} is supported, without streaming and new_tokens"
         )
     if problems:
         raise LorafoldError(as_one(problems))
@@ -241,7 +241,7 @@ def _overlapping(task: FragilityTask) -> Iterator[str]:
     for i, (option, text) in enumerate(named):
         for j, (_, other) in enumerate(named):
             if i != j and text.strip() and other.startswith(text) and (text != other or i < j):
-                yield f"--{option} {text!r}: {other!r} begins with it; leave out one of them"
+                yield f"--{option} {text!r}: a prefix of {other!r}; remove one of the two"
 
 
 def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
@@ -253,13 +253,13 @@ def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
     }
     for name, rows in (("--mix", task.mix or ()), (task.source, task.rows)):
         repeated = [
-            f"row {number} has the prompt of {asked[prompt]}"
+            f"row {number} has the same prompt as {asked[prompt]}"
             for number, row in enumerate(rows, 1)
             for prompt in questions_in(row)
             if prompt in asked
         ]
         if repeated:
             yield (
-                f"{name}: {listed(repeated, '; ')}; expected none that is asked"
-                " too, because the figures would be from training data; leave them out"
+                f"{name}: {listed(repeated, '; ')}; remove these rows, because"
+                " prompts that are measured must not be trained on"
             )
