@@ -243,8 +243,7 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
         elif kind == "thinking" and role == "assistant":
             message["reasoning_content"] = block.get("thinking")
         else:
-            message = f"found {kind!r:.80}, which is not supported in {role} messages"
-            raise wrong(f"{at}.type", message)
+            raise wrong(f"{at}.type", f"{kind!r:.80} is not supported in {role} messages")
     if message:
         yield {"role": role} | message
 
