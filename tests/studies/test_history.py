@@ -207,7 +207,7 @@ def test_a_run_of_an_earlier_version_and_one_without_rewards(tmp_path: Path) -> 
     assert found.observations == []
     page(found, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<svg") == 1
-    with pytest.raises(LorafoldError, match=r"found no lorafold\.json, expected what"):
+    with pytest.raises(LorafoldError, match=r"found no lorafold\.json, expected the out"):
         lf.history(tmp_path / "none")
 
 
