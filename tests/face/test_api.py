@@ -122,7 +122,7 @@ def test_an_estimate_is_the_command_s(model: str) -> None:
     assert "fits, with" in str(found)
     wider = lf.estimate(model, "lora", max_length=64, recipe=lf.Recipe(rank=64))
     assert wider.terms["adapter"] == 4 * found.terms["adapter"]
-    with pytest.raises(lf.LorafoldError, match=r"found --params 7b and --model .*expected one"):
+    with pytest.raises(lf.LorafoldError, match=r"found --params 7b and --model .*expected only"):
         lf.estimate(model, params="7b")
 
 
