@@ -367,7 +367,7 @@ def test_a_vocabulary_without_some_bytes_is_refused(tmp_path):
     vocabulary = content["model"]["vocab"]
     vocabulary["zz"] = vocabulary.pop("<0x0A>")
     file.write_text(json.dumps(content))
-    with pytest.raises(LorafoldError, match=r"no token for <0x0A>, but llama\.cpp requires one for each"):
+    with pytest.raises(LorafoldError, match=r"no token for <0x0A>, but .* requires one for"):
         lf.export(base, out=tmp_path / "out", to="gguf-model", device="cpu")
 
 
