@@ -498,7 +498,7 @@ def test_variables_that_are_never_read_are_refused() -> None:
     assert "date_string" in message.partition("expected")[2]
     assert "messages" not in message
     message = refusal(set_variables, copy.deepcopy(embedded()), {"x": 1})
-    assert "expected none, as it has no variables" in message
+    assert "expected none, because the template has no variables" in message
 
 
 def test_variables_are_fields_of_the_recipe_and_saved_with_the_adapter(tiny_model_dir, tmp_path):

@@ -330,7 +330,7 @@ def test_a_base_without_a_tokenizer_is_told(tiny_model, tiny_model_dir, tmp_path
 @pytest.mark.parametrize("program", ["/bin/true", "/bin/false", "/bin/echo"])
 def test_a_program_that_is_no_python_is_told(program, exported, tmp_path):
     """What ended without answers was told by its exit code, and by whatever it had printed."""
-    with pytest.raises(LorafoldError, match=rf"-python {program}: .* that has peft"):
+    with pytest.raises(LorafoldError, match=rf"-python {program}: .* environment with peft"):
         exported(lf.LoRA(), "peft", prove=True, engine_python=program)
     assert not (tmp_path / "out").exists()
 
@@ -367,7 +367,7 @@ def test_a_vocabulary_without_some_bytes_is_refused(tmp_path):
     vocabulary = content["model"]["vocab"]
     vocabulary["zz"] = vocabulary.pop("<0x0A>")
     file.write_text(json.dumps(content))
-    with pytest.raises(LorafoldError, match="no token for <0x0A>, expected one for each"):
+    with pytest.raises(LorafoldError, match=r"no token for <0x0A>, but .* requires one for"):
         lf.export(base, out=tmp_path / "out", to="gguf-model", device="cpu")
 
 

@@ -197,9 +197,7 @@ def build(
                     " add it to --modules-to-save (modules_to_save); for the experts, use targets"
                     f" such as {owner.rpartition('.')[2]}.{parameter}"
                 )
-            raise LorafoldError(
-                f"{path}: {type(spec).__name__} can't adapt this module: {reason}"
-            ) from None
+            raise LorafoldError(f"{path}: unsupported by {type(spec).__name__}: {reason}") from None
     if bias != "none":
         add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}

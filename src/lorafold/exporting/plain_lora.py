@@ -146,8 +146,7 @@ def cut_to(
     """The subject with one plain LoRA of this rank in place of its adapters."""
     update = update_of(subject.model, subject.names, rank)
     if update.other:
-        items = update.other.items()
-        lines = [f"{path}: {change}, which LoRA can't represent" for path, change in items]
+        lines = [f"{p}: {change}, which LoRA can't represent" for p, change in update.other.items()]
         raise LorafoldError(f"--as-lora {rank}: {as_one(lines)}")
     if not update.rank:
         raise LorafoldError(f"--as-lora {rank}: the adapters change no weight")

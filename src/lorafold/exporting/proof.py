@@ -260,9 +260,7 @@ class Proof(ShownInNotebooks):
             f" ({self.measured:.1e} with lorafold's)"
         ) * bool(self.tied)
         other = {"tokens": len(self.other_tokens), "texts": len(self.other_texts)}
-        chats = "".join(
-            f"; {n} chats have other {kind} in the engine" for kind, n in other.items() if n
-        )
+        chats = "".join(f"; engine's {kind} differ for {n} chats" for kind, n in other.items() if n)
         return (
             f"{self.engine} {self.version}, {prompts}: KL {self.kl:.1e} nats on average,"
             f" {self.kl_largest:.1e} at most{part}{alone}{tied}; {top},"

@@ -117,7 +117,7 @@ def fake_model(
     elif storage.quantization in IN_FILES:
         raise LorafoldError(
             f"storage {storage.quantization}: the {what} is not quantized, expected a model"
-            f" whose files are stored as {storage.quantization}"
+            " whose files are stored that way"
         )
     elif storage.quantization is not None:
         pack = STORAGES[storage.quantization].pack

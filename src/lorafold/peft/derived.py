@@ -132,7 +132,7 @@ def not_owners(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) ->
     n: Any = site.delta.n
     if owner.dim() == 1 and owner.dtype == torch.int64 and bool(((owner >= 0) & (owner < n)).all()):
         return None
-    return f"expected int64 adapter indices from 0 to {n - 1}"
+    return f"expected int64 adapter indices from 0 and below {n}"
 
 
 def not_frozen(dim: int) -> Misfit:

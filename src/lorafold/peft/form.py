@@ -132,9 +132,8 @@ def warn_limits(form: WrittenForm, path: object) -> None:
         )
     if form.refused:
         log.warning(
-            f"{path}: PEFT can't load this adapter, because it does not support the targets"
-            f" {', '.join(form.refused)} in models of this type; lorafold can load it. For PEFT,"
-            " use only the other targets"
+            f"{path}: PEFT supports no targets {', '.join(form.refused)} in models of this type, so"
+            " it can't load this adapter; lorafold can. For PEFT, use only the other targets"
         )
     if form.past:
         log.warning(
