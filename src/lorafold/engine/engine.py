@@ -38,7 +38,7 @@ from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
 from lorafold.engine.sampler import Grammars, NotFinite, SampledToken, Unfit, chosen
 from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.engine.sequence import Row
-from lorafold.errors import STOPS, LorafoldError, place
+from lorafold.errors import THREAD_EXITS, LorafoldError, error_location
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.ops.host_tensors import picked
@@ -286,7 +286,7 @@ class Engine:
                 self.adapters.check_memory()
 
     def _fail(self, row: Row, error: BaseException) -> None:
-        message, fault, setting = f"{type(error).__name__}: {error}", place(error), ""
+        message, fault, setting = f"{type(error).__name__}: {error}", error_location(error), ""
         if isinstance(error, LorafoldError):
             message = fault = str(error)
         if isinstance(error, Unfit):
@@ -365,7 +365,7 @@ class Engine:
     def _guarded(self, row: Row, call: Callable[..., None], *args: Any) -> None:
         try:
             call(*args)
-        except STOPS:
+        except THREAD_EXITS:
             raise
         except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
             if isinstance(error, NotFinite) and row.entry is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorafold.engine.request import Sampling
-from lorafold.errors import STOPS, LorafoldError, cut
+from lorafold.errors import THREAD_EXITS, LorafoldError, truncate_end
 from lorafold.ops.host_tensors import picked
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class NotFinite(LorafoldError):
 
 class Unfit(LorafoldError):
     def __init__(self, setting: str, why: str) -> None:
-        super().__init__(f"{setting}: the completion can't be continued ({cut(why, 300)})")
+        super().__init__(f"{setting}: the completion can't be continued ({truncate_end(why, 300)})")
         self.setting = setting
 
 
@@ -212,10 +212,11 @@ class Grammars:
         tokens = self._tokens(name)
         try:
             matcher = LLMatcher(tokens, guidance(sampling.grammar), log_level=0)
-        except STOPS:
+        except THREAD_EXITS:
             raise
         except BaseException as error:  # a Rust panic is not an Exception
-            raise LorafoldError(f"{name}: can't be compiled ({cut(str(error), 300)})") from None
+            reason = truncate_end(str(error), 300)
+            raise LorafoldError(f"{name}: can't be compiled ({reason})") from None
         if matcher.is_error():
             raise LorafoldError(f"{name}: can't be compiled ({_why(matcher)})")
         return _State(matcher, name)
@@ -258,7 +259,7 @@ class _State:
                 self._matcher.consume_token(token)
             self._consumed = len(tokens)
             mask = bytearray(self._matcher.compute_logit_bias())
-        except STOPS:
+        except THREAD_EXITS:
             raise
         except BaseException as error:  # a Rust panic is not an Exception
             raise Unfit(self._setting, str(error)) from None
@@ -270,4 +271,4 @@ class _State:
 def _why(matcher: Any) -> str:
     """Returns the grammar's error without the dump of the parser's state."""
     message = str(matcher.get_error()).partition("<state>")[0]
-    return cut(" ".join(message.split()), 300)
+    return truncate_end(" ".join(message.split()), 300)

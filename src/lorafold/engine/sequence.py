@@ -18,7 +18,7 @@ from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.kv_cache import PrefixKey
 from lorafold.engine.request import Ended, EventStream, Reason, Request, Token
 from lorafold.engine.sampler import NOT_FINITE, Allowed, NotFinite, SampledToken, Sampler
-from lorafold.errors import STOPS, place
+from lorafold.errors import THREAD_EXITS, error_location
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,10 +126,11 @@ class Row:
         if self.text and reason != "failed":
             try:
                 self.text.finish()
-            except STOPS:
+            except THREAD_EXITS:
                 raise
             except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
-                reason, message, fault = "failed", f"{type(error).__name__}: {error}", place(error)
+                reason, fault = "failed", error_location(error)
+                message = f"{type(error).__name__}: {error}"
         text, completion = self.text.text if self.text else "", self.tokens[len(request.prompt) :]
         self.stream.put(
             Ended(

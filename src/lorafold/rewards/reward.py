@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from lorafold.data.formats import Conversation
-from lorafold.errors import LorafoldError, RewardFailed, printable
+from lorafold.errors import LorafoldError, RewardFailed, escape_unprintable
 from lorafold.files.paths import nearest_name
 from lorafold.rewards.functions import LARGEST, Function, Item, Wrong, number, pattern
 from lorafold.runtime.killable_process import Died, Killable, Late, packed
@@ -81,7 +81,7 @@ class Reward(Protocol):
 def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFailed:
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
-    return RewardFailed(printable(f"reward {name}: {where}{message}"))
+    return RewardFailed(escape_unprintable(f"reward {name}: {where}{message}"))
 
 
 class SeparateReward:

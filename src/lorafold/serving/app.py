@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from lorafold.errors import STOPS, LorafoldError, cut
+from lorafold.errors import THREAD_EXITS, LorafoldError, truncate_end
 from lorafold.runtime.memory import give_back
 from lorafold.serving import logs
 from lorafold.serving.backend import while_open
@@ -188,7 +188,7 @@ class Gate:
         except asyncio.CancelledError:  # the server's shutdown timed out
             record.outcome, record.status = "not_ready", record.status or 503
             raise
-        except STOPS:
+        except THREAD_EXITS:
             raise
         except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
             failed = defect(record, error)
@@ -236,7 +236,7 @@ class Gate:
 
 async def _refused(request: Request, error: Any) -> Response:
     if isinstance(error, LorafoldError):
-        error = Refusal(400, "invalid_value", cut(str(error), 2000))
+        error = Refusal(400, "invalid_value", truncate_end(str(error), 2000))
     elif not isinstance(error, Refusal):  # raised by FastAPI's router
         detail = str(getattr(error, "detail", "not found")).lower()
         message = f"{request.method} {request.url.path[:200]!a}: {detail}"

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from lorafold.errors import LorafoldError, passes, place
+from lorafold.errors import LorafoldError, error_location, is_transient
 from lorafold.runtime.processor import alone, stacks
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance, while_open
 from lorafold.serving.completion_job import CompletionJob, DialectRequest, Prompted, Reply
@@ -90,9 +90,10 @@ class Host:
                     await asyncio.wait({doing})
                     raise
                 except Exception as error:
-                    if not passes(error):
+                    if not is_transient(error):
                         raise
-                    log.warning("rejected a request, the machine is busy: %s", place(error))
+                    location = error_location(error)
+                    log.warning("rejected a request, the machine is busy: %s", location)
                     message = "the server is busy; try again later"
                     raise Refusal(503, "machine_busy", message, retry_after=5) from None
 

@@ -15,7 +15,7 @@ import time
 import traceback
 from typing import Any, TextIO
 
-from lorafold.errors import cut
+from lorafold.errors import truncate_end
 from lorafold.serving.server import Record
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         error, places = record.exc_info[1] if record.exc_info else None, ""
-        message = record.getMessage() if self._texts else cut(record.getMessage(), MOST)
+        message = record.getMessage() if self._texts else truncate_end(record.getMessage(), MOST)
         if error is not None and self._texts:
             places = "".join(traceback.format_exception(error)).rstrip()
         elif error is not None:

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from pydantic import Field
 
-from lorafold.errors import Busy, LorafoldError, cut, printable
+from lorafold.errors import Busy, LorafoldError, escape_unprintable, truncate_end
 from lorafold.files.atomic import write_text
 from lorafold.peft.provenance import OwnBase
 from lorafold.runtime.processor import alone
@@ -117,9 +117,9 @@ class Registry:
             try:
                 return self._serve(self._verified(name))
             except LorafoldError as error:
-                why = printable(cut(str(error), REASON))
+                why = escape_unprintable(truncate_end(str(error), REASON))
                 self._marks[name], self.rejected[name] = marks, why
-                log.warning("adapter %s is not served: %s", printable(name), why)
+                log.warning("adapter %s is not served: %s", escape_unprintable(name), why)
                 return None
 
     def choose(self, caller: Caller, model: str) -> ServedModel:

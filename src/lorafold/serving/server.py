@@ -18,7 +18,7 @@ from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 
-from lorafold.errors import STOPS
+from lorafold.errors import THREAD_EXITS
 from lorafold.serving.completion_job import DialectRequest, Reply
 from lorafold.serving.errors import MESSAGES, Refusal, naming
 from lorafold.serving.host import Admission, Host
@@ -159,7 +159,7 @@ class Server:
                 if not gone and record.outcome == "ok":
                     record.outcome = "not_ready"  # the server's shutdown timed out
                 raise
-            except (*STOPS, GeneratorExit):
+            except (*THREAD_EXITS, GeneratorExit):
                 raise
             except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
                 yield sse_event(*error_event(record, defect(record, error)))

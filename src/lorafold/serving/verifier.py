@@ -15,7 +15,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
+from lorafold.errors import (
+    THREAD_EXITS,
+    Busy,
+    LorafoldError,
+    error_location,
+    is_transient,
+    truncate_end,
+)
 from lorafold.files.atomic import MANIFEST, write_text
 from lorafold.files.contents import Contents, FileStamp
 from lorafold.files.model_card import OVER, VOCABULARY
@@ -117,15 +124,15 @@ class Verifier:
         """
         try:
             return self._find(name, afresh)
-        except STOPS:
+        except THREAD_EXITS:
             raise
         except BaseException as error:  # a Rust panic is not an Exception
-            if passes(error):
+            if is_transient(error):
                 raise Busy(f"{name} can't be verified now: {error}") from None
             if isinstance(error, LorafoldError):
                 raise
             log.exception("%s can't be read", name)
-            raise LorafoldError(f"the adapter can't be read ({place(error)})") from None
+            raise LorafoldError(f"the adapter can't be read ({error_location(error)})") from None
 
     def _find(self, name: str, afresh: bool) -> AdapterFiles:
         path, marks = self.directory.locate(name), dict[str, FileStamp]()
@@ -207,7 +214,7 @@ class Verifier:
             stack=tuple(files.digest_of(FILES) for files in each),
             sizes=tuple(files.bytes_of(FILES) for files in each),
             method=name_of(spec), rank=getattr(ranked, "rank", None),
-            base=cut(str(base or ""), 300), words=words,
+            base=truncate_end(str(base or ""), 300), words=words,
             other_base=other_base, other_storage=other_storage,
             tokenizer="" if words is None else self._open_tokenizer(words, stack[words]),
             form=joined([files.form for files in each]),
@@ -224,10 +231,10 @@ class Verifier:
             base = OwnBase.of(path, files.object(CONFIG), files.record).other(self._weights)
         trained_on, storage = TrainedOn.of(files.record), ""
         if trained_on and trained_on.storage != served and {trained_on.storage, served} & {*MADE}:
-            trained = cut(trained_on.storage, 20)
+            trained = truncate_end(trained_on.storage, 20)
             storage = f"trained on {trained} weights but served on {served} ones, so outputs differ"
             log.warning("%s: %s", name, storage)
-        return cut(base, 1000), storage
+        return truncate_end(base, 1000), storage
 
     def _open_tokenizer(self, path: Path, verified: VerifiedFiles) -> str:
         words = self.directory.tokenizer(path)

@@ -24,7 +24,7 @@ from lorafold.data.batches import BatchFeed
 from lorafold.data.branches import Branched
 from lorafold.data.checks import Findings
 from lorafold.data.templates import day_of, on_day
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
@@ -215,15 +215,15 @@ def check_alike(setup: Setup) -> None:
     (host, first), *each = processes.gather((socket.gethostname(), here))
     for number, (there, theirs) in enumerate(each, 1):
         if others := [
-            f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} (process 0:"
-            f" {shortened(first.get(name, 'none'), SHOWN)})"
+            f"{name}: {truncate_middle(theirs.get(name, 'none'), SHOWN)} (process 0:"
+            f" {truncate_middle(first.get(name, 'none'), SHOWN)})"
             for name in {**first, **theirs}  # causes come before their effects
             if theirs.get(name) != first.get(name)
         ]:
             where = there if there == host else f"{there}, process 0 on {host}"
             raise LorafoldError(
-                f"process {number} on {where}: found {listed(others, '; ', room=140)}; expected"
-                " the same in all processes"
+                f"process {number} on {where}: found {listed(others, '; ', max_chars=140)};"
+                " expected the same in all processes"
             )
 
 

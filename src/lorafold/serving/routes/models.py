@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import LorafoldError, truncate_end
 from lorafold.serving.backend import AdapterFiles
 from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import ADMIN, Caller
@@ -305,7 +305,7 @@ def administration(app: FastAPI, server: Server) -> None:
         try:
             return await server.host.think(change, ADMIN)
         except LorafoldError as error:
-            raise Refusal(400, "adapter_refused", cut(str(error), REASON)) from None
+            raise Refusal(400, "adapter_refused", truncate_end(str(error), REASON)) from None
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
