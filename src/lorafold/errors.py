@@ -12,7 +12,7 @@ from pathlib import PurePath
 WINDOWS = "lorafold runs on Linux and macOS; on Windows, install it in WSL 2"
 OLD_NAMES_REMOVED_IN = "0.3"
 TRANSIENT_ERRNOS = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-THREAD_EXITS = (SystemExit, KeyboardInterrupt)  # end a thread (a Rust panic does not)
+EXITS = (SystemExit, KeyboardInterrupt)  # end a thread (a Rust panic does not)
 MAX_ITEMS = 5  # of a list in a message
 MAX_SINGLE_ITEM = 240  # characters
 
@@ -69,7 +69,7 @@ def renamed_warning(old: str, now: str) -> str:
     return f"{old} is now called {now}; lorafold {OLD_NAMES_REMOVED_IN} will no longer accept {old}"
 
 
-def duplicate_name_message(old: str, now: str) -> str:
+def two_names_message(old: str, now: str) -> str:
     """The error message for an old name next to the new one."""
     return f"{old}: has the same meaning as {now}, which is set too; use only {now}"
 
@@ -84,7 +84,7 @@ def error_location(error: BaseException) -> str:
     return f"{type(error).__name__} at {file}:{last.lineno} in {last.name}"
 
 
-def unreadable_reason(error: OSError | ValueError) -> str:
+def read_failure(error: OSError | ValueError) -> str:
     """Why a text file can't be read, in a few words."""
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8 text"

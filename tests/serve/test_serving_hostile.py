@@ -19,7 +19,7 @@ from hostile_adapters import CASES, MOVING, moving
 from hostile_adapters.siege import Siege, said
 from hostile_requests import ASK, asking, bodies, chain, hostile_schema
 from lorafold.runtime.processor import STACK, stacks
-from lorafold.serving.server import SMALL
+from lorafold.serving.server import MAX_INLINE_BYTES
 from lorafold.verification import checks as screening
 from lorafold.verification.worker_pool import WorkerPool
 from serving_cases import TOOL_TEMPLATE, Running, raw, running, saved, until
@@ -231,11 +231,11 @@ def test_large_bodies_are_read_and_answered_beside_the_event_loop(server, monkey
     read, by = module.read_body, set[tuple[str, bool]]()
 
     def noted(kind: Any, content: bytes) -> Any:
-        by.add((threading.current_thread().name.rpartition("_")[0], len(content) > SMALL))
+        by.add((threading.current_thread().name.rpartition("_")[0], len(content) > MAX_INLINE_BYTES))
         return read(kind, content)
 
     monkeypatch.setattr(module, "read_body", noted)
-    monkeypatch.setattr(completions, "answer", None)  # only for small answers
+    monkeypatch.setattr(completions, "json_response", None)  # only for small answers
     text = "hello " * 2000
     for prompt in ("x", text):
         body = {"model": "a", "prompt": prompt, "return_token_strs": True}

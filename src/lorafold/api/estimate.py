@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 from lorafold.api import options as opt
-from lorafold.errors import LorafoldError, duplicate_name_message, renamed_warning
+from lorafold.errors import LorafoldError, renamed_warning, two_names_message
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def estimate(
     chart = as_page(html)
     if length is not None:
         if max_length is not None:
-            raise LorafoldError(duplicate_name_message("length", "max_length"))
+            raise LorafoldError(two_names_message("length", "max_length"))
         warnings.warn(renamed_warning("length", "max_length"), DeprecationWarning, stacklevel=2)
         max_length = length
     memory = bytes_of(device_memory) if isinstance(device_memory, str) else device_memory

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lorafold.cli.command_line import OTHER_NAMES, Word
 from lorafold.cli.suggestions import no_options
-from lorafold.errors import LorafoldError, duplicate_name_message, truncate_middle
+from lorafold.errors import LorafoldError, truncate_middle, two_names_message
 
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # an editor may replace "--" by these
@@ -59,7 +59,7 @@ def repeated(line: Line) -> LorafoldError | None:
     for same in given.values():
         others = [w.name for w in same if w.name in OTHER_NAMES and w.name not in line.options]
         if now := [w.name for w in same if w.name not in others] if others else []:
-            return LorafoldError(duplicate_name_message(others[0], now[0]))
+            return LorafoldError(two_names_message(others[0], now[0]))
         flag = getattr(same[0].option, "is_flag", False)
         values = {w.name if flag else " ".join(map(str, w.values)): w.name for w in same}
         if len(values) > 1 and not getattr(same[0].option, "multiple", False):

@@ -221,7 +221,9 @@ def _embedded_gguf() -> Path:
 
 def unavailable(name: str, offline: str, error: Exception) -> LorafoldError:
     """The error for a model that can't be loaded; `offline`: why the Hub was not asked."""
-    local = f"{offline}, and the model is not in {hub_cache()}"
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    local = f"{offline}, and the model is not in {HF_HUB_CACHE}"
     reason = local if offline else one_line(error, 120)
     return LorafoldError(
         f"model {name}: not on this machine, and can't be loaded from the hub: {reason};"
@@ -282,12 +284,6 @@ def offline_if_unreachable() -> Iterator[str]:
         yield offline
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def hub_cache() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.HF_HUB_CACHE)
 
 
 def _unreachable(address: str) -> str:

@@ -15,13 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lorafold.errors import (
-    LorafoldError,
-    duplicate_name_message,
-    listed,
-    renamed_warning,
-    unreadable_reason,
-)
+from lorafold.errors import LorafoldError, listed, read_failure, renamed_warning, two_names_message
 from lorafold.files.record import NAMES, RENAMED, named_as_now
 from lorafold.recipe.recipe import UNWORDED, Recipe, explain
 
@@ -53,7 +47,7 @@ def load_recipe(
     named = {pair.partition("=")[0].strip() for pair in sets}
     for old, now in NAMES.items():
         if {old, now} <= named:
-            problems.append(duplicate_name_message(f"--set {old}", f"--set {now}"))
+            problems.append(two_names_message(f"--set {old}", f"--set {now}"))
         if old in RENAMED and old in named:
             log.warning(renamed_warning(f"--set {old}", f"--set {now}"))
     for pair in sets:
@@ -92,7 +86,7 @@ def text_of(path: Path, what: str) -> str:
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = unreadable_reason(error)
+        reason = read_failure(error)
         raise LorafoldError(f"{path}: can't be read as {what}: {reason}") from error
 
 

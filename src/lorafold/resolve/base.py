@@ -33,14 +33,7 @@ from lorafold.models.quantizations import (
     check_storage,
     choose_storage,
 )
-from lorafold.models.sources import (
-    HUB_ID,
-    ModelSource,
-    configuration,
-    gguf_at,
-    hub_cache,
-    resolve_model,
-)
+from lorafold.models.sources import HUB_ID, ModelSource, configuration, gguf_at, resolve_model
 from lorafold.models.tokenizer import BUILT_IN, read_tokenizer, set_template, tokenizer_of
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.peft.adapter_directory import SavedAdapter, trained_on
@@ -335,6 +328,12 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
     except LorafoldError as error:
         reason = truncate_middle(str(error).rpartition(" the hub: ")[2].partition(";")[0], 60)
         raise LorafoldError(f"{missing}; downloading it from the hub failed: {reason}") from error
+
+
+def hub_cache() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
 
 
 def fits(path: Path, own: OwnBase) -> bool:
