@@ -147,7 +147,9 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], says: str) 
         Sampling(**settings)
 
 
-def pieces(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Detokenizer]:
+def pieces(
+    tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()
+) -> tuple[list[str], Detokenizer]:
     text, found = Detokenizer(tokenizer, stop), []
     for token in ids:
         found.append(text.add(token))

@@ -231,7 +231,8 @@ def test_large_bodies_are_read_and_answered_beside_the_event_loop(server, monkey
     read, by = module.read_body, set[tuple[str, bool]]()
 
     def noted(kind: Any, content: bytes) -> Any:
-        by.add((threading.current_thread().name.rpartition("_")[0], len(content) > MAX_INLINE_BYTES))
+        thread = threading.current_thread().name.rpartition("_")[0]
+        by.add((thread, len(content) > MAX_INLINE_BYTES))
         return read(kind, content)
 
     monkeypatch.setattr(module, "read_body", noted)

@@ -85,7 +85,8 @@ def test_what_was_not_thought_about_yet_is_left_out(
     assert server.complete("a", "The").code == "tenant_queue_full"
     for at in asked:
         at.close()
-    until(lambda: host.waiting() == THREADS_PER_TENANT)  # those that threads are at keep their tenant's turns
+    # those that threads are at keep their tenant's turns
+    until(lambda: host.waiting() == THREADS_PER_TENANT)
     with ThreadPoolExecutor(1) as pool:
         stays = pool.submit(server.ask, path, body | {"prompt": "stays " + body["prompt"]})
         until(lambda: host.waiting() == THREADS_PER_TENANT + 1)

@@ -294,7 +294,8 @@ def cached(rollouts: Rollouts) -> int:
 def opaque(rollouts: Rollouts) -> int:
     """The bytes of matrices in oneDNN's order, which have no storage."""
     forwards = [vars(module).get("forward") for module in rollouts.shell.modules()]
-    packed = {f.func for f in forwards if isinstance(f, partial) and isinstance(f.func, PackedMatrices)}
+    called = {f.func for f in forwards if isinstance(f, partial)}
+    packed = {f for f in called if isinstance(f, PackedMatrices)}
     return sum(one._w.numel() * one._w.element_size() for one in packed)
 
 

@@ -1,8 +1,8 @@
 """A running request, and incremental detokenization.
 
 `Detokenizer` holds text back while a character is incomplete, or while its end may begin a stop
-text, so output is never retracted. Only tokens since the last complete character are decoded again, after
-enough others that the decoder doesn't treat them as the start of a text.
+text, so output is never retracted. Only tokens since the last complete character are decoded again,
+after enough others that the decoder doesn't treat them as the start of a text.
 """
 
 from __future__ import annotations

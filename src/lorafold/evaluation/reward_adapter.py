@@ -68,7 +68,8 @@ class RewardAdapter:
             raise failure(
                 reward.name, f"found an adapter of {kind}, expected an adapter of {REWARD_MODEL}"
             )
-        below = [SavedAdapter.open(base_adapter_contents(one, saved.path, sys.maxsize)) for one in saved.over]
+        contents = (base_adapter_contents(one, saved.path, sys.maxsize) for one in saved.over)
+        below = [SavedAdapter.open(one) for one in contents]
         stack = [*below, saved]
         identity = joined([of_adapter(one) for one in stack])
         return cls(reward.name, reward.weight, base, stack, identity)

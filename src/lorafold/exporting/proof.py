@@ -293,7 +293,8 @@ def proof(
     gaps[tied] = 0
     gap = float(gaps.abs().max())
     pairs = [*zip(reference.greedy, engine.greedy, strict=True)]
-    parted = {n: common_length(ours, theirs) for n, (ours, theirs) in enumerate(pairs) if ours != theirs}
+    differing = ((n, a, b) for n, (a, b) in enumerate(pairs) if a != b)
+    parted = {n: common_length(ours, theirs) for n, ours, theirs in differing}
     changed, alone = (
         None if bare is None else float(divergences(of[: len(bare)], bare).mean())
         for of in (adapted, reference.base)
