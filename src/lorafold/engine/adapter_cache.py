@@ -22,7 +22,7 @@ import torch
 
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader, VerifiedAdapter
 from lorafold.errors import LorafoldError
-from lorafold.runtime.processor import alone
+from lorafold.runtime.processor import use_one_thread
 
 AdapterStatus = Literal["cold", "loading", "resident", "quarantined"]
 
@@ -48,7 +48,7 @@ class AdapterCache:
         self._entries: set[KnownAdapter] = set()
         # entries that found no room; cleared when something may be evicted
         self._without_room: set[KnownAdapter] = set()
-        self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
+        self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=use_one_thread)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 
     def load(

@@ -114,7 +114,7 @@ class LoadedAdapter:
             yield from (*delta.parameters(), *delta.buffers())
 
 
-def attached_deltas(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
+def deltas_of(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
     """Returns the deltas of adapters on the model, the lowest first, combined per module path."""
     deltas = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
     return {path: d[0] if len(d) == 1 else Stack(d) for path, d in deltas.items() if d}

@@ -28,22 +28,10 @@ from torch import Tensor
 from lorafold.core.attach import only
 from lorafold.core.contexts import evaluating
 from lorafold.engine.adapter_cache import AdapterCache
-from lorafold.engine.adapters import (
-    KnownAdapter,
-    Reader,
-    VerifiedAdapter,
-    attached_deltas,
-    delta_parts,
-)
+from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, delta_parts, deltas_of
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.kv_cache import SlotCache
-from lorafold.engine.model_structure import (
-    Structure,
-    reserve_model,
-    separate_rows,
-    slotted,
-    structure_of,
-)
+from lorafold.engine.model_structure import Structure, reserve, separate_rows, slotted, structure_of
 from lorafold.engine.operations import Operations, operations_on
 from lorafold.engine.request import EngineSettings, EventStream, Reason, Request, require
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
@@ -54,7 +42,7 @@ from lorafold.errors import EXITS, LorafoldError, error_location
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.ops.host_tensors import picked
-from lorafold.runtime.processor import considerate, disband, stacks
+from lorafold.runtime.processor import end_team, sleep_if_busy, stack_size
 from lorafold.training_step.fused_modules import fused
 
 if TYPE_CHECKING:
@@ -82,9 +70,9 @@ class Engine:
         table = positions_of(model).table
         settings, self.length = replace(settings, **changes).fitted(positions, table)
         with ExitStack() as stack:
-            reserve_model(model, stack)
+            reserve(model, stack)
             stack.enter_context(evaluating(model, gradients=True))
-            stack.enter_context(considerate())
+            stack.enter_context(sleep_if_busy())
             self.structure: Structure = structure_of(model)
             self.is_batched = not self.structure.unbatched_reason  # requests can be batched
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
@@ -113,7 +101,7 @@ class Engine:
                 self._runner = SoloRunner(model, self.structure)
                 settings = replace(settings, slots=1, chunk=self.length)
             self._stack = stack.pop_all()
-        below = vocabulary(model, delta_parts(attached_deltas(model, self._runner.deltas.base)))
+        below = vocabulary(model, delta_parts(deltas_of(model, self._runner.deltas.base)))
         self.vocabulary: int = max(config.vocab_size, below or 0)
         self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
         self._wake, self._lock = threading.Event(), threading.RLock()
@@ -151,7 +139,7 @@ class Engine:
                 f"adapter {active}: already active on the model, so the engine's base includes it;"
                 " open the engine inside lf.only(model)"
             )
-        deltas = attached_deltas(self.model, on_model)
+        deltas = deltas_of(self.model, on_model)
         size, separate = vocabulary(self.model, delta_parts(deltas)), self._as_trained
         self.adapters.adopt(name, lambda key: self._reader.loaded(key, deltas, size, separate))
 
@@ -259,9 +247,9 @@ class Engine:
         one. An error in either ends the thread.
         """
         assert self._thread is None
-        disband()  # the engine's thread creates its own OpenMP team
+        end_team()  # the engine's thread creates its own OpenMP team
         self._thread = threading.Thread(None, self._serve, "lorafold-engine", (after,), daemon=True)
-        with stacks():
+        with stack_size():
             self._thread.start()
 
     @property

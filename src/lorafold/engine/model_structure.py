@@ -179,7 +179,7 @@ class _InputRecorder:
         return tuple(map(tuple, groups))
 
 
-def reserve_model(model: Any, stack: ExitStack) -> None:
+def reserve(model: Any, stack: ExitStack) -> None:
     """Reserves a model for one engine, without gradients, until the stack is closed."""
     if IN_USE_ATTRIBUTE in vars(model):
         raise LorafoldError(

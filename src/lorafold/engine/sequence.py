@@ -175,7 +175,7 @@ class Detokenizer:
         if stops:
             self.stopped, text, self._buffer = True, text[: min(stops)], ""
         else:
-            n = 0 if last else partial_match(text, self._stop)
+            n = 0 if last else overlap(text, self._stop)
             text, self._buffer = text[: len(text) - n], text[len(text) - n :]
         self.text += text
         return text
@@ -188,7 +188,7 @@ class Detokenizer:
         )
 
 
-def partial_match(text: str, marks: Sequence[str]) -> int:
+def overlap(text: str, marks: Sequence[str]) -> int:
     """Counts characters at the end of a text that may begin one of the marks."""
     longest = min(max(map(len, marks), default=1) - 1, len(text))
     ends = range(longest, 0, -1)

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from lorafold.errors import EXITS, LorafoldError, truncate_end
-from lorafold.runtime.memory import give_back
+from lorafold.runtime.memory import trim_heap
 from lorafold.serving import logs
 from lorafold.serving.backend import running
 from lorafold.serving.chat import ChatBody
@@ -319,7 +319,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
         def _trim_later(self) -> None:
             if not pending_trims or pending_trims[-1].when() < self.loop.time():
                 loop = self.loop
-                pending_trims[:] = [loop.call_later(1, loop.run_in_executor, None, give_back)]
+                pending_trims[:] = [loop.call_later(1, loop.run_in_executor, None, trim_heap)]
 
         def _refuse(self, status: int, code: str, message: str) -> None:
             """Closes the connection; sends an error if a request has begun and has no answer yet.

@@ -15,26 +15,12 @@ from typing import Any, Literal
 from lorafold.engine import Ended, Request, Sampling, Token
 from lorafold.engine.request import NUMBERS
 from lorafold.engine.sampler import NOT_FINITE, guidance
-from lorafold.engine.sequence import Detokenizer, partial_match
+from lorafold.engine.sequence import Detokenizer, overlap
 from lorafold.serving.settings import Strict
 
 __all__ = [
-    "CRASHED",
-    "NOT_FINITE",
-    "NUMBERS",
-    "AdapterFiles",
-    "Backend",
-    "Detokenizer",
-    "Ended",
-    "Output",
-    "Request",
-    "Sampling",
-    "Stage",
-    "States",
-    "Token",
-    "guidance",
-    "partial_match",
-    "running",
+    "CRASHED", "NOT_FINITE", "NUMBERS", "AdapterFiles", "Backend", "Detokenizer", "Ended", "Output",
+    "Request", "Sampling", "Stage", "States", "Token", "guidance", "overlap", "running",
 ]  # fmt: skip
 
 CRASHED = "the engine stopped"  # a message of `Ended`, like NOT_FINITE

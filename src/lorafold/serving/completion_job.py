@@ -21,15 +21,7 @@ from lorafold.data.calls import grammar_of, parse_calls, special_words
 from lorafold.data.messages import Tool
 from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
-from lorafold.serving.backend import (
-    CRASHED,
-    NOT_FINITE,
-    Ended,
-    Request,
-    Sampling,
-    Token,
-    partial_match,
-)
+from lorafold.serving.backend import CRASHED, NOT_FINITE, Ended, Request, Sampling, Token, overlap
 from lorafold.serving.refusals import FIELD_BY_SETTING, Refusal, invalid
 from lorafold.serving.rendering import Renderer, ServedModel
 from lorafold.serving.request_body import Generation
@@ -252,6 +244,6 @@ class PartReader:
     def _release(self, mark: str) -> str:
         """Releases the text before a possible start of the tag and white space before it."""
         text = self._buffer
-        taken = text[: len(text) - partial_match(text, [mark])].rstrip() if mark else text
+        taken = text[: len(text) - overlap(text, [mark])].rstrip() if mark else text
         self._buffer = text[len(taken) :]
         return taken

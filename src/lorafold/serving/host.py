@@ -19,7 +19,7 @@ from functools import partial
 from typing import TypeVar
 
 from lorafold.errors import LorafoldError, error_location, is_transient
-from lorafold.runtime.processor import alone, stacks
+from lorafold.runtime.processor import stack_size, use_one_thread
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, Output, Request, guidance, running
 from lorafold.serving.completion_job import CompletionJob, DialectRequest, Reply, Resolved
 from lorafold.serving.keys import Caller, TokenUsage
@@ -47,7 +47,7 @@ class Host:
         self.settings, self.metrics = settings, metrics
         self.jobs: dict[str, CompletionJob] = {}
         self.draining = False
-        self.pool = ThreadPoolExecutor(THREADS, "lorafold-requests", initializer=alone)
+        self.pool = ThreadPoolExecutor(THREADS, "lorafold-requests", initializer=use_one_thread)
         self._tenant_semaphores: dict[str, asyncio.Semaphore] = {}
         self._in_admission: Counter[str] = Counter()
         self._end_times: deque[float] = deque(maxlen=64)
@@ -55,7 +55,7 @@ class Host:
     @asynccontextmanager
     async def computing(self) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
-        with stacks(), self.pool:
+        with stack_size(), self.pool:
             async with self.backend.events(self._deliver):
                 self._registry.watcher.begin()
                 try:

@@ -24,7 +24,7 @@ from pydantic import Field
 from lorafold.errors import Busy, LorafoldError, escape_unprintable, truncate_end
 from lorafold.files.atomic import write_text
 from lorafold.peft.provenance import OwnBase
-from lorafold.runtime.processor import alone
+from lorafold.runtime.processor import use_one_thread
 from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.keys import Caller
@@ -320,7 +320,7 @@ class DirectoryWatcher:
         self._registry = registry
         self.closing, self._idle = threading.Event(), threading.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(2, "lorafold-verifying", initializer=alone)
+        self._pool = ThreadPoolExecutor(2, "lorafold-verifying", initializer=use_one_thread)
         self._thread = threading.Thread(None, self._run, "lorafold-watcher", daemon=True)
 
     def begin(self) -> None:

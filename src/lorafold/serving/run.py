@@ -33,7 +33,7 @@ from lorafold.models.weights import InMemory
 from lorafold.peft.provenance import OwnBase
 from lorafold.resolve import Base
 from lorafold.runtime.memory import free_bytes
-from lorafold.runtime.process_tuning import all_set_aside
+from lorafold.runtime.process_tuning import all_frozen
 from lorafold.serving import logs
 from lorafold.serving.app import application, bounded
 from lorafold.serving.directory import Directory
@@ -115,7 +115,7 @@ def serve(
         logs.configure(settings.json_logs, settings.log_texts)
         if open_page:
             webbrowser.open(f"http://{address}/")  # the socket listens already
-        with all_set_aside():
+        with all_frozen():
             asyncio.run(_run(server, at))
 
 

@@ -33,7 +33,7 @@ from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
 from lorafold.peft.tensors import saved_tensors, sites_of
 from lorafold.recipe.fields import OF_METHOD
 from lorafold.recipe.recipe import Recipe
-from lorafold.runtime.memory import RETURNED, freed_blocks, peak_bytes
+from lorafold.runtime.memory import RETURN_FREED, malloc_policy, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.loop import Plan, guessing_warning
 from lorafold.training.request import RunRequest, depends_on, free_on_resume, objective_of
@@ -141,7 +141,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     plan.optimizer.state.clear()  # frees memory for writing and verifying
     record, run = record_of(setup, plan, progress), plan.run
     write = partial(write_adapter, setup, plan, progress, result, base)
-    with freed_blocks(RETURNED):
+    with malloc_policy(RETURN_FREED):
         if saved_step == progress.step:
             write(request.out, record)
         if better is not None:

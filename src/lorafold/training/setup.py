@@ -41,7 +41,7 @@ from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
 from lorafold.resolve.base import check_language_model
 from lorafold.runtime.memory import free_bytes
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import (
     RunRequest,
@@ -150,7 +150,7 @@ def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
     return saved
 
 
-def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) -> Setup:
+def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_PROCESS) -> Setup:
     """Check the request, choose device and dtype, and tokenize the rows."""
     spec = check_request(request, console, processes)
     saved = saved_adapters(request) if request.over or request.init_adapter else []
