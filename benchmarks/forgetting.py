@@ -39,7 +39,7 @@ from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.recipe.fitting import fitting, spec_of
 from lorafold.resolve import Base
-from lorafold.runtime.memory import KEPT, freed_blocks
+from lorafold.runtime.memory import KEEP_FREED, malloc_policy
 from lorafold.training.loop import fit
 from lorafold.training.progress import Display
 from lorafold.training.request import RunRequest
@@ -104,7 +104,7 @@ def trained(
                 path.append({"step": step, "loss": found, "kl": kl})
                 print(json.dumps({"method": method, "rate": rate} | path[-1]), flush=True)
 
-        stack.enter_context(freed_blocks(KEPT))
+        stack.enter_context(malloc_policy(KEEP_FREED))
         stack.enter_context(fused(model))
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
         run = prepare(setup, adapter, loss, setup.feed, None, QUIET)

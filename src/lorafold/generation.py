@@ -13,7 +13,7 @@ from lorafold.core.attach import only, selection_of
 from lorafold.data.control_tokens import ids_of
 from lorafold.data.templates import template_of
 from lorafold.engine import Ended, Engine, EventStream, Request, Sampling
-from lorafold.engine.adapters import attached, parts_of
+from lorafold.engine.adapters import delta_parts, deltas_of
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.virtual_tokens import Sender
 from lorafold.models.positions import positions_of
@@ -155,7 +155,7 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, .
 
 def table_left(model: "PreTrainedModel") -> int | None:
     """The positions that the model's table leaves after virtual tokens; None without a table."""
-    active = parts_of(attached(model, selection_of(model).names))
+    active = delta_parts(deltas_of(model, selection_of(model).names))
     before = sum(part.positions for _, part in active if isinstance(part, Sender))
     return positions_of(model).after(before).table
 

@@ -13,7 +13,7 @@ from error_cases import refusal
 from large_cases import stream_of
 from lorafold.data.rows import check_rows, read_rows
 from lorafold.data.sources import source_from
-from lorafold.errors import LISTED, LorafoldError, listed, shortened
+from lorafold.errors import MAX_ITEMS, LorafoldError, listed, truncate_middle
 from lorafold.models.sources import resolve_model
 
 TABLE = 'prompt,completion\n"Wann, bitte?",früh\n'
@@ -235,14 +235,14 @@ def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
     assert listed("abcdefg", "; ") == "a; b; c; d; e; and 2 more"
     assert listed(["a"], count=7) == "a and 6 more"
     assert listed([]) == ""
-    assert len(shortened("x" * 1000, 41)) == 41
+    assert len(truncate_middle("x" * 1000, 41)) == 41
     # the widest table and the worst file
     header = ",".join(f"c{n}" for n in range(999))
     (tmp_path / "wide.csv").write_text(f"{header}\n{header}\n")
     (tmp_path / "bad.jsonl").write_text("\n".join(f'{{"key {n}": {n}}}' for n in range(999)))
     for name in ("wide.csv", "bad.jsonl"):
         assert len(refused(tmp_path / name)) <= 300
-    assert LISTED == 5
+    assert MAX_ITEMS == 5
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import lorafold as lf
 from conftest import make_tokenizer, refused
 from export_cases import proof_of
 from gguf_models import CONFIGS, HEADS, UNREAD, learned, moved, quietly, saved
-from lorafold.engine.kv_cache import common
+from lorafold.engine.kv_cache import common_length
 from lorafold.errors import LorafoldError
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_metadata import ARCHITECTURES, TEXTS, architecture_of, name_of_rule
@@ -69,7 +69,7 @@ def test_the_server_and_llama_cpp_answer_alike(tmp_path: Path) -> None:
     lf.load(model, adapter)
     for ids, own, other in zip(prompts.ids, found, wanted, strict=True):
         if own != other:  # only where two tokens are as likely
-            first, second = last(model, [*ids, *own[: common(own, other)]]).topk(2).values
+            first, second = last(model, [*ids, *own[: common_length(own, other)]]).topk(2).values
             assert first - second < 0.01
     assert sum(own == other for own, other in zip(bare, wanted, strict=True)) < len(wanted) // 2
 

@@ -25,7 +25,7 @@ from lorafold.errors import LorafoldError
 from lorafold.peft.adapter_directory import open_all
 from lorafold.peft.provenance import OwnBase
 from lorafold.resolve import Base, base_for
-from lorafold.serving.registry import STATE, ServerState
+from lorafold.serving.registry import STATE_FILE, ServerState
 from serving_cases import running, saved
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -279,13 +279,13 @@ def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_mode
         OwnBase.read(folder / "large")
     own = own_bases(folder)
     assert base_for(None, own).source.path == place / "base"
-    (folder / STATE).write_text(ServerState(base=own[0]).model_dump_json())
+    (folder / STATE_FILE).write_text(ServerState(base=own[0]).model_dump_json())
     for name in ("b", "c", "d"):
         shutil.copytree(folder / "a", folder / name)
     told = io.StringIO()
     own = own_bases(folder, None, Console(file=told, width=60))
     assert base_for(None, own).source.path == place / "base"
-    said = f"using the base model of the last start ({folder / STATE})"
+    said = f"using the base model of the last start ({folder / STATE_FILE})"
     assert told.getvalue() == f"no --model: {said}\n"
     shutil.copytree(place, place.parent / "moved")  # found beside it again
     shutil.rmtree(place)

@@ -27,7 +27,7 @@ from lorafold.methods import make_spec
 from lorafold.models.quantizations import MADE, STORAGES
 from lorafold.models.quantize_on_load import packable, route_quantized
 from lorafold.objectives.sft import Sft
-from lorafold.runtime.processes import ALONE
+from lorafold.runtime.processes import SINGLE_PROCESS
 from lorafold.training.loop import Plan, train_step
 from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.data_parallel import Replicated
@@ -190,7 +190,7 @@ class Kept(Replicated):
     """Keeps the gradients of the first step as they are before clipping."""
 
     def __init__(self, adapter: Any) -> None:
-        super().__init__(ALONE)
+        super().__init__(SINGLE_PROCESS)
         self.adapter = adapter
         self.found: dict[str, Tensor] = {}
 

@@ -30,7 +30,7 @@ from lorafold.evaluation.preferences import preference_figures
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.options import law_of
 from lorafold.objectives.preference import digest, referenced
-from lorafold.runtime.processes import ALONE
+from lorafold.runtime.processes import SINGLE_PROCESS
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.preference_algorithms import Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo
@@ -218,7 +218,7 @@ def test_references_are_the_stack_below_and_are_kept(tiny: Any, tmp_path, monkey
     lf.attach(model, lf.LoRA(rank=2), name="dpo")
     with branching(model) as how:
         loss = Preferences(model, Dpo(), how, 0)
-        given: tuple[Any, ...] = (examples, [], or_quiet(None), Replicated(ALONE))
+        given: tuple[Any, ...] = (examples, [], or_quiet(None), Replicated(SINGLE_PROCESS))
         found = referenced(loss, *given)
         assert torch.allclose(torch.tensor(found.logps), sft, rtol=1e-5)
         monkeypatch.setattr(Preferences, "references", None)

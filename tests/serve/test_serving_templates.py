@@ -15,7 +15,7 @@ from conftest import make_model_dir, unestimating
 from lorafold.data.control_tokens import NOTE
 from lorafold.models.tokenizer import load_tokenizer, set_template, write_tokenizer
 from lorafold.serving.completion_job import CONTENT, REASONING, PartReader
-from lorafold.serving.errors import Refusal
+from lorafold.serving.refusals import Refusal
 from lorafold.serving.registry import AliasTarget
 from lorafold.serving.rendering import Renderer
 from serving_cases import HELLO, Running, running, saved, strict
@@ -180,7 +180,7 @@ def test_a_new_template_counts_from_the_next_load_on(server):
     registry, where = server.parts.registry, server.folder / "moving"
     shutil.copytree(server.folder / "plain", where)
     registry.load("moving")
-    registry.point("it", (AliasTarget(adapter="moving"),))
+    registry.set_alias("it", (AliasTarget(adapter="moving"),))
     assert ids_of(server, "it") == ids_of(server, "base")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(server.folder / "own" / file, where)

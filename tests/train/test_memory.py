@@ -22,7 +22,7 @@ from lorafold.core.spec import Spec
 from lorafold.data.batches import StoredFeed
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.data.row_store import SourcePart
-from lorafold.engine.fast_path import Packed
+from lorafold.engine.fast_path import PackedMatrices
 from lorafold.engine.runner import SlotRunner
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize
@@ -294,7 +294,8 @@ def cached(rollouts: Rollouts) -> int:
 def opaque(rollouts: Rollouts) -> int:
     """The bytes of matrices in oneDNN's order, which have no storage."""
     forwards = [vars(module).get("forward") for module in rollouts.shell.modules()]
-    packed = {f.func for f in forwards if isinstance(f, partial) and isinstance(f.func, Packed)}
+    called = {f.func for f in forwards if isinstance(f, partial)}
+    packed = {f for f in called if isinstance(f, PackedMatrices)}
     return sum(one._w.numel() * one._w.element_size() for one in packed)
 
 

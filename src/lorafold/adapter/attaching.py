@@ -31,7 +31,7 @@ from lorafold.core.matrices import expert_parameters, module_at, parameter_path
 from lorafold.core.shared_tensors import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError, as_one, listed, shortened
+from lorafold.errors import LorafoldError, join_problems, listed, truncate_middle
 from lorafold.files.contents import Contents
 from lorafold.identity import of_model
 from lorafold.kernels.registry import TRAINING, use
@@ -249,7 +249,7 @@ def read(
         with skip_init(4 * in_file + max(ROOM, sum(p.numel() for p in model.parameters()))):
             built = build(model, spec, tokens=tokens, **saved.attach_options(model))
     except LorafoldError as e:
-        raise _refused(saved, model, as_one([*problems, e])) from None
+        raise _refused(saved, model, join_problems([*problems, e])) from None
     try:
         saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
     except LorafoldError as e:
@@ -263,5 +263,5 @@ def _refused(saved: SavedAdapter, model: nn.Module, reason: str) -> LorafoldErro
     """The error for an adapter that does not fit a model; its path is cut if the base differs."""
     path, hint = str(saved), saved.own_base.hint(name_of_base(model))
     if reason.startswith(OTHER):
-        path = shortened(path, max(40, MOST - len(reason)))
+        path = truncate_middle(path, max(40, MOST - len(reason)))
     return LorafoldError(f"{path}: {reason}{hint}")

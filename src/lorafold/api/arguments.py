@@ -16,7 +16,7 @@ from lorafold.data.formats import PAIRS
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import check_rows, checked, read_rows, renamed
 from lorafold.data.sources import Row, source_from
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import LorafoldError, truncate_end
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES
 from lorafold.recipe.parsing import check_trackers
@@ -84,7 +84,7 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
     given: list[Any] = [rewards] if one else [*cast(Iterable[Any], rewards)]
     if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
         raise LorafoldError(
-            f"rewards: found {cut(repr(wrong[0]), 80)}, expected functions or names"
+            f"rewards: found {truncate_end(repr(wrong[0]), 80)}, expected functions or names"
         )
     if names := [each for each in given if isinstance(each, str)]:
         check_there(names)
@@ -179,7 +179,7 @@ def as_paths(adapters: Paths) -> list[Path]:
 def as_path(path: str | PathLike[str], name: str = "out") -> Path:
     """The path with ~ expanded; `name` is the argument in the error message."""
     if not isinstance(path, (str, PathLike)):
-        raise LorafoldError(f"{name}: found {cut(repr(path), 80)}, expected a path")
+        raise LorafoldError(f"{name}: found {truncate_end(repr(path), 80)}, expected a path")
     return Path(path).expanduser()
 
 
@@ -221,6 +221,6 @@ def or_quiet(console: Console | None) -> Console:
 
     if console is not None and not isinstance(console, Console):
         raise LorafoldError(
-            f"console: found {cut(repr(console), 80)}, expected a rich Console or None"
+            f"console: found {truncate_end(repr(console), 80)}, expected a rich Console or None"
         )
     return console or Console(quiet=True)

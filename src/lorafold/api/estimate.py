@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 from lorafold.api import options as opt
-from lorafold.errors import LorafoldError, both_names, called_now
+from lorafold.errors import LorafoldError, renamed_warning, two_names_message
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def estimate(
     chart = as_page(html)
     if length is not None:
         if max_length is not None:
-            raise LorafoldError(both_names("length", "max_length"))
-        warnings.warn(called_now("length", "max_length"), DeprecationWarning, stacklevel=2)
+            raise LorafoldError(two_names_message("length", "max_length"))
+        warnings.warn(renamed_warning("length", "max_length"), DeprecationWarning, stacklevel=2)
         max_length = length
     memory = bytes_of(device_memory) if isinstance(device_memory, str) else device_memory
     if params is not None and str(model) != EMBEDDED:

@@ -111,14 +111,14 @@ def own_bases(
     from lorafold.files.terminal import print_lines
     from lorafold.peft.provenance import OwnBase
     from lorafold.serving.directory import Directory
-    from lorafold.serving.registry import STATE, ServerState
+    from lorafold.serving.registry import STATE_FILE, ServerState
     from lorafold.serving.settings import read_if_exists
 
     directory, found = Directory(adapters), []
-    file = state or directory.beside / STATE
+    file = state or directory.pages_directory / STATE_FILE
     if (last := read_if_exists(file, ServerState).base) is not None:
         print_lines(console, f"no --model: using the base model of the last start ({file})")
-        return [replace(last, adapter=directory.beside / last.adapter.name)]
+        return [replace(last, adapter=directory.pages_directory / last.adapter.name)]
     for name in sorted(directory.names()):
         with suppress(LorafoldError):
             found.append(OwnBase.read(directory.locate(name)))

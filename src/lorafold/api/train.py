@@ -84,14 +84,14 @@ def train(
     from rich.console import Console
 
     from lorafold.api.arguments import as_page, or_shown
-    from lorafold.runtime.devices import own_device
-    from lorafold.runtime.processes import launched, together
+    from lorafold.runtime.devices import device_of_rank
+    from lorafold.runtime.processes import detect_launch, process_group
 
     place = None if plot is None else as_page(plot, "plot")
-    console, here = or_shown(console), launched()
+    console, here = or_shown(console), detect_launch()
     if here.world > 1:
-        asked["device"] = own_device(asked.get("device"), here)
-    with together(here, asked.get("device")) as processes:
+        asked["device"] = device_of_rank(asked.get("device"), here)
+    with process_group(here, asked.get("device")) as processes:
         if not processes.first:  # only rank 0 prints
             console = Console(quiet=True)
         request = requested(
@@ -100,7 +100,7 @@ def train(
         from lorafold.training import run
 
         result = run.train(request, console, processes)
-    if place is not None and here.speaks:
+    if place is not None and here.is_main:
         from lorafold.files.terminal import print_lines
         from lorafold.inspecting.history import read_history
         from lorafold.inspecting.history_page import page

@@ -19,8 +19,8 @@ from lorafold.cli.help import OTHERS, HelpAll, write_examples, write_lists
 from lorafold.cli.parser import Above, Command, CommandGroup
 from lorafold.cli.suggestions import no_options
 from lorafold.errors import WINDOWS, Interrupted, LorafoldError
-from lorafold.runtime.process_tuning import imports_set_aside, restart_tuned
-from lorafold.runtime.processes import Launched, launched
+from lorafold.runtime.process_tuning import imports_frozen, restart_tuned
+from lorafold.runtime.processes import Launch, detect_launch
 
 GROUPS = {
     "Train": {
@@ -168,14 +168,14 @@ def root(
 
 
 def main() -> None:
-    here = Launched()
+    here = Launch()
     try:
         if sys.platform == "win32":
             raise LorafoldError(WINDOWS)
         if TRAINING.intersection(sys.argv[1:2]):
             restart_tuned()
-        here = launched()
-        if not here.speaks:
+        here = detect_launch()
+        if not here.is_main:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
     except LorafoldError as error:
         sys.exit(_fail(str(error)))
@@ -196,7 +196,7 @@ def main() -> None:
                 f"lorafold {command}: {here.by} started {here.world} processes, expected one; start"
                 f" the command without {here.by} (lorafold train supports several processes)"
             )
-        with imports_set_aside():
+        with imports_frozen():
             code = app(prog_name="lorafold", standalone_mode=False)
     except LorafoldError as error:
         code = _fail(str(error))

@@ -230,12 +230,12 @@ def new_key(
         lorafold serve new-key trial --no-base --tokens-per-day 100000
     """
     from lorafold.serving.keys import new_key as make
-    from lorafold.serving.keys import until
+    from lorafold.serving.keys import parse_expiry
 
     given = {"tokens_per_minute": tokens_per_minute, "tokens_per_day": tokens_per_day}
     limits = {name: most for name, most in given.items() if most is not None}
     more: dict[str, object] = {"limits": limits} if limits else {}
     more |= {"base": False} if no_base else {}
-    more |= {"expires": until(expires)} if expires is not None else {}
+    more |= {"expires": parse_expiry(expires)} if expires is not None else {}
     made = make(keys, tenant, adapters or ["*"], **more)
     return made, f"{tenant}: added to {keys}, which stores only the hash; save the key"

@@ -10,7 +10,7 @@ from lorafold.cli.command_line import OLD_NAMES, words
 from lorafold.cli.help import PLACEHOLDERS, Panels
 from lorafold.cli.suggestions import no_command
 from lorafold.cli.usage_errors import Line, repeated, unquoted, unread
-from lorafold.errors import called_now
+from lorafold.errors import renamed_warning
 
 
 class CommandLine(Panels):
@@ -24,7 +24,7 @@ class CommandLine(Panels):
             raise twice
         for word in typed:
             if word.name in OLD_NAMES and word.option and word.name not in options:
-                typer.echo(called_now(word.name, word.args[0].partition("=")[0]), err=True)
+                typer.echo(renamed_warning(word.name, word.args[0].partition("=")[0]), err=True)
         try:
             rest = super().parse_args(ctx, [arg for word in typed for arg in word.args])  # type: ignore[misc]
         except typer.TyperException as error:

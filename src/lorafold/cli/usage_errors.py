@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lorafold.cli.command_line import OTHER_NAMES, Word
 from lorafold.cli.suggestions import no_options
-from lorafold.errors import LorafoldError, both_names, shortened
+from lorafold.errors import LorafoldError, truncate_middle, two_names_message
 
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # an editor may replace "--" by these
@@ -59,7 +59,7 @@ def repeated(line: Line) -> LorafoldError | None:
     for same in given.values():
         others = [w.name for w in same if w.name in OTHER_NAMES and w.name not in line.options]
         if now := [w.name for w in same if w.name not in others] if others else []:
-            return LorafoldError(both_names(others[0], now[0]))
+            return LorafoldError(two_names_message(others[0], now[0]))
         flag = getattr(same[0].option, "is_flag", False)
         values = {w.name if flag else " ".join(map(str, w.values)): w.name for w in same}
         if len(values) > 1 and not getattr(same[0].option, "multiple", False):
@@ -73,7 +73,7 @@ def unquoted(line: Line) -> LorafoldError | None:
     for number, (name, option, values, _) in enumerate(line.words, 1):
         loose = [w.values[0] for w in takewhile(lambda w: not w.name, line.words[number:])]
         if option and option.name in TEXTS and loose and not Path(loose[0]).exists():
-            text = quote(shortened(" ".join([*values, *loose]), 100))
+            text = quote(truncate_middle(" ".join([*values, *loose]), 100))
             return LorafoldError(f"{name}: found several words without quotes; write {name} {text}")
     return None
 
@@ -101,7 +101,7 @@ def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
     given = {word.option.name for word in line.words if word.option is not None}
     only_options = all(param.param_type_name == "option" for param in params)
     wanted, stray = [], line.stray if only_options else []
-    found = shortened(" ".join(stray), 100)
+    found = truncate_middle(" ".join(stray), 100)
     for param in params:
         if not param.required or param.name in given:
             continue
@@ -126,7 +126,8 @@ def _stray(line: Line) -> LorafoldError:
         return LorafoldError(f"{name}: found a second value without {name}; write {each}")
     near = get_close_matches(f"--{word.strip(DASHES)}", line.options, 1, 0.8)
     hint = f"did you mean {near[0]}?" if near else f"expected only options; {line.see}"
-    return LorafoldError(f"found {shortened(' '.join(line.stray), 100)} without an option; {hint}")
+    stray = truncate_middle(" ".join(line.stray), 100)
+    return LorafoldError(f"found {stray} without an option; {hint}")
 
 
 def _bad_values(error: Any) -> Iterator[str]:
@@ -143,7 +144,7 @@ def _bad_values(error: Any) -> Iterator[str]:
         hint = _number_in(str(found)) if expected in (WHOLE, FRACTION) else ""
         if "," in str(found) and param.multiple:
             hint = "; repeat the option to pass several values"
-        yield f"{name}: found {shortened(repr(found), 80)}, expected {expected}{hint}"
+        yield f"{name}: found {truncate_middle(repr(found), 80)}, expected {expected}{hint}"
 
 
 def _number_in(text: str) -> str:

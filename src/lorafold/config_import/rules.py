@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from lorafold.advice import ELSEWHERE, boolean, near, number
 from lorafold.data.formats import JUDGED
-from lorafold.errors import LorafoldError, as_one, shortened
+from lorafold.errors import LorafoldError, join_problems, truncate_middle
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import OF_ADAPTER
 
@@ -221,7 +221,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
         try:
             outcome = rule.reader(value, settings)
         except LorafoldError as error:
-            problems.append(shortened(f"{rule.key}: {error}", 250))
+            problems.append(truncate_middle(f"{rule.key}: {error}", 250))
             continue
         if outcome is None:
             outcome = OFF if is_off(value) else taken("no effect with these settings")
@@ -229,7 +229,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
             given = config.get(rule.key) is not None
             entries.append(TranslatedKey(rule.key, value, given, outcome))
     if problems:
-        raise LorafoldError(as_one(problems))
+        raise LorafoldError(join_problems(problems))
     if any("--init-adapter" in entry.outcome.flag.split() for entry in entries):
         entries = list(_brought_by_adapter(entries))
     known = [rule.key for rule in rules]

@@ -239,9 +239,9 @@ class only:
         carried = {name for _, m in adapted_modules(model) for name in m.deltas}
         if unknown := [n for n in names if n not in carried]:
             raise LorafoldError(
-                f"no adapter {listed(unknown, room=80)} is attached to this model; attached"
+                f"no adapter {listed(unknown, max_chars=80)} is attached to this model; attached"
                 " adapters:"
-                f" {listed(sorted(carried), room=120) or 'none'}"
+                f" {listed(sorted(carried), max_chars=120) or 'none'}"
             )
         self.selection, self.names = selection_of(model), names
         self._entries: list[OnlyBlock] = []

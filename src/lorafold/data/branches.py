@@ -27,7 +27,7 @@ from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
 from lorafold.data.templates import common
 from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
-from lorafold.errors import LISTED, LorafoldError, listed
+from lorafold.errors import MAX_ITEMS, LorafoldError, listed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -287,7 +287,7 @@ def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Arr
         elif len(own) == 2 and own[0] == own[1]:
             bad[row] = "chosen and rejected become equal"
     if bad:
-        first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
+        first = zip(named(rows.origins.places([*bad][:MAX_ITEMS])), bad.values(), strict=False)
         lines = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
         raise LorafoldError(
             f"data: truncation to max_length {max_length} leaves nothing to compare: {lines};"

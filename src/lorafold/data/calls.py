@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.data.messages import Tool, tool_problems
 from lorafold.data.templates import ASKED, KNOWN, Template, attempt, call, common, template_of
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,7 +178,7 @@ def read_tools(path: Path) -> list[Tool]:
     except ValueError as error:
         raise LorafoldError(f"{path}: not JSON: {error}") from error
     if problems := list(tool_problems(tools)):
-        raise LorafoldError(f"{path}: {as_one(problems)}")
+        raise LorafoldError(f"{path}: {join_problems(problems)}")
     return list(tools)
 
 

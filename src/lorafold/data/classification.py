@@ -16,7 +16,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked, check_provided
 from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, listed, truncate_middle
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,8 +88,8 @@ class Labels(Encoder):
             return f"field text: found no token in {given.text!r}, expected at least one"
         if (label := str(given.label)) in self.classes:
             return ""
-        expected = listed(self.classes, room=100)
-        return f"field label: found {shortened(repr(label), 80)}, expected one of {expected}"
+        expected = listed(self.classes, max_chars=100)
+        return f"field label: found {truncate_middle(repr(label), 80)}, expected one of {expected}"
 
 
 class LabelledExamples(TableExamples[LabelledExample]):

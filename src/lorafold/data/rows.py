@@ -159,12 +159,12 @@ def renamed(
         if not (columns and isinstance(row, dict)):
             yield number, row
         elif missing := [key for key in theirs if key not in row]:
-            keys = listed(map(repr, row), room=100) or "none"
+            keys = listed(map(repr, row), max_chars=100) or "none"
             hint = f"; the row has {keys}{near_columns(names, row)}"
             if {*columns} <= {*row} and not dropped:
                 turned = ",".join(f"{key}={name}" for name, key in names.items())
                 hint = f"; the order is NAME=COLUMN: --columns {turned}"
-            yield number, f"found no column {listed(map(repr, missing), room=80)}{hint}"
+            yield number, f"found no column {listed(map(repr, missing), max_chars=80)}{hint}"
         elif lost := [name for name in names if name in row and name not in theirs]:
             pairs = ", ".join(f"{name}={names[name]}" for name in lost)
             yield number, f"--columns {pairs}: the row already has a column {', '.join(lost)}"
@@ -242,9 +242,9 @@ def _without_format(row: Row, formats: Sequence[RowFormat]) -> Iterator[str]:
     if near := [row_format for row_format in formats if {*row_format.keys} <= row.keys()]:
         yield from _null(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
         return
-    keys = listed(map(repr, row), room=80) or "none"
+    keys = listed(map(repr, row), max_chars=80) or "none"
     guess = proposed_columns(row)
-    known = listed(formats, room=40 if guess else 90)
+    known = listed(formats, max_chars=40 if guess else 90)
     renames = f"; {guess}" if guess else " (rename with --columns)"
     yield f"keys found: {keys}; expected one of {known}{renames}"
 

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 from lorafold.data.json_input import Row
 from lorafold.data.readers import AS_CSV, KINDS, Numbered, Tell, kind_of_file, numbered
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.paths import nearest_name
-from lorafold.runtime.hub_offline import asked_once
 
 __all__ = ["DataSource", "Row", "source_from"]
 
@@ -210,16 +209,18 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetsError
 
-    away = ""
+    from lorafold.models.sources import offline_if_unreachable
+
+    offline = ""
     try:
         if local:
             dataset = load_from_disk(source)
         else:
-            with asked_once() as away:
+            with offline_if_unreachable() as offline:
                 dataset = load_dataset(source, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = shortened((str(error) or type(error).__name__).splitlines()[0], 150)
-        reason = f"{away}, and the dataset is not in {HF_DATASETS_CACHE}" if away else reason
+        reason = truncate_middle((str(error) or type(error).__name__).splitlines()[0], 150)
+        reason = f"{offline}, and the dataset is not in {HF_DATASETS_CACHE}" if offline else reason
         what = "there is no such file, and loading a hub dataset of this name fails"
         what = "can't be read" if local else what
         raise LorafoldError(f"{source}: {what}: {reason}{near}") from error

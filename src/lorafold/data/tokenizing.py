@@ -21,7 +21,7 @@ from lorafold.data.arrow import open_table
 from lorafold.data.control_tokens import MARKED
 from lorafold.data.row_store import CHUNK, LARGE, Rows, SourcePart, named
 from lorafold.data.rows import check_provided
-from lorafold.errors import LISTED, LorafoldError, listed
+from lorafold.errors import MAX_ITEMS, LorafoldError, listed
 from lorafold.files.cache import cached
 from lorafold.runtime.workers import workers
 
@@ -94,7 +94,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
     # comparing with "" would import pandas
     bad = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
     if len(bad):
-        first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
+        first = bad.select(["row", "problem"]).slice(0, MAX_ITEMS).to_pylist()
         places = rows.origins.places(one["row"] for one in first)
         problems = zip(named(places), first, strict=True)
         lines = (f"{name}: {one['problem']}" for name, one in problems)

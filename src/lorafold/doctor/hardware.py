@@ -28,9 +28,9 @@ from lorafold.ops.kernel_requirements import FLASH, DeviceKind, as_on, groups_at
 from lorafold.runtime.devices import AMPERE, Gpu, choose_device, gpus, native_bf16
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.process_tuning import SWITCH, huge_pages
-from lorafold.runtime.processes import launched
+from lorafold.runtime.processes import detect_launch
 from lorafold.runtime.processor import (
-    busy_elsewhere,
+    cores_used_by_others,
     instruction_sets,
     processor_name,
     usable_cores,
@@ -110,7 +110,7 @@ class Hardware:
 @cache
 def examine() -> Hardware:
     device = choose_device()
-    busy = busy_elsewhere(0.3)  # before the measurement, which is load too
+    busy = cores_used_by_others(0.3)  # before the measurement, which is load too
     native, why = native_bf16(device)
     return Hardware(
         processor=processor_name(),
@@ -251,7 +251,7 @@ def launchers() -> Iterator[Finding]:
 
 def _this() -> Finding:
     try:
-        here = launched()
+        here = detect_launch()
     except LorafoldError as error:
         return Finding("this process", "incomplete settings of a launcher", problem=str(error))
     if here.world == 1:

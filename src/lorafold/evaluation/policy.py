@@ -24,7 +24,7 @@ from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenized
 from lorafold.engine import Sampling
-from lorafold.errors import LorafoldError, RewardFailed, cut
+from lorafold.errors import LorafoldError, RewardFailed, truncate_end
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
@@ -68,7 +68,7 @@ class PolicySample:
                 lines.append(f"{turn.get('role')}: {content}")
             prompt = "\n".join(lines)
         texts = {"prompt": prompt, "completion": self.completion}
-        return asdict(self) | {name: cut(text, KEPT) for name, text in texts.items()}
+        return asdict(self) | {name: truncate_end(text, KEPT) for name, text in texts.items()}
 
 
 @dataclass(frozen=True)

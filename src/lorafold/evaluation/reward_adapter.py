@@ -26,7 +26,7 @@ from lorafold.data.examples import CompletionEncoder, example_of
 from lorafold.data.formats import PROMPT_ONLY, PROMPTS, Conversation
 from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
-from lorafold.engine.adapters import found_below
+from lorafold.engine.adapters import base_adapter_contents
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
 from lorafold.files.terminal import print_lines
 from lorafold.identity import joined, of_adapter
@@ -68,7 +68,8 @@ class RewardAdapter:
             raise failure(
                 reward.name, f"found an adapter of {kind}, expected an adapter of {REWARD_MODEL}"
             )
-        below = [SavedAdapter.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
+        contents = (base_adapter_contents(one, saved.path, sys.maxsize) for one in saved.over)
+        below = [SavedAdapter.open(one) for one in contents]
         stack = [*below, saved]
         identity = joined([of_adapter(one) for one in stack])
         return cls(reward.name, reward.weight, base, stack, identity)

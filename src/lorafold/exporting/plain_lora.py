@@ -18,7 +18,7 @@ import torch
 from lorafold.core.attach import only, selection_of
 from lorafold.core.matrices import module_at
 from lorafold.data.render import ensure_chat_template
-from lorafold.errors import LorafoldError, NoTokenizer, as_one
+from lorafold.errors import LorafoldError, NoTokenizer, join_problems
 from lorafold.exporting.proof import ReferenceAnswers, divergences, last
 from lorafold.exporting.target import Factors, Progress, SiteFactors, Subject, update_of
 from lorafold.files.html_page import ShownInNotebooks
@@ -147,7 +147,7 @@ def cut_to(
     update = update_of(subject.model, subject.names, rank)
     if update.other:
         lines = [f"{p}: {change}, which LoRA can't represent" for p, change in update.other.items()]
-        raise LorafoldError(f"--as-lora {rank}: {as_one(lines)}")
+        raise LorafoldError(f"--as-lora {rank}: {join_problems(lines)}")
     if not update.rank:
         raise LorafoldError(f"--as-lora {rank}: the adapters change no weight")
     saved = write_canonical(subject.base, update.factors, scratch)

@@ -35,7 +35,7 @@ from lorafold.core.attach import only
 from lorafold.data.formats import PROMPTS
 from lorafold.data.render import ensure_chat_template, prompt_of
 from lorafold.data.rows import read_rows
-from lorafold.engine.kv_cache import common
+from lorafold.engine.kv_cache import common_length
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress, Subject
 from lorafold.files.html_page import ShownInNotebooks
@@ -291,7 +291,8 @@ def proof(
     gaps[tied] = 0
     gap = float(gaps.abs().max())
     pairs = [*zip(reference.greedy, engine.greedy, strict=True)]
-    parted = {n: common(ours, theirs) for n, (ours, theirs) in enumerate(pairs) if ours != theirs}
+    differing = ((n, a, b) for n, (a, b) in enumerate(pairs) if a != b)
+    parted = {n: common_length(ours, theirs) for n, ours, theirs in differing}
     changed, alone = (
         None if bare is None else float(divergences(of[: len(bare)], bare).mean())
         for of in (adapted, reference.base)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from lorafold.errors import LorafoldError, NoTokenizer, as_one
+from lorafold.errors import LorafoldError, NoTokenizer, join_problems
 from lorafold.exporting.engines import ENGINES, ask
 from lorafold.exporting.plain_lora import Cut, cut_to, rank_enough
 from lorafold.exporting.proof import Proof, ReferenceAnswers, answers_over, distance, proof
@@ -232,7 +232,7 @@ def _check_representable(
     if problems:
         dense = not target.merged and subject.update.dense and not subject.update.other
         enough = rank_enough(subject, options.prompts, progress) if dense else ""
-        raise LorafoldError(f"{options.to}: {as_one(problems)}{enough}")
+        raise LorafoldError(f"{options.to}: {join_problems(problems)}{enough}")
 
 
 def _into(base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None) -> Into:
@@ -294,7 +294,7 @@ def _check(proof: Proof, target: Target, tensors: str | None) -> None:
     allowed = target.tolerance.get(tensors or "", SHARE)
     start = f"{proof.engine} {proof.version} does not reproduce lorafold's outputs"
     if proof.unused:
-        raise LorafoldError(f"{start}: the engine ignored {as_one(proof.unused)}")
+        raise LorafoldError(f"{start}: the engine ignored {join_problems(proof.unused)}")
     if proof.distance and proof.changed == 0:
         raise LorafoldError(f"{start}: the adapter has no effect in the engine")
     if not proof.distance and allowed == SHARE and proof.kl > ALONE:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.exporting.plain_lora import (
     ADAPTER,
     FORM,
@@ -221,7 +221,7 @@ class ToSglang(Target):
             a, b = (_taken(tensors, path, half) for half in "AB")
             largest = max(largest, _difference((scale * b, a), (up, down)))
         if tensors:
-            over = as_one(sorted(tensors))
+            over = join_problems(sorted(tensors))
             raise LorafoldError(f"sglang: found written tensors that match no module: {over}")
         if largest > EXACT:
             raise LorafoldError(

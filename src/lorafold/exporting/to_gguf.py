@@ -19,7 +19,7 @@ from typing import Any
 
 import gguf
 
-from lorafold.errors import LorafoldError, shortened
+from lorafold.errors import LorafoldError, truncate_middle
 from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import (
     FILE_TYPES,
@@ -144,7 +144,8 @@ def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequenc
         plain.unlink()
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {shortened(lines[-1], 160)}")
+        last = truncate_middle(lines[-1], 160)
+        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {last}")
     return notes
 
 

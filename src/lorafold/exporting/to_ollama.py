@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
 from lorafold.data.templates import template_of
-from lorafold.engine.kv_cache import common
-from lorafold.errors import LorafoldError, shortened
+from lorafold.engine.kv_cache import common_length
+from lorafold.errors import LorafoldError, truncate_middle
 from lorafold.exporting.target import Progress, Subject, Written
 from lorafold.exporting.to_gguf import GgufModel, file_of, write_file
 
@@ -139,8 +139,8 @@ def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> s
         chat = _chat(roles, SAID[: len(roles)])
         by_marks = turns.text(chat)
         if (text := written(chat)) != by_marks:
-            at, chat_of_roles = common(text, by_marks), "-".join(ROLES[r] for r in roles)
-            part = shortened(repr(text[max(at - 20, 0) : at + 20]), 60)
+            at, chat_of_roles = common_length(text, by_marks), "-".join(ROLES[r] for r in roles)
+            part = truncate_middle(repr(text[max(at - 20, 0) : at + 20]), 60)
             return f"{part} in a {chat_of_roles} chat"
     return ""
 

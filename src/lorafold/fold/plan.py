@@ -22,7 +22,7 @@ from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta, alike, on_meta
 from lorafold.core.layer import bare
 from lorafold.core.matrices import module_at, parameter_path
-from lorafold.errors import NotMergeable, as_one, listed
+from lorafold.errors import NotMergeable, join_problems, listed
 from lorafold.layers import layer_of
 
 TensorShape = tuple[int, ...]
@@ -238,7 +238,7 @@ def carry_out(
             for name, others in plan.untied.items()
         ]
     if problems:
-        raise NotMergeable(as_one(problems))
+        raise NotMergeable(join_problems(problems))
     switch_on(model, plan.switches)
     if plan.vocabulary is not None:
         declare(model, plan.vocabulary)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from lorafold.errors import LorafoldError, printable
+from lorafold.errors import LorafoldError, escape_unprintable
 from lorafold.files.atomic import check_intact, read_object
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import RECORD
@@ -244,10 +244,10 @@ class History(ShownInNotebooks):
 
     def __str__(self) -> str:
         figures = {name: both for name, v in self.by_step.items() if (both := ends(v))}
-        names = ["means of steps", *self.configuration, *map(printable, figures)]
+        names = ["means of steps", *self.configuration, *map(escape_unprintable, figures)]
         return in_words(
-            "inspecting/history.jinja", found=self, figures=figures, mean=fmean, line=printable,
-            wide=max(map(len, names)), n=max(FEWEST, len(self.losses) // 10),
+            "inspecting/history.jinja", found=self, figures=figures, line=escape_unprintable,
+            mean=fmean, wide=max(map(len, names)), n=max(FEWEST, len(self.losses) // 10),
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lorafold.data.row_store import Rows
 from lorafold.data.templates import on_day
-from lorafold.errors import Interrupted, LorafoldError, differing
+from lorafold.errors import Interrupted, LorafoldError, differing_keys
 from lorafold.files.atomic import read_object, write_json
 from lorafold.files.claims import TOKEN, measured, shared, silent
 from lorafold.files.html_page import ShownInNotebooks
@@ -162,7 +162,7 @@ def check(out: Path, identity: dict[str, Any]) -> None:
             f"{out}: found a search of an earlier lorafold, which does not record the"
             " files of its model; choose another --out"
         )
-    if names := differing(recorded, json.loads(json.dumps(identity))):
+    if names := differing_keys(recorded, json.loads(json.dumps(identity))):
         raise LorafoldError(
             f"{out}: found another search with other values of {', '.join(names)}; choose"
             " another --out"

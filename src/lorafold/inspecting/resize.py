@@ -24,7 +24,7 @@ from lorafold.core.combine import Stack
 from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import match
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.files.atomic import check_out
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
@@ -153,7 +153,7 @@ def extract(
     ]:
         raise LorafoldError(
             f"{tuned.name}: not a fine-tuned version of {base.name}, because the modules differ:"
-            f" {as_one(problems)}"
+            f" {join_problems(problems)}"
         )
     factors, cuts = {}, Cuts()
     for path in paths:

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_iter
 from lorafold.adapter import attach
 from lorafold.core.attach import selection_of
 from lorafold.core.spec import Spec
-from lorafold.engine.adapters import attached
+from lorafold.engine.adapters import deltas_of
 from lorafold.engine.fast_path import packed_bytes
-from lorafold.engine.kv_cache import columns
+from lorafold.engine.kv_cache import round_up
 from lorafold.engine.request import EngineSettings
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
@@ -35,7 +35,7 @@ from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.ops.packed_documents import Documents, Tile
-from lorafold.runtime.process_tuning import existing_set_aside
+from lorafold.runtime.process_tuning import existing_frozen
 from lorafold.training_step.adamw import state_bytes
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.gradient_checkpointing import recompute
@@ -215,7 +215,7 @@ class Setting:
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
     """Trace a step of a model with embedding, head and its first blocks."""
     with (
-        existing_set_aside(),
+        existing_frozen(),
         without_values(),
         multiplying(widened=setting.widened),
         as_on(setting.place),
@@ -391,14 +391,14 @@ def drawing(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[
     state = few - TOKENS[0] * a_token
     # models with a state besides the KV cache compute one completion at a time
     slots = size.slots if state <= 0 else 1
-    held = slots * (max(0, state) + columns(size.prompt + size.longest) * a_token)
+    held = slots * (max(0, state) + round_up(size.prompt + size.longest) * a_token)
     config = model.config.get_text_config()
     logits = COPIES * slots * config.vocab_size * model.dtype.itemsize
     read, prompts = min(size.prompt, SETTINGS.chunk), -(-slots // size.group)
     rows = max(1, min(prompts, SETTINGS.budget // read))
     passes = max(_workspace(model, rows, read, ledger), _workspace(model, slots, 1, ledger))
     factors = 0
-    for delta in attached(model, selection_of(model).names).values():
+    for delta in deltas_of(model, selection_of(model).names).values():
         if (pair := delta.factors()) is not None:
             factors += sum(t.numel() for t in pair)
     engine = packed_bytes(model) + KEPT * factors * model.dtype.itemsize

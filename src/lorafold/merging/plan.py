@@ -191,7 +191,7 @@ def plan(
     if not (changed or converted or problems):
         problems["the adapters change no weight"].append(str(checkpoint.path))
     if problems:
-        reasons = (f"{listed(paths, room=80)}: {reason}" for reason, paths in problems.items())
+        reasons = (f"{listed(paths, max_chars=80)}: {reason}" for reason, paths in problems.items())
         raise NotMergeable(listed(reasons, "; "))
     zeros = {
         entry.name: mapped.model.get_parameter(name).data

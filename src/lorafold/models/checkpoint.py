@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 
 from lorafold.core.anatomy import Anatomy, tied_parameters
 from lorafold.core.matrices import Matrices
-from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.atomic import MANIFEST, read_object
 from lorafold.layers.compressed import CompressedLinear
 from lorafold.layers.expert_storage import BLOCKS, stored_matrices
@@ -167,7 +167,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
         elif known.isdisjoint((name, *tied.get(name, ()))):
             problems.append(f"{name}: missing in the weight files")
     if problems:
-        raise LorafoldError(f"{checkpoint.path}: {as_one(problems)}")
+        raise LorafoldError(f"{checkpoint.path}: {join_problems(problems)}")
     _place(model, _parameters(entries, tensors, converted, tied), tied)
     check_quantized(model, what)
     return MappedModel(model, entries, tied, converted)

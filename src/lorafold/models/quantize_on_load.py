@@ -39,7 +39,7 @@ from lorafold.models.quantized_files import (
 )
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.ops.nf4 import BLOCK
-from lorafold.runtime.memory import RETURNED, freed_blocks
+from lorafold.runtime.memory import RETURN_FREED, malloc_policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,7 +136,7 @@ def read_quantized(
         options["quantization_config"] = BitsAndBytesConfig(**made, llm_int8_skip_modules=plain)
         quantizing = experts_quantized(str(quantization))
     weights = FileWeights(model_files(path), mapped=False)
-    with freed_blocks(RETURNED), quantizing:
+    with malloc_policy(RETURN_FREED), quantizing:
         model, info = cls.from_pretrained(
             None,
             config=configuration,

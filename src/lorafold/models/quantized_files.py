@@ -21,7 +21,7 @@ from torch import nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import expert_parameters, matrices_of
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.layers import layer_class
 from lorafold.layers.compressed import CompressedLinear, QuantizationFormat
 from lorafold.layers.dense import Linear
@@ -101,7 +101,7 @@ def as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry], what: str)
     """Give the scales of a model on the meta device, after `make_quantized`, the files' dtypes."""
     problems = [*misfits(model, entries)]
     if problems:
-        raise LorafoldError(f"{what}: {as_one(problems)}")
+        raise LorafoldError(f"{what}: {join_problems(problems)}")
     for path, module in _compressed(model):
         entry = entries[f"{path}.{module.codes.scale}"]
         empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")

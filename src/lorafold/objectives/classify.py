@@ -65,8 +65,8 @@ class Classify(Objective):
         classes = known_classes(request.base, request.adapters) or labels
         if strange := [name for name in labels if name not in classes]:
             raise LorafoldError(
-                f"data: found labels {listed(strange, room=100)}, expected the classes of"
-                f" {request.start}: {listed(classes, room=100)}"
+                f"data: found labels {listed(strange, max_chars=100)}, expected the classes of"
+                f" {request.start}: {listed(classes, max_chars=100)}"
             )
         return cls(classes)
 

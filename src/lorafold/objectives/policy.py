@@ -44,7 +44,7 @@ from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import RewardName, Rewards
 from lorafold.rewards.reward import REWARDS
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step import policy_algorithms
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.policy_algorithms import PolicyLaw
@@ -84,7 +84,7 @@ class RolloutLoss(Policy):
     ) -> None:
         super().__init__(model, law, how, pad_id, rollouts.longest, rollouts.exact)
         self.rollouts, self.rewards = (rollouts,), rewards  # a tuple, so not a submodule
-        self.processes: Processes = ALONE  # set by `refer`
+        self.processes: Processes = SINGLE_PROCESS  # set by `refer`
 
 
 @dataclass(frozen=True)

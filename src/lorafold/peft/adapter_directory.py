@@ -29,7 +29,7 @@ from lorafold.core.attach import Origin
 from lorafold.core.matrices import Matrices
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.files.atomic import MANIFEST, atomic_directory, write_json
 from lorafold.files.contents import Contents
 from lorafold.files.model_card import (
@@ -122,7 +122,7 @@ class SavedAdapter:
             problems.append(f"{RECORD}: {e}")
         contents.check_intact()  # first, because damaged files cause the other problems
         if problems or written is None or config is None or weights is None:
-            raise LorafoldError(f"{contents.path}: {as_one(problems)}")
+            raise LorafoldError(f"{contents.path}: {join_problems(problems)}")
         spec, selection, bias = config
         # missing or damaged tokenizer files are reported when the tokenizer is loaded
         named = contents.object(MANIFEST).get("files", ()) if MANIFEST in contents.files else ()
@@ -229,7 +229,7 @@ class SavedAdapter:
             *(misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items()),
         ]
         if wrong := [*filter(None, wrong)]:
-            raise LorafoldError(as_one(wrong))
+            raise LorafoldError(join_problems(wrong))
         for key, saved in expected.items():
             saved.assign(loaded[key])
 
@@ -263,7 +263,7 @@ def write(
         renamed(key, named) if whole else key: t.contiguous().cpu() for key, t in saved.items()
     }
     if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
-        raise LorafoldError(f"{path} was not written: {as_one(wrong)}")
+        raise LorafoldError(f"{path} was not written: {join_problems(wrong)}")
     record = {k: v for k, v in beside.record.items() if k != DROPOUT}
     if form.dropout:
         record[DROPOUT] = form.dropout
@@ -293,7 +293,7 @@ def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
     problems: list[str] = []
     adapters = [_attempt(problems, partial(SavedAdapter.open, path)) for path in paths]
     if problems:
-        raise LorafoldError(as_one(problems))
+        raise LorafoldError(join_problems(problems))
     return tuple(one for one in adapters if one is not None)
 
 

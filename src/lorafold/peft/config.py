@@ -27,7 +27,7 @@ from lorafold.core.attach import base_state
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError, as_one, listed, shortened
+from lorafold.errors import LorafoldError, join_problems, listed, truncate_middle
 from lorafold.files.paths import nearest_name
 from lorafold.layers import is_linear
 from lorafold.methods.parts.extras import Bias
@@ -181,9 +181,9 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
         k: v for k, v in sorted(config.items()) if k not in known and not is_neutral(v)
     }
     texts = {k: ANYTHING.dump_json(v).decode() for k, v in unknown.items()}
-    problems += [f"{k}={shortened(text, 80)} is not supported" for k, text in texts.items()]
+    problems += [f"{k}={truncate_middle(text, 80)} is not supported" for k, text in texts.items()]
     if problems or spec is None:
-        raise LorafoldError(f"{CONFIG}: {as_one(problems)}")
+        raise LorafoldError(f"{CONFIG}: {join_problems(problems)}")
     bias = shared.pop("bias")
     return spec, PeftSelection(**shared), bias
 

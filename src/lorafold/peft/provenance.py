@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.core.attach import Origin
-from lorafold.errors import LorafoldError, shortened
+from lorafold.errors import LorafoldError, truncate_middle
 from lorafold.files.contents import Contents
 from lorafold.files.model_card import OVER
 from lorafold.files.record import BASE, RECORD, TRAINED_ON, named_as_now
@@ -129,12 +129,13 @@ class OwnBase:
             return []
         message = OTHER
         if self.name not in ("", called):
-            that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
+            names = (self.name, called or "nameless")
+            that, this = (truncate_middle(name, SHORT) for name in names)
             message += f": {that}, not {this}"
             differences = [differences[0].partition(":")[0]]
         return [
-            f"{message} ({shortened(differences[0], 110)}); load that base, or allow this one with"
-            f" {ALLOWED} (allow_other_base=True)"
+            f"{message} ({truncate_middle(differences[0], 110)}); load that base, or allow this one"
+            f" with {ALLOWED} (allow_other_base=True)"
         ]
 
     def check(self, base: Weights, called: str) -> None:
@@ -143,14 +144,14 @@ class OwnBase:
         """
         known = any(base.find(name) for name in self.fingerprint)
         if known and (problems := self.problems(base, called)):
-            path = shortened(str(self.adapter), max(SHORT, MOST - len(problems[0])))
+            path = truncate_middle(str(self.adapter), max(SHORT, MOST - len(problems[0])))
             raise LorafoldError(f"{path}: {problems[0]}")
 
     def hint(self, called: str) -> str:
         """The end of a message about a base that does not fit, if the adapter names another one."""
         if self.fingerprint or self.name in ("", called):
             return ""
-        that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
+        that, this = truncate_middle(self.name, SHORT), truncate_middle(called or "nameless", SHORT)
         return f"; the base in {self.named_in} is {that}, but this base is {this}"
 
     def other(self, base: Weights) -> str:

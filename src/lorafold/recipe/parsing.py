@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lorafold.errors import LorafoldError, both_names, called_now, listed, why_unread
+from lorafold.errors import LorafoldError, listed, read_failure, renamed_warning, two_names_message
 from lorafold.files.record import NAMES, RENAMED, named_as_now
 from lorafold.recipe.recipe import UNWORDED, Recipe, explain
 
@@ -47,9 +47,9 @@ def load_recipe(
     named = {pair.partition("=")[0].strip() for pair in sets}
     for old, now in NAMES.items():
         if {old, now} <= named:
-            problems.append(both_names(f"--set {old}", f"--set {now}"))
+            problems.append(two_names_message(f"--set {old}", f"--set {now}"))
         if old in RENAMED and old in named:
-            log.warning(called_now(f"--set {old}", f"--set {now}"))
+            log.warning(renamed_warning(f"--set {old}", f"--set {now}"))
     for pair in sets:
         key, equals, text = pair.partition("=")
         field, dot, inner = key.strip().partition(".")
@@ -86,7 +86,7 @@ def text_of(path: Path, what: str) -> str:
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = why_unread(error)
+        reason = read_failure(error)
         raise LorafoldError(f"{path}: can't be read as {what}: {reason}") from error
 
 
@@ -129,7 +129,7 @@ def _read(config: Path) -> Mapping[str, Any]:
     theirs = [name for name in fields if name not in {*Recipe.model_fields, *RENAMED}]
     if 2 * len(theirs) > len(fields) and len(theirs) > 1:
         raise LorafoldError(
-            f"{config}: found {listed(theirs, room=100)}, which are not recipe fields;"
+            f"{config}: found {listed(theirs, max_chars=100)}, which are not recipe fields;"
             f" {TRANSLATES.format(config)}"
         )
     try:

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from lorafold.advice import advice
-from lorafold.errors import LorafoldError, called_now, cut, listed
+from lorafold.errors import LorafoldError, listed, renamed_warning, truncate_end
 from lorafold.files.record import RENAMED, named_as_now
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import OF_METHOD, Fields
@@ -59,8 +59,8 @@ def explain(
             strange.setdefault(origin(field), []).append(field)
     for place, names in strange.items():
         what = "is not a field" if len(names) == 1 else "are not fields"
-        known = listed(Fields.model_fields, room=60)
-        yield f"{listed(names, room=60)}{place} {what} of a recipe: expected one of {known}"
+        known = listed(Fields.model_fields, max_chars=60)
+        yield f"{listed(names, max_chars=60)}{place} {what} of a recipe: expected one of {known}"
     for (field, key), messages in expected.items():
         value, name = values[field], field
         if key:
@@ -127,7 +127,7 @@ class Recipe(Fields):
             except LorafoldError as error:
                 raise LorafoldError(f"recipe: {error}") from None
             for old in old_names:  # stacklevel 3 is the caller of `Recipe`
-                warnings.warn(called_now(old, RENAMED[old]), DeprecationWarning, stacklevel=3)
+                warnings.warn(renamed_warning(old, RENAMED[old]), DeprecationWarning, stacklevel=3)
         try:
             return check(given)
         except ValidationError as error:
@@ -140,7 +140,7 @@ class Recipe(Fields):
         def __setattr__(self, name: str, value: Any) -> NoReturn:
             raise LorafoldError(
                 f"recipe: {name}: can't be set, because a recipe is frozen; create a new recipe, as"
-                f" in lf.Recipe({name}={cut(repr(value), 80)})"
+                f" in lf.Recipe({name}={truncate_end(repr(value), 80)})"
             )
 
     @property

@@ -18,7 +18,7 @@ import torch
 
 from lorafold.data.control_tokens import allow
 from lorafold.data.templates import day_of
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.contents import file_digest
 from lorafold.files.model_card import EMBEDDED
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code, of_model
@@ -39,7 +39,6 @@ from lorafold.models.weights import FileWeights, model_files
 from lorafold.peft.adapter_directory import SavedAdapter, trained_on
 from lorafold.peft.provenance import ALLOWED, OwnBase
 from lorafold.runtime.devices import choose_device, native_bf16
-from lorafold.runtime.hub_offline import cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +75,7 @@ class Base:
     def __post_init__(self) -> None:
         """Raise LorafoldError for an invalid model, storage or device."""
         if not isinstance(self.model, (str, Path, ModelSource)):
-            shown = shortened(repr(self.model), 80)
+            shown = truncate_middle(repr(self.model), 80)
             raise LorafoldError(f"model: found {shown}, expected a name or a path")
         check_storage(self.storage)
         object.__setattr__(self, "where", choose_device(self.device))
@@ -221,7 +220,7 @@ def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ..
 def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
     """A language model, a reward model, or a classifier of its classes, in words."""
     if classes := known_classes(base, adapters):
-        return f"a classifier of {listed(classes, room=60)}"
+        return f"a classifier of {listed(classes, max_chars=60)}"
     scores = any(one.scores for one in adapters) or len(outputs_of_model(base.source) or ()) == 1
     return REWARD_MODEL if scores else LANGUAGE_MODEL
 
@@ -266,13 +265,13 @@ def _agreed(own: Sequence[OwnBase]) -> OwnBase:
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
         raise LorafoldError(
-            f"{shortened(str(own[0].adapter), SHORT)}: its config does not contain the base model;"
-            " pass --model PATH (model)"
+            f"{truncate_middle(str(own[0].adapter), SHORT)}: its config does not contain the base"
+            " model; pass --model PATH (model)"
         )
     first = known[0]
     if other := next((one for one in known if not first.same_as(one)), None):
         one, another = (
-            f"{shortened(str(each.adapter), SHORT)} on {shortened(_name(each), SHORT)}"
+            f"{truncate_middle(str(each.adapter), SHORT)} on {truncate_middle(_name(each), SHORT)}"
             for each in (first, other)
         )
         raise LorafoldError(
@@ -316,18 +315,25 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
                 return Base(source, **how), line(name, ", found by its fingerprint")
     if named:  # with other weights: loading reports the difference
         return Base(str(named[0]), **how), line(str(named[0]))
-    place, name = (shortened(str(p), SHORT) for p in (own.adapter.absolute().parent, _name(own)))
+    paths = (own.adapter, _name(own), own.adapter.absolute().parent, hub_cache())
+    adapter, name, directory, cache = (truncate_middle(str(p), SHORT) for p in paths)
     missing = (
-        f"{shortened(str(own.adapter), SHORT)}: its base {name} was found neither at its path, next"
-        f" to the adapter in {place}, nor in {shortened(cache(), SHORT)}; pass --model PATH (model)"
+        f"{adapter}: its base {name} was found neither at its path, next to the adapter in"
+        f" {directory}, nor in {cache}; pass --model PATH (model)"
     )
     if of_hub is None:
         raise LorafoldError(missing)
     try:
         return replace(of_hub, model=of_hub.source), line(own.name)
     except LorafoldError as error:
-        reason = shortened(str(error).rpartition(" the hub: ")[2].partition(";")[0], 60)
+        reason = truncate_middle(str(error).rpartition(" the hub: ")[2].partition(";")[0], 60)
         raise LorafoldError(f"{missing}; downloading it from the hub failed: {reason}") from error
+
+
+def hub_cache() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
 
 
 def fits(path: Path, own: OwnBase) -> bool:
@@ -363,7 +369,7 @@ def _elsewhere(own: OwnBase) -> Iterator[tuple[Path, str]]:
         for path in _inside(parent):
             if (path / "config.json").is_file():
                 yield path, str(path)
-    for repo in _inside(Path(cache())):
+    for repo in _inside(Path(hub_cache())):
         if repo.name.startswith(HUB):
             name = repo.name.removeprefix(HUB).replace("--", "/")
             yield from ((path, name) for path in _inside(repo / "snapshots"))

@@ -17,7 +17,7 @@ from lorafold.composing.updates import names
 from lorafold.data.prompts import questions_in
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.data.sources import Row
-from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.claims import digest_of
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
@@ -226,7 +226,7 @@ def check(task: FragilityTask) -> None:
             f"recipe: only the objective {DEFAULT} is supported, without streaming and new_tokens"
         )
     if problems:
-        raise LorafoldError(as_one(problems))
+        raise LorafoldError(join_problems(problems))
 
 
 def _overlapping(task: FragilityTask) -> Iterator[str]:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.adapter.coverage import unreached
 from lorafold.core.attach import base_state
-from lorafold.errors import LorafoldError, differing, listed, shortened
+from lorafold.errors import LorafoldError, differing_keys, listed, truncate_middle
 from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
@@ -33,7 +33,7 @@ from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
 from lorafold.peft.tensors import saved_tensors, sites_of
 from lorafold.recipe.fields import OF_METHOD
 from lorafold.recipe.recipe import Recipe
-from lorafold.runtime.memory import RETURNED, freed_blocks, peak_bytes
+from lorafold.runtime.memory import RETURN_FREED, malloc_policy, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.loop import Plan, guessing_warning
 from lorafold.training.request import RunRequest, depends_on, free_on_resume, objective_of
@@ -141,7 +141,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     plan.optimizer.state.clear()  # frees memory for writing and verifying
     record, run = record_of(setup, plan, progress), plan.run
     write = partial(write_adapter, setup, plan, progress, result, base)
-    with freed_blocks(RETURNED):
+    with malloc_policy(RETURN_FREED):
         if saved_step == progress.step:
             write(request.out, record)
         if better is not None:
@@ -251,7 +251,7 @@ def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
     if zero:
         raise LorafoldError(
             f"nothing was written: the up factors of {len(zero)} modules are still zero after"
-            f" training, although they had gradients ({listed(zero, room=80)}); try a higher"
+            f" training, although they had gradients ({listed(zero, max_chars=80)}); try a higher"
             " learning rate (lr, lr_b)"
         )
 
@@ -277,7 +277,7 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
     if wrong:
         raise LorafoldError(
             f"{path}: the written files differ from the trained values in"
-            f" {listed(wrong, room=120)}; the checkpoints of the run are kept"
+            f" {listed(wrong, max_chars=120)}; the checkpoints of the run are kept"
         )
 
 
@@ -302,9 +302,9 @@ def finished(request: RunRequest, console: Console) -> Trained | None:
             f"{out}: --resume: found an adapter that was not written by a training run, expected a"
             " stopped run; choose another --out, or replace the adapter with --overwrite"
         )
-    if differing := list(_differing(request, record)):
+    if differences := list(_differing(request, record)):
         raise LorafoldError(
-            f"nothing to resume: {out} is finished, and this run differs: {listed(differing)};"
+            f"nothing to resume: {out} is finished, and this run differs: {listed(differences)};"
             " choose another --out, or replace the adapter with --overwrite"
         )
     print_lines(console, f"nothing to resume: {out} is finished")
@@ -321,7 +321,7 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
     left |= free_on_resume(recipe)
     for name in sorted(now.keys() - left):
         if now[name] != then[name]:
-            was, new = (shortened(repr(of[name]), 40) for of in (then, now))
+            was, new = (truncate_middle(repr(of[name]), 40) for of in (then, now))
             yield f"{name} was {was}, now {new}"
     base = record.get(BASE_IDENTITY)  # absent from earlier versions' records
     if base and base != request.base.identity:
@@ -334,7 +334,7 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
         yield "the adapters of --over have changed"
     if DEPENDS_ON in record:  # absent from earlier versions' records
         here = depends_on(request, objective_of(request, open_all(request.adapters)))
-        yield from (f"{name} has changed" for name in differing(here, record[DEPENDS_ON]))
+        yield from (f"{name} has changed" for name in differing_keys(here, record[DEPENDS_ON]))
     began = request.init_adapter and of_adapter(SavedAdapter.open(request.init_adapter))
     if record.get(INIT_ADAPTER, {}).get("sha256") != began:
         yield "the adapter of --init-adapter has changed"

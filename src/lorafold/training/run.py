@@ -23,8 +23,8 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Data, OnPolicy
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
 from lorafold.rewards.reward import ADAPTER, REWARDS, WEIGHTED
-from lorafold.runtime.memory import KEPT, RETURNED, freed_blocks
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.memory import KEEP_FREED, RETURN_FREED, malloc_policy
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.finish import Trained, finish, finished
 from lorafold.training.loop import Plan, fit
@@ -47,7 +47,7 @@ from lorafold.training_step.sharding import Sharded
 SAMPLED = 8  # steps whose rows are searched for shared prefixes
 
 
-def train(request: RunRequest, console: Console, processes: Processes = ALONE) -> Trained:
+def train(request: RunRequest, console: Console, processes: Processes = SINGLE_PROCESS) -> Trained:
     """Train one adapter and write it to `request.out`; every process has the same request. A
     finished run is left unchanged on resume. Raises Interrupted after SIGINT or SIGTERM, with a
     checkpoint.
@@ -79,7 +79,7 @@ def _train(setup: Setup, console: Console) -> Trained:
     else:
         dividing, alone = nullcontext(), "one process has all weights; start several to shard them"
         print_lines(console, f"strategy fsdp: {alone}" * (recipe.strategy == "fsdp"))
-    with freed_blocks(KEPT), dividing:
+    with malloc_policy(KEEP_FREED), dividing:
         with (
             # first, because a policy's sampler copies the modules before they are fused
             objective.loss(model, tokenizer, recipe.packing, console) as loss,
@@ -110,7 +110,7 @@ def _train(setup: Setup, console: Console) -> Trained:
 def divided(layout: Sharded, model: nn.Module, console: Console) -> Iterator[None]:
     """Context: the model is sharded; prints the sizes."""
     # memory of temporarily gathered tensors must be returned
-    with freed_blocks(RETURNED), layout.dividing(model):
+    with malloc_policy(RETURN_FREED), layout.dividing(model):
         whole, kept, largest = map(format_bytes, layout.sizes())
         print_lines(
             console,

@@ -24,7 +24,7 @@ from lorafold.data.batches import BatchFeed
 from lorafold.data.branches import Branched
 from lorafold.data.checks import Findings
 from lorafold.data.templates import day_of, on_day
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
@@ -41,7 +41,7 @@ from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
 from lorafold.resolve.base import check_language_model
 from lorafold.runtime.memory import free_bytes
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import (
     RunRequest,
@@ -150,7 +150,7 @@ def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
     return saved
 
 
-def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) -> Setup:
+def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_PROCESS) -> Setup:
     """Check the request, choose device and dtype, and tokenize the rows."""
     spec = check_request(request, console, processes)
     saved = saved_adapters(request) if request.over or request.init_adapter else []
@@ -215,15 +215,15 @@ def check_alike(setup: Setup) -> None:
     (host, first), *each = processes.gather((socket.gethostname(), here))
     for number, (there, theirs) in enumerate(each, 1):
         if others := [
-            f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} (process 0:"
-            f" {shortened(first.get(name, 'none'), SHOWN)})"
+            f"{name}: {truncate_middle(theirs.get(name, 'none'), SHOWN)} (process 0:"
+            f" {truncate_middle(first.get(name, 'none'), SHOWN)})"
             for name in {**first, **theirs}  # causes come before their effects
             if theirs.get(name) != first.get(name)
         ]:
             where = there if there == host else f"{there}, process 0 on {host}"
             raise LorafoldError(
-                f"process {number} on {where}: found {listed(others, '; ', room=140)}; expected"
-                " the same in all processes"
+                f"process {number} on {where}: found {listed(others, '; ', max_chars=140)};"
+                " expected the same in all processes"
             )
 
 

@@ -24,7 +24,7 @@ from lorafold.adapter import Adapter
 from lorafold.adapter.reference import below
 from lorafold.core.attach import base_state, selection_of
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.atomic import atomic_directory, check_out, read_object, verify, write_json
 from lorafold.layers.bitsandbytes import quietly
 from lorafold.models.sources import name_of_base
@@ -220,7 +220,7 @@ class AdapterCallback(TrainerCallback):
                 last = f"the last complete checkpoint is {good}" * bool(good)
                 raise LorafoldError(
                     f"{checkpoint / part}: the adapter can't be resumed:"
-                    f" {as_one(problems)}; {last or 'there is no complete checkpoint'}"
+                    f" {join_problems(problems)}; {last or 'there is no complete checkpoint'}"
                 )
         saved = SavedAdapter.open(checkpoint / ADAPTER)
         model = self.adapter.model
@@ -237,7 +237,8 @@ class AdapterCallback(TrainerCallback):
             if key in stored and stored[key].shape != tensor.shape
         ]
         if wrong:
-            raise LorafoldError(f"{checkpoint / STATE}: not of this adapter: {as_one(wrong)}")
+            listing = join_problems(wrong)
+            raise LorafoldError(f"{checkpoint / STATE}: not of this adapter: {listing}")
         self.adapter.load_state_dict(stored)
         logger.info(f"The adapter was restored from {checkpoint}.")
 

@@ -17,7 +17,7 @@ from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leader
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host_tensors import all_sent, on_host, sent
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step.lm_head_loss import (
     balances,
     document_losses,
@@ -78,7 +78,7 @@ class Loss(nn.Module, ABC):
         """
         return {}
 
-    def figures(self, processes: Processes = ALONE) -> Mapping[str, float]:
+    def figures(self, processes: Processes = SINGLE_PROCESS) -> Mapping[str, float]:
         """Metrics of the last step besides the loss, over all processes; called once per step."""
         return {}
 

@@ -15,7 +15,7 @@ from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
 from lorafold.ops.host_tensors import all_sent, sent
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step.lm_head_loss import at_labels, token_losses
 from lorafold.training_step.policy_algorithms import PolicyLaw, SampledTokens
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
@@ -177,7 +177,7 @@ class Policy(BranchedLoss):
             self.seen.kl += float(tokens.kl.detach().sum())
         return (self.law.loss(tokens) * weights[of]).sum()
 
-    def figures(self, processes: Processes = ALONE) -> dict[str, float]:
+    def figures(self, processes: Processes = SINGLE_PROCESS) -> dict[str, float]:
         statistics, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
         return statistics.figures(bool(self.law.beta))
 
