@@ -32,7 +32,7 @@ from lorafold.core.contexts import evaluating
 from lorafold.data import batches as sharing
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.evaluation.held_out import batches, row_losses
+from lorafold.evaluation.batched_losses import batches, row_losses
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import CompletionLoss
 from lorafold.training_step.preference_algorithms import Dpo

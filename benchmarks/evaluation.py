@@ -29,7 +29,7 @@ import lorafold as lf
 from lorafold.data.formats import CONVERSATIONS
 from lorafold.data.prompts import references
 from lorafold.data.row_store import Rows
-from lorafold.evaluation.rows import SPARE
+from lorafold.evaluation.loss_and_exact_match import SPARE
 from lorafold.generation import complete, stream
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import choose_storage
@@ -37,7 +37,7 @@ from lorafold.models.tokenizer import load_tokenizer
 from lorafold.quickstart.story import MODEL, RECIPE, UNSEEN
 from lorafold.quickstart.task import rows
 from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 
 

@@ -40,9 +40,9 @@ from lorafold.quickstart.task import rows
 from lorafold.recipe.fitting import fitting, spec_of
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEPT, freed_blocks
+from lorafold.training.inputs import RunRequest
 from lorafold.training.loop import fit
-from lorafold.training.progress import Display
-from lorafold.training.request import RunRequest
+from lorafold.training.progress_display import Display
 from lorafold.training.run import prepare
 from lorafold.training.setup import set_up
 from lorafold.training_step.fused_modules import fused

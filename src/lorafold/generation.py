@@ -15,7 +15,7 @@ from lorafold.data.templates import template_of
 from lorafold.engine import Ended, Engine, EventStream, Request, Sampling
 from lorafold.engine.adapters import attached, parts_of
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.virtual_tokens import Sender
+from lorafold.methods.common.virtual_tokens import Sender
 from lorafold.models.positions import positions_of
 from lorafold.runtime.memory import free_bytes
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
+from lorafold.core.active_adapters import Draws, DrawSite, drawing, named, slots
 from lorafold.core.attach import selection_of
-from lorafold.core.selection import Draws, DrawSite, drawing, named, slots
 from lorafold.ops.dropout import (
     EMPTY,
     MASKED,

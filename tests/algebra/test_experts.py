@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import laws
 import lorafold as lf
+from lorafold.core.active_adapters import Draws, drawing, named
 from lorafold.core.anatomy import Anatomy, of_attention
 from lorafold.core.attach import base_state, selection_of
-from lorafold.core.matrices import Matrices, module_at
-from lorafold.core.selection import Draws, drawing, named
+from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import all_linear, block_linears
 from lorafold.layers import is_linear, layer_of, parameter_count
@@ -479,7 +479,7 @@ def without_gradient(model: Any, adapter: lf.Adapter) -> list[str]:
 @pytest.mark.parametrize("name", OTHERS)
 def test_experts_without_a_row_are_frozen_and_called_experts(name: str, monkeypatch) -> None:
     """DBRX's and LongCat's were `other`, and the routers of three of them were adapted."""
-    monkeypatch.setattr("lorafold.core.matrices.FORMS", {})
+    monkeypatch.setattr("lorafold.core.expert_matrices.FORMS", {})
     router, least = OTHERS[name]
     model = mixture(name)
     assert any(path.endswith(router) for path in Anatomy.of(model).routers)

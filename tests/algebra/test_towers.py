@@ -31,7 +31,7 @@ from architectures import (
 )
 from lorafold.adapter.coverage import strays, unreached
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from lorafold.core.targets import PRESETS
 from lorafold.layers import is_linear
 from lorafold.training_step.packed_attention import isolates

@@ -15,7 +15,7 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 import lorafold as lf
 from laws import METHODS, NOT_LAID, adapted, move, packed
 from lorafold.core.attach import attach_delta, base_state, selection_of
-from lorafold.core.served_weights import WeightRead
+from lorafold.core.folded_weights import WeightRead
 from lorafold.layers import layer_class
 from lorafold.methods.bottleneck import BottleneckDelta
 from lorafold.methods.lora import LoRADelta

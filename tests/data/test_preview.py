@@ -25,8 +25,8 @@ from lorafold.data.row_store import Origins, RowPlace, Rows
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
+from lorafold.training.inputs import RunRequest
 from lorafold.training.preview import show
-from lorafold.training.request import RunRequest
 
 
 def previewed(

@@ -11,7 +11,7 @@ from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
 
 from lorafold.config_import import axolotl_objectives
-from lorafold.objectives.options import law_of, policy_options
+from lorafold.objectives.algorithm_options import law_of, policy_options
 from lorafold.training_step.preference_algorithms import Scored
 from lorafold.training_step.preference_loss import Preferences
 from policy_losses import LONGEST, check_loss_of_trl

@@ -22,8 +22,8 @@ import lorafold as lf
 from adapter_files import assert_same_tensors, change, configure, json_of, tensors_of
 from architectures import near, run
 from conftest import make_tokenizer
+from lorafold.core.active_adapters import Draws, drawing, named
 from lorafold.core.attach import selection_of
-from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model

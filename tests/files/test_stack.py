@@ -25,7 +25,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.serving.directory import Directory
 from lorafold.training import loop, run, setup
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training_step.gradient_checkpointing import recompute
 from training_cases import ROWS, quiet, weights
 

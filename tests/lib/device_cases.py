@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cuda_kernels
 import lorafold as lf
 from card import Card
-from lorafold.core.matrices import expert_parameters
+from lorafold.core.expert_matrices import expert_parameters
 from lorafold.data.examples import Example
 from lorafold.engine import adapter_cache as engine_residency
 from lorafold.layers.expert_storage import quantized

@@ -32,8 +32,8 @@ from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.objective import examples_of
 from lorafold.resolve import Base
 from lorafold.training import loop
+from lorafold.training.inputs import RunRequest
 from lorafold.training.preview import show
-from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from process_cases import same_bytes
 

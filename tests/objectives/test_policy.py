@@ -17,7 +17,7 @@ from lorafold.core.attach import only
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts
-from lorafold.objectives.options import SamplingOptions
+from lorafold.objectives.algorithm_options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.training_step.policy_algorithms import Cispo, Grpo, Gspo, PolicyLaw, SampledTokens
 from lorafold.training_step.policy_loss import Policy, Rollout

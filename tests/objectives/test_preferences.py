@@ -26,9 +26,9 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.branches import MismatchedExamples, encode_preferred
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.preferences import preference_figures
+from lorafold.evaluation.preference_metrics import preference_figures
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.options import law_of
+from lorafold.objectives.algorithm_options import law_of
 from lorafold.objectives.preference import digest, referenced
 from lorafold.runtime.processes import ALONE
 from lorafold.training_step import preference_algorithms

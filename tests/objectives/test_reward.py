@@ -27,7 +27,7 @@ from lorafold.data.branches import Branched, encode_preferred
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import wilson
-from lorafold.evaluation.scoring import reward_figures, score_rows, scores_of
+from lorafold.evaluation.reward_model_scores import reward_figures, score_rows, scores_of
 from lorafold.files.model_card import REWARD
 from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import measure
@@ -37,7 +37,7 @@ from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.objectives.options import law_of
+from lorafold.objectives.algorithm_options import law_of
 from lorafold.training.run import train
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences

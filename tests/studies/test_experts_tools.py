@@ -21,7 +21,7 @@ from fresh_models import fresh_model
 from lorafold.composing.interference import meetings
 from lorafold.composing.updates import read
 from lorafold.core.delta import Over
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.paths import scaling
 from lorafold.inspecting.report import sections, table
@@ -30,7 +30,7 @@ from lorafold.inspecting.resize import extract, resize
 from lorafold.inspecting.subspaces import TOP, across_experts
 from lorafold.inspecting.updates import sites
 from lorafold.layers.experts import Experts
-from lorafold.methods.parts.mixture import Mixture
+from lorafold.methods.mixture import Mixture
 from lorafold.ops.grouped import grouped
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base

@@ -12,7 +12,7 @@ from torch import nn
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.runtime.processes import Processes
-from lorafold.training_step.sharding import Sharded
+from lorafold.training_step.sharded_data_parallel import Sharded
 
 CPU = torch.device("cpu")
 

@@ -28,17 +28,17 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize
 from lorafold.layers import LAYERS
 from lorafold.memory.estimate import advise, estimate
+from lorafold.memory.estimate_report import verdict
 from lorafold.memory.measure import allocated, peak_of
 from lorafold.memory.preflight import documents, largest_batch
 from lorafold.memory.presets import llama, setting_of
-from lorafold.memory.result import verdict
 from lorafold.memory.trace import Setting, trace
 from lorafold.methods import make_spec
-from lorafold.methods.parts.trainable_tokens import TrainableTokens
+from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
 from lorafold.models.quantizations import MADE, STORAGES, Storage, StorageRow
-from lorafold.objectives.options import SamplingOptions
+from lorafold.objectives.algorithm_options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.ops import attention
 from lorafold.recipe.recipe import Recipe

@@ -33,7 +33,7 @@ from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEPT, RETURNED, free_bytes, freed_blocks
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 from memory_cases import BF16, COMMON, CONFIGS, CPU, LORA
 

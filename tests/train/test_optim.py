@@ -22,7 +22,7 @@ from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.lora import LoRA
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.finish import Trained
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 from lorafold.training_step import adamw
 from lorafold.training_step.adamw import PAGED, choose, make_optimizer, state_bytes

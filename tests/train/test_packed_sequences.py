@@ -17,7 +17,7 @@ from transformers.models.inkling import modeling_inkling
 import lorafold as lf
 import reference_ops as reference
 from fused_cases import assert_same_step
-from lorafold.core.matrices import module_at, parameter_path
+from lorafold.core.expert_matrices import module_at, parameter_path
 from lorafold.data.batches import collate
 from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents

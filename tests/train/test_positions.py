@@ -16,7 +16,7 @@ from lorafold.errors import LorafoldError
 from lorafold.models.positions import Positions, positions_in, positions_of, sequence_of, trained_on
 from lorafold.resolve import Base
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.request import RunRequest, with_length
+from lorafold.training.inputs import RunRequest, with_length
 from lorafold.training_step.losses import CompletionLoss
 from lorafold.training_step.packed_attention import packed
 from lorafold.training_step.preference_algorithms import Simpo

@@ -27,7 +27,7 @@ from lorafold.core.attach import (
 from lorafold.core.combine import Stack
 from lorafold.core.contexts import keep_scale
 from lorafold.core.delta import Delta
-from lorafold.core.matrices import expert_parameters, module_at, parameter_path
+from lorafold.core.expert_matrices import expert_parameters, module_at, parameter_path
 from lorafold.core.shared_tensors import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
@@ -36,8 +36,14 @@ from lorafold.files.contents import Contents
 from lorafold.identity import of_model
 from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_class, layer_of
-from lorafold.methods.parts.extras import Bias, ReplaceDelta, add_biases, add_token_rows, leaves
-from lorafold.methods.parts.trainable_tokens import TrainableTokens
+from lorafold.methods.common.biases_and_modules_to_save import (
+    Bias,
+    ReplaceDelta,
+    add_biases,
+    add_token_rows,
+    leaves,
+)
+from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import new_heads
 from lorafold.models.sources import name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lorafold.core.anatomy import Anatomy, beneath, last_part
-from lorafold.core.matrices import Matrices, module_at
+from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.templates import in_words

@@ -33,8 +33,8 @@ from lorafold.fold.plan import carry_out, plan_fold
 from lorafold.identity import of_model
 from lorafold.layers import parameter_count
 from lorafold.layers.quantization_config import record_dequantized
-from lorafold.methods.parts.extras import vocabulary
-from lorafold.methods.parts.trainable_tokens import TokenRows
+from lorafold.methods.common.biases_and_modules_to_save import vocabulary
+from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.loading import recorded_storage
 from lorafold.models.sources import forget_source, name_of_base, source_of

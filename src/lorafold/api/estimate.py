@@ -13,7 +13,7 @@ from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.memory.result import Forecast
+    from lorafold.memory.estimate_report import Forecast
     from lorafold.memory.trace import Setting
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
@@ -104,9 +104,9 @@ def estimate(
     from lorafold.api.arguments import as_page, as_recipe, or_quiet
     from lorafold.memory import estimate
     from lorafold.memory.estimate import advise, advise_on_rows
+    from lorafold.memory.estimate_report import Forecast, page
     from lorafold.memory.measure import measure as measured_bytes
     from lorafold.memory.presets import as_in_files, llama, setting_of
-    from lorafold.memory.result import Forecast, page
     from lorafold.memory.trace import STRATEGIES
     from lorafold.models.loading import load_model
     from lorafold.models.positions import positions_in
@@ -224,7 +224,7 @@ def setting_on_rows(
     check_fields(recipe, OF_MEMORY | OF_ROWS | {"batch", "max_length"})
     recipe, functions = with_rewards(recipe_in(mode, recipe), rewards)
     rows = as_rows(data, columns, console, weighted=True, objective=recipe.objective)
-    from lorafold.training.request import RunRequest
+    from lorafold.training.inputs import RunRequest
     from lorafold.training.setup import largest_setting, set_up
 
     with TemporaryDirectory() as folder:

@@ -43,7 +43,7 @@ from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import RunRequest, objective_of, tokenizer_for
+from lorafold.training.inputs import RunRequest, objective_of, tokenizer_for
 from lorafold.training.run import train
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from lorafold.config_import.rules import Outcome, Rule, ToolSettings, Translated
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.options import law_of, policy_options
+from lorafold.objectives.algorithm_options import law_of, policy_options
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.parsing import parse_yaml, text_of, yaml_type

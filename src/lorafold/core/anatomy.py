@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from lorafold.core.attach import Deltas
-from lorafold.core.matrices import Matrices, expert_counts, matrices_of
+from lorafold.core.expert_matrices import Matrices, expert_counts, matrices_of
 
 MODALITIES = {"image": "vision", "video": "vision", "audio": "audio"}
 

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from lorafold.core.active_adapters import Loading, OnlyBlock, Selection
+from lorafold.core.active_adapters import Origin as Origin
 from lorafold.core.delta import SETTINGS, Delta, Over, check_settings, written
+from lorafold.core.folded_weights import NAMES, WeightDescriptor
 from lorafold.core.layer import BaseLayer, Layer
-from lorafold.core.selection import Loading, OnlyBlock, Selection
-from lorafold.core.selection import Origin as Origin
-from lorafold.core.served_weights import NAMES, WeightDescriptor
 from lorafold.errors import LorafoldError, listed
 
 _base_alone: ContextVar[bool] = ContextVar("base_alone", default=False)

@@ -31,7 +31,7 @@ from functools import partial
 from torch import nn
 
 from lorafold.core.anatomy import Anatomy, beneath, ends_in, last_part, of_attention
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from lorafold.errors import NoTarget, listed, shortened
 
 IsLinear = Callable[[nn.Module], bool]

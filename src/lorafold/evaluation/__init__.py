@@ -1,9 +1,8 @@
 """Evaluation on held-out rows: losses, exact match, preferences and rewards, with 95% intervals."""
 
-from lorafold.evaluation.held_out import held_out_loss
-from lorafold.evaluation.intervals import Interval, Z, loss_interval, wilson
-from lorafold.evaluation.policy import RewardEvaluation, RewardSettings, evaluate_rewards
-from lorafold.evaluation.rows import (
+from lorafold.evaluation.batched_losses import held_out_loss
+from lorafold.evaluation.confidence_intervals import Interval, Z, loss_interval, wilson
+from lorafold.evaluation.loss_and_exact_match import (
     Answer,
     Evaluation,
     EvaluationSettings,
@@ -11,6 +10,7 @@ from lorafold.evaluation.rows import (
     evaluate,
     evaluate_classifier,
 )
+from lorafold.evaluation.policy_rewards import RewardEvaluation, RewardSettings, evaluate_rewards
 
 __all__ = [
     "Answer",

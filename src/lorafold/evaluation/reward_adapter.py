@@ -27,7 +27,7 @@ from lorafold.data.formats import PROMPT_ONLY, PROMPTS, Conversation
 from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
 from lorafold.engine.adapters import found_below
-from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
+from lorafold.evaluation.reward_model_scores import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
 from lorafold.files.terminal import print_lines
 from lorafold.identity import joined, of_adapter
 from lorafold.models.checkpoint import original_weights

@@ -30,7 +30,7 @@ from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import FILES, RunDirectory
-from lorafold.training.request import RunRequest, objective_of, tokenized, tokenizer_for
+from lorafold.training.inputs import RunRequest, objective_of, tokenized, tokenizer_for
 from lorafold.training.run import train
 
 SEARCH = "search.json"

@@ -22,7 +22,7 @@ from torch import Tensor
 from lorafold.adapter import Adapter, load
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Additive
-from lorafold.core.matrices import module_at, parameter_path
+from lorafold.core.expert_matrices import module_at, parameter_path
 from lorafold.core.targets import match
 from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import check_out

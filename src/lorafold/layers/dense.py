@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.core.active_adapters import DrawSite, site_of
 from lorafold.core.layer import BaseLayer, add
-from lorafold.core.selection import DrawSite, site_of
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear, narrowed, product
 from lorafold.ops.autocast import autocasting, lowered

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorafold.core.active_adapters import DrawSite, site_of, slots
 from lorafold.core.attach import Adapted, blank, renamed_subclass
 from lorafold.core.contexts import is_fake
-from lorafold.core.layer import BaseLayer, Layer, add
-from lorafold.core.matrices import (
+from lorafold.core.expert_matrices import (
     CHOSEN,
     SORTED,
     STORED,
@@ -28,7 +28,7 @@ from lorafold.core.matrices import (
     matrices_of,
     parameter_path,
 )
-from lorafold.core.selection import DrawSite, site_of, slots
+from lorafold.core.layer import BaseLayer, Layer, add
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.layers.expert_storage import ExpertMatrices, stored_matrices
 from lorafold.ops.autocast import lowered

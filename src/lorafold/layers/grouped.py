@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafold.core.selection import DrawSite, site_of, slots
+from lorafold.core.active_adapters import DrawSite, site_of, slots
 from lorafold.errors import NotMergeable
 from lorafold.layers.dense import Vectors
 from lorafold.ops.arithmetic import linear

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lorafold.methods.lora import LoRA as LoRA
     from lorafold.methods.lora_inits import OLoRA as OLoRA
     from lorafold.methods.lora_inits import PiSSA as PiSSA
-    from lorafold.methods.prefix import Prefix as Prefix
-    from lorafold.methods.prompt import Prompt as Prompt
+    from lorafold.methods.prefix_tuning import Prefix as Prefix
+    from lorafold.methods.prompt_tuning import Prompt as Prompt
     from lorafold.methods.sparse import LTSFT as LTSFT
     from lorafold.methods.sparse import FishMask as FishMask
     from lorafold.methods.vera import VeRA as VeRA
@@ -89,8 +89,8 @@ METHODS = Methods(
         "fish": "sparse.FishMask",
         "houlsby": "bottleneck.Bottleneck",
         "pfeiffer": ("bottleneck.Bottleneck", {"after": "mlp"}),
-        "prompt": "prompt.Prompt",
-        "prefix": "prefix.Prefix",
+        "prompt": "prompt_tuning.Prompt",
+        "prefix": "prefix_tuning.Prefix",
         "linear-probe": "linear_probe.LinearProbe",
         "fastfood": "fastfood.Fastfood",
     }

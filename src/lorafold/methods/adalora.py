@@ -35,7 +35,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check, set_alpha, zeros
+from lorafold.methods.common.options_and_init import check, set_alpha, zeros
 
 PARTS = ("P", "E", "Q")
 AVERAGES = ("sensitivity", "uncertainty")

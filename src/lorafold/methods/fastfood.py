@@ -24,8 +24,8 @@ from lorafold.core.delta import DeltasByPath, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
 from lorafold.core.spec import Spec
+from lorafold.methods.common.options_and_init import check
 from lorafold.methods.full import Full
-from lorafold.methods.parts.options import check
 from lorafold.ops.walsh import halves, walsh
 
 

@@ -25,7 +25,7 @@ from lorafold.core.delta import Factors, LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check, set_alpha
+from lorafold.methods.common.options_and_init import check, set_alpha
 from lorafold.ops.svd import best_of_rank
 
 

@@ -25,7 +25,7 @@ from torch.optim import AdamW
 from lorafold.core.delta import DeltasByPath, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
-from lorafold.methods.parts.options import check, zeros
+from lorafold.methods.common.options_and_init import check, zeros
 
 
 class SparseDelta(Dense):

@@ -18,7 +18,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lorafold.core.anatomy import Anatomy, beneath
-from lorafold.core.matrices import Matrices, form_of, module_at
+from lorafold.core.expert_matrices import Matrices, form_of, module_at
 from lorafold.core.targets import block_linears
 from lorafold.errors import LorafoldError
 from lorafold.layers import is_linear, layer_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lorafold.core.attach import Adapted
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import match
 from lorafold.data.classification import (

@@ -31,15 +31,15 @@ from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
-from lorafold.evaluation.policy import Rewarded
+from lorafold.evaluation.policy_rewards import Rewarded
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.model_card import JUDGED_BY
 from lorafold.files.templates import within
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
+from lorafold.objectives.algorithm_options import SamplingOptions, law_class, policy_options
 from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
-from lorafold.objectives.options import SamplingOptions, law_class, policy_options
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import RewardName, Rewards

@@ -31,12 +31,12 @@ from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.evaluation import Measured
-from lorafold.evaluation.preferences import preference_figures
+from lorafold.evaluation.preference_metrics import preference_figures
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.objectives import Declared
+from lorafold.objectives.algorithm_options import law_class, law_of
 from lorafold.objectives.objective import Objective, ObjectiveRequest, Packing
-from lorafold.objectives.options import law_class, law_of
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.preference_algorithms import Law

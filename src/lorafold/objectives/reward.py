@@ -16,7 +16,7 @@ import torch
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
-from lorafold.evaluation.scoring import reward_figures, scores_of
+from lorafold.evaluation.reward_model_scores import reward_figures, scores_of
 from lorafold.files.model_card import REWARD
 from lorafold.models.classifier import load_classifier, padding_id
 from lorafold.objectives.classify import class_loss, head_to_save

@@ -6,9 +6,9 @@
 
 One call of Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") covers
 8 neighbouring elements: the low and the high half of each of its four words. Tokens are identified
-by names (`core.selection`), so a resumed run or a replay drops the same elements; without names,
-each call takes a key from torch's default CPU generator. The backward pass keeps the indices of the
-dropped elements on a CPU, and elsewhere a mask, whose size is not random.
+by names (`core.active_adapters`), so a resumed run or a replay drops the same elements; without
+names, each call takes a key from torch's default CPU generator. The backward pass keeps the indices
+of the dropped elements on a CPU, and elsewhere a mask, whose size is not random.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.core.selection import DrawSite
+from lorafold.core.active_adapters import DrawSite
 from lorafold.ops.checkpoint_segments import running_segment
 from lorafold.ops.kernel_requirements import kind_of
 from lorafold.ops.operators import operator

@@ -26,9 +26,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lorafold.core import matrices as base_matrices
+from lorafold.core import expert_matrices as base_matrices
 from lorafold.core.anatomy import Anatomy, ends_in, joined, last_part
-from lorafold.core.matrices import Matrices, expert_parameters, module_at, parameter_path
+from lorafold.core.expert_matrices import Matrices, expert_parameters, module_at, parameter_path
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError, listed

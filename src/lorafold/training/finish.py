@@ -35,8 +35,8 @@ from lorafold.recipe.fields import OF_METHOD
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.memory import RETURNED, freed_blocks, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
+from lorafold.training.inputs import RunRequest, depends_on, free_on_resume, objective_of
 from lorafold.training.loop import Plan, guessing_warning
-from lorafold.training.request import RunRequest, depends_on, free_on_resume, objective_of
 from lorafold.training.setup import Setup
 from lorafold.training_step.optim import UP
 

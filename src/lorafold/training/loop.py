@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
+from lorafold.core.active_adapters import Draws, drawing
 from lorafold.core.attach import selection_of
 from lorafold.core.contexts import evaluating, unchanged
-from lorafold.core.selection import Draws, drawing
 from lorafold.data.batches import BatchFeed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.objectives.objective import Data, Objective, OnPolicy
@@ -33,7 +33,7 @@ from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.processor import considerate
 from lorafold.training.checkpoint import GRADIENT, RATE, Progress, RunDirectory
-from lorafold.training.progress import Display
+from lorafold.training.progress_display import Display
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.losses import Loss
 from lorafold.training_step.optim import optimizer_tensors, set_learning_rates, warm_steps

@@ -25,7 +25,7 @@ from lorafold.files.html_page import html_table, notes, section, write_page
 from lorafold.files.terminal import print_lines
 from lorafold.objectives.objective import examples_of
 from lorafold.peft.adapter_directory import open_all
-from lorafold.training.request import (
+from lorafold.training.inputs import (
     RunRequest,
     objective_of,
     rendering_of,

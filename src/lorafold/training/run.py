@@ -27,9 +27,9 @@ from lorafold.runtime.memory import KEPT, RETURNED, freed_blocks
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.finish import Trained, finish, finished
+from lorafold.training.inputs import RunRequest, depends_on, free_on_resume
 from lorafold.training.loop import Plan, fit
-from lorafold.training.progress import Display, started
-from lorafold.training.request import RunRequest, depends_on, free_on_resume
+from lorafold.training.progress_display import Display, started
 from lorafold.training.setup import Setup, adapted_model, check_places, set_up
 from lorafold.training_step.adamw import make_optimizer, optimizer_line, pick
 from lorafold.training_step.fused_modules import fused
@@ -42,7 +42,7 @@ from lorafold.training_step.optim import (
     restore_rng,
     sum_in_fp32,
 )
-from lorafold.training_step.sharding import Sharded
+from lorafold.training_step.sharded_data_parallel import Sharded
 
 SAMPLED = 8  # steps whose rows are searched for shared prefixes
 

@@ -18,7 +18,7 @@ from lorafold.adapter import Adapter, attach, load
 from lorafold.adapter.coverage import strays, text_alone, unreached
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, Origin
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
 from lorafold.data.branches import Branched
@@ -30,7 +30,7 @@ from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
 from lorafold.memory.preflight import choose_checkpointing, largest_batch
 from lorafold.memory.trace import Setting
-from lorafold.methods.parts.trainable_tokens import TrainableTokens
+from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
@@ -43,7 +43,7 @@ from lorafold.resolve.base import check_language_model
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.request import (
+from lorafold.training.inputs import (
     RunRequest,
     depends_on,
     objective_of,
@@ -54,7 +54,7 @@ from lorafold.training.request import (
 from lorafold.training_step.adamw import bitsandbytes_optimizers, check_rounding
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.gradient_checkpointing import recompute
-from lorafold.training_step.sharding import Sharded
+from lorafold.training_step.sharded_data_parallel import Sharded
 from lorafold.training_step.shared_prefixes import may_share
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Data parallelism with replicated tensors (DDP); `training_step.sharding` is the sharded form."""
+"""Data parallelism with replicated tensors (DDP); for sharded ones, `sharded_data_parallel.py`."""
 
 from __future__ import annotations
 

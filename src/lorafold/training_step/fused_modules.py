@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import Adapted
 from lorafold.core.contexts import evaluating, is_fake, replace_attribute
-from lorafold.core.matrices import expert_parameters
+from lorafold.core.expert_matrices import expert_parameters
 from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_of
 from lorafold.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary

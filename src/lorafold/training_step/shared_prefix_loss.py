@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorafold.core.active_adapters import named
 from lorafold.core.attach import only, selection_of
-from lorafold.core.selection import named
 from lorafold.data.arrow import Array
 from lorafold.data.batches import (
     PAYS,

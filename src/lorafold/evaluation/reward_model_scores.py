@@ -36,8 +36,8 @@ from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
-from lorafold.evaluation.held_out import pad_id_of
-from lorafold.evaluation.intervals import Interval, mean_interval, wilson
+from lorafold.evaluation.batched_losses import pad_id_of
+from lorafold.evaluation.confidence_intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import in_words, with_interval

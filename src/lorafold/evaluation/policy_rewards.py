@@ -25,7 +25,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenized
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError, RewardFailed, cut
-from lorafold.evaluation.intervals import Interval, mean_interval
+from lorafold.evaluation.confidence_intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import in_words, within

@@ -29,9 +29,9 @@ from lorafold.data.prompts import references, without_reasoning
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
-from lorafold.evaluation.held_out import by_row, pad_id_of, row_losses
-from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
-from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
+from lorafold.evaluation.batched_losses import by_row, pad_id_of, row_losses
+from lorafold.evaluation.confidence_intervals import Interval, loss_interval, mean_loss, wilson
+from lorafold.evaluation.preference_metrics import PreferenceFigures, preference_figures
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import with_interval
 from lorafold.files.terminal import print_lines, progress_bar

@@ -26,7 +26,7 @@ from torch import Tensor
 from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.formats import PAIRS
-from lorafold.evaluation.intervals import Interval, mean_interval, wilson
+from lorafold.evaluation.confidence_intervals import Interval, mean_interval, wilson
 from lorafold.files.templates import in_words
 from lorafold.files.terminal import Progress, silent
 from lorafold.training_step.preference_algorithms import Scored, ratio_sums

@@ -4,7 +4,7 @@
 
 Lester et al. 2021, arXiv 2104.08691. In a causal decoder the activations of E do not depend on the
 tokens that follow, so E runs through the decoder once per batch, and every attention prepends its
-keys and values (`lorafold.methods.parts.virtual_tokens`). With a KV cache they are stored beside
+keys and values (`lorafold.methods.common.virtual_tokens`). With a KV cache they are stored beside
 it, so that decoding computes them once. It can't be merged, and every initialization changes the
 base's outputs. Use it if an adapter must be tiny (n d parameters) and the base is large: only for
 large models does it match full fine-tuning (figure 1 of the paper).
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
-from lorafold.methods.parts.virtual_tokens import KeysAndValues, Seen, Sender, VirtualTokens
+from lorafold.methods.common.virtual_tokens import KeysAndValues, Seen, Sender, VirtualTokens
 
 Init = Literal["vocabulary", "random"]
 

@@ -10,7 +10,7 @@ from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import PAYS, WINDOW, alike, forest
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.intervals import mean_loss
+from lorafold.evaluation.confidence_intervals import mean_loss
 from lorafold.files.terminal import Progress
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import CompletionLoss, Loss, RowsAlike, similar_lengths

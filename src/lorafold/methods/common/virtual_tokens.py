@@ -29,7 +29,7 @@ from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check
+from lorafold.methods.common.options_and_init import check
 from lorafold.ops.host_tensors import plus, sent
 from lorafold.ops.packed_documents import Documents, prefixed
 

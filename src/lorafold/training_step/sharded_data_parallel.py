@@ -27,7 +27,7 @@ from lorafold.models.weights import PendingTensor
 from lorafold.runtime.memory import RETURNED, freed_blocks
 from lorafold.runtime.processes import Processes
 from lorafold.training_step.data_parallel import Replicated
-from lorafold.training_step.shards import (
+from lorafold.training_step.tensor_shards import (
     Moments,
     Owned,
     Parted,

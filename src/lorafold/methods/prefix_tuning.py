@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import zeros
-from lorafold.methods.parts.virtual_tokens import KeysAndValues, Sender, VirtualTokens
+from lorafold.methods.common.options_and_init import zeros
+from lorafold.methods.common.virtual_tokens import KeysAndValues, Sender, VirtualTokens
 
 Init = Literal["activations", "random"]
 
