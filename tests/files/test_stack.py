@@ -105,7 +105,7 @@ def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(base, sft: Path
 
 def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(base, sft, tmp_path) -> None:
     asked = setup.set_up(request(base, tmp_path / "dpo", (sft,)), quiet())
-    model, adapter, _ = setup.adapted_model(asked, quiet())
+    model, adapter, _ = setup.load_adapted_model(asked, quiet())
     assert asked.request.below == ("over1",)
     assert selection_of(model).names == ("over1", "default")
     with lf.only(model, *asked.request.below):

@@ -74,8 +74,8 @@ def matrices(model: Any) -> dict[str, Tensor]:
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner.endswith("experts") and p.dim() == 3:
-            turned = p.mT if model.get_submodule(owner).is_transposed else p
-            found |= {f"{name}[{e}]": w.detach().double() for e, w in enumerate(turned)}
+            turn_rounded = p.mT if model.get_submodule(owner).is_transposed else p
+            found |= {f"{name}[{e}]": w.detach().double() for e, w in enumerate(turn_rounded)}
         elif leaf == "weight" and p.dim() == 2:
             found[owner] = p.detach().double()
     return found

@@ -45,7 +45,7 @@ def test_a_process_keeps_its_part_of_what_is_loaded(storage: Storage, tiny_model
     kept = 0
     for index in range(2):
         shards = Sharded(Processes(index, 2))
-        with shards.reading():
+        with shards.gathering():
             model = loaded(shards, path, storage)
         kept += sum(shard.kept for shard in shards.known.values())
         assert held(model) < 0.4 * whole
@@ -55,7 +55,7 @@ def test_a_process_keeps_its_part_of_what_is_loaded(storage: Storage, tiny_model
 def test_operations_find_weights_whole_one_at_a_time(alone: Processes, tiny_model_dir) -> None:
     path = tiny_model_dir("llama-wide")
     plain, shards = load_model(path, torch.float32), Sharded(alone)
-    with shards.reading():
+    with shards.gathering():
         model = loaded(shards, path, Storage(torch.float32))
         least, largest = held(model), max(p.nbytes for p in model.parameters())
         for added in (0.0, 1.0):

@@ -4,15 +4,15 @@
     dithered      the value's own bits decide: for sums and products that are recomputed
     stochastic    fp32 random numbers: for a weight that is folded once (Gupta et al. 2015, arXiv
                   1502.02551)
-    turned        16 random bits, shifted at every step: for weights stored at every step
+    turn_rounded  16 random bits, shifted at every step: for weights stored at every step
 
 **dithered.** The dither is the value's upper half times an odd constant, so a value always rounds
 the same way: in a replayed checkpoint, elsewhere in the batch, in decoding and in prefill.
 
-**turned.** A weight with an update of p units is rounded up if u + t ODD / 2^16 (mod 1) lies in an
-interval of length p, u its random number and t the step: a Kronecker sequence of the golden ratio
-(Niederreiter 1992, ch. 3). The error of T equal updates is O(log T) units instead of sqrt(T p (1 -
-p)) with independent random numbers.
+**turn_rounded.** A weight with an update of p units is rounded up if u + t ODD / 2^16 (mod 1) lies
+in an interval of length p, u its random number and t the step: a Kronecker sequence of the golden
+ratio (Niederreiter 1992, ch. 3). The error of T equal updates is O(log T) units instead of sqrt(T p
+(1 - p)) with independent random numbers.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
     return lower.add_(u < steps.sub_(lower)).mul_(unit).copysign_(x).to(dtype)
 
 
-def turned(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int) -> Tensor:
+def turn_rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int) -> Tensor:
     """Round x (fp32, any shape) to a neighbour in bf16 or fp16, with expectation x over the
     generator's seed (exact in bf16; 2^-16 too large among fp16's subnormals). Non-finite values
     become NaN.

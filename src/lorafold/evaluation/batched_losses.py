@@ -13,15 +13,15 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.confidence_intervals import mean_loss
 from lorafold.files.terminal import Progress
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.losses import CompletionLoss, Loss, RowsAlike, similar_lengths
-from lorafold.training_step.shared_prefixes import Branching, branching
+from lorafold.training_step.losses import CompletionLoss, Loss, PrefixSharingLoss, similar_lengths
+from lorafold.training_step.shared_prefixes import PrefixSupport, sharing_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 E = TypeVar("E")
 F = TypeVar("F")
-L = TypeVar("L", bound=RowsAlike)
+L = TypeVar("L", bound=PrefixSharingLoss)
 TOKENS = 2048  # maximum tokens of a batch, with padding
 
 
@@ -46,7 +46,7 @@ def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progre
     return by_row(
         model,
         examples,
-        lambda how: CompletionLoss(model, how is not None, 0, how),
+        lambda support: CompletionLoss(model, support is not None, 0, support),
         lambda loss, batch: loss.by_row(batch).tolist(),
         step,
     )
@@ -55,7 +55,7 @@ def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progre
 def by_row(
     model: PreTrainedModel,
     examples: Sequence[E],
-    loss_of: Callable[[Branching | None], L],
+    loss_of: Callable[[PrefixSupport | None], L],
     measure: Callable[[L, Sequence[E]], Sequence[F]],
     step: Progress,
 ) -> list[F]:
@@ -72,9 +72,9 @@ def by_row(
 
     with fused(model):
         if groups := list(sharing(examples)):
-            with branching(model, across=True) as how:
-                loss = loss_of(how)
-                run(loss, (g for g in groups if loss.shared_in([examples[i] for i in g])))
+            with sharing_prefixes(model, across=True) as support:
+                loss = loss_of(support)
+                run(loss, (g for g in groups if loss.shares_prefixes([examples[i] for i in g])))
         rest = [i for i in range(len(examples)) if i not in results]
         each = batches([examples[i] for i in rest])
         run(loss_of(None), ([rest[i] for i in group] for group in each))

@@ -39,7 +39,7 @@ from lorafold.generation import complete
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.preference_algorithms import Dpo, Law
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,7 +158,7 @@ def evaluate_classifier(
 class EvaluationSettings:
     completions: bool = True
     max_new_tokens: int | None = None
-    law: Law = DPO
+    algorithm: Law = DPO
 
 
 DEFAULT = EvaluationSettings()
@@ -191,9 +191,11 @@ def evaluate(
     hits = sum(answer.exact for answer in answers)
     if rows.provides(PAIRS):
         pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
-        with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
-            law = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
-            preference = preference_figures(law, pairs, bool(selection_of(model).names), step)
+        with sharing_prefixes(model, across=True) as support:
+            objective = Preferences(model, settings.algorithm, support, tokenizer.pad_token_id or 0)
+            with progress_bar(console, "preferences") as step:
+                has_adapter = bool(selection_of(model).names)
+                preference = preference_figures(objective, pairs, has_adapter, step)
     return Evaluation(
         loss=mean_loss(sums),
         loss_interval=loss_interval(sums),

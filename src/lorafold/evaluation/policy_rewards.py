@@ -72,7 +72,7 @@ class PolicySample:
 
 
 @dataclass(frozen=True)
-class Rewarded:
+class RewardedRollouts:
     """Groups of k completions for n prompts, and their rewards (n, k); NaN if no reward applies."""
 
     judged: Sequence[Judged]  # n k
@@ -115,7 +115,7 @@ class Rewarded:
         tables = {name: _table(x, len(groups)) for name, x in each.items()}
         return cls(judged, groups, _table(sums, len(groups)), tables)
 
-    def replaced(self, places: Sequence[int], other: Rewarded) -> Rewarded:
+    def replaced(self, places: Sequence[int], other: RewardedRollouts) -> RewardedRollouts:
         k, groups, judged = self.rewards.shape[1], [*self.groups], [*self.judged]
         for i, place in enumerate(places):
             groups[place] = other.groups[i]
@@ -123,7 +123,7 @@ class Rewarded:
         rows = torch.tensor(places)
         rewards = self.rewards.index_copy(0, rows, other.rewards)
         each = {name: x.index_copy(0, rows, other.each[name]) for name, x in self.each.items()}
-        return Rewarded(judged, groups, rewards, each)
+        return RewardedRollouts(judged, groups, rewards, each)
 
     @property
     def completions(self) -> list[Completion]:
@@ -163,7 +163,7 @@ class Rewarded:
         }
 
     @property
-    def to_read(self) -> list[dict[str, Any]]:
+    def shown_samples(self) -> list[dict[str, Any]]:
         return [one.shortened() for one in self.samples(READ, READ)]
 
     def samples(self, best: int, worst: int) -> list[PolicySample]:
@@ -299,7 +299,7 @@ def evaluate_rewards(
         key = key_of(settings.seed, HELD_OUT)
         groups = rollouts.draw([one.ids for one in prompts], key, k, step)
     with progress_bar(console, "rewards") as step:
-        judged = Rewarded.of(prompts, groups, rewards, max(1, SLOTS // k), step)
+        judged = RewardedRollouts.of(prompts, groups, rewards, max(1, SLOTS // k), step)
     figures, means = judged.figures, judged.rewards.nanmean(1).tolist()
     return RewardEvaluation(
         reward=figures["reward"],

@@ -93,14 +93,16 @@ def preference_figures(
             parts.append(scored)
             order += group
             progress(len(order), len(examples))
-    law, whole = loss.law, in_order(parts, order)
+    algorithm, whole = loss.algorithm, reordered(parts, order)
     known = whole.reference is not None
-    rewarded = known or not law.has_reference
+    rewarded = known or not algorithm.has_reference
     # over all rows; training computes it over a step's rows
-    losses = law.loss(whole._replace(mismatched=ratio_sums(whole.ratios[:, law.trained :])))
-    logps, ratios, rewards = (x.double() for x in (whole.logps, whole.ratios, law.rewards(whole)))
+    mismatched = ratio_sums(whole.ratios[:, algorithm.trained :])
+    losses = algorithm.loss(whole._replace(mismatched=mismatched))
+    tensors = whole.logps, whole.ratios, algorithm.rewards(whole)
+    logps, ratios, rewards = (x.double() for x in tensors)
     good = torch.tensor([e.desirable for e in examples])
-    paired = law.kind == PAIRS
+    paired = algorithm.kind == PAIRS
 
     def sides(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
         first, second = values.t()[:2] if paired else (values[good, 0], values[~good, 0])
@@ -132,7 +134,7 @@ def preference_figures(
     )
 
 
-def in_order(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
+def reordered(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
     back = torch.tensor(order).argsort()
     columns: Iterable[Any] = zip(*parts, strict=True)
     whole: list[Any] = [

@@ -40,7 +40,7 @@ from lorafold.resolve.base import REWARD_MODEL, model_kind
 from lorafold.rewards import Judged, Reward, RewardName, Rewards
 from lorafold.rewards.reward import failure
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import Branching, branching
+from lorafold.training_step.shared_prefixes import PrefixSupport, sharing_prefixes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,8 +90,8 @@ class RewardAdapter:
         if lacking := [p for p in heads if not isinstance(shell.get_submodule(p), Adapted)]:
             raise failure(self.name, f"the adapter has no {', '.join(lacking)}, expected a head")
         across = packing == "auto"
-        with branching(shell, ATTENTION, across) if packing else nullcontext() as how:
-            yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
+        with sharing_prefixes(shell, ATTENTION, across) if packing else nullcontext() as support:
+            yield AdapterReward(self.name, self.weight, shell, tokenizer, support)
 
     def _stored(self, model: PreTrainedModel) -> str:
         before = self.stack[-1].own_base.trained_on
@@ -123,10 +123,10 @@ def rewards_over(
 class AdapterReward:
     def __init__(
         self, name: str, weight: float, shell: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase, how: Branching | None,
+        tokenizer: PreTrainedTokenizerBase, support: PrefixSupport | None,
     ) -> None:  # fmt: skip
         self.name, self.weight, self.shell = name, weight, shell
-        self._loss = Preferences(shell, BRADLEY_TERRY, how, padding_id(tokenizer))
+        self._loss = Preferences(shell, BRADLEY_TERRY, support, padding_id(tokenizer))
         self._encoder = CompletionEncoder(tokenizer, WHOLE_CONVERSATION)
         self._most = positions_of(shell).table or math.inf
 

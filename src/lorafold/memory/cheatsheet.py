@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import estimate
-from lorafold.memory.presets import llama, setting_of
+from lorafold.memory.presets import llama, memory_setting
 from lorafold.ops.kernel_requirements import DeviceKind
 from lorafold.recipe.recipe import Recipe
 
@@ -93,7 +93,7 @@ CASES = (
 def table() -> Iterator[tuple[str, ...]]:
     yield "model", "mode", "batch x tokens", "the rule", "estimate", "estimate / rule", "why"
     for case in CASES:
-        setting = setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
+        setting = memory_setting(case.mode, Recipe(**case.recipe), case.batch, case.length)
         total = estimate(llama(case.size), replace(setting, place=DeviceKind("cuda"))).total
         yield (
             case.size.upper(),

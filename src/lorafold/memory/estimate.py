@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafold.memory.trace import DDP, Setting, Traced, trace
+from lorafold.memory.trace import DDP, MemorySetting, Traced, trace
 from lorafold.models.fake import period
 from lorafold.models.quantizations import DEFAULT, Storage
 
@@ -83,7 +83,7 @@ class Estimate:
         return {name.replace("_", " "): n for name, n in self.terms.items() if n}
 
 
-def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
+def estimate(config: PreTrainedConfig, setting: MemorySetting) -> Estimate:
     """Estimate the bytes at the peak, in each process if there are several."""
     text = config.get_text_config()
     few, blocks = max(2, period(config)), text.num_hidden_layers
@@ -144,7 +144,7 @@ class Traffic:
 
 
 def shared(
-    whole: Traced, block: Traced, blocks: int, setting: Setting, tied: bool
+    whole: Traced, block: Traced, blocks: int, setting: MemorySetting, tied: bool
 ) -> tuple[Traced, Traffic]:
     """The bytes and traffic of one of several processes, from a single process's step (if the base
     is trained, with sharded gradients). Embedding and head may be `tied`.
@@ -193,7 +193,7 @@ class Advice:
     changes: list[tuple[str, int]]
 
 
-def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
+def advise(config: PreTrainedConfig, setting: MemorySetting, memory: int) -> Advice:
     """Whether a setting fits in a device's memory, and what would fit."""
 
     @cache
@@ -213,19 +213,19 @@ def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
     return replace(advice, batch=batch, length=length)
 
 
-def advise_on_rows(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
+def advise_on_rows(config: PreTrainedConfig, setting: MemorySetting, memory: int) -> Advice:
     """Like `advise`, for the rows of a run, whose number and lengths are fixed."""
     return _advice(config, setting, memory, estimate(config, setting).total)
 
 
-def _advice(config: PreTrainedConfig, setting: Setting, memory: int, total: int) -> Advice:
+def _advice(config: PreTrainedConfig, setting: MemorySetting, memory: int, total: int) -> Advice:
     spare = memory - total
     tried = changes_of(setting) if spare < 0 else ()
     totals = [(name, estimate(config, changed).total) for name, changed in tried]
     return Advice(spare >= 0, spare, None, None, [(name, n) for name, n in totals if n <= memory])
 
 
-def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
+def changes_of(setting: MemorySetting) -> Iterator[tuple[str, MemorySetting]]:
     """Yield (name, changed setting) for changes that keep batch and length, the least harmful
     first.
     """

@@ -11,12 +11,12 @@ from lorafold.files.html_page import ShownInNotebooks, html_table, notes, sectio
 from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
 from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import SPEED, TERMS, Advice, Estimate
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import MemorySetting
 
 WIDTH = 40  # characters of the longest bar
 
 
-def verdict(advice: Advice, setting: Setting) -> list[str]:
+def verdict(advice: Advice, setting: MemorySetting) -> list[str]:
     """Lines: whether the setting fits, the largest batch and length that do, and changes that would
     help.
     """
@@ -90,7 +90,7 @@ class Forecast(ShownInNotebooks):
     """
 
     estimate: Estimate
-    setting: Setting
+    setting: MemorySetting
     advice: Advice | None = None
     measured: int | None = None
     of_this_cpu: bool = False

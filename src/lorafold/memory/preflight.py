@@ -21,7 +21,7 @@ from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.files.terminal import format_bytes, print_lines
 from lorafold.memory.estimate import changes_of, estimate
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import MemorySetting
 from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective, OnPolicy
 from lorafold.ops.arithmetic import CPU, widens
@@ -36,12 +36,12 @@ def largest_batch(
     recipe: Recipe,
     feed: BatchFeed,
     objective: Objective,
-    setting: Setting,
+    setting: MemorySetting,
     processes: int = 1,
     device: torch.device = CPU,
     held_out: Any = None,
     shares: bool = False,
-) -> Setting:
+) -> MemorySetting:
     """The setting of the largest micro-batch of the run's first steps."""
     packed, outputs = bool(recipe.packing) and objective.packs, objective.outputs
     shares = shares and packed and recipe.packing == "auto"
@@ -117,7 +117,7 @@ def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
 
 def choose_checkpointing(
     config: PreTrainedConfig,
-    setting: Setting,
+    setting: MemorySetting,
     checkpointing: bool | Literal["auto"],
     free: int,
     console: Console,
@@ -157,7 +157,7 @@ def choose_checkpointing(
     return setting.checkpointing, ""
 
 
-def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
+def check_targets(config: PreTrainedConfig, setting: MemorySetting) -> None:
     """Raise NoTarget if the full model has no module for the run's targets; the few blocks of an
     estimate need not contain them.
     """

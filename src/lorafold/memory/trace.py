@@ -38,7 +38,7 @@ from lorafold.ops.packed_documents import Documents, Tile
 from lorafold.runtime.process_tuning import existing_set_aside
 from lorafold.training_step.adamw import state_bytes
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.losses import next_token_loss
 from lorafold.training_step.optim import sum_in_fp32
 from lorafold.training_step.packed_attention import attending
@@ -151,7 +151,7 @@ TOKENS = 4, 8  # below any window of attention
 
 
 @dataclass(frozen=True)
-class Setting:
+class MemorySetting:
     """The input of an estimate: a base, a method, and the rows of a micro-batch.
 
     spec: the trained method; None for inference.
@@ -212,7 +212,7 @@ class Setting:
         return max(self.rows)
 
 
-def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
+def trace(config: PreTrainedConfig, setting: MemorySetting, blocks: int) -> Traced:
     """Trace a step of a model with embedding, head and its first blocks."""
     with (
         existing_set_aside(),
@@ -236,7 +236,7 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
             ) from error
 
 
-def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
+def training(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> Traced:
     """Trace a training step with every feature of a run."""
     # packed rows do not support attention sinks (gpt-oss)
     sinks = any("sinks" in module._parameters for module in model.modules())
@@ -249,7 +249,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     trained = [p for p in model.parameters() if p.requires_grad]
     start = collected(ledger)
     if setting.checkpointing:
-        recompute(model)
+        enable_gradient_checkpointing(model)
     parts = None
     if setting.processes > 1 and setting.strategy == FSDP and setting.owned:
         parts = divided(trained, setting)
@@ -308,7 +308,7 @@ def _mask(
     return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)
 
 
-def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parameter, Tensor]:
+def divided(trained: Sequence[nn.Parameter], setting: MemorySetting) -> dict[nn.Parameter, Tensor]:
     """Replace each gradient by one process's part of it (n,) as soon as it exists; returns these
     parts.
     """
@@ -345,12 +345,12 @@ def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> lis
     return before
 
 
-def attach_below(model: PreTrainedModel, setting: Setting) -> None:
+def attach_below(model: PreTrainedModel, setting: MemorySetting) -> None:
     for n, (spec, beside) in enumerate(setting.below):
         attach(model, spec, name=f"below{n}", **beside(model)).requires_grad_(False)
 
 
-def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
+def loss_of(model: PreTrainedModel, setting: MemorySetting) -> Tensor:
     """The loss of the setting, (), on fake ids with positions (1, T) if packed, or with a mask (B,
     T).
     """
@@ -364,7 +364,7 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
 
 
 @torch.no_grad()
-def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
+def inference(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> Traced:
     """Trace the forward pass of a prompt, then of one more token."""
     weights = collected(ledger)
     prompt, token = (token_ids(setting.batch, n) for n in (setting.length - 1, 1))
@@ -391,7 +391,7 @@ def drawing(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[
     state = few - TOKENS[0] * a_token
     # models with a state besides the KV cache compute one completion at a time
     slots = size.slots if state <= 0 else 1
-    held = slots * (max(0, state) + columns(size.prompt + size.longest) * a_token)
+    held = slots * (max(0, state) + columns(size.prompt + size.max_new_tokens) * a_token)
     config = model.config.get_text_config()
     logits = COPIES * slots * config.vocab_size * model.dtype.itemsize
     read, prompts = min(size.prompt, SETTINGS.chunk), -(-slots // size.group)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
-from lorafold.core.rounding import generator_of, turned
+from lorafold.core.rounding import generator_of, turn_rounded
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
 from lorafold.layers.bitsandbytes import bitsandbytes
@@ -54,7 +54,7 @@ def choose(parameters: int, device: str, free: int) -> OptimizerChoice:
     return OptimizerChoice(PAGED, larger)
 
 
-def pick(
+def choose_optimizer(
     name: str, before: str, groups: list[dict], where: torch.device, processes: Processes,
     parts: int = 1,
 ) -> OptimizerChoice:  # fmt: skip
@@ -141,8 +141,8 @@ CHUNK = 1 << 22
 
 class RoundedAdamW(Optimizer):
     """AdamW that computes updates of 16-bit parameters in fp32 and rounds them with
-    `core.rounding.turned`: at a learning rate of 1e-5 nearly every update of a bf16 weight is below
-    half a unit in the last place and would be lost. Options and state are named as in torch's
+    `core.rounding.turn_rounded`: at a learning rate of 1e-5 nearly every update of a bf16 weight is
+    below half a unit in the last place and would be lost. Options and state are named as in torch's
     AdamW. The random numbers depend only on `seed`, the parameter's index and the step, so a
     checkpoint stores no random state.
     """
@@ -225,5 +225,5 @@ def _update(group: dict[str, Any], number: int, parts: tuple[Tensor, ...]) -> No
         )
         done = torch.full((), step.item(), device=p.device if group["fused"] else "cpu")
         _adamw(group, [(wide, grad, *moments, done)])
-        w.copy_(turned(wide, p.dtype, generator, int(step)))
+        w.copy_(turn_rounded(wide, p.dtype, generator, int(step)))
     step += 1

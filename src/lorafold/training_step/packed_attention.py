@@ -31,7 +31,7 @@ from lorafold.errors import LorafoldError, cut
 from lorafold.ops.attention import document_attention
 from lorafold.ops.host_tensors import on_host
 from lorafold.ops.packed_documents import Documents
-from lorafold.training_step.score_head import at_head
+from lorafold.training_step.score_head import run_to_head
 
 log = logging.getLogger(__name__)
 NAME = "lorafold_documents"
@@ -86,7 +86,7 @@ def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tenso
     """
     inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
     if model.get_output_embeddings() is None:
-        return at_head(model, inputs).hidden[0].float()
+        return run_to_head(model, inputs).hidden[0].float()
     return model(**inputs, use_cache=False).logits[0].float()
 
 

@@ -31,7 +31,7 @@ class Moments:
         self.processes = processes
         self._of: dict[nn.Parameter, int] = {}
 
-    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+    def assign_owners(self, parameters: Iterable[nn.Parameter]) -> None:
         """Assign each parameter, of any shape, to one process."""
         self._of = balanced(parameters, self.processes.count)
 
@@ -64,7 +64,7 @@ def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Paramete
     return chosen
 
 
-class Parted:
+class ByteShard:
     """A storage, of which this process keeps a part of the bytes."""
 
     def __init__(
@@ -124,11 +124,11 @@ class Parted:
         """Nothing: a frozen tensor has no gradient."""
 
 
-class Owned:
+class OwnedParameter:
     """A trained parameter, kept by one process."""
 
     def __init__(
-        self, p: nn.Parameter, owner: int, processes: Processes, before: Parted | None = None
+        self, p: nn.Parameter, owner: int, processes: Processes, before: ByteShard | None = None
     ) -> None:
         if before is not None and before.size == p.nbytes:
             before.give(owner, processes)
@@ -167,7 +167,7 @@ class Owned:
         self.p.grad = grad if self.mine else None
 
 
-Shard = Parted | Owned
+Shard = ByteShard | OwnedParameter
 
 
 class ShardedReads(TorchDispatchMode):
@@ -200,19 +200,19 @@ class ShardedReads(TorchDispatchMode):
     def _fill(self, needed: list[Shard]) -> None:
         missing = [shard for shard in dict.fromkeys(needed) if not shard.whole]
         if missing:
-            self.let_go(needed)
+            self.empty_filled(needed)
         for shard in missing:
             shard.fill()
         self.filled += missing
 
-    def let_go(self, but: Sequence[Shard] = ()) -> None:
+    def empty_filled(self, but: Sequence[Shard] = ()) -> None:
         """Empty the shards that were filled here."""
         for shard in self.filled:
             if shard not in but:
                 shard.empty()
         self.filled = [shard for shard in self.filled if shard in but]
 
-def divide(
+def shard_tensor(
     t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
 ) -> None:
     """Shard a large frozen tensor of any shape, and a quantized one's state; the storage moves to
@@ -230,11 +230,11 @@ def divide(
             storage = torch.UntypedStorage(one.nbytes, device=device)
             place = 0, one.size(), one.stride()
             one.data = torch.empty(0, dtype=one.dtype, device=device).set_(storage, *place)
-        shard = known[storage._cdata] = Parted(storage, processes, content)
+        shard = known[storage._cdata] = ByteShard(storage, processes, content)
         shard.empty()
 
 
-def parts_of(model: nn.Module) -> list[str]:
+def gathered_parts(model: nn.Module) -> list[str]:
     """The paths of the parts that are gathered one at a time: the blocks, the embedding and the
     head.
     """
@@ -243,11 +243,11 @@ def parts_of(model: nn.Module) -> list[str]:
 
 
 def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
-    taken, parts = set[nn.Parameter](), map(model.get_submodule, parts_of(model))
-    return balanced([p for part in parts for p in trained_in(part, taken)], count)
+    taken, parts = set[nn.Parameter](), map(model.get_submodule, gathered_parts(model))
+    return balanced([p for part in parts for p in large_trained_parameters(part, taken)], count)
 
 
-def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
+def large_trained_parameters(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
     """The module's large trained parameters that are not in `taken`, which is updated."""
     params = (p for _, one in Anatomy.of(module).modules for p in one._parameters.values())
     large = (p for p in params if p is not None and p.requires_grad and p.nbytes >= LEAST)
@@ -256,23 +256,23 @@ def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter
     return trained
 
 
-def parted_in(
+def frozen_shards(
     module: nn.Module, known: Mapping[int, Shard], taken: set[int], processes: Processes
 ) -> list[Shard]:
     """The shards of the module's large frozen tensors that are not in `taken`, which is updated."""
     shards = list[Shard]()
-    unmap(module)
+    copy_mapped(module)
     for t in _frozen(module):
         storage = t.untyped_storage()
         shard = known.get(storage._cdata)
         if storage._cdata in taken or (shard is None and storage.nbytes() < LEAST):
             continue
         taken.add(storage._cdata)
-        shards.append(Parted(storage, processes) if shard is None else shard)
+        shards.append(ByteShard(storage, processes) if shard is None else shard)
     return shards
 
 
-def unmap(module: nn.Module) -> None:
+def copy_mapped(module: nn.Module) -> None:
     """Copy tensors that are mapped from a file, because a mapped storage can't be emptied."""
     copies = dict[int, torch.UntypedStorage]()
     for t in _frozen(module):
@@ -283,13 +283,13 @@ def unmap(module: nn.Module) -> None:
             t.data = torch.empty(0, dtype=t.dtype).set_(copies[storage.data_ptr()], *place)
 
 
-def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> None:
+def gather_around(stack: ExitStack, part: nn.Module, gather_part: Callable[[], None]) -> None:
     """Gather a part of the model while one of its modules runs, and when its backward begins (which
     may be inside the part).
     """
 
     def before(*_: Any) -> None:
-        opens()
+        gather_part()
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
         for t in tree_iter(output):
@@ -309,7 +309,7 @@ def _frozen(part: nn.Module) -> Iterator[Tensor]:
                 yield from _inside(t)
 
 
-def held_by(model: nn.Module) -> set[int]:
+def storage_ids(model: nn.Module) -> set[int]:
     """The identities of all storages of a model and its adapters."""
     tensors = (t for module in model.modules() for t in _of(module))
     return {one.untyped_storage()._cdata for t in tensors for one in _inside(t)}
