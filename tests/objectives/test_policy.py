@@ -92,7 +92,7 @@ def rollouts_of(rollouts: Rollouts) -> list[Rollout]:
             prompt, [one.tokens for one in group], [one.logprobs for one in group],
             torch.randn(len(group), generator=generator).tolist(), [True] * len(group),
         )
-        for prompt, group in zip(PROMPTS, rollouts.draw(PROMPTS, 0), strict=True)
+        for prompt, group in zip(PROMPTS, rollouts.sample(PROMPTS, 0), strict=True)
     ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_tokens_have_the_log_probabilities_of_transformers(name: str, model, tok
     model.train()
     with drawing(model, tokenizer) as rollouts:
         for step in range(2):
-            for prompt, group in zip(PROMPTS, rollouts.draw(PROMPTS, step), strict=True):
+            for prompt, group in zip(PROMPTS, rollouts.sample(PROMPTS, step), strict=True):
                 assert len(group) == 3
                 for one in group:
                     ids = torch.tensor([[*prompt, *one.tokens]])

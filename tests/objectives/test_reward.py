@@ -26,7 +26,7 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched, encode_preferred
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import wilson
+from lorafold.evaluation.intervals import wilson
 from lorafold.evaluation.reward_model_scores import reward_figures, score_rows, scores_of
 from lorafold.files.model_card import REWARD
 from lorafold.memory.estimate import estimate

@@ -24,7 +24,7 @@ from lorafold.comparing.report import deciding, markdown, page
 from lorafold.comparing.run import compare, in_own_process, key
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.confidence_intervals import loss_interval, ratio_interval
+from lorafold.evaluation.intervals import loss_interval, ratio_interval
 from lorafold.files.html_page import markdown_table
 from lorafold.methods.lora import LoRA
 from lorafold.recipe.fitting import fitting, spec_of, without

@@ -22,7 +22,7 @@ from lorafold.comparing.measure import BASE, Measurement, Variant, measure
 from lorafold.comparing.paired_tests import Difference, distinguished_pairs, over_base, verdict
 from lorafold.comparing.report import Comparison, Quality, deciding, figures, markdown, page
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.confidence_intervals import student
+from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec
 from lorafold.recipe.fitting import spec_of
 

@@ -23,7 +23,7 @@ from lorafold.api.loaded_model import load_with_adapters
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.prompts import PromptRow, prompts_of
 from lorafold.data.row_store import Rows
-from lorafold.evaluation.confidence_intervals import student
+from lorafold.evaluation.intervals import student
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.adapter_directory import open_all

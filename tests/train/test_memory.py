@@ -318,12 +318,12 @@ def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> N
     rollouts.open(DRAWN.prompt, DRAWN.slots)
     prompts = [[*range(5, 5 + DRAWN.prompt)]] * 2
     held = []
-    rollouts.draw(prompts, 0, progress=lambda *_: held.append(cached(rollouts)))
+    rollouts.sample(prompts, 0, progress=lambda *_: held.append(cached(rollouts)))
     engine = allocated(CPU) - before + opaque(rollouts)
     assert max(held) == expected.slots
     assert engine == pytest.approx(expected.engine, rel=0.05)
     if dtype == torch.float32:  # no ledger sees matrices without a storage
-        peak = peak_of(lambda: rollouts.draw(prompts, 1), CPU) - before - engine
+        peak = peak_of(lambda: rollouts.sample(prompts, 1), CPU) - before - engine
         assert peak == pytest.approx(expected.drawing, rel=0.1)
     rollouts.close()
 

@@ -106,7 +106,7 @@ def estimate(
     from lorafold.memory.estimate import advise, advise_on_rows
     from lorafold.memory.estimate_report import Forecast, page
     from lorafold.memory.measure import measure as measured_bytes
-    from lorafold.memory.presets import as_in_files, llama, memory_setting
+    from lorafold.memory.presets import llama, memory_setting, with_file_quantization
     from lorafold.memory.trace import STRATEGIES
     from lorafold.models.loading import load_model
     from lorafold.models.positions import positions_in
@@ -177,7 +177,7 @@ def estimate(
         # as without rows, for a GPU
         setting, config = replace(setting, base=stored_as, widened=False), base.config()
     setting = replace(setting, trust_remote_code=trusted, processes=gpus, strategy=strategy)
-    setting = as_in_files(setting, config, str(model), "storage" in given)
+    setting = with_file_quantization(setting, config, str(model), "storage" in given)
     on = base.where if measure else None
     of_this_cpu = (device if on is None else on.type) == "cpu"
     setting = replace(
@@ -219,10 +219,10 @@ def setting_on_rows(
     from tempfile import TemporaryDirectory
 
     from lorafold.api.arguments import as_rows, source_of, with_rewards
-    from lorafold.memory.presets import check_fields, recipe_in
+    from lorafold.memory.presets import check_fields, recipe_for_mode
 
     check_fields(recipe, OF_MEMORY | OF_ROWS | {"batch", "max_length"})
-    recipe, functions = with_rewards(recipe_in(mode, recipe), rewards)
+    recipe, functions = with_rewards(recipe_for_mode(mode, recipe), rewards)
     rows = as_rows(data, columns, console, weighted=True, objective=recipe.objective)
     from lorafold.training.inputs import RunRequest
     from lorafold.training.setup import largest_memory_setting, set_up

@@ -33,7 +33,8 @@ from lorafold.data.examples import probe_ids
 from lorafold.data.sources import Row
 from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError, NotMergeable, listed
-from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
+from lorafold.evaluation import Evaluation, RewardEvaluation
+from lorafold.evaluation.intervals import Interval
 from lorafold.layers import parameter_count
 from lorafold.methods import known_options
 from lorafold.peft.adapter_directory import SavedAdapter

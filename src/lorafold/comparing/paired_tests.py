@@ -27,8 +27,8 @@ from typing import Any, Self
 import numpy as np
 
 from lorafold.comparing.measure import BASE, Measurement, Measurements
-from lorafold.evaluation import Interval
-from lorafold.evaluation.confidence_intervals import (
+from lorafold.evaluation.intervals import (
+    Interval,
     loss_interval,
     ratio_interval,
     student,

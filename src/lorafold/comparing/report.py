@@ -20,7 +20,7 @@ from lorafold.comparing.paired_tests import (
     over_base,
     verdict,
 )
-from lorafold.evaluation.confidence_intervals import Interval
+from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
 from lorafold.files.html_page import ShownInNotebooks, markdown_table, rendered, write_page
 from lorafold.files.plots import distinct, number

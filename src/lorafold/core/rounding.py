@@ -62,10 +62,10 @@ def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> to
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Round x (fp32 or fp64, finite, any shape) to one of its neighbours, with expectation x."""
-    return _up_below(x.float(), dtype, torch.rand(x.shape, generator=generator))
+    return _round_up_below(x.float(), dtype, torch.rand(x.shape, generator=generator))
 
 
-def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
+def _round_up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
     """Round x, fp32, away from zero if u (same shape, in [0, 1)) is below the remainder."""
     info = torch.finfo(dtype)
     # the power of two at or under |x|
@@ -85,7 +85,7 @@ def turn_rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn
     u = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
     u = u.to(torch.int32).add_(turn * ODD % 65536).bitwise_and_(0xFFFF).view(x.shape)
     if dtype is not torch.bfloat16:
-        return _up_below(x, dtype, u * 2.0**-16)
+        return _round_up_below(x, dtype, u * 2.0**-16)
     carried = u.add_(x.view(torch.int32)).bitwise_and_(-65536).view(torch.float32)
     # a carry can turn NaN or infinity into a number; adding 0 x makes it NaN again
     return carried.add_(x, alpha=0).bfloat16()

@@ -36,7 +36,7 @@ from lorafold.errors import NoTarget, listed, shortened
 
 IsLinear = Callable[[nn.Module], bool]
 # modules with a matrix that are in no preset but may be named
-NAMED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NAMEABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def match(
 
 def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
     modules = Anatomy.of(model).modules
-    named = (path for path, m in modules if is_linear(m) or isinstance(m, NAMED))
+    named = (path for path, m in modules if is_linear(m) or isinstance(m, NAMEABLE))
     names = sorted(set(map(last_part, named)))
     near = difflib.get_close_matches(last_part(pattern), names, n=3, cutoff=0.4) or names
     given, similar = shortened(repr(pattern), 80), listed(near, room=100) or "none"
@@ -115,8 +115,8 @@ def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """The linear modules of the blocks that can be trained: an indexer gets no gradient."""
-    idle = beneath(Anatomy.of(model).indexers)
-    return [path for path in block_linears(model, is_linear) if not idle(path)]
+    is_indexer = beneath(Anatomy.of(model).indexers)
+    return [path for path in block_linears(model, is_linear) if not is_indexer(path)]
 
 
 def encoder_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str]:

@@ -31,7 +31,7 @@ from lorafold.files.record import RECORD
 from lorafold.files.safetensors_header import check_numbers
 from lorafold.identity import of_adapter
 from lorafold.layers import layer_of
-from lorafold.methods.common.biases_and_modules_to_save import vocabulary
+from lorafold.methods.common.biases_and_modules import vocabulary
 from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.weights import InMemory
 from lorafold.peft.adapter_directory import FILES

@@ -39,7 +39,7 @@ from lorafold.engine.sampler import Grammars, NotFinite, SampledToken, Unfit, ch
 from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.engine.sequence import Row
 from lorafold.errors import STOPS, LorafoldError, place
-from lorafold.methods.common.biases_and_modules_to_save import vocabulary
+from lorafold.methods.common.biases_and_modules import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.ops.host_tensors import picked
 from lorafold.runtime.processor import considerate, disband, stacks

@@ -25,7 +25,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenized
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError, RewardFailed, cut
-from lorafold.evaluation.confidence_intervals import Interval, mean_interval
+from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import in_words, within
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-READ = 3  # samples with the highest, and with the lowest rewards
-SHOWN = 200  # characters of a printed completion
-KEPT = 2000  # characters of a shortened prompt or completion
+NUM_SAMPLES = 3  # samples with the highest, and with the lowest rewards
+MAX_PRINTED_CHARS = 200  # characters of a printed completion
+MAX_STORED_CHARS = 2000  # characters of a shortened prompt or completion
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PolicySample:
                 lines.append(f"{turn.get('role')}: {content}")
             prompt = "\n".join(lines)
         texts = {"prompt": prompt, "completion": self.completion}
-        return asdict(self) | {name: cut(text, KEPT) for name, text in texts.items()}
+        return asdict(self) | {name: cut(text, MAX_STORED_CHARS) for name, text in texts.items()}
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class RewardedRollouts:
                 f"rewards: all returned None for {judged[0].where} to {judged[-1].where}, expected"
                 " a number for at least one completion"
             )
-        tables = {name: _table(x, len(groups)) for name, x in each.items()}
-        return cls(judged, groups, _table(sums, len(groups)), tables)
+        tables = {name: _reward_matrix(x, len(groups)) for name, x in each.items()}
+        return cls(judged, groups, _reward_matrix(sums, len(groups)), tables)
 
     def replaced(self, places: Sequence[int], other: RewardedRollouts) -> RewardedRollouts:
         k, groups, judged = self.rewards.shape[1], [*self.groups], [*self.judged]
@@ -163,8 +163,8 @@ class RewardedRollouts:
         }
 
     @property
-    def shown_samples(self) -> list[dict[str, Any]]:
-        return [one.shortened() for one in self.samples(READ, READ)]
+    def samples_json(self) -> list[dict[str, Any]]:
+        return [one.shortened() for one in self.samples(NUM_SAMPLES, NUM_SAMPLES)]
 
     def samples(self, best: int, worst: int) -> list[PolicySample]:
         rewards = self.rewards.flatten().tolist()
@@ -182,7 +182,7 @@ class RewardedRollouts:
         return samples
 
 
-def _table(values: Sequence[float | None], rows: int) -> Tensor:
+def _reward_matrix(values: Sequence[float | None], rows: int) -> Tensor:
     given = [math.nan if value is None else value for value in values]
     return torch.tensor(given, dtype=torch.float64).view(rows, -1)
 
@@ -267,7 +267,7 @@ class RewardEvaluation(ShownInNotebooks):
     samples: tuple[PolicySample, ...]
 
     def __str__(self) -> str:
-        return in_words("evaluation/rewards.jinja", found=self, short=_short, read=READ)
+        return in_words("evaluation/rewards.jinja", found=self, short=_short, read=NUM_SAMPLES)
 
 
 def evaluate_rewards(
@@ -297,7 +297,7 @@ def evaluate_rewards(
     with closing(rollouts), progress_bar(console, "completions") as step:
         rollouts.open(max(lengths_of(prompts)), min(SLOTS, len(prompts) * k))
         key = key_of(settings.seed, HELD_OUT)
-        groups = rollouts.draw([one.ids for one in prompts], key, k, step)
+        groups = rollouts.sample([one.ids for one in prompts], key, k, step)
     with progress_bar(console, "rewards") as step:
         judged = RewardedRollouts.of(prompts, groups, rewards, max(1, SLOTS // k), step)
     figures, means = judged.figures, judged.rewards.nanmean(1).tolist()
@@ -315,10 +315,10 @@ def evaluate_rewards(
         entropy=figures["entropy"],
         groups_without_signal=figures["groups without signal"] if k > 1 else None,
         prompt_rewards=tuple(None if math.isnan(mean) else mean for mean in means),
-        samples=tuple(judged.samples(READ, READ)),
+        samples=tuple(judged.samples(NUM_SAMPLES, NUM_SAMPLES)),
     )
 
 
 def _short(text: str) -> str:
-    more = len(text) - SHOWN
-    return repr(text[:SHOWN]) + (f" and {more:,} more characters" if more > 0 else "")
+    more = len(text) - MAX_PRINTED_CHARS
+    return repr(text[:MAX_PRINTED_CHARS]) + (f" and {more:,} more characters" if more > 0 else "")

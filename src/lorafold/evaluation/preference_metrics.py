@@ -26,7 +26,7 @@ from torch import Tensor
 from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.formats import PAIRS
-from lorafold.evaluation.confidence_intervals import Interval, mean_interval, wilson
+from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.templates import in_words
 from lorafold.files.terminal import Progress, silent
 from lorafold.training_step.preference_algorithms import Scored, ratio_sums
@@ -79,8 +79,7 @@ def preference_figures(
     """Evaluates a model with its active adapters. With `reference`, the reference is the model
     without its highest adapter, and unknown log-probabilities are computed.
     """
-    parts = []
-    order = []
+    parts, order = list[Scored](), list[int]()
     kl = tokens = 0.0
     with evaluating(loss):
         for group in loss.groups(examples):
@@ -104,7 +103,7 @@ def preference_figures(
     good = torch.tensor([e.desirable for e in examples])
     paired = algorithm.kind == PAIRS
 
-    def sides(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
+    def chosen_and_rejected(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
         first, second = values.t()[:2] if paired else (values[good, 0], values[~good, 0])
         return first.tolist(), second.tolist()
 
@@ -115,7 +114,7 @@ def preference_figures(
     def mean(values: Sequence[float], there: bool = True) -> float | None:
         return fmean(values) if there and values else None
 
-    (chosen, rejected), (up, down), (won, lost) = map(sides, (logps, ratios, rewards))
+    (chosen, rejected), (up, down), (won, lost) = map(chosen_and_rejected, (logps, ratios, rewards))
     margins = [a - b for a, b in zip(won, lost, strict=False)] if paired else []
     both = rewarded and won and lost  # labels may all be equal
     return PreferenceFigures(

@@ -78,7 +78,7 @@ class RewardAdapter:
         self, model: PreTrainedModel, packing: bool | str, console: Console
     ) -> Iterator[Reward]:
         tokenizer = self.base.tokenizer(self.stack)
-        for notice in filter(None, (ensure_chat_template(tokenizer), self._stored(model))):
+        for notice in filter(None, (ensure_chat_template(tokenizer), self._dtype_notice(model))):
             print_lines(console, f"reward {self.name}: {notice}")
         pad, other = padding_id(tokenizer), self.base.allow_other_base
         shell, weights = scoring_shell(model, pad), None
@@ -93,7 +93,7 @@ class RewardAdapter:
         with sharing_prefixes(shell, ATTENTION, across) if packing else nullcontext() as support:
             yield AdapterReward(self.name, self.weight, shell, tokenizer, support)
 
-    def _stored(self, model: PreTrainedModel) -> str:
+    def _dtype_notice(self, model: PreTrainedModel) -> str:
         before = self.stack[-1].own_base.trained_on
         now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
         if _quantized(model) or before is None or before.storage == now:
@@ -128,7 +128,7 @@ class AdapterReward:
         self.name, self.weight, self.shell = name, weight, shell
         self._loss = Preferences(shell, BRADLEY_TERRY, support, padding_id(tokenizer))
         self._encoder = CompletionEncoder(tokenizer, WHOLE_CONVERSATION)
-        self._most = positions_of(shell).table or math.inf
+        self._limit = positions_of(shell).table or math.inf
 
     def __call__(self, judged: Sequence[Judged]) -> list[float]:
         return scores_of(self._loss, self._texts(judged))[0][:, 0].tolist() if judged else []
@@ -155,8 +155,8 @@ class AdapterReward:
             ids = entries[number]["ids"]
             if problem := problems.get(number):
                 raise failure(self.name, problem, [one])
-            if len(ids) > self._most:
-                problem = f"found a text of {len(ids)} tokens, expected at most the {self._most}"
+            if len(ids) > self._limit:
+                problem = f"found a text of {len(ids)} tokens, expected at most the {self._limit}"
                 raise failure(self.name, f"{problem} positions of the model", [one])
             texts.append(continued(example_of(ids, entries[number]["spans"])))
         return texts

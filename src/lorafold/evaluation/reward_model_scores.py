@@ -37,7 +37,7 @@ from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation.batched_losses import pad_id_of
-from lorafold.evaluation.confidence_intervals import Interval, mean_interval, wilson
+from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import in_words, with_interval

@@ -2,7 +2,7 @@
 
     rollouts = Rollouts(model, tokenizer, group=8, max_new_tokens=256)
     rollouts.open(prompt=64, slots=64)
-    rollouts.draw(prompts, key)             a group of completions for each prompt
+    rollouts.sample(prompts, key)           a group of completions for each prompt
 
 The engine uses a second shell of the model (`core.shared_tensors`), so both stay usable. It copies
 the trained factors for each step and drops its KV cache after it.
@@ -107,7 +107,7 @@ class Rollouts:
     def close(self) -> None:
         self._stack.close()
 
-    def draw(
+    def sample(
         self,
         prompts: Sequence[Sequence[int]],
         key: int,

@@ -43,7 +43,7 @@ from lorafold.inspecting.updates import (
     unstacked,
 )
 from lorafold.layers import is_linear, layer_of
-from lorafold.methods.lora import LoRA, of_ranks
+from lorafold.methods.lora import LoRA, lora_with_ranks
 from lorafold.ops.svd import best_of_rank
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.provenance import BASE_IDENTITY
@@ -196,7 +196,7 @@ def as_lora(adapter: Adapter, factors: SiteFactors) -> Adapter:
     """Replace the adapter's method by LoRA with these factors; biases, saved modules and tokens
     stay.
     """
-    spec = of_ranks({path: max(a.shape[-2], 1) for path, (_, a) in factors.items()})
+    spec = lora_with_ranks({path: max(a.shape[-2], 1) for path, (_, a) in factors.items()})
     modules = adapter.sites
     for path, (b, a) in factors.items():
         module = modules[path]

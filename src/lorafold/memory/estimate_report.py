@@ -43,7 +43,7 @@ def page(
         counted = "the resident memory of the process, without imported libraries"
     parts = (
         notes(lines),
-        picture(estimate, memory, counted),
+        terms_plot(estimate, memory, counted),
         section("The terms"),
         html_table(("term", "bytes", "share", "description"), cells, "texts"),
         f"<p>Counted: {counted}.</p>",
@@ -51,7 +51,7 @@ def page(
     write_page(title, "\n".join(parts), path)
 
 
-def picture(estimate: Estimate, memory: int | None, counted: str) -> str:
+def terms_plot(estimate: Estimate, memory: int | None, counted: str) -> str:
     terms, total = estimate.shown, estimate.total
     names, sizes = [*terms, "total"], [*terms.values(), total]
     starts = [*accumulate([*terms.values()][:-1], initial=0), 0]

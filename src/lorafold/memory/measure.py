@@ -36,7 +36,7 @@ def measure(
 ) -> int:
     """The peak bytes of the second of two training steps, or of inference, including the model."""
     # keeps existing tensors alive: freeing them meanwhile would change the difference
-    earlier, before = _tensors(), allocated(device)
+    earlier, before = _live_tensors(), allocated(device)
     model = load()
     run = inference if setting.spec is None else training
     with multiplying(widened=setting.widened), run(model, setting) as step:
@@ -123,11 +123,11 @@ def allocated(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
-    tensors = (t for t in _tensors() if t.device.type == device.type)
+    tensors = (t for t in _live_tensors() if t.device.type == device.type)
     return distinct_bytes(t for t in tensors if t.layout is torch.strided)
 
 
-def _tensors() -> list[Tensor]:
+def _live_tensors() -> list[Tensor]:
     aside = gc.get_freeze_count()
     gc.unfreeze()  # frozen objects (`runtime.process_tuning`) would not be listed
     tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]

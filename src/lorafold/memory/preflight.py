@@ -28,8 +28,8 @@ from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.kernel_requirements import place_of
 from lorafold.recipe.recipe import Recipe
 
-LOOKED_AT = 64  # of the first steps, those with the most tokens
-SHARE = 0.9  # of the free memory: the rest is for memory outside the estimate
+NUM_CHECKED_STEPS = 64  # of the first steps, those with the most tokens
+USABLE_SHARE = 0.9  # of the free memory: the rest is for memory outside the estimate
 
 
 def largest_batch(
@@ -54,7 +54,7 @@ def largest_batch(
         for examples in islice(feed.after(0), feed.foreseen)
     )
     if shares:  # finding shared prefixes takes a millisecond or more per step
-        steps = nlargest(LOOKED_AT, steps, key=lambda examples: sum(documents(examples)))
+        steps = nlargest(NUM_CHECKED_STEPS, steps, key=lambda examples: sum(documents(examples)))
     n = recipe.accumulate
     for examples in steps:
         # shared prefixes are only used if they save enough tokens
@@ -126,7 +126,7 @@ def choose_checkpointing(
     later without an estimate, because loading may raise a better error.
     """
     setting = replace(setting, checkpointing=checkpointing is True)
-    room, why = SHARE * free, ""
+    room, why = USABLE_SHARE * free, ""
     try:
         needed = estimate(config, setting)
         if checkpointing == "auto" and needed.total > room:
@@ -166,7 +166,6 @@ def check_targets(config: PreTrainedConfig, setting: MemorySetting) -> None:
         model = fake_model(config, setting.base, blocks, setting.classes, trusted)
         try:
             setting.attach(model)
-        except NoTarget:
-            raise
-        except LorafoldError:
-            return  # the run reports it, if it happens there too
+        except LorafoldError as error:  # the run reports others, if they happen there too
+            if isinstance(error, NoTarget):
+                raise

@@ -39,7 +39,7 @@ def memory_setting(
             f"--labelled {labelled}: expected at most {batch * (length - 1)}, the number of"
             f" tokens that {batch} rows of {length} tokens predict"
         )
-    recipe = recipe_in(mode, recipe)
+    recipe = recipe_for_mode(mode, recipe)
     rows = (length,) * batch
     if mode == "inference":
         return MemorySetting(stored(recipe.storage), rows=rows)
@@ -64,7 +64,7 @@ def check_fields(recipe: Recipe, known: set[str]) -> None:
         )
 
 
-def recipe_in(mode: str, recipe: Recipe) -> Recipe:
+def recipe_for_mode(mode: str, recipe: Recipe) -> Recipe:
     """The recipe, with the mode's values for unset fields."""
     fields = MODES.get(mode, {"method": mode})
     return Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
@@ -76,7 +76,7 @@ def stored(base: str) -> Storage:
     return Storage(dtype, base if base in QUANTIZED else None)
 
 
-def as_in_files(
+def with_file_quantization(
     setting: MemorySetting, config: PreTrainedConfig, name: str, explicit: bool
 ) -> MemorySetting:
     """The setting with the quantization of the model's files, if any."""

@@ -126,7 +126,7 @@ class LoRA(Spec):
         return delta
 
 
-def of_ranks(ranks: Mapping[str, int]) -> LoRA:
+def lora_with_ranks(ranks: Mapping[str, int]) -> LoRA:
     """LoRA with these ranks by module path, and scale 1. The most common rank becomes the spec's
     rank, the others go into its patterns.
     """

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from rich.console import Console
 
-from lorafold.core.contexts import undropped
+from lorafold.core.contexts import without_dropout
 from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.examples import WHOLE
@@ -185,7 +185,7 @@ class PolicyObjective(OnPolicy):
                 model, tokenizer, sampling.group, sampling.max_new_tokens, exact=sampling.exact
             )
             stack.callback(rollouts.close)
-            if dropped := stack.enter_context(undropped(model)):
+            if dropped := stack.enter_context(without_dropout(model)):
                 dropout = f"dropout: {dropped:g} in the model or its adapters is set to 0"
                 print_lines(console, f"{dropout}, because sampling uses no dropout")
             support = None
@@ -225,67 +225,59 @@ class PolicyObjective(OnPolicy):
         self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
         key, seconds, num_resampled = key_of(self.seed, step), defaultdict[str, float](float), 0
-        rewarded = first = self._sample(planned, key, loss, seconds)
+        scored = first = self._sample(planned, key, loss, seconds)
         tokens = first.tokens
-        advantages, learns = self._advantages(rewarded)
+        advantages, learns = self._advantages(scored)
         for attempt in range(1, self.sampling.fill + 1):
             if not (empty := (~learns).nonzero().flatten().tolist()):
                 break
             more = self._sample([planned[i] for i in empty], key_of(key, attempt), loss, seconds)
-            rewarded, num_resampled = rewarded.replaced(empty, more), num_resampled + len(empty)
+            scored, num_resampled = scored.replaced(empty, more), num_resampled + len(empty)
             tokens += more.tokens
-            advantages, learns = self._advantages(rewarded)
+            advantages, learns = self._advantages(scored)
         figures = dict(first.figures)
         if self.sampling.fill:
             figures["groups drawn again"] = num_resampled / len(planned)
-        no_signal_reason = "" if bool(learns.any()) else self._no_signal_reason(rewarded, loss)
+        reason = "" if bool(learns.any()) else self._no_signal_reason(scored, loss)
         rollouts = [
             Rollout.of(
                 prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], row,
                 [self._counts(one) for one in group],
             )
-            for prompt, group, row in zip(
-                planned, rewarded.groups, advantages.tolist(), strict=True
-            )
+            for prompt, group, row in zip(planned, scored.groups, advantages.tolist(), strict=True)
         ]  # fmt: skip
-        if not no_signal_reason:
+        if not reason:
             loss.counts.pop(LOWEST_SINCE_SIGNAL, None)
         elif not step:
             rollouts = []  # the policy still equals its reference, so the KL has no gradient
-        return StepRollouts(
-            rollouts, no_signal_reason, figures, tokens, dict(seconds), first.shown_samples
-        )
+        return StepRollouts(rollouts, reason, figures, tokens, dict(seconds), first.samples_json)
 
     def measure(self, loss: RolloutLoss, held_out: Encoded) -> Measured:
         """The mean reward of one completion of each prompt, always with the same random numbers,
         with its confidence interval; the loss is its negative.
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
-        groups = rollouts.draw([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
-        rewarded = RewardedRollouts.of(prompts, groups, loss.rewards, at_once=SLOTS)
-        reward, interval = rewarded.figures["reward"], rewarded.interval
+        groups = rollouts.sample([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
+        scored = RewardedRollouts.of(prompts, groups, loss.rewards, at_once=SLOTS)
+        reward, interval = scored.figures["reward"], scored.interval
         # a group of one never has a signal
-        figures: dict[str, Any] = {**rewarded.figures}
-        del figures["groups without signal"]
-        figures["reward_interval"] = interval
+        figures = {k: v for k, v in scored.figures.items() if k != "groups without signal"}
         text = f", reward {reward:.3f}{within(interval, '.3f')}"
-        return Measured(-reward, figures, text, rewarded.shown_samples)
+        return Measured(-reward, figures | {"reward_interval": interval}, text, scored.samples_json)
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
         max_length: int,
     ) -> RewardEvaluation:  # fmt: skip
         """The rewards of completions, as many per prompt as in training, under the run's seed."""
-        sampling, prompts = self.sampling, as_checked(rows, PROMPTS)
-        settings = RewardSettings(
-            max_length, sampling.max_new_tokens, sampling.group, seed=self.seed
-        )
+        max_new_tokens, k = self.sampling.max_new_tokens, self.sampling.group
+        config = RewardSettings(max_length, max_new_tokens, k, seed=self.seed)
         with self._rewards(model, "auto", Console(quiet=True)) as rewards:
-            evaluation = evaluate_rewards(model, tokenizer, prompts, rewards, settings)
-        if None in evaluation.prompt_rewards:
-            row = evaluation.prompt_rewards.index(None) + 1
+            result = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, config)
+        if None in result.prompt_rewards:
+            row = result.prompt_rewards.index(None) + 1
             raise LorafoldError(f"held-out row {row}: all rewards returned None, expected a number")
-        return evaluation
+        return result
 
     def _rewards(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
         given: list[Any] = [*self.sampling.rewards, *self.functions]
@@ -297,48 +289,47 @@ class PolicyObjective(OnPolicy):
         seconds: dict[str, float],
     ) -> RewardedRollouts:  # fmt: skip
         start = time.perf_counter()
-        groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)
+        groups = loss.rollouts[0].sample([prompt.ids for prompt in prompts], key)
         sampled = time.perf_counter()
-        rewarded = RewardedRollouts.of(prompts, groups, loss.rewards)
+        scored = RewardedRollouts.of(prompts, groups, loss.rewards)
         seconds["drawing"] += sampled - start
         seconds["judging"] += time.perf_counter() - sampled
-        if rewards := rewarded.rewards[~rewarded.rewards.isnan()].tolist():
+        if rewards := scored.rewards[~scored.rewards.isnan()].tolist():
             loss.counts[HIGHEST] = max(loss.counts.get(HIGHEST, rewards[0]), *rewards)
             loss.counts[LOWEST] = min(loss.counts.get(LOWEST, rewards[0]), *rewards)
-        return rewarded
+        return scored
 
-    def _advantages(self, rewarded: RewardedRollouts) -> tuple[torch.Tensor, torch.Tensor]:
+    def _advantages(self, scored: RewardedRollouts) -> tuple[torch.Tensor, torch.Tensor]:
         """The advantages (n, k), and whether each group has a signal, (n,)."""
         # the mean of equal rewards may differ from them by rounding
-        advantages = self.algorithm.advantages(rewarded.rewards)
-        advantages = advantages.where(~rewarded.alike[:, None], 0.0)
+        advantages = self.algorithm.advantages(scored.rewards).where(~scored.alike[:, None], 0.0)
         if not bool((advantages.abs() <= MAX_ADVANTAGE).all()):
             raise RewardFailed(
                 f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in"
-                f" {rewarded.judged[0].where} to {rewarded.judged[-1].where}, expected at most"
+                f" {scored.judged[0].where} to {scored.judged[-1].where}, expected at most"
                 f" {MAX_ADVANTAGE:g}: give the reward a weight, for example 1e-6*FILE.py:FUNCTION"
             )
-        counts = torch.tensor([[self._counts(one) for one in group] for group in rewarded.groups])
+        counts = torch.tensor([[self._counts(one) for one in group] for group in scored.groups])
         return advantages, (counts & (advantages != 0)).any(1)
 
     def _counts(self, one: Completion) -> bool:
         return one.ended or self.sampling.truncated == "counted"
 
-    def _no_signal_reason(self, rewarded: RewardedRollouts, loss: RolloutLoss) -> str:
-        if not any(self._counts(one) for group in rewarded.groups for one in group):
+    def _no_signal_reason(self, scored: RewardedRollouts, loss: RolloutLoss) -> str:
+        if not any(self._counts(one) for group in scored.groups for one in group):
             limit = self.sampling.max_new_tokens
             return (
                 f"truncated=masked: all completions were cut off at max_new_tokens={limit}; try a"
                 " larger max_new_tokens, or truncated=counted"
             )
-        if not (samples := rewarded.samples(2, 1)):
+        if not (samples := scored.samples(2, 1)):
             return "no completion has a reward, because all rewards returned None"
         lowest = min(loss.counts.get(LOWEST_SINCE_SIGNAL, math.inf), samples[-1].reward)
         loss.counts[LOWEST_SINCE_SIGNAL] = lowest
         if lowest == loss.counts[HIGHEST] > loss.counts[LOWEST]:
             return f"all completions have the highest reward so far, {lowest:g}: {SOLVED_HINT}"
         shown = "; ".join(f"{o.where}: {o.completion[:80]!r} has {o.reward:g}" for o in samples)
-        entropy = rewarded.figures["entropy"]
+        entropy = scored.figures["entropy"]
         return (
             f"all completions of a prompt have the same reward, at an entropy of {entropy:.2g} nats"
             f" per token: {NO_SIGNAL_HINTS[entropy < COLLAPSED_ENTROPY]} ({shown})"

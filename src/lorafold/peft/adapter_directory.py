@@ -42,7 +42,7 @@ from lorafold.files.model_card import (
     training_card,
 )
 from lorafold.files.record import BASE, RECORD, named_as_now
-from lorafold.methods.common.biases_and_modules_to_save import Bias, ReplaceDelta
+from lorafold.methods.common.biases_and_modules import Bias, ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name, whole_of
 from lorafold.models.classifier import new_heads

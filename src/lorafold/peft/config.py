@@ -30,7 +30,7 @@ from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.paths import nearest_name
 from lorafold.layers import is_linear
-from lorafold.methods.common.biases_and_modules_to_save import Bias
+from lorafold.methods.common.biases_and_modules import Bias
 from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.sources import name_of_base
 from lorafold.peft.derived import PREFIX

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.methods.common.biases_and_modules_to_save import BiasDelta, ReplaceDelta
+from lorafold.methods.common.biases_and_modules import BiasDelta, ReplaceDelta
 from lorafold.methods.common.trainable_tokens import EmbeddingRows, HeadRows
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3

@@ -32,7 +32,7 @@ from lorafold.data.prompts import PromptRow, prompts_of
 from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.batched_losses import batches, held_out_loss
-from lorafold.evaluation.confidence_intervals import Interval, mean_interval, wilson
+from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.generation import complete, tokens_of
 from lorafold.inspecting.updates import Svds, of_factors
 from lorafold.peft.adapter_directory import SavedAdapter

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorafold.comparing.paired_tests import Difference
 from lorafold.comparing.report import plus_minus
-from lorafold.evaluation.confidence_intervals import Interval
+from lorafold.evaluation.intervals import Interval
 from lorafold.files.html_page import markdown_table, rendered, write_page
 from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
 from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table, values_of

@@ -181,18 +181,17 @@ class RunDirectory:
             for k in differing(stored, identity)
             if k != FILES
         ]
-        file_changes = [
+        edited = [
             f"{role}: the files of {of['name']} have changed"
             for role, of in identity.get(FILES, {}).items()
             if files.get(role, {}).get("sha256") != of["sha256"]
         ]
-        if changes or file_changes:
+        if changes or edited:
             cause = "settings have changed" if changes else "files have changed"
-            differences = listed([*changes, *file_changes], "; ")
             raise LorafoldError(
-                f"{self.path}: can't resume, because {cause}: {differences}. Use the old"
-                f" {'values' if changes else 'files'} and lorafold version, or start again with"
-                " --overwrite"
+                f"{self.path}: can't resume, because {cause}: {listed([*changes, *edited], '; ')}."
+                f" Use the old {'values' if changes else 'files'} and lorafold version, or start"
+                " again with --overwrite"
             )
 
     def checkpoints(self) -> dict[int, Path]:
@@ -201,7 +200,7 @@ class RunDirectory:
         return dict(sorted((int(step), p) for step, p in paths if step.isdigit()))
 
     @property
-    def checkpoint_clause(self) -> str:
+    def resume_hint(self) -> str:
         """A clause about the last checkpoint, for error messages."""
         if not (checkpoints := self.checkpoints()):
             return "no checkpoint was written yet"

@@ -199,8 +199,8 @@ def write_adapter(
     # in the card, fields that are None show the value that the run used
     used = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
     names = {"": "lr", UP: "lr_b"}
-    groups = [group for group in plan.optimizer.param_groups if group["of"] in names]
-    used |= {names[group["of"]]: group["peak"] for group in groups}
+    groups = plan.optimizer.param_groups
+    used |= {names[group["of"]]: group["peak"] for group in groups if group["of"] in names}
     recipe = {k: used.get(k) if v in (None, {}) else v for k, v in record["recipe"].items()}
     card = training_card(
         request.base.name,

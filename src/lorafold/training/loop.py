@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
-from lorafold.core.active_adapters import Draws, drawing
+from lorafold.core.active_adapters import RandomSource, seeded_dropout
 from lorafold.core.attach import selection_of
 from lorafold.core.contexts import evaluating, unchanged
 from lorafold.data.batches import BatchFeed
@@ -40,7 +40,7 @@ from lorafold.training_step.optim import optimizer_tensors, set_learning_rates, 
 from lorafold.training_step.policy_loss import StepRollouts
 
 # most and fewest steps after warmup for the comparison with guessing
-NUM_RECENT_STEPS, MIN_RECENT_STEPS = 50, 10
+NUM_RECENT_STEPS, MIN_RECENT = 50, 10
 
 log = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 5  # steps in a row that may be skipped before the run ends
@@ -77,9 +77,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     first = next(plan.feed.after(0)) if plan.guessing is None else ()
     rows = plan.feed.after(progress.step)
     if processes.lifeline is not None:
-        processes.lifeline.place = lambda: (
-            f"in step {progress.step + 1}; {plan.run.checkpoint_clause}"
-        )
+        processes.lifeline.place = lambda: f"in step {progress.step + 1}; {plan.run.resume_hint}"
     save_every = recipe.checkpoint_interval(plan.feed.steps)
     eval_every = recipe.eval_every or save_every
     evaluates_first = progress.step or isinstance(objective, OnPolicy)
@@ -171,8 +169,7 @@ def record_step(
     lr = plan.optimizer.param_groups[0]["lr"]
     progress.add_figures(figures | {RATE: lr})
     if rollouts is not None:
-        with_samples = plan.held_out is None
-        figures |= progress.add_rollouts(rollouts, tokens, seconds, with_samples)
+        figures |= progress.add_rollouts(rollouts, tokens, seconds, plan.held_out is None)
     display.step(progress.step, loss, progress.tokens / progress.seconds, figures, lr)
     if not math.isfinite(loss + norm):
         skip_step(plan, progress, loss, display)
@@ -184,7 +181,7 @@ def report_no_signal(plan: Plan, progress: Progress, display: Display, reason: s
     n, step, last = progress.quiet, progress.step, is_over(plan, progress)
     message = f"step {step}: no group of the last {n} steps has a learning signal: {reason}"
     if n == step == NO_SIGNAL_STEPS:
-        raise LorafoldError(f"{message}; {plan.run.checkpoint_clause}")
+        raise LorafoldError(f"{message}; {plan.run.resume_hint}")
     if n == NO_SIGNAL_WARNING_STEPS or (last and n >= min(NO_SIGNAL_WARNING_STEPS, step)):
         display.note(message + "; the run stops" * (last and step < plan.feed.steps))
 
@@ -200,7 +197,7 @@ def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[No
             goes_on = "; to continue from it, run the same command with --resume"
             if progress.step not in plan.run.checkpoints():
                 save(plan, progress)
-        raise LorafoldError(f"{place}: {error}; {plan.run.checkpoint_clause}{goes_on}") from None
+        raise LorafoldError(f"{place}: {error}; {plan.run.resume_hint}{goes_on}") from None
 
 
 def evaluate_held_out(plan: Plan, progress: Progress, display: Display) -> None:
@@ -210,8 +207,7 @@ def evaluate_held_out(plan: Plan, progress: Progress, display: Display) -> None:
     loss = measured.loss
     if not math.isfinite(loss):
         raise LorafoldError(
-            f"step {step}: the held-out loss is {loss}; {plan.run.checkpoint_clause}."
-            f" {LOWER_LR_HINT}"
+            f"step {step}: the held-out loss is {loss}; {plan.run.resume_hint}. {LOWER_LR_HINT}"
         )
     progress.evals[step] = loss
     if measured.figures:
@@ -230,7 +226,7 @@ def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> 
     reason = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     if n == MAX_SKIPPED_STEPS or (step == plan.feed.steps and not math.isfinite(loss)):
         steps = f"step {step}" if n == 1 else f"steps {step - n + 1} to {step}"
-        raise LorafoldError(f"{steps}: {reason}; {plan.run.checkpoint_clause}. {LOWER_LR_HINT}")
+        raise LorafoldError(f"{steps}: {reason}; {plan.run.resume_hint}. {LOWER_LR_HINT}")
     display.note(f"step {step}: {reason}, so the step is skipped")
 
 
@@ -242,13 +238,12 @@ def compare_with_chance(plan: Plan, progress: Progress, first: Sequence[Any]) ->
     untrained model, both are on the rows of the first step, with a tolerance of a thousandth.
     """
     last = progress.best if is_over(plan, progress) and plan.recipe.stops else None
-    recent = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-NUM_RECENT_STEPS:]
-    recent = [loss for loss in recent if math.isfinite(loss)]
-    comparable = plan.guessing != math.inf and math.isfinite(progress.losses[0])
-    if len(recent) < MIN_RECENT_STEPS or not comparable:
+    tail = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-NUM_RECENT_STEPS:]
+    tail = [loss for loss in tail if math.isfinite(loss)]
+    if len(tail) < MIN_RECENT or plan.guessing == math.inf or not math.isfinite(progress.losses[0]):
         return {}
     if plan.guessing is not None:
-        loss, chance, error = fmean(recent), plan.guessing, stdev(recent) / math.sqrt(len(recent))
+        loss, chance, error = fmean(tail), plan.guessing, stdev(tail) / math.sqrt(len(tail))
     elif last in (None, progress.step):
         loss, chance = loss_of(plan, first), progress.losses[0]
         error = 5e-4 * chance
@@ -338,7 +333,8 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
         for i, part in enumerate([[share[j] for j in part] for part in parts] + [[0]] * idle):
             batch = [examples[j] for j in part]
             inputs = loss.collate(batch, plan.device)
-            with drawing(selection, Draws(key, loss.names(batch, [rows[j] for j in part], inputs))):
+            names = loss.names(batch, [rows[j] for j in part], inputs)
+            with seeded_dropout(selection, RandomSource(key, names)):
                 value = loss(**inputs, **of_step)
                 if i >= len(parts):
                     value = 0 * value
@@ -388,16 +384,14 @@ def check_gradients(adapter: Adapter, nonzero: Mapping[nn.Parameter, bool]) -> l
 def save(plan: Plan, progress: Progress) -> None:
     """Write a checkpoint in rank 0; the other processes send their pieces."""
     state = optimizer_tensors(plan.optimizer) | {"rng.cpu": torch.get_rng_state()}
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state |= {f"rng.cuda.{i}": rng_state for i, rng_state in enumerate(cuda)}
+    state |= {f"rng.cuda.{i}": t for i, t in enumerate(torch.cuda.get_rng_state_all())}
     adapter, optimizer = map(plan.layout.pieces, (plan.adapter.state_dict(), state))
     progress.counts = dict(plan.loss.counts)
     if plan.layout.processes.first:
         try:
             plan.run.save(progress, adapter, optimizer, plan.recipe.keep)
         except LorafoldError as error:
-            message = f"step {progress.step}: {error}; {plan.run.checkpoint_clause}"
-            raise LorafoldError(message) from None
+            raise LorafoldError(f"step {progress.step}: {error}; {plan.run.resume_hint}") from None
     else:
         for piece in (*adapter.values(), *optimizer.values()):
             piece.get()

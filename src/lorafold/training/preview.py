@@ -175,13 +175,12 @@ def _section(one: PreviewExample) -> str:
     tools = one.conversation.tools
     schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))
     turns = [_turn_line(message).partition(": ")[::2] for message in one.conversation.messages]
-    turn_table = html_table(("role", "turn"), turns, "texts")
-    details = [("The tools' schemas", f"<pre>{schemas}</pre>")] * bool(tools)
-    details += [("The turns of the row", turn_table)] * bool(turns)
+    panels = [("The tools' schemas", f"<pre>{schemas}</pre>")] * bool(tools)
+    panels += [("The turns of the row", html_table(("role", "turn"), turns, "texts"))] * bool(turns)
     return (
         f"<h3>{markup.escape(one.heading)}</h3>"
         + notes(map(_tool_line, tools))
-        + "".join(f"<details><summary>{n}</summary>{part}</details>" for n, part in details)
+        + "".join(f"<details><summary>{n}</summary>{part}</details>" for n, part in panels)
         + f"<pre>{_marked(one.text)}</pre>"
     )
 
@@ -191,10 +190,9 @@ def _marked(text: Text) -> str:
     for span in sorted(text.spans):
         marked += markup.escape(text.plain[position : span.start])
         piece = text.plain[span.start : span.end]
-        is_trained = "bold" in str(span.style)
-        if is_trained and piece.endswith("⟧"):
+        trained = "bold" in str(span.style)
+        if trained and piece.endswith("⟧"):
             piece = piece[:-1].replace("⟦", "", 1)
-        escaped = markup.escape(piece)
-        marked += f"<mark>{escaped}</mark>" if is_trained else escaped
+        marked += f"<mark>{markup.escape(piece)}</mark>" if trained else markup.escape(piece)
         position = span.end
     return marked + markup.escape(text.plain[position:])

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lorafold.adapter import Adapter
-from lorafold.core.delta import put
+from lorafold.core.delta import set_tensor
 from lorafold.data.batches import BatchFeed
 from lorafold.data.control_tokens import NOTE
 from lorafold.errors import LorafoldError
@@ -141,12 +141,10 @@ def make_plan(
     sum_in_fp32(adapter.model)
     if isinstance(layout, Sharded):
         layout.assign_owners(parameters(groups))
-    shards = processes.count if layout.is_sharded else 1
-    choice = choose_optimizer(
-        recipe.optimizer, progress.optimizer, groups, where, processes, shards
-    )
+    parts = processes.count if layout.is_sharded else 1
+    choice = choose_optimizer(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
     progress.optimizer = choice.name
-    print_lines(console, optimizer_line(choice, groups, recipe.seed, shards), rates(groups, lr))
+    print_lines(console, optimizer_line(choice, groups, recipe.seed, parts), rates(groups, lr))
     optimizer = make_optimizer(choice.name, groups, recipe)
     if state:
         with layout.uncoordinated():
@@ -213,7 +211,7 @@ def copy_from_rank0(adapter: Adapter, processes: Processes) -> None:
     for path, first in processes.once(lambda: shapes).items():
         for name, shape in first.items():
             if shape != shapes[path][name]:
-                put(adapter.deltas[path], name, states[path][name].new_empty(shape))
+                set_tensor(adapter.deltas[path], name, states[path][name].new_empty(shape))
     processes.same([p.detach() for p in adapter.tensors()])
 
 
@@ -221,17 +219,16 @@ def shared_prefix_line(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
     """A line about shared prefixes in the first steps; None if there are few or the rows are not
     known.
     """
-    num_computed, num_tokens, recipe = 0, 0, setup.request.recipe
+    computed, each, recipe = 0, 0, setup.request.recipe
     if isinstance(setup.objective, OnPolicy):
         return None
     for examples in islice(feed.after(0), min(NUM_PREFIX_STEPS, feed.foreseen)):
-        num_tokens += sum(loss.computed([example]) for example in examples)
+        each += sum(loss.computed([example]) for example in examples)
         for indices in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
-            num_computed += loss.computed([examples[i] for i in indices])
-    if num_computed > 0.99 * num_tokens:
+            computed += loss.computed([examples[i] for i in indices])
+    if computed > 0.99 * each:
         return None
-    share = 1 - num_computed / num_tokens
-    return f"packing: {share:.0%} of the tokens are in shared prefixes, computed once"
+    return f"packing: {1 - computed / each:.0%} of the tokens are in shared prefixes, computed once"
 
 
 def run_identity(setup: Setup, adapter: Adapter) -> dict[str, Any]:

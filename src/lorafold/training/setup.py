@@ -121,12 +121,10 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
     return spec
 
 
-def check_paths_disjoint(
-    request: RunRequest, other_inputs: Iterable[tuple[str, Path]] = ()
-) -> None:
+def check_paths_disjoint(request: RunRequest, others: Iterable[tuple[str, Path]] = ()) -> None:
     """Raise if a path that the run writes is, contains or lies in one that it reads."""
     run = RunDirectory(request.out)
-    inputs = [*(("--over", path) for path in request.over), *other_inputs]
+    inputs = [*(("--over", path) for path in request.over), *others]
     if request.init_adapter:
         inputs.append(("--init-adapter", request.init_adapter))
     for option, path in inputs:
@@ -172,11 +170,9 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
     for n, adapter in enumerate(saved):
         name = "init_adapter" if n == len(request.over) else request.over_names[n]
         files[name] = {"name": str(adapter), "sha256": of_adapter(adapter)}
-    tokenizer, added_tokens = prepare_tokenizer(request, objective, console, saved)
-    own_tokenizer = bool(
-        added_tokens.ids or recipe.chat_template or recipe.template_kwargs
-        or recipe.allow_control_tokens or (request.init_adapter and saved[-1].own_tokenizer)
-    )  # fmt: skip
+    tokenizer, added = prepare_tokenizer(request, objective, console, saved)
+    changes = added.ids, recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
+    own_tokenizer = any(changes) or bool(request.init_adapter and saved[-1].own_tokenizer)
     day, dated_tokenizer = day_of(tokenizer), tokenizer
     if day:
         recorded_day = RunDirectory(request.out).recorded("day") if request.resume else None
@@ -194,8 +190,8 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         )
     is_sharded = recipe.strategy == "fsdp" and processes.count > 1
     setup = Setup(
-        request, spec, objective, tokenizer, added_tokens, files, saved, own_tokenizer, feed,
-        held_out, findings, Sharded(processes) if is_sharded else Replicated(processes), day,
+        request, spec, objective, tokenizer, added, files, saved, own_tokenizer, feed, held_out,
+        findings, Sharded(processes) if is_sharded else Replicated(processes), day,
     )  # fmt: skip
     if processes.count > 1:
         check_processes_agree(setup)

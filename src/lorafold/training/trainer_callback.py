@@ -286,7 +286,7 @@ def check_reference(adapter: Adapter, args: Any) -> None:
     if not has_reference or getattr(args, "precompute_ref_log_probs", False):
         return  # a precomputed reference is the model at the start
     base_adapters = below(adapter.model)
-    if selection_of(adapter.model).referred == base_adapters:
+    if selection_of(adapter.model).reference_names == base_adapters:
         return
     config, call = type(args).__name__, "lorafold.reference(model)"
     fix = f"ref_model={call} (or set trainer.ref_model = {call} if it has no such argument)"

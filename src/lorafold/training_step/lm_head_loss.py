@@ -89,7 +89,7 @@ def labelled_loss(
     Differentiable once: each chunk's gradients are computed with its logits. For DDP or FSDP, wrap
     a module whose forward calls this function.
     """
-    h, targets, linear, output = hidden_states_at_labels(model, labels, inputs)
+    h, targets, linear, output = run_decoder(model, labels, inputs)
     if linear is not None:
         losses = linear_cross_entropy(h, targets, linear)
     elif counts is not None:
@@ -111,7 +111,7 @@ def token_losses(
     """The loss in nats of each labelled position, (n,); differentiable once. A trained or adapted
     head is recomputed in the backward, under the adapters active then.
     """
-    h, targets, linear, _ = hidden_states_at_labels(model, labels, inputs)
+    h, targets, linear, _ = run_decoder(model, labels, inputs)
     if linear is not None and not own:
         return linear_cross_entropy(h, targets, linear)
     return head_losses(h, targets, partial(head_logits, model, least=FEW if own else 0))
@@ -135,7 +135,7 @@ def document_losses(
     )
 
 
-def hidden_states_at_labels(
+def run_decoder(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
     """The hidden states (n, d) and targets (n,) at labelled positions, the head's linear form if
@@ -248,7 +248,7 @@ def has_balancing_loss(model: Any) -> bool:
     return config is not None and getattr(config.get_text_config(), "output_router_logits", False)
 
 
-def can_weight_balancing_loss(model: Any) -> bool:
+def weights_balancing(model: Any) -> bool:
     """Whether the load-balancing loss can weight tokens: transformers' function for it exists."""
     return _balancing_function(model) is not None and hasattr(model, "num_experts_per_tok")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.active_adapters import named
+from lorafold.core.active_adapters import token_names
 from lorafold.data.arrow import Array
 from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leaders, micro_batches
 from lorafold.data.examples import NO_LOSS, Example
@@ -19,11 +19,11 @@ from lorafold.models.positions import sequence_of
 from lorafold.ops.host_tensors import all_sent, on_host, sent
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step.lm_head_loss import (
-    can_weight_balancing_loss,
     document_losses,
     has_balancing_loss,
     labelled_loss,
     token_losses,
+    weights_balancing,
 )
 from lorafold.training_step.shared_prefixes import PrefixSupport, document_layout
 
@@ -100,7 +100,7 @@ class Loss(nn.Module, ABC):
             positions = on_host(given)
             shared = inputs.get("document")  # with shared prefixes
             document = (positions == 0).cumsum(1) - 1 if shared is None else on_host(shared)
-        return sent(named(row_at(rows, document, positions), positions), ids.device)
+        return sent(token_names(row_at(rows, document, positions), positions), ids.device)
 
     @abstractmethod
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
@@ -123,8 +123,8 @@ class PrefixSharingLoss(Loss):
         super().__init__(model)
         self.packed, self.pad_id = packed, pad_id
         self.balanced = has_balancing_loss(model)
-        can_share = not self.balanced or can_weight_balancing_loss(model)
-        self.support = support if support is not None and support.across and can_share else None
+        shares = support and support.across and (not self.balanced or weights_balancing(model))
+        self.support = support if shares else None
 
     def shares_prefixes(self, examples: Sequence[Any]) -> bool:
         """Whether shared prefixes of these rows are computed once."""
@@ -146,9 +146,7 @@ class PrefixSharingLoss(Loss):
         return micro_batches(rows, n, capacity if self.packed else None, lambda i: len(ids[i]))
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
-        if self.support is None:
-            return super().rows_of(examples)
-        return leaders([e.ids for e in examples])
+        return leaders([e.ids for e in examples]) if self.support else super().rows_of(examples)
 
 
 class CompletionLoss(PrefixSharingLoss):

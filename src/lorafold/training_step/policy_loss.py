@@ -140,10 +140,9 @@ class Policy(BranchedLoss):
         inputs["sampled_logps"] = logprobs[self.order(examples)]
         inputs["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
         lengths = torch.tensor([len(own) for e in examples for own in e.logprobs])
-        longest = torch.full_like(lengths, self.max_new_tokens)
-        divisors = {"per-sequence": lengths, "longest": longest}
+        sizes = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.max_new_tokens)}
         counted = torch.tensor([counts for e in examples for counts in e.counted])
-        inputs["weights"] = counted / divisors.get(self.algorithm.average, torch.ones_like(lengths))
+        inputs["weights"] = counted / sizes.get(self.algorithm.average, torch.ones_like(lengths))
         return all_sent(inputs, device)
 
     def begin(self, update: int) -> None:
@@ -180,9 +179,8 @@ class Policy(BranchedLoss):
         return (self.algorithm.loss(tokens) * weights[of]).sum()
 
     def figures(self, processes: Processes = ALONE) -> dict[str, float]:
-        statistics = StepStatistics.of(processes.gather(self.statistics))
-        self.statistics = StepStatistics()
-        return statistics.figures(bool(self.algorithm.beta))
+        own, self.statistics = self.statistics, StepStatistics()
+        return StepStatistics.of(processes.gather(own)).figures(bool(self.algorithm.beta))
 
     def _compare(self, logps: Tensor, sampled: Tensor, reference: Callable[[], Tensor]) -> None:
         """Raise if sampling and training log-probabilities differ by more than rounding: the

@@ -15,12 +15,7 @@ from lorafold.data.branches import Branched
 from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
 from lorafold.ops.host_tensors import all_sent, on_host, sent
-from lorafold.training_step.lm_head_loss import (
-    at_labels,
-    document_losses,
-    head_logits,
-    hidden_states_at_labels,
-)
+from lorafold.training_step.lm_head_loss import at_labels, document_losses, head_logits, run_decoder
 from lorafold.training_step.preference_algorithms import Law, Scored, ratio_sums
 from lorafold.training_step.score_head import document_scores
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
@@ -36,9 +31,9 @@ def losses_and_kl(
     positions of labels (B, T), (n,) each; and the KL of the first to the second, (), summed, in
     nats.
     """
-    h, targets, *_ = hidden_states_at_labels(model, labels, inputs)
+    h, targets, *_ = run_decoder(model, labels, inputs)
     with other():
-        h_other, *_ = hidden_states_at_labels(model, labels, inputs)
+        h_other, *_ = run_decoder(model, labels, inputs)
     wide = at_least_fp32(h)
     losses, others = (h.new_empty(len(h), dtype=wide) for _ in range(2))
     kl = losses.new_zeros(())

@@ -160,10 +160,10 @@ class Sharded(Replicated):
         self._current, self._backward = (), False
 
     def owns(self, p: nn.Parameter) -> bool:
-        return p not in self._owned or self._owned[p].mine
+        return p not in self._owned or self._owned[p].is_owner
 
     def updates(self, p: nn.Parameter) -> bool:
-        return self.owns(p) and self._moments.mine(p)
+        return self.owns(p) and self._moments.is_owner(p)
 
     def assign_owners(self, parameters: Iterable[nn.Parameter]) -> None:
         """Decide which process updates each of the unsharded parameters (any shapes)."""
@@ -179,16 +179,16 @@ class Sharded(Replicated):
         owned = [*self._owned.values()]
         # gradients that arrived after their block was freed, and parameters without any gradient
         here = [one.p.grad is not None for one in owned]
-        late = [has and not one.mine for one, has in zip(owned, here, strict=True)]
-        learned = [has or one.learned for one, has in zip(owned, here, strict=True)]
-        flags = torch.tensor([late, learned], dtype=torch.int32)
+        late = [has and not one.is_owner for one, has in zip(owned, here, strict=True)]
+        had_gradient = [has or one.had_gradient for one, has in zip(owned, here, strict=True)]
+        flags = torch.tensor([late, had_gradient], dtype=torch.int32)
         self.processes.add([flags])
         for one, came, had in zip(owned, *flags.tolist(), strict=True):
             if came:
                 one.reduce_gradient()
             if not had:
                 one.p.grad = None
-            one.learned = False
+            one.had_gradient = False
         super().add_gradients([p for p in parameters if p not in self._owned])
 
     def nonzero_gradients(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
@@ -208,7 +208,7 @@ class Sharded(Replicated):
         return torch.linalg.vector_norm(norms.to(reduce(torch.promote_types, kinds)))
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
-        others = {one.storage._cdata for one in self._owned.values() if not one.mine}
+        others = {one.storage._cdata for one in self._owned.values() if not one.is_owner}
         here = {
             name: (tuple(t.shape), t.dtype)
             for name, t in state.items()

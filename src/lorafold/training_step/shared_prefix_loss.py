@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.active_adapters import named
+from lorafold.core.active_adapters import token_names
 from lorafold.core.attach import only, selection_of
 from lorafold.data.arrow import Array
 from lorafold.data.batches import (
@@ -138,7 +138,7 @@ class BranchedLoss(Loss):
         positions = torch.arange(document.shape[1]) if given is None else on_host(given)
         # a prompt has the same names whether it is computed once or with each completion
         branch = branch * (positions >= shared)
-        return sent(named(row_at(rows, example, positions), positions, branch), device)
+        return sent(token_names(row_at(rows, example, positions), positions, branch), device)
 
     @contextmanager
     def below(self) -> Iterator[None]:

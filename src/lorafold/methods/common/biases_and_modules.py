@@ -97,7 +97,7 @@ class BiasDelta(Delta):
         return w, add(self.offset, b)
 
 
-def leaves(module: nn.Module, path: str) -> list[str]:
+def param_paths(module: nn.Module, path: str) -> list[str]:
     """The paths, at and below `path`, of the modules that have parameters of their own."""
     return [f"{path}.{p}" if p else path for p, m in module.named_modules() if m._parameters]
 
