@@ -26,7 +26,7 @@ from lorafold.resolve import Base
 from lorafold.serving.directory import Directory
 from lorafold.training import loop, run, setup
 from lorafold.training.inputs import RunRequest
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from training_cases import ROWS, quiet, weights
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -240,7 +240,7 @@ def test_dropout_of_what_is_frozen_is_off(method: str, base: Path, tmp_path: Pat
     assert torch.equal(logits(model), expected)
     lf.attach(model, lf.LoRA(rank=2, dropout=0.0), name="new")
     assert torch.equal(logits(model.train()), expected)
-    recompute(model)
+    enable_gradient_checkpointing(model)
     assert torch.equal(logits(model.train()), expected)
 
 

@@ -29,7 +29,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.preference_metrics import preference_figures
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.algorithm_options import preference_algorithm
-from lorafold.objectives.preference import digest, referenced
+from lorafold.objectives.preference import digest, with_reference
 from lorafold.runtime.processes import ALONE
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
@@ -219,10 +219,10 @@ def test_references_are_the_stack_below_and_are_kept(tiny: Any, tmp_path, monkey
     with sharing_prefixes(model) as how:
         loss = Preferences(model, Dpo(), how, 0)
         given: tuple[Any, ...] = (examples, [], or_quiet(None), Replicated(ALONE))
-        found = referenced(loss, *given)
+        found = with_reference(loss, *given)
         assert torch.allclose(torch.tensor(found.logps), sft, rtol=1e-5)
         monkeypatch.setattr(Preferences, "references", None)
-        again = referenced(loss, *given)
+        again = with_reference(loss, *given)
         assert (again.logps == found.logps).all()
         # the adapter that trains is no part of the key, what is below it is
         before = digest(model)

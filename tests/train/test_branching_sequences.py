@@ -22,7 +22,7 @@ from lorafold.ops import cross_entropy, packed_documents
 from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
 from lorafold.training_step.packed_attention import packed
 from lorafold.training_step.shared_prefixes import PrefixSupport, sharing_prefixes
@@ -238,7 +238,7 @@ def test_branches_are_as_they_are_alone(name: str, way: str) -> None:
     model, given = adapted(name), batch()
     expected = expected_step(model, given)
     if way == "checkpointed":
-        recompute(model)
+        enable_gradient_checkpointing(model)
     with fused(model) if way == "fused" else nullcontext(), sharing_prefixes(model) as branches:
         assert branches.packs
         assert branches.shares

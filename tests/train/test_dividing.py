@@ -47,7 +47,7 @@ def test_a_process_keeps_its_part_of_what_is_loaded(storage: Storage, tiny_model
         shards = Sharded(Processes(index, 2))
         with shards.gathering():
             model = loaded(shards, path, storage)
-        kept += sum(shard.kept for shard in shards.known.values())
+        kept += sum(shard.kept for shard in shards.shards_by_storage.values())
         assert held(model) < 0.4 * whole
     assert kept + held(model) == pytest.approx(whole, rel=0.05)
 

@@ -19,7 +19,7 @@ from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.losses import CompletionLoss, PrefixSharingLoss
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences
@@ -110,7 +110,7 @@ def test_a_step_is_that_of_the_rows_apart(rows: str, name: str, way: str) -> Non
     model, given = adapted(name), ROWS[rows]
     apart = stepped(CompletionLoss(model, False, 0), [[one] for one in given])
     if way == "checkpointed":
-        recompute(model)
+        enable_gradient_checkpointing(model)
     with (
         fused(model) if way == "fused" else nullcontext(),
         sharing_prefixes(model, across=True) as how,

@@ -324,7 +324,7 @@ def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> N
     assert engine == pytest.approx(expected.engine, rel=0.05)
     if dtype == torch.float32:  # no ledger sees matrices without a storage
         peak = peak_of(lambda: rollouts.sample(prompts, 1), CPU) - before - engine
-        assert peak == pytest.approx(expected.drawing, rel=0.1)
+        assert peak == pytest.approx(expected.sampling_peak, rel=0.1)
     rollouts.close()
 
 
