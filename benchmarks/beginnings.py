@@ -32,12 +32,12 @@ from lorafold.core.contexts import evaluating
 from lorafold.data import batches as sharing
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.evaluation.held_out import batches, row_losses
+from lorafold.evaluation.batched_losses import batches, row_losses
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import CompletionLoss
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 TOKENS = 8192  # of a packed sequence
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def ways(
 
         once = QUESTIONS * (300 + 4 * 20)
         return sum(len(e.ids) for e in rows), once, [padded, alike]
-    how = stack.enter_context(branching(model, across=True))
+    how = stack.enter_context(sharing_prefixes(model, across=True))
     stack.enter_context(fused(model))
     if what in (PAIRS, OWN):
         given = pairs(300, 40, 80, 4)

@@ -29,7 +29,7 @@ import lorafold as lf
 from lorafold.data.formats import CONVERSATIONS
 from lorafold.data.prompts import references
 from lorafold.data.row_store import Rows
-from lorafold.evaluation.rows import SPARE
+from lorafold.evaluation.loss_and_exact_match import EXTRA_TOKENS
 from lorafold.generation import complete, stream
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import choose_storage
@@ -37,7 +37,7 @@ from lorafold.models.tokenizer import load_tokenizer
 from lorafold.quickstart.story import MODEL, RECIPE, UNSEEN
 from lorafold.quickstart.task import rows
 from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 
 
@@ -53,7 +53,7 @@ def completed(model: Any, tokenizer: Any, found: Any) -> tuple[dict[str, float],
     """The figures of one round, and the completions."""
     longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in found)
     start, cpu = time.perf_counter(), time.process_time()
-    texts = complete(model, tokenizer, [r.prompt for r in found], longest + SPARE)
+    texts = complete(model, tokenizer, [r.prompt for r in found], longest + EXTRA_TOKENS)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     start = time.perf_counter()
     "".join(stream(model, tokenizer, found[0].prompt, 16))

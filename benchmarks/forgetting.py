@@ -40,10 +40,10 @@ from lorafold.quickstart.task import rows
 from lorafold.recipe.fitting import fitting, spec_of
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEEP_FREED, malloc_policy
+from lorafold.training.inputs import RunRequest
 from lorafold.training.loop import fit
-from lorafold.training.progress import Display
-from lorafold.training.request import RunRequest
-from lorafold.training.run import prepare
+from lorafold.training.progress_display import Display
+from lorafold.training.run import make_plan
 from lorafold.training.setup import set_up
 from lorafold.training_step.fused_modules import fused
 
@@ -107,7 +107,7 @@ def trained(
         stack.enter_context(malloc_policy(KEEP_FREED))
         stack.enter_context(fused(model))
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
-        run = prepare(setup, adapter, loss, setup.feed, None, QUIET)
+        run = make_plan(setup, adapter, loss, setup.feed, None, QUIET)
         work = stack.enter_context(watched())
         fit(*run, Watch(steps, look))
     found = evaluate(model, tokenizer, unseen, recipe.max_length)

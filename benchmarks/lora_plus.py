@@ -23,7 +23,7 @@ from rich.console import Console
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 
 HELD_OUT, EVERY = 40, 5  # rows, steps

@@ -22,8 +22,8 @@ from lib.short import parsed
 
 from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import measure
-from lorafold.memory.presets import setting_of
-from lorafold.memory.trace import Setting
+from lorafold.memory.presets import memory_setting
+from lorafold.memory.trace import MemorySetting
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_model
@@ -123,7 +123,7 @@ GRID: list[tuple[str, str, dict[str, Any], int, int]] = [
 ]
 
 
-def model(name: str, setting: Setting) -> Any:
+def model(name: str, setting: MemorySetting) -> Any:
     if name == "smollm2":
         return load_model(name, setting.base, "cpu")
     return fake_model(CONFIGS[name], setting.base, CONFIGS[name].num_hidden_layers, setting.classes)
@@ -133,10 +133,10 @@ def with_head(model: Any) -> dict[str, Any]:
     return {"modules_to_save": head_paths(model)}
 
 
-def settings(only: str | None) -> Iterator[tuple[dict[str, Any], str, Setting]]:
+def settings(only: str | None) -> Iterator[tuple[dict[str, Any], str, MemorySetting]]:
     for name, mode, recipe, batch, length in GRID:
         if only in (None, mode, name):
-            setting = setting_of(mode, Recipe(**recipe), batch, length)
+            setting = memory_setting(mode, Recipe(**recipe), batch, length)
             setting = replace(setting, widened=widens(setting.base.dtype))
             if name == "bert":
                 setting = replace(setting, classes=2, packed=False)

@@ -21,7 +21,7 @@ from lib.short import parsed
 
 import lorafold as lf
 from lib.mixtures import upcycled
-from lorafold.core.matrices import expert_parameters
+from lorafold.core.expert_matrices import expert_parameters
 from lorafold.quickstart.task import rows
 
 

@@ -19,7 +19,7 @@ from lib.short import parsed
 from lib.work import same_work
 from policy_task import lists, trained
 
-from lorafold.evaluation import wilson
+from lorafold.evaluation.intervals import wilson
 
 METHODS = {  # name: options, its own rates in supervised training, multiples of them
     "lora, rank 1": (["--method", "lora", "--rank", "1"], {"lr": 2e-4, "lr-b": 3e-3}, (2, 8)),

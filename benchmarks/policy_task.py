@@ -25,7 +25,7 @@ from lib.problems import gym
 from lib.results import keep
 from lib.short import parsed
 
-from lorafold.evaluation import wilson
+from lorafold.evaluation.intervals import wilson
 
 COUNTS = {"two": 2, "three": 3, "four": 4}
 ASKED = ("Name {n} {kind}.", "List {n} {kind}.", "Give me {n} {kind}.", "Write down {n} {kind}.")

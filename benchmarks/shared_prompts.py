@@ -23,7 +23,7 @@ from lorafold.data.examples import NO_LOSS, Example
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 
 def pair(prompt: int, completion: int, seed: int) -> Branched:
@@ -48,7 +48,7 @@ def main() -> None:
     model = lf.load_model("smollm2", storage="bf16")
     lf.attach(model, lf.LoRA(rank=16, alpha=32, dropout=0.05))
     table = []
-    with fused(model), branching(model) as how:
+    with fused(model), sharing_prefixes(model) as how:
         loss = Preferences(model, Dpo(), how, 0).train()
         for prompt, completion in [(64, 128), (128, 128), (128, 64), (256, 64), (512, 64)]:
             examples = [pair(prompt, completion, seed) for seed in range(2)]

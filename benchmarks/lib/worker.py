@@ -148,7 +148,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.runtime.memory import KEEP_FREED, malloc_policy
     from lorafold.training_step.adamw import make_optimizer
     from lorafold.training_step.fused_modules import fused
-    from lorafold.training_step.gradient_checkpointing import recompute
+    from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
     from lorafold.training_step.optim import param_groups
 
     rows, tokenizer = ids(case).tolist(), load_tokenizer("smollm2")
@@ -161,7 +161,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     saved = objective.modules_to_save(model, spec, None)
     adapter = lf.attach(model, spec, modules_to_save=saved)
     if case.recompute:
-        recompute(model)
+        enable_gradient_checkpointing(model)
     stack.enter_context(fused(model))
     loss = stack.enter_context(objective.loss(model, tokenizer, True, Console(quiet=True)))
     examples: list[Any] = [

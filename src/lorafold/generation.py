@@ -15,7 +15,7 @@ from lorafold.data.templates import template_of
 from lorafold.engine import Ended, Engine, EventStream, Request, Sampling
 from lorafold.engine.adapters import delta_parts, deltas_of
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.virtual_tokens import Sender
+from lorafold.methods.common.virtual_tokens import VirtualTokenDelta
 from lorafold.models.positions import positions_of
 from lorafold.runtime.memory import free_bytes
 
@@ -156,7 +156,7 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, .
 def table_left(model: "PreTrainedModel") -> int | None:
     """The positions that the model's table leaves after virtual tokens; None without a table."""
     active = delta_parts(deltas_of(model, selection_of(model).names))
-    before = sum(part.positions for _, part in active if isinstance(part, Sender))
+    before = sum(part.positions for _, part in active if isinstance(part, VirtualTokenDelta))
     return positions_of(model).after(before).table
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import lorafold as lf
 from architectures import ARCHITECTURES
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from mixtures import mixture
 
 ROWS = [{"prompt": f"{i} and {i}", "completion": f"{2 * i}"} for i in range(8)]

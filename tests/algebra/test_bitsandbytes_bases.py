@@ -26,7 +26,7 @@ from lorafold.models.sources import resolve_model
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 from lorafold.training_step.fused_modules import fused
 from noise import moved

@@ -16,8 +16,8 @@ from lorafold.core.delta import Delta, LowRank, Opaque
 from lorafold.layers import layer_class, layer_of
 from lorafold.layers.dense import Linear
 from lorafold.methods.bottleneck import BottleneckDelta
+from lorafold.methods.common.biases_and_modules import BiasDelta
 from lorafold.methods.ia3 import IA3Delta
-from lorafold.methods.parts.extras import BiasDelta
 
 OUT, IN, BATCH, TIME = 12, 8, 6, 5
 X = torch.randn(BATCH, TIME, IN, generator=torch.Generator().manual_seed(7))

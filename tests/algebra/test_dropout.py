@@ -10,8 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
+from lorafold.core.active_adapters import (
+    DropoutSite,
+    RandomSource,
+    expert_token_names,
+    seeded_dropout,
+    token_names,
+)
 from lorafold.core.attach import selection_of
-from lorafold.core.selection import Draws, DrawSite, drawing, named, slots
 from lorafold.ops.dropout import (
     EMPTY,
     MASKED,
@@ -101,7 +107,7 @@ def test_elements_of_a_call_are_independent() -> None:
     rows, n, p = 1024, 1024, 0.5
 
     def at(key: int, number: int) -> Tensor:
-        return of_site(torch.empty(rows, n), p, DrawSite(key, torch.arange(rows), number))
+        return of_site(torch.empty(rows, n), p, DropoutSite(key, torch.arange(rows), number))
 
     within_calls = at(1, 2).view(-1, 8)
     over_rows = at(1, 2).t().reshape(-1, 8)
@@ -121,7 +127,7 @@ def test_nothing_is_drawn_where_nothing_can_be_dropped() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def of_site(x: Tensor, p: float, site: DrawSite) -> Tensor:
+def of_site(x: Tensor, p: float, site: DropoutSite) -> Tensor:
     """A boolean mask in x's shape, True where dropped."""
     return emptied(torch.ones(x.shape), dropped(x, p, site)[1]) == 0
 
@@ -152,7 +158,7 @@ def test_each_half_of_the_words_decides_on_an_element() -> None:
     """In each form: of the first call of a row, at the counter and key of the first answer."""
     words = [int(word, 16) for word in ANSWERS[0][2].split()]
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    site = DrawSite(0, torch.zeros(1).long(), 0)
+    site = DropoutSite(0, torch.zeros(1).long(), 0)
     for number, half in enumerate(halves):
         for limit in (half, half + 1):
             found = dropped(torch.empty(1, 8), limit / 65536, site)[1]
@@ -165,7 +171,7 @@ def test_all_forms_draw_the_same(shape: tuple[int, ...], p: float, each_form: st
     x, rows = torch.empty(shape), math.prod(shape[:-1])
     generator = torch.Generator().manual_seed(11)
     names = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
-    site = DrawSite(2**62 + 12345, names, 2**32 - 7)
+    site = DropoutSite(2**62 + 12345, names, 2**32 - 7)
     found = dropped(x, p, site)[1]
     with plainly():
         assert torch.equal(found, dropped(x, p, site)[1])
@@ -177,16 +183,20 @@ def test_all_forms_draw_the_same(shape: tuple[int, ...], p: float, each_form: st
 def test_a_row_keeps_its_own_elements_wherever_it_is() -> None:
     lengths, n, p = (5, 1, 9), 576, 0.3
     alone = [
-        of_site(torch.empty(m, n), p, DrawSite(4, named(torch.tensor([row]), torch.arange(m)), 6))
+        of_site(
+            torch.empty(m, n), p,
+            DropoutSite(4, token_names(torch.tensor([row]), torch.arange(m)), 6),
+        )
         for row, m in enumerate(lengths)
     ]
     order = (2, 0, 1)
-    names = torch.cat([named(torch.tensor([i]), torch.arange(lengths[i])) for i in order])
-    packed = of_site(torch.empty(1, sum(lengths), n), p, DrawSite(4, names, 6))[0]
+    names = torch.cat([token_names(torch.tensor([i]), torch.arange(lengths[i])) for i in order])
+    packed = of_site(torch.empty(1, sum(lengths), n), p, DropoutSite(4, names, 6))[0]
     for i, part in zip(order, packed.split([lengths[i] for i in order]), strict=True):
         assert torch.equal(part, alone[i])
     padded = of_site(
-        torch.empty(3, 9, n), p, DrawSite(4, named(torch.arange(3)[:, None], torch.arange(9)), 6)
+        torch.empty(3, 9, n), p,
+        DropoutSite(4, token_names(torch.arange(3)[:, None], torch.arange(9)), 6),
     )
     for row, own in zip(padded, alone, strict=True):
         assert torch.equal(row[: len(own)], own)
@@ -198,10 +208,10 @@ def test_another_counter_draws_others(change: str) -> None:
         by = {name: changed and name == change for name in ("seed", "step", "site", "slot")}
         row, branch, position = (int(changed and name == change)
                                  for name in ("row", "branch", "position"))  # fmt: skip
-        names = named(torch.tensor([row]), torch.arange(64) + position, branch)
-        names = slots(names, torch.arange(64) * 2 + by["slot"], 2)
+        names = token_names(torch.tensor([row]), torch.arange(64) + position, branch)
+        names = expert_token_names(names, torch.arange(64) * 2 + by["slot"], 2)
         key = key_of(3 + by["seed"], 5 + by["step"])
-        return of_site(torch.empty(64, 256), 0.5, DrawSite(key, names, 8 + by["site"]))
+        return of_site(torch.empty(64, 256), 0.5, DropoutSite(key, names, 8 + by["site"]))
 
     assert within((mask(True) != mask(False)).sum().item(), 64 * 128, 64 * 64)
 
@@ -210,12 +220,12 @@ def test_a_step_of_a_model_drops_what_its_names_say() -> None:
     """With gradient checkpointing too, and without reading the random state."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     adapter = moved(lf.attach(model, lf.LoRA(rank=4, dropout=0.5), ["0", "1"]), 1.0)
-    x, names = torch.randn(6, 16), named(torch.tensor([3]), torch.arange(6))
+    x, names = torch.randn(6, 16), token_names(torch.tensor([3]), torch.arange(6))
     before = torch.get_rng_state()
 
     def step(rows: slice, key: int, checkpointed: bool = False) -> tuple[Tensor, list[Tensor]]:
         model.zero_grad()
-        with drawing(selection_of(model), Draws(key, names[rows])):
+        with seeded_dropout(selection_of(model), RandomSource(key, names[rows])):
             y = checkpoint(model, x[rows], use_reentrant=False) if checkpointed else model(x[rows])
             y.square().sum().backward()
         return y.detach(), [p.grad.clone() for p in adapter.parameters()]

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import laws
 import lorafold as lf
+from lorafold.core.active_adapters import RandomSource, seeded_dropout, token_names
 from lorafold.core.anatomy import Anatomy, of_attention
 from lorafold.core.attach import base_state, selection_of
-from lorafold.core.matrices import Matrices, module_at
-from lorafold.core.selection import Draws, drawing, named
+from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import all_linear, block_linears
 from lorafold.layers import is_linear, layer_of, parameter_count
@@ -146,10 +146,10 @@ def test_a_row_has_its_own_dropout_among_others(family: str) -> None:
     model = mixture(family)
     move(lf.attach(model, lf.LoRA(rank=3, dropout=0.3)))
     model.train()
-    names = named(torch.arange(len(IDS))[:, None], torch.arange(IDS.shape[1]))
+    names = token_names(torch.arange(len(IDS))[:, None], torch.arange(IDS.shape[1]))
 
     def output(rows: slice) -> torch.Tensor:
-        with torch.no_grad(), drawing(selection_of(model), Draws(5, names[rows])):
+        with torch.no_grad(), seeded_dropout(selection_of(model), RandomSource(5, names[rows])):
             return model(IDS[rows], use_cache=False).logits
 
     whole, before = output(slice(None)), torch.get_rng_state()
@@ -472,14 +472,14 @@ def drawn(config: Any) -> Any:
 def without_gradient(model: Any, adapter: lf.Adapter) -> list[str]:
     move(adapter)
     model(input_ids=IDS).logits.sin().sum().backward()
-    named = adapter.named_parameters()
-    return [name for name, p in named if p.grad is None or not p.grad.any()]
+    token_names = adapter.named_parameters()
+    return [name for name, p in token_names if p.grad is None or not p.grad.any()]
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_experts_without_a_row_are_frozen_and_called_experts(name: str, monkeypatch) -> None:
     """DBRX's and LongCat's were `other`, and the routers of three of them were adapted."""
-    monkeypatch.setattr("lorafold.core.matrices.FORMS", {})
+    monkeypatch.setattr("lorafold.core.expert_matrices.FORMS", {})
     router, least = OTHERS[name]
     model = mixture(name)
     assert any(path.endswith(router) for path in Anatomy.of(model).routers)

@@ -230,7 +230,7 @@ def test_embedding_tied_to_the_head_is_untied_on_request(tiny_model, tmp_path: P
     assert (again(ROWS).logits - logits).norm() <= 1e-5 * logits.norm()
 
 
-def test_trained_biases_and_modules_to_save_are_deltas_too(tiny_model) -> None:
+def test_trained_biases_and_modules_are_deltas_too(tiny_model) -> None:
     model = tiny_model("qwen2")
     bare = model(ROWS).logits
     adapter = with_lora(model, bias="lora_only", modules_to_save=["lm_head", "norm"])

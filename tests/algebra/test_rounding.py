@@ -6,14 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lorafold.core.rounding import generator_of, stochastic, turned
+from lorafold.core.rounding import generator_of, stochastic, turn_rounded
 from lorafold.errors import LorafoldError
 from lorafold.fold.rounding import CHUNK, Sums, round_to
 from rounding_cases import DTYPES, values
 
 WAYS: dict[str, Callable[..., torch.Tensor]] = {
     "stochastic": stochastic,
-    **{f"turned {n}": lambda *of, n=n: turned(*of, n) for n in (0, 1, 100_000)},
+    **{f"turned {n}": lambda *of, n=n: turn_rounded(*of, n) for n in (0, 1, 100_000)},
 }
 
 

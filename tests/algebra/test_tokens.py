@@ -18,7 +18,7 @@ from adapter_cases import relative
 from lorafold.core.attach import Deltas, base_state
 from lorafold.layers import layer_of
 from lorafold.methods import METHODS
-from lorafold.methods.parts.trainable_tokens import TrainableTokens
+from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
 from noise import moved
 

@@ -31,7 +31,7 @@ from architectures import (
 )
 from lorafold.adapter.coverage import strays, unreached
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from lorafold.core.targets import PRESETS
 from lorafold.layers import is_linear
 from lorafold.training_step.packed_attention import isolates
@@ -75,7 +75,7 @@ def test_the_tower_stays_out_and_byte_for_byte_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", list(MULTIMODAL))
 def test_no_preset_but_the_tower_s_own_takes_it(name: str, preset: str) -> None:
     model = MULTIMODAL[name].model()
-    beside = tuple(f"{path}." for path in Anatomy.of(model).beside)
+    beside = tuple(f"{path}." for path in Anatomy.of(model).encoders_and_connectors)
     paths = PRESETS[preset](model, is_linear)
     assert paths
     assert not [path for path in paths if f"{path}.".startswith(beside)]
@@ -171,7 +171,7 @@ def test_all_linear_in_peft_s_file_keeps_peft_s_meaning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_what_is_reached_and_what_is_not_are_all_of_the_blocks(name: str) -> None:
     model = ARCHITECTURES[name].model()
-    beside = tuple(f"{path}." for path in Anatomy.of(model).beside)
+    beside = tuple(f"{path}." for path in Anatomy.of(model).encoders_and_connectors)
     inside = tuple(f"{b}." for b in Anatomy.of(model).blocks if not f"{b}.".startswith(beside))
     adapter = lf.attach(model, lf.LoRA(rank=2))
     base = [(n, p) for n, p in model.named_parameters() if ".deltas." not in n]
@@ -368,7 +368,8 @@ def test_encoders_keep_all_their_blocks() -> None:
     for name, row in ENCODERS.items():
         model = row.model()
         anatomy = Anatomy.of(model)
-        assert (anatomy.language, anatomy.encoders, anatomy.beside) == ("", {}, ()), name
+        found = anatomy.language, anatomy.encoders, anatomy.encoders_and_connectors
+        assert found == ("", {}, ()), name
         adapted = {site.rsplit(".", 1)[0] for site in lf.attach(model, lf.LoRA(rank=2)).sites}
         assert all(any(f"{s}.".startswith(f"{b}.") for s in adapted) for b in anatomy.blocks), name
 

@@ -15,7 +15,7 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 import lorafold as lf
 from laws import METHODS, NOT_LAID, adapted, move, packed
 from lorafold.core.attach import attach_delta, base_state, selection_of
-from lorafold.core.served_weights import WeightRead
+from lorafold.core.folded_weights import FoldedRead
 from lorafold.layers import layer_class
 from lorafold.methods.bottleneck import BottleneckDelta
 from lorafold.methods.lora import LoRADelta
@@ -257,8 +257,8 @@ def test_t5_folds_nothing_and_mamba_what_it_reads(monkeypatch) -> None:
     mamba = MambaForCausalLM(MambaConfig(**size, state_size=4, time_step_rank=4))
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
     folded: list[str] = []
-    fold = WeightRead.folded
-    monkeypatch.setattr(WeightRead, "folded", lambda r: folded.append(r.site[-7:]) or fold(r))
+    fold = FoldedRead.folded
+    monkeypatch.setattr(FoldedRead, "folded", lambda r: folded.append(r.site[-7:]) or fold(r))
     for model, call, reads in (
         (t5, lambda: t5(input_ids=ids, decoder_input_ids=ids).logits, set()),
         (mamba, lambda: mamba(ids, use_cache=False).logits, {"dt_proj"}),

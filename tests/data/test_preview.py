@@ -25,8 +25,8 @@ from lorafold.data.row_store import Origins, RowPlace, Rows
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
+from lorafold.training.inputs import RunRequest
 from lorafold.training.preview import show
-from lorafold.training.request import RunRequest
 
 
 def previewed(
@@ -379,7 +379,7 @@ def test_large_data_is_named_the_same_and_previewed_in_part(found, tmp_path, mon
     for module in (reading, tokenizing):
         monkeypatch.setattr(module, "LARGE", 100)
     row = len(json.dumps(asked(10)))
-    monkeypatch.setattr("lorafold.training.preview.SOME", 20 * row)
+    monkeypatch.setattr("lorafold.training.preview.MAX_CHECKED_BYTES", 20 * row)
     (tmp_path / "rows.jsonl").write_text(
         "\n" + "".join(json.dumps(asked(n % 15 + 10)) + "\n" for n in range(30))
     )

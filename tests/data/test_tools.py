@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import lorafold as lf
-import lorafold.evaluation.rows as lf_evaluation
+import lorafold.evaluation.loss_and_exact_match as lf_evaluation
 from conversation_cases import (
     RESULT,
     ROME,
@@ -393,7 +393,7 @@ def test_evaluation_and_generation_with_tools(tiny_model_dir, tmp_path: Path, mo
         seen.extend(args[2])
         return [text] * len(args[2])
 
-    monkeypatch.setattr("lorafold.evaluation.rows.complete", one)
+    monkeypatch.setattr("lorafold.evaluation.loss_and_exact_match.complete", one)
     monkeypatch.setattr("lorafold.generation.complete", one)
     found = evaluate(model, tokenizer, rows, 512)
     assert found.exact_match == 0.5

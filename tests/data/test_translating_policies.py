@@ -11,7 +11,7 @@ from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
 
 from lorafold.config_import import axolotl_objectives
-from lorafold.objectives.options import law_of, policy_options
+from lorafold.objectives.algorithm_options import policy_options, preference_algorithm
 from lorafold.training_step.preference_algorithms import Scored
 from lorafold.training_step.preference_loss import Preferences
 from policy_losses import LONGEST, check_loss_of_trl
@@ -136,7 +136,7 @@ def llamafactory_loss(kind, found, beta, smoothing, gamma, ftx):
 )
 def test_llamafactorys_losses_are_ours(tmp_path, settings):
     recipe = llamafactory_of(tmp_path, stage="dpo", **settings).recipe
-    law = law_of(recipe.objective, recipe.beta, recipe.objective_options)
+    law = preference_algorithm(recipe.objective, recipe.beta, recipe.objective_options)
     expected = llamafactory_loss(
         settings.get("pref_loss", "sigmoid"),
         scored(),
@@ -234,7 +234,7 @@ def test_the_losses_of_axolotls_trainer_are_ours(tmp_path, tiny_model_dir):
         batch = trainer.data_collator(
             [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}]
         )
-        law = law_of(recipe.objective, recipe.beta, recipe.objective_options)
+        law = preference_algorithm(recipe.objective, recipe.beta, recipe.objective_options)
         loss = Preferences(model, law, None, tokenizer.pad_token_id)
         expected = trainer.compute_loss(trainer.model, batch)
         own = loss(**loss.collate([example], loss.device))

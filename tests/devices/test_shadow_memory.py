@@ -12,7 +12,7 @@ import lorafold as lf
 from device_cases import moved
 from lorafold.memory import trace as tracing
 from lorafold.memory.presets import llama
-from lorafold.memory.trace import Setting, trace
+from lorafold.memory.trace import MemorySetting, trace
 from lorafold.models.quantizations import Storage
 from lorafold.ops.kernel_requirements import DeviceKind
 
@@ -20,20 +20,20 @@ BF16 = Storage(torch.bfloat16)
 LORA, DORA = lf.LoRA(rank=16), lf.DoRA(lf.LoRA(rank=16))
 ROWS = (256, 512, 1024)
 SETTINGS = {
-    "lora": Setting(BF16, LORA, rows=ROWS),
-    "lora-8k": Setting(BF16, LORA, rows=(8192,)),
-    "no-dropout": Setting(BF16, lf.LoRA(rank=16, dropout=0.0), rows=ROWS),
-    "rank-64": Setting(BF16, lf.LoRA(rank=64), rows=ROWS),
-    "dora": Setting(BF16, DORA, rows=ROWS),
-    "qlora": Setting(Storage(torch.bfloat16, "nf4"), LORA, rows=ROWS),
-    "int8": Setting(Storage(torch.bfloat16, "int8"), LORA, rows=ROWS),
-    "full": Setting(BF16, lf.Full(), rows=ROWS),
-    "checkpointing": Setting(BF16, LORA, rows=ROWS, checkpointing=True),
-    "qlora-checkpointing": Setting(
+    "lora": MemorySetting(BF16, LORA, rows=ROWS),
+    "lora-8k": MemorySetting(BF16, LORA, rows=(8192,)),
+    "no-dropout": MemorySetting(BF16, lf.LoRA(rank=16, dropout=0.0), rows=ROWS),
+    "rank-64": MemorySetting(BF16, lf.LoRA(rank=64), rows=ROWS),
+    "dora": MemorySetting(BF16, DORA, rows=ROWS),
+    "qlora": MemorySetting(Storage(torch.bfloat16, "nf4"), LORA, rows=ROWS),
+    "int8": MemorySetting(Storage(torch.bfloat16, "int8"), LORA, rows=ROWS),
+    "full": MemorySetting(BF16, lf.Full(), rows=ROWS),
+    "checkpointing": MemorySetting(BF16, LORA, rows=ROWS, checkpointing=True),
+    "qlora-checkpointing": MemorySetting(
         Storage(torch.bfloat16, "nf4"), LORA, rows=(8192,), checkpointing=True
     ),
-    "padded": Setting(BF16, LORA, rows=(512, 512), packed=False),
-    "fp32": Setting(Storage(torch.float32), LORA, rows=ROWS),
+    "padded": MemorySetting(BF16, LORA, rows=(512, 512), packed=False),
+    "fp32": MemorySetting(Storage(torch.float32), LORA, rows=ROWS),
 }
 MIB = 1 << 20
 

@@ -24,7 +24,7 @@ from lorafold.training_step.preference_algorithms import (
     Simpo,
 )
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 LORA = {"dropout": 0.0}
 
@@ -50,7 +50,7 @@ def by_law(law: Any, across: bool = True, padded: bool = False) -> Any:
         if padded:
             yield Preferences(model, law, None, 0)
             return
-        with branching(model, across=across) as how:
+        with sharing_prefixes(model, across=across) as how:
             assert how.packs
             yield Preferences(model, law, how, 0)
 
@@ -84,7 +84,7 @@ def test_judged_completions() -> None:
 def test_classes() -> None:
     @contextmanager
     def loss(model: Any, packed: bool) -> Iterator[Any]:
-        with branching(model, across=True) as how:
+        with sharing_prefixes(model, across=True) as how:
             yield Classification(model, 0, how)
 
     branches = [branch for row in pairs() for branch in row.branches]

@@ -14,7 +14,8 @@ import pytest
 import lorafold as lf
 from adapter_cases import make_adapter
 from imports import FILES, name_of
-from lorafold.evaluation import Answer, Evaluation
+from lorafold.evaluation import Evaluation
+from lorafold.evaluation.loss_and_exact_match import Answer
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.inspecting.resize import Resized
 

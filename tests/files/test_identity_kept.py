@@ -37,7 +37,7 @@ from lorafold.resolve import Base
 from lorafold.robustness import run as undoing
 from lorafold.robustness import task as fragile
 from lorafold.training import loop
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 from own_caches import shared
 

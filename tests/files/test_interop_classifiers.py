@@ -15,7 +15,7 @@ import lorafold as lf
 from adapter_files import change
 from conftest import make_tokenizer
 from lorafold.errors import LorafoldError
-from lorafold.memory.trace import Setting, trace
+from lorafold.memory.trace import MemorySetting, trace
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
@@ -149,7 +149,7 @@ def test_the_estimate_counts_a_new_pooler(files: Any, tmp_path: Path) -> None:
     model = opened(written(tmp_path / "base", files.config_class(**SMALL | sizes, **own), files))
     spec = lf.LoRA(rank=2)
     lf.attach(model, spec, modules_to_save=head_to_save(model, spec, None))
-    setting = Setting(
+    setting = MemorySetting(
         Storage(torch.float32), spec, rows=(5,), packed=False, classes=len(CLASSES),
         beside=lambda model: {"modules_to_save": head_to_save(model, spec, None)},
     )  # fmt: skip

@@ -26,7 +26,7 @@ from adapter_files import WEIGHTS, change, configure, json_of, tensors_of
 from conftest import lorafold, make_tokenizer
 from error_cases import refusal
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from lorafold.core.spec import Spec
 from mixtures import CONFIGS
 from more_architectures import FAMILIES

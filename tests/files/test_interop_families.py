@@ -22,8 +22,8 @@ import lorafold as lf
 from adapter_files import assert_same_tensors, change, configure, json_of, tensors_of
 from architectures import near, run
 from conftest import make_tokenizer
+from lorafold.core.active_adapters import RandomSource, seeded_dropout, token_names
 from lorafold.core.attach import selection_of
-from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
@@ -150,10 +150,10 @@ def test_dropout_follows_from_the_token() -> None:
     root = nn.Sequential(DeepseekV4GroupedLinear(16, 8, n_groups=2)).train()
     move(lf.attach(root, lf.LoRA(rank=2, dropout=0.5), ["0"]).parameters())
     x = torch.randn(2, 3, 2, 16)
-    names = named(torch.arange(2)[:, None], torch.arange(3))
+    names = token_names(torch.arange(2)[:, None], torch.arange(3))
 
     def outputs(rows: list[int], key: int = 5) -> torch.Tensor:
-        with drawing(selection_of(root), Draws(key, names[rows])):
+        with seeded_dropout(selection_of(root), RandomSource(key, names[rows])):
             return root(x[rows]).detach()
 
     both = outputs([0, 1])

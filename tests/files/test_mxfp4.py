@@ -16,7 +16,7 @@ from adapter_files import assert_same_tensors, json_of, tensors_of
 from conftest import lorafold
 from error_cases import refusal
 from lorafold.api.merge import merge
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of, parameter_count
 from lorafold.layers.expert_storage import MXFP4

@@ -25,8 +25,8 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.serving.directory import Directory
 from lorafold.training import loop, run, setup
-from lorafold.training.request import RunRequest
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training.inputs import RunRequest
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from training_cases import ROWS, quiet, weights
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -105,7 +105,7 @@ def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(base, sft: Path
 
 def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(base, sft, tmp_path) -> None:
     asked = setup.set_up(request(base, tmp_path / "dpo", (sft,)), quiet())
-    model, adapter, _ = setup.adapted_model(asked, quiet())
+    model, adapter, _ = setup.load_adapted_model(asked, quiet())
     assert asked.request.below == ("over1",)
     assert selection_of(model).names == ("over1", "default")
     with lf.only(model, *asked.request.below):
@@ -240,7 +240,7 @@ def test_dropout_of_what_is_frozen_is_off(method: str, base: Path, tmp_path: Pat
     assert torch.equal(logits(model), expected)
     lf.attach(model, lf.LoRA(rank=2, dropout=0.0), name="new")
     assert torch.equal(logits(model.train()), expected)
-    recompute(model)
+    enable_gradient_checkpointing(model)
     assert torch.equal(logits(model.train()), expected)
 
 

@@ -40,7 +40,7 @@ from lorafold.cli import COMMANDS, _load, app
 from lorafold.cli.command_line import ALIASES
 from lorafold.layers import LAYERS
 from lorafold.methods import METHODS
-from lorafold.objectives import OBJECTIVES, options
+from lorafold.objectives import OBJECTIVES, algorithm_options
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step import policy_algorithms, preference_algorithms
 
@@ -521,7 +521,7 @@ def options_of_scripts(*scripts: str) -> frozenset[str]:
 @cache
 def known_fields() -> frozenset[str]:
     """Of recipes, of objectives, and the parameters of `lf.train`."""
-    modules = (options, preference_algorithms, policy_algorithms)
+    modules = (algorithm_options, preference_algorithms, policy_algorithms)
     classes = [c for m in modules for c in vars(m).values() if is_dataclass(c)]
     names = {field.name for c in classes for field in fields(c)}
     return frozenset({*Recipe.model_fields, *(one.name for one in declared(lf.train)), *names})

@@ -101,7 +101,7 @@ from rich.console import Console
 from lorafold.models.loading import load_model
 from lorafold.resolve import Base
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 
 model, rows = sys.argv[1:]

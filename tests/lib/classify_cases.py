@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 
 TEXTS = {
     "booking": ["Book a table for {}", "A table for {} please", "Book the corner for {} tonight"],

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cuda_kernels
 import lorafold as lf
 from card import Card
-from lorafold.core.matrices import expert_parameters
+from lorafold.core.expert_matrices import expert_parameters
 from lorafold.data.examples import Example
 from lorafold.engine import adapter_cache as engine_residency
 from lorafold.layers.expert_storage import quantized
@@ -32,7 +32,7 @@ from lorafold.training.loop import Plan, train_step
 from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.optim import param_groups
 from shadow import WHERE, Count, Device, Shadow, host_of
 
@@ -252,7 +252,7 @@ class Case:
             if self.method != "full":
                 away_from_start(adapter)
             if self.checkpointing:
-                recompute(model)
+                enable_gradient_checkpointing(model)
             yielded = self.objective or completions
             loss = stack.enter_context(yielded(model, self.packed))
             stack.enter_context(fused(model))

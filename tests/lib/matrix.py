@@ -30,7 +30,7 @@ from transformers.models.auto import modeling_auto as auto
 import lorafold as lf
 from architectures import Architecture, near, run
 from conftest import make_tokenizer, unestimating
-from lorafold.core.matrices import Matrices, module_at
+from lorafold.core.expert_matrices import Matrices, module_at
 from more_architectures import FAMILIES
 from peft_cases import load_theirs, move
 

@@ -11,7 +11,7 @@ import transformers as tf
 
 from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import measure
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import MemorySetting
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
@@ -41,11 +41,11 @@ CONFIGS = {
     "gpt2": tf.GPT2Config(n_embd=128, n_layer=6, n_head=4, vocab_size=500),
 }
 BF16 = Storage(torch.bfloat16)
-LORA = Setting(BF16, make_spec("lora"), rows=(128, 128))
+LORA = MemorySetting(BF16, make_spec("lora"), rows=(128, 128))
 CPU = torch.device("cpu")
 
 
-def close(config: Any, setting: Setting) -> dict[str, int]:
+def close(config: Any, setting: MemorySetting) -> dict[str, int]:
     """The terms of an estimate that is what a step takes. 16-bit matrices are multiplied as this
     processor does, or as a scope says.
     """

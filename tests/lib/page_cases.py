@@ -10,7 +10,7 @@ from lorafold.comparing import report as comparing
 from lorafold.comparing.measure import BASE, Measurement
 from lorafold.inspecting import history_page
 from lorafold.inspecting.history import History
-from lorafold.memory import result as memory
+from lorafold.memory import estimate_report as memory
 from lorafold.memory.estimate import TERMS, Estimate
 from lorafold.methods import METHODS
 from lorafold.robustness import report as undoing

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from lorafold.training_step.policy_algorithms import PolicyLaw, SampledTokens
+from lorafold.training_step.policy_algorithms import PolicyAlgorithm, SampledTokens
 from lorafold.training_step.policy_loss import Rollout
 
 LENGTHS = (3, 7, 1, 5)  # of the completions of two groups of two
@@ -34,7 +34,7 @@ def given(reference: bool = True) -> tuple[SampledTokens, Tensor]:
     return SampledTokens(logps, old, ref, of.double(), of), rewards
 
 
-def averaged(law: PolicyLaw, drawn: SampledTokens) -> Tensor:
+def averaged(law: PolicyAlgorithm, drawn: SampledTokens) -> Tensor:
     losses, lengths = law.loss(drawn), torch.tensor(LENGTHS)
     if law.average == "tokens":
         return losses.mean()
@@ -93,7 +93,7 @@ def loss_of_trl(
 
 
 def check_loss_of_trl(
-    law: PolicyLaw, settings: dict[str, Any], model_dir: Path, out: Path, monkeypatch: Any
+    law: PolicyAlgorithm, settings: dict[str, Any], model_dir: Path, out: Path, monkeypatch: Any
 ) -> None:
     drawn, rewards = given(reference=bool(law.beta))
     advantages = law.advantages(rewards).flatten()

@@ -11,7 +11,7 @@ from lorafold.cli import app
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.finish import Trained
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 
 ROWS: list[dict[str, Any]] = [

@@ -20,7 +20,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training import loop
 from lorafold.training.finish import Trained
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]

@@ -25,15 +25,15 @@ from lorafold.data.formats import CONVERSATIONS, PAIRS
 from lorafold.data.row_store import SourcePart
 from lorafold.errors import LorafoldError
 from lorafold.memory.preflight import largest_batch
-from lorafold.memory.trace import Setting, trace
+from lorafold.memory.trace import MemorySetting, trace
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.objective import examples_of
 from lorafold.resolve import Base
 from lorafold.training import loop
+from lorafold.training.inputs import RunRequest
 from lorafold.training.preview import show
-from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from process_cases import same_bytes
 
@@ -242,11 +242,11 @@ def test_its_rows_are_shown_and_its_memory_estimated(hardest, tiny_model_dir, tm
     assert '⟦{"people": 0}' in said.getvalue()
     example = SimpleNamespace(ids=range(32), labels=range(32))
     feed = StoredFeed([example] * 4, [SourcePart(4)], 4, 1, 0)
-    setting = Setting(Storage(torch.float32), lf.LoRA(rank=2))
+    setting = MemorySetting(Storage(torch.float32), lf.LoRA(rank=2))
     config = configuration(str(model))
     own = trace(config, largest_batch(asked.recipe, feed, hardest(), setting), 2)
     plain = trace(config, largest_batch(asked.recipe, feed, OBJECTIVES["sft"].kind(), setting), 2)
-    assert own.kept > 1.5 * plain.kept  # its loss is another
+    assert own.activations > 1.5 * plain.activations  # its loss is another
     assert own.weights == plain.weights
 
 

@@ -32,7 +32,8 @@ from lorafold.api.merge import merge
 from lorafold.data.classification import classes_of, encode_labelled
 from lorafold.data.rows import check_rows
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import evaluate, held_out_loss, wilson
+from lorafold.evaluation import evaluate, held_out_loss
+from lorafold.evaluation.intervals import wilson
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import load_tokenizer

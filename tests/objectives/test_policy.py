@@ -17,11 +17,17 @@ from lorafold.core.attach import only
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts
-from lorafold.objectives.options import SamplingOptions
+from lorafold.objectives.algorithm_options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
-from lorafold.training_step.policy_algorithms import Cispo, Grpo, Gspo, PolicyLaw, SampledTokens
+from lorafold.training_step.policy_algorithms import (
+    Cispo,
+    Grpo,
+    Gspo,
+    PolicyAlgorithm,
+    SampledTokens,
+)
 from lorafold.training_step.policy_loss import Policy, Rollout
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 from process_cases import same_bytes
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -73,7 +79,7 @@ def told(run) -> Any:
 
 @contextmanager
 def drawing(model: Any, tokenizer: Any) -> Iterator[Rollouts]:
-    rollouts = Rollouts(model, tokenizer, group=3, longest=5)
+    rollouts = Rollouts(model, tokenizer, group=3, max_new_tokens=5)
     rollouts.open(prompt=27, slots=4)
     yield rollouts
     rollouts.close()
@@ -86,7 +92,7 @@ def rollouts_of(rollouts: Rollouts) -> list[Rollout]:
             prompt, [one.tokens for one in group], [one.logprobs for one in group],
             torch.randn(len(group), generator=generator).tolist(), [True] * len(group),
         )
-        for prompt, group in zip(PROMPTS, rollouts.draw(PROMPTS, 0), strict=True)
+        for prompt, group in zip(PROMPTS, rollouts.sample(PROMPTS, 0), strict=True)
     ]  # fmt: skip
 
 
@@ -131,7 +137,7 @@ def test_tokens_have_the_log_probabilities_of_transformers(name: str, model, tok
     model.train()
     with drawing(model, tokenizer) as rollouts:
         for step in range(2):
-            for prompt, group in zip(PROMPTS, rollouts.draw(PROMPTS, step), strict=True):
+            for prompt, group in zip(PROMPTS, rollouts.sample(PROMPTS, step), strict=True):
                 assert len(group) == 3
                 for one in group:
                     ids = torch.tensor([[*prompt, *one.tokens]])
@@ -150,7 +156,7 @@ def logps_of(model: Any, e: Rollout, branch: Any) -> torch.Tensor:
     return found.gather(1, ids[0, len(e.shared) + 1 :, None])[:, 0]
 
 
-def plain(model: Any, law: PolicyLaw, examples: list[Rollout]) -> torch.Tensor:
+def plain(model: Any, law: PolicyAlgorithm, examples: list[Rollout]) -> torch.Tensor:
     """The loss by its definition, one completion after the other."""
     total = torch.zeros(())
     for e in examples:
@@ -168,11 +174,11 @@ def plain(model: Any, law: PolicyLaw, examples: list[Rollout]) -> torch.Tensor:
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("law", [Grpo(), Grpo(beta=0.5, average="per-sequence")])
-def test_loss_and_gradients(law: PolicyLaw, packing: bool, model, tokenizer) -> None:
+def test_loss_and_gradients(law: PolicyAlgorithm, packing: bool, model, tokenizer) -> None:
     adapter = adapted(model, SPECS["lora"])
     examples = sampled(model, tokenizer)
-    with branching(model) as how:
-        loss = Policy(model, law, how if packing else None, 0, longest=5)
+    with sharing_prefixes(model) as how:
+        loss = Policy(model, law, how if packing else None, 0, max_new_tokens=5)
         found = loss(**loss.collate(examples, loss.device))
         ours = torch.autograd.grad(found, list(adapter.parameters()))
         figures = loss.figures()
@@ -194,7 +200,7 @@ def test_completions_of_other_weights_end_the_run(model, tokenizer) -> None:
             rollouts.names = ()
             rollouts.engine.adopt("policy", [])
         below = rollouts_of(rollouts)
-    loss = Policy(model, Grpo(), None, 0, longest=5)
+    loss = Policy(model, Grpo(), None, 0, max_new_tokens=5)
     with pytest.raises(LorafoldError, match="sampled by the model without the trained adapter"):
         loss(**loss.collate(below, loss.device))
     with torch.no_grad():
@@ -205,10 +211,10 @@ def test_completions_of_other_weights_end_the_run(model, tokenizer) -> None:
 
 def test_rounding_that_is_left_of_an_exact_run_is_said_once(model, tokenizer, caplog) -> None:
     examples = sampled(model, tokenizer)
-    loss = Policy(model, Grpo(), None, 0, longest=5, exact=True)
+    loss = Policy(model, Grpo(), None, 0, max_new_tokens=5, exact=True)
     collated = loss.collate(examples, loss.device)
     for _ in range(2):
-        loss(**{**collated, "drawn": collated["drawn"] + 1e-5})
+        loss(**{**collated, "sampled_logps": collated["sampled_logps"] + 1e-5})
         loss.begin(0)
     assert caplog.text.count("exact: sampling and training log-probabilities differ by") == 1
 
@@ -263,7 +269,7 @@ def test_first_steps_may_have_nothing_to_learn(run) -> None:
 def test_rounding_is_that_of_the_base(model) -> None:
     model.bfloat16()
     adapted(model, SPECS["lora"])  # whose factors are in fp32
-    assert Policy(model, Grpo(), None, 0, longest=5).bound == 0.2
+    assert Policy(model, Grpo(), None, 0, max_new_tokens=5).max_difference == 0.2
 
 
 class Lengths:
@@ -439,11 +445,11 @@ def test_a_policy_is_measured_on_rows_with_answers(run, tiny_model_dir, tmp_path
 
 
 @pytest.mark.parametrize("law", [Grpo(), Grpo(clip=0.01), Gspo(), Cispo(clip_high=0.01)])
-def test_later_updates_have_ratios_to_the_first(law: PolicyLaw, model, tokenizer) -> None:
+def test_later_updates_have_ratios_to_the_first(law: PolicyAlgorithm, model, tokenizer) -> None:
     """As TRL has it with `num_iterations`: the old log-probabilities are those of the first."""
     adapter = adapted(model, SPECS["lora"])
     examples = sampled(model, tokenizer)
-    loss = Policy(model, law, None, 0, longest=5)
+    loss = Policy(model, law, None, 0, max_new_tokens=5)
     loss.begin(0)
     first = [float(loss(**loss.collate([e], loss.device)).detach()) for e in examples]
     with torch.no_grad():

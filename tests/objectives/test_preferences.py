@@ -26,16 +26,16 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.branches import MismatchedExamples, encode_preferred
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.preferences import preference_figures
+from lorafold.evaluation.preference_metrics import preference_figures
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.options import law_of
-from lorafold.objectives.preference import digest, referenced
+from lorafold.objectives.algorithm_options import preference_algorithm
+from lorafold.objectives.preference import digest, with_reference
 from lorafold.runtime.processes import SINGLE_PROCESS
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.preference_algorithms import Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 from own_caches import shared
 from preference_cases import JUDGED, PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
 
@@ -63,7 +63,7 @@ def tiny(tiny_model_dir) -> tuple[Any, Any, Path]:
     ("law", "theirs"),
     [
         (Dpo(beta=0.3), {"loss_type": "sigmoid", "beta": 0.3}),
-        (law_of("hinge", 0.3, {}), {"loss_type": "hinge", "beta": 0.3}),
+        (preference_algorithm("hinge", 0.3, {}), {"loss_type": "hinge", "beta": 0.3}),
         (Ipo(beta=0.4), {"loss_type": "ipo", "beta": 0.4}),
     ],
     ids=["dpo", "hinge", "ipo"],
@@ -83,7 +83,7 @@ def test_losses_and_gradients_are_those_of_trl(
         given.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     batch = trainer.data_collator(given)
     expected = trainer.compute_loss(trainer.model, batch)
-    with branching(model) as how:
+    with sharing_prefixes(model) as how:
         assert how.shares
         how.shares = way == "shared"
         loss = Preferences(model, law, None if way == "padded" else how, tokenizer.pad_token_id)
@@ -113,7 +113,7 @@ def test_kto_is_that_of_trl_however_a_step_is_divided(
         given.append({**ids, "label": example.desirable})
     expected = trainer.compute_loss(trainer.model, trainer.data_collator(given))
     law = Kto(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
-    with branching(model) as how:
+    with sharing_prefixes(model) as how:
         loss = Preferences(model, law, how if way == "shared" else None, tokenizer.pad_token_id)
         parts, of_step = loss.micro_batches(examples, accumulate, 512), loss.of_step(examples)
         assert len(parts) == accumulate
@@ -213,16 +213,16 @@ def test_references_are_the_stack_below_and_are_kept(tiny: Any, tmp_path, monkey
     model, tokenizer, _ = tiny
     examples = examples_of(PAIRS, tokenizer)
     adapted(model)
-    with branching(model) as how, evaluating(model):
+    with sharing_prefixes(model) as how, evaluating(model):
         sft = Preferences(model, Dpo(), how, 0).scored(list(examples)).logps
     lf.attach(model, lf.LoRA(rank=2), name="dpo")
-    with branching(model) as how:
+    with sharing_prefixes(model) as how:
         loss = Preferences(model, Dpo(), how, 0)
         given: tuple[Any, ...] = (examples, [], or_quiet(None), Replicated(SINGLE_PROCESS))
-        found = referenced(loss, *given)
+        found = with_reference(loss, *given)
         assert torch.allclose(torch.tensor(found.logps), sft, rtol=1e-5)
         monkeypatch.setattr(Preferences, "references", None)
-        again = referenced(loss, *given)
+        again = with_reference(loss, *given)
         assert (again.logps == found.logps).all()
         # the adapter that trains is no part of the key, what is below it is
         before = digest(model)
@@ -259,7 +259,7 @@ def test_figures_are_those_of_their_definitions(tiny: Any) -> None:
         return torch.stack(rows), whole
 
     (policy, p), (reference, q) = sums(("default",)), sums(())
-    with branching(model) as how:
+    with sharing_prefixes(model) as how:
         found = preference_figures(Preferences(model, Dpo(beta=0.3), how, 0), examples, True)
     margins = 0.3 * ((policy - reference)[:, 0] - (policy - reference)[:, 1])
     kl = sum((a.exp() * (a - b)).sum() for a, b in zip(p, q, strict=True)) / sum(map(len, p))
@@ -274,7 +274,7 @@ def test_figures_are_those_of_their_definitions(tiny: Any) -> None:
 
 
 def test_options_of_objectives_are_checked() -> None:
-    assert law_of("simpo", 2.5, {"gamma": 0.5}) == Simpo(beta=2.5, gamma=0.5)
+    assert preference_algorithm("simpo", 2.5, {"gamma": 0.5}) == Simpo(beta=2.5, gamma=0.5)
     for objective, options, told in [
         ("dpo", {"gamma": 1.0}, "the objective dpo has no such option; it has: beta, label_smooth"),
         ("dpo", {"label_smoothing": 0.5}, "label_smoothing: found 0.5, expected less than 0.5"),
@@ -282,14 +282,14 @@ def test_options_of_objectives_are_checked() -> None:
         ("ipo", {"per_token": "often"}, "per_token: found 'often', expected a valid boolean"),
     ]:
         with pytest.raises(LorafoldError, match=told):
-            law_of(objective, None, options)
+            preference_algorithm(objective, None, options)
     none = lf.Recipe(objective="dpo", beta=0)  # which a policy takes: its default
     with pytest.raises(LorafoldError, match=r"objective dpo: beta: found 0.0, expected greater"):
-        law_of(none.objective, none.beta, {})
+        preference_algorithm(none.objective, none.beta, {})
     compared = [name for name, one in OBJECTIVES.items() if one.law and not one.draws]
     laws = {law for law in vars(preference_algorithms).values() if inspect.isclass(law)}
     laws = {law for law in laws if issubclass(law, Law) and law is not Law}
-    assert {type(law_of(name, None, {})) for name in compared} == laws
+    assert {type(preference_algorithm(name, None, {})) for name in compared} == laws
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ def test_judged_rows_of_one_kind_have_no_margin(tiny: Any) -> None:
     model, tokenizer, _ = tiny
     adapted(model)
     good = [row for row in JUDGED if row["label"]]
-    with branching(model) as how:
+    with sharing_prefixes(model) as how:
         loss = Preferences(model, Kto(), how, 0)
         found = preference_figures(loss, list(examples_of(good, tokenizer, "judged")), True)
     assert found.reward_margin is None
@@ -491,7 +491,7 @@ def test_the_held_out_loss_of_kto_does_not_depend_on_batches(tiny: Any) -> None:
     model, tokenizer, _ = tiny
     adapted(model)
     examples = list(examples_of(JUDGED, tokenizer, "judged"))
-    with branching(model) as how:
+    with sharing_prefixes(model) as how:
         losses = []
         for tokens in (1, 2048):
             loss = Preferences(model, Kto(beta=0.5), how, 0, tokens)

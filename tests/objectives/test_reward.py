@@ -26,22 +26,22 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched, encode_preferred
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import wilson
-from lorafold.evaluation.scoring import reward_figures, score_rows, scores_of
+from lorafold.evaluation.intervals import wilson
+from lorafold.evaluation.reward_model_scores import reward_figures, score_rows, scores_of
 from lorafold.files.model_card import REWARD
 from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import measure
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import MemorySetting
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.objectives.options import law_of
+from lorafold.objectives.algorithm_options import preference_algorithm
 from lorafold.training.run import train
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import Branching, branching
+from lorafold.training_step.shared_prefixes import PrefixSupport, sharing_prefixes
 from serving_cases import running
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -101,7 +101,7 @@ def same_scores(rows: Any, expected: torch.Tensor) -> None:
 
 
 def way_through(way: str, how: Any) -> Any:
-    return {"shared": how, "packed": Branching(True, False), "padded": None}[way]
+    return {"shared": how, "packed": PrefixSupport(True, False), "padded": None}[way]
 
 
 @pytest.fixture
@@ -145,9 +145,9 @@ def test_loss_and_gradients_are_those_of_trl(
     batch = trainer.data_collator(rows)
     expected = trainer.compute_loss(trainer.model.eval(), batch)
     expected.backward()
-    with branching(model) as how:
+    with sharing_prefixes(model) as how:
         assert how.shares
-        law = law_of("reward", None, {"margin": margin, "centre": centre})
+        law = preference_algorithm("reward", None, {"margin": margin, "centre": centre})
         loss = Preferences(model, law, way_through(way, how), tokenizer.pad_token_id)
         own = loss(**loss.collate(list(examples), loss.device)) / len(examples)
         own.backward()
@@ -236,7 +236,7 @@ def test_a_text_that_ends_in_the_padding_token_has_the_score_that_transformers_r
     assert {ids[-1] for ids in documents} == {end}
     expected = scored_alone(model, documents)
     torch.testing.assert_close(expected, scored_alone(model, [ids[:-1] for ids in documents]))
-    with branching(model) as how, evaluating(model):
+    with sharing_prefixes(model) as how, evaluating(model):
         found = Preferences(model, BradleyTerry(), way_through(way, how), end).scored(examples)
     torch.testing.assert_close(found.logps.flatten(), expected, rtol=1e-5, atol=1e-5)
 
@@ -257,7 +257,7 @@ def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_
     assert found.figures is not None
     assert found.figures.right.accuracy == 1
     model = reward_model(tmp_path / "bert", seed=1)
-    with branching(model) as how:
+    with sharing_prefixes(model) as how:
         assert not how.packs
     lf.load(model, tmp_path / "a")
     examples = encode_preferred(ROWS, tokenizer, 512, "pairs").examples
@@ -371,7 +371,7 @@ def test_texts_do_not_tie_over_a_base_in_bf16(packs: bool, directory: Path) -> N
     adapted(model)
     draw = np.random.default_rng(0).integers(5, 200, (400, 9)).tolist()
     examples = [Branched((), (Example(tuple(ids), tuple(ids)),)) for ids in draw]
-    with branching(model) as how:
+    with sharing_prefixes(model) as how:
         loss = Preferences(model, BradleyTerry(), how if packs else None, pad)
         scores, _ = scores_of(loss, examples)
     assert len(np.unique(scores)) >= 399
@@ -402,7 +402,7 @@ def test_a_quantized_base_scores_as_it_was_trained(storage: str, directory, tmp_
 @pytest.mark.slow
 def test_the_estimate_of_a_step_is_what_it_takes(directory: Path) -> None:
     config = configuration(str(directory))
-    setting = Setting(
+    setting = MemorySetting(
         Storage(torch.float32), lf.LoRA(), beside=lambda m: {"modules_to_save": head_paths(m)},
         rows=(90, 70, 120, 60), classes=1,
     )  # fmt: skip
@@ -435,9 +435,9 @@ def test_calibration_of_a_scorer_that_is_right_as_often_as_it_is_sure() -> None:
     off = [abs(p - 1 / (1 + math.exp(-3 * math.log(p / (1 - p))))) for p in (0.8, 0.9)]
     assert sure.calibration_error == pytest.approx(sum(off) / 2)
     # which completion is called the chosen one turns right into wrong, and no more
-    turned = reward_figures(scores[:, ::-1], np.ones((200, 2), int))
-    assert turned.right.accuracy == pytest.approx(1 - 170 / 200)
-    assert [one.confidence for one in turned.calibration] == [
+    turn_rounded = reward_figures(scores[:, ::-1], np.ones((200, 2), int))
+    assert turn_rounded.right.accuracy == pytest.approx(1 - 170 / 200)
+    assert [one.confidence for one in turn_rounded.calibration] == [
         pytest.approx(one.confidence) for one in found.calibration
     ]
 

@@ -21,7 +21,7 @@ from fresh_models import fresh_model
 from lorafold.composing.interference import meetings
 from lorafold.composing.updates import read
 from lorafold.core.delta import Over
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.paths import scaling
 from lorafold.inspecting.report import sections, table
@@ -30,7 +30,7 @@ from lorafold.inspecting.resize import extract, resize
 from lorafold.inspecting.subspaces import TOP, across_experts
 from lorafold.inspecting.updates import sites
 from lorafold.layers.experts import Experts
-from lorafold.methods.parts.mixture import Mixture
+from lorafold.methods.mixture import Mixture
 from lorafold.ops.grouped import grouped
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
@@ -74,8 +74,8 @@ def matrices(model: Any) -> dict[str, Tensor]:
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner.endswith("experts") and p.dim() == 3:
-            turned = p.mT if model.get_submodule(owner).is_transposed else p
-            found |= {f"{name}[{e}]": w.detach().double() for e, w in enumerate(turned)}
+            turn_rounded = p.mT if model.get_submodule(owner).is_transposed else p
+            found |= {f"{name}[{e}]": w.detach().double() for e, w in enumerate(turn_rounded)}
         elif leaf == "weight" and p.dim() == 2:
             found[owner] = p.detach().double()
     return found

@@ -11,7 +11,7 @@ from transformers import MixtralConfig, Olmo2Config
 
 import lorafold as lf
 from laws import move
-from lorafold.core.delta import put
+from lorafold.core.delta import set_tensor
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.residual_stream import gain, stream_of
@@ -310,8 +310,8 @@ def test_planted_tokens_are_read_and_written(kind, tiny_model, tiny_model_dir, t
         with torch.no_grad():
             direction = end.weight[77] / gain(model.get_submodule(norm), 32)
             out, inn = delta.delta().shape
-            put(delta, "B", direction[:, None] if writes else torch.randn(out, 1))
-            put(delta, "A", torch.randn(1, inn) if writes else direction[None])
+            set_tensor(delta, "B", direction[:, None] if writes else torch.randn(out, 1))
+            set_tensor(delta, "A", torch.randn(1, inn) if writes else direction[None])
         adapter.save(tmp_path / at)
         return inspect(source, open_all([tmp_path / at])).sites[path]
 

@@ -15,7 +15,7 @@ from lorafold.inspecting.intrinsic import SubspaceRun, bare_loss, search
 from lorafold.models.classifier import load_classifier
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 

@@ -22,10 +22,10 @@ from lorafold.ops import cross_entropy, packed_documents
 from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
 from lorafold.training_step.packed_attention import packed
-from lorafold.training_step.shared_prefixes import Branching, branching
+from lorafold.training_step.shared_prefixes import PrefixSupport, sharing_prefixes
 from noise import moved
 from sequence_cases import CONFIGS, GROUPED, VOCAB, assert_close, build, heads
 
@@ -213,7 +213,9 @@ def expected_step(model: Any, given: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return step(model, torch.stack(losses))
 
 
-def found_step(model: Any, given: Batch, branches: Branching) -> tuple[Tensor, dict[str, Tensor]]:
+def found_step(
+    model: Any, given: Batch, branches: PrefixSupport
+) -> tuple[Tensor, dict[str, Tensor]]:
     with branches.over(given.docs):
         losses, counts = document_losses(
             model, given.labels, given.inputs, given.document, len(given.alone)
@@ -236,8 +238,8 @@ def test_branches_are_as_they_are_alone(name: str, way: str) -> None:
     model, given = adapted(name), batch()
     expected = expected_step(model, given)
     if way == "checkpointed":
-        recompute(model)
-    with fused(model) if way == "fused" else nullcontext(), branching(model) as branches:
+        enable_gradient_checkpointing(model)
+    with fused(model) if way == "fused" else nullcontext(), sharing_prefixes(model) as branches:
         assert branches.packs
         assert branches.shares
         assert model.training
@@ -249,7 +251,7 @@ def test_the_branches_do_influence_each_other_where_the_layout_is_not_told() -> 
     """What the test above could miss: that the layout matters at all."""
     model, given = adapted("llama"), batch()
     expected, _ = expected_step(model, given)
-    with branching(model), torch.no_grad():
+    with sharing_prefixes(model), torch.no_grad():
         found, _ = document_losses(model, given.labels, given.inputs, given.document, 9)
     shares = torch.tensor([s > 0 and b > 0 for s, own in zip(SHARED, BRANCHES, strict=True)
                            for b in range(len(own))])  # fmt: skip
@@ -264,14 +266,14 @@ def test_every_branch_sees_virtual_tokens(name: str, spec: str) -> None:
     """They come before the shared tokens, by the dense mask."""
     model, given = adapted(name, make_spec(spec, tokens=3)), batch()
     expected = expected_step(model, given)
-    with branching(model) as branches:
+    with sharing_prefixes(model) as branches:
         assert branches.shares
         assert_same_step(found_step(model, given, branches), expected)
 
 
 def test_attention_dropout_takes_the_general_path() -> None:
     model, given = build("gpt2", attn_pdrop=0.5), batch()
-    with branching(model) as branches, torch.no_grad():
+    with sharing_prefixes(model) as branches, torch.no_grad():
         assert branches.shares
         with branches.over(given.docs):
             first, second = (model(**given.inputs, use_cache=False).logits for _ in range(2))
@@ -301,7 +303,7 @@ def test_a_model_may_pack_and_not_share() -> None:
     model.model.layers[0].mlp.register_forward_hook(mix)
     with packed(model) as apart:
         assert apart
-    with branching(model) as branches:
+    with sharing_prefixes(model) as branches:
         assert branches.packs
         assert not branches.shares
         flat = Documents(tuple(ids.shape[1] for ids, _ in given.alone))
@@ -317,7 +319,7 @@ def test_a_model_may_pack_and_not_share() -> None:
 def test_a_batch_that_is_not_the_layout_is_an_error() -> None:
     model, given = adapted("llama"), batch()
     other = layout([sum(given.docs.own) - 3], [[1, 2]])
-    with branching(model) as branches, torch.no_grad():
+    with sharing_prefixes(model) as branches, torch.no_grad():
         with (
             pytest.raises(LorafoldError, match=r"found .*, expected documents of"),
             branches.over(other),
@@ -343,7 +345,7 @@ def test_chunked_attention_is_refused_where_a_chunk_ends_in_a_document() -> None
     model = tf.Llama4ForCausalLM(config).eval()
     docs = layout([15], [[5, 4]])
     inputs = {"input_ids": torch.arange(24)[None], "position_ids": docs.positions()}
-    with branching(model) as branches, torch.no_grad():
+    with sharing_prefixes(model) as branches, torch.no_grad():
         assert branches.shares
         with (
             pytest.raises(LorafoldError, match=r"found .*; set packing to false"),
@@ -484,7 +486,7 @@ def test_the_embedded_model_in_bf16_errs_no_more_than_its_branches_alone(smollm2
             each = torch.full_like(ids, -1).index_copy(0, places, torch.arange(len(places)))
             inputs = {"input_ids": ids[None], "position_ids": docs.positions()}
             of = labels[None], inputs, each[None], len(places)
-            with branching(model) as branches:
+            with sharing_prefixes(model) as branches:
                 assert branches.shares
                 with branches.over(docs):
                     losses, _ = document_losses(model, *of)

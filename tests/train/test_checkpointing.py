@@ -26,7 +26,7 @@ from lorafold.ops import attention
 from lorafold.ops.checkpoint_segments import keeping, kept
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.run import sample_losses
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from noise import moved
 from training_cases import quiet
 from typed_commands import write_rows
@@ -61,7 +61,7 @@ class Step:
         feed = StoredFeed(data.examples, data.parts, 3, 2, 0)
         adapter = lf.attach(model, make_spec(method, **options_of(method)), targets)
         if checkpointed:
-            recompute(model)
+            enable_gradient_checkpointing(model)
         with Sft().loss(model, tokenizer, packing, quiet()) as loss:
             assert loss.packed is packing
             losses = partial(sample_losses, loss, feed, Recipe(batch=3))

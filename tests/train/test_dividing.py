@@ -12,7 +12,7 @@ from torch import nn
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.runtime.processes import Processes
-from lorafold.training_step.sharding import Sharded
+from lorafold.training_step.sharded_data_parallel import Sharded
 
 CPU = torch.device("cpu")
 
@@ -45,9 +45,9 @@ def test_a_process_keeps_its_part_of_what_is_loaded(storage: Storage, tiny_model
     kept = 0
     for index in range(2):
         shards = Sharded(Processes(index, 2))
-        with shards.reading():
+        with shards.gathering():
             model = loaded(shards, path, storage)
-        kept += sum(shard.kept for shard in shards.known.values())
+        kept += sum(shard.kept for shard in shards.shards_by_storage.values())
         assert held(model) < 0.4 * whole
     assert kept + held(model) == pytest.approx(whole, rel=0.05)
 
@@ -55,7 +55,7 @@ def test_a_process_keeps_its_part_of_what_is_loaded(storage: Storage, tiny_model
 def test_operations_find_weights_whole_one_at_a_time(alone: Processes, tiny_model_dir) -> None:
     path = tiny_model_dir("llama-wide")
     plain, shards = load_model(path, torch.float32), Sharded(alone)
-    with shards.reading():
+    with shards.gathering():
         model = loaded(shards, path, Storage(torch.float32))
         least, largest = held(model), max(p.nbytes for p in model.parameters())
         for added in (0.0, 1.0):

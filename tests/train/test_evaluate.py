@@ -12,15 +12,8 @@ import lorafold as lf
 from conversation_cases import prompts
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import (
-    Evaluation,
-    EvaluationSettings,
-    Z,
-    evaluate,
-    held_out_loss,
-    loss_interval,
-    wilson,
-)
+from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate, held_out_loss
+from lorafold.evaluation.intervals import Z, loss_interval, wilson
 from lorafold.generation import complete
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.training_step.losses import CompletionLoss

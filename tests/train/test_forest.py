@@ -19,11 +19,11 @@ from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.gradient_checkpointing import recompute
-from lorafold.training_step.losses import CompletionLoss, RowsAlike
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
+from lorafold.training_step.losses import CompletionLoss, PrefixSharingLoss
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 from noise import moved
 from sequence_cases import CONFIGS, GROUPED, VOCAB, assert_close, build
 
@@ -88,7 +88,9 @@ def adapted(name: str, dropout: float = 0.0) -> Any:
     return model.train()
 
 
-def stepped(loss: RowsAlike, batches: list[list[Any]]) -> tuple[torch.Tensor, dict[str, Any]]:
+def stepped(
+    loss: PrefixSharingLoss, batches: list[list[Any]]
+) -> tuple[torch.Tensor, dict[str, Any]]:
     loss.model.zero_grad()
     losses = [loss(**loss.collate(batch, CPU)) for batch in batches]
     torch.stack(losses).sum().backward()
@@ -108,14 +110,14 @@ def test_a_step_is_that_of_the_rows_apart(rows: str, name: str, way: str) -> Non
     model, given = adapted(name), ROWS[rows]
     apart = stepped(CompletionLoss(model, False, 0), [[one] for one in given])
     if way == "checkpointed":
-        recompute(model)
+        enable_gradient_checkpointing(model)
     with (
         fused(model) if way == "fused" else nullcontext(),
-        branching(model, across=True) as how,
+        sharing_prefixes(model, across=True) as how,
     ):
         assert how.across
         loss = CompletionLoss(model, True, 0, how)
-        assert loss.shared_in(given) == (rows != "apart")
+        assert loss.shares_prefixes(given) == (rows != "apart")
         together = stepped(loss, [given])
     assert_same_step(together, apart)
 
@@ -140,10 +142,10 @@ def test_a_router_is_balanced_over_the_tokens_of_all_rows(rows, config) -> None:
     model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(config))
     lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
     given = ROWS[rows]
-    with branching(model, across=True) as how:
+    with sharing_prefixes(model, across=True) as how:
         apart = stepped(CompletionLoss(model, True, 0), [given])
         loss = CompletionLoss(model, True, 0, how)
-        assert loss.shared_in(given)
+        assert loss.shares_prefixes(given)
         assert_same_step(stepped(loss, [given]), apart)
 
 
@@ -163,7 +165,7 @@ def test_texts_with_a_class_are_read_where_each_ends() -> None:
         text("abcdefghzz", 1), text("qrs", 2),
     ]  # fmt: skip
     apart = stepped(Classification(model, pad), [[one] for one in given])
-    with branching(model, across=True) as how:
+    with sharing_prefixes(model, across=True) as how:
         loss = Classification(model, pad, how)
         assert loss.computed(given) == 10 + 3 + 3 < sum(len(one.ids) for one in given)
         assert_same_step(stepped(loss, [given]), apart)
@@ -184,7 +186,7 @@ def test_references_are_computed_where_prompts_meet_and_are_those_of_each_pair_a
         return Branched(tuple(shared), branches)
 
     given = [pair(p) for p in ("abcdefghij", "qrstqrstqr", "abcdefghmn", "qrstqrstop", "abcdkl")]
-    with branching(model, across=True) as how:
+    with sharing_prefixes(model, across=True) as how:
         loss = Preferences(model, Dpo(), how, 0, 30)
         groups = loss.groups(given)
         assert sorted(i for group in groups for i in group) == [0, 1, 2, 3, 4]
@@ -203,7 +205,7 @@ def test_a_tree_may_have_more_tokens_than_the_model_has_positions() -> None:
     ends = torch.randint(1, VOCAB, (6, 20), generator=torch.Generator().manual_seed(0))
     rows = [Example((ids := (*head.tolist(), *end)), ids) for end in ends.tolist()]
     apart = stepped(CompletionLoss(model, False, 0), [[one] for one in rows])
-    with branching(model, across=True) as how:
+    with sharing_prefixes(model, across=True) as how:
         loss = CompletionLoss(model, True, 0, how)
         [order] = loss.micro_batches(rows, 1, 10**6)
         part = [rows[i] for i in order]
@@ -215,7 +217,7 @@ def test_a_token_that_begins_rows_draws_as_the_first_of_them() -> None:
     """Also where it is not computed once: in another micro-batch, or in another process."""
     model = adapted("llama", dropout=0.5)
     given = [row("abcdef", 4), row("abcdxy", 4)]
-    with branching(model, across=True) as how:
+    with sharing_prefixes(model, across=True) as how:
         loss, own = CompletionLoss(model, True, 0, how), CompletionLoss(model, True, 0)
         rows = loss.rows_of(given)
         names = loss.names(given, rows, loss.collate(given, CPU))

@@ -23,7 +23,7 @@ from lorafold.methods import METHODS, make_spec
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.training_step.fused_modules import ROTARY, fused
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.lm_head_loss import labelled_loss
 from lorafold.training_step.packed_attention import packed
 from sequence_cases import GROUPED, VOCAB, loss_and_gradients, rows
@@ -134,7 +134,7 @@ def test_checkpointing_inside_is_bit_equal(dtype: torch.dtype) -> None:
         model = model_of("llama").to(dtype)
         adapted(model)
         if checkpointed:
-            recompute(model)
+            enable_gradient_checkpointing(model)
         with both(model):
             found.append(seeded_step(model, together()))
     (loss, grads), (again, replayed) = found

@@ -156,12 +156,12 @@ def test_fp64_gradcheck_of_every_way(name: str) -> None:
         return head_cross_entropy(h, targets, head, [], cross_entropy.chunks(len(h)))
 
     def again(h: torch.Tensor) -> torch.Tensor:
-        return head_losses(h, targets, partial(head_of_step.head_of, model))
+        return head_losses(h, targets, partial(head_of_step.head_logits, model))
 
     assert torch.autograd.gradcheck(short, h)
     assert torch.autograd.gradcheck(again, h)
     torch.testing.assert_close(short(h), again(h))
-    with head_of_step._short_circuit(model) as head:
+    with head_of_step._decoder_bypassed(model) as head:
         assert torch.autograd.gradcheck(long, h)
         torch.testing.assert_close(short(h).sum(), long(h))
 

@@ -28,17 +28,17 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize
 from lorafold.layers import LAYERS
 from lorafold.memory.estimate import advise, estimate
+from lorafold.memory.estimate_report import verdict
 from lorafold.memory.measure import allocated, peak_of
 from lorafold.memory.preflight import documents, largest_batch
-from lorafold.memory.presets import llama, setting_of
-from lorafold.memory.result import verdict
-from lorafold.memory.trace import Setting, trace
+from lorafold.memory.presets import llama, memory_setting
+from lorafold.memory.trace import MemorySetting, trace
 from lorafold.methods import make_spec
-from lorafold.methods.parts.trainable_tokens import TrainableTokens
+from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
 from lorafold.models.quantizations import MADE, STORAGES, Storage, StorageRow
-from lorafold.objectives.options import SamplingOptions
+from lorafold.objectives.algorithm_options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.ops import attention
 from lorafold.recipe.recipe import Recipe
@@ -66,7 +66,7 @@ def tokens(model: Any) -> dict[str, Any]:
     return {"modules_to_save": ["norm"], "tokens": rows}
 
 
-def settings() -> Iterator[tuple[str, Any, Setting]]:
+def settings() -> Iterator[tuple[str, Any, MemorySetting]]:
     """What is estimated: a name, the model, and what is trained on it, if anything is."""
     for method, again in product(METHODS, (False, True)):
         base = FP32 if method == "full" else BF16
@@ -80,7 +80,7 @@ def settings() -> Iterator[tuple[str, Any, Setting]]:
             own = replace(LORA, base=base, spec=make_spec(method))
             yield f"{method}, {quantization}", LLAMA, own
         # bitsandbytes' own forward runs there, over fake tensors as over real ones
-        yield f"inference, {quantization}", LLAMA, Setting(base, rows=(200, 200))
+        yield f"inference, {quantization}", LLAMA, MemorySetting(base, rows=(200, 200))
     other_way = replace(LORA, base=Storage(torch.bfloat16, "nf4"))
     yield "matrices that lie the other way round, nf4", CONFIGS["gpt2"], other_way
     for method in ("lora", "full"):
@@ -97,18 +97,19 @@ def settings() -> Iterator[tuple[str, Any, Setting]]:
     for name, of, dtype in product(mixtures.CONFIGS, targets, (torch.float32, torch.bfloat16)):
         # experts without an adapter run torch's grouped product, whatever the dtype; gpt-oss's
         # documents of one sequence influence each other, so its rows are padded
-        own = Setting(Storage(dtype), of and lora, of, rows=(64, 64), packed=name != "gpt-oss")
+        packed = name != "gpt-oss"
+        own = MemorySetting(Storage(dtype), of and lora, of, rows=(64, 64), packed=packed)
         yield f"{name}, {of}, {dtype}", mixtures.CONFIGS[name](), own
     for spec in (lora, None):  # JetMoe's router counts: as many for each, where there are no values
-        yield f"jetmoe, {spec and 'lora'}", JETMOE, Setting(BF16, spec, rows=(64, 64))
+        yield f"jetmoe, {spec and 'lora'}", JETMOE, MemorySetting(BF16, spec, rows=(64, 64))
         for name, row in MULTIMODAL.items():
             # Gemma 3's tower is initialized with values that fake tensors lack, its head is tied
-            own = Setting(BF16, spec, rows=(96, 64), packed=name != "qwen2.5-vl")
+            own = MemorySetting(BF16, spec, rows=(96, 64), packed=name != "qwen2.5-vl")
             yield f"{name}, {spec and 'lora'}", row.config(), own
     # while a model is made it may hold embedding and head apart, and ties them then
     large = tf.LlamaConfig(**COMMON | {"vocab_size": 20000}, tie_word_embeddings=True)
     yield "large vocabulary", large, LORA
-    yield "large vocabulary, inference", large, Setting(BF16, rows=(100,))
+    yield "large vocabulary, inference", large, MemorySetting(BF16, rows=(100,))
 
 
 SETTINGS = [pytest.param(config, own, id=name) for name, config, own in settings()]
@@ -123,7 +124,7 @@ def what_exists_is_not_looked_at_again() -> None:
 
 @pytest.mark.few(5)
 @pytest.mark.parametrize(("config", "setting"), SETTINGS)
-def test_an_estimate_is_what_a_step_takes(config: Any, setting: Setting) -> None:
+def test_an_estimate_is_what_a_step_takes(config: Any, setting: MemorySetting) -> None:
     close(config, setting)
 
 
@@ -136,7 +137,7 @@ def test_how_soon_blocks_are_alike(name: str) -> None:
 def test_a_peak_that_moves_with_the_number_of_blocks() -> None:
     """By the head, which is large, where there are few of them, and by the gradients of many."""
     config = tf.LlamaConfig(**COMMON | {"num_hidden_layers": 20, "vocab_size": 6000})
-    setting = Setting(BF16, make_spec("full"), rows=(32,), checkpointing=True)
+    setting = MemorySetting(BF16, make_spec("full"), rows=(32,), checkpointing=True)
     terms = close(config, setting)
     assert terms["gradients"] > terms["workspace"] + terms["activations"]
 
@@ -216,12 +217,13 @@ def test_over_frozen_adapters(below: str, checkpointing: bool) -> None:
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_inference(name: str) -> None:
-    found = close(CONFIGS[name], Setting(BF16, rows=(200, 200)))
+    found = close(CONFIGS[name], MemorySetting(BF16, rows=(200, 200)))
     assert found["kv_cache"] == 2 * 6 * 2 * 32 * 200 * 2 * 2
 
 
 def test_layers_whose_kinds_their_configuration_works_out() -> None:
-    found = estimate(CONFIGS["mamba"], Setting(BF16, make_spec("lora"), rows=(8,), packed=False))
+    setting = MemorySetting(BF16, make_spec("lora"), rows=(8,), packed=False)
+    found = estimate(CONFIGS["mamba"], setting)
     assert found.terms["weights"] == 2 * sum(
         p.numel() for p in fake_model(CONFIGS["mamba"], BF16, 6).parameters()
     )
@@ -246,7 +248,7 @@ def test_what_is_advised_fits() -> None:
 
 
 def test_a_model_that_no_machine_here_holds() -> None:
-    terms = estimate(llama("70b"), Setting(BF16, rows=(64,))).terms
+    terms = estimate(llama("70b"), MemorySetting(BF16, rows=(64,))).terms
     parameters = (
         80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192) + 2 * 32000 * 8192 + 8192
     )
@@ -265,7 +267,7 @@ def test_a_model_that_no_machine_here_holds() -> None:
 )
 def test_what_can_not_be_asked(mode: str, fields: dict, labelled: int, message: str) -> None:
     with pytest.raises(LorafoldError, match=message):
-        setting_of(mode, Recipe(**fields), 2, 64, labelled=labelled)
+        memory_setting(mode, Recipe(**fields), 2, 64, labelled=labelled)
 
 
 def test_sizes() -> None:
@@ -277,11 +279,14 @@ def test_sizes() -> None:
 
 
 TWO_BLOCKS = tf.LlamaConfig(**{**COMMON, "num_hidden_layers": 2})
-DRAWN = RolloutSize(slots=24, group=12, prompt=20, longest=40)
+DRAWN = RolloutSize(slots=24, group=12, prompt=20, max_new_tokens=40)
 
 
-def sampling(dtype: torch.dtype, drawn: RolloutSize | None = DRAWN, **changes: Any) -> Setting:
-    return Setting(Storage(dtype), lf.LoRA(rank=8, dropout=0.0), rows=(16,), draws=drawn, **changes)
+def sampling(
+    dtype: torch.dtype, drawn: RolloutSize | None = DRAWN, **changes: Any
+) -> MemorySetting:
+    lora = lf.LoRA(rank=8, dropout=0.0)
+    return MemorySetting(Storage(dtype), lora, rows=(16,), draws=drawn, **changes)
 
 
 def cached(rollouts: Rollouts) -> int:
@@ -310,17 +315,17 @@ def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> N
         torch.nn.init.normal_(p, std=0.02)
     lf.attach(model, asked.spec)
     before = allocated(CPU)
-    rollouts = Rollouts(model, make_tokenizer(), group=12, longest=DRAWN.longest)
+    rollouts = Rollouts(model, make_tokenizer(), group=12, max_new_tokens=DRAWN.max_new_tokens)
     rollouts.open(DRAWN.prompt, DRAWN.slots)
     prompts = [[*range(5, 5 + DRAWN.prompt)]] * 2
     held = []
-    rollouts.draw(prompts, 0, progress=lambda *_: held.append(cached(rollouts)))
+    rollouts.sample(prompts, 0, progress=lambda *_: held.append(cached(rollouts)))
     engine = allocated(CPU) - before + opaque(rollouts)
     assert max(held) == expected.slots
     assert engine == pytest.approx(expected.engine, rel=0.05)
     if dtype == torch.float32:  # no ledger sees matrices without a storage
-        peak = peak_of(lambda: rollouts.draw(prompts, 1), CPU) - before - engine
-        assert peak == pytest.approx(expected.drawing, rel=0.1)
+        peak = peak_of(lambda: rollouts.sample(prompts, 1), CPU) - before - engine
+        assert peak == pytest.approx(expected.sampling_peak, rel=0.1)
     rollouts.close()
 
 

@@ -24,7 +24,7 @@ from lorafold.data.row_store import SourcePart
 from lorafold.memory.estimate import Estimate, estimate
 from lorafold.memory.measure import measure
 from lorafold.memory.preflight import choose_checkpointing, largest_batch
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import MemorySetting
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
@@ -33,7 +33,7 @@ from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEEP_FREED, RETURN_FREED, free_bytes, malloc_policy
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 from memory_cases import BF16, COMMON, CONFIGS, CPU, LORA
 
@@ -81,7 +81,7 @@ def test_an_architecture_that_can_not_be_estimated_stops_nothing() -> None:
 def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
     examples = [Example(tuple(range(n)), (-100,) * (n - 2) + (1, 2)) for n in (10, 40, 30, 20)]
 
-    def plan(**fields: Any) -> Setting:
+    def plan(**fields: Any) -> MemorySetting:
         recipe = Recipe(epochs=1, **fields)
         steps = recipe.total_steps(4)
         feed = StoredFeed(examples, [SourcePart(4)], recipe.batch, steps, recipe.seed)
@@ -149,7 +149,7 @@ def test_an_estimate_is_what_a_run_says(objective, tiny_model_dir, monkeypatch, 
     how: dict[str, Any] = {"data": rows, "rewards": rewards, "device": "cpu"}
     found = lf.estimate(model, "lora", recipe=recipe, **sizes, **how)
 
-    def stopped(config: Any, setting: Setting, *_: Any) -> bool:
+    def stopped(config: Any, setting: MemorySetting, *_: Any) -> bool:
         said.append(estimate(config, setting).total)
         raise lf.LorafoldError("seen")
 
@@ -229,10 +229,10 @@ SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "v
 TWO_BLOCKS = tf.LlamaConfig(**COMMON | SMALL)
 METHOD = make_spec("lora")
 SETTINGS = {
-    "lora": Setting(BF16, METHOD, rows=(96,)),
-    "checkpointing": Setting(BF16, METHOD, rows=(96,), checkpointing=True),
-    "nf4": Setting(Storage(torch.bfloat16, "nf4"), METHOD, rows=(96,)),
-    "inference": Setting(BF16, rows=(96,)),
+    "lora": MemorySetting(BF16, METHOD, rows=(96,)),
+    "checkpointing": MemorySetting(BF16, METHOD, rows=(96,), checkpointing=True),
+    "nf4": MemorySetting(Storage(torch.bfloat16, "nf4"), METHOD, rows=(96,)),
+    "inference": MemorySetting(BF16, rows=(96,)),
 }
 
 
@@ -272,10 +272,10 @@ def test_tensors_that_die_meanwhile_do_not_count() -> None:
 
 
 def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
-    def plan(device: str, base: Storage = BF16) -> Setting:
+    def plan(device: str, base: Storage = BF16) -> MemorySetting:
         examples = [Example(tuple(range(96)), tuple(range(96)))]
         feed = StoredFeed(examples, [SourcePart(1)], 8, 1, 0)
-        setting = Setting(base, METHOD)
+        setting = MemorySetting(base, METHOD)
         return largest_batch(Recipe(), feed, Sft(), setting, device=torch.device(device))
 
     assert plan("cpu").widened is each_arithmetic

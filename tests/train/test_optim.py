@@ -22,10 +22,10 @@ from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.lora import LoRA
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.finish import Trained
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 from lorafold.training_step import adamw
-from lorafold.training_step.adamw import PAGED, choose, make_optimizer, state_bytes
+from lorafold.training_step.adamw import PAGED, choose_adamw, make_optimizer, state_bytes
 from lorafold.training_step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
 from process_cases import same_bytes
 from training_cases import quiet, stopping, weights
@@ -89,7 +89,7 @@ def step(optimizer: Optimizer, tensors: list[nn.Parameter], seed: int) -> None:
 def test_auto_is_fp32_unless_memory_is_short_on_cuda(parameters, device, free, name, why) -> None:
     if name == PAGED:
         why = f"fp32 state would take {why}"
-    assert choose(parameters, device, free) == (name, why)
+    assert choose_adamw(parameters, device, free) == (name, why)
 
 
 def test_the_line_says_so_where_all_state_stays_fp32_or_updates_are_rounded() -> None:

@@ -17,13 +17,13 @@ from transformers.models.inkling import modeling_inkling
 import lorafold as lf
 import reference_ops as reference
 from fused_cases import assert_same_step
-from lorafold.core.matrices import module_at, parameter_path
+from lorafold.core.expert_matrices import module_at, parameter_path
 from lorafold.data.batches import collate
 from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.packed_attention import NAME, attend, document_mask, isolates, packed
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 from noise import moved
 from sequence_cases import (
     CONFIGS,
@@ -205,7 +205,7 @@ def test_a_leak_is_detected_and_the_model_left_as_it_was(name: str) -> None:
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(LEAKY[name])).train()
     before = model.config._attn_implementation
-    with packed(model) as apart, branching(model) as branches:
+    with packed(model) as apart, sharing_prefixes(model) as branches:
         assert (apart, branches.packs, branches.shares) == (False, False, False)
         assert model.config._attn_implementation == before
     examples = rows()

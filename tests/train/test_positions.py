@@ -16,12 +16,12 @@ from lorafold.errors import LorafoldError
 from lorafold.models.positions import Positions, positions_in, positions_of, sequence_of, trained_on
 from lorafold.resolve import Base
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.request import RunRequest, with_length
+from lorafold.training.inputs import RunRequest, with_max_length
 from lorafold.training_step.losses import CompletionLoss
 from lorafold.training_step.packed_attention import packed
 from lorafold.training_step.preference_algorithms import Simpo
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 from typed_commands import done, run, write_rows
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -237,9 +237,9 @@ def test_a_run_is_resumed_with_the_length_that_it_began_with(tiny_model_dir, tmp
         Base(tiny_model_dir("gpt2")), tmp_path / "a", lf.Recipe(), rows, "rows", resume=True
     )
     quiet = Console(quiet=True)
-    assert with_length(request, [], quiet).recipe.max_length == 512
+    assert with_max_length(request, [], quiet).recipe.max_length == 512
     RunDirectory(tmp_path / "a").start({"max_length": 1024})
-    assert with_length(request, [], quiet).recipe.max_length == 1024
+    assert with_max_length(request, [], quiet).recipe.max_length == 1024
 
 
 WIDTHS = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
@@ -303,8 +303,8 @@ def test_completions_beyond_a_chunk_have_a_prompt_each() -> None:
     law = Simpo()
     plain = Preferences(model, law, None, 0)
     expected = [total_loss(plain, [[e]]) for e in examples]
-    with branching(model) as how:
-        assert (how.shares, how.longest) == (True, 18)
+    with sharing_prefixes(model) as how:
+        assert (how.shares, how.max_tokens) == (True, 18)
         loss = Preferences(model, law, how, 0)
         assert ["lens" in loss.collate([e], loss.device) for e in examples] == [False, True]
         assert [loss.size(e) for e in examples] == [39, 15]

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import refused
 from lorafold.adapter import attach
-from lorafold.core.rounding import generator_of, turned
+from lorafold.core.rounding import generator_of, turn_rounded
 from lorafold.errors import LorafoldError
 from lorafold.memory.estimate import changes_of, estimate
-from lorafold.memory.presets import setting_of
+from lorafold.memory.presets import memory_setting
 from lorafold.memory.trace import Ledger, distinct_bytes
 from lorafold.methods import make_spec
 from lorafold.models.loading import load_model
@@ -62,11 +62,11 @@ def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_turned_keeps_the_sign_of_zero_and_what_is_no_number(dtype: torch.dtype) -> None:
-    zero = turned(torch.tensor([-0.0, 0.0]), dtype, generator_of(0, "x"), 1)
+    zero = turn_rounded(torch.tensor([-0.0, 0.0]), dtype, generator_of(0, "x"), 1)
     assert zero.signbit().tolist() == [True, False]
     # 0x7FFFFFFF is the NaN of CUDA's arithmetic
     odd = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
-    assert turned(odd.repeat(50), dtype, generator_of(0, "x"), 1).isnan().all()
+    assert turn_rounded(odd.repeat(50), dtype, generator_of(0, "x"), 1).isnan().all()
 
 
 def test_equal_updates_add_up_to_less_than_a_unit_of_error() -> None:
@@ -75,7 +75,7 @@ def test_equal_updates_add_up_to_less_than_a_unit_of_error() -> None:
     w, unit = torch.ones(2000).bfloat16(), torch.finfo(torch.bfloat16).eps
     start = w.clone()
     for t in range(steps):
-        w = turned(w.float() + share * unit, torch.bfloat16, generator_of(0, "w"), t)
+        w = turn_rounded(w.float() + share * unit, torch.bfloat16, generator_of(0, "w"), t)
     error = (w - start).double() / unit - steps * share
     assert error.square().mean().sqrt() < 0.8
 
@@ -281,7 +281,7 @@ def test_no_8_bit_optimizer_is_advised_or_taken_for_16_bit_weights() -> None:
     assert [sixteen in words for words in advised] == [False, True, False]
     assert sixteen not in dict(changes_of(replace(in_fp32, optimizer="adamw8bit")))
     with pytest.raises(LorafoldError, match="optimizer adamw8bit rounds to nearest"):
-        setting_of("full", Recipe(storage="bf16", optimizer="adamw8bit"), 1, 128)
+        memory_setting("full", Recipe(storage="bf16", optimizer="adamw8bit"), 1, 128)
     with pytest.raises(LorafoldError, match="so weights in float16 would lose"):
         make_optimizer("adamw8bit", [{"params": made(torch.float16), "lr": 1e-3}], Recipe())
 

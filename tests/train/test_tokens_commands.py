@@ -23,15 +23,15 @@ from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.generation import complete, end_tokens
 from lorafold.merging.plan import declared
-from lorafold.methods.parts.trainable_tokens import TrainableTokens
+from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, load_tokenizer, set_template, tokenizer_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
+from lorafold.training.inputs import RunRequest
 from lorafold.training.preview import show
-from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from noise import moved
 from process_cases import same_bytes

@@ -25,9 +25,9 @@ from lorafold.core.attach import (
     selection_of,
 )
 from lorafold.core.combine import Stack
-from lorafold.core.contexts import keep_scale
+from lorafold.core.contexts import disable_rescaling
 from lorafold.core.delta import Delta
-from lorafold.core.matrices import expert_parameters, module_at, parameter_path
+from lorafold.core.expert_matrices import expert_parameters, module_at, parameter_path
 from lorafold.core.shared_tensors import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
@@ -36,8 +36,14 @@ from lorafold.files.contents import Contents
 from lorafold.identity import of_model
 from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_class, layer_of
-from lorafold.methods.parts.extras import Bias, ReplaceDelta, add_biases, add_token_rows, leaves
-from lorafold.methods.parts.trainable_tokens import TrainableTokens
+from lorafold.methods.common.biases_and_modules import (
+    Bias,
+    ReplaceDelta,
+    add_biases,
+    add_token_rows,
+    param_paths,
+)
+from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import new_heads
 from lorafold.models.sources import name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
@@ -166,10 +172,10 @@ def build(
     base: Weights | None = None,
 ) -> BuiltAdapter:
     """Build a new adapter from the arguments of `attach`."""
-    keep_scale(model)
+    disable_rescaling(model)
     selection = selection_of(model)
     saved = match(model, modules_to_save, is_linear)
-    whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(module_at(model, p), p))
+    whole = dict.fromkeys(leaf for p in saved.paths for leaf in param_paths(module_at(model, p), p))
     matches = match(model, spec.targets if targets is None else targets, is_linear)
     matches = matches.without(whole) if whole else matches
     if not matches.paths:
@@ -221,7 +227,7 @@ def read(
     """Read a saved adapter from the arguments of `load`; `below` are the adapters below it (None:
     the model's active ones).
     """
-    keep_scale(model)
+    disable_rescaling(model)
     saved = (path if isinstance(path, SavedAdapter) else SavedAdapter.open(path)).within(model)
     if saved.over:  # one of those replaces the randomly initialized head of this model
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))

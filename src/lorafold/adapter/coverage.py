@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lorafold.core.anatomy import Anatomy, beneath, last_part
-from lorafold.core.matrices import Matrices, module_at
+from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.templates import in_words
@@ -54,7 +54,8 @@ class Unreached:
 def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
     """Count the parameters without a delta, in the blocks and beside them."""
     anatomy, sizes = Anatomy.of(model), parameter_sizes(model)
-    in_block, outside = beneath(anatomy.language_blocks or [""]), beneath(anatomy.beside)
+    in_block = beneath(anatomy.language_blocks or [""])
+    outside = beneath(anatomy.encoders_and_connectors)
     kinds, around, of_blocks = Counter[str](), Counter[str](), 0
     for path, module in anatomy.modules:
         own = sizes.get(path, {})
@@ -135,7 +136,7 @@ def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
     kinds = list(dict.fromkeys(anatomy.encoders.values()))
     if not kinds:
         return None
-    idle = sum(map(beneath(anatomy.beside), sites))
+    idle = sum(map(beneath(anatomy.encoders_and_connectors), sites))
     where = " and ".join(f"{kind} encoder" for kind in kinds)
     why = f"no row has {' or '.join(INPUTS[kind] for kind in kinds)}"
     if idle and idle == len(sites):

@@ -21,7 +21,7 @@ from lorafold.core.attach import (
     freeze,
     selection_of,
 )
-from lorafold.core.delta import SETTINGS, Delta, check_settings, put, written
+from lorafold.core.delta import SETTINGS, Delta, check_settings, encoded_settings, set_tensor
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST, atomic_directory, read_object, write_json
@@ -33,8 +33,8 @@ from lorafold.fold.plan import carry_out, plan_fold
 from lorafold.identity import of_model
 from lorafold.layers import parameter_count
 from lorafold.layers.quantization_config import record_dequantized
-from lorafold.methods.parts.extras import vocabulary
-from lorafold.methods.parts.trainable_tokens import TokenRows
+from lorafold.methods.common.biases_and_modules import vocabulary
+from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.loading import recorded_storage
 from lorafold.models.sources import forget_source, name_of_base, source_of
@@ -118,7 +118,7 @@ class Adapter:
         for path, delta in self.deltas.items():
             prefix = f"{path}." if path else ""
             delta.state_dict(destination=state, prefix=prefix)
-            if (own := written(delta)) is not None:
+            if (own := encoded_settings(delta)) is not None:
                 settings[f"{prefix}{SETTINGS}"] = own
         return state | settings
 
@@ -144,7 +144,7 @@ class Adapter:
         for path, delta in deltas.items():
             for name, old in delta.state_dict(keep_vars=True).items():
                 if not isinstance(old, nn.Parameter) or owns(old):
-                    put(delta, name, state[joined(path, name)].to(old.device))
+                    set_tensor(delta, name, state[joined(path, name)].to(old.device))
 
     def requires_grad_(self, trainable: bool = True) -> Adapter:
         """Make the adapter's parameters trainable, or freeze them; return the adapter.

@@ -33,7 +33,7 @@ def reference(model: Model) -> Model:
         model: the model, with an adapter that trains.
     """
     under = below(model)
-    selection_of(model).referred = under
+    selection_of(model).reference_names = under
     return _twin(model, model, under)
 
 

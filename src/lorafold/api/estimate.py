@@ -13,8 +13,8 @@ from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.memory.result import Forecast
-    from lorafold.memory.trace import Setting
+    from lorafold.memory.estimate_report import Forecast
+    from lorafold.memory.trace import MemorySetting
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
 
@@ -104,9 +104,9 @@ def estimate(
     from lorafold.api.arguments import as_page, as_recipe, or_quiet
     from lorafold.memory import estimate
     from lorafold.memory.estimate import advise, advise_on_rows
+    from lorafold.memory.estimate_report import Forecast, page
     from lorafold.memory.measure import measure as measured_bytes
-    from lorafold.memory.presets import as_in_files, llama, setting_of
-    from lorafold.memory.result import Forecast, page
+    from lorafold.memory.presets import llama, memory_setting, with_file_quantization
     from lorafold.memory.trace import STRATEGIES
     from lorafold.models.loading import load_model
     from lorafold.models.positions import positions_in
@@ -164,20 +164,20 @@ def estimate(
     trusted = opening.get("trust_remote_code", False)
     base = Base(model, device=device if measure else None, **opening)
     if data is None:
-        setting = setting_of(mode, asked, batch or 1, max_length or LENGTH, labelled)
+        setting = memory_setting(mode, asked, batch or 1, max_length or LENGTH, labelled)
         config = base.config() if params is None else llama(params)
         fitted = fitted_length(positions_in(config, False, trusted), max_length, 0, console)
-        setting = setting_of(mode, asked, batch or 1, fitted, labelled)
+        setting = memory_setting(mode, asked, batch or 1, fitted, labelled)
     else:
         sizes = {"batch": batch, "max_length": max_length}
         of_run = Recipe(**given | {name: n for name, n in sizes.items() if n is not None})
         setting = setting_on_rows(base, mode, of_run, data, rewards, columns, console)
         bare = Recipe(**{k: v for k, v in given.items() if k in OF_MEMORY})
-        stored_as = setting_of(mode, bare, 1, LENGTH).base
+        stored_as = memory_setting(mode, bare, 1, LENGTH).base
         # as without rows, for a GPU
         setting, config = replace(setting, base=stored_as, widened=False), base.config()
     setting = replace(setting, trust_remote_code=trusted, processes=gpus, strategy=strategy)
-    setting = as_in_files(setting, config, str(model), "storage" in given)
+    setting = with_file_quantization(setting, config, str(model), "storage" in given)
     on = base.where if measure else None
     of_this_cpu = (device if on is None else on.type) == "cpu"
     setting = replace(
@@ -213,23 +213,23 @@ def setting_on_rows(
     rewards: opt.RewardSources,
     columns: opt.ColumnNames | None,
     console: "Console",
-) -> "Setting":
+) -> "MemorySetting":
     """The setting of the largest micro-batch in the first steps of `lorafold train`."""
     from dataclasses import replace
     from tempfile import TemporaryDirectory
 
     from lorafold.api.arguments import as_rows, source_of, with_rewards
-    from lorafold.memory.presets import check_fields, recipe_in
+    from lorafold.memory.presets import check_fields, recipe_for_mode
 
     check_fields(recipe, OF_MEMORY | OF_ROWS | {"batch", "max_length"})
-    recipe, functions = with_rewards(recipe_in(mode, recipe), rewards)
+    recipe, functions = with_rewards(recipe_for_mode(mode, recipe), rewards)
     rows = as_rows(data, columns, console, weighted=True, objective=recipe.objective)
-    from lorafold.training.request import RunRequest
-    from lorafold.training.setup import largest_setting, set_up
+    from lorafold.training.inputs import RunRequest
+    from lorafold.training.setup import largest_memory_setting, set_up
 
     with TemporaryDirectory() as folder:
         out = Path(folder) / "adapter"
-        found = largest_setting(
+        found = largest_memory_setting(
             set_up(RunRequest(base, out, recipe, rows, source_of(data), rewards=functions), console)
         )
     return replace(found, checkpointing=recipe.gradient_checkpointing is True)

@@ -112,7 +112,7 @@ def evaluate(
     labels = rows.provides(LABELS) and not rewards
     length = length_for(base, max_length, saved, console, head=labels)
     if rewards:
-        from lorafold.objectives.options import SamplingOptions
+        from lorafold.objectives.algorithm_options import SamplingOptions
         from lorafold.rewards import Rewards
         from lorafold.rewards.reward import LIMIT
 
@@ -129,7 +129,7 @@ def evaluate(
 
 def law_of_adapters(adapters: Sequence["SavedAdapter"]) -> "Law":
     """The preference algorithm of the last adapter, or DPO if it has none."""
-    from lorafold.objectives.options import law_of
+    from lorafold.objectives.algorithm_options import preference_algorithm
     from lorafold.training_step.preference_algorithms import Dpo
 
     recipe = adapters[-1].recipe if adapters else {}
@@ -137,4 +137,5 @@ def law_of_adapters(adapters: Sequence["SavedAdapter"]) -> "Law":
     declared = OBJECTIVES.get(objective)
     if declared is None or not declared.law or declared.draws:
         return Dpo()
-    return law_of(objective, recipe.get("beta"), recipe.get("objective_options") or {})
+    options = recipe.get("objective_options") or {}
+    return preference_algorithm(objective, recipe.get("beta"), options)

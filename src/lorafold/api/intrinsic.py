@@ -60,7 +60,7 @@ def intrinsic(
     from lorafold.recipe.fitting import settled_length
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
-    from lorafold.training.request import RunRequest
+    from lorafold.training.inputs import RunRequest
 
     if smallest > largest:
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")

@@ -7,7 +7,7 @@ from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    from lorafold.evaluation.scoring import ScoredRows
+    from lorafold.evaluation.reward_model_scores import ScoredRows
 
 
 @opt.verb
@@ -53,7 +53,7 @@ def score(
         raise LorafoldError(f"{place} {what}{again}")
     rows = as_rows(data, columns, console, objective=None)
     from lorafold.api.loaded_model import length_for, load_with_adapters, model_with
-    from lorafold.evaluation.scoring import score_rows
+    from lorafold.evaluation.reward_model_scores import score_rows
 
     base, saved = model_with(model, adapters, console, **opening)
     length = length_for(base, max_length, saved, console, head=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lorafold.data.checks import Findings
     from lorafold.recipe.recipe import Recipe
     from lorafold.training.finish import Trained
-    from lorafold.training.request import RunRequest
+    from lorafold.training.inputs import RunRequest
 
 OfRun = Annotated["Recipe | None", opt.RecipeOptions()]
 Shown = Annotated[
@@ -172,7 +172,7 @@ def requested(
         held_out = as_rows(held_out, columns, console, objective=run.objective)
     from lorafold.peft.provenance import OwnBase
     from lorafold.resolve import base_for
-    from lorafold.training.request import RunRequest
+    from lorafold.training.inputs import RunRequest
 
     stack, first = asked.pop("over", ()), asked.pop("init_adapter", None)
     over = () if stack == () else tuple(as_paths(stack))

@@ -33,7 +33,8 @@ from lorafold.data.examples import probe_ids
 from lorafold.data.sources import Row
 from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError, NotMergeable, listed
-from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
+from lorafold.evaluation import Evaluation, RewardEvaluation
+from lorafold.evaluation.intervals import Interval
 from lorafold.layers import parameter_count
 from lorafold.methods import known_options
 from lorafold.peft.adapter_directory import SavedAdapter
@@ -43,7 +44,7 @@ from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import RunRequest, objective_of, tokenizer_for
+from lorafold.training.inputs import RunRequest, objective_of, prepare_tokenizer
 from lorafold.training.run import train
 
 if TYPE_CHECKING:
@@ -366,7 +367,7 @@ class Models:
         self.bare, self.whole = bare, replace(bare, model=request.out, revision=None)
         self.saved = SavedAdapter.open(request.out) if (request.out / CONFIG).is_file() else None
         if not request.out.exists():
-            tokenizer, _ = tokenizer_for(request, self.objective, Console(quiet=True))
+            tokenizer, _ = prepare_tokenizer(request, self.objective, Console(quiet=True))
         else:
             tokenizer = bare.tokenizer([self.saved]) if self.saved else self.whole.tokenizer()
             self.objective.set_up(tokenizer)

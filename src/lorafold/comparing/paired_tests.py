@@ -4,7 +4,7 @@
                                             tokens, of two methods or of a method and the base; or
                                             the mean rewards of prompt i, n_i = 1; over S seeds
     var(d) = R + var_s(l_s) / S + var_s(l'_s) / S'
-                                            R: the variance over rows of `evaluation.intervals`,
+                                            R: `ratio_interval`'s variance over rows,
                                             l_s: the mean loss of a method under seed s
 
 A hard row is hard for all methods, so the interval of a difference is narrower than the intervals
@@ -27,8 +27,13 @@ from typing import Any, Self
 import numpy as np
 
 from lorafold.comparing.measure import BASE, Measurement, Measurements
-from lorafold.evaluation import Interval
-from lorafold.evaluation.intervals import loss_interval, ratio_interval, student, two_sided
+from lorafold.evaluation.intervals import (
+    Interval,
+    loss_interval,
+    ratio_interval,
+    student,
+    two_sided,
+)
 from lorafold.files.templates import in_words, within
 
 SEEDS = 3  # required for a verdict

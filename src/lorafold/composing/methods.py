@@ -2,7 +2,7 @@
 
     error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 if no rank was truncated
 
-mixture: frozen factors with gates that are trained (`methods.parts.mixture`).
+mixture: frozen factors with gates that are trained (`methods.mixture`).
 
 lorahub: the weights of a sum of updates, optimized without gradients on a few examples.
 
@@ -35,7 +35,7 @@ from lorafold.data.examples import encode
 from lorafold.errors import Interrupted
 from lorafold.evaluation import held_out_loss
 from lorafold.inspecting.updates import lora_of
-from lorafold.methods.parts.mixture import Gating, Mixture
+from lorafold.methods.mixture import Gating, Mixture
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.training import run

@@ -14,7 +14,7 @@ from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.model_card import training_card
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
-from lorafold.methods.parts.mixture import Gating
+from lorafold.methods.mixture import Gating
 from lorafold.models.architecture import opened_by_name
 from lorafold.peft.adapter_directory import SavedAdapter, trained_on
 from lorafold.peft.form import form_of

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from lorafold.adapter import Adapter, load
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.delta import Additive
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError, join_problems
 from lorafold.inspecting.updates import Factors, matrix_names, stacked, unstacked

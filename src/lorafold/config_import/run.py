@@ -33,7 +33,7 @@ from lorafold.config_import.rules import Outcome, Rule, ToolSettings, Translated
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.options import law_of, policy_options
+from lorafold.objectives.algorithm_options import policy_options, preference_algorithm
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.parsing import parse_yaml, text_of, yaml_type
@@ -319,7 +319,7 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
         raise LorafoldError("; ".join(problems.values())) from None
     declared = OBJECTIVES[recipe.objective]
     if declared.law:
-        check = policy_options if declared.draws else law_of
+        check = policy_options if declared.draws else preference_algorithm
         try:
             check(recipe.objective, recipe.beta, recipe.objective_options)
         except LorafoldError as error:

@@ -40,7 +40,7 @@ from lorafold.config_import.rules import (
 from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.options import law_class
+from lorafold.objectives.algorithm_options import algorithm_class
 
 AUTO = "the tool keeps the files' dtype; lorafold uses bf16 if native to the device, else fp32"
 RISES = "transformers warms up from a learning rate of 0, lorafold from peak / warm-up steps"
@@ -275,7 +275,7 @@ def has_reference(objective: str | None) -> bool:
         return False
     from lorafold.training_step import preference_algorithms
 
-    return bool(law_class(OBJECTIVES[objective], preference_algorithms).has_reference)
+    return bool(algorithm_class(OBJECTIVES[objective], preference_algorithms).has_reference)
 
 
 def options_of(objective: str | None) -> Mapping[str, Any]:

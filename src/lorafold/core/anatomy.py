@@ -14,13 +14,13 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from lorafold.core.attach import Deltas
-from lorafold.core.matrices import Matrices, expert_counts, matrices_of
+from lorafold.core.expert_matrices import Matrices, expert_counts, matrices_of
 
 MODALITIES = {"image": "vision", "video": "vision", "audio": "audio"}
 
 # weak references, so that the cache does not keep models or replaced modules alive
 Tree = list[tuple[str, ref[nn.Module]]]
-_made: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
+_anatomies: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 
 
 class Anatomy:
@@ -39,8 +39,8 @@ class Anatomy:
         self.experts: dict[str, set[int]] = {}
         self.blocks, self.indexers, self.attentions = list[str](), list[str](), list[str]()
         lists: tuple[str, ...] = ()
-        for path, kept in tree:
-            module: Any = kept()
+        for path, module_ref in tree:
+            module: Any = module_ref()
             if isinstance(module, nn.ModuleList) and not path.startswith(lists):
                 lists += (f"{path}.",)
                 self.blocks += [f"{path}.{name}" for name, _ in module.named_children()]
@@ -50,45 +50,43 @@ class Anatomy:
                 self.indexers.append(path)
             if path and getattr(module, "is_causal", False) and hasattr(module, "layer_idx"):
                 self.attentions.append(path)
-        own = model
         try:
-            embedding = getattr(own, "get_input_embeddings", lambda: None)()
+            embedding = getattr(model, "get_input_embeddings", lambda: None)()
         except NotImplementedError:  # transformers raises it for two encoders side by side
             embedding = None
-        head = getattr(own, "get_output_embeddings", lambda: None)()
-        paths = {id(kept()): path for path, kept in tree}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        paths = {id(module_ref()): path for path, module_ref in tree}
         self.embedding, self.head = paths.get(id(embedding)), paths.get(id(head))
 
     @staticmethod
     def of(model: nn.Module) -> Anatomy:
         """The model's current anatomy: cached, and computed again after modules changed."""
-        seen = set()
-        tree = []
-        left = [("", model)]
-        while left:
-            path, module = left.pop()
-            if id(module) in seen:
+        visited, tree = set(), []
+        pending = [("", model)]
+        while pending:
+            path, module = pending.pop()
+            if id(module) in visited:
                 continue
-            seen.add(id(module))
+            visited.add(id(module))
             tree.append((path, ref(module)))
             for name, child in reversed(module._modules.items()):
                 if child is not None and not isinstance(child, Deltas | Matrices):
-                    left.append((joined(path, name), child))
-        known = _made.get(model)
+                    pending.append((joined(path, name), child))
+        known = _anatomies.get(model)
         if known is None or known._tree != tree:
-            known = _made[model] = Anatomy(model, tree)
+            known = _anatomies[model] = Anatomy(model, tree)
         return known
 
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:
         """Each module outside deltas, once, under its first path; expert weights as `Matrices`."""
         modules: dict[str, nn.Module] = {}
-        for path, kept in self._tree:
-            module: Any = kept()
+        for path, module_ref in self._tree:
+            module: Any = module_ref()
             if path in self.experts:
-                around = modules.get(path.rpartition(".")[0]) if path else None
-                within = matrices_of(module, around)
-                modules |= {path: module, **{joined(path, name): m for name, m in within.items()}}
+                parent = modules.get(path.rpartition(".")[0]) if path else None
+                matrices = matrices_of(module, parent)
+                modules |= {path: module, **{joined(path, name): m for name, m in matrices.items()}}
             else:
                 modules[path] = module
         return list(modules.items())
@@ -99,17 +97,17 @@ class Anatomy:
         gate).
         """
         # for each module that contains experts: its children with experts inside, and the counts
-        around: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        inside: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for path, counts in self.experts.items():
-            for outer, child in _steps(path):
-                around[outer][child] |= counts
+            for outer, child in _ancestors(path):
+                inside[outer][child] |= counts
         routers = set()
-        for path, module in self.modules if around else ():
+        for path, module in self.modules if inside else ():
             weight = module._parameters.get("weight")
             if weight is None or weight.dim() != 2:
                 continue
-            for outer, child in _steps(path):
-                experts = around.get(outer, {})
+            for outer, child in _ancestors(path):
+                experts = inside.get(outer, {})
                 if experts and child not in experts and len(weight) in {1}.union(*experts.values()):
                     routers.add(path)
         return frozenset(routers)
@@ -128,8 +126,8 @@ class Anatomy:
         model = self._model()
         part = model.get_decoder() if hasattr(model, "get_decoder") else model
         if part is model and self.embedding and self.head is not None:
-            around = self.embedding.partition(".")[0]
-            return around if around != self.head else ""
+            outer = self.embedding.partition(".")[0]
+            return outer if outer != self.head else ""
         return next((path for path, module in self._tree if module() is part), "")
 
     @cached_property
@@ -144,11 +142,11 @@ class Anatomy:
     def language(self) -> str:
         """The language model inside a multimodal model; "" for any other model."""
         model = self._model()
-        if not self.embedding or _of_text(model):
+        if not self.embedding or _is_text_model(model):
             return ""
-        for _, path in _steps(self.embedding):
+        for _, path in _ancestors(self.embedding):
             part = model.get_submodule(path)
-            if _of_text(part):
+            if _is_text_model(part):
                 config = part.config
                 decodes = getattr(config, "is_decoder", False) or not config.is_encoder_decoder
                 half = model.config.is_encoder_decoder and decodes  # of an encoder-decoder
@@ -165,41 +163,41 @@ class Anatomy:
         """The encoders beside the language model, and the modality of each: "vision" or "audio"."""
         config: Any = getattr(self._model(), "config", None)
         # an encoder may lie inside a language model whose own configuration has a part for it
-        within = _of_text(self._model()) and getattr(config, "sub_configs", None)
+        within = _is_text_model(self._model()) and getattr(config, "sub_configs", None)
         if not self.language and (not within or config.is_encoder_decoder):
             return {}
-        known, encoders = _takes(self._model()), dict[str, str]()
+        own, encoders = _modalities(self._model()), dict[str, str]()
         for path, module in self.modules:
             over = f"{self.embedding or ''}.".startswith(f"{path}.") or not path
             inside = beneath(filter(None, (*encoders, self.language)))(path)
-            if not over and not inside and (kinds := [k for k in _takes(module) if k in known]):
+            if not over and not inside and (kinds := [k for k in _modalities(module) if k in own]):
                 encoders[path] = kinds[0]
         return encoders
 
     @cached_property
-    def beside(self) -> tuple[str, ...]:
+    def encoders_and_connectors(self) -> tuple[str, ...]:
         """The encoders and the connectors between them and the language model; not the heads."""
         if not self.language:
             return tuple(self.encoders)
-        around = [outer for outer, _ in _steps(self.language)]
-        left_out = {*around, self.language, *self.heads}
+        ancestors = [outer for outer, _ in _ancestors(self.language)]
+        left_out = {*ancestors, self.language, *self.heads}
         paths = [
             joined(outer, name)
-            for outer in around
+            for outer in ancestors
             for name, _ in self._model().get_submodule(outer).named_children()
         ]
         return tuple(path for path in paths if path not in left_out)
 
     @cached_property
     def language_blocks(self) -> list[str]:
-        out = beneath(self.beside)
-        return [path for path in self.blocks if not out(path)]
+        is_outside = beneath(self.encoders_and_connectors)
+        return [path for path in self.blocks if not is_outside(path)]
 
     @property
     def language_modules(self) -> list[tuple[str, nn.Module]]:
         """The path and module of each module outside encoders and connectors."""
-        out = beneath(self.beside)
-        return [(path, module) for path, module in self.modules if not out(path)]
+        is_outside = beneath(self.encoders_and_connectors)
+        return [(path, module) for path, module in self.modules if not is_outside(path)]
 
 
 def joined(path: str, name: str) -> str:
@@ -227,7 +225,7 @@ def of_attention(path: str) -> bool:
     return re.search(r"attn|attention", path, re.IGNORECASE) is not None
 
 
-def sharers(model: nn.Module, module: nn.Module) -> list[str]:
+def tied_modules(model: nn.Module, module: nn.Module) -> list[str]:
     """The paths of the other modules that have the same Parameter as their `weight`."""
     weight = module._parameters.get("weight")
     return [
@@ -250,21 +248,21 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _steps(path: str) -> list[tuple[str, str]]:
+def _ancestors(path: str) -> list[tuple[str, str]]:
     """Each module on the way to a path, with its next child."""
     parts = path.split(".") if path else []
     return [(".".join(parts[:n]), ".".join(parts[: n + 1])) for n in range(len(parts))]
 
 
-def _of_text(module: nn.Module) -> bool:
+def _is_text_model(module: nn.Module) -> bool:
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "get_text_config"):
         return False
     return not config.sub_configs or config.get_text_config(decoder=True) is config
 
 
-def _takes(module: nn.Module) -> list[str]:
+def _modalities(module: nn.Module) -> list[str]:
     """The non-text modalities that the module takes: "vision", "audio"."""
-    named = getattr(module, "input_modalities", ())
-    names = [named] if isinstance(named, str) else named
+    inputs = getattr(module, "input_modalities", ())
+    names = [inputs] if isinstance(inputs, str) else inputs
     return list(dict.fromkeys(MODALITIES[name] for name in names if name in MODALITIES))

@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from lorafold.core.delta import SETTINGS, Delta, Over, check_settings, written
+from lorafold.core.active_adapters import OnlyBlock, Selection, StateDictLoading
+from lorafold.core.active_adapters import Origin as Origin
+from lorafold.core.delta import SETTINGS, Delta, Over, check_settings, encoded_settings
+from lorafold.core.folded_weights import NAMES, WeightDescriptor
 from lorafold.core.layer import BaseLayer, Layer
-from lorafold.core.selection import Loading, OnlyBlock, Selection
-from lorafold.core.selection import Origin as Origin
-from lorafold.core.served_weights import NAMES, WeightDescriptor
 from lorafold.errors import LorafoldError, listed
 
-_base_alone: ContextVar[bool] = ContextVar("base_alone", default=False)
+_without_deltas: ContextVar[bool] = ContextVar("base_alone", default=False)
 
 
 class Deltas(nn.ModuleDict):
@@ -32,8 +32,8 @@ class Deltas(nn.ModuleDict):
     def __init__(self, selection: Selection) -> None:
         super().__init__()
         self.selection = selection
-        self._given: tuple[str, set[str]] = "", set()  # of the state being loaded
-        self.register_load_state_dict_post_hook(self._forgive)
+        self._state_adapters: tuple[str, set[str]] = "", set()  # of the state being loaded
+        self.register_load_state_dict_post_hook(self._drop_missing_keys)
 
     def train(self, mode: bool = True) -> Self:
         """Put the deltas with trainable parameters in training mode."""
@@ -49,13 +49,13 @@ class Deltas(nn.ModuleDict):
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
         """The deltas' tensors, without the base's, which the state dict already contains."""
-        if _base_alone.get():
+        if _without_deltas.get():
             return {} if destination is None else destination
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key in self._keys_of_base(prefix, state):
             del state[key]
         for name, delta in self.items():
-            if (settings := written(delta)) is not None:  # type: ignore[arg-type]
+            if (settings := encoded_settings(delta)) is not None:  # type: ignore[arg-type]
                 state[f"{prefix}{name}.{SETTINGS}"] = settings
         return state
 
@@ -74,19 +74,19 @@ class Deltas(nn.ModuleDict):
             if settings is not None:
                 where = f"{prefix.removesuffix('.deltas.')}: adapter {name!r}"
                 check_settings(delta, settings, where)  # type: ignore[arg-type]
-        self._given = prefix, set(names.values()) & set(self)
+        self._state_adapters = prefix, set(names.values()) & set(self)
 
-    def _forgive(self, _: nn.Module, incompatible: Any) -> None:
+    def _drop_missing_keys(self, _: nn.Module, incompatible: Any) -> None:
         """Don't report keys of adapters that are absent from the state as missing: a base state can
         be loaded.
         """
-        missing, (prefix, given) = incompatible.missing_keys, self._given
+        missing, (prefix, given) = incompatible.missing_keys, self._state_adapters
         for key in self._keys_of_base(prefix, missing):
             missing.remove(key)
         loading = self.selection.loading
         if loading is None or loading.missing is not missing:
-            loading = self.selection.loading = Loading(missing)
-        loading.passed(prefix, given)
+            loading = self.selection.loading = StateDictLoading(missing)
+        loading.add_module(prefix, given)
 
 
 class Adapted(nn.Module):
@@ -132,7 +132,7 @@ def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Ad
     """The subclass of `cls` that replaces it on adapted modules."""
 
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
-        layer = self.layer(*self.selection.running(self.training))
+        layer = self.layer(*self.selection.names_for_call(self.training))
         if isinstance(layer, BaseLayer):
             return layer(*args, **kwargs)
         return layer_class.called(layer, *args, **kwargs)
@@ -144,11 +144,11 @@ def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Ad
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a model (tensors of any shape) without its adapters."""
-    token = _base_alone.set(True)
+    token = _without_deltas.set(True)
     try:
         state = model.state_dict()
     finally:
-        _base_alone.reset(token)
+        _without_deltas.reset(token)
     return state
 
 
@@ -236,12 +236,11 @@ class only:
     """
 
     def __init__(self, model: nn.Module, *names: str) -> None:
-        carried = {name for _, m in adapted_modules(model) for name in m.deltas}
-        if unknown := [n for n in names if n not in carried]:
+        attached_names = {name for _, m in adapted_modules(model) for name in m.deltas}
+        if unknown := [n for n in names if n not in attached_names]:
             raise LorafoldError(
                 f"no adapter {listed(unknown, max_chars=80)} is attached to this model; attached"
-                " adapters:"
-                f" {listed(sorted(carried), max_chars=120) or 'none'}"
+                f" adapters: {listed(sorted(attached_names), max_chars=120) or 'none'}"
             )
         self.selection, self.names = selection_of(model), names
         self._entries: list[OnlyBlock] = []

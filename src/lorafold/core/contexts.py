@@ -32,7 +32,7 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def undropped(model: nn.Module) -> Iterator[float]:
+def without_dropout(model: nn.Module) -> Iterator[float]:
     """Context: dropout is 0 in the model and its adapters. Yields the largest previous rate."""
 
     rates = [
@@ -70,14 +70,14 @@ def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
 
 
 @dataclass(eq=False)
-class Scope:
+class UnchangedScope:
     """One `unchanged` block, and the values cached for it."""
 
     open: bool = True
-    kept: dict[Any, Any] = field(default_factory=dict)
+    cache: dict[Any, Any] = field(default_factory=dict)
 
 
-_scope: ContextVar[Scope | None] = ContextVar("unchanged", default=None)
+_scope: ContextVar[UnchangedScope | None] = ContextVar("unchanged", default=None)
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def unchanged() -> Iterator[None]:
     """Context: parameters don't change in this thread or task, so values that depend only on them
     are computed once (fused optimizers don't change a parameter's version).
     """
-    token = _scope.set(made := Scope())
+    token = _scope.set(made := UnchangedScope())
     try:
         yield
     finally:
@@ -93,7 +93,7 @@ def unchanged() -> Iterator[None]:
         _scope.reset(token)
 
 
-def scope() -> Scope | None:
+def scope() -> UnchangedScope | None:
     return _scope.get()
 
 
@@ -107,7 +107,7 @@ def is_fake(x: Tensor) -> bool:
     return isinstance(x, FakeTensor)
 
 
-def keep_scale(model: nn.Module) -> None:
+def disable_rescaling(model: nn.Module) -> None:
     """Undo and disable RWKV's in-place rescaling of weights for inference: a delta would not be
     rescaled with its matrix, so merged weights would be wrong by a power of two.
     """

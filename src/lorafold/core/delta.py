@@ -206,7 +206,7 @@ def on_meta(delta: Delta) -> Delta:
     )
 
 
-def put(delta: Delta, name: str, value: Tensor) -> None:
+def set_tensor(delta: Delta, name: str, value: Tensor) -> None:
     """Set a delta's tensor by its dotted name, in place if `value` (any shape) has its shape."""
     owner, _, leaf = name.rpartition(".")
     module = delta.get_submodule(owner)
@@ -305,7 +305,7 @@ SETTINGS = "settings"
 SHOWN = 200  # characters of a value in a message
 
 
-def written(delta: Delta) -> Tensor | None:  # (bytes,)
+def encoded_settings(delta: Delta) -> Tensor | None:  # (bytes,)
     """The settings of a delta and its parts as JSON (bytes,) in uint8; None if it has none."""
     settings = {
         f"{path}.{name}".removeprefix("."): getattr(module, name)
@@ -319,7 +319,7 @@ def written(delta: Delta) -> Tensor | None:  # (bytes,)
 
 def check_settings(delta: Delta, given: Tensor, what: str) -> None:
     """Raise if the settings `given` (bytes,) in a state differ from the delta's."""
-    both = written(delta), given
+    both = encoded_settings(delta), given
     own, there = ({} if t is None else json.loads(bytes(t.tolist())) for t in both)
     if own != there:
         lines = [

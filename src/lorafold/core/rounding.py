@@ -4,15 +4,15 @@
     dithered      the value's own bits decide: for sums and products that are recomputed
     stochastic    fp32 random numbers: for a weight that is folded once (Gupta et al. 2015, arXiv
                   1502.02551)
-    turned        16 random bits, shifted at every step: for weights stored at every step
+    turn_rounded  16 random bits, shifted at every step: for weights stored at every step
 
 **dithered.** The dither is the value's upper half times an odd constant, so a value always rounds
 the same way: in a replayed checkpoint, elsewhere in the batch, in decoding and in prefill.
 
-**turned.** A weight with an update of p units is rounded up if u + t ODD / 2^16 (mod 1) lies in an
-interval of length p, u its random number and t the step: a Kronecker sequence of the golden ratio
-(Niederreiter 1992, ch. 3). The error of T equal updates is O(log T) units instead of sqrt(T p (1 -
-p)) with independent random numbers.
+**turn_rounded.** A weight with an update of p units is rounded up if u + t ODD / 2^16 (mod 1) lies
+in an interval of length p, u its random number and t the step: a Kronecker sequence of the golden
+ratio (Niederreiter 1992, ch. 3). The error of T equal updates is O(log T) units instead of sqrt(T p
+(1 - p)) with independent random numbers.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> to
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Round x (fp32 or fp64, finite, any shape) to one of its neighbours, with expectation x."""
-    return _up_below(x.float(), dtype, torch.rand(x.shape, generator=generator))
+    return _round_up_below(x.float(), dtype, torch.rand(x.shape, generator=generator))
 
 
-def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
+def _round_up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
     """Round x, fp32, away from zero if u (same shape, in [0, 1)) is below the remainder."""
     info = torch.finfo(dtype)
     # the power of two at or under |x|
@@ -76,7 +76,7 @@ def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
     return lower.add_(u < steps.sub_(lower)).mul_(unit).copysign_(x).to(dtype)
 
 
-def turned(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int) -> Tensor:
+def turn_rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int) -> Tensor:
     """Round x (fp32, any shape) to a neighbour in bf16 or fp16, with expectation x over the
     generator's seed (exact in bf16; 2^-16 too large among fp16's subnormals). Non-finite values
     become NaN.
@@ -85,7 +85,7 @@ def turned(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int)
     u = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
     u = u.to(torch.int32).add_(turn * ODD % 65536).bitwise_and_(0xFFFF).view(x.shape)
     if dtype is not torch.bfloat16:
-        return _up_below(x, dtype, u * 2.0**-16)
+        return _round_up_below(x, dtype, u * 2.0**-16)
     carried = u.add_(x.view(torch.int32)).bitwise_and_(-65536).view(torch.float32)
     # a carry can turn NaN or infinity into a number; adding 0 x makes it NaN again
     return carried.add_(x, alpha=0).bfloat16()

@@ -21,13 +21,13 @@ def twin(model: M) -> M:
     so that the twin's in-place operations don't disturb the model's autograd.
     """
     memo = {id(buffer): buffer for buffer in model.buffers()}
-    memo |= {id(tensor): tensor for module in model.modules() for tensor in _kept(module)}
+    memo |= {id(tensor): tensor for module in model.modules() for tensor in _tensors_of(module)}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.data, requires_grad=False) if p.requires_grad else p
     return copy.deepcopy(model, memo)
 
 
-def _kept(module: nn.Module) -> Iterator[Tensor]:
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """The tensors in a module's other attributes, such as the codes of a quantized matrix."""
     left, seen = [*vars(module).values()], set[int]()
     while left:
@@ -42,8 +42,8 @@ def _kept(module: nn.Module) -> Iterator[Tensor]:
                 left.append(inner)
 
 
-EMPTY = (torch.empty, torch.zeros, torch.ones, torch.full)
-RANDOM = (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_)
+CONSTRUCTORS = (torch.empty, torch.zeros, torch.ones, torch.full)
+INITIALIZERS = (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_)
 
 
 class skip_init(TorchFunctionMode):
@@ -60,9 +60,9 @@ class skip_init(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # fmt: skip
         given = kwargs or {}
-        if function in RANDOM and given.get("generator") is None:
+        if function in INITIALIZERS and given.get("generator") is None:
             return args[0] if args else given["tensor"]
-        if function in EMPTY:
+        if function in CONSTRUCTORS:
             size = given.get("size", args[0] if args and not isinstance(args[0], int) else args)
             self._left -= math.prod(size)
             if self._left < 0:

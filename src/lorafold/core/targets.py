@@ -31,12 +31,12 @@ from functools import partial
 from torch import nn
 
 from lorafold.core.anatomy import Anatomy, beneath, ends_in, last_part, of_attention
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from lorafold.errors import NoTarget, listed, truncate_middle
 
 IsLinear = Callable[[nn.Module], bool]
 # modules with a matrix that are in no preset but may be named
-NAMED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NAMEABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def match(
 
 def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
     modules = Anatomy.of(model).modules
-    named = (path for path, m in modules if is_linear(m) or isinstance(m, NAMED))
+    named = (path for path, m in modules if is_linear(m) or isinstance(m, NAMEABLE))
     names = sorted(set(map(last_part, named)))
     near = difflib.get_close_matches(last_part(pattern), names, n=3, cutoff=0.4) or names
     given, similar = truncate_middle(repr(pattern), 80), listed(near, max_chars=100) or "none"
@@ -115,8 +115,8 @@ def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """The linear modules of the blocks that can be trained: an indexer gets no gradient."""
-    idle = beneath(Anatomy.of(model).indexers)
-    return [path for path in block_linears(model, is_linear) if not idle(path)]
+    is_indexer = beneath(Anatomy.of(model).indexers)
+    return [path for path in block_linears(model, is_linear) if not is_indexer(path)]
 
 
 def encoder_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str]:

@@ -22,7 +22,7 @@ from lorafold.adapter.attaching import read
 from lorafold.core.attach import Origin, adapted_modules, deltas_on, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta, Gained
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.core.shared_tensors import twin
 from lorafold.engine.model_structure import MatrixShapes, Structure
 from lorafold.errors import LorafoldError
@@ -31,8 +31,8 @@ from lorafold.files.record import RECORD
 from lorafold.files.safetensors_header import check_numbers
 from lorafold.identity import of_adapter
 from lorafold.layers import layer_of
-from lorafold.methods.parts.extras import vocabulary
-from lorafold.methods.parts.trainable_tokens import TokenRows
+from lorafold.methods.common.biases_and_modules import vocabulary
+from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.weights import InMemory
 from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG, WEIGHTS

@@ -39,7 +39,7 @@ from lorafold.engine.sampler import GrammarError, Grammars, NotFinite, SampledTo
 from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.engine.sequence import Row
 from lorafold.errors import EXITS, LorafoldError, error_location
-from lorafold.methods.parts.extras import vocabulary
+from lorafold.methods.common.biases_and_modules import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.ops.host_tensors import picked
 from lorafold.runtime.processor import end_team, sleep_if_busy, stack_size

@@ -25,8 +25,8 @@ from torch.nn.functional import pad
 from lorafold.core.attach import Adapted, attach_delta, detach_delta, selection_of
 from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
+from lorafold.core.expert_matrices import module_at
 from lorafold.core.layer import Layer, add
-from lorafold.core.matrices import module_at
 from lorafold.engine.adapters import Factors, LoadedAdapter
 from lorafold.engine.model_structure import MatrixShapes, Structure
 from lorafold.engine.operations import BlockMatmuls, Operations, min_matmul_rows

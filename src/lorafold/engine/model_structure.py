@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, deltas_on, selection_of
 from lorafold.core.contexts import evaluating
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from lorafold.engine.kv_cache import SlotCache, SlotView
 from lorafold.engine.operations import Operations, slot_attention, slot_mask
 from lorafold.errors import LorafoldError

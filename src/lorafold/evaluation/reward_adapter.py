@@ -27,7 +27,7 @@ from lorafold.data.formats import PROMPT_ONLY, PROMPTS, Conversation
 from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
 from lorafold.engine.adapters import base_adapter_contents
-from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
+from lorafold.evaluation.reward_model_scores import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
 from lorafold.files.terminal import print_lines
 from lorafold.identity import joined, of_adapter
 from lorafold.models.checkpoint import original_weights
@@ -40,7 +40,7 @@ from lorafold.resolve.base import REWARD_MODEL, model_kind
 from lorafold.rewards import Judged, Reward, RewardName, Rewards
 from lorafold.rewards.reward import failure
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import Branching, branching
+from lorafold.training_step.shared_prefixes import PrefixSupport, sharing_prefixes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +79,7 @@ class RewardAdapter:
         self, model: PreTrainedModel, packing: bool | str, console: Console
     ) -> Iterator[Reward]:
         tokenizer = self.base.tokenizer(self.stack)
-        for notice in filter(None, (ensure_chat_template(tokenizer), self._stored(model))):
+        for notice in filter(None, (ensure_chat_template(tokenizer), self._dtype_notice(model))):
             print_lines(console, f"reward {self.name}: {notice}")
         pad, other = padding_id(tokenizer), self.base.allow_other_base
         shell, weights = scoring_shell(model, pad), None
@@ -91,10 +91,10 @@ class RewardAdapter:
         if lacking := [p for p in heads if not isinstance(shell.get_submodule(p), Adapted)]:
             raise failure(self.name, f"the adapter has no {', '.join(lacking)}, expected a head")
         across = packing == "auto"
-        with branching(shell, ATTENTION, across) if packing else nullcontext() as how:
-            yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
+        with sharing_prefixes(shell, ATTENTION, across) if packing else nullcontext() as support:
+            yield AdapterReward(self.name, self.weight, shell, tokenizer, support)
 
-    def _stored(self, model: PreTrainedModel) -> str:
+    def _dtype_notice(self, model: PreTrainedModel) -> str:
         before = self.stack[-1].own_base.trained_on
         now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
         if _quantized(model) or before is None or before.storage == now:
@@ -124,12 +124,12 @@ def rewards_over(
 class AdapterReward:
     def __init__(
         self, name: str, weight: float, shell: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase, how: Branching | None,
+        tokenizer: PreTrainedTokenizerBase, support: PrefixSupport | None,
     ) -> None:  # fmt: skip
         self.name, self.weight, self.shell = name, weight, shell
-        self._loss = Preferences(shell, BRADLEY_TERRY, how, padding_id(tokenizer))
+        self._loss = Preferences(shell, BRADLEY_TERRY, support, padding_id(tokenizer))
         self._encoder = CompletionEncoder(tokenizer, WHOLE_CONVERSATION)
-        self._most = positions_of(shell).table or math.inf
+        self._limit = positions_of(shell).table or math.inf
 
     def __call__(self, judged: Sequence[Judged]) -> list[float]:
         return scores_of(self._loss, self._texts(judged))[0][:, 0].tolist() if judged else []
@@ -156,8 +156,8 @@ class AdapterReward:
             ids = entries[number]["ids"]
             if problem := problems.get(number):
                 raise failure(self.name, problem, [one])
-            if len(ids) > self._most:
-                problem = f"found a text of {len(ids)} tokens, expected at most the {self._most}"
+            if len(ids) > self._limit:
+                problem = f"found a text of {len(ids)} tokens, expected at most the {self._limit}"
                 raise failure(self.name, f"{problem} positions of the model", [one])
             texts.append(continued(example_of(ids, entries[number]["spans"])))
         return texts

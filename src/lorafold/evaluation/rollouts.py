@@ -1,8 +1,8 @@
 """Rollouts: completions sampled by the engine from the weights in training.
 
-    rollouts = Rollouts(model, tokenizer, group=8, longest=256)
+    rollouts = Rollouts(model, tokenizer, group=8, max_new_tokens=256)
     rollouts.open(prompt=64, slots=64)
-    rollouts.draw(prompts, key)             a group of completions for each prompt
+    rollouts.sample(prompts, key)           a group of completions for each prompt
 
 The engine uses a second shell of the model (`core.shared_tensors`), so both stay usable. It copies
 the trained factors for each step and drops its KV cache after it.
@@ -57,7 +57,7 @@ class RolloutSize:
     slots: int
     group: int
     prompt: int
-    longest: int
+    max_new_tokens: int
 
 
 class Rollouts:
@@ -66,15 +66,16 @@ class Rollouts:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         group: int,
-        longest: int,
+        max_new_tokens: int,
         sampling: Sampling = AS_TRAINED,
         exact: bool = False,
     ) -> None:
         self.shell, self.names = twin(model), selection_of(model).names
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        self.moving = [p for name, p in self.shell.named_parameters() if name in trained]
+        self.trainable = [p for name, p in self.shell.named_parameters() if name in trained]
         self.tokenizer, self.ends = tokenizer, end_tokens(model, tokenizer)
-        self.group, self.longest, self.sampling, self.exact = group, longest, sampling, exact
+        self.group, self.max_new_tokens = group, max_new_tokens
+        self.sampling, self.exact = sampling, exact
         self._stack = ExitStack()
         self._engine: Engine | None = None
 
@@ -92,8 +93,8 @@ class Rollouts:
         nbytes = sum(p.nbytes for p in self.shell.parameters())
         self._stack.enter_context(only(self.shell))
         engine = Engine(
-            self.shell, self.tokenizer, slots=slots, length=prompt + self.longest, beyond=True,
-            fast=self.exact or 2 * nbytes <= free_bytes(self.shell.device),
+            self.shell, self.tokenizer, slots=slots, length=prompt + self.max_new_tokens,
+            beyond=True, fast=self.exact or 2 * nbytes <= free_bytes(self.shell.device),
             as_trained=self.exact,
         )  # fmt: skip
         self._engine = self._stack.enter_context(engine)
@@ -107,7 +108,7 @@ class Rollouts:
     def close(self) -> None:
         self._stack.close()
 
-    def draw(
+    def sample(
         self,
         prompts: Sequence[Sequence[int]],
         key: int,
@@ -118,26 +119,22 @@ class Rollouts:
         are determined by the key and the positions of prompt and completion.
         """
         # fused optimizers don't change tensor versions, by which methods detect stale caches
-        increment_version(self.moving)
+        increment_version(self.trainable)
         self.engine.adopt(POLICY, self.names)
         k = group or self.group
-        streams = []
-        for n in range(len(prompts) * k):
-            sampling = replace(self.sampling, logprobs=0, seed=key_of(key, n))
-            ids = tuple(prompts[n // k])
-            streams.append(
-                self.engine.submit(
-                    Request(str(n), ids, self.longest, POLICY, sampling, self.ends, keep_end=True)
-                )
+        requests = [
+            Request(
+                str(n), tuple(prompts[n // k]), self.max_new_tokens, POLICY,
+                replace(self.sampling, logprobs=0, seed=key_of(key, n)), self.ends, keep_end=True,
             )
-        running = streams
+            for n in range(len(prompts) * k)
+        ]  # fmt: skip
+        streams = [*map(self.engine.submit, requests)]
 
-        def after() -> None:
-            nonlocal running
-            running = [stream for stream in running if stream.ended is None]
-            progress(len(streams) - len(running), len(streams))
+        def report_progress() -> None:
+            progress(sum(stream.ended is not None for stream in streams), len(streams))
 
-        self.engine.run(after)
+        self.engine.run(report_progress)
         # frees the KV cache, and makes later samples independent of these
         self.engine.forget()
         completions = [*map(self._completion, streams)]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.attach import Adapted
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.exporting.gguf_metadata import (

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lorafold.core.attach import only, selection_of
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NoTokenizer, join_problems
 from lorafold.exporting.proof import ReferenceAnswers, divergences, last

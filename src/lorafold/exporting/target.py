@@ -42,7 +42,7 @@ from lorafold.inspecting.updates import (
 )
 from lorafold.layers import layer_of
 from lorafold.merging.merge_target import Into
-from lorafold.methods.parts.trainable_tokens import TokenRows
+from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base

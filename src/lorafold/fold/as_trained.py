@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lorafold.core.attach import attach_delta, selection_of
 from lorafold.core.delta import Delta
+from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.layer import Layer, add
-from lorafold.core.matrices import Matrices, module_at
 from lorafold.layers import layer_class, layer_of
 from lorafold.models.loading import stored_in_files
 from lorafold.models.quantizations import MADE, STORAGES

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lorafold.core.anatomy import Anatomy, tied_parameters
 from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta, alike, on_meta
+from lorafold.core.expert_matrices import module_at, parameter_path
 from lorafold.core.layer import bare
-from lorafold.core.matrices import module_at, parameter_path
 from lorafold.errors import NotMergeable, join_problems, listed
 from lorafold.layers import layer_of
 

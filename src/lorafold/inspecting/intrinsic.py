@@ -30,7 +30,7 @@ from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import FILES, RunDirectory
-from lorafold.training.request import RunRequest, objective_of, tokenized, tokenizer_for
+from lorafold.training.inputs import RunRequest, objective_of, prepare_tokenizer, tokenize_rows
 from lorafold.training.run import train
 
 SEARCH = "search.json"
@@ -195,8 +195,8 @@ def run(
 def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
-    tokenizer, _ = tokenizer_for(request, objective, quiet)
-    _, held_out, _ = tokenized(request, on_day(tokenizer, request.day), objective, quiet)
+    tokenizer, _ = prepare_tokenizer(request, objective, quiet)
+    _, held_out, _ = tokenize_rows(request, on_day(tokenizer, request.day), objective, quiet)
     model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
         return HeldOutLoss(objective.measure(loss, held_out).loss)

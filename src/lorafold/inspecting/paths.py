@@ -28,7 +28,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
 from lorafold.inspecting.result import LossPaths, Point
 from lorafold.layers import layer_class
-from lorafold.methods.parts.trainable_tokens import TokenRows
+from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.training_step.losses import CompletionLoss
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.matrices import expert_parameters, module_at
+from lorafold.core.expert_matrices import expert_parameters, module_at
 from lorafold.errors import NotMergeable
 from lorafold.inspecting.updates import Svd
 from lorafold.layers import layer_of

@@ -22,7 +22,7 @@ from torch import Tensor
 from lorafold.adapter import Adapter, load
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Additive
-from lorafold.core.matrices import module_at, parameter_path
+from lorafold.core.expert_matrices import module_at, parameter_path
 from lorafold.core.targets import match
 from lorafold.errors import LorafoldError, join_problems
 from lorafold.files.atomic import check_out
@@ -43,7 +43,7 @@ from lorafold.inspecting.updates import (
     unstacked,
 )
 from lorafold.layers import is_linear, layer_of
-from lorafold.methods.lora import LoRA, of_ranks
+from lorafold.methods.lora import LoRA, lora_with_ranks
 from lorafold.ops.svd import best_of_rank
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.provenance import BASE_IDENTITY
@@ -196,7 +196,7 @@ def as_lora(adapter: Adapter, factors: SiteFactors) -> Adapter:
     """Replace the adapter's method by LoRA with these factors; biases, saved modules and tokens
     stay.
     """
-    spec = of_ranks({path: max(a.shape[-2], 1) for path, (_, a) in factors.items()})
+    spec = lora_with_ranks({path: max(a.shape[-2], 1) for path, (_, a) in factors.items()})
     modules = adapter.sites
     for path, (b, a) in factors.items():
         module = modules[path]

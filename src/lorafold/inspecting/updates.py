@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.adapter import Adapter, attach, load_all
-from lorafold.core.delta import Delta, put
+from lorafold.core.delta import Delta, set_tensor
 from lorafold.core.layer import Layer
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
 from lorafold.inspecting.result import Sites
-from lorafold.methods.lora import of_ranks
+from lorafold.methods.lora import lora_with_ranks
 from lorafold.ops.svd import svd_of_product
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
@@ -174,7 +174,7 @@ def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
 @torch.no_grad()
 def lora_of(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
     """A new LoRA of scale 1 with these factors; rank 0 changes nothing."""
-    spec = of_ranks({path: max(down.shape[-2], 1) for path, (_, down) in factors.items()})
+    spec = lora_with_ranks({path: max(down.shape[-2], 1) for path, (_, down) in factors.items()})
     adapter = attach(model, spec, Matches({path: (path,) for path in factors}), name)
     for path, delta in adapter.own_deltas.items():
         put_factors(delta, factors[path])
@@ -184,7 +184,7 @@ def lora_of(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
 def put_factors(delta: Delta, factors: Factors) -> None:
     if factors[1].shape[-2]:
         for leaf, value in zip(("B", "A"), factors, strict=True):
-            put(delta, leaf, value)
+            set_tensor(delta, leaf, value)
 
 
 def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted
+from lorafold.core.expert_matrices import Matrices
 from lorafold.core.layer import BaseLayer
-from lorafold.core.matrices import Matrices
 from lorafold.errors import LorafoldError
 from lorafold.layers.bitsandbytes import Linear4bit, Linear8bit
 from lorafold.layers.compressed import Compressed
@@ -32,7 +32,7 @@ LAYERS = {
     "lorafold.layers.compressed.CompressedLinear": Compressed,
     "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
     "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear": GroupedLinear,
-    "lorafold.core.matrices.Matrices": Experts,
+    "lorafold.core.expert_matrices.Matrices": Experts,
 }
 
 

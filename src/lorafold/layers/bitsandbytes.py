@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafold.core.attach import Adapted, adapted_class
 from lorafold.core.contexts import is_fake
-from lorafold.core.matrices import expert_parameters
+from lorafold.core.expert_matrices import expert_parameters
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.layers.dense import Linear, Matrix
 from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS, levels

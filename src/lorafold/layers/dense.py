@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.core.active_adapters import DropoutSite, dropout_site
 from lorafold.core.layer import BaseLayer, add
-from lorafold.core.selection import DrawSite, site_of
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear, narrowed, product
 from lorafold.ops.autocast import autocasting, lowered
@@ -33,9 +33,9 @@ class Vectors(BaseLayer):
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p, self.site(x)) if p else x
 
-    def site(self, x: Tensor) -> DrawSite | None:
+    def site(self, x: Tensor) -> DropoutSite | None:
         """The source of random numbers for dropout of x (..., k); None: torch's generator."""
-        return site_of(self.module, x.shape[:-1].numel())
+        return dropout_site(self.module, x.shape[:-1].numel())
 
 
 class Matrix(Vectors):

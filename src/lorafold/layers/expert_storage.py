@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from lorafold.layers.bitsandbytes import constants_of, dequantized_4bit
 from lorafold.ops.mxfp4 import dequantize
 

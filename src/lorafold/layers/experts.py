@@ -14,21 +14,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorafold.core.active_adapters import DropoutSite, dropout_site, expert_token_names
 from lorafold.core.attach import Adapted, blank, renamed_subclass
 from lorafold.core.contexts import is_fake
-from lorafold.core.layer import BaseLayer, Layer, add
-from lorafold.core.matrices import (
-    CHOSEN,
-    SORTED,
+from lorafold.core.expert_matrices import (
+    BY_INDEX,
+    BY_SCORE,
+    SORTED_ROWS,
     STORED,
-    WEIGHED,
     Matrices,
     expert_parameters,
-    form_of,
+    experts_layout,
     matrices_of,
     parameter_path,
 )
-from lorafold.core.selection import DrawSite, site_of, slots
+from lorafold.core.layer import BaseLayer, Layer, add
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.layers.expert_storage import ExpertMatrices, stored_matrices
 from lorafold.ops.autocast import lowered
@@ -135,12 +135,12 @@ class Experts(BaseLayer):
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p, self.site()) if p else x
 
-    def site(self) -> DrawSite | None:
+    def site(self) -> DropoutSite | None:
         """The source of random numbers for dropout of its rows; None: torch's generator."""
         (tokens, k), at = self.experts, self.at
         if at is None:
             return None
-        return site_of(self.module, tokens, lambda names: slots(names, at, k))
+        return dropout_site(self.module, tokens, lambda names: expert_token_names(names, at, k))
 
     def each(self, v: Tensor) -> Tensor:
         return v[self.rows.of_row]
@@ -246,7 +246,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     _, holder = _holder(self)
     parameters = matrices_of(holder, self)
     adapted = [m for m in parameters.values() if isinstance(m, Adapted)]
-    names = adapted[0].selection.running(self.training) if adapted else ()
+    names = adapted[0].selection.names_for_call(self.training) if adapted else ()
     active = any(n in m.deltas for m in adapted for n in names)
     if not active and not any(stored_matrices(m).quantized for m in parameters.values()):
         return self.base_class.forward(self, *args, **kwargs)
@@ -306,7 +306,7 @@ def in_order(
     return lowered(lambda x: layer(x[taken]).index_select(0, places), rows)
 
 
-CALLED: dict[str, Callable[..., Any]] = {CHOSEN: chosen, WEIGHED: weighed, SORTED: in_order}
+CALLED: dict[str, Callable[..., Any]] = {BY_INDEX: chosen, BY_SCORE: weighed, SORTED_ROWS: in_order}
 
 
 def _mixed(
@@ -315,7 +315,7 @@ def _mixed(
     """The output of each expert of each token, with inputs scaled by `weights` (T, k); experts
     without a matrix return their input.
     """
-    form = form_of(holder)
+    form = experts_layout(holder)
     assert form is not None
     of, (tokens, k) = index.reshape(-1), index.shape
     counts = [int(getattr(holder, stored.number)) for stored in form.parameters.values()]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafold.core.selection import DrawSite, site_of, slots
+from lorafold.core.active_adapters import DropoutSite, dropout_site, expert_token_names
 from lorafold.errors import NotMergeable
 from lorafold.layers.dense import Vectors
 from lorafold.ops.arithmetic import linear
@@ -60,14 +60,14 @@ class GroupedLinear(Vectors):
     def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
         return self.op(linear(self.drop(x, p), down), up)
 
-    def site(self, x: Tensor) -> DrawSite | None:
+    def site(self, x: Tensor) -> DropoutSite | None:
         """The source of random numbers for dropout of x (..., g, in); None: torch's generator."""
         g, tokens = self.groups, x.shape[:-2].numel()
 
         def of(names: Tensor) -> Tensor:
-            return slots(names, torch.arange(tokens * g, device=names.device), g)
+            return expert_token_names(names, torch.arange(tokens * g, device=names.device), g)
 
-        return site_of(self.module, tokens, of)
+        return dropout_site(self.module, tokens, of)
 
     def each(self, v: Tensor) -> Tensor:
         return v.unflatten(-1, (self.groups, -1))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafold.core.matrices import Matrices, matrices_of, module_at
+from lorafold.core.expert_matrices import Matrices, matrices_of, module_at
 from lorafold.layers.compressed import CompressedLinear
 from lorafold.layers.expert_storage import stored_matrices
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import estimate
-from lorafold.memory.presets import llama, setting_of
+from lorafold.memory.presets import llama, memory_setting
 from lorafold.ops.kernel_requirements import DeviceKind
 from lorafold.recipe.recipe import Recipe
 
@@ -16,12 +16,9 @@ from lorafold.recipe.recipe import Recipe
 # a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8 and 4
 # for a master copy). They ignore the constants of quantized weights and count all weights as
 # quantized.
-WORKED: dict[str, tuple[str, float]] = {
+EXAMPLES: dict[str, tuple[str, float]] = {
     "7B in bf16": ("7.0e9 x 2", 7.0e9 * 2),
-    "its KV cache at 4096 tokens": (
-        "2 x 32 x 32 x 128 x 4096 x 2",
-        2.0 * 32 * 32 * 128 * 4096 * 2,
-    ),
+    "its KV cache at 4096 tokens": ("2 x 32 x 32 x 128 x 4096 x 2", 2.0 * 32 * 32 * 128 * 4096 * 2),
     "states of 40M adapter parameters": ("16 x 40e6", 16 * 40e6),
     "full fine-tuning of 7B, without activations": ("16 x 7.0e9", 16 * 7.0e9),
 }
@@ -38,11 +35,11 @@ class Case:
     batch: int
     length: int
     rule: float
-    why: str
+    reason: str
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
-RECOMPUTED = {"gradient_checkpointing": True}
+CHECKPOINTING = {"gradient_checkpointing": True}
 CASES = (
     Case(
         "7b", "inference", 1, 2048, 16,
@@ -56,7 +53,7 @@ CASES = (
     Case(
         "7b", "full", 4, 2048, 110,
         "the rule ignores activations, which are small with checkpointing; 6.74e9 x 16 is 107.8",
-        RECOMPUTED,
+        CHECKPOINTING,
     ),
     Case(
         "7b", "lora", 4, 2048, 25,
@@ -65,7 +62,7 @@ CASES = (
     Case(
         "7b", "lora", 4, 2048, 25,
         "0.26 MB per token: a block input of 4096 numbers for each block, and one whole block",
-        RECOMPUTED,
+        CHECKPOINTING,
     ),
     Case(
         "7b", "qlora", 4, 2048, 12,
@@ -74,18 +71,14 @@ CASES = (
     Case(
         "7b", "qlora", 4, 2048, 12,
         "the same; quantized weights take 0.52 bytes each, the embedding and the head 2",
-        RECOMPUTED,
+        CHECKPOINTING,
     ),
-    Case(
-        "70b", "qlora", 1, 2048, 45,
-        "the rule assumes checkpointing",
-        RECOMPUTED,
-    ),
+    Case("70b", "qlora", 1, 2048, 45, "the rule assumes checkpointing", CHECKPOINTING),
     Case(
         "65b", "qlora", 1, 512, 32.5 + 0.6 + 5,
         "by the rule 32.5 for the base, 0.6 for states and 5 for activations; r = 16 on every "
         "linear layer trains 200M parameters, not 40M",
-        RECOMPUTED,
+        CHECKPOINTING,
     ),
 )
 
@@ -93,7 +86,7 @@ CASES = (
 def table() -> Iterator[tuple[str, ...]]:
     yield "model", "mode", "batch x tokens", "the rule", "estimate", "estimate / rule", "why"
     for case in CASES:
-        setting = setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
+        setting = memory_setting(case.mode, Recipe(**case.recipe), case.batch, case.length)
         total = estimate(llama(case.size), replace(setting, place=DeviceKind("cuda"))).total
         yield (
             case.size.upper(),
@@ -102,14 +95,14 @@ def table() -> Iterator[tuple[str, ...]]:
             f"{case.rule:.3g} GB",
             format_bytes(total),
             f"{total / (case.rule * 1e9):.0%}",
-            case.why,
+            case.reason,
         )
 
 
 def markdown() -> str:
     worked = [
         ("what", "the rule", "bytes"),
-        *((what, formula, format_bytes(round(n))) for what, (formula, n) in WORKED.items()),
+        *((what, formula, format_bytes(round(n))) for what, (formula, n) in EXAMPLES.items()),
     ]
     return "\n\n".join(
         "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))

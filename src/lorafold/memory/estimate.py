@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafold.memory.trace import DDP, Setting, Traced, trace
+from lorafold.memory.trace import DDP, MemorySetting, StepTrace, trace
 from lorafold.models.fake import period
 from lorafold.models.quantizations import DEFAULT, Storage
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Measured memory of processes beyond their tensors (`benchmarks/memory_process.py`): bytes for the
 # tokenizer and kernels, and heap fragmentation as a share of the tensors.
-FIXED, GAPS = 120 * 10**6, 0.05
+PROCESS_BYTES, HEAP_GAPS = 120 * 10**6, 0.05
 
 
 # the explanations on an estimate's page
@@ -61,7 +61,7 @@ TERMS = {
     " matmul kernels and their buffers, and heap fragmentation. The imported libraries are not"
     " included.",
 }
-BUCKET = 2**26  # bytes of gradients that are summed at a time
+GRADIENT_BUCKET = 2**26  # bytes of gradients that are summed at a time
 SPEED = 4e14  # operations per second: 40% of an H100's peak in bf16
 
 
@@ -83,7 +83,7 @@ class Estimate:
         return {name.replace("_", " "): n for name, n in self.terms.items() if n}
 
 
-def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
+def estimate(config: PreTrainedConfig, setting: MemorySetting) -> Estimate:
     """Estimate the bytes at the peak, in each process if there are several."""
     text = config.get_text_config()
     few, blocks = max(2, period(config)), text.num_hidden_layers
@@ -94,26 +94,25 @@ def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
         traced = first.extrapolated(other, (few, more, blocks))
         if setting.processes > 1:
             pairs = zip(astuple(first), astuple(other), strict=True)
-            block = Traced(*((b - a) // (more - few) for a, b in pairs))
+            block = StepTrace(*((b - a) // (more - few) for a, b in pairs))
             tied = bool(getattr(text, "tie_word_embeddings", False))
-            traced, sent = shared(traced, block, blocks, setting, tied)
+            traced, sent = per_process(traced, block, blocks, setting, tied)
     terms = terms_of(traced)
     if setting.resident:
-        terms["process"] = FIXED + int(GAPS * (sum(terms.values()) - traced.exchanged))
+        terms["process"] = PROCESS_BYTES + int(HEAP_GAPS * (sum(terms.values()) - traced.exchanged))
     return Estimate(terms, sent)
 
 
-def terms_of(traced: Traced) -> dict[str, int]:
-    in_backward = max(traced.backward, traced.late)
+def terms_of(traced: StepTrace) -> dict[str, int]:
+    in_backward = max(traced.backward, traced.second_half)
     within = max(traced.forward, in_backward)
-    drawing = traced.drawing > within  # the peak is while completions are sampled
-    backward = in_backward > traced.forward and not drawing
-    peak = max(within, traced.drawing)
-    gradients = 0 if drawing else traced.gradients if backward else traced.ahead
-    activations = 0 if drawing else min(traced.kept, peak - gradients)
-    outside = backward or drawing or traced.kv_cache
-    logits = 0 if outside else peak - activations - gradients
-    kv_cache = traced.slots if drawing else traced.kv_cache
+    sampling = traced.sampling_peak > within  # the peak is while completions are sampled
+    backward = in_backward > traced.forward and not sampling
+    peak = max(within, traced.sampling_peak)
+    gradients = 0 if sampling else traced.gradients if backward else traced.initial_gradients
+    activations = 0 if sampling else min(traced.activations, peak - gradients)
+    logits = 0 if backward or sampling or traced.kv_cache else peak - activations - gradients
+    kv_cache = traced.slots if sampling else traced.kv_cache
     return {
         "weights": traced.weights,
         "adapter": traced.adapter,
@@ -143,37 +142,37 @@ class Traffic:
         return self.bytes * speed / max(1, self.operations)
 
 
-def shared(
-    whole: Traced, block: Traced, blocks: int, setting: Setting, tied: bool
-) -> tuple[Traced, Traffic]:
+def per_process(
+    whole: StepTrace, block: StepTrace, blocks: int, setting: MemorySetting, tied: bool
+) -> tuple[StepTrace, Traffic]:
     """The bytes and traffic of one of several processes, from a single process's step (if the base
     is trained, with sharded gradients). Embedding and head may be `tied`.
     """
-    n, owned = setting.processes, setting.owned
+    n, trains_base = setting.processes, setting.trains_base
     part = (n - 1) / n
     operations = whole.forward_operations + whole.backward_operations
     if setting.strategy == DDP:
-        held = replace(whole, exchanged=min(BUCKET, whole.gradients))
-        return held, Traffic(int(2 * part * whole.gradients), operations)
+        own = replace(whole, exchanged=min(GRADIENT_BUCKET, whole.gradients))
+        return own, Traffic(int(2 * part * whole.gradients), operations)
     outside = whole.weights - blocks * block.weights
     largest = outside if tied else outside // 2
-    gradients, beside = n * whole.gradients, 0
-    if owned:
+    gradients, with_gradients = n * whole.gradients, 0
+    if trains_base:
         rest = (gradients - blocks * n * block.gradients) // (1 if tied else 2)
-        beside = max(n * block.gradients + block.weights, rest + largest)
-    held = replace(
+        with_gradients = max(n * block.gradients + block.weights, rest + largest)
+    own = replace(
         whole,
         weights=-(-whole.weights // n),
         optimizer=-(-whole.optimizer // n),
-        exchanged=max(block.weights, largest, beside),
+        exchanged=max(block.weights, largest, with_gradients),
     )
-    ends = outside * (2 if tied else 1) * (1.5 if owned else 1)
-    learned = gradients if owned else 2 * whole.gradients + whole.adapter
-    return held, Traffic(int(part * (2 * blocks * block.weights + ends + learned)), operations)
+    ends = outside * (2 if tied else 1) * (1.5 if trains_base else 1)
+    sums = gradients if trains_base else 2 * whole.gradients + whole.adapter
+    return own, Traffic(int(part * (2 * blocks * block.weights + ends + sums)), operations)
 
 
-ROWS = 4096  # the largest batch to try
-TRACED = 2**14  # tokens up to which a setting is traced; beyond, its bytes are extrapolated
+MAX_BATCH = 4096  # the largest batch to try
+MAX_TRACED = 2**14  # tokens up to which a setting is traced; beyond, its bytes are extrapolated
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class Advice:
     changes: list[tuple[str, int]]
 
 
-def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
+def advise(config: PreTrainedConfig, setting: MemorySetting, memory: int) -> Advice:
     """Whether a setting fits in a device's memory, and what would fit."""
 
     @cache
@@ -201,9 +200,9 @@ def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
         return estimate(config, replace(setting, rows=(length,) * batch)).total
 
     rows, tokens = setting.batch, setting.length
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or TRACED
-    batch = largest(lambda n: total(n, tokens), rows, memory, ROWS, TRACED // tokens)
-    length = largest(lambda n: total(rows, n), tokens, memory, context, TRACED // rows)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_TRACED
+    batch = max_fit(lambda n: total(n, tokens), rows, memory, MAX_BATCH, MAX_TRACED // tokens)
+    length = max_fit(lambda n: total(rows, n), tokens, memory, context, MAX_TRACED // rows)
     advice = _advice(config, setting, memory, total(rows, tokens))
     if not advice.fits:
         smaller = {f"batch {batch}": (batch, tokens)} if 0 < batch < rows else {}
@@ -213,19 +212,19 @@ def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
     return replace(advice, batch=batch, length=length)
 
 
-def advise_on_rows(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
+def advise_on_rows(config: PreTrainedConfig, setting: MemorySetting, memory: int) -> Advice:
     """Like `advise`, for the rows of a run, whose number and lengths are fixed."""
     return _advice(config, setting, memory, estimate(config, setting).total)
 
 
-def _advice(config: PreTrainedConfig, setting: Setting, memory: int, total: int) -> Advice:
+def _advice(config: PreTrainedConfig, setting: MemorySetting, memory: int, total: int) -> Advice:
     spare = memory - total
     tried = changes_of(setting) if spare < 0 else ()
     totals = [(name, estimate(config, changed).total) for name, changed in tried]
     return Advice(spare >= 0, spare, None, None, [(name, n) for name, n in totals if n <= memory])
 
 
-def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
+def changes_of(setting: MemorySetting) -> Iterator[tuple[str, MemorySetting]]:
     """Yield (name, changed setting) for changes that keep batch and length, the least harmful
     first.
     """
@@ -252,7 +251,7 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
             yield f"rank {r}", replace(setting, spec=replace(spec, rank=r))
 
 
-def largest(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
+def max_fit(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
     """The largest n up to `most` whose total fits in memory, or 0, found on the line through two
     totals, which are nearly affine; only an n of at most four times a traced one is verified.
     """

@@ -13,28 +13,30 @@ from torch import Tensor
 from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.memory.trace import Ledger, Setting, attach_below, distinct_bytes
+from lorafold.memory.trace import Ledger, MemorySetting, attach_below, distinct_bytes
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.losses import CompletionLoss, Loss
 from lorafold.training_step.optim import sum_in_fp32
 from lorafold.training_step.packed_attention import packed
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch.device) -> int:
+def measure(
+    load: Callable[[], PreTrainedModel], setting: MemorySetting, device: torch.device
+) -> int:
     """The peak bytes of the second of two training steps, or of inference, including the model."""
     # keeps existing tensors alive: freeing them meanwhile would change the difference
-    earlier, before = _tensors(), allocated(device)
+    earlier, before = _live_tensors(), allocated(device)
     model = load()
     run = inference if setting.spec is None else training
     with multiplying(widened=setting.widened), run(model, setting) as step:
@@ -44,7 +46,7 @@ def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch
 
 
 @contextmanager
-def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
+def training(model: PreTrainedModel, setting: MemorySetting) -> Iterator[Callable[[], Any]]:
     """Yield a training step with every feature of a run, after one step that creates the optimizer
     state.
     """
@@ -52,7 +54,7 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
     setting.attach(model)
     sum_in_fp32(model)
     if setting.checkpointing:
-        recompute(model)
+        enable_gradient_checkpointing(model)
     optimizer = make_optimizer(
         setting.optimizer,
         [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.0}],
@@ -73,7 +75,7 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
 
 
 @contextmanager
-def inference(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
+def inference(model: PreTrainedModel, setting: MemorySetting) -> Iterator[Callable[[], Any]]:
     prompt, token = (
         torch.ones(setting.batch, n, dtype=torch.long, device=model.device)
         for n in (setting.length - 1, 1)
@@ -88,10 +90,10 @@ def inference(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[],
 
 
 @contextmanager
-def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
+def loss_of(model: PreTrainedModel, setting: MemorySetting) -> Iterator[Loss]:
     if setting.classes and setting.packed:
-        with branching(model) as how:
-            yield Preferences(model, BradleyTerry(), how, 0)
+        with sharing_prefixes(model) as support:
+            yield Preferences(model, BradleyTerry(), support, 0)
         return
     if not setting.packed:
         yield Classification(model, 0) if setting.classes else CompletionLoss(model, False, 0)
@@ -100,7 +102,7 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
         yield CompletionLoss(model, packs, 0)
 
 
-def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
+def examples(model: PreTrainedModel, setting: MemorySetting) -> list[Any]:
     """Examples of random tokens with the setting's lengths; the last tokens are labelled."""
     vocabulary = model.config.get_text_config().vocab_size
     rows = [tuple(torch.randint(1, vocabulary, (n,)).tolist()) for n in setting.rows]
@@ -121,11 +123,11 @@ def allocated(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
-    tensors = (t for t in _tensors() if t.device.type == device.type)
+    tensors = (t for t in _live_tensors() if t.device.type == device.type)
     return distinct_bytes(t for t in tensors if t.layout is torch.strided)
 
 
-def _tensors() -> list[Tensor]:
+def _live_tensors() -> list[Tensor]:
     aside = gc.get_freeze_count()
     gc.unfreeze()  # frozen objects (`runtime.process_tuning`) would not be listed
     tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]

@@ -21,27 +21,27 @@ from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.files.terminal import format_bytes, print_lines
 from lorafold.memory.estimate import changes_of, estimate
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import MemorySetting
 from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective, OnPolicy
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.kernel_requirements import place_of
 from lorafold.recipe.recipe import Recipe
 
-LOOKED_AT = 64  # of the first steps, those with the most tokens
-SHARE = 0.9  # of the free memory: the rest is for memory outside the estimate
+NUM_CHECKED_STEPS = 64  # of the first steps, those with the most tokens
+USABLE_SHARE = 0.9  # of the free memory: the rest is for memory outside the estimate
 
 
 def largest_batch(
     recipe: Recipe,
     feed: BatchFeed,
     objective: Objective,
-    setting: Setting,
+    setting: MemorySetting,
     processes: int = 1,
     device: torch.device = CPU,
     held_out: Any = None,
     shares: bool = False,
-) -> Setting:
+) -> MemorySetting:
     """The setting of the largest micro-batch of the run's first steps."""
     packed, outputs = bool(recipe.packing) and objective.packs, objective.outputs
     shares = shares and packed and recipe.packing == "auto"
@@ -54,7 +54,7 @@ def largest_batch(
         for examples in islice(feed.after(0), feed.foreseen)
     )
     if shares:  # finding shared prefixes takes a millisecond or more per step
-        steps = nlargest(LOOKED_AT, steps, key=lambda examples: sum(documents(examples)))
+        steps = nlargest(NUM_CHECKED_STEPS, steps, key=lambda examples: sum(documents(examples)))
     n = recipe.accumulate
     for examples in steps:
         # shared prefixes are only used if they save enough tokens
@@ -117,7 +117,7 @@ def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
 
 def choose_checkpointing(
     config: PreTrainedConfig,
-    setting: Setting,
+    setting: MemorySetting,
     checkpointing: bool | Literal["auto"],
     free: int,
     console: Console,
@@ -126,7 +126,7 @@ def choose_checkpointing(
     later without an estimate, because loading may raise a better error.
     """
     setting = replace(setting, checkpointing=checkpointing is True)
-    room, why = SHARE * free, ""
+    room, why = USABLE_SHARE * free, ""
     try:
         needed = estimate(config, setting)
         if checkpointing == "auto" and needed.total > room:
@@ -157,7 +157,7 @@ def choose_checkpointing(
     return setting.checkpointing, ""
 
 
-def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
+def check_targets(config: PreTrainedConfig, setting: MemorySetting) -> None:
     """Raise NoTarget if the full model has no module for the run's targets; the few blocks of an
     estimate need not contain them.
     """
@@ -166,7 +166,6 @@ def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
         model = fake_model(config, setting.base, blocks, setting.classes, trusted)
         try:
             setting.attach(model)
-        except NoTarget:
-            raise
-        except LorafoldError:
-            return  # the run reports it, if it happens there too
+        except LorafoldError as error:  # the run reports others, if they happen there too
+            if isinstance(error, NoTarget):
+                raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafold.errors import LorafoldError
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import MemorySetting
 from lorafold.models.quantizations import DEFAULT, IN_FILES, QUANTIZED, Storage
 from lorafold.models.quantize_on_load import quantization_of
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
@@ -29,9 +29,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def setting_of(
+def memory_setting(
     mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None
-) -> Setting:
+) -> MemorySetting:
     """The setting for a mode and a recipe, whose fields override the mode's."""
     check_fields(recipe, OF_MEMORY)
     if labelled is not None and labelled > batch * (length - 1):
@@ -39,16 +39,16 @@ def setting_of(
             f"--labelled {labelled}: expected at most {batch * (length - 1)}, the number of"
             f" tokens that {batch} rows of {length} tokens predict"
         )
-    recipe = recipe_in(mode, recipe)
+    recipe = recipe_for_mode(mode, recipe)
     rows = (length,) * batch
     if mode == "inference":
-        return Setting(stored(recipe.storage), rows=rows)
+        return MemorySetting(stored(recipe.storage), rows=rows)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
     spec = spec_of(recipe)
     base = stored(trainable_storage(recipe) if spec.trains_base else recipe.storage)
     if spec.trains_base:
         check_rounding(optimizer, [base.dtype])
-    return Setting(
+    return MemorySetting(
         base, spec, recipe.targets, rows=rows, labelled=labelled, optimizer=optimizer,
         checkpointing=recipe.gradient_checkpointing is True,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def check_fields(recipe: Recipe, known: set[str]) -> None:
         )
 
 
-def recipe_in(mode: str, recipe: Recipe) -> Recipe:
+def recipe_for_mode(mode: str, recipe: Recipe) -> Recipe:
     """The recipe, with the mode's values for unset fields."""
     fields = MODES.get(mode, {"method": mode})
     return Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
@@ -76,9 +76,9 @@ def stored(base: str) -> Storage:
     return Storage(dtype, base if base in QUANTIZED else None)
 
 
-def as_in_files(
-    setting: Setting, config: PreTrainedConfig, name: str, explicit: bool
-) -> Setting:
+def with_file_quantization(
+    setting: MemorySetting, config: PreTrainedConfig, name: str, explicit: bool
+) -> MemorySetting:
     """The setting with the quantization of the model's files, if any."""
     settings, base = getattr(config, "quantization_config", None), setting.base
     stored_as = None if settings is None else quantization_of(settings, f"model {name}")

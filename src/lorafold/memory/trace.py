@@ -38,7 +38,7 @@ from lorafold.ops.packed_documents import Documents, Tile
 from lorafold.runtime.process_tuning import existing_frozen
 from lorafold.training_step.adamw import state_bytes
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.gradient_checkpointing import recompute
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.losses import next_token_loss
 from lorafold.training_step.optim import sum_in_fp32
 from lorafold.training_step.packed_attention import attending
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
 token_ids = partial(torch.zeros, dtype=torch.long)
 aten = torch.ops.aten
-DEVICE = torch.ops.prim.device.default  # the operation that fake tensors run most often
+DEVICE_QUERY = torch.ops.prim.device.default  # the operation that fake tensors run most often
 # matmuls a b: the index of the argument a (..., m, k), which precedes b (..., k, n)
-PRODUCTS = {
+MATMULS = {
     **dict.fromkeys((aten.mm.default, aten.bmm.default, aten._grouped_mm.default), 0),
     **dict.fromkeys((aten.addmm.default, aten.addmm_.default, aten.baddbmm.default), 1),
 }
@@ -72,7 +72,7 @@ class Ledger(TorchDispatchMode):
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DEVICE:
+        if func is DEVICE_QUERY:
             return args[0].fake_device
         if func.is_view:
             return func(*args, **(kwargs or {}))
@@ -80,7 +80,7 @@ class Ledger(TorchDispatchMode):
             t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)
         }
         out = func(*args, **(kwargs or {}))
-        if (first := PRODUCTS.get(func)) is not None:
+        if (first := MATMULS.get(func)) is not None:
             self.operations += 2 * args[first].numel() * args[first + 1].shape[-1]
         for t in tree_iter(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:
@@ -102,17 +102,17 @@ class Ledger(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Traced:
+class StepTrace:
     """The bytes of a step; `forward_operations` and `backward_operations` count matmuls'
     multiplications and additions.
 
-    ahead: gradients that exist before the forward pass.
-    kept: activations that exist after the forward pass.
+    initial_gradients: gradients that exist before the forward pass.
+    activations: those that exist after the forward pass.
     engine: the engine that samples completions, without its KV cache (`slots`).
-    drawing: the peak while it samples, beyond weights, adapter, optimizer and engine.
+    sampling_peak: the peak while it samples, beyond weights, adapter, optimizer and engine.
     forward, backward: the peak in either pass beyond weights, adapter and optimizer; for inference,
         in the passes of the prompt and of the next token.
-    late: the same in the second half of the backward pass.
+    second_half: the same in the second half of the backward pass.
     exchanged: tensors gathered from and sent to other processes.
     """
 
@@ -120,38 +120,38 @@ class Traced:
     adapter: int = 0
     optimizer: int = 0
     gradients: int = 0
-    ahead: int = 0
-    kept: int = 0
+    initial_gradients: int = 0
+    activations: int = 0
     kv_cache: int = 0
     forward: int = 0
     backward: int = 0
-    late: int = 0
+    second_half: int = 0
     engine: int = 0
     slots: int = 0
-    drawing: int = 0
+    sampling_peak: int = 0
     exchanged: int = 0
     forward_operations: int = 0
     backward_operations: int = 0
 
-    def extrapolated(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
+    def extrapolated(self, other: StepTrace, blocks: tuple[int, int, int]) -> StepTrace:
         """Extrapolate to blocks[2] blocks, from this trace (blocks[0]) and the other (blocks[1]).
         """
         a, b, n = blocks
         pairs = zip(astuple(self), astuple(other), strict=True)
-        return Traced(*(x + (y - x) * (n - a) // (b - a) for x, y in pairs))
+        return StepTrace(*(x + (y - x) * (n - a) // (b - a) for x, y in pairs))
 
 
 ON_CPU = DeviceKind("cpu")
 DDP, FSDP = "ddp", "fsdp"
 STRATEGIES = (FSDP, DDP)
-SETTINGS = EngineSettings()  # for the number of prompt tokens in one pass
-COPIES = 3  # of a pass's logits: the head's, the reordered and the selected ones
-KEPT = 3  # of an adapter's factors: stored, as passes read them, and zeros for other rows
-TOKENS = 4, 8  # below any window of attention
+ENGINE_SETTINGS = EngineSettings()  # for the number of prompt tokens in one pass
+LOGIT_COPIES = 3  # of a pass's logits: the head's, the reordered and the selected ones
+FACTOR_COPIES = 3  # of an adapter's factors: stored, as passes read them, and zeros for other rows
+PROBE_TOKENS = 4, 8  # below any window of attention
 
 
 @dataclass(frozen=True)
-class Setting:
+class MemorySetting:
     """The input of an estimate: a base, a method, and the rows of a micro-batch.
 
     spec: the trained method; None for inference.
@@ -198,7 +198,7 @@ class Setting:
         attach(model, self.spec, **beside)  # type: ignore[arg-type]
 
     @property
-    def owned(self) -> bool:
+    def trains_base(self) -> bool:
         """Whether the base weights are trained."""
         return self.spec is not None and self.spec.trains_base
 
@@ -212,7 +212,7 @@ class Setting:
         return max(self.rows)
 
 
-def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
+def trace(config: PreTrainedConfig, setting: MemorySetting, blocks: int) -> StepTrace:
     """Trace a step of a model with embedding, head and its first blocks."""
     with (
         existing_frozen(),
@@ -236,50 +236,50 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
             ) from error
 
 
-def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
+def training(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> StepTrace:
     """Trace a training step with every feature of a run."""
     # packed rows do not support attention sinks (gpt-oss)
     sinks = any("sinks" in module._parameters for module in model.modules())
     setting = replace(setting, packed=setting.packed and not sinks)
     if setting.below:
         attach_below(model, setting)
-    weights = collected(ledger)
+    weights = live_bytes(ledger)
     setting.attach(model)
     sum_in_fp32(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    start = collected(ledger)
+    start = live_bytes(ledger)
     if setting.checkpointing:
-        recompute(model)
+        enable_gradient_checkpointing(model)
     parts = None
-    if setting.processes > 1 and setting.strategy == FSDP and setting.owned:
-        parts = divided(trained, setting)
+    if setting.processes > 1 and setting.strategy == FSDP and setting.trains_base:
+        parts = shard_gradients(trained, setting)
     elif setting.accumulating:
         for p in trained:
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-    ahead = ledger.now - start
+    initial_gradients = ledger.now - start
     model.train()
     # the longest row last
-    documents = partial(_mask, tuple(sorted(setting.rows)))
+    documents = partial(_last_tiles_mask, tuple(sorted(setting.rows)))
     with fused(model), attending(model, documents) if setting.packed else nullcontext():
-        ledger.peak = collected(ledger)
+        ledger.peak = live_bytes(ledger)
         loss = loss_of(model, setting)
-        activations, forward = ledger.now - start - ahead, ledger.peak - start
+        activations, forward = ledger.now - start - initial_gradients, ledger.peak - start
         ledger.peak, operations = ledger.now, ledger.operations
-        early = counted_anew_halfway(trained, ledger)
+        early = reset_peak_halfway(trained, ledger)
         loss.backward()
-        late = ledger.peak - start
-        backward = max([late, *(peak - start for peak in early)])
+        second_half = ledger.peak - start
+        backward = max([second_half, *(peak - start for peak in early)])
     whole = (p.grad for p in trained if p.grad is not None)
-    traced = Traced(
+    traced = StepTrace(
         weights=weights,
         adapter=start - weights,
         optimizer=state_bytes(setting.optimizer, trained),
         gradients=distinct_bytes(whole if parts is None else parts.values()),
-        ahead=ahead,
-        kept=activations,
+        initial_gradients=initial_gradients,
+        activations=activations,
         forward=forward,
         backward=backward,
-        late=late,
+        second_half=second_half,
         forward_operations=operations,
         backward_operations=ledger.operations - operations,
     )
@@ -288,8 +288,8 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     del loss
     for p in trained:
         p.grad = None
-    engine, slots, peak = drawing(model.eval(), setting.draws, ledger)
-    return replace(traced, engine=engine, slots=slots, drawing=peak)
+    engine, slots, peak = trace_engine(model.eval(), setting.draws, ledger)
+    return replace(traced, engine=engine, slots=slots, sampling_peak=peak)
 
 
 class LastTiles(Documents):
@@ -301,14 +301,16 @@ class LastTiles(Documents):
         yield from [*super().tiles()][-3:]
 
 
-def _mask(
+def _last_tiles_mask(
     lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
 ) -> Documents:
     """Documents of these lengths, or a single one if a soft prompt makes the sequence longer."""
     return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)
 
 
-def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parameter, Tensor]:
+def shard_gradients(
+    trained: Sequence[nn.Parameter], setting: MemorySetting
+) -> dict[nn.Parameter, Tensor]:
     """Replace each gradient by one process's part of it (n,) as soon as it exists; returns these
     parts.
     """
@@ -326,7 +328,7 @@ def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parame
     return parts
 
 
-def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[int]:
+def reset_peak_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[int]:
     """Reset the ledger's peak when half of the parameters have gradients, and return a list for the
     first half's peak, because each half depends on the number of blocks in its own way.
     """
@@ -345,12 +347,12 @@ def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> lis
     return before
 
 
-def attach_below(model: PreTrainedModel, setting: Setting) -> None:
+def attach_below(model: PreTrainedModel, setting: MemorySetting) -> None:
     for n, (spec, beside) in enumerate(setting.below):
         attach(model, spec, name=f"below{n}", **beside(model)).requires_grad_(False)
 
 
-def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
+def loss_of(model: PreTrainedModel, setting: MemorySetting) -> Tensor:
     """The loss of the setting, (), on fake ids with positions (1, T) if packed, or with a mask (B,
     T).
     """
@@ -364,48 +366,47 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
 
 
 @torch.no_grad()
-def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
+def inference(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> StepTrace:
     """Trace the forward pass of a prompt, then of one more token."""
-    weights = collected(ledger)
+    weights = live_bytes(ledger)
     prompt, token = (token_ids(setting.batch, n) for n in (setting.length - 1, 1))
-    ledger.peak = start = collected(ledger)
+    ledger.peak = start = live_bytes(ledger)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start
-    ledger.peak = collected(ledger)
+    ledger.peak = live_bytes(ledger)
     model(input_ids=token, cache=cache, use_cache=True)
-    backward = ledger.peak - start
-    return Traced(weights, kv_cache=collected(ledger) - start, forward=forward, backward=backward)
+    return StepTrace(
+        weights, kv_cache=live_bytes(ledger) - start, forward=forward, backward=ledger.peak - start
+    )
 
 
-def collected(ledger: Ledger) -> int:
+def live_bytes(ledger: Ledger) -> int:
     """The bytes that exist after a garbage collection."""
     gc.collect()
     return ledger.now
 
 
 @torch.no_grad()
-def drawing(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
+def trace_engine(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
     """Trace the sampling of completions: the bytes of an engine, its KV cache, and its peak."""
-    few, more = (_cached(model, n, ledger) for n in TOKENS)
-    a_token = (more - few) // (TOKENS[1] - TOKENS[0])
-    state = few - TOKENS[0] * a_token
+    few, more = (_kv_cache_bytes(model, n, ledger) for n in PROBE_TOKENS)
+    token_bytes = (more - few) // (PROBE_TOKENS[1] - PROBE_TOKENS[0])
+    state = few - PROBE_TOKENS[0] * token_bytes
     # models with a state besides the KV cache compute one completion at a time
     slots = size.slots if state <= 0 else 1
-    held = slots * (max(0, state) + round_up(size.prompt + size.longest) * a_token)
+    kv_cache = slots * (max(0, state) + round_up(size.prompt + size.max_new_tokens) * token_bytes)
     config = model.config.get_text_config()
-    logits = COPIES * slots * config.vocab_size * model.dtype.itemsize
-    read, prompts = min(size.prompt, SETTINGS.chunk), -(-slots // size.group)
-    rows = max(1, min(prompts, SETTINGS.budget // read))
-    passes = max(_workspace(model, rows, read, ledger), _workspace(model, slots, 1, ledger))
-    factors = 0
-    for delta in deltas_of(model, selection_of(model).names).values():
-        if (pair := delta.factors()) is not None:
-            factors += sum(t.numel() for t in pair)
-    engine = packed_bytes(model) + KEPT * factors * model.dtype.itemsize
-    return engine, held, held + max(passes, logits)
+    logits = LOGIT_COPIES * slots * config.vocab_size * model.dtype.itemsize
+    chunk, prompts = min(size.prompt, ENGINE_SETTINGS.chunk), -(-slots // size.group)
+    rows = max(1, min(prompts, ENGINE_SETTINGS.budget // chunk))
+    passes = max(_pass_bytes(model, rows, chunk, ledger), _pass_bytes(model, slots, 1, ledger))
+    pairs = [delta.factors() for delta in deltas_of(model, selection_of(model).names).values()]
+    factors = sum(t.numel() for pair in pairs for t in pair or ())
+    engine = packed_bytes(model) + FACTOR_COPIES * factors * model.dtype.itemsize
+    return engine, kv_cache, kv_cache + max(passes, logits)
 
 
-def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
+def _kv_cache_bytes(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
     start = ledger.now
     ids = token_ids(1, tokens)
     cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
@@ -415,7 +416,7 @@ def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
     return size
 
 
-def _workspace(model: PreTrainedModel, rows: int, tokens: int, ledger: Ledger) -> int:
+def _pass_bytes(model: PreTrainedModel, rows: int, tokens: int, ledger: Ledger) -> int:
     ledger.peak = start = ledger.now
     model(input_ids=token_ids(rows, tokens), use_cache=False, logits_to_keep=1)
     return ledger.peak - start

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorafold.core.matrices import Matrices, module_at
+from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.templates import in_words
 from lorafold.models.quantizations import MADE, PLAIN

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.attach import Adapted
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json

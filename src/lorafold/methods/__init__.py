@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lorafold.methods.lora import LoRA as LoRA
     from lorafold.methods.lora_inits import OLoRA as OLoRA
     from lorafold.methods.lora_inits import PiSSA as PiSSA
-    from lorafold.methods.prefix import Prefix as Prefix
-    from lorafold.methods.prompt import Prompt as Prompt
+    from lorafold.methods.prefix_tuning import Prefix as Prefix
+    from lorafold.methods.prompt_tuning import Prompt as Prompt
     from lorafold.methods.sparse import LTSFT as LTSFT
     from lorafold.methods.sparse import FishMask as FishMask
     from lorafold.methods.vera import VeRA as VeRA
@@ -49,14 +49,14 @@ class Methods(UserDict[str, Any]):
         named = [row for row in rows.values() if not callable(row)]
         places = [row if isinstance(row, str) else row[0] for row in named]
         # class name -> function that imports the class
-        self.classes = {place.partition(".")[2]: partial(_imported, place) for place in places}
+        self.classes = {place.partition(".")[2]: partial(_import_class, place) for place in places}
 
     def __getitem__(self, name: str) -> Callable[..., "Spec"]:
         row = self.data[name]
         if callable(row):
             return row
         where, options = (row, {}) if isinstance(row, str) else row
-        cls = _imported(where)
+        cls = _import_class(where)
         return partial(cls, **options) if options else cls
 
     def spec(self, name: str) -> "type[Spec]":
@@ -66,7 +66,7 @@ class Methods(UserDict[str, Any]):
         return cls if isinstance(cls, type) else type(maker())
 
 
-def _imported(place: str) -> "type[Spec]":
+def _import_class(place: str) -> "type[Spec]":
     module, _, name = place.partition(".")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
@@ -89,8 +89,8 @@ METHODS = Methods(
         "fish": "sparse.FishMask",
         "houlsby": "bottleneck.Bottleneck",
         "pfeiffer": ("bottleneck.Bottleneck", {"after": "mlp"}),
-        "prompt": "prompt.Prompt",
-        "prefix": "prefix.Prefix",
+        "prompt": "prompt_tuning.Prompt",
+        "prefix": "prefix_tuning.Prefix",
         "linear-probe": "linear_probe.LinearProbe",
         "fastfood": "fastfood.Fastfood",
     }
@@ -104,8 +104,8 @@ def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")
     default: Any = METHODS[method]
-    likeness = default if isinstance(default, type) else default()
-    names = tuple(field.name for field in fields(likeness))
+    default_spec = default if isinstance(default, type) else default()
+    names = tuple(field.name for field in fields(default_spec))
     if "over" not in names:
         return names
     return (*names, *(known_options(over) if over else default().over.options()))
@@ -129,21 +129,20 @@ def make_spec(method: str, **options: Any) -> "Spec":
 
         raise unknown_names(f"method {method}", options, known)
     try:
-        spec = maker(**options)
+        return maker(**options)
     except TypeError as e:
         raise LorafoldError(f"method {method}: {e}") from None
-    return spec
 
 
 def name_of(spec: "Spec") -> str:
     """The method's name: among the methods with this spec class, the one whose default spec differs
     from this one in the fewest fields.
     """
-    likes = {name: make_spec(name) for name in METHODS}
+    defaults = {name: make_spec(name) for name in METHODS}
     return min(
-        (name for name, like in likes.items() if type(like) is type(spec)),
+        (name for name, like in defaults.items() if type(like) is type(spec)),
         key=lambda name: sum(
-            getattr(likes[name], f.name) != getattr(spec, f.name)
+            getattr(defaults[name], f.name) != getattr(spec, f.name)
             for f in fields(spec)  # type: ignore[arg-type]
         ),
     )

@@ -35,7 +35,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check, set_alpha, zeros
+from lorafold.methods.common.options_and_init import check, set_alpha, zeros
 
 PARTS = ("P", "E", "Q")
 AVERAGES = ("sensitivity", "uncertainty")
@@ -170,7 +170,7 @@ class AdaLoRA(Spec):
         adapted: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
         first, last = self.phases(total)
         if step < last:
-            observe(adapted, self.beta1, self.beta2)
+            update_averages(adapted, self.beta1, self.beta2)
         due = step == last or (first < step < last and step % self.delta_t == 0)
         if due:
             full = sum(delta.E.numel() for delta in adapted)
@@ -192,7 +192,7 @@ class AdaLoRA(Spec):
 
 
 @torch.no_grad()
-def observe(deltas: list[AdaLoRADelta], beta1: float, beta2: float) -> None:
+def update_averages(deltas: list[AdaLoRADelta], beta1: float, beta2: float) -> None:
     """Update the averages (eq. 9 and 10) from parameters and gradients. `beta1` smooths
     sensitivity, `beta2` uncertainty.
     """

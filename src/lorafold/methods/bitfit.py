@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.extras import BiasDelta
+from lorafold.methods.common.biases_and_modules import BiasDelta
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.layers import output_width
-from lorafold.methods.parts.options import check, kaiming, zeros
+from lorafold.methods.common.options_and_init import check, kaiming, zeros
 
 Activation = Literal["gelu", "relu"]
 After = Literal["both", "mlp"]

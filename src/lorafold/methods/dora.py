@@ -32,7 +32,7 @@ from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
 
 
-def squares(w: Tensor) -> Tensor:  # (*matrices, out, in) -> (*matrices, out)
+def squared_row_norms(w: Tensor) -> Tensor:  # (*matrices, out, in) -> (*matrices, out)
     """The squared norm of each row of the matrices, in fp32 or wider."""
     return torch.linalg.vector_norm(
         w, dim=-1, dtype=torch.promote_types(w.dtype, torch.float32)
@@ -80,7 +80,7 @@ class DoRADelta(Delta):
         self.run_names = tuple(f"inner.{name}" for name in inner.run_names)
         self.own, self.norms = CachedValue(), CachedValue()
         self.during: object | None = None
-        self.magnitude = nn.Parameter(squares(layer.dense()[0].detach()).sqrt())
+        self.magnitude = nn.Parameter(squared_row_norms(layer.dense()[0].detach()).sqrt())
 
     @torch.no_grad()
     def row_norms(self, layer: Layer) -> Tensor:  # (*matrices, out), fp32 or wider
@@ -92,7 +92,7 @@ class DoRADelta(Delta):
         base = layer.sources()
 
         def own() -> Tensor:
-            return squares(layer.dense()[0])
+            return squared_row_norms(layer.dense()[0])
 
         def norms(own: Tensor) -> Tensor:  # replaces 0 by 1
             return F.threshold(self.inner.row_squares(layer, own), 0, 1).sqrt_()
@@ -159,21 +159,21 @@ class DoRA(Spec):
         return DoRADelta(inner, layer)
 
     def join(self, deltas: DeltasByPath) -> None:
-        self.over.join(inners(deltas))
+        self.over.join(inner_deltas(deltas))
 
     def prepare(self, deltas: DeltasByPath, losses: Losses) -> None:
-        self.over.prepare(inners(deltas), losses)
+        self.over.prepare(inner_deltas(deltas), losses)
 
     def penalty(self, deltas: DeltasByPath) -> Tensor | None:
-        return self.over.penalty(inners(deltas))
+        return self.over.penalty(inner_deltas(deltas))
 
     def after_step(self, deltas: DeltasByPath, step: int, total: int) -> None:
-        self.over.after_step(inners(deltas), step, total)
+        self.over.after_step(inner_deltas(deltas), step, total)
 
     def report(self, deltas: DeltasByPath) -> str:
-        return self.over.report(inners(deltas))
+        return self.over.report(inner_deltas(deltas))
 
 
-def inners(deltas: DeltasByPath) -> dict[str, Delta]:
+def inner_deltas(deltas: DeltasByPath) -> dict[str, Delta]:
     """The additive deltas inside DoRA's deltas, by module path."""
     return {path: delta.inner for path, delta in deltas.items()}  # type: ignore[misc]

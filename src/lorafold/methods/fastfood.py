@@ -24,8 +24,8 @@ from lorafold.core.delta import DeltasByPath, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
 from lorafold.core.spec import Spec
+from lorafold.methods.common.options_and_init import check
 from lorafold.methods.full import Full
-from lorafold.methods.parts.options import check
 from lorafold.ops.walsh import halves, walsh
 
 
@@ -55,7 +55,7 @@ class Subspace(nn.Module):
         """
         return walsh(x, self.left.sign().to(x), self.right.sign().to(x))
 
-    def spread(self) -> Tensor:  # (L,)
+    def shared_projection(self) -> Tensor:  # (L,)
         """Q H B v / sqrt(d), the part of the projection that all matrices share."""
         filled = nn.functional.pad(self.vector, (0, len(self.signs) - len(self.vector)))
         length = len(self.vector) * len(self.signs)
@@ -96,8 +96,8 @@ class FastfoodDelta(Dense):
     def projected(self, dtype: torch.dtype) -> Tensor:  # (*matrices, out, in)
         """dW (*matrices, out, in), computed in that dtype throughout."""
         subspace: Any = self._first[0].subspace
-        spread = subspace.spread().to(self.gaussians.device)
-        gains = spread * self.scale / self.gaussians.numel() ** 0.5
+        shared_projection = subspace.shared_projection().to(self.gaussians.device)
+        gains = shared_projection * self.scale / self.gaussians.numel() ** 0.5
         blocks = subspace.transformed(self.gaussians.to(dtype) * gains.to(dtype))
         return blocks.flatten()[: prod(self.shape)].view(self.shape)
 

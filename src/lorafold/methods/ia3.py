@@ -71,9 +71,7 @@ class IA3(Spec):
 
     feedforward: str | Sequence[str] | None = None
 
-    targets = (
-        rf".*{ATTENTION}.*\.(?:{KEYS_VALUES})|(?!.*{ATTENTION}).*\.(?:{MLP_LAST})"
-    )
+    targets = rf".*{ATTENTION}.*\.(?:{KEYS_VALUES})|(?!.*{ATTENTION}).*\.(?:{MLP_LAST})"
     lr = 1e-2
 
     def at(self, path: str) -> Self:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.extras import ReplaceDelta
+from lorafold.methods.common.biases_and_modules import ReplaceDelta
 
 
 @dataclass(frozen=True)

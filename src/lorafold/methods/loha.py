@@ -22,7 +22,7 @@ from lorafold.core.contexts import recomputed
 from lorafold.core.delta import Dense
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.options import check, kaiming, set_alpha, zeros
+from lorafold.methods.common.options_and_init import check, kaiming, set_alpha, zeros
 from lorafold.ops.hadamard import hadamard
 
 

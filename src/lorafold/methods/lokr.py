@@ -21,7 +21,7 @@ from torch import Tensor
 from lorafold.core.delta import Additive
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.options import check, kaiming, set_alpha, zeros
+from lorafold.methods.common.options_and_init import check, kaiming, set_alpha, zeros
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:

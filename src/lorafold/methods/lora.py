@@ -30,7 +30,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check, kaiming, set_alpha, zeros
+from lorafold.methods.common.options_and_init import check, kaiming, set_alpha, zeros
 from lorafold.ops.svd import best_of_rank
 
 Init = Literal["kaiming", "gaussian", "loftq"]
@@ -126,7 +126,7 @@ class LoRA(Spec):
         return delta
 
 
-def of_ranks(ranks: Mapping[str, int]) -> LoRA:
+def lora_with_ranks(ranks: Mapping[str, int]) -> LoRA:
     """LoRA with these ranks by module path, and scale 1. The most common rank becomes the spec's
     rank, the others go into its patterns.
     """

@@ -25,7 +25,7 @@ from lorafold.core.delta import Factors, LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check, set_alpha
+from lorafold.methods.common.options_and_init import check, set_alpha
 from lorafold.ops.svd import best_of_rank
 
 
@@ -78,7 +78,7 @@ class FromWeight(Spec):
         return self.alpha / self.rank  # type: ignore[operator]
 
     @abstractmethod
-    def start(self, w: Tensor) -> Factors:
+    def initial(self, w: Tensor) -> Factors:
         """B0 (*matrices, out, r) and A0 (*matrices, r, in) for matrices w (*matrices, out, in)."""
 
     def build(self, layer: Layer) -> OffsetDelta:
@@ -88,7 +88,7 @@ class FromWeight(Spec):
                 f" expected at most {min(layer.shape)}"
             )
         with torch.no_grad():
-            return OffsetDelta(*self.start(layer.dense()[0].float()), self.scale, self.dropout)
+            return OffsetDelta(*self.initial(layer.dense()[0].float()), self.scale, self.dropout)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class PiSSA(FromWeight):
 
     niter: int = 16
 
-    def start(self, w: Tensor) -> Factors:
+    def initial(self, w: Tensor) -> Factors:
         return best_of_rank(w, self.rank, self.scale, self.niter)
 
 
@@ -109,6 +109,6 @@ class PiSSA(FromWeight):
 class OLoRA(FromWeight):
     """OLoRA: LoRA that starts from the QR decomposition of W."""
 
-    def start(self, w: Tensor) -> Factors:
+    def initial(self, w: Tensor) -> Factors:
         q, r = torch.linalg.qr(w)
         return q[..., : self.rank], r[..., : self.rank, :]

@@ -25,7 +25,7 @@ from torch.optim import AdamW
 from lorafold.core.delta import DeltasByPath, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
-from lorafold.methods.parts.options import check, zeros
+from lorafold.methods.common.options_and_init import check, zeros
 
 
 class SparseDelta(Dense):
@@ -88,7 +88,7 @@ class _Sparse(Spec):
         for delta in sparse:
             delta.select(None)
         scores = self.scores(sparse, losses)
-        for delta, at in zip(sparse, largest(scores, self.density), strict=True):
+        for delta, at in zip(sparse, largest_positions(scores, self.density), strict=True):
             delta.select(at)
 
     @abstractmethod
@@ -153,7 +153,7 @@ class FishMask(_Sparse):
         return fisher
 
 
-def largest(scores: list[Tensor], density: float) -> list[Tensor]:
+def largest_positions(scores: list[Tensor], density: float) -> list[Tensor]:
     """The ascending positions (k_i,) in each weight of the fraction `density` of largest scores
     (out * in,) over all weights.
     """

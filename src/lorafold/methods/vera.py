@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorafold.core.delta import DeltasByPath, Factors, LowRank
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.options import check, zeros
+from lorafold.methods.common.options_and_init import check, zeros
 from lorafold.ops.frozen import scaled_product
 
 

@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 )
 
 from lorafold.core.anatomy import Anatomy, tied_parameters
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.atomic import MANIFEST, read_object
 from lorafold.layers.compressed import CompressedLinear

@@ -78,7 +78,7 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
     body = anatomy.decoder
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         body = str(model.base_model_prefix)  # with the encoder beside the decoder
-    inside = beneath([body, *anatomy.beside])
+    inside = beneath([body, *anatomy.encoders_and_connectors])
     heads = tuple(
         p
         for p, m in anatomy.modules

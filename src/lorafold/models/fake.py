@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from lorafold.core.contexts import is_fake
-from lorafold.core.matrices import expert_parameters
+from lorafold.core.expert_matrices import expert_parameters
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of
 from lorafold.layers.bitsandbytes import set_compute_dtype

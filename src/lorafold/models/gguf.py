@@ -226,7 +226,7 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
                 f"{file}: can't be read as GGUF (another format, truncated, or newer than the"
                 f" installed package gguf): {one_line(error)}"
             ) from error
-        check_places(reader, file)
+        check_paths_disjoint(reader, file)
         readers.append(reader)
         own, count = value(reader, "split.no") or 0, value(reader, "split.count") or 1
         if (own, count) != (number, len(files)):
@@ -241,7 +241,7 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
     return readers
 
 
-def check_places(reader: GGUFReader, file: Path) -> None:
+def check_paths_disjoint(reader: GGUFReader, file: Path) -> None:
     """Check that the tensors fill the file after its header without gaps; otherwise wrong bytes
     would be read as values.
     """

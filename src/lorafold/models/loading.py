@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from lorafold.core.contexts import keep_scale
+from lorafold.core.contexts import disable_rescaling
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import check_complete, loading, warn_unread
@@ -126,7 +126,7 @@ def read_weights(
     else:
         model, info = read_quantized(auto, source, wanted, torch.device(device), **config)
         compute_in(model, wanted.dtype)
-    keep_scale(model)
+    disable_rescaling(model)
     remember_source(model, source)
     # adapters record this name as their base
     model.config._name_or_path = model.name_or_path = source.name

@@ -18,7 +18,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lorafold.core.anatomy import Anatomy, beneath
-from lorafold.core.matrices import Matrices, form_of, module_at
+from lorafold.core.expert_matrices import Matrices, experts_layout, module_at
 from lorafold.core.targets import block_linears
 from lorafold.errors import LorafoldError
 from lorafold.layers import is_linear, layer_of
@@ -184,7 +184,7 @@ def experts_quantized(quantization: str) -> Iterator[None]:
     pack = STORAGES[quantization].pack
 
     def quantize(module: Any, name: str, parameter: Any) -> Any:
-        form = form_of(module)
+        form = experts_layout(module)
         stored = None if form is None else form.parameters.get(name)
         if stored is None or parameter.is_meta or parameter.dim() != 3 - stored.flat:
             return None

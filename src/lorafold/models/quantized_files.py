@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.matrices import expert_parameters, matrices_of
+from lorafold.core.expert_matrices import expert_parameters, matrices_of
 from lorafold.errors import LorafoldError, join_problems
 from lorafold.layers import layer_class
 from lorafold.layers.compressed import CompressedLinear, QuantizationFormat

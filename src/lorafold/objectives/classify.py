@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lorafold.core.attach import Adapted
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import match
 from lorafold.data.classification import (
@@ -40,7 +40,7 @@ from lorafold.resolve import Base
 from lorafold.resolve.base import known_classes
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.losses import Loss
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,8 +107,8 @@ class Classify(Objective):
         console: Console,
     ) -> Iterator[Loss]:
         auto = packing == "auto"
-        with branching(model, across=True) if auto else nullcontext() as how:
-            yield Classification(model, padding_id(tokenizer), how)
+        with sharing_prefixes(model, across=True) if auto else nullcontext() as support:
+            yield Classification(model, padding_id(tokenizer), support)
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
         return class_loss(model, inputs)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from rich.console import Console
 
-from lorafold.core.contexts import undropped
+from lorafold.core.contexts import without_dropout
 from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.examples import WHOLE
@@ -31,15 +31,15 @@ from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
-from lorafold.evaluation.policy import Rewarded
+from lorafold.evaluation.policy_rewards import RewardedRollouts
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.model_card import JUDGED_BY
 from lorafold.files.templates import within
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
+from lorafold.objectives.algorithm_options import SamplingOptions, algorithm_class, policy_options
 from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
-from lorafold.objectives.options import SamplingOptions, law_class, policy_options
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import RewardName, Rewards
@@ -47,9 +47,9 @@ from lorafold.rewards.reward import REWARDS
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step import policy_algorithms
 from lorafold.training_step.data_parallel import Replicated
-from lorafold.training_step.policy_algorithms import PolicyLaw
+from lorafold.training_step.policy_algorithms import PolicyAlgorithm
 from lorafold.training_step.policy_loss import Policy, Rollout, StepRollouts
-from lorafold.training_step.shared_prefixes import Branching, branching
+from lorafold.training_step.shared_prefixes import PrefixSupport, sharing_prefixes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,11 +58,11 @@ if TYPE_CHECKING:
 
 
 HIGHEST, LOWEST = "highest reward", "lowest reward"  # of all completions so far
-SILENT = "lowest reward since a signal"  # of completions since the last step with a signal
-LARGEST = 1e12  # the largest advantage: squared gradients must not overflow fp32
-COLLAPSED = 0.1  # nats per token: below it nearly all completions of a prompt are the same
-SOLVED = "the rows are solved, unless the reward can be higher; try harder rows"
-TRY = (
+LOWEST_SINCE_SIGNAL = "lowest reward since a signal"  # since the last step with one
+MAX_ADVANTAGE = 1e12  # squared gradients must not overflow fp32
+COLLAPSED_ENTROPY = 0.1  # nats per token: below it nearly all completions of a prompt are the same
+SOLVED_HINT = "the rows are solved, unless the reward can be higher; try harder rows"
+NO_SIGNAL_HINTS = (
     "the prompts are too hard or too easy for the model; try easier rows, a reward with partial"
     " credit, or more completions per prompt (group, fill)",
     "the policy has collapsed; try a lower learning rate, beta, or more prompts per step (batch)"
@@ -76,13 +76,13 @@ class RolloutLoss(Policy):
     def __init__(
         self,
         model: PreTrainedModel,
-        law: PolicyLaw,
-        how: Branching | None,
+        algorithm: PolicyAlgorithm,
+        support: PrefixSupport | None,
         pad_id: int,
         rollouts: Rollouts,
         rewards: Rewards,
     ) -> None:
-        super().__init__(model, law, how, pad_id, rollouts.longest, rollouts.exact)
+        super().__init__(model, algorithm, support, pad_id, rollouts.max_new_tokens, rollouts.exact)
         self.rollouts, self.rewards = (rollouts,), rewards  # a tuple, so not a submodule
         self.processes: Processes = SINGLE_PROCESS  # set by `refer`
 
@@ -91,7 +91,7 @@ class RolloutLoss(Policy):
 class PolicyObjective(OnPolicy):
     """Reinforcement learning from rewards."""
 
-    law: PolicyLaw
+    algorithm: PolicyAlgorithm
     sampling: SamplingOptions
     functions: tuple[Callable[..., Any], ...] = ()  # rewards in Python
     seed: int = 0
@@ -99,23 +99,23 @@ class PolicyObjective(OnPolicy):
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        law, drawing = policy_options(request.name, request.beta, request.options)
-        if not (drawing.rewards or request.rewards):
+        algorithm, sampling = policy_options(request.name, request.beta, request.options)
+        if not (sampling.rewards or request.rewards):
             raise LorafoldError(
                 f"objective {request.name}: found no reward, expected at least one: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"
             )
-        parsed = {text: RewardName.parse(text) for text in drawing.rewards}
+        parsed = {text: RewardName.parse(text) for text in sampling.rewards}
         adapters = {
             text: RewardAdapter.of(name, request.base)
             for text, name in parsed.items()
             if name.is_adapter
         }
-        return cls(law, drawing, tuple(request.rewards), request.seed, adapters)
+        return cls(algorithm, sampling, tuple(request.rewards), request.seed, adapters)
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        kinds = (law_class(declared, policy_algorithms), SamplingOptions)
+        kinds = (algorithm_class(declared, policy_algorithms), SamplingOptions)
         return {field.name: field.default for kind in kinds for field in fields(kind)}
 
     @property
@@ -178,27 +178,28 @@ class PolicyObjective(OnPolicy):
         packing: Packing,
         console: Console,
     ) -> Iterator[RolloutLoss]:
-        drawing = self.sampling
+        sampling = self.sampling
         with ExitStack() as stack:
             rewards = stack.enter_context(self._rewards(model, packing, console))
             rollouts = Rollouts(
-                model, tokenizer, drawing.group, drawing.max_new_tokens, exact=drawing.exact
+                model, tokenizer, sampling.group, sampling.max_new_tokens, exact=sampling.exact
             )
             stack.callback(rollouts.close)
-            if dropped := stack.enter_context(undropped(model)):
+            if dropped := stack.enter_context(without_dropout(model)):
                 dropout = f"dropout: {dropped:g} in the model or its adapters is set to 0"
                 print_lines(console, f"{dropout}, because sampling uses no dropout")
-            how = None
+            support = None
             if packing:
-                how = stack.enter_context(branching(model, across=packing == "auto"))
-            if drawing.exact and (how is None or not how.packs):
+                support = stack.enter_context(sharing_prefixes(model, across=packing == "auto"))
+            if sampling.exact and (support is None or not support.packs):
                 raise LorafoldError(
                     "exact: found padded sequences, expected packed ones, as in sampling; turn"
                     " packing on, or train without exact"
                 )
-            if drawing.exact:  # also in the backward, for recomputed checkpoints
+            if sampling.exact:  # also in the backward, for recomputed checkpoints
                 stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
-            yield RolloutLoss(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
+            pad_id = tokenizer.pad_token_id or 0
+            yield RolloutLoss(model, self.algorithm, support, pad_id, rollouts, rewards)
 
     def refer(
         self, loss: RolloutLoss, feed: BatchFeed, held_out: Any, below: Sequence[str],
@@ -223,60 +224,60 @@ class PolicyObjective(OnPolicy):
     def _rollouts(
         self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
-        key, seconds, again = key_of(self.seed, step), defaultdict[str, float](float), 0
-        judged = first = self._sample(planned, key, loss, seconds)
+        key, seconds, num_resampled = key_of(self.seed, step), defaultdict[str, float](float), 0
+        scored = first = self._sample(planned, key, loss, seconds)
         tokens = first.tokens
-        advantages, learns = self._advantages(judged)
+        advantages, learns = self._advantages(scored)
         for attempt in range(1, self.sampling.fill + 1):
             if not (empty := (~learns).nonzero().flatten().tolist()):
                 break
             more = self._sample([planned[i] for i in empty], key_of(key, attempt), loss, seconds)
-            judged, again = judged.replaced(empty, more), again + len(empty)
+            scored, num_resampled = scored.replaced(empty, more), num_resampled + len(empty)
             tokens += more.tokens
-            advantages, learns = self._advantages(judged)
+            advantages, learns = self._advantages(scored)
         figures = dict(first.figures)
         if self.sampling.fill:
-            figures["groups drawn again"] = again / len(planned)
-        silent = "" if bool(learns.any()) else self._silent(judged, loss)
+            figures["groups drawn again"] = num_resampled / len(planned)
+        reason = "" if bool(learns.any()) else self._no_signal_reason(scored, loss)
         rollouts = [
             Rollout.of(
                 prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], row,
                 [self._counts(one) for one in group],
             )
-            for prompt, group, row in zip(planned, judged.groups, advantages.tolist(), strict=True)
+            for prompt, group, row in zip(planned, scored.groups, advantages.tolist(), strict=True)
         ]  # fmt: skip
-        if not silent:
-            loss.counts.pop(SILENT, None)
+        if not reason:
+            loss.counts.pop(LOWEST_SINCE_SIGNAL, None)
         elif not step:
             rollouts = []  # the policy still equals its reference, so the KL has no gradient
-        return StepRollouts(rollouts, silent, figures, tokens, dict(seconds), first.to_read)
+        return StepRollouts(rollouts, reason, figures, tokens, dict(seconds), first.samples_json)
 
     def measure(self, loss: RolloutLoss, held_out: Encoded) -> Measured:
         """The mean reward of one completion of each prompt, always with the same random numbers,
         with its confidence interval; the loss is its negative.
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
-        groups = rollouts.draw([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
-        judged = Rewarded.of(prompts, groups, loss.rewards, at_once=SLOTS)
-        reward, interval = judged.figures["reward"], judged.interval
+        groups = rollouts.sample([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
+        scored = RewardedRollouts.of(prompts, groups, loss.rewards, at_once=SLOTS)
+        reward, interval = scored.figures["reward"], scored.interval
         # a group of one never has a signal
-        figures = {k: v for k, v in judged.figures.items() if k != "groups without signal"}
+        figures = {k: v for k, v in scored.figures.items() if k != "groups without signal"}
         text = f", reward {reward:.3f}{within(interval, '.3f')}"
-        return Measured(-reward, figures | {"reward_interval": interval}, text, judged.to_read)
+        return Measured(-reward, figures | {"reward_interval": interval}, text, scored.samples_json)
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
         max_length: int,
     ) -> RewardEvaluation:  # fmt: skip
         """The rewards of completions, as many per prompt as in training, under the run's seed."""
-        longest, k = self.sampling.max_new_tokens, self.sampling.group
-        how = RewardSettings(max_length, longest, k, seed=self.seed)
+        max_new_tokens, k = self.sampling.max_new_tokens, self.sampling.group
+        config = RewardSettings(max_length, max_new_tokens, k, seed=self.seed)
         with self._rewards(model, "auto", Console(quiet=True)) as rewards:
-            evaluation = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
-        if None in evaluation.prompt_rewards:
-            row = evaluation.prompt_rewards.index(None) + 1
+            result = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, config)
+        if None in result.prompt_rewards:
+            row = result.prompt_rewards.index(None) + 1
             raise LorafoldError(f"held-out row {row}: all rewards returned None, expected a number")
-        return evaluation
+        return result
 
     def _rewards(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
         given: list[Any] = [*self.sampling.rewards, *self.functions]
@@ -286,49 +287,50 @@ class PolicyObjective(OnPolicy):
     def _sample(
         self, prompts: Sequence[TokenizedPrompt], key: int, loss: RolloutLoss,
         seconds: dict[str, float],
-    ) -> Rewarded:  # fmt: skip
+    ) -> RewardedRollouts:  # fmt: skip
         start = time.perf_counter()
-        groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)
+        groups = loss.rollouts[0].sample([prompt.ids for prompt in prompts], key)
         sampled = time.perf_counter()
-        judged = Rewarded.of(prompts, groups, loss.rewards)
+        scored = RewardedRollouts.of(prompts, groups, loss.rewards)
         seconds["drawing"] += sampled - start
         seconds["judging"] += time.perf_counter() - sampled
-        if rewards := judged.rewards[~judged.rewards.isnan()].tolist():
+        if rewards := scored.rewards[~scored.rewards.isnan()].tolist():
             loss.counts[HIGHEST] = max(loss.counts.get(HIGHEST, rewards[0]), *rewards)
             loss.counts[LOWEST] = min(loss.counts.get(LOWEST, rewards[0]), *rewards)
-        return judged
+        return scored
 
-    def _advantages(self, judged: Rewarded) -> tuple[torch.Tensor, torch.Tensor]:
+    def _advantages(self, scored: RewardedRollouts) -> tuple[torch.Tensor, torch.Tensor]:
         """The advantages (n, k), and whether each group has a signal, (n,)."""
         # the mean of equal rewards may differ from them by rounding
-        advantages = self.law.advantages(judged.rewards).where(~judged.alike[:, None], 0.0)
-        if not bool((advantages.abs() <= LARGEST).all()):
+        advantages = self.algorithm.advantages(scored.rewards).where(~scored.alike[:, None], 0.0)
+        if not bool((advantages.abs() <= MAX_ADVANTAGE).all()):
             raise RewardFailed(
                 f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in"
-                f" {judged.judged[0].where} to {judged.judged[-1].where}, expected at most"
-                f" {LARGEST:g}: give the reward a weight, for example 1e-6*FILE.py:FUNCTION"
+                f" {scored.judged[0].where} to {scored.judged[-1].where}, expected at most"
+                f" {MAX_ADVANTAGE:g}: give the reward a weight, for example 1e-6*FILE.py:FUNCTION"
             )
-        counts = torch.tensor([[self._counts(one) for one in group] for group in judged.groups])
+        counts = torch.tensor([[self._counts(one) for one in group] for group in scored.groups])
         return advantages, (counts & (advantages != 0)).any(1)
 
     def _counts(self, one: Completion) -> bool:
         return one.ended or self.sampling.truncated == "counted"
 
-    def _silent(self, judged: Rewarded, loss: RolloutLoss) -> str:
-        if not any(self._counts(one) for group in judged.groups for one in group):
-            most = self.sampling.max_new_tokens
+    def _no_signal_reason(self, scored: RewardedRollouts, loss: RolloutLoss) -> str:
+        if not any(self._counts(one) for group in scored.groups for one in group):
+            limit = self.sampling.max_new_tokens
             return (
-                f"truncated=masked: all completions were cut off at max_new_tokens={most}; try a"
+                f"truncated=masked: all completions were cut off at max_new_tokens={limit}; try a"
                 " larger max_new_tokens, or truncated=counted"
             )
-        if not (read := judged.samples(2, 1)):
+        if not (samples := scored.samples(2, 1)):
             return "no completion has a reward, because all rewards returned None"
-        least = loss.counts[SILENT] = min(loss.counts.get(SILENT, math.inf), read[-1].reward)
-        if least == loss.counts[HIGHEST] > loss.counts[LOWEST]:
-            return f"all completions have the highest reward so far, {least:g}: {SOLVED}"
-        samples = "; ".join(f"{o.where}: {o.completion[:80]!r} has {o.reward:g}" for o in read)
-        entropy = judged.figures["entropy"]
+        lowest = min(loss.counts.get(LOWEST_SINCE_SIGNAL, math.inf), samples[-1].reward)
+        loss.counts[LOWEST_SINCE_SIGNAL] = lowest
+        if lowest == loss.counts[HIGHEST] > loss.counts[LOWEST]:
+            return f"all completions have the highest reward so far, {lowest:g}: {SOLVED_HINT}"
+        shown = "; ".join(f"{o.where}: {o.completion[:80]!r} has {o.reward:g}" for o in samples)
+        entropy = scored.figures["entropy"]
         return (
             f"all completions of a prompt have the same reward, at an entropy of {entropy:.2g} nats"
-            f" per token: {TRY[entropy < COLLAPSED]} ({samples})"
+            f" per token: {NO_SIGNAL_HINTS[entropy < COLLAPSED_ENTROPY]} ({shown})"
         )

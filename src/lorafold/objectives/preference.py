@@ -31,17 +31,17 @@ from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.evaluation import Measured
-from lorafold.evaluation.preferences import preference_figures
+from lorafold.evaluation.preference_metrics import preference_figures
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.objectives import Declared
+from lorafold.objectives.algorithm_options import algorithm_class, preference_algorithm
 from lorafold.objectives.objective import Objective, ObjectiveRequest, Packing
-from lorafold.objectives.options import law_class, law_of
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.preference_algorithms import Law
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,36 +53,36 @@ FILE = "reference.npy"
 
 
 @dataclass(frozen=True)
-class Comparing(Objective):
+class PreferenceObjective(Objective):
     """Abstract: an objective on preferences."""
 
-    law: Law
+    algorithm: Law
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        return cls(law_of(request.name, request.beta, request.options))
+        return cls(preference_algorithm(request.name, request.beta, request.options))
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        law = law_class(declared, preference_algorithms)
-        return {field.name: field.default for field in fields(law)}
+        algorithm = algorithm_class(declared, preference_algorithms)
+        return {field.name: field.default for field in fields(algorithm)}
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
-        return Branches(tokenizer, self.law.kind, rendering)
+        return Branches(tokenizer, self.algorithm.kind, rendering)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-        return preferred(table, rows, max_length, self.law.kind)
+        return preferred(table, rows, max_length, self.algorithm.kind)
 
     def trained(self, example: Branched) -> Branched:
-        return example.some(slice(self.law.trained))
+        return example.some(slice(self.algorithm.trained))
 
     def preview(self, example: Branched, tokenizer: PreTrainedTokenizerBase) -> Text:
         from rich.text import Text
 
-        judged = "desirable" if example.desirable else "undesirable"
-        names = ("chosen", "rejected") if self.law.kind == PAIRS else (judged, "mismatched")
-        shown = zip(names, example.documents(), strict=True)
-        parts = [Text(f"{name}:\n").append(preview(of, tokenizer)) for name, of in shown]
+        label = "desirable" if example.desirable else "undesirable"
+        names = ("chosen", "rejected") if self.algorithm.kind == PAIRS else (label, "mismatched")
+        documents = zip(names, example.documents(), strict=True)
+        parts = [Text(f"{name}:\n").append(preview(one, tokenizer)) for name, one in documents]
         return Text("\n").join(parts)
 
     @contextmanager
@@ -93,23 +93,24 @@ class Comparing(Objective):
         packing: Packing,
         console: Console,
     ) -> Iterator[Preferences]:
-        with branching(model, across=packing == "auto") if packing else nullcontext() as how:
-            apart = "each completion repeats its prompt"
-            if how is not None and not how.shares:
-                instead = apart if how.packs else "completions are padded"
-                once = "this model can't share a prompt among completions"
-                print_lines(console, f"packing: {once}; {instead}")
-            elif how is not None and how.longest is not None:
-                long = f"packing: in rows of more than {how.longest} tokens, the chunk size of this"
-                print_lines(console, f"{long} model's attention, {apart}")
-            yield Preferences(model, self.law, how, self.padding(tokenizer))
+        across = packing == "auto"
+        with sharing_prefixes(model, across=across) if packing else nullcontext() as support:
+            repeats = "each completion repeats its prompt"
+            if support is not None and not support.shares:
+                consequence = repeats if support.packs else "completions are padded"
+                cause = "this model can't share a prompt among completions"
+                print_lines(console, f"packing: {cause}; {consequence}")
+            elif support is not None and support.max_tokens is not None:
+                rows = f"packing: in rows of more than {support.max_tokens} tokens, the chunk size"
+                print_lines(console, f"{rows} of this model's attention, {repeats}")
+            yield Preferences(model, self.algorithm, support, self.padding(tokenizer))
 
     def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """The padding token, which the mask hides."""
         return tokenizer.pad_token_id or 0
 
 
-class Referenced(Items[Branched]):
+class ReferencedExamples(Items[Branched]):
     """Examples with the reference log-probabilities of their completions, (n, k)."""
 
     def __init__(self, examples: Sequence[Branched], logps: Array) -> None:
@@ -122,13 +123,13 @@ class Referenced(Items[Branched]):
         return replace(self.examples[index], reference=tuple(self.logps[index].tolist()))
 
 
-def referenced(
+def with_reference(
     loss: Preferences,
     examples: BranchedExamples,
     below: Sequence[str],
     console: Console,
     layout: Replicated,
-) -> Referenced:
+) -> ReferencedExamples:
     """The examples with their reference log-probabilities, from the cache or computed."""
     from rich.progress import Progress
 
@@ -147,11 +148,11 @@ def referenced(
 
     notice = partial(print_lines, console)
     code = of_code(*TRAINING, packages=COMPUTED_WITH)
-    made = [*below, digest(loss.model), examples.digest]
-    shared = [loss.how is not None and getattr(loss.how, name) for name in ("shares", "across")]
-    path = layout.cached("reference", json.dumps([code, made, *shared]), write, notice) / FILE
+    inputs = [*below, digest(loss.model), examples.digest]
+    support = loss.support and [loss.support.shares, loss.support.across]
+    path = layout.cached("reference", json.dumps([code, inputs, support]), write, notice) / FILE
     notice(f"reference: log-probabilities of {len(examples)} examples, {source}")
-    return Referenced(examples, np.load(path))
+    return ReferencedExamples(examples, np.load(path))
 
 
 def digest(model: nn.Module) -> str:
@@ -159,7 +160,7 @@ def digest(model: nn.Module) -> str:
     trains the base weights.
     """
     name = selection_of(model).names[-1]
-    above = [] if moves(model) else adapted_modules(model)
+    above = [] if trains_base_weights(model) else adapted_modules(model)
     adapter = {
         id(tensor)
         for _, module in above
@@ -176,7 +177,7 @@ def digest(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def moves(model: nn.Module) -> bool:
+def trains_base_weights(model: nn.Module) -> bool:
     """Whether the highest adapter trains the base weights, so that the model below it is the
     reference only before the first step.
     """
@@ -190,7 +191,7 @@ def moves(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Preference(Comparing):
+class Preference(PreferenceObjective):
     """Preference learning; the reference is the model without the trained adapter."""
 
     def refer(
@@ -202,20 +203,20 @@ class Preference(Comparing):
         console: Console,
         layout: Replicated,
     ) -> tuple[BatchFeed, Any]:
-        if not self.law.has_reference:
+        if not self.algorithm.has_reference:
             return feed, held_out
-        if isinstance(feed, StoredFeed) and (moves(loss.model) or feed.passes >= 1):
-            refer = partial(referenced, loss, below=below, console=console, layout=layout)
+        if isinstance(feed, StoredFeed) and (trains_base_weights(loss.model) or feed.passes >= 1):
+            refer = partial(with_reference, loss, below=below, console=console, layout=layout)
             feed = feed.with_examples(refer)
         else:
             print_lines(console, "reference: log-probabilities are computed in each step")
-        if moves(loss.model) and isinstance(held_out, Encoded):
+        if trains_base_weights(loss.model) and isinstance(held_out, Encoded):
             examples = cast(BranchedExamples, held_out.examples)
-            known = referenced(loss, examples, below, console, layout)
+            known = with_reference(loss, examples, below, console, layout)
             held_out = replace(held_out, examples=known)
         return feed, held_out
 
     def measure(self, loss: Preferences, held_out: Any) -> Measured:
-        reference = self.law.has_reference and not moves(loss.model)
+        reference = self.algorithm.has_reference and not trains_base_weights(loss.model)
         figures = preference_figures(loss, held_out.examples, reference)
         return Measured(figures.preference_loss, figures.as_json(), f", {figures}")

@@ -16,12 +16,12 @@ import torch
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
-from lorafold.evaluation.scoring import reward_figures, scores_of
+from lorafold.evaluation.reward_model_scores import reward_figures, scores_of
 from lorafold.files.model_card import REWARD
 from lorafold.models.classifier import load_classifier, padding_id
 from lorafold.objectives.classify import class_loss, head_to_save
 from lorafold.objectives.objective import ObjectiveRequest
-from lorafold.objectives.preference import Comparing
+from lorafold.objectives.preference import PreferenceObjective
 from lorafold.resolve import Base
 from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, known_classes, model_kind
 from lorafold.training_step.preference_algorithms import BradleyTerry, Scored
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RewardModel(Comparing):
+class RewardModel(PreferenceObjective):
     """A head that scores texts, which every method trains in full."""
 
     outputs = 1
-    law: BradleyTerry
+    algorithm: BradleyTerry
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
@@ -69,10 +69,10 @@ class RewardModel(Comparing):
 
     def guessing(self, labels: Mapping[str, int]) -> float:
         """The loss if all texts have the same score: ln 2 without a margin."""
-        return math.log1p(math.exp(self.law.margin))
+        return math.log1p(math.exp(self.algorithm.margin))
 
     def measure(self, loss: Preferences, held_out: Any) -> Measured:
         scores, tokens = scores_of(loss, held_out.examples)
         pairs = Scored(torch.from_numpy(scores), None, torch.from_numpy(tokens))
-        figures, losses = reward_figures(scores, tokens), loss.law.loss(pairs)
-        return Measured(float(losses.mean()), figures.as_json(), f", {figures.told}")
+        figures, losses = reward_figures(scores, tokens), loss.algorithm.loss(pairs)
+        return Measured(float(losses.mean()), figures.as_json(), f", {figures.summary}")

@@ -13,7 +13,7 @@ from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.files.terminal import print_lines
 from lorafold.objectives.objective import Objective, Packing
 from lorafold.training_step.losses import CompletionLoss, Loss
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,14 +45,15 @@ class Sft(Objective):
         if not packing:
             yield CompletionLoss(model, False, tokenizer.pad_token_id or 0)
             return
-        with branching(model, across=packing == "auto") as how:
-            loss, notice = CompletionLoss(model, how.packs, tokenizer.pad_token_id or 0, how), ""
-            if not how.packs:
+        with sharing_prefixes(model, across=packing == "auto") as support:
+            pad_id, notice = tokenizer.pad_token_id or 0, ""
+            loss = CompletionLoss(model, support.packs, pad_id, support)
+            if not support.packs:
                 notice = (
                     "packing: in this model, packed examples influence each other, so examples are"
                     " padded instead"
                 )
-            elif packing == "auto" and loss.how is None:
+            elif packing == "auto" and loss.support is None:
                 notice = (
                     "packing: this model can't compute shared prefixes once; each row is computed"
                     " separately, which needs more memory than estimated"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorafold.core.contexts import Scope, in_backward, scope
+from lorafold.core.contexts import UnchangedScope, in_backward, scope
 from lorafold.ops.autocast import Exact
 from lorafold.ops.kernel_requirements import HALF
 
@@ -155,11 +155,11 @@ class _Copy:
 class _Family:
     """Copies used in one step, which are renewed together."""
 
-    def __init__(self, during: Scope) -> None:
+    def __init__(self, during: UnchangedScope) -> None:
         self.during = during
         self.copies: list[weakref.ref[_Copy]] = []
 
-    def renew(self, during: Scope) -> None:
+    def renew(self, during: UnchangedScope) -> None:
         """Recompute the copies that the previous scope used, in a few kernels, and drop the rest.
         """
         copies = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
@@ -206,7 +206,7 @@ def _cached(x: Tensor, form: Form) -> _Copy | None:
     if copy is not None and copy.family.during is not during:
         copy.family.renew(during)
     if copy is None or copy.made is not during:
-        family = during.kept.setdefault(_Family, _Family(during))
+        family = during.cache.setdefault(_Family, _Family(during))
         forms[form] = copy = _Copy(x, form, family)
         family.copies.append(weakref.ref(copy))
     copy.asked = during

@@ -6,9 +6,9 @@
 
 One call of Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") covers
 8 neighbouring elements: the low and the high half of each of its four words. Tokens are identified
-by names (`core.selection`), so a resumed run or a replay drops the same elements; without names,
-each call takes a key from torch's default CPU generator. The backward pass keeps the indices of the
-dropped elements on a CPU, and elsewhere a mask, whose size is not random.
+by names (`core.active_adapters`), so a resumed run or a replay drops the same elements; without
+names, each call takes a key from torch's default CPU generator. The backward pass keeps the indices
+of the dropped elements on a CPU, and elsewhere a mask, whose size is not random.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.core.selection import DrawSite
+from lorafold.core.active_adapters import DropoutSite
 from lorafold.ops.checkpoint_segments import running_segment
 from lorafold.ops.kernel_requirements import kind_of
 from lorafold.ops.operators import operator
@@ -40,7 +40,7 @@ def threshold(p: float) -> int:
     return min(round(p * (1 << 16)), (1 << 16) - 1)
 
 
-def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, Tensor]:
+def dropped(x: Tensor, p: float, site: DropoutSite | None = None) -> tuple[Tensor, Tensor]:
     """x (..., in) with zeros at the dropped elements, and their places: ascending int32 indices
     (m,) into the flattened x, or a boolean mask. Not differentiable.
     """
@@ -147,7 +147,7 @@ class Dropped(NamedTuple):
     readers: set[int]
 
 
-def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dropped:
+def shared(x: Tensor, p: float, reader: int, site: DropoutSite | None = None) -> Dropped:
     """x (any shape) with elements dropped once for all layers that read it, such as q, k and v.
 
     Cached on x. A reader that asks again gets a new sample. Checkpointed segments do not share
@@ -165,7 +165,7 @@ def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dr
     return result
 
 
-def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
+def dropout(x: Tensor, p: float, site: DropoutSite | None = None) -> Tensor:
     """Dropout of x (any shape). The backward pass keeps the places of the dropped elements and not
     x.
     """

@@ -26,7 +26,7 @@ from torch import nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Origin
-from lorafold.core.matrices import Matrices
+from lorafold.core.expert_matrices import Matrices
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, join_problems
@@ -42,7 +42,7 @@ from lorafold.files.model_card import (
     training_card,
 )
 from lorafold.files.record import BASE, RECORD, named_as_now
-from lorafold.methods.parts.extras import Bias, ReplaceDelta
+from lorafold.methods.common.biases_and_modules import Bias, ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name, whole_of
 from lorafold.models.classifier import new_heads

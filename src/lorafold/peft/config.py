@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy, beneath, ends_in, last_part
 from lorafold.core.attach import base_state
-from lorafold.core.matrices import Matrices, module_at
+from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, join_problems, listed, truncate_middle
 from lorafold.files.paths import nearest_name
 from lorafold.layers import is_linear
-from lorafold.methods.parts.extras import Bias
-from lorafold.methods.parts.trainable_tokens import TokenRows
+from lorafold.methods.common.biases_and_modules import Bias
+from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.sources import name_of_base
 from lorafold.peft.derived import PREFIX
 from lorafold.peft.form import WrittenForm, renamed_patterns, selected, shortest

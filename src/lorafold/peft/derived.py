@@ -31,7 +31,7 @@ from lorafold.methods.bitfit import BitFit
 from lorafold.methods.bottleneck import Bottleneck, BottleneckDelta
 from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.linear_probe import LinearProbe
-from lorafold.methods.parts.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
+from lorafold.methods.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
 from lorafold.peft.table_types import Field, FileTensor, Method, Misfit, TargetModule, fixed, named
 

@@ -26,9 +26,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lorafold.core import matrices as base_matrices
 from lorafold.core.anatomy import Anatomy, ends_in, joined, last_part
-from lorafold.core.matrices import Matrices, expert_parameters, module_at, parameter_path
+from lorafold.core.expert_matrices import (
+    Matrices,
+    expert_parameters,
+    experts_layout,
+    module_at,
+    parameter_path,
+)
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError, listed
@@ -207,7 +212,7 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
         if name is None:
             continue
         matrix = is_linear(module) and not issubclass(layer_class(module), Conv1D)
-        stored = form.parameters.get(leaf) if (form := base_matrices.form_of(module)) else None
+        stored = form.parameters.get(leaf) if (form := experts_layout(module)) else None
         if stored is not None and not stored.flat:
             found[name].append(path)
         elif leaf == "weight" and matrix:

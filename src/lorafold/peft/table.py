@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafold.methods.common.biases_and_modules import BiasDelta, ReplaceDelta
+from lorafold.methods.common.trainable_tokens import EmbeddingRows, HeadRows
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
-from lorafold.methods.parts.extras import BiasDelta, ReplaceDelta
-from lorafold.methods.parts.trainable_tokens import EmbeddingRows, HeadRows
 from lorafold.peft import derived, table_lora, table_others
 from lorafold.peft.convolution import all_flat, as_channels
 from lorafold.peft.table_types import FileTensor, Method, TargetModule, TensorConversion

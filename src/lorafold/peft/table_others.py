@@ -22,8 +22,8 @@ from lorafold.core.anatomy import last_part
 from lorafold.methods.ia3 import IA3, IA3Delta
 from lorafold.methods.loha import LoHa, LoHaDelta
 from lorafold.methods.lokr import LoKr, LoKrDelta
-from lorafold.methods.prefix import Prefix, PrefixDelta
-from lorafold.methods.prompt import Prompt, PromptDelta
+from lorafold.methods.prefix_tuning import Prefix, PrefixDelta
+from lorafold.methods.prompt_tuning import Prompt, PromptDelta
 from lorafold.peft.convolution import all_flat, as_channels, flat, not_whole, whole
 from lorafold.peft.table_lora import fan_in_fan_out, number
 from lorafold.peft.table_types import Entries, Field, FileTensor, Method, Regex, TargetModule, named

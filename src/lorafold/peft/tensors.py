@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.delta import Delta
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_class
 from lorafold.layers.convolution import Convolution

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import Anatomy, sharers
+from lorafold.core.anatomy import Anatomy, tied_modules
 from lorafold.errors import LorafoldError, listed
 from lorafold.layers import layer_class
 from lorafold.models import fingerprint
@@ -93,7 +93,7 @@ def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
     """The path of the embedding whose rows a tied module shares."""
     if layer_class(model.get_submodule(path)).takes_ids:
         return None
-    shared = sharers(model, model.get_submodule(path))
+    shared = tied_modules(model, model.get_submodule(path))
     return next((o for o in shared if o in ids and ids.get(path, ids[o]) == ids[o]), None)
 
 

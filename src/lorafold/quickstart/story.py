@@ -35,7 +35,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.runtime.devices import choose_device, gpus
 from lorafold.runtime.processor import processor_name, usable_cores
-from lorafold.training.request import RunRequest
+from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"

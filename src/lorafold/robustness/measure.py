@@ -31,14 +31,14 @@ from lorafold.data.examples import NO_LOSS, Example, encode
 from lorafold.data.prompts import PromptRow, prompts_of
 from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.held_out import batches, held_out_loss
+from lorafold.evaluation.batched_losses import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.generation import complete, tokens_of
 from lorafold.inspecting.updates import Svds, of_factors
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.robustness.defences import DEFENCES, Overlap, laid, overlap, updates_of
 from lorafold.robustness.task import AdapterStack, FragilityTask
-from lorafold.training.request import rendering_of
+from lorafold.training.inputs import rendering_of
 from lorafold.training_step.losses import CompletionLoss
 
 if TYPE_CHECKING:

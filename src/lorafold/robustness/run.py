@@ -19,7 +19,7 @@ from lorafold.files.claims import digest_of, measured, report_other_claims, shar
 from lorafold.robustness.measure import After, Before, Bench, Opening
 from lorafold.robustness.result import Fragility, Point, Way
 from lorafold.robustness.task import AdapterStack, FragilityTask, Run, check
-from lorafold.training.request import RunRequest, rendering_of
+from lorafold.training.inputs import RunRequest, rendering_of
 from lorafold.training.run import train
 
 Tell = Callable[[str, int, int], None]  # description, done, total

@@ -37,7 +37,7 @@ from lorafold.files.atomic import (
 from lorafold.models.weights import PendingTensor, write_pieces
 from lorafold.training_step.policy_loss import StepRollouts
 
-PATIENCE = 3  # evaluations in a row without improvement
+EARLY_STOPPING_PATIENCE = 3  # evaluations in a row without improvement
 GRADIENT = "gradient norm"  # of a step, before it is clipped
 RATE = "learning rate"  # of a step, of the first parameter group
 HOLDER = "process "  # start of the lock file's text
@@ -76,8 +76,8 @@ class Progress:
 
     @property
     def stalled(self) -> bool:
-        """Whether the last PATIENCE evaluations did not improve."""
-        return sum(step > (self.best or 0) for step in self.evals) >= PATIENCE
+        """Whether the last EARLY_STOPPING_PATIENCE evaluations did not improve."""
+        return sum(step > (self.best or 0) for step in self.evals) >= EARLY_STOPPING_PATIENCE
 
     def add_figures(self, figures: Mapping[str, float]) -> None:
         """Add metrics of the last step; a missing or non-finite one becomes None."""
@@ -88,28 +88,29 @@ class Progress:
             values.append(value if value is not None and math.isfinite(value) else None)
 
     def add_rollouts(
-        self, rollouts: StepRollouts, tokens: int, seconds: float, read: bool
+        self, rollouts: StepRollouts, tokens: int, seconds: float, with_samples: bool
     ) -> dict[str, float]:
-        """Add the seconds and tokens of sampling and training in a step, and its samples if `read`.
+        """Add the seconds and tokens of sampling and training in a step, and its samples
+        if `with_samples`.
         Returns the rates so far.
         """
-        self.quiet = self.quiet + 1 if rollouts.silent else 0
-        parts = {f"{name} seconds": s for name, s in rollouts.seconds.items()}
-        parts["learning seconds"] = seconds - sum(rollouts.seconds.values())
+        self.quiet = self.quiet + 1 if rollouts.no_signal_reason else 0
+        times = {f"{name} seconds": s for name, s in rollouts.seconds.items()}
+        times["learning seconds"] = seconds - sum(rollouts.seconds.values())
         counts = {"drawn tokens": rollouts.tokens, "learned tokens": tokens}
-        for name, value in (counts | parts).items():
+        for name, value in (counts | times).items():
             self.pace[name] = self.pace.get(name, 0) + value
-        if read:
+        if with_samples:
             self.add_samples(rollouts.samples)
-        over = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
-        rates = {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in over.items()}
+        units = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
+        rates = {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in units.items()}
         self.pace |= rates
         return rates
 
     def add_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         if samples:
-            now = {"step": self.step, "samples": [*samples]}
-            self.samples = {"first": now, **self.samples, "last": now}
+            entry = {"step": self.step, "samples": [*samples]}
+            self.samples = {"first": entry, **self.samples, "last": entry}
 
 
 class RunDirectory:
@@ -121,11 +122,11 @@ class RunDirectory:
         self.best = out.with_name(out.name + ".best")
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Context: no other run uses this directory. The lock of a killed process is released."""
         check_out(self.out, overwrite=True)
         target = self.path.expanduser().resolve()
-        absent = [folder for folder in target.parents if not folder.exists()]
+        new_folders = [folder for folder in target.parents if not folder.exists()]
         file = target.with_name(f".{target.name}.lock")
         target.parent.mkdir(parents=True, exist_ok=True)
         lock, holder = FileLock(str(file), timeout=0), ""
@@ -134,13 +135,13 @@ class RunDirectory:
         except Timeout:
             with suppress(OSError):
                 holder = file.read_text()
-            of = f" ({holder})" if holder.startswith(HOLDER) else ""
+            holder = f" ({holder})" if holder.startswith(HOLDER) else ""
             raise LorafoldError(
-                f"{self.path}: a run is in progress in this directory{of}; wait until it ends, stop"
-                " it, or choose another --out"
+                f"{self.path}: a run is in progress in this directory{holder}; wait until it ends,"
+                " stop it, or choose another --out"
             ) from None
         try:
-            if not (before := file.read_text()) or before.startswith(HOLDER):
+            if not (text := file.read_text()) or text.startswith(HOLDER):
                 now = datetime.now().astimezone().isoformat(" ", "seconds")
                 file.write_text(f"{HOLDER}{os.getpid()} on {socket.gethostname()} since {now}")
             clear_leftovers(target)
@@ -149,7 +150,7 @@ class RunDirectory:
             file.unlink(missing_ok=True)
             lock.release()
             with suppress(OSError):
-                for folder in absent:
+                for folder in new_folders:
                     folder.rmdir()
 
     def start(self, identity: dict) -> None:
@@ -180,15 +181,15 @@ class RunDirectory:
             for k in differing_keys(stored, identity)
             if k != FILES
         ]
-        others = [
-            f"{what}: the files of {of['name']} have changed"
-            for what, of in identity.get(FILES, {}).items()
-            if files.get(what, {}).get("sha256") != of["sha256"]
+        edited = [
+            f"{role}: the files of {of['name']} have changed"
+            for role, of in identity.get(FILES, {}).items()
+            if files.get(role, {}).get("sha256") != of["sha256"]
         ]
-        if changes or others:
-            wrong = "settings have changed" if changes else "files have changed"
+        if changes or edited:
+            cause = "settings have changed" if changes else "files have changed"
             raise LorafoldError(
-                f"{self.path}: can't resume, because {wrong}: {listed([*changes, *others], '; ')}."
+                f"{self.path}: can't resume, because {cause}: {listed([*changes, *edited], '; ')}."
                 f" Use the old {'values' if changes else 'files'} and lorafold version, or start"
                 " again with --overwrite"
             )
@@ -199,11 +200,11 @@ class RunDirectory:
         return dict(sorted((int(step), p) for step, p in paths if step.isdigit()))
 
     @property
-    def last_good(self) -> str:
+    def resume_hint(self) -> str:
         """A clause about the last checkpoint, for error messages."""
-        if not (good := self.checkpoints()):
+        if not (checkpoints := self.checkpoints()):
             return "no checkpoint was written yet"
-        return f"the last good checkpoint is {good[max(good)]}"
+        return f"the last good checkpoint is {checkpoints[max(checkpoints)]}"
 
     def checkpoint_label(self) -> str:
         """The last checkpoint as a text that processes on several machines compare."""

@@ -35,17 +35,17 @@ from lorafold.recipe.fields import OF_METHOD
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.memory import RETURN_FREED, malloc_policy, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
+from lorafold.training.inputs import RunRequest, fields_free_on_resume, input_identity, objective_of
 from lorafold.training.loop import Plan, guessing_warning
-from lorafold.training.request import RunRequest, depends_on, free_on_resume, objective_of
 from lorafold.training.setup import Setup
 from lorafold.training_step.optim import UP
 
-LAST = 10  # steps, whose mean loss is reported
+NUM_LAST_STEPS = 10  # steps, whose mean loss is reported
 SKIPPED = "skipped"  # in a record: the steps without an update
 GUESSING = "guessing"  # in a record: as in `Trained`
 INIT_ADAPTER = "init_adapter"  # in a record: the adapter that the run started from
 DEPENDS_ON = "depends_on"  # in a record
-MADE = {"resized", "composed", "extracted"}  # in records of adapters that were not trained
+NOT_TRAINED = {"resized", "composed", "extracted"}  # in records of adapters that were not trained
 MOMENTS = ("exp_avg", "absmax1", "state1")  # optimizers' names for the first moment
 
 
@@ -88,7 +88,7 @@ class Trained(ShownInNotebooks):
         count, rate = self.trainable_parameters, self.tokens_per_second
         parameters = "" if count is None else f"{count:,} parameters, "
         pace = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
-        over = f" of the last {LAST} steps" if len(self.losses) > LAST else ""
+        over = f" of the last {NUM_LAST_STEPS} steps" if len(self.losses) > NUM_LAST_STEPS else ""
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         steps += f", {len(self.skipped)} of them skipped" * bool(self.skipped)
         warning = f"\n{guessing_warning(self.guessing)}".rstrip()
@@ -104,17 +104,16 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     writes. `base` has the original weights of a quantized model.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
-    if plan.layout.divides:
+    if plan.layout.is_sharded:
         if adapter.spec.trains_base:
             plan.optimizer.state.clear()  # frees memory for writing
         else:
             base = base or request.base.in_files()
         if base is None:
             plan.layout.gather_to_first()
-    best = progress.best
-    better = best if best != progress.step else None  # if it was an earlier step
-    ends = request.recipe.stops or progress.step < plan.feed.steps
-    saved_step = better if better is not None and ends else progress.step
+    better = progress.best if progress.best != progress.step else None  # an earlier step
+    ended_early = request.recipe.stops or progress.step < plan.feed.steps
+    saved_step = better if better is not None and ended_early else progress.step
     peaks = [n for n in processes.gather(peak_bytes(plan.device)) if n is not None]
     result = Trained(
         train_loss=mean_of_last(progress.losses),
@@ -137,7 +136,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     if not processes.first:
         processes.gather(None)
         return result
-    check_trained(adapter, plan.optimizer)
+    check_learned(adapter, plan.optimizer)
     plan.optimizer.state.clear()  # frees memory for writing and verifying
     record, run = record_of(setup, plan, progress), plan.run
     write = partial(write_adapter, setup, plan, progress, result, base)
@@ -157,7 +156,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
 
 def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
     """The adapter's record, without times, so that a resumed run has the same record."""
-    request, files, size = setup.request, setup.files, plan.adapter.vocabulary
+    request, files, vocabulary_size = setup.request, setup.files, plan.adapter.vocabulary
     steps = sorted(progress.evals)
     names = dict.fromkeys(name for of_step in progress.measured.values() for name in of_step)
     held_out = {
@@ -178,12 +177,12 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         "data": {"source": request.source, **request.data.record},
         GUESSING: progress.guessing,
         **setup.objective.record(),
-        **({"new_tokens": setup.words.ids} if setup.words.ids else {}),
+        **({"new_tokens": setup.added_tokens.ids} if setup.added_tokens.ids else {}),
         **({INIT_ADAPTER: files[INIT_ADAPTER]} if INIT_ADAPTER in files else {}),
-        DEPENDS_ON: depends_on(request, setup.objective),
+        DEPENDS_ON: input_identity(request, setup.objective),
         BASE_IDENTITY: files["model"]["sha256"],
         **(recorded(over) if (over := plan.adapter.over) else {}),
-        **({} if size is None else {VOCABULARY: size}),
+        **({} if vocabulary_size is None else {VOCABULARY: vocabulary_size}),
     }
 
 
@@ -198,11 +197,11 @@ def write_adapter(
         record = record | {"figures": figures}
     targets = adapter.matches.paths
     # in the card, fields that are None show the value that the run used
-    taken = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
+    used = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
     names = {"": "lr", UP: "lr_b"}
-    groups = [group for group in plan.optimizer.param_groups if group["of"] in names]
-    taken |= {names[group["of"]]: group["peak"] for group in groups}
-    recipe = {k: taken.get(k) if v in (None, {}) else v for k, v in record["recipe"].items()}
+    groups = plan.optimizer.param_groups
+    used |= {names[group["of"]]: group["peak"] for group in groups if group["of"] in names}
+    recipe = {k: used.get(k) if v in (None, {}) else v for k, v in record["recipe"].items()}
     card = training_card(
         request.base.name,
         record | {"recipe": recipe},
@@ -219,12 +218,12 @@ def write_adapter(
         tokenizer=setup.tokenizer if setup.own_tokenizer or spec.trains_base else None,
         base=base,
     )
-    read_back(adapter, path, base)
+    compare_with_files(adapter, path, base)
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
     """The mean loss of the last ten steps, in nats, without skipped ones."""
-    tail = [loss for loss in losses[-LAST:] if math.isfinite(loss)] or [math.nan]
+    tail = [loss for loss in losses[-NUM_LAST_STEPS:] if math.isfinite(loss)] or [math.nan]
     return sum(tail) / len(tail)
 
 
@@ -237,32 +236,32 @@ def _rounded(value: Any) -> Any:
     return value if isinstance(value, int) else None
 
 
-def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
+def check_learned(adapter: Adapter, optimizer: Optimizer) -> None:
     """Raise if a tensor is not finite, or an up factor with gradients is zero (so is the update).
     """
     for name, t in adapter.state_dict().items():
         check_finite(name, t)
-    zero = [
+    zero_paths = [
         path
         for path, part in adapter.parts()
         for name in part.up_names
-        if not (up := part.get_parameter(name)).any() and _learned(optimizer, up)
+        if not (up := part.get_parameter(name)).any() and _had_gradients(optimizer, up)
     ]
-    if zero:
+    if zero_paths:
         raise LorafoldError(
-            f"nothing was written: the up factors of {len(zero)} modules are still zero after"
-            f" training, although they had gradients ({listed(zero, max_chars=80)}); try a higher"
+            f"nothing was written: the up factors of {len(zero_paths)} modules are still zero after"
+            f" training, although they had gradients ({listed(zero_paths, max_chars=80)}); try a higher"
             " learning rate (lr, lr_b)"
         )
 
 
-def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
+def compare_with_files(adapter: Adapter, path: Path, base: Weights | None) -> None:
     """Compare the files that were just written with the adapter."""
     model = adapter.model
     if adapter.spec.trains_base:  # a full model, in whose files some tensors have other names
-        whole, state = FileWeights(model_files(path)), base_state(model)
-        shared = state.keys() & {*whole.names}
-        wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
+        written, state = FileWeights(model_files(path)), base_state(model)
+        shared = state.keys() & {*written.names}
+        wrong = [key for key in shared if not written.get(key).equal(state[key].cpu())]
     else:
         base = base or InMemory.of_model(model)
         saved = SavedAdapter.open(path).within(model)
@@ -281,66 +280,65 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         )
 
 
-def _learned(optimizer: Optimizer, p: Tensor) -> bool:
+def _had_gradients(optimizer: Optimizer, p: Tensor) -> bool:
     state = optimizer.state.get(p, {})
     moment = next((state[name] for name in MOMENTS if name in state), None)
     return moment is not None and bool(moment.any())
 
 
-def finished(request: RunRequest, console: Console) -> Trained | None:
+def finished_result(request: RunRequest, console: Console) -> Trained | None:
     """The result of a complete run that is resumed (clusters restart jobs), or None if there is a
     run to do. Raises if another run wrote the adapter.
     """
-    out, replaced = request.out, request.overwrite or not request.resume
-    if replaced or RunDirectory(out).path.exists() or not (out / RECORD).is_file():
+    out, starts_anew = request.out, request.overwrite or not request.resume
+    if starts_anew or RunDirectory(out).path.exists() or not (out / RECORD).is_file():
         return None
     check_intact(out, [RECORD])
     record = read_object(out / RECORD)
-    made = MADE & record.keys()
-    if made or not isinstance(record.get("recipe"), dict) or not record.get("losses"):
+    trained = isinstance(record.get("recipe"), dict) and record.get("losses")
+    if NOT_TRAINED & record.keys() or not trained:
         raise LorafoldError(
             f"{out}: --resume: found an adapter that was not written by a training run, expected a"
             " stopped run; choose another --out, or replace the adapter with --overwrite"
         )
-    if differences := list(_differing(request, record)):
+    if differences := list(_differences(request, record)):
         raise LorafoldError(
             f"nothing to resume: {out} is finished, and this run differs: {listed(differences)};"
             " choose another --out, or replace the adapter with --overwrite"
         )
     print_lines(console, f"nothing to resume: {out} is finished")
-    return _in_record(record, out)
+    return _recorded_result(record, out)
 
 
-def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
-    then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
+def _differences(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
+    old_fields = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
     recipe = request.recipe
-    now = recipe.model_dump(mode="json")
+    fields = recipe.model_dump(mode="json")
     # the run chooses these if they are not set
-    left = {"storage", "max_length", "packing"} - recipe.model_fields_set
-    left |= {"storage"} if recipe.storage == "auto" else set()
-    left |= free_on_resume(recipe)
-    for name in sorted(now.keys() - left):
-        if now[name] != then[name]:
-            was, new = (truncate_middle(repr(of[name]), 40) for of in (then, now))
-            yield f"{name} was {was}, now {new}"
+    ignored = {"storage", "max_length", "packing"} - recipe.model_fields_set
+    ignored |= {"storage"} if recipe.storage == "auto" else set()
+    for name in sorted(fields.keys() - ignored - fields_free_on_resume(recipe)):
+        if fields[name] != old_fields[name]:
+            old, new = (truncate_middle(repr(values[name]), 40) for values in (old_fields, fields))
+            yield f"{name} was {old}, now {new}"
     base = record.get(BASE_IDENTITY)  # absent from earlier versions' records
     if base and base != request.base.identity:
         yield "the model has changed"
-    data, given = record.get("data", {}), request.data.record
-    if any(data.get(key) != given[key] for key in ("sha256", "streamed") if key in given):
+    old_data, data = record.get("data", {}), request.data.record
+    if any(old_data.get(key) != data[key] for key in ("sha256", "streamed") if key in data):
         yield "the rows have changed"
     below = [origin.sha256 for origin in parse_over(record)]
     if below != [one.sha256 for one in open_all(request.over)]:
         yield "the adapters of --over have changed"
     if DEPENDS_ON in record:  # absent from earlier versions' records
-        here = depends_on(request, objective_of(request, open_all(request.adapters)))
-        yield from (f"{name} has changed" for name in differing_keys(here, record[DEPENDS_ON]))
-    began = request.init_adapter and of_adapter(SavedAdapter.open(request.init_adapter))
-    if record.get(INIT_ADAPTER, {}).get("sha256") != began:
+        inputs = input_identity(request, objective_of(request, open_all(request.adapters)))
+        yield from (f"{name} has changed" for name in differing_keys(inputs, record[DEPENDS_ON]))
+    init_adapter = request.init_adapter and of_adapter(SavedAdapter.open(request.init_adapter))
+    if record.get(INIT_ADAPTER, {}).get("sha256") != init_adapter:
         yield "the adapter of --init-adapter has changed"
 
 
-def _in_record(record: Mapping[str, Any], out: Path) -> Trained:
+def _recorded_result(record: Mapping[str, Any], out: Path) -> Trained:
     """The result from a record, without times, memory and counts."""
     losses = [math.nan if loss is None else loss for loss in record["losses"]]
     return Trained(

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
+from lorafold.core.active_adapters import RandomSource, seeded_dropout
 from lorafold.core.attach import selection_of
 from lorafold.core.contexts import evaluating, unchanged
-from lorafold.core.selection import Draws, drawing
 from lorafold.data.batches import BatchFeed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.objectives.objective import Data, Objective, OnPolicy
@@ -33,19 +33,20 @@ from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.processor import sleep_if_busy
 from lorafold.training.checkpoint import GRADIENT, RATE, Progress, RunDirectory
-from lorafold.training.progress import Display
+from lorafold.training.progress_display import Display
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.losses import Loss
 from lorafold.training_step.optim import optimizer_tensors, set_learning_rates, warm_steps
 from lorafold.training_step.policy_loss import StepRollouts
 
-RECENT, FEWEST = 50, 10  # most and fewest steps after warmup for the comparison with guessing
+# most and fewest steps after warmup for the comparison with guessing
+NUM_RECENT_STEPS, MIN_RECENT = 50, 10
 
 log = logging.getLogger(__name__)
-SKIPPED = 5  # steps in a row that may be skipped before the run ends
-LOWER = "Try a lower learning rate (lr, lr_b), clip or alpha"
-TOLD, QUIET = 3, 10  # steps without a signal before a warning, and before the run ends
-GROUPS = 32  # the fewest examples without a signal before the run ends
+MAX_SKIPPED_STEPS = 5  # steps in a row that may be skipped before the run ends
+LOWER_LR_HINT = "Try a lower learning rate (lr, lr_b), clip or alpha"
+# steps without a signal before a warning, and steps and examples before the run ends
+NO_SIGNAL_WARNING_STEPS, NO_SIGNAL_STEPS, NO_SIGNAL_EXAMPLES = 3, 10, 32
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     first = next(plan.feed.after(0)) if plan.guessing is None else ()
     rows = plan.feed.after(progress.step)
     if processes.lifeline is not None:
-        processes.lifeline.progress = lambda: f"in step {progress.step + 1}; {plan.run.last_good}"
+        processes.lifeline.progress = lambda: f"in step {progress.step + 1}; {plan.run.resume_hint}"
     save_every = recipe.checkpoint_interval(plan.feed.steps)
     eval_every = recipe.eval_every or save_every
-    first_too = progress.step or isinstance(objective, OnPolicy)
-    unmeasured = plan.held_out is not None and progress.step not in progress.evals and first_too
-    if unmeasured and (progress.step % eval_every == 0 or is_over(plan, progress)):
-        measure(plan, progress, display)  # before the first step, or again after a failure
+    evaluates_first = progress.step or isinstance(objective, OnPolicy)
+    missing = plan.held_out is not None and progress.step not in progress.evals
+    if missing and evaluates_first and (progress.step % eval_every == 0 or is_over(plan, progress)):
+        evaluate_held_out(plan, progress, display)  # before the first step, or after a failure
     with stop_signals() as stops:
         while not is_over(plan, progress):
             start = time.perf_counter()
@@ -91,20 +92,20 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
             batches = objective.updates(examples, plan.loss)
             updates = [train_step(plan, batch, progress.step) for batch in batches]
             progress.step += 1
-            note_step(plan, progress, display, examples, updates, time.perf_counter() - start)
+            record_step(plan, progress, display, examples, updates, time.perf_counter() - start)
             evaluate = progress.step % eval_every == 0 or is_over(plan, progress)
             if evaluate and plan.held_out is not None:
-                measure(plan, progress, display)
-            looked_at = max(warm_steps(recipe, plan.feed.steps) + RECENT, plan.feed.steps // 4)
-            if progress.step == looked_at:
-                warning = guessing_warning(versus_guessing(plan, progress, first))
+                evaluate_held_out(plan, progress, display)
+            warmup = warm_steps(recipe, plan.feed.steps)
+            if progress.step == max(warmup + NUM_RECENT_STEPS, plan.feed.steps // 4):
+                warning = guessing_warning(compare_with_chance(plan, progress, first))
                 if warning:
                     display.note(f"step {progress.step}: so far {warning}")
             last, stop = is_over(plan, progress), processes.largest(stops[-1] if stops else 0)
             # the state after a skipped step may be bad, so older checkpoints are kept
-            good = progress.step not in progress.skipped
-            due = (progress.step % save_every == 0 and good) or last or stop
-            if due or (evaluate and progress.best == progress.step):
+            is_good = progress.step not in progress.skipped
+            is_due = (progress.step % save_every == 0 and is_good) or last or stop
+            if is_due or (evaluate and progress.best == progress.step):
                 save(plan, progress)
                 processes.gather(None)
             if stop and not last:
@@ -114,10 +115,10 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
                     " command with --resume"
                 )
                 raise Interrupted(message, 128 + stop)
-    progress.guessing = versus_guessing(plan, progress, first)
+    progress.guessing = compare_with_chance(plan, progress, first)
     if progress.best not in (None, progress.step):
-        early = recipe.stops or progress.step < plan.feed.steps
-        place = "is kept" if early else f"is in {plan.run.best}"
+        ended_early = recipe.stops or progress.step < plan.feed.steps
+        place = "is kept" if ended_early else f"is in {plan.run.best}"
         lowest = f"the held-out loss was lowest after step {progress.best}"
         display.note(f"step {progress.step}: {lowest}; the adapter of that step {place}")
     return progress
@@ -130,26 +131,26 @@ def stop_signals() -> Iterator[list[int]]:
     """
     stops: list[int] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if stops and number == signal.SIGINT:
             raise KeyboardInterrupt
         stops.append(number)
 
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stops
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def is_over(plan: Plan, progress: Progress) -> bool:
     stalled = plan.recipe.stops and progress.stalled
-    silent = progress.quiet >= max(QUIET, math.ceil(GROUPS / plan.recipe.batch))
-    return progress.step == plan.feed.steps or stalled or silent
+    limit = max(NO_SIGNAL_STEPS, math.ceil(NO_SIGNAL_EXAMPLES / plan.recipe.batch))
+    return progress.step == plan.feed.steps or stalled or progress.quiet >= limit
 
 
-def note_step(
+def record_step(
     plan: Plan,
     progress: Progress,
     display: Display,
@@ -168,20 +169,20 @@ def note_step(
     lr = plan.optimizer.param_groups[0]["lr"]
     progress.add_figures(figures | {RATE: lr})
     if rollouts is not None:
-        figures |= progress.add_rollouts(rollouts, tokens, seconds, read=plan.held_out is None)
+        figures |= progress.add_rollouts(rollouts, tokens, seconds, plan.held_out is None)
     display.step(progress.step, loss, progress.tokens / progress.seconds, figures, lr)
     if not math.isfinite(loss + norm):
         skip_step(plan, progress, loss, display)
-    if rollouts is not None and rollouts.silent:
-        report_silence(plan, progress, display, rollouts.silent)
+    if rollouts is not None and rollouts.no_signal_reason:
+        report_no_signal(plan, progress, display, rollouts.no_signal_reason)
 
 
-def report_silence(plan: Plan, progress: Progress, display: Display, why: str) -> None:
+def report_no_signal(plan: Plan, progress: Progress, display: Display, reason: str) -> None:
     n, step, last = progress.quiet, progress.step, is_over(plan, progress)
-    message = f"step {step}: no group of the last {n} steps has a learning signal: {why}"
-    if n == step == QUIET:
-        raise LorafoldError(f"{message}; {plan.run.last_good}")
-    if n == TOLD or (last and n >= min(TOLD, step)):
+    message = f"step {step}: no group of the last {n} steps has a learning signal: {reason}"
+    if n == step == NO_SIGNAL_STEPS:
+        raise LorafoldError(f"{message}; {plan.run.resume_hint}")
+    if n == NO_SIGNAL_WARNING_STEPS or (last and n >= min(NO_SIGNAL_WARNING_STEPS, step)):
         display.note(message + "; the run stops" * (last and step < plan.feed.steps))
 
 
@@ -196,17 +197,17 @@ def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[No
             goes_on = "; to continue from it, run the same command with --resume"
             if progress.step not in plan.run.checkpoints():
                 save(plan, progress)
-        raise LorafoldError(f"{place}: {error}; {plan.run.last_good}{goes_on}") from None
+        raise LorafoldError(f"{place}: {error}; {plan.run.resume_hint}{goes_on}") from None
 
 
-def measure(plan: Plan, progress: Progress, display: Display) -> None:
-    compute, step = partial(plan.objective.measure, plan.loss, plan.held_out), progress.step
+def evaluate_held_out(plan: Plan, progress: Progress, display: Display) -> None:
+    measure, step = partial(plan.objective.measure, plan.loss, plan.held_out), progress.step
     with saving_on_failure(plan, progress, f"held-out rows after step {step}"):
-        measured = compute() if plan.layout.divides else plan.layout.processes.once(compute)
+        measured = measure() if plan.layout.is_sharded else plan.layout.processes.once(measure)
     loss = measured.loss
     if not math.isfinite(loss):
         raise LorafoldError(
-            f"step {step}: the held-out loss is {loss}; {plan.run.last_good}. {LOWER}"
+            f"step {step}: the held-out loss is {loss}; {plan.run.resume_hint}. {LOWER_LR_HINT}"
         )
     progress.evals[step] = loss
     if measured.figures:
@@ -222,33 +223,33 @@ def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> 
     progress.skipped.append(step)
     while step - n in progress.skipped:
         n += 1
-    what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-    if n == SKIPPED or (step == plan.feed.steps and not math.isfinite(loss)):
+    reason = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+    if n == MAX_SKIPPED_STEPS or (step == plan.feed.steps and not math.isfinite(loss)):
         steps = f"step {step}" if n == 1 else f"steps {step - n + 1} to {step}"
-        raise LorafoldError(f"{steps}: {what}; {plan.run.last_good}. {LOWER}")
-    display.note(f"step {step}: {what}, so the step is skipped")
+        raise LorafoldError(f"{steps}: {reason}; {plan.run.resume_hint}. {LOWER_LR_HINT}")
+    display.note(f"step {step}: {reason}, so the step is skipped")
 
 
-def versus_guessing(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
+def compare_with_chance(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
     """The `loss`, the one of `guessing`, and whether the first is `better`; empty if not
     comparable.
 
-    The mean of the last RECENT steps must be lower by two standard errors. If guessing is the
+    The mean of the last NUM_RECENT_STEPS must be lower by two standard errors. If guessing is the
     untrained model, both are on the rows of the first step, with a tolerance of a thousandth.
     """
     last = progress.best if is_over(plan, progress) and plan.recipe.stops else None
-    recent = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-RECENT:]
-    recent = [loss for loss in recent if math.isfinite(loss)]
-    if len(recent) < FEWEST or plan.guessing == math.inf or not math.isfinite(progress.losses[0]):
+    tail = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-NUM_RECENT_STEPS:]
+    tail = [loss for loss in tail if math.isfinite(loss)]
+    if len(tail) < MIN_RECENT or plan.guessing == math.inf or not math.isfinite(progress.losses[0]):
         return {}
     if plan.guessing is not None:
-        loss, level, error = fmean(recent), plan.guessing, stdev(recent) / math.sqrt(len(recent))
+        loss, chance, error = fmean(tail), plan.guessing, stdev(tail) / math.sqrt(len(tail))
     elif last in (None, progress.step):
-        loss, level = loss_of(plan, first), progress.losses[0]
-        error = 5e-4 * level
+        loss, chance = loss_of(plan, first), progress.losses[0]
+        error = 5e-4 * chance
     else:
         return {}
-    return {"loss": loss, "guessing": level, "better": loss + 2 * error < level}
+    return {"loss": loss, "guessing": chance, "better": loss + 2 * error < chance}
 
 
 def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
@@ -256,20 +257,19 @@ def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
     loss, recipe = plan.loss, plan.recipe
     parts = loss.micro_batches(examples, recipe.accumulate, recipe.max_length)
     with evaluating(loss):
-        shared = loss.of_step(examples)
+        of_step = loss.of_step(examples)
         batches = (loss.collate([examples[i] for i in part], plan.device) for part in parts)
-        losses = [loss(**inputs, **shared).item() for inputs in batches]
+        losses = [loss(**inputs, **of_step).item() for inputs in batches]
     return sum(losses) / max(1, sum(map(loss.count, examples)))
 
 
 def guessing_warning(guessing: Mapping[str, Any]) -> str:
     if guessing.get("better", True):
         return ""
-    loss, level = guessing["loss"], guessing["guessing"]
     return (
-        f"the loss is {loss:.4f}, no better than guessing ({level:.4f}). Try"
-        " more steps or lower learning rates (lr, lr_b), and check that labels or answers follow"
-        " from the texts"
+        f"the loss is {guessing['loss']:.4f}, no better than guessing ({guessing['guessing']:.4f})."
+        " Try more steps or lower learning rates (lr, lr_b), and check that labels or answers"
+        " follow from the texts"
     )
 
 
@@ -289,7 +289,7 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
     layout.add_gradients(trained)
     layout.processes.add([summed])
     if step == 0 and not optimizer.state:  # in later updates all ratios may be clipped
-        idle = check_gradients(adapter, layout.moves(trained))
+        idle = check_gradients(adapter, layout.nonzero_gradients(trained))
         if idle and layout.processes.first:
             log.warning(
                 "%d of the %d adapted modules get no gradient in the first step, because the loss"
@@ -320,7 +320,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
     own = [examples[i] for i in share]
     parts = loss.micro_batches(own, recipe.accumulate, recipe.max_length) if own else []
     # with a sharded model, all processes must make the same number of passes
-    passes = processes.largest if plan.layout.divides else int
+    passes = processes.largest if plan.layout.is_sharded else int
     idle = passes(len(parts)) - len(parts)
     if processes.count > 1:  # each uses different random numbers
         torch.manual_seed((key + processes.index) % (1 << 63))
@@ -333,7 +333,8 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
         for i, part in enumerate([[share[j] for j in part] for part in parts] + [[0]] * idle):
             batch = [examples[j] for j in part]
             inputs = loss.collate(batch, plan.device)
-            with drawing(selection, Draws(key, loss.names(batch, [rows[j] for j in part], inputs))):
+            names = loss.names(batch, [rows[j] for j in part], inputs)
+            with seeded_dropout(selection, RandomSource(key, names)):
                 value = loss(**inputs, **of_step)
                 if i >= len(parts):
                     value = 0 * value
@@ -348,30 +349,32 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
     return summed
 
 
-def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> list[str]:
+def check_gradients(adapter: Adapter, nonzero: Mapping[nn.Parameter, bool]) -> list[str]:
     """The paths of adapted modules on which the loss does not depend (cross-attention on text
     only). Raises if there is no gradient at all.
     """
     grads = {}
     for path, delta in adapter.deltas.items():
-        held = {name: p for name, p in delta.named_parameters() if p.numel()}
-        if held:  # a twin has no own parameters, and a mask may be empty
-            grads[path] = {name: moves[p] for name, p in held.items() if p in moves}
+        own = {name: p for name, p in delta.named_parameters() if p.numel()}
+        if own:  # a twin has no own parameters, and a mask may be empty
+            grads[path] = {name: nonzero[p] for name, p in own.items() if p in nonzero}
     # a scale of a vector that starts at zero, as in Fastfood, has zero gradient at first
-    telling = {name for own in grads.values() for name, moved in own.items() if moved}
-    if telling:
+    learning = {name for grad in grads.values() for name, is_nonzero in grad.items() if is_nonzero}
+    if learning:
         return [
             path
-            for path, own in grads.items()
-            if not own or (not any(own.values()) and telling & own.keys())
+            for path, grad in grads.items()
+            if not grad or (not any(grad.values()) and learning & grad.keys())
         ]
     cause = (
         "the loss does not depend on any adapted module: check the targets, and that the model's"
         " code does not detach their outputs"
     )
     if any(grads.values()):
-        zero = "all gradients are exactly zero"
-        cause = f"{zero}: check that the rows of the first step have labelled tokens"
+        cause = (
+            "all gradients are exactly zero: check that the rows of the first step have labelled"
+            " tokens"
+        )
     raise LorafoldError(
         f"the adapter received no gradient in the first step; {cause} (adapted modules:"
         f" {', '.join([*grads][:4])}, ...)"
@@ -381,15 +384,14 @@ def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> lis
 def save(plan: Plan, progress: Progress) -> None:
     """Write a checkpoint in rank 0; the other processes send their pieces."""
     state = optimizer_tensors(plan.optimizer) | {"rng.cpu": torch.get_rng_state()}
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state |= {f"rng.cuda.{i}": generator for i, generator in enumerate(cuda)}
+    state |= {f"rng.cuda.{i}": t for i, t in enumerate(torch.cuda.get_rng_state_all())}
     adapter, optimizer = map(plan.layout.pieces, (plan.adapter.state_dict(), state))
     progress.counts = dict(plan.loss.counts)
     if plan.layout.processes.first:
         try:
             plan.run.save(progress, adapter, optimizer, plan.recipe.keep)
         except LorafoldError as error:
-            raise LorafoldError(f"step {progress.step}: {error}; {plan.run.last_good}") from None
+            raise LorafoldError(f"step {progress.step}: {error}; {plan.run.resume_hint}") from None
     else:
         for piece in (*adapter.values(), *optimizer.values()):
             piece.get()

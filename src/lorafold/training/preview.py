@@ -25,14 +25,14 @@ from lorafold.files.html_page import html_table, notes, section, write_page
 from lorafold.files.terminal import print_lines
 from lorafold.objectives.objective import examples_of
 from lorafold.peft.adapter_directory import open_all
-from lorafold.training.request import (
+from lorafold.training.inputs import (
     RunRequest,
     objective_of,
+    prepare_tokenizer,
     rendering_of,
-    sides,
-    tokenized,
-    tokenizer_for,
-    with_length,
+    tokenize_rows,
+    train_and_eval_rows,
+    with_max_length,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from lorafold.objectives.objective import Data, Objective
 
-SOME = 4_000_000  # bytes of rows up to which a preview tokenizes everything
+MAX_CHECKED_BYTES = 4_000_000  # bytes of rows up to which a preview tokenizes everything
 LEGEND = (
     "<h2>The first rows</h2>"
     "<p><mark>Marked</mark> text counts in the loss; the rest is context.</p>"
@@ -64,9 +64,9 @@ def show(
 ) -> Findings:
     """Print the first rows with trained tokens marked, and return the findings about the data."""
     saved = open_all(request.adapters)
-    request = with_length(request, saved, console)
+    request = with_max_length(request, saved, console)
     objective = objective_of(request, saved)
-    tokenizer, _ = tokenizer_for(request, objective, console, saved)
+    tokenizer, _ = prepare_tokenizer(request, objective, console, saved)
     findings = _findings(request, objective, tokenizer, console)
     first, rendering = request.first_rows(rows), rendering_of(request.recipe)
     train = examples_of(
@@ -75,21 +75,21 @@ def show(
     examples = list(_previewed(request, first, train, objective, tokenizer))
     template = [] if tokenizer.chat_template is None else describe_template(tokenizer).lines
     print_lines(console, *(f"  {line}" for line in template))
-    for one in examples:
+    for example in examples:
         console.rule()
         print_lines(
             console,
-            one.heading,
-            *(f"  tool: {_tool_line(tool)}" for tool in one.conversation.tools),
-            *(f"  {_turn_line(turn)}" for turn in one.conversation.messages),
+            example.heading,
+            *(f"  tool: {_tool_line(tool)}" for tool in example.conversation.tools),
+            *(f"  {_turn_line(turn)}" for turn in example.conversation.messages),
         )
-        console.print(one.text)
+        console.print(example.text)
     if html is not None:
-        of_template = (section("The chat template") + notes(template)) * bool(template)
+        template_html = (section("The chat template") + notes(template)) * bool(template)
         roles = [(role, f"{n:,}", f"{t:,}") for role, (n, t) in findings.roles.items()]
-        counted = html_table(("role", "turns", "trained on"), roles) if roles else ""
-        of_data = notes(findings.lines or [findings.nothing]) + counted
-        body = of_data + of_template + LEGEND + "".join(map(_section, examples))
+        role_table = html_table(("role", "turns", "trained on"), roles) if roles else ""
+        findings_html = notes(findings.lines or [findings.nothing]) + role_table
+        body = findings_html + template_html + LEGEND + "".join(map(_section, examples))
         write_page(f"Preview of {request.source}", body, html)
         print_lines(console, f"page: {html}")
     return findings
@@ -99,22 +99,22 @@ def _findings(
     request: RunRequest, objective: Objective, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Findings:
     """The findings about the rows, or about the first ones if tokenizing all would take long."""
-    less = ""
+    limit = ""
     if not isinstance(request.rows, RowStream):
-        train, held_out = sides(request)
-        few = _few(train), None if held_out is None else _few(held_out)
-        request = replace(request, rows=few[0], eval_rows=few[1])
-        if few[0] is not train or few[1] is not held_out:
-            less = f"only the first {len(few[0]):,} rows are checked; a run checks all rows"
-            print_lines(console, f"data: {less}")
-    *_, findings = tokenized(request, tokenizer, objective, console)
+        train, held_out = train_and_eval_rows(request)
+        rows, eval_rows = _first_rows(train), None if held_out is None else _first_rows(held_out)
+        request = replace(request, rows=rows, eval_rows=eval_rows)
+        if rows is not train or eval_rows is not held_out:
+            limit = f"only the first {len(rows):,} rows are checked; a run checks all rows"
+            print_lines(console, f"data: {limit}")
+    *_, findings = tokenize_rows(request, tokenizer, objective, console)
     if not findings.lines:
         print_lines(console, f"data: {findings.nothing}")
-    return replace(findings, unseen=less or findings.unseen)
+    return replace(findings, unseen=limit or findings.unseen)
 
 
-def _few(rows: Sequence[Row]) -> Sequence[Row]:
-    n = max(1, len(rows) * SOME // max(1, Rows.of(rows).measured[1]))
+def _first_rows(rows: Sequence[Row]) -> Sequence[Row]:
+    n = max(1, len(rows) * MAX_CHECKED_BYTES // max(1, Rows.of(rows).measured[1]))
     if n >= len(rows):
         return rows
     return rows.select(np.arange(n)) if isinstance(rows, Rows) else rows[:n]
@@ -125,25 +125,25 @@ def _previewed(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[PreviewExample]:
     if not isinstance(train.report, EncodingReport):
-        for number, one in enumerate(train.examples, 1):
-            text = objective.preview(one, tokenizer)
-            yield PreviewExample(f"example {number}: {len(one.ids)} tokens", Conversation([]), text)
+        for number, example in enumerate(train.examples, 1):
+            heading = f"example {number}: {len(example.ids)} tokens"
+            yield PreviewExample(heading, Conversation([]), objective.preview(example, tokenizer))
         return
     limit = request.recipe.max_length
     conversations = Rows.of(rows).extract(CONVERSATIONS)
-    for number, (row, given) in enumerate(zip(rows, conversations, strict=True), 1):
+    for number, (row, conversation) in enumerate(zip(rows, conversations, strict=True), 1):
         examples, trained = encode_row(row, tokenizer, rendering_of(request.recipe))
-        left = f"; {trained.left_out} turns are left out" if trained.left_out else ""
+        left_out = f"; {trained.left_out} turns are left out" if trained.left_out else ""
         for n, example in enumerate(examples, 1):
             cut = Example(example.ids[:limit], example.labels[:limit])
-            of = f", example {n} of {len(examples)}" if len(examples) > 1 else ""
-            counted = sum(label != NO_LOSS for label in cut.labels)
-            ended = f", cut at {limit}" if len(example.ids) > limit else ""
+            part = f", example {n} of {len(examples)}" if len(examples) > 1 else ""
+            num_trained = sum(label != NO_LOSS for label in cut.labels)
+            truncated = f", cut at {limit}" if len(example.ids) > limit else ""
             heading = (
-                f"row {number}{of}: {counted} of {len(example.ids)} tokens are trained on{ended}"
-                f"{left}"
+                f"row {number}{part}: {num_trained} of {len(example.ids)} tokens are trained"
+                f" on{truncated}{left_out}"
             )
-            yield PreviewExample(heading, given, objective.preview(cut, tokenizer))
+            yield PreviewExample(heading, conversation, objective.preview(cut, tokenizer))
 
 
 def _tool_line(tool: Tool) -> str:
@@ -175,24 +175,24 @@ def _section(one: PreviewExample) -> str:
     tools = one.conversation.tools
     schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))
     turns = [_turn_line(message).partition(": ")[::2] for message in one.conversation.messages]
-    folded = [("The tools' schemas", f"<pre>{schemas}</pre>")] * bool(tools)
-    folded += [("The turns of the row", html_table(("role", "turn"), turns, "texts"))] * bool(turns)
+    panels = [("The tools' schemas", f"<pre>{schemas}</pre>")] * bool(tools)
+    panels += [("The turns of the row", html_table(("role", "turn"), turns, "texts"))] * bool(turns)
     return (
         f"<h3>{markup.escape(one.heading)}</h3>"
         + notes(map(_tool_line, tools))
-        + "".join(f"<details><summary>{n}</summary>{part}</details>" for n, part in folded)
+        + "".join(f"<details><summary>{n}</summary>{part}</details>" for n, part in panels)
         + f"<pre>{_marked(one.text)}</pre>"
     )
 
 
 def _marked(text: Text) -> str:
-    page, at = "", 0
+    marked, position = "", 0
     for span in sorted(text.spans):
-        page += markup.escape(text.plain[at : span.start])
+        marked += markup.escape(text.plain[position : span.start])
         piece = text.plain[span.start : span.end]
-        bold = "bold" in str(span.style)
-        if bold and piece.endswith("⟧"):
+        trained = "bold" in str(span.style)
+        if trained and piece.endswith("⟧"):
             piece = piece[:-1].replace("⟦", "", 1)
-        page += f"<mark>{markup.escape(piece)}</mark>" if bold else markup.escape(piece)
-        at = span.end
-    return page + markup.escape(text.plain[at:])
+        marked += f"<mark>{markup.escape(piece)}</mark>" if trained else markup.escape(piece)
+        position = span.end
+    return marked + markup.escape(text.plain[position:])

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lorafold.adapter import Adapter
-from lorafold.core.delta import put
+from lorafold.core.delta import set_tensor
 from lorafold.data.batches import BatchFeed
 from lorafold.data.control_tokens import NOTE
 from lorafold.errors import LorafoldError
@@ -26,12 +26,12 @@ from lorafold.rewards.reward import ADAPTER, REWARDS, WEIGHTED
 from lorafold.runtime.memory import KEEP_FREED, RETURN_FREED, malloc_policy
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
-from lorafold.training.finish import Trained, finish, finished
+from lorafold.training.finish import Trained, finish, finished_result
+from lorafold.training.inputs import RunRequest, fields_free_on_resume, input_identity
 from lorafold.training.loop import Plan, fit
-from lorafold.training.progress import Display, started
-from lorafold.training.request import RunRequest, depends_on, free_on_resume
-from lorafold.training.setup import Setup, adapted_model, check_places, set_up
-from lorafold.training_step.adamw import make_optimizer, optimizer_line, pick
+from lorafold.training.progress_display import Display, start_trackers
+from lorafold.training.setup import Setup, check_paths_disjoint, load_adapted_model, set_up
+from lorafold.training_step.adamw import choose_optimizer, make_optimizer, optimizer_line
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import Loss
 from lorafold.training_step.optim import (
@@ -42,9 +42,9 @@ from lorafold.training_step.optim import (
     restore_rng,
     sum_in_fp32,
 )
-from lorafold.training_step.sharding import Sharded
+from lorafold.training_step.sharded_data_parallel import Sharded
 
-SAMPLED = 8  # steps whose rows are searched for shared prefixes
+NUM_PREFIX_STEPS = 8  # steps whose rows are searched for shared prefixes
 
 
 def train(request: RunRequest, console: Console, processes: Processes = SINGLE_PROCESS) -> Trained:
@@ -54,13 +54,13 @@ def train(request: RunRequest, console: Console, processes: Processes = SINGLE_P
     """
     check_name(request.out)
     if (request.over or request.init_adapter) and not request.resume:
-        check_places(request)  # for a resumed run, after it is known not to be finished
-    with RunDirectory(request.out).claimed() if processes.first else nullcontext():
+        check_paths_disjoint(request)  # for a resumed run, after it is known not to be finished
+    with RunDirectory(request.out).locked() if processes.first else nullcontext():
         # all processes take part, because one of them may have other options
         if request.resume or processes.count > 1:
-            before = processes.once(partial(finished, request, console))
-            if before is not None:
-                return before
+            result = processes.once(partial(finished_result, request, console))
+            if result is not None:
+                return result
         return _train(set_up(request, console, processes), console)
 
 
@@ -71,34 +71,34 @@ def _train(setup: Setup, console: Console) -> Trained:
     identities = [of["sha256"] for name, of in setup.files.items() if name != "init_adapter"]
     identities += [base.loaded_as.name, str(base.loaded_as.dtype), base.where.type]
 
-    with layout.reading():
-        model, adapter, base_weights = adapted_model(setup, console)
+    with layout.gathering():
+        model, adapter, base_weights = load_adapted_model(setup, console)
 
     if isinstance(layout, Sharded):
-        dividing: Any = divided(layout, model, console)
+        sharding: Any = sharded_model(layout, model, console)
     else:
-        dividing, alone = nullcontext(), "one process has all weights; start several to shard them"
-        print_lines(console, f"strategy fsdp: {alone}" * (recipe.strategy == "fsdp"))
-    with malloc_policy(KEEP_FREED), dividing:
+        sharding, notice = nullcontext(), "one process has all weights; start several to shard them"
+        print_lines(console, f"strategy fsdp: {notice}" * (recipe.strategy == "fsdp"))
+    with malloc_policy(KEEP_FREED), sharding:
         with (
             # first, because a policy's sampler copies the modules before they are fused
             objective.loss(model, tokenizer, recipe.packing, console) as loss,
-            fused(model) as fused_parts,
+            fused(model) as fast_path,
         ):
-            print_lines(console, fused_parts)
+            print_lines(console, fast_path)
             loss.to(base.where)
-            with layout.reading():
+            with layout.gathering():
                 # some objectives add the untrained model's log-probabilities to the rows
                 feed, held_out = objective.refer(
                     loss, setup.feed, setup.held_out, identities, console, layout
                 )
-                print_lines(console, in_common(setup, loss, feed))
-                plan, progress = prepare(setup, adapter, loss, feed, held_out, console)
+                print_lines(console, shared_prefix_line(setup, loss, feed))
+                plan, progress = make_plan(setup, adapter, loss, feed, held_out, console)
 
             # outside the run directory, because that is removed at the end
             logs = request.out.with_name(request.out.name + ".logs")
-            reports = recipe.trackers and layout.processes.first
-            trackers = started(recipe, logs) if reports else []
+            is_tracked = recipe.trackers and layout.processes.first
+            trackers = start_trackers(recipe, logs) if is_tracked else []
             with Display(console, feed.steps, progress.step, trackers) as display:
                 fit(plan, progress, display)
 
@@ -107,20 +107,20 @@ def _train(setup: Setup, console: Console) -> Trained:
 
 
 @contextmanager
-def divided(layout: Sharded, model: nn.Module, console: Console) -> Iterator[None]:
+def sharded_model(layout: Sharded, model: nn.Module, console: Console) -> Iterator[None]:
     """Context: the model is sharded; prints the sizes."""
     # memory of temporarily gathered tensors must be returned
-    with malloc_policy(RETURN_FREED), layout.dividing(model):
-        whole, kept, largest = map(format_bytes, layout.sizes())
+    with malloc_policy(RETURN_FREED), layout.sharding(model):
+        total, own, largest = map(format_bytes, layout.sizes())
         print_lines(
             console,
-            f"strategy fsdp: rank 0 of {layout.processes.count} keeps {kept} of {whole} of"
+            f"strategy fsdp: rank 0 of {layout.processes.count} keeps {own} of {total} of"
             f" weights, and gathers at most {largest} at a time",
         )
         yield
 
 
-def prepare(
+def make_plan(
     setup: Setup,
     adapter: Adapter,
     loss: Loss,
@@ -131,23 +131,23 @@ def prepare(
     """The plan of the steps, and the progress: fresh or from the last checkpoint."""
     request, layout, spec = setup.request, setup.layout, adapter.spec
     recipe, where, processes = request.recipe, request.base.where, layout.processes
-    progress, state = begin(setup, adapter, loss, feed, console)
+    progress, state = start_or_resume(setup, adapter, loss, feed, console)
     lr_b = spec.lr_b and spec.lr_b * (loss.pace_up or loss.pace)
     lr = recipe.lr or spec.lr * loss.pace
-    whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
+    lr_whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
     groups = param_groups(
-        adapter.parts(), lr, recipe.lr_b or lr_b or lr, not recipe.weight_decay, whole
+        adapter.parts(), lr, recipe.lr_b or lr_b or lr, not recipe.weight_decay, lr_whole
     )
     sum_in_fp32(adapter.model)
     if isinstance(layout, Sharded):
-        layout.share_out(parameters(groups))
-    parts = processes.count if layout.divides else 1
-    chosen = pick(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
-    progress.optimizer = chosen.name
-    print_lines(console, optimizer_line(chosen, groups, recipe.seed, parts), rates(groups, lr))
-    optimizer = make_optimizer(chosen.name, groups, recipe)
+        layout.assign_owners(parameters(groups))
+    parts = processes.count if layout.is_sharded else 1
+    choice = choose_optimizer(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
+    progress.optimizer = choice.name
+    print_lines(console, optimizer_line(choice, groups, recipe.seed, parts), rates(groups, lr))
+    optimizer = make_optimizer(choice.name, groups, recipe)
     if state:
-        with layout.apart():
+        with layout.uncoordinated():
             tensors = {k: v for k, v in state.items() if not k.startswith("rng.")}
             restore_optimizer(optimizer, tensors, layout.updates)
         restore_rng(state)
@@ -157,9 +157,9 @@ def prepare(
         remedy = "without early stopping, which needs held-out rows (--eval-fraction 0.1)"
         print_lines(console, f"epochs auto: {feed.steps} steps, {remedy}")
     elif recipe.steps is None and feed.steps < FEW:
-        less = "" if held_out else ", and --eval-fraction 0.1 turns on early stopping"
-        few = f"steps: {feed.steps}, which may be too few: --epochs auto sets {STEPS}{less}"
-        print_lines(console, few)
+        hint = "" if held_out else ", and --eval-fraction 0.1 turns on early stopping"
+        too_few = f"steps: {feed.steps}, which may be too few"
+        print_lines(console, f"{too_few}: --epochs auto sets {STEPS}{hint}")
     plan = Plan(
         recipe, setup.objective, adapter, loss, where, optimizer, feed, held_out,
         setup.objective.guessing(setup.findings.labels), RunDirectory(request.out), layout,
@@ -167,7 +167,7 @@ def prepare(
     return plan, progress
 
 
-def begin(
+def start_or_resume(
     setup: Setup, adapter: Adapter, loss: Loss, feed: BatchFeed, console: Console
 ) -> tuple[Progress, dict[str, Tensor] | None]:
     """Load the last checkpoint of a resumed run, or let the method prepare a fresh adapter. Returns
@@ -175,21 +175,21 @@ def begin(
     fresh.
     """
     request, layout, spec = setup.request, setup.layout, adapter.spec
-    run, identity = RunDirectory(request.out), identity_of(setup, adapter)
+    run, identity = RunDirectory(request.out), run_identity(setup, adapter)
     resumes = request.resume and run.path.exists()
     if resumes:
-        judged, judges = run.recorded(REWARDS) or {}, identity.get(REWARDS, {})
-        others = [name for name, digest in judged.items() if judges.get(name) != digest]
-        adapted = any(WEIGHTED.findall(name)[0][1].startswith(ADAPTER) for name in others)
-        if others and judged.keys() == judges.keys() and not adapted:
-            identity[REWARDS] = judged  # for example, a bug in the reward was fixed
-            changed = f"reward {', '.join(others)}: changed since the run began"
-            print_lines(console, f"{changed}; the next steps use the new version")
+        recorded, rewards = run.recorded(REWARDS) or {}, identity.get(REWARDS, {})
+        changed = [name for name, digest in recorded.items() if rewards.get(name) != digest]
+        is_adapter = any(WEIGHTED.findall(name)[0][1].startswith(ADAPTER) for name in changed)
+        if changed and recorded.keys() == rewards.keys() and not is_adapter:
+            identity[REWARDS] = recorded  # for example, a bug in the reward was fixed
+            notice = f"reward {', '.join(changed)}: changed since the run began"
+            print_lines(console, f"{notice}; the next steps use the new version")
         run.check(identity)
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
             loss.counts |= progress.counts
-            with layout.apart():
+            with layout.uncoordinated():
                 adapter.load_state_dict(tensors, layout.owns)
             return progress, state
     elif request.resume:
@@ -198,11 +198,11 @@ def begin(
         run.start(identity)
     spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, request.recipe))
     if layout.processes.count > 1:
-        take_first(adapter, layout.processes)
+        copy_from_rank0(adapter, layout.processes)
     return Progress(), {} if resumes else None
 
 
-def take_first(adapter: Adapter, processes: Processes) -> None:
+def copy_from_rank0(adapter: Adapter, processes: Processes) -> None:
     """Copy rank 0's prepared adapter to all: rounding differences can make a method choose other
     entries.
     """
@@ -211,30 +211,30 @@ def take_first(adapter: Adapter, processes: Processes) -> None:
     for path, first in processes.once(lambda: shapes).items():
         for name, shape in first.items():
             if shape != shapes[path][name]:
-                put(adapter.deltas[path], name, states[path][name].new_empty(shape))
+                set_tensor(adapter.deltas[path], name, states[path][name].new_empty(shape))
     processes.same([p.detach() for p in adapter.tensors()])
 
 
-def in_common(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
+def shared_prefix_line(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
     """A line about shared prefixes in the first steps; None if there are few or the rows are not
     known.
     """
-    once, each, recipe = 0, 0, setup.request.recipe
+    computed, each, recipe = 0, 0, setup.request.recipe
     if isinstance(setup.objective, OnPolicy):
         return None
-    for examples in islice(feed.after(0), min(SAMPLED, feed.foreseen)):
+    for examples in islice(feed.after(0), min(NUM_PREFIX_STEPS, feed.foreseen)):
         each += sum(loss.computed([example]) for example in examples)
-        for part in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
-            once += loss.computed([examples[i] for i in part])
-    if once > 0.99 * each:
+        for indices in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
+            computed += loss.computed([examples[i] for i in indices])
+    if computed > 0.99 * each:
         return None
-    return f"packing: {1 - once / each:.0%} of the tokens are in shared prefixes, computed once"
+    return f"packing: {1 - computed / each:.0%} of the tokens are in shared prefixes, computed once"
 
 
-def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
+def run_identity(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """The settings and inputs that a resumed run must share with the stopped one."""
     request = setup.request
-    recipe, free = request.recipe.model_dump(mode="json"), free_on_resume(request.recipe)
+    recipe, free = request.recipe.model_dump(mode="json"), fields_free_on_resume(request.recipe)
     identity = {k: v for k, v in recipe.items() if k not in free}
     identity |= {
         "lorafold": version("lorafold"),
@@ -242,15 +242,15 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
         FILES: setup.files,
-        **depends_on(request, setup.objective),
+        **input_identity(request, setup.objective),
     }
     if request.over:
         identity["over"] = [origin.sha256 for origin in adapter.over]
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template's text, because the file that the recipe names may have changed
         template = setup.tokenizer.chat_template
-        named = template if isinstance(template, dict) else {"": str(template)}
-        plain = {name: NOTE.sub("", text) for name, text in named.items()}
+        templates = template if isinstance(template, dict) else {"": str(template)}
+        plain = {name: NOTE.sub("", text) for name, text in templates.items()}
         identity["chat_template"] = str(plain.get("", plain))
     if setup.day:
         identity["day"] = setup.day
@@ -269,6 +269,6 @@ def sample_losses(
             f" {recipe.objective} lacks; use another objective, and set asks_losses in the spec"
         )
     loss.train()
-    for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
-        inputs = loss.collate(chosen, loss.device)
-        yield loss(**inputs, **loss.of_step(chosen)) / max(1, sum(map(loss.count, chosen)))
+    for examples in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
+        inputs = loss.collate(examples, loss.device)
+        yield loss(**inputs, **loss.of_step(examples)) / max(1, sum(map(loss.count, examples)))

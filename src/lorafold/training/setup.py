@@ -18,7 +18,7 @@ from lorafold.adapter import Adapter, attach, load
 from lorafold.adapter.coverage import strays, text_alone, unreached
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, Origin
-from lorafold.core.matrices import module_at
+from lorafold.core.expert_matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
 from lorafold.data.branches import Branched
@@ -29,8 +29,8 @@ from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
 from lorafold.memory.preflight import choose_checkpointing, largest_batch
-from lorafold.memory.trace import Setting
-from lorafold.methods.parts.trainable_tokens import TrainableTokens
+from lorafold.memory.trace import MemorySetting
+from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
@@ -43,24 +43,24 @@ from lorafold.resolve.base import check_language_model
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.request import (
+from lorafold.training.inputs import (
     RunRequest,
-    depends_on,
+    input_identity,
     objective_of,
-    tokenized,
-    tokenizer_for,
-    with_length,
+    prepare_tokenizer,
+    tokenize_rows,
+    with_max_length,
 )
 from lorafold.training_step.adamw import bitsandbytes_optimizers, check_rounding
 from lorafold.training_step.data_parallel import Replicated
-from lorafold.training_step.gradient_checkpointing import recompute
-from lorafold.training_step.sharding import Sharded
+from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
+from lorafold.training_step.sharded_data_parallel import Sharded
 from lorafold.training_step.shared_prefixes import may_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SHOWN = 40  # characters of a value
+MAX_SHOWN_CHARS = 40  # characters of a value
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Setup:
     spec: Spec
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
-    words: Words
+    added_tokens: Words
     files: dict[str, dict[str, str]]
     saved: list[SavedAdapter]  # the adapters to load, lowest first; none once they are loaded
     own_tokenizer: bool  # whether the run's tokenizer differs from the base's
@@ -87,7 +87,7 @@ class Setup:
 def check_request(request: RunRequest, console: Console, processes: Processes) -> Spec:
     """Check the request, print the fields that the method ignores, and return the method's spec."""
     if request.over or request.init_adapter:
-        check_places(request)
+        check_paths_disjoint(request)
     run, replaces = RunDirectory(request.out), request.overwrite or request.resume
     count = processes.count
     if processes.first:  # only it writes
@@ -121,123 +121,124 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
     return spec
 
 
-def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) -> None:
+def check_paths_disjoint(request: RunRequest, others: Iterable[tuple[str, Path]] = ()) -> None:
     """Raise if a path that the run writes is, contains or lies in one that it reads."""
     run = RunDirectory(request.out)
-    read = [*(("--over", path) for path in request.over), *besides]
+    inputs = [*(("--over", path) for path in request.over), *others]
     if request.init_adapter:
-        read.append(("--init-adapter", request.init_adapter))
-    for option, path in read:
-        adapter = path.resolve()
-        for target in (w.resolve() for w in (run.out, run.best, run.path)):
-            if target.is_relative_to(adapter) or adapter.is_relative_to(target):
+        inputs.append(("--init-adapter", request.init_adapter))
+    for option, path in inputs:
+        resolved = path.resolve()
+        for target in (output.resolve() for output in (run.out, run.best, run.path)):
+            if target.is_relative_to(resolved) or resolved.is_relative_to(target):
                 raise LorafoldError(
                     f"--out {request.out}: the run would write {target}, which overlaps with the"
                     f" input {option} {path}; choose a directory outside of it"
                 )
 
 
-def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
+def open_adapters(request: RunRequest) -> list[SavedAdapter]:
     saved = [*open_all(request.adapters)]
     origins = [Origin(path=str(one), sha256=one.sha256) for one in saved]
-    for n, one in enumerate(saved):
-        if not (request.base.allow_other_base or same_adapters(one.over, origins[:n])):
-            needed = " ".join(f"--over {origin.path}" for origin in one.over)
-            raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; pass {needed}")
+    for n, adapter in enumerate(saved):
+        if not (request.base.allow_other_base or same_adapters(adapter.over, origins[:n])):
+            options = " ".join(f"--over {origin.path}" for origin in adapter.over)
+            raise LorafoldError(f"{adapter}: {mismatch(adapter.over, origins[:n])}; pass {options}")
     if not request.base.allow_other_base and (base := request.base.in_files()):
-        for one in saved:
-            one.own_base.check(base, request.base.name)
+        for adapter in saved:
+            adapter.own_base.check(base, request.base.name)
     return saved
 
 
 def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_PROCESS) -> Setup:
     """Check the request, choose device and dtype, and tokenize the rows."""
     spec = check_request(request, console, processes)
-    saved = saved_adapters(request) if request.over or request.init_adapter else []
+    saved = open_adapters(request) if request.over or request.init_adapter else []
     objective = objective_of(request, saved)
     if objective.reads:
-        check_places(request, objective.reads)
+        check_paths_disjoint(request, objective.reads)
     if saved and not objective.outputs:
         check_language_model(request.base, saved)
     storage = settled_base(request.recipe, spec, request.base.source, saved)
-    request = with_length(request, saved, console)
+    request = with_max_length(request, saved, console)
     recipe = request.recipe.model_copy(update={"storage": storage})
     base = request.base.stored(storage)
     request = replace(request, recipe=recipe, base=base)
     if spec.trains_base:
         check_rounding(recipe.optimizer, [base.loaded_as.dtype])
     files = {"model": {"name": base.name, "sha256": base.identity}}
-    for n, one in enumerate(saved):
-        name = "init_adapter" if n == len(request.over) else request.below[n]
-        files[name] = {"name": str(one), "sha256": of_adapter(one)}
-    tokenizer, words = tokenizer_for(request, objective, console, saved)
-    changes = recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
-    changed = bool(words.ids or any(changes) or (request.init_adapter and saved[-1].own_tokenizer))
-    day, dated = day_of(tokenizer), tokenizer
+    for n, adapter in enumerate(saved):
+        name = "init_adapter" if n == len(request.over) else request.over_names[n]
+        files[name] = {"name": str(adapter), "sha256": of_adapter(adapter)}
+    tokenizer, added = prepare_tokenizer(request, objective, console, saved)
+    changes = added.ids, recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
+    own_tokenizer = any(changes) or bool(request.init_adapter and saved[-1].own_tokenizer)
+    day, dated_tokenizer = day_of(tokenizer), tokenizer
     if day:
-        began = RunDirectory(request.out).recorded("day") if request.resume else None
-        day = str(began or request.day or day)
-        dated = on_day(tokenizer, day)
-        written = "the date of each rendering" if day_of(dated) else f"{day} throughout this run"
-        print_lines(console, f"the chat template inserts the date: {written}")
-    feed, held_out, findings = tokenized(request, dated, objective, console)
+        recorded_day = RunDirectory(request.out).recorded("day") if request.resume else None
+        day = str(recorded_day or request.day or day)
+        dated_tokenizer = on_day(tokenizer, day)
+        fixed = "" if day_of(dated_tokenizer) else f"{day} throughout this run"
+        date = fixed or "the date of each rendering"
+        print_lines(console, f"the chat template inserts the date: {date}")
+    feed, held_out, findings = tokenize_rows(request, dated_tokenizer, objective, console)
     print_lines(console, f"base: {base.loaded_as.why}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
             f"strategy fsdp: found objective {recipe.objective}, which samples completions;"
             " expected another objective, or strategy ddp"
         )
-    divides = recipe.strategy == "fsdp" and processes.count > 1
+    is_sharded = recipe.strategy == "fsdp" and processes.count > 1
     setup = Setup(
-        request, spec, objective, tokenizer, words, files, saved, changed, feed, held_out, findings,
-        Sharded(processes) if divides else Replicated(processes), day,
+        request, spec, objective, tokenizer, added, files, saved, own_tokenizer, feed, held_out,
+        findings, Sharded(processes) if is_sharded else Replicated(processes), day,
     )  # fmt: skip
     if processes.count > 1:
-        check_alike(setup)
+        check_processes_agree(setup)
     return setup
 
 
-def check_alike(setup: Setup) -> None:
+def check_processes_agree(setup: Setup) -> None:
     """Raise, in all processes, unless they have the same code, files, rows, recipe and device."""
     request, processes = setup.request, setup.layout.processes
     recipe = request.recipe.model_dump(mode="json")
-    here = {
+    own_inputs = {
         "lorafold": f"{version('lorafold')} ({of_code(*TRAINING)[:8]})",
         **{name: version(name) for name in COMPUTED_WITH},
         **{f"the files of {of['name']}": of["sha256"][:8] for of in setup.files.values()},
-        "the rows": request.data.identity[:SHOWN],
-        **{name: str(value) for name, value in depends_on(request, setup.objective).items()},
+        "the rows": request.data.identity[:MAX_SHOWN_CHARS],
+        **{name: str(value) for name, value in input_identity(request, setup.objective).items()},
         **{name: str(value) for name, value in recipe.items()},
         "the device": request.base.where.type,
     }
     if request.resume:
-        here["the run to resume"] = RunDirectory(request.out).checkpoint_label()
-    (host, first), *each = processes.gather((socket.gethostname(), here))
-    for number, (there, theirs) in enumerate(each, 1):
-        if others := [
-            f"{name}: {truncate_middle(theirs.get(name, 'none'), SHOWN)} (process 0:"
-            f" {truncate_middle(first.get(name, 'none'), SHOWN)})"
-            for name in {**first, **theirs}  # causes come before their effects
-            if theirs.get(name) != first.get(name)
+        own_inputs["the run to resume"] = RunDirectory(request.out).checkpoint_label()
+    (host, first), *others = processes.gather((socket.gethostname(), own_inputs))
+    for number, (other_host, other) in enumerate(others, 1):
+        if differences := [
+            f"{name}: {truncate_middle(other.get(name, 'none'), MAX_SHOWN_CHARS)} (process 0:"
+            f" {truncate_middle(first.get(name, 'none'), MAX_SHOWN_CHARS)})"
+            for name in {**first, **other}  # causes come before their effects
+            if other.get(name) != first.get(name)
         ]:
-            where = there if there == host else f"{there}, process 0 on {host}"
+            hosts = other_host if other_host == host else f"{other_host}, process 0 on {host}"
             raise LorafoldError(
-                f"process {number} on {where}: found {listed(others, '; ', max_chars=140)};"
+                f"process {number} on {hosts}: found {listed(differences, '; ', max_chars=140)};"
                 " expected the same in all processes"
             )
 
 
-def adapted_model(
+def load_adapted_model(
     setup: Setup, console: Console
 ) -> tuple[PreTrainedModel, Adapter, Weights | None]:
     """(model, adapter, the base's original weights). Prints the memory estimate before it loads the
     model; the adapter is new, or `init_adapter`.
     """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
-    over, objective = setup.saved[: len(request.over)], setup.objective
-    stored = setup.saved[-1] if request.init_adapter else None
-    checkpointing, unknown = choose_checkpointing(
-        base.config(), largest_setting(setup), recipe.gradient_checkpointing,
+    over_adapters, objective = setup.saved[: len(request.over)], setup.objective
+    init_adapter = setup.saved[-1] if request.init_adapter else None
+    checkpointing, no_estimate_line = choose_checkpointing(
+        base.config(), largest_memory_setting(setup), recipe.gradient_checkpointing,
         min(setup.layout.processes.gather(free_bytes(base.where))), console,
     )  # fmt: skip
     with setup.layout.loading(base.where):
@@ -248,13 +249,14 @@ def adapted_model(
     torch.manual_seed(recipe.seed)
     weights, other = base.weights(), base.allow_other_base
     setup.saved.clear()
-    for n, one in enumerate(over):
-        load(model, one, request.below[n], allow_other_base=other, base=weights)
-    if stored is not None:
-        adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
-    print_lines(console, unknown)
-    if stored is None:
-        adapter = attach(model, setup.spec, recipe.targets, base=weights, **extras(setup, model))
+    for name, saved in zip(request.over_names, over_adapters, strict=True):
+        load(model, saved, name, allow_other_base=other, base=weights)
+    if init_adapter is not None:
+        adapter = load(model, init_adapter, trainable=True, allow_other_base=other, base=weights)
+    print_lines(console, no_estimate_line)
+    if init_adapter is None:
+        options = extra_attach_options(setup, model)
+        adapter = attach(model, setup.spec, recipe.targets, base=weights, **options)
     elif missing := [
         path
         for path in objective.modules_to_save(model, adapter.spec, recipe.targets)
@@ -265,63 +267,62 @@ def adapted_model(
             f" the objective {recipe.objective} must train; use an adapter that has it, or pass"
             " this one as --over to train a new adapter on top of it"
         )
-    towers = Anatomy.of(model).encoders
+    encoders = Anatomy.of(model).encoders
     print_lines(
         console,
-        text_alone(model, adapter.sites) if towers else None,
+        text_alone(model, adapter.sites) if encoders else None,
         repr(adapter),
         f"  {unreached(model, adapter.sites)}",
-        strays(model, adapter.matches) if towers else None,
+        strays(model, adapter.matches) if encoders else None,
     )
     if checkpointing:
-        recompute(model)
+        enable_gradient_checkpointing(model)
     return model, adapter, weights
 
 
-def largest_setting(setup: Setup) -> Setting:
+def largest_memory_setting(setup: Setup) -> MemorySetting:
     """The run's largest micro-batch, for a memory estimate before anything is loaded."""
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
-    stored = setup.saved[-1] if request.init_adapter else None
-    below = tuple((s.spec, s.attach_options) for s in setup.saved[: len(request.over)])
-    extra = stored.attach_options if stored else partial(extras, setup)
-    spec, shared = stored.spec if stored else setup.spec, setup.layout.processes.count
-    setting = Setting(
-        base.loaded_as, spec, recipe.targets, extra, below=below,
+    init_adapter = setup.saved[-1] if request.init_adapter else None
+    options = init_adapter.attach_options if init_adapter else partial(extra_attach_options, setup)
+    setting = MemorySetting(
+        base.loaded_as, init_adapter.spec if init_adapter else setup.spec, recipe.targets, options,
+        below=tuple((one.spec, one.attach_options) for one in setup.saved[: len(request.over)]),
         trust_remote_code=base.trust_remote_code,
     )  # fmt: skip
     return largest_batch(
-        recipe, setup.feed, setup.objective, setting, shared, base.where, setup.held_out,
-        may_share(base.config()),
+        recipe, setup.feed, setup.objective, setting, setup.layout.processes.count, base.where,
+        setup.held_out, may_share(base.config()),
     )  # fmt: skip
 
 
 def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
     """Raise for a row with more tokens than the model has positions."""
-    most = setup.request.recipe.max_length
-    foreseen = (e for rows in islice(setup.feed.after(0), setup.feed.foreseen) for e in rows)
+    known = (e for rows in islice(setup.feed.after(0), setup.feed.foreseen) for e in rows)
     held_out = setup.held_out.examples if setup.held_out else ()
     longest = max(
         len(document.ids)
-        for e in chain(foreseen, held_out)
+        for e in chain(known, held_out)
         for document in (e.documents() if isinstance(e, Branched) else (e,))
     )
     if longest > limit:
         raise LorafoldError(
-            f"max_length {most}: found a row of {longest} tokens, expected at most the {limit}"
-            f" positions of {type(model).__name__}; set max_length to {limit} to truncate rows"
+            f"max_length {setup.request.recipe.max_length}: found a row of {longest} tokens,"
+            f" expected at most the {limit} positions of {type(model).__name__}; set max_length to"
+            f" {limit} to truncate rows"
         )
 
 
-def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
+def extra_attach_options(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `attach` for modules trained in addition to the method: biases, full modules,
     and embeddings of tokens.
     """
-    recipe, words = setup.request.recipe, setup.words
+    recipe, added = setup.request.recipe, setup.added_tokens
     needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)
-    fresh = (path for path in needed if not isinstance(module_at(model, path), Adapted))
+    heads = (path for path in needed if not isinstance(module_at(model, path), Adapted))
     tokens = TrainableTokens(
-        tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new)
+        tuple(added.ids.values()), frozenset(added.ids[token] for token in added.new)
     )
     return {
-        "bias": recipe.bias, "modules_to_save": (*recipe.modules_to_save, *fresh), "tokens": tokens,
+        "bias": recipe.bias, "modules_to_save": (*recipe.modules_to_save, *heads), "tokens": tokens,
     }  # fmt: skip

@@ -36,7 +36,7 @@ with quietly():  # transformers imports PEFT here, which imports bitsandbytes
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 ADAPTER, STATE = "adapter", "adapter-state"
-TENSORS, ABOUT = "adapter.safetensors", "about.json"
+TENSORS, STATE_METADATA = "adapter.safetensors", "about.json"
 TRAINER_STATE = "trainer_state.json"
 
 logger = logging.getLogger(__name__)
@@ -85,11 +85,11 @@ class AdapterCallback(TrainerCallback):
                 f"AdapterCallback: found {type(adapter).__name__}, expected the adapter that"
                 " lorafold.attach or lorafold.load returned"
             )
-        _check_method(adapter)
+        _check_no_hooks(adapter)
         self.adapter, self.out, self.overwrite = adapter, out, overwrite
         self.resume_from, self.own_reference = resume_from, own_reference
         self._saved_step = -1
-        self._base: BaseKeptOut | None = None
+        self._base: BaseWeightsExcluder | None = None
 
     @staticmethod
     def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -102,14 +102,14 @@ class AdapterCallback(TrainerCallback):
         steps = {
             int(number): path
             for path in Path(output_dir).glob("checkpoint-*")
-            if (number := path.name.removeprefix("checkpoint-")).isdigit() and _complete(path)
+            if (number := path.name.removeprefix("checkpoint-")).isdigit() and _is_complete(path)
         }
         return str(steps[max(steps)]) if steps else None
 
     def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         self._check_model(kwargs["model"])
         # a resumed run loads the empty weights before it begins
-        self._base = BaseKeptOut(kwargs["model"])
+        self._base = BaseWeightsExcluder(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -119,7 +119,7 @@ class AdapterCallback(TrainerCallback):
         self._check_model(kwargs["model"])
         if not self.own_reference:
             check_reference(self.adapter, args)
-        self._base = self._base or BaseKeptOut(kwargs["model"])
+        self._base = self._base or BaseWeightsExcluder(kwargs["model"])
         resumed = state.global_step > 0
         if args.should_save:
             check_out(self._out(args), self.overwrite or resumed)
@@ -127,7 +127,7 @@ class AdapterCallback(TrainerCallback):
             self._restore(self._checkpoint(args, state))
 
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
-        self._base_stays_out(False)
+        self._exclude_base(False)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,7 +135,7 @@ class AdapterCallback(TrainerCallback):
         """Write the adapter before the trainer writes its files and removes older checkpoints."""
         if control.should_save:
             # only for as long as needed, because an evaluation may be interrupted
-            self._base_stays_out(not control.should_evaluate)
+            self._exclude_base(not control.should_evaluate)
             self._save(args, state)
 
     on_epoch_end = on_step_end
@@ -143,12 +143,12 @@ class AdapterCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._base_stays_out(control.should_save)
+        self._exclude_base(control.should_save)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._base_stays_out(False)
+        self._exclude_base(False)
         self._save(args, state)
 
     def on_train_end(
@@ -165,9 +165,9 @@ class AdapterCallback(TrainerCallback):
     def _out(self, args: TrainingArguments) -> Path:
         return Path(self.out) if self.out is not None else Path(str(args.output_dir)) / ADAPTER
 
-    def _base_stays_out(self, yes: bool) -> None:
+    def _exclude_base(self, excluded: bool) -> None:
         if self._base is not None:
-            self._base.switch(yes)
+            self._base.set_excluded(excluded)
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         if not args.should_save or self._saved_step == state.global_step:
@@ -177,7 +177,8 @@ class AdapterCallback(TrainerCallback):
         with atomic_directory(checkpoint / STATE, overwrite=True) as tmp:
             tensors = self.adapter.state_dict()
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, tmp / TENSORS)
-            write_json(tmp / ABOUT, {"spec": repr(self.adapter.spec), "step": state.global_step})
+            about = {"spec": repr(self.adapter.spec), "step": state.global_step}
+            write_json(tmp / STATE_METADATA, about)
         write_empty_weights(checkpoint)
         self._saved_step = state.global_step
 
@@ -192,9 +193,9 @@ class AdapterCallback(TrainerCallback):
         if others := [n for n, p in named if p.requires_grad and id(p) not in trained]:
             raise LorafoldError(
                 f"AdapterCallback saves only the adapter {name!r}, but {len(others)} other"
-                f" parameters of the model are trainable: {listed(others)}"
-                f"{', ...' * (len(others) > 3)}; freeze them (another adapter with"
-                " requires_grad_(False)), or add them to this adapter (modules_to_save)"
+                f" parameters of the model are trainable: {listed(others)}; freeze them (another"
+                " adapter with requires_grad_(False)), or add them to this adapter"
+                " (modules_to_save)"
             )
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
@@ -216,34 +217,34 @@ class AdapterCallback(TrainerCallback):
         """Load a checkpoint's tensors in place, because the optimizer refers to them."""
         for part in (ADAPTER, STATE):
             if problems := verify(checkpoint / part):
-                good = self.last_checkpoint(checkpoint.parent)
-                last = f"the last complete checkpoint is {good}" * bool(good)
+                complete = self.last_checkpoint(checkpoint.parent)
+                last = f"the last complete checkpoint is {complete}" * bool(complete)
                 raise LorafoldError(
                     f"{checkpoint / part}: the adapter can't be resumed:"
                     f" {join_problems(problems)}; {last or 'there is no complete checkpoint'}"
                 )
         saved = SavedAdapter.open(checkpoint / ADAPTER)
         model = self.adapter.model
-        wrong = saved.own_base.problems(InMemory.of_model(model), name_of_base(model))
+        problems = saved.own_base.problems(InMemory.of_model(model), name_of_base(model))
         if not same_adapters(saved.over, self.adapter.over):
-            wrong.append(mismatch(saved.over, self.adapter.over))
-        about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)
-        if about.get("spec") != spec:
-            wrong.append(f"found {about.get('spec')}, expected {spec}")
+            problems.append(mismatch(saved.over, self.adapter.over))
+        metadata, spec = read_object(checkpoint / STATE / STATE_METADATA), repr(self.adapter.spec)
+        if metadata.get("spec") != spec:
+            problems.append(f"found {metadata.get('spec')}, expected {spec}")
         tensors, stored = self.adapter.state_dict(), load_file(checkpoint / STATE / TENSORS)
-        wrong += [
+        problems += [
             f"{key}: found shape {list(stored[key].shape)}, expected {list(tensor.shape)}"
             for key, tensor in tensors.items()
             if key in stored and stored[key].shape != tensor.shape
         ]
-        if wrong:
-            listing = join_problems(wrong)
+        if problems:
+            listing = join_problems(problems)
             raise LorafoldError(f"{checkpoint / STATE}: not of this adapter: {listing}")
         self.adapter.load_state_dict(stored)
         logger.info(f"The adapter was restored from {checkpoint}.")
 
 
-def _check_method(adapter: Adapter) -> None:
+def _check_no_hooks(adapter: Adapter) -> None:
     """Raise for a method with hooks that only lorafold's own loop calls."""
     spec, name = adapter.spec, type(adapter.spec).__name__
     if spec.trains_base:
@@ -251,15 +252,15 @@ def _check_method(adapter: Adapter) -> None:
             f"AdapterCallback: {name} trains the base's own weights, which the trainer saves in its"
             " checkpoints; remove the callback"
         )
-    lowest = spec
-    while isinstance(over := getattr(lowest, "over", None), Spec):
-        lowest = over
-    when = {
+    inner = spec
+    while isinstance(over := getattr(inner, "over", None), Spec):
+        inner = over
+    effects = {
         "prepare": "computes before the first step",
         "after_step": "computes after each step",
         "penalty": "adds a penalty to the loss",
     }
-    hooks = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
+    hooks = [effects[h] for h in effects if getattr(type(inner), h) is not getattr(Spec, h)]
     if hooks:
         raise LorafoldError(
             f"AdapterCallback: {name} {' and '.join(hooks)}, which a trainer does not do; train it"
@@ -267,7 +268,7 @@ def _check_method(adapter: Adapter) -> None:
         )
 
 
-def _complete(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     with suppress(OSError, ValueError):
         json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
         return not any(verify(checkpoint / part) for part in (ADAPTER, STATE))
@@ -282,45 +283,45 @@ def check_reference(adapter: Adapter, args: Any) -> None:
 
     Callbacks see only the trainer's configuration and whether `lf.reference` was called.
     """
-    compares = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
-    if not compares or getattr(args, "precompute_ref_log_probs", False):
+    has_reference = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
+    if not has_reference or getattr(args, "precompute_ref_log_probs", False):
         return  # a precomputed reference is the model at the start
-    under = below(adapter.model)
-    if selection_of(adapter.model).referred == under:
+    base_adapters = below(adapter.model)
+    if selection_of(adapter.model).reference_names == base_adapters:
         return
-    config, made = type(args).__name__, "lorafold.reference(model)"
-    how = f"ref_model={made} (or set trainer.ref_model = {made} if it has no such argument)"
-    if under:
+    config, call = type(args).__name__, "lorafold.reference(model)"
+    fix = f"ref_model={call} (or set trainer.ref_model = {call} if it has no such argument)"
+    if base_adapters:
         raise LorafoldError(
             f"AdapterCallback: {config}: found the bare base as reference, which TRL loads by name,"
-            f" expected the model with {', '.join(under)}, on top of which {adapter.name!r} trains;"
-            f" pass {how}, or own_reference=True if your reference model is right"
+            f" expected the model with {', '.join(base_adapters)}, on top of which {adapter.name!r}"
+            f" trains; pass {fix}, or own_reference=True if your reference model is right"
         )
-    logger.warning(f"{config}: TRL loads the base again as reference; to save memory, pass {how}")
+    logger.warning(f"{config}: TRL loads the base again as reference; to save memory, pass {fix}")
 
 
-class BaseKeptOut:
-    """While switched on, `save_pretrained` leaves out the model's own weights (all are listed in
+class BaseWeightsExcluder:
+    """While excluded, `save_pretrained` leaves out the model's own weights (all are listed in
     `_keys_to_ignore_on_save`). Until `end`, a state without tensors can be loaded without a
     warning, because on resume Trainer loads a `model.safetensors`, which is empty.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.before: Any = getattr(model, "_keys_to_ignore_on_save", None)
-        self.handle = model.register_load_state_dict_post_hook(self._nothing_missing)
+        self.ignored_keys: Any = getattr(model, "_keys_to_ignore_on_save", None)
+        self.handle = model.register_load_state_dict_post_hook(self._clear_missing_keys)
 
-    def switch(self, on: bool) -> None:
+    def set_excluded(self, excluded: bool) -> None:
         if hasattr(self.model, "_keys_to_ignore_on_save"):
-            ignored: Any = set(self.model.state_dict()) if on else self.before
-            self.model._keys_to_ignore_on_save = ignored
+            keys: Any = set(self.model.state_dict()) if excluded else self.ignored_keys
+            self.model._keys_to_ignore_on_save = keys
 
     def end(self) -> None:
-        self.switch(False)
+        self.set_excluded(False)
         self.handle.remove()
 
     @staticmethod
-    def _nothing_missing(model: nn.Module, incompatible: Any) -> None:
+    def _clear_missing_keys(model: nn.Module, incompatible: Any) -> None:
         if set(incompatible.missing_keys) == set(base_state(model)):
             incompatible.missing_keys.clear()
 

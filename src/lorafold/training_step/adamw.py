@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
-from lorafold.core.rounding import generator_of, turned
+from lorafold.core.rounding import generator_of, turn_rounded
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
 from lorafold.layers.bitsandbytes import bitsandbytes
@@ -30,10 +30,10 @@ from lorafold.runtime.processes import Processes
 from lorafold.training_step.optim import parameters
 
 PAGED = "paged-adamw8bit"
-SMALL = 4096  # bitsandbytes stores the moments of smaller tensors in fp32
+MIN_8BIT_SIZE = 4096  # bitsandbytes stores the moments of smaller tensors in fp32
 # fp32 moments may take a third of the free memory: gradients take half as much, and the other half
 # is left for activations
-SHARE = 3
+MEMORY_SHARE = 3
 DEVICES = {"cpu": "the CPU", "mps": "MPS"}
 
 
@@ -44,17 +44,17 @@ class OptimizerChoice(NamedTuple):
     why: str
 
 
-def choose(parameters: int, device: str, free: int) -> OptimizerChoice:
+def choose_adamw(parameters: int, device: str, free: int) -> OptimizerChoice:
     state, room = 8 * parameters, f"a third of the free {format_bytes(free)}"
     if device != "cuda":
         return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} does not support paging")
-    if SHARE * state <= free:
+    if MEMORY_SHARE * state <= free:
         return OptimizerChoice("adamw", f"within {room}")
     larger = f"fp32 state would take {format_bytes(state)}, more than {room}"
     return OptimizerChoice(PAGED, larger)
 
 
-def pick(
+def choose_optimizer(
     name: str, before: str, groups: list[dict], where: torch.device, processes: Processes,
     parts: int = 1,
 ) -> OptimizerChoice:  # fmt: skip
@@ -71,7 +71,7 @@ def pick(
     else:
         # the smallest free memory decides, so that all processes choose the same
         free = min(processes.gather(free_bytes(where)))
-        choice = choose(sum(p.numel() for p in trained) // parts, device, free)
+        choice = choose_adamw(sum(p.numel() for p in trained) // parts, device, free)
     if choice.name == PAGED and device != "cuda":
         return OptimizerChoice(PAGED, f"not paged: not supported on {DEVICES.get(device, device)}")
     return choice
@@ -115,8 +115,8 @@ def bitsandbytes_optimizers(name: str) -> Any:
 def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
     """A line with the optimizer, its state's dtype and size, and the reason for the choice."""
     trained, eight = parameters(groups), choice.name != "adamw"
-    small = eight and all(p.numel() < SMALL for p in trained)
-    why = "; ".join(filter(None, (choice.why, f"no tensor has {SMALL:,} elements" * small)))
+    small = eight and all(p.numel() < MIN_8BIT_SIZE for p in trained)
+    why = "; ".join(filter(None, (choice.why, f"no tensor has {MIN_8BIT_SIZE:,} elements" * small)))
     return (
         f"optimizer: {choice.name} with {'8-bit' if eight and not small else 'fp32'} state,"
         f" {format_bytes(state_bytes(choice.name, trained))}"
@@ -130,7 +130,7 @@ def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
     """The bytes of AdamW's two moments, for parameters of any shapes."""
     sizes = [p.numel() for p in parameters]
     whole = name == "adamw"
-    return sum(8 * n if whole or n < SMALL else 2 * n + 8 * ceil(n / 256) for n in sizes)
+    return sum(8 * n if whole or n < MIN_8BIT_SIZE else 2 * n + 8 * ceil(n / 256) for n in sizes)
 
 
 MOMENTS = "exp_avg", "exp_avg_sq"  # torch's names
@@ -141,8 +141,8 @@ CHUNK = 1 << 22
 
 class RoundedAdamW(Optimizer):
     """AdamW that computes updates of 16-bit parameters in fp32 and rounds them with
-    `core.rounding.turned`: at a learning rate of 1e-5 nearly every update of a bf16 weight is below
-    half a unit in the last place and would be lost. Options and state are named as in torch's
+    `core.rounding.turn_rounded`: at a learning rate of 1e-5 nearly every update of a bf16 weight is
+    below half a unit in the last place and would be lost. Options and state are named as in torch's
     AdamW. The random numbers depend only on `seed`, the parameter's index and the step, so a
     checkpoint stores no random state.
     """
@@ -225,5 +225,5 @@ def _update(group: dict[str, Any], number: int, parts: tuple[Tensor, ...]) -> No
         )
         done = torch.full((), step.item(), device=p.device if group["fused"] else "cpu")
         _adamw(group, [(wide, grad, *moments, done)])
-        w.copy_(turned(wide, p.dtype, generator, int(step)))
+        w.copy_(turn_rounded(wide, p.dtype, generator, int(step)))
     step += 1

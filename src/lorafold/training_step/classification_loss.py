@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from lorafold.data.batches import forest
 from lorafold.data.classification import LabelledExample
 from lorafold.ops.host_tensors import all_sent
-from lorafold.training_step.losses import RowsAlike
-from lorafold.training_step.score_head import at_head
-from lorafold.training_step.shared_prefixes import Branching, over
+from lorafold.training_step.losses import PrefixSharingLoss
+from lorafold.training_step.score_head import run_to_head
+from lorafold.training_step.shared_prefixes import PrefixSupport, document_layout
 
 
-class Classification(RowsAlike):
+class Classification(PrefixSharingLoss):
     """The cross entropy of the class, in nats, for a model with `.logits` (B, classes)."""
 
     # A text has only one label, so gradients are noisy: at LoRA+'s full rate the last hidden states
     # of all texts become the same before the classes are learned.
     pace_up = 2 / 15
 
-    def __init__(self, model: nn.Module, pad_id: int, how: Branching | None = None) -> None:
-        super().__init__(model, False, pad_id, how)
+    def __init__(self, model: nn.Module, pad_id: int, support: PrefixSupport | None = None) -> None:
+        super().__init__(model, False, pad_id, support)
 
     def count(self, example: LabelledExample) -> int:
         return 1
@@ -36,7 +36,7 @@ class Classification(RowsAlike):
         prefixes, input_ids, position_ids, document (1, T), lens, and `ends` (n,), the last token of
         each text.
         """
-        if self.shared_in(examples):
+        if self.shares_prefixes(examples):
             tree, ends = forest(examples), []
             for e, place in zip(examples, tree.places, strict=True):
                 # like transformers, at the last token that is not padding
@@ -58,8 +58,8 @@ class Classification(RowsAlike):
         if (ends := inputs.pop("ends", None)) is None:
             return self.model(**inputs).logits.float()
         del inputs["document"]
-        with over(self.how, inputs.pop("lens"), ends.device):
-            return at_head(self.model, inputs).output[0, ends].float()
+        with document_layout(self.support, inputs.pop("lens"), ends.device):
+            return run_to_head(self.model, inputs).output[0, ends].float()
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(**inputs), labels, reduction="sum")

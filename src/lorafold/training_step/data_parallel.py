@@ -1,4 +1,4 @@
-"""Data parallelism with replicated tensors (DDP); `training_step.sharding` is the sharded form."""
+"""Data parallelism with replicated tensors (DDP); for sharded ones, `sharded_data_parallel.py`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Replicated:
     batch.
     """
 
-    divides = False  # whether all processes must run each pass together
+    is_sharded = False  # whether all processes must run each pass together
     # contexts in which an optimizer updates the parameters, in all processes;
     updating: Callable[[], AbstractContextManager[Any]] = nullcontext
     # a model is loaded for a device, and this process keeps its share;
     loading: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext
     # operations see full tensors, in all processes at once;
-    reading: Callable[[], AbstractContextManager[Any]] = nullcontext
+    gathering: Callable[[], AbstractContextManager[Any]] = nullcontext
     # each process works on its own tensors, without the others.
-    apart: Callable[[], AbstractContextManager[Any]] = nullcontext
+    uncoordinated: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
@@ -54,7 +54,7 @@ class Replicated:
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
         self.processes.add([p.grad for p in used if p.grad is not None])
 
-    def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
+    def nonzero_gradients(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
         """The parameters that have a gradient, and whether any of its elements is nonzero."""
         return {p: bool(p.grad.any()) for p in parameters if p.grad is not None}
 

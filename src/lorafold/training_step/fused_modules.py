@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import Adapted
 from lorafold.core.contexts import evaluating, is_fake, replace_attribute
-from lorafold.core.matrices import expert_parameters
+from lorafold.core.expert_matrices import expert_parameters
 from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_of
 from lorafold.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
@@ -84,14 +84,14 @@ def fused(
     lacking = {path: {part for part, *_ in parts} for path in blocks}
     with ExitStack() as stack:
         with evaluating(model):
-            for part, name, free, fuse in parts:
+            for part, name, strict, fuse in parts:
                 for path, block in blocks.items():
                     for module in block:
-                        if (_free(module) or not free) and (form := fuse(module)) is not None:
+                        if (_is_plain(module) or not strict) and (form := fuse(module)) is not None:
                             replace_attribute(stack, module, name, form)
                             lacking[path].discard(part)
             if linears:
-                plain = [module for block in blocks.values() for module in block if _free(module)]
+                plain = [m for block in blocks.values() for m in block if _is_plain(m)]
                 head: Any = getattr(model, "get_output_embeddings", lambda: None)()
                 adapted = head is None or isinstance(head, Adapted)
                 if not adapted and "forward" not in vars(head):  # trained or not
@@ -106,7 +106,7 @@ def fused(
         yield FastPath(fast, len(counted), tuple(sorted(plain_parts)), why)
 
 
-def _free(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> bool:
     """Whether the module is frozen and unadapted, and runs its class's forward on one input."""
     trained = any(p is not None and p.requires_grad for p in module._parameters.values())
     unchanged = not (trained or isinstance(module, Adapted) or "forward" in vars(module))

@@ -10,7 +10,7 @@ from lorafold.errors import LorafoldError
 from lorafold.ops.checkpoint_segments import keeping
 
 
-def recompute(model: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Turn gradient checkpointing on; gradients stay bit-identical, because random states are
     replayed.
     """

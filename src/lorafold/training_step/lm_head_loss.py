@@ -37,7 +37,7 @@ from lorafold.ops.cross_entropy import (
 from lorafold.ops.host_tensors import on_host, rows_at, sent
 
 
-class _Known(NamedTuple):
+class _HeadAgreement(NamedTuple):
     """Whether a head's linear form agrees with the model, for one state of the head."""
 
     model: ref[Any]
@@ -46,7 +46,7 @@ class _Known(NamedTuple):
     agree: bool
 
 
-_agreed: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_head_agreements: WeakKeyDictionary[nn.Module, _HeadAgreement] = WeakKeyDictionary()
 
 
 def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
@@ -65,16 +65,16 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
         if is_fake(h):
             return linear if logits.shape == linear.logits(h).shape else None
         # cached, because reading the result waits for the device
-        key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
+        key, known = (w._version, linear.scale, linear.cap), _head_agreements.get(layer)
         same = known is not None and known.model() is model and known.weight() is w
         if known is None or not same or known.key != key:
             z = linear.logits(h)
             agree = z.shape == logits.shape
             if agree:  # up to rounding
                 wide = logits.to(at_least_fp32(z))
-                off = (z.to(wide) - wide).norm()
-                agree = bool(off <= 4 * torch.finfo(z.dtype).eps * wide.norm())
-            _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)
+                error = (z.to(wide) - wide).norm()
+                agree = bool(error <= 4 * torch.finfo(z.dtype).eps * wide.norm())
+            _head_agreements[layer] = known = _HeadAgreement(ref(model), ref(w), key, agree)
     return linear if known.agree else None
 
 
@@ -89,14 +89,14 @@ def labelled_loss(
     Differentiable once: each chunk's gradients are computed with its logits. For DDP or FSDP, wrap
     a module whose forward calls this function.
     """
-    h, targets, linear, output = until_head(model, labels, inputs)
+    h, targets, linear, output = run_decoder(model, labels, inputs)
     if linear is not None:
         losses = linear_cross_entropy(h, targets, linear)
     elif counts is not None:
-        losses = head_losses(h, targets, partial(head_of, model))
+        losses = head_losses(h, targets, partial(head_logits, model))
     else:
-        with _short_circuit(model) as head:
-            losses = head_cross_entropy(h, targets, head, _leaves(output.logits), _runs(h))
+        with _decoder_bypassed(model) as head:
+            losses = head_cross_entropy(h, targets, head, _leaves(output.logits), _chunks(h))
     if counts is None:
         loss, n = losses.sum(), len(targets)
     else:
@@ -111,10 +111,10 @@ def token_losses(
     """The loss in nats of each labelled position, (n,); differentiable once. A trained or adapted
     head is recomputed in the backward, under the adapters active then.
     """
-    h, targets, linear, _ = until_head(model, labels, inputs)
+    h, targets, linear, _ = run_decoder(model, labels, inputs)
     if linear is not None and not own:
         return linear_cross_entropy(h, targets, linear)
-    return head_losses(h, targets, partial(head_of, model, least=FEW if own else 0))
+    return head_losses(h, targets, partial(head_logits, model, least=FEW if own else 0))
 
 
 def document_losses(
@@ -135,24 +135,24 @@ def document_losses(
     )
 
 
-def until_head(
+def run_decoder(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
     """The hidden states (n, d) and targets (n,) at labelled positions, the head's linear form if
     any, and the model's output.
     """
-    caught: list[Tensor] = []
+    captured: list[Tensor] = []
 
-    def catch(module: nn.Module, args: Any, output: Any) -> Any:
+    def capture(module: nn.Module, args: Any, output: Any) -> Any:
         h = output.last_hidden_state
         # with the strides of h, torch would copy the whole weight of the head
         output.last_hidden_state = last = h.detach()[0, -1].view(1, 1, -1)
-        caught.extend((h, last))
+        captured.extend((h, last))
         return output
 
-    with _decoder(model).register_forward_hook(catch):
+    with _decoder(model).register_forward_hook(capture):
         output = model(**inputs, use_cache=False)
-    h, last, *_ = caught
+    h, last, *_ = captured
     h = h[:, -labels.shape[1] :].flatten(0, 1)
     if is_fake(labels):  # without values, all positions count as labelled
         targets = labels.flatten()
@@ -168,7 +168,7 @@ def at_labels(x: Tensor, labels: Tensor) -> Tensor:
     return on_host(x)[on_host(labels) != NO_LOSS]
 
 
-def _runs(h: Tensor) -> list[slice]:
+def _chunks(h: Tensor) -> list[slice]:
     """The chunks of positions whose logits exist at a time; for fake tensors, enough to find the
     peak.
     """
@@ -185,7 +185,7 @@ def _decoder(model: Any) -> Any:
     return model.get_submodule(anatomy.decoder)
 
 
-class _Given:
+class _DecoderOutput:
     """A decoder's output with hidden states; every other attribute is None."""
 
     def __init__(self, h: Tensor) -> None:
@@ -202,19 +202,19 @@ class _Given:
 
 
 @contextmanager
-def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+def _decoder_bypassed(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yield f: hidden states (n, d) -> logits (n, V), exactly as the model computes them."""
-    given: list[Tensor] = []
+    hidden_states: list[Tensor] = []
     decoder = _decoder(model)
 
-    def forward(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> _Given:
-        h = given.pop()
+    def forward(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> _DecoderOutput:
+        h = hidden_states.pop()
         # a model with soft prompts before its input may cut as many positions from its output
         prompts = 0 if inputs_embeds is None else inputs_embeds.shape[1] - len(h)
-        return _Given(F.pad(h, (0, 0, prompts, 0))[None])
+        return _DecoderOutput(F.pad(h, (0, 0, prompts, 0))[None])
 
     def head(h: Tensor) -> Tensor:
-        given.append(h)
+        hidden_states.append(h)
         return model(inputs_embeds=h[None], use_cache=False).logits[0, -len(h) :]
 
     with ExitStack() as stack:
@@ -222,40 +222,40 @@ def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         yield head
 
 
-def head_of(model: Any, h: Tensor, least: int = 0) -> Tensor:
+def head_logits(model: Any, h: Tensor, least: int = 0) -> Tensor:
     """The logits (n, V) of hidden states h (n, d), computed with at least `least` rows."""
-    with _short_circuit(model) as head:
+    with _decoder_bypassed(model) as head:
         return head(F.pad(h, (0, 0, 0, max(0, least - len(h)))))[: len(h)]
 
 
 def _leaves(y: Tensor) -> list[Tensor]:
     """The leaf tensors with gradients that y depends on: the trained tensors of the head."""
-    leaves, seen, ahead = [], set(), [y.grad_fn]
-    while ahead:
-        node = ahead.pop()
+    leaves, seen, pending = [], set(), [y.grad_fn]
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-        ahead.extend(parent for parent, _ in node.next_functions)
+        pending.extend(parent for parent, _ in node.next_functions)
     return leaves
 
 
-def balances(model: Any) -> bool:
+def has_balancing_loss(model: Any) -> bool:
     """Whether the model adds a load-balancing loss."""
     config = getattr(model, "config", None)
     return config is not None and getattr(config.get_text_config(), "output_router_logits", False)
 
 
-def weighs(model: Any) -> bool:
+def weights_balancing(model: Any) -> bool:
     """Whether the load-balancing loss can weight tokens: transformers' function for it exists."""
-    return _own(model) is not None and hasattr(model, "num_experts_per_tok")
+    return _balancing_function(model) is not None and hasattr(model, "num_experts_per_tok")
 
 
 def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tensor | float:
     """The load-balancing loss () times its coefficient; 0 if the model has none. rows (B, T)."""
-    if not balances(model):
+    if not has_balancing_loss(model):
         return 0.0
     config = model.config.get_text_config()
     aux = getattr(output, "aux_loss", None)
@@ -266,10 +266,10 @@ def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tenso
             f" router_aux_loss_coef, found {aux} and {coefficient}; set output_router_logits to"
             " false to train without the router's loss"
         )
-    if rows is not None and (function := _own(model)) is not None:
+    if rows is not None and (function := _balancing_function(model)) is not None:
         aux = function(output.router_logits, model.num_experts, model.num_experts_per_tok, rows)
     return coefficient * aux
 
 
-def _own(model: Any) -> Callable[..., Any] | None:
+def _balancing_function(model: Any) -> Callable[..., Any] | None:
     return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)

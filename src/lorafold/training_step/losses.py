@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.selection import named
+from lorafold.core.active_adapters import token_names
 from lorafold.data.arrow import Array
 from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leaders, micro_batches
 from lorafold.data.examples import NO_LOSS, Example
@@ -19,13 +19,13 @@ from lorafold.models.positions import sequence_of
 from lorafold.ops.host_tensors import all_sent, on_host, sent
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step.lm_head_loss import (
-    balances,
     document_losses,
+    has_balancing_loss,
     labelled_loss,
     token_losses,
-    weighs,
+    weights_balancing,
 )
-from lorafold.training_step.shared_prefixes import Branching, over
+from lorafold.training_step.shared_prefixes import PrefixSupport, document_layout
 
 
 class Loss(nn.Module, ABC):
@@ -100,7 +100,7 @@ class Loss(nn.Module, ABC):
             positions = on_host(given)
             shared = inputs.get("document")  # with shared prefixes
             document = (positions == 0).cumsum(1) - 1 if shared is None else on_host(shared)
-        return sent(named(row_at(rows, document, positions), positions), ids.device)
+        return sent(token_names(row_at(rows, document, positions), positions), ids.device)
 
     @abstractmethod
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
@@ -109,54 +109,54 @@ class Loss(nn.Module, ABC):
 
 def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor:
     """The rows (B, T) that name the tokens. document, positions (B, T)."""
-    table = np.stack([np.pad(of, (0, max(map(len, rows)) - len(of)), "edge") for of in rows])
-    of_tokens = torch.from_numpy(table)
-    return of_tokens[document, positions.clamp(max=of_tokens.shape[1] - 1)]
+    longest = max(map(len, rows))
+    table = np.stack([np.pad(row, (0, longest - len(row)), "edge") for row in rows])
+    return torch.from_numpy(table)[document, positions.clamp(max=longest - 1)]
 
 
-class RowsAlike(Loss):
+class PrefixSharingLoss(Loss):
     """Abstract: a loss that computes shared prefixes once if it saves tokens."""
 
     def __init__(
-        self, model: nn.Module, packed: bool, pad_id: int, how: Branching | None = None
+        self, model: nn.Module, packed: bool, pad_id: int, support: PrefixSupport | None = None
     ) -> None:
         super().__init__(model)
         self.packed, self.pad_id = packed, pad_id
-        self.balanced = balances(model)
-        shares = how is not None and how.across and (not self.balanced or weighs(model))
-        self.how = how if shares else None
+        self.balanced = has_balancing_loss(model)
+        shares = support and support.across and (not self.balanced or weights_balancing(model))
+        self.support = support if shares else None
 
-    def shared_in(self, examples: Sequence[Any]) -> bool:
+    def shares_prefixes(self, examples: Sequence[Any]) -> bool:
         """Whether shared prefixes of these rows are computed once."""
-        lengths, how = [len(e.ids) for e in examples], self.how
-        if how is None or not how.shares or max(lengths) > (how.longest or inf):
+        lengths, support = [len(e.ids) for e in examples], self.support
+        if support is None or not support.shares or max(lengths) > (support.max_tokens or inf):
             return False
         return len(forest(examples).ids) <= PAYS * sum(lengths)
 
     def computed(self, examples: Sequence[Any]) -> int:
-        once = self.shared_in(examples)
+        once = self.shares_prefixes(examples)
         return len(forest(examples).ids) if once else sum(len(e.ids) for e in examples)
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
         ids = [example.ids for example in examples]
         rows = range(len(ids))
         capacity = min(tokens, sequence_of(self.model) or tokens)
-        if self.shared_in(examples):
+        if self.shares_prefixes(examples):
             return alike(rows, n, capacity, ids.__getitem__)
         return micro_batches(rows, n, capacity if self.packed else None, lambda i: len(ids[i]))
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
-        return super().rows_of(examples) if self.how is None else leaders([e.ids for e in examples])
+        return leaders([e.ids for e in examples]) if self.support else super().rows_of(examples)
 
 
-class CompletionLoss(RowsAlike):
+class CompletionLoss(PrefixSharingLoss):
     """The next-token loss at labelled positions, in nats; on packed or padded sequences."""
 
     def count(self, example: Example) -> int:
         return labelled(example)
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
-        if self.shared_in(examples):
+        if self.shares_prefixes(examples):
             shared = forest(examples)
             tensors = shared.tensors() | ({"rows": shared.rows()} if self.balanced else {})
         else:
@@ -166,13 +166,13 @@ class CompletionLoss(RowsAlike):
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         inputs.pop("document", None)
         counts, rows, lens = (inputs.pop(name, None) for name in ("counts", "rows", "lens"))
-        with over(self.how, lens, labels.device):
+        with document_layout(self.support, lens, labels.device):
             return labelled_loss(self.model, labels, inputs, counts, rows)[0]
 
     @torch.no_grad()
     def by_row(self, examples: Sequence[Example]) -> Tensor:
         """The loss of each row, (n,), summed over its labelled positions, without gradients."""
-        if not self.shared_in(examples):
+        if not self.shares_prefixes(examples):
             inputs = all_sent(collate(examples, False, self.pad_id), self.device)
             labels = inputs.pop("labels")
             row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
@@ -181,7 +181,7 @@ class CompletionLoss(RowsAlike):
         labels, lens = inputs.pop("labels"), inputs.pop("lens")
         for name in ("document", "counts", "rows"):
             inputs.pop(name, None)
-        with over(self.how, lens, labels.device):
+        with document_layout(self.support, lens, labels.device):
             losses = token_losses(self.model, labels, inputs)
         place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # index among the labelled tokens
         trained = forest(examples).trained

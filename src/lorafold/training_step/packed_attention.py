@@ -31,7 +31,7 @@ from lorafold.errors import LorafoldError, truncate_end
 from lorafold.ops.attention import document_attention
 from lorafold.ops.host_tensors import on_host
 from lorafold.ops.packed_documents import Documents
-from lorafold.training_step.score_head import at_head
+from lorafold.training_step.score_head import run_to_head
 
 log = logging.getLogger(__name__)
 NAME = "lorafold_documents"
@@ -86,7 +86,7 @@ def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tenso
     """
     inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
     if model.get_output_embeddings() is None:
-        return at_head(model, inputs).hidden[0].float()
+        return run_to_head(model, inputs).hidden[0].float()
     return model(**inputs, use_cache=False).logits[0].float()
 
 
@@ -220,7 +220,7 @@ def attend(
 
 
 @dataclass
-class _Both:
+class _HostValues:
     """Values (B, T) known on the host, that can be indexed there and on a device."""
 
     here: Tensor
@@ -231,29 +231,29 @@ class _Both:
         return (self.here.to(self.device) if there else self.here)[at]
 
 
-class _OnHost:
+class _HostDocumentSearch:
     """Replaces transformers' functions that find documents, while any `with` block needs it."""
 
     def __init__(self) -> None:
-        self.users, self.known = 0, _Both(torch.empty(0), HOST)
-        self.theirs: dict[str, Any] = {}
-        self.ours: dict[str, Callable[..., Any]] = {
+        self.users, self.positions = 0, _HostValues(torch.empty(0), HOST)
+        self.originals: dict[str, Any] = {}
+        self.replacements: dict[str, Callable[..., Any]] = {
             FIND: self._find,
-            REMAP: lambda mask, positions: self.theirs[REMAP](mask, self.known),
+            REMAP: lambda mask, positions: self.originals[REMAP](mask, self.positions),
         }
 
     def use(self, more: int) -> None:
         """Count a `with` block that begins (1) or ends (-1)."""
         if not self.users:
-            self.theirs = {name: vars(masking_utils).get(name) for name in self.ours}
+            self.originals = {name: vars(masking_utils).get(name) for name in self.replacements}
         self.users += more
-        if None not in self.theirs.values():  # other versions of transformers stay unchanged
-            vars(masking_utils).update(self.ours if self.users else self.theirs)
+        if None not in self.originals.values():  # other versions of transformers stay unchanged
+            vars(masking_utils).update(self.replacements if self.users else self.originals)
 
     def _find(self, position_ids: Tensor) -> Any:
-        self.known = _Both(on_host(position_ids), position_ids.device)
-        numbers = self.theirs[FIND](self.known.here)
-        return None if numbers is None else _Both(numbers, position_ids.device)
+        self.positions = _HostValues(on_host(position_ids), position_ids.device)
+        numbers = self.originals[FIND](self.positions.here)
+        return None if numbers is None else _HostValues(numbers, position_ids.device)
 
 
-_on_host = _OnHost()
+_on_host = _HostDocumentSearch()

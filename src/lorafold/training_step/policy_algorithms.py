@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lorafold.training_step.preference_algorithms import Positive, Weight, algorithm
+from lorafold.training_step.preference_algorithms import Positive, Weight, validated_dataclass
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Scale = Literal["group", "batch", "none"]  # advantages are divided by its standard deviation
@@ -65,8 +65,8 @@ def deviation(x: Tensor) -> Tensor:
     return (squares.nansum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
 
 
-@algorithm
-class PolicyLaw(ABC):
+@validated_dataclass
+class PolicyAlgorithm(ABC):
     """Abstract: one policy gradient algorithm.
 
     With beta > 0, w_t KL_t is added to the loss of each token. Because of the ratio, its gradient
@@ -107,8 +107,8 @@ class PolicyLaw(ABC):
         return advantages.where(~advantages.isnan(), 0.0)
 
 
-@algorithm
-class Reinforce(PolicyLaw):
+@validated_dataclass
+class Reinforce(PolicyAlgorithm):
     """The policy gradient (Williams 1992, Machine Learning 8, theorem 1), with the mean of the
     group as the baseline.
 
@@ -119,7 +119,7 @@ class Reinforce(PolicyLaw):
         return -tokens.advantages * tokens.logps
 
 
-@algorithm
+@validated_dataclass
 class Rloo(Reinforce):
     """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, eq. 7): the baseline is the
     mean of the group's other completions, and a completion is one action.
@@ -132,8 +132,8 @@ class Rloo(Reinforce):
         return (rewards.nansum(1, keepdim=True) - rewards) / others
 
 
-@algorithm
-class Ppo(PolicyLaw):
+@validated_dataclass
+class Ppo(PolicyAlgorithm):
     """The clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with the mean of the
     group instead of a learned value, divided by the standard deviation of the batch.
 
@@ -165,7 +165,7 @@ class Ppo(PolicyLaw):
         return ((w < low) & (a < 0)) | ((w > high) & (a > 0))
 
 
-@algorithm
+@validated_dataclass
 class Grpo(Ppo):
     """Group relative policy optimization (Shao et al. 2024, arXiv 2402.03300, eq. 3): advantages
     are divided by the standard deviation of the group. All tokens have equal weight, as in DAPO (Yu
@@ -176,7 +176,7 @@ class Grpo(Ppo):
     scale: Scale = "group"
 
 
-@algorithm
+@validated_dataclass
 class Gspo(Grpo):
     """Group sequence policy optimization (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7): one
     ratio per completion, the geometric mean of its tokens' ratios.
@@ -190,8 +190,8 @@ class Gspo(Grpo):
         return tokens.mean(tokens.logps - tokens.sampled).exp()
 
 
-@algorithm
-class Cispo(PolicyLaw):
+@validated_dataclass
+class Cispo(PolicyAlgorithm):
     """Clipped importance sampling weights (MiniMax 2025, arXiv 2506.13585, eq. 4 and 5): every
     token keeps its gradient; its ratio has none and is bounded above.
 

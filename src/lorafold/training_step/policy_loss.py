@@ -17,15 +17,15 @@ from lorafold.errors import LorafoldError
 from lorafold.ops.host_tensors import all_sent, sent
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step.lm_head_loss import at_labels, token_losses
-from lorafold.training_step.policy_algorithms import PolicyLaw, SampledTokens
+from lorafold.training_step.policy_algorithms import PolicyAlgorithm, SampledTokens
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
-from lorafold.training_step.shared_prefixes import Branching, over
+from lorafold.training_step.shared_prefixes import PrefixSupport, document_layout
 
 log = logging.getLogger(__name__)
 
 # The largest mean difference of log-probabilities per token, in nats, for the same weights, by the
 # bytes of the dtype: SmolLM2's rounding error is 6e-6 in fp32 and 0.034 in bf16
-APART = {4: 1e-3, 2: 0.2}
+MAX_LOGPROB_DIFFERENCE = {4: 1e-3, 2: 0.2}
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,21 @@ class Rollout(Branched):
 
 
 class StepRollouts(list[Rollout]):
-    """The completions of one step, with sampling metrics; `silent` is the reason if no group has a
-    signal.
+    """The completions of one step, with sampling metrics; `no_signal_reason` is empty if a
+    group has a signal.
     """
 
     def __init__(
         self,
         groups: Iterable[Rollout],
-        silent: str,
+        no_signal_reason: str,
         figures: Mapping[str, float],
         tokens: int,
         seconds: Mapping[str, float],
         samples: Sequence[Mapping[str, Any]],
     ) -> None:
         super().__init__(groups)
-        self.silent, self.figures = silent, figures
+        self.no_signal_reason, self.figures = no_signal_reason, figures
         self.tokens, self.seconds, self.samples = tokens, seconds, samples
 
 
@@ -104,59 +104,60 @@ class Policy(BranchedLoss):
     def __init__(
         self,
         model: nn.Module,
-        law: PolicyLaw,
-        how: Branching | None,
+        algorithm: PolicyAlgorithm,
+        support: PrefixSupport | None,
         pad_id: int,
-        longest: int,
+        max_new_tokens: int,
         exact: bool = False,
     ) -> None:
-        super().__init__(model, how, pad_id)
-        self.law, self.pace, self.longest, self.exact = law, law.pace, longest, exact
-        self.seen, self.at, self.inexact = StepStatistics(), 0, False
+        super().__init__(model, support, pad_id)
+        self.algorithm, self.pace = algorithm, algorithm.pace
+        self.max_new_tokens, self.exact, self.has_warned = max_new_tokens, exact, False
+        self.statistics, self.micro_batch = StepStatistics(), 0
         # log-probabilities (n,) of each micro-batch before the step's first update, under the
         # policy and the reference (None if unused)
-        self.first = list[tuple[Tensor, Tensor | None]]()
+        self.initial_logps = list[tuple[Tensor, Tensor | None]]()
         # fp32 factors on a 16-bit base receive rounded activations
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
-        self.bound = APART.get(size, APART[2])
+        self.max_difference = MAX_LOGPROB_DIFFERENCE.get(size, MAX_LOGPROB_DIFFERENCE[2])
 
     def count(self, example: Rollout) -> int:
-        if self.law.average == "tokens":
+        if self.algorithm.average == "tokens":
             counted = zip(example.logprobs, example.counted, strict=True)
             return sum(len(logprobs) for logprobs, counts in counted if counts)
         return sum(example.counted)
 
     def learns(self, example: Rollout) -> bool:
-        given = zip(example.advantages, example.counted, strict=True)
-        return any(counts and (advantage or self.law.beta > 0) for advantage, counts in given)
+        pairs = zip(example.advantages, example.counted, strict=True)
+        return any(counts and (advantage or self.algorithm.beta > 0) for advantage, counts in pairs)
 
     def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of `laid_out`, with `drawn` (n,), the sampling log-probability of each token,
-        and `advantages` and `weights` (k,) of each completion.
+        """The tensors of `layout_tensors`, with `sampled_logps` (n,), the sampling log-probability
+        of each token, and `advantages` and `weights` (k,) of each completion.
         """
-        inputs = self.laid_out(examples)
+        inputs = self.layout_tensors(examples)
         logprobs = torch.tensor([p for e in examples for own in e.logprobs for p in own])
-        inputs["drawn"] = logprobs[self.order(examples)]
+        inputs["sampled_logps"] = logprobs[self.order(examples)]
         inputs["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
         lengths = torch.tensor([len(own) for e in examples for own in e.logprobs])
-        over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
+        sizes = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.max_new_tokens)}
         counted = torch.tensor([counts for e in examples for counts in e.counted])
-        inputs["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
+        inputs["weights"] = counted / sizes.get(self.algorithm.average, torch.ones_like(lengths))
         return all_sent(inputs, device)
 
     def begin(self, update: int) -> None:
         """Start update number `update` on a step's examples; ratios are relative to update 0."""
-        self.at = 0
+        self.micro_batch = 0
         if not update:
-            self.first = []
+            self.initial_logps = []
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """The loss in nats, (); arguments from `collate`."""
         document, lens = inputs.pop("document"), inputs.pop("lens", None)
-        drawn, advantages, weights = map(inputs.pop, ("drawn", "advantages", "weights"))
+        sampled, advantages, weights = map(inputs.pop, ("sampled_logps", "advantages", "weights"))
 
         def compute() -> Tensor:
-            with over(self.how, lens, labels.device):
+            with document_layout(self.support, lens, labels.device):
                 return -token_losses(self.model, labels, inputs, self.exact)
 
         def compute_reference() -> Tensor:
@@ -165,21 +166,21 @@ class Policy(BranchedLoss):
 
         logps = compute()
         of = sent(at_labels(document, labels), logps.device)
-        if self.at == len(self.first):
-            self._compare(logps.detach(), drawn, compute_reference)
-            reference = compute_reference() if self.law.beta else None
-            self.first.append((logps.detach(), reference))
-        tokens = SampledTokens(logps, *self.first[self.at], advantages[of], of)
-        self.at += 1
-        self.seen.tokens += len(logps)
-        self.seen.clipped += int(self.law.clipped(tokens).sum())
+        if self.micro_batch == len(self.initial_logps):
+            self._compare(logps.detach(), sampled, compute_reference)
+            reference = compute_reference() if self.algorithm.beta else None
+            self.initial_logps.append((logps.detach(), reference))
+        tokens = SampledTokens(logps, *self.initial_logps[self.micro_batch], advantages[of], of)
+        self.micro_batch += 1
+        self.statistics.tokens += len(logps)
+        self.statistics.clipped += int(self.algorithm.clipped(tokens).sum())
         if tokens.reference is not None:
-            self.seen.kl += float(tokens.kl.detach().sum())
-        return (self.law.loss(tokens) * weights[of]).sum()
+            self.statistics.kl += float(tokens.kl.detach().sum())
+        return (self.algorithm.loss(tokens) * weights[of]).sum()
 
     def figures(self, processes: Processes = SINGLE_PROCESS) -> dict[str, float]:
-        statistics, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
-        return statistics.figures(bool(self.law.beta))
+        own, self.statistics = self.statistics, StepStatistics()
+        return StepStatistics.of(processes.gather(own)).figures(bool(self.algorithm.beta))
 
     def _compare(self, logps: Tensor, sampled: Tensor, reference: Callable[[], Tensor]) -> None:
         """Raise if sampling and training log-probabilities differ by more than rounding: the
@@ -187,23 +188,23 @@ class Policy(BranchedLoss):
         """
         if not len(logps):
             return
-        difference = (logps - sampled).abs()
-        self.seen.compared += len(difference)
-        self.seen.difference += float(difference.sum())
-        self.seen.largest = max(self.seen.largest, float(difference.max()))
-        if self.exact and self.seen.largest and not self.inexact:
-            self.inexact = True
+        difference, statistics = (logps - sampled).abs(), self.statistics
+        statistics.compared += len(difference)
+        statistics.difference += float(difference.sum())
+        statistics.largest = max(statistics.largest, float(difference.max()))
+        if self.exact and statistics.largest and not self.has_warned:
+            self.has_warned = True
             log.warning(
                 "exact: sampling and training log-probabilities differ by %.3g: MoE experts, short"
                 " sliding windows and logit soft-capping use another summation order",
-                self.seen.largest,
+                statistics.largest,
             )
-        if (mean := float(difference.mean())) <= self.bound:
+        if (mean := float(difference.mean())) <= self.max_difference:
             return
-        by = "other weights (another step, adapter or base)"
-        if float((reference() - sampled).abs().mean()) <= self.bound:
-            by = "the model without the trained adapter"
+        sampler = "other weights (another step, adapter or base)"
+        if float((reference() - sampled).abs().mean()) <= self.max_difference:
+            sampler = "the model without the trained adapter"
         raise LorafoldError(
-            f"completions were sampled by {by}: sampling and training log-probabilities differ by"
-            f" {mean:.3g} per token, expected at most {self.bound:g}"
+            f"completions were sampled by {sampler}: sampling and training log-probabilities differ"
+            f" by {mean:.3g} per token, expected at most {self.max_difference:g}"
         )

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
-def algorithm(cls: type[T]) -> type[T]:
+def validated_dataclass(cls: type[T]) -> type[T]:
     """A frozen dataclass whose options are validated."""
     return dataclass(frozen=True, config=STRICT)(cls)  # type: ignore[return-value]
 
@@ -89,7 +89,7 @@ class Law(ABC):
         return self.beta * (scored.ratios if self.has_reference else scored.means)
 
 
-@algorithm
+@validated_dataclass
 class Dpo(Law):
     """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
@@ -110,7 +110,7 @@ class Dpo(Law):
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
 
 
-@algorithm
+@validated_dataclass
 class Ipo(Law):
     """Identity preference optimization (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
@@ -129,7 +129,7 @@ class Ipo(Law):
         return (r[:, 0] - r[:, 1] - 1 / (2 * self.beta)).square()
 
 
-@algorithm
+@validated_dataclass
 class Hinge(Law):
     """The hinge loss of SLiC on DPO's margin (Zhao et al. 2023, arXiv 2305.10425; in this form Liu
     et al. 2023, arXiv 2309.06657, eq. 13).
@@ -143,7 +143,7 @@ class Hinge(Law):
         return (1 - self.beta * scored.margins).relu()
 
 
-@algorithm
+@validated_dataclass
 class Orpo(Law):
     """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7).
 
@@ -163,7 +163,7 @@ class Orpo(Law):
         return scored.nll - self.beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
 
 
-@algorithm
+@validated_dataclass
 class Simpo(Law):
     """Simple preference optimization (Meng et al. 2024, arXiv 2405.14734, eq. 6).
 
@@ -183,7 +183,7 @@ class Simpo(Law):
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
 
 
-@algorithm
+@validated_dataclass
 class Kto(Law):
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8), for
     completions that are judged individually.
@@ -211,7 +211,7 @@ class Kto(Law):
         return weight * (1 - torch.sigmoid(self.beta * sign * (scored.ratios[:, 0] - z)))
 
 
-@algorithm
+@validated_dataclass
 class BradleyTerry(Law):
     """A reward model of the preferences (Bradley and Terry 1952; Ouyang et al. 2022, arXiv
     2203.02155, eq. 1).

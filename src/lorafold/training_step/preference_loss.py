@@ -15,15 +15,15 @@ from lorafold.data.branches import Branched
 from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
 from lorafold.ops.host_tensors import all_sent, on_host, sent
-from lorafold.training_step.lm_head_loss import at_labels, document_losses, head_of, until_head
+from lorafold.training_step.lm_head_loss import at_labels, document_losses, head_logits, run_decoder
 from lorafold.training_step.preference_algorithms import Law, Scored, ratio_sums
 from lorafold.training_step.score_head import document_scores
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
-from lorafold.training_step.shared_prefixes import Branching, over
+from lorafold.training_step.shared_prefixes import PrefixSupport, document_layout
 
 
 @torch.no_grad()
-def compared(
+def losses_and_kl(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor],
     other: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -31,16 +31,16 @@ def compared(
     positions of labels (B, T), (n,) each; and the KL of the first to the second, (), summed, in
     nats.
     """
-    h, targets, *_ = until_head(model, labels, inputs)
+    h, targets, *_ = run_decoder(model, labels, inputs)
     with other():
-        h_other, *_ = until_head(model, labels, inputs)
+        h_other, *_ = run_decoder(model, labels, inputs)
     wide = at_least_fp32(h)
     losses, others = (h.new_empty(len(h), dtype=wide) for _ in range(2))
     kl = losses.new_zeros(())
     for run in chunks(len(h)):
-        log_p = torch.log_softmax(head_of(model, h[run]).to(kl.dtype), -1)
+        log_p = torch.log_softmax(head_logits(model, h[run]).to(kl.dtype), -1)
         with other():
-            log_q = torch.log_softmax(head_of(model, h_other[run]).to(kl.dtype), -1)
+            log_q = torch.log_softmax(head_logits(model, h_other[run]).to(kl.dtype), -1)
         losses[run] = F.nll_loss(log_p, targets[run], reduction="none")
         others[run] = F.nll_loss(log_q, targets[run], reduction="none")
         kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
@@ -51,13 +51,14 @@ class Preferences(BranchedLoss):
     """A preference loss over rows of completions, in nats, summed over rows."""
 
     def __init__(
-        self, model: nn.Module, law: Law, how: Branching | None, pad_id: int, tokens: int = 2048
-    ) -> None:
-        super().__init__(model, how, pad_id, tokens)
-        self.law, self.pace = law, law.pace
+        self, model: nn.Module, algorithm: Law, support: PrefixSupport | None, pad_id: int,
+        tokens: int = 2048,
+    ) -> None:  # fmt: skip
+        super().__init__(model, support, pad_id, tokens)
+        self.algorithm, self.pace = algorithm, algorithm.pace
 
     def trained(self, example: Branched) -> Branched:
-        return example.some(slice(self.law.trained))
+        return example.some(slice(self.algorithm.trained))
 
     def count(self, example: Branched) -> int:
         return 1
@@ -67,10 +68,10 @@ class Preferences(BranchedLoss):
         return self.tensors([self.trained(example) for example in examples], device)
 
     def tensors(self, examples: Sequence[Branched], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of `laid_out`, with `reference` (n, k) and `desirable` (n,)."""
-        tensors = self.laid_out(examples)
+        """The tensors of `layout_tensors`, with `reference` (n, k) and `desirable` (n,)."""
+        tensors = self.layout_tensors(examples)
         tensors["desirable"] = torch.tensor([e.desirable for e in examples])
-        if self.law.has_reference and all(e.reference for e in examples):
+        if self.algorithm.has_reference and all(e.reference for e in examples):
             tensors["reference"] = torch.tensor([e.reference for e in examples])
         return all_sent(tensors, device)
 
@@ -80,7 +81,7 @@ class Preferences(BranchedLoss):
         """
         mismatched = inputs.pop("mismatched", None)
         scored = self._scored(True, labels, **inputs)
-        return self.law.loss(scored._replace(mismatched=mismatched)).sum()
+        return self.algorithm.loss(scored._replace(mismatched=mismatched)).sum()
 
     def of_step(
         self,
@@ -91,7 +92,7 @@ class Preferences(BranchedLoss):
         """`mismatched` (2,) for `Scored`, if rows have completions without gradients; computed
         without dropout, like the reference.
         """
-        others = [one.some(slice(self.law.trained, None)) for one in (*examples, *idle)]
+        others = [one.some(slice(self.algorithm.trained, None)) for one in (*examples, *idle)]
         if not all(one.branches for one in others):
             return {}
         sums = torch.zeros(2, device=self.device)
@@ -112,7 +113,7 @@ class Preferences(BranchedLoss):
         `refer`).
         """
         logps, tokens = self.logps(labels, len(desirable), **inputs)
-        if refer and reference is None and self.law.has_reference:
+        if refer and reference is None and self.algorithm.has_reference:
             with evaluating(self), self.below():
                 reference, _ = self.logps(labels, len(desirable), **inputs)
         return Scored(logps, reference, tokens, desirable)
@@ -124,8 +125,8 @@ class Preferences(BranchedLoss):
         (n, k).
         """
         batch = self.model, labels, inputs, document, int(on_host(document).max()) + 1
-        with over(self.how, lens, labels.device):
-            if self.law.reads_head:
+        with document_layout(self.support, lens, labels.device):
+            if self.algorithm.reads_head:
                 scores, counts = document_scores(*batch, self.pad_id)
             else:
                 losses, counts = document_losses(*batch)
@@ -151,8 +152,8 @@ class Preferences(BranchedLoss):
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
         document, desirable = inputs.pop("document"), inputs.pop("desirable")
         inputs.pop("reference", None)
-        with over(self.how, lens, labels.device):
-            losses, others, kl = compared(self.model, labels, inputs, self.below)
+        with document_layout(self.support, lens, labels.device):
+            losses, others, kl = losses_and_kl(self.model, labels, inputs, self.below)
         of = sent(at_labels(document, labels), losses.device)
         sums = -losses, -others, torch.ones_like(losses)
         documents = sum(len(e.branches) for e in examples)

@@ -18,30 +18,30 @@ from lorafold.errors import LorafoldError
 from lorafold.models.classifier import head_paths
 
 
-class AtHead(NamedTuple):
+class HeadTensors(NamedTuple):
     """The input of a model's head at every position, (B, T, d), and its output (B, T, c)."""
 
     hidden: Tensor
     output: Tensor
 
 
-def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
+def run_to_head(model: Any, inputs: Mapping[str, Tensor]) -> HeadTensors:
     """Run the model on inputs (B, T), and return the input and the output of its head."""
     paths, shape = head_paths(model), inputs["input_ids"].shape
     head = model.get_submodule(paths[0])
-    caught = []
+    captured = []
 
-    def catch(module: nn.Module, args: Any, output: Tensor) -> None:
-        caught.append(AtHead(args[0], output))
+    def capture(module: nn.Module, args: Any, output: Tensor) -> None:
+        captured.append(HeadTensors(args[0], output))
 
-    with head.register_forward_hook(catch):
+    with head.register_forward_hook(capture):
         model(**inputs, use_cache=False)
-    if len(paths) > 1 or [one.hidden.shape[:2] for one in caught] != [shape]:
+    if len(paths) > 1 or [one.hidden.shape[:2] for one in captured] != [shape]:
         raise LorafoldError(
             f"{type(model).__name__}: found the heads {', '.join(paths)}, expected one that is"
             " computed at every position"
         )
-    return caught[0]
+    return captured[0]
 
 
 def document_scores(
@@ -57,4 +57,4 @@ def document_scores(
     at = torch.arange(len(of), device=of.device)
     first = at.new_full((n,), len(at)).scatter_reduce(0, of, at, "amin")
     last = first.scatter_reduce(0, of, at.where(ids != pad_id, 0), "amax")
-    return at_head(model, inputs).output.flatten(0, 1)[last, 0].float(), counts
+    return run_to_head(model, inputs).output.flatten(0, 1)[last, 0].float(), counts

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorafold.core.active_adapters import token_names
 from lorafold.core.attach import only, selection_of
-from lorafold.core.selection import named
 from lorafold.data.arrow import Array
 from lorafold.data.batches import (
     PAYS,
@@ -28,7 +28,7 @@ from lorafold.data.examples import NO_LOSS
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host_tensors import on_host, sent
 from lorafold.training_step.losses import Loss, row_at, similar_lengths
-from lorafold.training_step.shared_prefixes import Branching
+from lorafold.training_step.shared_prefixes import PrefixSupport
 
 
 class BranchedLoss(Loss):
@@ -37,27 +37,27 @@ class BranchedLoss(Loss):
     """
 
     def __init__(
-        self, model: nn.Module, how: Branching | None, pad_id: int, tokens: int = 2048
+        self, model: nn.Module, support: PrefixSupport | None, pad_id: int, tokens: int = 2048
     ) -> None:
         super().__init__(model)
         self.pad_id, self.tokens = pad_id, tokens
-        self.how = how if how is not None and how.packs else None
+        self.support = support if support is not None and support.packs else None
 
     def micro_batches(
         self, examples: Sequence[Branched], n: int, tokens: int
     ) -> list[Sequence[int]]:
         rows, sizes = range(len(examples)), [*map(self._own_size, examples)]
-        if self.how is None:
+        if self.support is None:
             return micro_batches(rows, n)
         capacity = min(tokens, sequence_of(self.model) or tokens)
-        if self.meet(examples):
+        if self.shares_across_rows(examples):
             prompts = [example.shared for example in examples]
             return alike(rows, n, capacity, prompts.__getitem__, sizes.__getitem__)
         return micro_batches(rows, n, capacity, sizes.__getitem__)
 
-    def meet(self, examples: Sequence[Branched]) -> bool:
+    def shares_across_rows(self, examples: Sequence[Branched]) -> bool:
         """Whether computing the examples' shared prefixes in one micro-batch saves tokens."""
-        if self.how is None or not self.how.across or not self.shared_in(examples):
+        if self.support is None or not self.support.across or not self.shares_prefixes(examples):
             return False
         each = sum(map(self._own_size, examples))
         return len(self._forest([self.trained(e) for e in examples]).ids) <= PAYS * each
@@ -71,33 +71,33 @@ class BranchedLoss(Loss):
 
     def size(self, example: Branched) -> int:
         """The tokens that are computed for an example."""
-        prompts = 1 if self.shared_in([example]) else len(example.branches)
+        prompts = 1 if self.shares_prefixes([example]) else len(example.branches)
         return sum(len(branch.ids) for branch in example.branches) + len(example.shared) * prompts
 
-    def shared_in(self, examples: Sequence[Branched]) -> bool:
+    def shares_prefixes(self, examples: Sequence[Branched]) -> bool:
         """Whether the prompts of a batch of these examples are computed once."""
         longest = max(len(e.shared) + len(b.ids) for e in examples for b in e.branches)
-        how = self.how
-        return how is not None and how.shares and longest <= (how.longest or inf)
+        support = self.support
+        return support is not None and support.shares and longest <= (support.max_tokens or inf)
 
     def computed(self, examples: Sequence[Branched]) -> int:
-        if self.shared_in(examples):
+        if self.shares_prefixes(examples):
             return len(self._forest(examples).ids)
         return sum(map(self.size, examples))
 
-    def laid_out(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
+    def layout_tensors(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
         """input_ids and labels (B, T) with positions or a mask; `document` (B, T), the branch of
         each position; with shared prefixes `lens` (n, 2): each document's tokens, and how many it
         shares with the previous one.
         """
-        if self.shared_in(examples):
+        if self.shares_prefixes(examples):
             tensors = self._forest(examples).tensors()
             del tensors["counts"]  # shared tokens are not trained
             return tensors
         documents = [document for e in examples for document in e.documents()]
-        tensors = collate(documents, self.how is not None, self.pad_id)
+        tensors = collate(documents, self.support is not None, self.pad_id)
         number = torch.arange(len(documents))
-        if self.how is None:
+        if self.support is None:
             tensors["document"] = number[:, None].expand_as(tensors["labels"])
         else:
             lengths = torch.tensor([len(document.ids) for document in documents])
@@ -105,8 +105,8 @@ class BranchedLoss(Loss):
         return tensors
 
     def order(self, examples: Sequence[Branched]) -> Tensor:
-        """The trained tokens (n,) in the order of `laid_out`, by their index in the documents."""
-        if not self.shared_in(examples):
+        """The trained tokens (n,) in the order of `layout_tensors`, by index in the documents."""
+        if not self.shares_prefixes(examples):
             return torch.arange(sum(label != NO_LOSS for e in examples for label in e.labels))
         return torch.from_numpy(np.concatenate(self._forest(examples).trained)).argsort()
 
@@ -114,12 +114,12 @@ class BranchedLoss(Loss):
         limits = [len(e.shared) for e in examples for _ in e.branches]
         documents = [document for e in examples for document in e.documents()]
         rows = [row for row, e in enumerate(examples) for _ in e.branches]
-        across = self.how is not None and self.how.across
+        across = self.support is not None and self.support.across
         return forest(documents, limits, None if across else rows)
 
     def rows_of(self, examples: Sequence[Branched]) -> list[Array]:
         rows = super().rows_of(examples)
-        if self.how is None or not self.how.across:
+        if self.support is None or not self.support.across:
             return rows
         prompts = leaders([e.shared for e in examples])
         return [np.append(*pair) for pair in zip(prompts, rows, strict=True)]
@@ -138,7 +138,7 @@ class BranchedLoss(Loss):
         positions = torch.arange(document.shape[1]) if given is None else on_host(given)
         # a prompt has the same names whether it is computed once or with each completion
         branch = branch * (positions >= shared)
-        return sent(named(row_at(rows, example, positions), positions, branch), device)
+        return sent(token_names(row_at(rows, example, positions), positions, branch), device)
 
     @contextmanager
     def below(self) -> Iterator[None]:
@@ -154,7 +154,7 @@ class BranchedLoss(Loss):
         for first in range(0, len(examples), WINDOW):
             window = range(first, min(first + WINDOW, len(examples)))
             some = [examples[i] for i in window]
-            if self.meet(some):
+            if self.shares_across_rows(some):
                 prompt, size = lambda i: examples[i].shared, lambda i: self.size(examples[i])
                 batches += map(list, alike(window, 1, self.tokens, prompt, size))
             else:

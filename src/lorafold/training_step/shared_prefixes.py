@@ -2,8 +2,8 @@
 
 A document is the first s tokens of the previous one, followed by its own at positions s, s + 1 ...
 The last shared token can predict only one token, so each branch must begin with the last token of
-the prompt. The backward may follow the `over` block, because masks are arguments of checkpointed
-layers.
+the prompt. The backward may follow the `document_layout` block, because masks are arguments of
+checkpointed layers.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from lorafold.training_step.packed_attention import (
 
 
 @dataclass(eq=False)
-class Branching:
+class PrefixSupport:
     """The model's support for shared prefixes, and the layout of the current batch.
 
     packs: packed documents do not influence each other.
     shares: documents of a row may share a prefix.
     across: so may documents of different rows.
-    longest: the most tokens of a document that shares, or None; a layout can't express the borders
-        of chunked attention.
+    max_tokens: the most tokens of a document that shares, or None; a layout can't express the
+        borders of chunked attention.
     """
 
     packs: bool
     shares: bool
-    longest: int | None = None
+    max_tokens: int | None = None
     across: bool = False
     _docs: Documents | None = None
     _used: bool = False
 
     @contextmanager
-    def over(self, docs: Documents) -> Iterator[None]:
+    def document_layout(self, docs: Documents) -> Iterator[None]:
         """Context: every forward of the model is over these documents."""
         self._docs, self._used = docs, False
         try:
@@ -66,8 +66,8 @@ class Branching:
             self._docs = None
 
     def mask(self, **protocol: Any) -> Documents | Tensor | None:
-        """The layout set by `over` for a batch of its tokens, else the result of `document_mask`,
-        such as a mask (B, 1, Tq, Tk).
+        """The layout set by `document_layout` for a batch of its tokens, else the result of
+        `document_mask`, such as a mask (B, 1, Tq, Tk).
         """
         mask, docs = document_mask(**protocol), self._docs
         if docs is None or protocol["batch_size"] * protocol["q_length"] != sum(docs.own):
@@ -75,9 +75,9 @@ class Branching:
         if protocol.get("local_size") == 0:  # Qwen2-MoE without windows: no layer uses it
             return mask
         if not isinstance(mask, Documents) or mask.lens != docs.own:
-            seen = mask.lens if isinstance(mask, Documents) else "a mask without documents"
+            found = mask.lens if isinstance(mask, Documents) else "a mask without documents"
             raise LorafoldError(
-                f"packed documents: found {seen}, expected documents of {docs.own} own tokens; set"
+                f"packed documents: found {found}, expected documents of {docs.own} own tokens; set"
                 " packing to false to train without shared prefixes"
             )
         self._used = True
@@ -85,22 +85,22 @@ class Branching:
 
 
 @contextmanager
-def branching(
+def sharing_prefixes(
     model: PreTrainedModel, name: str = NAME, across: bool = False
-) -> Iterator[Branching]:
+) -> Iterator[PrefixSupport]:
     """Keep the model's attention inside documents, as `packed` does, and yield the model's support
     for shared prefixes.
     """
     if not isolates(model):
-        yield Branching(packs=False, shares=False)
+        yield PrefixSupport(packs=False, shares=False)
         return
     config = model.config.get_text_config()
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     chunk = config.attention_chunk_size if chunked else None  # Llama 4
-    pays = shares(model)
-    how = Branching(True, pays, chunk, across and pays)
-    with attending(model, how.mask, name=name):
-        yield how
+    can_share = shares_prefixes(model)
+    support = PrefixSupport(True, can_share, chunk, across and can_share)
+    with attending(model, support.mask, name=name):
+        yield support
 
 
 def may_share(config: PreTrainedConfig) -> bool:
@@ -112,17 +112,19 @@ def may_share(config: PreTrainedConfig) -> bool:
 
 
 @contextmanager
-def over(how: Branching | None, lens: Tensor | None, device: torch.device) -> Iterator[None]:
+def document_layout(
+    support: PrefixSupport | None, lens: Tensor | None, device: torch.device
+) -> Iterator[None]:
     """Context: the model's attention uses the documents of a batch. lens (n, 2)."""
-    if lens is None or how is None:
+    if lens is None or support is None:
         yield
         return
     lengths, starts = on_host(lens).t().tolist()
-    with how.over(Documents.forest(lengths, starts, device)):
+    with support.document_layout(Documents.forest(lengths, starts, device)):
         yield
 
 
-def shares(model: PreTrainedModel) -> bool:
+def shares_prefixes(model: PreTrainedModel) -> bool:
     """Whether rows with shared prefixes have the same outputs as the rows alone (tested with rows
     that branch at two depths).
     """
@@ -130,7 +132,7 @@ def shares(model: PreTrainedModel) -> bool:
     unshared = slice(starts[1], lens[0])  # the part of the first row that no other row shares
     ids = random_ids(model, sum(lens) - sum(starts) + unshared.stop - unshared.start)
     ids, others = ids[: unshared.start - unshared.stop], ids[unshared.start - unshared.stop :]
-    branches = Branching(packs=True, shares=True)
+    support = PrefixSupport(packs=True, shares=True)
     docs = Documents.forest(lens, starts, ids.device)
     assert docs.keys is not None
 
@@ -138,7 +140,7 @@ def shares(model: PreTrainedModel) -> bool:
         with evaluating(model):
             rows = ids[docs.keys].split(lens)
             alone = [packed_logits(model, row, Documents((len(row),))) for row in rows]
-            with attending(model, branches.mask), branches.over(docs):
+            with attending(model, support.mask), support.document_layout(docs):
                 logits = packed_logits(model, ids, docs)
                 changed = torch.cat([ids[: unshared.start], others, ids[unshared.stop :]])
                 changed = packed_logits(model, changed, docs)

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-READ = 3  # samples with the highest, and with the lowest rewards
-SHOWN = 200  # characters of a printed completion
-KEPT = 2000  # characters of a shortened prompt or completion
+NUM_SAMPLES = 3  # samples with the highest, and with the lowest rewards
+MAX_PRINTED_CHARS = 200  # characters of a printed completion
+MAX_STORED_CHARS = 2000  # characters of a shortened prompt or completion
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class PolicySample:
                 lines.append(f"{turn.get('role')}: {content}")
             prompt = "\n".join(lines)
         texts = {"prompt": prompt, "completion": self.completion}
-        return asdict(self) | {name: truncate_end(text, KEPT) for name, text in texts.items()}
+        return asdict(self) | {name: truncate_end(text, MAX_STORED_CHARS) for name, text in texts.items()}
 
 
 @dataclass(frozen=True)
-class Rewarded:
+class RewardedRollouts:
     """Groups of k completions for n prompts, and their rewards (n, k); NaN if no reward applies."""
 
     judged: Sequence[Judged]  # n k
@@ -112,10 +112,10 @@ class Rewarded:
                 f"rewards: all returned None for {judged[0].where} to {judged[-1].where}, expected"
                 " a number for at least one completion"
             )
-        tables = {name: _table(x, len(groups)) for name, x in each.items()}
-        return cls(judged, groups, _table(sums, len(groups)), tables)
+        tables = {name: _reward_matrix(x, len(groups)) for name, x in each.items()}
+        return cls(judged, groups, _reward_matrix(sums, len(groups)), tables)
 
-    def replaced(self, places: Sequence[int], other: Rewarded) -> Rewarded:
+    def replaced(self, places: Sequence[int], other: RewardedRollouts) -> RewardedRollouts:
         k, groups, judged = self.rewards.shape[1], [*self.groups], [*self.judged]
         for i, place in enumerate(places):
             groups[place] = other.groups[i]
@@ -123,7 +123,7 @@ class Rewarded:
         rows = torch.tensor(places)
         rewards = self.rewards.index_copy(0, rows, other.rewards)
         each = {name: x.index_copy(0, rows, other.each[name]) for name, x in self.each.items()}
-        return Rewarded(judged, groups, rewards, each)
+        return RewardedRollouts(judged, groups, rewards, each)
 
     @property
     def completions(self) -> list[Completion]:
@@ -163,8 +163,8 @@ class Rewarded:
         }
 
     @property
-    def to_read(self) -> list[dict[str, Any]]:
-        return [one.shortened() for one in self.samples(READ, READ)]
+    def samples_json(self) -> list[dict[str, Any]]:
+        return [one.shortened() for one in self.samples(NUM_SAMPLES, NUM_SAMPLES)]
 
     def samples(self, best: int, worst: int) -> list[PolicySample]:
         rewards = self.rewards.flatten().tolist()
@@ -182,7 +182,7 @@ class Rewarded:
         return samples
 
 
-def _table(values: Sequence[float | None], rows: int) -> Tensor:
+def _reward_matrix(values: Sequence[float | None], rows: int) -> Tensor:
     given = [math.nan if value is None else value for value in values]
     return torch.tensor(given, dtype=torch.float64).view(rows, -1)
 
@@ -267,7 +267,7 @@ class RewardEvaluation(ShownInNotebooks):
     samples: tuple[PolicySample, ...]
 
     def __str__(self) -> str:
-        return in_words("evaluation/rewards.jinja", found=self, short=_short, read=READ)
+        return in_words("evaluation/rewards.jinja", found=self, short=_short, read=NUM_SAMPLES)
 
 
 def evaluate_rewards(
@@ -297,9 +297,9 @@ def evaluate_rewards(
     with closing(rollouts), progress_bar(console, "completions") as step:
         rollouts.open(max(lengths_of(prompts)), min(SLOTS, len(prompts) * k))
         key = key_of(settings.seed, HELD_OUT)
-        groups = rollouts.draw([one.ids for one in prompts], key, k, step)
+        groups = rollouts.sample([one.ids for one in prompts], key, k, step)
     with progress_bar(console, "rewards") as step:
-        judged = Rewarded.of(prompts, groups, rewards, max(1, SLOTS // k), step)
+        judged = RewardedRollouts.of(prompts, groups, rewards, max(1, SLOTS // k), step)
     figures, means = judged.figures, judged.rewards.nanmean(1).tolist()
     return RewardEvaluation(
         reward=figures["reward"],
@@ -315,10 +315,10 @@ def evaluate_rewards(
         entropy=figures["entropy"],
         groups_without_signal=figures["groups without signal"] if k > 1 else None,
         prompt_rewards=tuple(None if math.isnan(mean) else mean for mean in means),
-        samples=tuple(judged.samples(READ, READ)),
+        samples=tuple(judged.samples(NUM_SAMPLES, NUM_SAMPLES)),
     )
 
 
 def _short(text: str) -> str:
-    more = len(text) - SHOWN
-    return repr(text[:SHOWN]) + (f" and {more:,} more characters" if more > 0 else "")
+    more = len(text) - MAX_PRINTED_CHARS
+    return repr(text[:MAX_PRINTED_CHARS]) + (f" and {more:,} more characters" if more > 0 else "")

@@ -3,9 +3,9 @@
     attention(q, [K_virtual, K], [V_virtual, V])        K_virtual (1, Hk, n, D) of each layer, seen
                                                         by every query
 
-A delta on the decoder (the sender) computes the keys and values of n virtual tokens, and passes
+A delta on the decoder computes the keys and values of n virtual tokens, and passes
 them as one keyword argument, which transformers' decoders forward to their attentions; positions
-shift by n. On each attention, a second delta (the receiver) removes the argument, wraps the KV
+shift by n. On each attention, a second delta removes the argument, wraps the KV
 cache to prepend the virtual keys and values, and extends the mask by n columns. The cache itself
 contains only real tokens, so lengths, reordering, cropping and resuming work as usual.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -29,43 +29,42 @@ from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check
+from lorafold.methods.common.options_and_init import check
 from lorafold.ops.host_tensors import plus, sent
 from lorafold.ops.packed_documents import Documents, prefixed
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
-KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
-Seen = dict[int, tuple[Tensor, Tensor]]
+KVByLayer = dict[int, tuple[Tensor, Tensor]]
 
 _KEYWORD = "virtual_tokens"
 _CACHE_NAMES = ("cache", "layer_past")  # names of an attention's KV cache argument
 
 
-class Virtual:
-    """The argument that senders pass to attentions: every sender's keys and values, and a
+class VirtualArgument:
+    """The argument that decoders pass to attentions: every adapter's keys and values, and a
     dictionary in which to record a layer's own, or None.
     """
 
-    def __init__(self, before: tuple[KeysAndValues, ...], seen: Seen | None) -> None:
-        self.before, self.seen = before, seen
-        self.reached: set[int] = set()
+    def __init__(self, kvs: tuple[KVByLayer, ...], kv_by_layer: KVByLayer | None) -> None:
+        self.kvs, self.kv_by_layer = kvs, kv_by_layer
+        self.reached_layers: set[int] = set()
         self._documents: tuple[Documents, Documents] | None = None
 
     def at(self, layer_idx: int) -> list[tuple[Tensor, Tensor]]:
-        """Each sender's keys (1, Hk, n, D) and values (1, Hk, n, Dv) for the layer. Records the
+        """Each adapter's keys (1, Hk, n, D) and values (1, Hk, n, Dv) for the layer. Records the
         layer as reached.
         """
-        self.reached.add(layer_idx)
-        return [kv[layer_idx] for kv in self.before]
+        self.reached_layers.add(layer_idx)
+        return [kv[layer_idx] for kv in self.kvs]
 
     def mask(self, mask: Any, n: int, x: Tensor) -> Any:
-        """`widened` for a mask (B, 1, T, Tk), documents or None, and input x (B, T, d); documents
-        are widened once for all layers.
+        """`widen_mask` for a mask (B, 1, T, Tk), documents or None, and input x (B, T, d);
+        documents are widened once for all layers.
         """
         if not isinstance(mask, Documents):
-            return widened(mask, n, x)
+            return widen_mask(mask, n, x)
         if self._documents is None or self._documents[0] is not mask:
-            wide = widened(mask, n, x)
+            wide = widen_mask(mask, n, x)
             if not isinstance(wide, Documents):
                 return wide
             self._documents = mask, wide
@@ -80,30 +79,29 @@ class _Prepended:
     """
 
     def __init__(
-        self, cache: Any, virtual: Virtual, before: list[tuple[Tensor, Tensor]], tokens: int | None
-    ) -> None:
-        self._cache, self._virtual, self._before, self._tokens = cache, virtual, before, tokens
+        self, cache: Any, virtual: VirtualArgument, kvs: list[tuple[Tensor, Tensor]],
+        tokens: int | None,
+    ) -> None:  # fmt: skip
+        self._cache, self._virtual, self._before, self._tokens = cache, virtual, kvs, tokens
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._virtual.seen is not None:
-            self._virtual.seen[layer_idx] = key, value
+        if self._virtual.kv_by_layer is not None:
+            self._virtual.kv_by_layer[layer_idx] = key, value
         if self._cache is not None:
             key, value = self._cache.update(key, value, layer_idx, *args, **kwargs)
         keys = [k.to(key.dtype).expand(len(key), -1, -1, -1) for k, _ in self._before]
         values = [v.to(value.dtype).expand(len(value), -1, -1, -1) for _, v in self._before]
-        own = slice(self._tokens)
-        return torch.cat([*keys, key[..., own, :]], -2), torch.cat(
-            [*values, value[..., own, :]], -2
-        )
+        key, value = (x[..., : self._tokens, :] for x in (key, value))
+        return torch.cat([*keys, key], -2), torch.cat([*values, value], -2)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-class Receiver(Opaque):
-    """The delta on an attention that receives a sender's virtual tokens. It has no parameters."""
+class VirtualTokenReceiver(Opaque):
+    """The delta on an attention that receives the virtual tokens. It has no parameters."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -117,19 +115,19 @@ class Receiver(Opaque):
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
-        virtual: Virtual | None = kwargs.pop(_KEYWORD, None)
+        virtual: VirtualArgument | None = kwargs.pop(_KEYWORD, None)
         if virtual is None:
             return layer(**kwargs)
-        before = virtual.at(layer.module.layer_idx)  # type: ignore[arg-type]
+        kvs = virtual.at(layer.module.layer_idx)  # type: ignore[arg-type]
         x, mask = kwargs["hidden_states"], kwargs.get("attention_mask")
         tokens = x.shape[1] if mask is None and x.shape[1] > 1 else None
-        kwargs[self.cache_name] = _Prepended(kwargs.get(self.cache_name), virtual, before, tokens)
-        if n := sum(k.shape[-2] for k, _ in before):
+        kwargs[self.cache_name] = _Prepended(kwargs.get(self.cache_name), virtual, kvs, tokens)
+        if n := sum(k.shape[-2] for k, _ in kvs):
             kwargs["attention_mask"] = virtual.mask(mask, n, x)
         return layer(**kwargs)
 
 
-def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Documents | None:
+def widen_mask(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Documents | None:
     """An attention's mask with n columns in front that every query sees, (B, 1, T, n + Tk);
     documents with n keys in front; None if there is nothing to mask.
     """
@@ -139,12 +137,9 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Docu
         mask = mask.dense(len(x), x.device)
     if mask is None:
         # without a mask, attention is causal over T keys, or has one query, which sees all keys
-        t = x.shape[1]
-        return (
-            None
-            if t == 1
-            else torch.ones(t, n + t, dtype=torch.bool, device=x.device).tril(n)[None, None]
-        )
+        if (t := x.shape[1]) == 1:
+            return None
+        return torch.ones(t, n + t, dtype=torch.bool, device=x.device).tril(n)[None, None]
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         raise LorafoldError(
             "virtual tokens need an attention mask that is a tensor of 4 dimensions (sdpa or"
@@ -159,7 +154,7 @@ def argument_names(module: nn.Module) -> list[str]:
     return list(inspect.signature(getattr(cls, "base_class", cls).forward).parameters)[1:]
 
 
-class Sender(Opaque):
+class VirtualTokenDelta(Opaque):
     """Abstract: the delta on the decoder, which has the virtual tokens' keys and values in every
     layer.
     """
@@ -174,7 +169,7 @@ class Sender(Opaque):
         """The number of positions that the virtual tokens take before each row."""
 
     @abstractmethod
-    def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
+    def keys_and_values(self, layer: Layer, cache: Any) -> KVByLayer:
         """The virtual tokens' keys (1, Hk, n, D) and values (1, Hk, n, Dv), by `layer_idx`; may be
         stored on the KV cache.
         """
@@ -182,29 +177,27 @@ class Sender(Opaque):
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         virtual = self.keys_and_values(layer, inputs.get("cache"))
-        return self.send(layer, inputs, virtual, self.positions)
+        return self.run_decoder(layer, inputs, virtual, self.positions)
 
-    def send(
+    def run_decoder(
         self,
         run: Callable[..., Any],
         inputs: dict[str, Any],
-        virtual: KeysAndValues | None,
+        virtual: KVByLayer | None,
         n: int,
-        seen: Seen | None = None,
+        kv_by_layer: KVByLayer | None = None,
     ) -> Any:
         """Run the decoder with virtual tokens in front, and return its output."""
-        above = inputs.get(_KEYWORD)
-        before = () if above is None else above.before
-        seen = above.seen if seen is None and above is not None else seen
-        own = Virtual((*before, virtual) if virtual is not None else before, seen)
+        outer = inputs.get(_KEYWORD) or VirtualArgument((), None)
+        kvs = outer.kvs if virtual is None else (*outer.kvs, virtual)
+        own = VirtualArgument(kvs, outer.kv_by_layer if kv_by_layer is None else kv_by_layer)
         output = run(**(inputs | {_KEYWORD: own, "position_ids": plus(positions(inputs), n)}))
-        if missed := [i for i in self.layers if i not in own.reached]:
+        if missed := [i for i in self.layers if i not in own.reached_layers]:
             raise LorafoldError(
                 "the decoder does not pass keyword arguments to the attention of layers"
                 f" {missed}, so virtual tokens can't reach these layers; choose another method"
             )
-        if above is not None:
-            above.reached |= own.reached
+        outer.reached_layers |= own.reached_layers
         return output
 
 
@@ -221,7 +214,7 @@ def positions(inputs: dict[str, Any]) -> Tensor:
 
 
 class VirtualTokens(Spec):
-    """Abstract: n virtual tokens, with a sender on the decoder and a receiver on each attention."""
+    """Abstract: n virtual tokens, with a delta on the decoder and one on each attention."""
 
     tokens: int
     init: str
@@ -238,17 +231,17 @@ class VirtualTokens(Spec):
         """The positions of the virtual tokens."""
         return self.tokens
 
-    def build(self, layer: Layer) -> Sender | Receiver:
+    def build(self, layer: Layer) -> VirtualTokenDelta | VirtualTokenReceiver:
         module = layer.module
         if hasattr(module, "layer_idx"):
-            return Receiver(module)
+            return VirtualTokenReceiver(module)
         attentions = [module.get_submodule(path) for path in Anatomy.of(module).attentions]
         if not attentions:
             raise LorafoldError(
                 f"{type(self).__name__}: found {type(module).__name__}, expected a decoder with"
                 " attention layers (targets 'decoder')"
             )
-        return self.sender(layer, attentions)
+        return self.build_delta(layer, attentions)
 
     def random_ids(self, embedding: nn.Embedding) -> Tensor:  # (n,)
         """n random tokens of the vocabulary."""
@@ -256,5 +249,5 @@ class VirtualTokens(Spec):
         return ids.to(embedding.weight.device)
 
     @abstractmethod
-    def sender(self, layer: Layer, attentions: list[nn.Module]) -> Sender:
+    def build_delta(self, layer: Layer, attentions: list[nn.Module]) -> VirtualTokenDelta:
         """The delta for the decoder's layer, with these attentions."""

@@ -23,7 +23,7 @@ from lorafold.errors import LorafoldError
 
 Names = tuple[str, ...]
 # the `only` blocks that this thread or task is inside
-_inside: ContextVar[frozenset[OnlyBlock]] = ContextVar("inside", default=frozenset())
+_open_blocks: ContextVar[frozenset[OnlyBlock]] = ContextVar("inside", default=frozenset())
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class Origin:
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
+class RandomSource:
     """The source of random numbers: a 63-bit key, and a name for each token, int64 (B, T), from its
     row and position, so that dropout is the same for a packed, padded or single row.
     """
@@ -56,7 +56,7 @@ class OnlyBlock:
 
 
 @dataclass(eq=False)
-class Recorded:
+class CheckpointRecord:
     """The active names at each module call in a checkpointed segment, and the position of the
     replay.
     """
@@ -65,7 +65,7 @@ class Recorded:
     hook: Any = None
     at: int = 0
 
-    def again(self, hook: Any) -> Names | None:
+    def next_replayed(self, hook: Any) -> Names | None:
         """The names for the next module in this hook's replay; None at the end."""
         if hook is not self.hook:
             self.hook, self.at = hook, 0
@@ -74,22 +74,22 @@ class Recorded:
 
 
 @dataclass(eq=False)
-class Loading:
+class StateDictLoading:
     """One `load_state_dict`: the adapters in the state, and the removed missing keys of others."""
 
     missing: list[str]
     given: set[str] = field(default_factory=set)
-    forgiven: dict[str, list[str]] = field(default_factory=dict)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
 
-    def passed(self, prefix: str, given: set[str]) -> None:
+    def add_module(self, prefix: str, given: set[str]) -> None:
         self.given |= given
-        for name in self.given & self.forgiven.keys():
-            self.missing += self.forgiven.pop(name)
+        for name in self.given & self.dropped.keys():
+            self.missing += self.dropped.pop(name)
         for key in [key for key in self.missing if key.startswith(prefix)]:
             name = key.removeprefix(prefix).partition(".")[0]
             if name not in self.given:
                 self.missing.remove(key)
-                self.forgiven.setdefault(name, []).append(key)
+                self.dropped.setdefault(name, []).append(key)
 
 
 @dataclass(eq=False)
@@ -99,14 +99,14 @@ class Selection:
     names: Names = ()
     origins: dict[str, Origin] = field(default_factory=dict)
     frozen: list[nn.Parameter] = field(default_factory=list)
-    draws: Draws | None = None
-    loading: Loading | None = None
-    referred: Names | None = None  # the adapters of the model's last reference
+    random_source: RandomSource | None = None
+    loading: StateDictLoading | None = None
+    reference_names: Names | None = None  # the adapters of the model's last reference
     _lock: Lock = field(default_factory=Lock)
     _entries: list[OnlyBlock] = field(default_factory=list)
     # the names under which modules ran that may be replayed without a record, since the last such
     # replay, and whether one has happened since
-    _ran: set[Names] = field(default_factory=set)
+    _ran_names: set[Names] = field(default_factory=set)
     _replayed: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Selection:
     def enter(self, names: Names) -> OnlyBlock:
         """Make these names active until `leave` is called with the returned block."""
         with self._lock:
-            if self._entries and self._entries[-1] not in _inside.get():
+            if self._entries and self._entries[-1] not in _open_blocks.get():
                 other = ", ".join(map(repr, self._entries[-1].names)) or "no adapter"
                 raise LorafoldError(
                     "lf.only: another thread or task is inside lf.only on this model, with"
@@ -133,7 +133,7 @@ class Selection:
             entry = OnlyBlock(names, self.names)
             self._entries.append(entry)
             self.names = names
-        _inside.set(_inside.get() | {entry})
+        _open_blocks.set(_open_blocks.get() | {entry})
         return entry
 
     def leave(self, entry: OnlyBlock) -> None:
@@ -147,7 +147,7 @@ class Selection:
             else:
                 self._entries[at + 1].before = entry.before
             del self._entries[at]
-        _inside.set(_inside.get() - {entry})
+        _open_blocks.set(_open_blocks.get() - {entry})
 
     def add(self, name: str) -> None:
         """Activate an adapter on top of the active ones, also after the current blocks end."""
@@ -163,7 +163,7 @@ class Selection:
                 entry.before = tuple(n for n in entry.before if n != name)
             self.origins.pop(name, None)
 
-    def running(self, training: bool) -> Names:
+    def names_for_call(self, training: bool) -> Names:
         """The adapters of a module call: the active ones, or in a replay the forward's."""
         if torch.compiler.is_compiling():
             return self.names
@@ -175,9 +175,9 @@ class Selection:
             elif training:  # may be the forward of a reentrant checkpoint
                 self._note()
             return self.names
-        recorded, replaying = _recorded(self, hooks[0])
+        recorded, replaying = _record_of(self, hooks[0])
         if replaying and recorded is not None:
-            replayed = recorded.again(hooks[0])
+            replayed = recorded.next_replayed(hooks[0])
             if replayed is not None:
                 return replayed
         if in_backward():
@@ -190,12 +190,12 @@ class Selection:
 
     def _note(self) -> None:
         if self._replayed:
-            self._ran, self._replayed = set(), False
-        self._ran.add(self.names)
+            self._ran_names, self._replayed = set(), False
+        self._ran_names.add(self.names)
 
     def _check_replay(self) -> None:
         self._replayed = True
-        if others := self._ran - {self.names}:
+        if others := self._ran_names - {self.names}:
             other = " and with ".join(str(list(names)) for names in sorted(others))
             raise LorafoldError(
                 f"backward recomputes checkpointed blocks with {list(self.names)}, but their"
@@ -204,7 +204,7 @@ class Selection:
             )
 
 
-def _recorded(selection: Selection, hook: Any) -> tuple[Recorded | None, bool]:
+def _record_of(selection: Selection, hook: Any) -> tuple[CheckpointRecord | None, bool]:
     """The record of the checkpointed segment of a hook, and whether the hook replays it."""
     own = getattr(hook, "_torchdynamo_orig_callable", hook)
     code = getattr(own, "__code__", None)
@@ -215,14 +215,14 @@ def _recorded(selection: Selection, hook: Any) -> tuple[Recorded | None, bool]:
             if not hasattr(frame, "recompute_fn"):
                 break
             known = vars(frame).setdefault("lorafold_names", {})
-            return known.setdefault(selection, Recorded()), replaying
+            return known.setdefault(selection, CheckpointRecord()), replaying
     return None, False
 
 
-BRANCH, SLOT = 32, 24  # the bits of a name: 23 row, 8 branch, 8 slot, 24 position
+BRANCH_BIT, SLOT_BIT = 32, 24  # the bits of a name: 23 row, 8 branch, 8 slot, 24 position
 
 
-class DrawSite(NamedTuple):
+class DropoutSite(NamedTuple):
     """The source of one dropout's random numbers: key, token names (T,), the module's number."""
 
     key: int
@@ -231,36 +231,37 @@ class DrawSite(NamedTuple):
 
 
 @contextmanager
-def drawing(selection: Selection, draws: Draws) -> Iterator[None]:
-    """Context: random numbers in the selection's model are derived from `draws`."""
-    before, selection.draws = selection.draws, draws
+def seeded_dropout(selection: Selection, random_source: RandomSource) -> Iterator[None]:
+    """Context: random numbers in the selection's model come from this source."""
+    before, selection.random_source = selection.random_source, random_source
     try:
         yield
     finally:
-        selection.draws = before
+        selection.random_source = before
 
 
-def named(rows: Tensor, positions: Tensor, branches: Tensor | int = 0) -> Tensor:
+def token_names(rows: Tensor, positions: Tensor, branches: Tensor | int = 0) -> Tensor:
     """The names of tokens (B, T), int64; the arguments broadcast to that shape."""
-    return (rows.long() << (BRANCH + 8)) + (torch.as_tensor(branches) << BRANCH) + positions
+    return (rows.long() << (BRANCH_BIT + 8)) + (torch.as_tensor(branches) << BRANCH_BIT) + positions
 
 
-def slots(names: Tensor, at: Tensor, k: int) -> Tensor:
+def expert_token_names(names: Tensor, at: Tensor, k: int) -> Tensor:
     """The names (S,) of rows that experts compute; each row is a token and one of its k experts."""
-    return names[at // k] + (at % k << SLOT)
+    return names[at // k] + (at % k << SLOT_BIT)
 
 
-def site_of(
+def dropout_site(
     module: nn.Module, tokens: int, of: Callable[[Tensor], Tensor] | None = None
-) -> DrawSite | None:
+) -> DropoutSite | None:
     """The source of dropout's random numbers in a module; `of` maps the tokens' names (T,) to its
-    rows' (S,). None outside `drawing`, and if the inputs are not the batch's tokens.
+    rows' (S,). None outside `seeded_dropout`,
+    and if the inputs are not the batch's tokens.
     """
     selection = vars(module).get("selection")
-    if not isinstance(selection, Selection) or (draws := selection.draws) is None:
+    if not isinstance(selection, Selection) or (random_source := selection.random_source) is None:
         return None
-    names = draws.names.flatten()
+    names = random_source.names.flatten()
     if len(names) != tokens:
         return None
     names = names if of is None else of(names)
-    return DrawSite(draws.key, names, crc32(vars(module)["site"].encode()))
+    return DropoutSite(random_source.key, names, crc32(vars(module)["site"].encode()))

@@ -36,7 +36,7 @@ from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
-from lorafold.evaluation.held_out import pad_id_of
+from lorafold.evaluation.batched_losses import pad_id_of
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
@@ -44,7 +44,7 @@ from lorafold.files.templates import in_words, with_interval
 from lorafold.files.terminal import Progress, print_lines, progress_bar, silent
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,7 +113,7 @@ class RewardFigures:
         return figures.pop("right") | figures
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Accuracy and margin, in one line."""
         return f"accuracy {self.right}, margin {with_interval(self, 'margin', '.3f')}"
 
@@ -271,8 +271,9 @@ def score_rows(
     truncated = data.report.truncated
     if console and truncated:
         print_lines(console, data.report)
-    with branching(model, across=True) as how, progress_bar(console, "rows") as step:
-        scores, tokens = scores_of(Preferences(model, BRADLEY_TERRY, how, pad_id), examples, step)
+    with sharing_prefixes(model, across=True) as support, progress_bar(console, "rows") as step:
+        loss = Preferences(model, BRADLEY_TERRY, support, pad_id)
+        scores, tokens = scores_of(loss, examples, step)
     if bad := np.flatnonzero(~np.isfinite(scores).all(1)).tolist():
         raise LorafoldError(
             f"row {bad[0] + 1}: found the score {scores[bad[0]].tolist()}, expected a finite"

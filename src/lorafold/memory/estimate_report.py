@@ -11,12 +11,12 @@ from lorafold.files.html_page import ShownInNotebooks, html_table, notes, sectio
 from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
 from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import SPEED, TERMS, Advice, Estimate
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import MemorySetting
 
 WIDTH = 40  # characters of the longest bar
 
 
-def verdict(advice: Advice, setting: Setting) -> list[str]:
+def verdict(advice: Advice, setting: MemorySetting) -> list[str]:
     """Lines: whether the setting fits, the largest batch and length that do, and changes that would
     help.
     """
@@ -43,7 +43,7 @@ def page(
         counted = "the resident memory of the process, without imported libraries"
     parts = (
         notes(lines),
-        picture(estimate, memory, counted),
+        terms_plot(estimate, memory, counted),
         section("The terms"),
         html_table(("term", "bytes", "share", "description"), cells, "texts"),
         f"<p>Counted: {counted}.</p>",
@@ -51,7 +51,7 @@ def page(
     write_page(title, "\n".join(parts), path)
 
 
-def picture(estimate: Estimate, memory: int | None, counted: str) -> str:
+def terms_plot(estimate: Estimate, memory: int | None, counted: str) -> str:
     terms, total = estimate.shown, estimate.total
     names, sizes = [*terms, "total"], [*terms.values(), total]
     starts = [*accumulate([*terms.values()][:-1], initial=0), 0]
@@ -90,7 +90,7 @@ class Forecast(ShownInNotebooks):
     """
 
     estimate: Estimate
-    setting: Setting
+    setting: MemorySetting
     advice: Advice | None = None
     measured: int | None = None
     of_this_cpu: bool = False

@@ -1,4 +1,4 @@
-"""The request for a training run, and its objective, tokenizer and tokenized rows."""
+"""The inputs of a training run: its request, objective, tokenizer and tokenized rows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RunRequest:
     rewards: tuple[Callable[..., Any], ...] = ()
 
     @property
-    def below(self) -> tuple[str, ...]:
+    def over_names(self) -> tuple[str, ...]:
         """The names of the `over` adapters on the model, lowest first."""
         return tuple(f"over{n}" for n, _ in enumerate(self.over, 1))
 
@@ -82,7 +82,7 @@ class RunRequest:
 
 
 
-def free_on_resume(recipe: Recipe) -> set[str]:
+def fields_free_on_resume(recipe: Recipe) -> set[str]:
     """The fields that a resumed run may change, because they do not affect training."""
     free = {"keep", "trackers", "strategy"}
     return free if recipe.stops else free | {"save_every", "eval_every"}
@@ -96,28 +96,30 @@ def objective_of(request: RunRequest, saved: Sequence[SavedAdapter] = ()) -> Obj
     recipe = request.recipe
     rows = () if isinstance(request.rows, RowStream) else request.rows
     check_formats(request.data.formats, recipe.objective)
-    wanted = ObjectiveRequest(
+    objective_request = ObjectiveRequest(
         recipe.objective, rows, request.base, saved, recipe.beta, recipe.objective_options,
         request.rewards, recipe.seed,
     )  # fmt: skip
-    return OBJECTIVES[recipe.objective].kind.of(wanted)
+    return OBJECTIVES[recipe.objective].kind.of(objective_request)
 
 
-def with_length(request: RunRequest, saved: Sequence[SavedAdapter], console: Console) -> RunRequest:
+def with_max_length(
+    request: RunRequest, saved: Sequence[SavedAdapter], console: Console
+) -> RunRequest:
     """The request with `max_length` set: the resumed run's, if the recipe does not set it, else
     from `settled_length`.
     """
-    recipe, began = request.recipe, None
+    recipe = request.recipe
     if request.resume and "max_length" not in recipe.model_fields_set:
-        began = RunDirectory(request.out).recorded("max_length")
-    if isinstance(began, int):
-        return replace(request, recipe=recipe.model_copy(update={"max_length": began}))
-    before = sum(one.spec.positions for one in saved)
-    before += 0 if request.init_adapter else spec_of(recipe).positions
-    return replace(request, recipe=settled_length(recipe, request.base, before, console))
+        recorded = RunDirectory(request.out).recorded("max_length")
+        if isinstance(recorded, int):
+            return replace(request, recipe=recipe.model_copy(update={"max_length": recorded}))
+    num_virtual = sum(adapter.spec.positions for adapter in saved)
+    num_virtual += 0 if request.init_adapter else spec_of(recipe).positions
+    return replace(request, recipe=settled_length(recipe, request.base, num_virtual, console))
 
 
-def tokenizer_for(
+def prepare_tokenizer(
     request: RunRequest, objective: Objective, console: Console, saved: Sequence[SavedAdapter] = ()
 ) -> tuple[PreTrainedTokenizerBase, Words]:
     """The tokenizer of the model or an adapter, with the recipe's template and new tokens, and
@@ -128,15 +130,15 @@ def tokenizer_for(
         set_template(tokenizer, request.recipe.chat_template)
     if request.recipe.template_kwargs:
         set_variables(tokenizer, request.recipe.template_kwargs)
-    new = request.recipe.new_tokens
-    words = add_words(tokenizer, new) if new else Words({}, frozenset())
-    print_lines(console, words if new else "", objective.set_up(tokenizer))
-    if request.recipe.allow_control_tokens or words.ids:
-        allow(tokenizer, ALL if request.recipe.allow_control_tokens else words.ids)
-    return tokenizer, words
+    new_tokens = request.recipe.new_tokens
+    added = add_words(tokenizer, new_tokens) if new_tokens else Words({}, frozenset())
+    print_lines(console, added if new_tokens else "", objective.set_up(tokenizer))
+    if request.recipe.allow_control_tokens or added.ids:
+        allow(tokenizer, ALL if request.recipe.allow_control_tokens else added.ids)
+    return tokenizer, added
 
 
-def sides(request: RunRequest) -> tuple[Sequence[Row], Sequence[Row] | None]:
+def train_and_eval_rows(request: RunRequest) -> tuple[Sequence[Row], Sequence[Row] | None]:
     """The training rows and the held-out rows, if any; not for streams."""
     assert not isinstance(request.rows, RowStream)
     held_out, recipe = request.eval_rows, request.recipe
@@ -145,7 +147,7 @@ def sides(request: RunRequest) -> tuple[Sequence[Row], Sequence[Row] | None]:
     return request.rows, held_out or None
 
 
-def tokenized(
+def tokenize_rows(
     request: RunRequest, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
 ) -> tuple[BatchFeed, Data | None, Findings]:
     """The feed of the run, the held-out examples or None, and the findings about the rows, which
@@ -156,7 +158,7 @@ def tokenized(
         examples_of, objective, tokenizer=tokenizer, max_length=recipe.max_length, console=console,
         rendering=rendering,
     )  # fmt: skip
-    measured, compared = None, None
+    eval_examples, eval_pair = None, None
     if isinstance(request.rows, RowStream):
         feed: BatchFeed = StreamFeed(
             partial(request.rows.rows, buffer=recipe.shuffle_buffer),
@@ -167,22 +169,22 @@ def tokenized(
             recipe.seed,
         )
         if request.eval_rows:
-            measured = encode(request.eval_rows, called="held out")
+            eval_examples = encode(request.eval_rows, called="held out")
         findings = Findings(0, unseen=STREAMED)
     else:
-        rows, held_out = sides(request)
+        rows, held_out = train_and_eval_rows(request)
         train = encode(rows)
         steps = recipe.total_steps(epoch_size(train.parts))
         feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
         if held_out is not None:
-            measured = encode(held_out, called="held out")
-            compared = measured.examples, Rows.of(held_out)
-        findings = find_problems(train.examples, Rows.of(rows), recipe.max_length, compared)
+            eval_examples = encode(held_out, called="held out")
+            eval_pair = eval_examples.examples, Rows.of(held_out)
+        findings = find_problems(train.examples, Rows.of(rows), recipe.max_length, eval_pair)
     print_lines(console, *findings.lines)
-    return feed, measured, findings
+    return feed, eval_examples, findings
 
 
-def depends_on(request: RunRequest, objective: Objective) -> dict[str, Any]:
+def input_identity(request: RunRequest, objective: Objective) -> dict[str, Any]:
     """The other inputs of a run: held-out rows, the chat template file, and the objective's."""
     held_out = Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
     identity = {HELD_OUT: held_out, **objective.identity}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lorafold.core.attach import Adapted
 
 # the functions that need no values, which run on the stand-in itself
-ASKED = frozenset(
+METADATA_FUNCTIONS = frozenset(
     [
         *(
             getattr(Tensor, name).__get__
@@ -56,34 +56,34 @@ ASKED = frozenset(
 # the functions that receive the stored parameter instead of the stand-in
 STORED = frozenset(getattr(Tensor, name).__get__ for name in ("data", "grad", "grad_fn", "is_leaf"))
 # functions that write in place, besides those whose name ends in an underscore
-WRITES = frozenset(
+IN_PLACE = frozenset(
     f"__{name}__"
     for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
 )
 
 
-class Served(Tensor):
+class StandIn(Tensor):
     """The stand-in for a folded tensor, without values."""
 
-    reading: WeightRead
-    which: str
+    read: FoldedRead
+    parameter_name: str
     _is_param = True  # isinstance(module.weight, nn.Parameter)
 
     @staticmethod
-    def of(reading: WeightRead, name: str) -> Served:
-        like = reading.like(name)
+    def of(read: FoldedRead, name: str) -> StandIn:
+        like = read.like(name)
         served = Tensor._make_wrapper_subclass(
-            Served, reading.shape(name), dtype=like.dtype, device=like.device
+            StandIn, read.shape(name), dtype=like.dtype, device=like.device
         )
-        served.__dict__.update(reading=reading, which=name)
+        served.__dict__.update(read=read, parameter_name=name)
         _register_ties()
         return served
 
     @property
     def stored(self) -> Any:
         """The module's stored parameter, or the folded tensor if there is none."""
-        own = self.reading.stored(self.which)
-        return self.reading.folded()(self.which) if own is None else own
+        own = self.read.stored(self.parameter_name)
+        return self.read.folded()(self.parameter_name) if own is None else own
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stored, name)  # a quantized parameter has additional attributes
@@ -96,14 +96,14 @@ class Served(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in ASKED:
+        if func in METADATA_FUNCTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if func in STORED or name in WRITES or (name.endswith("_") and not name.endswith("__")):
+        if func in STORED or name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             args, kwargs = _to_stored(args, kwargs)
         folded = _Folded()
-        plain_args, plain_kwargs = tree_map_only(Served, folded, (args, kwargs))
+        plain_args, plain_kwargs = tree_map_only(StandIn, folded, (args, kwargs))
         if func is Tensor.data_ptr:
             # the address is used after this returns, so the tensor must live on
             args[0].__dict__["held"] = plain_args[0]
@@ -115,7 +115,7 @@ class Served(Tensor):
     ) -> Any:
         if func._schema.is_mutable:
             args, kwargs = _to_stored(args, kwargs or {})
-        args, kwargs = tree_map_only(Served, _Folded(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(StandIn, _Folded(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -125,18 +125,18 @@ class _Folded:
     def __init__(self) -> None:
         self.found: dict[tuple[Any, ...], Callable[[str], Tensor | None]] = {}
 
-    def __call__(self, served: Served) -> Tensor | None:
-        key = (id(served.reading.base.module), *served.reading.deltas)
+    def __call__(self, served: StandIn) -> Tensor | None:
+        key = (id(served.read.base.module), *served.read.deltas)
         if key not in self.found:
-            self.found[key] = served.reading.folded()
-        return self.found[key](served.which)
+            self.found[key] = served.read.folded()
+        return self.found[key](served.parameter_name)
 
 
 def _to_stored(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The arguments of an in-place function, with the stored parameter as the first one."""
 
     def stored(first: Any) -> Any:
-        return tree_map_only(Served, lambda served: served.stored, first)
+        return tree_map_only(StandIn, lambda served: served.stored, first)
 
     if args:
         return (stored(args[0]), *args[1:]), kwargs
@@ -149,16 +149,16 @@ class _Deferred(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, reading: WeightRead, name: str, *leaves: Tensor) -> Tensor:
-        ctx.reading, ctx.name = reading, name
+    def forward(ctx: Any, read: FoldedRead, name: str, *leaves: Tensor) -> Tensor:
+        ctx.read, ctx.name = read, name
         ctx.save_for_backward(*leaves)
-        return Served.of(reading, name)
+        return StandIn.of(read, name)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         leaves = ctx.saved_tensors
         with torch.enable_grad():
-            folded = ctx.reading.folded()(ctx.name)
+            folded = ctx.read.folded()(ctx.name)
         if not folded.requires_grad:
             return None, None, *(None for _ in leaves)
         return None, None, *torch.autograd.grad(
@@ -185,22 +185,22 @@ class WeightDescriptor:
     def _of(self, module: Adapted) -> Tensor | None:
         own = module._parameters[self.name]
         deltas: Any = module.deltas
-        names = module.selection.running(module.training)
+        names = module.selection.names_for_call(module.training)
         carried = {name: deltas[name] for name in names if name in deltas}
         active = {name: delta for name, delta in carried.items() if not delta.in_place}
         if not active:
             return own
-        reading = WeightRead(module.layer_class(module), active, module.site)
+        read = FoldedRead(module.layer_class(module), active, module.site)
         # compilers, tracers and functional transforms can't use a stand-in
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if traced or torch._C._are_functorch_transforms_active():
-            return reading.folded()(self.name)
-        if own is None and reading.gained() is None:
+            return read.folded()(self.name)
+        if own is None and read.added_bias() is None:
             return None
-        leaves = reading.leaves() if torch.is_grad_enabled() else []
-        if leaves and reading.like(self.name).is_floating_point():
-            return _Deferred.apply(reading, self.name, *leaves)
-        return Served.of(reading, self.name)
+        leaves = read.leaves() if torch.is_grad_enabled() else []
+        if leaves and read.like(self.name).is_floating_point():
+            return _Deferred.apply(read, self.name, *leaves)
+        return StandIn.of(read, self.name)
 
 
 @cache
@@ -208,7 +208,7 @@ def _register_ties() -> None:
     """Register the stored parameter, not the stand-in, if another module is tied to it."""
 
     def tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
-        return parameter.stored if isinstance(parameter, Served) else None
+        return parameter.stored if isinstance(parameter, StandIn) else None
 
     register_module_parameter_registration_hook(tied)  # type: ignore[arg-type]
 
@@ -217,7 +217,7 @@ NAMES = ("weight", "bias")
 
 
 @dataclass(frozen=True)
-class WeightRead:
+class FoldedRead:
     """A module, its path, and its active deltas by adapter name, lowest first."""
 
     base: BaseLayer
@@ -240,7 +240,7 @@ class WeightRead:
         try:
             w, b = self.base.dense()
         except NotMergeable as e:
-            raise self._refused(str(e)) from None
+            raise self._error(str(e)) from None
         wide = torch.promote_types(w.dtype, torch.float32)
         w, b = w.to(wide), None if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
         start, kind = {"weight": w, "bias": b}, w.device.type
@@ -255,7 +255,7 @@ class WeightRead:
             try:
                 encoded = self.base.encode(w, b)[name]
             except NotMergeable as e:
-                raise self._refused(str(e)) from None
+                raise self._error(str(e)) from None
             return rounded(encoded, self.like(name).dtype).contiguous()
 
         return as_stored
@@ -267,10 +267,10 @@ class WeightRead:
             try:
                 w, b = (on_meta(delta) if meta else delta).fold(w, b)
             except NotMergeable as e:
-                raise self._refused(f"adapter {adapter!r} can't be merged: {e}") from None
+                raise self._error(f"adapter {adapter!r} can't be merged: {e}") from None
         return w, b
 
-    def _refused(self, why: str) -> NotMergeable:
+    def _error(self, why: str) -> NotMergeable:
         return NotMergeable(
             f"{self.site} ({type(self.base.module).__name__}): the model reads the weight or bias"
             f" of this module without calling its forward, so adapters must be merged, but {why};"
@@ -286,7 +286,7 @@ class WeightRead:
         ]
         return [p for p in {id(p): p for p in parameters}.values() if p.requires_grad]
 
-    def gained(self) -> Tensor | None:
+    def added_bias(self) -> Tensor | None:
         """The bias (out,), on the meta device, that the deltas add to a module without one, or
         None.
         """
@@ -298,7 +298,7 @@ class WeightRead:
 
     def shape(self, name: str) -> torch.Size:
         """The shape of the folded tensor: the stored shape plus rows that the deltas append."""
-        like = self.stored(name) if self.stored(name) is not None else self.gained()
+        like = self.stored(name) if self.stored(name) is not None else self.added_bias()
         assert like is not None
         parts = (part for delta in self.deltas.values() for part in delta.parts())
         rows = max((i + 1 for part in parts for i in part.values_at()), default=0)

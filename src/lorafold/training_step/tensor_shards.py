@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from lorafold.core.anatomy import Anatomy
 from lorafold.runtime.processes import Processes
 
-LEAST = 1 << 14  # bytes; smaller tensors stay whole
-UNIT = 64  # alignment of parts, in bytes
+MIN_BYTES = 1 << 14  # bytes; smaller tensors stay whole
+ALIGNMENT = 64  # alignment of parts, in bytes
 ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
@@ -31,11 +31,11 @@ class Moments:
         self.processes = processes
         self._of: dict[nn.Parameter, int] = {}
 
-    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+    def assign_owners(self, parameters: Iterable[nn.Parameter]) -> None:
         """Assign each parameter, of any shape, to one process."""
         self._of = balanced(parameters, self.processes.count)
 
-    def mine(self, p: nn.Parameter) -> bool:
+    def is_owner(self, p: nn.Parameter) -> bool:
         """Whether this process updates a parameter of any shape."""
         return self._of.get(p, self.processes.index) == self.processes.index
 
@@ -44,15 +44,15 @@ class Moments:
         """Context: an optimizer sees only this process's parameters; then all processes get the
         updated ones.
         """
-        learned = [p for p in self._of if p.grad is not None]
-        others = {p: p.grad for p in learned if not self.mine(p)}
+        had_gradient = [p for p in self._of if p.grad is not None]
+        others = {p: p.grad for p in had_gradient if not self.is_owner(p)}
         for p in others:
             p.grad = None
         yield
         for p, grad in others.items():
             p.grad = grad
         for owner in range(self.processes.count):
-            self.processes.same([p.detach() for p in learned if self._of[p] == owner], owner)
+            self.processes.same([p.detach() for p in had_gradient if self._of[p] == owner], owner)
 
 
 def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Parameter, int]:
@@ -64,14 +64,14 @@ def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Paramete
     return chosen
 
 
-class Parted:
+class ByteShard:
     """A storage, of which this process keeps a part of the bytes."""
 
     def __init__(
         self, storage: torch.UntypedStorage, processes: Processes, content: Tensor | None = None
     ) -> None:
         self.storage, self.size = storage, storage.nbytes()
-        each = -(-self.size // (processes.count * UNIT)) * UNIT
+        each = -(-self.size // (processes.count * ALIGNMENT)) * ALIGNMENT
         self._index, self.padded, self.kept = processes.index, each * processes.count, each
         self.part = torch.zeros(each, dtype=torch.uint8, device=storage.device)
         self._keep(_bytes(storage) if content is None else content)
@@ -80,8 +80,8 @@ class Parted:
 
     def _keep(self, content: Tensor) -> None:
         first = self._index * self.kept
-        mine = content[first : min(first + self.kept, self.size)]
-        self.part[: len(mine)] = mine
+        own_bytes = content[first : min(first + self.kept, self.size)]
+        self.part[: len(own_bytes)] = own_bytes
 
     def fill(self) -> None:
         """Gather all bytes, in all processes at once."""
@@ -110,37 +110,37 @@ class Parted:
             self.fill()
         self.storage.resize_(self.size)
 
-    def give(self, owner: int, processes: Processes) -> None:
+    def move_to_owner(self, owner: int, processes: Processes) -> None:
         """Move the whole storage to its owner."""
         if self.whole:
             self.empty()
-        mine = owner == processes.index
-        self.storage.resize_(self.padded if mine else 0)
-        parts = [*_bytes(self.storage).split(self.kept)] if mine else None
+        is_owner = owner == processes.index
+        self.storage.resize_(self.padded if is_owner else 0)
+        parts = [*_bytes(self.storage).split(self.kept)] if is_owner else None
         dist.gather(self.part, parts, owner)
-        self.storage.resize_(self.size if mine else 0)
+        self.storage.resize_(self.size if is_owner else 0)
 
     def reduce_gradient(self) -> None:
         """Nothing: a frozen tensor has no gradient."""
 
 
-class Owned:
+class OwnedParameter:
     """A trained parameter, kept by one process."""
 
     def __init__(
-        self, p: nn.Parameter, owner: int, processes: Processes, before: Parted | None = None
+        self, p: nn.Parameter, owner: int, processes: Processes, before: ByteShard | None = None
     ) -> None:
         if before is not None and before.size == p.nbytes:
-            before.give(owner, processes)
+            before.move_to_owner(owner, processes)
         elif before is not None:
             before.restore()
         storage = p.untyped_storage()
         if storage.nbytes() not in (0, p.nbytes) or not storage.resizable():
             p.data = p.detach().clone()  # it was a view, or mapped from a file
-        self.p, self.owner, self.mine = p, owner, owner == processes.index
+        self.p, self.owner, self.is_owner = p, owner, owner == processes.index
         self.storage, self.size = p.untyped_storage(), p.nbytes
-        self.kept = self.size if self.mine else 0
-        self.learned = False  # whether it had a gradient here in this step
+        self.kept = self.size if self.is_owner else 0
+        self.had_gradient = False  # whether it had a gradient here in this step
         self.whole, self.written = True, False
 
     def fill(self) -> None:
@@ -153,21 +153,21 @@ class Owned:
         """Empty another process's storage; the owner already has every write, because all processes
         make it.
         """
-        if not self.mine:
+        if not self.is_owner:
             self.storage.resize_(0)
         self.whole = self.written = False
 
     def reduce_gradient(self) -> None:
         """Sum the gradients of all processes in the owner."""
-        self.learned |= self.p.grad is not None
+        self.had_gradient |= self.p.grad is not None
         if self.p.grad is None:
             self.p.grad = torch.zeros_like(self.p, dtype=self.p.grad_dtype)
         grad = self.p.grad.contiguous()
         dist.reduce(grad, self.owner)
-        self.p.grad = grad if self.mine else None
+        self.p.grad = grad if self.is_owner else None
 
 
-Shard = Parted | Owned
+Shard = ByteShard | OwnedParameter
 
 
 class ShardedReads(TorchDispatchMode):
@@ -200,28 +200,28 @@ class ShardedReads(TorchDispatchMode):
     def _fill(self, needed: list[Shard]) -> None:
         missing = [shard for shard in dict.fromkeys(needed) if not shard.whole]
         if missing:
-            self.let_go(needed)
+            self.empty_filled(needed)
         for shard in missing:
             shard.fill()
         self.filled += missing
 
-    def let_go(self, but: Sequence[Shard] = ()) -> None:
+    def empty_filled(self, but: Sequence[Shard] = ()) -> None:
         """Empty the shards that were filled here."""
         for shard in self.filled:
             if shard not in but:
                 shard.empty()
         self.filled = [shard for shard in self.filled if shard in but]
 
-def divide(
+def shard_tensor(
     t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
 ) -> None:
     """Shard a large frozen tensor of any shape, and a quantized one's state; the storage moves to
     `device`.
     """
-    for one in _inside(t):
+    for one in _with_state(t):
         storage, content = one.untyped_storage(), None
         resizable = storage.resizable()
-        if storage._cdata in known or (storage.nbytes() if resizable else one.nbytes) < LEAST:
+        if storage._cdata in known or (storage.nbytes() if resizable else one.nbytes) < MIN_BYTES:
             continue
         if not resizable or one.device != device:
             if not one.is_contiguous():
@@ -230,11 +230,11 @@ def divide(
             storage = torch.UntypedStorage(one.nbytes, device=device)
             place = 0, one.size(), one.stride()
             one.data = torch.empty(0, dtype=one.dtype, device=device).set_(storage, *place)
-        shard = known[storage._cdata] = Parted(storage, processes, content)
+        shard = known[storage._cdata] = ByteShard(storage, processes, content)
         shard.empty()
 
 
-def parts_of(model: nn.Module) -> list[str]:
+def gathered_parts(model: nn.Module) -> list[str]:
     """The paths of the parts that are gathered one at a time: the blocks, the embedding and the
     head.
     """
@@ -243,36 +243,36 @@ def parts_of(model: nn.Module) -> list[str]:
 
 
 def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
-    taken, parts = set[nn.Parameter](), map(model.get_submodule, parts_of(model))
-    return balanced([p for part in parts for p in trained_in(part, taken)], count)
+    taken, parts = set[nn.Parameter](), map(model.get_submodule, gathered_parts(model))
+    return balanced([p for part in parts for p in large_trained_parameters(part, taken)], count)
 
 
-def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
+def large_trained_parameters(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
     """The module's large trained parameters that are not in `taken`, which is updated."""
     params = (p for _, one in Anatomy.of(module).modules for p in one._parameters.values())
-    large = (p for p in params if p is not None and p.requires_grad and p.nbytes >= LEAST)
+    large = (p for p in params if p is not None and p.requires_grad and p.nbytes >= MIN_BYTES)
     trained = [*dict.fromkeys(p for p in large if p not in taken)]
     taken.update(trained)
     return trained
 
 
-def parted_in(
+def frozen_shards(
     module: nn.Module, known: Mapping[int, Shard], taken: set[int], processes: Processes
 ) -> list[Shard]:
     """The shards of the module's large frozen tensors that are not in `taken`, which is updated."""
     shards = list[Shard]()
-    unmap(module)
+    copy_mapped(module)
     for t in _frozen(module):
         storage = t.untyped_storage()
         shard = known.get(storage._cdata)
-        if storage._cdata in taken or (shard is None and storage.nbytes() < LEAST):
+        if storage._cdata in taken or (shard is None and storage.nbytes() < MIN_BYTES):
             continue
         taken.add(storage._cdata)
-        shards.append(Parted(storage, processes) if shard is None else shard)
+        shards.append(ByteShard(storage, processes) if shard is None else shard)
     return shards
 
 
-def unmap(module: nn.Module) -> None:
+def copy_mapped(module: nn.Module) -> None:
     """Copy tensors that are mapped from a file, because a mapped storage can't be emptied."""
     copies = dict[int, torch.UntypedStorage]()
     for t in _frozen(module):
@@ -283,13 +283,13 @@ def unmap(module: nn.Module) -> None:
             t.data = torch.empty(0, dtype=t.dtype).set_(copies[storage.data_ptr()], *place)
 
 
-def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> None:
+def gather_around(stack: ExitStack, part: nn.Module, gather_part: Callable[[], None]) -> None:
     """Gather a part of the model while one of its modules runs, and when its backward begins (which
     may be inside the part).
     """
 
     def before(*_: Any) -> None:
-        opens()
+        gather_part()
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
         for t in tree_iter(output):
@@ -306,13 +306,13 @@ def _frozen(part: nn.Module) -> Iterator[Tensor]:
     for _, module in Anatomy.of(part).modules:
         for t in _of(module):
             if not t.requires_grad:
-                yield from _inside(t)
+                yield from _with_state(t)
 
 
-def held_by(model: nn.Module) -> set[int]:
+def storage_ids(model: nn.Module) -> set[int]:
     """The identities of all storages of a model and its adapters."""
     tensors = (t for module in model.modules() for t in _of(module))
-    return {one.untyped_storage()._cdata for t in tensors for one in _inside(t)}
+    return {one.untyped_storage()._cdata for t in tensors for one in _with_state(t)}
 
 
 def _of(module: nn.Module) -> Iterator[Tensor]:
@@ -320,7 +320,7 @@ def _of(module: nn.Module) -> Iterator[Tensor]:
     return (t for t in held if isinstance(t, Tensor))
 
 
-def _inside(t: Tensor) -> Iterator[Tensor]:
+def _with_state(t: Tensor) -> Iterator[Tensor]:
     yield t
     left = [*vars(t).values()]
     while left:

@@ -79,8 +79,7 @@ def preference_figures(
     """Evaluates a model with its active adapters. With `reference`, the reference is the model
     without its highest adapter, and unknown log-probabilities are computed.
     """
-    parts = []
-    order = []
+    parts, order = list[Scored](), list[int]()
     kl = tokens = 0.0
     with evaluating(loss):
         for group in loss.groups(examples):
@@ -93,16 +92,18 @@ def preference_figures(
             parts.append(scored)
             order += group
             progress(len(order), len(examples))
-    law, whole = loss.law, in_order(parts, order)
+    algorithm, whole = loss.algorithm, reordered(parts, order)
     known = whole.reference is not None
-    rewarded = known or not law.has_reference
+    rewarded = known or not algorithm.has_reference
     # over all rows; training computes it over a step's rows
-    losses = law.loss(whole._replace(mismatched=ratio_sums(whole.ratios[:, law.trained :])))
-    logps, ratios, rewards = (x.double() for x in (whole.logps, whole.ratios, law.rewards(whole)))
+    mismatched = ratio_sums(whole.ratios[:, algorithm.trained :])
+    losses = algorithm.loss(whole._replace(mismatched=mismatched))
+    tensors = whole.logps, whole.ratios, algorithm.rewards(whole)
+    logps, ratios, rewards = (x.double() for x in tensors)
     good = torch.tensor([e.desirable for e in examples])
-    paired = law.kind == PAIRS
+    paired = algorithm.kind == PAIRS
 
-    def sides(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
+    def chosen_and_rejected(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
         first, second = values.t()[:2] if paired else (values[good, 0], values[~good, 0])
         return first.tolist(), second.tolist()
 
@@ -113,7 +114,7 @@ def preference_figures(
     def mean(values: Sequence[float], there: bool = True) -> float | None:
         return fmean(values) if there and values else None
 
-    (chosen, rejected), (up, down), (won, lost) = map(sides, (logps, ratios, rewards))
+    (chosen, rejected), (up, down), (won, lost) = map(chosen_and_rejected, (logps, ratios, rewards))
     margins = [a - b for a, b in zip(won, lost, strict=False)] if paired else []
     both = rewarded and won and lost  # labels may all be equal
     return PreferenceFigures(
@@ -132,7 +133,7 @@ def preference_figures(
     )
 
 
-def in_order(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
+def reordered(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
     back = torch.tensor(order).argsort()
     columns: Iterable[Any] = zip(*parts, strict=True)
     whole: list[Any] = [

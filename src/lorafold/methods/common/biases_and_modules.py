@@ -20,14 +20,14 @@ from torch.func import functional_call
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta
+from lorafold.core.expert_matrices import module_at
 from lorafold.core.layer import Layer, add, bare
-from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, join_problems
 from lorafold.layers import layer_of
 from lorafold.layers.dense import Plain
-from lorafold.methods.parts.trainable_tokens import TokenRows, TrainableTokens, token_rows_on
+from lorafold.methods.common.trainable_tokens import TokenRows, TrainableTokens, token_rows_on
 
 Bias = Literal["none", "lora_only", "all"]
 
@@ -97,7 +97,7 @@ class BiasDelta(Delta):
         return w, add(self.offset, b)
 
 
-def leaves(module: nn.Module, path: str) -> list[str]:
+def param_paths(module: nn.Module, path: str) -> list[str]:
     """The paths, at and below `path`, of the modules that have parameters of their own."""
     return [f"{path}.{p}" if p else path for p, m in module.named_modules() if m._parameters]
 

@@ -3,9 +3,9 @@
 transformers stores experts in parameters like `experts.gate_up_proj` (E, 2 I, H); the target path
 is the parameter's path. Ways in which a forward assigns rows to experts:
 
-    CHOSEN     forward(x, experts, weights)    the experts of each token (T, k), and their weights
-    WEIGHED    forward(x)                      its `router` scores (T, E) scale the experts' inputs
-    SORTED     forward(rows, sizes)            rows (S, in) sorted by expert
+    BY_INDEX     forward(x, experts, weights)   the experts of each token (T, k), and their weights
+    BY_SCORE     forward(x)                     its `router` scores (T, E) scale the experts' inputs
+    SORTED_ROWS  forward(rows, sizes)           rows (S, in) sorted by expert
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import nn
 from lorafold.errors import LorafoldError
 
 STORED = "_"  # suffix of a `Matrices` name in a state dict
-CHOSEN, WEIGHED, SORTED = "chosen", "weighed", "sorted"
+BY_INDEX, BY_SCORE, SORTED_ROWS = "chosen", "weighed", "sorted"
 
 
 @dataclass(frozen=True)
-class Stored:
+class Layout:
     """How a parameter stores matrices: their number is the module's attribute `number`; each is
     (in, out) if `transposed`; if `flat`, they are concatenated in 2-D.
     """
@@ -34,53 +34,53 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class ExpertsForm:
+class ExpertsLayout:
     """How a module holds expert weights.
 
     parameters: in the order of use. If the last has fewer matrices, extra experts return their
         input.
     called: how the forward assigns rows to experts.
-    around: that forward belongs to the parent of this module.
+    in_parent: that forward belongs to the parent of this module.
     activation: the attribute applied to the gates; empty for transformers' experts interface.
     """
 
-    parameters: Mapping[str, Stored]
-    called: str = CHOSEN
-    around: bool = False
+    parameters: Mapping[str, Layout]
+    called: str = BY_INDEX
+    in_parent: bool = False
     activation: str = ""
 
 
 # Names, not classes, so that nothing is imported for a form that a model does not use.
 FORMS = {
-    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": ExpertsForm(
-        {"gate_up_proj": Stored(transposed=True), "down_proj": Stored(transposed=True)},
-        WEIGHED,
-        around=True,
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": ExpertsLayout(
+        {"gate_up_proj": Layout(transposed=True), "down_proj": Layout(transposed=True)},
+        BY_SCORE,
+        in_parent=True,
         activation="act_fn",
     ),
-    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": ExpertsForm(
-        {"gate_up_proj": Stored("total_experts"), "down_proj": Stored("num_routed_experts")},
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": ExpertsLayout(
+        {"gate_up_proj": Layout("total_experts"), "down_proj": Layout("num_routed_experts")},
         activation="act_fn",
     ),
-    "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": ExpertsForm(
-        {"weight": Stored()}, SORTED
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": ExpertsLayout(
+        {"weight": Layout()}, SORTED_ROWS
     ),
-    "transformers.models.dbrx.modeling_dbrx.DbrxExpertGLU": ExpertsForm(
+    "transformers.models.dbrx.modeling_dbrx.DbrxExpertGLU": ExpertsLayout(
         {
-            "w1": Stored("moe_num_experts", flat=True),
-            "v1": Stored("moe_num_experts", flat=True),
-            "w2": Stored("moe_num_experts", transposed=True, flat=True),
+            "w1": Layout("moe_num_experts", flat=True),
+            "v1": Layout("moe_num_experts", flat=True),
+            "w2": Layout("moe_num_experts", transposed=True, flat=True),
         },
-        around=True,
+        in_parent=True,
         activation="activation_fn",
     ),
 }
 
 
-def form_of(module: nn.Module) -> ExpertsForm | None:
+def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     if "is_transposed" in module.__dict__ and "has_gate" in module.__dict__:
-        stored = Stored(transposed=bool(module.is_transposed))
-        return ExpertsForm(
+        stored = Layout(transposed=bool(module.is_transposed))
+        return ExpertsLayout(
             {"gate_up_proj" if module.has_gate else "up_proj": stored, "down_proj": stored}
         )
     kind = type(module)
@@ -88,25 +88,25 @@ def form_of(module: nn.Module) -> ExpertsForm | None:
 
 
 class Matrices(nn.Module):
-    """The matrices of `owner`'s parameter `name`, a child of `around`; it has no parameters."""
+    """The matrices of `owner`'s parameter `name`, a child of `parent`; it has no parameters."""
 
     owner: nn.Module
-    around: nn.Module | None
+    parent: nn.Module | None
 
-    def __init__(self, owner: nn.Module, name: str, around: nn.Module | None = None) -> None:
+    def __init__(self, owner: nn.Module, name: str, parent: nn.Module | None = None) -> None:
         super().__init__()
-        self.__dict__.update(owner=owner, around=around)  # not submodules: that would be a cycle
+        self.__dict__.update(owner=owner, parent=parent)  # not submodules: that would be a cycle
         self.name = name
         self.training = owner.training
 
     @property
-    def form(self) -> ExpertsForm:
-        form = form_of(self.owner)
+    def form(self) -> ExpertsLayout:
+        form = experts_layout(self.owner)
         assert form is not None
         return form
 
     @property
-    def stored(self) -> Stored:
+    def stored(self) -> Layout:
         return self.form.parameters[self.name]
 
     @property
@@ -116,14 +116,14 @@ class Matrices(nn.Module):
     @property
     def routed(self) -> nn.Module:
         """The module whose forward receives the assignment of rows to experts."""
-        if not self.form.around:
+        if not self.form.in_parent:
             return self.owner
-        if self.around is None:
+        if self.parent is None:
             kind = type(self.owner).__name__
             raise LorafoldError(
                 f"{self.name}: found a lone {kind}, expected one in the module that routes to it"
             )
-        return self.around
+        return self.parent
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{self.name} is computed by {type(self.owner).__name__}")
@@ -140,7 +140,7 @@ class Matrices(nn.Module):
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     """The names of the module's parameters with expert weights, in the order of use, if any."""
-    form = form_of(module)
+    form = experts_layout(module)
     return () if form is None else tuple(form.parameters)
 
 
@@ -150,14 +150,14 @@ def expert_counts(module: nn.Module) -> set[int]:
     own = [(name, p) for name, p in module._parameters.items() if p is not None] if counts else []
     if not counts or any(p.dim() > 2 or (p.dim() == 2 and name != "weight") for name, p in own):
         return counts
-    form = form_of(module)
+    form = experts_layout(module)
     stored = () if form is None else form.parameters.values()
     return {int(getattr(module, one.number)) for one in stored}
 
 
-def matrices_of(module: nn.Module, around: nn.Module | None = None) -> dict[str, Matrices]:
+def matrices_of(module: nn.Module, parent: nn.Module | None = None) -> dict[str, Matrices]:
     return {
-        name: module._modules.get(name) or Matrices(module, name, around)  # type: ignore[misc]
+        name: module._modules.get(name) or Matrices(module, name, parent)  # type: ignore[misc]
         for name in expert_parameters(module)
     }
 
@@ -167,12 +167,12 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
     Raises AttributeError if there is none.
     """
-    around, module = None, model
+    parent, module = None, model
     for name in path.split(".") if path else ():
-        child = module._modules.get(name) or matrices_of(module, around).get(name)
+        child = module._modules.get(name) or matrices_of(module, parent).get(name)
         if child is None:
             raise AttributeError(f"{path}: {type(module).__name__} has no module {name!r}")
-        around, module = module, child
+        parent, module = module, child
     return module
 
 

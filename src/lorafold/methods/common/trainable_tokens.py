@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import Anatomy, ends_in, sharers
+from lorafold.core.anatomy import Anatomy, ends_in, tied_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add, bare
@@ -80,17 +80,17 @@ class TokenRows(Delta):
         """The rows by ascending id."""
         return self.owner.rows.to(device)[self.order.to(device)]
 
-    def beyond(self, size: int) -> int:
+    def num_new(self, size: int) -> int:
         """The number of ids that are not below `size`, the vocabulary of a matrix."""
         missing = sum(i >= size for i in self.ids)
         if missing and (wrong := gap_message(self.ids, size)):
             raise LorafoldError(wrong)
         return missing
 
-    def placed(self, w: Tensor) -> Tensor:  # (V, d) -> (V + m, d)
+    def with_rows(self, w: Tensor) -> Tensor:  # (V, d) -> (V + m, d)
         """The matrix with the rows at their ids, in the wider of the two dtypes."""
         rows = self.sorted_rows(w.device)
-        dtype, old = torch.promote_types(w.dtype, rows.dtype), len(rows) - self.beyond(len(w))
+        dtype, old = torch.promote_types(w.dtype, rows.dtype), len(rows) - self.num_new(len(w))
         w = torch.cat([w.to(dtype), rows[old:].to(dtype)])
         return w.index_copy(0, self.ascending[:old].to(w.device), rows[:old].to(dtype))
 
@@ -110,7 +110,7 @@ class EmbeddingRows(TokenRows):
         return torch.where(trained[..., None], add(rows, onto).to(y.dtype), y)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.placed(w.t()).t(), b
+        return self.with_rows(w.t()).t(), b
 
 
 class HeadRows(TokenRows):
@@ -118,7 +118,7 @@ class HeadRows(TokenRows):
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         z = layer(x)
-        old = len(self.ids) - self.beyond(z.shape[-1])
+        old = len(self.ids) - self.num_new(z.shape[-1])
         logits = layer.op(x, self.sorted_rows(x.device))
         if layer.module._parameters.get("bias") is not None:
             b = layer.dense()[1]
@@ -133,10 +133,10 @@ class HeadRows(TokenRows):
         return add(z, onto).to(z.dtype)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        missing = self.beyond(len(w))
+        missing = self.num_new(len(w))
         if b is not None and missing:
             b = torch.cat([b, b.mean().expand(missing)])
-        return self.placed(w), b
+        return self.with_rows(w), b
 
 
 @dataclass(frozen=True)
@@ -176,15 +176,15 @@ class TrainableTokens:
             elif wrong := gap_message(ids, len(w)):
                 problems.append(f"{path}: {wrong}")
             else:
-                shared = sharers(model, module)
+                shared = tied_modules(model, module)
                 tied = (
                     d.owner
                     for p, d in deltas.items()
                     if p in shared and isinstance(d, EmbeddingRows) and by_path[p] == ids
                 )
-                rows = next(tied, None) or self._start(w, ids)
+                rows = next(tied, None) or self._initial_rows(w, ids)
                 deltas[path] = (EmbeddingRows if of_embedding else HeadRows)(ids, rows)
-        if problems := problems or self._one_sided(model, deltas):
+        if problems := problems or self._vocabulary_mismatch(model, deltas):
             raise LorafoldError(join_problems(problems))
         return deltas
 
@@ -211,12 +211,12 @@ class TrainableTokens:
         for path in sorted(named, key=lambda p: not _is_embedding(model.get_submodule(p))):
             by_path.setdefault(path, named[path])
             if _is_embedding(module := model.get_submodule(path)):
-                for other in sharers(model, module):
+                for other in tied_modules(model, module):
                     by_path.setdefault(other, named.get(other, named[path]))
         return by_path, problems
 
     @staticmethod
-    def _one_sided(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
+    def _vocabulary_mismatch(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
         """The problem, if embedding and head would have different vocabularies."""
         ends = {path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends}
         rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
@@ -233,7 +233,7 @@ class TrainableTokens:
             " or resize the base first"
         ]
 
-    def _start(self, w: Tensor, ids: Sequence[int]) -> Tensor:  # (V, d) -> (k, d)
+    def _initial_rows(self, w: Tensor, ids: Sequence[int]) -> Tensor:  # (V, d) -> (k, d)
         new = [i >= len(w) or i in self.fresh for i in ids]
         mean: Any = w.mean(0, dtype=torch.float32) if any(new) else None
         return torch.stack([mean if n else w[i].float() for n, i in zip(new, ids, strict=True)])
@@ -241,11 +241,11 @@ class TrainableTokens:
 
 def gap_message(ids: Sequence[int], size: int) -> str | None:
     """The error message for ids that would leave a gap after a vocabulary of `size` tokens."""
-    beyond = sorted(i for i in ids if i >= size)
-    if not beyond or beyond[-1] == size + len(beyond) - 1:
+    num_new = sorted(i for i in ids if i >= size)
+    if not num_new or num_new[-1] == size + len(num_new) - 1:
         return None
     return (
-        f"tokens {beyond} leave a gap: the base's last token is {size - 1}; number new tokens from"
+        f"tokens {num_new} leave a gap: the base's last token is {size - 1}; number new tokens from"
         f" {size} on without gaps"
     )
 

@@ -13,13 +13,13 @@ from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.objective import given_options
 from lorafold.training_step import policy_algorithms, preference_algorithms
-from lorafold.training_step.policy_algorithms import PolicyLaw
-from lorafold.training_step.preference_algorithms import Law, algorithm
+from lorafold.training_step.policy_algorithms import PolicyAlgorithm
+from lorafold.training_step.preference_algorithms import Law, validated_dataclass
 
 L = TypeVar("L")
 
 
-def law_class(declared: Declared, laws: ModuleType) -> Any:
+def algorithm_class(declared: Declared, laws: ModuleType) -> Any:
     return getattr(laws, declared.law) if isinstance(declared.law, str) else declared.law
 
 
@@ -44,7 +44,7 @@ def checked_options(
         ) from None
 
 
-@algorithm
+@validated_dataclass
 class SamplingOptions:
     """Options of sampling and rewards.
 
@@ -70,15 +70,15 @@ class SamplingOptions:
 
 def policy_options(
     objective: str, beta: float | None, options: Mapping[str, Any]
-) -> tuple[PolicyLaw, SamplingOptions]:
+) -> tuple[PolicyAlgorithm, SamplingOptions]:
     given = given_options(beta, options)
     names = [field.name for field in fields(SamplingOptions)]
     own = {name: given.pop(name) for name in names if name in given}
     sampling = checked_options(SamplingOptions, own, objective)
-    kind = law_class(OBJECTIVES[objective], policy_algorithms)
+    kind = algorithm_class(OBJECTIVES[objective], policy_algorithms)
     return checked_options(kind, given, objective, names), sampling
 
 
-def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
-    kind = law_class(OBJECTIVES[objective], preference_algorithms)
+def preference_algorithm(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
+    kind = algorithm_class(OBJECTIVES[objective], preference_algorithms)
     return checked_options(kind, given_options(beta, options), objective)

@@ -4,7 +4,7 @@
 
 Lester et al. 2021, arXiv 2104.08691. In a causal decoder the activations of E do not depend on the
 tokens that follow, so E runs through the decoder once per batch, and every attention prepends its
-keys and values (`lorafold.methods.parts.virtual_tokens`). With a KV cache they are stored beside
+keys and values (`lorafold.methods.common.virtual_tokens`). With a KV cache they are stored beside
 it, so that decoding computes them once. It can't be merged, and every initialization changes the
 base's outputs. Use it if an adapter must be tiny (n d parameters) and the base is large: only for
 large models does it match full fine-tuning (figure 1 of the paper).
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
-from lorafold.methods.parts.virtual_tokens import KeysAndValues, Seen, Sender, VirtualTokens
+from lorafold.methods.common.virtual_tokens import KVByLayer, VirtualTokenDelta, VirtualTokens
 
 Init = Literal["vocabulary", "random"]
 
 
-class PromptDelta(Sender):
+class PromptDelta(VirtualTokenDelta):
     """embeddings (n, d), fp32, of the virtual tokens."""
 
     def __init__(self, body: nn.Module, embeddings: Tensor, layers: list[int]) -> None:
@@ -35,20 +35,20 @@ class PromptDelta(Sender):
     def positions(self) -> int:
         return len(self.embeddings)
 
-    def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
+    def keys_and_values(self, layer: Layer, cache: Any) -> KVByLayer:
         """The keys and values of positions 0 to n - 1, by `layer_idx`: from the KV cache unless it
         is empty.
         """
-        kept = getattr(cache, "virtual_tokens", {})
-        if cache is not None and cache.get_seq_length() and id(self) in kept:
-            return kept[id(self)]
-        seen: Seen = {}
+        cached = getattr(cache, "virtual_tokens", {})
+        if cache is not None and cache.get_seq_length() and id(self) in cached:
+            return cached[id(self)]
+        kv_by_layer: KVByLayer = {}
         dtype = layer.module.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        embeddings = self.embeddings.to(dtype)[None]
-        self.send(layer, {"inputs_embeds": embeddings, "use_cache": False}, None, 0, seen)
+        inputs = {"inputs_embeds": self.embeddings.to(dtype)[None], "use_cache": False}
+        self.run_decoder(layer, inputs, None, 0, kv_by_layer)
         if cache is not None:
-            cache.virtual_tokens = kept | {id(self): seen}
-        return seen
+            cache.virtual_tokens = cached | {id(self): kv_by_layer}
+        return kv_by_layer
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Prompt(VirtualTokens):
 
     inits = get_args(Init)
 
-    def sender(self, layer: Layer, attentions: list[nn.Module]) -> PromptDelta:
+    def build_delta(self, layer: Layer, attentions: list[nn.Module]) -> PromptDelta:
         body = layer.module
         layers = [m.layer_idx for m in attentions]
-        return PromptDelta(body, self.start(body.get_input_embeddings()), layers)  # type: ignore
+        return PromptDelta(body, self.initial_embeddings(body.get_input_embeddings()), layers)  # type: ignore
 
     @torch.no_grad()
-    def start(self, embedding: nn.Embedding) -> Tensor:  # (n, d)
+    def initial_embeddings(self, embedding: nn.Embedding) -> Tensor:  # (n, d)
         """The initial embeddings, by `init`."""
         weight = embedding.weight
         if self.init == "vocabulary":

@@ -20,8 +20,8 @@ from rich.progress import (
 from lorafold.files.terminal import print_lines
 from lorafold.recipe.recipe import Recipe
 
-PAUSE = 0.5  # least seconds between updates of a notebook's bar
-FEW = 2  # figures of a step in a sentence; more stand in columns
+MIN_UPDATE_SECONDS = 0.5  # least seconds between updates of a notebook's bar
+MAX_INLINE_METRICS = 2  # figures of a step in a sentence; more stand in columns
 
 
 class Display:
@@ -42,15 +42,15 @@ class Display:
         )
 
         self.cell: Any = None  # the handle of a notebook's output
-        self.drawn = self.began = monotonic()
-        self.before = done
+        self.updated = self.started = monotonic()
+        self.first_step = done
 
     def __enter__(self) -> Display:
         self.bar.start()
         if self.console.is_jupyter and not self.console.quiet:
             from IPython.display import HTML, display
 
-            self.cell = display(HTML(self.drawing(self.before, "")), display_id=True)
+            self.cell = display(HTML(self.bar_html(self.first_step, "")), display_id=True)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -70,39 +70,39 @@ class Display:
     ) -> None:
         if self.trackers:
             self.log({"loss": loss, "lr": lr, **figures}, step)
-        shown = [f", {name} {value:.4g}" for name, value in figures.items()]
-        first = "".join(shown[:1])
+        clauses = [f", {name} {value:.4g}" for name, value in figures.items()]
+        first = "".join(clauses[:1])
         self.bar.update(
             self.task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}", first=first
         )
         if self.cell is not None:
-            self.draw(step, f"loss {loss:.4f}, {rate:,.0f} tokens/s{''.join(shown)}")
+            self.update_cell(step, f"loss {loss:.4f}, {rate:,.0f} tokens/s{''.join(clauses)}")
         elif not self.console.is_terminal and (
             step == self.steps or step % max(1, self.steps // 10) == 0
         ):
             line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
-            if len(figures) > FEW:  # in columns
+            if len(figures) > MAX_INLINE_METRICS:  # in columns
                 line = f"{line:<{2 * len(str(self.steps)) + 38}}"
-                shown = [f"  {name} {value:<9.4g}" for name, value in figures.items()]
-            self.note((line + "".join(shown)).rstrip())
+                clauses = [f"  {name} {value:<9.4g}" for name, value in figures.items()]
+            self.note((line + "".join(clauses)).rstrip())
 
-    def draw(self, step: int, figures: str) -> None:
-        """Update a notebook's bar, at most every PAUSE seconds."""
+    def update_cell(self, step: int, figures: str) -> None:
+        """Update a notebook's bar, at most every MIN_UPDATE_SECONDS."""
         now = monotonic()
-        if step == self.steps or now - self.drawn >= PAUSE:
+        if step == self.steps or now - self.updated >= MIN_UPDATE_SECONDS:
             from IPython.display import HTML
 
-            self.drawn = now
-            left = (now - self.began) * (self.steps - step) / max(step - self.before, 1)
+            self.updated = now
+            left = (now - self.started) * (self.steps - step) / max(step - self.first_step, 1)
             minutes, seconds = divmod(round(left), 60)
-            self.cell.update(HTML(self.drawing(step, f"{figures}, {minutes}:{seconds:02} left")))
+            self.cell.update(HTML(self.bar_html(step, f"{figures}, {minutes}:{seconds:02} left")))
 
-    def drawing(self, step: int, figures: str) -> str:
+    def bar_html(self, step: int, figures: str) -> str:
         bar = f'<progress value="{step}" max="{self.steps}"></progress>'
         return f"{bar} step {step}/{self.steps} {html.escape(figures)}"
 
 
-def started(recipe: Recipe, logs: Path) -> list[Any]:
+def start_trackers(recipe: Recipe, logs: Path) -> list[Any]:
     """The recipe's trackers (of accelerate), started."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
@@ -110,9 +110,9 @@ def started(recipe: Recipe, logs: Path) -> list[Any]:
     PartialState()  # accelerate's trackers need it
     trackers = []
     for name in filter_trackers([*recipe.trackers], str(logs)):
-        kind = LOGGER_TYPE_TO_CLASS[str(name)]
-        where = [str(logs)] if kind.requires_logging_directory else []
-        trackers.append(tracker := kind("lorafold", *where))
+        tracker_class = LOGGER_TYPE_TO_CLASS[str(name)]
+        directory = [str(logs)] if tracker_class.requires_logging_directory else []
+        trackers.append(tracker := tracker_class("lorafold", *directory))
         tracker.start()
         tracker.store_init_configuration({k: str(v) for k, v in recipe.model_dump().items()})
     return trackers

@@ -13,16 +13,16 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import mean_loss
 from lorafold.files.terminal import Progress
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.losses import CompletionLoss, Loss, RowsAlike, similar_lengths
-from lorafold.training_step.shared_prefixes import Branching, branching
+from lorafold.training_step.losses import CompletionLoss, Loss, PrefixSharingLoss, similar_lengths
+from lorafold.training_step.shared_prefixes import PrefixSupport, sharing_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 E = TypeVar("E")
 F = TypeVar("F")
-L = TypeVar("L", bound=RowsAlike)
-TOKENS = 2048  # maximum tokens of a batch, with padding
+L = TypeVar("L", bound=PrefixSharingLoss)
+MAX_BATCH_TOKENS = 2048  # maximum tokens of a batch, with padding
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
@@ -37,25 +37,25 @@ def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
 
 
 def batches(examples: Sequence[Any]) -> list[list[int]]:
-    return similar_lengths(range(len(examples)), lengths_of(examples).__getitem__, TOKENS)
+    return similar_lengths(range(len(examples)), lengths_of(examples).__getitem__, MAX_BATCH_TOKENS)
 
 
 def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progress) -> list[float]:
     """Returns each example's loss in nats, summed over its labelled positions, in evaluation mode.
     """
-    return by_row(
+    return measure_rows(
         model,
         examples,
-        lambda how: CompletionLoss(model, how is not None, 0, how),
+        lambda support: CompletionLoss(model, support is not None, 0, support),
         lambda loss, batch: loss.by_row(batch).tolist(),
         step,
     )
 
 
-def by_row(
+def measure_rows(
     model: PreTrainedModel,
     examples: Sequence[E],
-    loss_of: Callable[[Branching | None], L],
+    loss_of: Callable[[PrefixSupport | None], L],
     measure: Callable[[L, Sequence[E]], Sequence[F]],
     step: Progress,
 ) -> list[F]:
@@ -71,22 +71,22 @@ def by_row(
                 step(len(results), len(examples))
 
     with fused(model):
-        if groups := list(sharing(examples)):
-            with branching(model, across=True) as how:
-                loss = loss_of(how)
-                run(loss, (g for g in groups if loss.shared_in([examples[i] for i in g])))
+        if groups := list(prefix_batches(examples)):
+            with sharing_prefixes(model, across=True) as support:
+                loss = loss_of(support)
+                run(loss, (g for g in groups if loss.shares_prefixes([examples[i] for i in g])))
         rest = [i for i in range(len(examples)) if i not in results]
         each = batches([examples[i] for i in rest])
         run(loss_of(None), ([rest[i] for i in group] for group in each))
     return [results[i] for i in range(len(examples))]
 
 
-def sharing(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
+def prefix_batches(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
     """Yields batches of indices for which shared prefixes save time."""
     for first in range(0, len(examples), WINDOW):
         window = examples[first : first + WINDOW]
         ids = [example.ids for example in window]
-        for part in alike(range(len(ids)), 1, TOKENS, ids.__getitem__):
+        for part in alike(range(len(ids)), 1, MAX_BATCH_TOKENS, ids.__getitem__):
             once = len(forest([window[i] for i in part]).ids)
             if once <= PAYS * sum(len(ids[i]) for i in part):
                 yield [first + i for i in part]

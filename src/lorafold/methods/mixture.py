@@ -27,7 +27,7 @@ from lorafold.core.delta import DeltasByPath, Factors, LowRank, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check, zeros
+from lorafold.methods.common.options_and_init import check, zeros
 
 # the key in the file for the gates that all layers of an adapter share
 GATES = "base_model.mixture_gates"

@@ -29,9 +29,9 @@ from lorafold.data.prompts import references, without_reasoning
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
-from lorafold.evaluation.held_out import by_row, pad_id_of, row_losses
+from lorafold.evaluation.batched_losses import measure_rows, pad_id_of, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
-from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
+from lorafold.evaluation.preference_metrics import PreferenceFigures, preference_figures
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import with_interval
 from lorafold.files.terminal import print_lines, progress_bar
@@ -39,14 +39,14 @@ from lorafold.generation import complete
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.preference_algorithms import Dpo, Law
 from lorafold.training_step.preference_loss import Preferences
-from lorafold.training_step.shared_prefixes import branching
+from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DPO = Dpo()
-SPARE = 8  # tokens beyond the longest reference, so that longer completions are detected
+EXTRA_TOKENS = 8  # tokens beyond the longest reference, so that longer completions are detected
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Measured:
 
     loss: float
     figures: Mapping[str, Any] = field(default_factory=dict)
-    told: str = ""
+    details: str = ""
     samples: Sequence[Mapping[str, Any]] = ()
 
     def __str__(self) -> str:
-        return f"held-out loss {self.loss:.4f}{self.told}"
+        return f"held-out loss {self.loss:.4f}{self.details}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def evaluate_classifier(
 
     loss_of = partial(Classification, model, pad_id)
     with progress_bar(console, "rows") as step:
-        logits = torch.stack(by_row(model, data.examples, loss_of, measured, step))  # (n, C)
+        logits = torch.stack(measure_rows(model, data.examples, loss_of, measured, step))  # (n, C)
     targets = torch.tensor([e.label for e in data.examples])  # (n,)
     sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
     likeliest, n = logits.argmax(1), len(rows)
@@ -158,7 +158,7 @@ def evaluate_classifier(
 class EvaluationSettings:
     completions: bool = True
     max_new_tokens: int | None = None
-    law: Law = DPO
+    algorithm: Law = DPO
 
 
 DEFAULT = EvaluationSettings()
@@ -191,9 +191,11 @@ def evaluate(
     hits = sum(answer.exact for answer in answers)
     if rows.provides(PAIRS):
         pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
-        with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
-            law = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
-            preference = preference_figures(law, pairs, bool(selection_of(model).names), step)
+        with sharing_prefixes(model, across=True) as support:
+            loss_of = Preferences(model, settings.algorithm, support, tokenizer.pad_token_id or 0)
+            adapted = bool(selection_of(model).names)
+            with progress_bar(console, "preferences") as step:
+                preference = preference_figures(loss_of, pairs, adapted, step)
     return Evaluation(
         loss=mean_loss(sums),
         loss_interval=loss_interval(sums),
@@ -219,7 +221,7 @@ def _completions(
         return ()
     expected = references(given, tokenizer)
     longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in expected)
-    prompts, most = [r.prompt for r in expected], max_new_tokens or longest + SPARE
+    prompts, most = [r.prompt for r in expected], max_new_tokens or longest + EXTRA_TOKENS
     with progress_bar(console, "completions") as step:
         texts = complete(model, tokenizer, prompts, most, progress=step)
     return tuple(

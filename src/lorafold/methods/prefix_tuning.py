@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import zeros
-from lorafold.methods.parts.virtual_tokens import KeysAndValues, Sender, VirtualTokens
+from lorafold.methods.common.options_and_init import zeros
+from lorafold.methods.common.virtual_tokens import KVByLayer, VirtualTokenDelta, VirtualTokens
 
 Init = Literal["activations", "random"]
 
 
-class PrefixDelta(Sender):
+class PrefixDelta(VirtualTokenDelta):
     """prefix (n, 2 L Hk D), fp32: for each virtual token its key and value in layer after layer,
     the layout of PEFT's files.
     """
@@ -48,7 +48,7 @@ class PrefixDelta(Sender):
     def positions(self) -> int:
         return len(self.prefix)
 
-    def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
+    def keys_and_values(self, layer: Layer, cache: Any) -> KVByLayer:
         return {i: (kv[:1], kv[1:]) for i, kv in zip(self.layers, self.by_layer(), strict=True)}
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Prefix(VirtualTokens):
 
     inits = get_args(Init)
 
-    def sender(self, layer: Layer, attentions: list[nn.Module]) -> PrefixDelta:
+    def build_delta(self, layer: Layer, attentions: list[nn.Module]) -> PrefixDelta:
         body: Any = layer.module
         shapes = set()  # (Hk, D): number and size of an attention's key heads
         for attention in attentions:

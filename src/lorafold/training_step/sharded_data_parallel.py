@@ -27,36 +27,36 @@ from lorafold.models.weights import PendingTensor
 from lorafold.runtime.memory import RETURN_FREED, malloc_policy
 from lorafold.runtime.processes import Processes
 from lorafold.training_step.data_parallel import Replicated
-from lorafold.training_step.shards import (
+from lorafold.training_step.tensor_shards import (
+    ByteShard,
     Moments,
-    Owned,
-    Parted,
+    OwnedParameter,
     Shard,
     ShardedReads,
-    divide,
-    held_by,
-    open_for,
+    copy_mapped,
+    frozen_shards,
+    gather_around,
+    gathered_parts,
+    large_trained_parameters,
     owners,
-    parted_in,
-    parts_of,
-    trained_in,
-    unmap,
+    shard_tensor,
+    storage_ids,
 )
 
 
 class Sharded(Replicated):
     """A sharded model, of which one part is whole at a time."""
 
-    divides = True
+    is_sharded = True
 
     def __init__(self, processes: Processes) -> None:
         super().__init__(processes)
-        self.known: dict[int, Shard] = {}  # by the identity of the storage
-        self._mode = ShardedReads(self.known)
+        self.shards_by_storage: dict[int, Shard] = {}  # by the identity of the storage
+        self._gathering_mode = ShardedReads(self.shards_by_storage)
         self._parts: list[Sequence[Shard]] = []
         self._current: Sequence[Shard] = ()
         self._backward = False  # whether a backward pass gathered the current part
-        self._owned: dict[nn.Parameter, Owned] = {}
+        self._owned: dict[nn.Parameter, OwnedParameter] = {}
         self._moments = Moments(processes)
 
     @property
@@ -72,87 +72,87 @@ class Sharded(Replicated):
     def loading(self, device: torch.device) -> Iterator[None]:
         def keep_part(t: Tensor) -> None:
             if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # it has its values
-                divide(t, self.known, self.processes, device)
+                shard_tensor(t, self.shards_by_storage, self.processes, device)
 
         with malloc_policy(RETURN_FREED), loaded_in_turn(), each_registered(keep_part):
             yield
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        with self._mode:
+    def gathering(self) -> Iterator[None]:
+        with self._gathering_mode:
             yield
-        self._mode.let_go()
+        self._gathering_mode.empty_filled()
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        self._close()  # otherwise others would keep stale copies while the owner writes
-        self._mode.let_go()
-        self._mode.shards = {}
+    def uncoordinated(self) -> Iterator[None]:
+        self._free_current()  # otherwise others would keep stale copies while the owner writes
+        self._gathering_mode.empty_filled()
+        self._gathering_mode.shards = {}
         yield
-        self._mode.shards = self.known
+        self._gathering_mode.shards = self.shards_by_storage
 
     @contextmanager
-    def dividing(self, model: nn.Module) -> Iterator[None]:
+    def sharding(self, model: nn.Module) -> Iterator[None]:
         """Context: shards all weights that are still whole, and gathers each part while it
         computes.
         """
-        parts, anatomy = self._divided(model), Anatomy.of(model)
+        parts, anatomy = self._shard_parts(model), Anatomy.of(model)
         with ExitStack() as stack:
             for path, part in parts.items():
-                open_for(stack, model.get_submodule(path), partial(self.open, part))
+                gather_around(stack, model.get_submodule(path), partial(self.gather, part))
             # the loss reads the head's weight after the decoder has run
             if len(ends := anatomy.vocabulary_ends) > 1:
                 decoder = model.get_submodule(anatomy.decoder)
-                opens = decoder.register_forward_hook(lambda *_: self.open(parts[ends[-1]]))
+                opens = decoder.register_forward_hook(lambda *_: self.gather(parts[ends[-1]]))
                 stack.callback(opens.remove)
             yield
 
     @torch.no_grad()
-    def _divided(self, model: nn.Module) -> dict[str, Sequence[Shard]]:
+    def _shard_parts(self, model: nn.Module) -> dict[str, Sequence[Shard]]:
         params, taken = set[nn.Parameter](), set[int]()
         owner_of, ends = owners(model, self.processes.count), Anatomy.of(model).vocabulary_ends
         parts: dict[str, Sequence[Shard]] = {}
-        self._mode.let_go()
-        for path in parts_of(model):
+        self._gathering_mode.empty_filled()
+        for path in gathered_parts(model):
             part = model.get_submodule(path)
-            owned = [self._own(p, owner_of[p]) for p in trained_in(part, params)]
-            shards = [*owned, *parted_in(part, self.known, taken, self.processes)]
+            owned = [self._own(p, owner_of[p]) for p in large_trained_parameters(part, params)]
+            shards = [*owned, *frozen_shards(part, self.shards_by_storage, taken, self.processes)]
             tied = next((parts[e] for e in ends if e in parts and not shards), None)
             parts[path] = shards if tied is None else tied
             if tied is None:
                 for shard in shards:
                     shard.empty()
                 self._parts.append(shards)
-        known = {shard.storage._cdata: shard for shard in self._all}
-        there = held_by(model)
-        for place, shard in self.known.items():
+        shards_by_storage = {shard.storage._cdata: shard for shard in self._all}
+        there = storage_ids(model)
+        for place, shard in self.shards_by_storage.items():
             # tensors in no part stay whole; those converted meanwhile no longer exist
-            if place not in known and place in there and isinstance(shard, Parted):
+            if place not in shards_by_storage and place in there and isinstance(shard, ByteShard):
                 shard.restore()
-        self.known.clear()
-        self.known.update(known)
-        unmap(model)
+        self.shards_by_storage.clear()
+        self.shards_by_storage.update(shards_by_storage)
+        copy_mapped(model)
         return parts
 
-    def _own(self, p: nn.Parameter, owner: int) -> Owned:
-        before = self.known.pop(p.untyped_storage()._cdata, None)
-        parted = before if isinstance(before, Parted) else None
-        self._owned[p] = shard = Owned(p, owner, self.processes, parted)
+    def _own(self, p: nn.Parameter, owner: int) -> OwnedParameter:
+        before = self.shards_by_storage.pop(p.untyped_storage()._cdata, None)
+        parted = before if isinstance(before, ByteShard) else None
+        self._owned[p] = shard = OwnedParameter(p, owner, self.processes, parted)
         return shard
 
-    def open(self, part: Sequence[Shard]) -> None:
+    def gather(self, part: Sequence[Shard]) -> None:
         """Gather a part, and free the previous one."""
         backward = torch._C._current_graph_task_id() != -1
         # a forward pass after a backward pass of the same part must not keep its gradients
         if part is not self._current or (self._backward and not backward):
-            self._close()
-            self._mode.let_go()
+            self._free_current()
+            self._gathering_mode.empty_filled()
             for shard in part:
                 shard.fill()
             self._current = part
         self._backward = backward
 
-    def _close(self) -> None:
+    def _free_current(self) -> None:
         for shard in self._current:
             if self._backward:
                 shard.reduce_gradient()
@@ -160,14 +160,14 @@ class Sharded(Replicated):
         self._current, self._backward = (), False
 
     def owns(self, p: nn.Parameter) -> bool:
-        return p not in self._owned or self._owned[p].mine
+        return p not in self._owned or self._owned[p].is_owner
 
     def updates(self, p: nn.Parameter) -> bool:
-        return self.owns(p) and self._moments.mine(p)
+        return self.owns(p) and self._moments.is_owner(p)
 
-    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+    def assign_owners(self, parameters: Iterable[nn.Parameter]) -> None:
         """Decide which process updates each of the unsharded parameters (any shapes)."""
-        self._moments.share_out(p for p in parameters if p not in self._owned)
+        self._moments.assign_owners(p for p in parameters if p not in self._owned)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -175,24 +175,24 @@ class Sharded(Replicated):
             yield
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._close()
+        self._free_current()
         owned = [*self._owned.values()]
         # gradients that arrived after their block was freed, and parameters without any gradient
         here = [one.p.grad is not None for one in owned]
-        late = [has and not one.mine for one, has in zip(owned, here, strict=True)]
-        learned = [has or one.learned for one, has in zip(owned, here, strict=True)]
-        flags = torch.tensor([late, learned], dtype=torch.int32)
+        late = [has and not one.is_owner for one, has in zip(owned, here, strict=True)]
+        had_gradient = [has or one.had_gradient for one, has in zip(owned, here, strict=True)]
+        flags = torch.tensor([late, had_gradient], dtype=torch.int32)
         self.processes.add([flags])
         for one, came, had in zip(owned, *flags.tolist(), strict=True):
             if came:
                 one.reduce_gradient()
             if not had:
                 one.p.grad = None
-            one.learned = False
+            one.had_gradient = False
         super().add_gradients([p for p in parameters if p not in self._owned])
 
-    def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
-        here = super().moves(parameters)
+    def nonzero_gradients(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
+        here = super().nonzero_gradients(parameters)
         flags = torch.tensor([1 + here[p] if p in here else 0 for p in parameters])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return {p: n == 2 for p, n in zip(parameters, flags.tolist(), strict=True) if n}
@@ -208,7 +208,7 @@ class Sharded(Replicated):
         return torch.linalg.vector_norm(norms.to(reduce(torch.promote_types, kinds)))
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
-        others = {one.storage._cdata for one in self._owned.values() if not one.mine}
+        others = {one.storage._cdata for one in self._owned.values() if not one.is_owner}
         here = {
             name: (tuple(t.shape), t.dtype)
             for name, t in state.items()
@@ -251,7 +251,7 @@ class Sharded(Replicated):
             return cached(kind, key, copy, notice)
 
     def gather_to_first(self) -> None:
-        self._close()
+        self._free_current()
         for shard in self._all:
             shard.fill()
             if self.processes.first:
