@@ -30,8 +30,8 @@ from transformers import PreTrainedModel
 import lorafold as lf
 from lorafold.core.contexts import evaluating
 from lorafold.data import batches as sharing
-from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import Branched
 from lorafold.evaluation.held_out import batches, row_losses
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import CompletionLoss

@@ -37,7 +37,7 @@ from lorafold.evaluation import evaluate, held_out_loss
 from lorafold.models.loading import load_model
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
-from lorafold.recipe.fitting import fitting, spec_of
+from lorafold.recipe.resolve_settings import fitting, spec_of
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEPT, freed_blocks
 from lorafold.training.loop import fit

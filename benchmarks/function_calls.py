@@ -21,8 +21,8 @@ from lib.short import parsed
 from rich.console import Console
 
 import lorafold as lf
-from lorafold.data.calls import parse_calls
 from lorafold.data.messages import tools_of
+from lorafold.data.tool_calls import parse_calls
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation
 from lorafold.models.sources import resolve_model

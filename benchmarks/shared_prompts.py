@@ -18,8 +18,8 @@ from lib.short import parsed
 from lib.work import same_work, targets
 
 import lorafold as lf
-from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import Branched
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences

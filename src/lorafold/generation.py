@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorafold.core.attach import only, selection_of
+from lorafold.data.chat_template import template_of
 from lorafold.data.control_tokens import ids_of
-from lorafold.data.templates import template_of
 from lorafold.engine import Ended, Engine, EventStream, Request, Sampling
 from lorafold.engine.adapters import attached, parts_of
 from lorafold.errors import LorafoldError

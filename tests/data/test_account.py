@@ -12,9 +12,9 @@ import pytest
 from conversation_cases import WEATHER, said, user
 from families import embedded
 from families import tokenizer_of as family
-from lorafold.data.checks import describe_template
+from lorafold.data.chat_template import day_of, on_day
 from lorafold.data.examples import encode, encode_row, identity_of
-from lorafold.data.templates import day_of, on_day
+from lorafold.data.row_checks import describe_template
 from lorafold.doctor.hardware import template as looked_at
 from lorafold.errors import LorafoldError
 from lorafold.training.checkpoint import RunDirectory
@@ -134,11 +134,11 @@ def test_a_run_keeps_the_day_on_which_it_began(tiny_model_dir, tmp_path: Path, m
     file, model = tmp_path / "dated.jinja", tiny_model_dir("llama")
     file.write_text(DATED)
     recipe: dict[str, Any] = {"chat_template": str(file)}
-    monkeypatch.setattr("lorafold.data.templates.date", Day)
+    monkeypatch.setattr("lorafold.data.chat_template.date", Day)
     setup = set_up(request(model, tmp_path / "a", **recipe), quiet())
     began = RunDirectory(tmp_path / "a")
     began.start({"day": setup.day})
-    monkeypatch.setattr("lorafold.data.templates.date", date)
+    monkeypatch.setattr("lorafold.data.chat_template.date", date)
     again = set_up(request(model, tmp_path / "a", resume=True, **recipe), quiet())
     assert setup.day == again.day == "2024-02-03"
     for run in (setup, again):

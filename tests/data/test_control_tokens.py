@@ -23,7 +23,6 @@ import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from conversation_cases import jsonl, said, trained_runs, user
 from families import embedded
-from lorafold.data.branches import encode_preferred
 from lorafold.data.control_tokens import (
     CLOSING,
     NOTE,
@@ -37,6 +36,7 @@ from lorafold.data.control_tokens import (
 )
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.formats import Conversation
+from lorafold.data.preference_examples import encode_preferred
 from lorafold.data.render import prompt_of, render
 from lorafold.models.tokenizer import add_words, set_template
 

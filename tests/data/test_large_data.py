@@ -35,9 +35,9 @@ from lorafold.data.control_tokens import ids_of
 from lorafold.data.examples import CompletionEncoder, encode, in_pieces
 from lorafold.data.formats import CONVERSATIONS, format_of
 from lorafold.data.render import ensure_chat_template, render_trained
+from lorafold.data.row_sources import source_from
 from lorafold.data.row_store import ArrowRows, Rows, SourcePart
 from lorafold.data.rows import read_rows
-from lorafold.data.sources import source_from
 from lorafold.errors import LorafoldError
 from lorafold.files import cache
 from lorafold.files.atomic import MANIFEST

@@ -11,8 +11,8 @@ import pytest
 from conversation_cases import said, user
 from error_cases import refusal
 from large_cases import stream_of
+from lorafold.data.row_sources import source_from
 from lorafold.data.rows import check_rows, read_rows
-from lorafold.data.sources import source_from
 from lorafold.errors import LISTED, LorafoldError, listed, shortened
 from lorafold.models.sources import resolve_model
 

@@ -20,7 +20,7 @@ from lorafold.api.arguments import as_rows, as_stream
 from lorafold.cli import app
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
-from lorafold.data.checks import Findings, find_problems
+from lorafold.data.row_checks import Findings, find_problems
 from lorafold.data.row_store import Origins, RowPlace, Rows
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe

@@ -21,9 +21,9 @@ from large_cases import stream_of
 from lorafold.api.arguments import as_rows
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
+from lorafold.data.row_sources import source_from
 from lorafold.data.row_store import SourcePart
 from lorafold.data.rows import read_rows
-from lorafold.data.sources import source_from
 from lorafold.errors import LorafoldError
 
 ROW = {"prompt": "2024-01-02", "completion": "Hi"}

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 import lorafold as lf
 from error_cases import refusal
-from lorafold.advice import ELSEWHERE, OWNERS, advised
 from lorafold.api.options import RecipeOptions
 from lorafold.cli import _load
 from lorafold.cli.commands import built
 from lorafold.config_import import axolotl, llamafactory, mlx, trl
 from lorafold.config_import.rules import ToolSettings
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import ELSEWHERE, OWNERS, advised
 from lorafold.methods import make_spec
 from lorafold.recipe.fields import GROUPS, Fields
 from lorafold.recipe.parsing import load_recipe

@@ -32,14 +32,14 @@ from conversation_cases import (
 from error_cases import refusal, told_of
 from families import as_taken, embedded, names, tokenizer_of
 from lorafold.cli import app
-from lorafold.data.calls import parse_calls
+from lorafold.data.chat_template import MessageForm, call, template_of
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.formats import PAIRS, Compared, Conversation, format_of
 from lorafold.data.messages import normalized, tools_of
 from lorafold.data.prompts import without_reasoning
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
-from lorafold.data.templates import MessageForm, call, template_of
+from lorafold.data.tool_calls import parse_calls
 from lorafold.engine import Ended
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate

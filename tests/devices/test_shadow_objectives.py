@@ -10,9 +10,9 @@ import torch
 import transformers as tf
 
 from device_cases import Case, apart, llama
-from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import Example
+from lorafold.data.preference_examples import Branched
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.preference_algorithms import (
     BradleyTerry,

@@ -6,7 +6,7 @@ from pathlib import Path
 import lorafold as lf
 from lorafold.data import row_store
 from lorafold.data import rows as reading
-from lorafold.data.sources import source_from
+from lorafold.data.row_sources import source_from
 from lorafold.data.stream import RowStream
 
 N = 2100  # three batches

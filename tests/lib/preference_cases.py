@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafold as lf
-from lorafold.data.branches import Branched, encode_preferred
+from lorafold.data.preference_examples import Branched, encode_preferred
 
 PAIRS = [
     {"prompt": "Book a table for four.", "chosen": "The table is booked.", "rejected": "No."},

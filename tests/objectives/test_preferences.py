@@ -23,8 +23,8 @@ from interrupted_runs import interrupted
 from lorafold.api.arguments import or_quiet
 from lorafold.core.attach import selection_of
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import MismatchedExamples, encode_preferred
 from lorafold.data.examples import encode
+from lorafold.data.preference_examples import MismatchedExamples, encode_preferred
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.objectives import OBJECTIVES

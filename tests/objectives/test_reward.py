@@ -23,8 +23,8 @@ from command_cases import error_of, printed, rows_file, words
 from conftest import lorafold
 from lorafold.api.merge import merge
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import Branched, encode_preferred
 from lorafold.data.examples import Example
+from lorafold.data.preference_examples import Branched, encode_preferred
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import wilson
 from lorafold.evaluation.scoring import reward_figures, score_rows, scores_of

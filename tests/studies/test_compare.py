@@ -27,8 +27,8 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import loss_interval, ratio_interval
 from lorafold.files.html_page import markdown_table
 from lorafold.methods.lora import LoRA
-from lorafold.recipe.fitting import fitting, spec_of, without
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import fitting, spec_of, without
 from lorafold.resolve import Base
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]

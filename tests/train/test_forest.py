@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import lorafold as lf
 from fused_cases import assert_same_step
 from lorafold.data.batches import alike, forest
-from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import Branched
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.gradient_checkpointing import recompute

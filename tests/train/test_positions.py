@@ -10,8 +10,8 @@ from rich.console import Console
 
 import lorafold as lf
 from conftest import make_tokenizer, refused
-from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import Branched
 from lorafold.errors import LorafoldError
 from lorafold.models.positions import Positions, positions_in, positions_of, sequence_of, trained_on
 from lorafold.resolve import Base

@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import nn
 
 from lorafold.adapter.handle import Adapter
-from lorafold.advice import advised
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import (
     Adapted,
@@ -33,6 +32,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.contents import Contents
+from lorafold.foreign_options import advised
 from lorafold.identity import of_model
 from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_class, layer_of

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
 from lorafold.data.formats import PAIRS
+from lorafold.data.row_sources import Row, source_from
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import check_rows, checked, read_rows, renamed
-from lorafold.data.sources import Row, source_from
 from lorafold.errors import LorafoldError, cut
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES

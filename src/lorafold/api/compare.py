@@ -82,8 +82,8 @@ def compare(
     from lorafold.files.atomic import write_text
     from lorafold.files.terminal import print_lines
     from lorafold.quickstart.story import RECIPE
-    from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
     from lorafold.recipe.recipe import Recipe
+    from lorafold.recipe.resolve_settings import fitting, settled_length, spec_of, without
     from lorafold.resolve import Base
     from lorafold.rewards.reward import check_judges
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorafold.composing.run import Composition
-    from lorafold.data.sources import Row
+    from lorafold.data.row_sources import Row
     from lorafold.recipe.recipe import Recipe
 
 
@@ -109,7 +109,7 @@ def compose(
     from lorafold.composing import run
     from lorafold.composing.methods import RECIPE
     from lorafold.composing.request import ComposeRequest
-    from lorafold.recipe.fitting import settled_length
+    from lorafold.recipe.resolve_settings import settled_length
 
     console = or_quiet(console)
     base, saved = base_with(model, adapters, console, **opening)

@@ -113,8 +113,8 @@ def estimate(
     from lorafold.models.sources import EMBEDDED
     from lorafold.ops.arithmetic import widens
     from lorafold.ops.kernel_requirements import DeviceKind, place_of
-    from lorafold.recipe.fitting import LENGTH, fitted_length
     from lorafold.recipe.recipe import Recipe
+    from lorafold.recipe.resolve_settings import LENGTH, fitted_length
     from lorafold.resolve import Base
     from lorafold.runtime.devices import choose_device
 

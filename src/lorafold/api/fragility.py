@@ -153,7 +153,7 @@ def fragility(
     from lorafold.files.terminal import print_lines, progress_bar
     from lorafold.peft.adapter_directory import open_all
     from lorafold.peft.provenance import OwnBase
-    from lorafold.recipe.fitting import settled_length
+    from lorafold.recipe.resolve_settings import settled_length
     from lorafold.resolve import base_for
     from lorafold.robustness import run
     from lorafold.robustness.defences import DEFENCES

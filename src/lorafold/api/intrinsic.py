@@ -57,8 +57,8 @@ def intrinsic(
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.intrinsic import search
     from lorafold.quickstart.story import RECIPE
-    from lorafold.recipe.fitting import settled_length
     from lorafold.recipe.recipe import Recipe
+    from lorafold.recipe.resolve_settings import settled_length
     from lorafold.resolve import Base
     from lorafold.training.request import RunRequest
 

@@ -84,9 +84,9 @@ def generate(run: Run, *, json: Json = False) -> None:
 
     from lorafold import engine
     from lorafold.api.generate import prepared
-    from lorafold.data.calls import parse_calls
     from lorafold.data.control_tokens import IN_PROMPT, is_marked
     from lorafold.data.messages import tools_of
+    from lorafold.data.tool_calls import parse_calls
     from lorafold.generation import stream
 
     asked = {**run.keywords}

@@ -12,9 +12,9 @@ from re import match
 from shlex import join, quote, split
 from typing import Any
 
-from lorafold.advice import ALIKE, ELSEWHERE, OF_SERVERS
 from lorafold.cli.command_line import Word
 from lorafold.errors import LorafoldError, listed
+from lorafold.foreign_options import ALIKE, ELSEWHERE, OF_SERVERS
 
 SAMPLES = ("true", "1")  # for a missing value of a switch or a number
 SPELT = 0.9  # similarity of a misspelling
@@ -108,7 +108,7 @@ def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
 def _of_training_tools(
     key: str, given: Mapping[str, str | None], options: Mapping[str, Any]
 ) -> str:
-    from lorafold.config_import.run import counterpart
+    from lorafold.config_import.translate import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
     problems, trains = [], "--lr" in options

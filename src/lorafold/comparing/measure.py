@@ -29,9 +29,9 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.adapter import Adapter, load
+from lorafold.data.chat_template import on_day
 from lorafold.data.examples import probe_ids
-from lorafold.data.sources import Row
-from lorafold.data.templates import on_day
+from lorafold.data.row_sources import Row
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
 from lorafold.layers import parameter_count
@@ -39,9 +39,9 @@ from lorafold.methods import known_options
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fields import OF_METHOD, OF_TRAINING
-from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import fitting, settled_base, spec_of
 from lorafold.resolve import Base
 from lorafold.training.request import RunRequest, objective_of, tokenizer_for
 from lorafold.training.run import train

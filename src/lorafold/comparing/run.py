@@ -27,8 +27,8 @@ from lorafold.files.atomic import write_json
 from lorafold.files.claims import digest_of, measured, report_other_claims, silent
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
-from lorafold.recipe.fitting import settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import settled_base, spec_of
 from lorafold.rewards import RewardName
 from lorafold.runtime.workers import end_with_parent
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-from lorafold.advice import ELSEWHERE, boolean, near, number
 from lorafold.data.formats import JUDGED
 from lorafold.errors import LorafoldError, as_one, shortened
+from lorafold.foreign_options import ELSEWHERE, boolean, near, number
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import OF_ADAPTER
 

@@ -8,16 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from lorafold.advice import (
-    ELSEWHERE,
-    ONE_RATE,
-    OPTIMIZERS,
-    SCHEDULES,
-    integer,
-    names,
-    number,
-    product,
-)
 from lorafold.config_import.rules import (
     OFF,
     SAME,
@@ -39,6 +29,16 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import (
+    ELSEWHERE,
+    ONE_RATE,
+    OPTIMIZERS,
+    SCHEDULES,
+    integer,
+    names,
+    number,
+    product,
+)
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.options import law_class
 

@@ -12,9 +12,9 @@ import numpy as np
 from lorafold.data.arrow import Judgements, Lists, TableExamples, batch_of, column, digests
 from lorafold.data.examples import NO_LOSS, identity_of, shown
 from lorafold.data.formats import LABELS, Labelled
+from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked, check_provided
-from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
 from lorafold.errors import LorafoldError, listed, shortened
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
+from lorafold.data.chat_template import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.data.formats import Conversation
 from lorafold.data.messages import Tool
-from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import JOINED, rewrite_templates, template_texts
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
+from lorafold.data.chat_template import day_of, template_of
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
 from lorafold.data.formats import CONVERSATIONS, Conversation
 from lorafold.data.render import (
@@ -26,10 +27,9 @@ from lorafold.data.render import (
     ensure_chat_template,
     render_trained,
 )
+from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows, parts_of
 from lorafold.data.rows import as_checked, read_rows
-from lorafold.data.sources import Row
-from lorafold.data.templates import day_of, template_of
 from lorafold.data.tokenizing import Encoded, Encoder, tokenized, with_counts
 from lorafold.errors import LorafoldError
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lorafold.data.arrow import TableExamples, batch_of
+from lorafold.data.chat_template import apply, template_of
 from lorafold.data.control_tokens import as_text, ids_of, is_marked
 from lorafold.data.examples import identity_of
 from lorafold.data.formats import (
@@ -27,9 +28,8 @@ from lorafold.data.formats import (
     formats_for,
 )
 from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
+from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
-from lorafold.data.sources import Row
-from lorafold.data.templates import apply, template_of
 from lorafold.data.tokenizing import Encoded, Encoder, Report
 from lorafold.errors import LorafoldError, listed
 

@@ -19,10 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lorafold.data.control_tokens import as_text, variables_as_text
-from lorafold.data.formats import Conversation
-from lorafold.data.messages import Message, Tool
-from lorafold.data.templates import (
+from lorafold.data.chat_template import (
     ASKED,
     KEY,
     NAME,
@@ -39,6 +36,9 @@ from lorafold.data.templates import (
     common,
     template_of,
 )
+from lorafold.data.control_tokens import as_text, variables_as_text
+from lorafold.data.formats import Conversation
+from lorafold.data.messages import Message, Tool
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import opening
 

@@ -27,8 +27,8 @@ from lorafold.data.formats import (
 )
 from lorafold.data.json_input import SPOKEN, Row, as_known, unusable
 from lorafold.data.messages import KEYS, TURN_KEYS, asks, role_of
+from lorafold.data.row_sources import DataSource, source_from
 from lorafold.data.row_store import LARGE, ArrowRows, Origins, Rows, SourcePart, write_rows
-from lorafold.data.sources import DataSource, source_from
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
 from lorafold.files.cache import cached

@@ -19,8 +19,8 @@ from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import Examples
 from lorafold.data.formats import RowFormat, formats_for
 from lorafold.data.json_input import Row
+from lorafold.data.row_sources import DataSource
 from lorafold.data.rows import RowRemarks, check_provided, checked, renamed
-from lorafold.data.sources import DataSource
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 

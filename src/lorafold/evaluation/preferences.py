@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import Branched
 from lorafold.data.formats import PAIRS
+from lorafold.data.preference_examples import Branched
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.templates import in_words
 from lorafold.files.terminal import Progress, silent

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from lorafold.adapter import load_all
 from lorafold.core.attach import Adapted
-from lorafold.data.branches import Branched, continued
 from lorafold.data.examples import CompletionEncoder, example_of
 from lorafold.data.formats import PROMPT_ONLY, PROMPTS, Conversation
 from lorafold.data.messages import normalized
+from lorafold.data.preference_examples import Branched, continued
 from lorafold.data.render import ensure_chat_template
 from lorafold.engine.adapters import found_below
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from lorafold.core.attach import selection_of
 from lorafold.data.batches import labelled
-from lorafold.data.branches import encode_preferred
 from lorafold.data.classification import LabelledExample, encode_labelled
 from lorafold.data.examples import encode
 from lorafold.data.formats import CONVERSATIONS, LABELS, PAIRS
+from lorafold.data.preference_examples import encode_preferred
 from lorafold.data.prompts import references, without_reasoning
+from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
-from lorafold.data.sources import Row
 from lorafold.evaluation.held_out import by_row, pad_id_of, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures

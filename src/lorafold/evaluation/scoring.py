@@ -29,12 +29,12 @@ import numpy as np
 
 from lorafold.core.contexts import evaluating
 from lorafold.data.arrow import Array
-from lorafold.data.branches import Branched, continued, encode_preferred
 from lorafold.data.examples import encode
 from lorafold.data.formats import PAIRS
+from lorafold.data.preference_examples import Branched, continued, encode_preferred
 from lorafold.data.render import Rendering
+from lorafold.data.row_sources import Row
 from lorafold.data.rows import as_checked
-from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation.held_out import pad_id_of
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson

@@ -19,16 +19,16 @@ from typing import Any
 
 from rich.console import Console
 
+from lorafold.data.chat_template import on_day
 from lorafold.data.row_store import Rows
-from lorafold.data.templates import on_day
 from lorafold.errors import Interrupted, LorafoldError, differing
 from lorafold.files.atomic import read_object, write_json
 from lorafold.files.claims import TOKEN, measured, shared, silent
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
-from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import fitting
 from lorafold.training.checkpoint import FILES, RunDirectory
 from lorafold.training.request import RunRequest, objective_of, tokenized, tokenizer_for
 from lorafold.training.run import train

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import Branched
 from lorafold.memory.trace import Ledger, Setting, attach_below, distinct_bytes
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe

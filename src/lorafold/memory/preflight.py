@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.data.batches import PAYS, BatchFeed, alike, forest, labelled, micro_batches
-from lorafold.data.branches import Branched
+from lorafold.data.preference_examples import Branched
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.files.terminal import format_bytes, print_lines
 from lorafold.memory.estimate import changes_of, estimate

@@ -14,8 +14,8 @@ from lorafold.memory.trace import Setting
 from lorafold.models.quantizations import DEFAULT, IN_FILES, QUANTIZED, Storage
 from lorafold.models.quantize_on_load import quantization_of
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
-from lorafold.recipe.fitting import spec_of, trainable_storage
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import spec_of, trainable_storage
 from lorafold.training_step.adamw import check_rounding
 
 if TYPE_CHECKING:

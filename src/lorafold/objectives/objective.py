@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
-from lorafold.data.checks import describe_template
 from lorafold.data.examples import WHOLE
 from lorafold.data.render import Rendering, ensure_chat_template
+from lorafold.data.row_checks import describe_template
+from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.data.rows import as_checked
-from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, Measured, RewardEvaluation, evaluate, held_out_loss

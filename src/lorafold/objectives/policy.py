@@ -25,9 +25,9 @@ from lorafold.data.examples import WHOLE
 from lorafold.data.formats import PROMPTS
 from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.render import Rendering
+from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
-from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards

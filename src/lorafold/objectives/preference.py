@@ -24,9 +24,9 @@ from torch import nn
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.arrow import Array, Items
 from lorafold.data.batches import BatchFeed, StoredFeed
-from lorafold.data.branches import Branched, BranchedExamples, Branches, preferred
 from lorafold.data.examples import WHOLE, preview
 from lorafold.data.formats import PAIRS
+from lorafold.data.preference_examples import Branched, BranchedExamples, Branches, preferred
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoded, Encoder

@@ -15,9 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from lorafold.advice import advice
 from lorafold.errors import LorafoldError, called_now, cut, listed
 from lorafold.files.record import RENAMED, named_as_now
+from lorafold.foreign_options import advice
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import OF_METHOD, Fields
 

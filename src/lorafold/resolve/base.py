@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafold.data.chat_template import day_of
 from lorafold.data.control_tokens import allow
-from lorafold.data.templates import day_of
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.contents import file_digest
 from lorafold.files.model_card import EMBEDDED

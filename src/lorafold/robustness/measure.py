@@ -27,9 +27,9 @@ from torch import Tensor
 from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only, selection_of
 from lorafold.core.contexts import evaluating
+from lorafold.data.chat_template import on_day
 from lorafold.data.examples import NO_LOSS, Example, encode
 from lorafold.data.prompts import PromptRow, prompts_of
-from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.held_out import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson

@@ -15,8 +15,8 @@ import numpy as np
 
 from lorafold.composing.updates import names
 from lorafold.data.prompts import questions_in
+from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows, SourcePart
-from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.claims import digest_of
 from lorafold.identity import of_adapter

@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafold.data.calls import grammar_of, parse_calls, special_words
+from lorafold.data.chat_template import template_of
 from lorafold.data.messages import Tool
-from lorafold.data.templates import template_of
+from lorafold.data.tool_calls import grammar_of, parse_calls, special_words
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token, may_begin
 from lorafold.serving.errors import FIELDS, Refusal, wrong

@@ -13,12 +13,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lorafold.data.calls import grammar_of, parse_calls, special_words
+from lorafold.data.chat_template import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call, template_of
 from lorafold.data.control_tokens import as_text, ids_of, tokens_of
 from lorafold.data.formats import Conversation
 from lorafold.data.messages import Message, Tool
 from lorafold.data.render import HELP, check_able, prompt_of
-from lorafold.data.templates import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call, template_of
+from lorafold.data.tool_calls import grammar_of, parse_calls, special_words
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens

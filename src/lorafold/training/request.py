@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorafold.data.batches import BatchFeed, StoredFeed, epoch_size, split
-from lorafold.data.checks import STREAMED, Findings, find_problems
 from lorafold.data.control_tokens import ALL, allow
 from lorafold.data.render import Rendering
+from lorafold.data.row_checks import STREAMED, Findings, find_problems
+from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
-from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.files.contents import file_digest
 from lorafold.files.terminal import print_lines
@@ -25,8 +25,8 @@ from lorafold.models.tokenizer import Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_formats
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
 from lorafold.peft.adapter_directory import SavedAdapter
-from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import settled_length, spec_of
 from lorafold.resolve import Base
 from lorafold.training.checkpoint import RunDirectory
 

@@ -21,9 +21,9 @@ from lorafold.core.attach import Adapted, Origin
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
-from lorafold.data.branches import Branched
-from lorafold.data.checks import Findings
-from lorafold.data.templates import day_of, on_day
+from lorafold.data.chat_template import day_of, on_day
+from lorafold.data.preference_examples import Branched
+from lorafold.data.row_checks import Findings
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
@@ -38,7 +38,7 @@ from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.provenance import mismatch, same_adapters
 from lorafold.recipe.fields import OF_ADAPTER
-from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
+from lorafold.recipe.resolve_settings import left_out, settled_base, spec_of, without
 from lorafold.resolve.base import check_language_model
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import ALONE, Processes

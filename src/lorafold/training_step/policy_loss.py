@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import Branched
 from lorafold.errors import LorafoldError
 from lorafold.ops.host_tensors import all_sent, sent
 from lorafold.runtime.processes import ALONE, Processes

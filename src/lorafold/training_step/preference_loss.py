@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import Branched
+from lorafold.data.preference_examples import Branched
 from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
 from lorafold.ops.host_tensors import all_sent, on_host, sent

@@ -23,8 +23,8 @@ from lorafold.data.batches import (
     leaders,
     micro_batches,
 )
-from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
+from lorafold.data.preference_examples import Branched
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host_tensors import on_host, sent
 from lorafold.training_step.losses import Loss, row_at, similar_lengths

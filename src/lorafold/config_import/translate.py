@@ -35,9 +35,9 @@ from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.options import law_of, policy_options
 from lorafold.peft.config import CONFIG
-from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.parsing import parse_yaml, text_of, yaml_type
 from lorafold.recipe.recipe import UNWORDED, Recipe
+from lorafold.recipe.resolve_settings import left_out, spec_of, trainable_storage
 
 WIDTH = 100
 HEADS = {

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, batch_of, digests
+from lorafold.data.chat_template import common
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
 from lorafold.data.formats import JUDGED, PAIRS, Compared, Conversation
 from lorafold.data.json_input import json_type
 from lorafold.data.render import Rendering
+from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows, named, parts_of
 from lorafold.data.rows import as_checked
-from lorafold.data.sources import Row
-from lorafold.data.templates import common
 from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
 from lorafold.errors import LISTED, LorafoldError, listed
 

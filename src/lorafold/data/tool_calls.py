@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorafold.data.chat_template import ASKED, KNOWN, Template, attempt, call, common, template_of
 from lorafold.data.messages import Tool, tool_problems
-from lorafold.data.templates import ASKED, KNOWN, Template, attempt, call, common, template_of
 from lorafold.errors import LorafoldError, as_one
 
 if TYPE_CHECKING:

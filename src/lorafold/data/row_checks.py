@@ -17,11 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, TableExamples, column, digests
-from lorafold.data.examples import EMPTY, TRAINED
-from lorafold.data.formats import Conversation
-from lorafold.data.render import render_trained
-from lorafold.data.row_store import RowPlace, Rows, named
-from lorafold.data.templates import (
+from lorafold.data.chat_template import (
     ASKED,
     KEY,
     NAME,
@@ -35,6 +31,10 @@ from lorafold.data.templates import (
     day_of,
     template_of,
 )
+from lorafold.data.examples import EMPTY, TRAINED
+from lorafold.data.formats import Conversation
+from lorafold.data.render import render_trained
+from lorafold.data.row_store import RowPlace, Rows, named
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import set_variables, variables_of
 
