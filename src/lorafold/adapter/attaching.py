@@ -32,7 +32,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.contents import Contents
-from lorafold.foreign_options import advised
+from lorafold.foreign_options import with_suggestions
 from lorafold.identity import of_model
 from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_class, layer_of
@@ -47,7 +47,7 @@ from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, misma
 log = logging.getLogger(__name__)
 
 
-@advised
+@with_suggestions
 def attach(
     model: nn.Module,
     spec: Spec,

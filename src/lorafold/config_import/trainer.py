@@ -30,7 +30,7 @@ from lorafold.config_import.rules import (
 from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import (
-    ELSEWHERE,
+    FOREIGN_OPTIONS,
     ONE_RATE,
     OPTIMIZERS,
     SCHEDULES,
@@ -150,7 +150,7 @@ def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def rate(is_lora: Condition) -> Reader:
-    both = ELSEWHERE["learning_rate"]
+    both = FOREIGN_OPTIONS["learning_rate"]
     return lambda value, settings: (
         taken(both.remark, **both.read(value, {})) if is_lora(settings) else taken(lr=number(value))
     )

@@ -28,7 +28,7 @@ from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.recipe import Recipe
-from lorafold.recipe.resolve_settings import fitting
+from lorafold.recipe.resolve_settings import with_method
 from lorafold.training.checkpoint import FILES, RunDirectory
 from lorafold.training.request import RunRequest, objective_of, tokenized, tokenizer_for
 from lorafold.training.run import train
@@ -173,7 +173,7 @@ def run(
     request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float
 ) -> HeldOutLoss:
     """The held-out loss of a run, which is resumed if it was stopped; its files are removed."""
-    recipe = fitting(recipe, method).model_copy(update={"options": options})
+    recipe = with_method(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:
         trained = train(

@@ -31,7 +31,7 @@ from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.form import form_of
 from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
 from lorafold.peft.tensors import saved_tensors, sites_of
-from lorafold.recipe.fields import OF_METHOD
+from lorafold.recipe.fields import METHOD_FIELDS
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.memory import RETURNED, freed_blocks, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
@@ -198,7 +198,7 @@ def write_adapter(
         record = record | {"figures": figures}
     targets = adapter.matches.paths
     # in the card, fields that are None show the value that the run used
-    taken = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
+    taken = {name: getattr(spec, name, None) for name in (*METHOD_FIELDS, "targets")}
     names = {"": "lr", UP: "lr_b"}
     groups = [group for group in plan.optimizer.param_groups if group["of"] in names]
     taken |= {names[group["of"]]: group["peak"] for group in groups}

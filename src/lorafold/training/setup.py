@@ -37,8 +37,8 @@ from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.provenance import mismatch, same_adapters
-from lorafold.recipe.fields import OF_ADAPTER
-from lorafold.recipe.resolve_settings import left_out, settled_base, spec_of, without
+from lorafold.recipe.fields import ADAPTER_FIELDS
+from lorafold.recipe.resolve_settings import ignored_fields, ignored_note, resolve_storage, spec_of
 from lorafold.resolve.base import check_language_model
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import ALONE, Processes
@@ -105,9 +105,9 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
     if request.recipe.optimizer not in ("auto", "adamw"):
         bitsandbytes_optimizers(request.recipe.optimizer)
     spec = spec_of(request.recipe)
-    if left_out(request.recipe):
-        print_lines(console, without(request.recipe))
-    fixed = sorted(OF_ADAPTER & request.recipe.model_fields_set)
+    if ignored_fields(request.recipe):
+        print_lines(console, ignored_note(request.recipe))
+    fixed = sorted(ADAPTER_FIELDS & request.recipe.model_fields_set)
     if request.init_adapter and fixed:
         raise LorafoldError(
             f"{', '.join(fixed)}: the adapter of --init-adapter fixes these fields; remove them"
@@ -159,7 +159,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         check_places(request, objective.reads)
     if saved and not objective.outputs:
         check_language_model(request.base, saved)
-    storage = settled_base(request.recipe, spec, request.base.source, saved)
+    storage = resolve_storage(request.recipe, spec, request.base.source, saved)
     request = with_length(request, saved, console)
     recipe = request.recipe.model_copy(update={"storage": storage})
     base = request.base.stored(storage)
