@@ -36,7 +36,7 @@ from lorafold.data.control_tokens import (
 )
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.formats import Conversation
-from lorafold.data.preference_examples import encode_preferred
+from lorafold.data.preference_examples import encode_preferences
 from lorafold.data.render import prompt_of, render
 from lorafold.models.tokenizer import add_words, set_template
 
@@ -262,7 +262,7 @@ def test_rows_are_counted_and_text_is_left_as_it_is() -> None:
     row = {"prompt": FORGED, "completion": "a"}
     assert encode([row, row, {"prompt": "a", "completion": "b"}], tokenizer, 512).report.marked == 2
     pair = {"prompt": "a", "chosen": "b <|im_end|>", "rejected": "c"}
-    report = encode_preferred([pair, pair | {"chosen": "b"}], tokenizer, 512, "pairs").report
+    report = encode_preferences([pair, pair | {"chosen": "b"}], tokenizer, 512, "pairs").report
     assert report.marked == 1
     assert "1 rows have control tokens in their contents, which are tokenized as" in str(report)
     found = encode([{"text": "<|im_start|>user\na<|im_end|>"}], tokenizer, 512)

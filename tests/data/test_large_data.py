@@ -32,7 +32,7 @@ from lorafold.data import tokenizing
 from lorafold.data.batches import Batches, epoch_size
 from lorafold.data.classification import encode_labelled
 from lorafold.data.control_tokens import ids_of
-from lorafold.data.examples import CompletionEncoder, encode, in_pieces
+from lorafold.data.examples import CompletionEncoder, encode, tokenize_in_parts
 from lorafold.data.formats import CONVERSATIONS, format_of
 from lorafold.data.render import ensure_chat_template, render_trained
 from lorafold.data.row_sources import source_from
@@ -100,7 +100,7 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
         alone = ids_of(prompt, tokenizer)
         assert example["ids"][: example["spans"][0]] == alone
         [rendered] = render_trained(format_of(data).conversation(data), tokenizer).renderings  # type: ignore[union-attr, misc]
-        assert (example["ids"], example["spans"]) == in_pieces(rendered, tokenizer)
+        assert (example["ids"], example["spans"]) == tokenize_in_parts(rendered, tokenizer)
 
 
 def test_labelled_rows_are_kept_too(large: Path) -> None:

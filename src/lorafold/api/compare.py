@@ -83,12 +83,7 @@ def compare(
     from lorafold.files.terminal import print_lines
     from lorafold.quickstart.story import RECIPE
     from lorafold.recipe.recipe import Recipe
-    from lorafold.recipe.resolve_settings import (
-        ignored_note,
-        resolve_max_length,
-        spec_of,
-        with_method,
-    )
+    from lorafold.recipe.resolve_settings import ignored_note, resolve_length, spec_of, with_method
     from lorafold.resolve import Base
     from lorafold.rewards.reward import check_judges
 
@@ -109,7 +104,7 @@ def compare(
     names = [name for name in names if name not in left_out]
     settings = variants(recipe, names, vary or {})
     virtual = max(spec_of(with_method(one.of(recipe), one.method)).positions for one in settings)
-    recipe = resolve_max_length(recipe, base, virtual, console)
+    recipe = resolve_length(recipe, base, virtual, console)
     task = ComparisonTask(base, rows, held_out, source, recipe)
     _ = task.identity  # reports errors in rewards first
     check_judges(recipe.objective_options.get("rewards", ()))

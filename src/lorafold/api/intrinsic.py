@@ -58,7 +58,7 @@ def intrinsic(
     from lorafold.inspecting.intrinsic import search
     from lorafold.quickstart.story import RECIPE
     from lorafold.recipe.recipe import Recipe
-    from lorafold.recipe.resolve_settings import resolve_max_length
+    from lorafold.recipe.resolve_settings import resolve_length
     from lorafold.resolve import Base
     from lorafold.training.request import RunRequest
 
@@ -68,7 +68,7 @@ def intrinsic(
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(model, **opening)
-    recipe = resolve_max_length(recipe, base, 0, console)
+    recipe = resolve_length(recipe, base, 0, console)
     # held-out rows measure here, so they must not select the number of steps
     steps = recipe.total_steps(epoch_size(Rows.of(rows).parts))
     recipe = recipe.model_copy(update={"steps": steps})

@@ -31,7 +31,7 @@ from torch import nn
 from lorafold.adapter import Adapter, load
 from lorafold.data.chat_template import on_day
 from lorafold.data.examples import probe_ids
-from lorafold.data.row_sources import Row
+from lorafold.data.json_input import Row
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
 from lorafold.layers import parameter_count

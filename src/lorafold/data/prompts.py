@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lorafold.data.arrow import TableExamples, batch_of
+from lorafold.data.arrow import TableExamples, to_batch
 from lorafold.data.chat_template import apply, template_of
 from lorafold.data.control_tokens import as_text, ids_of, is_marked
-from lorafold.data.examples import identity_of
+from lorafold.data.examples import tokenizer_identity
 from lorafold.data.formats import (
     CONVERSATIONS,
     PROMPT_ONLY,
@@ -27,8 +27,8 @@ from lorafold.data.formats import (
     format_of,
     formats_for,
 )
+from lorafold.data.json_input import Row
 from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
-from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoded, Encoder, Report
 from lorafold.errors import LorafoldError, listed
@@ -147,7 +147,7 @@ def prompts_of(
     return prompts
 
 
-ASKED = ("prompt", "messages", "conversations")  # keys with the prompt
+PROMPT_KEYS = ("prompt", "messages", "conversations")  # keys with the prompt
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class TokenizedPrompt:
     @property
     def other_fields(self) -> dict[str, Any]:
         """The fields besides the prompt, including `answer`."""
-        fields = {key: value for key, value in self.row.items() if key not in ASKED}
+        fields = {key: value for key, value in self.row.items() if key not in PROMPT_KEYS}
         if fields.get("answer") is None and self.answer is not None:
             fields["answer"] = self.answer
         return fields
@@ -197,11 +197,11 @@ class PromptEncoder(Encoder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"kind": "prompts", **identity_of(self.tokenizer)}
+        return {"kind": "prompts", **tokenizer_identity(self.tokenizer)}
 
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
         entries = [{"row": n} | self._prompt(one) for n, one in enumerate(given, first)]
-        return batch_of(entries, ("row",), ("ids",), ("marked",), ("problem",))
+        return to_batch(entries, ("row",), ("ids",), ("marked",), ("problem",))
 
     def _prompt(self, given: Conversation) -> dict[str, Any]:
         try:
@@ -226,14 +226,14 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
         return TokenizedPrompt(tuple(self._ids[index].tolist()), self._rows[number], str(place))
 
 
-def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:
-    """Raises if a prompt exceeds `most` tokens."""
+def prompt_data(table: pa.Table, rows: Rows, max_tokens: int) -> Encoded:
+    """Raises if a prompt exceeds `max_tokens`."""
     examples = PromptExamples(table, rows)
     longest = int(examples.lengths.max(initial=0))
-    if longest > most:
+    if longest > max_tokens:
         raise LorafoldError(
             f"{examples[int(examples.lengths.argmax())].where}: found a prompt of {longest} tokens,"
-            f" expected at most {most} (max_length minus max_new_tokens); raise max_length"
+            f" expected at most {max_tokens} (max_length minus max_new_tokens); raise max_length"
         )
     line = f"{len(examples)} prompts; the longest has {longest} tokens"
     return Encoded(examples, Report(line, marked=examples.marked), rows.parts)

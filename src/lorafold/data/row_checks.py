@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import TURNS, Array, TableExamples, column, digests
+from lorafold.data.arrow import TURNS, Array, TableExamples, column, hash_rows
 from lorafold.data.chat_template import (
     ASKED,
     KEY,
@@ -244,26 +244,26 @@ def find_problems(
     roles, silent, empty = turns_of(examples, rows)
     if roles:
         results["empty_answers"] = _finding("empty_answers", rows, empty)
-    if judged := examples.judged:
+    if judgements := examples.judgements:
         # rows whose verdict differs from the first one on the same subject
-        _, at, which = np.unique(judged.subjects, return_index=True, return_inverse=True)
-        other = judged.verdicts != judged.verdicts[at[which]]
-        contrary = examples.rows[other], examples.rows[at[which][other]]
+        _, at, which = np.unique(judgements.subjects, return_index=True, return_inverse=True)
+        other = judgements.verdicts != judgements.verdicts[at[which]]
+        contradiction = examples.rows[other], examples.rows[at[which][other]]
         results["contradictions"] = _finding(
-            "contradictions", rows, *contrary, about=judged.contrary
+            "contradictions", rows, *contradiction, about=judgements.contradiction
         )
     if examples.ends_lost is not None:
         cut = examples.rows[examples.ends_lost]
         results["ends_lost"] = _finding("ends_lost", rows, cut, about=max_length)
     results["untrained"] = _finding("untrained", rows, np.setdiff1d(np.arange(len(rows)), of))
-    return Findings(len(rows), results, judged.labels if judged else {}, roles, silent)
+    return Findings(len(rows), results, judgements.labels if judgements else {}, roles, silent)
 
 
 def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
     """Returns ascending indices of the rows with examples (n,), and their digests (n,)."""
     starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
     place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
-    own = digests(*examples.compared_by)[examples.chosen]
+    own = hash_rows(*examples.compared_by)[examples.indices]
     weighted = own.astype(np.uint64) * (2 * place + 1).astype(np.uint64)
     return examples.rows[starts], np.add.reduceat(weighted, starts)
 

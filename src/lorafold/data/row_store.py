@@ -43,14 +43,14 @@ def named(places: Iterable[RowPlace]) -> Iterator[str]:
 @dataclass(frozen=True)
 class Origins:
     """The places of rows, in runs of (file, first number, count), which blank lines interrupt;
-    without runs, rows are numbered in order. `chosen` (n,) are the selected rows.
+    without runs, rows are numbered in order. `indices` (n,) are the selected rows.
     """
 
     runs: tuple[tuple[str, int, int], ...] = ()
-    chosen: Array | None = field(default=None, compare=False)
+    indices: Array | None = field(default=None, compare=False)
 
     def select(self, indices: Array) -> Origins:
-        return replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
+        return replace(self, indices=indices if self.indices is None else self.indices[indices])
 
     def places(self, rows: Iterable[int]) -> list[RowPlace]:
         run, after = self._runs(np.fromiter(rows, np.int64))
@@ -68,7 +68,7 @@ class Origins:
 
     def _runs(self, rows: Array) -> tuple[Array, Array]:
         """Returns the run of each row, and its offset."""
-        at = rows if self.chosen is None else self.chosen[rows]
+        at = rows if self.indices is None else self.indices[rows]
         starts = np.cumsum([0, *(count for *_, count in self.runs)])
         run = np.searchsorted(starts, at, "right") - 1
         return run, at - starts[run]
@@ -83,34 +83,34 @@ class SourcePart:
 
 
 class ArrowRows(Items[Row]):
-    """Rows of a file by `write_rows`; `chosen` (n,) selects."""
+    """Rows of a file by `write_rows`; `indices` (n,) select some."""
 
-    def __init__(self, path: Path, chosen: Array | None = None) -> None:
-        self._path, self._chosen, self._text = path, chosen, open_table(path).column("row")
+    def __init__(self, path: Path, indices: Array | None = None) -> None:
+        self._path, self._indices, self._text = path, indices, open_table(path).column("row")
 
     def __reduce__(self) -> tuple[type[ArrowRows], tuple[Any, ...]]:
         # another process maps the file itself
-        return ArrowRows, (self._path, self._chosen)
+        return ArrowRows, (self._path, self._indices)
 
     def __len__(self) -> int:
-        return len(self._text) if self._chosen is None else len(self._chosen)
+        return len(self._text) if self._indices is None else len(self._indices)
 
     def item(self, index: int) -> Row:
-        at = index if self._chosen is None else int(self._chosen[index])
+        at = index if self._indices is None else int(self._indices[index])
         return json.loads(self._text[at].as_py())
 
     def __iter__(self) -> Iterator[Row]:
         return map(json.loads, self.texts())
 
     def texts(self) -> Iterator[str]:
-        if self._chosen is not None:
-            yield from (self._text[int(i)].as_py() for i in self._chosen)
+        if self._indices is not None:
+            yield from (self._text[int(i)].as_py() for i in self._indices)
             return
         for chunk in self._text.chunks:
             yield from chunk.to_pylist()
 
     def select(self, indices: Array) -> ArrowRows:
-        return ArrowRows(self._path, indices if self._chosen is None else self._chosen[indices])
+        return ArrowRows(self._path, indices if self._indices is None else self._indices[indices])
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class StreamFeed(BatchFeed):
     batch: int
     steps: int
     seed: int
-    foreseen = 50
+    num_previewed = 50
     _counts: Counter[str] = field(default_factory=Counter)
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
@@ -101,7 +101,7 @@ class StreamFeed(BatchFeed):
         rows = islice(self.rows(self.seed), step * self.batch, None)
         return (self._examples(rows, self.batch) for _ in range(step, self.steps))
 
-    def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
+    def random_batches(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
         rows = self.rows(seed)
         return (self._examples(rows, size) for _ in range(n))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TOKENS = "tokens.arrow"
-ROOMS = ("data", "models/built_in_templates")  # code that determines the tokens
+CODE_PATHS = ("data", "models/built_in_templates")  # code that determines the tokens
 PACKAGES = ("jinja2", "tokenizers", "transformers")
 
 
@@ -76,14 +76,14 @@ class Report:
         return with_counts(self.line, (self.truncated, cut), (self.marked, MARKED))
 
 
-def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
+def tokenize_rows(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
     """Returns all examples in the order of the rows; raises for rows with a problem."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     check_provided(rows.formats, encoder.takes)
     if rows.measured[1] > LARGE:
-        table = _kept(rows, encoder, console)
+        table = _cached_table(rows, encoder, console)
     else:
         with closing(_chunks(rows.rows, len(rows), console)) as chunks:
             batches = [
@@ -103,7 +103,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
     return table
 
 
-def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
+def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
     import pyarrow as pa
 
     def notice(text: str) -> None:
@@ -127,7 +127,7 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
         with (
             pa.OSFile(str(directory / TOKENS), "wb") as file,
             pa.ipc.new_stream(file, first.schema) as writer,
-            workers(partial(_encoded, rows, encoder)) as mapped,
+            workers(partial(_encode_texts, rows, encoder)) as mapped,
             closing(_chunks(rows.texts(), len(rows), console)) as chunks,
         ):
             for batch in mapped(chunks):
@@ -135,12 +135,12 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
 
     from lorafold.identity import of_code  # imports torch
 
-    code = of_code(*ROOMS, packages=PACKAGES)
+    code = of_code(*CODE_PATHS, packages=PACKAGES)
     key = json.dumps([code, rows.sha256, encoder.identity], sort_keys=True)
     return open_table(cached("tokens", key, write, notice) / TOKENS)
 
 
-def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
+def _encode_texts(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
     return encoder.encode(rows.extract(encoder.takes, [*map(json.loads, texts)], first), first)
 
 

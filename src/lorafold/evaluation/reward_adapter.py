@@ -24,7 +24,7 @@ from lorafold.core.attach import Adapted
 from lorafold.data.examples import CompletionEncoder, example_of
 from lorafold.data.formats import PROMPT_ONLY, PROMPTS, Conversation
 from lorafold.data.messages import normalized
-from lorafold.data.preference_examples import Branched, continued
+from lorafold.data.preference_examples import BranchedRow, split_completion
 from lorafold.data.render import ensure_chat_template
 from lorafold.engine.adapters import found_below
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
@@ -136,7 +136,7 @@ class AdapterReward:
     def close(self) -> None:
         """Does nothing."""
 
-    def _texts(self, judged: Sequence[Judged]) -> list[Branched]:
+    def _texts(self, judged: Sequence[Judged]) -> list[BranchedRow]:
         """Tokenizes prompts and completions, with the completion as the only branch."""
         answered = []
         for one in judged:
@@ -158,7 +158,7 @@ class AdapterReward:
             if len(ids) > self._most:
                 problem = f"found a text of {len(ids)} tokens, expected at most the {self._most}"
                 raise failure(self.name, f"{problem} positions of the model", [one])
-            texts.append(continued(example_of(ids, entries[number]["spans"])))
+            texts.append(split_completion(example_of(ids, entries[number]["spans"])))
         return texts
 
 

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.core.attach import selection_of
-from lorafold.data.batches import labelled
+from lorafold.data.batches import num_targets
 from lorafold.data.classification import LabelledExample, encode_labelled
 from lorafold.data.examples import encode
 from lorafold.data.formats import CONVERSATIONS, LABELS, PAIRS
-from lorafold.data.preference_examples import encode_preferred
+from lorafold.data.json_input import Row
+from lorafold.data.preference_examples import encode_preferences
 from lorafold.data.prompts import references, without_reasoning
-from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.evaluation.held_out import by_row, pad_id_of, row_losses
@@ -184,13 +184,13 @@ def evaluate(
     of_row: dict[int, tuple[float, int]] = {}
     for loss, row, example in zip(losses, data.examples.rows.tolist(), data.examples, strict=True):
         s, n = of_row.get(row, (0.0, 0))
-        of_row[row] = s + loss, n + labelled(example)
+        of_row[row] = s + loss, n + num_targets(example)
     sums, answers, preference = [*of_row.values()], tuple[Answer, ...](), None
     if settings.completions:
         answers = _completions(model, tokenizer, rows, settings.max_new_tokens, console)
     hits = sum(answer.exact for answer in answers)
     if rows.provides(PAIRS):
-        pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
+        pairs = encode_preferences(rows, tokenizer, max_length, PAIRS).examples
         with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
             law = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
             preference = preference_figures(law, pairs, bool(selection_of(model).names), step)

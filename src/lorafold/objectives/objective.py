@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
 from lorafold.data.examples import WHOLE
+from lorafold.data.json_input import Row
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.row_checks import describe_template
-from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.data.rows import as_checked
-from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.data.tokenizing import Encoder, tokenize_rows
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, Measured, RewardEvaluation, evaluate, held_out_loss
 from lorafold.evaluation.rollouts import RolloutSize
@@ -290,7 +290,7 @@ def examples_of(
     """
     encoder = objective.encoder(tokenizer, rendering)
     rows = as_checked(rows, encoder.takes)
-    data = objective.data(tokenized(rows, encoder, console), rows, max_length)
+    data = objective.data(tokenize_rows(rows, encoder, console), rows, max_length)
     if console is not None:
         print_lines(console, f"{called}: {data.report}")
     return data

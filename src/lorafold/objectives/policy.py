@@ -23,9 +23,9 @@ from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.examples import WHOLE
 from lorafold.data.formats import PROMPTS
+from lorafold.data.json_input import Row
 from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.render import Rendering
-from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.tokenizing import Encoded, Encoder

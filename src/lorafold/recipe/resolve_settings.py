@@ -110,7 +110,7 @@ def resolve_storage(
     return "auto"
 
 
-def resolve_max_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
+def resolve_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
     """The recipe with its maximum length in tokens: as set, or the default within the base's
     positions, of which adapters take `before`.
     """

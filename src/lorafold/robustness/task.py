@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from lorafold.composing.updates import names
+from lorafold.data.json_input import Row
 from lorafold.data.prompts import questions_in
-from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.claims import digest_of

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from lorafold.data.examples import NO_LOSS, EncodingReport, Example, encode_row
 from lorafold.data.formats import CONVERSATIONS, Conversation
+from lorafold.data.json_input import Row
 from lorafold.data.messages import Message, Tool
 from lorafold.data.row_checks import Findings, describe_template
-from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
 from lorafold.data.stream import RowStream
 from lorafold.files.html_page import html_table, notes, section, write_page

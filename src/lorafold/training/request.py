@@ -13,9 +13,9 @@ from rich.console import Console
 
 from lorafold.data.batches import BatchFeed, StoredFeed, epoch_size, split
 from lorafold.data.control_tokens import ALL, allow
+from lorafold.data.json_input import Row
 from lorafold.data.render import Rendering
 from lorafold.data.row_checks import STREAMED, Findings, find_problems
-from lorafold.data.row_sources import Row
 from lorafold.data.row_store import Rows
 from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.files.contents import file_digest
@@ -26,7 +26,7 @@ from lorafold.objectives import OBJECTIVES, check_formats
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
-from lorafold.recipe.resolve_settings import resolve_max_length, spec_of
+from lorafold.recipe.resolve_settings import resolve_length, spec_of
 from lorafold.resolve import Base
 from lorafold.training.checkpoint import RunDirectory
 
@@ -105,7 +105,7 @@ def objective_of(request: RunRequest, saved: Sequence[SavedAdapter] = ()) -> Obj
 
 def with_length(request: RunRequest, saved: Sequence[SavedAdapter], console: Console) -> RunRequest:
     """The request with `max_length` set: the resumed run's, if the recipe does not set it, else
-    from `resolve_max_length`.
+    from `resolve_length`.
     """
     recipe, began = request.recipe, None
     if request.resume and "max_length" not in recipe.model_fields_set:
@@ -114,7 +114,7 @@ def with_length(request: RunRequest, saved: Sequence[SavedAdapter], console: Con
         return replace(request, recipe=recipe.model_copy(update={"max_length": began}))
     before = sum(one.spec.positions for one in saved)
     before += 0 if request.init_adapter else spec_of(recipe).positions
-    return replace(request, recipe=resolve_max_length(recipe, request.base, before, console))
+    return replace(request, recipe=resolve_length(recipe, request.base, before, console))
 
 
 def tokenizer_for(

@@ -222,7 +222,7 @@ def in_common(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
     once, each, recipe = 0, 0, setup.request.recipe
     if isinstance(setup.objective, OnPolicy):
         return None
-    for examples in islice(feed.after(0), min(SAMPLED, feed.foreseen)):
+    for examples in islice(feed.after(0), min(SAMPLED, feed.num_previewed)):
         each += sum(loss.computed([example]) for example in examples)
         for part in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
             once += loss.computed([examples[i] for i in part])
@@ -269,6 +269,6 @@ def sample_losses(
             f" {recipe.objective} lacks; use another objective, and set asks_losses in the spec"
         )
     loss.train()
-    for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
+    for chosen in feed.random_batches(n, rows or recipe.batch, recipe.seed + 1):
         inputs = loss.collate(chosen, loss.device)
         yield loss(**inputs, **loss.of_step(chosen)) / max(1, sum(map(loss.count, chosen)))

@@ -22,7 +22,7 @@ from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
 from lorafold.data.chat_template import day_of, on_day
-from lorafold.data.preference_examples import Branched
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.data.row_checks import Findings
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
@@ -298,12 +298,12 @@ def largest_setting(setup: Setup) -> Setting:
 def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
     """Raise for a row with more tokens than the model has positions."""
     most = setup.request.recipe.max_length
-    foreseen = (e for rows in islice(setup.feed.after(0), setup.feed.foreseen) for e in rows)
+    foreseen = (e for rows in islice(setup.feed.after(0), setup.feed.num_previewed) for e in rows)
     held_out = setup.held_out.examples if setup.held_out else ()
     longest = max(
         len(document.ids)
         for e in chain(foreseen, held_out)
-        for document in (e.documents() if isinstance(e, Branched) else (e,))
+        for document in (e.documents() if isinstance(e, BranchedRow) else (e,))
     )
     if longest > limit:
         raise LorafoldError(
