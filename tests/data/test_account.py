@@ -12,7 +12,7 @@ import pytest
 from conversation_cases import WEATHER, said, user
 from families import embedded
 from families import tokenizer_of as family
-from lorafold.data.chat_template import day_of, on_day
+from lorafold.data.chat_template import date_used, with_date
 from lorafold.data.examples import encode, encode_row, tokenizer_identity
 from lorafold.data.row_checks import describe_template
 from lorafold.doctor.hardware import template as looked_at
@@ -107,15 +107,16 @@ def test_a_date_is_that_of_the_rendering_and_part_of_what_ids_depend_on() -> Non
     tokenizer.chat_template = DATED
     assert "the template inserts today's date" in "; ".join(describe_template(tokenizer).lines)
     row = {"prompt": "How?", "completion": "So."}
-    fixed = on_day(tokenizer, "2024-02-03")
+    fixed = with_date(tokenizer, "2024-02-03")
     [[example], _] = encode_row(row, fixed)
     assert tokenizer.decode(example.ids).startswith("03 February 2024")
     assert tokenizer_identity(fixed)["day"] == ""
     tokenizer.chat_template = "{% if strftime_now is defined %}" + DATED + "{% endif %}"
-    assert day_of(tokenizer)
-    assert not day_of(on_day(tokenizer, "2024-02-03"))
+    assert date_used(tokenizer)
+    assert not date_used(with_date(tokenizer, "2024-02-03"))
     tokenizer.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + DATED
-    assert day_of(on_day(tokenizer, "2024-02-03"))  # the day of each rendering, which a run says
+    # the day of each rendering, which a run says
+    assert date_used(with_date(tokenizer, "2024-02-03"))
     tokenizer.chat_template = DATED
     [[example], _] = encode_row(row, tokenizer)
     assert tokenizer.decode(example.ids).startswith(date.today().strftime("%d %B %Y"))

@@ -31,7 +31,7 @@ from lorafold.data import rows as reading
 from lorafold.data import tokenizing
 from lorafold.data.batches import Batches, epoch_size
 from lorafold.data.classification import encode_labelled
-from lorafold.data.control_tokens import ids_of
+from lorafold.data.control_tokens import rendered_ids
 from lorafold.data.examples import CompletionEncoder, encode, tokenize_in_parts
 from lorafold.data.formats import CONVERSATIONS, format_of
 from lorafold.data.render import ensure_chat_template, render_trained
@@ -97,7 +97,7 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts[::2], texts[1::2], strict=True)]
     found = CompletionEncoder(tokenizer).encode(Rows.of(rows).extract(CONVERSATIONS), 0).to_pylist()
     for (prompt, _), example, data in zip(prompts(rows, tokenizer), found, rows, strict=True):
-        alone = ids_of(prompt, tokenizer)
+        alone = rendered_ids(prompt, tokenizer)
         assert example["ids"][: example["spans"][0]] == alone
         [rendered] = render_trained(format_of(data).conversation(data), tokenizer).renderings  # type: ignore[union-attr, misc]
         assert (example["ids"], example["spans"]) == tokenize_in_parts(rendered, tokenizer)

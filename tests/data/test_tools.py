@@ -32,7 +32,7 @@ from conversation_cases import (
 from error_cases import refusal, told_of
 from families import as_taken, embedded, names, tokenizer_of
 from lorafold.cli import app
-from lorafold.data.chat_template import MessageForm, call, template_of
+from lorafold.data.chat_template import MessageForm, template_of, tool_call
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.formats import PAIRS, Compared, Conversation, format_of
 from lorafold.data.messages import normalized, tools_of
@@ -89,7 +89,7 @@ def with_template(text: str) -> Any:
 
 
 def test_calls_have_one_form_however_they_are_written() -> None:
-    wanted = [call("get_weather", {"city": "Rome", "days": 2})]
+    wanted = [tool_call("get_weather", {"city": "Rome", "days": 2})]
     arguments = {"city": "Rome", "days": 2}
     for written in [
         {"type": "function", "function": {"name": "get_weather", "arguments": arguments}},
@@ -99,10 +99,10 @@ def test_calls_have_one_form_however_they_are_written() -> None:
     ]:
         row = chat(user("Rome?"), {"role": "assistant", "content": None, "tool_calls": [written]})
         assert conversation(row).messages[1] == {"role": "assistant", "tool_calls": wanted}
-    kept = {"id": "a", **call("f", {"x": None})}
+    kept = {"id": "a", **tool_call("f", {"x": None})}
     kept["function"]["arguments"] = '{"x": null}'  # JSON text keeps its nulls
     [message] = normalized([{"role": "assistant", "tool_calls": [kept], "content": ""}])
-    assert message["tool_calls"] == [{"id": "a", **call("f", {"x": None})}]
+    assert message["tool_calls"] == [{"id": "a", **tool_call("f", {"x": None})}]
 
 
 def test_tools_have_one_form_however_they_are_written() -> None:
@@ -139,7 +139,7 @@ def test_sharegpt_has_calls_and_tools() -> None:
     assert found.tools == (WEATHER,)
     roles = [m["role"] for m in found.messages]
     assert roles == ["system", "user", "assistant", "tool", "assistant"]
-    assert found.messages[2] == {"role": "assistant", "tool_calls": [call("f", {"a": 1})]}
+    assert found.messages[2] == {"role": "assistant", "tool_calls": [tool_call("f", {"a": 1})]}
     turns[1]["value"] = "f(1)"
     assert format_of(row) is not None
     [problem] = list(format_of(row).problems(row))  # type: ignore[union-attr]
@@ -163,7 +163,7 @@ def test_sharegpt_has_calls_and_tools() -> None:
          "field messages[1].tool_calls[0].arguments: found text, not JSON, expected JSON of"),
         (chat(user("a"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}),
          "field messages[1].tool_calls[0].arguments: found a list, expected an object or its JSON"),
-        (chat(user("a") | {"tool_calls": [call("f", {})]}),
+        (chat(user("a") | {"tool_calls": [tool_call("f", {})]}),
          "field messages[0].tool_calls: found with role user, expected role assistant"),
         (chat(user("a"), said("b") | {"reasoning": 1}),
          "field messages[1].reasoning: found 1, expected text"),
@@ -300,12 +300,13 @@ def test_the_built_in_template_suits_a_tokenizer_without_chatml() -> None:
 # reading calls back
 
 CALLS = {
-    "one": [call("get_weather", {"city": 'New York, "NY"', "days": 2})],
+    "one": [tool_call("get_weather", {"city": 'New York, "NY"', "days": 2})],
     "two": [
-        call("get_weather", {"city": "Rome"}), call("set_alarm", {"code": "007", "loud": True})
+        tool_call("get_weather", {"city": "Rome"}),
+        tool_call("set_alarm", {"code": "007", "loud": True}),
     ],
-    "no arguments": [call("set_alarm", {})],
-    "nested": [call("get_weather", {"city": "Rome", "x": ["a", "b"], "y": {"z": 1}})],
+    "no arguments": [tool_call("set_alarm", {})],
+    "nested": [tool_call("get_weather", {"city": "Rome", "x": ["a", "b"], "y": {"z": 1}})],
 }  # fmt: skip
 
 
@@ -352,7 +353,7 @@ def test_calls_that_cannot_be_read(with_tools: Any) -> None:
     assert "the call of f has arguments that are not JSON" in refusal(parse_calls, text, with_tools)
     assert "does not render tool calls" in refusal(parse_calls, "x", embedded())
     loose = 'Sure. <tool_call>{"name":"f","arguments":{"a":1}}</tool_call>'
-    assert parse_calls(loose, with_tools) == [call("f", {"a": 1})]
+    assert parse_calls(loose, with_tools) == [tool_call("f", {"a": 1})]
 
 
 # evaluation and generation
@@ -403,7 +404,7 @@ def test_evaluation_and_generation_with_tools(tiny_model_dir, tmp_path: Path, mo
     seen.clear()
     for tools in (TOOLS, json.dumps(TOOLS), [tool["function"] for tool in TOOLS]):
         said = lf.generate(model, "Alarm 1", tokenizer=tokenizer, tools=tools)
-        assert parse_calls(said, tokenizer) == [call("set_alarm", {"code": "1"})]
+        assert parse_calls(said, tokenizer) == [tool_call("set_alarm", {"code": "1"})]
     assert seen == seen[:1] * 3 == [prompts(rows[:1], tokenizer)[0][0]] * 3
     asked = {"tokenizer": lf.load_tokenizer(base), "tools": TOOLS}
     assert "does not render the row's tools" in refusal(lf.generate, model, "Alarm", **asked)
@@ -422,7 +423,7 @@ def test_evaluation_and_generation_with_tools(tiny_model_dir, tmp_path: Path, mo
     asked = ("generate", "--model", str(tmp_path / "model"), "--tools", str(file), "--prompt", "A")
     file.write_text(json.dumps(TOOLS))
     done = CliRunner().invoke(app, [*asked, "--json"])
-    wanted = [call("set_alarm", {"code": "1"})]
+    wanted = [tool_call("set_alarm", {"code": "1"})]
     assert json.loads(done.stdout.splitlines()[-1])["tool_calls"] == wanted
     done = CliRunner().invoke(app, asked)
     assert done.stdout == text + "\n"

@@ -99,13 +99,13 @@ def prepared(
     import copy
 
     from lorafold.api.loaded_model import load_with_adapters, model_with
-    from lorafold.data.control_tokens import allow
+    from lorafold.data.control_tokens import allow_tokens
 
     base, saved = model_with(model, adapters, console, **opening)
     loaded, own = load_with_adapters(base, saved, tokenizer, console=console)
     if allow_control_tokens:
         own = copy.copy(own)  # it may be the caller's
-        allow(own)
+        allow_tokens(own)
     return RenderedPrompts(
         loaded, own, [rendered(prompt, system, own, tools) for prompt in prompts]
     )

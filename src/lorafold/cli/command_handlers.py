@@ -84,7 +84,7 @@ def generate(run: Run, *, json: Json = False) -> None:
 
     from lorafold import engine
     from lorafold.api.generate import prepared
-    from lorafold.data.control_tokens import IN_PROMPT, is_marked
+    from lorafold.data.control_tokens import PROMPT_REMARK, is_marked
     from lorafold.data.messages import tools_of
     from lorafold.data.tool_calls import parse_calls
     from lorafold.generation import stream
@@ -95,7 +95,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     ready = prepared(asked.pop("model", None), [asked.pop("prompts")], **asked)
     [text] = ready.texts
     if is_marked(text):
-        print_lines(console, IN_PROMPT)
+        print_lines(console, PROMPT_REMARK)
     pieces = []
     start = perf_counter()
     completion = stream(ready.model, ready.tokenizer, text, most, choice)

@@ -29,7 +29,7 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.adapter import Adapter, load
-from lorafold.data.chat_template import on_day
+from lorafold.data.chat_template import with_date
 from lorafold.data.examples import probe_ids
 from lorafold.data.json_input import Row
 from lorafold.errors import LorafoldError, NotMergeable, listed
@@ -370,7 +370,7 @@ class Models:
         else:
             tokenizer = bare.tokenizer([self.saved]) if self.saved else self.whole.tokenizer()
             self.objective.set_up(tokenizer)
-        self.tokenizer = on_day(tokenizer, request.day)
+        self.tokenizer = with_date(tokenizer, request.day)
         self.length = request.recipe.max_length
 
     def evaluation(

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Lists, TableExamples, column, to_batch
-from lorafold.data.chat_template import day_of, template_of
-from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
+from lorafold.data.chat_template import date_used, template_of
+from lorafold.data.control_tokens import MARK_START, ROWS_REMARK, Pieces, rendered_ids, to_pieces
 from lorafold.data.formats import CONVERSATIONS, Conversation
 from lorafold.data.json_input import Row
 from lorafold.data.render import (
@@ -129,7 +129,7 @@ class CompletionEncoder(Encoder):
             suffix = "" if n not in trained.turns else EMPTY if is_empty else TRAINED
             lines.append(" ".join(message["role"].split()) + suffix)
         first.left_out, first.hidden = trained.left_out, trained.hidden
-        first.marked = any(OPENING in piece.text for piece in pieces)
+        first.marked = any(MARK_START in piece.text for piece in pieces)
         first.turns = "\n".join(lines)
         return pieces
 
@@ -137,8 +137,8 @@ class CompletionEncoder(Encoder):
         """Makes one example, and one for each turn whose border a token would cross."""
         assert piece.rendered is not None
         rendered, text, together = piece.rendered, piece.text, []
-        if OPENING in text:
-            encoding = pieces_of(text, self.tokenizer)
+        if MARK_START in text:
+            encoding = to_pieces(text, self.tokenizer)
         examples = []
         ids, added = encoding.ids, template_of(self.tokenizer).added
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
@@ -151,7 +151,7 @@ class CompletionEncoder(Encoder):
             if ending not in self._prompt_end_ids:
                 if len(self._prompt_end_ids) > MAX_CACHED_PROMPTS:
                     self._prompt_end_ids.clear()
-                self._prompt_end_ids[ending] = ids_of(ending, self.tokenizer)
+                self._prompt_end_ids[ending] = rendered_ids(ending, self.tokenizer)
             if self._prompt_end_ids[ending] == ids[last:at]:
                 together += spans
                 continue
@@ -173,7 +173,7 @@ class CompletionEncoder(Encoder):
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Returns all that ids depend on, including the date if the template uses it."""
     return {
-        "day": day_of(tokenizer),
+        "day": date_used(tokenizer),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "template": str(tokenizer.chat_template),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -203,7 +203,7 @@ def tokenize_in_parts(
 ) -> tuple[list[int], list[int]]:
     """Tokenizes a text in two parts, split at its turn; returns ids and trained spans."""
     [border], text = rendered.turns, rendered.text
-    before, rest = pieces_of(text[:border], tokenizer), pieces_of(text[border:], tokenizer)
+    before, rest = to_pieces(text[:border], tokenizer), to_pieces(text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
     starts += [border + start for start, _ in rest.offsets]
     spans: list[int] = []
@@ -259,7 +259,7 @@ class EncodingReport:
                 "assistant turns are trained on without their reasoning or their text next to a"
                 " tool call, because the chat template leaves these out",
             ),
-            (self.marked, MARKED),
+            (self.marked, ROWS_REMARK),
         )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, hash_rows, to_batch
-from lorafold.data.chat_template import common
+from lorafold.data.chat_template import prefix_of
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
 from lorafold.data.formats import JUDGED, PAIRS, Compared, Conversation
 from lorafold.data.json_input import Row, json_type
@@ -122,7 +122,7 @@ class PreferenceEncoder(Encoder):
         }
         if problem:
             return {"ids": [], "starts": [], "spans": [], TURNS: "", **columns}
-        shared = max(0, min(len(common(*ids)), *(entry["spans"][0] for entry in firsts)) - 1)
+        shared = max(0, min(len(prefix_of(*ids)), *(entry["spans"][0] for entry in firsts)) - 1)
         together, starts, spans = ids[0][:shared], [], []
         for entry in firsts:
             start = len(together)

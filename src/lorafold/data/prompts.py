@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lorafold.data.arrow import TableExamples, to_batch
-from lorafold.data.chat_template import apply, template_of
-from lorafold.data.control_tokens import as_text, ids_of, is_marked
+from lorafold.data.chat_template import apply_template, template_of
+from lorafold.data.control_tokens import is_marked, mark_as_text, rendered_ids
 from lorafold.data.examples import tokenizer_identity
 from lorafold.data.formats import (
     CONVERSATIONS,
@@ -28,7 +28,7 @@ from lorafold.data.formats import (
     formats_for,
 )
 from lorafold.data.json_input import Row
-from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
+from lorafold.data.render import ConversationRenderings, check_shown, check_supported, prompt_of
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoded, Encoder, Report
 from lorafold.errors import LorafoldError, listed
@@ -87,10 +87,10 @@ def reference_of(
     conversation: Conversation, last: int, tokenizer: PreTrainedTokenizerBase
 ) -> Reference:
     messages = conversation.messages[: last + 1]
-    check_able(conversation, tokenizer)
-    given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
+    check_supported(conversation, tokenizer)
+    given = mark_as_text(Conversation(messages, 0, conversation.tools), tokenizer)
     renderings = ConversationRenderings(given, tokenizer)
-    prompt = apply(renderings.formed[:last], tokenizer, given.tools, True)
+    prompt = apply_template(renderings.formatted[:last], tokenizer, given.tools, True)
     question, message = messages[last - 1].get("content", ""), messages[last]
     if not message.get("tool_calls"):
         check_shown(replace(given, messages=given.messages[:last]), prompt, tokenizer)
@@ -101,7 +101,7 @@ def reference_of(
             f"messages[{last}]: the chat template does not render this turn as at generation"
         )
     check_shown(given, turn.text, tokenizer)
-    ids = ids_of(without_reasoning(turn.said, prompt, tokenizer), tokenizer)
+    ids = rendered_ids(without_reasoning(turn.said, prompt, tokenizer), tokenizer)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Reference(question, prompt, str(text))
 
@@ -208,7 +208,7 @@ class PromptEncoder(Encoder):
             if not given.messages:
                 raise LorafoldError(NO_PROMPT)
             text = prompt_of(given, self.tokenizer)
-            ids = ids_of(text, self.tokenizer)
+            ids = rendered_ids(text, self.tokenizer)
         except LorafoldError as error:
             return {"ids": [], "marked": False, "problem": str(error)}
         problem = "" if ids else "found a prompt without tokens, expected at least one"

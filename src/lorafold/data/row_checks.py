@@ -18,18 +18,20 @@ import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, TableExamples, column, hash_rows
 from lorafold.data.chat_template import (
-    ASKED,
-    KEY,
-    NAME,
+    ASSISTANT,
     NOWHERE,
+    PROBE_KEY,
+    PROBE_NAME,
+    PROBE_TEXT,
     PROBE_TOOL,
     SYSTEM,
-    VALUE,
+    TOOL_CALL,
+    USER,
     WITH_TURN,
-    attempt,
-    call,
-    day_of,
+    date_used,
     template_of,
+    tool_call,
+    try_apply,
 )
 from lorafold.data.examples import EMPTY, TRAINED
 from lorafold.data.formats import Conversation
@@ -57,7 +59,7 @@ STREAMED = (
 )
 UNKNOWN = "these examples are not in a table, so lorafold does not check them"
 BESIDE, OTHER = "probe beside", "probe other value"
-CALLS = [call(NAME, {KEY: v}) | {"id": f"probe000{n}"} for n, v in enumerate((VALUE, OTHER))]
+CALLS = [*TOOL_CALL["tool_calls"], tool_call(PROBE_NAME, {PROBE_KEY: OTHER}) | {"id": "probe0001"}]
 ROLES = {"", "system", "user", "assistant", "model", "human"}
 WORDS = re.compile(r"[^\W\d_]{2,}")
 LEFT_OUT = "turns without reasoning are left out, because at generation they begin differently"
@@ -101,15 +103,15 @@ class TemplateSummary:
 
 def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     template, block = template_of(tokenizer), template_of(tokenizer).block
-    bare = attempt([ASKED], tokenizer)
-    added = attempt([ASKED], tokenizer, for_generation=True)
+    bare = try_apply([USER], tokenizer)
+    added = try_apply([USER], tokenizer, for_generation=True)
     added, prompt = added.removeprefix(bare.rstrip()).strip(), ""
     if added.endswith(block.opening):
         prompt = f"opens a reasoning block ({block.opening})"
     elif block.opening in added and block.closing in added:
         prompt = f"has an empty reasoning block ({block.opening}{block.closing})"
     # words before the first message, except role names
-    before = template.specials.sub("\n", bare.partition(str(ASKED["content"]))[0])
+    before = template.specials.sub("\n", bare.partition(str(USER["content"]))[0])
     lines = (line.strip() for line in before.splitlines())
     said = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
     if len(WORDS.findall(said)) < 3:
@@ -117,11 +119,11 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     elif len(said) > QUOTED:
         said = f"{said[:QUOTED].rstrip()}..."
     beside, several = (
-        attempt([ASKED, {"role": "assistant", "content": content, "tool_calls": calls}], tokenizer)
+        try_apply([USER, ASSISTANT | {"content": content, "tool_calls": calls}], tokenizer)
         for content, calls in ((BESIDE, CALLS[:1]), ("", CALLS))
     )
     shows = {
-        "system messages": VALUE in attempt([SYSTEM, ASKED], tokenizer),
+        "system messages": PROBE_TEXT in try_apply([SYSTEM, USER], tokenizer),
         "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,
         "tool calls": template.shows_calls,
         "text next to a tool call": BESIDE in beside or not template.shows_calls,
@@ -135,7 +137,7 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     hides = tuple(part for part, is_shown in shows.items() if not is_shown)
     end = template.ending
     return TemplateSummary(
-        end.text.strip(), end.written, prompt, said, bool(day_of(tokenizer)), hides, plain
+        end.text.strip(), end.written, prompt, said, bool(date_used(tokenizer)), hides, plain
     )
 
 
@@ -150,9 +152,9 @@ def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
-    said = {"role": "assistant", "content": VALUE}
+    said = {"role": "assistant", "content": PROBE_TEXT}
     try:
-        return LEFT_OUT * render_trained(Conversation([ASKED, said]), tokenizer).left_out
+        return LEFT_OUT * render_trained(Conversation([USER, said]), tokenizer).left_out
     except LorafoldError as error:
         return f"the template rejects a plain conversation ({error})"
 

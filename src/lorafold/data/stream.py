@@ -15,7 +15,7 @@ from typing import Any
 
 from lorafold.data.arrow import Lists
 from lorafold.data.batches import BatchFeed
-from lorafold.data.control_tokens import MARKED
+from lorafold.data.control_tokens import ROWS_REMARK
 from lorafold.data.examples import Examples
 from lorafold.data.formats import RowFormat, formats_for
 from lorafold.data.json_input import Row
@@ -112,7 +112,7 @@ class StreamFeed(BatchFeed):
             "unlabelled": "have no token to train on",
         }
         parts = [f"{n:,} {what}" for name, what in counts.items() if (n := self._counts[name])]
-        marked = f"\n{self._counts['marked']} {MARKED}" if self._counts["marked"] else ""
+        marked = f"\n{self._counts['marked']} {ROWS_REMARK}" if self._counts["marked"] else ""
         return "; ".join([f"stream: {self._counts['read']:,} rows read", *parts]) + marked
 
     def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:

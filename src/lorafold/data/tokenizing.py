@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
-from lorafold.data.control_tokens import MARKED
+from lorafold.data.control_tokens import ROWS_REMARK
 from lorafold.data.row_store import CHUNK, LARGE, Rows, SourcePart, named
 from lorafold.data.rows import check_provided
 from lorafold.errors import LISTED, LorafoldError, listed
@@ -73,7 +73,7 @@ class Report:
 
     def __str__(self) -> str:
         cut = f"rows were cut at {self.max_length} tokens"
-        return with_counts(self.line, (self.truncated, cut), (self.marked, MARKED))
+        return with_counts(self.line, (self.truncated, cut), (self.marked, ROWS_REMARK))
 
 
 def tokenize_rows(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorafold.data.chat_template import on_day
+from lorafold.data.chat_template import with_date
 from lorafold.data.row_store import Rows
 from lorafold.errors import Interrupted, LorafoldError, differing
 from lorafold.files.atomic import read_object, write_json
@@ -196,7 +196,7 @@ def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, objective, quiet)
-    _, held_out, _ = tokenized(request, on_day(tokenizer, request.day), objective, quiet)
+    _, held_out, _ = tokenized(request, with_date(tokenizer, request.day), objective, quiet)
     model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
         return HeldOutLoss(objective.measure(loss, held_out).loss)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafold.data.chat_template import template_of
 from lorafold.data.messages import Tool
-from lorafold.data.tool_calls import grammar_of, parse_calls, special_words
+from lorafold.data.tool_calls import grammar_of, parse_calls, special_tokens
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token, may_begin
 from lorafold.serving.errors import FIELDS, Refusal, wrong
@@ -192,7 +192,7 @@ class PartReader:
         opened = prompt.rstrip().endswith(block.opening)
         self._state = "thinking" if opened else "start" if block.shown else "saying"
         grammar = grammar_of(tokenizer) if tools else None
-        words = special_words(tokenizer)
+        words = special_tokens(tokenizer)
         self._call = grammar.without(words).before.strip() if grammar else ""
         self._all = bool(grammar) and not self._call  # calls without a tag: any text may be one
 

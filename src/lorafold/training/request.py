@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorafold.data.batches import BatchFeed, StoredFeed, epoch_size, split
-from lorafold.data.control_tokens import ALL, allow
+from lorafold.data.control_tokens import ALL_TOKENS, allow_tokens
 from lorafold.data.json_input import Row
 from lorafold.data.render import Rendering
 from lorafold.data.row_checks import STREAMED, Findings, find_problems
@@ -132,7 +132,7 @@ def tokenizer_for(
     words = add_words(tokenizer, new) if new else Words({}, frozenset())
     print_lines(console, words if new else "", objective.set_up(tokenizer))
     if request.recipe.allow_control_tokens or words.ids:
-        allow(tokenizer, ALL if request.recipe.allow_control_tokens else words.ids)
+        allow_tokens(tokenizer, ALL_TOKENS if request.recipe.allow_control_tokens else words.ids)
     return tokenizer, words
 
 

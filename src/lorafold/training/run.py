@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorafold.adapter import Adapter
 from lorafold.core.delta import put
 from lorafold.data.batches import BatchFeed
-from lorafold.data.control_tokens import NOTE
+from lorafold.data.control_tokens import EXCEPTIONS
 from lorafold.errors import LorafoldError
 from lorafold.files.paths import check_name
 from lorafold.files.terminal import format_bytes, print_lines
@@ -250,7 +250,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         # the template's text, because the file that the recipe names may have changed
         template = setup.tokenizer.chat_template
         named = template if isinstance(template, dict) else {"": str(template)}
-        plain = {name: NOTE.sub("", text) for name, text in named.items()}
+        plain = {name: EXCEPTIONS.sub("", text) for name, text in named.items()}
         identity["chat_template"] = str(plain.get("", plain))
     if setup.day:
         identity["day"] = setup.day

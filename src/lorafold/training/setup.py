@@ -21,7 +21,7 @@ from lorafold.core.attach import Adapted, Origin
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
-from lorafold.data.chat_template import day_of, on_day
+from lorafold.data.chat_template import date_used, with_date
 from lorafold.data.preference_examples import BranchedRow
 from lorafold.data.row_checks import Findings
 from lorafold.errors import LorafoldError, listed, shortened
@@ -173,12 +173,12 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
     tokenizer, words = tokenizer_for(request, objective, console, saved)
     changes = recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
     changed = bool(words.ids or any(changes) or (request.init_adapter and saved[-1].own_tokenizer))
-    day, dated = day_of(tokenizer), tokenizer
+    day, dated = date_used(tokenizer), tokenizer
     if day:
         began = RunDirectory(request.out).recorded("day") if request.resume else None
         day = str(began or request.day or day)
-        dated = on_day(tokenizer, day)
-        written = "the date of each rendering" if day_of(dated) else f"{day} throughout this run"
+        dated = with_date(tokenizer, day)
+        written = "the date of each rendering" if date_used(dated) else f"{day} throughout this run"
         print_lines(console, f"the chat template inserts the date: {written}")
     feed, held_out, findings = tokenized(request, dated, objective, console)
     print_lines(console, f"base: {base.loaded_as.why}")
