@@ -2,10 +2,10 @@
 user's turn, and the text after it could forge another.
 
 `mark_as_text` marks control tokens as transformers' `sanitize_control_tokens` does, and
-`rendered_ids` tokenizes marked ones as text. Control tokens are special tokens, and added tokens that the template
-writes; the assistant's contents may have non-special ones, such as <tool_call>. A comment at the
-start of the template lists exceptions: {# control tokens in contents: ["<|user|>"] #}, or true for
-all.
+`rendered_ids` tokenizes marked ones as text. Control tokens are special tokens, and added tokens
+that the template writes; the assistant's contents may have non-special ones, such as <tool_call>.
+A comment at the start of the template lists exceptions:
+{# control tokens in contents: ["<|user|>"] #}, or true for all.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Invariant: the ids before a trained turn are those from which generation starts, and no text of the
 template is trained. Turns whose `after` is a prefix of a longer text become spans of it; others get
 their own example. If `after` doesn't begin with the prompt, `rebuild_after_block` or
-`rebuild_rewritten` reconstructs the turn. A conversation is rejected if the template hides a part of it.
+`rebuild_rewritten` reconstructs the turn. A conversation is rejected if the template hides a part.
 """
 
 from __future__ import annotations

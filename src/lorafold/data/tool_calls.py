@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
 
 class Grammar(NamedTuple):
     """The text before the first name; between calls (None if a turn has at most one); before
-    arguments; after the name in a call without arguments; the syntax of pairs, or None for JSON; and
+    arguments; after a name without arguments; the syntax of pairs, or None for JSON; and
     the text after JSON. PROBE_NAMES[0] stands for a repeated name.
     """
 
@@ -202,12 +202,12 @@ def _parse_calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator
         elif match.groupdict().get("bare") is not None:
             arguments = {}
         else:
-            arguments, at = _pairs_at(text, at, pairs, _argument_types(tools, name))
+            arguments, at = _pairs(text, at, pairs, _argument_types(tools, name))
         yield tool_call(name, arguments)
         match = (further.match(text, at) if further else None) or begin.search(text, at)
 
 
-def _pairs_at(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
+def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
     arguments = {}
     opening, ending = map(re.escape, (pairs.opening, pairs.ending))
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)

@@ -169,7 +169,7 @@ class Renderer:
                 raise wrong(field, f"found {parameters!r:.80}, expected a JSON schema")
             arguments = compact(parameters)
             check(arguments, field, compiles)
-            calls.append(f"{json.dumps(function['name'] + form.named)} arguments{i}")
+            calls.append(f"{json.dumps(function['name'] + form.after_name)} arguments{i}")
             rules.append(f"arguments{i}: %json {arguments}")
         before, after = json.dumps(form.before.lstrip()), json.dumps(form.closing)
         literal = [part for part in (before, "(" + " | ".join(calls) + ")", after) if part != '""']
