@@ -377,7 +377,7 @@ def test_a_stream_says_what_was_not_looked_at(found: Any, tmp_path: Path) -> Non
 def test_large_data_is_named_the_same_and_previewed_in_part(found, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
     for module in (reading, tokenizing):
-        monkeypatch.setattr(module, "LARGE", 100)
+        monkeypatch.setattr(module, "MAX_IN_MEMORY", 100)
     row = len(json.dumps(asked(10)))
     monkeypatch.setattr("lorafold.training.preview.SOME", 20 * row)
     (tmp_path / "rows.jsonl").write_text(

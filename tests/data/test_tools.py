@@ -34,8 +34,8 @@ from families import as_taken, embedded, names, tokenizer_of
 from lorafold.cli import app
 from lorafold.data.chat_template import MessageForm, template_of, tool_call
 from lorafold.data.examples import NO_LOSS, encode, encode_row
-from lorafold.data.formats import PAIRS, Compared, Conversation, format_of
-from lorafold.data.messages import normalized, tools_of
+from lorafold.data.formats import PAIRS, Comparison, Conversation, format_of
+from lorafold.data.messages import normalize, openai_tools
 from lorafold.data.prompts import without_reasoning
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
@@ -101,17 +101,17 @@ def test_calls_have_one_form_however_they_are_written() -> None:
         assert conversation(row).messages[1] == {"role": "assistant", "tool_calls": wanted}
     kept = {"id": "a", **tool_call("f", {"x": None})}
     kept["function"]["arguments"] = '{"x": null}'  # JSON text keeps its nulls
-    [message] = normalized([{"role": "assistant", "tool_calls": [kept], "content": ""}])
+    [message] = normalize([{"role": "assistant", "tool_calls": [kept], "content": ""}])
     assert message["tool_calls"] == [{"id": "a", **tool_call("f", {"x": None})}]
 
 
 def test_tools_have_one_form_however_they_are_written() -> None:
     flat = WEATHER["function"]
     for written in ([WEATHER], [flat], json.dumps([WEATHER]), json.dumps([flat])):
-        assert tools_of(written) == (WEATHER,)
+        assert openai_tools(written) == (WEATHER,)
     nulls = [{**WEATHER, "strict": None}]
-    assert tools_of(nulls) == (WEATHER,)
-    assert tools_of(None) == tools_of("") == tools_of("[]") == ()
+    assert openai_tools(nulls) == (WEATHER,)
+    assert openai_tools(None) == openai_tools("") == openai_tools("[]") == ()
 
 
 def test_contents_and_reasoning_have_one_form() -> None:
@@ -324,7 +324,7 @@ def test_calls_are_read_back(name: str, kind: str) -> None:
     said = [label for label in example.labels if label != NO_LOSS]
     for bare in (False, True):  # as a model says it, and as lf.generate shows it
         text = tokenizer.decode(said, skip_special_tokens=bare)
-        assert parse_calls(text, tokenizer, tools_of(TOOLS)) == CALLS[kind]
+        assert parse_calls(text, tokenizer, openai_tools(TOOLS)) == CALLS[kind]
     assert parse_calls("It is 21 degrees.", tokenizer) == []
 
 
@@ -344,7 +344,7 @@ def test_calls_are_read_as_transformers_reads_them(name: str) -> None:
     first = next(t for t, label in enumerate(example.labels) if label != NO_LOSS)
     prefix, text = (tokenizer.decode(ids) for ids in (example.ids[:first], example.ids[first:]))
     theirs = tokenizer.parse_response(text, prefix=prefix, tools=TOOLS)["tool_calls"]
-    ours = parse_calls(text, tokenizer, tools_of(TOOLS))
+    ours = parse_calls(text, tokenizer, openai_tools(TOOLS))
     assert [c["function"] for c in ours] == [c["function"] for c in theirs]
 
 
@@ -534,7 +534,7 @@ def test_preferences_have_one_form_and_sft_trains_on_the_chosen() -> None:
     for row in rows:
         shape: Any = format_of(row)
         [pair] = shape.extract(PAIRS, row)
-        assert pair == Compared(prompt, {"chosen": good, "rejected": bad})
+        assert pair == Comparison(prompt, {"chosen": good, "rejected": bad})
         assert conversation(row) == Conversation(prompt + good, 1)
         assert "rejected is not used by --objective sft" in told_of([row])
         examples = encode([row], embedded(), 128).examples

@@ -186,8 +186,8 @@ def world(tmp_path_factory, tiny_model_dir, patched) -> World:
     made = World(tmp_path_factory.mktemp("world"))
     shared(made.root / "cache")
     patched.setenv("LORAFOLD_CACHE", str(made.root / "cache"))
-    patched.setattr(tokenizing, "LARGE", 1000)
-    patched.setattr(reading, "LARGE", 1000)
+    patched.setattr(tokenizing, "MAX_IN_MEMORY", 1000)
+    patched.setattr(reading, "MAX_IN_MEMORY", 1000)
     made.write()
     shutil.copytree(tiny_model_dir("llama"), made.model)
     template = made.model / "chat_template.jinja"

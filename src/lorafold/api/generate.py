@@ -118,12 +118,12 @@ def rendered(
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
     from lorafold.data.formats import Conversation
-    from lorafold.data.messages import tool_problems, tools_of
+    from lorafold.data.messages import openai_tools, tool_problems
     from lorafold.data.render import prompt_of
 
     given = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
     if problems := list(tool_problems(given)):
         raise LorafoldError("; ".join(problems))
     before = [] if system is None else [{"role": "system", "content": system}]
-    asked = Conversation([*before, {"role": "user", "content": prompt}], 0, tools_of(given))
+    asked = Conversation([*before, {"role": "user", "content": prompt}], 0, openai_tools(given))
     return prompt_of(asked, tokenizer)

@@ -85,7 +85,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     from lorafold import engine
     from lorafold.api.generate import prepared
     from lorafold.data.control_tokens import PROMPT_REMARK, is_marked
-    from lorafold.data.messages import tools_of
+    from lorafold.data.messages import openai_tools
     from lorafold.data.tool_calls import parse_calls
     from lorafold.generation import stream
 
@@ -111,7 +111,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     result: dict[str, Any] = {"text": "".join(pieces), "tokens_per_second": speed}
     if tools:
         try:
-            result["tool_calls"] = parse_calls(result["text"], ready.tokenizer, tools_of(tools))
+            result["tool_calls"] = parse_calls(result["text"], ready.tokenizer, openai_tools(tools))
         except LorafoldError as error:
             result["tool_calls"] = None
             print_lines(console, str(error))

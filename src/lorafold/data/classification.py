@@ -11,10 +11,10 @@ import numpy as np
 
 from lorafold.data.arrow import Judgements, Lists, TableExamples, column, hash_rows, to_batch
 from lorafold.data.examples import NO_LOSS, decode_ids, tokenizer_identity
-from lorafold.data.formats import LABELS, Labelled
+from lorafold.data.formats import LABELS, LabelledText
 from lorafold.data.json_input import Row
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import as_checked, check_provided
+from lorafold.data.rows import check_provided, to_rows
 from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenize_rows
 from lorafold.errors import LorafoldError, listed, shortened
 
@@ -59,13 +59,13 @@ class LabelEncoder(Encoder):
 
     tokenizer: "PreTrainedTokenizerBase"
     classes: tuple[str, ...]
-    takes = LABELS
+    row_content = LABELS
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"kind": "labels", "classes": self.classes, **tokenizer_identity(self.tokenizer)}
 
-    def encode(self, given: Sequence[Labelled], first: int) -> "pa.RecordBatch":
+    def encode(self, given: Sequence[LabelledText], first: int) -> "pa.RecordBatch":
         encoded = self.tokenizer(
             [one.text for one in given], verbose=False, return_special_tokens_mask=True
         )
@@ -83,7 +83,7 @@ class LabelEncoder(Encoder):
         ]
         return to_batch(entries, ("row", "num_special", "label"), ("ids",), texts=("problem",))
 
-    def _problem(self, given: Labelled, ids: Sequence[int]) -> str:
+    def _problem(self, given: LabelledText, ids: Sequence[int]) -> str:
         if not ids:
             return f"field text: found no token in {given.text!r}, expected at least one"
         if (label := str(given.label)) in self.classes:
@@ -122,7 +122,7 @@ def encode_labelled(
     classes: Sequence[str],
     console: "Console | None" = None,
 ) -> Encoded:
-    rows = as_checked(rows, LABELS)
+    rows = to_rows(rows, LABELS)
     table = tokenize_rows(rows, LabelEncoder(tokenizer, tuple(classes)), console)
     return class_data(table, rows, max_length, classes)
 

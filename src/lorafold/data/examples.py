@@ -29,7 +29,7 @@ from lorafold.data.render import (
     render_trained,
 )
 from lorafold.data.row_store import Rows, parts_of
-from lorafold.data.rows import as_checked, read_rows
+from lorafold.data.rows import read_rows, to_rows
 from lorafold.data.tokenizing import Encoded, Encoder, tokenize_rows, with_counts
 from lorafold.errors import LorafoldError
 
@@ -72,7 +72,7 @@ class CompletionEncoder(Encoder):
     tokenizer: PreTrainedTokenizerBase
     rendering: Rendering = field(default_factory=Rendering)
     _prompt_end_ids: dict[str, list[int]] = field(default_factory=dict, repr=False)
-    takes = CONVERSATIONS
+    row_content = CONVERSATIONS
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def encode(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    rows = as_checked(rows, CONVERSATIONS)
+    rows = to_rows(rows, CONVERSATIONS)
     table = tokenize_rows(rows, CompletionEncoder(tokenizer, rendering), console)
     return encoded(table, rows, max_length)
 
@@ -347,7 +347,7 @@ def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], TrainedRenderings]:
     encoder = CompletionEncoder(tokenizer, rendering)
-    entries = encoder.encode(Rows.of([row], encoder.takes).extract(encoder.takes), 0).to_pylist()
+    entries = encoder.encode(Rows.of([row], encoder.row_content).extract(encoder.row_content), 0).to_pylist()
     if problem := entries[0]["problem"]:
         raise LorafoldError(problem)
     examples = [example_of(entry["ids"], entry["spans"]) for entry in entries]

@@ -20,11 +20,11 @@ import numpy as np
 from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, hash_rows, to_batch
 from lorafold.data.chat_template import prefix_of
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
-from lorafold.data.formats import JUDGED, PAIRS, Compared, Conversation
+from lorafold.data.formats import JUDGED, PAIRS, Comparison, Conversation
 from lorafold.data.json_input import Row, json_type
 from lorafold.data.render import Rendering
-from lorafold.data.row_store import Rows, named, parts_of
-from lorafold.data.rows import as_checked
+from lorafold.data.row_store import Rows, parts_of, row_names
+from lorafold.data.rows import to_rows
 from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenize_rows
 from lorafold.errors import LISTED, LorafoldError, listed
 
@@ -82,7 +82,7 @@ class PreferenceEncoder(Encoder):
     """
 
     tokenizer: PreTrainedTokenizerBase
-    takes: str
+    row_content: str
     rendering: Rendering = field(default_factory=Rendering)
 
     def __post_init__(self) -> None:
@@ -90,9 +90,9 @@ class PreferenceEncoder(Encoder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**self._completions.identity, "kind": self.takes}
+        return {**self._completions.identity, "kind": self.row_content}
 
-    def encode(self, given: Sequence[Sequence[Compared]], first: int) -> pa.RecordBatch:
+    def encode(self, given: Sequence[Sequence[Comparison]], first: int) -> pa.RecordBatch:
         documents = [
             Conversation([*one.prompt, *said], len(one.prompt), one.tools)
             for row in given
@@ -109,7 +109,7 @@ class PreferenceEncoder(Encoder):
         lists, flags = ("ids", "starts", "spans"), ("desirable", "marked")
         return to_batch(entries, ("row",), lists, flags, (TURNS, "problem"))
 
-    def _entry(self, one: Compared, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    def _entry(self, one: Comparison, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
         firsts = [entries[0] for entries in documents]
         ids = [entry["ids"] for entry in firsts]
         problem = self._problem(one, documents)
@@ -134,7 +134,7 @@ class PreferenceEncoder(Encoder):
         lines = "\n".join([firsts[0][TURNS], *own])
         return {"ids": together, "starts": starts, "spans": spans, TURNS: lines, **columns}
 
-    def _problem(self, one: Compared, documents: list[list[dict[str, Any]]]) -> str:
+    def _problem(self, one: Comparison, documents: list[list[dict[str, Any]]]) -> str:
         if not isinstance(one.desirable, bool):
             return f"field label: found {json_type(one.desirable)}, expected true or false"
         for name, entries in zip(one.completions, documents, strict=True):
@@ -250,7 +250,7 @@ def encode_preferences(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    rows = as_checked(rows, kind)
+    rows = to_rows(rows, kind)
     table = tokenize_rows(rows, PreferenceEncoder(tokenizer, kind, rendering), console)
     return preference_data(table, rows, max_length, kind)
 
@@ -287,7 +287,7 @@ def check_truncated(rows: Rows, examples: BranchedExamples, max_length: int, cut
         elif len(own) == 2 and own[0] == own[1]:
             bad[row] = "chosen and rejected become equal"
     if bad:
-        first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
+        first = zip(row_names(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
         lines = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
         raise LorafoldError(
             f"data: truncation to max_length {max_length} leaves nothing to compare: {lines};"

@@ -59,14 +59,14 @@ def references(
     so tokenize it with add_special_tokens=False.
     """
     result, bad = [], []
-    for number, given in enumerate(conversations, 1):
-        turns = replace(given, trained=0).turns
+    for number, conversation in enumerate(conversations, 1):
+        turns = replace(conversation, trained=0).turns
         if not turns or not turns[-1]:
-            what = "no assistant turn after a prompt" if given.messages else "plain text"
+            what = "no assistant turn after a prompt" if conversation.messages else "plain text"
             bad.append(f"row {number}: found {what}")
             continue
         try:
-            result.append(reference_of(given, turns[-1], tokenizer))
+            result.append(reference_of(conversation, turns[-1], tokenizer))
         except LorafoldError as error:
             raise LorafoldError(f"data: row {number}: {error}") from error
     if bad:
@@ -120,11 +120,11 @@ def questions_in(row: Row) -> list[str]:
     """Returns the messages before each assistant turn as text, ignoring case and surrounding space.
     """
     messages = _conversation(row).messages
-    said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
+    texts = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
     ends = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
     if messages and messages[-1]["role"] != "assistant":
         ends.append(len(messages))
-    return ["\n".join(said[:n]) for n in ends]
+    return ["\n".join(texts[:n]) for n in ends]
 
 
 def prompts_of(
@@ -133,14 +133,14 @@ def prompts_of(
     prompts = []
     for number, row in enumerate(rows, 1):
         try:
-            given = _conversation(row)
-            last = len(given.messages) - 1
-            if given.messages[last]["role"] != "assistant":
-                prompts.append(PromptRow(prompt_of(given, tokenizer), None))
+            conversation = _conversation(row)
+            last = len(conversation.messages) - 1
+            if conversation.messages[last]["role"] != "assistant":
+                prompts.append(PromptRow(prompt_of(conversation, tokenizer), None))
                 continue
             if not last:
                 raise LorafoldError(NO_PROMPT)
-            reference = reference_of(given, last, tokenizer)
+            reference = reference_of(conversation, last, tokenizer)
             prompts.append(PromptRow(reference.prompt, reference.text))
         except LorafoldError as error:
             raise LorafoldError(f"{name}: row {number}: {error}") from error
@@ -193,7 +193,7 @@ class PromptEncoder(Encoder):
     """Columns: `row`, `ids` (T,), `marked`, `problem`."""
 
     tokenizer: PreTrainedTokenizerBase
-    takes = PROMPTS
+    row_content = PROMPTS
 
     @property
     def identity(self) -> dict[str, Any]:

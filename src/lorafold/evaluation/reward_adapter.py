@@ -23,7 +23,7 @@ from lorafold.adapter import load_all
 from lorafold.core.attach import Adapted
 from lorafold.data.examples import CompletionEncoder, example_of
 from lorafold.data.formats import PROMPT_ONLY, PROMPTS, Conversation
-from lorafold.data.messages import normalized
+from lorafold.data.messages import normalize
 from lorafold.data.preference_examples import BranchedRow, split_completion
 from lorafold.data.render import ensure_chat_template
 from lorafold.engine.adapters import found_below
@@ -143,7 +143,7 @@ class AdapterReward:
             prompt = one.conversation
             if prompt is None:
                 prompt = PROMPT_ONLY.extract(PROMPTS, {**one.row, "prompt": one.prompt})
-            answer = normalized([{"role": "assistant", "content": one.completion}])
+            answer = normalize([{"role": "assistant", "content": one.completion}])
             turns = [*prompt.messages, *answer]
             answered.append(Conversation(turns, len(prompt.messages), prompt.tools))
         table = self._encoder.encode(answered, 0).to_pylist()

@@ -28,7 +28,7 @@ from lorafold.data.json_input import Row
 from lorafold.data.preference_examples import encode_preferences
 from lorafold.data.prompts import references, without_reasoning
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import as_checked
+from lorafold.data.rows import to_rows
 from lorafold.evaluation.held_out import by_row, pad_id_of, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
@@ -173,7 +173,7 @@ def evaluate(
     console: Console | None = None,
 ) -> Evaluation:
     """Evaluates a model with its active adapters."""
-    rows = as_checked(rows, PAIRS)
+    rows = to_rows(rows, PAIRS)
     if rows.provides(LABELS):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
     data = encode(rows, tokenizer, max_length)

@@ -34,7 +34,7 @@ from lorafold.data.formats import PAIRS
 from lorafold.data.json_input import Row
 from lorafold.data.preference_examples import BranchedRow, encode_preferences, split_completion
 from lorafold.data.render import Rendering
-from lorafold.data.rows import as_checked
+from lorafold.data.rows import to_rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation.held_out import pad_id_of
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
@@ -252,7 +252,7 @@ def score_rows(
             " model (a sequence classifier with num_labels 1)"
         )
     pad_id = pad_id_of(model)
-    rows = as_checked(rows, PAIRS)
+    rows = to_rows(rows, PAIRS)
     paired = rows.provides(PAIRS)
     data: Any
     if paired:

@@ -27,7 +27,7 @@ from lorafold.data.json_input import Row
 from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import as_checked
+from lorafold.data.rows import to_rows
 from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
@@ -272,7 +272,7 @@ class PolicyObjective(OnPolicy):
         longest, k = self.sampling.max_new_tokens, self.sampling.group
         how = RewardSettings(max_length, longest, k, seed=self.seed)
         with self._rewards(model, "auto", Console(quiet=True)) as rewards:
-            evaluation = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
+            evaluation = evaluate_rewards(model, tokenizer, to_rows(rows, PROMPTS), rewards, how)
         if None in evaluation.prompt_rewards:
             row = evaluation.prompt_rewards.index(None) + 1
             raise LorafoldError(f"held-out row {row}: all rewards returned None, expected a number")

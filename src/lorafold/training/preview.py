@@ -114,7 +114,7 @@ def _findings(
 
 
 def _few(rows: Sequence[Row]) -> Sequence[Row]:
-    n = max(1, len(rows) * SOME // max(1, Rows.of(rows).measured[1]))
+    n = max(1, len(rows) * SOME // max(1, Rows.of(rows).digest_and_size[1]))
     if n >= len(rows):
         return rows
     return rows.select(np.arange(n)) if isinstance(rows, Rows) else rows[:n]
