@@ -347,7 +347,7 @@ def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], TrainedRenderings]:
     encoder = CompletionEncoder(tokenizer, rendering)
-    entries = encoder.encode(Rows.of([row], encoder.row_content).extract(encoder.row_content), 0).to_pylist()
+    entries = encoder.encode(Rows.of([row], CONVERSATIONS).extract(CONVERSATIONS), 0).to_pylist()
     if problem := entries[0]["problem"]:
         raise LorafoldError(problem)
     examples = [example_of(entry["ids"], entry["spans"]) for entry in entries]

@@ -120,11 +120,11 @@ def questions_in(row: Row) -> list[str]:
     """Returns the messages before each assistant turn as text, ignoring case and surrounding space.
     """
     messages = _conversation(row).messages
-    texts = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
+    keys = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
     ends = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
     if messages and messages[-1]["role"] != "assistant":
         ends.append(len(messages))
-    return ["\n".join(texts[:n]) for n in ends]
+    return ["\n".join(keys[:n]) for n in ends]
 
 
 def prompts_of(

@@ -141,7 +141,8 @@ def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.T
 
 
 def _encode_texts(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
-    return encoder.encode(rows.extract(encoder.row_content, [*map(json.loads, texts)], first), first)
+    chunk = [*map(json.loads, texts)]
+    return encoder.encode(rows.extract(encoder.row_content, chunk, first), first)
 
 
 def _chunks(
