@@ -37,7 +37,7 @@ from lorafold.evaluation import evaluate, held_out_loss
 from lorafold.models.loading import load_model
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
-from lorafold.recipe.fitting import fitting, spec_of
+from lorafold.recipe.resolve_settings import spec_of, with_method
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEEP_FREED, malloc_policy
 from lorafold.training.inputs import RunRequest
@@ -83,7 +83,7 @@ def trained(
 ) -> dict:
     """One run: its points, and what the model is worth at the end."""
     changes = {"steps": steps, "lr": rate, "save_every": steps}
-    recipe, path = fitting(RECIPE, method).model_copy(update=changes), []
+    recipe, path = with_method(RECIPE, method).model_copy(update=changes), []
     train_rows, unseen = rows("train", recipe.batch * steps, 0), rows("test", rows_, 0)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         out = Path(folder, "adapter")

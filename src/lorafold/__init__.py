@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lorafold.api.train import preview as preview
     from lorafold.api.train import train as train
     from lorafold.core.attach import only as only
-    from lorafold.data.calls import parse_calls as parse_calls
+    from lorafold.data.tool_calls import parse_calls as parse_calls
     from lorafold.methods import *  # noqa: F403  (the spec classes)
     from lorafold.models.tokenizer import load_tokenizer as load_tokenizer
     from lorafold.recipe.recipe import Recipe as Recipe
@@ -59,7 +59,7 @@ _NAMES = {
     "api.load": "load load_model",
     "api.resize": "extract resize",
     "api.train": "train preview",
-    "data.calls": "parse_calls",
+    "data.tool_calls": "parse_calls",
     "models.tokenizer": "load_tokenizer",
     "recipe.recipe": "Recipe",
     "training.trainer_callback": "AdapterCallback",

@@ -28,7 +28,7 @@ LAYERS = {
     "adapters": ["adapter", "fold", "identity", "peft"],
     "models": ["models"],
     "algebra": ["kernels", "methods", "layers", "ops", "core"],
-    "ground": ["files", "runtime", "advice", "errors"],
+    "ground": ["files", "runtime", "foreign_options", "errors"],
 }
 LAYER = {package: layer for layer, packages in LAYERS.items() for package in packages}
 HEIGHT = {layer: height for height, layer in enumerate(reversed(LAYERS))}

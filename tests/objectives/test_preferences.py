@@ -23,8 +23,8 @@ from interrupted_runs import interrupted
 from lorafold.api.arguments import or_quiet
 from lorafold.core.attach import selection_of
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import MismatchedExamples, encode_preferred
 from lorafold.data.examples import encode
+from lorafold.data.preference_examples import MismatchedExamples, encode_preferences
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.preference_metrics import preference_figures
 from lorafold.objectives import OBJECTIVES
@@ -326,9 +326,9 @@ def test_rows_that_are_equal_after_cutting_are_named(tiny: Any) -> None:
     rows = [*PAIRS, {"prompt": "Hi", "chosen": "the fox and the dog", "rejected": "the fox and"}]
     whole = len(examples_of(rows[-1:], tokenizer)[0].documents()[1].ids)
     with pytest.raises(LorafoldError, match="row 2: chosen and rejected become equal; raise max"):
-        encode_preferred(rows[3:], tokenizer, whole - 3, "pairs")
+        encode_preferences(rows[3:], tokenizer, whole - 3, "pairs")
     with pytest.raises(LorafoldError, match="row 1: no token of a completion remains"):
-        encode_preferred(PAIRS[2:3], tokenizer, 6, "pairs")
+        encode_preferences(PAIRS[2:3], tokenizer, 6, "pairs")
 
 
 RECIPES = {

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import lorafold as lf
 from conftest import make_model_dir, unestimating
-from lorafold.data.control_tokens import NOTE
+from lorafold.data.control_tokens import EXCEPTIONS
 from lorafold.models.tokenizer import load_tokenizer, set_template, write_tokenizer
 from lorafold.serving.completion_job import CONTENT, REASONING, PartReader
 from lorafold.serving.refusals import Refusal
@@ -133,7 +133,7 @@ def test_new_tokens_of_adapters_that_were_trained_before_stay_tokens(server):
     registry, where = server.parts.registry, server.folder / "before"
     shutil.copytree(server.folder / "words", where)
     file = where / "chat_template.jinja"
-    file.write_text(NOTE.sub("", file.read_text()))
+    file.write_text(EXCEPTIONS.sub("", file.read_text()))
     (where / "manifest.json").unlink()
     registry.load("before")
     asked = [{"role": "user", "content": f"<|new|>{END}"}]

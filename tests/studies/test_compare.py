@@ -27,8 +27,8 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import loss_interval, ratio_interval
 from lorafold.files.html_page import markdown_table
 from lorafold.methods.lora import LoRA
-from lorafold.recipe.fitting import fitting, spec_of, without
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import ignored_note, spec_of, with_method
 from lorafold.resolve import Base
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
@@ -127,19 +127,19 @@ def test_the_option_for_methods_is_a_list() -> None:
 def test_options_reach_the_methods_that_have_them() -> None:
     shared = {"rank_pattern": {"q_proj": 8}, "options": {"init": "gaussian"}}
     recipe = Recipe(rank=4, dropout=0.1, steps=7, **shared)
-    assert fitting(recipe, "lora") == recipe
-    dora = fitting(recipe, "dora")
+    assert with_method(recipe, "lora") == recipe
+    dora = with_method(recipe, "dora")
     assert (dora.rank, dora.options) == (4, {"init": "gaussian"})
-    assert fitting(recipe, "bitfit") == Recipe(steps=7, method="bitfit")
+    assert with_method(recipe, "bitfit") == Recipe(steps=7, method="bitfit")
 
 
 @pytest.mark.parametrize(("over", "dropout"), [("loha", None), ("lora", 0.1), (None, 0.1)])
 def test_dora_takes_a_recipes_dropout_over_any_method(over: str | None, dropout: Any) -> None:
     recipe = Recipe(method="dora", dropout=0.1, options={} if over is None else {"over": over})
     assert getattr(spec_of(recipe).over, "dropout", None) == dropout
-    assert fitting(recipe, "dora").dropout == dropout
+    assert with_method(recipe, "dora").dropout == dropout
     said = None if dropout else "dropout ignored: dora over loha has no such option"
-    assert without(recipe) == said
+    assert ignored_note(recipe) == said
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from lorafold.comparing.report import Comparison, Quality, deciding, figures, ma
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec
-from lorafold.recipe.fitting import spec_of
+from lorafold.recipe.resolve_settings import spec_of
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 WORDS = ("red", "blue", "green", "gold", "grey", "black", "white", "brown")

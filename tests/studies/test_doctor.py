@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.doctor.finding import Finding, FindingGroup, findings_of
 from lorafold.doctor.hardware import Hardware, findings, gflops, slow
 from lorafold.doctor.installation import extras, packages, size_of
-from lorafold.doctor.report import DoctorReport
+from lorafold.doctor.report import DoctorReport, Finding, FindingGroup, findings_of
 from lorafold.files.terminal import WIDTH, format_bytes
 from lorafold.runtime.devices import Gpu
 from lorafold.runtime.processor import cores_used_by_others, quota, usable_cores

@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import nn
 
 from lorafold.adapter.handle import Adapter
-from lorafold.advice import advised
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import (
     Adapted,
@@ -33,6 +32,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, join_problems, listed, truncate_middle
 from lorafold.files.contents import Contents
+from lorafold.foreign_options import with_suggestions
 from lorafold.identity import of_model
 from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_class, layer_of
@@ -53,7 +53,7 @@ from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, misma
 log = logging.getLogger(__name__)
 
 
-@advised
+@with_suggestions
 def attach(
     model: nn.Module,
     spec: Spec,

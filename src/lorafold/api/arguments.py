@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
 from lorafold.data.formats import PAIRS
+from lorafold.data.json_input import Row
+from lorafold.data.row_sources import parse_source
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import check_rows, checked, read_rows, renamed
-from lorafold.data.sources import Row, source_from
+from lorafold.data.rows import check_each, check_rows, read_rows, rename_columns
 from lorafold.errors import LorafoldError, truncate_end
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES
@@ -45,7 +46,7 @@ def as_rows(
         rows = read_rows(sources, columns, lambda text: print_lines(console, text), wanted)
     else:
         numbered: Iterable[tuple[int, Any]] = enumerate(cast(Sequence[Row], data), 1)
-        numbered = renamed(numbered, columns) if columns else numbered
+        numbered = rename_columns(numbered, columns) if columns else numbered
         rows = check_rows(numbered, source, wanted)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{source}: only training rows may have a weight; remove it")
@@ -99,12 +100,12 @@ def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     if (sources := sources_in(data)) is None:
         each = [(enumerate(cast(Sequence[Row], data), 1), source_of(data))]
     else:
-        files = [file for source in map(source_from, sources) for file in source.files]
-        each = [(file.numbered(), file.name) for file in files]
+        files = [file for source in map(parse_source, sources) for file in source.files]
+        each = [(file.numbered_rows(), file.name) for file in files]
     return [
         row
-        for numbered, name in each
-        for *_, row in checked(renamed(numbered, columns or {}), name, formats=PROMPT_FORMATS)
+        for rows, name in each
+        for *_, row in check_each(rename_columns(rows, columns or {}), name, formats=PROMPT_FORMATS)
     ]
 
 
@@ -117,9 +118,9 @@ def as_stream(
     if (sources := sources_in(data)) is None:
         raise LorafoldError("streaming: found a list of rows, expected files or a Hub dataset")
     declared = OBJECTIVES[objective]
-    stream = RowStream(tuple(map(source_from, sources)), columns or {}, declared.takes)
+    stream = RowStream(tuple(map(parse_source, sources)), columns or {}, declared.takes)
     remarks = stream.remarks()
-    messages = [source.described() for source in stream.sources if source.several]
+    messages = [source.describe() for source in stream.sources if source.is_multiple]
     messages += [*_dropped(columns), *declared.notices(stream.formats)]
     messages += [f"the first rows: {text}" for text in remarks.lines]
     if remarks.ignored:

@@ -51,14 +51,14 @@ def chat(
     from lorafold.api.arguments import as_paths
     from lorafold.api.loaded_model import base_with, load_with_adapters
     from lorafold.conversation import Chat, unique_names
-    from lorafold.data.control_tokens import allow
+    from lorafold.data.control_tokens import allow_tokens
     from lorafold.engine import Sampling
 
     paths = as_paths(adapters)
     base, saved = base_with(model, paths, console, **opening)
     loaded, tokenizer = load_with_adapters(base, saved, console=console)
     if allow_control_tokens:
-        allow(tokenizer)
+        allow_tokens(tokenizer)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # their names
     return Chat(
         loaded,

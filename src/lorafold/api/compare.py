@@ -82,8 +82,8 @@ def compare(
     from lorafold.files.atomic import write_text
     from lorafold.files.terminal import print_lines
     from lorafold.quickstart.story import RECIPE
-    from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
     from lorafold.recipe.recipe import Recipe
+    from lorafold.recipe.resolve_settings import ignored_note, resolve_length, spec_of, with_method
     from lorafold.resolve import Base
     from lorafold.rewards.reward import check_judges
 
@@ -103,15 +103,15 @@ def compare(
     left_out = {} if methods else {name: why for name in names if (why := unfit(recipe, name))}
     names = [name for name in names if name not in left_out]
     settings = variants(recipe, names, vary or {})
-    virtual = max(spec_of(fitting(one.of(recipe), one.method)).positions for one in settings)
-    recipe = settled_length(recipe, base, virtual, console)
+    virtual = max(spec_of(with_method(one.of(recipe), one.method)).positions for one in settings)
+    recipe = resolve_length(recipe, base, virtual, console)
     task = ComparisonTask(base, rows, held_out, source, recipe)
     _ = task.identity  # reports errors in rewards first
     check_judges(recipe.objective_options.get("rewards", ()))
     for name, why in left_out.items():
         print_lines(console, f"{name} is left out because it {why}")
     for name in names:
-        if notice := without(recipe.model_copy(update={"method": name})):
+        if notice := ignored_note(recipe.model_copy(update={"method": name})):
             print_lines(console, notice)
         varied = {field for one in settings if one.method == name for field in one.settings}
         if same := [field for field in vary or {} if field not in varied]:

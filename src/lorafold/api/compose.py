@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorafold.composing.run import Composition
-    from lorafold.data.sources import Row
+    from lorafold.data.json_input import Row
     from lorafold.recipe.recipe import Recipe
 
 
@@ -109,7 +109,7 @@ def compose(
     from lorafold.composing import run
     from lorafold.composing.methods import RECIPE
     from lorafold.composing.request import ComposeRequest
-    from lorafold.recipe.fitting import settled_length
+    from lorafold.recipe.resolve_settings import resolve_length
 
     console = or_quiet(console)
     base, saved = base_with(model, adapters, console, **opening)
@@ -125,7 +125,7 @@ def compose(
         seed=seed,
         tasks=by_name(data, console),
         examples=by_name(learning.examples, console),
-        recipe=settled_length(as_recipe(learning.recipe, RECIPE), base, virtual, console),
+        recipe=resolve_length(as_recipe(learning.recipe, RECIPE), base, virtual, console),
         gates=learning.gates,
         evaluations=learning.evaluations,
         completions=completions,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 from lorafold.api import options as opt
 from lorafold.errors import LorafoldError, renamed_warning, two_names_message
-from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
+from lorafold.recipe.fields import MEMORY_FIELDS, ROW_FIELDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,7 @@ def estimate(
     max_length: opt.OptionalLength = None,
     labelled: Annotated[int | None, opt.Option(rare=True, min=1)] = None,
     recipe: Annotated[
-        "Recipe | None", opt.RecipeOptions((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
+        "Recipe | None", opt.RecipeOptions((MEMORY_FIELDS | ROW_FIELDS) - {"method"}, config=False)
     ] = None,
     gpus: opt.Count = 1,
     strategy: str = "fsdp",
@@ -113,8 +113,8 @@ def estimate(
     from lorafold.models.sources import EMBEDDED
     from lorafold.ops.arithmetic import widens
     from lorafold.ops.kernel_requirements import DeviceKind, place_of
-    from lorafold.recipe.fitting import LENGTH, fitted_length
     from lorafold.recipe.recipe import Recipe
+    from lorafold.recipe.resolve_settings import DEFAULT_MAX_LENGTH, fit_length
     from lorafold.resolve import Base
     from lorafold.runtime.devices import choose_device
 
@@ -143,7 +143,7 @@ def estimate(
         check_none("--gpus", {**excluded, "--data": data is not None}, why)
     console, asked = or_quiet(console), as_recipe(recipe, Recipe())
     given = asked.model_dump(exclude_unset=True)
-    needy = sorted(given.keys() & OF_ROWS)
+    needy = sorted(given.keys() & ROW_FIELDS)
     needy += [name for name, of in {"rewards": rewards, "columns": columns}.items() if of]
     if data is not None:
         excluded[f"--params {params}"] = params is not None
@@ -164,16 +164,16 @@ def estimate(
     trusted = opening.get("trust_remote_code", False)
     base = Base(model, device=device if measure else None, **opening)
     if data is None:
-        setting = memory_setting(mode, asked, batch or 1, max_length or LENGTH, labelled)
+        setting = memory_setting(mode, asked, batch or 1, max_length or DEFAULT_MAX_LENGTH, labelled)
         config = base.config() if params is None else llama(params)
-        fitted = fitted_length(positions_in(config, False, trusted), max_length, 0, console)
+        fitted = fit_length(positions_in(config, False, trusted), max_length, 0, console)
         setting = memory_setting(mode, asked, batch or 1, fitted, labelled)
     else:
         sizes = {"batch": batch, "max_length": max_length}
         of_run = Recipe(**given | {name: n for name, n in sizes.items() if n is not None})
         setting = setting_on_rows(base, mode, of_run, data, rewards, columns, console)
-        bare = Recipe(**{k: v for k, v in given.items() if k in OF_MEMORY})
-        stored_as = memory_setting(mode, bare, 1, LENGTH).base
+        bare = Recipe(**{k: v for k, v in given.items() if k in MEMORY_FIELDS})
+        stored_as = memory_setting(mode, bare, 1, DEFAULT_MAX_LENGTH).base
         # as without rows, for a GPU
         setting, config = replace(setting, base=stored_as, widened=False), base.config()
     setting = replace(setting, trust_remote_code=trusted, processes=gpus, strategy=strategy)
@@ -221,7 +221,7 @@ def setting_on_rows(
     from lorafold.api.arguments import as_rows, source_of, with_rewards
     from lorafold.memory.presets import check_fields, recipe_for_mode
 
-    check_fields(recipe, OF_MEMORY | OF_ROWS | {"batch", "max_length"})
+    check_fields(recipe, MEMORY_FIELDS | ROW_FIELDS | {"batch", "max_length"})
     recipe, functions = with_rewards(recipe_for_mode(mode, recipe), rewards)
     rows = as_rows(data, columns, console, weighted=True, objective=recipe.objective)
     from lorafold.training.inputs import RunRequest

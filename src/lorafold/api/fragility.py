@@ -153,7 +153,7 @@ def fragility(
     from lorafold.files.terminal import print_lines, progress_bar
     from lorafold.peft.adapter_directory import open_all
     from lorafold.peft.provenance import OwnBase
-    from lorafold.recipe.fitting import settled_length
+    from lorafold.recipe.resolve_settings import resolve_length
     from lorafold.resolve import base_for
     from lorafold.robustness import run
     from lorafold.robustness.defences import DEFENCES
@@ -179,7 +179,7 @@ def fragility(
     virtual = max((sum(s.spec.positions for s in stack.adapters) for stack in stacks), default=0)
     epochs = (asked if "epochs" in asked.model_fields_set else RECIPE).epochs
     recipe = asked.model_copy(update={"storage": base.storage, "epochs": epochs})
-    recipe = settled_length(recipe, base, virtual, console)
+    recipe = resolve_length(recipe, base, virtual, console)
     aligned = all(stack.adapters for stack in stacks) and tuned is None
     mix = None if defending.mix is None else as_rows(defending.mix, columns, console)
     task = FragilityTask(

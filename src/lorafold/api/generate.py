@@ -99,13 +99,13 @@ def prepared(
     import copy
 
     from lorafold.api.loaded_model import load_with_adapters, model_with
-    from lorafold.data.control_tokens import allow
+    from lorafold.data.control_tokens import allow_tokens
 
     base, saved = model_with(model, adapters, console, **opening)
     loaded, own = load_with_adapters(base, saved, tokenizer, console=console)
     if allow_control_tokens:
         own = copy.copy(own)  # it may be the caller's
-        allow(own)
+        allow_tokens(own)
     return RenderedPrompts(
         loaded, own, [rendered(prompt, system, own, tools) for prompt in prompts]
     )
@@ -118,12 +118,12 @@ def rendered(
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
     from lorafold.data.formats import Conversation
-    from lorafold.data.messages import tool_problems, tools_of
+    from lorafold.data.messages import openai_tools, tool_problems
     from lorafold.data.render import prompt_of
 
     given = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
     if problems := list(tool_problems(given)):
         raise LorafoldError("; ".join(problems))
     before = [] if system is None else [{"role": "system", "content": system}]
-    asked = Conversation([*before, {"role": "user", "content": prompt}], 0, tools_of(given))
+    asked = Conversation([*before, {"role": "user", "content": prompt}], 0, openai_tools(given))
     return prompt_of(asked, tokenizer)

@@ -57,8 +57,8 @@ def intrinsic(
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.intrinsic import search
     from lorafold.quickstart.story import RECIPE
-    from lorafold.recipe.fitting import settled_length
     from lorafold.recipe.recipe import Recipe
+    from lorafold.recipe.resolve_settings import resolve_length
     from lorafold.resolve import Base
     from lorafold.training.inputs import RunRequest
 
@@ -68,7 +68,7 @@ def intrinsic(
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(model, **opening)
-    recipe = settled_length(recipe, base, 0, console)
+    recipe = resolve_length(recipe, base, 0, console)
     # held-out rows measure here, so they must not select the number of steps
     steps = recipe.total_steps(epoch_size(Rows.of(rows).parts))
     recipe = recipe.model_copy(update={"steps": steps})

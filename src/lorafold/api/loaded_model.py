@@ -20,7 +20,7 @@ from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
-from lorafold.recipe.fitting import fitted_length
+from lorafold.recipe.resolve_settings import fit_length
 from lorafold.resolve import Base, base_for
 from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, known_classes, model_kind
 from lorafold.training_step.preference_algorithms import BradleyTerry
@@ -127,7 +127,7 @@ def length_for(
     else:
         positions = positions_in(model.config(), head, model.trust_remote_code)
     virtual = sum(one.spec.positions for one in adapters)
-    return fitted_length(positions, asked, virtual, or_quiet(console))
+    return fit_length(positions, asked, virtual, or_quiet(console))
 
 
 def prepared(

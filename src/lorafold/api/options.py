@@ -32,9 +32,9 @@ from typing import (
     is_typeddict,
 )
 
-from lorafold.advice import unknown_names
 from lorafold.errors import LorafoldError
 from lorafold.files.record import ALIASES, named_as_now
+from lorafold.foreign_options import unknown_names
 from lorafold.models.quantizations import LISTED
 
 if TYPE_CHECKING:

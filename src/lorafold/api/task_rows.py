@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorafold.api.arguments import as_rows, source_of
 from lorafold.api.options import ColumnNames, Data
 from lorafold.data.batches import split
-from lorafold.data.sources import Row
+from lorafold.data.json_input import Row
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
 from lorafold.quickstart.task import rows as quickstart_rows

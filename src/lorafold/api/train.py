@@ -8,7 +8,7 @@ from lorafold.api import options as opt
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.data.checks import Findings
+    from lorafold.data.row_checks import Findings
     from lorafold.recipe.recipe import Recipe
     from lorafold.training.finish import Trained
     from lorafold.training.inputs import RunRequest

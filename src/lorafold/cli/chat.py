@@ -53,12 +53,12 @@ class Session:
 
     def answer(self, text: str) -> None:
         from lorafold.conversation import label
-        from lorafold.data.control_tokens import IN_PROMPT, is_marked
+        from lorafold.data.control_tokens import PROMPT_REMARK, is_marked
 
         turn, speakers = self.chat.ask(text), self.chat.speakers()
         if is_marked(turn.prompt) and not self.warned:
             self.warned = True
-            self.notify(IN_PROMPT)
+            self.notify(PROMPT_REMARK)
         if turn.dropped:
             self.notify(
                 f"the conversation is longer than the model's context of {self.chat.context}"

@@ -84,9 +84,9 @@ def generate(run: Run, *, json: Json = False) -> None:
 
     from lorafold import engine
     from lorafold.api.generate import prepared
-    from lorafold.data.calls import parse_calls
-    from lorafold.data.control_tokens import IN_PROMPT, is_marked
-    from lorafold.data.messages import tools_of
+    from lorafold.data.control_tokens import PROMPT_REMARK, is_marked
+    from lorafold.data.messages import openai_tools
+    from lorafold.data.tool_calls import parse_calls
     from lorafold.generation import stream
 
     asked = {**run.keywords}
@@ -95,7 +95,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     ready = prepared(asked.pop("model", None), [asked.pop("prompts")], **asked)
     [text] = ready.texts
     if is_marked(text):
-        print_lines(console, IN_PROMPT)
+        print_lines(console, PROMPT_REMARK)
     pieces = []
     start = perf_counter()
     completion = stream(ready.model, ready.tokenizer, text, most, choice)
@@ -111,7 +111,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     result: dict[str, Any] = {"text": "".join(pieces), "tokens_per_second": speed}
     if tools:
         try:
-            result["tool_calls"] = parse_calls(result["text"], ready.tokenizer, tools_of(tools))
+            result["tool_calls"] = parse_calls(result["text"], ready.tokenizer, openai_tools(tools))
         except LorafoldError as error:
             result["tool_calls"] = None
             print_lines(console, str(error))

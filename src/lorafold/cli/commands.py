@@ -177,7 +177,7 @@ def varied(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
 
 
 def _tools(file: Path | None) -> Any:
-    from lorafold.data.calls import read_tools
+    from lorafold.data.tool_calls import read_tools
 
     return read_tools(file) if file else None
 

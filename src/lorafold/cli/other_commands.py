@@ -124,7 +124,7 @@ def recipe(
         lorafold recipe --from sft.py --kind unsloth
         lorafold recipe --from demo/adapter
     """
-    from lorafold.config_import.run import check_free, translate, write
+    from lorafold.config_import.translate import check_free, translate, write
 
     place = None if out is None else Path(out)
     if place is not None:

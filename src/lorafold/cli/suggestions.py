@@ -12,9 +12,9 @@ from re import match
 from shlex import join, quote, split
 from typing import Any
 
-from lorafold.advice import ALIKE, ELSEWHERE, OF_SERVERS
 from lorafold.cli.command_line import Word
 from lorafold.errors import LorafoldError, listed
+from lorafold.foreign_options import FOREIGN_OPTIONS, SERVER_OPTION_NAMES, SIMILARITY
 
 SAMPLES = ("true", "1")  # for a missing value of a switch or a number
 SPELT = 0.9  # similarity of a misspelling
@@ -98,17 +98,17 @@ def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any]
 
 
 def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
-    known = ELSEWHERE.get(plain)
-    if known is None or plain not in OF_SERVERS or f"--{known.names[0]}" not in options:
+    known = FOREIGN_OPTIONS.get(plain)
+    if known is None or plain not in SERVER_OPTION_NAMES or f"--{known.fields[0]}" not in options:
         return ""
     remark = f", {known.remark}" if known.remark else ""
-    return f"use --{known.names[0]} {known.like}".rstrip() + remark
+    return f"use --{known.fields[0]} {known.example}".rstrip() + remark
 
 
 def _of_training_tools(
     key: str, given: Mapping[str, str | None], options: Mapping[str, Any]
 ) -> str:
-    from lorafold.config_import.run import counterpart
+    from lorafold.config_import.translate import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
     problems, trains = [], "--lr" in options
@@ -157,7 +157,7 @@ def _begun(name: str, names: Collection[str]) -> str:
     return f"did you mean {glued[1]} {glued[2]}?" if glued and glued[1] in names else ""
 
 
-def _near(name: str, names: Iterable[str], cutoff: float = ALIKE) -> str:
+def _near(name: str, names: Iterable[str], cutoff: float = SIMILARITY) -> str:
     plain = {_plain(known): known for known in names}
     near = get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
     return f"did you mean {plain[near[0]]}?" if near else ""

@@ -29,9 +29,9 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.adapter import Adapter, load
+from lorafold.data.chat_template import with_date
 from lorafold.data.examples import probe_ids
-from lorafold.data.sources import Row
-from lorafold.data.templates import on_day
+from lorafold.data.json_input import Row
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.evaluation import Evaluation, RewardEvaluation
 from lorafold.evaluation.intervals import Interval
@@ -39,10 +39,10 @@ from lorafold.layers import parameter_count
 from lorafold.methods import known_options
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.config import CONFIG
-from lorafold.recipe.fields import OF_METHOD, OF_TRAINING
-from lorafold.recipe.fitting import fitting, settled_base, spec_of
+from lorafold.recipe.fields import METHOD_FIELDS, TRAINING_FIELDS
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import resolve_storage, spec_of, with_method
 from lorafold.resolve import Base
 from lorafold.training.inputs import RunRequest, objective_of, prepare_tokenizer
 from lorafold.training.run import train
@@ -90,8 +90,8 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
         for values in product(*vary.values()):
             settings = dict(zip(vary, values, strict=True))
             changed = Variant(method, settings).of(recipe)
-            one = fitting(changed, method)
-            absent = {*OF_METHOD}.difference(known_options(method, changed.options.get("over")))
+            one = with_method(changed, method)
+            absent = {*METHOD_FIELDS}.difference(known_options(method, changed.options.get("over")))
             has = {
                 name: value
                 for name, value in settings.items()
@@ -99,7 +99,7 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
                 and field_value(one, name) == field_value(changed, name)
             }
             variant = Variant(method, has)
-            if (dumped := fitting(variant.of(recipe), method).model_dump()) not in fitted:
+            if (dumped := with_method(variant.of(recipe), method).model_dump()) not in fitted:
                 fitted.append(dumped)
                 distinct.append(variant)
     if unknown := [name for name in vary if not any(name in one.settings for one in distinct)]:
@@ -119,11 +119,11 @@ def checked(vary: Vary) -> dict[str, list[Any]]:
     """The values by field, checked: only fields of training can vary."""
     values_by_field = {}
     for name, values in vary.items():
-        if (whole := name.partition(".")[0]) not in OF_TRAINING:
+        if (whole := name.partition(".")[0]) not in TRAINING_FIELDS:
             instead = {"method": "; use methods", "seed": "; use seeds"}.get(whole)
             raise LorafoldError(
                 f"vary: found {name}, expected a field that changes training and not the"
-                f" evaluation: {', '.join(sorted(OF_TRAINING))}{instead or ''}"
+                f" evaluation: {', '.join(sorted(TRAINING_FIELDS))}{instead or ''}"
             )
         several = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
         values_by_field[name] = [*values] if several else []
@@ -314,7 +314,7 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
     recipe = recipe_of(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         request = task.request(Path(folder) / "adapter", recipe)
-        chosen = task.base.stored(settled_base(recipe, spec_of(recipe), task.base.source))
+        chosen = task.base.stored(resolve_storage(recipe, spec_of(recipe), task.base.source))
         if method == BASE:
             models = Models(request, chosen)
             return Measurement(BASE, seed, **quality(models.evaluation(models.base(), task)))
@@ -356,7 +356,7 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
 def recipe_of(recipe: Recipe, method: str) -> Recipe:
     """The recipe of a method; the base has a default recipe, which is not trained."""
     default = Recipe.model_fields["method"].default
-    return fitting(recipe, default if method == BASE else method)
+    return with_method(recipe, default if method == BASE else method)
 
 
 class Models:
@@ -371,7 +371,7 @@ class Models:
         else:
             tokenizer = bare.tokenizer([self.saved]) if self.saved else self.whole.tokenizer()
             self.objective.set_up(tokenizer)
-        self.tokenizer = on_day(tokenizer, request.day)
+        self.tokenizer = with_date(tokenizer, request.day)
         self.length = request.recipe.max_length
 
     def evaluation(

@@ -27,8 +27,8 @@ from lorafold.files.atomic import write_json
 from lorafold.files.claims import digest_of, measured, report_other_claims, silent
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
-from lorafold.recipe.fitting import settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import resolve_storage, spec_of
 from lorafold.rewards import RewardName
 from lorafold.runtime.workers import end_with_parent
 
@@ -133,7 +133,7 @@ def key(task: ComparisonTask, method: str) -> str:
     """A digest of everything that the figures depend on: model, rows, recipe, rewards, code."""
     recipe = recipe_of(task.recipe, method)
     spec = spec_of(recipe)
-    base = task.base.stored(settled_base(recipe, spec, task.base.source))
+    base = task.base.stored(resolve_storage(recipe, spec, task.base.source))
     environment = base.cache_key(recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
     settings = recipe.model_dump(mode="json", exclude={"seed"})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorafold.composing.updates import RULES, Updates
-from lorafold.data.sources import Row
+from lorafold.data.json_input import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.model_card import training_card
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON

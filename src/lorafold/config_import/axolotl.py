@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafold.advice import NO_FP16, boolean, integer, modules, names, number
 from lorafold.config_import import axolotl_objectives as objectives
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.axolotl_objectives import accumulation, is_policy, of_policy
@@ -47,6 +46,7 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import AXOLOTL, SYSTEM
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import NO_FP16, boolean, integer, modules, names, number
 from lorafold.models.quantizations import made_of
 
 SIGNS = (

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafold.advice import NO_FP16, boolean, integer, names, number
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
     OFF,
@@ -45,6 +44,7 @@ from lorafold.config_import.rules import (
 from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import read_object
+from lorafold.foreign_options import NO_FP16, boolean, integer, names, number
 from lorafold.models.quantizations import DEFAULT, MADE, STORAGES, made_of
 
 SIGNS = (

@@ -13,7 +13,6 @@ from math import ceil, sqrt
 from pathlib import PurePath
 from typing import Any
 
-from lorafold.advice import integer, names, number, product
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
     SAME,
@@ -39,6 +38,7 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import integer, names, number, product
 from lorafold.models.quantizations import made_of
 
 SIGNS = (

@@ -33,7 +33,7 @@ from lorafold.peft.config import (
     read_config,
 )
 from lorafold.peft.table_types import Field, Method
-from lorafold.recipe.fields import OF_METHOD
+from lorafold.recipe.fields import METHOD_FIELDS
 
 SIGNS = "peft_type"
 INIT = "init_lora_weights"
@@ -96,7 +96,7 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
         value = getattr(spec, field.attribute)
         if field.key == INIT:
             continue
-        if field.attribute in OF_METHOD:
+        if field.attribute in METHOD_FIELDS:
             yield field.key, taken(**{field.attribute: value})
         elif value != getattr(usual, field.attribute) and value not in ((), None):
             yield field.key, taken(options={field.attribute: value})

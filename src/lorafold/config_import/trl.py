@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafold.advice import NO_FP16, boolean, integer, names, number, targets
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
     OFF,
@@ -39,6 +38,7 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import MEMORY, TRL
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import NO_FP16, boolean, integer, names, number, targets
 from lorafold.models.quantizations import made_of
 
 BY_ARCHITECTURE = "by architecture"  # for a file without lora_target_modules

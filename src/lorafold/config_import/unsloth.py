@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorafold.advice import boolean, integer, modules, names, number
 from lorafold.config_import import trainer, trl
 from lorafold.config_import.rules import (
     PLACEHOLDER,
@@ -38,6 +37,7 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import boolean, integer, modules, names, number
 from lorafold.models.quantizations import made_of
 
 LOADED, ADAPTED, SET = "from_pretrained.", "get_peft_model.", "load_dataset."

@@ -17,8 +17,8 @@ import psutil
 import torch
 import yaml
 
-from lorafold.doctor.finding import Finding
 from lorafold.doctor.installation import set_threads
+from lorafold.doctor.report import Finding
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
 from lorafold.kernels.registry import DECODING, TRAINING, use
@@ -282,7 +282,7 @@ def engine() -> Iterator[Finding]:
 
 def template(model: str, **how: Any) -> Iterator[Finding]:
     """How a model's chat template renders a conversation; `how` are fields of `Base`."""
-    from lorafold.data.checks import describe_template
+    from lorafold.data.row_checks import describe_template
     from lorafold.resolve.base import Base
 
     tokenizer = Base(model, **how).tokenizer()

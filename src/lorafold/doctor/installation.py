@@ -19,7 +19,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lorafold.doctor.finding import Finding, reason
+from lorafold.doctor.report import Finding, reason
 from lorafold.files.terminal import format_bytes
 from lorafold.runtime.process_tuning import SWITCH, VARIABLES, huge_pages, unset_variables
 

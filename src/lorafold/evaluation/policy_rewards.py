@@ -22,7 +22,7 @@ from torch import Tensor
 from lorafold.data.arrow import lengths_of
 from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.row_store import Rows
-from lorafold.data.tokenizing import tokenized
+from lorafold.data.tokenizing import tokenize_rows
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError, RewardFailed, truncate_end
 from lorafold.evaluation.intervals import Interval, mean_interval
@@ -287,9 +287,8 @@ def evaluate_rewards(
             " causal language model for rewards"
         )
     length = min(table_left(model) or settings.max_length, settings.max_length)
-    data = prompt_data(
-        tokenized(rows, PromptEncoder(tokenizer), console), rows, length - settings.max_new_tokens
-    )
+    table = tokenize_rows(rows, PromptEncoder(tokenizer), console)
+    data = prompt_data(table, rows, length - settings.max_new_tokens)
     if console:
         print_lines(console, data.report)
     prompts, k = data.examples, settings.group

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lorafold.data.chat_template import template_of
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
-from lorafold.data.templates import template_of
 from lorafold.engine.kv_cache import common_length
 from lorafold.errors import LorafoldError, truncate_middle
 from lorafold.exporting.target import Progress, Subject, Written

@@ -19,16 +19,16 @@ from typing import Any
 
 from rich.console import Console
 
+from lorafold.data.chat_template import with_date
 from lorafold.data.row_store import Rows
-from lorafold.data.templates import on_day
 from lorafold.errors import Interrupted, LorafoldError, differing_keys
 from lorafold.files.atomic import read_object, write_json
 from lorafold.files.claims import TOKEN, measured, shared, silent
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
-from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import with_method
 from lorafold.training.checkpoint import FILES, RunDirectory
 from lorafold.training.inputs import RunRequest, objective_of, prepare_tokenizer, tokenize_rows
 from lorafold.training.run import train
@@ -173,7 +173,7 @@ def run(
     request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float
 ) -> HeldOutLoss:
     """The held-out loss of a run, which is resumed if it was stopped; its files are removed."""
-    recipe = fitting(recipe, method).model_copy(update={"options": options})
+    recipe = with_method(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:
         trained = train(
@@ -196,7 +196,7 @@ def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = prepare_tokenizer(request, objective, quiet)
-    _, held_out, _ = tokenize_rows(request, on_day(tokenizer, request.day), objective, quiet)
+    _, held_out, _ = tokenize_rows(request, with_date(tokenizer, request.day), objective, quiet)
     model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
         return HeldOutLoss(objective.measure(loss, held_out).loss)

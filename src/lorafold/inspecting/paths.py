@@ -23,7 +23,7 @@ from lorafold.core.attach import adapted_modules, attach_delta, detach_delta, on
 from lorafold.core.combine import Mix, Stack
 from lorafold.core.delta import Delta
 from lorafold.data.examples import encode
-from lorafold.data.sources import Row
+from lorafold.data.json_input import Row
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
 from lorafold.inspecting.result import LossPaths, Point

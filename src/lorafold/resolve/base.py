@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafold.data.control_tokens import allow
-from lorafold.data.templates import day_of
+from lorafold.data.chat_template import date_used
+from lorafold.data.control_tokens import allow_tokens
 from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.contents import file_digest
 from lorafold.files.model_card import EMBEDDED
@@ -124,7 +124,7 @@ class Base:
         tokenizer = self.tokenizer(saved)
         if template is not None:
             set_template(tokenizer, template)
-        return day_of(tokenizer)
+        return date_used(tokenizer)
 
     def stored(self, storage: str) -> Base:
         return replace(self, model=self.source, storage=storage)
@@ -182,7 +182,7 @@ class Base:
             i for some in ids for i in (some if isinstance(some, tuple) else chain(*some.values()))
         }
         if trained:
-            allow(tokenizer, map(str, tokenizer.convert_ids_to_tokens(sorted(trained))))
+            allow_tokens(tokenizer, map(str, tokenizer.convert_ids_to_tokens(sorted(trained))))
         return tokenizer
 
     def mapped(self) -> MappedModel:

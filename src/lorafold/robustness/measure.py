@@ -27,9 +27,9 @@ from torch import Tensor
 from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only, selection_of
 from lorafold.core.contexts import evaluating
+from lorafold.data.chat_template import with_date
 from lorafold.data.examples import NO_LOSS, Example, encode
 from lorafold.data.prompts import PromptRow, prompts_of
-from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.batched_losses import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
@@ -247,7 +247,7 @@ class Bench:
     def __init__(self, task: FragilityTask, stack: AdapterStack, opening: Opening) -> None:
         self.task, self.stack = task, stack
         self.model, tokenizer = opening(stack.adapters)
-        self.tokenizer = on_day(tokenizer, task.day)
+        self.tokenizer = with_date(tokenizer, task.day)
         self.names = selection_of(self.model).names
 
     @cached_property

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from lorafold.composing.updates import names
+from lorafold.data.json_input import Row
 from lorafold.data.prompts import questions_in
 from lorafold.data.row_store import Rows, SourcePart
-from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.claims import digest_of
 from lorafold.identity import of_adapter

@@ -19,9 +19,9 @@ from lorafold.data.messages import (
     Tool,
     call_problems,
     message_problems,
-    normalized,
+    normalize,
+    openai_tools,
     tool_problems,
-    tools_of,
 )
 from lorafold.serving.backend import Ended, Token
 from lorafold.serving.completion_job import DialectRequest, PartReader, Prompts, Reply, Resolved
@@ -78,7 +78,7 @@ class ChatBody(Generation):
             if role not in ROLES:
                 expected = f"expected one of {', '.join(ROLES)}"
                 raise invalid(f"messages[{i}].role", f"found {role[:40]!r}, {expected}")
-        return normalized(
+        return normalize(
             [m | {"role": "system"} if m["role"] == "developer" else m for m in self.messages]
         )
 
@@ -90,7 +90,7 @@ class ChatBody(Generation):
         for i, tool in enumerate(self.tools):
             if tool.get("type", "function") != "function":
                 raise invalid(f"tools[{i}].type", f"found {tool['type']!r}, expected function")
-        tools = tools_of(self.tools)
+        tools = openai_tools(self.tools)
         allowed, forced = self._tool_choice([tool["function"]["name"] for tool in tools])
         return tuple(tool for tool in tools if tool["function"]["name"] in allowed), forced
 

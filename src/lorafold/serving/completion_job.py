@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafold.data.calls import grammar_of, parse_calls, special_words
+from lorafold.data.chat_template import template_of
 from lorafold.data.messages import Tool
-from lorafold.data.templates import template_of
+from lorafold.data.tool_calls import grammar_of, parse_calls, special_tokens
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import CRASHED, NOT_FINITE, Ended, Request, Sampling, Token, overlap
 from lorafold.serving.refusals import FIELD_BY_SETTING, Refusal, invalid
@@ -192,7 +192,7 @@ class PartReader:
         opened = prompt.rstrip().endswith(block.opening)
         self._state = "thinking" if opened else "start" if block.shown else "saying"
         grammar = grammar_of(tokenizer) if tools else None
-        words = special_words(tokenizer)
+        words = special_tokens(tokenizer)
         self._call_tag = grammar.without(words).before.strip() if grammar else ""
         # calls without a tag: any text may be one
         self._untagged_calls = bool(grammar) and not self._call_tag

@@ -28,7 +28,7 @@ from pydantic import AwareDatetime, BeforeValidator, Field, NonNegativeInt, Posi
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.recipe.parsing import text_of
+from lorafold.recipe.parsing import read_text
 from lorafold.serving.refusals import Refusal
 from lorafold.serving.settings import Strict, content_of, parsed, read, read_if_exists
 
@@ -208,7 +208,7 @@ def _hash(key: str) -> str:
 def _hash_in(file: Path | None) -> str:
     if file is None:
         return ""
-    key = text_of(file, "a key").strip()
+    key = read_text(file, "a key").strip()
     if len(key) < 16:
         raise LorafoldError(f"{file}: found a key of {len(key)} characters, expected at least 16")
     return _hash(key)

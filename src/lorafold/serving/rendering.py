@@ -13,12 +13,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lorafold.data.calls import grammar_of, parse_calls, special_words
-from lorafold.data.control_tokens import as_text, ids_of, tokens_of
+from lorafold.data.chat_template import PROBE_TEXT, PROBE_TOOL, TOOL_CALL, USER, template_of
+from lorafold.data.control_tokens import mark_as_text, rendered_ids, token_ids
 from lorafold.data.formats import Conversation
 from lorafold.data.messages import Message, Tool
-from lorafold.data.render import HELP, check_able, prompt_of
-from lorafold.data.templates import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call, template_of
+from lorafold.data.render import HELP, check_supported, prompt_of
+from lorafold.data.tool_calls import grammar_of, parse_calls, special_tokens
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
@@ -102,13 +102,12 @@ class Renderer:
         self.tokenizer, self.ends, self.variables = tokenizer, ends, variables
         self.texts = TokenTexts(tokenizer)
         # fill the caches of template analysis, so that no request waits for it
-        called = {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE})]}
-        conversation = Conversation([ASKED, called], 0, (PROBE_TOOL,))
+        conversation = Conversation([USER, TOOL_CALL], 0, (PROBE_TOOL,))
         for probe in (
-            lambda: check_able(conversation, tokenizer),
+            lambda: check_supported(conversation, tokenizer),
             lambda: template_of(tokenizer).block,
-            lambda: as_text(conversation, tokenizer),
-            lambda: parse_calls(VALUE, tokenizer),
+            lambda: mark_as_text(conversation, tokenizer),
+            lambda: parse_calls(PROBE_TEXT, tokenizer),
         ):
             with suppress(LorafoldError):
                 probe()
@@ -130,12 +129,12 @@ class Renderer:
 
     def prompt_tokens(self, text: str) -> tuple[int, ...]:
         try:
-            return tuple(ids_of(text, self.tokenizer))
+            return tuple(rendered_ids(text, self.tokenizer))
         except LorafoldError as error:
             raise Refusal(400, "template_refuses", f"messages: {error}", "messages") from None
 
     def tokens(self, text: str, special: bool) -> tuple[int, ...]:
-        return tuple(tokens_of(text, self.tokenizer, special))
+        return tuple(token_ids(text, self.tokenizer, special))
 
     def text(self, tokens: Sequence[int]) -> str:
         """Decodes tokens; refuses ids outside of the vocabulary."""
@@ -159,7 +158,7 @@ class Renderer:
                 raise invalid("tool_choice", f"{why} a call can't be forced; use auto")
             hint = "set tool_choice to none, or remove the schema"
             raise invalid("response_format", f"{why} a schema can't be used with tools; {hint}")
-        form = calls_of.without(special_words(self.tokenizer))
+        form = calls_of.without(special_tokens(self.tokenizer))
         calls, rules = [], []
         for i, tool in enumerate(tools):
             function = tool["function"]
@@ -171,7 +170,7 @@ class Renderer:
                 raise invalid(field, f"found {parameters!r:.80}, expected a JSON schema")
             arguments = compact(parameters)
             check(arguments, field, check_grammar)
-            calls.append(f"{json.dumps(function['name'] + form.named)} arguments{i}")
+            calls.append(f"{json.dumps(function['name'] + form.after_name)} arguments{i}")
             rules.append(f"arguments{i}: %json {arguments}")
         before, after = json.dumps(form.before.lstrip()), json.dumps(form.closing)
         literal = [part for part in (before, "(" + " | ".join(calls) + ")", after) if part != '""']

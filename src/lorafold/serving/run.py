@@ -25,7 +25,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.data.control_tokens import allow
+from lorafold.data.control_tokens import allow_tokens
 from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
 from lorafold.models.loading import recorded_storage
@@ -129,7 +129,7 @@ def build_server(
     name = at.resolve().name if at.exists() else base.name
     model, tokenizer = load(base)
     if settings.allow_control_tokens:
-        allow(tokenizer)
+        allow_tokens(tokenizer)
     # the files don't determine the tensors' dtypes
     tensors = [[path, list(p.shape), str(p.dtype)] for path, p in model.named_parameters()]
     identity = joined([files, sha256(json.dumps(tensors).encode()).hexdigest()])

@@ -31,7 +31,7 @@ from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.form import form_of
 from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
 from lorafold.peft.tensors import saved_tensors, sites_of
-from lorafold.recipe.fields import OF_METHOD
+from lorafold.recipe.fields import METHOD_FIELDS
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.memory import RETURN_FREED, malloc_policy, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
@@ -197,7 +197,7 @@ def write_adapter(
         record = record | {"figures": figures}
     targets = adapter.matches.paths
     # in the card, fields that are None show the value that the run used
-    used = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
+    used = {name: getattr(spec, name, None) for name in (*METHOD_FIELDS, "targets")}
     names = {"": "lr", UP: "lr_b"}
     groups = plan.optimizer.param_groups
     used |= {names[group["of"]]: group["peak"] for group in groups if group["of"] in names}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorafold.adapter import Adapter
 from lorafold.core.delta import set_tensor
 from lorafold.data.batches import BatchFeed
-from lorafold.data.control_tokens import NOTE
+from lorafold.data.control_tokens import EXCEPTIONS
 from lorafold.errors import LorafoldError
 from lorafold.files.paths import check_name
 from lorafold.files.terminal import format_bytes, print_lines
@@ -222,7 +222,7 @@ def shared_prefix_line(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
     computed, each, recipe = 0, 0, setup.request.recipe
     if isinstance(setup.objective, OnPolicy):
         return None
-    for examples in islice(feed.after(0), min(NUM_PREFIX_STEPS, feed.foreseen)):
+    for examples in islice(feed.after(0), min(NUM_PREFIX_STEPS, feed.num_previewed)):
         each += sum(loss.computed([example]) for example in examples)
         for indices in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
             computed += loss.computed([examples[i] for i in indices])
@@ -250,7 +250,7 @@ def run_identity(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         # the template's text, because the file that the recipe names may have changed
         template = setup.tokenizer.chat_template
         templates = template if isinstance(template, dict) else {"": str(template)}
-        plain = {name: NOTE.sub("", text) for name, text in templates.items()}
+        plain = {name: EXCEPTIONS.sub("", text) for name, text in templates.items()}
         identity["chat_template"] = str(plain.get("", plain))
     if setup.day:
         identity["day"] = setup.day
@@ -269,6 +269,6 @@ def sample_losses(
             f" {recipe.objective} lacks; use another objective, and set asks_losses in the spec"
         )
     loss.train()
-    for examples in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
+    for examples in feed.random_batches(n, rows or recipe.batch, recipe.seed + 1):
         inputs = loss.collate(examples, loss.device)
         yield loss(**inputs, **loss.of_step(examples)) / max(1, sum(map(loss.count, examples)))

@@ -21,9 +21,9 @@ from lorafold.core.attach import Adapted, Origin
 from lorafold.core.expert_matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
-from lorafold.data.branches import Branched
-from lorafold.data.checks import Findings
-from lorafold.data.templates import day_of, on_day
+from lorafold.data.chat_template import date_used, with_date
+from lorafold.data.preference_examples import BranchedRow
+from lorafold.data.row_checks import Findings
 from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
@@ -37,8 +37,8 @@ from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.provenance import mismatch, same_adapters
-from lorafold.recipe.fields import OF_ADAPTER
-from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
+from lorafold.recipe.fields import ADAPTER_FIELDS
+from lorafold.recipe.resolve_settings import ignored_fields, ignored_note, resolve_storage, spec_of
 from lorafold.resolve.base import check_language_model
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
@@ -105,9 +105,9 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
     if request.recipe.optimizer not in ("auto", "adamw"):
         bitsandbytes_optimizers(request.recipe.optimizer)
     spec = spec_of(request.recipe)
-    if left_out(request.recipe):
-        print_lines(console, without(request.recipe))
-    fixed = sorted(OF_ADAPTER & request.recipe.model_fields_set)
+    if ignored_fields(request.recipe):
+        print_lines(console, ignored_note(request.recipe))
+    fixed = sorted(ADAPTER_FIELDS & request.recipe.model_fields_set)
     if request.init_adapter and fixed:
         raise LorafoldError(
             f"{', '.join(fixed)}: the adapter of --init-adapter fixes these fields; remove them"
@@ -159,7 +159,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_
         check_paths_disjoint(request, objective.reads)
     if saved and not objective.outputs:
         check_language_model(request.base, saved)
-    storage = settled_base(request.recipe, spec, request.base.source, saved)
+    storage = resolve_storage(request.recipe, spec, request.base.source, saved)
     request = with_max_length(request, saved, console)
     recipe = request.recipe.model_copy(update={"storage": storage})
     base = request.base.stored(storage)
@@ -173,12 +173,12 @@ def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_
     tokenizer, added = prepare_tokenizer(request, objective, console, saved)
     changes = added.ids, recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
     own_tokenizer = any(changes) or bool(request.init_adapter and saved[-1].own_tokenizer)
-    day, dated_tokenizer = day_of(tokenizer), tokenizer
+    day, dated_tokenizer = date_used(tokenizer), tokenizer
     if day:
         recorded_day = RunDirectory(request.out).recorded("day") if request.resume else None
         day = str(recorded_day or request.day or day)
-        dated_tokenizer = on_day(tokenizer, day)
-        fixed = "" if day_of(dated_tokenizer) else f"{day} throughout this run"
+        dated_tokenizer = with_date(tokenizer, day)
+        fixed = "" if date_used(dated_tokenizer) else f"{day} throughout this run"
         date = fixed or "the date of each rendering"
         print_lines(console, f"the chat template inserts the date: {date}")
     feed, held_out, findings = tokenize_rows(request, dated_tokenizer, objective, console)
@@ -298,12 +298,12 @@ def largest_memory_setting(setup: Setup) -> MemorySetting:
 
 def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
     """Raise for a row with more tokens than the model has positions."""
-    known = (e for rows in islice(setup.feed.after(0), setup.feed.foreseen) for e in rows)
+    known = (e for rows in islice(setup.feed.after(0), setup.feed.num_previewed) for e in rows)
     held_out = setup.held_out.examples if setup.held_out else ()
     longest = max(
         len(document.ids)
         for e in chain(known, held_out)
-        for document in (e.documents() if isinstance(e, Branched) else (e,))
+        for document in (e.documents() if isinstance(e, BranchedRow) else (e,))
     )
     if longest > limit:
         raise LorafoldError(

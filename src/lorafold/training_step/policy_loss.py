@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.errors import LorafoldError
 from lorafold.ops.host_tensors import all_sent, sent
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
@@ -29,7 +29,7 @@ MAX_LOGPROB_DIFFERENCE = {4: 1e-3, 2: 0.2}
 
 
 @dataclass(frozen=True)
-class Rollout(Branched):
+class Rollout(BranchedRow):
     """The completions of one prompt; for each, its tokens' sampling `logprobs` (b,), its advantage,
     and whether it is `counted` in the loss.
     """

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.data.messages import without_nulls
+from lorafold.data.messages import drop_nulls
 from lorafold.serving.backend import Token
 from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn, as_call, as_chat, join_text
 from lorafold.serving.completion_job import CONTENT, REASONING, Reply
@@ -260,7 +260,7 @@ class ResponsesReply(Dialect):
             "output": items,
             "previous_response_id": None,
             "store": False,
-            "text": {"format": {"type": "text"}} | without_nulls(self.body.text),
+            "text": {"format": {"type": "text"}} | drop_nulls(self.body.text),
             "usage": None,
         } | self.body.model_dump(include=RETURNED_FIELDS)
 
