@@ -8,7 +8,7 @@ import torch
 
 from lorafold.core.rounding import generator_of, stochastic, turned
 from lorafold.errors import LorafoldError
-from lorafold.fold.rounding import CHUNK, Sums, round_to
+from lorafold.merging.rounding import CHUNK, Sums, round_to
 from rounding_cases import DTYPES, values
 
 WAYS: dict[str, Callable[..., torch.Tensor]] = {

@@ -27,7 +27,7 @@ from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
-from lorafold.models.quantized_files import make_quantized
+from lorafold.models.prequantized import make_quantized
 from lorafold.peft.form import REFUSED, REFUSING
 from mixtures import FORMS, mixture
 from more_architectures import FAMILIES

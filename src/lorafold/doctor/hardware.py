@@ -24,7 +24,9 @@ from lorafold.files.terminal import format_bytes
 from lorafold.kernels.registry import DECODING, TRAINING, use
 from lorafold.models.quantizations import MADE
 from lorafold.ops.arithmetic import CPU, widens
-from lorafold.ops.kernel_requirements import FLASH, DeviceKind, as_on, groups_at_once, takes
+from lorafold.ops.attention import FLASH_HEAD_UNIT, flash_supports
+from lorafold.ops.grouped import groups_at_once
+from lorafold.runtime.assumed_device import DeviceKind, assume_device
 from lorafold.runtime.devices import AMPERE, Gpu, choose_device, gpus, native_bf16
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.process_tuning import SWITCH, huge_pages
@@ -68,9 +70,9 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
 
 def paths(capability: tuple[int, int]) -> str:
     native = capability >= AMPERE
-    x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
-    with as_on(DeviceKind("cuda", capability)):
-        flash, at_once = takes(FLASH, x, x), groups_at_once(x)
+    x = torch.empty(1, FLASH_HEAD_UNIT, dtype=torch.bfloat16 if native else torch.float32)
+    with assume_device(DeviceKind("cuda", capability)):
+        flash, at_once = flash_supports(x, x), groups_at_once(x)
     missing = use(TRAINING, "cuda")
     parts = (
         f"weights and matmuls in {'bf16' if native else 'fp32'}",

@@ -35,8 +35,8 @@ from lorafold.exporting.gguf_metadata import (
     architecture_of,
 )
 from lorafold.exporting.target import DOWN, GATE_UP, Progress, SiteFactors, Subject
-from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import TensorShape, plan_fold
+from lorafold.fold.quantization_round_trip import ROUND_TRIP
 from lorafold.generation import end_tokens
 from lorafold.merging.merged_tensors import before_and_after, need_space
 from lorafold.models.weight_conversion import OnDemand

@@ -28,8 +28,8 @@ from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import Delta, on_meta
 from lorafold.core.layer import BaseLayer
 from lorafold.errors import NotMergeable
-from lorafold.fold.as_trained import attach_round_trip
 from lorafold.fold.plan import deltas_of
+from lorafold.fold.quantization_round_trip import attach_round_trip
 from lorafold.inspecting.updates import (
     Factors,
     SiteFactors,

@@ -25,7 +25,7 @@ from lorafold.core.delta import Delta, put
 from lorafold.core.layer import Layer
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
+from lorafold.fold.quantization_round_trip import ROUND_TRIP, attach_as_trained
 from lorafold.inspecting.result import Sites
 from lorafold.methods.lora import of_ranks
 from lorafold.ops.svd import svd_of_product

@@ -41,7 +41,7 @@ from lorafold.ops.grouped import (
     low_rank_product,
     product,
 )
-from lorafold.ops.scale import scale
+from lorafold.ops.scale_and_add import scale_and_add
 
 
 class Experts(BaseLayer):
@@ -148,10 +148,10 @@ class Experts(BaseLayer):
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        parts = [
-            scale(y[at], g[e], None if c is None else c[e], None if onto is None else onto[at])
-            for e, at in self.rows.spans()
-        ]
+        parts = []
+        for e, at in self.rows.spans():
+            residual = None if onto is None else onto[at]
+            parts.append(scale_and_add(y[at], g[e], None if c is None else c[e], residual))
         return torch.cat(parts) if parts else y
 
     def low_rank(

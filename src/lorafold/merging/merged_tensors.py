@@ -27,11 +27,11 @@ from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.terminal import Progress, silent
-from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import deltas_of, fold
-from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
+from lorafold.fold.quantization_round_trip import ROUND_TRIP
 from lorafold.layers import layer_of
 from lorafold.merging.plan import MergePlan
+from lorafold.merging.rounding import Rounded, Rounding, Sums, round_to
 from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import INDEX, write_container
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lorafold.adapter import load_all
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable, listed
-from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
 from lorafold.fold.plan import (
     WHOLE,
     FoldPlan,
@@ -28,6 +27,7 @@ from lorafold.fold.plan import (
     plan_fold,
     switch_on,
 )
+from lorafold.fold.quantization_round_trip import ROUND_TRIP, attach_round_trip
 from lorafold.models.checkpoint import (
     Checkpoint,
     MappedModel,

@@ -35,10 +35,10 @@ from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.templates import in_words
 from lorafold.files.terminal import Progress, progress_bars, silent
-from lorafold.fold.rounding import Rounding
 from lorafold.merging.merge_target import Distance, Into, check_saved, choose_into
 from lorafold.merging.merged_tensors import MergeResult, execute, write_shards
 from lorafold.merging.plan import plan
+from lorafold.merging.rounding import Rounding
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model, stored_in_files
 from lorafold.models.quantizations import Storage

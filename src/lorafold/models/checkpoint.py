@@ -39,7 +39,7 @@ from lorafold.layers.compressed import CompressedLinear
 from lorafold.layers.expert_storage import BLOCKS, stored_matrices
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading, one_line
-from lorafold.models.quantized_files import as_in_files, check_quantized, make_quantized, readable
+from lorafold.models.prequantized import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.sources import ModelSource, remember_source
 from lorafold.models.weight_conversion import Conversion, SourceTensor
 from lorafold.models.weights import (

@@ -28,9 +28,9 @@ from lorafold.layers.expert_storage import quantized
 from lorafold.models.architecture import auto_class
 from lorafold.models.classifier import expect_poolers, widen_heads
 from lorafold.models.load_errors import loading
+from lorafold.models.prequantized import make_quantized, readable
 from lorafold.models.quantizations import IN_FILES, STORAGES, Storage
 from lorafold.models.quantize_on_load import packable, route_quantized
-from lorafold.models.quantized_files import make_quantized, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -19,9 +19,9 @@ from lorafold.core.contexts import keep_scale
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import check_complete, loading, warn_unread
+from lorafold.models.prequantized import readable, storage_in_files
 from lorafold.models.quantizations import MADE, PLAIN_OF, QUANTIZED, STORAGES, Storage
 from lorafold.models.quantize_on_load import compute_in, quantization_of, read_quantized
-from lorafold.models.quantized_files import readable, storage_in_files
 from lorafold.models.sources import ModelSource, remember_source, resolve_model
 from lorafold.models.weights import MODEL_FILES, SHARDS, Weights, model_files
 

@@ -26,8 +26,7 @@ from lorafold.layers.bitsandbytes import bitsandbytes, set_compute_dtype
 from lorafold.layers.compressed import CompressedLinear
 from lorafold.layers.expert_storage import Floats, quantized, stored_matrices
 from lorafold.layers.experts import route
-from lorafold.models.quantizations import IN_CODES, IN_FILES, MADE, STORAGES, made_of
-from lorafold.models.quantized_files import (
+from lorafold.models.prequantized import (
     as_in_files,
     check_quantized,
     make_mxfp4,
@@ -37,6 +36,7 @@ from lorafold.models.quantized_files import (
     storage_in_files,
     stored_mxfp4,
 )
+from lorafold.models.quantizations import IN_CODES, IN_FILES, MADE, STORAGES, made_of
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.ops.nf4 import BLOCK
 from lorafold.runtime.memory import RETURNED, freed_blocks
