@@ -23,8 +23,8 @@ from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
 from lorafold.core.targets import all_linear, block_linears
 from lorafold.layers import is_linear, layer_of, parameter_count
-from lorafold.layers.bitsandbytes import bitsandbytes
-from lorafold.models.quantize_on_load import compute_in
+from lorafold.layers.bitsandbytes import import_bitsandbytes
+from lorafold.models.quantize_on_load import set_model_dtype
 from lorafold.ops import grouped as ops
 from lorafold.ops.grouped import FrozenMatrices, Groups, frozen_product, grouped, low_rank_product
 from lorafold.runtime.assumed_device import DeviceKind, assume_device
@@ -286,7 +286,7 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
     model = lf.load_model(folder, storage=storage)
     assert parameter_count(model) == parameter_count(plain)
     own = {path: m for path, m in Anatomy.of(model).modules if isinstance(m, Matrices)}
-    functional = bitsandbytes().functional
+    functional = import_bitsandbytes().functional
     for path, matrices in own.items():
         stored = plain.get_parameter(path)
         layer = layer_of(matrices)
@@ -306,7 +306,7 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
         for path, m in Anatomy.of(model).modules:
             if type(m).__module__.startswith("bitsandbytes."):
                 plain.get_parameter(f"{path}.weight").copy_(layer_of(m).dense()[0])
-    compute_in(model, torch.float32)
+    set_model_dtype(model, torch.float32)
     if family in CONFIGS:  # without an adapter
         path = next(iter(own)).rpartition(".")[0]
         x, index = torch.randn(7, 64), torch.randint(0, 4, (7, 2))

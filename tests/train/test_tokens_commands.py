@@ -22,7 +22,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.generation import complete, end_tokens
-from lorafold.merging.plan import declared
+from lorafold.merging.plan import with_vocabulary_size
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
@@ -446,12 +446,13 @@ def test_a_base_without_a_tokenizer_is_merged_all_the_same(tiny_model_dir, tmp_p
 
 
 def test_a_config_says_its_vocabulary_where_it_has_it() -> None:
-    assert declared({"model_type": "llama"}, 7) == {"model_type": "llama", "vocab_size": 7}
+    llama = {"model_type": "llama"}
+    assert with_vocabulary_size(llama, 7) == {**llama, "vocab_size": 7}
     vision = {"vision_config": {"vocab_size": 3}}
     nested = {"text_config": {"vocab_size": 5, "hidden_size": 2}} | vision
-    found = declared(nested, 7)
+    found = with_vocabulary_size(nested, 7)
     assert found == {"text_config": {"vocab_size": 7, "hidden_size": 2}} | vision
-    assert declared({**nested, "vocab_size": 5}, 7)["vocab_size"] == 7
+    assert with_vocabulary_size({**nested, "vocab_size": 5}, 7)["vocab_size"] == 7
 
 
 @pytest.mark.slow

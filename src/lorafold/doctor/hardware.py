@@ -22,7 +22,7 @@ from lorafold.doctor.installation import set_threads
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
 from lorafold.kernels.registry import DECODING, TRAINING, use
-from lorafold.models.quantizations import MADE
+from lorafold.models.quantizations import ON_LOAD
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.attention import FLASH_HEAD_UNIT, flash_supports
 from lorafold.ops.grouped import groups_at_once
@@ -176,10 +176,10 @@ def _unused_driver() -> str:
 
 
 def _has_kernels() -> bool | None:
-    from lorafold.layers.bitsandbytes import bitsandbytes
+    from lorafold.layers.bitsandbytes import import_bitsandbytes
 
     try:
-        library = bitsandbytes().cextension.lib
+        library = import_bitsandbytes().cextension.lib
     except Exception:  # reported with the packages
         return None
     return "_lib" in vars(library)  # the stub for a missing library lacks it
@@ -227,8 +227,8 @@ def slow(
         f"bf16 saves memory but no time, because {h.native_why}; --storage auto uses fp32.": (
             not h.native_bf16
         ),
-        f"bitsandbytes has no native library for this machine, so {' and '.join(MADE)} weights are"
-        " dequantized by slower code: reinstall it (pip install --force-reinstall --no-deps"
+        f"bitsandbytes has no native library for this machine, so {' and '.join(ON_LOAD)} weights"
+        " are dequantized by slower code: reinstall it (pip install --force-reinstall --no-deps"
         " bitsandbytes), or use --storage bf16 or fp32.": h.kernels is False,
         f"Only {format_bytes(h.free)} of memory is free: stop other programs, and use lorafold"
         " estimate to see what fits.": cpu and h.free < LITTLE_MEMORY,

@@ -38,7 +38,7 @@ from lorafold.exporting.target import DOWN, GATE_UP, Progress, SiteFactors, Subj
 from lorafold.fold.plan import TensorShape, plan_fold
 from lorafold.fold.quantization_round_trip import ROUND_TRIP
 from lorafold.generation import end_tokens
-from lorafold.merging.merged_tensors import before_and_after, need_space
+from lorafold.merging.merged_tensors import before_and_after, check_disk_space
 from lorafold.models.weight_conversion import OnDemand
 from lorafold.resolve import Base
 
@@ -243,7 +243,7 @@ def write_described(
     kinds = {n: type_of(n, shape, tensors, tied) for n, shape in content.shapes.items()}
     sizes = {n: size_of(shape, kinds[n]) for n, shape in content.shapes.items()}
     done, total = 0, sum(sizes.values())
-    need_space(out.parent, total, "the file")
+    check_disk_space(out.parent, total, "the file")
     for name, shape in content.shapes.items():
         kind = gguf.GGMLQuantizationType[kinds[name]]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)

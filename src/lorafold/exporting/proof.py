@@ -41,7 +41,7 @@ from lorafold.exporting.target import Progress, Subject
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.generation import complete_tokens, end_tokens, tokens_of
 from lorafold.merging.merge_target import Distance
-from lorafold.merging.run import adapted
+from lorafold.merging.run import load_adapted
 
 BUILT_IN = Path(__file__).with_name("prompts.jsonl")
 GREEDY = 16  # tokens of a greedy text
@@ -133,7 +133,7 @@ def _moved(at: int, step: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tupl
 
 def answers_over(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
     """Log-probabilities (prompts, vocabulary) with another quantization of the base, in fp32."""
-    model = adapted(subject.base, subject.adapters, storage)
+    model = load_adapted(subject.base, subject.adapters, storage)
     return torch.stack([last(model, ids) for ids in prompts_of(subject.tokenizer, source).ids])
 
 
@@ -151,7 +151,7 @@ class ReferenceAnswers:
         """Load the exported model on the weights that the files are for, and compute answers."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
-        model = adapted(subject.base, subject.adapters, subject.stored)
+        model = load_adapted(subject.base, subject.adapters, subject.stored)
         with_, without, total = list[Tensor](), list[Tensor](), 2 * len(prompts.ids)
         for ids in prompts.ids:
             with_.append(last(model, ids))

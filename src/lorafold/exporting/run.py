@@ -26,7 +26,7 @@ from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.terminal import progress_bars
-from lorafold.merging.merge_target import ALIAS, Distance, Into, choose_into
+from lorafold.merging.merge_target import ALIASES, Distance, MergeTarget, choose_merge_target
 from lorafold.models.loading import stored_in_files
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
@@ -86,7 +86,7 @@ class Exported(ShownInNotebooks):
     proof: Proof | None
     unproved: str
     beside: Mapping[str, Proof | str]
-    into: Into = ORIGINAL
+    into: MergeTarget = ORIGINAL
     away: Distance | None = None
     from_original: Distance | None = None
 
@@ -123,7 +123,7 @@ class Exported(ShownInNotebooks):
         if self.adapters:
             alone = "the adapters on the base that the engine loads"
             subject = "this file" if TARGETS[self.to].merged else alone
-            far = self.into.compared(self.model, subject, self.away, self.from_original)
+            far = self.into.describe_distances(self.model, subject, self.away, self.from_original)
             lines.append(f"  {far}")
         if self.cut is not None:
             lines.append(f"  {self.cut}")
@@ -144,14 +144,15 @@ def export(
     tensors, engine = _tensors(target, options.tensors), _engine(target, options)
     if (rank := options.as_lora) is not None and (type(rank) is not int or rank < 1):
         raise LorafoldError(f"as_lora: found {rank!r}, expected a positive integer")
-    into, base = _into(base, adapters, target, options.into), base.with_files_for(adapters)
+    into = _merge_target(base, adapters, target, options.into)
+    base = base.with_files_for(adapters)
     check_out(out, options.overwrite)
     check_not_replaced(out, [base.source.path, *(saved.path for saved in adapters)])
     check_language_model(base, adapters, INSTEAD)
     unproved = _unproved(target, options)
     with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
         subject, cut, reference = Subject(base, tuple(adapters), tensors, into=into), None, None
-        quantized = into.trained_on is not None and not into.in_files
+        quantized = into.trained_on is not None and not into.prequantized
         others: Tensor | None = None
         beside: dict[str, Proof | str] = {**_named_otherwise(base, adapters)}
         if options.as_lora is None:
@@ -164,7 +165,7 @@ def export(
                     " need; add its files next to config.json, or use --no-proof"
                 )
         elif options.prove and quantized:  # the other weights, for comparison
-            storage = "fp32" if into.target == "trained" else into.stored
+            storage = "fp32" if into.target == "trained" else into.training_storage
             others = answers_over(subject, storage, options.prompts)
         if not unproved:
             reference = ReferenceAnswers.of(subject, options.prompts, bar("answering"))
@@ -235,16 +236,18 @@ def _check_representable(
         raise LorafoldError(f"{options.to}: {as_one(problems)}{enough}")
 
 
-def _into(base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None) -> Into:
+def _merge_target(
+    base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None
+) -> MergeTarget:
     in_files = stored_in_files(base.source)
-    expected = ("trained", "original", *ALIAS) if target.merged else ("original",)
+    expected = ("trained", "original", *ALIASES) if target.merged else ("original",)
     if into is not None and into not in expected:
         raise LorafoldError(
             f"--into: found {into} for {target.name}, expected {' or '.join(expected[:2])}"
         )
     if not target.merged and in_files is None:
         into = "original"
-    return choose_into(into, adapters, base.storage, in_files)
+    return choose_merge_target(into, adapters, base.storage, in_files)
 
 
 def _proof(

@@ -41,7 +41,7 @@ from lorafold.inspecting.updates import (
     unstacked,
 )
 from lorafold.layers import layer_of
-from lorafold.merging.merge_target import Into
+from lorafold.merging.merge_target import MergeTarget
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
 from lorafold.peft.adapter_directory import SavedAdapter
@@ -160,7 +160,7 @@ Word = str | Callable[[str], str]  # or a function of the directory
 Line = str | tuple[Word, ...]  # text, Python code, or the words of a command
 FULL = "full_attention"
 Progress = Callable[[int, int], None]  # done, of
-ORIGINAL = Into("original", None)
+ORIGINAL = MergeTarget("original", None)
 
 
 def placed(line: Line, out: str) -> str:
@@ -209,7 +209,7 @@ class Subject:
     adapters: tuple[SavedAdapter, ...]
     tensors: str | None = None
     original: tuple[SavedAdapter, ...] = ()
-    into: Into = ORIGINAL
+    into: MergeTarget = ORIGINAL
 
     @property
     def stored(self) -> str:

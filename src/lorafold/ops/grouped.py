@@ -214,9 +214,7 @@ def product(x: Tensor, m: Tensor, groups: Groups) -> Tensor:
 
 class _Frozen(Exact):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, w: FrozenMatrices, out: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, w: FrozenMatrices, out: int) -> Any:
         ctx.w, ctx.width, ctx.dtype = w, x.shape[1], arithmetic(x)
         ctx.residual_dtype = None if residual is None else residual.dtype
         return w.matmul(x.to(ctx.dtype), out, False, residual).to(x.dtype)

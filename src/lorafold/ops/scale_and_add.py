@@ -70,9 +70,7 @@ BACKWARD = operator(
 
 class _ScaleAndAdd(Exact):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, g: Tensor, c: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, g: Tensor, c: Tensor | None, residual: Tensor | None) -> Any:
         ctx.save_for_backward(y, g)
         ctx.residual, ctx.c_dtype = residual, None if c is None else c.dtype
         return SCALE(y, g, c, residual)

@@ -36,7 +36,7 @@ from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
-from lorafold.peft.provenance import mismatch, same_adapters
+from lorafold.peft.provenance import mismatch_message, same_adapters
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
 from lorafold.resolve.base import check_language_model
@@ -143,7 +143,7 @@ def saved_adapters(request: RunRequest) -> list[SavedAdapter]:
     for n, one in enumerate(saved):
         if not (request.base.allow_other_base or same_adapters(one.over, origins[:n])):
             needed = " ".join(f"--over {origin.path}" for origin in one.over)
-            raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; pass {needed}")
+            raise LorafoldError(f"{one}: {mismatch_message(one.over, origins[:n])}; pass {needed}")
     if not request.base.allow_other_base and (base := request.base.in_files()):
         for one in saved:
             one.own_base.check(base, request.base.name)
@@ -181,7 +181,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         written = "the date of each rendering" if day_of(dated) else f"{day} throughout this run"
         print_lines(console, f"the chat template inserts the date: {written}")
     feed, held_out, findings = tokenized(request, dated, objective, console)
-    print_lines(console, f"base: {base.loaded_as.why}")
+    print_lines(console, f"base: {base.loaded_as.reason}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
             f"strategy fsdp: found objective {recipe.objective}, which samples completions;"
