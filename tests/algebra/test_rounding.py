@@ -46,7 +46,7 @@ def test_auto_keeps_a_weak_update_that_nearest_loses(dtype):
         for how in ("nearest", "stochastic", "auto")
     }
     assert kept["nearest"].stats.survival < 0.5
-    assert kept["auto"].how == "stochastic"
+    assert kept["auto"].mode == "stochastic"
     assert torch.equal(kept["auto"].tensor, kept["stochastic"].tensor)
     # the projection of the rounding noise on dW has the standard deviation noise / sqrt(elements)
     assert abs(kept["auto"].stats.survival - 1) < 5 * kept["auto"].stats.noise / 512

@@ -52,7 +52,7 @@ def test_fp32_merged_is_adapted(kind, sharded, tiny_model_dir, tmp_path):
     assert result.gap is not None
     assert result.gap.relative_logit_gap < 1e-5
     assert result.gap.argmax_agreement > 0.99
-    assert result.folded.sums.survival == 1
+    assert result.folded.stats.survival == 1
     names = [{p.name for p in path.glob("model*")} for path in (base, tmp_path / "merged")]
     assert names[0] == names[1]
 
@@ -155,7 +155,7 @@ def test_a_weak_adapter_survives_16_bits(dtype, tiny_model_dir, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", size=size)
     lost = merge(str(base), [adapter], tmp_path / "nearest", rounding="nearest", certificate=False)
     kept = merge(str(base), [adapter], tmp_path / "auto", seed=3, certificate=False)
-    assert lost.folded.sums.survival < 0.98
+    assert lost.folded.stats.survival < 0.98
     stored, before = tensors_of(tmp_path / "auto"), tensors_of(base)
     exact = fresh_model(base)
     lf.load(exact, adapter).merge()
@@ -165,8 +165,8 @@ def test_a_weak_adapter_survives_16_bits(dtype, tiny_model_dir, tmp_path):
         parts.append((w.double() - after[name]) * (after[name] - before[name].double()))
     terms = torch.cat([part.flatten() for part in parts])
     assert abs(terms.sum()) < 5 * terms.norm()
-    survival = 1 + terms.sum().item() / kept.folded.sums.update
-    assert kept.folded.sums.survival == pytest.approx(survival, rel=1e-3)
+    survival = 1 + terms.sum().item() / kept.folded.stats.update
+    assert kept.folded.stats.survival == pytest.approx(survival, rel=1e-3)
     assert {t.dtype for t in stored.values()} == {dtype}
 
 

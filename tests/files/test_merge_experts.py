@@ -120,7 +120,7 @@ def test_merged_is_adapted_and_the_files_are_as_they_were(kind, size, moe, probe
     assert relative(logits(load_model(tmp_path / "merged", torch.float32)), expected) < 1e-5
     assert result.gap is not None
     assert result.gap.relative_logit_gap < 1e-5
-    assert result.folded.sums.survival == 1
+    assert result.folded.stats.survival == 1
 
     assert (len(layout(base)) > 4) == (size == "60KB")
     assert layout(tmp_path / "merged") == layout(base)
@@ -155,9 +155,9 @@ def test_in_16_bits_small_updates_survive(kind, moe, probe, tmp_path) -> None:
     result = merge(base, [tmp_path / "a"], tmp_path / "merged", device="cpu", probe=probe)
     assert layout(tmp_path / "merged") == layout(base)
     assert result.folded.rounded["stochastic"] > 4
-    assert abs(result.folded.sums.survival - 1) < 0.05
+    assert abs(result.folded.stats.survival - 1) < 0.05
     nearest = merge(base, [tmp_path / "a"], tmp_path / "n", rounding="nearest", certificate=False)
-    assert nearest.folded.sums.survival < 0.95
+    assert nearest.folded.stats.survival < 0.95
     again = merge(base, [tmp_path / "a"], tmp_path / "again", certificate=False)
     assert again.folded == result.folded
     assert_same_tensors(tmp_path / "merged", tmp_path / "again")

@@ -192,4 +192,4 @@ def test_each_storage_has_a_name_and_a_row_and_each_maker_is_there():
     assert {*get_args(StorageName)} == {*STORAGES, "auto"}
     for name in ON_LOAD:
         assert callable(STORAGES[name].pack)
-        assert quantization_of(STORAGES[name].made, "model m") == name
+        assert quantization_of(STORAGES[name].bnb_options, "model m") == name

@@ -67,8 +67,8 @@ class Story:
     base: str
 
     def meaning(self) -> list[str]:
-        text = in_words("quickstart/meaning.jinja", story=self, n=UNSEEN, allowed=exporting.SHARE)
-        return text.splitlines()
+        options = {"n": UNSEEN, "allowed": exporting.MAX_LOST}
+        return in_words("quickstart/meaning.jinja", story=self, **options).splitlines()
 
 
 def fastest(device: torch.device) -> Storage:
