@@ -23,7 +23,7 @@ from lorafold.api.serve import own_bases
 from lorafold.cli import _load
 from lorafold.errors import LorafoldError
 from lorafold.peft.adapter_directory import open_all
-from lorafold.peft.provenance import OwnBase
+from lorafold.peft.provenance import RecordedBase
 from lorafold.resolve import Base, base_for
 from lorafold.serving.registry import STATE_FILE, ServerState
 from serving_cases import running, saved
@@ -249,7 +249,7 @@ def test_a_server_takes_that_of_its_directory(place: Path) -> None:
     make_adapter(place / "base", folder / "a")
     (make_adapter(place / "base", folder / "b") / "adapter_config.json").write_text("{")
     assert base_for(None, own_bases(folder)).source.path == place / "base"
-    assert OwnBase.read(folder / "a") == open_all([folder / "a"])[0].own_base
+    assert RecordedBase.read(folder / "a") == open_all([folder / "a"])[0].own_base
     shutil.rmtree(folder / "a")
     with pytest.raises(LorafoldError, match="none of its adapters has a base model"):
         own_bases(folder)
@@ -276,7 +276,7 @@ def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_mode
     large = shutil.copytree(folder / "z", folder / "large") / "adapter_config.json"
     large.write_text(large.read_text() + " " * (8 << 20))
     with pytest.raises(LorafoldError, match="expected at most 8,388,608 bytes"):
-        OwnBase.read(folder / "large")
+        RecordedBase.read(folder / "large")
     own = own_bases(folder)
     assert base_for(None, own).source.path == place / "base"
     (folder / STATE_FILE).write_text(ServerState(base=own[0]).model_dump_json())

@@ -27,8 +27,8 @@ from lorafold.core.attach import selection_of
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
-from lorafold.models.quantized_files import make_quantized
-from lorafold.peft.form import REFUSED, REFUSING
+from lorafold.models.prequantized import make_quantized
+from lorafold.peft.form import UNSUPPORTED_TARGETS, UNSUPPORTING_TYPES
 from mixtures import FORMS, mixture
 from more_architectures import FAMILIES
 from peft_cases import CLOSE, gap, load_theirs, logits, made_by_peft, move, moved, save_theirs
@@ -328,17 +328,17 @@ def test_an_adapter_that_peft_refuses_says_so(name: str, tmp_path: Path, caplog)
 
 
 def test_the_types_are_those_of_peft() -> None:
-    for kind in (*REFUSING, "llama", "jamba", "bamba"):
+    for kind in (*UNSUPPORTING_TYPES, "llama", "jamba", "bamba"):
         model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
-        for target in (*REFUSED, "in_proj"):
+        for target in (*UNSUPPORTED_TARGETS, "in_proj"):
             try:
                 tuners_utils._check_lora_target_modules_mamba(
                     SimpleNamespace(peft_type="LORA"), model, target
                 )
             except ValueError:
-                assert (kind in REFUSING, target in REFUSED) == (True, True)
+                assert (kind in UNSUPPORTING_TYPES, target in UNSUPPORTED_TARGETS) == (True, True)
             else:
-                assert kind not in REFUSING or target not in REFUSED
+                assert kind not in UNSUPPORTING_TYPES or target not in UNSUPPORTED_TARGETS
 
 
 @pytest.mark.parametrize(

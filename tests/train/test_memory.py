@@ -37,7 +37,7 @@ from lorafold.methods import make_spec
 from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
-from lorafold.models.quantizations import MADE, STORAGES, Storage, StorageRow
+from lorafold.models.quantizations import ON_LOAD, STORAGES, Storage, StorageRow
 from lorafold.objectives.algorithm_options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.ops import attention
@@ -74,7 +74,7 @@ def settings() -> Iterator[tuple[str, Any, MemorySetting]]:
         yield f"{method}{', checkpointed' * again}", LLAMA, own
     for name in ("qwen2", "gemma2", "gpt2"):
         yield name, CONFIGS[name], LORA
-    for quantization in MADE:
+    for quantization in ON_LOAD:
         base = Storage(torch.bfloat16, quantization)
         for method in ("lora", "loha"):
             own = replace(LORA, base=base, spec=make_spec(method))

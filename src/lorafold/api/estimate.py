@@ -112,10 +112,10 @@ def estimate(
     from lorafold.models.positions import positions_in
     from lorafold.models.sources import EMBEDDED
     from lorafold.ops.arithmetic import widens
-    from lorafold.ops.kernel_requirements import DeviceKind, place_of
     from lorafold.recipe.recipe import Recipe
     from lorafold.recipe.resolve_settings import DEFAULT_MAX_LENGTH, fit_length
     from lorafold.resolve import Base
+    from lorafold.runtime.assumed_device import DeviceKind, kind_of_device
     from lorafold.runtime.devices import choose_device
 
     chart = as_page(html)
@@ -183,7 +183,7 @@ def estimate(
     setting = replace(
         setting,
         widened=widens(setting.base.dtype) if of_this_cpu else setting.widened,
-        place=asked_for if on is None else place_of(on),
+        device_kind=asked_for if on is None else kind_of_device(on),
         resident=of_this_cpu and setting.spec is not None and on is None,
     )
     total, advice, measured = estimate.estimate(config, setting), None, None

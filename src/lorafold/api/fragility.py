@@ -152,7 +152,7 @@ def fragility(
     from lorafold.files.atomic import write_json, write_text
     from lorafold.files.terminal import print_lines, progress_bar
     from lorafold.peft.adapter_directory import open_all
-    from lorafold.peft.provenance import OwnBase
+    from lorafold.peft.provenance import RecordedBase
     from lorafold.recipe.resolve_settings import resolve_length
     from lorafold.resolve import base_for
     from lorafold.robustness import run
@@ -169,7 +169,7 @@ def fragility(
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
     used = [one for stack in stacks for one in stack.adapters]
     finished = None if tuned is None else as_path(tuned, "tuned")
-    owners = [OwnBase.read(finished)] if finished else []
+    owners = [RecordedBase.read(finished)] if finished else []
     base = base_for(model, [*used, *owners], console, **opening)
     asked = as_recipe(recipe, RECIPE, trains=True)
     # quantization: the option, else the recipe's, else the adapters' during training

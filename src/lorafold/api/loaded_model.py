@@ -105,7 +105,7 @@ def load_with_adapters(
     )
     tokenizer = prepared(tokenizer, objective, console)
     base = model.stored_as_trained(adapters)
-    print_lines(console, f"{base.name} on {base.where}, {base.loaded_as.why}")
+    print_lines(console, f"{base.name} on {base.where}, {base.loaded_as.reason}")
     loaded, other = objective.load(base, tokenizer), base.allow_other_base
     load_all(loaded, adapters, "adapter", allow_other_base=other, base=base.weights())
     return loaded, tokenizer

@@ -35,7 +35,7 @@ from typing import (
 from lorafold.errors import LorafoldError
 from lorafold.files.record import ALIASES, named_as_now
 from lorafold.foreign_options import unknown_names
-from lorafold.models.quantizations import LISTED
+from lorafold.models.quantizations import STORAGE_NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -430,8 +430,8 @@ class Stacking(Computing, total=False):
 
 def _storage(auto: str, when: str = "") -> Option:
     text = (
-        f"The quantization or dtype of the base model{when}: {LISTED} or auto. auto uses {auto}."
-        " You can also write --quantization."
+        f"The quantization or dtype of the base model{when}: {STORAGE_NAMES} or auto."
+        f" auto uses {auto}. You can also write --quantization."
     )
     return Option(text, panel=BASE, default="auto")
 

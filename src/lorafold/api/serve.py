@@ -12,7 +12,7 @@ from lorafold.errors import LorafoldError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.peft.provenance import OwnBase
+    from lorafold.peft.provenance import RecordedBase
 
 NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
@@ -101,7 +101,7 @@ def serve(
 
 def own_bases(
     adapters: Path, state: Path | None = None, console: "Console | None" = None
-) -> list["OwnBase"]:
+) -> list["RecordedBase"]:
     """The base model of the last start without `model`, or else of most adapters in a directory, so
     that an adapter added later does not change it. All of them if there is a tie; none without
     adapters.
@@ -109,7 +109,7 @@ def own_bases(
     from dataclasses import replace
 
     from lorafold.files.terminal import print_lines
-    from lorafold.peft.provenance import OwnBase
+    from lorafold.peft.provenance import RecordedBase
     from lorafold.serving.directory import Directory
     from lorafold.serving.registry import STATE_FILE, ServerState
     from lorafold.serving.settings import read_if_exists
@@ -121,13 +121,13 @@ def own_bases(
         return [replace(last, adapter=directory.pages_directory / last.adapter.name)]
     for name in sorted(directory.names()):
         with suppress(LorafoldError):
-            found.append(OwnBase.read(directory.locate(name)))
+            found.append(RecordedBase.read(directory.locate(name)))
     if directory.names() and not found:
         raise LorafoldError(
             f"--adapters {adapters}: none of its adapters has a base model that can be served; pass"
             " --model PATH (model)"
         )
-    groups = list[list[OwnBase]]()
+    groups = list[list[RecordedBase]]()
     for own in sorted((one for one in found if one.known), key=lambda one: not one.fingerprint):
         same = [group for group in groups if group[0].same_as(own)]
         same[0].append(own) if same else groups.append([own])

@@ -170,14 +170,14 @@ def requested(
     )
     if held_out is not None:
         held_out = as_rows(held_out, columns, console, objective=run.objective)
-    from lorafold.peft.provenance import OwnBase
+    from lorafold.peft.provenance import RecordedBase
     from lorafold.resolve import base_for
     from lorafold.training.inputs import RunRequest
 
     stack, first = asked.pop("over", ()), asked.pop("init_adapter", None)
     over = () if stack == () else tuple(as_paths(stack))
     start = None if first is None else as_path(first, "init_adapter")
-    below = [] if model else [*map(OwnBase.read, (*over, *([start] if start else [])))]
+    below = [] if model else [*map(RecordedBase.read, (*over, *([start] if start else [])))]
     return RunRequest(
         base_for(model, below, console, **asked),
         as_path(out),

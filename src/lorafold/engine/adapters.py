@@ -36,7 +36,7 @@ from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.weights import InMemory
 from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG, WEIGHTS
-from lorafold.peft.provenance import COMPUTED, expected_path, not_found, parse_over
+from lorafold.peft.provenance import DIGEST_FILES, expected_path, missing_message, parse_over
 
 MANIFEST_BYTES = 8 << 20  # not part of an identity
 # a larger rank takes longer than the base's matmul, and all adapters would be padded to it
@@ -126,8 +126,8 @@ def delta_parts(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
 
 def base_adapter_contents(origin: Origin, over: Path, most: int) -> Contents:
     contents = Contents(expected_path(origin, over), FILES, most)
-    if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
-        raise LorafoldError(not_found(origin, over))
+    if CONFIG not in contents.files or contents.digest_of(DIGEST_FILES) != origin.sha256:
+        raise LorafoldError(missing_message(origin, over))
     return contents
 
 

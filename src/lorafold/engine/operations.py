@@ -31,7 +31,7 @@ from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
 from lorafold.ops.elementwise import GATED, NORM, ROTARY
 from lorafold.ops.packed_documents import Documents
-from lorafold.ops.scale import SCALE, scaled
+from lorafold.ops.scale_and_add import SCALE, plain_scale_and_add
 from lorafold.training_step.packed_attention import attend
 
 log = logging.getLogger(__name__)
@@ -56,12 +56,13 @@ class Operations:
         return self._norm(x.contiguous(), gain, eps)
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None) -> Tensor:
-        """See `lorafold.ops.scale.scale`: y (B, T, k) times gains plus offsets, (k,) or (B, k)."""
+        """See `ops.scale_and_add`: y (B, T, k) times gains plus offsets, (k,) or (B, k)."""
         if g.dim() > 1:
             g, c = g[:, None], None if c is None else c[:, None]
         # avoids torch's dispatcher, whose overhead matters on a CPU only
-        half = SCALE if y.is_cuda else self._scale
-        return (half if y.dtype is torch.bfloat16 else scaled)(y.contiguous(), g, c, None)
+        fast = SCALE if y.is_cuda else self._scale
+        scale = fast if y.dtype is torch.bfloat16 else plain_scale_and_add
+        return scale(y.contiguous(), g, c, None)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See `lorafold.ops.elementwise.rotary`: x (..., D) rotated by halves."""

@@ -25,7 +25,7 @@ from lorafold.core.delta import Delta, set_tensor
 from lorafold.core.layer import Layer
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
+from lorafold.fold.quantization_round_trip import ROUND_TRIP, attach_training_round_trip
 from lorafold.inspecting.result import Sites
 from lorafold.methods.lora import lora_with_ranks
 from lorafold.ops.svd import svd_of_product
@@ -147,7 +147,7 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
 
 def load_below(model: nn.Module, base: Base, stack: Sequence[SavedAdapter]) -> tuple[str, ...]:
     """Load all adapters of the stack but the last; returns their names on the model."""
-    attach_as_trained(model, base.source, base.storage, stack)
+    attach_training_round_trip(model, base.source, base.storage, stack)
     below = load_all(model, stack[:-1], "over", allow_other_base=base.allow_other_base)
     return tuple(adapter.name for adapter in below)
 

@@ -26,8 +26,8 @@ from lorafold.memory.trace import MemorySetting
 from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective, OnPolicy
 from lorafold.ops.arithmetic import CPU, widens
-from lorafold.ops.kernel_requirements import place_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.runtime.assumed_device import kind_of_device
 
 NUM_CHECKED_STEPS = 64  # of the first steps, those with the most tokens
 USABLE_SHARE = 0.9  # of the free memory: the rest is for memory outside the estimate
@@ -89,7 +89,7 @@ def largest_batch(
         accumulating=accumulating,
         draws=draws,
         widened=widens(setting.base.dtype, device),
-        place=place_of(device),
+        device_kind=kind_of_device(device),
         processes=processes,
         strategy=recipe.strategy,
         resident=device.type == "cpu",

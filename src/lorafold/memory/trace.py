@@ -33,8 +33,8 @@ from lorafold.models.load_errors import one_line
 from lorafold.models.quantizations import Storage
 from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
-from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.ops.packed_documents import Documents, Tile
+from lorafold.runtime.assumed_device import DeviceKind, assume_device
 from lorafold.runtime.process_tuning import existing_frozen
 from lorafold.training_step.adamw import state_bytes
 from lorafold.training_step.fused_modules import fused
@@ -165,7 +165,7 @@ class MemorySetting:
     accumulating: gradients of an earlier micro-batch exist.
     below: the frozen adapters below, lowest first: method, and further `attach` arguments.
     draws: the completions sampled before a step, if any.
-    place: the kind of device, whose dropout and attention are modelled.
+    device_kind: the kind of device, whose dropout and attention are modelled.
     widened: 16-bit matrices are multiplied in fp32 (`ops.arithmetic.widens`).
     processes: the number that train together, each on such rows.
     resident: include the memory of a CPU run's process besides tensors.
@@ -185,7 +185,7 @@ class MemorySetting:
     accumulating: bool = False
     draws: RolloutSize | None = None
     widened: bool = False
-    place: DeviceKind = ON_CPU
+    device_kind: DeviceKind = ON_CPU
     below: tuple[tuple[Spec, Callable[[PreTrainedModel], Mapping[str, Any]]], ...] = ()
     trust_remote_code: bool = False
     processes: int = 1
@@ -218,7 +218,7 @@ def trace(config: PreTrainedConfig, setting: MemorySetting, blocks: int) -> Step
         existing_frozen(),
         without_values(),
         multiplying(widened=setting.widened),
-        as_on(setting.place),
+        assume_device(setting.device_kind),
         Ledger() as ledger,
     ):
         step = inference if setting.spec is None else training

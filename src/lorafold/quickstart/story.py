@@ -67,8 +67,8 @@ class Story:
     base: str
 
     def meaning(self) -> list[str]:
-        text = in_words("quickstart/meaning.jinja", story=self, n=UNSEEN, allowed=exporting.SHARE)
-        return text.splitlines()
+        options = {"n": UNSEEN, "allowed": exporting.MAX_LOST}
+        return in_words("quickstart/meaning.jinja", story=self, **options).splitlines()
 
 
 def fastest(device: torch.device) -> Storage:
@@ -77,7 +77,7 @@ def fastest(device: torch.device) -> Storage:
     if not widens(best.dtype, device):
         return best
     return Storage(
-        torch.float32, None, f"fp32: {best.why.partition(': ')[2]}, but fp32 is faster"
+        torch.float32, None, f"fp32: {best.reason.partition(': ')[2]}, but fp32 is faster"
     )
 
 
@@ -160,7 +160,7 @@ def computing(where: torch.device, storage: Storage) -> Iterator[str]:
     if where.type != "cpu":
         [name] = [gpu.name for gpu in gpus() if gpu.device == str(where)] or [str(where)]
         yield f"computing on {where}: {name}"
-        yield f"base: {storage.why}"
+        yield f"base: {storage.reason}"
         return
     threads, cores = torch.get_num_threads(), usable_cores()
     what = "fp32" if storage.dtype is torch.float32 else "bf16"
@@ -168,7 +168,7 @@ def computing(where: torch.device, storage: Storage) -> Iterator[str]:
         f"processor: {processor_name()}, {threads} {'thread' if threads == 1 else 'threads'} on"
         f" {cores} usable {'core' if cores == 1 else 'cores'}, matmuls in {what}"
     )
-    yield f"base: {storage.why}"
+    yield f"base: {storage.reason}"
     why = use(TRAINING)
     yield f"C++ operations: {why}; {UNCOMPILED}" if why else "C++ operations: compiled"
 

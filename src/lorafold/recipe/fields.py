@@ -131,7 +131,7 @@ class Fields(BaseModel):
     storage: quantizations.StorageName = described(
         quantizations.DEFAULT,
         "The quantization or dtype of the base model during training:"
-        f" {quantizations.LISTED}. auto is bf16 if the device supports it natively, else"
+        f" {quantizations.STORAGE_NAMES}. auto is bf16 if the device supports it natively, else"
         " fp32. You can also write --quantization.",
     )
 

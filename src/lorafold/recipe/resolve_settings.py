@@ -15,10 +15,10 @@ from lorafold.errors import LorafoldError
 from lorafold.methods import known_options, make_spec
 from lorafold.models.loading import default_storage
 from lorafold.models.positions import Positions, positions_in
-from lorafold.models.quantizations import MADE, PLAIN, QUANTIZED
+from lorafold.models.quantizations import ON_LOAD, QUANTIZED, UNQUANTIZED
 from lorafold.models.sources import ModelSource
 from lorafold.objectives import OBJECTIVES
-from lorafold.peft.adapter_directory import SavedAdapter, trained_on
+from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 
@@ -95,12 +95,12 @@ def resolve_storage(
     if spec.trains_base:
         return trainable_storage(recipe)
     if not is_set:
-        in_files, made_on = default_storage(source), trained_on(adapters)
+        in_files, made_on = default_storage(source), training_storage_of(adapters)
         if in_files != "auto":
             storage = in_files
-        elif made_on is not None and made_on.storage in (*MADE, *PLAIN):
+        elif made_on is not None and made_on.storage in (*ON_LOAD, *UNQUANTIZED):
             storage = made_on.storage
-    if storage not in MADE or importlib.util.find_spec("bitsandbytes") is not None:
+    if storage not in ON_LOAD or importlib.util.find_spec("bitsandbytes") is not None:
         return storage
     if is_set:
         raise LorafoldError(

@@ -26,9 +26,9 @@ from lorafold.models import fingerprint
 from lorafold.models.classifier import outputs_of_model
 from lorafold.models.loading import default_storage, load_model, weights_of
 from lorafold.models.quantizations import (
-    MADE,
-    PLAIN,
+    ON_LOAD,
     STORAGES,
+    UNQUANTIZED,
     Storage,
     check_storage,
     choose_storage,
@@ -36,8 +36,8 @@ from lorafold.models.quantizations import (
 from lorafold.models.sources import HUB_ID, ModelSource, configuration, gguf_at, resolve_model
 from lorafold.models.tokenizer import BUILT_IN, read_tokenizer, set_template, tokenizer_of
 from lorafold.models.weights import FileWeights, model_files
-from lorafold.peft.adapter_directory import SavedAdapter, trained_on
-from lorafold.peft.provenance import ALLOWED, OwnBase
+from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
+from lorafold.peft.provenance import ALLOW_OPTION, RecordedBase
 from lorafold.runtime.devices import choose_device, native_bf16
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Base:
             return storage
         name = f"{storage.quantization}, computed in " if storage.quantization else ""
         dtype = getattr(torch, STORAGES[self.dtype].dtype)
-        return storage._replace(dtype=dtype, why=f"{name}{self.dtype}: as in training")
+        return storage._replace(dtype=dtype, reason=f"{name}{self.dtype}: as in training")
 
     @cached_property
     def identity(self) -> str:
@@ -129,7 +129,7 @@ class Base:
     def stored(self, storage: str) -> Base:
         return replace(self, model=self.source, storage=storage)
 
-    def stored_as_trained(self, adapters: Sequence[SavedAdapter | OwnBase] = ()) -> Base:
+    def stored_as_trained(self, adapters: Sequence[SavedAdapter | RecordedBase] = ()) -> Base:
         """The same model; if its storage is auto, with the quantization of its files or of the
         adapters' training, and the training's dtype (fp32 instead of bf16 if the device has no
         native bf16).
@@ -138,20 +138,20 @@ class Base:
             return self
         if (in_files := default_storage(self.source)) != "auto":
             return self.stored(in_files)
-        own, made_on = self.with_files_for(adapters), trained_on(adapters)
+        own, made_on = self.with_files_for(adapters), training_storage_of(adapters)
         if made_on is None:
             return own.stored(in_files)
-        storage = made_on.storage if made_on.storage in (*MADE, *PLAIN) else in_files
-        dtype = made_on.dtype if made_on.dtype in PLAIN else None
+        storage = made_on.storage if made_on.storage in (*ON_LOAD, *UNQUANTIZED) else in_files
+        dtype = made_on.dtype if made_on.dtype in UNQUANTIZED else None
         if dtype == "bf16" and not native_bf16(self.where)[0]:
-            storage, dtype = "auto" if storage in PLAIN else storage, None
+            storage, dtype = "auto" if storage in UNQUANTIZED else storage, None
         return replace(own.stored(storage), dtype=dtype)
 
-    def with_files_for(self, adapters: Sequence[SavedAdapter | OwnBase]) -> Base:
+    def with_files_for(self, adapters: Sequence[SavedAdapter | RecordedBase]) -> Base:
         """The same model; for a quantized GGUF file and adapters trained in fp32, with storage
         fp32, so that bf16 does not round its values.
         """
-        made_on = trained_on(adapters) if self.storage == "auto" else None
+        made_on = training_storage_of(adapters) if self.storage == "auto" else None
         if made_on is None or made_on.storage != "fp32" or self.source.gguf is None:
             return self
         return replace(self, storage="fp32")
@@ -166,7 +166,7 @@ class Base:
         """A language model in evaluation mode, with weights rounded to its storage whatever the
         compute dtype.
         """
-        if self.storage in PLAIN and self.dtype not in (None, self.storage):
+        if self.storage in UNQUANTIZED and self.dtype not in (None, self.storage):
             rounded = choose_storage(self.storage, self.where)
             return load_model(self.source, rounded, self.where).float()
         return load_model(self.source, self.loaded_as, self.where)
@@ -221,8 +221,9 @@ def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
     """A language model, a reward model, or a classifier of its classes, in words."""
     if classes := known_classes(base, adapters):
         return f"a classifier of {listed(classes, max_chars=60)}"
-    scores = any(one.scores for one in adapters) or len(outputs_of_model(base.source) or ()) == 1
-    return REWARD_MODEL if scores else LANGUAGE_MODEL
+    if any(one.is_reward_model for one in adapters):
+        return REWARD_MODEL
+    return REWARD_MODEL if len(outputs_of_model(base.source) or ()) == 1 else LANGUAGE_MODEL
 
 
 def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: str = "") -> None:
@@ -242,7 +243,7 @@ SHORT = 44  # characters of a name or path, so that messages stay below 300
 
 def base_for(
     model: str | Path | ModelSource | None,
-    adapters: Sequence[SavedAdapter | OwnBase],
+    adapters: Sequence[SavedAdapter | RecordedBase],
     console: Console | None = None,
     **how: Any,
 ) -> Base:
@@ -258,7 +259,7 @@ def base_for(
     return base
 
 
-def _agreed(own: Sequence[OwnBase]) -> OwnBase:
+def _agreed(own: Sequence[RecordedBase]) -> RecordedBase:
     """The common base of all adapters, from the record with the most information. Adapters without
     a record fit every base.
     """
@@ -276,16 +277,16 @@ def _agreed(own: Sequence[OwnBase]) -> OwnBase:
         )
         raise LorafoldError(
             f"adapters of different bases: {one}, and {another}; use adapters of one base, or pass"
-            f" --model (model) and {ALLOWED}"
+            f" --model (model) and {ALLOW_OPTION}"
         )
     return first
 
 
-def _name(own: OwnBase) -> str:
+def _name(own: RecordedBase) -> str:
     return own.name or "a base without a name"
 
 
-def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
+def _opened(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
     def line(path: str, found_by: str = "") -> str:
         if path == own.name:
             return f"{path}, from {own.named_in}"
@@ -336,7 +337,7 @@ def hub_cache() -> str:
     return str(constants.HF_HUB_CACHE)
 
 
-def fits(path: Path, own: OwnBase) -> bool:
+def fits(path: Path, own: RecordedBase) -> bool:
     """Whether a directory has a model whose weights have the fingerprint."""
     try:
         return fingerprint.fits(own.fingerprint, FileWeights(model_files(path)))
@@ -344,7 +345,7 @@ def fits(path: Path, own: OwnBase) -> bool:
         return False
 
 
-def _named(own: OwnBase) -> Iterator[Path]:
+def _named(own: RecordedBase) -> Iterator[Path]:
     """The models at the paths that the name may mean, the most literal first."""
     if not own.name:
         return
@@ -356,7 +357,7 @@ def _named(own: OwnBase) -> Iterator[Path]:
                 yield place
 
 
-def _elsewhere(own: OwnBase) -> Iterator[tuple[Path, str]]:
+def _elsewhere(own: RecordedBase) -> Iterator[tuple[Path, str]]:
     """All models next to the adapter, in the name's directory, and in the hub's cache, with their
     names.
     """

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from lorafold.errors import Busy, LorafoldError, escape_unprintable, truncate_end
 from lorafold.files.atomic import write_text
-from lorafold.peft.provenance import OwnBase
+from lorafold.peft.provenance import RecordedBase
 from lorafold.runtime.processor import use_one_thread
 from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import NAME, Directory
@@ -58,7 +58,7 @@ class ServerState(Strict):
     unloaded: tuple[str, ...] = ()
     quarantined: dict[str, tuple[str, str]] = Field({})  # (digest, reason)
     digests: dict[str, str] = Field({})  # the last seen digest of each adapter
-    base: OwnBase | None = None  # the base derived by a start without `--model`
+    base: RecordedBase | None = None  # the base derived by a start without `--model`
 
 
 class Registry:

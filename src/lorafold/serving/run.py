@@ -30,7 +30,7 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
 from lorafold.models.loading import recorded_storage
 from lorafold.models.weights import InMemory
-from lorafold.peft.provenance import OwnBase
+from lorafold.peft.provenance import RecordedBase
 from lorafold.resolve import Base
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.process_tuning import all_frozen
@@ -92,7 +92,7 @@ def serve(
     settings: Settings,
     console: Console,
     open_page: bool = False,
-    derived_base: OwnBase | None = None,
+    derived_base: RecordedBase | None = None,
 ) -> None:
     """Serves until a signal. `derived_base` is the base that the adapters name, if no option did;
     it is saved for the next start.

@@ -22,13 +22,13 @@ from lorafold.files.model_card import OVER, VOCABULARY
 from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
 from lorafold.methods import name_of
-from lorafold.models.quantizations import MADE
+from lorafold.models.quantizations import ON_LOAD
 from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.weights import Weights
 from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
-from lorafold.peft.provenance import OwnBase, TrainedOn, not_found, parse_over
+from lorafold.peft.provenance import RecordedBase, TrainingStorage, missing_message, parse_over
 from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import Directory
 from lorafold.serving.rendering import Renderer, Renderers
@@ -185,7 +185,7 @@ class Verifier:
         stack = {at: self._verified(at, marks) for at in below} | {path: verified}
         for at, origin in zip(below, over, strict=True):
             if stack[at].digest_of((CONFIG, WEIGHTS)) != origin.sha256:
-                raise LorafoldError(not_found(origin, path))
+                raise LorafoldError(missing_message(origin, path))
         spec = read_config(config)[0]
         ranked = getattr(spec, "over", spec)  # the spec with the rank
         ranks = [getattr(ranked, "rank", 0), *getattr(ranked, "rank_pattern", {}).values()]
@@ -222,10 +222,11 @@ class Verifier:
     def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:
         base, served = "", self._storage
         if self._weights is not None:
-            base = OwnBase.of(path, files.object(CONFIG), files.record).other(self._weights)
-        trained_on, storage = TrainedOn.of(files.record), ""
-        if trained_on and trained_on.storage != served and {trained_on.storage, served} & {*MADE}:
-            trained = truncate_end(trained_on.storage, 20)
+            base = RecordedBase.of(path, files.object(CONFIG), files.record).other(self._weights)
+        trained_on, storage = TrainingStorage.of(files.record), ""
+        trained = trained_on.storage if trained_on else served
+        if trained != served and {trained, served} & {*ON_LOAD}:
+            trained = truncate_end(trained, 20)
             storage = f"trained on {trained} weights but served on {served} ones, so outputs differ"
             log.warning("%s: %s", name, storage)
         return truncate_end(base, 1000), storage

@@ -28,8 +28,8 @@ from lorafold.identity import of_adapter
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
-from lorafold.peft.form import form_of
-from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
+from lorafold.peft.form import format_of
+from lorafold.peft.provenance import BASE_IDENTITY, over_record, parse_over
 from lorafold.peft.tensors import saved_tensors, sites_of
 from lorafold.recipe.fields import METHOD_FIELDS
 from lorafold.recipe.recipe import Recipe
@@ -181,7 +181,7 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         **({INIT_ADAPTER: files[INIT_ADAPTER]} if INIT_ADAPTER in files else {}),
         DEPENDS_ON: input_identity(request, setup.objective),
         BASE_IDENTITY: files["model"]["sha256"],
-        **(recorded(over) if (over := plan.adapter.over) else {}),
+        **(over_record(over) if (over := plan.adapter.over) else {}),
         **({} if vocabulary_size is None else {VOCABULARY: vocabulary_size}),
     }
 
@@ -208,7 +208,7 @@ def write_adapter(
         asdict(result) | result.pace | {"eval_loss": progress.evals.get(step)},
         whole=spec.trains_base,
         opened_by=opened_by_name(adapter.model),
-        in_peft=not spec.trains_base and form_of(adapter.model, spec, targets).in_peft,
+        in_peft=not spec.trains_base and format_of(adapter.model, spec, targets).in_peft,
     )
     adapter.save(
         path,
@@ -264,7 +264,7 @@ def compare_with_files(adapter: Adapter, path: Path, base: Weights | None) -> No
         wrong = [key for key in shared if not written.get(key).equal(state[key].cpu())]
     else:
         base = base or InMemory.of_model(model)
-        saved = SavedAdapter.open(path).within(model)
+        saved = SavedAdapter.open(path).for_model(model)
         if saved.selection.tokens:
             _, saved = saved.token_rows(model, base)
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}

@@ -36,7 +36,7 @@ from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
-from lorafold.peft.provenance import mismatch, same_adapters
+from lorafold.peft.provenance import mismatch_message, same_adapters
 from lorafold.recipe.fields import ADAPTER_FIELDS
 from lorafold.recipe.resolve_settings import ignored_fields, ignored_note, resolve_storage, spec_of
 from lorafold.resolve.base import check_language_model
@@ -143,7 +143,7 @@ def open_adapters(request: RunRequest) -> list[SavedAdapter]:
     for n, adapter in enumerate(saved):
         if not (request.base.allow_other_base or same_adapters(adapter.over, origins[:n])):
             options = " ".join(f"--over {origin.path}" for origin in adapter.over)
-            raise LorafoldError(f"{adapter}: {mismatch(adapter.over, origins[:n])}; pass {options}")
+            raise LorafoldError(f"{adapter}: {mismatch_message(adapter.over, origins[:n])}; pass {options}")
     if not request.base.allow_other_base and (base := request.base.in_files()):
         for adapter in saved:
             adapter.own_base.check(base, request.base.name)
@@ -182,7 +182,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_
         date = fixed or "the date of each rendering"
         print_lines(console, f"the chat template inserts the date: {date}")
     feed, held_out, findings = tokenize_rows(request, dated_tokenizer, objective, console)
-    print_lines(console, f"base: {base.loaded_as.why}")
+    print_lines(console, f"base: {base.loaded_as.reason}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
             f"strategy fsdp: found objective {recipe.objective}, which samples completions;"

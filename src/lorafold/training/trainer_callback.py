@@ -26,13 +26,13 @@ from lorafold.core.attach import base_state, selection_of
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.atomic import atomic_directory, check_out, read_object, verify, write_json
-from lorafold.layers.bitsandbytes import quietly
+from lorafold.layers.bitsandbytes import quiet_import
 from lorafold.models.sources import name_of_base
 from lorafold.models.weights import SINGLE, InMemory
 from lorafold.peft.adapter_directory import SavedAdapter
-from lorafold.peft.provenance import mismatch, same_adapters
+from lorafold.peft.provenance import mismatch_message, same_adapters
 
-with quietly():  # transformers imports PEFT here, which imports bitsandbytes
+with quiet_import():  # transformers imports PEFT here, which imports bitsandbytes
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 ADAPTER, STATE = "adapter", "adapter-state"
@@ -227,7 +227,7 @@ class AdapterCallback(TrainerCallback):
         model = self.adapter.model
         problems = saved.own_base.problems(InMemory.of_model(model), name_of_base(model))
         if not same_adapters(saved.over, self.adapter.over):
-            problems.append(mismatch(saved.over, self.adapter.over))
+            problems.append(mismatch_message(saved.over, self.adapter.over))
         metadata, spec = read_object(checkpoint / STATE / STATE_METADATA), repr(self.adapter.spec)
         if metadata.get("spec") != spec:
             problems.append(f"found {metadata.get('spec')}, expected {spec}")

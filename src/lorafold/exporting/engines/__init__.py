@@ -42,7 +42,7 @@ ENGINES: dict[str, ExternalEngine] = {
 }
 
 
-def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineAnswers:
+def run_engine(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineAnswers:
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
         file, out = Path(scratch, "job.json"), Path(scratch, "answers.npz")
         file.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")
