@@ -29,13 +29,13 @@ from lorafold.data.examples import encode
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
+from lorafold.fragility_study import run as undoing
+from lorafold.fragility_study import task as fragile
 from lorafold.identity import TRAINING, of_code
 from lorafold.inspecting import intrinsic, spectra
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
-from lorafold.robustness import run as undoing
-from lorafold.robustness import task as fragile
 from lorafold.training import loop
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
@@ -118,8 +118,8 @@ class World:
             (1e-3,), (0,), ("none",), recipe=self.recipe,
         )  # fmt: skip
         [run] = task.runs(task.stacks[0])
-        cells = undoing.Cells(task, self.root)
-        files = [*cells.files(run).values(), cells.tuned(run)]
+        cells = undoing.StudyFiles(task, self.root)
+        files = [*cells.of_points(run).values(), cells.tuned_adapter(run)]
         return self.same("fragility", {*map(str, files)})
 
     def svd(self) -> bool:
@@ -318,7 +318,7 @@ def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: Wor
         ("data/render.py", {*FIGURES, "reference", "parsed", "tokens"}),
         pytest.param("inspecting/updates.py", {"intrinsic", "fragility", "svd"}, marks=SLOWLY),
         pytest.param("comparing/measure.py", {"compare"}, marks=SLOWLY),
-        pytest.param("robustness/measure.py", {"fragility"}, marks=SLOWLY),
+        pytest.param("fragility_study/measure.py", {"fragility"}, marks=SLOWLY),
     ],
 )
 def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
@@ -427,8 +427,8 @@ def rooms_of(files: list[Path]) -> set[str]:
         (TRAINING, set()),
         ((*TRAINING, "comparing", "merging"), set()),
         ((*TRAINING, "inspecting"), set()),
-        ((*TRAINING, *fragile.ROOMS), {"comparing"}),  # how cells of a table are written
-        (tokenizing.ROOMS, {"runtime", "models"}),  # how processes and files are opened
+        ((*TRAINING, *fragile.CODE_PACKAGES), {"comparing"}),  # how cells of a table are written
+        (tokenizing.CODE_PACKAGES, {"runtime", "models"}),  # how processes and files are opened
     ],
 )
 def test_the_code_of_a_thing_is_all_that_it_imports(rooms: tuple[str, ...], besides) -> None:

@@ -20,7 +20,7 @@ from lorafold.cli.commands import varied
 from lorafold.comparing import run
 from lorafold.comparing.measure import ComparisonTask, Measurement, Variant, measure, variants
 from lorafold.comparing.paired_tests import alike, verdict, with_validation
-from lorafold.comparing.report import deciding, markdown, page
+from lorafold.comparing.report import markdown, page, short_report
 from lorafold.comparing.run import compare, in_own_process, key
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.errors import LorafoldError
@@ -359,7 +359,7 @@ def test_the_best_setting_is_chosen_on_rows_that_it_is_not_reported_on(tmp_path:
     assert verdict(lucky).startswith("no best method: lora lr=0.002 ")
     assert verdict(lucky).endswith(said.format("lora lr=0.002"))
     page(found, "Rates", tmp_path / "page.html")
-    for text in (deciding(found), markdown(found), (tmp_path / "page.html").read_text()):
+    for text in (short_report(found), markdown(found), (tmp_path / "page.html").read_text()):
         assert said.format("lora lr=0.001") in " ".join(text.split())
     assert "| validation |" in markdown(found)
     one_seed = [one for one in found if one.seed == 0]

@@ -20,7 +20,7 @@ from lorafold.comparing import measure as module
 from lorafold.comparing import report, run
 from lorafold.comparing.measure import BASE, Measurement, Variant, measure
 from lorafold.comparing.paired_tests import Difference, distinguished_pairs, over_base, verdict
-from lorafold.comparing.report import Comparison, Quality, deciding, figures, markdown, page
+from lorafold.comparing.report import Comparison, Quality, figures, markdown, page, short_report
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec
@@ -263,7 +263,7 @@ def test_fewer_than_three_seeds_give_no_verdict(seeds: int, tmp_path: Path) -> N
     more = "run the same command with --seeds 3, which reuses these results"
     assert verdict(rows) == f"{said}; {more}"
     page(rows, "Methods", tmp_path / "page.html")
-    shown = (deciding(rows), markdown(rows), (tmp_path / "page.html").read_text())
+    shown = (short_report(rows), markdown(rows), (tmp_path / "page.html").read_text())
     assert all(said in text and "best method" not in text for text in shown)
     assert not any("highest held-out reward: " in text for text in shown)
     assert "Intervals cover prompts only, not seeds." in " ".join(shown[0].split())
@@ -311,13 +311,14 @@ def test_what_decides_fits_a_terminal_whole() -> None:
     rows = [BEFORE, BETTER, policy("linear-probe", -1234.5, 17.25, 99.75)]
     many = [replace(row, peak_bytes=int(12.5e9), train_seconds=12345.0) for row in rows]
     base, lora = losses(BASE, 1, 2, 3, 4), losses("lora", 0.5, 1.5, 2.5, 3.4)
-    for shown in (deciding(many), deciding([base, lora]), deciding([lora, replace(lora, seed=1)])):
+    for of in (many, [base, lora], [lora, replace(lora, seed=1)]):
+        shown = short_report(of)
         assert max(map(len, shown.splitlines())) <= 80
         assert "…" not in shown
-    assert "12.50  12,345" in deciding(many)
-    assert "-0.5400 ±" in deciding([base, lora])
-    assert "Means over 2 seeds." in deciding([lora, replace(lora, seed=1)])
-    head = deciding([base, lora]).split("---")[0].split()
+    assert "12.50  12,345" in short_report(many)
+    assert "-0.5400 ±" in short_report([base, lora])
+    assert "Means over 2 seeds." in short_report([lora, replace(lora, seed=1)])
+    head = short_report([base, lora]).split("---")[0].split()
     assert head == ["method", "loss", "over", "base", "exact", "time", "trained", "s"]
 
 

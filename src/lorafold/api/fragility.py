@@ -9,8 +9,8 @@ from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
+    from lorafold.fragility_study.result import Fragility
     from lorafold.recipe.recipe import Recipe
-    from lorafold.robustness.result import Fragility
 
 TUNING = "Tuning"
 OF_TUNING = ["alpha", "dropout", "targets", "schedule", "warmup", "epochs", "batch", "max_length"]
@@ -18,7 +18,7 @@ FORMS = " A file as for train; each row is {prompt} (text or messages) or a conv
 
 
 def _of_tuning(_: Any) -> "Recipe":
-    from lorafold.robustness.task import RECIPE
+    from lorafold.fragility_study.task import RECIPE
 
     return RECIPE
 
@@ -151,14 +151,14 @@ def fragility(
     from lorafold.data.row_store import Rows
     from lorafold.files.atomic import write_json, write_text
     from lorafold.files.terminal import print_lines, progress_bar
+    from lorafold.fragility_study import run
+    from lorafold.fragility_study.defences import DEFENCES
+    from lorafold.fragility_study.report import markdown, page
+    from lorafold.fragility_study.task import RECIPE, FragilityTask, stacks_of
     from lorafold.peft.adapter_directory import open_all
     from lorafold.peft.provenance import OwnBase
     from lorafold.recipe.fitting import settled_length
     from lorafold.resolve import base_for
-    from lorafold.robustness import run
-    from lorafold.robustness.defences import DEFENCES
-    from lorafold.robustness.report import markdown, page
-    from lorafold.robustness.task import RECIPE, FragilityTask, stacks_of
 
     place, console = as_page(html), or_quiet(console)
     if problems := list(problems_of(out, data, tuned, bool(against_adapter), instead)):
@@ -189,8 +189,8 @@ def fragility(
         controls=as_prompts(probes.controls, columns),
         rows=rows,
         source="" if data is None else source_of(data),
-        refusal=tuple(probes.refusal_prefix),
-        compliance=tuple(probes.compliance_prefix),
+        refusal_prefixes=tuple(probes.refusal_prefix),
+        compliance_prefixes=tuple(probes.compliance_prefix),
         examples=() if tuned else tuple(sorted(set(tuning.examples))),
         ranks=tuple(tuning.rank),
         rates=tuple(tuning.lr),
@@ -199,7 +199,7 @@ def fragility(
         or tuple(
             name
             for name, defence in DEFENCES.items()
-            if (aligned or not defence.lay) and (mix is not None or not defence.mixed)
+            if (aligned or not defence.transform_update) and (mix is not None or not defence.mixed)
         ),
         mix=mix,
         recipe=recipe,
@@ -208,7 +208,7 @@ def fragility(
     opening_base = partial(load_with_adapters, base)
     if finished is not None:
         with console.status("measuring"):
-            found = run.gate(task, finished, instead, opening_base)
+            found = run.measure_finished(task, finished, instead, opening_base)
     else:
         assert folder is not None  # see problems_of
         with progress_bar(console, "fragility") as step:

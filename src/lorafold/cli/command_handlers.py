@@ -183,10 +183,10 @@ def compare(
 ) -> None:
     if on is not None:
         return on_cluster(run, on, workers)
-    from lorafold.comparing.report import deciding
+    from lorafold.comparing.report import short_report
 
     found = run()
-    emit(json, found.as_json(), str(found) if wide else deciding(found.rows))
+    emit(json, found.as_json(), str(found) if wide else short_report(found.rows))
 
 
 def fragility(
@@ -207,10 +207,10 @@ def fragility(
         return on_cluster(run, on, workers)
     if fail_under is not None and "tuned" not in run.keywords:
         raise LorafoldError("--fail-under: requires --tuned, the finished adapter to check")
-    from lorafold.robustness.report import deciding, markdown
+    from lorafold.fragility_study.report import markdown, short_report
 
     found = run()
-    emit(json, found.as_json(), f"{markdown(found) if wide else deciding(found)}\n\n{found}")
+    emit(json, found.as_json(), f"{markdown(found) if wide else short_report(found)}\n\n{found}")
     if fail_under is not None and (failed := found.under(fail_under)):
         typer.echo(failed, err=True)
         raise typer.Exit(1)

@@ -260,7 +260,7 @@ SHORT = {  # heading: figure, format; besides loss or reward
 }
 
 
-def deciding(measurements: Measurements) -> str:
+def short_report(measurements: Measurements) -> str:
     """The main figures in a table of at most 80 columns, a legend, and the verdict."""
     methods, lower = by_name(measurements), lower_is_better(measurements)
     gains, qualities = over_base(measurements), held_out(measurements).values()
