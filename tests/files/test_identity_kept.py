@@ -428,7 +428,7 @@ def rooms_of(files: list[Path]) -> set[str]:
         ((*TRAINING, "comparing", "merging"), set()),
         ((*TRAINING, "inspecting"), set()),
         ((*TRAINING, *fragile.CODE_PACKAGES), {"comparing"}),  # how cells of a table are written
-        (tokenizing.CODE_PACKAGES, {"runtime", "models"}),  # how processes and files are opened
+        (tokenizing.ROOMS, {"runtime", "models"}),  # how processes and files are opened
     ],
 )
 def test_the_code_of_a_thing_is_all_that_it_imports(rooms: tuple[str, ...], besides) -> None:
