@@ -14,7 +14,14 @@ import lorafold as lf
 from adapter_cases import make_adapter
 from command_cases import rows_file, words
 from conftest import lorafold, refused, unestimating
-from lorafold.api.options import DeclaredOption, Docs, Option, Progress, RecipeOptions, declared
+from lorafold.api.options import (
+    DeclaredOption,
+    Docs,
+    Option,
+    Progress,
+    RecipeOptions,
+    declared_options,
+)
 from lorafold.cli import COMMANDS, _load, app, commands, verb_of
 from lorafold.cli.command_handlers import RUNNERS
 from lorafold.cli.command_line import OTHER_NAMES
@@ -61,8 +68,9 @@ def command_of(name: str) -> Any:
 def declarations(name: str) -> list[tuple[str, DeclaredOption]]:
     """What a command declares, each with the place: its verb and what runs it."""
     runner = RUNNERS.get(name, commands.plain)
-    found = [("verb", one) for one in declared(verb_of(name))]
-    found += [("runner", one) for one in declared(runner) if one.default is not Parameter.empty]
+    found = [("verb", one) for one in declared_options(verb_of(name))]
+    of_runner = (one for one in declared_options(runner) if one.default is not Parameter.empty)
+    found += [("runner", one) for one in of_runner]
     return [(place, one) for place, one in found if not getattr(one.option, "python_only", False)]
 
 
@@ -125,7 +133,7 @@ def test_what_would_be_declared_twice_is_found() -> None:
     def twice(rank: int = 1, *, console: Progress = None, **more: Unpack[Two]) -> None:
         """Has it twice."""
 
-    assert [one.name for one in declared(twice)].count("rank") == 2
+    assert [one.name for one in declared_options(twice)].count("rank") == 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -35,7 +35,7 @@ import pytest
 
 import lorafold as lf
 from embedded_cases import embed_a_tiny_model
-from lorafold.api.options import declared
+from lorafold.api.options import declared_options
 from lorafold.cli import COMMANDS, _load, app
 from lorafold.cli.command_line import ALIASES
 from lorafold.layers import LAYERS
@@ -524,7 +524,8 @@ def known_fields() -> frozenset[str]:
     modules = (options, preference_algorithms, policy_algorithms)
     classes = [c for m in modules for c in vars(m).values() if is_dataclass(c)]
     names = {field.name for c in classes for field in fields(c)}
-    return frozenset({*Recipe.model_fields, *(one.name for one in declared(lf.train)), *names})
+    of_train = (one.name for one in declared_options(lf.train))
+    return frozenset({*Recipe.model_fields, *of_train, *names})
 
 
 def gone(page: str, text: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from lorafold.composing.interference import meetings
 from lorafold.composing.updates import read
 from lorafold.core.delta import Over
 from lorafold.core.matrices import module_at
-from lorafold.fragility_study.defences import attached_factors, factors_of, updates_of
+from lorafold.fragility_study.defences import attached, factors_of, updates_of
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.paths import scaling
 from lorafold.inspecting.report import sections, table
@@ -265,7 +265,7 @@ def test_updates_are_laid_over_a_model_by_their_matrices(moe_dir, tmp_path):
     updates = updates_of(lf.load(own, tmp_path / "a"))
     assert updates is not None
     before = logits(model)
-    with attached_factors(model, {name: factors_of(update) for name, update in updates.items()}):
+    with attached(model, {name: factors_of(update) for name, update in updates.items()}):
         assert relative(logits(model), logits(own)) < 1e-5
     assert torch.equal(logits(model), before)
 

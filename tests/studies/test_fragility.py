@@ -27,7 +27,7 @@ from lorafold.evaluation.intervals import student
 from lorafold.fragility_study import measure as module
 from lorafold.fragility_study.defences import (
     DEFENCES,
-    attached_factors,
+    attached,
     factors_of,
     outside_alignment,
     overlap,
@@ -281,11 +281,11 @@ def test_defences_are_laid_as_their_updates_say(model_dir, tmp_path: Path) -> No
     twice = model(ids).logits
     with lf.only(model, "p"):
         below = model(ids).logits
-        with attached_factors(model, {path: factors_of(update) for path, update in tuning.items()}):
+        with attached(model, {path: factors_of(update) for path, update in tuning.items()}):
             assert torch.allclose(model(ids).logits, plain, atol=1e-5)
-        with attached_factors(model, DEFENCES["readded"].transform_update(tuning, alignment)):  # type: ignore[misc]
+        with attached(model, DEFENCES["readded"].transform_update(tuning, alignment)):  # type: ignore[misc]
             assert torch.allclose(model(ids).logits, twice, atol=1e-5)
-        with attached_factors(model, DEFENCES["halved"].transform_update(tuning, alignment)):  # type: ignore[misc]
+        with attached(model, DEFENCES["halved"].transform_update(tuning, alignment)):  # type: ignore[misc]
             half = model(ids).logits
         assert torch.equal(model(ids).logits, below)
     for delta in tuned.own_deltas.values():
@@ -341,8 +341,8 @@ def test_a_stack_that_had_nothing_to_erode_is_noted() -> None:
         "taught": StackMetrics(figures(-2.0), figures(-10.0)),
     }
     first, second = Fragility("m", "s", stacks, ()).notes
-    assert first.startswith("none: the alignment added nothing")
-    assert second.startswith("quiet: no completion was a refusal")
+    assert first.startswith("none: the alignment did not raise")
+    assert second.startswith("quiet: no refusals before the tuning")
 
 
 def test_more_examples_contain_the_fewer_and_held_out_rows_are_apart(task: FragilityTask) -> None:

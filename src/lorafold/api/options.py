@@ -7,7 +7,9 @@ adds what type hints can't express:
 
     @verb
     def resize(adapter: Adapter, out: Out, *, rank: Annotated[int | None, Option(min=1)] = None,
-               **opening: Unpack[Opening]) -> "Resized": ...     a group; a dataclass is one too
+               **base_options: Unpack[BaseOptions]) -> "Resized": ...
+
+A group of parameters is such a typed dictionary or a dataclass.
 """
 
 import inspect
@@ -101,7 +103,7 @@ class RecipeOptions:
     defaults: Callable[[Mapping[str, Any]], "Recipe | None"] = lambda _: None
 
 
-def of_quickstart(arguments: Mapping[str, Any]) -> "Recipe | None":
+def quickstart_recipe(arguments: Mapping[str, Any]) -> "Recipe | None":
     """The recipe of the quickstart, unless there is `data`."""
     from lorafold.quickstart.story import RECIPE
 
@@ -143,7 +145,7 @@ class DeclaredOption(NamedTuple):
     group: tuple[str, type] | None = None
 
 
-def declared(verb: Any) -> Iterator[DeclaredOption]:
+def declared_options(verb: Any) -> Iterator[DeclaredOption]:
     """Yield the parameters of a function, with groups expanded."""
     entries = Docs.of(verb).args
     for name, parameter in inspect.signature(verb, follow_wrapped=False).parameters.items():
@@ -173,11 +175,11 @@ def _option(hint: Any) -> Any:
     return next((one for one in get_args(hint) if isinstance(one, kinds)), Option())
 
 
-def checked(function: Verb) -> Verb:
+def validated(function: Verb) -> Verb:
     """Reject arguments that the command would refuse: unknown names, and values out of range.
     `quantization` is another name for `storage`.
     """
-    signature, options = inspect.signature(function), [*declared(function)]
+    signature, options = inspect.signature(function), [*declared_options(function)]
     known = signature.parameters.keys()
 
     @wraps(function)
@@ -213,7 +215,7 @@ def verb(function: Verb) -> Verb:
     signature, entries, lines = inspect.signature(of), Docs.of(of).args, []
     own = signature.parameters.values()
     parameters = {p.name: p for p in own if p.kind is not Parameter.VAR_KEYWORD}
-    for one in declared(of):
+    for one in declared_options(of):
         if one.group is None:
             new = Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default)
             parameters.setdefault(one.name, new.replace(annotation=one.hint))
@@ -223,7 +225,7 @@ def verb(function: Verb) -> Verb:
     listed = indent("\n".join(lines), "    ")
     of.__doc__ = f"{before.rstrip()}\n\nArgs:\n{listed}\n{''.join(after)}"
     of.__signature__ = signature.replace(parameters=[*parameters.values()])
-    return checked(function)
+    return validated(function)
 
 
 def rows(text: str, weighted: bool = False) -> str:
@@ -386,7 +388,7 @@ Device = Annotated[
 ]
 
 
-class Hub(TypedDict, total=False):
+class HubOptions(TypedDict, total=False):
     """Options for loading a base model from the Hub."""
 
     revision: Annotated[
@@ -408,13 +410,13 @@ class Hub(TypedDict, total=False):
     ]
 
 
-class Computing(Hub, total=False):
+class DeviceOptions(HubOptions, total=False):
     """Options for loading a base model, and its device."""
 
     device: Device
 
 
-class Stacking(Computing, total=False):
+class StackOptions(DeviceOptions, total=False):
     """Options for loading a base model on which saved adapters are loaded."""
 
     allow_other_base: Annotated[
@@ -436,7 +438,7 @@ def _storage(auto: str, when: str = "") -> Option:
     return Option(text, panel=BASE, default="auto")
 
 
-class Opening(Stacking, total=False):
+class BaseOptions(StackOptions, total=False):
     """Options for loading a base model and its saved adapters."""
 
     storage: Annotated[
@@ -448,13 +450,13 @@ class Opening(Stacking, total=False):
     ]
 
 
-class AsTrained(Stacking, total=False):
+class TrainedBaseOptions(StackOptions, total=False):
     """Options for finding the base model of adapters that are written to files."""
 
     storage: Annotated[str, _storage("the adapters' records", " during training")]
 
 
-class OfDirectory(Stacking, total=False):
+class DirectoryBaseOptions(StackOptions, total=False):
     """Options for loading the base model of a directory of adapters."""
 
     storage: Annotated[str, _storage("what most adapters in the directory were trained with")]

@@ -63,8 +63,6 @@ TOOLS = {
     "doctor": "doctor",
     "serve new-key": "new_key",
 }
-# commands with another function name or file in api
-FUNCTIONS = {"eval": ("evaluate", "evaluate"), "extract": ("resize", "extract")}
 COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 EXAMPLES = (
     "lorafold quickstart --out demo",
@@ -113,8 +111,8 @@ class Commands(CommandGroup):
 def verb_of(name: str) -> Any:
     if name in TOOLS:
         return getattr(importlib.import_module("lorafold.cli.other_commands"), TOOLS[name])
-    file, function = FUNCTIONS.get(name, (name, name))
-    return getattr(importlib.import_module(f"lorafold.api.{file}"), function)
+    name = "evaluate" if name == "eval" else name
+    return getattr(importlib.import_module(f"lorafold.api.{name}"), name)
 
 
 def _load(name: str) -> Any:

@@ -83,7 +83,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     from time import perf_counter
 
     from lorafold import engine
-    from lorafold.api.generate import prepared
+    from lorafold.api.generate import prepare_prompts
     from lorafold.data.calls import parse_calls
     from lorafold.data.control_tokens import IN_PROMPT, is_marked
     from lorafold.data.messages import tools_of
@@ -92,7 +92,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     asked = {**run.keywords}
     most, console, tools = asked.pop("max_new_tokens"), asked["console"], asked.get("tools")
     choice = engine.Sampling(temperature=asked.pop("temperature"), seed=asked.pop("seed"))
-    ready = prepared(asked.pop("model", None), [asked.pop("prompts")], **asked)
+    ready = prepare_prompts(asked.pop("model", None), [asked.pop("prompts")], **asked)
     [text] = ready.texts
     if is_marked(text):
         print_lines(console, IN_PROMPT)

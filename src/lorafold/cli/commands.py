@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from lorafold.api.options import DeclaredOption, Docs, Option, RecipeOptions, declared
+from lorafold.api.options import DeclaredOption, Docs, Option, RecipeOptions, declared_options
 from lorafold.cli.help import HELP_ALL, HelpAll
 from lorafold.cli.parameters import parameter_of
 from lorafold.errors import LorafoldError
@@ -58,10 +58,10 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
     """The command of a function, which the runner calls as a partial. With subcommands (`above`),
     one of them may be called instead.
     """
-    declarations = [*declared(verb)]
+    declarations = [*declared_options(verb)]
     recipe_last = sorted(declarations, key=lambda d: isinstance(d.option, RecipeOptions))
     arguments = [_argument(d) for d in recipe_last]
-    of_runner = [_argument(d) for d in declared(runner) if d.default is not Parameter.empty]
+    of_runner = [_argument(d) for d in declared_options(runner) if d.default is not Parameter.empty]
     flags, options = {}, []
     for argument in (*arguments, *of_runner):
         for number, p in enumerate(argument.options):

@@ -8,7 +8,7 @@ from shlex import quote
 from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
 
-from lorafold.api.options import Device, Hub, OnlyModel, Option, Progress, verb
+from lorafold.api.options import Device, HubOptions, OnlyModel, Option, Progress, verb
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import KINDS
 
@@ -53,13 +53,13 @@ def quickstart(
         lorafold quickstart --out demo --overwrite
         lorafold quickstart --out again --device cpu --json
     """
-    from lorafold.api.arguments import or_quiet
+    from lorafold.api.arguments import console_or_quiet
     from lorafold.files.templates import in_words
     from lorafold.files.terminal import paragraph
     from lorafold.quickstart.story import MODEL, PROMPT
     from lorafold.quickstart.story import quickstart as run
 
-    story = run(Path(out), or_quiet(console), overwrite=overwrite, device=device)
+    story = run(Path(out), console_or_quiet(console), overwrite=overwrite, device=device)
     figures = [line for figure in story.meaning() for line in paragraph(figure, "- ")]
     text = in_words(
         "cli/after_quickstart.jinja", figures=figures, run=this_command(), model=MODEL,
@@ -177,7 +177,7 @@ def cache(
 
 
 @verb
-def doctor(model: OnlyModel = "smollm2", **opening: Unpack[Hub]) -> Any:
+def doctor(model: OnlyModel = "smollm2", **base_options: Unpack[HubOptions]) -> Any:
     """Check this machine and this installation: problems, slow settings, and the model's chat
     template.
 
@@ -195,7 +195,7 @@ def doctor(model: OnlyModel = "smollm2", **opening: Unpack[Hub]) -> Any:
     """
     from lorafold.doctor.report import diagnose
 
-    return diagnose(str(model), **opening)
+    return diagnose(str(model), **base_options)
 
 
 @verb

@@ -129,7 +129,7 @@ DEFENCES = {
 
 
 @contextmanager
-def attached_factors(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
+def attached(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
     """Attach factors as a LoRA adapter, by module or matrix of experts."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():

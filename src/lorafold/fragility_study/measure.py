@@ -33,13 +33,7 @@ from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.held_out import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
-from lorafold.fragility_study.defences import (
-    DEFENCES,
-    Overlap,
-    attached_factors,
-    overlap,
-    updates_of,
-)
+from lorafold.fragility_study.defences import DEFENCES, Overlap, attached, overlap, updates_of
 from lorafold.fragility_study.task import AdapterStack, FragilityTask
 from lorafold.generation import complete, tokens_of
 from lorafold.inspecting.updates import Svds, of_factors
@@ -342,7 +336,7 @@ class StackEvaluator:
         assert tuning is not None  # a run trains LoRA
         assert self.alignment is not None  # checked
         factors = transform_update(tuning, self.alignment)
-        with attached_factors(self.model, factors):
+        with attached(self.model, factors):
             return self._measure_tuned({at: of_factors(*pair) for at, pair in factors.items()})
 
     def measure_adapter(self, path: Path, instead: bool) -> TunedMetrics:
