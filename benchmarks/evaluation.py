@@ -34,7 +34,7 @@ from lorafold.generation import complete, stream
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import choose_storage
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.quickstart.story import MODEL, RECIPE, UNSEEN
+from lorafold.quickstart.run import MODEL, RECIPE, UNSEEN
 from lorafold.quickstart.task import rows
 from lorafold.resolve import Base
 from lorafold.training.request import RunRequest

@@ -20,8 +20,8 @@ from lorafold.cli.other_commands import this_command
 from lorafold.models.quantizations import Storage
 from lorafold.ops.arithmetic import multiplying
 from lorafold.peft.adapter_directory import SavedAdapter
-from lorafold.quickstart import story as module
-from lorafold.quickstart.story import RECIPE, Story, computing, fastest, quickstart
+from lorafold.quickstart import run as module
+from lorafold.quickstart.run import RECIPE, Story, computing, fastest, quickstart
 from lorafold.quickstart.task import INTENTS, NUMBERS, SYSTEM, Row, Split, rows
 from lorafold.runtime.processor import processor_name
 

@@ -24,7 +24,7 @@ from lorafold.core.delta import Over
 from lorafold.core.matrices import module_at
 from lorafold.fragility_study.defences import attached, factors_of, updates_of
 from lorafold.inspecting.inspect import inspect
-from lorafold.inspecting.paths import scaling
+from lorafold.inspecting.loss_paths import scaling
 from lorafold.inspecting.report import sections, table
 from lorafold.inspecting.residual_stream import gain, stream_of
 from lorafold.inspecting.resize import extract, resize

@@ -6,7 +6,14 @@ import torch
 import lorafold as lf
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.paths import barrier, between, loss_on, losses_of, measured_paths, scaling
+from lorafold.inspecting.loss_paths import (
+    barrier,
+    between,
+    loss_on,
+    losses_of,
+    measured_paths,
+    scaling,
+)
 from lorafold.layers import layer_of
 from lorafold.methods import make_spec
 from lorafold.models.tokenizer import load_tokenizer

@@ -88,7 +88,7 @@ def compare(
     from lorafold.comparing.run import known_methods, methods_for, unfit
     from lorafold.files.atomic import write_text
     from lorafold.files.terminal import print_lines
-    from lorafold.quickstart.story import RECIPE
+    from lorafold.quickstart.run import RECIPE
     from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base

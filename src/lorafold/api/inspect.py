@@ -65,7 +65,7 @@ def inspect(
     from lorafold.api.loaded_model import load_with_adapters, truncation_length
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.inspect import inspect as inspect_adapter
-    from lorafold.inspecting.paths import measured_paths
+    from lorafold.inspecting.loss_paths import measured_paths
     from lorafold.inspecting.report import page
     from lorafold.inspecting.summary import of_paths
     from lorafold.peft.adapter_directory import SavedAdapter, open_all

@@ -55,7 +55,7 @@ def intrinsic(
     from lorafold.data.row_store import Rows
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.intrinsic import search
-    from lorafold.quickstart.story import RECIPE
+    from lorafold.quickstart.run import RECIPE
     from lorafold.recipe.fitting import settled_length
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base

@@ -105,7 +105,7 @@ class RecipeOptions:
 
 def quickstart_recipe(arguments: Mapping[str, Any]) -> "Recipe | None":
     """The recipe of the quickstart, unless there is `data`."""
-    from lorafold.quickstart.story import RECIPE
+    from lorafold.quickstart.run import RECIPE
 
     return None if arguments["data"] else RECIPE
 

@@ -49,7 +49,7 @@ def resize(
     from lorafold.api.arguments import as_path, as_paths, as_rows
     from lorafold.api.loaded_model import load_with_adapters, truncation_length
     from lorafold.inspecting import resize as resizing
-    from lorafold.inspecting.paths import losses_of
+    from lorafold.inspecting.loss_paths import losses_of
     from lorafold.peft.adapter_directory import SavedAdapter, open_all
     from lorafold.resolve import base_for
 

@@ -56,8 +56,8 @@ def quickstart(
     from lorafold.api.arguments import console_or_quiet
     from lorafold.files.templates import in_words
     from lorafold.files.terminal import paragraph
-    from lorafold.quickstart.story import MODEL, PROMPT
-    from lorafold.quickstart.story import quickstart as run
+    from lorafold.quickstart.run import MODEL, PROMPT
+    from lorafold.quickstart.run import quickstart as run
 
     story = run(Path(out), console_or_quiet(console), overwrite=overwrite, device=device)
     figures = [line for figure in story.meaning() for line in paragraph(figure, "- ")]

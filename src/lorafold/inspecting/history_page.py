@@ -14,7 +14,7 @@ from lorafold.files.html_page import rendered, write_page
 from lorafold.files.plots import brief, number
 from lorafold.files.templates import within
 from lorafold.inspecting.history import SHARED, History, ends
-from lorafold.inspecting.plots import curves
+from lorafold.inspecting.page_plots import curves
 
 TOGETHER = {"largest mismatch": "mismatch"}  # metrics that share another metric's plot
 TOLD = 4  # rewards per plot

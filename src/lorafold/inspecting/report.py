@@ -14,7 +14,7 @@ from typing import Any
 from lorafold.files.html_page import rendered, write_page
 from lorafold.files.plots import mixed
 from lorafold.files.terminal import NOTHING, mean_of, spread, text_table, values_of
-from lorafold.inspecting import plots
+from lorafold.inspecting import page_plots as plots
 from lorafold.inspecting.result import (
     ExpertOverlap,
     Grid,
