@@ -22,7 +22,7 @@ import lorafold as lf
 from adapter_files import configure, json_of
 from lorafold import identity
 from lorafold.comparing import measure
-from lorafold.comparing.run import key
+from lorafold.comparing.run import cell_digest
 from lorafold.data import row_store, templates, tokenizing
 from lorafold.data import rows as reading
 from lorafold.data.examples import encode
@@ -96,7 +96,7 @@ class World:
         """The figures of a method."""
         base, rows = Base(self.model, device="cpu"), self.rows
         task = measure.ComparisonTask(base, rows, rows, "rows", self.recipe)
-        return self.same("compare", {key(task, "lora")})
+        return self.same("compare", {cell_digest(task, "lora")})
 
     def intrinsic(self) -> bool:
         """The losses of a search."""
@@ -362,7 +362,7 @@ def test_a_search_of_an_earlier_version_is_refused(world: World) -> None:
     file.write_text(json.dumps({k: v for k, v in json.loads(content).items() if k != "files"}))
     try:
         with pytest.raises(LorafoldError, match="found a search of an earlier lorafold"):
-            intrinsic.check(file.parent, {})
+            intrinsic.check_search(file.parent, {})
     finally:
         file.write_text(content)
 

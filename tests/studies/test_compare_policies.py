@@ -62,8 +62,8 @@ def test_rows_are_what_training_and_evaluating_alone_give(
     """Kept as long as the file of the reward is the same."""
     model, out = tiny_model_dir("llama"), tmp_path / "compared"
     asked = [f"{rewards}:letters", f"0.01*{rewards}:short"]
-    monkeypatch.setattr(run, "in_own_process", measure)  # a process takes seconds to start
-    monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setattr(run, "measure_in_process", measure)  # a process takes seconds to start
+    monkeypatch.setattr(module, "NUM_ROUNDS", 1)
     found = compared(out, model, rewards=asked)
     base, lora, ia3 = found.rows
     assert (base.method, lora.method, ia3.method) == (BASE, "lora", "ia3")
@@ -85,7 +85,7 @@ def test_rows_are_what_training_and_evaluating_alone_give(
     def never(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(run, "in_own_process", never)
+    monkeypatch.setattr(run, "measure_in_process", never)
     assert compared(out, model, rewards=asked) == found
     with rewards.open("a") as file:
         file.write("# another file\n")
@@ -130,7 +130,7 @@ def test_a_reward_model_scores_what_is_compared(tiny_model_dir, tmp_path, monkey
     pairs = [{"prompt": f"Say {w}", "chosen": w, "rejected": w[::-1]} for w in WORDS]
     recipe = lf.Recipe(objective="reward", steps=2, batch=2, max_length=64, storage="fp32", lr=0.1)
     lf.train(recipe, data=pairs, model=model, out=scored, device="cpu")
-    monkeypatch.setattr(run, "in_own_process", measure)
+    monkeypatch.setattr(run, "measure_in_process", measure)
     found = compared(tmp_path / "c", model, rewards=f"adapter:{scored}", methods=["lora"])
     base, lora = found.rows
     assert base.reward != lora.reward
@@ -379,5 +379,6 @@ def test_methods_that_can_not_are_left_out_and_named(tiny_model_dir, tmp_path, m
     left_out = [line for line in told.getvalue().splitlines() if "chooses the trained" in line]
     assert [line.split()[0] for line in left_out] == ["lt-sft", "fish"]
     scored = lf.Recipe(objective="grpo", objective_options={"rewards": ["0.5*adapter:a"]})
-    assert "which the reward adapter uses too" in str(run.unfit(scored, "full"))
-    assert run.unfit(scored, "lora") is run.unfit(lf.Recipe(), "fish") is None
+    assert "which the reward adapter uses too" in str(run.unsupported_reason(scored, "full"))
+    assert run.unsupported_reason(scored, "lora") is None
+    assert run.unsupported_reason(lf.Recipe(), "fish") is None

@@ -48,7 +48,7 @@ from lorafold.fragility_study.measure import (
 from lorafold.fragility_study.report import markdown, page, short_report
 from lorafold.fragility_study.result import Curve, Fragility, Point, TuningSetting, crossing
 from lorafold.fragility_study.task import RECIPE, FragilityTask, stacks_of
-from lorafold.inspecting.updates import Svd, of_dense, of_factors
+from lorafold.inspecting.updates import Svd, svd_of_dense, svd_of_factors
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
@@ -247,18 +247,18 @@ def test_overlap_of_parts_of_a_space() -> None:
 
 
 def test_a_projected_update_has_no_overlap_and_is_the_dense_formula() -> None:
-    alignment = of_factors(drawn(24, 4), drawn(4, 20, seed=1))
-    tuning = of_factors(drawn(24, 3, seed=2) + alignment.u[:, :3], drawn(3, 20, seed=3))
+    alignment = svd_of_factors(drawn(24, 4), drawn(4, 20, seed=1))
+    tuning = svd_of_factors(drawn(24, 3, seed=2) + alignment.u[:, :3], drawn(3, 20, seed=3))
     up, down = outside_alignment(tuning, alignment)
     left, right = (torch.eye(len(b)) - b @ b.t() for b in (alignment.u, alignment.v))
     assert torch.allclose(up @ down, left @ tuning.dense() @ right, atol=1e-5)
-    found = overlap({"m": of_factors(up, down)}, {"m": alignment})
+    found = overlap({"m": svd_of_factors(up, down)}, {"m": alignment})
     assert found is not None
     assert max(found.written, found.read) < 1e-6
     alone = outside_alignment(tuning, None)
     assert torch.allclose(alone[0] @ alone[1], tuning.dense(), atol=1e-5)
     # within the alignment nothing is left
-    kept = {"m": of_factors(*outside_alignment(alignment, of_dense(torch.eye(24, 20))))}
+    kept = {"m": svd_of_factors(*outside_alignment(alignment, svd_of_dense(torch.eye(24, 20))))}
     assert kept["m"].s.sum() < 1e-4
 
 

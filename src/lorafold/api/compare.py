@@ -83,9 +83,9 @@ def compare(
     )
     from lorafold.comparing import run
     from lorafold.comparing.measure import ComparisonTask, variants
-    from lorafold.comparing.paired_tests import alike, with_validation
+    from lorafold.comparing.paired_tests import indistinct_methods, with_validation
     from lorafold.comparing.report import Comparison, page
-    from lorafold.comparing.run import known_methods, methods_for, unfit
+    from lorafold.comparing.run import known_methods, methods_for, unsupported_reason
     from lorafold.files.atomic import write_text
     from lorafold.files.terminal import print_lines
     from lorafold.quickstart.run import RECIPE
@@ -107,7 +107,8 @@ def compare(
     recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # held-out rows are already split off
     base = Base(model, **base_options)
     names = known_methods(methods) or methods_for(recipe.objective)
-    skipped = {} if methods else {name: reason for name in names if (reason := unfit(recipe, name))}
+    reasons = {} if methods else {name: unsupported_reason(recipe, name) for name in names}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
     names = [name for name in names if name not in skipped]
     settings = variants(recipe, names, vary or {})
     num_virtual = max(spec_of(fitting(one.of(recipe), one.method)).positions for one in settings)
@@ -129,7 +130,7 @@ def compare(
 
     say = partial(print_lines, console)
     measured = run.compare(task, settings, range(seeds), study, tell, say)
-    for names in alike(measured):
+    for names in indistinct_methods(measured):
         say(f"{', '.join(names)}: the same loss on every row; their settings make no difference")
     comparison = Comparison(tuple(with_validation(measured)), str(model), source)
     write_text(study / "table.md", str(comparison))

@@ -65,9 +65,9 @@ def inspect(
     from lorafold.api.loaded_model import load_with_adapters, truncation_length
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.inspect import inspect as inspect_adapter
-    from lorafold.inspecting.loss_paths import measured_paths
+    from lorafold.inspecting.loss_paths import measure_paths
     from lorafold.inspecting.report import page
-    from lorafold.inspecting.summary import of_paths
+    from lorafold.inspecting.summary import path_sentences
     from lorafold.peft.adapter_directory import SavedAdapter, open_all
     from lorafold.resolve import base_for
 
@@ -96,8 +96,8 @@ def inspect(
         compared = stack if other is None else (stack[-1], other)
         loaded, tokenizer = load_with_adapters(base, compared, console=console)
         with console.status("measuring the loss along lines in weight space"):
-            paths = measured_paths(loaded, tokenizer, examples, length, len(below))
-        result = replace(result, paths=paths, advice=[*result.advice, *of_paths(paths)])
+            paths = measure_paths(loaded, tokenizer, examples, length, len(below))
+        result = replace(result, paths=paths, advice=[*result.advice, *path_sentences(paths)])
     if html_path is not None:
         page(result, html_path)
     return result

@@ -49,11 +49,11 @@ def resize(
     from lorafold.api.arguments import as_path, as_paths, as_rows
     from lorafold.api.loaded_model import load_with_adapters, truncation_length
     from lorafold.inspecting import resize as resizing
-    from lorafold.inspecting.loss_paths import losses_of
+    from lorafold.inspecting.loss_paths import losses_before_after
     from lorafold.peft.adapter_directory import SavedAdapter, open_all
     from lorafold.resolve import base_for
 
-    resizing.check_request(rank, energy)  # before any rows are read
+    resizing.check_rank_or_energy(rank, energy)  # before any rows are read
     rows = None if data is None else as_rows(data, columns, console)
     stack = open_all([*as_paths(over), as_path(adapter, "adapter")])
     base = base_for(model, stack, console, **base_options)
@@ -64,4 +64,5 @@ def resize(
     # reading them has already checked the base and the base adapters
     base, stack_with_result = replace(base, allow_other_base=True), (*stack, SavedAdapter.open(out))
     loaded, tokenizer = load_with_adapters(base, stack_with_result, console=console)
-    return replace(result, losses=losses_of(loaded, tokenizer, rows, length, len(stack) - 1))
+    losses = losses_before_after(loaded, tokenizer, rows, length, len(stack) - 1)
+    return replace(result, losses=losses)

@@ -28,9 +28,9 @@ from lorafold.inspecting.updates import (
     SiteFactors,
     Svd,
     Svds,
-    lora_of,
-    site_of,
-    sites,
+    adapted_matrices,
+    attach_lora,
+    module_path,
     stacked,
 )
 
@@ -51,7 +51,7 @@ def updates_of(adapter: Adapter) -> Svds | None:
     """The update of each matrix; None if a part is not added to a weight."""
     if not all(isinstance(part, Additive) for _, part in adapter.parts()):
         return None
-    return {name: svd for site in sites(adapter) for name, svd in site.parts()}
+    return {name: svd for site in adapted_matrices(adapter) for name, svd in site.parts()}
 
 
 def overlap(update: Svds, alignment: Svds) -> Overlap | None:
@@ -133,7 +133,7 @@ def attached(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
     """Attach factors as a LoRA adapter, by module or matrix of experts."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():
-        sites.setdefault(site_of(name), []).append(pair)
+        sites.setdefault(module_path(name), []).append(pair)
     by_module = {
         path: stacked(pairs, () if path in factors else (len(pairs),))
         for path, pairs in sites.items()
@@ -142,7 +142,7 @@ def attached(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
     if not nonzero:
         yield
         return
-    adapter = lora_of(model, nonzero, "defended")
+    adapter = attach_lora(model, nonzero, "defended")
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.fragility_study.defences import DEFENCES, Overlap, attached, overlap, updates_of
 from lorafold.fragility_study.task import AdapterStack, FragilityTask
 from lorafold.generation import complete, tokens_of
-from lorafold.inspecting.updates import Svds, of_factors
+from lorafold.inspecting.updates import Svds, svd_of_factors
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.training.request import rendering_of
 from lorafold.training_step.losses import CompletionLoss
@@ -337,7 +337,7 @@ class StackEvaluator:
         assert self.alignment is not None  # checked
         factors = transform_update(tuning, self.alignment)
         with attached(self.model, factors):
-            return self._measure_tuned({at: of_factors(*pair) for at, pair in factors.items()})
+            return self._measure_tuned({at: svd_of_factors(*pair) for at, pair in factors.items()})
 
     def measure_adapter(self, path: Path, instead: bool) -> TunedMetrics:
         """The figures of a finished adapter on top of the stack, or `instead` of it without an

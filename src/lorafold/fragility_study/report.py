@@ -120,7 +120,7 @@ def page(study: Fragility, path: str | Path) -> None:
     defences = dict.fromkeys(curve.way.defence for curve in curves)
     content = rendered(
         "fragility_study/fragility.html",
-        found=study,
+        study=study,
         curves=[*map(str, curves)],
         plots=plots_of(curves),
         defences={name: DEFENCES[name].about for name in defences},

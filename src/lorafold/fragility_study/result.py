@@ -175,7 +175,7 @@ class Fragility(ShownInNotebooks):
         )
 
     def __str__(self) -> str:
-        return in_words("fragility_study/fragility.jinja", found=self)
+        return in_words("fragility_study/fragility.jinja", study=self)
 
     def as_json(self) -> dict[str, Any]:
         """All figures, under the keys of `lorafold fragility --json`."""
