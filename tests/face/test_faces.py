@@ -22,7 +22,7 @@ from lorafold.api.options import (
     RecipeOptions,
     declared_options,
 )
-from lorafold.cli import COMMANDS, _load, app, commands, verb_of
+from lorafold.cli import COMMANDS, app, commands, function_of, load_command
 from lorafold.cli.command_handlers import RUNNERS
 from lorafold.cli.command_line import OTHER_NAMES
 from lorafold.cli.recipe_options import fields_in
@@ -62,13 +62,13 @@ def options(verb: str) -> dict[str, list[str]]:
 
 def command_of(name: str) -> Any:
     first, *below = name.split()
-    return _load(first).commands[below[0]] if below else _load(first)
+    return load_command(first).commands[below[0]] if below else load_command(first)
 
 
 def declarations(name: str) -> list[tuple[str, DeclaredOption]]:
     """What a command declares, each with the place: its verb and what runs it."""
-    runner = RUNNERS.get(name, commands.plain)
-    found = [("verb", one) for one in declared_options(verb_of(name))]
+    runner = RUNNERS.get(name, commands.print_result)
+    found = [("verb", one) for one in declared_options(function_of(name))]
     of_runner = (one for one in declared_options(runner) if one.default is not Parameter.empty)
     found += [("runner", one) for one in of_runner]
     return [(place, one) for place, one in found if not getattr(one.option, "python_only", False)]
@@ -138,9 +138,9 @@ def test_what_would_be_declared_twice_is_found() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_said_of_a_parameter_reaches_the_reader_of_python(name: str) -> None:
-    entries = Docs.of(verb_of(name)).args
+    entries = Docs.of(function_of(name)).args
     told = {one.name for _, one in declarations(name) if one.group is None and one.help}
-    assert told & {n for n in inspect.signature(verb_of(name)).parameters} <= entries.keys()
+    assert told & {n for n in inspect.signature(function_of(name)).parameters} <= entries.keys()
 
 
 @pytest.mark.parametrize("verb", NAMES)

@@ -20,7 +20,7 @@ from adapter_cases import make_adapter
 from conftest import lorafold, make_model_dir, refused
 from fresh_models import fresh_model
 from lorafold.api.serve import recorded_bases
-from lorafold.cli import _load
+from lorafold.cli import load_command
 from lorafold.errors import LorafoldError
 from lorafold.peft.adapter_directory import open_all
 from lorafold.peft.provenance import OwnBase
@@ -109,7 +109,7 @@ def test_commands_do_too(place: Path) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_says_what_the_default_is(verb: str) -> None:
-    option = next(p for p in _load(verb).params if p.name == "model")
+    option = next(p for p in load_command(verb).params if p.name == "model")
     assert option.default is None
     assert "the adapter's own base" in option.help
 

@@ -36,7 +36,7 @@ import pytest
 import lorafold as lf
 from embedded_cases import embed_a_tiny_model
 from lorafold.api.options import declared_options
-from lorafold.cli import COMMANDS, _load, app
+from lorafold.cli import COMMANDS, app, load_command
 from lorafold.cli.command_line import ALIASES
 from lorafold.layers import LAYERS
 from lorafold.methods import METHODS
@@ -214,7 +214,7 @@ def test_what_is_not_run_says_why_and_its_commands_parse(fence: Fence) -> None:
     for arguments in fence.commands:
         if arguments and not arguments[0].startswith("-"):
             assert arguments[0] in COMMANDS
-            command = _load(arguments[0])
+            command = load_command(arguments[0])
             command.make_context(f"lorafold {arguments[0]}", arguments[1:])  # TyperException if bad
 
 
@@ -507,7 +507,7 @@ def options_of(command: Any) -> set[str]:
 
 @cache
 def known_options() -> frozenset[str]:
-    every = set().union(*(options_of(_load(name)) for name in COMMANDS))
+    every = set().union(*(options_of(load_command(name)) for name in COMMANDS))
     return frozenset(every | THEIRS | ALIASES.keys() | {"--help", "--help-all"})
 
 

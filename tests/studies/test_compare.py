@@ -16,7 +16,7 @@ import lorafold as lf
 from command_cases import rows_file, words
 from conftest import lorafold
 from lorafold.api.arguments import as_rows
-from lorafold.cli.commands import varied
+from lorafold.cli.commands import parse_vary
 from lorafold.comparing import run
 from lorafold.comparing.measure import ComparisonTask, Measurement, Variant, measure, variants
 from lorafold.comparing.paired_tests import indistinct_methods, verdict, with_validation
@@ -289,14 +289,14 @@ def test_a_variant_is_the_recipe_with_its_settings() -> None:
 
 
 def test_the_option_has_values_in_yaml() -> None:
-    assert varied(["rank=8,32", "lr=1e-4", "targets=all-linear,[q_proj, v_proj]"]) == {
+    assert parse_vary(["rank=8,32", "lr=1e-4", "targets=all-linear,[q_proj, v_proj]"]) == {
         "rank": [8, 32], "lr": [1e-4], "targets": ["all-linear", ["q_proj", "v_proj"]]
     }  # fmt: skip
     for wrong in (["rank"], ["=3"], ["rank=4", "rank=8"]):
         with pytest.raises(LorafoldError, match="expected FIELD=VALUE,VALUE, each field once"):
-            varied(wrong)
+            parse_vary(wrong)
     with pytest.raises(LorafoldError, match=r"--vary targets=\[q_proj: not YAML"):
-        varied(["targets=[q_proj"])
+        parse_vary(["targets=[q_proj"])
 
 
 def test_a_bad_value_is_one_line_and_leaves_nothing(tiny_model_dir, tmp_path: Path) -> None:

@@ -122,13 +122,13 @@ class Docs(NamedTuple):
     def of(cls, documented: Any) -> "Docs":
         """The sections of the docstring of a function or a dataclass."""
         text = f"{inspect.cleandoc(documented.__doc__ or '')}\n"
-        parts = {title: dedent(body) for title, body in SECTION.findall(text)}
+        sections = {title: dedent(body) for title, body in SECTION.findall(text)}
         paragraphs = SECTION.sub("\n", text).strip().split("\n\n")
-        about = (part for part in paragraphs if not part.startswith(("Raises ", "In Python")))
-        entries = {n: " ".join(t.split()) for n, t in ENTRY.findall(parts.get("Args", ""))}
-        examples = re.split(r"\n(?=\S)", parts.get("Examples", "").strip())
+        summary = (part for part in paragraphs if not part.startswith(("Raises ", "In Python")))
+        entries = {n: " ".join(t.split()) for n, t in ENTRY.findall(sections.get("Args", ""))}
+        examples = re.split(r"\n(?=\S)", sections.get("Examples", "").strip())
         return cls(
-            "\n\n".join(about).strip(), entries, (*examples,), parts.get("Notes", "").strip()
+            "\n\n".join(summary).strip(), entries, (*examples,), sections.get("Notes", "").strip()
         )
 
 
@@ -155,10 +155,10 @@ def declared_options(verb: Any) -> Iterator[DeclaredOption]:
             for inner, one in get_type_hints(group, include_extras=True).items():
                 yield _declaration(inner, one, _option(one).default, {})
         elif is_dataclass(group) and isinstance(group, type):
-            of_group = Docs.of(group).args
+            group_entries = Docs.of(group).args
             for field in fields(group):
-                own = Parameter.empty if field.default is MISSING else field.default
-                one = _declaration(field.name, field.type, own, of_group)
+                default_of_field = Parameter.empty if field.default is MISSING else field.default
+                one = _declaration(field.name, field.type, default_of_field, group_entries)
                 yield one._replace(group=(name, group))
         else:
             yield _declaration(name, hint, default, entries)
@@ -183,11 +183,11 @@ def validated(function: Verb) -> Verb:
     known = signature.parameters.keys()
 
     @wraps(function)
-    def call(*args: Any, **given: Any) -> Any:
-        given = named_as_now(given, ALIASES) if "storage" in known else given
-        if not given.keys() <= known:
-            raise unknown_names(f"lf.{function.__name__}", given, known)
-        values = signature.bind_partial(*args, **given).arguments
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs = named_as_now(kwargs, ALIASES) if "storage" in known else kwargs
+        if not kwargs.keys() <= known:
+            raise unknown_names(f"lf.{function.__name__}", kwargs, known)
+        values = signature.bind_partial(*args, **kwargs).arguments
         for name, hint, _, option, _, group in options:
             value = values.get(name) if group is None else getattr(values.get(group[0]), name, None)
             choices = get_args(hint) if get_origin(hint) is Literal else ()
@@ -200,7 +200,7 @@ def validated(function: Verb) -> Verb:
                 if (low is not None and value < low) or (high is not None and value > high):
                     limits = f"{low:g} or more" if high is None else f"{low:g} to {high:.10g}"
                     raise LorafoldError(f"{name}: found {value}, expected {limits}")
-        return function(*args, **given)
+        return function(*args, **kwargs)
 
     result: Any = call
     result.__signature__ = signature
@@ -211,20 +211,20 @@ def verb(function: Verb) -> Verb:
     """Add the parameters of groups to the function's signature and docstring, and check its
     arguments.
     """
-    of: Any = function
-    signature, entries, lines = inspect.signature(of), Docs.of(of).args, []
-    own = signature.parameters.values()
-    parameters = {p.name: p for p in own if p.kind is not Parameter.VAR_KEYWORD}
-    for one in declared_options(of):
+    documented: Any = function
+    signature, entries, lines = inspect.signature(documented), Docs.of(documented).args, []
+    parameters_given = signature.parameters.values()
+    parameters = {p.name: p for p in parameters_given if p.kind is not Parameter.VAR_KEYWORD}
+    for one in declared_options(documented):
         if one.group is None:
             new = Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default)
             parameters.setdefault(one.name, new.replace(annotation=one.hint))
             text = f"{one.name}: {entries.get(one.name) or one.help}"
             lines.append(fill(text, 90, subsequent_indent="    "))
-    before, *after = ARGS.split(f"{inspect.cleandoc(of.__doc__)}\n", maxsplit=1)
+    summary, *rest = ARGS.split(f"{inspect.cleandoc(documented.__doc__)}\n", maxsplit=1)
     listed = indent("\n".join(lines), "    ")
-    of.__doc__ = f"{before.rstrip()}\n\nArgs:\n{listed}\n{''.join(after)}"
-    of.__signature__ = signature.replace(parameters=[*parameters.values()])
+    documented.__doc__ = f"{summary.rstrip()}\n\nArgs:\n{listed}\n{''.join(rest)}"
+    documented.__signature__ = signature.replace(parameters=[*parameters.values()])
     return validated(function)
 
 
