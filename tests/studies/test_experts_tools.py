@@ -29,7 +29,7 @@ from lorafold.inspecting.report import sections, table
 from lorafold.inspecting.residual_stream import find_stream, gain
 from lorafold.inspecting.resize import extract, resize
 from lorafold.inspecting.subspaces import NUM_TOP, across_experts
-from lorafold.inspecting.updates import adapted_matrices
+from lorafold.inspecting.updates import modules_of
 from lorafold.layers.experts import Experts
 from lorafold.methods.parts.mixture import Mixture
 from lorafold.ops.grouped import grouped
@@ -131,7 +131,7 @@ def test_experts_are_compared_where_they_meet_the_residual_stream(kind, moe_dir,
     base = moe_dir(kind)
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=6), targets=EXPERTS)
     model = fresh_model(base)
-    svds = {n: s for at in adapted_matrices(lf.load(model, tmp_path / "a")) for n, s in at.parts()}
+    svds = {n: s for at in modules_of(lf.load(model, tmp_path / "a")) for n, s in at.parts()}
     found = across_experts(svds, find_stream(model))
     sides = {site.rsplit(".", 1)[1]: of.side for site, of in found.items()}
     assert sides == {"gate_up_proj": "read", "down_proj": "written"}

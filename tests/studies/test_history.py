@@ -274,7 +274,7 @@ def test_what_is_observed_on_held_out_prompts() -> None:
     fell, best = observations_of({}, apart, {})
     assert fell == "The held-out reward fell from 0.5 before the first step to 0.2 after step 9."
     assert "highest after step 5 (0.6) and 0.2 after step 9" in best
-    own = observations_of({}, found | {"reward_interval": [None] * 3}, {}, own=5)
+    own = observations_of({}, found | {"reward_interval": [None] * 3}, {}, saved_at=5)
     assert "step 5 is this one" in own[0]
     touching = found | {"reward_interval": [[0.1, 0.9], None, [0.1, 0.3]]}
     assert len(observations_of({}, touching, {})) == 1

@@ -8,10 +8,10 @@ from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.loss_paths import (
     barrier,
+    compare_losses,
     loss_between,
     loss_by_scale,
     loss_function,
-    losses_before_after,
     measure_paths,
 )
 from lorafold.layers import layer_of
@@ -104,7 +104,7 @@ def test_the_ends_are_the_base_and_the_adapters_and_the_model_is_left_as_it_was(
     assert selection_of(model).names == ("a", "b")
     assert {path: list(m.deltas) for path, m in adapted_modules(model)} == state
     expected = {"loss_before": a, "loss_after": bare}
-    assert losses_before_after(model, tokenizer, ROWS, 64) == pytest.approx(expected)
+    assert compare_losses(model, tokenizer, ROWS, 64) == pytest.approx(expected)
 
 
 def test_barrier_is_measured_from_the_line_between_the_ends():

@@ -33,7 +33,7 @@ from lorafold.inspecting.token_directions import (
     read_vectors,
     shares,
 )  # fmt: skip
-from lorafold.inspecting.updates import Svd, adapted_matrices, svd_of_dense, svd_of_factors
+from lorafold.inspecting.updates import Svd, modules_of, svd_of_dense, svd_of_factors
 from lorafold.layers import layer_of
 from lorafold.methods import make_spec
 from lorafold.models.checkpoint import build
@@ -52,7 +52,7 @@ def test_the_parts_are_those_of_the_dense_update(method, kind, tiny_model):
     options = {"rank": 4} if method in (*RANKED, "loha", "lokr", "dora") else {}
     adapter = lf.attach(model, make_spec(method, **options))
     move(adapter)
-    for site in adapted_matrices(adapter):
+    for site in modules_of(adapter):
         w = layer_of(model.get_submodule(site.path)).dense()[0].detach()
         ((name, svd),) = site.parts()
         assert name == site.path
@@ -200,7 +200,7 @@ def test_the_base_of_an_update_is_the_one_that_was_trained_on(storage, tiny_mode
     model = lf.load_model(base, storage=storage)
     adapter = lf.attach(model, lf.DoRA(lf.LoRA(rank=2, dropout=0.0)), ["q_proj"])
     move(adapter)
-    own = {site.path: site for site in adapted_matrices(adapter)}
+    own = {site.path: site for site in modules_of(adapter)}
     adapter.save(tmp_path / "a")
     found = inspect(Base(base), open_all([tmp_path / "a"])).sites
     for path, site in own.items():

@@ -85,7 +85,6 @@ def compare(
     from lorafold.comparing.measure import ComparisonTask, variants
     from lorafold.comparing.paired_tests import indistinct_methods, with_validation
     from lorafold.comparing.report import Comparison, page
-    from lorafold.comparing.run import known_methods, methods_for, unsupported_reason
     from lorafold.files.atomic import write_text
     from lorafold.files.terminal import print_lines
     from lorafold.quickstart.run import RECIPE
@@ -106,9 +105,8 @@ def compare(
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
     recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # held-out rows are already split off
     base = Base(model, **base_options)
-    names = known_methods(methods) or methods_for(recipe.objective)
-    reasons = {} if methods else {name: unsupported_reason(recipe, name) for name in names}
-    skipped = {name: reason for name, reason in reasons.items() if reason}
+    names = run.known_methods(methods) or run.methods_for(recipe.objective)
+    skipped = {n: why for n in names if not methods and (why := run.unsupported_reason(recipe, n))}
     names = [name for name in names if name not in skipped]
     settings = variants(recipe, names, vary or {})
     num_virtual = max(spec_of(fitting(one.of(recipe), one.method)).positions for one in settings)

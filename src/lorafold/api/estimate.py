@@ -162,14 +162,13 @@ def estimate(
         no_gpu = {f"--device {device}": device_type != "cuda", "--measure": measure}
         check_excluded("--compute-capability", no_gpu, "it describes the CUDA GPU to estimate for")
     target_device = DeviceKind(device_type, parse_capability(compute_capability))
-    trust_remote_code = base_options.get("trust_remote_code", False)
+    trust_code = base_options.get("trust_remote_code", False)
     base = Base(model, device=device if measure else None, **base_options)
     if data is None:
         # reports errors before the configuration is read
         setting_of(mode, recipe_overrides, batch or 1, max_length or LENGTH, labelled)
         config = base.config() if params is None else llama(params)
-        positions = positions_in(config, False, trust_remote_code)
-        fitted = fitted_length(positions, max_length, 0, console)
+        fitted = fitted_length(positions_in(config, False, trust_code), max_length, 0, console)
         setting = setting_of(mode, recipe_overrides, batch or 1, fitted, labelled)
     else:
         sizes = {"batch": batch, "max_length": max_length}
@@ -184,7 +183,7 @@ def estimate(
     is_this_cpu = (device if measured_device is None else measured_device.type) == "cpu"
     setting = replace(
         setting,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_code,
         processes=gpus,
         strategy=strategy,
         widened=widens(setting.base.dtype) if is_this_cpu else setting.widened,

@@ -126,5 +126,4 @@ def render_prompt(
         raise LorafoldError("; ".join(problems))
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
-    conversation = Conversation(messages, 0, tools_of(tool_list))
-    return prompt_of(conversation, tokenizer)
+    return prompt_of(Conversation(messages, 0, tools_of(tool_list)), tokenizer)

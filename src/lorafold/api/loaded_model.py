@@ -39,29 +39,25 @@ class LoadedModel:
 
 
 def resolve_base(
-    model: str | Path | ModelSource | None,
-    adapters: Paths,
-    console: Console | None,
-    **base_options: Any,
+    model: str | Path | ModelSource | None, adapters: Paths, console: Console | None, **options: Any
 ) -> tuple[Base, tuple[SavedAdapter, ...]]:
     """The base model (see `base_for`), and the saved adapters, opened but not loaded."""
     saved = open_all(as_paths(adapters))
-    return base_for(model, saved, console, **base_options), saved
+    return base_for(model, saved, console, **options), saved
 
 
 def resolve_model(
     model: str | Path | ModelSource | PreTrainedModel | None,
     adapters: Paths,
     console: Console | None = None,
-    **base_options: Any,
+    **options: Any,
 ) -> tuple[Base | LoadedModel, tuple[SavedAdapter, ...]]:
     """Like `resolve_base`, but accepts a loaded model and then rejects arguments that have no
     effect on it.
     """
     if model is None or isinstance(model, (str, Path, ModelSource)):
-        return resolve_base(model, adapters, console, **base_options)
-    changed = [n for n, value in base_options.items() if value != getattr(Base(), n)]
-    unused = [name for name in changed if name != "trust_remote_code"]
+        return resolve_base(model, adapters, console, **options)
+    unused = [n for n, v in options.items() if n != "trust_remote_code" and v != getattr(Base(), n)]
     if as_paths(adapters):
         unused.insert(0, "adapters")
     if unused:
@@ -70,7 +66,7 @@ def resolve_model(
             " model's name instead, or pass storage, device and revision to lf.load_model, and"
             " adapters and allow_other_base to lf.load"
         )
-    return LoadedModel(model, base_options.get("trust_remote_code", False)), ()
+    return LoadedModel(model, options.get("trust_remote_code", False)), ()
 
 
 def load_with_adapters(

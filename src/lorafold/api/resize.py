@@ -49,7 +49,7 @@ def resize(
     from lorafold.api.arguments import as_path, as_paths, as_rows
     from lorafold.api.loaded_model import load_with_adapters, truncation_length
     from lorafold.inspecting import resize as resizing
-    from lorafold.inspecting.loss_paths import losses_before_after
+    from lorafold.inspecting.loss_paths import compare_losses
     from lorafold.peft.adapter_directory import SavedAdapter, open_all
     from lorafold.resolve import base_for
 
@@ -64,5 +64,4 @@ def resize(
     # reading them has already checked the base and the base adapters
     base, stack_with_result = replace(base, allow_other_base=True), (*stack, SavedAdapter.open(out))
     loaded, tokenizer = load_with_adapters(base, stack_with_result, console=console)
-    losses = losses_before_after(loaded, tokenizer, rows, length, len(stack) - 1)
-    return replace(result, losses=losses)
+    return replace(result, losses=compare_losses(loaded, tokenizer, rows, length, len(stack) - 1))

@@ -23,7 +23,7 @@ from lorafold.exporting.proof import ReferenceAnswers, divergences, last
 from lorafold.exporting.target import Factors, Progress, SiteFactors, Subject, update_of
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
-from lorafold.inspecting.updates import attach_lora, pad_rank
+from lorafold.inspecting.updates import add_lora, pad_rank
 from lorafold.layers import layer_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.config import CONFIG, WEIGHTS
@@ -41,7 +41,7 @@ HEADS = ("embed_tokens", "lm_head")
 def write_canonical(base: Base, factors: SiteFactors, out: Path) -> SavedAdapter:
     rank = max(down.shape[-2] for _, down in factors.values())
     same_rank = {path: pad_rank(pair, rank) for path, pair in factors.items()}
-    adapter = attach_lora(base.mapped().model, same_rank, NAME)
+    adapter = add_lora(base.mapped().model, same_rank, NAME)
     adapter.save(out, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return SavedAdapter.open(out)
 
@@ -179,7 +179,7 @@ def kl_by_rank(
     update = update_of(reference.model, selection_of(reference.model).names, largest)
     factors = {path: pad_rank(pair, largest) for path, pair in update.factors.items()}
     with only(reference.model):
-        adapter = attach_lora(reference.model, factors, CUT)
+        adapter = add_lora(reference.model, factors, CUT)
         for rank in sorted({*ranks}, reverse=True):
             for name, factor in adapter.named_parameters():
                 if name.endswith(".B"):

@@ -28,9 +28,9 @@ from lorafold.inspecting.updates import (
     SiteFactors,
     Svd,
     Svds,
-    adapted_matrices,
-    attach_lora,
+    add_lora,
     module_path,
+    modules_of,
     stacked,
 )
 
@@ -51,7 +51,7 @@ def updates_of(adapter: Adapter) -> Svds | None:
     """The update of each matrix; None if a part is not added to a weight."""
     if not all(isinstance(part, Additive) for _, part in adapter.parts()):
         return None
-    return {name: svd for site in adapted_matrices(adapter) for name, svd in site.parts()}
+    return {name: svd for site in modules_of(adapter) for name, svd in site.parts()}
 
 
 def overlap(update: Svds, alignment: Svds) -> Overlap | None:
@@ -142,7 +142,7 @@ def attached(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
     if not nonzero:
         yield
         return
-    adapter = attach_lora(model, nonzero, "defended")
+    adapter = add_lora(model, nonzero, "defended")
     try:
         yield
     finally:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_SIZE = 8  # texts
-MAX_LEADING_TOKENS = 2  # tokens of whitespace before a refusal
+MAX_LEADING = 2  # tokens of whitespace before a refusal
 MAX_CACHED_BYTES = 1e9  # bytes of distributions in memory, at most
 TUNED = "tuned"  # the name of a tuned adapter on the model
 ModelAndTokenizer = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
@@ -204,9 +204,8 @@ def refusals(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe
 ) -> list[bool]:
     """Whether each greedy completion, of prompts to refuse and of controls, is a refusal."""
-    longest = max(len(tokens_of(tokenizer, text)) for text in probe.refusal_prefixes)
-    prompts = [*probe.refused_prompts, *probe.control_prompts]
-    texts = complete(model, tokenizer, prompts, longest + MAX_LEADING_TOKENS)
+    limit = MAX_LEADING + max(len(tokens_of(tokenizer, text)) for text in probe.refusal_prefixes)
+    texts = complete(model, tokenizer, [*probe.refused_prompts, *probe.control_prompts], limit)
     return [begins_with_any(text, probe.refusal_prefixes) for text in texts]
 
 
@@ -300,20 +299,18 @@ class StackEvaluator:
             return StackMetrics(before, self._measure())
 
     def _measure(self) -> RefusalMetrics:
-        reference = self._reference or self._compute_reference()
-        return measure(self.model, self.tokenizer, self.probe, reference)
+        return measure(self.model, self.tokenizer, self.probe, self._reference or self._recompute())
 
     @cached_property
     def _reference(self) -> list[Tensor] | None:
         """The stack's distributions on the controls, (n, vocabulary) each; None if they are too
         large.
         """
-        examples = self.probe.control_examples
-        labels = sum(label != NO_LOSS for one in examples for label in one.labels)
+        labels = sum(label != NO_LOSS for e in self.probe.control_examples for label in e.labels)
         small = 4 * labels * self.model.get_output_embeddings().weight.shape[0] <= MAX_CACHED_BYTES
-        return list(self._compute_reference()) if small else None
+        return list(self._recompute()) if small else None
 
-    def _compute_reference(self) -> Iterator[Tensor]:
+    def _recompute(self) -> Iterator[Tensor]:
         batches = distributions(self.model, self.probe.control_examples)
         while True:
             with only(self.model, *self.names):

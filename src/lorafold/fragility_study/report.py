@@ -43,8 +43,7 @@ def table_row(points: Sequence[Point]) -> list[str]:
 
 
 def setting_cells(setting: TuningSetting) -> list[str]:
-    rank, rate = shown(setting.rank, "d"), shown(setting.lr, "g")
-    return [setting.stack, setting.defence, rank, rate]
+    return [setting.stack, setting.defence, shown(setting.rank, "d"), shown(setting.lr, "g")]
 
 
 def last_points(study: Fragility) -> list[list[Point]]:

@@ -41,14 +41,7 @@ from lorafold.inspecting.token_directions import (
     nearest_to,
     read_vectors,
 )
-from lorafold.inspecting.updates import (
-    AdaptedModule,
-    Svd,
-    Svds,
-    adapted_matrices,
-    largest_matrices,
-    load_below,
-)
+from lorafold.inspecting.updates import AdaptedModule, Svd, Svds, largest_of, load_below, modules_of
 from lorafold.layers import layer_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
@@ -94,7 +87,7 @@ def inspect(
             other = load(model, against, "against", allow_other_base=allowed)
     stream = find_stream(model)
     heads, fused = heads_in(model, stream)
-    modules, figures, svds = list(adapted_matrices(adapter, below)), {}, {}
+    modules, figures, svds = list(modules_of(adapter, below)), {}, {}
     for number, site in enumerate(modules, 1):
         weights = site.weights()
         for name, svd in site.parts():
@@ -105,13 +98,13 @@ def inspect(
         progress(number, len(modules))
     vocabulary = vocabulary_of(model, stream)
     vectors = None if directions is None else read_vectors(directions, stream.size)
-    top = {name: svds[name] for name in largest_matrices(figures)}
+    top = {name: svds[name] for name in largest_of(figures)}
     named = named_directions(find_sides(model, stream, top), top, vocabulary, tokenizer, vectors)
     complete = {name: replace(of, **named[name]) for name, of in figures.items()}
     experts, whole = across_experts(svds, stream), adapter_figures(complete)
     overlap = None
     if against is not None and other is not None:
-        other_modules = adapted_matrices(other, below if other.over else ())
+        other_modules = modules_of(other, below if other.over else ())
         other_svds = {n: truncated(site, svd) for site in other_modules for n, svd in site.parts()}
         overlap = compare_updates(str(against), svds, other_svds)
     chance = {verb: mean_nearest(*ends) for verb, ends in vocabulary.items()}

@@ -14,7 +14,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def search(
     request = replace(request, base=stored, day=day)
     check_search(out, identity_of(request, recipe))
     # the recipe's learning rate is for full training and heads; a subspace has its own
-    without_lr = recipe.model_copy(update={"lr": None})
+    no_lr = recipe.model_copy(update={"lr": None})
     head_options = {"head_lr": recipe.lr} if recipe.lr else {}
     losses = {}
 
@@ -108,8 +107,7 @@ def search(
 
     def in_subspace(d: int) -> dict[Path, Callable[[], HeldOutLoss]]:
         options, path = {"dimension": d, **head_options}, out / str(d)
-        subspace_run = partial(run, request, without_lr, path, "fastfood", **options)
-        return {path.with_suffix(".json"): subspace_run}
+        return {path.with_suffix(".json"): lambda: run(request, no_lr, path, "fastfood", **options)}
 
     low, high = (smallest - 1).bit_length(), largest.bit_length() - 1
     fixed_runs = {

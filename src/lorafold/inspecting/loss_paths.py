@@ -42,7 +42,7 @@ def loss_function(
     return partial(held_out_loss, CompletionLoss(model, packed=False, pad_id=0), data.examples)
 
 
-def losses_before_after(
+def compare_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],

@@ -25,7 +25,7 @@ from lorafold.inspecting.result import (
     Sites,
 )
 from lorafold.inspecting.subspaces import by_kind, kind_and_block
-from lorafold.inspecting.updates import group_experts, largest_matrices, module_path
+from lorafold.inspecting.updates import group_experts, largest_of, module_path
 
 MIN_PHI_SCALE = 0.1  # at the end of a scale of phi
 HEAT_MAPS = {  # heading: figure of a matrix, format
@@ -101,7 +101,7 @@ def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any
 
 def spectra(sites: Sites) -> Iterator[str]:
     depth = max((kind_and_block(path)[1] or 0 for path in sites), default=0)
-    for kind, paths in by_kind(largest_matrices(sites)).items():
+    for kind, paths in by_kind(largest_of(sites)).items():
         if lines := {path: s for path in paths if (s := sites[path].singular_values)}:
             yield plots.spectra(kind, lines, depth)
 

@@ -34,10 +34,10 @@ from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
     Factors,
     SiteFactors,
-    adapted_matrices,
-    attach_lora,
+    add_lora,
     load_below,
     matrix_names,
+    modules_of,
     put_factors,
     stacked,
     unstacked,
@@ -110,7 +110,7 @@ def resize(
     base_adapters = load_below(model, base, stack)
     adapter = load(model, saved, NAME, allow_other_base=allow_other_base)
     factors, cuts = {}, RankErrors()
-    for site in adapted_matrices(adapter, base_adapters):
+    for site in modules_of(adapter, base_adapters):
         if site.changes_bias:
             raise LorafoldError(
                 f"{saved}: {type(site.delta).__name__} changes the bias of {site.path} together"
@@ -177,8 +177,7 @@ def extract(
     }
     result = build_result(cuts, out, left_out)
     about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
-    record = {"extracted": about}
-    attach_lora(models[0], factors, NAME).save(out, overwrite=overwrite, record=record)
+    add_lora(models[0], factors, NAME).save(out, overwrite=overwrite, record={"extracted": about})
     return result
 
 

@@ -84,7 +84,7 @@ def group_experts(values: Mapping[str, T]) -> dict[str, list[T]]:
     return {site: [values[name] for name in names] for site, names in sites.items()}
 
 
-def largest_matrices(figures: Sites) -> list[str]:
+def largest_of(figures: Sites) -> list[str]:
     """The name of one matrix per module; for experts, the one with the largest update."""
     return [max(names, key=lambda n: figures[n].base.norm) for names in by_module(figures).values()]
 
@@ -130,7 +130,7 @@ class AdaptedModule:
         return zip(self.names, map(svd_of_dense, changes), strict=True)
 
 
-def adapted_matrices(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
+def modules_of(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
     """Yield the modules with deltas of the adapter's method, without biases and tokens."""
     modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
@@ -172,7 +172,7 @@ def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
 
 
 @torch.no_grad()
-def attach_lora(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
+def add_lora(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
     """A new LoRA of scale 1 with these factors; rank 0 changes nothing."""
     spec = of_ranks({path: max(down.shape[-2], 1) for path, (_, down) in factors.items()})
     adapter = attach(model, spec, Matches({path: (path,) for path in factors}), name)

@@ -146,7 +146,7 @@ def clock(rng: random.Random, split: Split) -> tuple[str, str]:
     spoken = f"{hour}{':30' * past}{am_pm}"
     if rng.random() < 0.3:
         when = "morning" if am_pm == "am" else "evening"
-        spoken = f"{'am_pm past ' * past}{NUMBERS[hour - 1]} in the {when}"
+        spoken = f"{'half past ' * past}{NUMBERS[hour - 1]} in the {when}"
     return spoken, f"{hour}:{minutes} {am_pm}"
 
 
@@ -155,7 +155,7 @@ PERSON = pattern_slot(
     *((f"{title} %s", (FIRST,)) for title in ("Aunt", "Uncle", "Coach")),
     *((f"{title} %s%s", LAST) for title in ("Mr", "Ms", "Dr")),
 )
-PLACE = pattern_slot(
+PLACE = pattern_slot(  # "The" stands twice, so it is sampled as often as the other two together
     ("The %s %s", (ADJECTIVE, NOUN)),
     ("The %s %s", (ADJECTIVE, NOUN)),
     ("Cafe %s", (FIRST,)),
