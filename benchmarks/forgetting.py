@@ -35,7 +35,7 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.examples import probe_ids
 from lorafold.evaluation import evaluate, held_out_loss
 from lorafold.models.loading import load_model
-from lorafold.quickstart.story import RECIPE
+from lorafold.quickstart.run import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.recipe.resolve_settings import spec_of, with_method
 from lorafold.resolve import Base

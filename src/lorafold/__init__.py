@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorafold.api.estimate import estimate as estimate
     from lorafold.api.evaluate import evaluate as evaluate
     from lorafold.api.export import export as export
+    from lorafold.api.extract import extract as extract
     from lorafold.api.fragility import Defending as Defending
     from lorafold.api.fragility import Probes as Probes
     from lorafold.api.fragility import Tuning as Tuning
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from lorafold.api.load import load as load
     from lorafold.api.load import load_model as load_model
     from lorafold.api.merge import merge as merge
-    from lorafold.api.resize import extract as extract
     from lorafold.api.resize import resize as resize
     from lorafold.api.score import score as score
     from lorafold.api.serve import serve as serve
@@ -57,7 +57,6 @@ _NAMES = {
     "api.compose": "compose Learning",
     "api.fragility": "fragility Probes Tuning Defending",
     "api.load": "load load_model",
-    "api.resize": "extract resize",
     "api.train": "train preview",
     "data.tool_calls": "parse_calls",
     "models.tokenizer": "load_tokenizer",
@@ -66,8 +65,8 @@ _NAMES = {
     **{
         f"api.{name}": name
         for name in (
-            "chat", "compare", "estimate", "evaluate", "export", "generate", "history", "inspect",
-            "intrinsic", "merge", "score", "serve",
+            "chat", "compare", "estimate", "evaluate", "export", "extract", "generate", "history",
+            "inspect", "intrinsic", "merge", "resize", "score", "serve",
         )
     },
 }  # fmt: skip

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import lorafold as lf
 from error_cases import refusal
 from lorafold.api.options import RecipeOptions
-from lorafold.cli import _load
-from lorafold.cli.commands import built
+from lorafold.cli import load_command
+from lorafold.cli.commands import build_command
 from lorafold.config_import import axolotl, llamafactory, mlx, trl
 from lorafold.config_import.rules import ToolSettings
 from lorafold.errors import LorafoldError
@@ -230,7 +230,7 @@ def run(call: Callable[[], None]) -> None:
 
 def asked(*arguments: str) -> Recipe:
     app = typer.Typer()
-    app.command()(built(remember, run).function)
+    app.command()(build_command(remember, run).function)
     done = CliRunner().invoke(app, arguments)
     if done.exception is not None:
         raise done.exception
@@ -238,7 +238,7 @@ def asked(*arguments: str) -> Recipe:
 
 
 def test_every_field_has_an_option_with_help_in_a_panel() -> None:
-    options = {p.name: p for p in _load("train").params}
+    options = {p.name: p for p in load_command("train").params}
     assert options.keys() >= Recipe.model_fields.keys()
     for name, info in Recipe.model_fields.items():
         assert str(info.description) in options[name].help

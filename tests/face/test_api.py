@@ -13,7 +13,7 @@ from rich.console import Console
 
 import lorafold as lf
 from command_cases import rows_file
-from lorafold.api.compose import by_name
+from lorafold.api.compose import rows_by_task
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -147,7 +147,7 @@ def test_quiet_unless_given_a_console(model: str, tmp_path: Path, capfd) -> None
 def test_compose_names_the_keys_that_it_ignores() -> None:
     told = io.StringIO()
     rows = [{"text": "a", "id": 1}]
-    assert by_name({"task": rows}, Console(file=told, width=200)) == {"task": rows}
+    assert rows_by_task({"task": rows}, Console(file=told, width=200)) == {"task": rows}
     assert told.getvalue() == "rows given in Python: ignored keys: id (rows of {text})\n"
 
 

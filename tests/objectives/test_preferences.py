@@ -20,7 +20,7 @@ from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from interrupted_runs import interrupted
-from lorafold.api.arguments import or_quiet
+from lorafold.api.arguments import console_or_quiet
 from lorafold.core.attach import selection_of
 from lorafold.core.contexts import evaluating
 from lorafold.data.examples import encode
@@ -218,7 +218,7 @@ def test_references_are_the_stack_below_and_are_kept(tiny: Any, tmp_path, monkey
     lf.attach(model, lf.LoRA(rank=2), name="dpo")
     with sharing_prefixes(model) as how:
         loss = Preferences(model, Dpo(), how, 0)
-        given: tuple[Any, ...] = (examples, [], or_quiet(None), Replicated(SINGLE_PROCESS))
+        given: tuple[Any, ...] = (examples, [], console_or_quiet(None), Replicated(SINGLE_PROCESS))
         found = with_reference(loss, *given)
         assert torch.allclose(torch.tensor(found.logps), sft, rtol=1e-5)
         monkeypatch.setattr(Preferences, "references", None)

@@ -16,7 +16,7 @@ import lorafold as lf
 import mixtures
 from architectures import MULTIMODAL
 from conftest import fast_only, make_tokenizer
-from lorafold.api.estimate import bytes_of
+from lorafold.api.estimate import parse_bytes
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.data.batches import StoredFeed
@@ -272,10 +272,10 @@ def test_what_can_not_be_asked(mode: str, fields: dict, labelled: int, message: 
 
 def test_sizes() -> None:
     found = {"24GB": 24 * 10**9, "24 gib": 24 * 2**30, "500MB": 5 * 10**8, "1.5T": 15 * 10**11}
-    assert {text: bytes_of(text) for text in found} == found
+    assert {text: parse_bytes(text) for text in found} == found
     for text, said in {"lots": "expected a size", "24": "did you mean 24GB"}.items():
         with pytest.raises(LorafoldError, match=said):
-            bytes_of(text)
+            parse_bytes(text)
 
 
 TWO_BLOCKS = tf.LlamaConfig(**{**COMMON, "num_hidden_layers": 2})

@@ -24,7 +24,7 @@ from lorafold.exporting.proof import ReferenceAnswers, kl_divergences, last_logp
 from lorafold.exporting.target import Factors, Progress, SiteFactors, Subject, update_of
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
-from lorafold.inspecting.updates import lora_of, padded
+from lorafold.inspecting.updates import add_lora, pad_rank
 from lorafold.layers import layer_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.config import CONFIG, WEIGHTS
@@ -41,8 +41,8 @@ HEADS = ("embed_tokens", "lm_head")
 
 def write_plain_lora(base: Base, factors: SiteFactors, out: Path) -> SavedAdapter:
     rank = max(down.shape[-2] for _, down in factors.values())
-    same_rank = {path: padded(pair, rank) for path, pair in factors.items()}
-    adapter = lora_of(base.mapped().model, same_rank, ADAPTER_NAME)
+    same_rank = {path: pad_rank(pair, rank) for path, pair in factors.items()}
+    adapter = add_lora(base.mapped().model, same_rank, ADAPTER_NAME)
     adapter.save(out, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return SavedAdapter.open(out)
 
@@ -173,9 +173,9 @@ def kl_by_rank(
     """KL(adapted, cut) in nats by rank, and KL(adapted, base)."""
     model, largest, kls = reference.model, max(ranks), {}
     update = update_of(model, selection_of(model).names, largest)
-    factors = {path: padded(pair, largest) for path, pair in update.factors.items()}
+    factors = {path: pad_rank(pair, largest) for path, pair in update.factors.items()}
     with only(model):
-        adapter = lora_of(model, factors, CUT_NAME)
+        adapter = add_lora(model, factors, CUT_NAME)
         for rank in sorted({*ranks}, reverse=True):
             for name, factor in adapter.named_parameters():
                 if name.endswith(".B"):

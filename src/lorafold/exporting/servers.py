@@ -48,7 +48,7 @@ from lorafold.exporting.target import (
     split_experts,
 )
 from lorafold.files.atomic import read_object, write_json
-from lorafold.inspecting.updates import padded
+from lorafold.inspecting.updates import pad_rank
 from lorafold.peft.config import CONFIG, WEIGHTS
 
 
@@ -269,7 +269,7 @@ def _write_per_expert(adapter: Path, kind: str, factors: SiteFactors, rank: int)
     tensors = {k: t for k, t in load_file(adapter / WEIGHTS).items() if ".experts." not in k}
     experts = {path: pair for path, pair in _per_expert(kind, factors) if ".experts." in path}
     for path, pair in experts.items():
-        up, down = padded(pair, rank)
+        up, down = pad_rank(pair, rank)
         tensors[f"{ROOT}{path}.lora_A.weight"] = down
         tensors[f"{ROOT}{path}.lora_B.weight"] = up.contiguous()
     config = read_object(adapter / CONFIG)

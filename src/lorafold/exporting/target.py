@@ -35,9 +35,9 @@ from lorafold.inspecting.updates import (
     SiteFactors,
     Svd,
     matrix_names,
-    of_dense,
-    of_factors,
     stacked,
+    svd_of_dense,
+    svd_of_factors,
     unstacked,
 )
 from lorafold.layers import layer_of
@@ -134,12 +134,12 @@ def _stacked_factors(deltas: Sequence[Delta]) -> Factors | None:
 
 def _svds(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
     if pair := _stacked_factors(deltas):
-        return map(of_factors, *map(unstacked, pair))
+        return map(svd_of_factors, *map(unstacked, pair))
     w, b = layer.dense()
     changed = w.float()
     for delta in deltas:
         changed, b = delta.fold(changed, b)
-    return map(of_dense, unstacked(changed - w.float()))
+    return map(svd_of_dense, unstacked(changed - w.float()))
 
 
 def split_experts(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:

@@ -39,7 +39,7 @@ from lorafold.exporting.target import (
 )
 from lorafold.files.atomic import read_object, write_json
 from lorafold.fold.plan import deltas_of
-from lorafold.inspecting.updates import padded
+from lorafold.inspecting.updates import pad_rank
 from lorafold.layers import is_linear, layer_of
 from lorafold.methods.dora import DoRADelta
 
@@ -140,7 +140,7 @@ class ToMlx(Target):
         rank = max(down.shape[-2] for _, down in factors.values())
         tensors = {}
         for path, pair in factors.items():
-            for name, (up, down) in _mlx_factors(kind, path, padded(pair, rank)):
+            for name, (up, down) in _mlx_factors(kind, path, pad_rank(pair, rank)):
                 turned = up.dim() == 2
                 tensors[f"{name}.lora_a"] = down.t() if turned else down
                 tensors[f"{name}.lora_b"] = up.t() if turned else up
