@@ -139,7 +139,7 @@ def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     return [
         row
         for rows, label in inputs
-        for *_, row in check_each(rename_columns(rows, columns or {}), label, formats=PROMPT_FORMATS)
+        for *_, row in check_each(rename_columns(rows, columns or {}), label, False, PROMPT_FORMATS)
     ]
 
 

@@ -109,8 +109,8 @@ def compare(
     skipped = {n: why for n in names if not methods and (why := run.unsupported_reason(recipe, n))}
     names = [name for name in names if name not in skipped]
     settings = variants(recipe, names, vary or {})
-    num_virtual = max(spec_of(with_method(one.of(recipe), one.method)).positions for one in settings)
-    recipe = resolve_length(recipe, base, num_virtual, console)
+    specs = (spec_of(with_method(one.of(recipe), one.method)) for one in settings)
+    recipe = resolve_length(recipe, base, max(spec.positions for spec in specs), console)
     task = ComparisonTask(base, rows, held_out, source, recipe)
     _ = task.identity  # reports errors in rewards first
     check_judges(recipe.objective_options.get("rewards", ()))

@@ -166,7 +166,7 @@ def estimate(
     base = Base(model, device=device if measure else None, **base_options)
     if data is None:
         # reports errors before the configuration is read
-        memory_setting(mode, recipe_overrides, batch or 1, max_length or DEFAULT_MAX_LENGTH, labelled)
+        memory_setting(mode, recipe_overrides, batch or 1, DEFAULT_MAX_LENGTH, labelled)
         config = base.config() if params is None else llama(params)
         fitted = fit_length(positions_in(config, False, trust_code), max_length, 0, console)
         setting = memory_setting(mode, recipe_overrides, batch or 1, fitted, labelled)

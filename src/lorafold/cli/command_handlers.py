@@ -112,7 +112,8 @@ def generate(run: Run, *, json: Json = False) -> None:
     result: dict[str, Any] = {"text": "".join(pieces), "tokens_per_second": speed}
     if tools:
         try:
-            result["tool_calls"] = parse_calls(result["text"], rendered.tokenizer, openai_tools(tools))
+            calls = parse_calls(result["text"], rendered.tokenizer, openai_tools(tools))
+            result["tool_calls"] = calls
         except LorafoldError as error:
             result["tool_calls"] = None
             print_lines(console, str(error))

@@ -98,8 +98,8 @@ def _hint(name: str, typed: Mapping[str, str | None], options: Mapping[str, Any]
 
 
 def _server_hint(plain: str, options: Mapping[str, Any]) -> str:
-    counterpart = FOREIGN_OPTIONS.get(plain)
-    if counterpart is None or plain not in SERVER_OPTION_NAMES or f"--{counterpart.fields[0]}" not in options:
+    counterpart = FOREIGN_OPTIONS.get(plain) if plain in SERVER_OPTION_NAMES else None
+    if counterpart is None or f"--{counterpart.fields[0]}" not in options:
         return ""
     remark = f", {counterpart.remark}" if counterpart.remark else ""
     return f"use --{counterpart.fields[0]} {counterpart.example}".rstrip() + remark

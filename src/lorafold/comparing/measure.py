@@ -314,12 +314,12 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
     recipe = recipe_of(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         request = task.request(Path(folder) / "adapter", recipe)
-        base_of_method = task.base.stored(resolve_storage(recipe, spec_of(recipe), task.base.source))
+        storage = resolve_storage(recipe, spec_of(recipe), task.base.source)
         if method == BASE:
-            models = ComparedModels(request, base_of_method)
+            models = ComparedModels(request, task.base.stored(storage))
             return Measurement(BASE, seed, **eval_figures(models.evaluation(models.base(), task)))
         trained = train(request, Console(quiet=True))
-        models = ComparedModels(request, base_of_method)
+        models = ComparedModels(request, task.base.stored(storage))
         base, (tuned, adapter) = models.base(), models.tuned()
         figures = eval_figures(models.evaluation(tuned, task))
         generates = base.get_output_embeddings() is not None  # not a classifier

@@ -68,7 +68,8 @@ class PolicySample:
                 lines.append(f"{turn.get('role')}: {content}")
             prompt = "\n".join(lines)
         texts = {"prompt": prompt, "completion": self.completion}
-        return asdict(self) | {name: truncate_end(text, MAX_STORED_CHARS) for name, text in texts.items()}
+        cut = {name: truncate_end(text, MAX_STORED_CHARS) for name, text in texts.items()}
+        return asdict(self) | cut
 
 
 @dataclass(frozen=True)

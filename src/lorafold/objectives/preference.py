@@ -210,7 +210,9 @@ class Preference(PreferenceObjective):
     ) -> tuple[BatchFeed, Any]:
         if not self.algorithm.has_reference:
             return feed, held_out
-        if isinstance(feed, StoredFeed) and (trains_base_weights(loss.model) or feed.num_epochs >= 1):
+        if isinstance(feed, StoredFeed) and (
+            trains_base_weights(loss.model) or feed.num_epochs >= 1
+        ):
             refer = partial(with_reference, loss, below=below, console=console, layout=layout)
             feed = feed.with_examples(refer)
         else:

@@ -153,7 +153,7 @@ class RecordedBase:
         """The end of a message about a base that does not fit, if the adapter names another one."""
         if self.fingerprint or self.name in ("", called):
             return ""
-        that, this = truncate_middle(self.name, MAX_NAME), truncate_middle(called or "nameless", MAX_NAME)
+        that, this = (truncate_middle(n, MAX_NAME) for n in (self.name, called or "nameless"))
         return f"; the base in {self.named_in} is {that}, but this base is {this}"
 
     def other(self, base: Weights) -> str:

@@ -67,8 +67,8 @@ class QuickstartResult:
     base: str
 
     def meaning(self) -> list[str]:
-        text = in_words("quickstart/meaning.jinja", run=self, n=TEST_ROWS, allowed=exporting.MAX_LOST)
-        return text.splitlines()
+        options = {"n": TEST_ROWS, "allowed": exporting.MAX_LOST}
+        return in_words("quickstart/meaning.jinja", run=self, **options).splitlines()
 
 
 def fastest(device: torch.device) -> Storage:

@@ -250,8 +250,8 @@ def check_learned(adapter: Adapter, optimizer: Optimizer) -> None:
     if zero_paths:
         raise LorafoldError(
             f"nothing was written: the up factors of {len(zero_paths)} modules are still zero after"
-            f" training, although they had gradients ({listed(zero_paths, max_chars=80)}); try a higher"
-            " learning rate (lr, lr_b)"
+            f" training, although they had gradients ({listed(zero_paths, max_chars=80)}); try a"
+            " higher learning rate (lr, lr_b)"
         )
 
 

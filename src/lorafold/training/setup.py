@@ -143,7 +143,8 @@ def open_adapters(request: RunRequest) -> list[SavedAdapter]:
     for n, adapter in enumerate(saved):
         if not (request.base.allow_other_base or same_adapters(adapter.over, origins[:n])):
             options = " ".join(f"--over {origin.path}" for origin in adapter.over)
-            raise LorafoldError(f"{adapter}: {mismatch_message(adapter.over, origins[:n])}; pass {options}")
+            found = mismatch_message(adapter.over, origins[:n])
+            raise LorafoldError(f"{adapter}: {found}; pass {options}")
     if not request.base.allow_other_base and (base := request.base.in_files()):
         for adapter in saved:
             adapter.own_base.check(base, request.base.name)
