@@ -255,7 +255,7 @@ def test_lines_that_repeat_one_are_counted(written: io.StringIO, monkeypatch) ->
     def flood() -> None:
         for _ in range(1000):
             context = {"message": "socket.accept() out of system resource", "exception": OSError()}
-            logs.unhandled(asyncio.new_event_loop(), context)
+            logs.log_loop_error(asyncio.new_event_loop(), context)
 
     log = logging.getLogger("lorafold.serving.verifier")
     flood()

@@ -34,7 +34,7 @@ from typing import (
 
 from lorafold.advice import unknown_names
 from lorafold.errors import LorafoldError
-from lorafold.files.record import ALIASES, named_as_now
+from lorafold.files.record import ALIASES, current_names
 from lorafold.models.quantizations import LISTED
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def checked(function: Verb) -> Verb:
 
     @wraps(function)
     def call(*args: Any, **given: Any) -> Any:
-        given = named_as_now(given, ALIASES) if "storage" in known else given
+        given = current_names(given, ALIASES) if "storage" in known else given
         if not given.keys() <= known:
             raise unknown_names(f"lf.{function.__name__}", given, known)
         values = signature.bind_partial(*args, **given).arguments

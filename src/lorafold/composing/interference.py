@@ -29,7 +29,7 @@ from lorafold.composing.request import Composed, Job
 from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.files.terminal import text_table
 
 LARGEST = 0.2  # the fraction of entries whose signs are compared, as in TIES
@@ -67,7 +67,7 @@ class Pair:
     def __str__(self) -> str:
         worst = sorted(self.sites.items(), key=lambda one: one[1].cosine * one[1].weight)[:3]
         opposed = {path: one.cosine for path, one in worst if one.cosine < 0}
-        return in_words("composing/pair.jinja", pair=self, all=self.overall, opposed=opposed)
+        return render_text("composing/pair.jinja", pair=self, all=self.overall, opposed=opposed)
 
 
 def meetings(updates: Updates, console: Console) -> list[Pair]:

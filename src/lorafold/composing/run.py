@@ -21,7 +21,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.resolve.base import check_language_model
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
@@ -54,7 +54,7 @@ class Composition(ShownInNotebooks):
         return content
 
     def __str__(self) -> str:
-        return in_words("composing/composition.jinja", made=self)
+        return render_text("composing/composition.jinja", made=self)
 
 
 def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:

@@ -28,8 +28,8 @@ from lorafold.errors import LorafoldError, RewardFailed, truncate_end
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.templates import in_words, within
-from lorafold.files.terminal import Progress, print_lines, progress_bar, silent
+from lorafold.files.templates import interval_text, render_text
+from lorafold.files.terminal import Progress, no_progress, print_lines, progress_bar
 from lorafold.generation import table_left
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Judged, Rewards
@@ -87,7 +87,7 @@ class Rewarded:
         groups: Sequence[Sequence[Completion]],
         rewards: Rewards,
         at_once: int | None = None,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> Self:
         """Computes rewards in one call, or for `at_once` prompts per call, because calls have a
         time limit; in this case at least one completion must have a reward.
@@ -234,7 +234,7 @@ class MeanReward:
     interval: Interval | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g}{within(self.interval)}"
+        return f"{self.mean:.4g}{interval_text(self.interval)}"
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class RewardEvaluation(ShownInNotebooks):
     samples: tuple[PolicySample, ...]
 
     def __str__(self) -> str:
-        return in_words("evaluation/rewards.jinja", found=self, short=_short, read=READ)
+        return render_text("evaluation/rewards.jinja", found=self, short=_short, read=READ)
 
 
 def evaluate_rewards(

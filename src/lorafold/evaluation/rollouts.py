@@ -22,7 +22,7 @@ from lorafold.core.shared_tensors import twin
 from lorafold.engine import Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
-from lorafold.files.terminal import Progress, silent
+from lorafold.files.terminal import Progress, no_progress
 from lorafold.generation import end_tokens, text_of
 from lorafold.ops.dropout import key_of
 from lorafold.runtime.memory import free_bytes
@@ -112,7 +112,7 @@ class Rollouts:
         prompts: Sequence[Sequence[int]],
         key: int,
         group: int | None = None,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> list[list[Completion]]:
         """Samples a group of completions for each prompt's ids with the current weights. Results
         are determined by the key and the positions of prompt and completion.

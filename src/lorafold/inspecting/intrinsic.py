@@ -23,7 +23,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.templates import on_day
 from lorafold.errors import Interrupted, LorafoldError, differing_keys
 from lorafold.files.atomic import read_object, write_json
-from lorafold.files.claims import TOKEN, measured, shared, silent
+from lorafold.files.claims import TOKEN, measure_all, share_work, silent
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
@@ -114,13 +114,13 @@ def search(
         out / "base.json": lambda: bare_loss(request, recipe),
         out / "full.json": lambda: run(request, recipe, out / "full", "full"),
     }
-    measured(HeldOutLoss, first | in_subspace(2**high), there, say)
+    measure_all(HeldOutLoss, first | in_subspace(2**high), there, say)
     base, full = losses["base"], losses["full"]
     points = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
-        measured(HeldOutLoss, in_subspace(d), there, say)
+        measure_all(HeldOutLoss, in_subspace(d), there, say)
         loss = losses[str(d)]
         points[d] = SubspaceRun(d, loss, (base - loss) / (base - full))
         tell(points[d])
@@ -155,7 +155,7 @@ def check(out: Path, identity: dict[str, Any]) -> None:
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
     if others and not file.exists():
         raise LorafoldError(f"{out}: found files that are not from a search; choose another --out")
-    shared({file: lambda: write_json(file, identity)})
+    share_work({file: lambda: write_json(file, identity)})
     recorded = read_object(file)
     if FILES not in recorded:
         raise LorafoldError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
-from lorafold.files.cache import cached
+from lorafold.files.cache import cache_entry
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _compiled(source: Path) -> Path:
         _run([*compiler, "-shared", str(part), "-o", str(target)])
         part.unlink()
 
-    return cached("native", key, write, log.info) / f"{source.stem}.so"
+    return cache_entry("native", key, write, log.info) / f"{source.stem}.so"
 
 
 def processor() -> str:

@@ -19,7 +19,7 @@ from torch import nn
 
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.models.quantizations import MADE, PLAIN
 from lorafold.models.quantize_on_load import packable
 from lorafold.peft.adapter_directory import SavedAdapter, trained_on
@@ -80,12 +80,12 @@ class Into:
 
     def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
         """A sentence on the base in training, and the distances from files and original weights."""
-        return in_words(
+        return render_text(
             "merging/distances.jinja", into=self, name=name, here=here, file=file, other=other
         )
 
     def __str__(self) -> str:
-        return in_words("merging/target.jinja", into=self)
+        return render_text("merging/target.jinja", into=self)
 
 
 def choose_into(

@@ -19,7 +19,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, evaluate
 from lorafold.exporting import run as exporting
 from lorafold.files.atomic import check_out
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.files.terminal import print_lines
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.report import page
@@ -67,7 +67,8 @@ class Story:
     base: str
 
     def meaning(self) -> list[str]:
-        text = in_words("quickstart/meaning.jinja", story=self, n=UNSEEN, allowed=exporting.SHARE)
+        allowed = exporting.SHARE
+        text = render_text("quickstart/meaning.jinja", story=self, n=UNSEEN, allowed=allowed)
         return text.splitlines()
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 from lorafold.errors import LorafoldError
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.robustness.defences import Overlap
 from lorafold.robustness.measure import After, Before, State
 
@@ -168,7 +168,7 @@ class Fragility(ShownInNotebooks):
         )
 
     def __str__(self) -> str:
-        return in_words("robustness/fragility.jinja", found=self)
+        return render_text("robustness/fragility.jinja", found=self)
 
     def as_json(self) -> dict[str, Any]:
         """All figures, under the keys of `lorafold fragility --json`."""

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.files.claims import digest_of, measured, report_other_claims, shared, silent
+from lorafold.files.claims import digest_of, measure_all, report_other_claims, share_work, silent
 from lorafold.robustness.measure import After, Before, Bench, Opening
 from lorafold.robustness.result import Fragility, Point, Way
 from lorafold.robustness.task import AdapterStack, FragilityTask, Run, check
@@ -40,7 +40,7 @@ def sweep(
     points = [file for run in runs for file in cells.files(run).values()]
     tunings = {cells.tuned(run): run for run in runs}
     report_other_claims([*stacks, *tunings, *points], say)
-    befores = [*measured(Before, stacks, say=say).values()]
+    befores = [*measure_all(Before, stacks, say=say).values()]
     tell_tuned, tell_point = counted(tell, len(runs)), counted(tell, len(points))
     needed = {}
     for path, run in tunings.items():
@@ -48,7 +48,7 @@ def sweep(
             tell_tuned(f"tuned {run}")
         else:
             needed[path] = partial(tune, run, path)
-    shared(needed, lambda path: tell_tuned(f"tuned {tunings[path]}"), say)
+    share_work(needed, lambda path: tell_tuned(f"tuned {tunings[path]}"), say)
     found: list[Point] = []
     for stack, own in zip(task.stacks, befores, strict=True):
         found += points_of(cells, stack, own, cache(partial(Bench, task, stack, opening)),
@@ -114,7 +114,7 @@ def points_of(
         tell(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
 
     measures = {file: partial(after, *cell) for file, cell in runs.items()}
-    for file, found in measured(After, measures, there, say).items():
+    for file, found in measure_all(After, measures, there, say).items():
         run, defence = runs[file]
         way = Way(stack.name, defence, run.rank, run.lr)
         yield Point.of(way, run.seed, run.examples, before, found)

@@ -271,8 +271,8 @@ def _rendezvous(launch: Launch) -> Any:
     except (dist.DistError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:100]
         raise LorafoldError(
-            f"process {launch.rank} of {launch.world}, started by {launch.by}: can't connect to process"
-            f" 0 at {launch.address}:{launch.port} ({first}); start all processes within"
+            f"process {launch.rank} of {launch.world}, started by {launch.by}: can't connect to"
+            f" process 0 at {launch.address}:{launch.port} ({first}); start all processes within"
             f" {START_TIMEOUT.seconds // 60} minutes"
         ) from None
 
