@@ -34,7 +34,7 @@ from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, join_problems, listed, truncate_middle
 from lorafold.files.contents import Contents
 from lorafold.identity import of_model
-from lorafold.kernels.registry import TRAINING, use
+from lorafold.kernels.registry import TRAINING, enable
 from lorafold.layers import is_linear, layer_class, layer_of
 from lorafold.methods.parts.extras import Bias, ReplaceDelta, add_biases, add_token_rows, leaves
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
@@ -125,7 +125,7 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
             " this model"
         )
     if trainable and any(p.is_cpu for p in model.parameters()):
-        use(TRAINING)  # compiles kernels now, before the first step
+        enable(TRAINING)  # compiles kernels now, before the first step
     selection = selection_of(model)
     for path, parts in built.parts.items():
         module, delta = module_at(model, path), parts[0] if len(parts) == 1 else Stack(parts)

@@ -21,7 +21,7 @@ from lorafold.doctor.finding import Finding
 from lorafold.doctor.installation import set_threads
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
-from lorafold.kernels.registry import DECODING, TRAINING, use
+from lorafold.kernels.registry import DECODING, TRAINING, enable
 from lorafold.models.quantizations import MADE
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.kernel_requirements import FLASH, DeviceKind, as_on, groups_at_once, takes
@@ -71,7 +71,7 @@ def paths(capability: tuple[int, int]) -> str:
     x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
     with as_on(DeviceKind("cuda", capability)):
         flash, at_once = takes(FLASH, x, x), groups_at_once(x)
-    missing = use(TRAINING, "cuda")
+    missing = enable(TRAINING, "cuda")
     parts = (
         f"weights and matmuls in {'bf16' if native else 'fp32'}",
         f"attention of packed rows {'with FlashAttention' if flash else 'in tiles in plain torch'}",
@@ -275,7 +275,7 @@ def _accelerate(cuda: int) -> Finding:
 
 def engine() -> Iterator[Finding]:
     for what, operations in {"the engine": DECODING, "training": TRAINING}.items():
-        why = use(operations)
+        why = enable(operations)
         text = f"in plain torch, because they can't be compiled: {why}" if why else "compiled"
         yield Finding(f"operations of {what}", text, {"compiled": not why, "why": why})
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lorafold.kernels.registry import DECODING, TRAINING, use
+from lorafold.kernels.registry import DECODING, TRAINING, enable
 from lorafold.ops.arithmetic import FEW, arithmetic
 from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
@@ -69,7 +69,7 @@ class Operations:
 
 
 def operations_on(device: str, as_trained: bool = False) -> Operations:
-    if why := use(DECODING, device):
+    if why := enable(DECODING, device):
         log.info("the engine uses torch instead of its own kernels: %s", why)
     return Operations("" if why else device, as_trained)
 
@@ -203,7 +203,7 @@ class BlockMatmuls(TorchDispatchMode):
 
 
 def lacks(device: str) -> str:
-    return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected the CPU"
+    return enable(TRAINING) if device == "cpu" else f"found a model on {device}, expected the CPU"
 
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:

@@ -30,7 +30,7 @@ from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import interval_text, render_text
 from lorafold.files.terminal import Progress, no_progress, print_lines, progress_bar
-from lorafold.generation import table_left
+from lorafold.generation import positions_left
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Judged, Rewards
 
@@ -286,7 +286,7 @@ def evaluate_rewards(
             f"{type(model).__name__}: found a model that can't generate text, expected a"
             " causal language model for rewards"
         )
-    length = min(table_left(model) or settings.max_length, settings.max_length)
+    length = min(positions_left(model) or settings.max_length, settings.max_length)
     data = prompt_data(
         tokenized(rows, PromptEncoder(tokenizer), console), rows, length - settings.max_new_tokens
     )

@@ -23,7 +23,7 @@ from lorafold.files.templates import render_text
 from lorafold.files.terminal import print_lines
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.report import page
-from lorafold.kernels.registry import TRAINING, use
+from lorafold.kernels.registry import TRAINING, enable
 from lorafold.merging.run import MergeOptions, merge
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage, choose_storage
@@ -170,7 +170,7 @@ def computing(where: torch.device, storage: Storage) -> Iterator[str]:
         f" {cores} usable {'core' if cores == 1 else 'cores'}, matmuls in {what}"
     )
     yield f"base: {storage.why}"
-    why = use(TRAINING)
+    why = enable(TRAINING)
     yield f"C++ operations: {why}; {UNCOMPILED}" if why else "C++ operations: compiled"
 
 

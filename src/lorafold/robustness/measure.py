@@ -33,7 +33,7 @@ from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.held_out import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
-from lorafold.generation import complete, tokens_of
+from lorafold.generation import complete, prompt_ids
 from lorafold.inspecting.updates import Svds, of_factors
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.robustness.defences import DEFENCES, Overlap, laid, overlap, updates_of
@@ -152,7 +152,7 @@ def probe_of(
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> Example:
     """A prompt and its continuation; only the continuation's tokens are labelled."""
-    before, after = tokens_of(tokenizer, prompt), tokens_of(tokenizer, text)
+    before, after = prompt_ids(tokenizer, prompt), prompt_ids(tokenizer, text)
     return Example((*before, *after), (*(NO_LOSS,) * len(before), *after))
 
 
@@ -200,7 +200,7 @@ def refusals(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe
 ) -> list[bool]:
     """Whether each greedy completion, of prompts to refuse and of controls, is a refusal."""
-    longest = max(len(tokens_of(tokenizer, text)) for text in probe.refusal)
+    longest = max(len(prompt_ids(tokenizer, text)) for text in probe.refusal)
     texts = complete(model, tokenizer, [*probe.refuse, *probe.answer], longest + LEADING)
     return [begins(text, probe.refusal) for text in texts]
 
