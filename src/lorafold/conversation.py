@@ -111,9 +111,8 @@ class Chat:
         or half of the context, whichever is less.
         """
         first, context = self._first, self.context or sys.maxsize
-        question = {"role": "user", "content": text}
         while True:
-            messages = [*self.conversation(first), question]
+            messages = [*self.conversation(first), {"role": "user", "content": text}]
             prompt = render(messages, self.tokenizer, for_generation=True)
             used = len(ids_of(prompt, self.tokenizer))
             left = context - used

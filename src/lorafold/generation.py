@@ -98,8 +98,7 @@ def stream(
     [most] = new_token_limits(model, [ids], max_new_tokens)
     length = len(ids) + most
     with open_engine(model, tokenizer, slots=1, length=length, passes=most) as (engine, adapter):
-        request = Request("0", ids, most, adapter, sampling, ends)
-        return (yield from text_pieces(engine, request))
+        return (yield from text_pieces(engine, Request("0", ids, most, adapter, sampling, ends)))
 
 
 @contextmanager

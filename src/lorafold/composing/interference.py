@@ -179,8 +179,7 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
     active: dict[str, Sequence[str]] = {"base": ()}
     signs = zip(job.updates.names, job.updates.adapters, strict=True)
     for number, (name, adapter) in enumerate(signs, 1):
-        first = 1 if adapter.over else number  # it needs all adapters below
-        own = [f"adapter{n}" for n in range(first, number + 1)]
+        own = [f"adapter{n}" for n in range(1 if adapter.over else number, number + 1)]
         active[name if name != "base" else "base (adapter)"] = own
     for way, made in composed.items():
         # the adapters' fingerprints were checked when they were read

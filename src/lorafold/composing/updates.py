@@ -185,8 +185,7 @@ def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Random entries of an update (any shape), divided by `density`, the others 0 (DARE, eq. 1)."""
-    kept = torch.rand(update.shape, generator=generator) < density
-    return torch.where(kept, update / density, 0)
+    return torch.where(torch.rand(update.shape, generator=generator) < density, update / density, 0)
 
 
 def truncate_rank(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:

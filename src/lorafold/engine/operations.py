@@ -132,8 +132,7 @@ def min_invariant_rows(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
     """
     whole, min_rows = kernel(*inputs), NUM_ROWS[-1]
     for n in reversed(NUM_ROWS[:-1]):
-        starts = range(0, max(FEW - n + 1, 1), n)
-        for s in starts:
+        for s in range(0, max(FEW - n + 1, 1), n):
             if not torch.equal(kernel(*(t[s : s + n] for t in inputs)), whole[s : s + n]):
                 return min_rows
         min_rows = n
@@ -142,8 +141,7 @@ def min_invariant_rows(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
 
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
     """Returns fixed random rows (n, width) for `min_invariant_rows`."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(NUM_ROWS[-1], width, generator=generator).to(dtype)
+    return torch.randn(NUM_ROWS[-1], width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def min_matmul_rows(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:

@@ -69,9 +69,8 @@ class Contents:
         self.path, self.names = Path(directory).expanduser(), tuple(names)
         self.files: dict[str, bytearray] = {}
         for name in (*names, MANIFEST):
-            left = most - sum(map(len, self.files.values()))
             try:
-                content = _bytes(self.path / name, left)
+                content = _bytes(self.path / name, most - sum(map(len, self.files.values())))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
@@ -127,8 +126,7 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, about: os.stat_result) -> FileStamp:
-        times = about.st_mtime_ns, about.st_ctime_ns
-        return cls(about.st_dev, about.st_ino, about.st_size, *times)
+        return cls(about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
     @property
     def settled(self) -> bool:

@@ -61,8 +61,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def write_page(title: str, body: str, path: str | Path) -> None:
-    place = files("lorafold.files")
-    style = "".join((place / name).read_text(encoding="utf-8") for name in STYLES)
+    style = "".join((files("lorafold.files") / name).read_text(encoding="utf-8") for name in STYLES)
     write_text(path, render_page("files/page.html", title=title, body=body, style=style) + "\n")
 
 

@@ -61,8 +61,7 @@ STYLE: dict[Any, Any] = {
 
 def pad_wide(name: str) -> str:
     """Pads double-width characters, so that the length is the width in columns."""
-    wide = (c + FILLER * (east_asian_width(c) in "WF") for c in name.replace(FILLER, ""))
-    return "".join(wide)
+    return "".join(c + FILLER * (east_asian_width(c) in "WF") for c in name.replace(FILLER, ""))
 
 
 def truncate(name: str, most: int) -> str:

@@ -170,12 +170,11 @@ class Reply:
 
     @property
     def usage(self) -> Usage:
-        per_prompt = len(self.jobs) // len(self.resolved.prompts)
         ends = [job.end for job in self.jobs if job.end]
         return Usage(
             sum(map(len, self.resolved.prompts)),
             sum(len(end.tokens) for end in ends),
-            sum(end.cached for end in ends[::per_prompt]),
+            sum(end.cached for end in ends[::len(self.jobs) // len(self.resolved.prompts)]),
         )
 
 
@@ -192,8 +191,7 @@ class PartReader:
         opened = prompt.rstrip().endswith(block.opening)
         self._state = "thinking" if opened else "start" if block.shown else "saying"
         grammar = grammar_of(tokenizer) if tools else None
-        words = special_words(tokenizer)
-        self._call_tag = grammar.without(words).before.strip() if grammar else ""
+        self._call_tag = grammar.without(special_words(tokenizer)).before.strip() if grammar else ""
         # calls without a tag: any text may be one
         self._untagged_calls = bool(grammar) and not self._call_tag
 

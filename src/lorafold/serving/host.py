@@ -81,9 +81,8 @@ class Host:
     async def in_thread(self, function: Callable[[], T], tenant: str) -> T:
         """Runs a slow function in a thread, THREADS_PER_TENANT at a time for each tenant."""
         free = asyncio.Semaphore(THREADS_PER_TENANT)
-        semaphore = self._tenant_semaphores.setdefault(tenant, free)
         with self.count_in_admission(tenant):
-            async with semaphore:
+            async with self._tenant_semaphores.setdefault(tenant, free):
                 future = self._loop.run_in_executor(self.pool, function)
                 try:
                     return await asyncio.shield(future)

@@ -101,8 +101,7 @@ def stack_of(error: BaseException) -> list[str]:
 
 
 def _thread_ended(args: threading.ExceptHookArgs) -> None:
-    name = args.thread and args.thread.name
-    log.error("the thread %s failed", name, exc_info=args.exc_value)
+    log.error("the thread %s failed", args.thread and args.thread.name, exc_info=args.exc_value)
 
 
 def _unraisable(args: Any) -> None:

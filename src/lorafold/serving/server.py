@@ -219,9 +219,8 @@ def json_response(
 
 def internal_error(record: RequestRecord, error: BaseException) -> Refusal:
     log.error("%s failed", record.id, exc_info=error)
-    message = f"internal error; see {record.id} in the server's log"
     record.outcome, record.status = "internal_error", record.status or 500
-    return Refusal(500, "internal_error", message)
+    return Refusal(500, "internal_error", f"internal error; see {record.id} in the server's log")
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -143,8 +143,7 @@ class MessagesReply(Dialect):
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
         # text in pieces, calls whole
         usage = _usage(Usage(len(reply.jobs[0].request.prompt), 0, 0))
-        begun = self._message(reply, []) | {"usage": usage}
-        yield _event("message_start", message=begun)
+        yield _event("message_start", message=self._message(reply, []) | {"usage": usage})
         message, at, open = GeneratedMessage(), -1, ""
         async for delta in self.request.deltas(reply):
             message.add(delta)

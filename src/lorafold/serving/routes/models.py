@@ -91,8 +91,7 @@ def routes(app: FastAPI, server: Server) -> None:
                 return Snapshot(server).base()
             if model in registry.state.aliases and caller.may_use(model):
                 return Snapshot(server).alias(model)
-            adapter = registry.find_version(caller, model)
-            return Snapshot(server).adapter(adapter)
+            return Snapshot(server).adapter(registry.find_version(caller, model))
 
         return json_response(await server.host.in_thread(described, caller.tenant))
 
@@ -166,8 +165,7 @@ class Snapshot:
         if name in self.adapters:
             adapter, quarantined = self.adapters[name], self.state.quarantined.get(name)
             why = quarantined[1] if quarantined else adapter.note
-            shown = {"why": why} if admin and (quarantined or why) else {}
-            return self.adapter(adapter) | shown
+            return self.adapter(adapter) | ({"why": why} if admin and (quarantined or why) else {})
         if name in self.unverified:
             return self._model(name, state="unverified")
         if admin and name in self.state.unloaded:
@@ -310,8 +308,7 @@ def administration(app: FastAPI, server: Server) -> None:
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
         """Loads a new or changed adapter from the directory."""
-        caller = server.admin(request)
-        body = await server.body(request, caller, LoadBody, lambda body: body)
+        body = await server.body(request, server.admin(request), LoadBody, lambda body: body)
         adapter = await run_change(lambda: body.load(registry))
         return json_response({"id": adapter.name, "digest": adapter.digest, "status": "loaded"})
 
@@ -361,8 +358,7 @@ def administration(app: FastAPI, server: Server) -> None:
     @app.put("/admin/aliases/{name}")
     async def point(request: Request, name: str) -> Response:
         """Sets an alias's targets from the next request on."""
-        caller = server.admin(request)
-        body = await server.body(request, caller, AliasBody, lambda body: body)
+        body = await server.body(request, server.admin(request), AliasBody, lambda body: body)
         if body.rollback:
             alias = await run_change(lambda: registry.roll_back(name))
         else:
