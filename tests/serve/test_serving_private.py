@@ -191,7 +191,7 @@ def test_the_death_of_the_engine_and_lost_tasks_are_told_without_messages(
     engine = server.engine
     monkeypatch.setattr(engine, "step", boom)
     engine.wake()
-    until(lambda: server.engine is not engine and not host.ready)
+    until(lambda: server.engine is not engine and not host.not_ready)
     text = check_private(written)
     assert "the thread lorafold-engine failed" in text
     assert "ValueError" in text

@@ -183,7 +183,7 @@ def test_what_the_machine_lacks_is_no_verdict(folder, llama, monkeypatch, caplog
     with running(llama, folder) as server:
         assert "c" in server.parts.registry.names()
         with no_descriptors(), pytest.raises(Busy):
-            server.parts.registry.ready("c")
+            server.parts.registry.find("c")
         assert server.text("c", "Hello")
 
 

@@ -241,7 +241,7 @@ class SlotRunner(Runner):
             self._plan = AdapterRows(adapters, self.slot_adapters.places, self.invariant)
         ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(num_tokens), device)
         with self.deltas.separate(separate) if separate else self.deltas.mixed(self._plan):
-            logits = forward_pass(self.model, view, ids_BT, counts_B, keep)  # (B, len(positions), V)
+            logits = forward_pass(self.model, view, ids_BT, counts_B, keep)  # (B, positions, V)
         for row, logits_TV, n in zip(taken, logits, to_score, strict=True):
             if row is not None and n:
                 row.score(logits_TV[:n])

@@ -114,7 +114,7 @@ def operation_routes(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     async def ready() -> Response:
         """Returns 200 if requests are computed, or 503 with the reason."""
-        why = server.host.ready
+        why = server.host.not_ready
         return json_response({"status": why or "ready"}, 503 if why else 200)
 
     @app.get("/metrics")

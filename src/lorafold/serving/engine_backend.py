@@ -85,7 +85,7 @@ class EngineBackend(Backend):
         return self.engine.length
 
     @property
-    def ready(self) -> str:
+    def not_ready(self) -> str:
         if self._restarting or not self.engine.alive:
             return "the engine is restarting"
         message = f"the engine has not completed a step for {self._idle_seconds:.0f} s"

@@ -124,9 +124,9 @@ def log_request(record: RequestRecord) -> None:
     if reply is not None and jobs:
         new = sum(len(job.end.tokens) if job.end else job.tokens for job in jobs)
         fields |= {"prompt_tokens": reply.usage.prompt, "tokens": new}
-        if first_token_times := [job.times[0] - job.submitted for job in jobs if job.times]:
-            fields["first_token"] = round(min(first_token_times), 4)
-        if waits := [job.began - job.submitted for job in jobs if job.began is not None]:
+        if firsts := [job.token_times[0] - job.received_at for job in jobs if job.token_times]:
+            fields["first_token"] = round(min(firsts), 4)
+        if waits := [job.began - job.received_at for job in jobs if job.began is not None]:
             fields["queue"] = round(max(waits), 4)
         if record.texts:
             fields |= record.texts

@@ -80,16 +80,16 @@ class Metrics:
         adapter = self.label("adapter", job.adapter)
         new = sum(isinstance(event, Token) for event in events)
         now = time.monotonic()
-        waited = now - job.submitted
-        if new and job.before is None:
+        waited = now - job.received_at
+        if new and job.previous_time is None:
             self.first_token_seconds.observe(waited)
             self.adapter_first_token_seconds.labels(adapter).observe(waited)
             use.first_token_times.append(waited)
             if job.began is not None:
-                self.queue_seconds.observe(job.began - job.submitted)
-        elif job.before is not None:
+                self.queue_seconds.observe(job.began - job.received_at)
+        elif job.previous_time is not None:
             for _ in range(new):
-                self.between_tokens_seconds.observe((now - job.before) / new)
+                self.between_tokens_seconds.observe((now - job.previous_time) / new)
         use.tokens += new
         if job.end is not None:
             tenant = self.label("tenant", job.request.tenant)
@@ -130,7 +130,7 @@ class Gauges(Collector):
         for name, about, value in (
             ("keys_outdated", "1 if the key file can't be read and the earlier keys still apply",
              self._keys.refresh()),
-            ("ready", "1 if the server is ready to compute requests", not host.ready),
+            ("ready", "1 if the server is ready to compute requests", not host.not_ready),
             ("waiting", "Completions waiting for a slot", waiting),
             ("running", "Running completions", running),
             ("slots", "Maximum number of running completions", slots),

@@ -164,7 +164,7 @@ class Server:
             except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
                 yield sse_event(*error_event(record, internal_error(record, error)))
             finally:
-                reasons = [why for job in reply.jobs if (why := job.failed or job.why)]
+                reasons = [why for job in reply.jobs if (why := job.failed or job.refusal)]
                 if reasons and record.outcome in ("ok", "client_left"):
                     record.outcome = reasons[0].code
                 self.admission.cancel_unfinished(reply)

@@ -48,7 +48,7 @@ def routes(app: FastAPI, server: Server) -> None:
         caller, record = access[0], record_of(request)
         record.tenant = caller.tenant
         if server.host.draining:
-            raise Refusal(503, "not_ready", server.host.ready, retry_after=1)
+            raise Refusal(503, "not_ready", server.host.not_ready, retry_after=1)
         if (n := len(streams[caller.tenant])) >= limit:
             message = f"{n} event streams are already open, and the limit is {limit}; close one"
             raise Refusal(429, "too_many_streams", message)
@@ -103,7 +103,7 @@ class Snapshot:
         self.registry, self.state = registry, registry.state
         self.adapters, self.unverified = dict(registry.adapters), frozenset(registry.unverified)
         self.rejected = dict(registry.rejected)
-        self.states, self.ready = server.host.backend.states(), server.host.ready
+        self.states, self.not_ready = server.host.backend.states(), server.host.not_ready
         self.load = Counter((job.adapter, job.began is not None) for job in jobs)
         self.uses = {name: (use.requests, use.tokens) for name, use in uses}
         self.taken_at, self.draining = time.monotonic(), server.host.draining
@@ -122,14 +122,14 @@ class Snapshot:
     def _event(self, before: Snapshot | None, caller: Caller, admin: bool) -> bytes:
         if before is None:
             head = {"object": "list", "data": self.models(caller, admin)}
-            return sse_event(head | {"status": self.ready, "administrator": admin})
+            return sse_event(head | {"status": self.not_ready, "administrator": admin})
         if before.taken_at not in self._changed:
             self._changed[before.taken_at] = sorted(self._changed_names(before))
         names = [name for name in self._changed[before.taken_at] if self._sees(caller, name)]
         models = {name: self._described(name, admin) for name in names}
         new = [model for model in models.values() if model]
         gone = [n for n, model in models.items() if not model and before._described(n, admin)]
-        status = {} if self.ready == before.ready else {"status": self.ready}
+        status = {} if self.not_ready == before.not_ready else {"status": self.not_ready}
         changes = {"object": "changes", "data": new, "removed": gone}
         return sse_event(changes | status) if new or gone or status else b""
 
