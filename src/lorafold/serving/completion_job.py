@@ -97,7 +97,7 @@ class CompletionJob:
             self.token_times = [*self.token_times[:1], now]
         self.arrived.set()
 
-    def timeout_refusal(self, now: float, limits: Limits) -> Refusal | None:
+    def timeout(self, now: float, limits: Limits) -> Refusal | None:
         queue, first = limits.queue_seconds, limits.first_token_seconds
         waited = now - self.received_at
         if self.began is None and waited > queue:

@@ -48,7 +48,7 @@ class Host:
         self.jobs: dict[str, CompletionJob] = {}
         self.draining = False
         self.pool = ThreadPoolExecutor(THREADS, "lorafold-requests", initializer=use_one_thread)
-        self._tenant_semaphores: dict[str, asyncio.Semaphore] = {}
+        self._semaphores: dict[str, asyncio.Semaphore] = {}
         self._in_admission: Counter[str] = Counter()
         self._end_times: deque[float] = deque(maxlen=64)
 
@@ -80,9 +80,8 @@ class Host:
 
     async def in_thread(self, function: Callable[[], T], tenant: str) -> T:
         """Runs a slow function in a thread, THREADS_PER_TENANT at a time for each tenant."""
-        free = asyncio.Semaphore(THREADS_PER_TENANT)
         with self.count_in_admission(tenant):
-            async with self._tenant_semaphores.setdefault(tenant, free):
+            async with self._semaphores.setdefault(tenant, asyncio.Semaphore(THREADS_PER_TENANT)):
                 future = self._loop.run_in_executor(self.pool, function)
                 try:
                     return await asyncio.shield(future)
@@ -171,8 +170,7 @@ class Host:
             await asyncio.sleep(CHECK_INTERVAL)
             now = time.monotonic()
             for job in list(self.jobs.values()):
-                why = job.refusal or job.timeout_refusal(now, self.settings.limits)
-                if job.refusal is None and why is not None:
+                if job.refusal is None and (why := job.timeout(now, self.settings.limits)):
                     self.cancel(job, why)
 
 
