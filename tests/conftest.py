@@ -219,13 +219,13 @@ def what_is_written_need_not_survive_a_power_cut() -> Iterator[None]:
 @pytest.fixture(params=["plain", "native"])
 def each_form(request) -> Iterator[str]:
     """The form in which the operators of training are computed: in torch, or in C++."""
-    from lorafold.kernels.registry import TRAINING, use
+    from lorafold.kernels.registry import TRAINING, enable
     from lorafold.ops.operators import plainly
 
     if request.param == "plain":
         with plainly():
             yield request.param
-    elif why := use(TRAINING):
+    elif why := enable(TRAINING):
         pytest.skip(why)
     else:
         yield request.param

@@ -30,7 +30,7 @@ from lorafold.data.rows import read_rows
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.generation import GREEDY, end_tokens, pieces, table_left, tokens_of
+from lorafold.generation import GREEDY, end_tokens, positions_left, prompt_ids, text_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class Chat:
         self.active: tuple[str, ...] = tuple(self.adapters)
         self.both = False
         given = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limits = [given if isinstance(given, int) and given > 0 else None, table_left(model)]
+        limits = [given if isinstance(given, int) and given > 0 else None, positions_left(model)]
         self.context = min((n for n in limits if n is not None), default=None)  # the context length
         self.reset()
         self._ends, length = end_tokens(model, tokenizer), self.context or sys.maxsize
@@ -111,9 +111,8 @@ class Chat:
         or half of the context, whichever is less.
         """
         first, context = self._first, self.context or sys.maxsize
-        question = {"role": "user", "content": text}
         while True:
-            messages = [*self.conversation(first), question]
+            messages = [*self.conversation(first), {"role": "user", "content": text}]
             prompt = render(messages, self.tokenizer, for_generation=True)
             used = len(rendered_ids(prompt, self.tokenizer))
             left = context - used
@@ -134,8 +133,8 @@ class Chat:
         if adapter and adapter not in self._engine.adapters.names():
             self._engine.adopt(adapter, [self.adapters[name] for name in names])
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.messages) // 2)
-        ids = tokens_of(self.tokenizer, turn.prompt)
-        yield from pieces(
+        ids = prompt_ids(self.tokenizer, turn.prompt)
+        yield from text_pieces(
             self._engine, Request("answer", ids, turn.room, adapter, sampling, self._ends)
         )
 

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-BATCH = 32  # prompts computed at a time
+MAX_RUNNING = 32  # prompts computed at a time
 GREEDY = Sampling()
 ACTIVE = "active"  # the engine's name of the model's active adapters
-PAYS = 24  # passes from which on the fast path saves more time than its setup takes
+FAST_PATH_PASSES = 24  # passes from which on the fast path saves more time than its setup takes
 
 
 def complete(
@@ -40,10 +40,10 @@ def complete(
     """Returns the completion of each rendered prompt, without special tokens, up to the first of
     the `end_tokens`. `progress(done, total)` is called when completions end.
     """
-    ids = [tokens_of(tokenizer, prompt) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
     completions = complete_tokens(model, ids, max_new_tokens, ends, sampling, progress)
-    return [text_of(tokenizer, completion) for completion in completions]
+    return [decode(tokenizer, completion) for completion in completions]
 
 
 def complete_tokens(
@@ -54,16 +54,16 @@ def complete_tokens(
     sampling: Sampling = GREEDY,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[int, ...]]:
-    most = room_of(model, ids, max_new_tokens)
+    most = new_token_limits(model, ids, max_new_tokens)
     completions: list[tuple[int, ...]] = [()] * len(ids)
     if not ids or max_new_tokens < 1:
         return completions
     waiting = deque(sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True))
     running: dict[int, EventStream] = {}
-    slots = min(len(ids), BATCH)
+    slots = min(len(ids), MAX_RUNNING)
     length = max(len(prompt) + n for prompt, n in zip(ids, most, strict=True))
     passes = max_new_tokens * -(-len(ids) // slots)
-    with engine_of(model, None, slots=slots, length=length, passes=passes) as (engine, adapter):
+    with open_engine(model, None, slots=slots, length=length, passes=passes) as (engine, adapter):
         while waiting or running:
             # several at a time, because prefilling prompts together takes half the time
             free = slots - len(running)
@@ -92,18 +92,17 @@ def stream(
     the rest; returns the end. The engine holds the model until the end or until the iterator is
     closed.
     """
-    ids, ends = tokens_of(tokenizer, prompt), end_tokens(model, tokenizer)
+    ids, ends = prompt_ids(tokenizer, prompt), end_tokens(model, tokenizer)
     if max_new_tokens < 1:
         return None
-    [most] = room_of(model, [ids], max_new_tokens)
+    [most] = new_token_limits(model, [ids], max_new_tokens)
     length = len(ids) + most
-    with engine_of(model, tokenizer, slots=1, length=length, passes=most) as (engine, adapter):
-        request = Request("0", ids, most, adapter, sampling, ends)
-        return (yield from pieces(engine, request))
+    with open_engine(model, tokenizer, slots=1, length=length, passes=most) as (engine, adapter):
+        return (yield from text_pieces(engine, Request("0", ids, most, adapter, sampling, ends)))
 
 
 @contextmanager
-def engine_of(
+def open_engine(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None",
     *,
@@ -116,7 +115,7 @@ def engine_of(
     """
     active = selection_of(model).names
     nbytes = sum(p.nbytes for p in model.parameters())
-    fast = passes >= PAYS and 2 * nbytes <= free_bytes(model.device)
+    fast = passes >= FAST_PATH_PASSES and 2 * nbytes <= free_bytes(model.device)
     with (
         only(model),
         Engine(model, tokenizer, slots=slots, length=length, fast=fast, beyond=True) as engine,
@@ -126,7 +125,7 @@ def engine_of(
         yield engine, ACTIVE if active else None
 
 
-def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
+def text_pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
     """Yields the text of each token; returns the end. Closing it cancels the request."""
     events, read, shown = engine.submit(request), 0, 0
     try:
@@ -145,7 +144,7 @@ def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
             engine.run()
 
 
-def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, ...]:
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, ...]:
     """Returns the ids of a rendered prompt, at least one."""
     ids = rendered_ids(prompt, tokenizer)
     if not ids:
@@ -153,18 +152,18 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, .
     return tuple(ids)
 
 
-def table_left(model: "PreTrainedModel") -> int | None:
+def positions_left(model: "PreTrainedModel") -> int | None:
     """The positions that the model's table leaves after virtual tokens; None without a table."""
     active = delta_parts(deltas_of(model, selection_of(model).names))
     before = sum(part.positions for _, part in active if isinstance(part, VirtualTokenDelta))
     return positions_of(model).after(before).table
 
 
-def room_of(
+def new_token_limits(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
     """Returns the maximum new tokens for each prompt; warns if a table of positions limits them."""
-    limit = table_left(model)
+    limit = positions_left(model)
     if limit is None:
         return [max_new_tokens] * len(prompts)
     longest = max(map(len, prompts), default=0)
@@ -188,7 +187,7 @@ def _checked(ended: Ended) -> Ended:
     return ended
 
 
-def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     text = tokenizer.decode([*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 

@@ -160,7 +160,7 @@ def test_two_runs_at_once_share_what_one_makes(large: Path) -> None:
     notices: list[str] = []
     with ThreadPoolExecutor(2) as pool:
         for _ in range(2):
-            pool.submit(cache.cached, "tokens", "key", write, notices.append)
+            pool.submit(cache.cache_entry, "tokens", "key", write, notices.append)
     assert made == [1]
     assert [text.split(" to create ")[0] for text in notices] == ["waiting for another process"]
 
@@ -188,7 +188,7 @@ def test_clearing_leaves_what_another_process_makes(large: Path) -> None:
         left.append(lorafold("cache", "--clear").stdout)
         (directory / "file").write_text("whole")
 
-    path = cache.cached("tokens", "key", write, lambda text: None)
+    path = cache.cache_entry("tokens", "key", write, lambda text: None)
     assert (path / MANIFEST).exists()
     assert left == [f"0.0 MB removed from {cache.cache_directory()}\n"]
 

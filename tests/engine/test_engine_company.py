@@ -12,7 +12,7 @@ import lorafold as lf
 from engine_cases import METHODS, check, loaded, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
 from lorafold.engine.operations import NUM_ROWS, BlockMatmuls, Operations
-from lorafold.kernels.registry import DECODING, use
+from lorafold.kernels.registry import DECODING, enable
 
 T = torch.Tensor
 SIZES: dict[str, Any] = {"length": 128, "chunk": 24, "budget": 48}
@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {"length": 128, "chunk": 24, "budget": 48}
 
 @pytest.fixture(scope="module")
 def native() -> Operations:
-    if why := use(DECODING):
+    if why := enable(DECODING):
         pytest.skip(why)
     return Operations("cpu")
 

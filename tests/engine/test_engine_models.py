@@ -73,7 +73,7 @@ def test_a_model_without_slots_runs_one_request_at_a_time_and_says_so(family: st
     expected = [generated(model, request) for request in asked]
     with Engine(model, slots=4, length=64) as engine:
         assert not engine.is_batched
-        assert "slots" in engine.structure.unbatched_reason
+        assert "batched" in engine.structure.unbatched_reason
         assert together(engine, asked) == expected
         scores = Request("scores", prompt(3, 1), 2, prompt_logprobs=0)
         with pytest.raises(LorafoldError, match=r"prompt_logprobs: found 0, .* for this model"):

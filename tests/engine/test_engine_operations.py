@@ -22,7 +22,7 @@ from lorafold.engine.operations import (
     random_rows,
 )
 from lorafold.files.cache import entries
-from lorafold.kernels.registry import DECODING, FORMS, _forms, use
+from lorafold.kernels.registry import DECODING, IMPLEMENTATIONS, _load, enable
 from lorafold.ops.arithmetic import FEW, multiplying
 from lorafold.ops.decoding import STORED, SlotFactors
 from lorafold.ops.elementwise import ACTIVATIONS
@@ -36,7 +36,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def native() -> Operations:
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    if why := use(DECODING):
+    if why := enable(DECODING):
         pytest.skip(why)
     return Operations("cpu")
 
@@ -220,7 +220,7 @@ def test_other_dtypes_and_layouts_are_computed_in_torch(native: Operations) -> N
 
 
 def test_it_is_compiled_once_and_listed_in_the_cache(native: Operations) -> None:
-    assert use(DECODING) == ""
+    assert enable(DECODING) == ""
     assert operations_on("cpu").name == native.name == "cpu"
     assert any(entry.kind == "native" for entry in entries())
 
@@ -235,14 +235,14 @@ def test_it_is_compiled_once_and_listed_in_the_cache(native: Operations) -> None
 )
 def test_where_nothing_compiles_torch_computes(monkeypatch, native, variable, value, says) -> None:
     monkeypatch.setenv(variable, value)
-    _forms.cache_clear()
-    use.cache_clear()
+    _load.cache_clear()
+    enable.cache_clear()
     try:
-        assert says in use(DECODING)
+        assert says in enable(DECODING)
         assert operations_on("cpu").name == "plain"
     finally:
-        _forms.cache_clear()
-        use.cache_clear()
+        _load.cache_clear()
+        enable.cache_clear()
 
 
 def test_a_new_form_is_a_class_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +254,10 @@ def test_a_new_form_is_a_class_and_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
 
     of = Operation("doubled", lambda x: x + x + 0.5)
     monkeypatch.setitem(sys.modules, "lorafold.kernels.other", SimpleNamespace(Forms=Forms))
-    monkeypatch.setitem(FORMS, of, {"cpu": "other.Forms"})
+    monkeypatch.setitem(IMPLEMENTATIONS, of, {"cpu": "other.Forms"})
     one = torch.ones(1)
     assert of(one) == 2.5
-    assert use((of,), "cuda") == "" == use((of,))
+    assert enable((of,), "cuda") == "" == enable((of,))
     assert of(one) == of.on("cpu")(one) == 2
     assert of(one[None]) == of.on("cuda")(one) == 2.5
     with plainly():
@@ -265,7 +265,7 @@ def test_a_new_form_is_a_class_and_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_each_row_names_a_file_that_has_the_form(native: Operations) -> None:
-    for of, row in FORMS.items():
+    for of, row in IMPLEMENTATIONS.items():
         for place in row.values():
             assert callable(getattr(resolve_name(f"lorafold.kernels.{place}"), of.name))
 

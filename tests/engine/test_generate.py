@@ -70,10 +70,10 @@ def expected(
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("batch", [1, 3, generation.BATCH])
+@pytest.mark.parametrize("batch", [1, 3, generation.MAX_RUNNING])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_batches_answer_as_each_prompt_alone(kind: str, batch: int, tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "BATCH", batch)
+    monkeypatch.setattr(generation, "MAX_RUNNING", batch)
     model = tiny(kind)
     answers = complete(model, tokenizer, PROMPTS, 21)
     assert answers == expected(model, tokenizer, PROMPTS, 21)
@@ -146,7 +146,7 @@ def test_the_model_is_left_as_it_was_and_its_own_decoding_habits_are_not_used(to
 
 
 def test_progress_counts_prompts(tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "BATCH", 3)
+    monkeypatch.setattr(generation, "MAX_RUNNING", 3)
     seen: list[tuple[int, ...]] = []
     complete(tiny("llama"), tokenizer, PROMPTS, 2, progress=lambda *step: seen.append(step))
     assert seen == [(3, 8), (6, 8), (8, 8)]
@@ -162,7 +162,7 @@ def test_what_cannot_be_answered_is_refused(tokenizer) -> None:
 
 def test_sampled_completions_of_many_prompts_have_their_own_stream(tokenizer, monkeypatch) -> None:
     model, sampling = tiny("llama"), Sampling(temperature=1.5, seed=4)
-    monkeypatch.setattr(generation, "BATCH", 3)
+    monkeypatch.setattr(generation, "MAX_RUNNING", 3)
     found = complete(model, tokenizer, PROMPTS, 9, sampling)
     assert found == ["".join(stream(model, tokenizer, p, 9, sampling)) for p in PROMPTS]
 
@@ -193,7 +193,7 @@ def adapted(kind: str, names: tuple[str, ...]) -> tf.PreTrainedModel:
 @pytest.mark.parametrize("names", STACKS, ids="+".join)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_active_adapters_complete_as_generate_has_it(kind, names, tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "BATCH", 3)
+    monkeypatch.setattr(generation, "MAX_RUNNING", 3)
     model = adapted(kind, names)
     answers = complete(model, tokenizer, PROMPTS, 12)
     assert answers == [generated(model, tokenizer, prompt, 12) for prompt in PROMPTS]

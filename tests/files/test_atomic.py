@@ -43,7 +43,7 @@ def dead_pid() -> int:
 
 
 def leftover(target: Path, pid: int, kind: str) -> Path:
-    path = target.with_name(f".{target.name}.{atomic.HOST}-{pid}-0123abcd.{kind}")
+    path = target.with_name(f".{target.name}.{atomic.HOST_ID}-{pid}-0123abcd.{kind}")
     path.mkdir()
     (path / "weights").write_text("left")
     return path

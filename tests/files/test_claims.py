@@ -16,7 +16,14 @@ from filelock import SoftFileLease
 
 from lorafold.errors import LorafoldError
 from lorafold.files import claims
-from lorafold.files.claims import CLAIM, TOKEN, VARIABLE, check_token, report_other_claims, shared
+from lorafold.files.claims import (
+    SUFFIX,
+    TOKEN,
+    VARIABLE,
+    check_token,
+    report_other_claims,
+    share_work,
+)
 
 # Makes the paths whose names it is given; of each it first writes a line "NAME PROCESS" to a log.
 # A path waits while there is a file NAME.hold.
@@ -89,7 +96,7 @@ def test_what_a_dead_process_held_is_taken_over_and_nothing_else_again(start, tm
     first.kill()
     first.wait()
     (tmp_path / "b.hold").unlink()
-    assert (tmp_path / f"b{CLAIM}").exists()
+    assert (tmp_path / f"b{SUFFIX}").exists()
     second = start("a", "b", "c")
     assert second.wait() == 0
     assert made(tmp_path) == [
@@ -109,7 +116,7 @@ def test_a_claim_that_nobody_touches_runs_out_and_its_holder_ends(start, tmp_pat
     first.send_signal(signal.SIGCONT)
     told = first.communicate()[1]
     assert first.returncode == -signal.SIGTERM
-    assert f"a{CLAIM}: taken over by another worker" in told
+    assert f"a{SUFFIX}: taken over by another worker" in told
     (tmp_path / "a.hold").unlink()
     assert second.wait() == 0
     assert made(tmp_path) == [("a", first.pid), ("a", second.pid)]
@@ -123,7 +130,7 @@ def test_a_claim_that_is_touched_holds_whatever_its_machine_s_clock_says(start, 
     second = start("a", lease=1.0)
     for _ in range(30):  # three leases
         now = time.time() - 3600
-        os.utime(tmp_path / f"a{CLAIM}", (now, now))
+        os.utime(tmp_path / f"a{SUFFIX}", (now, now))
         time.sleep(0.1)
     (tmp_path / "a.hold").unlink()
     assert (first.wait(), second.wait()) == (0, 0)
@@ -147,16 +154,16 @@ def test_an_error_gives_the_claim_up(tmp_path: Path) -> None:
         raise LorafoldError("no")
 
     with pytest.raises(LorafoldError, match="no"):
-        shared({tmp_path / "a": fail})
+        share_work({tmp_path / "a": fail})
     assert left(tmp_path) == []
-    shared({tmp_path / "a": (tmp_path / "a").touch}, done := [].append)
+    share_work({tmp_path / "a": (tmp_path / "a").touch}, done := [].append)
     assert left(tmp_path) == ["a"]
     assert done.__self__ == [tmp_path / "a"]
 
 
 def test_claims_on_other_work_are_told(tmp_path: Path) -> None:
     said: list[str] = []
-    with SoftFileLease(f"{tmp_path / 'lora-0-aa.json'}{CLAIM}", lease_duration=claims.LEASE):
+    with SoftFileLease(f"{tmp_path / 'lora-0-aa.json'}{SUFFIX}", lease_duration=claims.LEASE):
         report_other_claims([tmp_path / "lora-0-aa.json"], said.append)
         assert said == []
         report_other_claims([tmp_path / "lora-0-bb.json"], said.append)

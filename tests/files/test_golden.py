@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import lorafold as lf
 from lorafold.cli import app
-from lorafold.files.record import named_as_now
+from lorafold.files.record import current_names
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -140,5 +140,5 @@ def test_a_recipe_has_the_values_that_were_written() -> None:
     run = ("--data", "rows.jsonl", "--config", "recipe.yaml", "--set", "steps=1")
     lorafold("train", *ON_BASE, *run, "--out", "fresh")
     recipe = read("fresh", "lorafold.json")["recipe"]
-    now = named_as_now(written)
+    now = current_names(written)
     assert {k: recipe[k] for k in now} == now | {"steps": 1}

@@ -33,7 +33,7 @@ def test_a_file_is_read_once_and_known_by_its_marks(cache, tmp_path, monkeypatch
     file.write_bytes(b"one")
     read: list[Path] = []
     monkeypatch.setattr(contents, "file_sha256", lambda path: (read.append(path), sha256(path))[1])
-    monkeypatch.setattr(contents, "FRESH", 0.0)
+    monkeypatch.setattr(contents, "FRESH_SECONDS", 0.0)
     assert contents.file_digest(file) == contents.file_digest(file) == (3, sha256(file))
     assert read == [file]
     file.write_bytes(b"two")
@@ -53,7 +53,7 @@ def test_a_file_that_was_written_just_now_is_read_again(cache, tmp_path) -> None
 def test_a_kept_digest_that_is_damaged_is_made_anew(cache, tmp_path, monkeypatch) -> None:
     file = tmp_path / "it"
     file.write_bytes(b"one")
-    monkeypatch.setattr(contents, "FRESH", 0.0)
+    monkeypatch.setattr(contents, "FRESH_SECONDS", 0.0)
     contents.file_digest(file)
     [entry] = (cache / "digests" / "known").iterdir()
     for damaged in ("", "[]", '{"marks": [], "sha256": 1}'):

@@ -18,7 +18,7 @@ from adapter_cases import resaved
 from adapter_files import change, tensors_of
 from error_cases import refusal
 from lorafold.errors import LorafoldError
-from lorafold.files.safetensors_header import SIZES
+from lorafold.files.safetensors_header import ELEMENT_BYTES
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.classifier import load_classifier
 from lorafold.models.fingerprint import of
@@ -117,7 +117,7 @@ HERE = Path("adapter_model.safetensors")
 
 
 def test_every_dtype_and_shape_is_what_safetensors_reads() -> None:
-    assert DTYPES.keys() == SIZES.keys()
+    assert DTYPES.keys() == ELEMENT_BYTES.keys()
     torch.manual_seed(0)
     given = {f"of {n}": torch.randint(0, 2, (3, 5)).to(d) for n, d in DTYPES.items()}
     given |= {"empty": torch.zeros(0, 4), "one": torch.tensor(2.5), "long": torch.randn(7, 2, 3)}

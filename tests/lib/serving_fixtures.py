@@ -62,5 +62,5 @@ def client(server: Running) -> openai.OpenAI:
 def often() -> Iterator[None]:
     """The server looks for changes ten times a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routes, "EACH", 0.1)
+        patch.setattr(routes, "SNAPSHOT_INTERVAL", 0.1)
         yield

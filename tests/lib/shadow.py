@@ -261,12 +261,12 @@ class Device(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "lorafold":
             if any(isinstance(t, Shadow) for t in tree_iter((args, kwargs))):
-                from lorafold.kernels.registry import FORMS
+                from lorafold.kernels.registry import IMPLEMENTATIONS
 
                 known = self._operations
                 operation = (known if func in known else known | operations())[func]
                 self._operations[func] = operation
-                if WHERE.type not in FORMS.get(operation, {}):
+                if WHERE.type not in IMPLEMENTATIONS.get(operation, {}):
                     with self:  # launch by launch
                         return operation.plain(*args, **kwargs)
                 STANDINS[func] = operation.plain  # a kernel, so one launch

@@ -13,7 +13,7 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.core.attach import selection_of
 from lorafold.errors import LorafoldError
-from lorafold.generation import text_of
+from lorafold.generation import decode
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 WORDS = ("red", "blue", "green", "gold", "grey", "black", "white", "brown")
@@ -101,7 +101,7 @@ def test_the_interval_has_the_expected_value(temperature: float, base: Path) -> 
     with torch.no_grad():
         logits = model(**asked).logits[0, -1]
     p = torch.softmax(logits / temperature, -1)
-    worth = torch.tensor([float(len(text_of(tokenizer, [t]))) for t in range(len(p))])
+    worth = torch.tensor([float(len(decode(tokenizer, [t]))) for t in range(len(p))])
     expected = float(p @ worth)
     entropy = -float(p @ p.log())
     given: dict[str, Any] = {"rewards": length, "max_new_tokens": 1, "temperature": temperature}

@@ -12,7 +12,7 @@ from lorafold.serving.backend import AdapterFiles, Backend, Output, Request, Sta
 from serving_cases import Running, stream_of, until
 
 pytest_plugins = ["serving_fixtures"]
-CALLS = {"submit", "cancel", "events", "load", "unload", "pin", "states", "length", "ready"}
+CALLS = {"submit", "cancel", "events", "load", "unload", "pin", "states", "length", "not_ready"}
 
 
 class Relay(Backend):
@@ -32,8 +32,8 @@ class Relay(Backend):
         return self._to("length")
 
     @property
-    def ready(self) -> str:
-        return self._to("ready")
+    def not_ready(self) -> str:
+        return self._to("not_ready")
 
     def events(self, take: Callable[[Sequence[Output]], None]) -> AbstractAsyncContextManager[None]:
         return self._to("events", take)

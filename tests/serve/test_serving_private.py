@@ -191,7 +191,7 @@ def test_the_death_of_the_engine_and_lost_tasks_are_told_without_messages(
     engine = server.engine
     monkeypatch.setattr(engine, "step", boom)
     engine.wake()
-    until(lambda: server.engine is not engine and not host.ready)
+    until(lambda: server.engine is not engine and not host.not_ready)
     text = check_private(written)
     assert "the thread lorafold-engine failed" in text
     assert "ValueError" in text
@@ -255,7 +255,7 @@ def test_lines_that_repeat_one_are_counted(written: io.StringIO, monkeypatch) ->
     def flood() -> None:
         for _ in range(1000):
             context = {"message": "socket.accept() out of system resource", "exception": OSError()}
-            logs.unhandled(asyncio.new_event_loop(), context)
+            logs.log_loop_error(asyncio.new_event_loop(), context)
 
     log = logging.getLogger("lorafold.serving.verifier")
     flood()

@@ -63,7 +63,7 @@ def test_it_serves_before_anything_was_verified(folder, llama, monkeypatch) -> N
 def test_what_is_known_is_not_read_again_unless_it_was_touched(
     folder, llama, tiny_model_dir, monkeypatch
 ) -> None:
-    monkeypatch.setattr("lorafold.files.contents.FRESH", -1.0)
+    monkeypatch.setattr("lorafold.files.contents.FRESH_SECONDS", -1.0)
     names = counted(monkeypatch)
     with running(llama, folder) as server:
         texts = [server.text(name, "Hello") for name in "ab"]
@@ -115,7 +115,7 @@ def test_two_that_write_what_is_known_at_once_lose_nothing(tmp_path, monkeypatch
 def test_files_that_were_written_just_now_are_not_taken_for_known(
     folder, llama, monkeypatch
 ) -> None:
-    monkeypatch.setattr("lorafold.files.contents.FRESH", 600.0)
+    monkeypatch.setattr("lorafold.files.contents.FRESH_SECONDS", 600.0)
     names = counted(monkeypatch)
     for _ in range(2):
         with running(llama, folder):
@@ -183,7 +183,7 @@ def test_what_the_machine_lacks_is_no_verdict(folder, llama, monkeypatch, caplog
     with running(llama, folder) as server:
         assert "c" in server.parts.registry.names()
         with no_descriptors(), pytest.raises(Busy):
-            server.parts.registry.ready("c")
+            server.parts.registry.find("c")
         assert server.text("c", "Hello")
 
 

@@ -191,7 +191,7 @@ def test_a_new_template_counts_from_the_next_load_on(server):
         registry.load("moving")
     assert ids_of(server, "it") == ids_of(server, "own")
     assert server.text("it", "Hello")
-    registry.drop_alias("it")
+    registry.delete_alias("it")
     registry.unload("moving")
 
 

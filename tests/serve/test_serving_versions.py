@@ -213,7 +213,7 @@ def test_digests_of_the_old_form_are_understood(llama, tmp_path, caplog) -> None
 
 
 def test_a_stack_is_known_by_the_files_below_too(llama, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("lorafold.files.contents.FRESH", -1.0)
+    monkeypatch.setattr("lorafold.files.contents.FRESH_SECONDS", -1.0)
     adapters, names = make(tmp_path, llama), counted(monkeypatch)
     with running(tmp_path / "base", adapters) as server:
         before = server.parts.registry.adapters["high"].digest
@@ -229,7 +229,7 @@ def test_a_stack_is_known_by_the_files_below_too(llama, tmp_path, monkeypatch) -
 
 def test_what_is_known_and_the_fingerprint_are_of_the_base(llama, tmp_path, monkeypatch) -> None:
     """Not of its name: a copy is the same base, and another template or storage is another one."""
-    monkeypatch.setattr("lorafold.files.contents.FRESH", -1.0)
+    monkeypatch.setattr("lorafold.files.contents.FRESH_SECONDS", -1.0)
     base = Path(shutil.copytree(llama, tmp_path / "base"))
     names = counted(monkeypatch)
     adapters = saved(base, {"own": lf.LoRA(rank=2)}, tmp_path / "adapters")

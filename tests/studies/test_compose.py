@@ -18,7 +18,7 @@ import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
 from compose_cases import ROUNDING, Q, run, same, updates, weighted
 from fresh_models import fresh_model
-from lorafold.composing.updates import RULES, cut, disjoint_mean, inner
+from lorafold.composing.updates import RULES, disjoint_mean, inner, truncate_rank
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.ops.svd import svd_of_product
@@ -221,12 +221,12 @@ def test_a_cut_is_the_best_one_and_says_what_is_lost() -> None:
     exact = up.double() @ down.double()
     tail = torch.linalg.svdvals(exact)[2:].square().sum()
     for change in ((up, down), up @ down):
-        b, a, lost = cut(change, 2)
+        b, a, lost = truncate_rank(change, 2)
         assert (b.shape, a.shape) == ((30, 2), (2, 20))
         error = (b.double() @ a.double() - exact).square().sum().item()
         assert lost == pytest.approx(error, rel=1e-4)
         assert lost == pytest.approx(tail.item(), rel=1e-3)
-    assert cut((up, down), 6) == (up, down, 0.0)
+    assert truncate_rank((up, down), 6) == (up, down, 0.0)
     for x, y in itertools.product(((up, down), up @ down), repeat=2):
         assert inner(x, y) == pytest.approx(exact.square().sum().item(), rel=1e-5)
 

@@ -17,10 +17,10 @@ from command_cases import error_of, printed, rows_file, words
 from compose_cases import ROUNDING, Q, run, same, updates, weighted
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
-from lorafold.composing.interference import meetings
-from lorafold.composing.methods import BOUND, minimized, write_mixture
+from lorafold.composing.interference import pairs_of
+from lorafold.composing.methods import BOUND, minimize, write_mixture
 from lorafold.composing.request import ComposeRequest, Job
-from lorafold.composing.updates import names, read
+from lorafold.composing.updates import read_updates, short_names
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.evaluation import EvaluationSettings, evaluate
@@ -64,7 +64,8 @@ def job(model: Path, adapters: list[Path], **options: Any) -> Job:
     given = open_all(adapters)
     request = ComposeRequest(Base(model), given, ("mixture",), Path("unused"), **options)
     opened = (fresh_model(model), load_tokenizer(model))
-    return Job(request, read(Base(model), request.adapters), lambda: opened, Console(quiet=True))
+    updates = read_updates(Base(model), request.adapters)
+    return Job(request, updates, lambda: opened, Console(quiet=True))
 
 
 @pytest.fixture
@@ -202,10 +203,10 @@ def test_the_search_finds_a_minimum_within_its_bounds(n: int) -> None:
         tried.append(x)
         return sum((a - b) ** 2 for a, b in zip(x, goal, strict=True))
 
-    found = minimized(cost, n, 600, 0, lambda done, least: None)
+    found = minimize(cost, n, 600, 0, lambda done, least: None)
     assert list(found) == pytest.approx([min(g, BOUND) for g in goal], abs=0.02)
     assert all(abs(x) <= BOUND for point in tried for x in point)
-    assert minimized(cost, n, 600, 0, lambda done, least: None) == found
+    assert minimize(cost, n, 600, 0, lambda done, least: None) == found
 
 
 def test_the_search_says_how_far_it_is_and_is_never_worse_than_the_average() -> None:
@@ -214,10 +215,10 @@ def test_the_search_says_how_far_it_is_and_is_never_worse_than_the_average() -> 
     def hear(done: int, least: float) -> None:
         heard.append((done, least))
 
-    minimized(lambda x: x[0] ** 2 + x[1] ** 2, 2, 12, 0, hear)
+    minimize(lambda x: x[0] ** 2 + x[1] ** 2, 2, 12, 0, hear)
     assert [done for done, _ in heard] == list(range(1, 13))
     assert [least for _, least in heard] == sorted((least for _, least in heard), reverse=True)
-    found = minimized(lambda x: sum(abs(v - 0.5) for v in x), 2, 4, 0, hear)
+    found = minimize(lambda x: sum(abs(v - 0.5) for v in x), 2, 4, 0, hear)
     assert found == pytest.approx((0.5, 0.5), abs=1e-6)
 
 
@@ -228,7 +229,7 @@ def dense(model: Path, a: Path, b: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def test_geometry_is_that_of_the_dense_updates(llama: Path, pair: list[Path]) -> None:
-    (found,) = meetings(read(Base(llama), open_all(pair)), Console(quiet=True))
+    (found,) = pairs_of(read_updates(Base(llama), open_all(pair)), Console(quiet=True))
     both = dense(llama, *pair)
     assert found.sites.keys() == both.keys()
     assert (found.a, found.b) == ("a", "b")
@@ -259,7 +260,7 @@ def test_geometry_is_that_of_the_dense_updates(llama: Path, pair: list[Path]) ->
 def test_an_adapter_meets_itself_and_its_negative(llama, pair, tmp_path) -> None:
     run(llama, pair[:1], tmp_path / "minus", "task-arithmetic", weights=(-1.0,))
     opened = open_all([pair[0], pair[0], tmp_path / "minus"])
-    three = meetings(read(Base(llama), opened), Console(quiet=True))
+    three = pairs_of(read_updates(Base(llama), opened), Console(quiet=True))
     for found, sign in zip(three, (1, -1, -1), strict=True):
         assert found.overall is not None
         assert found.overall.cosine == pytest.approx(sign, abs=1e-5)
@@ -270,9 +271,9 @@ def test_an_adapter_meets_itself_and_its_negative(llama, pair, tmp_path) -> None
 
 
 def test_names_are_short_where_they_can_be() -> None:
-    assert names(["x/a", "y/b"]) == ("a", "b")
-    assert names(["x/a", "y/a"]) == ("x/a", "y/a")
-    assert names(["x/a", "x/a"]) == ("x/a#1", "x/a#2")
+    assert short_names(["x/a", "y/b"]) == ("a", "b")
+    assert short_names(["x/a", "y/a"]) == ("x/a", "y/a")
+    assert short_names(["x/a", "x/a"]) == ("x/a#1", "x/a#2")
 
 
 def test_the_command_says_weights_error_and_place(llama, pair, tmp_path) -> None:

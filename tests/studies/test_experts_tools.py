@@ -18,8 +18,8 @@ from adapter_cases import adapted_logits, logits, make_adapter, relative
 from command_cases import printed, rows_file
 from conftest import make_tokenizer
 from fresh_models import fresh_model
-from lorafold.composing.interference import meetings
-from lorafold.composing.updates import read
+from lorafold.composing.interference import pairs_of
+from lorafold.composing.updates import read_updates
 from lorafold.core.delta import Over
 from lorafold.core.expert_matrices import module_at
 from lorafold.fragility_study.defences import attached, factors_of, updates_of
@@ -350,7 +350,7 @@ def test_svd_is_the_best_of_its_rank_and_dare_keeps_entries_as_they_are_divided(
 
 def test_updates_relate_at_each_expert(moe_dir, pair):
     base, adapters = moe_dir("gpt-oss"), pair("gpt-oss")
-    (found,) = meetings(read(Base(base), open_all(adapters)), Console(quiet=True))
+    (found,) = pairs_of(read_updates(Base(base), open_all(adapters)), Console(quiet=True))
     a, b = (updates(base, path) for path in adapters)
     assert found.sites.keys() == a.keys() & b.keys()
     for name, meeting in found.sites.items():

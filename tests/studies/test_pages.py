@@ -20,7 +20,16 @@ from adapter_cases import make_adapter
 from browser_cases import CONTRASTS, CUT
 from conftest import lorafold, refused
 from conversation_cases import ROWS
-from lorafold.files.plots import SERIES, brief, distinct, drawing, folded, number, scaled, short
+from lorafold.files.plots import (
+    SERIES,
+    figure_html,
+    set_scales,
+    tick_label,
+    truncate,
+    truncate_distinct,
+    without_common,
+    wrap_name,
+)
 from lorafold.inspecting.inspect import describe_method
 from page_cases import CHINESE, LONG, PAGES
 
@@ -119,7 +128,7 @@ def test_series_are_told_apart_by_who_sees_fewer_colours(scheme: str, seen: str)
     (999, "999"),
 ])  # fmt: skip
 def test_a_number_is_plain(value: float, text: str) -> None:
-    assert number(value) == text
+    assert tick_label(value) == text
 
 
 def width(name: str) -> int:
@@ -130,36 +139,37 @@ def width(name: str) -> int:
 @pytest.mark.parametrize("name", [CHINESE, LONG, f"{CHINESE[:8]} {LONG}", "보상 함수 " * 4, "a"])
 @pytest.mark.parametrize("most", [5, 11, 24])
 def test_a_name_has_the_room_that_it_takes(name: str, most: int) -> None:
-    cut = short(name, most)
+    cut = truncate(name, most)
     assert min(width(name), most) - 2 <= width(cut) <= most
-    assert short(cut, most) == cut
-    lines = folded(name, 2).split("\n")
+    assert truncate(cut, most) == cut
+    lines = wrap_name(name, 2).split("\n")
     assert len(lines) <= 2
     assert max(map(width, lines)) <= 16 + 1  # where a line ends with half of a character
 
 
 def test_a_plot_has_its_names_as_they_are_and_warns_of_no_font() -> None:
     def draw(axes: Any) -> None:
-        axes.set_xticks([0], [short(CHINESE[:6], 24)])
+        axes.set_xticks([0], [truncate(CHINESE[:6], 24)])
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert f">{CHINESE[:6]}</text>" in drawing(draw, "title", "said")
+        assert f">{CHINESE[:6]}</text>" in figure_html(draw, "title", "said")
 
 
 def test_names_are_as_long_as_tells_them_apart() -> None:
     names = [f"lora rank=4 lr={rate} dropout=0.05" for rate in ("0.001", "0.0001", "0.002")]
-    shown = distinct(names, 16)
+    shown = truncate_distinct(names, 16)
     assert len({*shown}) == 3
     assert max(map(len, shown)) <= len(names[1])
-    assert distinct(["lora", "lora", "dora"], 4) == ["lora", "lora", "dora"]
+    assert truncate_distinct(["lora", "lora", "dora"], 4) == ["lora", "lora", "dora"]
 
 
 def test_names_lose_what_all_of_them_have() -> None:
-    assert brief([f"file_of_rewards.py:a{n}_of_answers" for n in (1, 10)]) == ["…a1…", "…a10…"]
-    assert brief(["a word", "a verb"]) == ["a word", "a verb"]
-    assert brief([LONG, f"{LONG} {LONG}"]) == [LONG, f"{LONG} {LONG}"]
-    assert brief([f"{CHINESE}, 1", f"{CHINESE}, 2"]) == ["…1", "…2"]
+    names = [f"file_of_rewards.py:a{n}_of_answers" for n in (1, 10)]
+    assert without_common(names) == ["…a1…", "…a10…"]
+    assert without_common(["a word", "a verb"]) == ["a word", "a verb"]
+    assert without_common([LONG, f"{LONG} {LONG}"]) == [LONG, f"{LONG} {LONG}"]
+    assert without_common([f"{CHINESE}, 1", f"{CHINESE}, 2"]) == ["…1", "…2"]
 
 
 @pytest.mark.parametrize("low", [1e-6, 0.003, 2.7, 4e4])
@@ -167,10 +177,10 @@ def test_names_lose_what_all_of_them_have() -> None:
 def test_a_logarithmic_axis_has_plain_numbers(low: float, times: float) -> None:
     def draw(axes: Any) -> None:
         axes.plot([1, 2], [low, low * times])
-        scaled(axes, x="linear", y="log")
+        set_scales(axes, x="linear", y="log")
 
-    texts = re.findall(r"<text [^>]*>([^<]+)</text>", drawing(draw, "title", "said"))
-    across = {number(1 + n / 5) for n in range(6)}
+    texts = re.findall(r"<text [^>]*>([^<]+)</text>", figure_html(draw, "title", "said"))
+    across = {tick_label(1 + n / 5) for n in range(6)}
     shown = [text for text in texts if text not in across]
     assert len(shown) >= 2
     assert all(re.fullmatch(r"[0-9.]+[kM]?", text) for text in shown), shown
@@ -178,7 +188,7 @@ def test_a_logarithmic_axis_has_plain_numbers(low: float, times: float) -> None:
 
 def test_a_page_without_matplotlib_has_all_but_its_plots(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    made = drawing(lambda axes: None, "Loss", "It fell.")
+    made = figure_html(lambda axes: None, "Loss", "It fell.")
     assert "<svg" not in made
     assert "Loss</b> It fell. To see this plot, install lorafold[plots]." in made
 

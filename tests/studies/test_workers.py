@@ -21,7 +21,7 @@ import lorafold as lf
 from command_cases import rows_file, words
 from lorafold.api.arguments import train_and_test
 from lorafold.comparing.measure import BASE, ComparisonTask, measure
-from lorafold.files.claims import CLAIM, LEASE
+from lorafold.files.claims import LEASE, SUFFIX
 from lorafold.fragility_study.task import RECIPE
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
@@ -66,7 +66,8 @@ def shared(
         assert any(worker.poll() is None for worker in workers), workers[0].communicate()
 
     def held() -> list[int]:
-        claims = [SoftFileLease(str(path), lease_duration=LEASE) for path in out.rglob(f"*{CLAIM}")]
+        paths = out.rglob(f"*{SUFFIX}")
+        claims = [SoftFileLease(str(path), lease_duration=LEASE) for path in paths]
         return [owner.pid for claim in claims if (owner := claim.owner) is not None]
 
     while not (written and (found := [w for w in workers if w.pid in held()])):
@@ -82,7 +83,7 @@ def shared(
     while any(worker.poll() is None for worker in workers):
         look()
         time.sleep(0.05)
-    assert list(out.rglob(f"*{CLAIM}")) == []
+    assert list(out.rglob(f"*{SUFFIX}")) == []
     return [ended(worker) for worker in workers], written
 
 

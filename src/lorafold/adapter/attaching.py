@@ -34,7 +34,7 @@ from lorafold.errors import LorafoldError, join_problems, listed, truncate_middl
 from lorafold.files.contents import Contents
 from lorafold.foreign_options import with_suggestions
 from lorafold.identity import of_model
-from lorafold.kernels.registry import TRAINING, use
+from lorafold.kernels.registry import TRAINING, enable
 from lorafold.layers import is_linear, layer_class, layer_of
 from lorafold.methods.common.biases_and_modules import (
     Bias,
@@ -131,7 +131,7 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
             " this model"
         )
     if trainable and any(p.is_cpu for p in model.parameters()):
-        use(TRAINING)  # compiles kernels now, before the first step
+        enable(TRAINING)  # compiles kernels now, before the first step
     selection = selection_of(model)
     for path, parts in built.parts.items():
         module, delta = module_at(model, path), parts[0] if len(parts) == 1 else Stack(parts)

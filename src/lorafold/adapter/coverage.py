@@ -20,7 +20,7 @@ from lorafold.core.anatomy import Anatomy, beneath, last_part
 from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.layers import is_linear, layer_of, parameter_sizes
 
 INPUTS = {"vision": "an image", "audio": "audio"}
@@ -48,7 +48,7 @@ class Unreached:
         }
 
     def __str__(self) -> str:
-        return in_words("adapter/unreached.jinja", counts=self, **self.as_json())
+        return render_text("adapter/unreached.jinja", counts=self, **self.as_json())
 
 
 def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:

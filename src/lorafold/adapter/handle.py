@@ -28,7 +28,7 @@ from lorafold.files.atomic import MANIFEST, atomic_directory, read_object, write
 from lorafold.files.contents import digest
 from lorafold.files.model_card import CARD, VOCABULARY, ResultFiles, training_card
 from lorafold.files.record import OTHER_BASE, RECORD, TRAINED_ON
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.fold.plan import execute_fold, plan_fold
 from lorafold.identity import of_model
 from lorafold.layers import parameter_count
@@ -236,7 +236,7 @@ class Adapter:
             selection.frozen = []
 
     def __repr__(self) -> str:
-        return in_words(
+        return render_text(
             "adapter/adapter.jinja",
             adapter=self,
             over=describe_adapters(self.over),

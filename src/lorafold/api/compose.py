@@ -139,9 +139,9 @@ def rows_by_task(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Ro
     from collections.abc import Mapping
 
     from lorafold.api.arguments import as_rows
-    from lorafold.composing.updates import names
+    from lorafold.composing.updates import short_names
 
     if not isinstance(tasks, Mapping):
         sources = [str(source) for source in tasks]
-        tasks = dict(zip(names(sources), sources, strict=True))
+        tasks = dict(zip(short_names(sources), sources, strict=True))
     return {name: as_rows(rows, None, console) for name, rows in tasks.items()}

@@ -35,7 +35,7 @@ from typing import (
 )
 
 from lorafold.errors import LorafoldError
-from lorafold.files.record import ALIASES, named_as_now
+from lorafold.files.record import ALIASES, current_names
 from lorafold.foreign_options import unknown_names
 from lorafold.models.quantizations import STORAGE_NAMES
 
@@ -184,7 +184,7 @@ def validated(function: Verb) -> Verb:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        kwargs = named_as_now(kwargs, ALIASES) if "storage" in known else kwargs
+        kwargs = current_names(kwargs, ALIASES) if "storage" in known else kwargs
         if not kwargs.keys() <= known:
             raise unknown_names(f"lf.{function.__name__}", kwargs, known)
         values = signature.bind_partial(*args, **kwargs).arguments

@@ -18,7 +18,7 @@ from lorafold.api.options import DeclaredOption, Docs, Option, RecipeOptions, de
 from lorafold.cli.help import HELP_ALL, HelpAll
 from lorafold.cli.parameters import parameter_of
 from lorafold.errors import LorafoldError
-from lorafold.files.record import named_as_now
+from lorafold.files.record import current_names
 
 Typed = Mapping[str, Any]  # values by the command's parameters
 Json = Annotated[
@@ -173,7 +173,7 @@ def parse_vary(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
                 f"--vary {pair}: expected FIELD=VALUE,VALUE, each field once, as in rank=8,32"
             )
         fields[name] = parse_yaml(f"[{text}]", f"--vary {pair}")
-    return named_as_now(fields)
+    return current_names(fields)
 
 
 def _tools(file: Path | None) -> Any:

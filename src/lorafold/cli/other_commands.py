@@ -54,14 +54,14 @@ def quickstart(
         lorafold quickstart --out again --device cpu --json
     """
     from lorafold.api.arguments import console_or_quiet
-    from lorafold.files.templates import in_words
+    from lorafold.files.templates import render_text
     from lorafold.files.terminal import paragraph
     from lorafold.quickstart.run import MODEL, PROMPT
     from lorafold.quickstart.run import quickstart as run
 
     story = run(Path(out), console_or_quiet(console), overwrite=overwrite, device=device)
     figures = [line for figure in story.meaning() for line in paragraph(figure, "- ")]
-    text = in_words(
+    text = render_text(
         "cli/after_quickstart.jinja", figures=figures, run=this_command(), model=MODEL,
         prompt=quote(PROMPT), quoted=lambda *names: quote(str(Path(out, *names))),
     )  # fmt: skip
@@ -161,7 +161,7 @@ def cache(
     from lorafold.files.cache import clear as remove
     from lorafold.files.cache import entries
     from lorafold.files.paths import cache_directory
-    from lorafold.files.templates import in_words
+    from lorafold.files.templates import render_text
 
     if unknown := [name for name in kind if name not in KINDS]:
         raise LorafoldError(f"--kind {unknown[0]}: expected one of {', '.join(KINDS)}")
@@ -169,7 +169,7 @@ def cache(
     in_use = remove(cached) if clear else []
     total = sum(entry.bytes for entry in cached if entry not in in_use)
     result = {"directory": str(cache_directory()), "bytes": total, "cleared": clear}
-    text = in_words(
+    text = render_text(
         "cli/cache.jinja", entries=cached, busy=in_use, time=datetime.fromtimestamp, **result
     )
     entries_json = [asdict(entry) | {"path": str(entry.path)} for entry in cached]

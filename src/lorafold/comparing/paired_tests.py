@@ -34,7 +34,7 @@ from lorafold.evaluation.intervals import (
     student,
     two_sided,
 )
-from lorafold.files.templates import in_words, within
+from lorafold.files.templates import interval_text, render_text
 
 MIN_SEEDS = 3  # required for a verdict
 MIN_ROWS = 20  # held-out rows required for validation rows
@@ -72,7 +72,7 @@ class Difference:
         return cls(mean, (mean - half, mean + half), two_sided(abs(mean) / error, df))
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4g}{within(self.interval, '+.4g')}"
+        return f"{self.mean:+.4g}{interval_text(self.interval, '+.4g')}"
 
 
 def by_name(measurements: Measurements) -> dict[str, list[Measurement]]:
@@ -174,7 +174,7 @@ def verdict(measurements: Measurements) -> str:
     chosen = [methods[name][0] for name in order]
     names = [one.method for one in chosen]
     swept = [m for m in dict.fromkeys(names) if names.count(m) > 1]
-    return in_words(
+    return render_text(
         "comparing/verdict.jinja",
         seeds=seeds,
         needed=MIN_SEEDS,

@@ -22,9 +22,9 @@ from lorafold.comparing.paired_tests import (
 )
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
-from lorafold.files.html_page import ShownInNotebooks, markdown_table, rendered, write_page
-from lorafold.files.plots import distinct, number
-from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table, values_of
+from lorafold.files.html_page import ShownInNotebooks, markdown_table, render_page, write_page
+from lorafold.files.plots import tick_label, truncate_distinct
+from lorafold.files.terminal import MISSING, mean_of, mean_range, paragraph, text_table, values_of
 
 Table = tuple[list[str], list[list[str]]]  # headings, lines
 MIN_X = 1e-6  # value on a logarithmic axis
@@ -108,21 +108,21 @@ def plots_of(measurements: Measurements) -> Iterator[str]:
 
 def ranking(quality: Quality, names: Sequence[str]) -> str:
     order, intervals_of = quality.order, quality.intervals
-    labels = distinct([names[n] for n in order], 16)
+    labels = truncate_distinct([names[n] for n in order], 16)
     shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(labels, order, strict=True)]
 
     def draw(axes: Any) -> None:
         values, intervals = [quality.values[n] for n in order], [intervals_of[n] for n in order]
-        plots.rows(axes, shown, [plots.Series("", values, intervals)], max(map(len, shown)))
+        plots.draw_rows(axes, shown, [plots.Series("", values, intervals)], max(map(len, shown)))
         if quality.base is not None:
-            plots.level(axes, "base", x=quality.base)
+            plots.draw_level(axes, "base", x=quality.base)
         axes.set_xlabel(quality.label, loc="right")  # long names leave little room
-        plots.scaled(axes, x=quality.scale)
+        plots.set_scales(axes, x=quality.scale)
 
     ends = dict.fromkeys(f"{names[n]} at {quality.values[n]:.4g}" for n in (order[0], order[-1]))
     base = "" if quality.base is None else f", the base at {quality.base:.4g}"
     caption = f"{' to '.join(ends)}{base}. {INTERVALS}"
-    return plots.drawing(draw, "Quality", caption, plots.height_of(shown))
+    return plots.figure_html(draw, "Quality", caption, plots.rows_size(shown))
 
 
 def scatter(
@@ -137,18 +137,18 @@ def scatter(
 
     def draw(axes: Any) -> str:
         for n in known:
-            y, style = quality.values[n], plots.series(0 if mergeable[n] else 1)
-            interval = plots.spread([y or 0], [quality.intervals[n]])
+            y, style = quality.values[n], plots.series_style(0 if mergeable[n] else 1)
+            interval = plots.error_bars([y or 0], [quality.intervals[n]])
             axes.errorbar(x[n], y, yerr=interval, elinewidth=0.8, **style | {"linestyle": "none"})
         if quality.base is not None:
-            plots.level(axes, "base", y=quality.base)
+            plots.draw_level(axes, "base", y=quality.base)
         axes.set(xlabel=cost.axis, ylabel=quality.label)
-        plots.scaled(axes, x="log", y=quality.scale)
+        plots.set_scales(axes, x="log", y=quality.scale)
         points = [(x[n], quality.values[n]) for n in known]
-        return plots.at_points(axes, points, [names[n] for n in known])
+        return plots.label_points(axes, points, [names[n] for n in known])
 
     def cost_of(n: int) -> str:
-        return plots.number(x[n] or 0, digits=3)
+        return plots.tick_label(x[n] or 0, digits=3)
 
     extreme = "lowest loss" if quality.lower else "highest reward"
     caption = f"{names[best]}, which has the {extreme}, {cost.words.format(cost_of(best))}"
@@ -158,7 +158,7 @@ def scatter(
         )
     merged = "Methods with triangles can't be merged. " if not all(mergeable) else ""
     title = f"Quality against {cost.name}"
-    return plots.drawing(draw, title, f"{caption}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
+    return plots.figure_html(draw, title, f"{caption}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
 
 
 def latencies(title: str, names: Sequence[str], by_way: dict[str, list[float | None]]) -> str:
@@ -169,10 +169,10 @@ def latencies(title: str, names: Sequence[str], by_way: dict[str, list[float | N
     ]
 
     def draw(axes: Any) -> str:
-        plots.level(axes, "base", x=1)
+        plots.draw_level(axes, "base", x=1)
         axes.set(xlabel="ratio to the base")
-        left_out = plots.rows(axes, names, series)
-        plots.scaled(axes, x="linear")
+        left_out = plots.draw_rows(axes, names, series)
+        plots.set_scales(axes, x="linear")
         return left_out
 
     def describe(line: plots.Series) -> str:
@@ -182,7 +182,7 @@ def latencies(title: str, names: Sequence[str], by_way: dict[str, list[float | N
         return f"{line.name} {between}"
 
     caption = f"Ratios: {'; '.join(map(describe, series))}. Lower is faster."
-    return plots.drawing(draw, title, caption, plots.height_of(names, len(series)))
+    return plots.figure_html(draw, title, caption, plots.rows_size(names, len(series)))
 
 
 LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
@@ -214,10 +214,10 @@ def figures(measurements: Measurements) -> Table:
     columns, names = {"method": [*methods]}, list(measurements[0].rewards)
 
     def column(figure: str, form: str) -> list[str]:
-        return [spread(values_of(seeds, figure), form) for seeds in methods.values()]
+        return [mean_range(values_of(seeds, figure), form) for seeds in methods.values()]
 
     def intervals(bounds: Iterable[Interval | None], form: str) -> list[str]:
-        return [f"{one[0]:{form}} to {one[1]:{form}}" if one else NOTHING for one in bounds]
+        return [f"{one[0]:{form}} to {one[1]:{form}}" if one else MISSING for one in bounds]
 
     for heading, (figure, form) in COLUMNS.items():
         columns[heading] = column(figure, form)
@@ -225,10 +225,10 @@ def figures(measurements: Measurements) -> Table:
             every = (one.interval for one in held_out(measurements).values())
             columns[heading + INTERVAL_SUFFIX] = intervals(every, form)
             columns["validation"] = column("validation", form)
-            columns[OVER_BASE] = [str(gains.get(name, NOTHING)) for name in methods]
+            columns[OVER_BASE] = [str(gains.get(name, MISSING)) for name in methods]
             columns |= {
                 f"reward {name}": [
-                    spread((r.rewards[name] for r in seeds), ".4g") for seeds in methods.values()
+                    mean_range((r.rewards[name] for r in runs), ".4g") for runs in methods.values()
                 ]
                 for name in names
                 if len(names) > 1
@@ -244,12 +244,12 @@ def figures(measurements: Measurements) -> Table:
 
 
 def table_of(columns: dict[str, list[str]]) -> Table:
-    known = {heading: cells for heading, cells in columns.items() if {*cells} != {NOTHING}}
+    known = {heading: cells for heading, cells in columns.items() if {*cells} != {MISSING}}
     return [*known], [list(line) for line in zip(*known.values(), strict=True)]
 
 
 def answer(values: Sequence[bool | None]) -> str:
-    return NOTHING if None in values else "yes" if all(values) else "no"
+    return MISSING if None in values else "yes" if all(values) else "no"
 
 
 SHORT_COLUMNS = {  # heading: figure, format; besides loss or reward
@@ -269,14 +269,14 @@ def short_report(measurements: Measurements) -> str:
         "method": [*methods],
         heading: [plus_minus(one, form) for one in qualities],
         OVER_BASE: [
-            plus_minus(gains[name], f"+{form}") if name in gains else NOTHING for name in methods
+            plus_minus(gains[name], f"+{form}") if name in gains else MISSING for name in methods
         ],
         **{
-            heading: [spread(values_of(of, figure), form, False) for of in methods.values()]
+            heading: [mean_range(values_of(of, figure), form, False) for of in methods.values()]
             for heading, (figure, form) in SHORT_COLUMNS.items()
         },
         "trained": [
-            NOTHING if (n := seeds[0].trainable_parameters) is None else number(n, digits=3)
+            MISSING if (n := seeds[0].trainable_parameters) is None else tick_label(n, digits=3)
             for seeds in methods.values()
         ],
     }
@@ -314,7 +314,7 @@ def markdown(measurements: Measurements) -> str:
 
 def page(measurements: Measurements, title: str, path: Path) -> None:
     (head, lines), conclusion = figures(measurements), verdict(measurements)
-    content = rendered(
+    content = render_page(
         "comparing/compare.html",
         verdict=f"{conclusion}." if conclusion else "",
         plots=plots_of(measurements),

@@ -24,7 +24,7 @@ from lorafold.comparing.measure import (
 from lorafold.data.row_store import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
-from lorafold.files.claims import digest_of, measured, report_other_claims, silent
+from lorafold.files.claims import digest_of, measure_all, report_other_claims, silent
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.recipe import Recipe
@@ -109,7 +109,7 @@ def compare(
         rows[file] = replace(row, settings=settings[file])
         tell(rows[file], len(rows), len(cells))
 
-    measured(Measurement, cells, record_row, say)
+    measure_all(Measurement, cells, record_row, say)
     measurements = [rows[file] for file in cells]
     write_json(out / "rows.json", {"rows": [asdict(row) for row in measurements]})
     return measurements

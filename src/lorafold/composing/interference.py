@@ -29,10 +29,10 @@ from lorafold.composing.request import Composed, Job
 from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.files.terminal import text_table
 
-LARGEST = 0.2  # the fraction of entries whose signs are compared, as in TIES
+TOP_FRACTION = 0.2  # the fraction of entries whose signs are compared, as in TIES
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,19 @@ class Pair:
     def __str__(self) -> str:
         worst = sorted(self.sites.items(), key=lambda one: one[1].cosine * one[1].weight)[:3]
         opposed = {path: one.cosine for path, one in worst if one.cosine < 0}
-        return in_words("composing/pair.jinja", pair=self, all=self.overall, opposed=opposed)
+        return render_text("composing/pair.jinja", pair=self, all=self.overall, opposed=opposed)
 
 
-def meetings(updates: Updates, console: Console) -> list[Pair]:
+def pairs_of(updates: Updates, console: Console) -> list[Pair]:
     """Every pair of adapters, with one matrix's dense updates in memory at a time."""
-    met = defaultdict[tuple[int, int], dict[str, UpdateRelation]](dict)
-    for site in updates.watched("geometry", console):
+    relations = defaultdict[tuple[int, int], dict[str, UpdateRelation]](dict)
+    for site in updates.tracked("geometry", console):
         for name, changes in site.changes():
             for pair, relation in relations_of(changes).items():
-                met[pair][name] = relation
+                relations[pair][name] = relation
     names = updates.names
     return [
-        Pair(names[i], names[j], overall(list(met[i, j].values())), met[i, j])
+        Pair(names[i], names[j], overall(list(relations[i, j].values())), relations[i, j])
         for i, j in combinations(range(len(names)), 2)
     ]
 
@@ -89,21 +89,21 @@ def relations_of(changes: Mapping[int, Change]) -> dict[tuple[int, int], UpdateR
     """Every pair of updates of a matrix, by adapter numbers."""
     norms = {i: inner(change, change) ** 0.5 for i, change in changes.items()}
     largest = {
-        i: trim(dense(change), LARGEST, torch.default_generator).sign().to(torch.int8)
+        i: trim(dense(change), TOP_FRACTION, torch.default_generator).sign().to(torch.int8)
         for i, change in changes.items()
     }
     relations = {}
     for i, j in combinations(changes, 2):
         a, b, norm = changes[i], changes[j], norms[i] * norms[j]
-        both = largest[i] * largest[j]
-        conflict = int((both < 0).sum()) / max(1, int((both != 0).sum()))
+        signs = largest[i] * largest[j]
+        conflict = int((signs < 0).sum()) / max(1, int((signs != 0).sum()))
         relations[i, j] = UpdateRelation(
-            inner(a, b) / norm if norm else 0.0, *subspaces(a, b), conflict, (norms[i], norms[j])
+            inner(a, b) / norm if norm else 0.0, *overlaps(a, b), conflict, (norms[i], norms[j])
         )
     return relations
 
 
-def subspaces(
+def overlaps(
     a: Change, b: Change
 ) -> tuple[float | None, float | None, float | None, float | None]:
     """The overlaps (0 to 1) of output and of input subspaces, and the two that random subspaces
@@ -177,17 +177,16 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
     """Evaluate the base, the adapters and the compositions on every task of the request."""
     model, tokenizer = job.opened()
     active: dict[str, Sequence[str]] = {"base": ()}
-    both = zip(job.updates.names, job.updates.adapters, strict=True)
-    for number, (name, adapter) in enumerate(both, 1):
-        first = 1 if adapter.over else number  # it needs all adapters below
-        own = [f"adapter{n}" for n in range(first, number + 1)]
+    signs = zip(job.updates.names, job.updates.adapters, strict=True)
+    for number, (name, adapter) in enumerate(signs, 1):
+        own = [f"adapter{n}" for n in range(1 if adapter.over else number, number + 1)]
         active[name if name != "base" else "base (adapter)"] = own
     for way, made in composed.items():
         # the adapters' fingerprints were checked when they were read
         load(model, made.out, f"composed-{way}", allow_other_base=True)
         active[way if way not in active else f"{way} (composed)"] = (f"composed-{way}",)
     console, request = job.console, job.request
-    watched = console if console.is_terminal else None
+    tracked = console if console.is_terminal else None
     length = request.recipe.max_length
     settings = EvaluationSettings(completions=request.completions)
     tasks = defaultdict[str, dict[str, Evaluation]](dict)
@@ -195,5 +194,5 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
         for name, chosen in active.items():
             console.print(f"{task}: {name}", highlight=False, markup=False)
             with only(model, *chosen):
-                tasks[task][name] = evaluate(model, tokenizer, rows, length, settings, watched)
-    return Interference(dict(tasks), meetings(job.updates, console))
+                tasks[task][name] = evaluate(model, tokenizer, rows, length, settings, tracked)
+    return Interference(dict(tasks), pairs_of(job.updates, console))

@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from lorafold.adapter import attach, load
 from lorafold.composing.request import Composed, Job
-from lorafold.composing.updates import RULES, cut, inner, rank_of
+from lorafold.composing.updates import RULES, inner, rank_of, truncate_rank
 from lorafold.core.attach import only
 from lorafold.core.targets import Matches
 from lorafold.data.examples import encode
@@ -47,19 +47,20 @@ def arithmetic(
 ) -> Composed:
     """Apply a rule at every site and write the adapter, under the rule's name by default."""
     by, request, n = RULES[rule], job.request, len(job.updates.adapters)
-    way, density = name or rule, by.share(request.density)
+    way, density = name or rule, by.kept_fraction(request.density)
     weights = weights or request.weights or (1 / n if by.mean else 1.0,) * n
     factors = {}
-    lost = total = 0.0
-    for site in job.updates.watched(way, job.console):
+    squared_error = squared_norm = 0.0
+    for site in job.updates.tracked(way, job.console):
         parts = []
-        rank = request.rank or by.rank([rank_of(update, site.path) for _, update in site.there])
+        rank = request.rank or by.rank([rank_of(update, site.path) for _, update in site.present])
         for change in by.at(site, weights, density, request.seed):
-            up, down, error = cut(change, rank)
+            up, down, error = truncate_rank(change, rank)
             parts.append((up, down))
-            lost, total = lost + error, total + inner(change, change)
+            squared_error += error
+            squared_norm += inner(change, change)
         factors[site.path] = site.stacked(parts)
-    error = (lost / total) ** 0.5 if total else 0.0
+    error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
     about = {
         "how": way,
         "weights": weights,
@@ -111,25 +112,25 @@ def write_mixture(job: Job, out: Path, gates: Gating) -> float:
     sites = {site.path: site for site in updates.sites}
     targets = Matches({path: (path,) for path in sites})
     adapter = attach(updates.model, Mixture(updates.names, gates), targets, "mixture")
-    lost = total = 0.0
+    squared_error = squared_norm = 0.0
     for path, delta in adapter.own_deltas.items():
         site, factors = sites[path], []
-        ranks = {i: job.request.rank or rank_of(update, path) for i, update in site.there}
+        ranks = {i: job.request.rank or rank_of(update, path) for i, update in site.present}
         for _, changes in site.changes():
-            cuts = [cut(change, ranks[i]) for i, change in changes.items()]
+            cuts = [truncate_rank(change, ranks[i]) for i, change in changes.items()]
             ups, downs, errors = zip(*cuts, strict=True)
-            lost = sum(errors, lost)
-            total = sum((inner(change, change) for change in changes.values()), total)
+            squared_error = sum(errors, squared_error)
+            squared_norm = sum((inner(change, change) for change in changes.values()), squared_norm)
             factors.append((torch.cat(ups, 1), torch.cat(downs, 0)))
         delta.up, delta.down = site.stacked(factors)
         ends = zip(ranks, downs, strict=True)  # the same for each matrix of a site
         delta.owner = torch.cat([torch.full((len(down),), i) for i, down in ends])
     job.save(adapter, out, {"how": "mixture", "gates": gates})
-    return (lost / total) ** 0.5 if total else 0.0
+    return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
-BOUND, L1, SPREAD = 1.5, 0.05, 0.3
-SHOTS = 16  # rows of each task in the search's cost
+BOUND, L1_WEIGHT, INITIAL_STEP = 1.5, 0.05, 0.3
+ROWS_PER_TASK = 16  # rows of each task in the search's cost
 
 
 def lorahub(job: Job, out: Path) -> Composed:
@@ -141,7 +142,7 @@ def search(job: Job) -> tuple[float, ...]:
     """The best weights; their cost is at most the cost of 1/n each."""
     model, tokenizer = job.opened()
     tasks = [
-        encode(rows[:SHOTS], tokenizer, job.request.recipe.max_length).examples
+        encode(rows[:ROWS_PER_TASK], tokenizer, job.request.recipe.max_length).examples
         for rows in job.examples.values()
     ]
     loss = CompletionLoss(model, packed=False, pad_id=0)
@@ -154,15 +155,15 @@ def search(job: Job) -> tuple[float, ...]:
     def cost(weights: list[float]) -> float:
         with torch.no_grad():
             gates.copy_(torch.tensor(weights))
-        return fmean(held_out_loss(loss, examples) for examples in tasks) + L1 * fmean(
+        return fmean(held_out_loss(loss, examples) for examples in tasks) + L1_WEIGHT * fmean(
             map(abs, weights)
         )
 
     total, console = job.request.evaluations, job.console
     quiet = not console.is_terminal
 
-    def tried(done: int, least: float) -> None:
-        cost = f"lowest cost {least:.4f}"
+    def report(done: int, lowest_cost: float) -> None:
+        cost = f"lowest cost {lowest_cost:.4f}"
         bars.update(bar, completed=done, description=f"lorahub, {cost}")
         if quiet and done % 10 == 0:
             console.print(f"lorahub {done}/{total}: {cost}", highlight=False, markup=False)
@@ -173,17 +174,17 @@ def search(job: Job) -> tuple[float, ...]:
             Progress(console=console, transient=True, disable=quiet) as bars,
         ):
             bar = bars.add_task("lorahub", total=total)
-            return minimized(cost, len(gates), total, job.request.seed, tried)
+            return minimize(cost, len(gates), total, job.request.seed, report)
     finally:
         adapter.detach()
 
 
-def minimized(
+def minimize(
     cost: Callable[[list[float]], float],
     n: int,
     evaluations: int,
     seed: int,
-    tried: Callable[[int, float], None],
+    report: Callable[[int, float], None],
 ) -> tuple[float, ...]:
     """The weights with the lowest cost that CMA-ES finds, starting from 1/n each."""
     with warnings.catch_warnings():
@@ -192,14 +193,14 @@ def minimized(
 
         # cma takes a seed of 0 as a request for a random one
         options = {"bounds": [-BOUND, BOUND], "seed": seed + 1, "verbose": -9}
-        strategy = cma.CMAEvolutionStrategy([1 / n] * n, SPREAD, options)
+        strategy = cma.CMAEvolutionStrategy([1 / n] * n, INITIAL_STEP, options)
         strategy.inject([[1 / n] * n], force=True)
-        done, least = 0, math.inf
+        done, lowest_cost = 0, math.inf
         while done < evaluations and not strategy.stop():
             points, costs = strategy.ask(), []
             for point in points:
                 costs.append(cost([float(x) for x in point]))
-                done, least = done + 1, min(least, costs[-1])
-                tried(done, least)
+                done, lowest_cost = done + 1, min(lowest_cost, costs[-1])
+                report(done, lowest_cost)
             strategy.tell(points, costs)
     return tuple(float(x) for x in strategy.result.xbest)

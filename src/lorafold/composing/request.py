@@ -93,7 +93,6 @@ class Job:
         adapters = request.adapters
         made_on = training_storage_of(adapters) if storage == "auto" else TrainingStorage(storage)
         has_tokenizer = any(one.own_tokenizer for one in adapters)
-        tokenizer = request.base.tokenizer(adapters) if has_tokenizer else None
         trained: dict[str, Any] = {TRAINED_ON: made_on and made_on.as_json()}
         if notes := [one.other_base for one in self.updates.adapters if one.other_base]:
             trained |= {OTHER_BASE: "; ".join(notes), BASE_IDENTITY: ""}
@@ -104,7 +103,7 @@ class Job:
         adapter.save(
             out,
             overwrite=request.overwrite,
-            tokenizer=tokenizer,
+            tokenizer=request.base.tokenizer(adapters) if has_tokenizer else None,
             record={
                 **trained,
                 **(record or {}),

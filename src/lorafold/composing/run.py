@@ -15,13 +15,13 @@ from rich.console import Console
 from lorafold.composing.interference import Interference, measure
 from lorafold.composing.methods import RECIPE, arithmetic, lorahub, mixture
 from lorafold.composing.request import Composed, ComposeRequest, Job, Opened
-from lorafold.composing.updates import RULES, read
+from lorafold.composing.updates import RULES, read_updates
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.resolve.base import check_language_model
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
@@ -29,7 +29,7 @@ COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
     "lorahub": lorahub,
     "mixture": mixture,
 }
-LEARNED = ("lorahub", "mixture")  # the methods that learn from examples
+LEARNING_METHODS = ("lorahub", "mixture")  # the methods that learn from examples
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Composition(ShownInNotebooks):
         return content
 
     def __str__(self) -> str:
-        return in_words("composing/composition.jinja", made=self)
+        return render_text("composing/composition.jinja", made=self)
 
 
 def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:
@@ -66,7 +66,7 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
     check_not_replaced(request.out, [one.path for one in request.adapters])
     request = with_examples(request)
     check_language_model(request.base, request.adapters)
-    job = Job(request, read(request.base, request.adapters), cache(opened), console)
+    job = Job(request, read_updates(request.base, request.adapters), cache(opened), console)
     if len(request.ways) == 1:
         composed = {way: make(way, job, request.out) for way in request.ways}
     else:
@@ -105,7 +105,7 @@ def check(request: ComposeRequest) -> None:
         problems.append(
             f"--weight: found {weights}, expected one for each of the {n} adapters, in their order"
         )
-    if weights and (learned := [way for way in request.ways if way in LEARNED]):
+    if weights and (learned := [way for way in request.ways if way in LEARNING_METHODS]):
         problems.append(f"--weight: learned by --how {' and '.join(learned)}; remove this option")
     if request.density is not None and not 0 < request.density <= 1:
         problems.append(
@@ -115,7 +115,7 @@ def check(request: ComposeRequest) -> None:
     fields = recipe.model_fields_set - {"max_length"}  # the model may limit it
     options = {
         "--density": (request.density is not None, [n for n, rule in RULES.items() if rule.prune]),
-        "--examples": (bool(request.examples), LEARNED),
+        "--examples": (bool(request.examples), LEARNING_METHODS),
         "--evaluations": (request.evaluations != ComposeRequest.evaluations, ["lorahub"]),
         "--gates": (request.gates != ComposeRequest.gates, ["mixture"]),
         "--set": (any(getattr(recipe, f) != getattr(RECIPE, f) for f in fields), ["mixture"]),
@@ -131,7 +131,7 @@ def check(request: ComposeRequest) -> None:
 
 def with_examples(request: ComposeRequest) -> ComposeRequest:
     """The request with rows to learn from: its own, or half of each task's rows."""
-    if request.examples or not request.tasks or not set(request.ways) & set(LEARNED):
+    if request.examples or not request.tasks or not set(request.ways) & set(LEARNING_METHODS):
         return request
     halves = {task: split(rows, 0.5, request.seed) for task, rows in request.tasks.items()}
     examples, tasks = ({task: half[i] for task, half in halves.items()} for i in (0, 1))

@@ -60,14 +60,14 @@ class ModuleUpdates:
     updates: tuple[Additive | None, ...]
 
     @property
-    def there(self) -> list[tuple[int, Additive]]:
+    def present(self) -> list[tuple[int, Additive]]:
         """The updates at this site, with their adapters' numbers, from 0."""
         return [(i, update) for i, update in enumerate(self.updates) if update is not None]
 
     def changes(self) -> Iterator[tuple[str, dict[int, Change]]]:
         """Yield the name of each matrix, and its updates by adapter number."""
-        numbers = [i for i, _ in self.there]
-        every = zip(*(changes_of(update) for _, update in self.there), strict=True)
+        numbers = [i for i, _ in self.present]
+        every = zip(*(changes_of(update) for _, update in self.present), strict=True)
         for name, own in zip(self.names, every, strict=True):
             yield name, dict(zip(numbers, own, strict=True))
 
@@ -97,13 +97,13 @@ class Updates:
             for path in paths
         )
 
-    def watched(self, what: str, console: Console) -> Iterable[ModuleUpdates]:
+    def tracked(self, what: str, console: Console) -> Iterable[ModuleUpdates]:
         """The sites, with a progress bar on a terminal."""
         quiet = not console.is_terminal
         return track(self.sites, what, console=console, transient=True, disable=quiet)
 
 
-def read(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
+def read_updates(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
     """Attach saved adapters to their base, whose weights stay in their files."""
     model, allowed = base.mapped().model, base.allow_other_base
     attached, problems = [], []
@@ -124,10 +124,10 @@ def read(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
             )
     if problems:
         raise LorafoldError(join_problems(problems))
-    return Updates(model, tuple(attached), names([saved.path for saved in adapters]))
+    return Updates(model, tuple(attached), short_names([saved.path for saved in adapters]))
 
 
-def names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
+def short_names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
     """A unique name for each path: its last part, the whole path, or one with a number."""
     paths = [Path(adapter) for adapter in adapters]
     short = [p.name if sum(q.name == p.name for q in paths) == 1 else str(p) for p in paths]
@@ -153,7 +153,7 @@ Prune = Callable[[Tensor, float, torch.Generator], Tensor]
 Join = Callable[[Sequence[Change]], Change]  # [w_i dW_i] -> their composition
 
 
-def times(change: Change, weight: float) -> Change:
+def scaled(change: Change, weight: float) -> Change:
     """w dW; for factors, the up factor is multiplied."""
     return (weight * change[0], change[1]) if isinstance(change, tuple) else weight * change
 
@@ -185,11 +185,10 @@ def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Random entries of an update (any shape), divided by `density`, the others 0 (DARE, eq. 1)."""
-    kept = torch.rand(update.shape, generator=generator) < density
-    return torch.where(kept, update / density, 0)
+    return torch.where(torch.rand(update.shape, generator=generator) < density, update / density, 0)
 
 
-def cut(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:
+def truncate_rank(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best factors with at most this rank: (up (out, r), down (r, in), |up down - dW|^2)."""
     if not isinstance(change, tuple):
         up, down = best_of_rank(change, min(rank, *change.shape))
@@ -224,7 +223,7 @@ class ComposeWay:
     prune: Prune | None = None
     density: float | None = None
 
-    def share(self, asked: float | None) -> float | None:
+    def kept_fraction(self, asked: float | None) -> float | None:
         """The fraction of entries to keep: the requested or default one; None if all are kept."""
         return None if self.prune is None else asked or self.density
 
@@ -233,11 +232,11 @@ class ComposeWay:
         self, site: ModuleUpdates, weights: Sequence[float], density: float | None, seed: int
     ) -> Iterator[Change]:
         """Yield the composition of each matrix of a site."""
-        generators = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.there}
+        generators = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.present}
         for _, changes in site.changes():
             if (prune := self.prune) is not None and density is not None:
                 changes = {i: prune(dense(c), density, generators[i]) for i, c in changes.items()}
-            yield self.join([times(change, weights[i]) for i, change in changes.items()])
+            yield self.join([scaled(change, weights[i]) for i, change in changes.items()])
 
 
 def rank_of(update: Additive, path: str) -> int:

@@ -31,7 +31,7 @@ from lorafold.data.row_sources import DataSource, parse_source
 from lorafold.data.row_store import MAX_IN_MEMORY, ArrowRows, Origins, Rows, SourcePart, write_rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
-from lorafold.files.cache import cached
+from lorafold.files.cache import cache_entry
 
 log = logging.getLogger(__name__)
 Notice = Callable[[str], None]
@@ -337,7 +337,7 @@ def read_rows(
         code = of_code("data", packages=("datasets", "pyarrow"))
         identities = [[source.is_multiple, source.identity] for source in parsed]
         key = json.dumps([code, identities, sorted(columns.items()), wanted])
-        path = cached("rows", key, write, notice)
+        path = cache_entry("rows", key, write, notice)
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
         known = (about.pop("sha256"), about.pop("bytes"))
         rows, read = ArrowRows(path / "rows.arrow"), RowsRead(**about)

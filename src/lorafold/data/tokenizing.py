@@ -22,7 +22,7 @@ from lorafold.data.control_tokens import ROWS_REMARK
 from lorafold.data.row_store import CHUNK_ROWS, MAX_IN_MEMORY, Rows, SourcePart, row_names
 from lorafold.data.rows import check_provided
 from lorafold.errors import MAX_ITEMS, LorafoldError, listed
-from lorafold.files.cache import cached
+from lorafold.files.cache import cache_entry
 from lorafold.runtime.workers import workers
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.T
 
     code = of_code(*CODE_PATHS, packages=PACKAGES)
     key = json.dumps([code, rows.sha256, encoder.identity], sort_keys=True)
-    return open_table(cached("tokens", key, write, notice) / TOKENS)
+    return open_table(cache_entry("tokens", key, write, notice) / TOKENS)
 
 
 def _encode_texts(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:

@@ -21,7 +21,7 @@ from lorafold.doctor.installation import set_threads
 from lorafold.doctor.report import Finding
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
-from lorafold.kernels.registry import DECODING, TRAINING, use
+from lorafold.kernels.registry import DECODING, TRAINING, enable
 from lorafold.models.quantizations import ON_LOAD
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.attention import FLASH_HEAD_UNIT, flash_supports
@@ -73,7 +73,7 @@ def paths(capability: tuple[int, int]) -> str:
     x = torch.empty(1, FLASH_HEAD_UNIT, dtype=torch.bfloat16 if native else torch.float32)
     with assume_device(DeviceKind("cuda", capability)):
         flash, at_once = flash_supports(x, x), groups_at_once(x)
-    missing = use(TRAINING, "cuda")
+    missing = enable(TRAINING, "cuda")
     parts = (
         f"weights and matmuls in {'bf16' if native else 'fp32'}",
         f"attention of packed rows {'with FlashAttention' if flash else 'in tiles in plain torch'}",
@@ -277,7 +277,7 @@ def _accelerate(cuda: int) -> Finding:
 
 def engine() -> Iterator[Finding]:
     for what, operations in {"the engine": DECODING, "training": TRAINING}.items():
-        why = use(operations)
+        why = enable(operations)
         text = f"in plain torch, because they can't be compiled: {why}" if why else "compiled"
         yield Finding(f"operations of {what}", text, {"compiled": not why, "why": why})
 

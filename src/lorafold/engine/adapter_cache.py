@@ -254,8 +254,7 @@ class AdapterCache:
         return entry.loaded is not None and not needed
 
     def _forget(self, entry: KnownAdapter) -> None:
-        named = self._by_name.get(entry.name) is entry
-        if not (named or entry.references or entry.future):
+        if not (self._by_name.get(entry.name) is entry or entry.references or entry.future):
             self._entries.discard(entry)
 
 

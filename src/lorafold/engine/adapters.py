@@ -28,7 +28,7 @@ from lorafold.engine.model_structure import MatrixShapes, Structure
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
-from lorafold.files.safetensors_header import check_numbers
+from lorafold.files.safetensors_header import check_num_elements
 from lorafold.identity import of_adapter
 from lorafold.layers import layer_of
 from lorafold.methods.common.biases_and_modules import vocabulary
@@ -182,7 +182,7 @@ class Reader:
         for at in (*below, Path(path)):
             files = [file for name in FILES if (file := at / name).is_file()]
             if self.max_parameters is not None and at / WEIGHTS in files:
-                check_numbers(at / WEIGHTS, self.max_parameters)
+                check_num_elements(at / WEIGHTS, self.max_parameters)
             nbytes = sum(file.stat().st_size for file in files)
             verified.append(VerifiedAdapter(of_adapter(at, words=False), nbytes))
         return tuple(verified)

@@ -90,8 +90,7 @@ class Engine:
                 if self._as_trained:
                     stack.enter_context(fused(model))
                 elif settings.fast:
-                    deltas = self._runner.deltas
-                    fast_path(model, self.structure, deltas, operations, slots, stack)
+                    fast_path(model, self.structure, self._runner.deltas, operations, slots, stack)
             else:
                 from transformers import GenerationConfig
 

@@ -153,8 +153,7 @@ class SlotAdapters:
         if paths not in plan.matmuls:
             factors = [self._factors(path) for path in paths]
             plan.matmuls[paths] = self.operations.low_rank(factors, plan.places)
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        return plan.matmuls[paths](flat).view(*x.shape[:-1], -1)
+        return plan.matmuls[paths](x.reshape(len(x), -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def apply_deltas(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
         """Applies gains and other deltas to a module's output y (B, T, out) of x (B, T, in)."""

@@ -87,8 +87,7 @@ def forward_pass(
     model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
 ) -> Tensor:  # (B, len(keep), V)
     """Returns the logits (B, n, V) of a pass over ids_BT, of which counts_B are not padding."""
-    last_B1 = (view.start_B + counts_B - 1)[:, None]
-    positions_BT = torch.minimum(view.position_BT, last_B1)
+    positions_BT = torch.minimum(view.position_BT, (view.start_B + counts_B - 1)[:, None])
     out = model(
         input_ids=ids_BT, position_ids=positions_BT, cache=view, use_cache=True, logits_to_keep=keep
     )
@@ -113,8 +112,7 @@ def probe(model: Any) -> Structure:
                 batched = _slot_logits(model, prompts).float()
         except Exception as error:
             return Structure(f"the model can't be batched ({type(error).__name__}: {error})")
-    eps = max(1e-5, 16 * torch.finfo(model.dtype).eps)
-    if not (batched - alone).norm() <= eps * alone.norm():
+    if not (batched - alone).norm() <= max(1e-5, 16 * torch.finfo(model.dtype).eps) * alone.norm():
         return Structure("the model's logits change when requests are batched")
     rowwise = frozenset(path for path, fits in inputs.rows.items() if fits)
     sizes = defaultdict(list)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lorafold.kernels.registry import DECODING, TRAINING, use
+from lorafold.kernels.registry import DECODING, TRAINING, enable
 from lorafold.ops.arithmetic import FEW, arithmetic
 from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
@@ -70,7 +70,7 @@ class Operations:
 
 
 def operations_on(device: str, as_trained: bool = False) -> Operations:
-    if why := use(DECODING, device):
+    if why := enable(DECODING, device):
         log.info("the engine uses torch instead of its own kernels: %s", why)
     return Operations("" if why else device, as_trained)
 
@@ -133,8 +133,7 @@ def min_invariant_rows(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
     """
     whole, min_rows = kernel(*inputs), NUM_ROWS[-1]
     for n in reversed(NUM_ROWS[:-1]):
-        starts = range(0, max(FEW - n + 1, 1), n)
-        for s in starts:
+        for s in range(0, max(FEW - n + 1, 1), n):
             if not torch.equal(kernel(*(t[s : s + n] for t in inputs)), whole[s : s + n]):
                 return min_rows
         min_rows = n
@@ -143,8 +142,7 @@ def min_invariant_rows(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
 
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
     """Returns fixed random rows (n, width) for `min_invariant_rows`."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(NUM_ROWS[-1], width, generator=generator).to(dtype)
+    return torch.randn(NUM_ROWS[-1], width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def min_matmul_rows(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
@@ -204,7 +202,7 @@ class BlockMatmuls(TorchDispatchMode):
 
 
 def lacks(device: str) -> str:
-    return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected the CPU"
+    return enable(TRAINING) if device == "cpu" else f"found a model on {device}, expected the CPU"
 
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:

@@ -239,10 +239,9 @@ class SlotRunner(Runner):
         if separate is None and self._planned != ids_of:
             self._planned = ids_of
             self._plan = AdapterRows(adapters, self.slot_adapters.places, self.invariant)
-        context = self.deltas.separate(separate) if separate else self.deltas.mixed(self._plan)
         ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(num_tokens), device)
-        with context:
-            logits = forward_pass(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
+        with self.deltas.separate(separate) if separate else self.deltas.mixed(self._plan):
+            logits = forward_pass(self.model, view, ids_BT, counts_B, keep)  # (B, positions, V)
         for row, logits_TV, n in zip(taken, logits, to_score, strict=True):
             if row is not None and n:
                 row.score(logits_TV[:n])
@@ -278,8 +277,7 @@ class SoloRunner(Runner):
         states = [*getattr(row.state, "is_linear", ())]
         seen, adapter = row.computed if states and all(states) else 0, row.adapter
         base = AdapterRows([None], {})
-        context = self.deltas.separate(adapter) if adapter else self.deltas.mixed(base)
-        with torch.no_grad(), context:
+        with torch.no_grad(), self.deltas.separate(adapter) if adapter else self.deltas.mixed(base):
             step = self.model.generate(
                 ids_1T[:, seen:],
                 attention_mask=torch.ones_like(ids_1T),

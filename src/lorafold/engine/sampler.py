@@ -272,5 +272,4 @@ class _GrammarState:
 
 def _error_of(matcher: Any) -> str:
     """Returns the grammar's error without the dump of the parser's state."""
-    message = str(matcher.get_error()).partition("<state>")[0]
-    return truncate_end(" ".join(message.split()), 300)
+    return truncate_end(" ".join(str(matcher.get_error()).partition("<state>")[0].split()), 300)

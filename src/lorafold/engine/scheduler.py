@@ -43,9 +43,8 @@ class WaitingQueue:
         self._rows[tenant].append(row)
 
     def is_only_tenant(self, tenant: str) -> bool:
-        since = time.monotonic() - PRESENCE_SECONDS
         others = (at for other, at in self._last_arrival.items() if other != tenant)
-        return not any(at > since for at in others)
+        return not any(at > time.monotonic() - PRESENCE_SECONDS for at in others)
 
     def remove(self, row: Row) -> None:
         tenant = row.request.tenant
@@ -55,8 +54,7 @@ class WaitingQueue:
             self._last = self._used[tenant]
 
     def charge(self, tenant: str, tokens: int) -> None:
-        cost = tokens / self._weights.get(tenant, 1.0)
-        self._used[tenant] = self._used.get(tenant, 0.0) + cost
+        self._used[tenant] = self._used.get(tenant, 0.0) + tokens / self._weights.get(tenant, 1.0)
 
     def next_row(self, unready: Collection[Row], full: Collection[str]) -> Row | None:
         """Returns the next row: the oldest ready row of the tenant with the least usage; tenants

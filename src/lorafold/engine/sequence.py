@@ -165,9 +165,8 @@ class Detokenizer:
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._from : self._read])
-        rest = self._decode(self._ids[self._from :])[len(before) :]
         self._read = len(self._ids)
-        return self._release(rest, last=True)
+        return self._release(self._decode(self._ids[self._from :])[len(before) :], last=True)
 
     def _release(self, new: str, last: bool) -> str:
         text = self._buffer + new
@@ -190,6 +189,5 @@ class Detokenizer:
 
 def overlap(text: str, marks: Sequence[str]) -> int:
     """Counts characters at the end of a text that may begin one of the marks."""
-    longest = min(max(map(len, marks), default=1) - 1, len(text))
-    ends = range(longest, 0, -1)
+    ends = range(min(max(map(len, marks), default=1) - 1, len(text)), 0, -1)
     return next((n for n in ends if any(mark.startswith(text[-n:]) for mark in marks)), 0)

@@ -28,9 +28,9 @@ from lorafold.errors import LorafoldError, RewardFailed, truncate_end
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.templates import in_words, within
-from lorafold.files.terminal import Progress, print_lines, progress_bar, silent
-from lorafold.generation import table_left
+from lorafold.files.templates import interval_text, render_text
+from lorafold.files.terminal import Progress, no_progress, print_lines, progress_bar
+from lorafold.generation import positions_left
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Judged, Rewards
 
@@ -88,7 +88,7 @@ class RewardedRollouts:
         groups: Sequence[Sequence[Completion]],
         rewards: Rewards,
         at_once: int | None = None,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> Self:
         """Computes rewards in one call, or for `at_once` prompts per call, because calls have a
         time limit; in this case at least one completion must have a reward.
@@ -235,7 +235,7 @@ class MeanReward:
     interval: Interval | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g}{within(self.interval)}"
+        return f"{self.mean:.4g}{interval_text(self.interval)}"
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class RewardEvaluation(ShownInNotebooks):
     samples: tuple[PolicySample, ...]
 
     def __str__(self) -> str:
-        return in_words("evaluation/rewards.jinja", found=self, short=_short, read=NUM_SAMPLES)
+        return render_text("evaluation/rewards.jinja", found=self, short=_short, read=NUM_SAMPLES)
 
 
 def evaluate_rewards(
@@ -287,7 +287,7 @@ def evaluate_rewards(
             f"{type(model).__name__}: found a model that can't generate text, expected a"
             " causal language model for rewards"
         )
-    length = min(table_left(model) or settings.max_length, settings.max_length)
+    length = min(positions_left(model) or settings.max_length, settings.max_length)
     table = tokenize_rows(rows, PromptEncoder(tokenizer), console)
     data = prompt_data(table, rows, length - settings.max_new_tokens)
     if console:

@@ -27,8 +27,8 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.formats import PAIRS
 from lorafold.data.preference_examples import BranchedRow
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
-from lorafold.files.templates import in_words
-from lorafold.files.terminal import Progress, silent
+from lorafold.files.templates import render_text
+from lorafold.files.terminal import Progress, no_progress
 from lorafold.training_step.preference_algorithms import Scored, ratio_sums
 from lorafold.training_step.preference_loss import Preferences
 
@@ -65,7 +65,7 @@ class PreferenceFigures:
         return interval is not None and interval[1] < 0
 
     def __str__(self) -> str:
-        clauses = in_words("evaluation/preferences.jinja", figures=self).splitlines()
+        clauses = render_text("evaluation/preferences.jinja", figures=self).splitlines()
         warning = (
             "\nthe chosen completions are less likely than under the reference; to avoid this, add"
             " a supervised term (--objective-options sft_weight=1) or raise beta"
@@ -74,7 +74,8 @@ class PreferenceFigures:
 
 
 def preference_figures(
-    loss: Preferences, examples: Sequence[BranchedRow], reference: bool, progress: Progress = silent
+    loss: Preferences, examples: Sequence[BranchedRow], reference: bool,
+    progress: Progress = no_progress,
 ) -> PreferenceFigures:
     """Evaluates a model with its active adapters. With `reference`, the reference is the model
     without its highest adapter, and unknown log-probabilities are computed.

@@ -40,8 +40,8 @@ from lorafold.evaluation.batched_losses import pad_id_of
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.templates import in_words, with_interval
-from lorafold.files.terminal import Progress, print_lines, progress_bar, silent
+from lorafold.files.templates import render_text, with_interval
+from lorafold.files.terminal import Progress, no_progress, print_lines, progress_bar
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import sharing_prefixes
@@ -118,11 +118,11 @@ class RewardFigures:
         return f"accuracy {self.right}, margin {with_interval(self, 'margin', '.3f')}"
 
     def __str__(self) -> str:
-        return in_words("evaluation/pairs.jinja", figures=self)
+        return render_text("evaluation/pairs.jinja", figures=self)
 
 
 def scores_of(
-    loss: Preferences, examples: Sequence[BranchedRow], progress: Progress = silent
+    loss: Preferences, examples: Sequence[BranchedRow], progress: Progress = no_progress
 ) -> tuple[Array, Array]:
     """Returns scores of the examples' documents, in fp32, and tokens of their completions, both
     (n, k).

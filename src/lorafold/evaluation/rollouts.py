@@ -22,8 +22,8 @@ from lorafold.core.shared_tensors import twin
 from lorafold.engine import Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
-from lorafold.files.terminal import Progress, silent
-from lorafold.generation import end_tokens, text_of
+from lorafold.files.terminal import Progress, no_progress
+from lorafold.generation import decode, end_tokens
 from lorafold.ops.dropout import key_of
 from lorafold.runtime.memory import free_bytes
 
@@ -113,7 +113,7 @@ class Rollouts:
         prompts: Sequence[Sequence[int]],
         key: int,
         group: int | None = None,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> list[list[Completion]]:
         """Samples a group of completions for each prompt's ids with the current weights. Results
         are determined by the key and the positions of prompt and completion.
@@ -147,5 +147,5 @@ class Rollouts:
         tokens = [event for event in stream.so_far() if isinstance(event, Token)]
         logprobs = tuple(float(token.drawn_logprob or 0.0) for token in tokens)
         return Completion(
-            end.tokens, logprobs, text_of(self.tokenizer, end.tokens), end.reason == "end"
+            end.tokens, logprobs, decode(self.tokenizer, end.tokens), end.reason == "end"
         )

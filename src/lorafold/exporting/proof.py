@@ -39,7 +39,7 @@ from lorafold.engine.kv_cache import common_length
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress, Subject
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.generation import complete_tokens, end_tokens, tokens_of
+from lorafold.generation import complete_tokens, end_tokens, prompt_ids
 from lorafold.merging.merge_target import Distance
 from lorafold.merging.run import load_adapted
 
@@ -78,7 +78,7 @@ def prompts_of(
     conversations = rows.extract(PROMPTS)
     texts = tuple(prompt_of(chat, tokenizer) for chat in conversations)
     chats = tuple({"messages": chat.messages, "tools": chat.tools} for chat in conversations)
-    return ProofPrompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)
+    return ProofPrompts(texts, tuple(prompt_ids(tokenizer, text) for text in texts), chats)
 
 
 @torch.inference_mode()

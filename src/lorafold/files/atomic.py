@@ -26,7 +26,7 @@ from lorafold.errors import LorafoldError, join_problems
 from lorafold.files.paths import check_name
 
 MANIFEST = "manifest.json"
-HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # part of temporary names
+HOST_ID = f"{zlib.crc32(platform.node().encode()):08x}"  # part of temporary names
 
 
 @contextmanager
@@ -40,13 +40,13 @@ def atomic_directory(
     check_out(path, overwrite)
     target = Path(path).expanduser().resolve()
     absent = [folder for folder in target.parents if not folder.exists()]
-    with writing(path):
+    with write_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
-        tmp = _sibling(target, "partial")
+        tmp = _temporary(target, "partial")
         tmp.mkdir()
         try:
             yield tmp
-            _place(tmp, target, overwrite, durable)
+            _publish(tmp, target, overwrite, durable)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             with suppress(OSError):  # another process may have written there
@@ -62,8 +62,8 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     """
     target = Path(path).expanduser()
     check_name(path)
-    _try(path, target.resolve().parent)
-    with writing(path):
+    _check_creatable(path, target.resolve().parent)
+    with write_errors(path):
         clear_leftovers(target.resolve())
     if not os.path.lexists(target):
         return
@@ -80,7 +80,7 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
 
 def check_folder(path: str | Path) -> None:
     """Raises unless files can be written into a directory, which may not exist yet."""
-    _try(path, Path(path).expanduser().resolve())
+    _check_creatable(path, Path(path).expanduser().resolve())
 
 
 def check_file(path: str | Path) -> None:
@@ -88,7 +88,7 @@ def check_file(path: str | Path) -> None:
     _check_no_directory(path)
     if not target.parent.is_dir():
         raise LorafoldError(f"{path} can't be written: {target.parent} is not a directory")
-    _try(path, target.parent)
+    _check_creatable(path, target.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -114,8 +114,8 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes a file atomically."""
     _check_no_directory(path)
     target = Path(path).resolve()
-    with writing(path):
-        tmp = _sibling(target, "partial")
+    with write_errors(path):
+        tmp = _temporary(target, "partial")
         try:
             tmp.write_text(text, encoding="utf-8")
             _sync(tmp)
@@ -173,12 +173,12 @@ def sha256(path: Path) -> str:
 
 def is_abandoned(name: str) -> bool:
     """Whether the name is a temporary one of a dead process of this machine."""
-    found = re.fullmatch(rf"\..+\.{HOST}-(\d+)-[0-9a-f]+\.(partial|old)", name)
+    found = re.fullmatch(rf"\..+\.{HOST_ID}-(\d+)-[0-9a-f]+\.(partial|old)", name)
     return found is not None and not psutil.pid_exists(int(found[1]))
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
+def write_errors(path: str | Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
@@ -195,11 +195,11 @@ def _check_no_directory(path: str | Path) -> None:
         raise LorafoldError(f"{path}: found a directory, expected a file name")
 
 
-def _try(path: str | Path, folder: Path) -> None:
+def _check_creatable(path: str | Path, folder: Path) -> None:
     """Raises if nothing can be created in a folder, or in its first existing parent."""
     there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
     try:
-        made = _sibling(there / Path(path).name, "partial")
+        made = _temporary(there / Path(path).name, "partial")
         made.mkdir()
         made.rmdir()
     except OSError as error:
@@ -207,7 +207,7 @@ def _try(path: str | Path, folder: Path) -> None:
         raise LorafoldError(f"{path} can't be written: {there}: {reason}") from error
 
 
-def _place(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
+def _publish(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
     """Writes the manifest, flushes and renames. At every moment `target` is the old directory,
     absent, or the new one.
     """
@@ -224,7 +224,7 @@ def _place(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
         for path in [*files, *(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
             _sync(path)
     check_out(target, overwrite)
-    old = _sibling(target, "old") if target.exists() else None
+    old = _temporary(target, "old") if target.exists() else None
     if old is not None:
         target.rename(old)
     try:
@@ -238,15 +238,15 @@ def _place(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sibling(target: Path, kind: str) -> Path:
+def _temporary(target: Path, kind: str) -> Path:
     """Returns a hidden name next to `target`, with this machine and process."""
-    return target.with_name(f".{target.name}.{HOST}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+    return target.with_name(f".{target.name}.{HOST_ID}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
 def remove(path: str | Path) -> None:
     """Removes a directory as far as possible, after renaming it, so it never appears incomplete."""
     target = Path(path).resolve()
-    gone = _sibling(target, "partial")
+    gone = _temporary(target, "partial")
     with suppress(OSError):
         target.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
@@ -257,7 +257,7 @@ def clear_leftovers(target: Path) -> None:
     Restores the old directory if one was killed between its two renames.
     """
     for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
-        if not (path.name.startswith(f".{target.name}.{HOST}-") and is_abandoned(path.name)):
+        if not (path.name.startswith(f".{target.name}.{HOST_ID}-") and is_abandoned(path.name)):
             continue
         if path.suffix == ".old" and not target.exists():
             path.rename(target)

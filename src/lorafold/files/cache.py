@@ -31,16 +31,16 @@ class CacheEntry:
     used: float
 
 
-def cached(
+def cache_entry(
     kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
 ) -> Path:
     """Returns the directory of an intact entry, which `write` fills if necessary; `notice` receives
     the reason for a delay.
     """
-    return filled(_place(kind, key), write, notice)
+    return fill_once(_entry_path(kind, key), write, notice)
 
 
-def filled(path: Path, write: Callable[[Path], None], notice: Callable[[str], None]) -> Path:
+def fill_once(path: Path, write: Callable[[Path], None], notice: Callable[[str], None]) -> Path:
     with _locked(path, notice):
         if path.is_dir():
             if not (problems := verify(path)):
@@ -53,15 +53,15 @@ def filled(path: Path, write: Callable[[Path], None], notice: Callable[[str], No
     return path
 
 
-def found_in_cache(kind: str, key: str) -> Path | None:
-    path = _place(kind, key)
+def find_cached(kind: str, key: str) -> Path | None:
+    path = _entry_path(kind, key)
     if not path.is_dir() or verify(path):
         return None
     os.utime(path)
     return path
 
 
-def _place(kind: str, key: str) -> Path:
+def _entry_path(kind: str, key: str) -> Path:
     name = sha256(f"{version('lorafold')}\n{key}".encode()).hexdigest()[:32]
     return cache_directory() / kind / name
 

@@ -28,9 +28,9 @@ from pydantic import TypeAdapter
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object, write_json
 
-CLAIM = ".claim"
+SUFFIX = ".claim"
 LEASE = 60.0  # seconds; a claim is touched three times in it
-PAUSE = 1.0  # seconds between checks for others' results
+POLL_SECONDS = 1.0  # seconds between checks for others' results
 TOKEN = "token"  # a file in the shared directory; its expected content is in VARIABLE
 VARIABLE = "LORAFOLD_TOKEN"
 DIGITS = 12
@@ -41,7 +41,7 @@ def silent(text: str) -> None:
     """Prints nothing."""
 
 
-def shared(
+def share_work(
     work: Mapping[Path, Callable[[], object]],
     done: Callable[[Path], object] = lambda path: None,
     say: Callable[[str], object] = silent,
@@ -50,28 +50,28 @@ def shared(
     with each path; `say` receives the processes that this one waits for.
     """
     claims = {
-        path: SoftFileLease(f"{path}{CLAIM}", lease_duration=LEASE, on_compromise=_lost)
+        path: SoftFileLease(f"{path}{SUFFIX}", lease_duration=LEASE, on_compromise=_stop)
         for path in work
     }
     waited = False
     while claims:
         before = len(claims)
         for path, claim in [*claims.items()]:
-            if path.exists() or _make(path, claim, work[path]):
+            if path.exists() or _make_claimed(path, claim, work[path]):
                 del claims[path]
                 done(path)
         if claims and len(claims) == before:
             if not waited:
-                say(f"waiting for {', '.join(map(_held, claims.values()))}")
+                say(f"waiting for {', '.join(map(_holder, claims.values()))}")
             waited = True
-            time.sleep(PAUSE)
+            time.sleep(POLL_SECONDS)
 
 
 def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> None:
     """Reports claims next to `work` on paths that this process doesn't share."""
     own = set(work)
-    claims = {claim for folder in {p.parent for p in own} for claim in folder.glob(f"*{CLAIM}")}
-    found = {claim.name.removesuffix(CLAIM) for claim in claims} - {path.name for path in own}
+    claims = {claim for folder in {p.parent for p in own} for claim in folder.glob(f"*{SUFFIX}")}
+    found = {claim.name.removesuffix(SUFFIX) for claim in claims} - {path.name for path in own}
     if found:
         say(
             f"found claims on other work ({listed(sorted(found))}); workers share work only if they"
@@ -97,13 +97,13 @@ def check_token(folder: Path) -> None:
         )
 
 
-def _make(path: Path, claim: SoftFileLease, make: Callable[[], object]) -> bool:
+def _make_claimed(path: Path, claim: SoftFileLease, make: Callable[[], object]) -> bool:
     try:
         claim.acquire(blocking=False)
     except Timeout:
         return False
     except OSError as error:
-        raise LorafoldError(f"{path}{CLAIM}: can't be written: {error.strerror}") from error
+        raise LorafoldError(f"{path}{SUFFIX}: can't be written: {error.strerror}") from error
     try:
         if not path.exists():  # the previous holder may have finished it
             make()
@@ -112,7 +112,7 @@ def _make(path: Path, claim: SoftFileLease, make: Callable[[], object]) -> bool:
     return True
 
 
-def _lost(found: LeaseCompromise) -> None:
+def _stop(found: LeaseCompromise) -> None:
     """Ends this process like SIGTERM, because another took its claim while it was suspended or its
     file system hung, and no two may do the same work.
     """
@@ -121,12 +121,12 @@ def _lost(found: LeaseCompromise) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _held(claim: SoftFileLease) -> str:
-    owner, name = claim.owner, Path(claim.lock_file).name.removesuffix(CLAIM)
+def _holder(claim: SoftFileLease) -> str:
+    owner, name = claim.owner, Path(claim.lock_file).name.removesuffix(SUFFIX)
     return name if owner is None else f"{name} (process {owner.pid} on {owner.hostname})"
 
 
-def measured(
+def measure_all(
     kind: type[Result],
     cells: Mapping[Path, Callable[[], Result]],
     done: Callable[[Path, Result], object] = lambda file, result: None,
@@ -144,7 +144,7 @@ def measured(
     def write(file: Path, cell: Callable[[], Any]) -> None:
         write_json(file, asdict(cell()))
 
-    shared({file: partial(write, file, cell) for file, cell in cells.items()}, there, say)
+    share_work({file: partial(write, file, cell) for file, cell in cells.items()}, there, say)
     return {file: results[file] for file in cells}
 
 

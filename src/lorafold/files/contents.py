@@ -27,10 +27,10 @@ from lorafold.files.atomic import sha256 as file_sha256
 from lorafold.files.paths import cache_directory
 from lorafold.files.record import RECORD
 
-PIECE = 1 << 20  # bytes
-HUB = re.compile(r"[0-9a-f]{64}")  # the name of a large blob in the hub's cache
-FRESH = 2.0  # seconds within which another write may keep the stamp
-AT_ONCE = 4
+READ_BYTES = 1 << 20  # bytes
+HUB_BLOB = re.compile(r"[0-9a-f]{64}")  # the name of a large blob in the hub's cache
+FRESH_SECONDS = 2.0  # seconds within which another write may keep the stamp
+NUM_THREADS = 4
 
 
 def digest(files: Iterable[tuple[str, int, str]]) -> str:
@@ -55,7 +55,7 @@ def _bytes(path: Path, most: float) -> bytearray | None:
             return None
         content = bytearray(size)
         del content[file.readinto(content) :]  # type: ignore[attr-defined]
-        while len(content) <= most and (more := file.read(PIECE)):  # the file has grown
+        while len(content) <= most and (more := file.read(READ_BYTES)):  # the file has grown
             content += more
         return content if len(content) <= most else None
 
@@ -69,9 +69,8 @@ class Contents:
         self.path, self.names = Path(directory).expanduser(), tuple(names)
         self.files: dict[str, bytearray] = {}
         for name in (*names, MANIFEST):
-            left = most - sum(map(len, self.files.values()))
             try:
-                content = _bytes(self.path / name, left)
+                content = _bytes(self.path / name, most - sum(map(len, self.files.values())))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
@@ -127,13 +126,12 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, about: os.stat_result) -> FileStamp:
-        times = about.st_mtime_ns, about.st_ctime_ns
-        return cls(about.st_dev, about.st_ino, about.st_size, *times)
+        return cls(about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
     @property
     def settled(self) -> bool:
         """Whether any further write would change the stamp."""
-        return time.time_ns() - max(self.modified, self.changed) > FRESH * 1e9
+        return time.time_ns() - max(self.modified, self.changed) > FRESH_SECONDS * 1e9
 
 
 def file_digest(path: Path) -> tuple[int, str]:
@@ -141,7 +139,7 @@ def file_digest(path: Path) -> tuple[int, str]:
     try:
         real = path.resolve(strict=True)
         stamp = FileStamp.of(real.stat())
-        if real.parent.name == "blobs" and HUB.fullmatch(real.name):
+        if real.parent.name == "blobs" and HUB_BLOB.fullmatch(real.name):
             return stamp.size, real.name
         entry = cache_directory() / "digests" / "known" / f"{stamp.device:x}-{stamp.inode:x}"
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -168,6 +166,6 @@ def files_digest(
     found = {path for name in names for path in directory.glob(name) if path.is_file()}
     shown = sorted(path.relative_to(directory).as_posix() for path in found)
     known = read or {}
-    with ThreadPoolExecutor(AT_ONCE) as threads:
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
         entries = threads.map(lambda name: known.get(name) or file_digest(directory / name), shown)
         return digest((name, *own) for name, own in zip(shown, entries, strict=True))

@@ -14,13 +14,13 @@ from typing import Any
 
 from lorafold.errors import truncate_end
 from lorafold.files.atomic import write_text
-from lorafold.files.templates import as_text, environment, within
+from lorafold.files.templates import environment, format_value, interval_text
 
 STYLES = ("look.css", "page.css")
-PARTS = ("table", "section", "notes", "cards", "grid")
-LINES = 30  # maximum lines of a table
-ENTRIES = 16  # larger mappings are only counted
-INTERVAL = "_interval"
+MACROS = ("table", "section", "notes", "cards", "grid")
+MAX_LINES = 30  # maximum lines of a table
+MAX_ENTRIES = 16  # larger mappings are only counted
+INTERVAL_SUFFIX = "_interval"
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -33,7 +33,7 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _environment() -> Any:
     made = environment(True)
     parts = made.get_template("files/parts.html").module
-    made.globals.update({name: getattr(parts, name) for name in PARTS})
+    made.globals.update({name: getattr(parts, name) for name in MACROS})
     return made
 
 
@@ -55,15 +55,14 @@ def notes(texts: Iterable[str]) -> str:
     return str(_environment().globals["notes"](texts))
 
 
-def rendered(template: str, **values: Any) -> str:
+def render_page(template: str, **values: Any) -> str:
     """Renders a template by its path in the package. Values are escaped unless they are Markup."""
     return str(_environment().get_template(template).render(values))
 
 
 def write_page(title: str, body: str, path: str | Path) -> None:
-    place = files("lorafold.files")
-    style = "".join((place / name).read_text(encoding="utf-8") for name in STYLES)
-    write_text(path, rendered("files/page.html", title=title, body=body, style=style) + "\n")
+    style = "".join((files("lorafold.files") / name).read_text(encoding="utf-8") for name in STYLES)
+    write_text(path, render_page("files/page.html", title=title, body=body, style=style) + "\n")
 
 
 class ShownInNotebooks:
@@ -75,19 +74,19 @@ class ShownInNotebooks:
     def _repr_html_(self) -> str:
         content = self.as_json()
         lines = [*_lines(content)]
-        tables = [html_table(["figure", "value"], lines, most=LINES)] if lines else []
+        tables = [html_table(["figure", "value"], lines, most=MAX_LINES)] if lines else []
         return "".join([*tables, *(_by_row(rows) for rows in content.values() if _are_rows(rows))])
 
 
 def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
     for key, value in values.items():
         name = f"{above}{key}".replace("_", " ")
-        if value is None or key.endswith(INTERVAL) or _are_rows(value):
+        if value is None or key.endswith(INTERVAL_SUFFIX) or _are_rows(value):
             continue
         if not isinstance(value, Mapping):
             if text := _text(value):
-                yield [name, text + within(values.get(f"{key}{INTERVAL}"))]
-        elif len(value) > ENTRIES or any(isinstance(v, Mapping) for v in value.values()):
+                yield [name, text + interval_text(values.get(f"{key}{INTERVAL_SUFFIX}"))]
+        elif len(value) > MAX_ENTRIES or any(isinstance(v, Mapping) for v in value.values()):
             yield [name, f"{len(value):,} entries"]
         else:
             yield from _lines(value, f"{name}, ")
@@ -95,10 +94,10 @@ def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return "" if value is None else truncate_end(as_text(value), 200)
+        return "" if value is None else truncate_end(format_value(value), 200)
     if len(value) > 4 and all(isinstance(one, int | float) for one in value):
         return f"{_text(value[0])} ... {_text(value[-1])} ({len(value):,})"
-    if len(value) > ENTRIES:
+    if len(value) > MAX_ENTRIES:
         return f"{len(value):,} entries"
     sentences = all(isinstance(one, str) and one.endswith(".") for one in value)
     return (" " if sentences else ", ").join(map(_text, value))
@@ -114,12 +113,13 @@ def _by_row(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [
         key
         for key, values in columns.items()
-        if not key.endswith(INTERVAL)
+        if not key.endswith(INTERVAL_SUFFIX)
         and not any(isinstance(value, Mapping) or _are_rows(value) for value in values)
         and any(value not in (None, "", [], ()) for value in values)
     ]
     lines = [
-        [_text(row.get(key)) + within(row.get(f"{key}{INTERVAL}")) for key in shown] for row in rows
+        [_text(row.get(key)) + interval_text(row.get(f"{key}{INTERVAL_SUFFIX}")) for key in shown]
+        for row in rows
     ]
     head = [key.replace("_", " ") for key in shown]
-    return html_table(head, lines, most=LINES) if shown else ""
+    return html_table(head, lines, most=MAX_LINES) if shown else ""

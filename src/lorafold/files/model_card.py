@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lorafold.files.templates import in_words, within
+from lorafold.files.templates import interval_text, render_text
 
 CARD = "README.md"
 # keys of an adapter's record
@@ -73,7 +73,7 @@ def training_card(
         "Recipe": record.get("recipe", {}),
         "Data": data,
     }
-    text = in_words(
+    text = render_text(
         "files/model_card.jinja",
         front=yaml.safe_dump(front, sort_keys=True),
         name=name,
@@ -102,7 +102,7 @@ def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
         "objective": record["recipe"]["objective"],
         "judged by": ", ".join(f"{weight:g} x {name}" for name, weight in judges.items()),
         **{
-            f"held-out reward {when[step]}": f"{reward:.4g}{within(interval)}"
+            f"held-out reward {when[step]}": f"{reward:.4g}{interval_text(interval)}"
             for step, reward, interval in zip(*columns, strict=True)
             if step in when and reward is not None
         },

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lorafold.errors import LorafoldError
 
-ALIKE = 0.8
-MOST = 2000  # entries of a directory to compare
+MIN_SIMILARITY = 0.8
+MAX_ENTRIES = 2000  # entries of a directory to compare
 
 
 def cache_directory() -> Path:
@@ -22,10 +22,10 @@ def cache_directory() -> Path:
 def nearest_name(path: Path) -> str:
     """Suggests the most similar entry of the directory, or returns ""."""
     try:
-        names = [entry.name for entry in islice(path.parent.iterdir(), MOST)]
+        names = [entry.name for entry in islice(path.parent.iterdir(), MAX_ENTRIES)]
     except OSError:
         return ""
-    near = get_close_matches(path.name, names, 1, ALIKE)
+    near = get_close_matches(path.name, names, 1, MIN_SIMILARITY)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 

@@ -19,25 +19,25 @@ from typing import Any, NamedTuple
 from unicodedata import east_asian_width
 
 log = logging.getLogger(__name__)
-WIDE, ROOM = 24, 16  # characters of a one-line name, and per line of a folded one
-SECOND = "\u200b"  # invisible, follows a double-width character so that it counts twice
+NAME_WIDTH, LINE_WIDTH = 24, 16  # characters of a one-line name, and per line of a folded one
+FILLER = "\u200b"  # invisible, follows a double-width character so that it counts twice
 Interval = tuple[float, float]
 SIZE = (4.5, 3.2)  # inches
-SMALL = (3.4, 2.7)  # for plots side by side
+SMALL_SIZE = (3.4, 2.7)  # for plots side by side
 COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(5)))
 _, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
 DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MARKERS = ("o", "^", "s", "D", "v", "P")
-TEXT = 10  # font size in points
-TALL = 1.4 * TEXT  # line height in points
+FONT_SIZE = 10  # font size in points
+LINE_HEIGHT = 1.4 * FONT_SIZE  # line height in points
 LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
     "svg.hashsalt": "lorafold",
     "text.parse_math": False,  # a name may have dollar signs
-    "font.size": TEXT,
-    "axes.titlesize": TEXT,
-    "axes.labelsize": TEXT,
+    "font.size": FONT_SIZE,
+    "axes.titlesize": FONT_SIZE,
+    "axes.labelsize": FONT_SIZE,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": LINE,
@@ -59,37 +59,36 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def spaced(name: str) -> str:
+def pad_wide(name: str) -> str:
     """Pads double-width characters, so that the length is the width in columns."""
-    wide = (c + SECOND * (east_asian_width(c) in "WF") for c in name.replace(SECOND, ""))
-    return "".join(wide)
+    return "".join(c + FILLER * (east_asian_width(c) in "WF") for c in name.replace(FILLER, ""))
 
 
-def short(name: str, most: int) -> str:
+def truncate(name: str, most: int) -> str:
     """Truncates a name in its middle to a width."""
-    name, half = spaced(name), (most - 1) // 2
+    name, half = pad_wide(name), (most - 1) // 2
     if len(name) <= most:
         return name
     start, end = name[: most - 1 - half], name[len(name) - half :]
-    whole = start[:-1] if name[len(start)] == SECOND else start
-    return f"{whole}…{end.removeprefix(SECOND)}"
+    whole = start[:-1] if name[len(start)] == FILLER else start
+    return f"{whole}…{end.removeprefix(FILLER)}"
 
 
-def distinct(names: Sequence[str], most: int) -> list[str]:
+def truncate_distinct(names: Sequence[str], most: int) -> list[str]:
     """Truncates names to a width, or a larger one at which they differ."""
-    shown = [short(name, most) for name in names]
-    differ = len({*shown}) == len({*map(spaced, names)})
-    return shown if differ else distinct(names, most + 2)
+    shown = [truncate(name, most) for name in names]
+    differ = len({*shown}) == len({*map(pad_wide, names)})
+    return shown if differ else truncate_distinct(names, most + 2)
 
 
-def folded(name: str, most: int) -> str:
-    lines = (fill(short(name, size), ROOM) for size in range(len(spaced(name)), 0, -1))
-    return next((text for text in lines if text.count("\n") < most), spaced(name))
+def wrap_name(name: str, most: int) -> str:
+    lines = (fill(truncate(name, size), LINE_WIDTH) for size in range(len(pad_wide(name)), 0, -1))
+    return next((text for text in lines if text.count("\n") < most), pad_wide(name))
 
 
-def brief(names: Sequence[str]) -> list[str]:
+def without_common(names: Sequence[str]) -> list[str]:
     """Removes common words from the start and end of names, if one is too long for a line."""
-    if len(names) < 2 or all(len(spaced(name)) <= WIDE for name in names):
+    if len(names) < 2 or all(len(pad_wide(name)) <= NAME_WIDTH for name in names):
         return [*names]
     both = [*names], [name[::-1] for name in names]
     same = (commonprefix(of) for of in both)  # noqa: RUF071 - of characters
@@ -98,7 +97,7 @@ def brief(names: Sequence[str]) -> list[str]:
     return [f"{'…' * (start > 0)}{p}{'…' * (end > 0)}" for p in parts] if all(parts) else [*names]
 
 
-def drawing(
+def figure_html(
     draw: Callable[[Any], str | None], title: str, caption: str, size: tuple[float, float] = SIZE
 ) -> str:
     """Returns an HTML figure with inline SVG. `draw` draws on matplotlib's axes and may return a
@@ -118,8 +117,8 @@ def drawing(
         plot = Figure(figsize=size, layout="constrained", dpi=72)
         caption += draw(plot.add_subplot()) or ""
         FigureCanvasSVG(plot).print_svg(text, metadata={"Date": None})
-    _, tag, rest = text.getvalue().replace(SECOND, "").partition("<svg")
-    svg = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _of_page, tag + rest)
+    _, tag, rest = text.getvalue().replace(FILLER, "").partition("<svg")
+    svg = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _page_colour, tag + rest)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
     return _figure(title, caption, svg)
 
@@ -135,23 +134,23 @@ def warn_not_drawn() -> None:
     log.warning("matplotlib is missing, so pages have no plots; install lorafold[plots]")
 
 
-def _of_page(found: re.Match[str]) -> str:
+def _page_colour(found: re.Match[str]) -> str:
     n = int(found[2], 16)
     if found[1] == "1":
-        return mixed("series-0", "series-1", n)
+        return mix_colours("series-0", "series-1", n)
     return f"var(--{COLOURS[n]})" if n < len(COLOURS) else found[0]
 
 
-def mixed(one: str, other: str, percent: float) -> str:
+def mix_colours(one: str, other: str, percent: float) -> str:
     return f"color-mix(in oklab, var(--{one}), var(--{other}) {percent:.0f}%)"
 
 
-def between(share: float) -> str:
+def ordered_colour(share: float) -> str:
     """The colour of a line in an ordered set, from 0 (first) to 1 (last)."""
     return f"#0001{round(100 * share):02x}"
 
 
-def series(n: int) -> dict[str, Any]:
+def series_style(n: int) -> dict[str, Any]:
     return {
         "color": SERIES[n % len(SERIES)],
         "linestyle": DASHES[n % len(DASHES)],
@@ -159,7 +158,7 @@ def series(n: int) -> dict[str, Any]:
     }
 
 
-def number(value: float, position: Any = None, digits: int = 6) -> str:
+def tick_label(value: float, position: Any = None, digits: int = 6) -> str:
     """Formats a number for ticks: 2.7, 0.05, 40k, 1.5M, 2e-7."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -172,7 +171,7 @@ def number(value: float, position: Any = None, digits: int = 6) -> str:
     return plain.replace("-", "\N{MINUS SIGN}")
 
 
-def scaled(axes: Any, **scales: str) -> None:
+def set_scales(axes: Any, **scales: str) -> None:
     """Sets log or linear scales for `x` and `y`, with few ticks. Call it after drawing."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -185,15 +184,15 @@ def scaled(axes: Any, **scales: str) -> None:
             locator = LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,), numticks=8)
         axis.set_major_locator(locator)
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(number)
+        axis.set_major_formatter(tick_label)
 
 
-def spread(values: Sequence[float], intervals: Sequence[Interval | None]) -> list[list[float]]:
+def error_bars(values: Sequence[float], intervals: Sequence[Interval | None]) -> list[list[float]]:
     pairs = [(v, interval or (v, v)) for v, interval in zip(values, intervals, strict=True)]
     return [[abs(value - interval[side]) for value, interval in pairs] for side in (0, 1)]
 
 
-def level(axes: Any, name: str, **at: float) -> None:
+def draw_level(axes: Any, name: str, **at: float) -> None:
     """Draws a labelled line at a value of `y` or `x`."""
     [(way, value)] = at.items()
     down = way == "x"
@@ -210,7 +209,7 @@ class Series(NamedTuple):
     intervals: Sequence[Interval | None]
 
 
-def rows(axes: Any, names: Sequence[str], marks: Sequence[Series], most: int = WIDE) -> str:
+def draw_rows(axes: Any, names: Sequence[str], marks: Sequence[Series], width: int = 24) -> str:
     """Draws figures of named rows as points with intervals. With several figures, their names are
     next to their first points; the returned sentence counts names that don't fit.
     """
@@ -219,35 +218,35 @@ def rows(axes: Any, names: Sequence[str], marks: Sequence[Series], most: int = W
         known = [(y, v, i) for y, (v, i) in enumerate(zip(*one[1:], strict=True)) if v is not None]
         at, values, intervals = zip(*known, strict=True)
         heights = [y + 0.3 * (n - (len(marks) - 1) / 2) for y in at]
-        style = series(n) | {"linestyle": "none"}
-        axes.errorbar(values, heights, xerr=spread(values, intervals), **style)
+        style = series_style(n) | {"linestyle": "none"}
+        axes.errorbar(values, heights, xerr=error_bars(values, intervals), **style)
         first.append((values[0], heights[0]))
-    axes.set_yticks(range(len(names)), distinct(names, most))
+    axes.set_yticks(range(len(names)), truncate_distinct(names, width))
     axes.tick_params("y", labelcolor=INK, length=0)
     axes.set_ylim(len(names) - 0.4, -0.6 - 0.6 * (len(marks) > 1))
-    return at_points(axes, first, [one.name for one in marks]) if len(marks) > 1 else ""
+    return label_points(axes, first, [one.name for one in marks]) if len(marks) > 1 else ""
 
 
-def height_of(names: Sequence[str], marks: int = 1) -> tuple[float, float]:
+def rows_size(names: Sequence[str], marks: int = 1) -> tuple[float, float]:
     return SIZE[0], 0.75 + (0.2 + 0.06 * (marks - 1)) * len(names) + 0.15 * (marks > 1)
 
 
-class End(NamedTuple):
+class LineEnd(NamedTuple):
     height: float
     name: str
     colour: str
 
 
-def at_ends(axes: Any, ends: Sequence[End]) -> None:
+def label_ends(axes: Any, ends: Sequence[LineEnd]) -> None:
     """Writes labels to the right of the axes without overlaps. Call it after drawing."""
     axes.figure.draw_without_rendering()  # computes the layout
     frame = axes.get_window_extent()
     x = axes.get_xlim()[1]
     wanted = sorted((axes.transData.transform((x, end.height))[1], end) for end in ends)
-    lines = max(1, int((frame.height + 2 * TEXT) / TALL / max(1, len(ends))))  # per name
-    names = [folded(end.name, lines) for _, end in wanted]
-    halves = [TALL * (1 + name.count("\n")) / 2 for name in names]
-    heights, floor, ceiling = [at for at, _ in wanted], frame.y0 - TEXT, frame.y1 + TEXT
+    lines = max(1, int((frame.height + 2 * FONT_SIZE) / LINE_HEIGHT / max(1, len(ends))))
+    names = [wrap_name(end.name, lines) for _, end in wanted]
+    halves = [LINE_HEIGHT * (1 + name.count("\n")) / 2 for name in names]
+    heights, floor, ceiling = [at for at, _ in wanted], frame.y0 - FONT_SIZE, frame.y1 + FONT_SIZE
     for n, half in enumerate(halves):
         heights[n] = max(heights[n], floor + half)
         floor = heights[n] + half
@@ -262,7 +261,7 @@ def at_ends(axes: Any, ends: Sequence[End]) -> None:
         )  # fmt: skip
 
 
-def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]) -> str:
+def label_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]) -> str:
     """Writes labels near points without overlaps, inside of the frame; returns a sentence with the
     number that don't fit. Call it after drawing.
     """
@@ -273,13 +272,14 @@ def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
     left_out = 0
-    for point, (x, y), name in zip(points, at, distinct(names, WIDE), strict=True):
+    for point, (x, y), name in zip(points, at, truncate_distinct(names, NAME_WIDTH), strict=True):
         measured = axes.text(*point, name)
         wide = measured.get_window_extent().width
         measured.remove()
         for far, (right, up) in product((6, 12, 20, 30, 42, 56), sides):
-            left, low = x + right * far + (right - 1) / 2 * wide, y + up * far + (up - 1) / 2 * TALL
-            box = Bbox.from_bounds(left, low, wide, TALL)
+            left = x + right * far + (right - 1) / 2 * wide
+            low = y + up * far + (up - 1) / 2 * LINE_HEIGHT
+            box = Bbox.from_bounds(left, low, wide, LINE_HEIGHT)
             inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)

@@ -18,7 +18,7 @@ ALIASES = {"quantization": "storage"}  # other names of fields and options
 NAMES = RENAMED | ALIASES
 
 
-def named_as_now(fields: Mapping[str, Any], names: Mapping[str, str] = NAMES) -> dict[str, Any]:
+def current_names(fields: Mapping[str, Any], names: Mapping[str, str] = NAMES) -> dict[str, Any]:
     """Renames old fields and aliases; raises if a field has two names."""
     for name, now in names.items():
         same = [n for n in (now, *names) if n != name and n in fields and names.get(n, n) == now]

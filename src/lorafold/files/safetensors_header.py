@@ -15,17 +15,17 @@ from typing import Any
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import open_regular
 
-HEADER = 100_000_000  # bytes; the limit of the library
+MAX_HEADER = 100_000_000  # bytes; the limit of the library
 
 # bytes per element, by safetensors' names of PyTorch's dtypes
-SIZES = {
+ELEMENT_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class TensorSpan:
     """A tensor's dtype, shape and position in the file's bytes."""
 
     dtype: str
@@ -34,8 +34,8 @@ class TensorPlace:
     stop: int
 
 
-def check_numbers(
-    path: Path, most: int, longest: int = HEADER, read: Callable[[bytes], Any] = json.loads
+def check_num_elements(
+    path: Path, most: int, longest: int = MAX_HEADER, read: Callable[[bytes], Any] = json.loads
 ) -> None:
     """Raises if tensors have more than `most` elements, or the header more than `longest` bytes.
     `read` parses JSON. A file of at most `most` bytes is not read.
@@ -53,7 +53,7 @@ def check_numbers(
     except OSError as error:
         raise LorafoldError(f"{path}: can't be read ({error.strerror})") from None
     try:
-        tensors = places(head, read, end)
+        tensors = tensor_spans(head, read, end)
     except LorafoldError as error:
         raise LorafoldError(f"{path}: not readable as safetensors: {error}") from None
     if (numbers := sum(prod(place.shape) for place in tensors.values())) > most:
@@ -63,9 +63,9 @@ def check_numbers(
         )
 
 
-def places(
+def tensor_spans(
     content: bytearray, read: Callable[[bytes], Any] = json.loads, end: int | None = None
-) -> dict[str, TensorPlace]:
+) -> dict[str, TensorSpan]:
     """Returns tensors by name, from a file's content or, with its size `end`, its header. Raises,
     without the file's name, if header and file don't match exactly.
     """
@@ -84,7 +84,7 @@ def places(
     if not (isinstance(texts, Mapping) and all(isinstance(text, str) for text in texts.values())):
         raise LorafoldError("__metadata__: expected an object whose values are strings")
     tensors = {name: about for name, about in header.items() if name != "__metadata__"}
-    found = {name: _place(name, about, 8 + size) for name, about in tensors.items()}
+    found = {name: _span(name, about, 8 + size) for name, about in tensors.items()}
     at = 8 + size
     for name, place in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
         if place.start != at or place.stop > end:
@@ -98,11 +98,11 @@ def places(
     return found
 
 
-def _place(name: str, about: Any, begin: int) -> TensorPlace:
+def _span(name: str, about: Any, begin: int) -> TensorSpan:
     about = about if isinstance(about, dict) else {}
     dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in (*SIZES,):
-        expected = f"expected one of {', '.join(SIZES)}"
+    if dtype not in (*ELEMENT_BYTES,):
+        expected = f"expected one of {', '.join(ELEMENT_BYTES)}"
         raise LorafoldError(f"{name!r:.200}: dtype: found {dtype!r:.80}, {expected}")
     lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not lists or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
@@ -110,10 +110,10 @@ def _place(name: str, about: Any, begin: int) -> TensorPlace:
             f"{name!r:.200}: found shape {shape!r:.80} and data_offsets {offsets!r:.80}, expected"
             " lists of non-negative integers, and two offsets"
         )
-    size = prod(shape) * SIZES[dtype]
+    size = prod(shape) * ELEMENT_BYTES[dtype]
     if offsets[1] - offsets[0] != size:
         raise LorafoldError(
             f"{name!r:.200}: found {offsets[1] - offsets[0]:,} bytes, expected {size:,} for"
             f" dtype {dtype} and shape {shape!r:.80}"
         )
-    return TensorPlace(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+    return TensorSpan(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from lorafold.errors import listed
-from lorafold.files.terminal import shown
+from lorafold.files.terminal import formatted
 
 
 @cache
@@ -20,25 +20,25 @@ def environment(escape: bool) -> Any:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     made.filters.update(
-        form=format, listed=listed, shown=shown, text=as_text, with_interval=with_interval
+        form=format, listed=listed, shown=formatted, text=format_value, with_interval=with_interval
     )
     return made
 
 
-def in_words(template: str, **values: Any) -> str:
+def render_text(template: str, **values: Any) -> str:
     return str(environment(False).get_template(template).render(values)).removesuffix("\n")
 
 
-def within(interval: Sequence[float] | None, form: str = ".4g") -> str:
+def interval_text(interval: Sequence[float] | None, form: str = ".4g") -> str:
     return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
 
 
 def with_interval(figures: Any, name: str, form: str = ".4g") -> str:
     interval = getattr(figures, f"{name}_interval")
-    return f"{getattr(figures, name):{form}}{within(interval, form)}"
+    return f"{getattr(figures, name):{form}}{interval_text(interval, form)}"
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"

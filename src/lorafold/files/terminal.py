@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 80
-NOTHING = "–"  # a missing figure
+MISSING = "–"  # a missing figure
 Progress = Callable[[int, int], None]  # called as progress(done, total)
-ENOUGH, LEAST = 20, 8  # minimum width of the first column, before and after wrapping figures
+FIRST_COLUMN, MIN_FIRST_COLUMN = 20, 8  # widths before and after wrapping figures
 
 
 def print_lines(console: Console | None, *lines: object) -> None:
@@ -37,11 +37,11 @@ def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int =
     words = [max(map(len, " ".join(cells).split())) for cells in columns]
     sizes = [max(word, *map(len, cells[1:]), 0) for word, cells in zip(words, columns, strict=True)]
     room = width - 2 * (len(sizes) - 1)
-    sizes[0] = min(sizes[0], max(ENOUGH, room - sum(sizes[1:])))
+    sizes[0] = min(sizes[0], max(FIRST_COLUMN, room - sum(sizes[1:])))
     while sum(sizes) > room and sizes[1:] != words[1:]:
         widest = max(range(1, len(sizes)), key=lambda n: sizes[n] - words[n])
         sizes[widest] = words[widest]
-    sizes[0] = min(sizes[0], max(LEAST, room - sum(sizes[1:])))
+    sizes[0] = min(sizes[0], max(MIN_FIRST_COLUMN, room - sum(sizes[1:])))
     table = Table.grid(padding=(0, 2, 0, 0))
     for n, size in enumerate(sizes):
         table.add_column(width=size, justify="right" if n else "left", overflow="fold")
@@ -70,8 +70,8 @@ def paragraph(text: str, opening: str = "", width: int = WIDTH) -> list[str]:
     ) or [opening.rstrip()]
 
 
-def shown(value: float | None, form: str) -> str:
-    return NOTHING if value is None else f"{value:{form}}"
+def formatted(value: float | None, form: str) -> str:
+    return MISSING if value is None else f"{value:{form}}"
 
 
 def values_of(items: Iterable[Any], path: str) -> list[Any]:
@@ -88,19 +88,19 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def spread(values: Iterable[float | None], form: str, ranged: bool | None = None) -> str:
+def mean_range(values: Iterable[float | None], form: str, ranged: bool | None = None) -> str:
     """Formats the mean of known values; with lowest and highest if `ranged`, by default if they
     differ.
     """
     known = [value for value in values if value is not None]
     if not known:
-        return NOTHING
+        return MISSING
     lowest, mean, highest = (f"{value:{form}}" for value in (min(known), fmean(known), max(known)))
     ranged = lowest != highest if ranged is None else ranged
     return f"{mean} ({lowest} to {highest})" if ranged else mean
 
 
-def silent(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     """Progress without output."""
 
 

@@ -35,7 +35,7 @@ from lorafold.evaluation.batched_losses import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.fragility_study.defences import DEFENCES, Overlap, attached, overlap, updates_of
 from lorafold.fragility_study.task import AdapterStack, FragilityTask
-from lorafold.generation import complete, tokens_of
+from lorafold.generation import complete, prompt_ids
 from lorafold.inspecting.updates import Svds, svd_of_factors
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.training.inputs import rendering_of
@@ -156,7 +156,7 @@ def build_probe(
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> Example:
     """A prompt and its continuation; only the continuation's tokens are labelled."""
-    before, after = tokens_of(tokenizer, prompt), tokens_of(tokenizer, text)
+    before, after = prompt_ids(tokenizer, prompt), prompt_ids(tokenizer, text)
     return Example((*before, *after), (*(NO_LOSS,) * len(before), *after))
 
 
@@ -204,7 +204,7 @@ def refusals(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe
 ) -> list[bool]:
     """Whether each greedy completion, of prompts to refuse and of controls, is a refusal."""
-    limit = MAX_LEADING + max(len(tokens_of(tokenizer, text)) for text in probe.refusal_prefixes)
+    limit = MAX_LEADING + max(len(prompt_ids(tokenizer, text)) for text in probe.refusal_prefixes)
     texts = complete(model, tokenizer, [*probe.refused_prompts, *probe.control_prompts], limit)
     return [begins_with_any(text, probe.refusal_prefixes) for text in texts]
 

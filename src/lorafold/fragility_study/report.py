@@ -15,9 +15,9 @@ from typing import Any
 from lorafold.comparing.paired_tests import Difference
 from lorafold.comparing.report import plus_minus
 from lorafold.evaluation.intervals import Interval
-from lorafold.files.html_page import markdown_table, rendered, write_page
-from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
-from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table, values_of
+from lorafold.files.html_page import markdown_table, render_page, write_page
+from lorafold.files.plots import FAINT, LineEnd, figure_html, label_ends, series_style, set_scales
+from lorafold.files.terminal import MISSING, formatted, mean_range, paragraph, text_table, values_of
 from lorafold.fragility_study.defences import DEFENCES
 from lorafold.fragility_study.measure import RefusalMetrics, TunedMetrics
 from lorafold.fragility_study.result import Curve, Fragility, Point, TuningSetting
@@ -38,12 +38,12 @@ SETTING = ("stack", "defence", "rank", "rate")
 
 
 def table_row(points: Sequence[Point]) -> list[str]:
-    figures = (spread(values_of(points, figure), form) for figure, form in METRICS.values())
-    return [*setting_cells(points[0].way), shown(points[0].examples, "d"), *figures]
+    figures = (mean_range(values_of(points, figure), form) for figure, form in METRICS.values())
+    return [*setting_cells(points[0].way), formatted(points[0].examples, "d"), *figures]
 
 
 def setting_cells(setting: TuningSetting) -> list[str]:
-    return [setting.stack, setting.defence, shown(setting.rank, "d"), shown(setting.lr, "g")]
+    return [setting.stack, setting.defence, formatted(setting.rank, "d"), formatted(setting.lr, "g")]
 
 
 def last_points(study: Fragility) -> list[list[Point]]:
@@ -82,7 +82,7 @@ def short_report(study: Fragility) -> str:
         [
             " ".join(part for part, differs in zip(label, varied, strict=True) if part and differs),
             _log_odds(points),
-            *(spread(values_of(points, figure), form, False) for figure, form in figures),
+            *(mean_range(values_of(points, figure), form, False) for figure, form in figures),
         ]
         for label, points in zip(labels, rows, strict=True)
     ]
@@ -96,14 +96,14 @@ def short_report(study: Fragility) -> str:
 def _label_parts(point: Point) -> tuple[str, ...]:
     stack, defence, *numbers = setting_cells(point.way)
     named = zip(("rank ", "rate "), numbers, strict=True)
-    settings = ["" if value == NOTHING else name + value for name, value in named]
+    settings = ["" if value == MISSING else name + value for name, value in named]
     return stack, defence, *settings, f"{point.examples} examples" * bool(point.examples)
 
 
 def _log_odds(points: Sequence[Point]) -> str:
     figure, form = METRICS["log-odds"]
     if len(points) > 1:
-        return spread(values_of(points, figure), form, False)
+        return mean_range(values_of(points, figure), form, False)
     metrics = points[0].measured
     return plus_minus(Difference(metrics.log_odds, metrics.log_odds_interval), form)
 
@@ -117,7 +117,7 @@ def markdown(study: Fragility) -> str:
 def page(study: Fragility, path: str | Path) -> None:
     curves = study.curves
     defences = dict.fromkeys(curve.way.defence for curve in curves)
-    content = rendered(
+    content = render_page(
         "fragility_study/fragility.html",
         study=study,
         curves=[*map(str, curves)],
@@ -166,25 +166,25 @@ def plot(
         bands[curve.way.defence] = [band(seeds, figure) for seeds in metrics]
 
     def draw(axes: Any) -> None:
-        ends = [End(height, name, FAINT) for name, height in levels.items()]
+        ends = [LineEnd(height, name, FAINT) for name, height in levels.items()]
         for height in levels.values():
             axes.axhline(height, color=FAINT, linewidth=0.8, linestyle=":")
         for curve in curves:
             name, counts = curve.way.defence, [0, *curve.by_examples]
-            x, style = [math.log1p(k) for k in counts], series(list(DEFENCES).index(name))
+            x, style = [math.log1p(k) for k in counts], series_style(list(DEFENCES).index(name))
             axes.plot(x, means[name], **style)
             low_high = zip(*bands[name], strict=True)
             axes.fill_between(x, *low_high, color=style["color"], alpha=0.12, linewidth=0)
             axes.set_xticks(x, list(map(str, counts)))
-            ends.append(End(means[name][-1], name, style["color"]))
+            ends.append(LineEnd(means[name][-1], name, style["color"]))
         axes.set(xlabel="benign examples", ylabel=label)
-        scaled(axes, y="linear")
-        at_ends(axes, ends)
+        set_scales(axes, y="linear")
+        label_ends(axes, ends)
 
     largest = max(max(curve.by_examples) for curve in curves)
     ended = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
     caption = f"After {largest} benign examples: {ended}; {levels['before']:{form}} before."
-    return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", caption)
+    return figure_html(draw, f"{label[0].upper()}{label[1:]}, {title}", caption)
 
 
 def band(seeds: Sequence[RefusalMetrics], figure: str) -> Interval:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 from lorafold.errors import LorafoldError
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.fragility_study.defences import Overlap
 from lorafold.fragility_study.measure import RefusalMetrics, StackMetrics, TunedMetrics
 
@@ -175,7 +175,7 @@ class Fragility(ShownInNotebooks):
         )
 
     def __str__(self) -> str:
-        return in_words("fragility_study/fragility.jinja", study=self)
+        return render_text("fragility_study/fragility.jinja", study=self)
 
     def as_json(self) -> dict[str, Any]:
         """All figures, under the keys of `lorafold fragility --json`."""

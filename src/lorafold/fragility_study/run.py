@@ -15,11 +15,11 @@ from rich.console import Console
 
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.files.claims import digest_of, measured, report_other_claims, shared, silent
+from lorafold.files.claims import digest_of, measure_all, report_other_claims, share_work, silent
 from lorafold.fragility_study.measure import LoadModel, StackEvaluator, StackMetrics, TunedMetrics
 from lorafold.fragility_study.result import Fragility, Point, TuningSetting
 from lorafold.fragility_study.task import AdapterStack, FragilityTask, TuningRun, check
-from lorafold.training.request import RunRequest, rendering_of
+from lorafold.training.inputs import RunRequest, rendering_of
 from lorafold.training.run import train
 
 ReportProgress = Callable[[str, int, int], None]  # description, done, total
@@ -43,7 +43,7 @@ def sweep(
     point_files = [file for run in runs for file in files.of_points(run).values()]
     tunings = {files.tuned_adapter(run): run for run in runs}
     report_other_claims([*stacks, *tunings, *point_files], say)
-    by_stack = [*measured(StackMetrics, stacks, say=say).values()]
+    by_stack = [*measure_all(StackMetrics, stacks, say=say).values()]
     tell_tuned, tell_point = counted(tell, len(runs)), counted(tell, len(point_files))
     needed = {}
     for path, run in tunings.items():
@@ -51,7 +51,7 @@ def sweep(
             tell_tuned(f"tuned {run}")
         else:
             needed[path] = partial(tune, run, path)
-    shared(needed, lambda path: tell_tuned(f"tuned {tunings[path]}"), say)
+    share_work(needed, lambda path: tell_tuned(f"tuned {tunings[path]}"), say)
     points: list[Point] = []
     for stack, metrics in zip(task.stacks, by_stack, strict=True):
         evaluator = cache(partial(StackEvaluator, task, stack, load_model))
@@ -115,10 +115,10 @@ def measure_points(
 
     def tell_measured(file: Path, after: TunedMetrics) -> None:
         run, defence = points[file]
-        tell(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
+        tell(f"{run}, {defence}: log-odds {after.measure_all.log_odds:+.2f}")
 
     measures = {file: partial(measure, *point) for file, point in points.items()}
-    for file, after in measured(TunedMetrics, measures, tell_measured, say).items():
+    for file, after in measure_all(TunedMetrics, measures, tell_measured, say).items():
         run, defence = points[file]
         setting = TuningSetting(stack.name, defence, run.rank, run.lr)
         yield Point.of(setting, run.seed, run.examples, before, after)

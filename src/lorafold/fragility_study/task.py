@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lorafold.composing.updates import names
+from lorafold.composing.updates import short_names
 from lorafold.data.json_input import Row
 from lorafold.data.prompts import questions_in
 from lorafold.data.row_store import Rows, SourcePart
@@ -46,7 +46,7 @@ class AdapterStack:
 
 def stacks_of(*adapters: Sequence[SavedAdapter]) -> tuple[AdapterStack, ...]:
     """The stacks, with unique names from their adapters' directories; the empty stack is "base"."""
-    short = iter(names([one.path for stack in adapters for one in stack]))
+    short = iter(short_names([one.path for stack in adapters for one in stack]))
     return tuple(
         AdapterStack(tuple(stack), " + ".join(next(short) for _ in stack) or "base")
         for stack in adapters

@@ -20,7 +20,7 @@ from lorafold.errors import LorafoldError, escape_unprintable
 from lorafold.files.atomic import check_intact, read_object
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import RECORD
-from lorafold.files.templates import in_words, within
+from lorafold.files.templates import interval_text, render_text
 
 Values = Sequence[float | None]
 LEARNING_RATE = "learning rate"
@@ -240,13 +240,13 @@ class History(ShownInNotebooks):
             return ""
         (start, first, low), (end, last, high) = points[0], points[-1]
         before = "before the first step" if start == 0 else f"after step {start}"
-        text = f"{first:.4g}{within(low)} {before}"
-        return text if start == end else f"{text}, {last:.4g}{within(high)} after step {end}"
+        text = f"{first:.4g}{interval_text(low)} {before}"
+        return text if start == end else f"{text}, {last:.4g}{interval_text(high)} after step {end}"
 
     def __str__(self) -> str:
         figures = {n: ends for n, v in self.by_step.items() if (ends := first_and_last(v))}
         names = ["means of steps", *self.configuration, *map(escape_unprintable, figures)]
-        return in_words(
+        return render_text(
             "inspecting/history.jinja", history=self, figures=figures, line=escape_unprintable,
             mean=fmean, wide=max(map(len, names)), n=max(MIN_STEPS, len(self.losses) // 10),
         )  # fmt: skip

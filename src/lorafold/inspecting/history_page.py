@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lorafold.files.html_page import rendered, write_page
-from lorafold.files.plots import brief, number
-from lorafold.files.templates import within
+from lorafold.files.html_page import render_page, write_page
+from lorafold.files.plots import tick_label, without_common
+from lorafold.files.templates import interval_text
 from lorafold.inspecting.history import REWARD_PREFIX, History, first_and_last
 from lorafold.inspecting.page_plots import curves
 
@@ -42,7 +42,7 @@ def sections(history: History) -> str:
     samples = history.samples
     paired = {"first", "last"} <= samples.keys()
     constants = (f"{clean(name)} {rounded(x)}" for name, x in constant_metrics(history).items())
-    return rendered(
+    return render_page(
         "inspecting/history.html",
         history=history,
         clean=clean,
@@ -64,13 +64,13 @@ def summary_figures(history: History) -> Iterator[tuple[str, str]]:
     for step in dict.fromkeys((min(measured), max(measured)) if measured else ()):
         value, interval = measured[step]
         when = "before the first step" if step == 0 else f"after step {step}"
-        yield f"held-out {key} {when}{within(interval)}", number(value, digits=3)
+        yield f"held-out {key} {when}{interval_text(interval)}", tick_label(value, digits=3)
     for name in (key, "entropy", "tokens a completion"):
         if ends := first_and_last(history.by_step.get(name, ())):
             first, last = map(fmean, ends)
             yield (
                 f"{name}, first and last {len(ends[0])} steps",
-                f"{number(first, digits=3)} → {number(last, digits=3)}",
+                f"{tick_label(first, digits=3)} → {tick_label(last, digits=3)}",
             )
 
 
@@ -114,7 +114,7 @@ def render_plots(history: History) -> Iterator[str]:
     plots = metrics_by_plot(history)
     rewards = [name for name in history.names if name.startswith(REWARD_PREFIX)]
     labels_of = dict(
-        zip(rewards, brief([clean(n.removeprefix(REWARD_PREFIX)) for n in rewards]), strict=True)
+        zip(rewards, without_common([clean(n.removeprefix(REWARD_PREFIX)) for n in rewards]), strict=True)
     )
     [alone, *more] = plots.get("each reward", ()) or ("",)
     alone = alone if not more and "reward" in plots else ""
@@ -150,7 +150,7 @@ def change_text(history: History, name: str, held_out: bool = True) -> str:
 
 
 def rounded(value: float) -> str:
-    return number(value, digits=4)
+    return tick_label(value, digits=4)
 
 
 def clean(text: Any) -> str:

@@ -18,8 +18,8 @@ from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only
 from lorafold.core.spec import Spec
 from lorafold.errors import NoTokenizer
-from lorafold.files.templates import as_text
-from lorafold.files.terminal import Progress, silent
+from lorafold.files.templates import format_value
+from lorafold.files.terminal import Progress, no_progress
 from lorafold.inspecting.residual_stream import ResidualStream, find_stream, gain, heads_in
 from lorafold.inspecting.result import AdapterFigures, Inspection, MatrixFigures, Sites
 from lorafold.inspecting.spectra import (
@@ -66,7 +66,7 @@ def inspect(
     against: SavedAdapter | None = None,
     directions: str | Path | None = None,
     full: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Inspection:
     """Measure the last adapter of a stack; the adapters below it count as part of the base. `full`
     also takes the SVD of every base weight.
@@ -134,7 +134,7 @@ def describe_method(spec: Spec) -> str:
         value = getattr(spec, f.name)
         default = f.default if f.default_factory is MISSING else f.default_factory()
         if value is not None and (value != default or f.name in ("rank", "alpha")):
-            text = describe_method(value) if isinstance(value, Spec) else as_text(value)
+            text = describe_method(value) if isinstance(value, Spec) else format_value(value)
             parts.append(f"{f.name.replace('_', ' ')} {text}")
     return ", ".join(parts)
 

@@ -23,7 +23,7 @@ from lorafold.data.chat_template import with_date
 from lorafold.data.row_store import Rows
 from lorafold.errors import Interrupted, LorafoldError, differing_keys
 from lorafold.files.atomic import read_object, write_json
-from lorafold.files.claims import TOKEN, measured, shared, silent
+from lorafold.files.claims import TOKEN, measure_all, share_work, silent
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
@@ -114,13 +114,13 @@ def search(
         out / "base.json": lambda: base_model_loss(request, recipe),
         out / "full.json": lambda: run(request, recipe, out / "full", "full"),
     }
-    measured(HeldOutLoss, fixed_runs | in_subspace(2**high), record_loss, say)
+    measure_all(HeldOutLoss, fixed_runs | in_subspace(2**high), record_loss, say)
     base, full = losses["base"], losses["full"]
     points = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
-        measured(HeldOutLoss, in_subspace(d), record_loss, say)
+        measure_all(HeldOutLoss, in_subspace(d), record_loss, say)
         loss = losses[str(d)]
         points[d] = SubspaceRun(d, loss, (base - loss) / (base - full))
         tell(points[d])
@@ -155,7 +155,7 @@ def check_search(out: Path, identity: dict[str, Any]) -> None:
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
     if others and not file.exists():
         raise LorafoldError(f"{out}: found files that are not from a search; choose another --out")
-    shared({file: lambda: write_json(file, identity)})
+    share_work({file: lambda: write_json(file, identity)})
     recorded_identity = read_object(file)
     if FILES not in recorded_identity:
         raise LorafoldError(

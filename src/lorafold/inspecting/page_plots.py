@@ -24,17 +24,17 @@ def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: in
     caption = f"Block {steepest} decays most: the smallest of its {len(spectrum)} values is {last}."
 
     def colour(block: int) -> str:
-        return plots.between(block / max(depth, 1))
+        return plots.ordered_colour(block / max(depth, 1))
 
     def draw(axes: Any) -> None:
         for block, s in lines:
             axes.plot(range(1, len(s) + 1), s, color=colour(block), linewidth=0.9)
         axes.set(xlabel="direction", ylabel="s / s₁")
-        plots.scaled(axes, x="linear", y="log")
+        plots.set_scales(axes, x="linear", y="log")
         ends = lines[:1] + lines[-1:] * (len(lines) > 1)
-        plots.at_ends(axes, [plots.End(s[-1], f"block {n}", colour(n)) for n, s in ends])
+        plots.label_ends(axes, [plots.LineEnd(s[-1], f"block {n}", colour(n)) for n, s in ends])
 
-    return plots.drawing(draw, kind, caption, plots.SMALL)
+    return plots.figure_html(draw, kind, caption, plots.SMALL_SIZE)
 
 
 def heat_map(
@@ -54,10 +54,10 @@ def heat_map(
         for axis, n in ((axes.xaxis, columns), (axes.yaxis, lines)):
             axis.set_ticks(range(first, first + n, max(1, -(-n // 6))))
         ticks = (0, most / 2, most)
-        bar = axes.figure.colorbar(shown, ax=axes, ticks=ticks, format=plots.number)
+        bar = axes.figure.colorbar(shown, ax=axes, ticks=ticks, format=plots.tick_label)
         bar.outline.set_lw(0)
 
-    return plots.drawing(draw, title, caption, plots.SMALL)
+    return plots.figure_html(draw, title, caption, plots.SMALL_SIZE)
 
 
 def line(
@@ -68,13 +68,13 @@ def line(
     marked: dict[float, str],
 ) -> str:
     def draw(axes: Any) -> str:
-        axes.plot(*zip(*points, strict=True), **plots.series(0))
+        axes.plot(*zip(*points, strict=True), **plots.series_style(0))
         axes.set(xlabel=across, ylabel="loss, nats per token")
-        plots.scaled(axes, x="linear", y="linear")
+        plots.set_scales(axes, x="linear", y="linear")
         losses = dict(points)
-        return plots.at_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))
+        return plots.label_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))
 
-    return plots.drawing(draw, title, caption)
+    return plots.figure_html(draw, title, caption)
 
 
 def curves(
@@ -90,24 +90,25 @@ def curves(
     def draw(axes: Any) -> None:
         ends = []
         for n, (name, line) in enumerate(lines.items()):
-            style = plots.series(n)
+            style = plots.series_style(n)
             mark = style["marker"] if len(line) == 1 else ""
             axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
-            ends.append(plots.End(line[-1][1], name, style["color"]))
+            ends.append(plots.LineEnd(line[-1][1], name, style["color"]))
         names = [*dict.fromkeys([*lines, *measured])]
         for name, points in measured.items():  # several figures keep the colours of their lines
-            style = plots.series(names.index(name) if len(names) > 1 else len(lines))
+            style = plots.series_style(names.index(name) if len(names) > 1 else len(lines))
             x, values, intervals = zip(*points, strict=True)
-            axes.errorbar(x, values, plots.spread(values, intervals), **style | {"linestyle": ":"})
-            ends.append(plots.End(values[-1], f"{name}, held out", style["color"]))
+            style |= {"linestyle": ":"}
+            axes.errorbar(x, values, plots.error_bars(values, intervals), **style)
+            ends.append(plots.LineEnd(values[-1], f"{name}, held out", style["color"]))
         axes.set(xlabel="step")
         axes.margins(x=0.03)
-        plots.scaled(axes, x="linear", y="log" if is_log else "linear")
+        plots.set_scales(axes, x="linear", y="log" if is_log else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        plots.at_ends(axes, ends if len(ends) > 1 else [])
+        plots.label_ends(axes, ends if len(ends) > 1 else [])
 
     size = (plots.SIZE[0], max(plots.SIZE[1], 0.6 + 0.2 * (len(steps) + len(measured))))
-    return plots.drawing(draw, title, caption, size)
+    return plots.figure_html(draw, title, caption, size)
 
 
 def downsample(values: Sequence[float | None]) -> list[tuple[float, float]]:
@@ -129,18 +130,18 @@ def position(
     def draw(axes: Any) -> None:
         bins, ends = range(len(read)), []
         for n, (name, (heights, _)) in enumerate(sides.items()):
-            style = plots.series(n)
+            style = plots.series_style(n)
             for tenths, share in ((bins[:-1], heights[:-1]), (bins[-1:], heights[-1:])):
                 axes.plot(tenths, share, **style)
             axes.axhline(even_shares[name], **style | {"marker": "", "linewidth": 0.6})
-            ends.append(plots.End(heights[-1], name, style["color"]))
+            ends.append(plots.LineEnd(heights[-1], name, style["color"]))
         axes.set_xticks(list(bins), [*(str(i + 1) for i in bins[:-1]), "out"])
         axes.set(xlabel="tenth of W0's directions, strongest first", ylabel="share of the energy")
-        plots.scaled(axes, y="linear")
-        plots.at_ends(axes, [*ends, plots.End(even_shares["read"], "even", plots.FAINT)])
+        plots.set_scales(axes, y="linear")
+        plots.label_ends(axes, [*ends, plots.LineEnd(even_shares["read"], "even", plots.FAINT)])
 
     shares_text = " and ".join(
         f"{heights[0]:.0%} of the energy {name} ({even_shares[name]:.0%} if even)"
         for name, (heights, _) in sides.items()
     )
-    return plots.drawing(draw, title, f"The strongest tenth contains {shares_text}.")
+    return plots.figure_html(draw, title, f"The strongest tenth contains {shares_text}.")

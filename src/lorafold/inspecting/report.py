@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lorafold.files.html_page import rendered, write_page
-from lorafold.files.plots import mixed
-from lorafold.files.terminal import NOTHING, mean_of, spread, text_table, values_of
+from lorafold.files.html_page import render_page, write_page
+from lorafold.files.plots import mix_colours
+from lorafold.files.terminal import MISSING, mean_of, mean_range, text_table, values_of
 from lorafold.inspecting import page_plots as plots
 from lorafold.inspecting.result import (
     ExpertOverlap,
@@ -47,7 +47,7 @@ def table(inspection: Inspection) -> str:
         sites = [inspection.sites[path] for path in paths]
         ranks = (fmean(values_of(sites, f"effective_rank_{share}")) for share in (90, 95, 99))
         ranged = module_path(paths[0]) != paths[0]
-        means = (spread(values_of(sites, name), form, ranged) for name, form in RANGES.values())
+        means = (mean_range(values_of(sites, name), form, ranged) for name, form in RANGES.values())
         shares = ", ".join(f"{rank:.1f}" for rank in ranks)
         lines.append([kind, f"{fmean(m.rank for m in sites):.3g}", shares, *means])
     return text_table(("module", "rank", "for 90, 95, 99%", *RANGES), lines)
@@ -59,7 +59,7 @@ def page(inspection: Inspection, path: str | Path) -> None:
 
 def sections(inspection: Inspection) -> str:
     sites = inspection.sites
-    return rendered(
+    return render_page(
         "inspecting/inspect.html",
         inspection=inspection,
         maps=[
@@ -93,7 +93,7 @@ def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any
     def cell(value: float | None) -> tuple[str, str]:
         if value is None:
             return "", ""
-        return f"{value:{form}}", mixed("raised", "heat", 100 * min(max(value / largest, 0.0), 1.0))
+        return f"{value:{form}}", mix_colours("raised", "heat", 100 * min(max(value / largest, 0.0), 1.0))
 
     lines = [(layer, [cell(values.get((kind, layer))) for kind in kinds]) for layer in layers]
     return {"heading": heading, "kinds": kinds, "lines": lines}
@@ -176,10 +176,10 @@ def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tup
         yield (
             path,
             f"{sum(site.numerical_rank > 0 for site in of)} of {len(of)}",
-            spread(values_of(of, "base.relative_norm"), ".2%", True),
-            spread(values_of(of, "effective_rank_95"), ".1f", True),
-            spread(values_of(of, "stable_rank"), ".2f", True),
-            f"{phi.phi:.2f} ({phi.phi_lowest:.2f} to {phi.phi_highest:.2f})" if phi else NOTHING,
+            mean_range(values_of(of, "base.relative_norm"), ".2%", True),
+            mean_range(values_of(of, "effective_rank_95"), ".1f", True),
+            mean_range(values_of(of, "stable_rank"), ".2f", True),
+            f"{phi.phi:.2f} ({phi.phi_lowest:.2f} to {phi.phi_highest:.2f})" if phi else MISSING,
         )
 
 

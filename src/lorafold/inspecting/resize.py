@@ -29,7 +29,7 @@ from lorafold.files.atomic import check_out
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
     Factors,
@@ -72,7 +72,7 @@ class Resized(ShownInNotebooks):
 
     def __str__(self) -> str:
         worst = max(self.sites, key=lambda path: self.sites[path]["error"])
-        return in_words("inspecting/resized.jinja", resized=self, worst=worst)
+        return render_text("inspecting/resized.jinja", resized=self, worst=worst)
 
 
 def build_result(cuts: RankErrors, out: str | Path, left_out: Mapping[str, float]) -> Resized:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
-from lorafold.files.cache import cached
+from lorafold.files.cache import cache_entry
 
 log = logging.getLogger(__name__)
 
 HEADERS = Path(__file__).parent
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno",
          "-fno-trapping-math")  # fmt: skip
-SECONDS = 120  # to compile
+TIMEOUT = 120  # to compile
 P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -77,14 +77,14 @@ def load_library(source: Path) -> ctypes.PyDLL:
     """Loads a C++ file's library, compiled if it is not cached. Calls keep the GIL, since they take
     microseconds. Raises Unavailable without a C++ compiler, OpenMP or a writable cache.
     """
-    library = _compiled(source)
+    library = _compile_cached(source)
     try:
         return ctypes.PyDLL(str(library))
     except OSError as error:
         raise Unavailable(f"{library}: can't be loaded ({error})") from None
 
 
-def _compiled(source: Path) -> Path:
+def _compile_cached(source: Path) -> Path:
     chosen = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if chosen is None:
         raise Unavailable("found no C++ compiler, expected c++ or g++ (or CXX)")
@@ -100,7 +100,7 @@ def _compiled(source: Path) -> Path:
         _run([*compiler, "-shared", str(part), "-o", str(target)])
         part.unlink()
 
-    return cached("native", key, write, log.info) / f"{source.stem}.so"
+    return cache_entry("native", key, write, log.info) / f"{source.stem}.so"
 
 
 def processor() -> str:
@@ -115,7 +115,7 @@ def processor() -> str:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]}: can't be run ({error})") from None
     if done.returncode:

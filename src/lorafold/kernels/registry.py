@@ -12,7 +12,7 @@ from lorafold.errors import LorafoldError
 from lorafold.ops import attention, cross_entropy, decoding, dropout, elementwise, scale_and_add
 from lorafold.ops.operators import Operation
 
-FORMS = {
+IMPLEMENTATIONS = {
     elementwise.NORM: {"cpu": "training._CppTraining"},
     elementwise.NORM_BACKWARD: {"cpu": "training._CppTraining"},
     elementwise.GATED: {"cpu": "training._CppTraining"},
@@ -33,20 +33,20 @@ FORMS = {
     decoding.ATTEND: {"cpu": "decoding._CppDecoding"},
     decoding.WRITE: {"cpu": "decoding._CppDecoding"},
 }
-OF_PASSES = (decoding.STORED, decoding.LOW_RANK, decoding.ATTEND, decoding.WRITE)
+ENGINE_ONLY = (decoding.STORED, decoding.LOW_RANK, decoding.ATTEND, decoding.WRITE)
 DECODING = (
-    *OF_PASSES, elementwise.NORM, elementwise.ROTARY, elementwise.GATED, scale_and_add.SCALE
+    *ENGINE_ONLY, elementwise.NORM, elementwise.ROTARY, elementwise.GATED, scale_and_add.SCALE
 )  # fmt: skip
-TRAINING = tuple(operation for operation in FORMS if operation not in OF_PASSES)
+TRAINING = tuple(operation for operation in IMPLEMENTATIONS if operation not in ENGINE_ONLY)
 
 
 @cache
-def use(operations: tuple[Operation, ...], device: str = "cpu") -> str:
+def enable(operations: tuple[Operation, ...], device: str = "cpu") -> str:
     """Compiles operations for a kind of device and uses them in this process from now on. Returns
     the reason if they are unavailable.
     """
-    places = {of: FORMS[of][device] for of in operations if device in FORMS[of]}
-    forms = {place: _forms(place) for place in dict.fromkeys(places.values())}
+    places = {of: IMPLEMENTATIONS[of][device] for of in operations if device in IMPLEMENTATIONS[of]}
+    forms = {place: _load(place) for place in dict.fromkeys(places.values())}
     for form in forms.values():
         if isinstance(form, LorafoldError):
             return str(form)
@@ -56,7 +56,7 @@ def use(operations: tuple[Operation, ...], device: str = "cpu") -> str:
 
 
 @cache
-def _forms(place: str) -> Any:
+def _load(place: str) -> Any:
     """Returns the object with the operations, created once per process, or the error."""
     module, _, name = place.partition(".")
     try:

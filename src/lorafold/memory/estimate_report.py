@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.files.html_page import ShownInNotebooks, html_table, notes, section, write_page
-from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
+from lorafold.files.plots import FAINT, INK, SERIES, SIZE, draw_level, figure_html, set_scales
 from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import SPEED, TERMS, Advice, Estimate
 from lorafold.memory.trace import MemorySetting
@@ -62,12 +62,12 @@ def terms_plot(estimate: Estimate, memory: int | None, counted: str) -> str:
             offset = {"textcoords": "offset points", "va": "center"}
             axes.annotate(format_bytes(size), (start + size, y), (4, 0), **offset)
         if memory is not None:
-            level(axes, "the device", x=memory)
+            draw_level(axes, "the device", x=memory)
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, 1.25 * max(total, memory or 0))
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.tick_params("y", labelcolor=INK, length=0)
-        scaled(axes, x="linear")
+        set_scales(axes, x="linear")
         axes.xaxis.set_major_formatter(lambda n, _: format_bytes(int(n)) if n else "0")
 
     most = max(terms, key=lambda name: terms[name])
@@ -76,7 +76,7 @@ def terms_plot(estimate: Estimate, memory: int | None, counted: str) -> str:
         f"{format_bytes(total)}{of} at the peak, {counted}; the largest term is {most},"
         f" {terms[most] / total:.0%}."
     )
-    return drawing(draw, "Memory by term", text, (SIZE[0], 0.7 + 0.22 * len(names)))
+    return figure_html(draw, "Memory by term", text, (SIZE[0], 0.7 + 0.22 * len(names)))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import nn
 
 from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.models.quantizations import ON_LOAD, UNQUANTIZED
 from lorafold.models.quantize_on_load import quantizable_paths
 from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
@@ -83,10 +83,10 @@ class MergeTarget:
     ) -> str:
         """A sentence on the base in training, and the distances of files and original weights."""
         values = {"base": base, "files": files, "distance": distance, "original": from_original}
-        return in_words("merging/distances.jinja", into=self, **values)
+        return render_text("merging/distances.jinja", into=self, **values)
 
     def __str__(self) -> str:
-        return in_words("merging/target.jinja", into=self)
+        return render_text("merging/target.jinja", into=self)
 
 
 def choose_merge_target(

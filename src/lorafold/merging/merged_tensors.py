@@ -26,7 +26,7 @@ from lorafold.core.expert_matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
-from lorafold.files.terminal import Progress, silent
+from lorafold.files.terminal import Progress, no_progress
 from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.quantization_round_trip import ROUND_TRIP
 from lorafold.layers import layer_of
@@ -177,7 +177,7 @@ def write_merged(
     writer: Writer,
     rounding: Rounding = "auto",
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> MergeResult:
     """Write the merged model; `progress` counts bytes."""
     values, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0

@@ -33,8 +33,8 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
-from lorafold.files.templates import in_words
-from lorafold.files.terminal import Progress, progress_bars, silent
+from lorafold.files.templates import render_text
+from lorafold.files.terminal import Progress, no_progress, progress_bars
 from lorafold.merging.merge_target import Distance, MergeTarget, check_savable, choose_merge_target
 from lorafold.merging.merged_tensors import MergeResult, write_merged, write_shards
 from lorafold.merging.plan import plan_merge
@@ -71,7 +71,7 @@ def compare_logits(
     others: Sequence[Callable[[], PreTrainedModel]],
     texts: Sequence[tuple[int, ...]],
     scratch: Path,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> list[Gap]:
     """The differences between a model and others, which are loaded one after the other."""
     done, total = count(1), (1 + len(others)) * len(texts)
@@ -195,7 +195,7 @@ class Merged(ShownInNotebooks):
 
     def summary(self) -> str:
         """A summary of a few lines."""
-        return in_words("merging/merged.jinja", merged=self)
+        return render_text("merging/merged.jinja", merged=self)
 
 
 def merge(

@@ -23,8 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.atomic import MANIFEST, writing
-from lorafold.files.cache import filled
+from lorafold.files.atomic import MANIFEST, write_errors
+from lorafold.files.cache import fill_once
 from lorafold.files.contents import digest, file_digest
 from lorafold.files.paths import cache_directory
 from lorafold.models.gguf_rope import FREQUENCIES, SCALED, scale_positions, value
@@ -118,7 +118,7 @@ def unpacked(gguf: Gguf) -> Path:
 
 def renew(gguf: Gguf, copy: Path) -> Path:
     """The directory of the copy, created if it does not exist or is damaged."""
-    return filled(copy, partial(_unpack, gguf), log.info)
+    return fill_once(copy, partial(_unpack, gguf), log.info)
 
 
 def _unpack(gguf: Gguf, copy: Path) -> None:
@@ -127,7 +127,7 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
     log.info("unpacking %s to %s (once)", gguf.files[0].name, gguf.copy)
     what, readers = f"model {gguf}", read(gguf.files)
     dtype, in_file = _dtypes(_types(readers), gguf.fp32)
-    with loading(what), writing(gguf.copy):
+    with loading(what), write_errors(gguf.copy):
         file = gguf.files[0]
         if len(readers) > 1:
             file = copy / f"joined{SUFFIX}"

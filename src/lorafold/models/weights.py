@@ -28,7 +28,7 @@ from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object
 from lorafold.files.paths import nearest_name
-from lorafold.files.safetensors_header import places
+from lorafold.files.safetensors_header import tensor_spans
 
 # by name in safetensors
 DTYPES = {
@@ -119,7 +119,7 @@ class InMemory(Weights):
         written to. (safetensors' `load` copies them and holds the GIL.)
         """
         try:
-            entries = places(content)
+            entries = tensor_spans(content)
         except LorafoldError as e:
             raise unreadable(path, e) from None
         return cls({

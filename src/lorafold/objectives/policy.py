@@ -35,7 +35,7 @@ from lorafold.evaluation.policy_rewards import RewardedRollouts
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.model_card import JUDGED_BY
-from lorafold.files.templates import within
+from lorafold.files.templates import interval_text
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
 from lorafold.objectives.algorithm_options import SamplingOptions, algorithm_class, policy_options
@@ -262,7 +262,7 @@ class PolicyObjective(OnPolicy):
         reward, interval = scored.figures["reward"], scored.interval
         # a group of one never has a signal
         figures = {k: v for k, v in scored.figures.items() if k != "groups without signal"}
-        text = f", reward {reward:.3f}{within(interval, '.3f')}"
+        text = f", reward {reward:.3f}{interval_text(interval, '.3f')}"
         return Measured(-reward, figures | {"reward_interval": interval}, text, scored.samples_json)
 
     def evaluate(

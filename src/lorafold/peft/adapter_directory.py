@@ -41,7 +41,7 @@ from lorafold.files.model_card import (
     ResultFiles,
     training_card,
 )
-from lorafold.files.record import BASE, RECORD, named_as_now
+from lorafold.files.record import BASE, RECORD, current_names
 from lorafold.methods.common.biases_and_modules import Bias, ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name, whole_of
@@ -147,7 +147,7 @@ class SavedAdapter:
     @property
     def recipe(self) -> Mapping[str, Any]:
         """Its training recipe with current field names; empty if there is none."""
-        return named_as_now(self.record.get("recipe") or {})
+        return current_names(self.record.get("recipe") or {})
 
     @property
     def classes(self) -> tuple[str, ...] | None:

@@ -21,7 +21,7 @@ from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError, truncate_middle
 from lorafold.files.contents import Contents
 from lorafold.files.model_card import OVER
-from lorafold.files.record import BASE, RECORD, TRAINED_ON, named_as_now
+from lorafold.files.record import BASE, RECORD, TRAINED_ON, current_names
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import Weights
@@ -50,7 +50,7 @@ class TrainingStorage:
         """Parse lorafold.json."""
         names = record.get(TRAINED_ON)
         if names is None:
-            storage = named_as_now(record.get("recipe") or {}).get("storage")
+            storage = current_names(record.get("recipe") or {}).get("storage")
             return None if storage is None else cls(str(storage))
         if not isinstance(names, dict) or {*map(type, names.values())} - {str}:
             raise LorafoldError(f"field {TRAINED_ON}: found {names!r}, expected two strings")

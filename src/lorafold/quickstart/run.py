@@ -19,11 +19,11 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, evaluate
 from lorafold.exporting import run as exporting
 from lorafold.files.atomic import check_out
-from lorafold.files.templates import in_words
+from lorafold.files.templates import render_text
 from lorafold.files.terminal import print_lines
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.report import page
-from lorafold.kernels.registry import TRAINING, use
+from lorafold.kernels.registry import TRAINING, enable
 from lorafold.merging.run import MergeOptions, merge
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage, choose_storage
@@ -68,7 +68,7 @@ class QuickstartResult:
 
     def meaning(self) -> list[str]:
         options = {"n": TEST_ROWS, "allowed": exporting.MAX_LOST}
-        return in_words("quickstart/meaning.jinja", run=self, **options).splitlines()
+        return render_text("quickstart/meaning.jinja", run=self, **options).splitlines()
 
 
 def fastest(device: torch.device) -> Storage:
@@ -169,7 +169,7 @@ def describe_hardware(device: torch.device, storage: Storage) -> Iterator[str]:
         f" {cores} usable {'core' if cores == 1 else 'cores'}, matmuls in {dtype}"
     )
     yield f"base: {storage.reason}"
-    reason = use(TRAINING)
+    reason = enable(TRAINING)
     yield f"C++ operations: {reason}; {UNCOMPILED}" if reason else "C++ operations: compiled"
 
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError, listed, read_failure, renamed_warning, two_names_message
-from lorafold.files.record import NAMES, RENAMED, named_as_now
+from lorafold.files.record import NAMES, RENAMED, current_names
 from lorafold.recipe.recipe import RAW_ERRORS, Recipe, explain
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def _read(config: Path) -> Mapping[str, Any]:
             f" {CONVERT_HINT.format(config)}"
         )
     try:
-        return named_as_now(fields)
+        return current_names(fields)
     except LorafoldError as error:
         raise LorafoldError(f"{config}: {error}") from None
 

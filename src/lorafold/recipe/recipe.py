@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from lorafold.errors import LorafoldError, listed, renamed_warning, truncate_end
-from lorafold.files.record import RENAMED, named_as_now
+from lorafold.files.record import RENAMED, current_names
 from lorafold.foreign_options import advice
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import METHOD_FIELDS, Fields
@@ -123,7 +123,7 @@ class Recipe(Fields):
         if isinstance(given, dict):
             old_names = RENAMED.keys() & given.keys()
             try:
-                given = named_as_now(given)
+                given = current_names(given)
             except LorafoldError as error:
                 raise LorafoldError(f"recipe: {error}") from None
             for old in old_names:  # stacklevel 3 is the caller of `Recipe`

@@ -237,8 +237,8 @@ def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: s
 if TYPE_CHECKING:
     from rich.console import Console
 
-HUB = "models--"  # prefix of a model's directory in the hub's cache
-SHORT = 44  # characters of a name or path, so that messages stay below 300
+HUB_PREFIX = "models--"  # prefix of a model's directory in the hub's cache
+LIMIT = 44  # characters of a name or path, so that messages stay below 300
 
 
 def base_for(
@@ -253,26 +253,26 @@ def base_for(
     own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
     if not own:
         return Base(**how)
-    base, line = _opened(_agreed(own), how)
+    base, line = _find_base(_common_base(own), how)
     if console is not None:
         console.print(f"base: {line}", highlight=False, markup=False, soft_wrap=True)
     return base
 
 
-def _agreed(own: Sequence[RecordedBase]) -> RecordedBase:
+def _common_base(own: Sequence[RecordedBase]) -> RecordedBase:
     """The common base of all adapters, from the record with the most information. Adapters without
     a record fit every base.
     """
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
         raise LorafoldError(
-            f"{truncate_middle(str(own[0].adapter), SHORT)}: its config does not contain the base"
+            f"{truncate_middle(str(own[0].adapter), LIMIT)}: its config does not contain the base"
             " model; pass --model PATH (model)"
         )
     first = known[0]
     if other := next((one for one in known if not first.same_as(one)), None):
         one, another = (
-            f"{truncate_middle(str(each.adapter), SHORT)} on {truncate_middle(_name(each), SHORT)}"
+            f"{truncate_middle(str(each.adapter), LIMIT)} on {truncate_middle(_name(each), LIMIT)}"
             for each in (first, other)
         )
         raise LorafoldError(
@@ -286,7 +286,7 @@ def _name(own: RecordedBase) -> str:
     return own.name or "a base without a name"
 
 
-def _opened(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
+def _find_base(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
     def line(path: str, found_by: str = "") -> str:
         if path == own.name:
             return f"{path}, from {own.named_in}"
@@ -294,7 +294,7 @@ def _opened(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
 
     if own.name == EMBEDDED:
         return Base(**how), line(EMBEDDED)
-    named = [*_named(own)]
+    named = [*_paths_by_name(own)]
     for path in named:
         if gguf_at(path) or not own.fingerprint or fits(path, own):
             return Base(str(path), **how), line(str(path))
@@ -309,7 +309,7 @@ def _opened(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
         if known or (isinstance(cached, str) and fits(Path(cached).parent, own)):
             return of_hub, line(own.name)
     if own.fingerprint and not how.get("revision"):
-        for path, name in _elsewhere(own):
+        for path, name in _nearby_models(own):
             if fits(path, own):
                 trusted = bool(how.get("trust_remote_code"))
                 source = ModelSource(path, name, trust_remote_code=trusted)
@@ -317,7 +317,7 @@ def _opened(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
     if named:  # with other weights: loading reports the difference
         return Base(str(named[0]), **how), line(str(named[0]))
     paths = (own.adapter, _name(own), own.adapter.absolute().parent, hub_cache())
-    adapter, name, directory, cache = (truncate_middle(str(p), SHORT) for p in paths)
+    adapter, name, directory, cache = (truncate_middle(str(p), LIMIT) for p in paths)
     missing = (
         f"{adapter}: its base {name} was found neither at its path, next to the adapter in"
         f" {directory}, nor in {cache}; pass --model PATH (model)"
@@ -345,7 +345,7 @@ def fits(path: Path, own: RecordedBase) -> bool:
         return False
 
 
-def _named(own: RecordedBase) -> Iterator[Path]:
+def _paths_by_name(own: RecordedBase) -> Iterator[Path]:
     """The models at the paths that the name may mean, the most literal first."""
     if not own.name:
         return
@@ -357,7 +357,7 @@ def _named(own: RecordedBase) -> Iterator[Path]:
                 yield place
 
 
-def _elsewhere(own: RecordedBase) -> Iterator[tuple[Path, str]]:
+def _nearby_models(own: RecordedBase) -> Iterator[tuple[Path, str]]:
     """All models next to the adapter, in the name's directory, and in the hub's cache, with their
     names.
     """
@@ -371,8 +371,8 @@ def _elsewhere(own: RecordedBase) -> Iterator[tuple[Path, str]]:
             if (path / "config.json").is_file():
                 yield path, str(path)
     for repo in _inside(Path(hub_cache())):
-        if repo.name.startswith(HUB):
-            name = repo.name.removeprefix(HUB).replace("--", "/")
+        if repo.name.startswith(HUB_PREFIX):
+            name = repo.name.removeprefix(HUB_PREFIX).replace("--", "/")
             yield from ((path, name) for path in _inside(repo / "snapshots"))
 
 

@@ -60,7 +60,7 @@ REQUEST_BODIES: dict[str, type[Body]] = {
     "/v1/unload_lora_adapter": models.UnloadBody,
     "/admin/aliases/{name}": models.AliasBody,
 }
-SECURITY_SCHEMES = {"key": {"type": "http", "scheme": "bearer"}}
+SCHEMES = {"key": {"type": "http", "scheme": "bearer"}}
 UNLOGGED_PATHS = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
 COMPLETION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 POLLED_PATHS = ("/v1/models", "/v1/models/events")  # polled by the page; only errors are logged
@@ -114,7 +114,7 @@ def operation_routes(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     async def ready() -> Response:
         """Returns 200 if requests are computed, or 503 with the reason."""
-        why = server.host.ready
+        why = server.host.not_ready
         return json_response({"status": why or "ready"}, 503 if why else 200)
 
     @app.get("/metrics")
@@ -132,8 +132,7 @@ def openapi_description(routes: list[Any]) -> dict[str, Any]:
         content = {"application/json": {"schema": names[kind, "validation"]}}
         for method in openapi["paths"][path].keys() & {"post", "put"}:
             openapi["paths"][path][method]["requestBody"] = {"required": True, "content": content}
-    components = schemas.get("$defs", {})
-    openapi["components"] = {"schemas": components, "securitySchemes": SECURITY_SCHEMES}
+    openapi["components"] = {"schemas": schemas.get("$defs", {}), "securitySchemes": SCHEMES}
     return openapi | {"security": [{"key": []}]}
 
 
@@ -247,7 +246,7 @@ async def _refused(request: Request, error: Any) -> Response:
 
 def bounded(limits: Limits) -> type[HttpToolsProtocol]:
     arriving: dict[Bounded, asyncio.TimerHandle] = {}  # incomplete requests, oldest first
-    pending_trims: list[asyncio.TimerHandle] = []  # at most one pending
+    trims: list[asyncio.TimerHandle] = []  # at most one pending
 
     class Bounded(HttpToolsProtocol):
         """A connection, with a deadline for its first request, and for each one from its first
@@ -317,9 +316,8 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
                 self._trim_later()
 
         def _trim_later(self) -> None:
-            if not pending_trims or pending_trims[-1].when() < self.loop.time():
-                loop = self.loop
-                pending_trims[:] = [loop.call_later(1, loop.run_in_executor, None, trim_heap)]
+            if not trims or trims[-1].when() < self.loop.time():
+                trims[:] = [self.loop.call_later(1, self.loop.run_in_executor, None, trim_heap)]
 
         def _refuse(self, status: int, code: str, message: str) -> None:
             """Closes the connection; sends an error if a request has begun and has no answer yet.

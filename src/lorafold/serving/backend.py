@@ -1,5 +1,5 @@
 """The interface between the server and an engine, implemented by `engine_backend`. All methods are
-thread-safe; `length`, `ready` and `states` don't block.
+thread-safe; `length`, `not_ready` and `states` don't block.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def ready(self) -> str:
+    def not_ready(self) -> str:
         """The reason for which nothing is computed, or an empty text."""
 
     @abstractmethod

@@ -270,18 +270,16 @@ class NextTurn(DialectRequest):
             if body.top_logprobs is not None and not body.logprobs:
                 raise invalid("top_logprobs", "this field requires logprobs: true")
             # with tools, the schema is part of their grammar
-            alone = self._forced is None and not self.tools
             self._sampling = body.sampling(
                 logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-                schema=self._schema if alone else None,
+                schema=self._schema if self._forced is None and not self.tools else None,
             )
 
     def render_prompts(self, renderer: Renderer) -> tuple[str, Prompts]:
         wishes = {k: v for k, v in self._optional_variables.items() if k in renderer.variables}
-        variables = wishes | self.body.variables
 
         def render(messages: list[dict[str, Any]]) -> tuple[str, tuple[int, ...]]:
-            text = renderer.chat(messages, self.tools, variables)
+            text = renderer.chat(messages, self.tools, wishes | self.body.variables)
             return text, renderer.prompt_tokens(text)
 
         messages = self.messages

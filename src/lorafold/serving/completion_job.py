@@ -70,7 +70,7 @@ class CompletionJob:
 
     request: Request
     adapter: str  # or the base's name
-    submitted: float  # the arrival of its request
+    received_at: float  # the arrival of its request
     arrived: asyncio.Event
     count: Callable[[int], None]  # receives the number of new tokens
     began: float | None = None  # the time at which it got a slot
@@ -79,9 +79,9 @@ class CompletionJob:
     tokens: int = 0
     events: deque[Token | Ended] = field(default_factory=deque)
     end: Ended | None = None
-    why: Refusal | None = None  # the server's reason for ending it
-    before: float | None = None  # the arrival of the previous events
-    times: Sequence[float] = ()  # the first and the last token's
+    refusal: Refusal | None = None  # the server's reason for ending it
+    previous_time: float | None = None  # the arrival of the previous events
+    token_times: Sequence[float] = ()  # the first and the last token's
 
     def add_events(self, events: Sequence[Token | Ended]) -> None:
         now, new = time.monotonic(), sum(isinstance(event, Token) for event in events)
@@ -91,19 +91,19 @@ class CompletionJob:
         last = events[-1]
         self.end = last if isinstance(last, Ended) else None
         if self.end is not None and self.end.message == CRASHED:
-            self.why = Refusal(503, "engine_restarted", f"{CRASHED}; try again", retry_after=1)
-        self.before = self.times[-1] if self.times else None
+            self.refusal = Refusal(503, "engine_restarted", f"{CRASHED}; try again", retry_after=1)
+        self.previous_time = self.token_times[-1] if self.token_times else None
         if isinstance(events[0], Token):
-            self.times = [*self.times[:1], now]
+            self.token_times = [*self.token_times[:1], now]
         self.arrived.set()
 
-    def timeout_refusal(self, now: float, limits: Limits) -> Refusal | None:
+    def timeout(self, now: float, limits: Limits) -> Refusal | None:
         queue, first = limits.queue_seconds, limits.first_token_seconds
-        waited = now - self.submitted
+        waited = now - self.received_at
         if self.began is None and waited > queue:
             message = f"no slot became free within {queue:g} s; try again later"
             return Refusal(503, "queue_timeout", message, retry_after=round(queue))
-        if not self.times and waited > first:
+        if not self.token_times and waited > first:
             return Refusal(504, "first_token_timeout", f"no token was generated in {first:g} s")
         if waited > (most := limits.total_seconds):
             return Refusal(504, "total_timeout", f"the completion took more than {most:g} s")
@@ -113,8 +113,8 @@ class CompletionJob:
     def failed(self) -> Refusal | None:
         if self.end is None or self.end.reason not in ("failed", "cancelled"):
             return None
-        if self.why is not None:
-            return self.why
+        if self.refusal is not None:
+            return self.refusal
         if self.end.setting:
             field = FIELD_BY_SETTING.get(self.end.setting, self.end.setting)
             return invalid(field, self.end.message.partition(": ")[2])
@@ -170,12 +170,11 @@ class Reply:
 
     @property
     def usage(self) -> Usage:
-        per_prompt = len(self.jobs) // len(self.resolved.prompts)
         ends = [job.end for job in self.jobs if job.end]
         return Usage(
             sum(map(len, self.resolved.prompts)),
             sum(len(end.tokens) for end in ends),
-            sum(end.cached for end in ends[::per_prompt]),
+            sum(end.cached for end in ends[::len(self.jobs) // len(self.resolved.prompts)]),
         )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
-from lorafold.files.contents import FRESH, Contents, FileStamp
+from lorafold.files.contents import FRESH_SECONDS, Contents, FileStamp
 from lorafold.identity import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES
@@ -54,7 +54,7 @@ class Directory:
             return frozenset({self.path.resolve().name})
         changed = self.path.stat().st_mtime_ns
         (when, listed), now = self._listed, time.monotonic()
-        fresh = abs(time.time() - changed / 1e9) < FRESH
+        fresh = abs(time.time() - changed / 1e9) < FRESH_SECONDS
         if changed != listed or now - when > (FRESH_INTERVAL if fresh else LISTING_INTERVAL):
             entries = [name for name in os.listdir(self.path) if not name.startswith(".")]
             self._names = frozenset(_utf8(n) for n in entries if _has_config(self.path / n))

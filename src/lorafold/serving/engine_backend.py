@@ -45,8 +45,7 @@ class ActiveRequest:
     def lost_update(self) -> Output:
         events = self.stream.so_far()[: self.delivered] if self.stream else []
         tokens = tuple(event.token for event in events if isinstance(event, Token))
-        end = Ended(self.id, "failed", tokens, message=CRASHED)
-        return Output(self.id, [end], self.began)
+        return Output(self.id, [Ended(self.id, "failed", tokens, message=CRASHED)], self.began)
 
 
 class EngineBackend(Backend):
@@ -86,12 +85,11 @@ class EngineBackend(Backend):
         return self.engine.length
 
     @property
-    def ready(self) -> str:
+    def not_ready(self) -> str:
         if self._restarting or not self.engine.alive:
             return "the engine is restarting"
-        is_late = self._idle_seconds > self._heartbeat_seconds
         message = f"the engine has not completed a step for {self._idle_seconds:.0f} s"
-        return message if is_late else ""
+        return message if self._idle_seconds > self._heartbeat_seconds else ""
 
     @asynccontextmanager
     async def events(self, notify: Callable[[Sequence[Output]], None]) -> AsyncIterator[None]:

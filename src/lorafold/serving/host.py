@@ -48,7 +48,7 @@ class Host:
         self.jobs: dict[str, CompletionJob] = {}
         self.draining = False
         self.pool = ThreadPoolExecutor(THREADS, "lorafold-requests", initializer=use_one_thread)
-        self._tenant_semaphores: dict[str, asyncio.Semaphore] = {}
+        self._semaphores: dict[str, asyncio.Semaphore] = {}
         self._in_admission: Counter[str] = Counter()
         self._end_times: deque[float] = deque(maxlen=64)
 
@@ -65,9 +65,9 @@ class Host:
                     await asyncio.to_thread(self._registry.close)
 
     @property
-    def ready(self) -> str:
+    def not_ready(self) -> str:
         """The reason for which requests can't be computed, or an empty text."""
-        return "the server is shutting down" if self.draining else self.backend.ready
+        return "the server is shutting down" if self.draining else self.backend.not_ready
 
     def submit(self, job: CompletionJob) -> None:
         """Passes a job to the backend; may block."""
@@ -80,10 +80,8 @@ class Host:
 
     async def in_thread(self, function: Callable[[], T], tenant: str) -> T:
         """Runs a slow function in a thread, THREADS_PER_TENANT at a time for each tenant."""
-        free = asyncio.Semaphore(THREADS_PER_TENANT)
-        semaphore = self._tenant_semaphores.setdefault(tenant, free)
         with self.count_in_admission(tenant):
-            async with semaphore:
+            async with self._semaphores.setdefault(tenant, asyncio.Semaphore(THREADS_PER_TENANT)):
                 future = self._loop.run_in_executor(self.pool, function)
                 try:
                     return await asyncio.shield(future)
@@ -115,19 +113,19 @@ class Host:
 
     def cancel(self, job: CompletionJob, why: Refusal | None = None) -> None:
         if job.end is None:
-            job.why = job.why or why
+            job.refusal = job.refusal or why
         self.backend.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
         """Counts requests in admission or waiting for a slot, for one tenant or all."""
         thinking = self._in_admission.total() if tenant is None else self._in_admission[tenant]
         return thinking + sum(
-            job.admitted and not (job.began or job.why) and tenant in (None, job.request.tenant)
+            job.admitted and not (job.began or job.refusal) and tenant in (None, job.request.tenant)
             for job in list(self.jobs.values())
         )
 
     def cancelled(self, tenant: str) -> int:
-        return sum(j.request.tenant == tenant for j in list(self.jobs.values()) if j.why)
+        return sum(j.request.tenant == tenant for j in list(self.jobs.values()) if j.refusal)
 
     def running(self) -> int:
         return sum(job.began is not None for job in list(self.jobs.values()))
@@ -172,8 +170,7 @@ class Host:
             await asyncio.sleep(CHECK_INTERVAL)
             now = time.monotonic()
             for job in list(self.jobs.values()):
-                why = job.why or job.timeout_refusal(now, self.settings.limits)
-                if job.why is None and why is not None:
+                if job.refusal is None and (why := job.timeout(now, self.settings.limits)):
                     self.cancel(job, why)
 
 
@@ -276,7 +273,7 @@ class Admission:
 
     def check_queue(self, tenant: str, n: int) -> None:
         """Refuses if the queue has no room for n completions, or nothing is computed."""
-        if why := self.host.ready:
+        if why := self.host.not_ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
         host, queue, tenant_queue = self.host, self.limits.queue, self.limits.tenant_queue
         for limit, present, verb, code in (
@@ -310,7 +307,7 @@ class Admission:
     def _refusal(
         self, error: LorafoldError, request: DialectRequest, chosen: ServedModel
     ) -> Refusal:
-        if why := self.host.ready:
+        if why := self.host.not_ready:
             return Refusal(503, "not_ready", why, retry_after=1)
         message = str(error).partition(": ")[2]  # without the request's name
         if chosen.key and self.host.backend.states().is_quarantined(chosen.key):

@@ -102,8 +102,7 @@ class Keys:
 
     @property
     def tenants(self) -> tuple[str, ...]:
-        named = dict.fromkeys(key.tenant for key in self._keys)
-        return tuple(named) if self.file else (LOCAL,)
+        return tuple(dict.fromkeys(key.tenant for key in self._keys)) if self.file else (LOCAL,)
 
     @property
     def has_limits(self) -> bool:

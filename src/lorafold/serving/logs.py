@@ -101,8 +101,7 @@ def stack_of(error: BaseException) -> list[str]:
 
 
 def _thread_ended(args: threading.ExceptHookArgs) -> None:
-    name = args.thread and args.thread.name
-    log.error("the thread %s failed", name, exc_info=args.exc_value)
+    log.error("the thread %s failed", args.thread and args.thread.name, exc_info=args.exc_value)
 
 
 def _unraisable(args: Any) -> None:
@@ -125,9 +124,9 @@ def log_request(record: RequestRecord) -> None:
     if reply is not None and jobs:
         new = sum(len(job.end.tokens) if job.end else job.tokens for job in jobs)
         fields |= {"prompt_tokens": reply.usage.prompt, "tokens": new}
-        if first_token_times := [job.times[0] - job.submitted for job in jobs if job.times]:
-            fields["first_token"] = round(min(first_token_times), 4)
-        if waits := [job.began - job.submitted for job in jobs if job.began is not None]:
+        if firsts := [job.token_times[0] - job.received_at for job in jobs if job.token_times]:
+            fields["first_token"] = round(min(firsts), 4)
+        if waits := [job.began - job.received_at for job in jobs if job.began is not None]:
             fields["queue"] = round(max(waits), 4)
         if record.texts:
             fields |= record.texts

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 MAX_LABELS = 200
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-ADAPTER_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)  # for each adapter
-TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+COARSE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)  # for each adapter
+FINE = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
 
 class AdapterUse:
@@ -65,31 +65,28 @@ class Metrics:
         )
         self.adapter_first_token_seconds = seconds(
             "lorafold_adapter_first_token_seconds",
-            "Seconds from arrival to the first token, by adapter", ("adapter",),
-            buckets=ADAPTER_BUCKETS,
+            "Seconds from arrival to the first token, by adapter", ("adapter",), buckets=COARSE,
         )  # fmt: skip
         self.between_tokens_seconds = seconds(
-            "lorafold_between_tokens_seconds", "Seconds between two tokens", buckets=TOKEN_BUCKETS
+            "lorafold_between_tokens_seconds", "Seconds between two tokens", buckets=FINE
         )
-        self.request_seconds = seconds(
-            "lorafold_request_seconds", "Seconds from arrival to the end"
-        )
+        self.total_seconds = seconds("lorafold_request_seconds", "Seconds from arrival to the end")
 
     def observe_events(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
         use = self.uses.setdefault(job.adapter, AdapterUse())
         adapter = self.label("adapter", job.adapter)
         new = sum(isinstance(event, Token) for event in events)
         now = time.monotonic()
-        waited = now - job.submitted
-        if new and job.before is None:
+        waited = now - job.received_at
+        if new and job.previous_time is None:
             self.first_token_seconds.observe(waited)
             self.adapter_first_token_seconds.labels(adapter).observe(waited)
             use.first_token_times.append(waited)
             if job.began is not None:
-                self.queue_seconds.observe(job.began - job.submitted)
-        elif job.before is not None:
+                self.queue_seconds.observe(job.began - job.received_at)
+        elif job.previous_time is not None:
             for _ in range(new):
-                self.between_tokens_seconds.observe((now - job.before) / new)
+                self.between_tokens_seconds.observe((now - job.previous_time) / new)
         use.tokens += new
         if job.end is not None:
             tenant = self.label("tenant", job.request.tenant)
@@ -98,7 +95,7 @@ class Metrics:
             for kind, n in (("prompt", prompt), ("completion", new), ("cached", job.end.cached)):
                 self.tokens.labels(tenant, kind).inc(n)
                 self.adapter_tokens.labels(adapter, kind).inc(n)
-            self.request_seconds.observe(waited)
+            self.total_seconds.observe(waited)
 
     def count_request(self, tenant: str, adapter: str, outcome: str) -> None:
         labels = self.label("tenant", tenant), self.label("adapter", adapter)
@@ -130,7 +127,7 @@ class Gauges(Collector):
         for name, about, value in (
             ("keys_outdated", "1 if the key file can't be read and the earlier keys still apply",
              self._keys.refresh()),
-            ("ready", "1 if the server is ready to compute requests", not host.ready),
+            ("ready", "1 if the server is ready to compute requests", not host.not_ready),
             ("waiting", "Completions waiting for a slot", waiting),
             ("running", "Running completions", running),
             ("slots", "Maximum number of running completions", slots),

@@ -101,7 +101,7 @@ class Registry:
                 self.rejected.pop(name, None)
         return self.unverified
 
-    def ready(self, name: str) -> AdapterFiles | None:
+    def find(self, name: str) -> AdapterFiles | None:
         """Returns an adapter, verifying it if necessary, or None if it doesn't exist or was
         rejected. Raises Busy if resources are exhausted.
         """
@@ -136,7 +136,7 @@ class Registry:
         else:
             weights = [target.weight for target in alias.targets]
             target = random.choices(alias.targets, weights)[0]
-            adapter = self.ready(target.adapter)
+            adapter = self.find(target.adapter)
             if adapter is None or not self.matches(adapter, target.digest or ""):
                 message = f"model: the adapter of alias {model!r} is missing or has changed"
                 raise Refusal(404, "model_not_found", message, "model")
@@ -154,7 +154,7 @@ class Registry:
 
     def find_version(self, caller: Caller, model: str) -> AdapterFiles:
         name, at, digest = model.partition("@")
-        adapter = self.ready(name) if caller.may_use(name) and NAME.fullmatch(name) else None
+        adapter = self.find(name) if caller.may_use(name) and NAME.fullmatch(name) else None
         if adapter is None or (at and len(digest) < 8) or not self.matches(adapter, digest):
             message = f"model: {model[:200]!r} does not exist, or your key may not use it"
             raise Refusal(404, "model_not_found", message, "model")
@@ -256,7 +256,7 @@ class Registry:
     @contextmanager
     def _lock_adapters(self, *names: str) -> Iterator[list[AdapterFiles]]:
         for name in filter(NAME.fullmatch, names):
-            self.ready(name)
+            self.find(name)
         with self.lock:
             for name in names:
                 if name not in self.adapters:
@@ -362,7 +362,7 @@ class DirectoryWatcher:
         try:
             if self.closing.is_set():
                 return False
-            self._registry.ready(name)
+            self._registry.find(name)
             return True
         except Busy as error:
             log.warning("%s", error)

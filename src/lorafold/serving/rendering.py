@@ -85,7 +85,6 @@ class TokenTexts:
 
     def legacy_logprobs(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
         """In the format of plain completions, whose text begins at `offset`."""
-        offsets = [*accumulate((len(t.text) for t in tokens), initial=offset)]
         return {
             "tokens": [self.unique_text(t.token) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
@@ -93,7 +92,7 @@ class TokenTexts:
                 None if t.logprob is None else {self.unique_text(i): p for i, p in t.top[:top]}
                 for t in tokens
             ],
-            "text_offset": offsets[:-1],
+            "text_offset": [*accumulate((len(t.text) for t in tokens), initial=offset)][:-1],
         }
 
 
@@ -194,8 +193,7 @@ class Renderers:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sandbox: Sandbox
     ) -> None:
         self._model, self._sandbox = model, sandbox
-        ends = end_tokens(model, tokenizer)
-        self.base = Renderer(tokenizer, ends, variables_of(tokenizer))
+        self.base = Renderer(tokenizer, end_tokens(model, tokenizer), variables_of(tokenizer))
         self.by_digest: dict[str, Renderer] = {}  # by digest of the files
 
     def of_files(self, files: Contents) -> Renderer:

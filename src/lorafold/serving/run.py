@@ -137,10 +137,9 @@ def build_server(
 
     room = settings.adapter_bytes or free_bytes(model.device) // 2
     settings = settings.model_copy(update={"adapter_bytes": room})
-    most = room // model.dtype.itemsize
     sandbox = Sandbox(
         lambda: [path for path, _ in Anatomy.of(model).modules],
-        tokenizer, settings.allow_control_tokens, most,
+        tokenizer, settings.allow_control_tokens, room // model.dtype.itemsize,
     )  # fmt: skip
     renderers = Renderers(model, tokenizer, sandbox)
     base_model = ServedModel(name, None, renderers.base, identity)

@@ -164,7 +164,7 @@ class Server:
             except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
                 yield sse_event(*error_event(record, internal_error(record, error)))
             finally:
-                reasons = [why for job in reply.jobs if (why := job.failed or job.why)]
+                reasons = [why for job in reply.jobs if (why := job.failed or job.refusal)]
                 if reasons and record.outcome in ("ok", "client_left"):
                     record.outcome = reasons[0].code
                 self.admission.cancel_unfinished(reply)
@@ -219,9 +219,8 @@ def json_response(
 
 def internal_error(record: RequestRecord, error: BaseException) -> Refusal:
     log.error("%s failed", record.id, exc_info=error)
-    message = f"internal error; see {record.id} in the server's log"
     record.outcome, record.status = "internal_error", record.status or 500
-    return Refusal(500, "internal_error", message)
+    return Refusal(500, "internal_error", f"internal error; see {record.id} in the server's log")
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:

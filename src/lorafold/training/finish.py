@@ -22,7 +22,7 @@ from lorafold.errors import LorafoldError, differing_keys, listed, truncate_midd
 from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
-from lorafold.files.record import RECORD, named_as_now
+from lorafold.files.record import RECORD, current_names
 from lorafold.files.terminal import print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import opened_by_name
@@ -311,7 +311,7 @@ def finished_result(request: RunRequest, console: Console) -> Trained | None:
 
 
 def _differences(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
-    old_fields = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
+    old_fields = Recipe().model_dump(mode="json") | current_names(record["recipe"])
     recipe = request.recipe
     fields = recipe.model_dump(mode="json")
     # the run chooses these if they are not set

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.files.cache import cached
+from lorafold.files.cache import cache_entry
 from lorafold.models.weights import PendingTensor
 from lorafold.runtime.processes import Processes
 
@@ -74,8 +74,8 @@ class Replicated:
     def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
     ) -> Path:
-        """`files.cache.cached` for results of the model, which all processes compute together."""
-        return cached(kind, key, write, notice)
+        """`files.cache.cache_entry` for results that all processes compute together."""
+        return cache_entry(kind, key, write, notice)
 
     def gather_to_first(self) -> None:
         """Gather all tensors in rank 0, which writes them."""

@@ -22,7 +22,7 @@ from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import Adapted
 from lorafold.core.contexts import evaluating, is_fake, replace_attribute
 from lorafold.core.expert_matrices import expert_parameters
-from lorafold.kernels.registry import TRAINING, use
+from lorafold.kernels.registry import TRAINING, enable
 from lorafold.layers import is_linear, layer_of
 from lorafold.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 
@@ -74,7 +74,7 @@ def fused(
         ("rotary embedding", "forward", False, partial(_rotated, rotation)),
     )
     kinds = {p.device.type for p in model.parameters()}
-    why = "; ".join(filter(None, (use(TRAINING, kind) for kind in sorted(kinds))))
+    why = "; ".join(filter(None, (enable(TRAINING, kind) for kind in sorted(kinds))))
     anatomy = Anatomy.of(model)
     blocks, outer = {path: list[nn.Module]() for path in anatomy.blocks}, ""
     for path, module in anatomy.modules:

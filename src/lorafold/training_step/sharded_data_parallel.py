@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.files.cache import cached, found_in_cache
+from lorafold.files.cache import cache_entry, find_cached
 from lorafold.models.loading import each_registered, loaded_in_turn
 from lorafold.models.weights import PendingTensor
 from lorafold.runtime.memory import RETURN_FREED, malloc_policy
@@ -239,7 +239,7 @@ class Sharded(Replicated):
     def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
     ) -> Path:
-        there = found_in_cache(kind, key)
+        there = find_cached(kind, key)
         if all(self.processes.gather(there is not None)) and there is not None:
             return there
         with TemporaryDirectory() as made:
@@ -248,7 +248,7 @@ class Sharded(Replicated):
             def copy(to: Path) -> None:
                 copytree(made, to, dirs_exist_ok=True)
 
-            return cached(kind, key, copy, notice)
+            return cache_entry(kind, key, copy, notice)
 
     def gather_to_first(self) -> None:
         self._free_current()

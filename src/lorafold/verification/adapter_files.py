@@ -23,7 +23,7 @@ import numpy as np
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
-from lorafold.files.safetensors_header import check_numbers, places
+from lorafold.files.safetensors_header import check_num_elements, tensor_spans
 
 TEXT = 8 << 20  # bytes of a JSON file, and of the header of the weights
 DEPTH, VALUES = 64, 1 << 18  # levels, and keys and values of JSON; a header has nine per tensor
@@ -56,7 +56,7 @@ def verified(
             raise LorafoldError(f"{name}: found {size:,} bytes, expected at most {TEXT:,}")
     if most_parameters is not None and (directory / WEIGHTS).is_file():
         header_of = partial(_json, "header", most=VALUES)
-        check_numbers(directory / WEIGHTS, most_parameters, TEXT, header_of)
+        check_num_elements(directory / WEIGHTS, most_parameters, TEXT, header_of)
     contents = Contents(directory, files)
     contents.check_intact()
     if config not in contents.files:
@@ -184,7 +184,7 @@ def _header(content: bytearray) -> tuple[str, int]:
         problem = f"found a header of {size:,} bytes"
         raise LorafoldError(f"{WEIGHTS}: {problem}, expected at most {TEXT:,}")
     try:
-        tensors = places(content, partial(_json, "header", most=VALUES))
+        tensors = tensor_spans(content, partial(_json, "header", most=VALUES))
     except LorafoldError as error:
         raise LorafoldError(f"{WEIGHTS}: not readable as safetensors: {error}") from None
     data = memoryview(content)

@@ -20,16 +20,14 @@ from lorafold.serving.server import Dialect, Server, json_response
 Block = dict[str, Any]
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-IGNORED_KEYS = {"type", "cache_control"}  # in tools and blocks
-TOOL_KEYS = IGNORED_KEYS | {
-    "name", "description", "input_schema", "strict", "eager_input_streaming",
-}  # fmt: skip
+IGNORED = {"type", "cache_control"}  # in tools and blocks
+TOOL_KEYS = {"name", "description", "input_schema", "strict", "eager_input_streaming"} | IGNORED
 ROLES = ("user", "assistant", "system")
 BLOCK_KEYS = {
-    "text": {"text"} | IGNORED_KEYS,
-    "tool_use": {"id", "name", "input", "caller"} | IGNORED_KEYS,
-    "tool_result": {"tool_use_id", "content", "is_error"} | IGNORED_KEYS,
-    "thinking": {"thinking", "signature"} | IGNORED_KEYS,
+    "text": {"text"} | IGNORED,
+    "tool_use": {"id", "name", "input", "caller"} | IGNORED,
+    "tool_result": {"tool_use_id", "content", "is_error"} | IGNORED,
+    "thinking": {"thinking", "signature"} | IGNORED,
 }
 NOT_TEXT_MESSAGE = "found a block of type {}, expected text"
 STOP_REASONS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
@@ -143,8 +141,7 @@ class MessagesReply(Dialect):
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
         # text in pieces, calls whole
         usage = _usage(Usage(len(reply.jobs[0].request.prompt), 0, 0))
-        begun = self._message(reply, []) | {"usage": usage}
-        yield _event("message_start", message=begun)
+        yield _event("message_start", message=self._message(reply, []) | {"usage": usage})
         message, at, open = GeneratedMessage(), -1, ""
         async for delta in self.request.deltas(reply):
             message.add(delta)

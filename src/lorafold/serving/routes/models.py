@@ -48,7 +48,7 @@ def routes(app: FastAPI, server: Server) -> None:
         caller, record = access[0], record_of(request)
         record.tenant = caller.tenant
         if server.host.draining:
-            raise Refusal(503, "not_ready", server.host.ready, retry_after=1)
+            raise Refusal(503, "not_ready", server.host.not_ready, retry_after=1)
         if (n := len(streams[caller.tenant])) >= limit:
             message = f"{n} event streams are already open, and the limit is {limit}; close one"
             raise Refusal(429, "too_many_streams", message)
@@ -91,8 +91,7 @@ def routes(app: FastAPI, server: Server) -> None:
                 return Snapshot(server).base()
             if model in registry.state.aliases and caller.may_use(model):
                 return Snapshot(server).alias(model)
-            adapter = registry.find_version(caller, model)
-            return Snapshot(server).adapter(adapter)
+            return Snapshot(server).adapter(registry.find_version(caller, model))
 
         return json_response(await server.host.in_thread(described, caller.tenant))
 
@@ -104,7 +103,7 @@ class Snapshot:
         self.registry, self.state = registry, registry.state
         self.adapters, self.unverified = dict(registry.adapters), frozenset(registry.unverified)
         self.rejected = dict(registry.rejected)
-        self.states, self.ready = server.host.backend.states(), server.host.ready
+        self.states, self.not_ready = server.host.backend.states(), server.host.not_ready
         self.load = Counter((job.adapter, job.began is not None) for job in jobs)
         self.uses = {name: (use.requests, use.tokens) for name, use in uses}
         self.taken_at, self.draining = time.monotonic(), server.host.draining
@@ -123,14 +122,14 @@ class Snapshot:
     def _event(self, before: Snapshot | None, caller: Caller, admin: bool) -> bytes:
         if before is None:
             head = {"object": "list", "data": self.models(caller, admin)}
-            return sse_event(head | {"status": self.ready, "administrator": admin})
+            return sse_event(head | {"status": self.not_ready, "administrator": admin})
         if before.taken_at not in self._changed:
             self._changed[before.taken_at] = sorted(self._changed_names(before))
         names = [name for name in self._changed[before.taken_at] if self._sees(caller, name)]
         models = {name: self._described(name, admin) for name in names}
         new = [model for model in models.values() if model]
         gone = [n for n, model in models.items() if not model and before._described(n, admin)]
-        status = {} if self.ready == before.ready else {"status": self.ready}
+        status = {} if self.not_ready == before.not_ready else {"status": self.not_ready}
         changes = {"object": "changes", "data": new, "removed": gone}
         return sse_event(changes | status) if new or gone or status else b""
 
@@ -166,8 +165,7 @@ class Snapshot:
         if name in self.adapters:
             adapter, quarantined = self.adapters[name], self.state.quarantined.get(name)
             why = quarantined[1] if quarantined else adapter.note
-            shown = {"why": why} if admin and (quarantined or why) else {}
-            return self.adapter(adapter) | shown
+            return self.adapter(adapter) | ({"why": why} if admin and (quarantined or why) else {})
         if name in self.unverified:
             return self._model(name, state="unverified")
         if admin and name in self.state.unloaded:
@@ -310,8 +308,7 @@ def administration(app: FastAPI, server: Server) -> None:
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
         """Loads a new or changed adapter from the directory."""
-        caller = server.admin(request)
-        body = await server.body(request, caller, LoadBody, lambda body: body)
+        body = await server.body(request, server.admin(request), LoadBody, lambda body: body)
         adapter = await run_change(lambda: body.load(registry))
         return json_response({"id": adapter.name, "digest": adapter.digest, "status": "loaded"})
 
@@ -361,8 +358,7 @@ def administration(app: FastAPI, server: Server) -> None:
     @app.put("/admin/aliases/{name}")
     async def point(request: Request, name: str) -> Response:
         """Sets an alias's targets from the next request on."""
-        caller = server.admin(request)
-        body = await server.body(request, caller, AliasBody, lambda body: body)
+        body = await server.body(request, server.admin(request), AliasBody, lambda body: body)
         if body.rollback:
             alias = await run_change(lambda: registry.roll_back(name))
         else:

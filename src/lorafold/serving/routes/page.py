@@ -28,8 +28,8 @@ CONTENT_SECURITY_POLICY = (
     " frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
 # an adapter's page is untrusted: it may not run, send or load anything
-ADAPTER_PAGE_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-MAX_FORM_BYTES = 4096  # bytes of a form, which is read before the key is checked
+UNTRUSTED_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+MAX_FORM = 4096  # bytes of a form, which is read before the key is checked
 
 
 def routes(app: FastAPI, server: Server) -> None:
@@ -51,7 +51,7 @@ def routes(app: FastAPI, server: Server) -> None:
     for path in FILES:
         app.add_api_route(path, page)
 
-    async def adapter_page(caller: Caller, name: str) -> Response:
+    async def page_of(caller: Caller, name: str) -> Response:
         def content() -> bytes:
             known = name in registry.adapters and caller.may_use(name)
             file = registry.directory.page_file(name) if known else None
@@ -60,15 +60,14 @@ def routes(app: FastAPI, server: Server) -> None:
                 raise Refusal(404, "model_not_found", message, "model")
             return file.read_bytes()
 
-        policy = {"Content-Security-Policy": ADAPTER_PAGE_POLICY}
-        headers = policy | {"X-Content-Type-Options": "nosniff"}
+        headers = {"Content-Security-Policy": UNTRUSTED_POLICY, "X-Content-Type-Options": "nosniff"}
         html = await server.host.in_thread(content, caller.tenant)
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/v1/adapters/{name}/page")
     async def inspected(request: Request, name: str) -> Response:
         """Returns the page that `lorafold inspect` wrote for an adapter."""
-        return await adapter_page(server.caller(request), name)
+        return await page_of(server.caller(request), name)
 
     @app.post("/v1/adapters/{name}/page")
     async def opened(request: Request, name: str) -> Response:
@@ -77,9 +76,7 @@ def routes(app: FastAPI, server: Server) -> None:
         """
         content = b""
         async for part in request.stream():
-            if len(content := content + part) > MAX_FORM_BYTES:
-                message = f"body: expected at most {MAX_FORM_BYTES:,} bytes"
-                raise Refusal(413, "body_too_large", message)
+            if len(content := content + part) > MAX_FORM:
+                raise Refusal(413, "body_too_large", f"body: expected at most {MAX_FORM:,} bytes")
         form = parse_qs(content.decode("ascii", "replace"))
-        caller = server.caller(request, f"Bearer {form.get('key', [''])[0]}")
-        return await adapter_page(caller, name)
+        return await page_of(server.caller(request, f"Bearer {form.get('key', [''])[0]}"), name)

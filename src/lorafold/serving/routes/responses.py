@@ -65,8 +65,7 @@ class InputTokens(Body):
         """Converts to a chat completion; also returns the names of its fields here."""
         conversation = []
         if self.instructions is not None:
-            system = {"role": "system", "content": self.instructions}
-            conversation.append(("instructions", system))
+            conversation.append(("instructions", {"role": "system", "content": self.instructions}))
         if isinstance(self.input, str):
             conversation.append(("input", {"role": "user", "content": self.input}))
         else:
