@@ -123,7 +123,7 @@ def _of_training_tools(
         fields = [w for field, v in found.fields.items() for w in _typed(field, v, options)]
         words = fields or split(found.flag)
         if not words:  # remarks are about training only
-            return "" if found.how == "taken" or not trains else found.remark
+            return "" if found.status == "taken" or not trains else found.remark
         flags = [word for word in words if word.startswith("--")]
         if value != known[key] or (value != given[key] and not found.fields):
             words = flags
