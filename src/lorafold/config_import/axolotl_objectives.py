@@ -224,9 +224,7 @@ DPO_KEYS: Table = {
 RULES: tuple[Rule, ...] = (
     *table(MAIN_KEYS),
     *table(DPO_KEYS, setting_in("rl", "dpo")),
-    *table(
-        {"cpo_alpha": (trainer.sft_term_of("simpo"), 1.0)}, setting_in("rl", "simpo")
-    ),
+    *table({"cpo_alpha": (trainer.sft_term_of("simpo"), 1.0)}, setting_in("rl", "simpo")),
     *table(
         {
             "center_rewards_coefficient": lambda value, settings: (

@@ -53,7 +53,6 @@ SUM_FIRST = "lorafold sums rewards before it normalizes them"
 SAME_WEIGHTS = "lorafold gives all tokens the same weight, and its loss has no entropy term"
 RATIOS = "with one update per step, every importance ratio is 1"
 FUNCTION = "FILE.py:FUNCTION"
-INSTALLED = ("trl", "axolotl")  # packages whose modules are not the user's files
 AS_TEXT = (
     "for prompts of messages, TRL passes completions to a reward as lists of messages, lorafold as"
     " text: replace completion[0]['content'] by completion"
@@ -195,7 +194,7 @@ def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
     for name, weight in zip(functions, map(number, weights), strict=True):
         scale = "" if weight == 1 else f"{weight:.12g}*"
         module, _, function = name.rpartition(".")
-        if module and module.split(".")[0] not in INSTALLED:
+        if module and module.split(".")[0] not in ("trl", "axolotl"):
             rewards.append(f"{scale}{module.replace('.', '/')}.py:{function}")
         else:
             others.append(name)

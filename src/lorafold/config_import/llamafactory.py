@@ -80,7 +80,6 @@ PREFERENCE_COLUMNS = {
     "system": "system",
     "tools": "tools",
 }
-UNSUPPORTED_COLUMNS = ("history", "images", "videos", "audios")
 
 
 is_lora = setting_in("finetuning_type", "lora")
@@ -284,7 +283,7 @@ def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
 def _remarks(info: Mapping[str, Any]) -> Iterator[str]:
     tags, given = info.get("tags") or {}, info.get("columns") or {}
     yield from rename_remarks(tags.get("role_tag", "from"), tags.get("content_tag", "value"))
-    others = [key for key in UNSUPPORTED_COLUMNS if given.get(key)]
+    others = [key for key in ("history", "images", "videos", "audios") if given.get(key)]
     others += [key for key, value in info.items() if key not in DATASET_KEYS and not is_off(value)]
     yield from unsupported_remarks(others)
 

@@ -46,7 +46,6 @@ SIGNS = (
     " adapter_path mask_prompt lr_schedule val_batches grad_checkpoint hf_dataset"
 )
 BLOCK = "lora_parameters"
-REQUIRED = ("rank", "scale", "dropout")
 ALL = "every linear layer"  # for a file without keys
 BETAS = 0.9, 0.999
 CONSTANT = "constant"  # for a file without a schedule
@@ -68,7 +67,7 @@ def flatten_lora(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
     if not isinstance(block, dict):
         raise LorafoldError(f"{BLOCK}: found {block!r}, expected an object: rank, scale, dropout")
-    if missing := [key for key in REQUIRED if key not in block]:
+    if missing := [key for key in ("rank", "scale", "dropout") if key not in block]:
         raise LorafoldError(f"{BLOCK}: {', '.join(missing)} missing; mlx-lm has no default")
     rest = {key: value for key, value in config.items() if key != BLOCK}
     return rest | {f"{BLOCK}.{key}": value for key, value in block.items()}
@@ -277,9 +276,6 @@ LORA_KEYS: Table = {
 }
 RULES: tuple[Rule, ...] = (
     *table(MAIN_KEYS),
-    *table(
-        {"learning_rate": (trainer.rate(is_lora), 1e-5)},
-        setting_in("lr_schedule", CONSTANT),
-    ),
+    *table({"learning_rate": (trainer.rate(is_lora), 1e-5)}, setting_in("lr_schedule", CONSTANT)),
     *table(LORA_KEYS, is_lora),
 )

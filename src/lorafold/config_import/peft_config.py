@@ -38,10 +38,7 @@ from lorafold.recipe.fields import METHOD_FIELDS
 SIGNS = "peft_type"
 INIT = "init_lora_weights"
 TARGETS = "target_modules"
-# Options of the method while it trains, which a saved adapter does not depend on.
-PHASES = ("tinit", "tfinal")
 OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
-INITIALIZATIONS = ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection")
 SELECTION_ADVICE = {
     "exclude_modules": "pass --set targets=REGEX that excludes these modules",
     "layers_to_transform": "pass --set targets=REGEX for these layers",
@@ -130,13 +127,14 @@ def _metadata(key: str, value: Any) -> Outcome:
 
 
 def _other_outcome(key: str, value: Any, harmless: bool, method: Method) -> Outcome:
-    if key in PHASES and key in method.known:
+    # options while it trains, which a saved adapter does not depend on
+    if key in ("tinit", "tfinal") and key in method.known:
         return mapped(options={key: value})
     if not value:
         return OFF
     if key in method.marks:
         return mapped("part of the method")
-    if key in INITIALIZATIONS:
+    if key in ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection"):
         return mapped("determined by the base and the method")
     if key in method.known:
         return unmapped(ABSENT)

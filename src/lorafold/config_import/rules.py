@@ -261,9 +261,6 @@ class SourceDataset:
         return f"{self.name} ({'; '.join(self.remarks)})" if self.remarks else self.name
 
 
-FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # paths that mean data_files
-
-
 def dataset(
     path: Any, config: Any = None, split: Any = None, files: Any = None, name: str = "",
     columns: Mapping[str, Any] = MappingProxyType({}), remarks: Iterable[str] = (), kind: str = "",
@@ -271,7 +268,7 @@ def dataset(
     """A dataset as `datasets` loads it; lorafold reads only the default configuration and the split
     train. `kind` follows the path in messages.
     """
-    if path in FILE_FORMATS and isinstance(files, str):
+    if path in ("json", "csv", "parquet", "text", "arrow") and isinstance(files, str):
         path, files = files or path, None
     parts = [f"configuration {config}"] if config is not None else []
     parts += [f"split {split}"] if split not in (None, "train") else []

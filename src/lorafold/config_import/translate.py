@@ -243,9 +243,8 @@ def _table(entries: Sequence[TranslatedKey]) -> Iterator[str]:
 
 
 def _as_json(entry: TranslatedKey) -> dict[str, Any]:
-    values = vars(entry) | vars(entry.outcome)
-    names = ("key", "value", "given", "fields", "remark", "flag")
-    return {name: values[name] for name in names} | {"fields": dict(entry.outcome.fields)}
+    values = vars(entry) | vars(entry.outcome) | {"fields": dict(entry.outcome.fields)}
+    return {name: values[name] for name in ("key", "value", "given", "fields", "remark", "flag")}
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:

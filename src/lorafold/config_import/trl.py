@@ -257,7 +257,6 @@ SAMPLING_KEYS: Table = {
     ),
 }
 REVERSE_KL = "lorafold supports only the reverse KL"
-OTHER_STRATEGIES = ("bfd_split", "bfd-requeue", "wrapped")
 POLICY_SIGNS = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
     " generation_batch_size use_vllm"
@@ -287,7 +286,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                     {
                         "bfd": mapped("best-fit packing"),
                         **dict.fromkeys(
-                            OTHER_STRATEGIES,
+                            ("bfd_split", "bfd-requeue", "wrapped"),
                             changed(
                                 "lorafold uses best-fit packing without attention between rows,"
                                 " and truncates rows that are too long"

@@ -78,9 +78,6 @@ DEFAULTS = {
     "warmup_steps": 0.1,
     "max_length": None,
 }
-GRPO_DEFAULTS = {"loss_type": "bnpo", "beta": 0.001}
-# TRL's fields that Unsloth's functions replace
-MODEL_FIELDS = {*trl.IN_MODEL, "lora_dropout", "learning_rate"}
 # Objectives other than supervised training
 OBJECTIVES = {
     "trl-dpo": "dpo",
@@ -233,8 +230,8 @@ MAIN_RULES: tuple[Rule, ...] = (
 
 
 def _rules(kind: str) -> tuple[Rule, ...]:
-    own = {rule.key for rule in MAIN_RULES} | MODEL_FIELDS
-    defaults = DEFAULTS | (GRPO_DEFAULTS if kind == "trl-grpo" else {})
+    own = {*(rule.key for rule in MAIN_RULES), *trl.IN_MODEL, "lora_dropout", "learning_rate"}
+    defaults = DEFAULTS | ({"loss_type": "bnpo", "beta": 0.001} if kind == "trl-grpo" else {})
     rest = (rule for rule in trl.RULES[kind] if rule.key not in own)
     return (
         *MAIN_RULES,

@@ -41,7 +41,6 @@ ROWS_REMARK = (
     "rows have control tokens in their contents, which are tokenized as plain text; to keep them as"
     " control tokens, pass --allow-control-tokens"
 )
-ASSISTANT_FIELDS = ("content", "reasoning_content")  # written by the assistant
 
 
 def allow_tokens(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = None) -> None:
@@ -100,7 +99,7 @@ def mark_as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
         return conversation
     messages = []
     for message in conversation.messages:
-        own = ASSISTANT_FIELDS if message["role"] == "assistant" else ()
+        own = ("content", "reasoning_content") if message["role"] == "assistant" else ()
         messages.append({
             key: value
             if key in ("role", "weight")

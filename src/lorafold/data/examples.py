@@ -373,7 +373,6 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 PROBES = Path(__file__).with_name("probes.jsonl")
-PROBE_LENGTH = 512  # tokens
 
 
 def probe_ids(
@@ -383,5 +382,5 @@ def probe_ids(
     ensure_chat_template(tokenizer)
     return [
         example.ids
-        for example in encode(read_rows(str(probe or PROBES)), tokenizer, PROBE_LENGTH).examples
+        for example in encode(read_rows(str(probe or PROBES)), tokenizer, max_length=512).examples
     ]

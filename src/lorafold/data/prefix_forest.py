@@ -63,9 +63,7 @@ class PrefixForest:
 
 
 def prefix_forest(
-    rows: Sequence[Any],
-    limits: Sequence[int] | None = None,
-    groups: Sequence[int] | None = None,
+    rows: Sequence[Any], limits: Sequence[int] | None = None, groups: Sequence[int] | None = None
 ) -> PrefixForest:
     """Merges rows with unshifted labels. Each may share at most its `limits` tokens and, with
     ascending `groups`, only within its group.

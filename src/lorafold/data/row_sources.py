@@ -22,7 +22,6 @@ from lorafold.files.paths import nearest_name
 from lorafold.runtime.hub_offline import asked_once
 
 log = logging.getLogger(__name__)
-SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
 MAX_LISTED = 10  # files listed in one line
 SPLITS = {
@@ -197,7 +196,7 @@ def parse_source(text: str) -> DataSource:
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
     near = "" if local else nearest_name(path)
-    if path.is_file() and path.suffix.lower() in SPREADSHEETS:
+    if path.is_file() and path.suffix.lower() in (".xlsx", ".xls", ".xlsm", ".ods"):
         raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {CSV_HINT}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
         kind = f"a {path.suffix or 'suffixless'} file" if local else "no such file or directory"
