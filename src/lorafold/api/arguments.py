@@ -21,7 +21,7 @@ from lorafold.errors import LorafoldError, cut
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES
 from lorafold.recipe.parsing import check_trackers
-from lorafold.rewards.reward import check_there
+from lorafold.rewards.reward import check_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +88,7 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
             f"rewards: found {cut(repr(wrong[0]), 80)}, expected functions or names"
         )
     if names := [each for each in given if isinstance(each, str)]:
-        check_there(names)
+        check_names(names)
     return given
 
 

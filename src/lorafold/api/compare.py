@@ -85,7 +85,7 @@ def compare(
     from lorafold.recipe.recipe import Recipe
     from lorafold.recipe.resolve_settings import ignored_note, resolve_length, spec_of, with_method
     from lorafold.resolve import Base
-    from lorafold.rewards.reward import check_judges
+    from lorafold.rewards.reward import check_starts
 
     place, folder, console = as_page(html), as_study(out), or_quiet(console)
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
@@ -107,7 +107,7 @@ def compare(
     recipe = resolve_length(recipe, base, virtual, console)
     task = ComparisonTask(base, rows, held_out, source, recipe)
     _ = task.identity  # reports errors in rewards first
-    check_judges(recipe.objective_options.get("rewards", ()))
+    check_starts(recipe.objective_options.get("rewards", ()))
     for name, why in left_out.items():
         print_lines(console, f"{name} is left out because it {why}")
     for name in names:
