@@ -49,7 +49,7 @@ from lorafold.errors import LorafoldError
 from lorafold.foreign_options import NO_FP16, boolean, integer, modules, names, number
 from lorafold.models.quantizations import made_of
 
-SIGNS = (
+MARKERS = (
     "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
     " sample_packing val_set_size lora_target_modules lora_model_dir"
 )

@@ -15,9 +15,9 @@ from typing import Any
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
     OFF,
+    Handler,
     Outcome,
     Reader,
-    Row,
     Rule,
     Table,
     ToolSettings,
@@ -82,7 +82,7 @@ def objective_of(settings: ToolSettings) -> str | None:
     return rl if rl in OTHER_LOSSES else "reward" if is_reward_model(settings) else None
 
 
-def flatten_trl(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def flatten(config: Mapping[str, Any]) -> Mapping[str, Any]:
     block = config.get(BLOCK)
     if config.get("rl") != "grpo" or not isinstance(block, Mapping):
         return config
@@ -114,7 +114,7 @@ def beta_key(settings: ToolSettings) -> str:
     return next((key for key in keys if settings.config.get(key) is not None), "")
 
 
-def of_policy(row: Reader, otherwise: Row = None) -> Reader:
+def of_policy(row: Reader, otherwise: Handler = None) -> Reader:
     return if_else(is_policy, lambda value, settings: row(value, as_trl(settings)), otherwise)
 
 

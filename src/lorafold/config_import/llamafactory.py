@@ -47,7 +47,7 @@ from lorafold.files.atomic import read_object
 from lorafold.foreign_options import NO_FP16, boolean, integer, names, number
 from lorafold.models.quantizations import DEFAULT, MADE, STORAGES, made_of
 
-SIGNS = (
+MARKERS = (
     "finetuning_type stage cutoff_len lora_rank lora_target template quantization_bit dataset_dir"
     " dataset pref_loss pref_beta adapter_name_or_path preprocessing_num_workers overwrite_cache"
 )

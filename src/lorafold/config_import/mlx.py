@@ -41,7 +41,7 @@ from lorafold.errors import LorafoldError
 from lorafold.foreign_options import integer, names, number, product
 from lorafold.models.quantizations import made_of
 
-SIGNS = (
+MARKERS = (
     "fine_tune_type lora_parameters num_layers lora_layers iters steps_per_eval steps_per_report"
     " adapter_path mask_prompt lr_schedule val_batches grad_checkpoint hf_dataset"
 )

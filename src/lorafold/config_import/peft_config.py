@@ -35,7 +35,7 @@ from lorafold.peft.config import (
 from lorafold.peft.table_types import Field, Method
 from lorafold.recipe.fields import METHOD_FIELDS
 
-SIGNS = "peft_type"
+MARKERS = "peft_type"
 INIT = "init_lora_weights"
 TARGETS = "target_modules"
 OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
@@ -47,7 +47,7 @@ SELECTION_ADVICE = {
 }
 
 
-def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     shared += [PARAMETERS] * method.parameters

@@ -88,8 +88,8 @@ class Rule:
 
 # A reader; or a constant outcome; or the option of `lorafold train` for the value; or the reason
 # why there is no counterpart; or AS_OPTION
-Row = Reader | Outcome | str | None
-Table = Mapping[str, Row | tuple[Row, Any]]  # by keys, with the tool's default
+Handler = Reader | Outcome | str | None
+Table = Mapping[str, Handler | tuple[Handler, Any]]  # by keys, with the tool's default
 Condition = Callable[[ToolSettings], bool]
 
 
@@ -103,7 +103,7 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
     )
 
 
-def _reader(row: Row, key: str = "") -> Reader:
+def _reader(row: Handler, key: str = "") -> Reader:
     if row == AS_OPTION:
         option = FOREIGN_OPTIONS[key]
         return lambda value, settings: mapped(option.remark, **option.read(value, settings.config))
@@ -114,7 +114,7 @@ def _reader(row: Row, key: str = "") -> Reader:
     return row if callable(row) else lambda value, settings: row
 
 
-def if_else(condition: Condition, row: Row, otherwise: Row = None) -> Reader:
+def if_else(condition: Condition, row: Handler, otherwise: Handler = None) -> Reader:
     reader, other = _reader(row), _reader(otherwise)
     return lambda value, settings: (reader if condition(settings) else other)(value, settings)
 

@@ -12,9 +12,9 @@ from lorafold.config_import.rules import (
     AS_OPTION,
     OFF,
     Condition,
+    Handler,
     Outcome,
     Reader,
-    Row,
     Table,
     ToolSettings,
     by_value,
@@ -199,8 +199,8 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
     return changed(why, **fields)
 
 
-TRUST: Row = switch(unmapped("pass --trust-remote-code", "--trust-remote-code"))
-TRAIN_SWITCH: Row = switch(
+TRUST: Handler = switch(unmapped("pass --trust-remote-code", "--trust-remote-code"))
+TRAIN_SWITCH: Handler = switch(
     mapped("lorafold train always trains"), unmapped("off in the file, but lorafold train trains")
 )
 EVAL_DATA = unmapped("pass the rows as --eval-data", "--eval-data EVAL_DATA")

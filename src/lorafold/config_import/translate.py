@@ -1,8 +1,8 @@
 """The translation of another tool's file: a recipe, a report on each key, and the recipe's YAML
 with a comment on the origin of every line.
 
-A file belongs to the tool with the fewest unknown keys among those that have one of their signs in
-it. If two tools tie, or more than a third of the keys are unknown, the user has to name the tool.
+A file belongs to the tool with the fewest unknown keys among those that have one of their markers
+in it. If two tools tie, or more than a third of the keys are unknown, the user has to name the tool.
 """
 
 from __future__ import annotations
@@ -69,51 +69,51 @@ UNSUPPORTED_FILES = {  # keys of other files, with a description of the file
 
 @dataclass(frozen=True)
 class Tool:
-    """Another tool: its name, its signs (keys, or key=value, separated by spaces), the reader of
+    """Another tool: its name, its markers (keys, or key=value, separated by spaces), the reader of
     its files, its known keys (None: all), and a note on settings that its files never contain.
     """
 
     name: str
-    signs: str
-    entries: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
+    markers: str
+    read_keys: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
     known: frozenset[str] | None
     note: str = ""
 
 
 def _from_rules(
     name: str,
-    signs: str,
+    markers: str,
     rules: Sequence[Rule],
     flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     note: str = "",
 ) -> Tool:
     """A tool with a table of rules; `flatten` moves the keys of blocks to the top level."""
     known = frozenset(rule.key for rule in rules)
-    return Tool(name, signs, lambda config: apply_rules(rules, flatten(config)), known, note)
+    return Tool(name, markers, lambda config: apply_rules(rules, flatten(config)), known, note)
 
 
 TOOLS: dict[str, Tool] = {
-    "axolotl": _from_rules("axolotl", axolotl.SIGNS, axolotl.RULES, axolotl_objectives.flatten_trl),
+    "axolotl": _from_rules("axolotl", axolotl.MARKERS, axolotl.RULES, axolotl_objectives.flatten),
     "llamafactory": _from_rules(
-        "LLaMA-Factory", llamafactory.SIGNS, llamafactory.RULES, note=AFTER_TURNS
+        "LLaMA-Factory", llamafactory.MARKERS, llamafactory.RULES, note=AFTER_TURNS
     ),
     **{
-        kind: _from_rules(f"TRL's {name}", signs, trl.RULES[kind], note=NOTES.get(kind, ""))
-        for kind, (name, signs, _) in trl.TRAINERS.items()
+        kind: _from_rules(f"TRL's {name}", markers, trl.RULES[kind], note=NOTES.get(kind, ""))
+        for kind, (name, markers, _) in trl.TRAINERS.items()
     },
-    "mlx-lm": _from_rules("mlx-lm", mlx.SIGNS, mlx.RULES, mlx.flatten_lora, NOTES["mlx-lm"]),
+    "mlx-lm": _from_rules("mlx-lm", mlx.MARKERS, mlx.RULES, mlx.flatten_lora, NOTES["mlx-lm"]),
     "unsloth": Tool(
         "Unsloth",
-        unsloth.SIGNS,
-        unsloth.entries,
+        unsloth.MARKERS,
+        unsloth.read_keys,
         unsloth.KNOWN,
         "lorafold reads the script without executing it: if the script processes the rows before"
         " training, apply the same processing to your data",
     ),
     "peft": Tool(
         "PEFT",
-        peft_config.SIGNS,
-        peft_config.entries,
+        peft_config.MARKERS,
+        peft_config.read_keys,
         None,
         "the file sets no data, learning rate, batch size or length: lorafold's defaults apply",
     ),
@@ -254,7 +254,7 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
     config = _read(source, kind)
     tool = TOOLS[kind or detect_tool(source, config)]
     try:
-        entries = tool.entries(config)
+        entries = tool.read_keys(config)
         recipe = _recipe(entries)
         if spec_of(recipe).trains_base:
             trainable_storage(recipe)
@@ -343,14 +343,14 @@ def _without_fields(entry: TranslatedKey, names: Sequence[str], method: str) -> 
 
 
 def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
-    signs, unknown = {}, {}
+    markers, unknown = {}, {}
     for kind, tool in TOOLS.items():
-        signs[kind] = sum(_has(config, *sign.partition("=")) for sign in tool.signs.split())
+        markers[kind] = sum(_has(config, *marker.partition("=")) for marker in tool.markers.split())
         known = config.keys() if tool.known is None else tool.known
         unknown[kind] = [key for key in config if key not in known]
-    rank = {kind: (not signs[kind], len(unknown[kind]), -signs[kind]) for kind in TOOLS}
+    rank = {kind: (not markers[kind], len(unknown[kind]), -markers[kind]) for kind in TOOLS}
     best, *others = [kind for kind in TOOLS if rank[kind] == min(rank.values())]
-    if signs[best] and not others and 3 * len(unknown[best]) <= len(config):
+    if markers[best] and not others and 3 * len(unknown[best]) <= len(config):
         return best
     keys = [key for key in config if key in Recipe.model_fields]
     if 2 * len(keys) > len(config):
@@ -365,7 +365,7 @@ def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
     names = listed(TOOLS[kind].name for kind in kinds)
     if len(kinds) > 1:
         why = f"{names} match equally well"
-    elif signs[best]:
+    elif markers[best]:
         why = f"{names} does not have {listed(unknown[best])}"
     else:
         why, kinds = "no supported tool has them", TOOLS

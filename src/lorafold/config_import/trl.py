@@ -257,7 +257,7 @@ SAMPLING_KEYS: Table = {
     ),
 }
 REVERSE_KL = "lorafold supports only the reverse KL"
-POLICY_SIGNS = (
+POLICY_MARKERS = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
     " generation_batch_size use_vllm"
 )
@@ -421,14 +421,14 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
     ),
     "trl-grpo": (
         "GRPO",
-        f"{POLICY_SIGNS} num_iterations scale_rewards importance_sampling_level"
+        f"{POLICY_MARKERS} num_iterations scale_rewards importance_sampling_level"
         " multi_objective_aggregation delta loss_type=dapo loss_type=bnpo loss_type=dr_grpo"
         " loss_type=grpo loss_type=luspo loss_type=cispo",
         {**grpo.GRPO, **SAMPLING_KEYS},
     ),
     "trl-rloo": (
         "RLOO",
-        f"{POLICY_SIGNS} normalize_advantages reward_clip_range",
+        f"{POLICY_MARKERS} normalize_advantages reward_clip_range",
         {**grpo.RLOO, **SAMPLING_KEYS},
     ),
 }

@@ -41,7 +41,7 @@ from lorafold.foreign_options import boolean, integer, modules, names, number
 from lorafold.models.quantizations import made_of
 
 LOAD, ADAPT, DATASET = "from_pretrained.", "get_peft_model.", "load_dataset."
-SIGNS = f"{LOAD}model_name {LOAD}max_seq_length {ADAPT}r {ADAPT}lora_alpha"
+MARKERS = f"{LOAD}model_name {LOAD}max_seq_length {ADAPT}r {ADAPT}lora_alpha"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
 # TRL's kind of each trainer; its configuration is called XConfig
@@ -249,7 +249,7 @@ class Expression(str):
     """The source of a value that is not a literal."""
 
 
-def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
     objects = {"bf16", "fp16", *(r.key for r in MAIN_RULES if r.key.split(".")[-1] in OBJECTS)}
     unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
@@ -264,12 +264,12 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     return tuple(result)
 
 
-def arguments_of(text: str, where: str) -> Mapping[str, Any]:
+def arguments_of(text: str, source: str) -> Mapping[str, Any]:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
-        raise LorafoldError(f"{where}: not Python{f' at line {line}' if line else ''}") from None
+        raise LorafoldError(f"{source}: not Python{f' at line {line}' if line else ''}") from None
     literals, seen = _literals(tree), set[str]()
     arguments = {}
     for call in _calls(tree):
@@ -287,7 +287,7 @@ def arguments_of(text: str, where: str) -> Mapping[str, Any]:
                 arguments[f"{prefix}{key}"] = _value(node, literals)
     if not any(key.startswith(LOAD) for key in arguments):
         raise LorafoldError(
-            f"{where}: found no from_pretrained call of {' or '.join(MODELS[:2])}, expected an"
+            f"{source}: found no from_pretrained call of {' or '.join(MODELS[:2])}, expected an"
             " Unsloth script"
         )
     return arguments

@@ -61,7 +61,7 @@ def find_files(name: str) -> RowFiles:
     splits = {}
     directories = [n for path, n in names.items() if path.is_dir() and matched and "**" not in name]
     left_out = dict.fromkeys(directories, "a directory")
-    for path in sorted(filter(Path.is_file, names), key=_natural):
+    for path in sorted(filter(Path.is_file, names), key=_natural_key):
         file = names[path]
         if not matched and _hidden(file):
             left_out[file] = "hidden"
@@ -100,7 +100,7 @@ def _hidden(name: str) -> bool:
     return any(part.startswith((".", "__")) for part in name.split("/"))
 
 
-def _natural(path: Path) -> tuple[list[str | int], str]:
+def _natural_key(path: Path) -> tuple[list[str | int], str]:
     pieces = re.split(r"([0-9]+)", path.as_posix().casefold())
     return [int(p) if n % 2 else p for n, p in enumerate(pieces)], str(path)
 
