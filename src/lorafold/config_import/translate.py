@@ -2,7 +2,7 @@
 with a comment on the origin of every line.
 
 A file belongs to the tool with the fewest unknown keys among those that have one of their markers
-in it. If two tools tie, or more than a third of the keys are unknown, the user has to name the tool.
+in it. If two tools tie, or more than a third of the keys are unknown, the user has to name it.
 """
 
 from __future__ import annotations

@@ -133,8 +133,8 @@ def _finder(template: Template) -> ControlTokenFinder | None:
     block = template_of(tokenizer).block
     assistant = special - ({block.opening, block.closing} & added.keys())
     longest_first = (sorted(s, key=lambda word: (-len(word), word)) for s in (tokens, assistant))
-    of_all, of_assistant = (re.compile("|".join(map(re.escape, s)) or "(?!)") for s in longest_first)
-    return ControlTokenFinder(of_all, of_assistant, tuple({word[:1] for word in tokens}))
+    of_all, of_own = (re.compile("|".join(map(re.escape, s)) or "(?!)") for s in longest_first)
+    return ControlTokenFinder(of_all, of_own, tuple({word[:1] for word in tokens}))
 
 
 def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any:
