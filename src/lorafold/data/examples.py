@@ -79,8 +79,8 @@ class CompletionEncoder(Encoder):
         of_tokenizer = tokenizer_identity(self.tokenizer)
         return {"kind": "completions", "rendering": asdict(self.rendering), **of_tokenizer}
 
-    def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
-        pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
+    def encode(self, contents: Sequence[Conversation], first: int) -> pa.RecordBatch:
+        pieces = [piece for n, one in enumerate(contents, first) for piece in self._pieces(one, n)]
         encodings: dict[int, Encoding | Pieces] = {}  # of the pieces that have no problem
         for plain in (False, True):
             some = [n for n, p in enumerate(pieces) if not p.problem and (not p.rendered) is plain]
