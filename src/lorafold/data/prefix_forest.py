@@ -140,13 +140,13 @@ def batches_by_prefix(
     return parts
 
 
-def _num_shared(before: Array, ids: Array, targets: Array = EMPTY, new_targets: Array = EMPTY) -> int:
+def _num_shared(before: Array, ids: Array, targets: Array = EMPTY, labels: Array = EMPTY) -> int:
     """Counts the leading ids that a row (u,) shares with the previous one (t,), up to two different
     targets.
     """
     n = min(len(before), len(ids))
     same = before[:n] == ids[:n]
-    if len(new_targets):
-        old, new = targets[:n], new_targets[:n]
+    if len(labels):
+        old, new = targets[:n], labels[:n]
         same &= (old == new) | (old == NO_LOSS) | (new == NO_LOSS)
     return n if same.all() else int(same.argmin())

@@ -428,5 +428,5 @@ def rebuild_rewritten(prompt: str, after: str, before: str, content: str) -> str
         return None
     end = prompt[max(0, len(before) - CONTEXT) :]
     at = after.rfind(end)
-    completion = after[at + len(end) :]
-    return prompt + completion if at >= 0 and completion.strip() and content.strip() in completion else None
+    rest = after[at + len(end) :]
+    return prompt + rest if at >= 0 and rest.strip() and content.strip() in rest else None
