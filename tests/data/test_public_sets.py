@@ -222,7 +222,7 @@ def test_a_stream_and_prompts_take_the_same_rows(tmp_path: Path) -> None:
     for wanted, shown in ((PAIRS, "{prompt, chosen, rejected}"), (CONVERSATIONS, "{messages}")):
         stream = stream_of(str(tmp_path / "a.jsonl"), wanted=wanted)
         assert [str(found) for found in stream.formats] == [shown]
-        assert str(read_rows(str(tmp_path / "a.jsonl"), wanted=wanted).formats[0]) == shown
+        assert str(read_rows(str(tmp_path / "a.jsonl"), content=wanted).formats[0]) == shown
     assert as_prompts([SETS["text of messages"][0]]) == [{"messages": [user("a"), said("b")]}]
 
 

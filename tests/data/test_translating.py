@@ -9,7 +9,7 @@ import yaml
 
 from conftest import lorafold, refused
 from lorafold.config_import import axolotl, llamafactory, mlx, trl
-from lorafold.config_import.rules import NOT_KNOWN
+from lorafold.config_import.rules import UNKNOWN_KEY
 from lorafold.config_import.translate import TOOLS, Translation, translate, write
 from lorafold.errors import LorafoldError
 from lorafold.peft.config import CONFIG, read_config
@@ -73,7 +73,7 @@ def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path,
         counts = [[e.key for e in found.entries].count(key) for key in config]
         assert counts == [1] * len(config), config
         odd = next(key for key in config if key.startswith("odd_"))
-        assert remark(found, odd).startswith(NOT_KNOWN)
+        assert remark(found, odd).startswith(UNKNOWN_KEY)
     assert told > draws // 8
     assert len(refusals) > draws // 8
     for message, config in refusals:
@@ -90,7 +90,7 @@ def test_plugins_that_learn_the_same_are_passed_over_and_unknown_ones_named(tmp_
 def test_an_unknown_key_is_listed_with_a_near_name(tmp_path):
     found = axolotl_of(tmp_path, lora_dropuot=0.3)
     assert keys(found, "left") == {"base_model", "lora_dropuot"}
-    assert remark(found, "lora_dropuot") == f"{NOT_KNOWN}; did you mean lora_dropout?"
+    assert remark(found, "lora_dropuot") == f"{UNKNOWN_KEY}; did you mean lora_dropout?"
     assert found.recipe.dropout == 0.0
 
 
@@ -232,7 +232,7 @@ def test_what_pefts_file_says_beside_the_method(tmp_path):
     assert keys(found, "left") == {
         "base_model_name_or_path", "layers_to_transform", "corda_config", "velvet",
     }  # fmt: skip
-    assert remark(found, "velvet") == NOT_KNOWN
+    assert remark(found, "velvet") == UNKNOWN_KEY
     assert "--model acme/tiny" in found.command()
     assert "defaults apply" in str(found)
     with pytest.raises(LorafoldError, match="task_type: found 'TOKEN_CLS'"):

@@ -13,7 +13,7 @@ import yaml
 from adapter_files import json_of
 from lorafold.api.train import train
 from lorafold.config_import import grpo
-from lorafold.config_import.rules import NOT_KNOWN
+from lorafold.config_import.rules import UNKNOWN_KEY
 from lorafold.config_import.translate import write
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.parsing import load_recipe
@@ -258,7 +258,7 @@ FILES = {
          "trl.mask_truncated_completions"},
         {"base_model", "datasets", "output_dir", "vllm", "trl.use_vllm", "trl.vllm_server_timeout",
          "trl.async_prefetch", "trl.oddity"},
-        {"trl.oddity": NOT_KNOWN, "trl.use_vllm": grpo.OWN_DRAWS,
+        {"trl.oddity": UNKNOWN_KEY, "trl.use_vllm": grpo.SAMPLING,
          "datasets": "rows of {prompt} and the columns that the rewards read",
          "trl.reward_funcs": "lists of messages"},
     ),

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("unestimated")
 
 
 def test_axolotls_block_has_trls_keys_and_its_own():
-    blocks = {rule.key for rule in axolotl_objectives.OF_BLOCK}
+    blocks = {rule.key for rule in axolotl_objectives.BLOCK_RULES}
     assert {"num_generations", "rollout_func", "use_liger_loss", "vllm_lora_sync"} <= blocks
 
 

@@ -25,7 +25,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from trl.scripts.rloo import RLOOScriptArguments
 
 from lorafold.config_import import unsloth
-from lorafold.config_import.rules import NOT_KNOWN
+from lorafold.config_import.rules import UNKNOWN_KEY
 from lorafold.config_import.trl import RULES
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
@@ -350,7 +350,7 @@ def test_every_field_of_trl_has_an_outcome_and_its_defaults_are_trls(tmp_path, k
     same = {"seed", "betas", "eps", "eval_every", "save_every"}  # TRL's numbers, now given
     for name in set(Recipe.model_fields) - same:
         assert getattr(told.recipe, name) == getattr(silent.recipe, name), name
-    assert all(not e.outcome.remark.startswith(NOT_KNOWN) for e in told.entries)
+    assert all(not e.outcome.remark.startswith(UNKNOWN_KEY) for e in told.entries)
     assert sorted(e.key for e in told.entries if e.given or e.key in theirs) == sorted(theirs)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.doctor.hardware import Hardware, findings, gflops, slow
+from lorafold.doctor.hardware import Hardware, findings, measure_gflops, slow_settings
 from lorafold.doctor.installation import extras, packages, size_of
-from lorafold.doctor.report import DoctorReport, Finding, FindingGroup, findings_of
+from lorafold.doctor.report import DoctorReport, Finding, FindingGroup, run_check
 from lorafold.files.terminal import WIDTH, format_bytes
 from lorafold.runtime.devices import Gpu
 from lorafold.runtime.processor import cores_used_by_others, quota, usable_cores
@@ -29,7 +29,7 @@ FINE = Hardware(
 
 
 def sentences(machine: Hardware, pages: str = "madvise", untuned: bool = False, **threads: str):
-    return list(slow(machine, pages, threads, untuned))
+    return list(slow_settings(machine, pages, threads, untuned))
 
 
 def test_a_fine_machine_is_slow_at_nothing() -> None:
@@ -150,7 +150,7 @@ def test_what_fails_while_it_is_looked_at_is_a_finding() -> None:
         yield Finding("first", "fine")
         raise RuntimeError("no\nmore")
 
-    (found,) = findings_of("place", look)
+    (found,) = run_check("place", look)
     assert (found.problem, found.broken) == ("RuntimeError: no", True)
 
 
@@ -193,7 +193,7 @@ def test_a_container_s_quota_limits_the_cores(tmp_path: Path) -> None:
 
 
 def test_what_is_measured_is_positive_and_soon_over() -> None:
-    assert gflops(torch.float32, torch.device("cpu"), seconds=0.01) > 0
+    assert measure_gflops(torch.float32, torch.device("cpu"), seconds=0.01) > 0
     assert cores_used_by_others(0.01) >= 0
 
 

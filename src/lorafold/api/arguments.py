@@ -21,7 +21,7 @@ from lorafold.errors import LorafoldError, truncate_end
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES
 from lorafold.recipe.parsing import check_trackers
-from lorafold.rewards.reward import check_there
+from lorafold.rewards.reward import check_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,7 +122,7 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
             f"rewards: found {truncate_end(repr(wrong[0]), 80)}, expected functions or names"
         )
     if names := [entry for entry in reward_list if isinstance(entry, str)]:
-        check_there(names)
+        check_names(names)
     return reward_list
 
 

@@ -91,7 +91,7 @@ def compare(
     from lorafold.recipe.recipe import Recipe
     from lorafold.recipe.resolve_settings import ignored_note, resolve_length, spec_of, with_method
     from lorafold.resolve import Base
-    from lorafold.rewards.reward import check_judges
+    from lorafold.rewards.reward import check_starts
 
     html_path, study, console = as_html_path(html), as_study_path(out), console_or_quiet(console)
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
@@ -113,7 +113,7 @@ def compare(
     recipe = resolve_length(recipe, base, max(spec.positions for spec in specs), console)
     task = ComparisonTask(base, rows, held_out, source, recipe)
     _ = task.identity  # reports errors in rewards first
-    check_judges(recipe.objective_options.get("rewards", ()))
+    check_starts(recipe.objective_options.get("rewards", ()))
     for name, reason in skipped.items():
         print_lines(console, f"{name} is left out because it {reason}")
     for name in names:

@@ -114,9 +114,9 @@ def evaluate(
     if rewards:
         from lorafold.objectives.algorithm_options import SamplingOptions
         from lorafold.rewards import Rewards
-        from lorafold.rewards.reward import LIMIT
+        from lorafold.rewards.reward import CALL_SECONDS
 
-        seconds = sampling.pop("reward_seconds", LIMIT)
+        seconds = sampling.pop("reward_seconds", CALL_SECONDS)
         longest = SamplingOptions.max_new_tokens if max_new_tokens is None else max_new_tokens
         options = evaluation.RewardSettings(length, longest, **sampling)
         with Rewards.of(*rewards, limit=seconds) as judge:

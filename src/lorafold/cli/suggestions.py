@@ -123,7 +123,7 @@ def _training_tool_hint(
         fields = [w for field, v in translated.fields.items() for w in _flags(field, v, options)]
         words = fields or split(translated.flag)
         if not words:  # remarks are about training only
-            return "" if translated.how == "taken" or not trains else translated.remark
+            return "" if translated.status == "taken" or not trains else translated.remark
         flags = [word for word in words if word.startswith("--")]
         if value != samples[key] or (value != values[key] and not translated.fields):
             words = flags

@@ -16,56 +16,56 @@ from lorafold.config_import import axolotl_objectives as objectives
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.axolotl_objectives import accumulation, is_policy, of_policy
 from lorafold.config_import.rules import (
+    AS_OPTION,
     OFF,
     PLACEHOLDER,
-    SAME,
-    TURNS,
+    TURN_KEYS,
     Outcome,
     Reader,
     Rule,
     SourceDataset,
     Table,
     ToolSettings,
-    cases,
+    by_value,
     changed,
     choice,
+    data_outcome,
     dataset,
-    either,
-    given_as_data,
+    expected_rows,
+    if_else,
     if_on,
     is_off,
-    left,
-    refusing,
-    rows_wanted,
+    mapped,
+    reject,
+    rename_remarks,
     switch,
     table,
-    taken,
-    to,
-    turn_keys,
-    without_counterpart,
+    to_field,
+    unmapped,
+    unsupported_remarks,
 )
 from lorafold.config_import.unsupported import AXOLOTL, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import NO_FP16, boolean, integer, modules, names, number
 from lorafold.models.quantizations import bnb_storage
 
-SIGNS = (
+MARKERS = (
     "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
     " sample_packing val_set_size lora_target_modules lora_model_dir"
 )
 # axolotl's names of a PEFT adapter's weights
-OF_LORA = (
+LORA_WEIGHTS = (
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
     "base_model.model.model.layers.17.mlp.down_proj.lora_B.default.weight",
 )
 # Attention settings with which axolotl keeps packed rows apart
-APART = (
+ATTENTION_KEYS = (
     "attn_implementation", "flash_attention", "flex_attention", "xformers_attention",
     "sage_attention", "sdp_attention", "eager_attention", "sdpa_varlen",
 )  # fmt: skip
 NO_ADAPTER = "none (full fine-tuning)"  # for a file without `adapter`
-OF_AXOLOTL = "axolotl.integrations."
-LEARNS_OTHERWISE = {
+PLUGIN_PREFIX = "axolotl.integrations."
+REJECTED_PLUGINS = {
     "densemixer": "trains the router through every expert",
     "diffusion": "trains a diffusion language model",
     "grokfast": "filters gradients over past steps",
@@ -75,23 +75,23 @@ LEARNS_OTHERWISE = {
     "nemo_gym": "uses rewards from its own environments",
     "spectrum": "trains only the layers with the highest signal-to-noise ratio",
 }
-LEARNS_THE_SAME = (
+NEUTRAL_PLUGINS = (
     "cut_cross_entropy", "expert_parallel", "kernels", "liger", "lm_eval", "swanlab"
 )  # fmt: skip
 # Keys that are read of a dataset, and of a dataset of conversations
-READ = {"path", "name", "split", "data_files", "ds_type", "type", "trust_remote_code"}
-OF_TURNS = {
+DATASET_KEYS = {"path", "name", "split", "data_files", "ds_type", "type", "trust_remote_code"}
+CONVERSATION_KEYS = {
     "chat_template", "field_messages", "message_property_mappings", "message_field_role",
     "message_field_content", "field_tools", "field_chosen", "field_rejected",
 }  # fmt: skip
-AS_HERE = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
+SAME_VALUES = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
 
 
 BATCH = trainer.batch(
     "GPU", lambda settings: bool(settings["sample_packing"]), "axolotl sequence_len", accumulation
 )
-TOO_LONG = cases(
-    {"truncate": taken("longer rows are truncated")},
+TOO_LONG = by_value(
+    {"truncate": mapped("longer rows are truncated")},
     changed("lorafold truncates longer rows; to drop them, filter the data first"),
 )
 
@@ -109,20 +109,20 @@ def _adapter(value: Any, settings: ToolSettings) -> Outcome:
         if settings["pretraining_dataset"]:
             raise LorafoldError("found pretraining_dataset, but lorafold does not pretrain")
         _require("learning_rate", settings)
-        return taken(method="full")
+        return mapped(method="full")
     choice(value, "lora", "qlora")
     if value == "qlora" and not settings["load_in_4bit"]:
         raise LorafoldError("found qlora without load_in_4bit: true, which axolotl requires")
-    afresh = objectives.starts_afresh(settings)
-    _require("learning_rate lora_r lora_alpha" if afresh else "learning_rate", settings)
-    where = [f"lora_target_{name}" for name in ("modules", "linear", "parameters")]
-    if afresh and not any(settings[key] for key in where):
-        raise LorafoldError(f"found {value} without targets, expected one of {', '.join(where)}")
+    is_new = objectives.is_new_adapter(settings)
+    _require("learning_rate lora_r lora_alpha" if is_new else "learning_rate", settings)
+    keys = [f"lora_target_{name}" for name in ("modules", "linear", "parameters")]
+    if is_new and not any(settings[key] for key in keys):
+        raise LorafoldError(f"found {value} without targets, expected one of {', '.join(keys)}")
     peft = settings["peft"]
     loftq = isinstance(peft, dict) and peft.get("loftq_config")
     return trainer.kind_of_lora(
-        settings.on("peft_use_dora"),
-        settings.on("peft_use_rslora"),
+        settings.is_on("peft_use_dora"),
+        settings.is_on("peft_use_rslora"),
         settings["peft_init_lora_weights"] or ("loftq" if loftq else None),
     )
 
@@ -139,13 +139,13 @@ def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
 
 def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     if is_quantized(settings):
-        return taken("a quantized base computes in 16-bit") if "bf16" in settings.given else None
+        return mapped("a quantized base computes in 16-bit") if "bf16" in settings.config else None
     if value not in ("full", True) and any(settings[key] for key in ("fp16", "float16", "float32")):
         return None
     if value == "auto":
-        return taken(storage="auto")
-    on = value == "full" or boolean(value) or bool(settings["bfloat16"])
-    return taken(storage="bf16" if on else "fp32")
+        return mapped(storage="auto")
+    is_on = value == "full" or boolean(value) or bool(settings["bfloat16"])
+    return mapped(storage="bf16" if is_on else "fp32")
 
 
 def unless_bf16(outcome: Outcome) -> Reader:
@@ -163,14 +163,14 @@ def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
     instead.
     """
     if is_policy(settings):
-        return taken("lorafold computes a prompt once for all its completions")
-    mixed = boolean(value) and all(is_off(settings[key]) for key in APART)
+        return mapped("lorafold computes a prompt once for all its completions")
+    mixed = boolean(value) and all(is_off(settings[key]) for key in ATTENTION_KEYS)
     why = "axolotl's packed rows attend to each other without attn_implementation, lorafold's don't"
     return changed(why if mixed else "", packing=boolean(value))
 
 
 def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
-    return trainer.warmed(2 if number(value) == 1 else number(value))
+    return trainer.warmup_of(2 if number(value) == 1 else number(value))
 
 
 def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -181,11 +181,11 @@ def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
         return None
     share, total = number(value), trainer.total_steps(settings)
     if total is None:
-        return trainer.warmed(share, share=True)
+        return trainer.warmup_of(share, share=True)
     steps = int(share * total)
-    if settings.given.get("warmup_ratio") is None:
+    if settings.config.get("warmup_ratio") is None:
         steps = min(steps, 100)
-    return trainer.warmed(2 if steps == 1 else steps)
+    return trainer.warmup_of(2 if steps == 1 else steps)
 
 
 def per_epoch(name: str) -> Reader:
@@ -203,10 +203,10 @@ def per_epoch(name: str) -> Reader:
 
 def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
     if value == "tokenizer_default":
-        return taken("the model's own template")
+        return mapped("the model's own template")
     if value == "jinja":
-        return taken("set by chat_template_jinja")
-    return left(
+        return mapped("set by chat_template_jinja")
+    return unmapped(
         f"lorafold uses the model's own template; to use {value}, write it to a file and pass"
         " --chat-template FILE"
     )
@@ -223,38 +223,38 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
         patterns = [re.compile(re.sub(r"\.(?!\+)", r"\\.", one)) for one in names(value)]
     except re.error as error:
         raise LorafoldError(f"found {value!r}, expected regular expressions: {error}") from None
-    if all(any(pattern.match(name) for pattern in patterns) for name in OF_LORA):
-        return taken("the patterns match all weights of the adapter")
-    return left(
+    if all(any(pattern.match(name) for pattern in patterns) for name in LORA_WEIGHTS):
+        return mapped("the patterns match all weights of the adapter")
+    return unmapped(
         "axolotl freezes adapter weights whose names match no pattern, such as"
-        f" {OF_LORA[0]}; lorafold trains all of them: choose modules with --set targets=REGEX"
+        f" {LORA_WEIGHTS[0]}; lorafold trains all of them: choose modules with --set targets=REGEX"
     )
 
 
 def tracker(name: str) -> Reader:
-    return if_on(taken(trackers=(name,)))
+    return if_on(mapped(trackers=(name,)))
 
 
 def _plugins(value: Any, settings: ToolSettings) -> Outcome:
     others = []
     for name in names(value):
-        own = name.startswith(OF_AXOLOTL)
-        part = name.removeprefix(OF_AXOLOTL).partition(".")[0] if own else ""
-        if part in LEARNS_OTHERWISE:
-            raise LorafoldError(f"found {name}, which {LEARNS_OTHERWISE[part]}; lorafold does not")
-        if part not in LEARNS_THE_SAME:
+        own = name.startswith(PLUGIN_PREFIX)
+        part = name.removeprefix(PLUGIN_PREFIX).partition(".")[0] if own else ""
+        if part in REJECTED_PLUGINS:
+            raise LorafoldError(f"found {name}, which {REJECTED_PLUGINS[part]}; lorafold does not")
+        if part not in NEUTRAL_PLUGINS:
             others.append(name)
     if others:
-        return left(f"unknown plugins, which have no effect in lorafold: {', '.join(others)}")
-    return left("affects speed, evaluation or logging, not the result of training")
+        return unmapped(f"unknown plugins, which have no effect in lorafold: {', '.join(others)}")
+    return unmapped("affects speed, evaluation or logging, not the result of training")
 
 
 def _datasets(value: Any, settings: ToolSettings) -> Outcome:
     objective = objectives.objective_of(settings)
     sources = value if isinstance(value, list) else [value]
     if not all(isinstance(one, Mapping) and one.get("path") for one in sources):
-        return left(f"{rows_wanted(objective)}: {value}", PLACEHOLDER)
-    return given_as_data([*map(_dataset, sources)], objective)
+        return unmapped(f"{expected_rows(objective)}: {value}", PLACEHOLDER)
+    return data_outcome([*map(_dataset, sources)], objective)
 
 
 def _dataset(one: Mapping[str, Any]) -> SourceDataset:
@@ -267,8 +267,8 @@ def _dataset(one: Mapping[str, Any]) -> SourceDataset:
 def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
     kind, turns = one.get("type"), one.get("field_messages") or "messages"
     if isinstance(kind, Mapping):
-        ours = ("instruction", "input", "output", "system")
-        return {name: kind.get(f"field_{name}") for name in ours}
+        names = ("instruction", "input", "output", "system")
+        return {name: kind.get(f"field_{name}") for name in names}
     if kind == "completion":
         return {"text": one.get("field")}
     if str(kind).startswith("chat_template."):  # preferences
@@ -276,70 +276,70 @@ def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
         return {"prompt": turns, **judged}
     if kind != "chat_template":
         return {}
-    name = "conversations" if _properties(one) == TURNS[1] else "messages"
+    name = "conversations" if _properties(one) == TURN_KEYS[1] else "messages"
     return {name: turns, "tools": one.get("field_tools")}
 
 
 def _properties(one: Mapping[str, Any]) -> tuple[str, ...]:
     given = one.get("message_property_mappings") or {}
-    return tuple(str(given.get(k) or one.get(f"message_field_{k}") or k) for k in TURNS[0])
+    return tuple(str(given.get(k) or one.get(f"message_field_{k}") or k) for k in TURN_KEYS[0])
 
 
 def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
     kind, template = one.get("type"), one.get("chat_template")
-    form, known = str(kind).split(".")[0], READ | {"chat_template"}
-    alpaca = form.split(":")[0] == "alpaca"
+    format_name, known = str(kind).split(".")[0], DATASET_KEYS | {"chat_template"}
+    alpaca = format_name.split(":")[0] == "alpaca"
     if isinstance(kind, Mapping) or alpaca:
-        form_of = " (### Instruction:)" * alpaca
-        yield f"lorafold uses the model's chat template instead of this prompt format{form_of}"
-    elif form == "chat_template":
-        known |= OF_TURNS
-        yield from turn_keys(*_properties(one))
+        example = " (### Instruction:)" * alpaca
+        yield f"lorafold uses the model's chat template instead of this prompt format{example}"
+    elif format_name == "chat_template":
+        known |= CONVERSATION_KEYS
+        yield from rename_remarks(*_properties(one))
     if template not in (None, "tokenizer_default"):
         yield f"to use its template {template}, write it to a file and pass --chat-template FILE"
     known |= {"field"} if kind == "completion" else set()
     rest = {k: v for k, v in one.items() if k not in known and not is_off(v)}
-    yield from without_counterpart([k for k, v in rest.items() if AS_HERE.get(k) != v])
+    yield from unsupported_remarks([k for k, v in rest.items() if SAME_VALUES.get(k) != v])
 
 
-OWN: Table = {
+MAIN_KEYS: Table = {
     "adapter": (_adapter, NO_ADAPTER),
-    "load_in_4bit": switch(taken(storage=bnb_storage(4))),
-    "load_in_8bit": switch(taken(storage=bnb_storage(8))),
+    "load_in_4bit": switch(mapped(storage=bnb_storage(4))),
+    "load_in_8bit": switch(mapped(storage=bnb_storage(8))),
     "bf16": (_bf16, "auto"),
-    "bfloat16": taken("determined by bf16"),
+    "bfloat16": mapped("determined by bf16"),
     "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
-    "float32": unless_bf16(taken(storage="fp32")),
-    "learning_rate": to("lr", number),
+    "float32": unless_bf16(mapped(storage="fp32")),
+    "learning_rate": to_field("lr", number),
     "lr_scheduler": (trainer.schedule, "cosine"),
     "optimizer": (trainer.optimizer, "adamw_torch_fused"),
-    "num_epochs": (SAME, 1.0),
+    "num_epochs": (AS_OPTION, 1.0),
     "micro_batch_size": (of_policy(grpo.batch, BATCH), 1),
     "gradient_accumulation_steps": (
         of_policy(
-            grpo.accumulation, lambda value, settings: taken(accumulate=accumulation(settings))
+            grpo.accumulation, lambda value, settings: mapped(accumulate=accumulation(settings))
         ),
         1,
     ),
-    "batch_size": taken("determines gradient accumulation"),
+    "batch_size": mapped("determines gradient accumulation"),
     "sequence_len": (
-        either(
+        if_else(
             is_policy,
             changed("axolotl does not truncate prompts; lorafold rejects longer ones"),
-            to("max_length", integer),
+            to_field("max_length", integer),
         ),
         512,
     ),
     "excess_length_strategy": (
-        either(is_policy, changed("lorafold rejects longer prompts"), TOO_LONG),
+        if_else(is_policy, changed("lorafold rejects longer prompts"), TOO_LONG),
         "drop",
     ),
     "sample_packing": (sample_packing, False),
-    "train_on_inputs": switch(trainer.EVERY_TOKEN, trainer.COMPLETIONS),
+    "train_on_inputs": switch(trainer.FULL_LOSS, trainer.COMPLETIONS),
     "gradient_checkpointing": lambda value, settings: (
         changed("lorafold does not offload activations", gradient_checkpointing=True)
         if str(value).startswith(("offload", "unsloth"))
-        else taken(gradient_checkpointing=boolean(value))
+        else mapped(gradient_checkpointing=boolean(value))
     ),
     "val_set_size": (trainer.held_out_rows, 0.0),
     "evals_per_epoch": per_epoch("eval_every"),
@@ -347,18 +347,18 @@ OWN: Table = {
     "evaluation_strategy": trainer.interval_strategy,
     "default_system_message": SYSTEM,
     "tokens": lambda value, settings: (
-        left("lorafold uses the tokenizer's own special tokens")
+        unmapped("lorafold uses the tokenizer's own special tokens")
         if isinstance(value, dict)
         else changed("the new rows are in the adapter, not the base", new_tokens=names(value))
     ),
     "chat_template": _chat_template,
     "chat_template_jinja": lambda value, settings: (
-        taken(chat_template=str(value))
+        mapped(chat_template=str(value))
         if "{" not in str(value) and Path(str(value)).suffix
-        else left("write the template to a file and pass --chat-template FILE")
+        else unmapped("write the template to a file and pass --chat-template FILE")
     ),
     "chat_template_kwargs": lambda value, settings: (
-        left("ignored: expected an object with variables of the chat template")
+        unmapped("ignored: expected an object with variables of the chat template")
         if not isinstance(value, dict)
         else changed(
             "lorafold rejects variables that the model's chat template does not use",
@@ -377,34 +377,34 @@ OWN: Table = {
     "datasets pretraining_dataset": _datasets,
     "test_datasets": trainer.EVAL_DATA,
     "auto_resume_from_checkpoints": "pass --resume to resume a run",
-    "reinit_weights": refusing("lorafold does not pretrain"),
-    "relora": refusing("lorafold does not support ReLoRA"),
+    "reinit_weights": reject("lorafold does not pretrain"),
+    "relora": reject("lorafold does not support ReLoRA"),
     "unfrozen_parameters": unfrozen_parameters,
-    "qat": refusing("lorafold does not support quantization-aware training"),
+    "qat": reject("lorafold does not support quantization-aware training"),
     "plugins": _plugins,
-    "diffusion": refusing("lorafold does not train diffusion language models"),
+    "diffusion": reject("lorafold does not train diffusion language models"),
     "special_tokens": "lorafold uses the tokenizer's own; add new tokens with --new-tokens",
-    **trainer.STEPS,
+    **trainer.SHARED_KEYS,
     **AXOLOTL,
 }
-OF_METHOD: Table = {
-    "peft_use_dora peft_use_rslora": (if_on(trainer.OF_METHOD), False),
-    "peft_init_lora_weights peft": if_on(trainer.OF_METHOD),
-    "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": SAME,
+LORA_KEYS: Table = {
+    "peft_use_dora peft_use_rslora": (if_on(trainer.PART_OF_METHOD), False),
+    "peft_init_lora_weights peft": if_on(trainer.PART_OF_METHOD),
+    "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": AS_OPTION,
     "lora_dropout": (objectives.dropout, 0.0),
-    "lora_target_linear": switch(taken(targets="all-linear")),
-    "lora_target_modules": either(
+    "lora_target_linear": switch(mapped(targets="all-linear")),
+    "lora_target_modules": if_else(
         lambda settings: settings["lora_target_linear"],
         changed("lora_target_linear is on, so all linear layers of the blocks are targets"),
-        to("targets", modules),
+        to_field("targets", modules),
     ),
     "lora_target_parameters": _target_parameters,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
-    "lora_fan_in_fan_out": taken("determined by the base"),
+    "lora_fan_in_fan_out": mapped("determined by the base"),
 }
 RULES: tuple[Rule, ...] = (
-    *table(OWN),
-    *table(OF_METHOD, is_lora),
+    *table(MAIN_KEYS),
+    *table(LORA_KEYS, is_lora),
     *table(
         {"warmup_steps": _warmup_steps, "warmup_ratio": (warmup_ratio, 0.03)},
         lambda settings: bool(settings["lr_scheduler"] != "constant"),

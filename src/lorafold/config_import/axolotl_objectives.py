@@ -15,26 +15,26 @@ from typing import Any
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
     OFF,
+    Handler,
     Outcome,
     Reader,
-    Row,
     Rule,
     Table,
     ToolSettings,
     changed,
     choice,
-    either,
-    flagged,
+    if_else,
     is_off,
-    left,
+    mapped,
+    pass_option,
     read_with,
-    refused,
-    refusing,
+    reject,
+    rejection,
+    require,
+    setting_in,
     table,
-    taken,
     to_options,
-    unless,
-    where,
+    unmapped,
 )
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import boolean, integer, names, number
@@ -42,31 +42,31 @@ from lorafold.objectives import OBJECTIVES
 
 BLOCK = "trl"
 PREFIX = f"{BLOCK}."
-OTHERS = ("ipo", "orpo", "simpo", "kto")
-REFUSED = {"gdpo": grpo.SUMMED, "ebft": "lorafold has no energy-based objective"}
-DEFAULTS = {"max_completion_length": grpo.WITHOUT_LIMIT, "use_bias_correction_kl": False}
+OTHER_LOSSES = ("ipo", "orpo", "simpo", "kto")
+REJECTED = {"gdpo": grpo.SUM_FIRST, "ebft": "lorafold has no energy-based objective"}
+DEFAULTS = {"max_completion_length": grpo.NO_LIMIT, "use_bias_correction_kl": False}
 # `beta` is read with the other keys that may contain it
-IN_BLOCK: Table = {
-    "rollout_func": refusing("lorafold samples completions itself, in one turn"),
-    "replay_buffer_size": refusing("lorafold does not reuse completions"),
-    "reroll_start_fraction": unless(1, "lorafold uses the prompts in order"),
-    "skip_zero_advantage_batches": taken("lorafold always skips groups with zero advantages"),
+BLOCK_KEYS: Table = {
+    "rollout_func": reject("lorafold samples completions itself, in one turn"),
+    "replay_buffer_size": reject("lorafold does not reuse completions"),
+    "reroll_start_fraction": require(1, "lorafold uses the prompts in order"),
+    "skip_zero_advantage_batches": mapped("lorafold always skips groups with zero advantages"),
     "use_data_producer async_prefetch prefetch_depth vllm_sync_interval"
     " streaming_partial_batch streaming_min_groups reward_num_workers"
     " replay_recompute_logps reroll_max_groups vllm_lora_sync"
-    " reward_processing_classes": grpo.OWN_DRAWS,
+    " reward_processing_classes": grpo.SAMPLING,
 }
-OF_BLOCK = (
+BLOCK_RULES = (
     *(
         replace(rule, default=DEFAULTS.get(rule.key, rule.default))
         for rule in table(grpo.GRPO)
         if rule.key != "beta"
     ),
-    *table(IN_BLOCK),
+    *table(BLOCK_KEYS),
 )
 
 
-is_policy = where("rl", "grpo")
+is_policy = setting_in("rl", "grpo")
 
 
 def is_reward_model(settings: ToolSettings) -> bool:
@@ -79,10 +79,10 @@ def objective_of(settings: ToolSettings) -> str | None:
         return grpo.objective_of(as_trl(settings))
     if rl == "dpo":
         return trainer.DPO_LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
-    return rl if rl in OTHERS else "reward" if is_reward_model(settings) else None
+    return rl if rl in OTHER_LOSSES else "reward" if is_reward_model(settings) else None
 
 
-def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def flatten(config: Mapping[str, Any]) -> Mapping[str, Any]:
     block = config.get(BLOCK)
     if config.get("rl") != "grpo" or not isinstance(block, Mapping):
         return config
@@ -92,13 +92,13 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def accumulation(settings: ToolSettings) -> int:
     total = settings["batch_size"]
-    if total is not None and settings.given.get("gradient_accumulation_steps") is None:
+    if total is not None and settings.config.get("gradient_accumulation_steps") is None:
         return max(1, integer(total) // max(1, settings.read("micro_batch_size", integer)))
     return settings.read("gradient_accumulation_steps", integer)
 
 
 def as_trl(settings: ToolSettings) -> ToolSettings:
-    given = {k: v for k, v in settings.given.items() if v is not None}
+    given = {k: v for k, v in settings.config.items() if v is not None}
     block = {k.removeprefix(PREFIX): v for k, v in given.items() if k.startswith(PREFIX)}
     outside = {
         "beta": given.get(beta_key(settings), 0.0),
@@ -106,36 +106,36 @@ def as_trl(settings: ToolSettings) -> ToolSettings:
         "gradient_accumulation_steps": accumulation(settings),
         "max_prompt_length": settings["sequence_len"],
     }
-    return ToolSettings(block | outside, {rule.key: rule.default for rule in OF_BLOCK})
+    return ToolSettings(block | outside, {rule.key: rule.default for rule in BLOCK_RULES})
 
 
 def beta_key(settings: ToolSettings) -> str:
-    may = (f"{PREFIX}beta", "rl_beta", "orpo_alpha")
-    return next((key for key in may if settings.given.get(key) is not None), "")
+    keys = (f"{PREFIX}beta", "rl_beta", "orpo_alpha")
+    return next((key for key in keys if settings.config.get(key) is not None), "")
 
 
-def of_policy(row: Reader, otherwise: Row = None) -> Reader:
-    return either(is_policy, lambda value, settings: row(value, as_trl(settings)), otherwise)
+def of_policy(row: Reader, otherwise: Handler = None) -> Reader:
+    return if_else(is_policy, lambda value, settings: row(value, as_trl(settings)), otherwise)
 
 
 def rl(value: Any, settings: ToolSettings) -> Outcome:
     if is_off(value):
         return OFF
-    if str(value) in REFUSED:
-        raise refused(value, REFUSED[str(value)])
-    choice(value, "dpo", *OTHERS, "grpo")
+    if str(value) in REJECTED:
+        raise rejection(value, REJECTED[str(value)])
+    choice(value, "dpo", *OTHER_LOSSES, "grpo")
     if settings["sample_packing"]:
         raise LorafoldError(f"found {value!r} and sample_packing, which axolotl does not combine")
-    if value not in OTHERS:
+    if value not in OTHER_LOSSES:
         key = "dpo_loss_type" if value == "dpo" else "trl.loss_type"
-        return taken(f"{key} determines the objective")
+        return mapped(f"{key} determines the objective")
     if value == "simpo" and settings["simpo_gamma"] is None:
         raise LorafoldError("simpo_gamma missing; axolotl has no default, so set a value")
     return changed(trainer.ORPO_TERM if value == "orpo" else "", objective=value)
 
 
 def _loss_weights(value: Any, settings: ToolSettings) -> Outcome:
-    if settings.given.get("dpo_loss_type") is None:
+    if settings.config.get("dpo_loss_type") is None:
         raise LorafoldError(f"found {value!r} without dpo_loss_type, which axolotl requires")
     return read_with("dpo_loss_type")
 
@@ -150,41 +150,41 @@ def beta_of(key: str) -> Reader:
             return grpo.beta(value, as_trl(settings)) if key == beta_key(settings) else None
         if objective_of(settings) in (None, "reward"):
             return None
-        values = {k: settings.given.get(k) for k in ("trl", "rl_beta", "dpo_beta", "orpo_alpha")}
+        values = {k: settings.config.get(k) for k in ("trl", "rl_beta", "dpo_beta", "orpo_alpha")}
         values["trl"] = values["trl"].get("beta") if isinstance(values["trl"], dict) else None
-        decides = next((k for k, v in values.items() if v is not None), "rl_beta")
-        if key != decides:
+        first = next((k for k, v in values.items() if v is not None), "rl_beta")
+        if key != first:
             return None
-        return taken(beta=number(values["trl"] if key == "trl" else value))
+        return mapped(beta=number(values["trl"] if key == "trl" else value))
 
     return read
 
 
 def _num_labels(value: Any, settings: ToolSettings) -> Outcome:
     if integer(value) != 1:
-        raise refused(value, "lorafold's reward models output one score")
-    return taken("a reward model outputs one score")
+        raise rejection(value, "lorafold's reward models output one score")
+    return mapped("a reward model outputs one score")
 
 
 def dropout(value: Any, settings: ToolSettings) -> Outcome:
     rate, objective = number(value), objective_of(settings)
     if not rate or objective is None:
-        return taken(dropout=rate)
+        return mapped(dropout=rate)
     if OBJECTIVES[objective].draws:
         return changed(grpo.NO_DROPOUT, dropout=0.0)
-    return taken(trainer.NO_DROPOUT, dropout=0.0)
+    return mapped(trainer.NO_DROPOUT, dropout=0.0)
 
 
-def starts_afresh(settings: ToolSettings) -> bool:
+def is_new_adapter(settings: ToolSettings) -> bool:
     """Whether axolotl trains a new adapter, although `lora_model_dir` may name one."""
     return settings["lora_model_dir"] is None or str(settings["rl"]) in ("dpo", "ipo", "kto")
 
 
-OWN: Table = {
+MAIN_KEYS: Table = {
     "lora_model_dir": lambda value, settings: (
-        flagged("--init-adapter", value)
-        if not starts_afresh(settings)
-        else left(
+        pass_option("--init-adapter", value)
+        if not is_new_adapter(settings)
+        else unmapped(
             f"with rl: {settings['rl']}, axolotl ignores this adapter and trains a new one on the"
             " base; to train on top of this adapter, pass it as --over"
         )
@@ -192,41 +192,39 @@ OWN: Table = {
     "rl": rl,
     "trl": beta_of("trl"),
     "trl.beta": beta_of("trl.beta"),
-    "vllm": grpo.OWN_DRAWS,
+    "vllm": grpo.SAMPLING,
     "rl_beta": (beta_of("rl_beta"), 0.1),
     "dpo_beta": beta_of("dpo_beta"),
     "orpo_alpha": beta_of("orpo_alpha"),
-    "dpo_use_weighting": refusing("lorafold gives every pair the same weight"),
-    "rpo_alpha": refusing("axolotl rejects this key; use dpo_loss_type: [sigmoid, sft]"),
-    "dpo_norm_loss": refusing("axolotl rejects this key"),
-    "simpo_gamma": trainer.law_option("gamma", objective_of),
-    "kto_desirable_weight": trainer.law_option("desirable_weight", objective_of),
-    "kto_undesirable_weight": trainer.law_option("undesirable_weight", objective_of),
+    "dpo_use_weighting": reject("lorafold gives every pair the same weight"),
+    "rpo_alpha": reject("axolotl rejects this key; use dpo_loss_type: [sigmoid, sft]"),
+    "dpo_norm_loss": reject("axolotl rejects this key"),
+    "simpo_gamma": trainer.loss_option("gamma", objective_of),
+    "kto_desirable_weight": trainer.loss_option("desirable_weight", objective_of),
+    "kto_undesirable_weight": trainer.loss_option("undesirable_weight", objective_of),
     "reward_model": lambda value, settings: (
         OFF
         if not boolean(value)
-        else taken(objective="reward")
+        else mapped(objective="reward")
         if is_reward_model(settings)
         else None
     ),
-    "process_reward_model": refusing("lorafold's reward models score whole texts"),
+    "process_reward_model": reject("lorafold's reward models score whole texts"),
 }
-OF_DPO: Table = {
+DPO_KEYS: Table = {
     "dpo_loss_type": (
-        lambda value, settings: trainer.of_dpo(
+        lambda value, settings: trainer.dpo_objective(
             names(value), settings["dpo_loss_weights"], "dpo_loss_weights"
         ),
         ["sigmoid"],
     ),
     "dpo_loss_weights": _loss_weights,
-    "dpo_label_smoothing": trainer.smoothing_of_dpo,
+    "dpo_label_smoothing": trainer.dpo_label_smoothing,
 }
 RULES: tuple[Rule, ...] = (
-    *table(OWN),
-    *table(OF_DPO, where("rl", "dpo")),
-    *table(
-        {"cpo_alpha": (trainer.supervised_as("simpo"), 1.0)}, where("rl", "simpo")
-    ),
+    *table(MAIN_KEYS),
+    *table(DPO_KEYS, setting_in("rl", "dpo")),
+    *table({"cpo_alpha": (trainer.sft_term_of("simpo"), 1.0)}, setting_in("rl", "simpo")),
     *table(
         {
             "center_rewards_coefficient": lambda value, settings: (
@@ -235,5 +233,5 @@ RULES: tuple[Rule, ...] = (
             "num_labels": _num_labels,
         }, is_reward_model
     ),
-    *(Rule(f"{PREFIX}{rule.key}", of_policy(rule.reader), rule.default) for rule in OF_BLOCK),
+    *(Rule(f"{PREFIX}{rule.key}", of_policy(rule.reader), rule.default) for rule in BLOCK_RULES),
 )

@@ -16,18 +16,18 @@ from lorafold.config_import.rules import (
     Reader,
     Table,
     ToolSettings,
-    cases,
+    by_value,
     changed,
     choice,
-    left,
+    mapped,
     read_with,
-    refused,
-    refusing,
+    reject,
+    rejection,
+    require,
     switch,
-    taken,
-    to,
+    to_field,
     to_options,
-    unless,
+    unmapped,
 )
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NUMBERS
 from lorafold.errors import LorafoldError
@@ -43,18 +43,17 @@ AVERAGES = {
 }
 # `scale_rewards` may also be true or false
 SCALES = {"true": "group", "batch": "batch", "false": "none"}
-WITHOUT_LIMIT = "no limit"  # for a file without a completion length
-LIMIT = 256  # tokens of a completion then
-BESIDE = 1024  # tokens of a prompt if the file sets none
+NO_LIMIT = "no limit"  # for a file without a completion length
+MAX_NEW = 256  # tokens of a completion then
+PROMPT = 1024  # tokens of a prompt if the file sets none
 NO_DROPOUT = "lorafold samples completions and trains on them without dropout"
-OWN_DRAWS = "lorafold samples completions in the training process, from the weights that it trains"
-PLAINLY = "lorafold samples completions at temperature 1 from all tokens"
-SUMMED = "lorafold sums rewards before it normalizes them"
-NO_PART = "lorafold gives all tokens the same weight, and its loss has no entropy term"
+SAMPLING = "lorafold samples completions in the training process, from the weights that it trains"
+FULL_SAMPLING = "lorafold samples completions at temperature 1 from all tokens"
+SUM_FIRST = "lorafold sums rewards before it normalizes them"
+SAME_WEIGHTS = "lorafold gives all tokens the same weight, and its loss has no entropy term"
 RATIOS = "with one update per step, every importance ratio is 1"
-PLACE = "FILE.py:FUNCTION"
-INSTALLED = ("trl", "axolotl")  # packages whose modules are not the user's files
-TEXTS = (
+FUNCTION = "FILE.py:FUNCTION"
+AS_TEXT = (
     "for prompts of messages, TRL passes completions to a reward as lists of messages, lorafold as"
     " text: replace completion[0]['content'] by completion"
 )
@@ -78,10 +77,10 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
     ratio itself.
     """
     if value in ("sapo", "vespo"):
-        raise refused(value, "lorafold does not support this loss")
+        raise rejection(value, "lorafold does not support this loss")
     options: dict[str, Any] = {"average": AVERAGES.get(choice(value, *AVERAGES, "cispo"), "tokens")}
     if value == "cispo":
-        bound = upper(settings)
+        bound = clip_high(settings)
         if bound <= 1:
             raise LorafoldError(
                 f"found 'cispo' and {bound:g} as epsilon_high, but with cispo it is the upper bound"
@@ -97,31 +96,31 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
 def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
     """`importance_sampling_level` is read with `loss_type`; sequence means GSPO."""
     if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
-        raise refused(value, "lorafold's cispo has one ratio per token")
+        raise rejection(value, "lorafold's cispo has one ratio per token")
     return read_with("loss_type")
 
 
-def upper(settings: ToolSettings) -> float:
+def clip_high(settings: ToolSettings) -> float:
     return settings.read("epsilon" if settings["epsilon_high"] is None else "epsilon_high", number)
 
 
 def beta(value: Any, settings: ToolSettings) -> Outcome:
     if not (coefficient := number(value)):
-        return taken("no KL to a reference")
+        return mapped("no KL to a reference")
     why = ""
     if is_leave_one_out(settings):
         why = (
             "TRL subtracts the KL of a completion from its reward; lorafold adds the KL of each"
             " token to the loss"
         )
-    elif objective_of(settings) == "gspo" or not settings.on("use_bias_correction_kl"):
+    elif objective_of(settings) == "gspo" or not settings.is_on("use_bias_correction_kl"):
         why = "lorafold multiplies each token's KL by its importance ratio for an unbiased gradient"
     return changed(why, beta=coefficient)
 
 
 def _sync_ref_model(value: Any, settings: ToolSettings) -> Outcome | None:
     if boolean(value) and settings.read("beta", number):
-        raise refused(value, "lorafold's reference is never updated")
+        raise rejection(value, "lorafold's reference is never updated")
     return None if boolean(value) else OFF
 
 
@@ -134,12 +133,12 @@ def _mask_truncated(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def _completion_length(value: Any, settings: ToolSettings) -> Outcome:
-    longest, prompt, remarks = settings.given.get("max_completion_length", value), BESIDE, []
-    if longest in (None, WITHOUT_LIMIT):
-        longest = LIMIT
-        remarks.append(f"TRL has no limit on completions, lorafold limits them to {LIMIT} tokens")
+    longest, prompt, remarks = settings.config.get("max_completion_length", value), PROMPT, []
+    if longest in (None, NO_LIMIT):
+        longest = MAX_NEW
+        remarks.append(f"TRL has no limit on completions, lorafold limits them to {MAX_NEW} tokens")
     if settings["max_prompt_length"] is None:
-        remarks.append(f"TRL has no limit on prompts, lorafold rejects more than {BESIDE} tokens")
+        remarks.append(f"TRL has no limit on prompts, lorafold rejects more than {PROMPT} tokens")
     else:
         prompt = settings.read("max_prompt_length", integer)
     longest = integer(longest)
@@ -150,18 +149,18 @@ def _completion_length(value: Any, settings: ToolSettings) -> Outcome:
 def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
     updates = integer(value)
     if updates == 1:
-        return taken("one update per step")
+        return mapped("one update per step")
     if is_leave_one_out(settings):
-        raise refused(value, "lorafold's rloo does not clip ratios")
+        raise rejection(value, "lorafold's rloo does not clip ratios")
     return changed(
         f"a lorafold step makes {updates} updates, a TRL step one: divide max_steps by {updates}",
         objective_options={"updates": updates},
     )
 
 
-def drawn_plainly(*neutral: float) -> Reader:
-    bent = changed(f"{PLAINLY}, the distribution that it trains")
-    return lambda value, settings: taken(PLAINLY) if number(value) in neutral else bent
+def sampling_option(*neutral: float) -> Reader:
+    differs = changed(f"{FULL_SAMPLING}, the distribution that it trains")
+    return lambda value, settings: mapped(FULL_SAMPLING) if number(value) in neutral else differs
 
 
 def bound_of_ratios(least: float) -> Reader:
@@ -171,7 +170,7 @@ def bound_of_ratios(least: float) -> Reader:
         if number(value) < least:
             raise LorafoldError(f"found {value!r}, expected {least:g} or more")
         if integer(settings["num_iterations"] or 1) != 1:
-            raise refused(value, "with num_iterations above 1, lorafold has no such bound")
+            raise rejection(value, "with num_iterations above 1, lorafold has no such bound")
         return changed(f"lorafold has no such bound; {RATIOS}")
 
     return read
@@ -180,7 +179,7 @@ def bound_of_ratios(least: float) -> Reader:
 def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
     functions, given = names(value), settings["reward_weights"]
     if not functions:
-        return left(f"pass a reward function as --reward {PLACE}", f"--reward {PLACE}")
+        return unmapped(f"pass a reward function as --reward {FUNCTION}", f"--reward {FUNCTION}")
     if models := [name for name in functions if "/" in name]:
         raise LorafoldError(
             f"found {models[0]!r}, a reward model, but lorafold supports functions, patterns,"
@@ -195,14 +194,14 @@ def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
     for name, weight in zip(functions, map(number, weights), strict=True):
         scale = "" if weight == 1 else f"{weight:.12g}*"
         module, _, function = name.rpartition(".")
-        if module and module.split(".")[0] not in INSTALLED:
+        if module and module.split(".")[0] not in ("trl", "axolotl"):
             rewards.append(f"{scale}{module.replace('.', '/')}.py:{function}")
         else:
             others.append(name)
-            flags.append(f"--reward {scale}{PLACE}")
+            flags.append(f"--reward {scale}{FUNCTION}")
     remark = f"no file for {', '.join(others)}: write your own function; " if others else ""
     fields = {"objective_options": {"rewards": rewards}} if rewards else {}
-    return Outcome("changed" if rewards else "left", fields, f"{remark}{TEXTS}", " ".join(flags))
+    return Outcome("changed" if rewards else "left", fields, f"{remark}{AS_TEXT}", " ".join(flags))
 
 
 def count(key: str, settings: ToolSettings, least: int = 1) -> int:
@@ -212,7 +211,7 @@ def count(key: str, settings: ToolSettings, least: int = 1) -> int:
     return value
 
 
-def sizes(settings: ToolSettings) -> tuple[int, int, int]:
+def batch_sizes(settings: ToolSettings) -> tuple[int, int, int]:
     """(completions per optimizer step of one process, completions per prompt, prompts per step)."""
     micro = count("per_device_train_batch_size", settings)
     completions = micro * count("gradient_accumulation_steps", settings)
@@ -221,9 +220,9 @@ def sizes(settings: ToolSettings) -> tuple[int, int, int]:
 
 
 def batch(value: Any, settings: ToolSettings) -> Outcome:
-    completions, size, rows = sizes(settings)
+    completions, size, rows = batch_sizes(settings)
     if completions == rows * size:
-        return taken(f"{completions} completions per process, {size} per prompt", batch=rows)
+        return mapped(f"{completions} completions per process, {size} per prompt", batch=rows)
     return changed(
         f"{completions} completions per process are not a multiple of {size} per prompt: for N"
         f" processes pass --batch N*{completions}/{size}",
@@ -232,12 +231,12 @@ def batch(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def accumulation(value: Any, settings: ToolSettings) -> Outcome:
-    steps, rows = count("gradient_accumulation_steps", settings), sizes(settings)[2]
+    steps, rows = count("gradient_accumulation_steps", settings), batch_sizes(settings)[2]
     why = "lorafold's micro-batches contain whole groups of completions" if rows % steps else ""
     return changed(why, accumulate=gcd(rows, steps))
 
 
-def draws_for(factor: str) -> Reader:
+def updates_per_sample(factor: str) -> Reader:
     """Read `steps_per_generation` (in micro-batches) or `generation_batch_size` (in completions):
     how many updates learn from one sample. `factor` is the key of the micro-batch size; empty for
     1.
@@ -246,7 +245,7 @@ def draws_for(factor: str) -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome:
         sampled = integer(value) / (count(factor, settings) if factor else 1)
         if sampled <= count("gradient_accumulation_steps", settings):
-            return taken("each step trains on the completions that it samples")
+            return mapped("each step trains on the completions that it samples")
         return changed("TRL makes several updates per sample; lorafold samples for each update")
 
     return read
@@ -259,16 +258,16 @@ REFERENCE: Table = {
 SHARED: Table = {
     "reward_funcs": (_reward_funcs, ()),
     "reward_weights": lambda value, settings: (
-        taken("part of the rewards")
+        mapped("part of the rewards")
         if names(settings["reward_funcs"] or ())
-        else left("put each weight before its reward, as in --reward 0.5*FILE.py:FUNCTION")
+        else unmapped("put each weight before its reward, as in --reward 0.5*FILE.py:FUNCTION")
     ),
     "max_completion_length": (_completion_length, 512),
     "epsilon": (
         lambda value, settings: (
             None
             if objective_of(settings) in ("rloo", "cispo")
-            else taken(objective_options={"clip": number(value), "clip_high": upper(settings)})
+            else mapped(objective_options={"clip": number(value), "clip_high": clip_high(settings)})
         ),
         0.2,
     ),
@@ -276,19 +275,19 @@ SHARED: Table = {
         "rloo": None, "cispo": read_with("loss_type")
     }.get(objective_of(settings), read_with("epsilon")),
     "num_iterations": _num_iterations,
-    "steps_per_generation": draws_for(""),
-    "generation_batch_size": draws_for("per_device_train_batch_size"),
-    "temperature top_p repetition_penalty": drawn_plainly(1),
-    "top_k": drawn_plainly(0, -1),
-    "min_p": drawn_plainly(0),
-    "generation_kwargs": PLAINLY,
-    "chat_template_kwargs": to("template_kwargs"),
+    "steps_per_generation": updates_per_sample(""),
+    "generation_batch_size": updates_per_sample("per_device_train_batch_size"),
+    "temperature top_p repetition_penalty": sampling_option(1),
+    "top_k": sampling_option(0, -1),
+    "min_p": sampling_option(0),
+    "generation_kwargs": FULL_SAMPLING,
+    "chat_template_kwargs": to_field("template_kwargs"),
     "mask_truncated_completions": (_mask_truncated, False),
     **REFERENCE,
-    "disable_dropout": taken("lorafold trains without dropout"),
+    "disable_dropout": mapped("lorafold trains without dropout"),
     "num_generations_eval": "lorafold samples one completion per held-out prompt and reports the"
     " mean reward with its confidence interval",
-    "vllm_structured_outputs_regex vllm_guided_decoding_regex": refusing(
+    "vllm_structured_outputs_regex vllm_guided_decoding_regex": reject(
         "lorafold does not support structured outputs in training"
     ),
     "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url"
@@ -298,7 +297,7 @@ SHARED: Table = {
     " vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
     " vllm_importance_sampling_cap ds3_gather_for_generation cache_implementation"
     " use_transformers_continuous_batching transformers_continuous_batching_config"
-    " use_transformers_paged": OWN_DRAWS,
+    " use_transformers_paged": SAMPLING,
     "log_completions log_multimodal num_completions_to_print log_unique_prompts"
     " log_completions_hub_repo": LOGGING,
     "pad_to_multiple_of": MEMORY,
@@ -316,17 +315,17 @@ GRPO: Table = {
         ),
         "group",
     ),
-    "multi_objective_aggregation": cases(
+    "multi_objective_aggregation": by_value(
         {
-            "sum_then_normalize": taken("rewards are summed, then normalized"),
-            "normalize_then_sum": SUMMED,
+            "sum_then_normalize": mapped("rewards are summed, then normalized"),
+            "normalize_then_sum": SUM_FIRST,
         }
     ),
     "delta": bound_of_ratios(1),
     "off_policy_mask_threshold": bound_of_ratios(0),
-    "top_entropy_quantile": unless(1, NO_PART),
-    "entropy_coef": unless(0, NO_PART),
-    "use_adaptive_entropy": refusing(NO_PART),
+    "top_entropy_quantile": require(1, SAME_WEIGHTS),
+    "entropy_coef": require(0, SAME_WEIGHTS),
+    "use_adaptive_entropy": reject(SAME_WEIGHTS),
     "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
     " sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg"
     " vespo_lambda_neg": None,
@@ -336,7 +335,7 @@ GRPO: Table = {
 RLOO: Table = {
     **SHARED,
     "num_generations": (
-        lambda value, settings: taken(
+        lambda value, settings: mapped(
             objective="rloo", objective_options={"group": integer(value)}
         ),
         2,
@@ -349,11 +348,11 @@ RLOO: Table = {
                 " the standard deviation of the batch's rewards",
                 objective_options={"scale": "batch"},
             ),
-            taken(objective_options={"scale": "none"}),
+            mapped(objective_options={"scale": "none"}),
         ),
         False,
     ),
-    "reward_clip_range": refusing(
+    "reward_clip_range": reject(
         "lorafold does not clip rewards: clip them in the reward function", lambda value: False
     ),
 }

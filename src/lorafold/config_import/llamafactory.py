@@ -15,31 +15,31 @@ from typing import Any
 
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
+    AS_OPTION,
     OFF,
-    SAME,
     Outcome,
     Rule,
     SourceDataset,
     Table,
     ToolSettings,
-    cases,
+    by_value,
     changed,
     choice,
+    data_outcome,
     dataset,
-    flagged,
-    given_as_data,
     is_off,
-    left,
+    mapped,
+    pass_option,
     read_with,
-    refused,
-    refusing,
+    reject,
+    rejection,
+    rename_remarks,
+    setting_in,
     switch,
     table,
-    taken,
-    to,
-    turn_keys,
-    where,
-    without_counterpart,
+    to_field,
+    unmapped,
+    unsupported_remarks,
 )
 from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
 from lorafold.errors import LorafoldError
@@ -47,46 +47,45 @@ from lorafold.files.atomic import read_object
 from lorafold.foreign_options import NO_FP16, boolean, integer, names, number
 from lorafold.models.quantizations import DEFAULT, ON_LOAD, STORAGES, bnb_storage
 
-SIGNS = (
+MARKERS = (
     "finetuning_type stage cutoff_len lora_rank lora_target template quantization_bit dataset_dir"
     " dataset pref_loss pref_beta adapter_name_or_path preprocessing_num_workers overwrite_cache"
 )
 LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
-PREF_LOSS = cases(
-    {theirs: taken(objective=ours) for theirs, ours in LOSSES.items()}
+PREF_LOSS = by_value(
+    {theirs: mapped(objective=ours) for theirs, ours in LOSSES.items()}
     | {"kto_pair": "lorafold's kto trains on single completions; use stage: kto"}
 )
-FULL = cases(
+FULL = by_value(
     {
         **dict.fromkeys(("freeze", "oft"), "lorafold does not support this method"),
         "lora": OFF,
-        "full": taken(method="full"),
+        "full": mapped(method="full"),
     }
 )
 NO_TERM = "lorafold's losses have no such term"
 NEGLIGIBLE = 1e-6  # LLaMA-Factory ignores terms up to this weight
-INFO = "dataset_info.json"
+DATASET_INFO = "dataset_info.json"
 ONLINE = "ONLINE"  # a dataset_dir for Hub datasets
-READ = {
+DATASET_KEYS = {
     "hf_hub_url", "ms_hub_url", "om_hub_url", "file_name", "subset", "split", "formatting",
     "ranking", "columns", "tags",
 }  # fmt: skip
 # lorafold's columns by theirs, in both formats
-INSTRUCTIONS = {"instruction": "prompt", "input": "query", "output": "response"}
-JUDGED = {
+INSTRUCTION_COLUMNS = {"instruction": "prompt", "input": "query", "output": "response"}
+PREFERENCE_COLUMNS = {
     "chosen": "chosen",
     "rejected": "rejected",
     "label": "kto_tag",
     "system": "system",
     "tools": "tools",
 }
-LEFT = ("history", "images", "videos", "audios")
 
 
-is_lora = where("finetuning_type", "lora")
+is_lora = setting_in("finetuning_type", "lora")
 
 
-is_dpo = where("stage", "dpo")
+is_dpo = setting_in("stage", "dpo")
 
 
 def is_quantized(settings: ToolSettings) -> bool:
@@ -99,7 +98,7 @@ def objective_of(settings: ToolSettings) -> str | None:
     return {"kto": "kto", "rm": "reward"}.get(str(settings["stage"]))
 
 
-def compares(settings: ToolSettings) -> bool:
+def has_reference(settings: ToolSettings) -> bool:
     return trainer.has_reference(objective_of(settings))
 
 
@@ -111,14 +110,14 @@ def is_packed(settings: ToolSettings) -> bool:
         return False
     packing = settings["packing"]
     by_stage = settings["stage"] == "pt"
-    return settings.on("neat_packing") or (by_stage if packing is None else boolean(packing))
+    return settings.is_on("neat_packing") or (by_stage if packing is None else boolean(packing))
 
 
-def is_fresh(settings: ToolSettings) -> bool:
+def is_new_adapter(settings: ToolSettings) -> bool:
     """Whether a new adapter is trained on top of the named ones. On a quantized base, LLaMA-Factory
     always continues the named adapter.
     """
-    return settings.on("create_new_adapter") and not is_quantized(settings)
+    return settings.is_on("create_new_adapter") and not is_quantized(settings)
 
 
 def _of_supervised(value: Any, settings: ToolSettings) -> bool:
@@ -136,7 +135,7 @@ def _stage(value: Any, settings: ToolSettings) -> Outcome:
     }
     choice(value, "pt", "sft", "rm", "ppo", "dpo", "kto")
     if value == "dpo":
-        return taken("pref_loss determines the objective")
+        return mapped("pref_loss determines the objective")
     if value == "pt" and not is_lora(settings):
         raise LorafoldError("found 'pt' with full fine-tuning, but lorafold does not pretrain")
     if value == "ppo":
@@ -153,9 +152,9 @@ def _finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
         return FULL(value, settings)
     pissa = f"pissa_niter_{max(0, settings.read('pissa_iter', integer))}"
     return trainer.kind_of_lora(
-        settings.on("use_dora"),
-        settings.on("use_rslora"),
-        pissa if settings.on("pissa_init") else None,
+        settings.is_on("use_dora"),
+        settings.is_on("use_rslora"),
+        pissa if settings.is_on("pissa_init") else None,
     )
 
 
@@ -163,9 +162,9 @@ def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
     """`pissa_init` is read with `finetuning_type`. It is rejected with a reference, as in
     LLaMA-Factory, because the reference would be the base that PiSSA changes.
     """
-    if boolean(value) and compares(settings):
+    if boolean(value) and has_reference(settings):
         raise LorafoldError(f"found {value!r}, which LLaMA-Factory rejects with a reference")
-    return trainer.OF_METHOD if boolean(value) else None
+    return trainer.PART_OF_METHOD if boolean(value) else None
 
 
 def _quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
@@ -179,12 +178,12 @@ def _quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
 
 def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     if is_quantized(settings):
-        return taken("a quantized base computes in 16-bit") if "bf16" in settings.given else None
-    if boolean(value) or settings.on("pure_bf16"):
-        if is_lora(settings) or settings.on("pure_bf16"):
-            return taken(storage="bf16")
+        return mapped("a quantized base computes in 16-bit") if "bf16" in settings.config else None
+    if boolean(value) or settings.is_on("pure_bf16"):
+        if is_lora(settings) or settings.is_on("pure_bf16"):
+            return mapped(storage="bf16")
         return changed("trained weights are kept in fp32, as in LLaMA-Factory", storage="fp32")
-    return None if settings.on("fp16") else taken(trainer.AUTO, storage="auto")
+    return None if settings.is_on("fp16") else mapped(trainer.AUTO, storage="auto")
 
 
 def _neat_packing(value: Any, settings: ToolSettings) -> Outcome:
@@ -197,27 +196,27 @@ def _pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
     objective = objective_of(settings)
     if objective == "reward":
         return None
-    return trainer.supervised(value if number(value) > NEGLIGIBLE else 0.0, objective)
+    return trainer.sft_term(value if number(value) > NEGLIGIBLE else 0.0, objective)
 
 
 def _label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
     if number(value) <= NEGLIGIBLE:
         return OFF
     if objective_of(settings) != "dpo":
-        raise refused(value, "LLaMA-Factory supports this only with pref_loss: sigmoid")
-    return taken(objective_options={"label_smoothing": number(value)})
+        raise rejection(value, "LLaMA-Factory supports this only with pref_loss: sigmoid")
+    return mapped(objective_options={"label_smoothing": number(value)})
 
 
 def _bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
-    if number(value) > NEGLIGIBLE and compares(settings) and is_dpo(settings):
-        raise refused(value, NO_TERM)
+    if number(value) > NEGLIGIBLE and has_reference(settings) and is_dpo(settings):
+        raise rejection(value, NO_TERM)
     return None
 
 
 def adapters_below(settings: ToolSettings) -> tuple[str, ...]:
     given = settings["adapter_name_or_path"] if is_lora(settings) else None
     adapters = () if given is None else names(given)
-    return adapters if is_fresh(settings) else adapters[:-1]
+    return adapters if is_new_adapter(settings) else adapters[:-1]
 
 
 def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -225,10 +224,10 @@ def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
     if not adapters:
         return None
     if not below:
-        return flagged("--init-adapter", adapters[-1])
+        return pass_option("--init-adapter", adapters[-1])
     options = ["--over"] * len(below) + ["--init-adapter"] * (len(adapters) - len(below))
     pairs = zip(options, adapters, strict=True)
-    return left(
+    return unmapped(
         f"LLaMA-Factory merges {', '.join(below)} into the base first; lorafold merges nothing and"
         " trains the adapter on top",
         " ".join(f"{option} {shlex.quote(name)}" for option, name in pairs),
@@ -238,7 +237,7 @@ def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
 def _ref_model(value: Any, settings: ToolSettings) -> Outcome:
     theirs = names(settings["ref_model_adapters"] or ())
     if value == settings["model_name_or_path"] and theirs == adapters_below(settings):
-        return taken("this is the model without the new adapter, lorafold's reference")
+        return mapped("this is the model without the new adapter, lorafold's reference")
     over = " on top of ".join((*reversed(theirs), str(value)))
     raise LorafoldError(f"found {over} as the reference, but {trainer.NO_SECOND_MODEL}")
 
@@ -248,22 +247,22 @@ def _ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome |
         return None
     own = settings["quantization_bit"]
     if own is not None and integer(value) == integer(own):
-        return taken("the reference is quantized like the base")
+        return mapped("the reference is quantized like the base")
     return changed("the reference is the base itself, quantized as for training")
 
 
 def _dataset(value: Any, settings: ToolSettings) -> Outcome:
     folder = Path(str(settings["dataset_dir"] or "data"))
-    info = read_object(folder / INFO) if (folder / INFO).is_file() else {}
+    info = read_object(folder / DATASET_INFO) if (folder / DATASET_INFO).is_file() else {}
     sources = [_listed_dataset(name, info.get(name), folder) for name in names(value)]
-    return given_as_data(sources, objective_of(settings))
+    return data_outcome(sources, objective_of(settings))
 
 
 def _listed_dataset(name: str, info: Any, folder: Path) -> SourceDataset:
     if str(folder) == ONLINE:
         return SourceDataset(name, name)
     if not isinstance(info, Mapping):
-        return SourceDataset(name, None, {}, [f"not found in {folder / INFO}"])
+        return SourceDataset(name, None, {}, [f"not found in {folder / DATASET_INFO}"])
     file = info.get("file_name")
     path = info.get("hf_hub_url") or (str(folder / file) if file else None)
     subset, split = info.get("subset"), info.get("split")
@@ -272,9 +271,9 @@ def _listed_dataset(name: str, info: Any, folder: Path) -> SourceDataset:
 
 def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
     given, tags = info.get("columns") or {}, info.get("tags") or {}
-    judged = {name: given.get(key) for name, key in JUDGED.items()}
+    judged = {name: given.get(key) for name, key in PREFERENCE_COLUMNS.items()}
     if info.get("formatting") != "sharegpt":
-        return {name: given.get(key) for name, key in INSTRUCTIONS.items()} | judged
+        return {name: given.get(key) for name, key in INSTRUCTION_COLUMNS.items()} | judged
     is_openai = (tags.get("role_tag"), tags.get("content_tag")) == ("role", "content")
     theirs = given.get("messages") or "conversations"
     turns = {"messages" if is_openai else "conversations": theirs}
@@ -283,27 +282,27 @@ def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def _remarks(info: Mapping[str, Any]) -> Iterator[str]:
     tags, given = info.get("tags") or {}, info.get("columns") or {}
-    yield from turn_keys(tags.get("role_tag", "from"), tags.get("content_tag", "value"))
-    others = [key for key in LEFT if given.get(key)]
-    others += [key for key, value in info.items() if key not in READ and not is_off(value)]
-    yield from without_counterpart(others)
+    yield from rename_remarks(tags.get("role_tag", "from"), tags.get("content_tag", "value"))
+    others = [key for key in ("history", "images", "videos", "audios") if given.get(key)]
+    others += [key for key, value in info.items() if key not in DATASET_KEYS and not is_off(value)]
+    yield from unsupported_remarks(others)
 
 
-OWN: Table = {
+MAIN_KEYS: Table = {
     "stage": (_stage, "sft"),
     "finetuning_type": (_finetuning_type, "lora"),
-    "use_dora use_rslora": (switch(trainer.OF_METHOD, None), False),
+    "use_dora use_rslora": (switch(trainer.PART_OF_METHOD, None), False),
     "pissa_init": (pissa_init, False),
     "pissa_iter": (
-        lambda value, settings: trainer.OF_METHOD if settings.on("pissa_init") else None,
+        lambda value, settings: trainer.PART_OF_METHOD if settings.is_on("pissa_init") else None,
         16,
     ),
-    "pissa_convert": taken("lorafold always saves the adapter as LoRA for the original base"),
+    "pissa_convert": mapped("lorafold always saves the adapter as LoRA for the original base"),
     "adapter_name_or_path": named_adapters,
     "create_new_adapter": (
         lambda value, settings: (
-            taken("LLaMA-Factory continues the given adapter on a quantized base")
-            if boolean(value) and settings["adapter_name_or_path"] and not is_fresh(settings)
+            mapped("LLaMA-Factory continues the given adapter on a quantized base")
+            if boolean(value) and settings["adapter_name_or_path"] and not is_new_adapter(settings)
             else read_with("adapter_name_or_path")
         ),
         False,
@@ -311,9 +310,9 @@ OWN: Table = {
     "pref_beta": (trainer.beta(objective_of), 0.1),
     "pref_ftx": (_pref_ftx, 0.0),
     "pref_bco_weight": (_bco_weight, 0.0),
-    "simpo_gamma": (trainer.law_option("gamma", objective_of), 0.5),
-    "kto_chosen_weight": (trainer.law_option("desirable_weight", objective_of), 1.0),
-    "kto_rejected_weight": (trainer.law_option("undesirable_weight", objective_of), 1.0),
+    "simpo_gamma": (trainer.loss_option("gamma", objective_of), 0.5),
+    "kto_chosen_weight": (trainer.loss_option("desirable_weight", objective_of), 1.0),
+    "kto_rejected_weight": (trainer.loss_option("undesirable_weight", objective_of), 1.0),
     "ref_model_adapters": lambda value, settings: (
         None if settings["ref_model"] is None else read_with("ref_model")
     ),
@@ -323,39 +322,39 @@ OWN: Table = {
     "fp16": (
         lambda value, settings: (
             None
-            if not boolean(value) or is_quantized(settings) or settings.on("bf16")
+            if not boolean(value) or is_quantized(settings) or settings.is_on("bf16")
             else changed(NO_FP16, storage="bf16")
         ),
         False,
     ),
-    "learning_rate": (to("lr", number), 5e-5),
+    "learning_rate": (to_field("lr", number), 5e-5),
     "per_device_train_batch_size": (
         trainer.batch("device", is_packed, "LLaMA-Factory cutoff_len"), 8,
     ),
-    "gradient_accumulation_steps": (SAME, 1),
-    "cutoff_len": (SAME, 2048),
+    "gradient_accumulation_steps": (AS_OPTION, 1),
+    "cutoff_len": (AS_OPTION, 2048),
     "packing": read_with("neat_packing"),
     "neat_packing": (_neat_packing, False),
     "train_on_prompt": lambda value, settings: (
-        trainer.EVERY_TOKEN if _of_supervised(value, settings) else trainer.COMPLETIONS
+        trainer.FULL_LOSS if _of_supervised(value, settings) else trainer.COMPLETIONS
     ),
     "mask_history": lambda value, settings: (
-        taken(train_on="last")
+        mapped(train_on="last")
         if _of_supervised(value, settings)
-        else taken("every assistant turn is trained", train_on="all")
+        else mapped("every assistant turn is trained", train_on="all")
     ),
     "enable_thinking": lambda value, settings: changed(
         "lorafold rejects enable_thinking if the model's chat template does not use it",
         template_kwargs={"enable_thinking": boolean(value)},
     ),
-    "disable_gradient_checkpointing": to(
+    "disable_gradient_checkpointing": to_field(
         "gradient_checkpointing", lambda value: not boolean(value)
     ),
-    "gradient_checkpointing": taken("determined by disable_gradient_checkpointing"),
+    "gradient_checkpointing": mapped("determined by disable_gradient_checkpointing"),
     "val_size": (trainer.held_out_rows, 0.0),
     "default_system": SYSTEM,
-    "use_swanlab": switch(taken(trackers=("swanlab",))),
-    "template": lambda value, settings: left(
+    "use_swanlab": switch(mapped(trackers=("swanlab",))),
+    "template": lambda value, settings: unmapped(
         f"lorafold uses the model's own template; to use {value}, write it to a file and pass"
         " --chat-template FILE"
     ),
@@ -363,55 +362,55 @@ OWN: Table = {
     "dataset": _dataset,
     "dataset_dir": read_with("dataset"),
     "eval_dataset": trainer.EVAL_DATA,
-    "do_train": trainer.TRAINS,
-    "train_from_scratch": refusing("lorafold does not pretrain"),
-    "use_galore": refusing("lorafold does not support GaLore"),
-    "use_apollo": refusing("lorafold does not support APOLLO"),
-    "use_badam": refusing("lorafold does not support BAdam"),
-    **trainer.ARGUMENTS,
-    **trainer.STEPS,
+    "do_train": trainer.TRAIN_SWITCH,
+    "train_from_scratch": reject("lorafold does not pretrain"),
+    "use_galore": reject("lorafold does not support GaLore"),
+    "use_apollo": reject("lorafold does not support APOLLO"),
+    "use_badam": reject("lorafold does not support BAdam"),
+    **trainer.TRAINER_KEYS,
+    **trainer.SHARED_KEYS,
     "evaluation_strategy": trainer.interval_strategy,
     **LLAMAFACTORY,
 }
-OF_METHOD: Table = {
+LORA_KEYS: Table = {
     "lora_rank": (
         lambda value, settings: (
-            taken(rank=integer(value))
-            if settings.given.get("lora_alpha")
-            else taken(
+            mapped(rank=integer(value))
+            if settings.config.get("lora_alpha")
+            else mapped(
                 "alpha defaults to twice the rank", rank=integer(value), alpha=2.0 * integer(value)
             )
         ),
         8,
     ),
-    "lora_alpha": lambda value, settings: taken(
+    "lora_alpha": lambda value, settings: mapped(
         alpha=number(value) or 2.0 * settings.read("lora_rank", integer)
     ),
-    "lora_dropout": (trainer.dropout(where("stage", "dpo", "kto")), 0.0),
-    "lora_target": (SAME, "all"),
-    "additional_target": SAME,
+    "lora_dropout": (trainer.dropout(setting_in("stage", "dpo", "kto")), 0.0),
+    "lora_target": (AS_OPTION, "all"),
+    "additional_target": AS_OPTION,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
 }
-OF_PAIRS: Table = {
+DPO_KEYS: Table = {
     "pref_loss": (PREF_LOSS, "sigmoid"),
-    "ld_alpha": refusing(NO_TERM, lambda value: False),
+    "ld_alpha": reject(NO_TERM, lambda value: False),
     "dpo_label_smoothing": (_label_smoothing, 0.0),
 }
-OF_REFERENCE: Table = {
+REFERENCE_KEYS: Table = {
     "ref_model": _ref_model,
     "ref_model_quantization_bit": _ref_model_quantization_bit,
 }
-OF_QUANTIZED: Table = {
-    "quantization_method": (taken("part of the base's quantization"), "bnb"),
-    "quantization_type": (taken("part of the base's quantization"), "nf4"),
+QUANTIZATION_KEYS: Table = {
+    "quantization_method": (mapped("part of the base's quantization"), "bnb"),
+    "quantization_type": (mapped("part of the base's quantization"), "nf4"),
     "double_quantization": switch(
-        taken("always on with nf4"), changed("always on with lorafold's nf4")
+        mapped("always on with nf4"), changed("always on with lorafold's nf4")
     ),
 }
 RULES: tuple[Rule, ...] = (
-    *table(OWN),
-    *table(OF_METHOD, is_lora),
-    *table(OF_PAIRS, is_dpo),
-    *table(OF_REFERENCE, compares),
-    *table(OF_QUANTIZED, is_quantized),
+    *table(MAIN_KEYS),
+    *table(LORA_KEYS, is_lora),
+    *table(DPO_KEYS, is_dpo),
+    *table(REFERENCE_KEYS, has_reference),
+    *table(QUANTIZATION_KEYS, is_quantized),
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
-    SAME,
+    AS_OPTION,
     Outcome,
     Reader,
     Rule,
@@ -24,34 +24,33 @@ from lorafold.config_import.rules import (
     ToolSettings,
     changed,
     choice,
+    data_outcome,
     dataset,
-    flagged,
-    given_as_data,
-    left,
+    mapped,
     objects_with_path,
+    pass_option,
     read_with,
+    setting_in,
     switch,
     table,
-    taken,
-    to,
-    where,
+    to_field,
+    unmapped,
 )
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import integer, names, number, product
 from lorafold.models.quantizations import bnb_storage
 
-SIGNS = (
+MARKERS = (
     "fine_tune_type lora_parameters num_layers lora_layers iters steps_per_eval steps_per_report"
     " adapter_path mask_prompt lr_schedule val_batches grad_checkpoint hf_dataset"
 )
 BLOCK = "lora_parameters"
-OF_BLOCK = ("rank", "scale", "dropout")
 ALL = "every linear layer"  # for a file without keys
 BETAS = 0.9, 0.999
 CONSTANT = "constant"  # for a file without a schedule
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
-FEATURES = {  # lorafold's columns by theirs
+COLUMN_KEYS = {  # lorafold's columns by theirs
     "prompt": "prompt_feature",
     "completion": "completion_feature",
     "messages": "chat_feature",
@@ -59,22 +58,22 @@ FEATURES = {  # lorafold's columns by theirs
 }
 
 
-is_lora = where("fine_tune_type", "lora", "dora")
+is_lora = setting_in("fine_tune_type", "lora", "dora")
 
 
-def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def flatten_lora(config: Mapping[str, Any]) -> Mapping[str, Any]:
     block = config.get(BLOCK)
     if block is None:
         return config
     if not isinstance(block, dict):
         raise LorafoldError(f"{BLOCK}: found {block!r}, expected an object: rank, scale, dropout")
-    if missing := [key for key in OF_BLOCK if key not in block]:
+    if missing := [key for key in ("rank", "scale", "dropout") if key not in block]:
         raise LorafoldError(f"{BLOCK}: {', '.join(missing)} missing; mlx-lm has no default")
     rest = {key: value for key, value in config.items() if key != BLOCK}
     return rest | {f"{BLOCK}.{key}": value for key, value in block.items()}
 
 
-def micro(settings: ToolSettings) -> int:
+def accumulation_steps(settings: ToolSettings) -> int:
     steps = settings.read("grad_accumulation_steps", integer)
     if steps < 1:
         raise LorafoldError(f"grad_accumulation_steps: found {steps}, expected 1 or more")
@@ -82,11 +81,11 @@ def micro(settings: ToolSettings) -> int:
 
 
 def steps_of(key: str, settings: ToolSettings) -> int:
-    return max(1, ceil(settings.read(key, integer) / micro(settings)))
+    return max(1, ceil(settings.read(key, integer) / accumulation_steps(settings)))
 
 
 def in_steps(name: str, key: str) -> Reader:
-    return lambda value, settings: taken(**{name: steps_of(key, settings)})
+    return lambda value, settings: mapped(**{name: steps_of(key, settings)})
 
 
 def _fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
@@ -95,13 +94,13 @@ def _fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
             f"found 'full' for the last {settings['num_layers']} layers (num_layers), but"
             " lorafold's full method trains the whole model: set num_layers: -1"
         )
-    return taken(objective="sft", method=value)
+    return mapped(objective="sft", method=value)
 
 
 def _num_layers(value: Any, settings: ToolSettings) -> Outcome:
     if integer(value) < 0:
-        return taken("every layer")
-    return left(
+        return mapped("every layer")
+    return unmapped(
         f"mlx-lm adapts only the last {integer(value)} layers, lorafold all: for fewer, pass --set"
         " targets=REGEX for their module paths"
     )
@@ -153,7 +152,7 @@ def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
 
 def _lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
     if value == CONSTANT:
-        return taken("no warm-up", schedule="constant", warmup=0.0)
+        return mapped("no warm-up", schedule="constant", warmup=0.0)
     arguments = value.get("arguments") if isinstance(value, dict) else None
     if not isinstance(arguments, list) or not arguments or "name" not in value:
         raise LorafoldError(f"found {value!r}, expected an object with name and arguments (a list)")
@@ -178,31 +177,31 @@ def _lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def _batch(value: Any, settings: ToolSettings) -> Outcome:
-    several = micro(settings)
-    fields = {"batch": integer(value) * several, "accumulate": several}
-    said = "; mlx-lm weights micro-batches equally, lorafold tokens" if several > 1 else ""
-    return taken(
-        f"micro-batch times accumulation, for one machine{said}", **fields, packing=False, clip=0.0
+    steps = accumulation_steps(settings)
+    fields = {"batch": integer(value) * steps, "accumulate": steps}
+    note = "; mlx-lm weights micro-batches equally, lorafold tokens" if steps > 1 else ""
+    return mapped(
+        f"micro-batch times accumulation, for one machine{note}", **fields, packing=False, clip=0.0
     )
 
 
 def _data(value: Any, settings: ToolSettings) -> Outcome:
     if settings["hf_dataset"]:
-        return taken("replaced by hf_dataset")
-    columns = {ours: settings[theirs] for ours, theirs in FEATURES.items()}
-    rows = given_as_data([SourceDataset(str(value), str(value), columns)], None)
+        return mapped("replaced by hf_dataset")
+    columns = {ours: settings[theirs] for ours, theirs in COLUMN_KEYS.items()}
+    rows = data_outcome([SourceDataset(str(value), str(value), columns)], None)
     valid = shlex.quote(str(PurePath(str(value)) / "valid.jsonl"))
-    said = f"{rows.remark}; lorafold reads train.jsonl of a directory: add --eval-data {valid}"
-    return replace(rows, remark=said)
+    remark = f"{rows.remark}; lorafold reads train.jsonl of a directory: add --eval-data {valid}"
+    return replace(rows, remark=remark)
 
 
 def _hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
     sources = []
     for one in objects_with_path(value):
         place = one["path"], one.get("config"), one.get("train_split", "train[:80%]")
-        columns = {ours: one.get(theirs) for ours, theirs in FEATURES.items()}
+        columns = {ours: one.get(theirs) for ours, theirs in COLUMN_KEYS.items()}
         sources.append(dataset(*place, columns=columns))
-    return given_as_data(sources, None)
+    return data_outcome(sources, None)
 
 
 def model(value: Any, settings: ToolSettings) -> Outcome:
@@ -211,9 +210,9 @@ def model(value: Any, settings: ToolSettings) -> Outcome:
     """
     bits = next((n for n in (4, 8) if f"{n}bit" in str(value)), None)
     if bits is None:
-        passed = flagged("--model", value)
-        said = f"{trainer.AUTO}; {passed.remark}"
-        return replace(passed, how="taken", fields={"storage": "auto"}, remark=said)
+        outcome = pass_option("--model", value)
+        remark = f"{trainer.AUTO}; {outcome.remark}"
+        return replace(outcome, status="taken", fields={"storage": "auto"}, remark=remark)
     return Outcome(
         "changed",
         {"storage": bnb_storage(bits)},
@@ -222,9 +221,9 @@ def model(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-OWN: Table = {
+MAIN_KEYS: Table = {
     "fine_tune_type": (_fine_tune_type, "lora"),
-    f"{BLOCK}.alpha": taken("determined by scale"),
+    f"{BLOCK}.alpha": mapped("determined by scale"),
     BLOCK: None,
     "model": (model, "Qwen/Qwen3-0.6b"),
     "optimizer": (_optimizer, "adam"),
@@ -232,25 +231,25 @@ OWN: Table = {
     "lr_schedule": (_lr_schedule, CONSTANT),
     "iters": (in_steps("steps", "iters"), 1000),
     "batch_size": (_batch, 4),
-    "grad_accumulation_steps": (taken("included in batch"), 1),
-    "max_seq_length": (SAME, 2048),
+    "grad_accumulation_steps": (mapped("included in batch"), 1),
+    "max_seq_length": (AS_OPTION, 2048),
     "mask_prompt": (
         switch(
-            taken("only the last message is trained", train_on="last"),
+            mapped("only the last message is trained", train_on="last"),
             changed("mlx-lm trains on every token, lorafold on assistant turns and {text} rows"),
         ),
         False,
     ),
-    "grad_checkpoint": (SAME, False),
+    "grad_checkpoint": (AS_OPTION, False),
     "steps_per_eval": (in_steps("eval_every", "steps_per_eval"), 200),
     "save_every": (in_steps("save_every", "save_every"), 100),
-    "seed": to("seed", integer),
+    "seed": to_field("seed", integer),
     "report_to": trainer.trackers,
-    "train": trainer.TRAINS,
+    "train": trainer.TRAIN_SWITCH,
     "test": "use lorafold eval to evaluate test.jsonl",
     "data": (_data, "mlx-community/WikiSQL"),
     "hf_dataset": _hf_dataset,
-    " ".join(FEATURES.values()): read_with("data"),
+    " ".join(COLUMN_KEYS.values()): read_with("data"),
     "adapter_path": ("--out", "adapters"),
     "resume_adapter_file": "lorafold does not read mlx-lm's adapters",
     "trust_remote_code": trainer.TRUST,
@@ -259,27 +258,24 @@ OWN: Table = {
     "steps_per_report val_batches test_batches": LOGGING,
     "clear_cache_threshold": MEMORY,
 }
-RATE: Table = {
-    f"{BLOCK}.rank": (to("rank", integer), 8),
+LORA_KEYS: Table = {
+    f"{BLOCK}.rank": (to_field("rank", integer), 8),
     f"{BLOCK}.scale": (
-        lambda value, settings: taken(
+        lambda value, settings: mapped(
             "alpha is scale times the rank", alpha=product(value, settings[f"{BLOCK}.rank"])
         ),
         20.0,
     ),
-    f"{BLOCK}.dropout": (to("dropout", number), 0.0),
+    f"{BLOCK}.dropout": (to_field("dropout", number), 0.0),
     f"{BLOCK}.keys": (
-        to("targets", lambda value: "all-linear" if value == ALL else names(value)),
+        to_field("targets", lambda value: "all-linear" if value == ALL else names(value)),
         ALL,
     ),
     "num_layers": (_num_layers, 16),
     "lora_layers": _num_layers,
 }
 RULES: tuple[Rule, ...] = (
-    *table(OWN),
-    *table(
-        {"learning_rate": (trainer.rate(is_lora), 1e-5)},
-        where("lr_schedule", CONSTANT),
-    ),
-    *table(RATE, is_lora),
+    *table(MAIN_KEYS),
+    *table({"learning_rate": (trainer.rate(is_lora), 1e-5)}, setting_in("lr_schedule", CONSTANT)),
+    *table(LORA_KEYS, is_lora),
 )

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorafold.config_import.rules import (
-    NOT_KNOWN,
     OFF,
+    UNKNOWN_KEY,
     Outcome,
     TranslatedKey,
-    flagged,
-    left,
-    taken,
+    mapped,
+    pass_option,
+    unmapped,
 )
-from lorafold.config_import.trainer import LOOKED_UP, kind_of_lora, target_parameters
+from lorafold.config_import.trainer import AUTO_TARGETS, kind_of_lora, target_parameters
 from lorafold.config_import.unsupported import ABSENT
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
@@ -35,14 +35,11 @@ from lorafold.peft.config import (
 from lorafold.peft.table_types import Field, Method
 from lorafold.recipe.fields import METHOD_FIELDS
 
-SIGNS = "peft_type"
+MARKERS = "peft_type"
 INIT = "init_lora_weights"
 TARGETS = "target_modules"
-# Options of the method while it trains, which a saved adapter does not depend on.
-PHASES = ("tinit", "tfinal")
 OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
-STARTS = ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection")
-BESIDE = {
+SELECTION_ADVICE = {
     "exclude_modules": "pass --set targets=REGEX that excludes these modules",
     "layers_to_transform": "pass --set targets=REGEX for these layers",
     "layers_pattern": "pass --set targets=REGEX for these layers",
@@ -50,26 +47,26 @@ BESIDE = {
 }
 
 
-def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     shared += [PARAMETERS] * method.parameters
     keys = {f.key for f in (*method.fields, *shared)} | ORIGIN_FIELDS | set(method.marks)
-    understood = {k: v for k, v in config.items() if k in keys}
+    readable = {k: v for k, v in config.items() if k in keys}
     if method.preset is None and not (config.get(TARGETS) or config.get(PARAMETERS.key)):
-        understood[TARGETS] = "all-linear"  # because `read_config` requires targets
+        readable[TARGETS] = "all-linear"  # because `read_config` requires targets
     start = config.get(INIT) if any(f.key == INIT for f in method.fields) else None
     if start is not None:
-        understood[INIT] = True  # the initialization is read below
-    spec, selection, bias = read_config(understood)
-    beneath = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
-    read = {**vars(selection), "bias": bias, **vars(beneath)}
-    outcomes = dict(_of_method(method, beneath, start))
-    outcomes |= {f.key: _of_selection(f, config.get(f.key), read) for f in shared}
-    outcomes |= {k: _about(k, config[k]) for k in ORIGIN_FIELDS & config.keys() - outcomes.keys()}
+        readable[INIT] = True  # the initialization is read below
+    spec, selection, bias = read_config(readable)
+    inner = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
+    read = {**vars(selection), "bias": bias, **vars(inner)}
+    outcomes = dict(_method_outcomes(method, inner, start))
+    outcomes |= {f.key: _selection_outcome(f, config.get(f.key), read) for f in shared}
+    outcomes |= {k: _metadata(k, config[k]) for k in ORIGIN_FIELDS & config.keys() - outcomes.keys()}
     known = method.known | set(method.marks)
     outcomes |= {
-        k: _of_rest(k, v, k in known or is_neutral(v), method)
+        k: _other_outcome(k, v, k in known or is_neutral(v), method)
         for k, v in config.items()
         if k not in outcomes
     }
@@ -81,63 +78,64 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     )
 
 
-def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Outcome]]:
+def _method_outcomes(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Outcome]]:
     dora, name = method.outer is not None, name_of(spec)
     full_name = "dora" if dora else name
     if start is not None:
         kind = kind_of_lora(dora, name == "rslora", start)
         options = {k: v for k, v in kind.fields.items() if k == "options"}
-        yield INIT, Outcome(kind.how, options, kind.remark or "part of the method")
+        yield INIT, Outcome(kind.status, options, kind.remark or "part of the method")
         full_name = kind.fields["method"]
     over = {"options": {"over": name}} if dora and name != "lora" else {}
-    yield "peft_type", taken(method=full_name, **over)
-    usual = make_spec(name)
+    yield "peft_type", mapped(method=full_name, **over)
+    default = make_spec(name)
     for field in method.fields:
         value = getattr(spec, field.attribute)
         if field.key == INIT:
             continue
         if field.attribute in METHOD_FIELDS:
-            yield field.key, taken(**{field.attribute: value})
-        elif value != getattr(usual, field.attribute) and value not in ((), None):
-            yield field.key, taken(options={field.attribute: value})
+            yield field.key, mapped(**{field.attribute: value})
+        elif value != getattr(default, field.attribute) and value not in ((), None):
+            yield field.key, mapped(options={field.attribute: value})
         else:
-            yield field.key, taken(f"the default of method {full_name}")
+            yield field.key, mapped(f"the default of method {full_name}")
 
 
-def _of_selection(field: Field, value: Any, read: Mapping[str, Any]) -> Outcome:
-    if field.key in BESIDE:
-        return left(BESIDE[field.key]) if value not in (None, [], {}, "") else OFF
+def _selection_outcome(field: Field, value: Any, read: Mapping[str, Any]) -> Outcome:
+    if field.key in SELECTION_ADVICE:
+        return unmapped(SELECTION_ADVICE[field.key]) if value not in (None, [], {}, "") else OFF
     if field.key == PARAMETERS.key and value:
         return target_parameters(read[TARGETS], read[field.attribute])
     if value:
         name = "targets" if field.key == TARGETS else field.key
-        return taken(**{name: read[field.attribute]})
-    return LOOKED_UP if field.key == TARGETS and not read[PARAMETERS.attribute] else OFF
+        return mapped(**{name: read[field.attribute]})
+    return AUTO_TARGETS if field.key == TARGETS and not read[PARAMETERS.attribute] else OFF
 
 
-def _about(key: str, value: Any) -> Outcome:
+def _metadata(key: str, value: Any) -> Outcome:
     options = {"base_model_name_or_path": "--model", "revision": "--revision"}
     if key in options and value:
-        return flagged(options[key], value)
+        return pass_option(options[key], value)
     if key != "task_type" or value is None:
-        return left("records how the file was created") if value else OFF
+        return unmapped("records how the file was created") if value else OFF
     if str(value) not in OBJECTIVES:
         raise LorafoldError(
             f"{CONFIG}: task_type: found {value!r}, but lorafold supports only CAUSAL_LM (objective"
             " sft) and SEQ_CLS (objective classify)"
         )
-    return taken(objective=OBJECTIVES[value])
+    return mapped(objective=OBJECTIVES[value])
 
 
-def _of_rest(key: str, value: Any, harmless: bool, method: Method) -> Outcome:
-    if key in PHASES and key in method.known:
-        return taken(options={key: value})
+def _other_outcome(key: str, value: Any, harmless: bool, method: Method) -> Outcome:
+    # options while it trains, which a saved adapter does not depend on
+    if key in ("tinit", "tfinal") and key in method.known:
+        return mapped(options={key: value})
     if not value:
         return OFF
     if key in method.marks:
-        return taken("part of the method")
-    if key in STARTS:
-        return taken("determined by the base and the method")
+        return mapped("part of the method")
+    if key in ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection"):
+        return mapped("determined by the base and the method")
     if key in method.known:
-        return left(ABSENT)
-    return OFF if harmless else left(NOT_KNOWN)
+        return unmapped(ABSENT)
+    return OFF if harmless else unmapped(UNKNOWN_KEY)

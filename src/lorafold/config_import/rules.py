@@ -1,7 +1,7 @@
 """Tables of rules, and the reading of a configuration with them.
 
     Rule            one key of another tool: its reader, and that tool's default
-    Outcome         taken, taken differently (changed), or left, with recipe fields and a remark
+    Outcome         mapped, mapped differently (changed), or left, with recipe fields and a remark
     TranslatedKey   a key with its value and its outcome
 
 A rule's reader raises LorafoldError for a value that the other tool rejects or that lorafold can't
@@ -24,10 +24,10 @@ from lorafold.recipe.fields import ADAPTER_FIELDS
 
 T = TypeVar("T")
 
-NOT_KNOWN = "unknown key"
+UNKNOWN_KEY = "unknown key"
 PLACEHOLDER = "--data DATA"
-TURNS = (("role", "content"), ("from", "value"))
-SAME = "="  # the reader of a key in `FOREIGN_OPTIONS`
+TURN_KEYS = (("role", "content"), ("from", "value"))
+AS_OPTION = "="  # the reader of a key in `FOREIGN_OPTIONS`
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Outcome:
     `flag`, the options of `lorafold train` for what a recipe can't contain.
     """
 
-    how: Literal["taken", "changed", "left"]
+    status: Literal["taken", "changed", "left"]
     fields: Mapping[str, Any] = field(default_factory=dict)
     remark: str = ""
     flag: str = ""
@@ -56,11 +56,11 @@ class TranslatedKey:
 class ToolSettings:
     """The value of each key: the file's, or the tool's default if that is absent or null."""
 
-    given: Mapping[str, Any]
+    config: Mapping[str, Any]
     defaults: Mapping[str, Any]
 
     def __getitem__(self, key: str) -> Any:
-        value = self.given.get(key)
+        value = self.config.get(key)
         return self.defaults.get(key) if value is None else value
 
     def read(self, key: str, convert: Callable[[Any], T]) -> T:
@@ -69,7 +69,7 @@ class ToolSettings:
         except LorafoldError as error:
             raise LorafoldError(f"{key}: {error}") from None
 
-    def on(self, key: str) -> bool:
+    def is_on(self, key: str) -> bool:
         return self.read(key, boolean)
 
 
@@ -87,15 +87,15 @@ class Rule:
 
 
 # A reader; or a constant outcome; or the option of `lorafold train` for the value; or the reason
-# why there is no counterpart; or SAME
-Row = Reader | Outcome | str | None
-Table = Mapping[str, Row | tuple[Row, Any]]  # by keys, with the tool's default
+# why there is no counterpart; or AS_OPTION
+Handler = Reader | Outcome | str | None
+Table = Mapping[str, Handler | tuple[Handler, Any]]  # by keys, with the tool's default
 Condition = Callable[[ToolSettings], bool]
 
 
 def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
     return tuple(
-        Rule(key, either(only, reader) if only else reader, default)
+        Rule(key, if_else(only, reader) if only else reader, default)
         for keys, row in rows.items()
         for one, default in [row if isinstance(row, tuple) else (row, None)]
         for key in keys.split()
@@ -103,67 +103,67 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
     )
 
 
-def _reader(row: Row, key: str = "") -> Reader:
-    if row == SAME:
-        here = FOREIGN_OPTIONS[key]
-        return lambda value, settings: taken(here.remark, **here.read(value, settings.given))
+def _reader(row: Handler, key: str = "") -> Reader:
+    if row == AS_OPTION:
+        option = FOREIGN_OPTIONS[key]
+        return lambda value, settings: mapped(option.remark, **option.read(value, settings.config))
     if isinstance(row, str) and row.startswith("--"):
-        return lambda value, settings: flagged(row, value)
+        return lambda value, settings: pass_option(row, value)
     if isinstance(row, str):
-        return lambda value, settings: OFF if is_off(value) else left(row)
+        return lambda value, settings: OFF if is_off(value) else unmapped(row)
     return row if callable(row) else lambda value, settings: row
 
 
-def either(condition: Condition, row: Row, otherwise: Row = None) -> Reader:
+def if_else(condition: Condition, row: Handler, otherwise: Handler = None) -> Reader:
     reader, other = _reader(row), _reader(otherwise)
     return lambda value, settings: (reader if condition(settings) else other)(value, settings)
 
 
-def where(key: str, *values: Any) -> Condition:
+def setting_in(key: str, *values: Any) -> Condition:
     return lambda settings: settings[key] in values
 
 
-def taken(remark: str = "", /, **fields: Any) -> Outcome:
+def mapped(remark: str = "", /, **fields: Any) -> Outcome:
     """The key has the same meaning here, as these recipe fields."""
     return Outcome("taken", fields, remark)
 
 
 def changed(why: str, /, **fields: Any) -> Outcome:
-    """The key is taken differently, for the reason `why`; without a reason it is taken."""
+    """The key is mapped differently, for the reason `why`; without a reason it is mapped."""
     return Outcome("changed" if why else "taken", fields, why)
 
 
-def left(instead: str, flag: str = "") -> Outcome:
+def unmapped(instead: str, flag: str = "") -> Outcome:
     """The key has no counterpart in the recipe; `instead` is advice, `flag` the option."""
     return Outcome("left", {}, instead, flag)
 
 
-OFF = taken("off")
+OFF = mapped("off")
 
 
 def read_with(key: str) -> Outcome:
-    return taken(f"read together with {key}")
+    return mapped(f"read together with {key}")
 
 
-def to(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reader:
-    return lambda value, settings: taken(**{name: read(value)})
+def to_field(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reader:
+    return lambda value, settings: mapped(**{name: read(value)})
 
 
 def to_options(name: str, read: Callable[[Any], Any] = number) -> Reader:
-    return lambda value, settings: taken(objective_options={name: read(value)})
+    return lambda value, settings: mapped(objective_options={name: read(value)})
 
 
-def switch(on: Outcome | None, off: Outcome | None = OFF) -> Reader:
-    return lambda value, settings: on if boolean(value) else off
+def switch(is_on: Outcome | None, off: Outcome | None = OFF) -> Reader:
+    return lambda value, settings: is_on if boolean(value) else off
 
 
-def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") -> Reader:
+def by_value(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome:
         outcome = outcomes.get(str(value), otherwise)
         if not outcome:
             choice(value, *(key for key, one in outcomes.items() if not isinstance(one, str)))
         if isinstance(outcome, str):
-            raise refused(value, outcome)
+            raise rejection(value, outcome)
         return outcome
 
     return read
@@ -173,8 +173,8 @@ def if_on(outcome: Outcome) -> Reader:
     return lambda value, settings: outcome if value else OFF
 
 
-def flagged(name: str, value: Any) -> Outcome:
-    return left(f"pass this value as {name}", f"{name} {shlex.quote(str(value))}")
+def pass_option(name: str, value: Any) -> Outcome:
+    return unmapped(f"pass this value as {name}", f"{name} {shlex.quote(str(value))}")
 
 
 def is_off(value: Any) -> bool:
@@ -182,21 +182,21 @@ def is_off(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {}, "no", "none", "null")
 
 
-def refused(value: Any, why: str) -> LorafoldError:
+def rejection(value: Any, why: str) -> LorafoldError:
     return LorafoldError(f"found {value!r}, but {why}")
 
 
-def refusing(why: str, is_neutral: Callable[[Any], bool] = is_off) -> Reader:
+def reject(why: str, is_neutral: Callable[[Any], bool] = is_off) -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if is_neutral(value):
             return OFF
-        raise refused(value, why)
+        raise rejection(value, why)
 
     return read
 
 
-def unless(neutral: float, why: str) -> Reader:
-    return refusing(why, lambda value: number(value) == neutral)
+def require(neutral: float, why: str) -> Reader:
+    return reject(why, lambda value: number(value) == neutral)
 
 
 def choice(value: Any, *choices: str) -> str:
@@ -205,7 +205,7 @@ def choice(value: Any, *choices: str) -> str:
     return str(value)
 
 
-def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+def apply_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     """An entry for every key of `config`, and for the tool's defaults that matter.
 
     If a rule passes `--init-adapter`, that adapter has its own method, rank and targets, and the
@@ -214,9 +214,9 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
     settings = ToolSettings(config, {rule.key: rule.default for rule in rules})
     entries, problems = [], []
     for rule in rules:
-        value, there = settings[rule.key], rule.key in config
+        value, in_file = settings[rule.key], rule.key in config
         if value is None:
-            entries += [TranslatedKey(rule.key, None, True, taken("not set"))] * there
+            entries += [TranslatedKey(rule.key, None, True, mapped("not set"))] * in_file
             continue
         try:
             outcome = rule.reader(value, settings)
@@ -224,30 +224,30 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
             problems.append(truncate_middle(f"{rule.key}: {error}", 250))
             continue
         if outcome is None:
-            outcome = OFF if is_off(value) else taken("no effect with these settings")
-        if there or outcome.fields or outcome.how != "taken":
+            outcome = OFF if is_off(value) else mapped("no effect with these settings")
+        if in_file or outcome.fields or outcome.status != "taken":
             given = config.get(rule.key) is not None
             entries.append(TranslatedKey(rule.key, value, given, outcome))
     if problems:
         raise LorafoldError(join_problems(problems))
     if any("--init-adapter" in entry.outcome.flag.split() for entry in entries):
-        entries = list(_brought_by_adapter(entries))
+        entries = list(_without_adapter_fields(entries))
     known = [rule.key for rule in rules]
     for key in (key for key in config if key not in known):
-        remark = "; ".join(filter(None, (NOT_KNOWN, did_you_mean(key, known, 0.75))))
-        entries.append(TranslatedKey(key, config[key], True, left(remark)))
+        remark = "; ".join(filter(None, (UNKNOWN_KEY, did_you_mean(key, known, 0.75))))
+        entries.append(TranslatedKey(key, config[key], True, unmapped(remark)))
     return tuple(entries)
 
 
-def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[TranslatedKey]:
+def _without_adapter_fields(entries: Sequence[TranslatedKey]) -> Iterator[TranslatedKey]:
     for entry in entries:
         fields = entry.outcome.fields
         rest = {k: v for k, v in fields.items() if k not in ADAPTER_FIELDS}
         if rest or not fields:
             yield replace(entry, outcome=replace(entry.outcome, fields=rest))
         elif entry.given:
-            brought = left("set by the adapter of --init-adapter")
-            yield replace(entry, outcome=brought)
+            outcome = unmapped("set by the adapter of --init-adapter")
+            yield replace(entry, outcome=outcome)
 
 
 @dataclass(frozen=True)
@@ -261,9 +261,6 @@ class SourceDataset:
         return f"{self.name} ({'; '.join(self.remarks)})" if self.remarks else self.name
 
 
-FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that mean data_files
-
-
 def dataset(
     path: Any, config: Any = None, split: Any = None, files: Any = None, name: str = "",
     columns: Mapping[str, Any] = MappingProxyType({}), remarks: Iterable[str] = (), kind: str = "",
@@ -271,28 +268,28 @@ def dataset(
     """A dataset as `datasets` loads it; lorafold reads only the default configuration and the split
     train. `kind` follows the path in messages.
     """
-    if path in FILES and isinstance(files, str):
+    if path in ("json", "csv", "parquet", "text", "arrow") and isinstance(files, str):
         path, files = files or path, None
     parts = [f"configuration {config}"] if config is not None else []
     parts += [f"split {split}"] if split not in (None, "train") else []
     parts += [f"files {files}"] if files else []
     if parts:
         parts[-1] += ": save these rows to a file, as --data reads only the default train split"
-    place = None if parts or path is None else str(path)
-    return SourceDataset(name or f"{path}{kind}", place, columns, [*parts, *remarks])
+    path_or_none = None if parts or path is None else str(path)
+    return SourceDataset(name or f"{path}{kind}", path_or_none, columns, [*parts, *remarks])
 
 
-def turn_keys(*keys: Any) -> Iterator[str]:
-    if keys not in TURNS:
+def rename_remarks(*keys: Any) -> Iterator[str]:
+    if keys not in TURN_KEYS:
         yield f"rename the keys {' and '.join(map(str, keys))} of the messages to role and content"
 
 
-def without_counterpart(keys: Sequence[str]) -> Iterator[str]:
+def unsupported_remarks(keys: Sequence[str]) -> Iterator[str]:
     if keys:
         yield f"{', '.join(keys)}: not supported"
 
 
-def given_as_data(sources: Sequence[SourceDataset], objective: str | None) -> Outcome:
+def data_outcome(sources: Sequence[SourceDataset], objective: str | None) -> Outcome:
     """The outcome for datasets: --data and --columns on the command line. `objective` is None for
     supervised training.
     """
@@ -302,18 +299,18 @@ def given_as_data(sources: Sequence[SourceDataset], objective: str | None) -> Ou
         for ours, theirs in source.columns.items()
         if theirs and theirs != ours
     }
-    listed, columns = ", ".join(map(str, sources)), sorted(pairs)
+    names, columns = ", ".join(map(str, sources)), sorted(pairs)
     if len(dict(columns)) < len(columns):
-        listed += "; the datasets use different column names: rename the columns in the files"
+        names += "; the datasets use different column names: rename the columns in the files"
         columns = []
     flags = [PLACEHOLDER if s.path is None else f"--data {shlex.quote(s.path)}" for s in sources]
     if columns:
         flags.append(f"--columns {shlex.quote(','.join(map('='.join, columns)))}")
-    remark = f"{rows_wanted(objective)}: {listed}"
-    return left(remark, " ".join(dict.fromkeys(flags)) or PLACEHOLDER)
+    remark = f"{expected_rows(objective)}: {names}"
+    return unmapped(remark, " ".join(dict.fromkeys(flags)) or PLACEHOLDER)
 
 
-def rows_wanted(objective: str | None) -> str:
+def expected_rows(objective: str | None) -> str:
     if objective is None:
         rows = "{messages}, {prompt, completion} or {text}"
     elif OBJECTIVES[objective].draws:

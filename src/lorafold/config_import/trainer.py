@@ -9,23 +9,23 @@ from math import ceil
 from typing import Any
 
 from lorafold.config_import.rules import (
+    AS_OPTION,
     OFF,
-    SAME,
     Condition,
+    Handler,
     Outcome,
     Reader,
-    Row,
     Table,
     ToolSettings,
-    cases,
+    by_value,
     changed,
-    either,
-    left,
-    refused,
+    if_else,
+    mapped,
+    rejection,
     switch,
-    taken,
-    to,
+    to_field,
     to_options,
+    unmapped,
 )
 from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
 from lorafold.errors import LorafoldError
@@ -43,13 +43,13 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.algorithm_options import algorithm_class
 
 AUTO = "the tool keeps the files' dtype; lorafold uses bf16 if native to the device, else fp32"
-RISES = "transformers warms up from a learning rate of 0, lorafold from peak / warm-up steps"
+FROM_ZERO = "transformers warms up from a learning rate of 0, lorafold from peak / warm-up steps"
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
 ADAMW = "lorafold supports only AdamW, which may need a different learning rate"
-COMPLETIONS = taken("the loss is computed on completions only")
-EVERY_TOKEN = left("lorafold trains on every token only in {text} rows, in others on completions")
-OF_METHOD = taken("part of the method")
-LOOKED_UP = changed("PEFT chooses targets by architecture; lorafold uses the method's default")
+COMPLETIONS = mapped("the loss is computed on completions only")
+FULL_LOSS = unmapped("lorafold trains on every token only in {text} rows, in others on completions")
+PART_OF_METHOD = mapped("part of the method")
+AUTO_TARGETS = changed("PEFT chooses targets by architecture; lorafold uses the method's default")
 
 
 def text(value: Any) -> str:
@@ -60,7 +60,7 @@ def text(value: Any) -> str:
 
 def schedule(value: Any, settings: ToolSettings) -> Outcome:
     if text(value) == "constant":
-        return taken("without warm-up, as in transformers", schedule="constant", warmup=0.0)
+        return mapped("without warm-up, as in transformers", schedule="constant", warmup=0.0)
     known = value in SCHEDULES
     why = "" if known else "lorafold has only cosine, linear and constant; cosine is used"
     return changed(why, schedule=SCHEDULES.get(value, "cosine"))
@@ -77,18 +77,18 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
     steps, ratio = number(value), settings["warmup_ratio"]
     if settings["lr_scheduler_type"] == "constant" or (steps == 0 and ratio is not None):
         return None
-    return warmed(steps)
+    return warmup_of(steps)
 
 
-def warmed(length: float, share: bool = False) -> Outcome:
+def warmup_of(length: float, share: bool = False) -> Outcome:
     """A warm-up of `length` steps, or of a share of the run: with `share`, or below 1, as in
     transformers 5.
     """
     if length == 0:
-        return taken(warmup=0.0)
+        return mapped(warmup=0.0)
     if share or length < 1:
-        return taken(RISES, warmup=length)
-    return taken(RISES, warmup_steps=integer(length))
+        return mapped(FROM_ZERO, warmup=length)
+    return mapped(FROM_ZERO, warmup_steps=integer(length))
 
 
 def total_steps(settings: ToolSettings) -> int | None:
@@ -97,38 +97,38 @@ def total_steps(settings: ToolSettings) -> int | None:
 
 def interval(name: str) -> Reader:
     checkpoints = "lorafold writes about ten checkpoints per run"
-    otherwise = checkpoints if name == "save_every" else "lorafold evaluates at each checkpoint"
+    usual = checkpoints if name == "save_every" else "lorafold evaluates at each checkpoint"
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
         every, total = number(value), total_steps(settings)
         if every >= 1:
-            return taken(**{name: integer(value)})
+            return mapped(**{name: integer(value)})
         if every <= 0:
             return OFF
         if total is None:
-            return left(f"pass the interval in steps as --set {name}=STEPS; by default {otherwise}")
-        return taken(**{name: ceil(every * total)})
+            return unmapped(f"pass the interval in steps as --set {name}=STEPS; by default {usual}")
+        return mapped(**{name: ceil(every * total)})
 
     return read
 
 
 def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
     if number(value) < 1:
-        return taken(eval_fraction=number(value))
-    return left(
+        return mapped(eval_fraction=number(value))
+    return unmapped(
         "pass the held-out rows as --eval-data, or their share of all rows as"
         f" --set eval_fraction=SHARE ({integer(value)} / number of rows)"
     )
 
 
 def trackers(value: Any, settings: ToolSettings) -> Outcome:
-    if value == "none" or (named := (value,) if value == "all" else names(value)) == ("none",):
-        return taken("no tracker")
-    if unknown := [name for name in named if name not in TRACKERS]:
-        return left(
+    if value == "none" or (given := (value,) if value == "all" else names(value)) == ("none",):
+        return mapped("no tracker")
+    if unknown := [name for name in given if name not in TRACKERS]:
+        return unmapped(
             f"unsupported: {', '.join(unknown)}; list trackers, as in --set trackers=[tensorboard]"
         )
-    return taken(trackers=named)
+    return mapped(trackers=given)
 
 
 def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
@@ -138,21 +138,21 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
     if modules == "all-linear":
         return changed("all-linear also includes the weight matrices of experts")
     if isinstance(modules, str):
-        return left("pass --set targets=REGEX that also matches these parameters")
-    own = tuple(name.removesuffix(".weight") for name in parameters)
-    bare = " or ".join(name for name in own if "." not in name)
-    return changed(f"modules named {bare} become targets too" if bare else "", targets=own)
+        return unmapped("pass --set targets=REGEX that also matches these parameters")
+    layers = tuple(name.removesuffix(".weight") for name in parameters)
+    bare = " or ".join(name for name in layers if "." not in name)
+    return changed(f"modules named {bare} become targets too" if bare else "", targets=layers)
 
 
 def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
     remark = ONE_RATE if number(value) == 1 else ""
-    return taken(remark, lr_b=product(settings["learning_rate"], value))
+    return mapped(remark, lr_b=product(settings["learning_rate"], value))
 
 
 def rate(is_lora: Condition) -> Reader:
-    both = FOREIGN_OPTIONS["learning_rate"]
+    row = FOREIGN_OPTIONS["learning_rate"]
     return lambda value, settings: (
-        taken(both.remark, **both.read(value, {})) if is_lora(settings) else taken(lr=number(value))
+        mapped(row.remark, **row.read(value, {})) if is_lora(settings) else mapped(lr=number(value))
     )
 
 
@@ -170,7 +170,7 @@ def batch(
     def read(value: Any, settings: ToolSettings) -> Outcome:
         rows = integer(value) * steps(settings)
         if not packed(settings):
-            return taken(f"micro-batch times gradient accumulation, for one {of_one}", batch=rows)
+            return mapped(f"micro-batch times gradient accumulation, for one {of_one}", batch=rows)
         tool, _, key = fills.partition(" ")
         return changed(
             f"{tool} counts packed sequences, lorafold counts rows: for as many tokens per step,"
@@ -182,69 +182,71 @@ def batch(
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
-    beneath, options, why = "rslora" if rslora else "lora", {}, ""
+    base_method, options, why = "rslora" if rslora else "lora", {}, ""
     if init in ("gaussian", "loftq"):
         options["init"] = init
     elif init == "olora" or str(init).startswith("pissa"):
         if rslora:
             raise LorafoldError(f"lorafold does not support initialization {init!r} with rsLoRA")
-        beneath = "olora" if init == "olora" else "pissa"
-        if beneath == "pissa":
+        base_method = "olora" if init == "olora" else "pissa"
+        if base_method == "pissa":
             options["niter"] = integer(init.removeprefix("pissa_niter_").replace("pissa", "0"))
     elif init not in (None, True, "true", "default"):
         why = f"lorafold does not support {init!r}; A is initialized uniformly and B to zero"
-    if dora and beneath != "lora":
-        options = {"over": beneath, **options}
-    fields = {"method": "dora" if dora else beneath} | ({"options": options} if options else {})
+    if dora and base_method != "lora":
+        options = {"over": base_method, **options}
+    fields = {"method": "dora" if dora else base_method} | ({"options": options} if options else {})
     return changed(why, **fields)
 
 
-TRUST: Row = switch(left("pass --trust-remote-code", "--trust-remote-code"))
-TRAINS: Row = switch(
-    taken("lorafold train always trains"), left("off in the file, but lorafold train trains")
+TRUST: Handler = switch(unmapped("pass --trust-remote-code", "--trust-remote-code"))
+TRAIN_SWITCH: Handler = switch(
+    mapped("lorafold train always trains"), unmapped("off in the file, but lorafold train trains")
 )
-EVAL_DATA = left("pass the rows as --eval-data", "--eval-data EVAL_DATA")
-interval_strategy = cases(
-    {"steps": taken("an interval in steps")},
-    left(
+EVAL_DATA = unmapped("pass the rows as --eval-data", "--eval-data EVAL_DATA")
+interval_strategy = by_value(
+    {"steps": mapped("an interval in steps")},
+    unmapped(
         "lorafold writes about ten checkpoints per run and evaluates the held-out rows at each;"
         " change this with --set save_every=STEPS and --set eval_every=STEPS"
     ),
 )
 # The Trainer's keys that tools rename
-STEPS: Table = {
-    "weight_decay": (to("weight_decay", number), 0.0),
-    "max_grad_norm": (SAME, 1.0),
-    "adam_beta1 adam_beta2 adam_epsilon": SAME,
+SHARED_KEYS: Table = {
+    "weight_decay": (to_field("weight_decay", number), 0.0),
+    "max_grad_norm": (AS_OPTION, 1.0),
+    "adam_beta1 adam_beta2 adam_epsilon": AS_OPTION,
     "max_steps": lambda value, settings: (
-        taken(steps=integer(value)) if integer(value) > 0 else taken("no limit: epochs apply")
+        mapped(steps=integer(value)) if integer(value) > 0 else mapped("no limit: epochs apply")
     ),
     "eval_steps": interval("eval_every"),
     "save_steps": interval("save_every"),
     "save_strategy eval_strategy": interval_strategy,
     "save_total_limit": lambda value, settings: (
-        taken("the best one is kept in addition", keep=integer(value))
+        mapped("the best one is kept in addition", keep=integer(value))
         if integer(value) > 0
-        else left("lorafold keeps 2 checkpoints and the best one; change this with --set keep=N")
+        else unmapped(
+            "lorafold keeps 2 checkpoints and the best one; change this with --set keep=N"
+        )
     ),
-    "seed": to("seed", integer),
+    "seed": to_field("seed", integer),
     "trust_remote_code": TRUST,
     "output_dir": "--out",
     "resume_from_checkpoint": "lorafold resumes only its own runs, with --resume",
     **TRAINER,
 }
 # The Trainer's keys under its own names
-ARGUMENTS: Table = {
+TRAINER_KEYS: Table = {
     "lr_scheduler_type": (schedule, "linear"),
     "warmup_steps": (_warmup_steps, 0),
     "warmup_ratio": lambda value, settings: (
         None
         if settings["lr_scheduler_type"] == "constant" or number(settings["warmup_steps"]) > 0
-        else warmed(number(value), share=True)
+        else warmup_of(number(value), share=True)
     ),
     "optim": (optimizer, "adamw_torch_fused"),
-    "num_train_epochs": (SAME, 3.0),
-    "use_cpu": switch(left("pass --device cpu", "--device cpu")),
+    "num_train_epochs": (AS_OPTION, 3.0),
+    "use_cpu": switch(unmapped("pass --device cpu", "--device cpu")),
     "report_to": trackers,
     "overwrite_output_dir": "pass --overwrite to replace the output of an earlier run",
     "model_name_or_path": "--model",
@@ -283,36 +285,36 @@ def options_of(objective: str | None) -> Mapping[str, Any]:
 
 
 def beta(objective_of: ObjectiveOf) -> Reader:
-    return either(lambda one: "beta" in options_of(objective_of(one)), to("beta", number))
+    return if_else(lambda one: "beta" in options_of(objective_of(one)), to_field("beta", number))
 
 
-def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
+def loss_option(name: str, objective_of: ObjectiveOf) -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
         options = options_of(objective_of(settings))
         if name not in options:
             return None
-        is_default = number(value) == options[name]
-        return taken("the objective's default") if is_default else to_options(name)(value, settings)
+        is_same = number(value) == options[name]
+        return mapped("the objective's default") if is_same else to_options(name)(value, settings)
 
     return read
 
 
-def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
+def sft_term(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
     if objective is None:
         return None
     weight = number(value)
     if weight == 0:
         return OFF
     if "sft_weight" not in options_of(objective):
-        raise refused(value, f"lorafold's objective {objective} does not support an SFT term")
+        raise rejection(value, f"lorafold's objective {objective} does not support an SFT term")
     return changed(remark, objective_options={"sft_weight": weight})
 
 
-def supervised_as(objective: str) -> Reader:
-    return lambda value, settings: supervised(value, objective, SUPERVISED)
+def sft_term_of(objective: str) -> Reader:
+    return lambda value, settings: sft_term(value, objective, SUPERVISED)
 
 
-def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
+def dpo_objective(losses: Sequence[str], given: Any, key: str) -> Outcome:
     """The losses of TRL's DPOTrainer become the objective, and a second loss sft its `sft_weight`.
     `given` are their weights, or None, under the file's `key`.
     """
@@ -330,23 +332,23 @@ def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
             " and, with sigmoid, an additional sft"
         )
     objective = DPO_LOSSES[losses[0]]
-    extra = supervised(weights[1], objective, SUPERVISED) if losses[1:] else None
+    extra = sft_term(weights[1], objective, SUPERVISED) if losses[1:] else None
     fields = extra.fields if extra else {}
     return changed(SUPERVISED if fields else "", objective=objective, **fields)
 
 
-def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
+def dpo_label_smoothing(value: Any, settings: ToolSettings) -> Outcome | None:
     """`label_smoothing`, which TRL's DPOTrainer reads only for losses that lorafold lacks."""
     if not (smoothing := number(value)):
         return None
     remark = "TRL 1 ignores this key for this loss; for cDPO pass --objective-options"
-    return left(f"{remark} label_smoothing={smoothing:g}")
+    return unmapped(f"{remark} label_smoothing={smoothing:g}")
 
 
 def dropout(turned_off: Condition) -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome:
         rate = number(value)
         off = bool(rate) and turned_off(settings)
-        return taken(NO_DROPOUT if off else "", dropout=0.0 if off else rate)
+        return mapped(NO_DROPOUT if off else "", dropout=0.0 if off else rate)
 
     return read

@@ -1,8 +1,8 @@
 """The translation of another tool's file: a recipe, a report on each key, and the recipe's YAML
 with a comment on the origin of every line.
 
-A file belongs to the tool with the fewest unknown keys among those that have one of their signs in
-it. If two tools tie, or more than a third of the keys are unknown, the user has to name the tool.
+A file belongs to the tool with the fewest unknown keys among those that have one of their markers
+in it. If two tools tie, or more than a third of the keys are unknown, the user has to name it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from lorafold.config_import import (
     trl,
     unsloth,
 )
-from lorafold.config_import.rules import Outcome, Rule, ToolSettings, TranslatedKey, by_rules, left
-from lorafold.errors import LorafoldError
+from lorafold.config_import.rules import Outcome, Rule, ToolSettings, TranslatedKey, apply_rules
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.algorithm_options import policy_options, preference_algorithm
@@ -40,7 +40,7 @@ from lorafold.recipe.recipe import RAW_ERRORS, Recipe
 from lorafold.recipe.resolve_settings import ignored_fields, spec_of, trainable_storage
 
 WIDTH = 100
-HEADS = {
+SECTIONS = {
     "taken": "converted",
     "changed": "converted with a difference",
     "left": "not part of the recipe",
@@ -56,7 +56,7 @@ NOTES = {
     " template: for such rows pass --chat-template none",
     "mlx-lm": f"{AFTER_TURNS}, and one token of padding after each row",
 }
-STRANGERS = {  # keys of other files, with a description of the file
+UNSUPPORTED_FILES = {  # keys of other files, with a description of the file
     "compute_environment": "an accelerate configuration, which sets up processes and not training;"
     " to start two, run torchrun --nproc_per_node 2 -m lorafold train",
     "zero_optimization": "a DeepSpeed configuration, which sets up sharding and not training; to"
@@ -65,62 +65,61 @@ STRANGERS = {  # keys of other files, with a description of the file
     " format with stage and finetuning_type",
     "architectures": "a model configuration, expected a training configuration",
 }
-SHOWN = 3  # fields named in a line, at most
 
 
 @dataclass(frozen=True)
 class Tool:
-    """Another tool: its name, its signs (keys, or key=value, separated by spaces), the reader of
+    """Another tool: its name, its markers (keys, or key=value, separated by spaces), the reader of
     its files, its known keys (None: all), and a note on settings that its files never contain.
     """
 
     name: str
-    signs: str
-    entries: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
+    markers: str
+    read_keys: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
     known: frozenset[str] | None
     note: str = ""
 
 
-def _by_rules(
+def _from_rules(
     name: str,
-    signs: str,
+    markers: str,
     rules: Sequence[Rule],
-    flat: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     note: str = "",
 ) -> Tool:
-    """A tool with a table of rules; `flat` moves the keys of blocks to the top level."""
+    """A tool with a table of rules; `flatten` moves the keys of blocks to the top level."""
     known = frozenset(rule.key for rule in rules)
-    return Tool(name, signs, lambda config: by_rules(rules, flat(config)), known, note)
+    return Tool(name, markers, lambda config: apply_rules(rules, flatten(config)), known, note)
 
 
 TOOLS: dict[str, Tool] = {
-    "axolotl": _by_rules("axolotl", axolotl.SIGNS, axolotl.RULES, axolotl_objectives.flat),
-    "llamafactory": _by_rules(
-        "LLaMA-Factory", llamafactory.SIGNS, llamafactory.RULES, note=AFTER_TURNS
+    "axolotl": _from_rules("axolotl", axolotl.MARKERS, axolotl.RULES, axolotl_objectives.flatten),
+    "llamafactory": _from_rules(
+        "LLaMA-Factory", llamafactory.MARKERS, llamafactory.RULES, note=AFTER_TURNS
     ),
     **{
-        kind: _by_rules(f"TRL's {name}", signs, trl.RULES[kind], note=NOTES.get(kind, ""))
-        for kind, (name, signs, _) in trl.TRAINERS.items()
+        kind: _from_rules(f"TRL's {name}", markers, trl.RULES[kind], note=NOTES.get(kind, ""))
+        for kind, (name, markers, _) in trl.TRAINERS.items()
     },
-    "mlx-lm": _by_rules("mlx-lm", mlx.SIGNS, mlx.RULES, mlx.flat, NOTES["mlx-lm"]),
+    "mlx-lm": _from_rules("mlx-lm", mlx.MARKERS, mlx.RULES, mlx.flatten_lora, NOTES["mlx-lm"]),
     "unsloth": Tool(
         "Unsloth",
-        unsloth.SIGNS,
-        unsloth.entries,
+        unsloth.MARKERS,
+        unsloth.read_keys,
         unsloth.KNOWN,
         "lorafold reads the script without executing it: if the script processes the rows before"
         " training, apply the same processing to your data",
     ),
     "peft": Tool(
         "PEFT",
-        peft_config.SIGNS,
-        peft_config.entries,
+        peft_config.MARKERS,
+        peft_config.read_keys,
         None,
         "the file sets no data, learning rate, batch size or length: lorafold's defaults apply",
     ),
 }
 # Switches that are read with another key, and that key's value
-SWITCHES = {
+SWITCH_SETTINGS = {
     "bf16": ("dtype", "bfloat16"),
     "fp16": ("dtype", "float16"),
     "use_dora": ("use_peft", "true"),
@@ -170,15 +169,15 @@ class Translation:
         lines = [
             f"# {self.source.name} ({self.tool}), converted by lorafold {version('lorafold')}.",
             f"# {self.command(path)}",
-            *(f"# NOT READ: {_named(e)}: {e.outcome.remark}" for e in self.unread),
+            *(f"# NOT READ: {_key_text(e)}: {e.outcome.remark}" for e in self.unread),
         ]
         for name, value in self.written().items():
             text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
             line = f"{name}: {text.strip().removesuffix('...').strip()}"
             sources = [entry for entry in self.entries if name in entry.outcome.fields]
-            changes = [e.outcome.remark for e in sources if e.outcome.how == "changed"]
+            changes = [e.outcome.remark for e in sources if e.outcome.status == "changed"]
             lines += [f"# {remark}:" for remark in changes]
-            comment = ", ".join(map(_named, sources))
+            comment = ", ".join(map(_key_text, sources))
             fits = len(line) + len(comment) + 4 <= WIDTH
             lines += [f"{line}  # {comment}"] if fits else [f"# {comment}", line]
         return "\n".join(lines) + "\n"
@@ -197,18 +196,18 @@ class Translation:
             "recipe": self.written(),
             "yaml": self.to_yaml(),
             "command": self.command(),
-            **{how: [_as_json(e) for e in getattr(self, how)] for how in HEADS},
+            **{status: [_as_json(e) for e in getattr(self, status)] for status in SECTIONS},
             "note": self.note,
         }
 
     def report(self, config: str = "recipe.yaml") -> str:
         lines = [f"{self.source} ({self.tool}), converted to a recipe"]
-        silent = [entry for entry in self.taken if _is_silent(entry)]
-        for how, head in HEADS.items():
-            if entries := [entry for entry in getattr(self, how) if entry not in silent]:
+        off = [entry for entry in self.taken if _is_off(entry)]
+        for status, head in SECTIONS.items():
+            if entries := [entry for entry in getattr(self, status) if entry not in off]:
                 lines += [f"{head}:", *_table(entries)]
-        if silent:
-            lines.append(f"off or not set: {', '.join(entry.key for entry in silent)}")
+        if off:
+            lines.append(f"off or not set: {', '.join(entry.key for entry in off)}")
         lines += [self.note] * bool(self.note)
         return "\n".join([*lines, f"train with: {self.command(config)}"])
 
@@ -216,37 +215,36 @@ class Translation:
         return self.report()
 
 
-def _is_silent(entry: TranslatedKey) -> bool:
+def _is_off(entry: TranslatedKey) -> bool:
     off = entry.outcome.remark in ("off", "not set")
-    return off and entry.outcome.how == "taken" and not entry.outcome.fields
+    return off and entry.outcome.status == "taken" and not entry.outcome.fields
 
 
-def _named(entry: TranslatedKey) -> str:
-    return f"{entry.key}: {_shown(entry.value)}{'' if entry.given else ' (tool default)'}"
+def _key_text(entry: TranslatedKey) -> str:
+    return f"{entry.key}: {_value_text(entry.value)}{'' if entry.given else ' (tool default)'}"
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _table(entries: Sequence[TranslatedKey]) -> Iterator[str]:
-    left = [*map(_named, entries)]
-    wide = min(44, max(map(len, left)))
-    for entry, theirs in zip(entries, left, strict=True):
-        fields = ", ".join(f"{k}: {_shown(v)}" for k, v in entry.outcome.fields.items())
+    key_texts = [*map(_key_text, entries)]
+    wide = min(44, max(map(len, key_texts)))
+    for entry, key_text in zip(entries, key_texts, strict=True):
+        fields = ", ".join(f"{k}: {_value_text(v)}" for k, v in entry.outcome.fields.items())
         remarks = "; ".join(filter(None, (fields, entry.outcome.remark)))
-        line = f"  {theirs:<{wide}}  {'->' if fields else ' -'} {remarks}"
+        line = f"  {key_text:<{wide}}  {'->' if fields else ' -'} {remarks}"
         yield textwrap.fill(
             line, WIDTH, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
         )
 
 
 def _as_json(entry: TranslatedKey) -> dict[str, Any]:
-    values = vars(entry) | vars(entry.outcome)
-    names = ("key", "value", "given", "fields", "remark", "flag")
-    return {name: values[name] for name in names} | {"fields": dict(entry.outcome.fields)}
+    values = vars(entry) | vars(entry.outcome) | {"fields": dict(entry.outcome.fields)}
+    return {name: values[name] for name in ("key", "value", "given", "fields", "remark", "flag")}
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
@@ -254,17 +252,17 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
     config = _read(source, kind)
-    tool = TOOLS[kind or tool_of(source, config)]
+    tool = TOOLS[kind or detect_tool(source, config)]
     try:
-        entries = tool.entries(config)
+        entries = tool.read_keys(config)
         recipe = _recipe(entries)
         if spec_of(recipe).trains_base:
             trainable_storage(recipe)
     except LorafoldError as error:
         raise LorafoldError(f"{source}: {error}") from None
     absent = ignored_fields(recipe)
-    entries = tuple(_without(entry, absent, recipe.method) for entry in entries)
-    by_outcome = {how: tuple(e for e in entries if e.outcome.how == how) for how in HEADS}
+    entries = tuple(_without_fields(entry, absent, recipe.method) for entry in entries)
+    by_outcome = {s: tuple(e for e in entries if e.outcome.status == s) for s in SECTIONS}
     return Translation(source, tool.name, _recipe(entries), **by_outcome, note=tool.note)
 
 
@@ -301,7 +299,7 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
     values: dict[str, Any] = {}
     for entry in entries:
         for name, value in entry.outcome.fields.items():
-            values[name] = _joined(values.get(name), value)
+            values[name] = _merge_values(values.get(name), value)
 
     def keys(*names: str) -> str:
         return ", ".join(e.key for e in entries if {*names} & e.outcome.fields.keys())
@@ -327,52 +325,52 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
     return recipe
 
 
-def _joined(before: Any, value: Any) -> Any:
+def _merge_values(before: Any, value: Any) -> Any:
     """The later value, but both values for trackers, tokens and options."""
     if isinstance(before, tuple) and isinstance(value, tuple) and before != value:
         return (*before, *(one for one in value if one not in before))
     return {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
 
 
-def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> TranslatedKey:
+def _without_fields(entry: TranslatedKey, names: Sequence[str], method: str) -> TranslatedKey:
     fields = entry.outcome.fields
     rest = {name: value for name, value in fields.items() if name not in names}
     if len(rest) == len(fields):
         return entry
     absent = ", ".join(name for name in fields if name not in rest)
-    outcome = left(f"method {method} has no option {absent}")
+    outcome = Outcome("left", {}, f"method {method} has no option {absent}")
     return replace(entry, outcome=replace(entry.outcome, fields=rest) if rest else outcome)
 
 
-def tool_of(path: Path, config: Mapping[str, Any]) -> str:
-    signs, unknown = {}, {}
+def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
+    markers, unknown = {}, {}
     for kind, tool in TOOLS.items():
-        signs[kind] = sum(_has(config, *sign.partition("=")) for sign in tool.signs.split())
+        markers[kind] = sum(_has(config, *marker.partition("=")) for marker in tool.markers.split())
         known = config.keys() if tool.known is None else tool.known
         unknown[kind] = [key for key in config if key not in known]
-    rank = {kind: (not signs[kind], len(unknown[kind]), -signs[kind]) for kind in TOOLS}
+    rank = {kind: (not markers[kind], len(unknown[kind]), -markers[kind]) for kind in TOOLS}
     best, *others = [kind for kind in TOOLS if rank[kind] == min(rank.values())]
-    if signs[best] and not others and 3 * len(unknown[best]) <= len(config):
+    if markers[best] and not others and 3 * len(unknown[best]) <= len(config):
         return best
-    own = [key for key in config if key in Recipe.model_fields]
-    if 2 * len(own) > len(config):
+    keys = [key for key in config if key in Recipe.model_fields]
+    if 2 * len(keys) > len(config):
         raise LorafoldError(
-            f"{path}: found a lorafold recipe ({_some(own)}), expected another tool's file; train"
+            f"{path}: found a lorafold recipe ({listed(keys)}), expected another tool's file; train"
             f" with: lorafold train --config {path}"
         )
-    if stranger := next((what for key, what in STRANGERS.items() if key in config), None):
-        raise LorafoldError(f"{path}: found {stranger}")
+    if file_kind := next((what for key, what in UNSUPPORTED_FILES.items() if key in config), None):
+        raise LorafoldError(f"{path}: found {file_kind}")
     # PEFT's file may contain any key, so it only counts with its own
     kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
-    names = _some([TOOLS[kind].name for kind in kinds])
+    names = listed(TOOLS[kind].name for kind in kinds)
     if len(kinds) > 1:
         why = f"{names} match equally well"
-    elif signs[best]:
-        why = f"{names} does not have {_some(unknown[best])}"
+    elif markers[best]:
+        why = f"{names} does not have {listed(unknown[best])}"
     else:
         why, kinds = "no supported tool has them", TOOLS
     raise LorafoldError(
-        f"{path}: the keys do not identify the tool ({_some(list(config)) or 'none'}):"
+        f"{path}: the keys do not identify the tool ({listed(config) or 'none'}):"
         f" {why}; choose one with --kind: {', '.join(kinds)}"
     )
 
@@ -383,17 +381,12 @@ def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
     return key in config and (not equals or value in values)
 
 
-def _some(keys: Sequence[str]) -> str:
-    rest = len(keys) - SHOWN
-    return ", ".join(keys[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
     """The outcome of an option of any of the tools, such as lora_r, given all such options in
     `given`; None if no tool has it.
     """
-    name, value = SWITCHES.get(key, (key, given[key]))
-    for rules in _tables():
+    name, value = SWITCH_SETTINGS.get(key, (key, given[key]))
+    for rules in _rule_tables():
         if rule := rules.get(name):
             defaults = {one.key: one.default for one in rules.values()}
             known = {rules[n].key: v for n, v in given.items() if n in rules}
@@ -406,11 +399,11 @@ def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
     return None
 
 
-def _tables() -> Iterator[Mapping[str, Rule]]:
+def _rule_tables() -> Iterator[Mapping[str, Rule]]:
     yield _by_name(trl.RULES["trl-sft"])
     # the arguments of PEFT's LoRA too, without the script's function name
-    calls = (unsloth.LOADED, unsloth.ADAPTED)
-    own = [rule for rule in unsloth.OWN if rule.key.startswith(calls)]
+    prefixes = (unsloth.LOAD, unsloth.ADAPT)
+    own = [rule for rule in unsloth.MAIN_RULES if rule.key.startswith(prefixes)]
     yield {rule.key.partition(".")[2]: rule for rule in own}
     yield from map(_by_name, (*trl.RULES.values(), llamafactory.RULES, axolotl.RULES, mlx.RULES))
 

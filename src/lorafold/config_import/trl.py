@@ -13,28 +13,28 @@ from typing import Any
 
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
+    AS_OPTION,
     OFF,
-    SAME,
     Outcome,
     Table,
     ToolSettings,
-    cases,
+    by_value,
     changed,
     choice,
+    data_outcome,
     dataset,
-    either,
-    flagged,
-    given_as_data,
+    if_else,
     if_on,
-    left,
+    mapped,
     objects_with_path,
+    pass_option,
     read_with,
-    refusing,
+    reject,
+    require,
     switch,
     table,
-    taken,
-    to,
-    unless,
+    to_field,
+    unmapped,
 )
 from lorafold.config_import.unsupported import MEMORY, TRL
 from lorafold.errors import LorafoldError
@@ -42,7 +42,7 @@ from lorafold.foreign_options import NO_FP16, boolean, integer, names, number, t
 from lorafold.models.quantizations import bnb_storage
 
 BY_ARCHITECTURE = "by architecture"  # for a file without lora_target_modules
-HEAD = "score"  # transformers' name of a reward model's head
+SCORE_HEAD = "score"  # transformers' name of a reward model's head
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "bf16", "auto": "auto"}
 # The losses of DPOTrainer; losses that DPO_LOSSES lacks are rejected by name
 DPO_NAMES = (
@@ -52,22 +52,22 @@ DPO_NAMES = (
 
 
 def is_lora(settings: ToolSettings) -> bool:
-    return settings.on("use_peft") or settings["model_name_or_path"] is None
+    return settings.is_on("use_peft") or settings["model_name_or_path"] is None
 
 
 def _use_peft(value: Any, settings: ToolSettings) -> Outcome:
     if not is_lora(settings):
-        return taken(method="full")
-    kind = trainer.kind_of_lora(settings.on("use_dora"), settings.on("use_rslora"), None)
+        return mapped(method="full")
+    kind = trainer.kind_of_lora(settings.is_on("use_dora"), settings.is_on("use_rslora"), None)
     return changed(
         "" if boolean(value) else "the file sets no model, so lorafold trains LoRA", **kind.fields
     )
 
 
 def _modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
-    others = tuple(name for name in names(value) if name != HEAD)
-    said = f"a reward model always trains {HEAD}" if HEAD in names(value) else ""
-    return taken(said, modules_to_save=others) if others else taken(said)
+    others = tuple(name for name in names(value) if name != SCORE_HEAD)
+    remark = f"a reward model always trains {SCORE_HEAD}" if SCORE_HEAD in names(value) else ""
+    return mapped(remark, modules_to_save=others) if others else mapped(remark)
 
 
 def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -77,14 +77,14 @@ def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
     name = choice(value, *DTYPES)
     if settings["load_in_4bit"] or settings["load_in_8bit"]:
         return None
-    if name == "float16" or settings.on("fp16"):
+    if name == "float16" or settings.is_on("fp16"):
         return changed(NO_FP16, storage="bf16")
     if name == "float32" and not is_lora(settings):
-        return taken("trained weights are kept in fp32", storage="fp32")
-    if name == "float32" and not settings.on("bf16"):
-        return taken(storage="fp32")
+        return mapped("trained weights are kept in fp32", storage="fp32")
+    if name == "float32" and not settings.is_on("bf16"):
+        return mapped(storage="fp32")
     remarks = {"float32": "TRL multiplies these fp32 weights in bf16", "auto": trainer.AUTO}
-    return taken(remarks.get(name, ""), storage=DTYPES[name])
+    return mapped(remarks.get(name, ""), storage=DTYPES[name])
 
 
 def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
@@ -92,36 +92,36 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
         return OFF
     if settings["bnb_4bit_quant_type"] != "nf4":
         raise LorafoldError("lorafold supports only nf4 as bnb_4bit_quant_type")
-    return taken(storage=bnb_storage(4))
+    return mapped(storage=bnb_storage(4))
 
 
 # ModelConfig and related keys
-SWITCHES: Table = {
+MODEL_KEYS: Table = {
     "use_peft": (_use_peft, False),
     "use_dora use_rslora": (if_on(read_with("use_peft")), False),
-    "lora_task_type": cases(
-        dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("determined by the objective"))
+    "lora_task_type": by_value(
+        dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), mapped("determined by the objective"))
     ),
     "load_in_4bit": (_load_in_4bit, False),
-    "load_in_8bit": (switch(taken(storage=bnb_storage(8))), False),
-    "bnb_4bit_quant_type": (taken("part of the base's quantization"), "nf4"),
-    "use_bnb_nested_quant": taken("nf4 always uses nested quantization"),
+    "load_in_8bit": (switch(mapped(storage=bnb_storage(8))), False),
+    "bnb_4bit_quant_type": (mapped("part of the base's quantization"), "nf4"),
+    "use_bnb_nested_quant": mapped("nf4 always uses nested quantization"),
     "torch_dtype": dtype,
     "bf16": (if_on(read_with("dtype")), True),
     "fp16": (if_on(read_with("dtype")), False),
-    "gradient_checkpointing": (to("gradient_checkpointing", boolean), True),
+    "gradient_checkpointing": (to_field("gradient_checkpointing", boolean), True),
     "model_name_or_path": "--model",
     "model_revision": lambda value, settings: (
-        taken("the default revision") if value == "main" else flagged("--revision", value)
+        mapped("the default revision") if value == "main" else pass_option("--revision", value)
     ),
     "trust_remote_code": trainer.TRUST,
 }
-OF_METHOD: Table = {
-    "lora_r": (SAME, 16),
-    "lora_alpha": (SAME, 32),
+LORA_KEYS: Table = {
+    "lora_r": (AS_OPTION, 16),
+    "lora_alpha": (AS_OPTION, 32),
     "lora_target_modules": (
         lambda value, settings: (
-            trainer.LOOKED_UP if value == BY_ARCHITECTURE else taken(targets=targets(value))
+            trainer.AUTO_TARGETS if value == BY_ARCHITECTURE else mapped(targets=targets(value))
         ),
         BY_ARCHITECTURE,
     ),
@@ -131,18 +131,18 @@ OF_METHOD: Table = {
     "lora_modules_to_save": _modules_to_save,
 }
 MODEL = (
-    *table(SWITCHES),
+    *table(MODEL_KEYS),
     *table({"dtype": (dtype, "float32")}, lambda settings: settings["torch_dtype"] is None),
-    *table(OF_METHOD, is_lora),
+    *table(LORA_KEYS, is_lora),
 )
 IN_MODEL = {rule.key for rule in MODEL}
 COMMON = (
     *MODEL,
-    *(rule for rule in table({**trainer.STEPS, **trainer.ARGUMENTS}) if rule.key not in IN_MODEL),
+    *(r for r in table({**trainer.SHARED_KEYS, **trainer.TRAINER_KEYS}) if r.key not in IN_MODEL),
     *table(
         {
             "test_split_size": trainer.held_out_rows,
-            "do_train": taken("lorafold train always trains"),
+            "do_train": mapped("lorafold train always trains"),
             **TRL,
         }
     ),
@@ -156,21 +156,21 @@ def _packing(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def is_packed(settings: ToolSettings) -> bool:
-    return bool(settings["packing"]) and settings.on("packing")
+    return bool(settings["packing"]) and settings.is_on("packing")
 
 
 def _max_length(value: Any, settings: ToolSettings) -> Outcome | None:
     if settings["max_seq_length"] is not None:
         return None
-    uncut = settings.given.get("max_length", value) is None
-    why = f"TRL does not truncate the rows, lorafold does at {value} tokens" if uncut else ""
+    unlimited = settings.config.get("max_length", value) is None
+    why = f"TRL does not truncate the rows, lorafold does at {value} tokens" if unlimited else ""
     return changed(why, max_length=integer(value))
 
 
 def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
     if Path(str(value)).suffix in (".jinja", ".j2", ".txt"):
-        return taken(chat_template=str(value))
-    return left(f"write the template of {value} to a file and pass it as --chat-template FILE")
+        return mapped(chat_template=str(value))
+    return unmapped(f"write the template of {value} to a file and pass it as --chat-template FILE")
 
 
 def losses(settings: ToolSettings) -> tuple[str, ...]:
@@ -184,21 +184,21 @@ def centre(value: Any, settings: ToolSettings) -> Outcome:
     names.
     """
     options = {"objective_options": {"centre": number(value)}} if number(value) else {}
-    return taken(objective="reward", **options)
+    return mapped(objective="reward", **options)
 
 
-def _drawn_dropout(value: Any, settings: ToolSettings) -> Outcome:
+def _sampling_dropout(value: Any, settings: ToolSettings) -> Outcome:
     return changed(grpo.NO_DROPOUT if number(value) else "", dropout=0.0)
 
 
 def data_rows(objective: str | None) -> Table:
     def name(value: Any, settings: ToolSettings) -> Outcome:
         if settings["datasets"]:
-            return taken("replaced by datasets")
+            return mapped("replaced by datasets")
         config, split = settings["dataset_config"], settings["dataset_train_split"]
-        return given_as_data([dataset(value, config, split)], objective)
+        return data_outcome([dataset(value, config, split)], objective)
 
-    def several(value: Any, settings: ToolSettings) -> Outcome | None:
+    def datasets(value: Any, settings: ToolSettings) -> Outcome | None:
         if not isinstance(value, list):
             raise LorafoldError(f"found {value!r}, expected a list of objects with the key path")
         sources = []
@@ -207,44 +207,44 @@ def data_rows(objective: str | None) -> Table:
             remarks = [f"only the columns {one['columns']}"] if one.get("columns") else []
             place = one["path"], one.get("name"), one.get("split"), files
             sources.append(dataset(*place, remarks=remarks))
-        return given_as_data(sources, objective) if sources else None
+        return data_outcome(sources, objective) if sources else None
 
     return {
         "dataset_name": name,
-        "datasets": several,
+        "datasets": datasets,
         "dataset_config dataset_train_split": read_with("dataset_name"),
         "dataset_test_split": "pass the rows of this split as --eval-data",
     }
 
 
 LORA_DROPOUT = trainer.dropout(
-    lambda settings: bool(settings["disable_dropout"]) and settings.on("disable_dropout")
+    lambda settings: bool(settings["disable_dropout"]) and settings.is_on("disable_dropout")
 )
 RATE = trainer.rate(is_lora)
-GIVEN: Table = {
+LENGTH_KEYS: Table = {
     "per_device_train_batch_size": (trainer.batch("process", is_packed, "TRL max_length"), 8),
-    "gradient_accumulation_steps": (SAME, 1),
+    "gradient_accumulation_steps": (AS_OPTION, 1),
     "max_length": (_max_length, 1024),
     "max_prompt_length max_completion_length": changed(
         "lorafold truncates prompt and completion together, at max_length"
     ),
-    "truncation_mode": cases(
+    "truncation_mode": by_value(
         {
-            "keep_start": taken("rows are truncated at the end"),
+            "keep_start": mapped("rows are truncated at the end"),
             "keep_end": changed("lorafold truncates rows at the end"),
         }
     ),
     "pad_to_multiple_of": MEMORY,
 }
 # Preferences: dropout is off, and the reference is the model below the adapter
-COMPARING: Table = {
-    "disable_dropout": (switch(taken("there is no dropout"), taken("dropout is applied")), True),
-    "packing": (taken(packing=False), False),
+PREFERENCE_KEYS: Table = {
+    "disable_dropout": (switch(mapped("there is no dropout"), mapped("dropout is applied")), True),
+    "packing": (mapped(packing=False), False),
     "learning_rate": (RATE, 1e-6),
-    **GIVEN,
+    **LENGTH_KEYS,
 }
 # With sampled completions, a batch counts completions and there is no dropout
-DRAWING: Table = {
+SAMPLING_KEYS: Table = {
     **data_rows("grpo"),
     "learning_rate": (RATE, 1e-6),
     "per_device_train_batch_size": (grpo.batch, 8),
@@ -252,13 +252,12 @@ DRAWING: Table = {
     "max_prompt_length": changed(
         "TRL truncated longer prompts, lorafold rejects them; max_length includes both parts"
     ),
-    "reward_model_name_or_path": refusing(
+    "reward_model_name_or_path": reject(
         "lorafold supports functions, patterns, schemas and verifiers as rewards"
     ),
 }
 REVERSE_KL = "lorafold supports only the reverse KL"
-OTHER_STRATEGIES = ("bfd_split", "bfd-requeue", "wrapped")
-OF_POLICIES = (
+POLICY_MARKERS = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
     " generation_batch_size use_vllm"
 )
@@ -271,9 +270,9 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         " loss_type=chunked_nll max_seq_length",
         {
             "loss_type": (
-                cases(
+                by_value(
                     {
-                        **dict.fromkeys(("nll", "chunked_nll"), taken(objective="sft")),
+                        **dict.fromkeys(("nll", "chunked_nll"), mapped(objective="sft")),
                         "dft": "lorafold's sft supports only the mean of -log p",
                     }
                 ),
@@ -281,13 +280,13 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
             ),
             "learning_rate": (RATE, 2e-5),
             "packing": (_packing, False),
-            "packing_strategy": either(
-                lambda settings: settings.on("packing"),
-                cases(
+            "packing_strategy": if_else(
+                lambda settings: settings.is_on("packing"),
+                by_value(
                     {
-                        "bfd": taken("best-fit packing"),
+                        "bfd": mapped("best-fit packing"),
                         **dict.fromkeys(
-                            OTHER_STRATEGIES,
+                            ("bfd_split", "bfd-requeue", "wrapped"),
                             changed(
                                 "lorafold uses best-fit packing without attention between rows,"
                                 " and truncates rows that are too long"
@@ -296,12 +295,12 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                     }
                 ),
             ),
-            "eval_packing": taken("determined by packing"),
-            "max_seq_length": SAME,
-            "completion_only_loss": switch(trainer.COMPLETIONS, trainer.EVERY_TOKEN),
+            "eval_packing": mapped("determined by packing"),
+            "max_seq_length": AS_OPTION,
+            "completion_only_loss": switch(trainer.COMPLETIONS, trainer.FULL_LOSS),
             "assistant_only_loss": (
                 switch(
-                    taken("the loss is computed on assistant turns only"),
+                    mapped("the loss is computed on assistant turns only"),
                     changed(
                         "TRL trains on every token of {messages} rows, lorafold only on assistant"
                         " turns"
@@ -310,13 +309,13 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 False,
             ),
             "dataset_text_field": lambda value, settings: (
-                taken("lorafold uses the same column name")
+                mapped("lorafold uses the same column name")
                 if value == "text"
-                else left("name the text column with --columns", f"--columns text={value}")
+                else unmapped("name the text column with --columns", f"--columns text={value}")
             ),
             "chat_template_path": _chat_template_path,
             **data_rows(None),
-            **GIVEN,
+            **LENGTH_KEYS,
         },
     ),
     "trl-dpo": (
@@ -325,7 +324,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         + " loss_weights f_divergence_type use_weighting discopop_tau ld_alpha",
         {
             "loss_type": (
-                lambda value, settings: trainer.of_dpo(
+                lambda value, settings: trainer.dpo_objective(
                     losses(settings), settings["loss_weights"], "loss_weights"
                 ),
                 ["sigmoid"],
@@ -337,17 +336,17 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 ),
                 0.1,
             ),
-            "label_smoothing": trainer.smoothing_of_dpo,
-            "f_divergence_type": cases(
-                {"reverse_kl": taken(REVERSE_KL)}, f"{REVERSE_KL} (reverse_kl)"
+            "label_smoothing": trainer.dpo_label_smoothing,
+            "f_divergence_type": by_value(
+                {"reverse_kl": mapped(REVERSE_KL)}, f"{REVERSE_KL} (reverse_kl)"
             ),
             "f_alpha_divergence_coef": read_with("f_divergence_type"),
-            "ld_alpha": unless(1, "lorafold gives all tokens of both completions the same weight"),
-            "use_weighting": refusing("lorafold gives every pair the same weight"),
+            "ld_alpha": require(1, "lorafold gives all tokens of both completions the same weight"),
+            "use_weighting": reject("lorafold gives every pair the same weight"),
             "discopop_tau": None,
             **data_rows("dpo"),
             **grpo.REFERENCE,
-            **COMPARING,
+            **PREFERENCE_KEYS,
         },
     ),
     "trl-kto": (
@@ -355,7 +354,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "desirable_weight undesirable_weight loss_type=kto loss_type=apo_zero_unpaired",
         {
             "loss_type": (
-                cases(
+                by_value(
                     {
                         "kto": changed(
                             "TRL estimates z (the KL) over a micro-batch, lorafold over a step",
@@ -366,12 +365,12 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 ),
                 "kto",
             ),
-            "beta": (to("beta", number), 0.1),
-            "desirable_weight": (trainer.law_option("desirable_weight", lambda _: "kto"), 1.0),
-            "undesirable_weight": (trainer.law_option("undesirable_weight", lambda _: "kto"), 1.0),
+            "beta": (to_field("beta", number), 0.1),
+            "desirable_weight": (trainer.loss_option("desirable_weight", lambda _: "kto"), 1.0),
+            "undesirable_weight": (trainer.loss_option("undesirable_weight", lambda _: "kto"), 1.0),
             **data_rows("kto"),
             **grpo.REFERENCE,
-            **COMPARING,
+            **PREFERENCE_KEYS,
         },
     ),
     "trl-orpo": (
@@ -386,7 +385,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 0.1,
             ),
             **data_rows("orpo"),
-            **COMPARING,
+            **PREFERENCE_KEYS,
         },
     ),
     "trl-cpo": (
@@ -394,19 +393,19 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "cpo_alpha simpo_gamma loss_type=simpo loss_type=alphapo",
         {
             "loss_type": (
-                cases(
-                    {"simpo": taken(objective="simpo")},
+                by_value(
+                    {"simpo": mapped(objective="simpo")},
                     "lorafold supports only simpo of CPO's losses",
                 ),
                 "sigmoid",
             ),
-            "beta": (to("beta", number), 0.1),
-            "simpo_gamma": (trainer.law_option("gamma", lambda _: "simpo"), 0.5),
-            "cpo_alpha": (trainer.supervised_as("simpo"), 1.0),
-            "alpha": unless(0, "lorafold does not support AlphaPO's reward transformation"),
-            "label_smoothing": unless(0, "lorafold's simpo does not support label smoothing"),
+            "beta": (to_field("beta", number), 0.1),
+            "simpo_gamma": (trainer.loss_option("gamma", lambda _: "simpo"), 0.5),
+            "cpo_alpha": (trainer.sft_term_of("simpo"), 1.0),
+            "alpha": require(0, "lorafold does not support AlphaPO's reward transformation"),
+            "label_smoothing": require(0, "lorafold's simpo does not support label smoothing"),
             **data_rows("simpo"),
-            **COMPARING,
+            **PREFERENCE_KEYS,
         },
     ),
     "trl-reward": (
@@ -416,25 +415,25 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
             "center_rewards_coefficient": (centre, 0.0),
             "chat_template_path": _chat_template_path,
             **data_rows("reward"),
-            **COMPARING,
+            **PREFERENCE_KEYS,
             "learning_rate": (RATE, 1e-4),
         },
     ),
     "trl-grpo": (
         "GRPO",
-        f"{OF_POLICIES} num_iterations scale_rewards importance_sampling_level"
+        f"{POLICY_MARKERS} num_iterations scale_rewards importance_sampling_level"
         " multi_objective_aggregation delta loss_type=dapo loss_type=bnpo loss_type=dr_grpo"
         " loss_type=grpo loss_type=luspo loss_type=cispo",
-        {**grpo.GRPO, **DRAWING},
+        {**grpo.GRPO, **SAMPLING_KEYS},
     ),
     "trl-rloo": (
         "RLOO",
-        f"{OF_POLICIES} normalize_advantages reward_clip_range",
-        {**grpo.RLOO, **DRAWING},
+        f"{POLICY_MARKERS} normalize_advantages reward_clip_range",
+        {**grpo.RLOO, **SAMPLING_KEYS},
     ),
 }
-DRAW = {"trl-grpo", "trl-rloo"}  # trainers that sample completions
-DROPOUTS = {kind: _drawn_dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
+SAMPLERS = {"trl-grpo", "trl-rloo"}  # trainers that sample completions
+DROPOUTS = {kind: _sampling_dropout if kind in SAMPLERS else LORA_DROPOUT for kind in TRAINERS}
 RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
     for kind, (_, _, rows) in TRAINERS.items()

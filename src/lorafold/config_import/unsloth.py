@@ -24,24 +24,24 @@ from lorafold.config_import.rules import (
     Table,
     ToolSettings,
     TranslatedKey,
-    by_rules,
+    apply_rules,
     changed,
+    data_outcome,
     dataset,
-    given_as_data,
-    left,
+    expected_rows,
+    mapped,
     read_with,
-    rows_wanted,
     table,
-    taken,
-    to,
+    to_field,
+    unmapped,
 )
 from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import boolean, integer, modules, names, number
 from lorafold.models.quantizations import bnb_storage
 
-LOADED, ADAPTED, SET = "from_pretrained.", "get_peft_model.", "load_dataset."
-SIGNS = f"{LOADED}model_name {LOADED}max_seq_length {ADAPTED}r {ADAPTED}lora_alpha"
+LOAD, ADAPT, DATASET = "from_pretrained.", "get_peft_model.", "load_dataset."
+MARKERS = f"{LOAD}model_name {LOAD}max_seq_length {ADAPT}r {ADAPT}lora_alpha"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
 # TRL's kind of each trainer; its configuration is called XConfig
@@ -78,9 +78,6 @@ DEFAULTS = {
     "warmup_steps": 0.1,
     "max_length": None,
 }
-OF_GRPO = {"loss_type": "bnpo", "beta": 0.001}
-# TRL's fields that Unsloth's functions replace
-OF_MODEL = {*trl.IN_MODEL, "lora_dropout", "learning_rate"}
 # Objectives other than supervised training
 OBJECTIVES = {
     "trl-dpo": "dpo",
@@ -98,33 +95,33 @@ OBJECTS = {
 
 
 def is_lora(settings: ToolSettings) -> bool:
-    return not settings.on(f"{LOADED}full_finetuning")
+    return not settings.is_on(f"{LOAD}full_finetuning")
 
 
 def _method(value: Any, settings: ToolSettings) -> Outcome:
     if boolean(value):
-        return taken(method="full")
-    start = settings[f"{ADAPTED}init_lora_weights"]
-    loftq = settings[f"{ADAPTED}loftq_config"]
-    rslora = settings.on(f"{ADAPTED}use_rslora")
+        return mapped(method="full")
+    start = settings[f"{ADAPT}init_lora_weights"]
+    loftq = settings[f"{ADAPT}loftq_config"]
+    rslora = settings.is_on(f"{ADAPT}use_rslora")
     return trainer.kind_of_lora(False, rslora, "loftq" if loftq else start)
 
 
 def storage(value: Any, settings: ToolSettings) -> Outcome:
     if not is_lora(settings):
         return changed("lorafold uses bf16, Unsloth only if the GPU supports it", storage="bf16")
-    if settings.on(f"{LOADED}load_in_8bit"):
-        return taken(storage=bnb_storage(8))
-    if settings[f"{LOADED}load_in_fp8"]:
+    if settings.is_on(f"{LOAD}load_in_8bit"):
+        return mapped(storage=bnb_storage(8))
+    if settings[f"{LOAD}load_in_fp8"]:
         return changed("lorafold quantizes to nf4 or int8; int8 is used", storage="int8")
-    if not boolean(value) or settings.on(f"{LOADED}load_in_16bit"):
-        return taken(storage="auto")
-    return taken(storage=bnb_storage(4))
+    if not boolean(value) or settings.is_on(f"{LOAD}load_in_16bit"):
+        return mapped(storage="auto")
+    return mapped(storage=bnb_storage(4))
 
 
 def _length(value: Any, settings: ToolSettings) -> Outcome:
     own = [settings[key] for key in ("max_length", "max_seq_length")]
-    return taken(max_length=min(integer(one) for one in (value, *own) if one is not None))
+    return mapped(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
 def objective_of(settings: ToolSettings) -> str | None:
@@ -132,15 +129,15 @@ def objective_of(settings: ToolSettings) -> str | None:
 
 
 def _loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
-    name, split, files = (settings[f"{SET}{key}"] for key in ("name", "split", "data_files"))
-    return given_as_data([dataset(value, name, split, files)], objective_of(settings))
+    name, split, files = (settings[f"{DATASET}{key}"] for key in ("name", "split", "data_files"))
+    return data_outcome([dataset(value, name, split, files)], objective_of(settings))
 
 
-def _of(prefix: str, rows: Table) -> Table:
+def _prefixed(prefix: str, rows: Table) -> Table:
     return {" ".join(f"{prefix}{k}" for k in keys.split()): row for keys, row in rows.items()}
 
 
-AT_LOADING: Table = {
+LOADING_KEYS: Table = {
     "full_finetuning": (_method, False),
     "model_name": "--model",
     "load_in_4bit": (storage, True),
@@ -150,7 +147,7 @@ AT_LOADING: Table = {
     "max_seq_length": (_length, 2048),
     "revision": "--revision",
     "trust_remote_code": trainer.TRUST,
-    "use_gradient_checkpointing": taken("determined by get_peft_model"),
+    "use_gradient_checkpointing": mapped("determined by get_peft_model"),
     "token device_map rope_scaling fix_tokenizer resize_model_vocab"
     " use_exact_model_name text_only auto_model quantization_config"
     " return_logits": MODEL,
@@ -159,66 +156,66 @@ AT_LOADING: Table = {
     "offload_embedding gpu_memory_utilization float8_kv_cache max_lora_rank"
     " disable_log_stats fast_inference random_state": MEMORY,
 }
-AT_ADAPTING: Table = {
+ADAPTER_KEYS: Table = {
     "use_gradient_checkpointing": (
         lambda value, settings: (
             changed("lorafold recomputes activations only if memory is short; no offloading")
             if value == "unsloth"
-            else taken(gradient_checkpointing=boolean(value))
+            else mapped(gradient_checkpointing=boolean(value))
         ),
         "unsloth",
     ),
-    "random_state": taken("determined by seed"),
+    "random_state": mapped("determined by seed"),
     "max_seq_length": None,
-    "model": taken("the base model"),
+    "model": mapped("the base model"),
     "layers_to_transform layers_pattern finetune_last_n_layers"
     " finetune_vision_layers finetune_audio_layers finetune_language_layers"
     " finetune_attention_modules"
     " finetune_mlp_modules": "pass --set targets=REGEX for these modules",
     "qat_scheme ensure_weight_tying temporary_location task_type": ABSENT,
 }
-OF_LORA: Table = {
-    "r": (to("rank", integer), 16),
-    "lora_alpha": (to("alpha", number), 16),
-    "target_modules": (to("targets", modules), LINEARS),
+LORA_KEYS: Table = {
+    "r": (to_field("rank", integer), 16),
+    "lora_alpha": (to_field("alpha", number), 16),
+    "target_modules": (to_field("targets", modules), LINEARS),
     "target_parameters": lambda value, settings: trainer.target_parameters(
-        settings[f"{ADAPTED}target_modules"], names(value)
+        settings[f"{ADAPT}target_modules"], names(value)
     ),
-    "bias": to("bias"),
-    "modules_to_save": to("modules_to_save", names),
-    "use_rslora": (read_with(f"{LOADED}full_finetuning"), False),
-    "init_lora_weights": (read_with(f"{LOADED}full_finetuning"), True),
-    "loftq_config": read_with(f"{LOADED}full_finetuning"),
+    "bias": to_field("bias"),
+    "modules_to_save": to_field("modules_to_save", names),
+    "use_rslora": (read_with(f"{LOAD}full_finetuning"), False),
+    "init_lora_weights": (read_with(f"{LOAD}full_finetuning"), True),
+    "loftq_config": read_with(f"{LOAD}full_finetuning"),
 }
-OWN: tuple[Rule, ...] = (
+MAIN_RULES: tuple[Rule, ...] = (
     *table(
         {
-            "trainer": taken("determines the objective"),
-            **_of(LOADED, AT_LOADING),
-            "max_length max_seq_length": read_with(f"{LOADED}max_seq_length"),
-            **_of(ADAPTED, AT_ADAPTING),
-            "gradient_checkpointing": taken("determined by get_peft_model"),
-            "bf16 fp16": taken("determined by the base's quantization or dtype"),
+            "trainer": mapped("determines the objective"),
+            **_prefixed(LOAD, LOADING_KEYS),
+            "max_length max_seq_length": read_with(f"{LOAD}max_seq_length"),
+            **_prefixed(ADAPT, ADAPTER_KEYS),
+            "gradient_checkpointing": mapped("determined by get_peft_model"),
+            "bf16 fp16": mapped("determined by the base's quantization or dtype"),
             "embedding_learning_rate": ABSENT,
-            f"{SET}path": _loaded_rows,
-            f"{SET}name {SET}split {SET}data_files": read_with(f"{SET}path"),
+            f"{DATASET}path": _loaded_rows,
+            f"{DATASET}name {DATASET}split {DATASET}data_files": read_with(f"{DATASET}path"),
             "train_dataset": lambda value, settings: (
-                taken("loaded by load_dataset")
-                if settings[f"{SET}path"]
-                else left(rows_wanted(objective_of(settings)), PLACEHOLDER)
+                mapped("loaded by load_dataset")
+                if settings[f"{DATASET}path"]
+                else unmapped(expected_rows(objective_of(settings)), PLACEHOLDER)
             ),
             "eval_dataset": trainer.EVAL_DATA,
-            "get_chat_template.chat_template": lambda value, settings: left(
+            "get_chat_template.chat_template": lambda value, settings: unmapped(
                 f"to replace the model's own template by {value}, pass --chat-template FILE"
             ),
             "get_chat_template.mapping get_chat_template.map_eos_token"
             " get_chat_template.system_message": "lorafold uses the model's own template",
             "model tokenizer processing_class args data_collator get_chat_template.tokenizer"
-            " train_on_responses_only.trainer": taken("lorafold creates its own"),
-            **_of(
+            " train_on_responses_only.trainer": mapped("lorafold creates its own"),
+            **_prefixed(
                 "train_on_responses_only.",
                 {
-                    "instruction_part response_part tokenizer num_proc": taken(
+                    "instruction_part response_part tokenizer num_proc": mapped(
                         "lorafold finds the completions by itself"
                     )
                 },
@@ -228,18 +225,18 @@ OWN: tuple[Rule, ...] = (
             "callbacks compute_metrics": ABSENT,
         }
     ),
-    *table(_of(ADAPTED, OF_LORA), is_lora),
+    *table(_prefixed(ADAPT, LORA_KEYS), is_lora),
 )
 
 
 def _rules(kind: str) -> tuple[Rule, ...]:
-    own = {rule.key for rule in OWN} | OF_MODEL
-    defaults = DEFAULTS | (OF_GRPO if kind == "trl-grpo" else {})
+    own = {*(rule.key for rule in MAIN_RULES), *trl.IN_MODEL, "lora_dropout", "learning_rate"}
+    defaults = DEFAULTS | ({"loss_type": "bnpo", "beta": 0.001} if kind == "trl-grpo" else {})
     rest = (rule for rule in trl.RULES[kind] if rule.key not in own)
     return (
-        *OWN,
+        *MAIN_RULES,
         *table({"learning_rate": (trainer.rate(is_lora), defaults["learning_rate"])}),
-        *table({f"{ADAPTED}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora),
+        *table({f"{ADAPT}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora),
         *(replace(rule, default=defaults.get(rule.key, rule.default)) for rule in rest),
     )
 
@@ -252,27 +249,27 @@ class Expression(str):
     """The source of a value that is not a literal."""
 
 
-def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
-    objects = {"bf16", "fp16", *(r.key for r in OWN if r.key.split(".")[-1] in OBJECTS)}
+    objects = {"bf16", "fp16", *(r.key for r in MAIN_RULES if r.key.split(".")[-1] in OBJECTS)}
     unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
-    read = by_rules(rules, {k: v for k, v in config.items() if k not in unread})
+    read = apply_rules(rules, {k: v for k, v in config.items() if k not in unread})
     defaults = {entry.key: entry.outcome.fields for entry in read}
     result = [entry for entry in read if entry.key not in unread]
     for key, text in unread.items():
         options = [f"--{name.replace('_', '-')} {name.upper()}" for name in defaults.get(key, ())]
         flag, remark = " ".join(options), "not read because it is not a literal"
-        outcome = left(f"{remark}: pass {flag}" if flag else remark, flag)
+        outcome = unmapped(f"{remark}: pass {flag}" if flag else remark, flag)
         result.append(TranslatedKey(key, text, True, outcome))
     return tuple(result)
 
 
-def arguments_of(text: str, where: str) -> Mapping[str, Any]:
+def arguments_of(text: str, source: str) -> Mapping[str, Any]:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
-        raise LorafoldError(f"{where}: not Python{f' at line {line}' if line else ''}") from None
+        raise LorafoldError(f"{source}: not Python{f' at line {line}' if line else ''}") from None
     literals, seen = _literals(tree), set[str]()
     arguments = {}
     for call in _calls(tree):
@@ -288,9 +285,9 @@ def arguments_of(text: str, where: str) -> Mapping[str, Any]:
         for key, node in _arguments(call, FUNCTIONS.get(name, ())):
             if not (isinstance(node, ast.Call) and _name_of(node.func)[0] in CONFIGS):
                 arguments[f"{prefix}{key}"] = _value(node, literals)
-    if not any(key.startswith(LOADED) for key in arguments):
+    if not any(key.startswith(LOAD) for key in arguments):
         raise LorafoldError(
-            f"{where}: found no from_pretrained call of {' or '.join(MODELS[:2])}, expected an"
+            f"{source}: found no from_pretrained call of {' or '.join(MODELS[:2])}, expected an"
             " Unsloth script"
         )
     return arguments

@@ -174,8 +174,8 @@ class Template:
             for form in (MessageForm(n > 1, n % 2 > 0, parts) for n in range(4)):
                 text = try_apply([USER, message], self.tokenizer, [PROBE_TOOL], form=form)
                 after = text.rpartition(PROBE_NAME)[2]
-                odd = quoted in after or str(arguments) in after
-                if PROBE_KEY in after and PROBE_TEXT in after and not odd:
+                is_quoted = quoted in after or str(arguments) in after
+                if PROBE_KEY in after and PROBE_TEXT in after and not is_quoted:
                     return form
         return MessageForm(parts=parts)
 
@@ -190,10 +190,10 @@ class Template:
         # an open tag at the end of the prompt is part of the block
         if opened := OPEN_TAG.search(header):
             header = header[: opened.start()]
-        thoughtful, plain = (text[len(header) :] for text in texts)
+        with_reasoning, plain = (text[len(header) :] for text in texts)
         # a header before the answer doesn't belong to the block
-        without = thoughtful.removesuffix(plain) if plain else thoughtful
-        for block in (without, thoughtful.partition(PROBE_ANSWER)[0]):
+        without = with_reasoning.removesuffix(plain) if plain else with_reasoning
+        for block in (without, with_reasoning.partition(PROBE_ANSWER)[0]):
             opening, _, closing = block.partition(THOUGHT)
             if opening.strip() and closing.strip() and PROBE_ANSWER not in block:
                 lead = opening[len(opening.rstrip()) :]
@@ -203,14 +203,14 @@ class Template:
 
     @cached_property
     def ending(self) -> Ending:
-        behind = try_apply([USER, ASSISTANT], self.tokenizer).rpartition(PROBE_ANSWER)[2]
+        after_answer = try_apply([USER, ASSISTANT], self.tokenizer).rpartition(PROBE_ANSWER)[2]
         at = 0
-        for special in self.specials.finditer(behind):
-            if at and behind[at : special.start()].strip():
+        for special in self.specials.finditer(after_answer):
+            if at and after_answer[at : special.start()].strip():
                 break
             at = special.end()  # through all consecutive special tokens
         written: Written = WITH_TURN
-        ends = [behind[:at]]
+        ends = [after_answer[:at]]
         if not at:
             following = try_apply([USER, ASSISTANT, USER | {"content": NEXT}], self.tokenizer)
             between = following.rpartition(NEXT)[0].rpartition(PROBE_ANSWER)[2]
@@ -251,10 +251,10 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) 
     return _cached_template(text, tokenizer, len(tokenizer))
 
 
-def _with_text(given: dict[str, Any]) -> dict[str, Any]:
-    function = given["function"]
+def _with_text(tool_call: dict[str, Any]) -> dict[str, Any]:
+    function = tool_call["function"]
     text = json.dumps(function["arguments"], ensure_ascii=False)
-    return given | {"function": function | {"arguments": text}}
+    return tool_call | {"function": function | {"arguments": text}}
 
 
 def apply_template(
@@ -264,15 +264,15 @@ def apply_template(
     for_generation: bool = False,
     variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> str:
-    given: Any = list(tools) or None
-    prompt: Any = {"tools": given, "add_generation_prompt": for_generation}
+    tool_list: Any = list(tools) or None
+    prompt: Any = {"tools": tool_list, "add_generation_prompt": for_generation}
     try:
         if not tokenizer.is_fast:  # it may override the method
             prompt |= {"tokenize": False, **variables}
             return str(tokenizer.apply_chat_template(list(messages), **prompt))
         # apply_chat_template without its checks, which `data.messages` has done, takes two thirds
         # of the time
-        template = tokenizer.get_chat_template(tools=given)
+        template = tokenizer.get_chat_template(tools=tool_list)
         special: Any = tokenizer.special_tokens_map | dict(variables)
         rendered: Any = render_jinja_template(
             [list(messages)], chat_template=template, **prompt, **special

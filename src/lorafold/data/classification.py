@@ -65,12 +65,12 @@ class LabelEncoder(Encoder):
     def identity(self) -> dict[str, Any]:
         return {"kind": "labels", "classes": self.classes, **tokenizer_identity(self.tokenizer)}
 
-    def encode(self, given: Sequence[LabelledText], first: int) -> "pa.RecordBatch":
+    def encode(self, contents: Sequence[LabelledText], first: int) -> "pa.RecordBatch":
         encoded = self.tokenizer(
-            [one.text for one in given], verbose=False, return_special_tokens_mask=True
+            [one.text for one in contents], verbose=False, return_special_tokens_mask=True
         )
         number_of = {name: number for number, name in enumerate(self.classes)}
-        each = zip(given, encoded.input_ids, encoded["special_tokens_mask"], strict=True)
+        each = zip(contents, encoded.input_ids, encoded["special_tokens_mask"], strict=True)
         entries = [
             {
                 "row": n,

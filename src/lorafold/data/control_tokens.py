@@ -41,27 +41,26 @@ ROWS_REMARK = (
     "rows have control tokens in their contents, which are tokenized as plain text; to keep them as"
     " control tokens, pass --allow-control-tokens"
 )
-ASSISTANT_FIELDS = ("content", "reasoning_content")  # written by the assistant
 
 
-def allow_tokens(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = None) -> None:
+def allow_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str] | None = None) -> None:
     """Allows tokens in contents, except those that the template writes; None allows all."""
     if not tokenizer.chat_template:
         return
-    if words is not None:
-        words = frozenset(words)
-        if words:
-            words -= template_words("".join(template_texts(tokenizer)), tokenizer, words)
-        if not words:
+    if tokens is not None:
+        tokens = frozenset(tokens)
+        if tokens:
+            tokens -= template_words("".join(template_texts(tokenizer)), tokenizer, tokens)
+        if not tokens:
             return
 
     def noted(text: str) -> str:
         if text.endswith(JOINED):
             return text
         before = allowed_tokens(text)
-        given = True if words is None or before is None else sorted({*before, *words})
+        exceptions = True if tokens is None or before is None else sorted({*before, *tokens})
         # a word may not contain #}, which would end the comment
-        note = json.dumps(given).replace("#", "\\u0023")
+        note = json.dumps(exceptions).replace("#", "\\u0023")
         return f"{{# control tokens in contents: {note} #}}\n{EXCEPTIONS.sub('', text)}"
 
     rewrite_templates(tokenizer, noted)
@@ -100,7 +99,7 @@ def mark_as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
         return conversation
     messages = []
     for message in conversation.messages:
-        own = ASSISTANT_FIELDS if message["role"] == "assistant" else ()
+        own = ("content", "reasoning_content") if message["role"] == "assistant" else ()
         messages.append({
             key: value
             if key in ("role", "weight")
@@ -122,20 +121,20 @@ def mark_variables(
 
 @lru_cache(maxsize=16)
 def _finder(template: Template) -> ControlTokenFinder | None:
-    free, tokenizer = allowed_tokens(template.text), template.tokenizer
-    if free is None:
+    exceptions, tokenizer = allowed_tokens(template.text), template.tokenizer
+    if exceptions is None:
         return None
     added = {one.content: one.special for one in tokenizer.added_tokens_decoder.values()}
     listed = getattr(tokenizer, "chat_control_tokens", None)
     written = {w for w in template_words(template.text, tokenizer, added) if not w.isspace()}
-    free -= written  # these could forge a turn
-    special = {word for word, is_special in added.items() if is_special} - free
-    words = special | (written if listed is None else added.keys() & listed - free)
+    exceptions -= written  # these could forge a turn
+    special = {word for word, is_special in added.items() if is_special} - exceptions
+    tokens = special | (written if listed is None else added.keys() & listed - exceptions)
     block = template_of(tokenizer).block
-    own = special - ({block.opening, block.closing} & added.keys())
-    longest_first = (sorted(some, key=lambda word: (-len(word), word)) for some in (words, own))
+    assistant = special - ({block.opening, block.closing} & added.keys())
+    longest_first = (sorted(s, key=lambda word: (-len(word), word)) for s in (tokens, assistant))
     of_all, of_own = (re.compile("|".join(map(re.escape, s)) or "(?!)") for s in longest_first)
-    return ControlTokenFinder(of_all, of_own, tuple({word[:1] for word in words}))
+    return ControlTokenFinder(of_all, of_own, tuple({word[:1] for word in tokens}))
 
 
 def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any:
@@ -219,22 +218,22 @@ def to_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     [line] = tokenizer(["\n"], **options).input_ids
-    given = ["\n" * (start > 0) + text[start:end] for start, end in zip(starts, ends, strict=True)]
-    each = [*dict.fromkeys(given)]  # tokenize equal pieces once
-    encoded = tokenizer(each, **options)
+    pieces = ["\n" * (start > 0) + text[start:end] for start, end in zip(starts, ends, strict=True)]
+    unique = [*dict.fromkeys(pieces)]  # tokenize equal pieces once
+    encoded = tokenizer(unique, **options)
     pairs = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-    tokens = dict(zip(each, pairs, strict=True))
+    tokens = dict(zip(unique, pairs, strict=True))
     ids = []
     offsets = []
-    for start, piece, cut in zip(starts, given, [*cuts, None], strict=True):
-        (some, where), at = tokens[piece], start - (start > 0)
-        if start and some[: len(line)] == line:
-            some, where = some[len(line) :], where[len(line) :]
+    for start, piece, cut in zip(starts, pieces, [*cuts, None], strict=True):
+        (ids_of_piece, spans), at = tokens[piece], start - (start > 0)
+        if start and ids_of_piece[: len(line)] == line:
+            ids_of_piece, spans = ids_of_piece[len(line) :], spans[len(line) :]
         elif start:
             alone = tokenizer(piece[1:], **options)
-            some, where, at = alone.input_ids, alone.offset_mapping, start
-        ids += some
-        offsets += [(at + first, at + last) for first, last in where]
+            ids_of_piece, spans, at = alone.input_ids, alone.offset_mapping, start
+        ids += ids_of_piece
+        offsets += [(at + first, at + last) for first, last in spans]
         if cut is not None and (word := cut[1]):
             spelled = _ids_as_text(word, tokenizer)
             ids += spelled

@@ -79,8 +79,8 @@ class CompletionEncoder(Encoder):
         of_tokenizer = tokenizer_identity(self.tokenizer)
         return {"kind": "completions", "rendering": asdict(self.rendering), **of_tokenizer}
 
-    def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
-        pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
+    def encode(self, contents: Sequence[Conversation], first: int) -> pa.RecordBatch:
+        pieces = [piece for n, one in enumerate(contents, first) for piece in self._pieces(one, n)]
         encodings: dict[int, Encoding | Pieces] = {}  # of the pieces that have no problem
         for plain in (False, True):
             some = [n for n, p in enumerate(pieces) if not p.problem and (not p.rendered) is plain]
@@ -373,7 +373,6 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 PROBES = Path(__file__).with_name("probes.jsonl")
-PROBE_LENGTH = 512  # tokens
 
 
 def probe_ids(
@@ -383,5 +382,5 @@ def probe_ids(
     ensure_chat_template(tokenizer)
     return [
         example.ids
-        for example in encode(read_rows(str(probe or PROBES)), tokenizer, PROBE_LENGTH).examples
+        for example in encode(read_rows(str(probe or PROBES)), tokenizer, max_length=512).examples
     ]

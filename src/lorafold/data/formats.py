@@ -266,12 +266,12 @@ class RowFormat:
 
 
 @lru_cache
-def formats_for(wanted: str = "") -> tuple[RowFormat, ...]:
+def formats_for(content: str = "") -> tuple[RowFormat, ...]:
     """Returns ROW_FORMATS, with those first that provide the wanted kind. A format precedes those
     whose keys it includes, so {text, label} doesn't match {text}.
     """
-    table = (*ROW_FORMATS, PROMPT_ONLY) if wanted == PROMPTS else ROW_FORMATS
-    providers = [row_format for row_format in table if wanted in row_format.provides]
+    table = (*ROW_FORMATS, PROMPT_ONLY) if content == PROMPTS else ROW_FORMATS
+    providers = [row_format for row_format in table if content in row_format.provides]
     first = [s for s in table if any(set(g.keys) <= set(s.keys) for g in providers)]
     return (*first, *(row_format for row_format in table if row_format not in first))
 

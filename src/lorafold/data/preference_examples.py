@@ -92,18 +92,18 @@ class PreferenceEncoder(Encoder):
     def identity(self) -> dict[str, Any]:
         return {**self._completions.identity, "kind": self.row_content}
 
-    def encode(self, given: Sequence[Sequence[Comparison]], first: int) -> pa.RecordBatch:
+    def encode(self, contents: Sequence[Sequence[Comparison]], first: int) -> pa.RecordBatch:
         documents = [
-            Conversation([*one.prompt, *said], len(one.prompt), one.tools)
-            for row in given
+            Conversation([*one.prompt, *completion], len(one.prompt), one.tools)
+            for row in contents
             for one in row
-            for said in one.completions.values()
+            for completion in one.completions.values()
         ]
         encoded = self._completions.encode(documents, 0).to_pylist()
         by_document = (list(of) for _, of in groupby(encoded, key=lambda entry: entry["row"]))
         entries = [
             {"row": n} | self._entry(one, list(islice(by_document, len(one.completions))))
-            for n, row in enumerate(given, first)
+            for n, row in enumerate(contents, first)
             for one in row
         ]
         lists, flags = ("ids", "starts", "spans"), ("desirable", "marked")

@@ -63,9 +63,7 @@ class PrefixForest:
 
 
 def prefix_forest(
-    rows: Sequence[Any],
-    limits: Sequence[int] | None = None,
-    groups: Sequence[int] | None = None,
+    rows: Sequence[Any], limits: Sequence[int] | None = None, groups: Sequence[int] | None = None
 ) -> PrefixForest:
     """Merges rows with unshifted labels. Each may share at most its `limits` tokens and, with
     ascending `groups`, only within its group.
@@ -79,9 +77,9 @@ def prefix_forest(
     path, limit, end = np.zeros(0, np.int64), size, 0  # of the previous row; tokens so far
     group, order = None, range(len(rows))
     for n in order if groups else sorted(order, key=lambda n: tuple(rows[n].ids)):
-        own, wanted = np.array(rows[n].ids), np.array([*rows[n].labels[1:], NO_LOSS])
+        own, row_targets = np.array(rows[n].ids), np.array([*rows[n].labels[1:], NO_LOSS])
         before, limit = limit, size if limits is None else limits[n]
-        shared = min(_num_shared(ids[path], own, targets[path], wanted), before, limit)
+        shared = min(_num_shared(ids[path], own, targets[path], row_targets), before, limit)
         if groups:
             shared, group = shared * (groups[n] == group), groups[n]
         if lens and shared == len(path):
@@ -92,9 +90,9 @@ def prefix_forest(
         new = np.arange(end, end := end + len(own) - shared)
         ids[new], positions[new], first[new] = own[shared:], np.arange(shared, len(own)), n
         path = np.concatenate([path[:shared], new])
-        trained = wanted != NO_LOSS
+        trained = row_targets != NO_LOSS
         places[n], of_rows[n] = path, path[trained]
-        targets[of_rows[n]] = wanted[trained]
+        targets[of_rows[n]] = row_targets[trained]
         counts[of_rows[n]] += 1
         first[path] = np.minimum(first[path], n)
     return PrefixForest(
@@ -131,24 +129,24 @@ def batches_by_prefix(
     tokens, share, ids = 0, ceil(len(rows) / n), np.zeros(0, np.int64)
     for place, row in enumerate(sorted(rows, key=lambda row: tuple(beginning(row)))):
         before, ids = ids, np.array(beginning(row))
-        own = size(row) if size else len(ids)
+        size_of_row = size(row) if size else len(ids)
         shared = _num_shared(before, ids)
         # if both continue, their last shared token may have two targets, and then is not shared
-        tokens += own - max(0, shared - (shared < min(len(before), len(ids))))
+        tokens += size_of_row - max(0, shared - (shared < min(len(before), len(ids))))
         if place % share == 0 or tokens > capacity:
             parts.append(part := [])
-            tokens = own
+            tokens = size_of_row
         part.append(row)
     return parts
 
 
-def _num_shared(before: Array, ids: Array, targets: Array = EMPTY, wanted: Array = EMPTY) -> int:
+def _num_shared(before: Array, ids: Array, targets: Array = EMPTY, labels: Array = EMPTY) -> int:
     """Counts the leading ids that a row (u,) shares with the previous one (t,), up to two different
     targets.
     """
     n = min(len(before), len(ids))
     same = before[:n] == ids[:n]
-    if len(wanted):
-        old, new = targets[:n], wanted[:n]
+    if len(labels):
+        old, new = targets[:n], labels[:n]
         same &= (old == new) | (old == NO_LOSS) | (new == NO_LOSS)
     return n if same.all() else int(same.argmin())

@@ -101,7 +101,7 @@ def reference_of(
             f"messages[{last}]: the chat template does not render this turn as at generation"
         )
     check_shown(given, turn.text, tokenizer)
-    ids = rendered_ids(without_reasoning(turn.said, prompt, tokenizer), tokenizer)
+    ids = rendered_ids(without_reasoning(turn.completion, prompt, tokenizer), tokenizer)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Reference(question, prompt, str(text))
 
@@ -199,8 +199,8 @@ class PromptEncoder(Encoder):
     def identity(self) -> dict[str, Any]:
         return {"kind": "prompts", **tokenizer_identity(self.tokenizer)}
 
-    def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
-        entries = [{"row": n} | self._prompt(one) for n, one in enumerate(given, first)]
+    def encode(self, contents: Sequence[Conversation], first: int) -> pa.RecordBatch:
+        entries = [{"row": n} | self._prompt(one) for n, one in enumerate(contents, first)]
         return to_batch(entries, ("row",), ("ids",), ("marked",), ("problem",))
 
     def _prompt(self, given: Conversation) -> dict[str, Any]:

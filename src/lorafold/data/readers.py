@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 Warn = Callable[[str], None]
 Numbered = Iterator[tuple[int, RowResult]]
 BOM = b"\xef\xbb\xbf"
-DELIMITERS = ",;\t|"
 TABLE_ROWS = 1000  # rows of a table converted to objects at a time
 MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
-MAX_FIELD = 2**31 - 1  # bytes of a field of CSV
 READ_BYTES = 1 << 16  # bytes
 WINDOWS = "cp1252"
 UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -206,7 +204,7 @@ def _read_json(file: io.BufferedReader) -> Numbered:
 
 def _read_csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
     """Reads text; a column without a name is called by its number."""
-    csv.field_size_limit(MAX_FIELD)
+    csv.field_size_limit(2**31 - 1)  # bytes
     last_line = 0  # the last line of the last good record
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
         try:
@@ -214,7 +212,7 @@ def _read_csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
             if separator := re.fullmatch(r"sep=(.)\s*", header):  # written by Excel
                 delimiter, header = separator[1], lines.readline()
             # the most frequent one in the header outside of quotes, the earlier one on a tie
-            delimiter = delimiter or max(DELIMITERS, key=re.sub(r'"[^"]*"', "", header).count)
+            delimiter = delimiter or max(",;\t|", key=re.sub(r'"[^"]*"', "", header).count)
             records = csv.reader(chain([header], lines), strict=True, delimiter=delimiter)
             names = next(records, [])
             names = [name if name.strip() else f"column {n}" for n, name in enumerate(names, 1)]

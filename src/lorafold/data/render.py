@@ -76,10 +76,10 @@ def check_shown(
         content = message.get("content")
         if message["role"] != "assistant" and content and content.strip() not in text:
             lacks(f"content ({message['role']})", n, {"content": PROBE_TEXT}, PROBE_TEXT)
-        for number, given in enumerate(message.get("tool_calls", ())):
-            if not _has_call((turns or {}).get(n, text), given):
+        for number, call in enumerate(message.get("tool_calls", ())):
+            if not _has_call((turns or {}).get(n, text), call):
                 calls = [*message["tool_calls"]]
-                calls[number] = given | tool_call(PROBE_NAME, {PROBE_KEY: PROBE_TEXT})
+                calls[number] = call | tool_call(PROBE_NAME, {PROBE_KEY: PROBE_TEXT})
                 for part, value in (("name", PROBE_NAME), ("arguments", PROBE_TEXT)):
                     lacks(f"tool_calls[{number}].{part}", n, {"tool_calls": calls}, value)
     if tools and not all(_has_tool(text, tool) for tool in tools):
@@ -110,8 +110,8 @@ def _has_tool(text: str, tool: dict[str, Any]) -> bool:
     return bool(details) and all(_has_text(text, value) for value in (function["name"], *details))
 
 
-def _has_call(text: str, given: dict[str, Any]) -> bool:
-    function = given["function"]
+def _has_call(text: str, call: dict[str, Any]) -> bool:
+    function = call["function"]
     return function["name"] in text and all(
         key in text and (not isinstance(value, str) or _has_text(text, value.strip()))
         for key, value in function["arguments"].items()
@@ -173,7 +173,7 @@ class TrainedTurn:
     text: str
     start: int
     end: int
-    said: str
+    completion: str
     marks: tuple[Span, ...] | None
 
 
@@ -220,12 +220,12 @@ class ConversationRenderings:
             if plain.startswith(prompt):
                 text, marks = plain, plain_marks
         if not text.startswith(prompt):
-            said = self.messages[i].get("content", "")
+            completion = self.messages[i].get("content", "")
             block, specials = self.without_tools.block, self.without_tools.specials
-            joined = rebuild_after_block(prompt, after, (reasoning, said), block, specials)
+            joined = rebuild_after_block(prompt, after, (reasoning, completion), block, specials)
             if joined is None:
                 before = try_apply(self.messages[:i], self.tokenizer, self.tools)
-                joined = rebuild_rewritten(prompt, after, before, said)
+                joined = rebuild_rewritten(prompt, after, before, completion)
             if joined is None or marks == ():
                 return None
             text, marks = joined, marks and ((len(prompt), len(joined)),)
@@ -261,7 +261,7 @@ def render_trained(
     turns = turns[-1:] if rendering.train_on == "last" else turns
     call_turns = [i for i, message in enumerate(messages) if message.get("tool_calls")]
     trained_turns = {i: renderings.turn(i, marked_whole) for i in {*turns, *call_turns}}
-    calls = {i: turn.said for i in call_turns if (turn := trained_turns[i]) is not None}
+    calls = {i: turn.completion for i in call_turns if (turn := trained_turns[i]) is not None}
     check_shown(conversation, whole, tokenizer, calls)
     examples: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
     num_hidden, trained = 0, set[int]()
@@ -270,7 +270,7 @@ def render_trained(
         if turn is None:
             continue
         if messages[i].keys() & {"reasoning_content", "tool_calls"}:
-            num_hidden += hidden(messages[i], turn.said)
+            num_hidden += hidden(messages[i], turn.completion)
         text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
         if rendering.end_of_turn == "auto" and renderings.without_tools.ending.written != WITH_TURN:
             text = text[:end] + renderings.end(i, turn)
@@ -329,11 +329,11 @@ def render(
     """Renders messages with control tokens as text. `variables` are passed to the template, for
     example enable_thinking.
     """
-    given = mark_as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
-    formatted = template_of(tokenizer, given.tools).form.of(given.messages)
+    conversation = mark_as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
+    formatted = template_of(tokenizer, conversation.tools).form.of(conversation.messages)
     if variables:
-        variables = mark_variables(variables, tokenizer, given.tools)
-    return apply_template(formatted, tokenizer, given.tools, for_generation, variables)
+        variables = mark_variables(variables, tokenizer, conversation.tools)
+    return apply_template(formatted, tokenizer, conversation.tools, for_generation, variables)
 
 
 def prompt_of(
@@ -365,7 +365,7 @@ def rebuild_after_block(
 ) -> str | None:
     """Reconstructs a turn whose prompt ends with a block of reasoning: the prompt, then reasoning,
     closing and answer if the block is open, or only the answer if it is closed; None if impossible.
-    `said` are reasoning and content.
+    `turn` are reasoning and content.
     """
     block_at_end = _open_block(prompt, after, block, specials)
     if block_at_end is None or not after.startswith(prompt[: block_at_end.at]):
@@ -387,8 +387,8 @@ def rebuild_after_block(
     if block_at_end.closed:
         return prompt + answer.lstrip("\n")
     lead, between = block_at_end.block.lead, block_at_end.block.between
-    left = prompt[block_at_end.at + len(opening) :]
-    first = lead.removeprefix(left) if lead.startswith(left) else ""
+    rest_of_prompt = prompt[block_at_end.at + len(opening) :]
+    first = lead.removeprefix(rest_of_prompt) if lead.startswith(rest_of_prompt) else ""
     spaced = between != between.rstrip()
     return f"{prompt}{first}{reasoning.strip()}{between}{answer.lstrip() if spaced else answer}"
 
@@ -428,5 +428,5 @@ def rebuild_rewritten(prompt: str, after: str, before: str, content: str) -> str
         return None
     end = prompt[max(0, len(before) - CONTEXT) :]
     at = after.rfind(end)
-    said = after[at + len(end) :]
-    return prompt + said if at >= 0 and said.strip() and content.strip() in said else None
+    rest = after[at + len(end) :]
+    return prompt + rest if at >= 0 and rest.strip() and content.strip() in rest else None

@@ -152,9 +152,9 @@ def _helpful_variable(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _untrained_reason(tokenizer: PreTrainedTokenizerBase) -> str:
-    said = {"role": "assistant", "content": PROBE_TEXT}
+    answer = {"role": "assistant", "content": PROBE_TEXT}
     try:
-        return NO_REASONING * render_trained(Conversation([USER, said]), tokenizer).left_out
+        return NO_REASONING * render_trained(Conversation([USER, answer]), tokenizer).left_out
     except LorafoldError as error:
         return f"the template rejects a plain conversation ({error})"
 

@@ -21,7 +21,6 @@ from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.paths import nearest_name
 
 log = logging.getLogger(__name__)
-SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
 MAX_LISTED = 10  # files listed in one line
 SPLITS = {
@@ -61,7 +60,7 @@ def find_files(name: str) -> RowFiles:
     splits = {}
     directories = [n for path, n in names.items() if path.is_dir() and matched and "**" not in name]
     left_out = dict.fromkeys(directories, "a directory")
-    for path in sorted(filter(Path.is_file, names), key=_natural):
+    for path in sorted(filter(Path.is_file, names), key=_natural_key):
         file = names[path]
         if not matched and _hidden(file):
             left_out[file] = "hidden"
@@ -100,7 +99,7 @@ def _hidden(name: str) -> bool:
     return any(part.startswith((".", "__")) for part in name.split("/"))
 
 
-def _natural(path: Path) -> tuple[list[str | int], str]:
+def _natural_key(path: Path) -> tuple[list[str | int], str]:
     pieces = re.split(r"([0-9]+)", path.as_posix().casefold())
     return [int(p) if n % 2 else p for n, p in enumerate(pieces)], str(path)
 
@@ -196,7 +195,7 @@ def parse_source(text: str) -> DataSource:
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
     near = "" if local else nearest_name(path)
-    if path.is_file() and path.suffix.lower() in SPREADSHEETS:
+    if path.is_file() and path.suffix.lower() in (".xlsx", ".xls", ".xlsm", ".ods"):
         raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {CSV_HINT}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
         kind = f"a {path.suffix or 'suffixless'} file" if local else "no such file or directory"

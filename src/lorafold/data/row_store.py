@@ -116,23 +116,23 @@ class ArrowRows(Items[Row]):
 @dataclass(frozen=True)
 class Rows(Items[Row]):
     """Checked rows. `ignored` keys belong to no format, `known` is the digest and size of large
-    rows, `wanted` chose their formats, and `files` counts rows per file if a source has several.
+    rows, `content` chose their formats, and `files` counts rows per file if a source has several.
     """
 
     rows: Sequence[Row]
     parts: tuple[SourcePart, ...]
     ignored: tuple[str, ...] = ()
     known: tuple[str, int] | None = field(default=None, repr=False)
-    wanted: str = ""
+    content: str = ""
     remarks: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
     origins: Origins = field(default_factory=Origins, repr=False)
 
     @staticmethod
-    def of(rows: Sequence[Row], wanted: str = "") -> Rows:
+    def of(rows: Sequence[Row], content: str = "") -> Rows:
         if isinstance(rows, Rows):
             return rows
-        return Rows(rows, (SourcePart(len(rows)),), wanted=wanted)
+        return Rows(rows, (SourcePart(len(rows)),), content=content)
 
     def __getstate__(self) -> dict[str, Any]:
         # drops the cached formats, which have functions that can't be pickled
@@ -182,7 +182,7 @@ class Rows(Items[Row]):
     def formats(self) -> tuple[RowFormat | None, ...]:
         starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
         firsts = [self.rows[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
-        return tuple(format_of(row, formats_for(self.wanted)) for row in firsts)
+        return tuple(format_of(row, formats_for(self.content)) for row in firsts)
 
     def provides(self, content: str) -> bool:
         return any(first is not None and content in first.provides for first in self.formats[:1])

@@ -63,10 +63,10 @@ UNKNOWN_ROLE = "messages have an unknown role, passed to the chat template, and 
 @dataclass
 class RowRemarks:
     """Collects remarks on valid rows: `ignored` keys, such as messages[].id, and other `lines`.
-    `wanted` is the kind that formats must provide.
+    `content` is the kind that formats must provide.
     """
 
-    wanted: str = ""
+    content: str = ""
     ignored: dict[str, None] = field(default_factory=dict)
     _first: dict[str, str] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
@@ -79,7 +79,7 @@ class RowRemarks:
             filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
             why, skip = BLANK, not any(filled)
         else:
-            why, skip = UNANSWERED, self.wanted != PROMPTS and not row_format.has_answers(row)
+            why, skip = UNANSWERED, self.content != PROMPTS and not row_format.has_answers(row)
         if skip:
             self._counts[why] += 1
             self._first.setdefault(why, f"; the first: {place}")
@@ -277,11 +277,11 @@ class RowsRead:
 def _read_sources(
     sources: Sequence[DataSource],
     columns: Mapping[str, str],
-    wanted: str,
+    content: str,
     notice: Notice,
     read: RowsRead,
 ) -> Iterator[Row]:
-    remarks, formats = RowRemarks(wanted), formats_for(wanted)
+    remarks, formats = RowRemarks(content), formats_for(content)
     for number, source in enumerate(sources):
         last = None
         for file in source.files:
@@ -309,25 +309,25 @@ def read_rows(
     sources: str | Sequence[str],
     columns: Mapping[str, str] | None = None,
     notice: Notice = lambda text: None,
-    wanted: str = "",
+    content: str = "",
 ) -> Rows:
     """Reads files, directories, patterns or hub datasets (their train split). SOURCE:0.3 sets a
     weight.
 
-    `columns` renames keys, as in {"prompt": "question"}. `wanted` is the kind that formats must
+    `columns` renames keys, as in {"prompt": "question"}. `content` is the kind that formats must
     provide; it chooses among matching formats.
     """
     parsed = [parse_source(text) for text in ([sources] if isinstance(sources, str) else sources)]
     columns, read, known = columns or {}, RowsRead(), None
     size = sum(source.size for source in parsed)
     if size <= MAX_IN_MEMORY:
-        rows: Sequence[Row] = list(_read_sources(parsed, columns, wanted, notice, read))
+        rows: Sequence[Row] = list(_read_sources(parsed, columns, content, notice, read))
     else:
 
         def write(directory: Path) -> None:
             notice(f"reading {size / 1e9:.2f} GB of rows into the cache {directory.parent}")
             read = RowsRead()
-            reading = _read_sources(parsed, columns, wanted, notice, read)
+            reading = _read_sources(parsed, columns, content, notice, read)
             sha256, written = write_rows(reading, directory / "rows.arrow")
             about = asdict(read) | {"sha256": sha256, "bytes": written}
             write_json(directory / "about.json", about)
@@ -336,7 +336,7 @@ def read_rows(
 
         code = of_code("data", packages=("datasets", "pyarrow"))
         identities = [[source.is_multiple, source.identity] for source in parsed]
-        key = json.dumps([code, identities, sorted(columns.items()), wanted])
+        key = json.dumps([code, identities, sorted(columns.items()), content])
         path = cache_entry("rows", key, write, notice)
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
         known = (about.pop("sha256"), about.pop("bytes"))
@@ -354,21 +354,21 @@ def read_rows(
     names = [file.name for source in parsed for file in source.files]
     origins = Origins(tuple((names[n], first, count) for n, first, count in read.runs))
     ignored, lines = tuple(read.ignored), tuple(read.remarks)
-    return Rows(rows, parts, ignored, known, wanted, lines, files, origins)
+    return Rows(rows, parts, ignored, known, content, lines, files, origins)
 
 
-def to_rows(rows: Sequence[Row], wanted: str = "") -> Rows:
-    return rows if isinstance(rows, Rows) else check_rows(enumerate(rows, 1), "data", wanted)
+def to_rows(rows: Sequence[Row], content: str = "") -> Rows:
+    return rows if isinstance(rows, Rows) else check_rows(enumerate(rows, 1), "data", content)
 
 
-def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "") -> Rows:
-    remarks, rows, runs = RowRemarks(wanted), [], [[0, 0]]
+def check_rows(numbered: Iterable[tuple[int, Any]], source: str, content: str = "") -> Rows:
+    remarks, rows, runs = RowRemarks(content), [], [[0, 0]]
     usable = ((n, (find_unusable(r) or r) if isinstance(r, dict) else r) for n, r in numbered)
-    for place, _, row in check_each(usable, source, formats=formats_for(wanted), remarks=remarks):
+    for place, _, row in check_each(usable, source, formats=formats_for(content), remarks=remarks):
         rows.append(row)
         if place != sum(runs[-1]):
             runs.append([place, 0])
         runs[-1][1] += 1
     parts = (SourcePart(len(rows)),)
     origins = Origins(tuple(("", first, count) for first, count in runs if count))
-    return Rows(rows, parts, tuple(remarks.ignored), None, wanted, remarks.lines, origins=origins)
+    return Rows(rows, parts, tuple(remarks.ignored), None, content, remarks.lines, origins=origins)

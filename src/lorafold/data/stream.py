@@ -34,7 +34,7 @@ class RowStream:
 
     sources: tuple[DataSource, ...]
     columns: Mapping[str, str]
-    wanted: str = ""
+    content: str = ""
 
     @cached_property
     def identity(self) -> str:
@@ -63,14 +63,14 @@ class RowStream:
         return tuple(next(self._endless(source))[2] for source in self.sources)
 
     def remarks(self) -> RowRemarks:
-        remarks = RowRemarks(self.wanted)
+        remarks = RowRemarks(self.content)
         for source in self.sources:
             for _ in islice(self._endless(source, remarks), NUM_PEEKED):
                 pass
         return remarks
 
     def _endless(self, source: DataSource, remarks: RowRemarks | None = None) -> Iterator[NamedRow]:
-        remarks, formats = remarks or RowRemarks(self.wanted), formats_for(self.wanted)
+        remarks, formats = remarks or RowRemarks(self.content), formats_for(self.content)
         while True:
             any_row = False
             for file in source.files:

@@ -45,7 +45,7 @@ class Encoder(ABC):
         """All that examples depend on besides the rows, as JSON."""
 
     @abstractmethod
-    def encode(self, given: Sequence[Any], first: int) -> pa.RecordBatch:
+    def encode(self, contents: Sequence[Any], first: int) -> pa.RecordBatch:
         """Encodes rows, the first with index `first`. Columns: `row` (the index), `ids` (T,),
         `problem`, and others.
         """

@@ -41,15 +41,15 @@ from lorafold.runtime.processor import (
 SHAPE = (1024, 576, 1536)  # rows, in, out: a matmul of the embedded model's MLP
 GPU_SHAPE = (4096, 4096, 4096)
 FEW_CORES = 4
-BUSY = 0.5  # cores
-LITTLE_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
+BUSY_CORES = 0.5  # cores
+LOW_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
 PARAMETERS, TOKENS = 1e9, 1024  # in the example
 FLOPS = 4  # per parameter and token of a LoRA step: 2 forward, 2 for the inputs' gradient
 HF_HOME = "~/.cache/huggingface"
 CONFIG = "accelerate/default_config.yaml"
 
 
-def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
+def measure_gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
     """The rate of a matmul x W^T in GFLOP/s, of x (rows, in) and W (out, in): the fastest run,
     because other processes can only slow it down.
     """
@@ -68,7 +68,7 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
     return 2 * rows * width * out / fastest / 1e9
 
 
-def paths(capability: tuple[int, int]) -> str:
+def code_paths(capability: tuple[int, int]) -> str:
     native = capability >= AMPERE
     x = torch.empty(1, FLASH_HEAD_UNIT, dtype=torch.bfloat16 if native else torch.float32)
     with assume_device(DeviceKind("cuda", capability)):
@@ -125,8 +125,8 @@ def examine() -> Hardware:
         gpus=tuple(gpus()),
         unused_driver=_unused_driver(),
         device=str(device),
-        fp32=gflops(torch.float32, device),
-        bf16=gflops(torch.bfloat16, device),
+        fp32=measure_gflops(torch.float32, device),
+        bf16=measure_gflops(torch.bfloat16, device),
         native_bf16=native,
         native_why=why,
         widened=widens(torch.bfloat16, device),
@@ -153,7 +153,7 @@ def findings(h: Hardware) -> Iterator[Finding]:
     yield Finding("GPUs", shown or "none that torch can use", [gpu._asdict() for gpu in h.gpus])
     for gpu in h.gpus:
         if gpu.capability:
-            yield Finding(f"path of {gpu.device}", paths(gpu.capability))
+            yield Finding(f"path of {gpu.device}", code_paths(gpu.capability))
     rates = f"matmuls: {h.fp32:.0f} GFLOP/s in fp32, {h.bf16:.0f} in bf16, on {h.device}"
     yield Finding("products", rates, {"device": h.device, "fp32": h.fp32, "bf16": h.bf16})
     storage = "bf16" if h.native_bf16 else "fp32"
@@ -186,10 +186,10 @@ def _has_kernels() -> bool | None:
 
 
 def slow_here() -> Iterator[str]:
-    return slow(examine(), huge_pages(), set_threads(), os.environ.get(SWITCH) == "off")
+    return slow_settings(examine(), huge_pages(), set_threads(), os.environ.get(SWITCH) == "off")
 
 
-def slow(
+def slow_settings(
     h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
 ) -> Iterator[str]:
     """Yield the slow settings, the most important first. `pages` is the kernel's setting for huge
@@ -210,7 +210,7 @@ def slow(
         f" parameters on {TOKENS} tokens takes {seconds:.0f} s or more: choose a small model, or a"
         " machine with a GPU.": cpu,
         f"Other processes keep {h.busy:.1f} CPU cores busy, which slows down lorafold and this"
-        " measurement: stop those processes, or wait.": cpu and h.busy > BUSY,
+        " measurement: stop those processes, or wait.": cpu and h.busy > BUSY_CORES,
         f"torch uses {h.threads} of {h.cores} usable cores{unset}": cpu and few,
         f"Only {cores} usable: with twice as many, a step takes about half the time.": (
             cpu and not few and h.cores < FEW_CORES
@@ -231,7 +231,7 @@ def slow(
         " are dequantized by slower code: reinstall it (pip install --force-reinstall --no-deps"
         " bitsandbytes), or use --storage bf16 or fp32.": h.kernels is False,
         f"Only {format_bytes(h.free)} of memory is free: stop other programs, and use lorafold"
-        " estimate to see what fits.": cpu and h.free < LITTLE_MEMORY,
+        " estimate to see what fits.": cpu and h.free < LOW_MEMORY,
     }
     return (sentence for sentence, holds in sentences.items() if holds)
 
@@ -240,7 +240,7 @@ def launchers() -> Iterator[Finding]:
     """The launcher of this process, and the number of processes that torchrun, accelerate and srun
     start.
     """
-    yield _this()
+    yield _this_process()
     cuda = [gpu for gpu in gpus() if gpu.device.startswith("cuda")]
     where = f"one per GPU ({len(cuda)} available)" if cuda else "all on the CPU"
     auto = len(cuda) or usable_cores()
@@ -251,15 +251,15 @@ def launchers() -> Iterator[Finding]:
     yield Finding("srun", text, tasks and int(tasks))
 
 
-def _this() -> Finding:
+def _this_process() -> Finding:
     try:
-        here = detect_launch()
+        launch = detect_launch()
     except LorafoldError as error:
         return Finding("this process", "incomplete settings of a launcher", problem=str(error))
-    if here.world == 1:
+    if launch.world == 1:
         return Finding("this process", "a single process, without a launcher", 1)
-    at = f"started by {here.by}; rank 0 is at {here.address}:{here.port}"
-    return Finding("this process", f"rank {here.rank} of {here.world}, {at}", here.world)
+    at = f"started by {launch.by}; rank 0 is at {launch.address}:{launch.port}"
+    return Finding("this process", f"rank {launch.rank} of {launch.world}, {at}", launch.world)
 
 
 def _accelerate(cuda: int) -> Finding:
@@ -268,11 +268,11 @@ def _accelerate(cuda: int) -> Finding:
         return Finding("accelerate launch", "starts 1 on CPUs, regardless of --num_processes", 1)
     file = Path(os.environ.get("HF_HOME", HF_HOME)).expanduser() / CONFIG
     try:
-        asked = yaml.safe_load(file.read_text())["num_processes"]
-        text = f"starts {asked}, from {file}"
+        num_processes = yaml.safe_load(file.read_text())["num_processes"]
+        text = f"starts {num_processes}, from {file}"
     except (OSError, TypeError, KeyError, yaml.YAMLError):
-        asked, text = cuda, f"starts {cuda}, without a configuration"
-    return Finding("accelerate launch", f"{text}; --num_processes N starts N", asked)
+        num_processes, text = cuda, f"starts {cuda}, without a configuration"
+    return Finding("accelerate launch", f"{text}; --num_processes N starts N", num_processes)
 
 
 def engine() -> Iterator[Finding]:
@@ -282,14 +282,14 @@ def engine() -> Iterator[Finding]:
         yield Finding(f"operations of {what}", text, {"compiled": not why, "why": why})
 
 
-def template(model: str, **how: Any) -> Iterator[Finding]:
-    """How a model's chat template renders a conversation; `how` are fields of `Base`."""
+def template(model: str, **model_options: Any) -> Iterator[Finding]:
+    """How a model's chat template renders a conversation; `model_options` are fields of `Base`."""
     from lorafold.data.row_checks import describe_template
     from lorafold.resolve.base import Base
 
-    tokenizer = Base(model, **how).tokenizer()
+    tokenizer = Base(model, **model_options).tokenizer()
     if tokenizer.chat_template is None:
         yield Finding("template", "none: a plain one is used (### User: / ### Assistant:)", "")
         return
-    account = describe_template(tokenizer)
-    yield Finding("template", "; ".join(account.lines), asdict(account))
+    summary = describe_template(tokenizer)
+    yield Finding("template", "; ".join(summary.lines), asdict(summary))

@@ -24,7 +24,7 @@ from lorafold.files.terminal import format_bytes
 from lorafold.runtime.process_tuning import SWITCH, VARIABLES, huge_pages, unset_variables
 
 MODULES = {"pyyaml": "yaml"}  # distributions with another import name
-INTEROPERATES = ("peft",)  # optional, but shown like a required package
+SHOWN_OPTIONAL = ("peft",)  # optional, but shown like a required package
 PURPOSES = {
     "dev": "tests and lint",
     "bench": "benchmarks against PEFT and TRL",
@@ -34,7 +34,7 @@ PURPOSES = {
     "quantized": "more quantization formats",
 }
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SCARCE = 1e9  # bytes; the unpacked embedded model takes 0.3 GB
+LOW_DISK = 1e9  # bytes; the unpacked embedded model takes 0.3 GB
 
 
 def packages(name: str = "lorafold") -> Iterator[Finding]:
@@ -53,7 +53,7 @@ def packages(name: str = "lorafold") -> Iterator[Finding]:
         if not _extras_of(requirement) and _applies(requirement):
             yield check(requirement, required=True)
     optional = {r.name: r for r in _requirements(name) if _extras_of(r)}
-    for requirement in (optional[n] for n in INTEROPERATES if n in optional):
+    for requirement in (optional[n] for n in SHOWN_OPTIONAL if n in optional):
         if _version(requirement.name) is not None:
             yield check(requirement, required=False)
 
@@ -75,16 +75,16 @@ def extras(name: str = "lorafold") -> Iterator[Finding]:
 
 def check(requirement: Requirement, required: bool) -> Finding:
     name, declared = requirement.name, str(requirement.specifier)
-    wish = f"pip install '{name}{declared}'"
+    install = f"pip install '{name}{declared}'"
     version = _version(name)
     value = {"version": version, "declared": declared, "problem": ""}
     if version is None:
-        problem, text = f"not installed; run: {wish}", "missing"
+        problem, text = f"not installed; run: {install}", "missing"
     else:
         text = version
-        problem = "" if _in_range(requirement) else f"expected {declared}; run: {wish}"
+        problem = "" if _in_range(requirement) else f"expected {declared}; run: {install}"
         if failure := _import_failure(name):
-            problem = f"can't be imported ({failure}); run: {wish} --force-reinstall"
+            problem = f"can't be imported ({failure}); run: {install} --force-reinstall"
     broken = required and bool(problem)
     return Finding(name, text, value | {"problem": problem}, problem, broken)
 
@@ -165,7 +165,7 @@ def _directory(name: str, path: Path, variable: str) -> Finding:
     problem = ""
     if not os.access(parent, os.W_OK | os.X_OK):
         problem = f"{parent} is not writable; set {variable} to another directory"
-    elif free < SCARCE:
+    elif free < LOW_DISK:
         problem = f"only {format_bytes(free)} free; free space or set {variable} to another disk"
     text = f"{path}, {format_bytes(size)}, with {format_bytes(free)} free"
     return Finding(name, text, {"path": str(path), "bytes": size, "free": free}, problem)

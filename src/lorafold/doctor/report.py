@@ -63,12 +63,12 @@ class FindingGroup:
             yield from paragraph(f.problem, " " * (width + 4)) if f.problem else ()
 
 
-def findings_of(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
-    """The findings of `look`, or its failure as a finding, because doctor has to work in broken
+def run_check(name: str, check: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
+    """The findings of `check`, or its failure as a finding, because doctor has to work in broken
     installations.
     """
     try:
-        return tuple(look())
+        return tuple(check())
     except Exception as error:
         return (Finding(name, "could not be examined", problem=reason(error), broken=True),)
 
@@ -118,20 +118,20 @@ class DoctorReport:
         return "\n".join([*lines, "", verdict])
 
 
-def diagnose(model: str = "smollm2", **how: Any) -> DoctorReport:
+def diagnose(model: str = "smollm2", **model_options: Any) -> DoctorReport:
     """Run all checks, which takes about ten seconds, mostly for imports. The chat template is that
-    of `model`, loaded with the fields `how` of `resolve.base.Base`.
+    of `model`, loaded with the fields `model_options` of `resolve.base.Base`.
     """
     groups = []
     for key, title, module, name in GROUPS:
 
-        def look(module: str = module, name: str = name) -> Any:
+        def check(module: str = module, name: str = name) -> Any:
             given = (model,) if name == "template" else ()
             examine = getattr(import_module(f"lorafold.doctor.{module}"), name)
-            return examine(*given, **how if given else {})
+            return examine(*given, **model_options if given else {})
 
         groups.append(
-            FindingGroup(key, title.format(model), findings_of(name, look), key == "packages")
+            FindingGroup(key, title.format(model), run_check(name, check), key == "packages")
         )
     try:
         slow = (*import_module("lorafold.doctor.hardware").slow_here(),)

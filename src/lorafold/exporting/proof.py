@@ -69,7 +69,7 @@ def prompts_of(
     tokenizer: PreTrainedTokenizerBase, source: str | Path | None = None
 ) -> ProofPrompts:
     ensure_chat_template(tokenizer)
-    rows = read_rows(str(source or BUILT_IN_PROMPTS), wanted=PROMPTS)
+    rows = read_rows(str(source or BUILT_IN_PROMPTS), content=PROMPTS)
     if not rows.provides(PROMPTS):
         raise LorafoldError(
             f"--prompts {source}: found rows of plain text, expected rows with prompts or"

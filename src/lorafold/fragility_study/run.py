@@ -115,7 +115,7 @@ def measure_points(
 
     def tell_measured(file: Path, after: TunedMetrics) -> None:
         run, defence = points[file]
-        tell(f"{run}, {defence}: log-odds {after.measure_all.log_odds:+.2f}")
+        tell(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
 
     measures = {file: partial(measure, *point) for file, point in points.items()}
     for file, after in measure_all(TunedMetrics, measures, tell_measured, say).items():

@@ -106,14 +106,14 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
-        raise LorafoldError(f"{where}: not YAML{place}: {reason}") from error
+        raise LorafoldError(f"{source}: not YAML{place}: {reason}") from error
 
 
 def _read(config: Path) -> Mapping[str, Any]:

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 from lorafold.errors import truncate_end
 
 J = TypeVar("J")
-ONE, ALL = {"prompt", "completion"}, {"prompts", "completions"}
-SHOWN = 300  # characters of a message or value
+SINGLE, BATCHED = {"prompt", "completion"}, {"prompts", "completions"}
+MAX_LEN = 300  # characters of a message or value
 LARGEST = 1e150  # of a reward: its square, means and intervals must be finite
 
 
@@ -38,7 +38,7 @@ class Item(NamedTuple):
     row: Mapping[str, Any]
 
 
-class Wrong(Exception):
+class Problem(Exception):
     """A problem with a function, a row or a result, and the index `at` of the item, if it is about
     one.
     """
@@ -58,51 +58,51 @@ class Function:
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
-            raise Wrong("can't inspect the parameters, expected a Python function") from None
-        self._named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        self._every = any(p.kind == p.VAR_KEYWORD for p in parameters)
-        names = {p.name for p in self._named}
-        self.batched = bool(names & ALL)
-        if self.batched == bool(names & ONE):
-            given = ", ".join(map(str, parameters)) or "none"
-            raise Wrong(
-                f"found the parameters {truncate_end(given, SHOWN)}; expected prompt or completion"
-                " or both, or for batches prompts or completions or both"
+            raise Problem("can't inspect the parameters, expected a Python function") from None
+        self._params = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        self._takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in self._params}
+        self.batched = bool(names & BATCHED)
+        if self.batched == bool(names & SINGLE):
+            text = ", ".join(map(str, parameters)) or "none"
+            raise Problem(
+                f"found the parameters {truncate_end(text, MAX_LEN)}; expected prompt or completion or both,"
+                " or for batches prompts or completions or both"
             )
 
     def rewards(self, items: Sequence[Item]) -> Iterator[list[float | None]]:
         """The rewards in order, as they are computed."""
         if self.batched:
-            yield self._of_all(items)
+            yield self._rewards_of_batch(items)
         else:
             for at, item in enumerate(items):
                 given = {**item.row, "prompt": item.prompt, "completion": item.completion}
-                yield [number(self._called(at, given), at)]
+                yield [number(self._call(at, given), at)]
 
-    def _of_all(self, items: Sequence[Item]) -> list[float | None]:
-        needed = {p.name for p in self._named if p.default is p.empty} - ALL
+    def _rewards_of_batch(self, items: Sequence[Item]) -> list[float | None]:
+        needed = {p.name for p in self._params if p.default is p.empty} - BATCHED
         for at, item in enumerate(items):
-            if lacking := sorted(needed - item.row.keys()):
-                raise _lacks(lacking, item.row, at)
+            if missing := sorted(needed - item.row.keys()):
+                raise _missing_fields(missing, item.row, at)
         fields = dict.fromkeys(name for item in items for name in item.row)
         given: dict[str, Any] = {name: [item.row.get(name) for item in items] for name in fields}
         prompts, completions = [i.prompt for i in items], [i.completion for i in items]
         given |= {"prompts": prompts, "completions": completions}
-        rewards = self._called(None, given, as_list=True)
+        rewards = self._call(None, given, as_list=True)
         if not isinstance(rewards, list):
-            raise Wrong(f"returned {_shown(rewards)}, expected a list of {len(items)} numbers")
+            raise Problem(f"returned {_text(rewards)}, expected a list of {len(items)} numbers")
         if len(rewards) != len(items):
-            raise Wrong(
+            raise Problem(
                 f"returned {len(rewards)} rewards, expected {len(items)}, one per completion"
             )
         return [number(value, at) for at, value in enumerate(rewards)]
 
-    def _called(self, at: int | None, given: Mapping[str, Any], as_list: bool = False) -> Any:
-        lacking = [p.name for p in self._named if p.default is p.empty and p.name not in given]
-        if lacking:
-            raise _lacks(lacking, given.keys() - ONE, at)
-        first = {p.name: p.default for p in self._named if p.kind == p.POSITIONAL_ONLY}
-        names = given.keys() if self._every else {p.name for p in self._named}
+    def _call(self, at: int | None, given: Mapping[str, Any], as_list: bool = False) -> Any:
+        missing = [p.name for p in self._params if p.default is p.empty and p.name not in given]
+        if missing:
+            raise _missing_fields(missing, given.keys() - SINGLE, at)
+        first = {p.name: p.default for p in self._params if p.kind == p.POSITIONAL_ONLY}
+        names = given.keys() if self._takes_all else {p.name for p in self._params}
         try:
             result = self._function(
                 *(given.get(name, default) for name, default in first.items()),
@@ -112,10 +112,10 @@ class Function:
             return result if plain or not as_list else list(result)
         except KeyboardInterrupt:
             raise
-        except Wrong as wrong:
-            raise Wrong(wrong.message, at) from None
+        except Problem as wrong:
+            raise Problem(wrong.message, at) from None
         except BaseException as error:  # includes exits, and panics of libraries
-            raise Wrong(f"raised {raised(error, self._file)}", at) from None
+            raise Problem(f"raised {error_text(error, self._file)}", at) from None
 
 
 def number(value: Any, at: int | None) -> float | None:
@@ -123,21 +123,21 @@ def number(value: Any, at: int | None) -> float | None:
     if value is None:
         return None
     item = getattr(value, "item", None)
-    plain = item() if callable(item) and getattr(value, "shape", None) == () else value
+    scalar = item() if callable(item) and getattr(value, "shape", None) == () else value
     try:
-        reward = float(plain) if isinstance(plain, Real) else math.nan
+        reward = float(scalar) if isinstance(scalar, Real) else math.nan
     except OverflowError:
         reward = math.inf
     if not math.isfinite(reward):
-        raise Wrong(f"returned {_shown(value)}, expected a finite number", at)
+        raise Problem(f"returned {_text(value)}, expected a finite number", at)
     if abs(reward) > LARGEST:
-        raise Wrong(f"returned {_shown(value)}, expected at most {LARGEST:g} in magnitude", at)
+        raise Problem(f"returned {_text(value)}, expected at most {LARGEST:g} in magnitude", at)
     return reward
 
 
-def raised(error: BaseException, file: str | None) -> str:
+def error_text(error: BaseException, file: str | None) -> str:
     """The type, message and line of an error; the line in `file` if it was involved."""
-    message = truncate_end(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
+    message = truncate_end(f"{type(error).__name__}: {error}".removesuffix(": "), MAX_LEN)
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
         name = Path(error.filename or "").name
         return f"SyntaxError: {error.msg} (line {error.lineno} of {name})"
@@ -145,16 +145,16 @@ def raised(error: BaseException, file: str | None) -> str:
     if not (own := [f for f in frames if f.filename == file] or frames):
         return message
     last = own[-1]
-    line = f": {truncate_end(last.line, SHOWN)}" if last.line else ""
+    line = f": {truncate_end(last.line, MAX_LEN)}" if last.line else ""
     return f"{message} (line {last.lineno} of {Path(last.filename).name}{line})"
 
 
-def _lacks(names: Sequence[str], fields: Iterable[str], at: int | None) -> Wrong:
-    present = truncate_end(", ".join(sorted(fields)) or "none", SHOWN)
-    return Wrong(f"needs the fields {', '.join(names)}; the row has {present}", at)
+def _missing_fields(names: Sequence[str], fields: Iterable[str], at: int | None) -> Problem:
+    known = ", ".join(sorted(fields)) or "none"
+    return Problem(f"needs the fields {', '.join(names)}; the row has {truncate_end(known, MAX_LEN)}", at)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     try:
         text = truncate_end(repr(value), 80)
     except Exception:  # for example, an integer with too many digits
@@ -162,12 +162,12 @@ def _shown(value: Any) -> str:
     return f"{text} ({type(value).__name__})"
 
 
-def in_file(text: str) -> Function:
+def function_in_file(text: str) -> Function:
     """A function of `/path/FILE.py:fn`, which can import modules next to the file."""
     path, _, name = text.rpartition(":")
     file = Path(path)
     if not file.is_file():
-        raise Wrong(f"there is no file {path}")
+        raise Problem(f"there is no file {path}")
     sys.path.insert(0, str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
@@ -177,13 +177,13 @@ def in_file(text: str) -> Function:
     try:
         spec.loader.exec_module(module)
     except BaseException as error:  # includes exits
-        raise Wrong(f"{file.name} can't be run: {raised(error, str(file))}") from None
+        raise Problem(f"{file.name} can't be run: {error_text(error, str(file))}") from None
     function = getattr(module, name, None)
     if not callable(function):
         found = f"a {type(function).__name__}" if hasattr(module, name) else "none"
         own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == file.stem]
         there = f"; the file has {', '.join(own)}" if own else ""
-        raise Wrong(f"expected a function {name} in {file.name}, found {found}{there}")
+        raise Problem(f"expected a function {name} in {file.name}, found {found}{there}")
     return Function(function, str(file))
 
 
@@ -192,7 +192,7 @@ def pattern(text: str) -> Function:
     try:
         compiled = re.compile(text, re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
-        raise Wrong(f"not a regular expression: {error}") from None
+        raise Problem(f"not a regular expression: {error}") from None
     return Function(lambda completion: compiled.fullmatch(completion) is not None)
 
 
@@ -201,32 +201,31 @@ def schema(text: str) -> Function:
     try:
         from llguidance import LLMatcher, LLTokenizer
     except ImportError:
-        raise Wrong("schema rewards need llguidance; install lorafold[rl]") from None
+        raise Problem("schema rewards need llguidance; install lorafold[rl]") from None
     try:
         content = json.loads(Path(text).read_text(encoding="utf-8"))
     except OSError as error:
-        raise Wrong(f"the file can't be read: {error.strerror}") from None
+        raise Problem(f"the file can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise Wrong(f"the file is not JSON: {error}") from None
+        raise Problem(f"the file is not JSON: {error}") from None
     try:
-        fresh = LLMatcher(
+        compiled = LLMatcher(
             LLTokenizer("byte"), LLMatcher.grammar_from_json_schema(content), log_level=0
         )
-    except BaseException as error:  # a library's panic is not an Exception
-        message = truncate_end(str(error), SHOWN)
-        raise Wrong(f"the file is not a supported JSON schema: {message}") from None
-    if fresh.is_error():
-        message = " ".join(fresh.get_error().partition("<state>")[0].split())
-        raise Wrong(f"the file is not a supported JSON schema: {truncate_end(message, SHOWN)}")
+    except BaseException as e:  # a library's panic is not an Exception
+        raise Problem(f"the file is not a supported JSON schema: {truncate_end(str(e), MAX_LEN)}") from None
+    if compiled.is_error():
+        message = " ".join(compiled.get_error().partition("<state>")[0].split())
+        raise Problem(f"the file is not a supported JSON schema: {truncate_end(message, MAX_LEN)}")
 
     def fits(completion: str) -> bool:
-        matcher, tokens = fresh.deep_copy(), list(completion.strip().encode("utf-8", "replace"))
+        matcher, tokens = compiled.deep_copy(), list(completion.strip().encode("utf-8", "replace"))
         return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
     return Function(fits)
 
 
-def task(text: str) -> Function:
+def verifier(text: str) -> Function:
     """The verifier of a reasoning-gym task. The entry is the row's field `entry`, or its fields
     `answer` and `metadata`; the answer is the completion's last <answer>, or all of it.
     """
@@ -234,31 +233,31 @@ def task(text: str) -> Function:
         from reasoning_gym.factory import DATASETS
         from reasoning_gym.utils import extract_answer
     except ImportError as error:
-        raise Wrong(f"reasoning-gym can't be imported ({error}); install lorafold[rl]") from None
+        raise Problem(f"reasoning-gym can't be imported ({error}); install lorafold[rl]") from None
     if text not in DATASETS:
         near = difflib.get_close_matches(text, DATASETS) or sorted(DATASETS)[:5]
-        raise Wrong(f"unknown task {text!r}, expected for example {', '.join(near)}")
+        raise Problem(f"unknown task {text!r}, expected for example {', '.join(near)}")
     try:
-        own, config = DATASETS[text]
-        made = own(config())
-        needed = {"metadata"} if made[0]["answer"] is None else {"answer", "metadata"}
+        task_class, config = DATASETS[text]
+        dataset = task_class(config())
+        needed = {"metadata"} if dataset[0]["answer"] is None else {"answer", "metadata"}
     except Exception as error:  # for example, a task composed of others
-        raise Wrong(f"the task's verifier can't be created: {raised(error, None)}") from None
+        raise Problem(f"the task's verifier can't be created: {error_text(error, None)}") from None
 
     def score(prompt: Any, completion: str, **row: Any) -> float:
         answer = extract_answer(completion)
-        said = completion.strip() if answer is None else answer
-        return float(made.score_answer(said, entry(prompt, row)))
+        answer_text = completion.strip() if answer is None else answer
+        return float(dataset.score_answer(answer_text, entry(prompt, row)))
 
     def entry(prompt: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         fields = as_object("entry", row["entry"]) if row.get("entry") is not None else dict(row)
-        if lacking := needed - {k for k, v in fields.items() if v is not None}:
-            missing = " and ".join(sorted(lacking))
-            raise Wrong(f"found no {missing} in the row, expected entry, or answer and metadata")
+        if absent := needed - {k for k, v in fields.items() if v is not None}:
+            missing = " and ".join(sorted(absent))
+            raise Problem(f"found no {missing} in the row, expected entry, or answer and metadata")
         fields["metadata"] = as_object("metadata", fields["metadata"])
-        of = fields["metadata"].get("source_dataset", text)
-        if of != text:
-            raise Wrong(f"found an entry of the task {of}, expected the task {text}")
+        source = fields["metadata"].get("source_dataset", text)
+        if source != text:
+            raise Problem(f"found an entry of the task {source}, expected the task {text}")
         return {"question": prompt, "answer": None, **fields}
 
     return Function(score)
@@ -267,15 +266,14 @@ def task(text: str) -> Function:
 def as_object(name: str, value: Any) -> dict[str, Any]:
     """A row's field that is an object, or the JSON text of one."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        parsed = json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        found = value
-    if not isinstance(found, Mapping):
-        shown = truncate_end(repr(value), 80)
-        raise Wrong(f"{name}: found {shown}, expected an object or its JSON text")
-    return dict(found)
+        parsed = value
+    if not isinstance(parsed, Mapping):
+        raise Problem(f"{name}: found {truncate_end(repr(value), 80)}, expected an object or its JSON text")
+    return dict(parsed)
 
 
 KINDS: Mapping[str, Callable[[str], Function]] = {
-    "file": in_file, "regex": pattern, "schema": schema, "reasoning-gym": task,
+    "file": function_in_file, "regex": pattern, "schema": schema, "reasoning-gym": verifier,
 }  # fmt: skip

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 from lorafold.data.formats import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, escape_unprintable
 from lorafold.files.paths import nearest_name
-from lorafold.rewards.functions import LARGEST, Function, Item, Wrong, number, pattern
+from lorafold.rewards.functions import LARGEST, Function, Item, Problem, number, pattern
 from lorafold.runtime.killable_process import Exited, KillableProcess, TimedOut, framed
 
-LIMIT = 30.0  # seconds of a call
-OPENING = 120.0  # seconds for loading a reward and its imports
+CALL_SECONDS = 30.0  # seconds of a call
+LOADING_SECONDS = 120.0  # seconds for loading a reward and its imports
 # sets have the same order in each run, so that a resumed run gives the same rewards
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
 NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
@@ -90,19 +90,19 @@ class SeparateReward:
     """
 
     def __init__(
-        self, name: str, kind: str, text: str, weight: float = 1.0, limit: float = LIMIT
+        self, name: str, kind: str, text: str, weight: float = 1.0, limit: float = CALL_SECONDS
     ) -> None:
         self.name, self.weight, self.limit = name, weight, limit
-        self._opening = json.dumps({"kind": kind, "text": text}).encode()
-        self._process = self._started()
+        self._first_message = json.dumps({"kind": kind, "text": text}).encode()
+        self._process = self._start()
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
         if not judged:
             return []
-        message = framed(pickle.dumps([self._sent(one) for one in judged]))
+        message = framed(pickle.dumps([self._serialize(one) for one in judged]))
         if not self._process.is_alive:
             self.close()
-            self._process = self._started()
+            self._process = self._start()
         rewards: list[float | None] = []
         until = time.monotonic() + self.limit
         try:
@@ -110,7 +110,7 @@ class SeparateReward:
             while len(rewards) < len(judged):
                 answer = json.loads(self._process.read(until))
                 if isinstance(answer, dict):
-                    wrong = Wrong(answer["wrong"], answer["at"])
+                    wrong = Problem(answer["wrong"], answer["at"])
                     raise failure(self.name, wrong.message, wrong.of(judged))
                 rewards += answer
         except (TimedOut, Exited, KeyboardInterrupt) as error:
@@ -119,7 +119,7 @@ class SeparateReward:
                 raise
             at_work = judged if self._batched else judged[len(rewards) : len(rewards) + 1]
             if isinstance(error, Exited):
-                raise failure(self.name, _end(error.code), at_work) from None
+                raise failure(self.name, _exit_message(error.code), at_work) from None
             done = "" if self._batched else f"{len(rewards)} done of "
             why = (
                 f"took more than {self.limit:g} s ({done}{len(judged)} completions); make the"
@@ -131,25 +131,25 @@ class SeparateReward:
     def close(self) -> None:
         self._process.kill()
 
-    def _started(self) -> KillableProcess:
+    def _start(self) -> KillableProcess:
         process = KillableProcess("lorafold.rewards.worker", ENVIRONMENT)
-        until = time.monotonic() + OPENING
+        until = time.monotonic() + LOADING_SECONDS
         try:
-            process.write(framed(self._opening), until)
+            process.write(framed(self._first_message), until)
             answer = json.loads(process.read(until))
             if "wrong" in answer:
                 raise failure(self.name, answer["wrong"])
         except BaseException as error:
             process.kill()
             if isinstance(error, TimedOut):
-                raise failure(self.name, f"loading took more than {OPENING:g} s") from None
+                raise failure(self.name, f"loading took more than {LOADING_SECONDS:g} s") from None
             if isinstance(error, Exited):
-                raise failure(self.name, f"while loading, {_end(error.code)}") from None
+                raise failure(self.name, f"while loading, {_exit_message(error.code)}") from None
             raise
         self._batched: bool = answer["batched"]
         return process
 
-    def _sent(self, one: Judged) -> bytes:
+    def _serialize(self, one: Judged) -> bytes:
         try:
             return pickle.dumps((one.prompt, one.completion, dict(one.row)))
         except Exception as error:  # pickling a field may raise anything
@@ -158,7 +158,7 @@ class SeparateReward:
             ) from None
 
 
-def _end(code: int) -> str:
+def _exit_message(code: int) -> str:
     if code >= 0:
         return f"the reward's process ended with exit code {code}"
     known = {int(number): number.name for number in signal.Signals}
@@ -211,7 +211,7 @@ class RewardName(NamedTuple):
         return sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
 
 
-def check_there(texts: Iterable[str]) -> None:
+def check_names(texts: Iterable[str]) -> None:
     """Raise for unknown forms, missing files and invalid patterns, without running anything."""
     for text in texts:
         parsed = RewardName.parse(text)
@@ -221,7 +221,7 @@ def check_there(texts: Iterable[str]) -> None:
         if parsed.kind == "regex":
             try:
                 pattern(parsed.text)
-            except Wrong as error:
+            except Problem as error:
                 raise LorafoldError(f"reward {text}: {error}") from None
 
 
@@ -238,7 +238,7 @@ def reward_of(text: str) -> Reward:
     return SeparateReward(parsed.name, parsed.kind, parsed.text, parsed.weight)
 
 
-def check_judges(texts: Iterable[str]) -> None:
+def check_starts(texts: Iterable[str]) -> None:
     """Start and end each of these rewards, except adapters."""
     for text in texts:
         if not RewardName.parse(text).is_adapter:
@@ -254,7 +254,7 @@ class DirectReward:
         code = getattr(function, "__code__", None)
         try:
             self._function = Function(function, code and code.co_filename)
-        except Wrong as wrong:
+        except Problem as wrong:
             raise failure(self.name, wrong.message) from None
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
@@ -263,7 +263,7 @@ class DirectReward:
         items = [Item(one.prompt, one.completion, one.row) for one in judged]
         try:
             return [reward for part in self._function.rewards(items) for reward in part]
-        except Wrong as wrong:
+        except Problem as wrong:
             raise failure(self.name, wrong.message, wrong.of(judged)) from None
 
     def close(self) -> None:
@@ -278,11 +278,11 @@ class Rewards(AbstractContextManager["Rewards"]):
         limit: the seconds that a call of a reward in its own process may take.
     """
 
-    def __init__(self, rewards: Sequence[Reward], limit: float = LIMIT) -> None:
+    def __init__(self, rewards: Sequence[Reward], limit: float = CALL_SECONDS) -> None:
         names = [reward.name for reward in rewards]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise LorafoldError(f"rewards: found {', '.join(twice)} twice, expected each once")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise LorafoldError(f"rewards: found {', '.join(repeated)} twice, expected each once")
         if not names:
             raise LorafoldError("rewards: found none, expected at least one")
         if not isinstance(limit, int | float) or isinstance(limit, bool):
@@ -295,23 +295,23 @@ class Rewards(AbstractContextManager["Rewards"]):
                 reward.limit = limit
 
     @classmethod
-    def of(cls, *given: str | Callable[..., Any] | Reward, limit: float = LIMIT) -> Self:
+    def of(cls, *given: str | Callable[..., Any] | Reward, limit: float = CALL_SECONDS) -> Self:
         """Rewards from names (see `reward_of`), functions, which run in this process without a
         limit, and rewards. Functions with the same name are numbered.
         """
-        made = []
+        rewards = []
         names = Counter[str]()
         try:
             for one in given:
                 reward = reward_of(one) if isinstance(one, str) else one
                 reward = reward if isinstance(reward, Reward) else DirectReward(reward)
-                made.append(reward)
+                rewards.append(reward)
                 names[reward.name] += 1
                 if isinstance(reward, DirectReward) and names[reward.name] > 1:
                     reward.name += f" {names[reward.name]}"  # two lambdas have the same name
-            return cls(made, limit)
+            return cls(rewards, limit)
         except BaseException:
-            for reward in made:
+            for reward in rewards:
                 reward.close()
             raise
 
@@ -325,7 +325,7 @@ class Rewards(AbstractContextManager["Rewards"]):
         """The weighted sum for each completion, and each reward's numbers by name; None if a reward
         does not apply, and as the sum if none does.
         """
-        each = {reward.name: _checked(reward, judged) for reward in self._rewards}
+        each = {reward.name: _judge(reward, judged) for reward in self._rewards}
         weights, sums = self.weights.values(), []
         for numbers in zip(*each.values(), strict=True):
             applied = [w * x for w, x in zip(weights, numbers, strict=True) if x is not None]
@@ -344,12 +344,12 @@ class Rewards(AbstractContextManager["Rewards"]):
         self.close()
 
 
-def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
+def _judge(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
     rewards = reward(judged)
     if len(rewards) != len(judged):
         why = f"returned {len(rewards)} rewards, expected {len(judged)}, one per completion"
         raise failure(reward.name, why, judged)
     try:
         return [number(value, at) for at, value in enumerate(rewards)]
-    except Wrong as wrong:
+    except Problem as wrong:
         raise failure(reward.name, wrong.message, wrong.of(judged)) from None

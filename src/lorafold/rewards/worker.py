@@ -21,10 +21,10 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO
 
-from lorafold.rewards.functions import KINDS, Function, Item, Wrong
+from lorafold.rewards.functions import KINDS, Function, Item, Problem
 from lorafold.runtime.killable_process import framed, read_message
 
-GRACE = 1.0  # seconds that a call may go on after the parent is gone
+GRACE_SECONDS = 1.0  # seconds that a call may go on after the parent is gone
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     opening = json.loads(inbox.get() or sys.exit())
     try:
         function = KINDS[opening["kind"]](opening["text"])
-    except Wrong as wrong:
+    except Problem as wrong:
         return answer({"wrong": wrong.message, "at": None})
     answer({"batched": function.batched})
     while (message := inbox.get()) is not None:
@@ -60,7 +60,7 @@ def _receive(messages: BinaryIO, inbox: SimpleQueue[bytes | None]) -> None:
     while (message := read_message(messages)) is not None:
         inbox.put(message)
     inbox.put(None)
-    time.sleep(GRACE)
+    time.sleep(GRACE_SECONDS)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -71,9 +71,9 @@ def _judge(function: Function, message: bytes) -> Iterator[Any]:
             try:
                 items.append(Item(*pickle.loads(content)))
             except Exception as error:
-                raise Wrong(f"the row can't be unpickled: {error}", at) from None
+                raise Problem(f"the row can't be unpickled: {error}", at) from None
         yield from function.rewards(items)
-    except Wrong as wrong:
+    except Problem as wrong:
         yield {"wrong": wrong.message, "at": wrong.at}
 
 
