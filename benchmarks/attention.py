@@ -68,8 +68,8 @@ def main() -> None:
             steps = [
                 partial(forms.document_attention, q, k, v, docs, scores),
                 partial(forms.document_attention_backward, g, q, k, v, docs, scores),
-                partial(tiles._attended, q, k, v, docs, scores),
-                partial(tiles._attended_backward, g, q, k, v, docs, scores),
+                partial(tiles._attend, q, k, v, docs, scores),
+                partial(tiles._attend_backward, g, q, k, v, docs, scores),
             ]
             check(steps)
             found = [[milliseconds(step) for step in steps] for _ in range(asked.rounds + 1)][1:]

@@ -25,7 +25,7 @@ from lorafold.data.formats import Conversation
 from lorafold.data.messages import Tool
 from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.errors import LorafoldError
-from lorafold.models.built_in_templates import JOINED, rewrite_templates, template_texts
+from lorafold.models.built_in_templates import JOINED_TEMPLATE, rewrite_templates, template_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
             return
 
     def noted(text: str) -> str:
-        if text.endswith(JOINED):
+        if text.endswith(JOINED_TEMPLATE):
             return text
         before = allowed(text)
         given = True if words is None or before is None else sorted({*before, *words})
@@ -79,7 +79,7 @@ def written_by(
 
 
 def allowed(template: str) -> frozenset[str] | None:
-    if template.endswith(JOINED):
+    if template.endswith(JOINED_TEMPLATE):
         return ALL
     note = NOTE.match(template)
     words = json.loads(note[1]) if note else []

@@ -41,7 +41,7 @@ from lorafold.engine.sequence import Row
 from lorafold.errors import STOPS, LorafoldError, place
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
-from lorafold.ops.host_tensors import picked
+from lorafold.ops.host_tensors import select_rows
 from lorafold.runtime.processor import considerate, disband, stacks
 from lorafold.training_step.fused_modules import fused
 
@@ -352,7 +352,8 @@ class Engine:
             if row.stream.ended is None and not row.request.max_new_tokens:
                 self._end(row, "length")
         rows = [(b, row) for b, row in rows if row.stream.ended is None]
-        choices = chosen([row.sampler for _, row in rows], picked(logits_BV, [b for b, _ in rows]))
+        logits = select_rows(logits_BV, [b for b, _ in rows])
+        choices = chosen([row.sampler for _, row in rows], logits)
         for (_, row), choice in zip(rows, choices, strict=True):
             self._guarded(row, self._take, row, choice)
 

@@ -33,7 +33,7 @@ from lorafold.engine.operations import InBlocks, Operations, plain_products
 from lorafold.layers import layer_class
 from lorafold.ops.arithmetic import FEW
 from lorafold.ops.decoding import Product, SlotFactors
-from lorafold.ops.host_tensors import sent
+from lorafold.ops.host_tensors import send
 
 log = logging.getLogger(__name__)
 OWN = "lorafold-engine"  # the name of the engine's deltas
@@ -84,12 +84,12 @@ class AdapterRows:
             elif torch.equal(self.places, torch.arange(first, first + n)):
                 self._at = slice(first, first + n)
             else:
-                self._at = sent(self.places, device)
+                self._at = send(self.places, device)
         return self._at
 
     def _sent(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         if rows not in self._rows:
-            self._rows[rows] = sent(torch.tensor(rows), device)
+            self._rows[rows] = send(torch.tensor(rows), device)
         return self._rows[rows]
 
 

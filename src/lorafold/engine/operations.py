@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lorafold.kernels.registry import DECODING, TRAINING, use
-from lorafold.ops.arithmetic import FEW, arithmetic
+from lorafold.ops.arithmetic import FEW, matmul_dtype
 from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
 from lorafold.ops.elementwise import GATED, NORM, ROTARY
@@ -154,7 +154,7 @@ def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int
     least = 1
     for out, inn in shapes:
         x = random_rows(inn, dtype)
-        for each in {dtype, arithmetic(x)}:
+        for each in {dtype, matmul_dtype(x)}:
             m = random_rows(inn, each).repeat(-(-out // ROWS[-1]), 1)[:out]
             wide = x.to(each)
             # 16-bit rounding hides most differences, but not those of the rounding errors

@@ -23,8 +23,8 @@ from lorafold.engine.model_structure import Structure, run
 from lorafold.engine.operations import InBlocks, Operations
 from lorafold.engine.request import EngineSettings
 from lorafold.engine.sequence import Row
-from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
-from lorafold.ops.host_tensors import picked, sent
+from lorafold.ops.arithmetic import FEW, multiplies_bf16, override_widening, widens
+from lorafold.ops.host_tensors import select_rows, send
 
 
 class Runner(ABC):
@@ -189,7 +189,7 @@ class SlotRunner(Runner):
         with self._batch_invariant():
             logits = self._pass(alone, taken, ns, at, starts, width)
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
-        return picked(logits, [index[id(row)] for row in rows])
+        return select_rows(logits, [index[id(row)] for row in rows])
 
     @contextmanager
     def _batch_invariant(self) -> Iterator[None]:
@@ -200,7 +200,7 @@ class SlotRunner(Runner):
         # `fast_path` pads its own matmuls
         packed = self.as_trained or self.structure.where.keys() <= self.deltas.aware
         blocks = InBlocks(FEW) if self.slot_adapters.in_blocks and not packed else nullcontext()
-        with multiplying(widened=widened, rows=1), blocks:
+        with override_widening(widened=widened, rows=1), blocks:
             yield
 
     def _least(self, alone: LoadedAdapter | None) -> int:
@@ -224,20 +224,20 @@ class SlotRunner(Runner):
         for row, n in zip(taken, ns, strict=True):
             tokens = [0] if row is None else row.tokens[row.filled : row.filled + n]
             ids.append(tokens + tokens[-1:] * (width - len(tokens)))
-        rows = at if isinstance(at, slice) else sent(torch.tensor(at), device)
-        view = self._views[alone].aim(rows, sent(torch.tensor(starts), device), width)
+        rows = at if isinstance(at, slice) else send(torch.tensor(at), device)
+        view = self._views[alone].aim(rows, send(torch.tensor(starts), device), width)
         to_score = [0 if row is None else row.to_score(n) for row, n in zip(taken, ns, strict=True)]
         lasts = [*range(max(ns))] if any(to_score) else sorted({n - 1 for n in ns})
         if self.as_trained:  # the LM head needs FEW rows too
             lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
-        keep = sent(torch.tensor(lasts), device)
+        keep = send(torch.tensor(lasts), device)
         adapters = [None if row is None else row.adapter for row in taken]
         ids_of = [id(adapter) for adapter in adapters]
         if alone is None and self._planned != ids_of:
             self._planned = ids_of
             self._plan = AdapterRows(adapters, self.slot_adapters.places, self.each)
         context = self.deltas.alone(alone) if alone else self.deltas.mixed(self._plan)
-        ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
+        ids_BT, counts_B = send(torch.tensor(ids), device), send(torch.tensor(ns), device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
         for row, logits_TV, n in zip(taken, logits, to_score, strict=True):
@@ -245,7 +245,7 @@ class SlotRunner(Runner):
                 row.score(logits_TV[:n])
         if len(lasts) == 1:
             return logits[:, 0]
-        at = sent(torch.tensor([lasts.index(n - 1) for n in ns]), device)
+        at = send(torch.tensor([lasts.index(n - 1) for n in ns]), device)
         return logits[torch.arange(len(ns), device=device), at]
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from lorafold.engine.request import Sampling
 from lorafold.errors import STOPS, LorafoldError, cut
-from lorafold.ops.host_tensors import picked
+from lorafold.ops.host_tensors import select_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,13 +97,13 @@ def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken 
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
     if plain:
-        logits_nV = picked(logits_BV, plain).float()
+        logits_nV = select_rows(logits_BV, plain).float()
         pairs = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
         for b, token, well in zip(plain, *pairs.tolist(), strict=True):
             choices[b] = SampledToken(token) if well else NotFinite(NOT_FINITE)
     for start in range(0, len(others), AT_ONCE):
         chunk = others[start : start + AT_ONCE]
-        logits_nV = picked(logits_BV, chunk).to("cpu", torch.float32)
+        logits_nV = select_rows(logits_BV, chunk).to("cpu", torch.float32)
         choices |= zip(chunk, _chosen([samplers[b] for b in chunk], logits_nV), strict=True)
     for b, choice in choices.items():
         if isinstance(choice, SampledToken):

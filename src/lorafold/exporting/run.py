@@ -27,7 +27,7 @@ from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.terminal import progress_bars
 from lorafold.merging.merge_target import ALIASES, Distance, MergeTarget, choose_merge_target
-from lorafold.models.loading import stored_in_files
+from lorafold.models.loading import prequantized_storage
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
@@ -239,7 +239,7 @@ def _check_representable(
 def _merge_target(
     base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None
 ) -> MergeTarget:
-    in_files = stored_in_files(base.source)
+    in_files = prequantized_storage(base.source)
     expected = ("trained", "original", *ALIASES) if target.merged else ("original",)
     if into is not None and into not in expected:
         raise LorafoldError(

@@ -34,7 +34,7 @@ from lorafold.exporting.gguf_model import (
 )
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
 from lorafold.exporting.target import ExportedFiles, Line, Progress, Subject, Target, lora_problems
-from lorafold.models.loading import stored_in_files
+from lorafold.models.loading import prequantized_storage
 
 ADAPTER_FILE = "adapter.gguf"
 BASE_DIR = "base-gguf"  # the directory of the base in launch lines
@@ -156,7 +156,7 @@ class GgufModel(Target):
     tolerance = TOLERANCE
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        if (held := stored_in_files(subject.base.source)) is not None:
+        if (held := prequantized_storage(subject.base.source)) is not None:
             return [
                 f"the model's files have {held} weights; run lorafold merge first, or pass the"
                 " unquantized model as --model"

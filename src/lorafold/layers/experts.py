@@ -32,14 +32,14 @@ from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.layers.expert_storage import ExpertMatrices, stored_matrices
 from lorafold.ops.autocast import lowered
-from lorafold.ops.dropout import dropout, shared
+from lorafold.ops.dropout import dropout, shared_dropout
 from lorafold.ops.grouped import (
     FrozenMatrices,
     Groups,
     frozen_product,
-    grouped,
     low_rank_product,
     product,
+    sort_into_groups,
 )
 from lorafold.ops.scale_and_add import scale_and_add
 
@@ -159,7 +159,7 @@ class Experts(BaseLayer):
     ) -> Tensor:
         if not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto, k)
-        drop = shared(x, p, id(self.module), self.site()) if p else None
+        drop = shared_dropout(x, p, id(self.module), self.site()) if p else None
         y = low_rank_product(x, self.frozen_matrices(), down, up, drop, k)
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
 
@@ -301,7 +301,7 @@ def run_sorted(
     """The rows (S, in), each times the matrix of its expert: (S, out)."""
     each, count = torch.tensor(sizes), len(rows)  # the sum, which fake tensors don't have
     of = torch.arange(len(sizes)).repeat_interleave(each, output_size=count).to(rows.device)
-    groups, taken, places = grouped(of, len(sizes))
+    groups, taken, places = sort_into_groups(of, len(sizes))
     (layer,) = layers(groups, None, (0, 1))
     return lowered(lambda x: layer(x[taken]).index_select(0, places), rows)
 
@@ -324,7 +324,7 @@ def _expert_outputs(
         at = torch.arange(len(of)) if is_fake(of) else (of < number).nonzero()[:, 0]
         if not len(at):
             return hidden[:, None].expand(-1, k, -1)
-    groups, rows, places = grouped(of if at is None else of[at], number)
+    groups, rows, places = sort_into_groups(of if at is None else of[at], number)
     rows = rows if at is None else at[rows]
     x = hidden.index_select(0, rows // k)  # its backward is faster than with indexing
     if weights is not None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.arithmetic import HALF, arithmetic, multiplying
+from lorafold.ops.arithmetic import HALF, matmul_dtype, override_widening
 from lorafold.ops.autocast import Exact, at_least_fp32, lower
-from lorafold.ops.checkpoint_segments import kept
+from lorafold.ops.checkpoint_segments import saved_for_replay
 from lorafold.ops.operators import Operation, operator
 from lorafold.ops.packed_documents import Documents
 from lorafold.runtime.assumed_device import cuda_capability, device_type
@@ -29,7 +29,7 @@ from lorafold.runtime.devices import AMPERE
 
 # From this document length on, checkpointing keeps the output of attention: it is no larger than a
 # block's input, but the time to recompute it grows with the square of the length.
-LONG = 4096
+SAVE_FROM_LENGTH = 4096
 # requirements of FlashAttention as torch builds it: a multiple of FLASH_HEAD_UNIT
 FLASH_MAX_HEAD_SIZE, FLASH_HEAD_UNIT, FLASH_CAPABILITY = 256, 8, AMPERE
 
@@ -72,8 +72,8 @@ def _probabilities(
     return p, t
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) -> Tensor:
-    dtype, k, v = arithmetic(q), docs.gathered(k), docs.gathered(v)
+def _attend(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) -> Tensor:
+    dtype, k, v = matmul_dtype(q), docs.gathered(k), docs.gathered(v)
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for tiles in docs.groups():
@@ -85,10 +85,10 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) 
     return out
 
 
-def _attended_backward(
+def _attend_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, kv_heads, groups = arithmetic(q), k.shape[1], q.shape[1] // k.shape[1]
+    dtype, kv_heads, groups = matmul_dtype(q), k.shape[1], q.shape[1] // k.shape[1]
     # several tiles, and documents with a shared prefix, add to a key's gradient, and in bf16 each
     # sum would be rounded
     wide, tokens = at_least_fp32(k), len(k)
@@ -116,8 +116,8 @@ def _attended_backward(
     return gq, gk, gv
 
 
-FORWARD = Operation("document_attention", _attended)
-GRADIENTS = Operation("document_attention_backward", _attended_backward)
+FORWARD = Operation("document_attention", _attend)
+GRADIENTS = Operation("document_attention_backward", _attend_backward)
 
 
 class _DocumentAttention(Exact):
@@ -127,15 +127,15 @@ class _DocumentAttention(Exact):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.docs, ctx.scores = docs, scores
-        ctx.widened = arithmetic(q) != q.dtype
+        ctx.widened = matmul_dtype(q) != q.dtype
 
         run = partial(FORWARD, q, k, v, docs, scores)
-        return kept(run) if max(docs.lens) >= LONG else run()
+        return saved_for_replay(run) if max(docs.lens) >= SAVE_FROM_LENGTH else run()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        with multiplying(widened=ctx.widened, rows=1):  # as the forward did
+        with override_widening(widened=ctx.widened, rows=1):  # as the forward did
             gradients = GRADIENTS(g, *ctx.saved_tensors, ctx.docs, ctx.scores)
         return *gradients, None, None
 

@@ -23,7 +23,7 @@ _LIBRARY = torch.library.Library("lorafold", "FRAGMENT")
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def plain_implementations() -> Iterator[None]:
     """Compute every operation with its plain form, in this thread, until the `with` block ends."""
     token = _plainly.set(True)
     try:

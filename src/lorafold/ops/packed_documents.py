@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
-from lorafold.ops.host_tensors import on_host, sent
+from lorafold.ops.host_tensors import on_host, send
 
 TILE = 128
 
@@ -123,7 +123,7 @@ class Documents:
                 )
             path = torch.cat([path[:start], torch.arange(at, at := at + length - start)])
             keys.append(path)
-        return cls(tuple(lens), None, tuple(starts), sent(torch.cat(keys), device))
+        return cls(tuple(lens), None, tuple(starts), send(torch.cat(keys), device))
 
     def positions(self) -> Tensor:
         """The position of each token in its document, (1, T), on the CPU."""
@@ -173,7 +173,7 @@ class Documents:
         """The offsets of each document's keys and of its queries: int32 (documents + 1,) each."""
         if device not in self._ends:
             borders = {
-                lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
+                lens: send(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
                 for lens in {self.lens, self.own}
             }
             self._ends[device] = borders[self.lens], borders[self.own]
@@ -241,7 +241,7 @@ class Documents:
         return mask.index_add_(1, keys, seen.byte()).bool()[None, None]
 
 
-def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
+def with_prefix_keys(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
     """The documents with n more keys in front of each: the tokens at the front of its sequence."""
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
     keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
@@ -253,6 +253,6 @@ def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Docum
         tuple(n + each for each in docs.lens),
         None,
         tuple(n + start for start in docs.starts),
-        sent(torch.cat([part for pair in parts for part in pair]), device),
+        send(torch.cat([part for pair in parts for part in pair]), device),
         (docs, n * batch),
     )

@@ -83,18 +83,10 @@ PARAMETERS = Field(
 )
 BIAS = Field("bias", "bias", Bias, "none")
 # fields about an adapter's origin, which do not affect its outputs
-ORIGIN_FIELDS = frozenset(
-    {
-        "peft_type",
-        "task_type",
-        "inference_mode",
-        "peft_version",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "runtime_config",
-    }
-)
+ORIGIN_FIELDS = frozenset({
+    "peft_type", "task_type", "inference_mode", "peft_version", "auto_mapping",
+    "base_model_name_or_path", "revision", "runtime_config",
+})  # fmt: skip
 # names that a method's options must not have
 RESERVED_FIELDS = ORIGIN_FIELDS | {BIAS.key, PARAMETERS.key} | {field.key for field in SELECTION}
 

@@ -116,7 +116,7 @@ class RecordedBase:
         if self.identity and self.identity == other.identity:
             return True
         if self.fingerprint and other.fingerprint:
-            return fingerprint.agree(self.fingerprint, other.fingerprint)
+            return fingerprint.same_base(self.fingerprint, other.fingerprint)
         return self.name == other.name
 
     def without(self, paths: Sequence[str]) -> RecordedBase:

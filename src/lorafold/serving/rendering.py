@@ -26,7 +26,7 @@ from lorafold.serving.backend import Text, Token
 from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.schema import Compiles, check, compact
 from lorafold.verification.checks import Sandbox
-from lorafold.verification.tokenizer_files import variables_of
+from lorafold.verification.tokenizer_files import settable_variables
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # marks an incomplete character
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte token of SentencePiece
@@ -195,7 +195,7 @@ class Renderers:
     ) -> None:
         self._model, self._sandbox = model, sandbox
         ends = end_tokens(model, tokenizer)
-        self.base = Renderer(tokenizer, ends, variables_of(tokenizer))
+        self.base = Renderer(tokenizer, ends, settable_variables(tokenizer))
         self.known: dict[str, Renderer] = {}  # by digest of the files
 
     def of(self, files: Contents) -> Renderer:
@@ -206,7 +206,7 @@ class Renderers:
         if tokenizer is None:
             return self.known.setdefault(files.named, self.base)
         renderer = Renderer(tokenizer, end_tokens(self._model, tokenizer), tokenizer.variables)
-        tokenizer.probed()
+        tokenizer.stop_caching()
         block, grammar = template_of(tokenizer).block, grammar_of(tokenizer)
         size = len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
         if size > MARKS:

@@ -21,7 +21,7 @@ from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.files.contents import file_digest
 from lorafold.files.terminal import print_lines
 from lorafold.models.built_in_templates import set_variables
-from lorafold.models.tokenizer import Words, add_words, set_template
+from lorafold.models.tokenizer import AddedTokens, add_tokens, set_template
 from lorafold.objectives import OBJECTIVES, check_formats
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
 from lorafold.peft.adapter_directory import SavedAdapter
@@ -119,7 +119,7 @@ def with_length(request: RunRequest, saved: Sequence[SavedAdapter], console: Con
 
 def tokenizer_for(
     request: RunRequest, objective: Objective, console: Console, saved: Sequence[SavedAdapter] = ()
-) -> tuple[PreTrainedTokenizerBase, Words]:
+) -> tuple[PreTrainedTokenizerBase, AddedTokens]:
     """The tokenizer of the model or an adapter, with the recipe's template and new tokens, and
     their ids.
     """
@@ -129,7 +129,7 @@ def tokenizer_for(
     if request.recipe.template_kwargs:
         set_variables(tokenizer, request.recipe.template_kwargs)
     new = request.recipe.new_tokens
-    words = add_words(tokenizer, new) if new else Words({}, frozenset())
+    words = add_tokens(tokenizer, new) if new else AddedTokens({}, frozenset())
     print_lines(console, words if new else "", objective.set_up(tokenizer))
     if request.recipe.allow_control_tokens or words.ids:
         allow(tokenizer, ALL if request.recipe.allow_control_tokens else words.ids)

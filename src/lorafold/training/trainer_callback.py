@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorafold.adapter import Adapter
-from lorafold.adapter.reference import below
+from lorafold.adapter.reference import frozen_adapters
 from lorafold.core.attach import base_state, selection_of
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import atomic_directory, check_out, read_object, verify, write_json
 from lorafold.layers.bitsandbytes import quiet_import
 from lorafold.models.sources import name_of_base
-from lorafold.models.weights import SINGLE, InMemory
+from lorafold.models.weights import SINGLE_FILE, InMemory
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.provenance import mismatch_message, same_adapters
 
@@ -284,7 +284,7 @@ def check_reference(adapter: Adapter, args: Any) -> None:
     compares = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
     if not compares or getattr(args, "precompute_ref_log_probs", False):
         return  # a precomputed reference is the model at the start
-    under = below(adapter.model)
+    under = frozen_adapters(adapter.model)
     if selection_of(adapter.model).referred == under:
         return
     config, made = type(args).__name__, "lorafold.reference(model)"
@@ -326,7 +326,7 @@ class BaseKeptOut:
 
 def write_empty_weights(checkpoint: Path) -> None:
     """Write a `model.safetensors` without tensors, unless there is one."""
-    path, partial = checkpoint / SINGLE, checkpoint / f".{SINGLE}.partial"
+    path, partial = checkpoint / SINGLE_FILE, checkpoint / f".{SINGLE_FILE}.partial"
     if not path.exists():
         save_file({}, partial, metadata={"format": "pt"})
         partial.replace(path)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.files.cache import cached, found_in_cache
-from lorafold.models.loading import each_registered, loaded_in_turn
+from lorafold.models.loading import on_registration, sequential_loading
 from lorafold.models.weights import PendingTensor
 from lorafold.runtime.memory import RETURNED, freed_blocks
 from lorafold.runtime.processes import Processes
@@ -74,7 +74,7 @@ class Sharded(Replicated):
             if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # it has its values
                 divide(t, self.known, self.processes, device)
 
-        with freed_blocks(RETURNED), loaded_in_turn(), each_registered(keep_part):
+        with freed_blocks(RETURNED), sequential_loading(), on_registration(keep_part):
             yield
 
     @contextmanager

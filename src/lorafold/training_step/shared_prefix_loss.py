@@ -25,8 +25,8 @@ from lorafold.data.batches import (
 )
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
-from lorafold.models.positions import sequence_of
-from lorafold.ops.host_tensors import on_host, sent
+from lorafold.models.positions import max_sequence_tokens
+from lorafold.ops.host_tensors import on_host, send
 from lorafold.training_step.losses import Loss, row_at, similar_lengths
 from lorafold.training_step.shared_prefixes import Branching
 
@@ -49,7 +49,7 @@ class BranchedLoss(Loss):
         rows, sizes = range(len(examples)), [*map(self._own_size, examples)]
         if self.how is None:
             return micro_batches(rows, n)
-        capacity = min(tokens, sequence_of(self.model) or tokens)
+        capacity = min(tokens, max_sequence_tokens(self.model) or tokens)
         if self.meet(examples):
             prompts = [example.shared for example in examples]
             return alike(rows, n, capacity, prompts.__getitem__, sizes.__getitem__)
@@ -138,7 +138,7 @@ class BranchedLoss(Loss):
         positions = torch.arange(document.shape[1]) if given is None else on_host(given)
         # a prompt has the same names whether it is computed once or with each completion
         branch = branch * (positions >= shared)
-        return sent(named(row_at(rows, example, positions), positions, branch), device)
+        return send(named(row_at(rows, example, positions), positions, branch), device)
 
     @contextmanager
     def below(self) -> Iterator[None]:

@@ -30,8 +30,8 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.options import check
-from lorafold.ops.host_tensors import plus, sent
-from lorafold.ops.packed_documents import Documents, prefixed
+from lorafold.ops.host_tensors import add_int, send
+from lorafold.ops.packed_documents import Documents, with_prefix_keys
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
 KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
@@ -135,7 +135,7 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Docu
     """
     if isinstance(mask, Documents):
         if mask.window is None:
-            return prefixed(mask, n, len(x), x.device)
+            return with_prefix_keys(mask, n, len(x), x.device)
         mask = mask.dense(len(x), x.device)
     if mask is None:
         # without a mask, attention is causal over T keys, or has one query, which sees all keys
@@ -197,7 +197,7 @@ class Sender(Opaque):
         before = () if above is None else above.before
         seen = above.seen if seen is None and above is not None else seen
         own = Virtual((*before, virtual) if virtual is not None else before, seen)
-        output = run(**(inputs | {_KEYWORD: own, "position_ids": plus(positions(inputs), n)}))
+        output = run(**(inputs | {_KEYWORD: own, "position_ids": add_int(positions(inputs), n)}))
         if missed := [i for i in self.layers if i not in own.reached]:
             raise LorafoldError(
                 "the decoder does not pass keyword arguments to the attention of layers"
@@ -217,7 +217,7 @@ def positions(inputs: dict[str, Any]) -> Tensor:
     x = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     cache = inputs.get("cache", inputs.get("past_key_values"))
     past = 0 if cache is None else cache.get_seq_length()
-    return sent(torch.arange(past, past + x.shape[1])[None], x.device)
+    return send(torch.arange(past, past + x.shape[1])[None], x.device)
 
 
 class VirtualTokens(Spec):
