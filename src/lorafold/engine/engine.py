@@ -352,8 +352,9 @@ class Engine:
             if row.stream.ended is None and not row.request.max_new_tokens:
                 self._end(row, "length")
         rows = [(b, row) for b, row in rows if row.stream.ended is None]
-        logits = select_rows(logits_BV, [b for b, _ in rows])
-        choices = chosen([row.sampler for _, row in rows], logits)
+        choices = chosen(
+            [row.sampler for _, row in rows], select_rows(logits_BV, [b for b, _ in rows])
+        )
         for (_, row), choice in zip(rows, choices, strict=True):
             self._guarded(row, self._take, row, choice)
 

@@ -61,8 +61,9 @@ class Operations:
             g, c = g[:, None], None if c is None else c[:, None]
         # avoids torch's dispatcher, whose overhead matters on a CPU only
         fast = SCALE if y.is_cuda else self._scale
-        scale = fast if y.dtype is torch.bfloat16 else plain_scale_and_add
-        return scale(y.contiguous(), g, c, None)
+        return (fast if y.dtype is torch.bfloat16 else plain_scale_and_add)(
+            y.contiguous(), g, c, None
+        )
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See `lorafold.ops.elementwise.rotary`: x (..., D) rotated by halves."""

@@ -84,9 +84,8 @@ def prompts_of(
 @torch.inference_mode()
 def last_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """The log-probabilities (vocabulary,) of the next token, in fp32 on the CPU."""
-    inputs = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=inputs, use_cache=False).logits[0, -1]
-    return logits.float().log_softmax(-1).cpu()
+    outputs = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    return outputs.logits[0, -1].float().log_softmax(-1).cpu()
 
 
 def swap_close_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
@@ -322,8 +321,7 @@ def kl_divergences(p: Tensor, q: Tensor) -> Tensor:  # (prompts, vocabulary), bo
     """KL(p, q) of log-probabilities, over the tokens that both have."""
     size = min(p.shape[-1], q.shape[-1])
     p, q = (side[:, :size].double().log_softmax(-1) for side in (p, q))
-    terms = p.exp() * (p - q)
-    return terms.where(p.isfinite() & q.isfinite(), 0).sum(-1).clamp_min(0)
+    return (p.exp() * (p - q)).where(p.isfinite() & q.isfinite(), 0).sum(-1).clamp_min(0)
 
 
 def mean_distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both

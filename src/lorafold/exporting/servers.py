@@ -157,8 +157,10 @@ def lora_module_option(name: str, request: Mapping[str, object], out: str) -> st
 def with_zeros(
     subject: Subject, factors: SiteFactors, paths: Iterable[str]
 ) -> dict[str, Factors]:
-    unchanged = [path for path in paths if path not in factors]
-    return {**factors, **{path: zero_factors(subject, path) for path in unchanged}}
+    return {
+        **factors,
+        **{path: zero_factors(subject, path) for path in paths if path not in factors},
+    }
 
 
 SGLANG_PACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -274,8 +276,7 @@ def _write_per_expert(adapter: Path, kind: str, factors: SiteFactors, rank: int)
         tensors[f"{ROOT}{path}.lora_B.weight"] = up.contiguous()
     config = read_object(adapter / CONFIG)
     config.pop("target_parameters", None)
-    names = {*(config["target_modules"] or ()), *map(last_part, experts)}
-    config["target_modules"] = sorted(names)
+    config["target_modules"] = sorted({*(config["target_modules"] or ()), *map(last_part, experts)})
     save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
     write_json(adapter / CONFIG, config)
 

@@ -85,9 +85,8 @@ class GgufAdapter(Target):
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
         base = scratch / "base.gguf"
-        weights = sum(p.numel() for p in subject.model.parameters())
-        kind = "F32" if weights < 1 << 30 else "F16"
-        write_model(subject.base.source.path, base, kind, progress)
+        tensors = "F32" if sum(p.numel() for p in subject.model.parameters()) < 1 << 30 else "F16"
+        write_model(subject.base.source.path, base, tensors, progress)
         return {"base": str(base)}
 
     def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:

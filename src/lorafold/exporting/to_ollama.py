@@ -74,8 +74,7 @@ def detect_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
 
     start, end = _split_around(rendered(_chat("u", [U])), [U])
     _, a_open, u_open, _ = _split_around(rendered(_chat("uau", [U, A, V])), [U, A, V])
-    plain = Turns(start, None, a_open, u_open, end)
-    with_system, candidates = "", [plain]
+    with_system, candidates = "", [Turns(start, None, a_open, u_open, end)]
     with suppress(LorafoldError):  # templates may reject system messages
         with_system = rendered(_chat("su", [S, U]))
     if S in with_system:

@@ -56,8 +56,7 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
     selection = selection_of(model)
     for path in quantizable_paths(model):  # type: ignore[arg-type]
         module = module_at(model, path)
-        transposed = isinstance(module, Matrices) and module.stored.transposed
-        delta = RoundTrip(quantization, transposed)
+        delta = RoundTrip(quantization, isinstance(module, Matrices) and module.stored.transposed)
         attach_delta(module, layer_class(module), ROUND_TRIP, delta, selection, path)
 
 

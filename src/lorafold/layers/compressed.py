@@ -121,15 +121,15 @@ class CompressedLinear(nn.Module):
         return Compressed(self)(x)
 
     def extra_repr(self) -> str:
-        fmt = f"{self.fmt.code_type}{self.fmt.bits}"
-        return f"in={self.in_features}, out={self.out_features}, {fmt}"
+        return (
+            f"in={self.in_features}, out={self.out_features}, {self.fmt.code_type}{self.fmt.bits}"
+        )
 
 
 class Compressed(Quantized):
     @property
     def dtype(self) -> torch.dtype:
-        scale = getattr(self.bare, self.bare.fmt.scale)
-        return scale.dtype
+        return getattr(self.bare, self.bare.fmt.scale).dtype
 
     def dequantized(self) -> Tensor:  # (out, in)
         module, fmt = self.bare, self.bare.fmt

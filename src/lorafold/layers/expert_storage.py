@@ -151,8 +151,7 @@ class Int8(QuantizedMatrices):
     def stored(self, e: int) -> Tensor:
         a, _ = self.sides
         at = slice(e * a, (e + 1) * a)
-        scale = self.parameter.SCB[at] / 127
-        return (self.parameter.data[at] * scale[:, None]).bfloat16()
+        return (self.parameter.data[at] * (self.parameter.SCB[at] / 127)[:, None]).bfloat16()
 
 
 class MXFP4(QuantizedMatrices):

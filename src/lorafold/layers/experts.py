@@ -148,10 +148,12 @@ class Experts(BaseLayer):
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        parts = []
-        for e, at in self.rows.spans():
-            residual = None if onto is None else onto[at]
-            parts.append(scale_and_add(y[at], g[e], None if c is None else c[e], residual))
+        parts = [
+            scale_and_add(
+                y[at], g[e], None if c is None else c[e], None if onto is None else onto[at]
+            )
+            for e, at in self.rows.spans()
+        ]
         return torch.cat(parts) if parts else y
 
     def low_rank(

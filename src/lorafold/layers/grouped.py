@@ -63,11 +63,11 @@ class GroupedLinear(Vectors):
     def site(self, x: Tensor) -> DrawSite | None:
         """The source of random numbers for dropout of x (..., g, in); None: torch's generator."""
         g, tokens = self.groups, x.shape[:-2].numel()
-
-        def of(names: Tensor) -> Tensor:
-            return slots(names, torch.arange(tokens * g, device=names.device), g)
-
-        return site_of(self.module, tokens, of)
+        return site_of(
+            self.module,
+            tokens,
+            lambda names: slots(names, torch.arange(tokens * g, device=names.device), g),
+        )
 
     def each(self, v: Tensor) -> Tensor:
         return v.unflatten(-1, (self.groups, -1))

@@ -165,8 +165,7 @@ def plan_merge(
     remember_source(mapped.model, base.source)
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
-    other = base.allow_other_base
-    loaded = load_all(mapped.model, adapters, "merged", allow_other_base=other)
+    loaded = load_all(mapped.model, adapters, "merged", allow_other_base=base.allow_other_base)
     names = tuple(adapter.name for adapter in loaded)
     planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
     problems = defaultdict(list)

@@ -134,8 +134,7 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
             join_files(readers, file)
         auto: Any = AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        keys = (f"tokenizer.ggml.{key}" for key in ("model", "pre"))
-        kind, pre = (metadata_value(readers[0], key) for key in keys)
+        kind, pre = (metadata_value(readers[0], f"tokenizer.ggml.{k}") for k in ("model", "pre"))
         set_pre_tokenizer(tokenizer, kind, pre, what)
         model, info = auto.from_pretrained(
             file.parent,

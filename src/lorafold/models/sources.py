@@ -155,8 +155,7 @@ def suggestion(name: str) -> str:
         return f"did you mean {page[1]}?"
     if get_close_matches(name.lower(), [EMBEDDED], 1, 0.8):
         return f"did you mean {EMBEDDED}?"
-    near = nearest_name(Path(name).expanduser()).removeprefix("; ")
-    return "" if Path(name).exists() else near
+    return "" if Path(name).exists() else nearest_name(Path(name).expanduser()).removeprefix("; ")
 
 
 def gguf_at(path: Path) -> tuple[Path, ...]:

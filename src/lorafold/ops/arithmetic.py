@@ -71,8 +71,7 @@ def is_fp32_faster(dtype: torch.dtype) -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
         return False
     info = Path("/proc/cpuinfo")
-    about = info.read_text() if info.exists() else platform.processor()
-    flags = about.replace(",", " ").split()
+    flags = (info.read_text() if info.exists() else platform.processor()).replace(",", " ").split()
     if dtype is torch.float16:
         return "avx512_fp16" not in flags
     return not (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in flags)
@@ -90,8 +89,7 @@ class _Widened(Exact):
     def forward(ctx: Any, x: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, m)
         ctx.bias = None if b is None else b.dtype
-        y = F.linear(x.float(), m.float(), None if b is None else b.float())
-        return y.to(x.dtype)
+        return F.linear(x.float(), m.float(), None if b is None else b.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable

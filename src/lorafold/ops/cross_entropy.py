@@ -95,8 +95,7 @@ def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) ->
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
-        wide = at_least_fp32(h)
-        return F.cross_entropy(head(h).to(wide), targets, reduction="none")
+        return F.cross_entropy(head(h).to(at_least_fp32(h)), targets, reduction="none")
 
     # with no positions, an empty chunk makes the gradients 0
     parts = [

@@ -87,8 +87,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
         scores = torch.add(m, torch.bmm(k, q.mT).mT, alpha=scale)
     else:
         scores = torch.baddbmm(m, q, k.mT, alpha=scale)
-    o = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
-    return o.view(b, heads, t, -1).transpose(1, 2)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(b, heads, t, -1).transpose(1, 2)
 
 
 def _mask_of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
@@ -99,8 +98,7 @@ def _mask_of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
     if (kv, groups) not in known:
         m = mask[:, :, None].expand(len(mask), kv, groups, t, mask.shape[-1])
         m = m.reshape(len(mask) * kv, -1, mask.shape[-1])
-        wide = at_least_fp32(m)
-        known[kv, groups] = m.to(wide) if t == 1 else m
+        known[kv, groups] = m.to(at_least_fp32(m)) if t == 1 else m
     return known[kv, groups]
 
 

@@ -171,8 +171,7 @@ def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)
-    masked = _Kept.apply(x, *drop_elements(x, p, site))
-    return masked * keep_scale(p)
+    return _Kept.apply(x, *drop_elements(x, p, site)) * keep_scale(p)
 
 
 WORD = (1 << 32) - 1

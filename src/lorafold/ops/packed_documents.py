@@ -231,8 +231,7 @@ class Documents:
     def _dense_shared(self, document: Tensor, begins: Tensor, keys: Tensor) -> Tensor:
         """The whole mask (1, 1, T, T) of documents with shared prefixes."""
         j = torch.arange(len(document), device=document.device)
-        first = begins + torch.tensor(self.starts, device=document.device)
-        i = j[j >= first[document]]  # (T,), each token's key in its own document
+        i = j[j >= (begins + torch.tensor(self.starts, device=document.device))[document]]  # (T,), each token's key in its own document
         seen = (document[i, None] == document) & (i[:, None] >= j)
         if self.window is not None:
             seen &= i[:, None] - self.window < j

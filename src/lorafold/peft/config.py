@@ -323,8 +323,7 @@ def select_exactly(
     if saved or names:
         ends = tuple(sorted({last_part(path) for path in saved}))
         tried = (_with_whole_heads(model, names), tuple(names), ends, tuple(saved))
-        same = (s for s in tried if set(saved_leaves(model, s)) == set(saved))
-        whole = next(same, None)
+        whole = next((s for s in tried if set(saved_leaves(model, s)) == set(saved)), None)
     if whole is None:
         extra = sorted(set(saved_leaves(model, saved)) - set(saved))
         raise LorafoldError(

@@ -201,8 +201,11 @@ class Base:
 
     def weights(self) -> Weights | None:
         """The original weights, if only those in memory are quantized."""
-        storage = self.loaded_as
-        return unquantized_weights(self.source, storage) if storage.quantization else None
+        return (
+            unquantized_weights(self.source, self.loaded_as)
+            if self.loaded_as.quantization
+            else None
+        )
 
 
 def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ...] | None:

@@ -88,8 +88,8 @@ def _parse_json(name: str, content: bytes | bytearray, limit: int) -> dict[str, 
         return fields
 
     try:
-        hooks: dict[str, Any] = {"parse_constant": reject, "object_pairs_hook": unique}
-        value = json.loads(content.decode("utf-8"), **hooks)
+        text = content.decode("utf-8")
+        value = json.loads(text, parse_constant=reject, object_pairs_hook=unique)
     except ValueError as error:
         raise LorafoldError(f"{name}: not readable as JSON ({error})") from None
     except RecursionError:

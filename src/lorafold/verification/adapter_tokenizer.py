@@ -141,8 +141,9 @@ class AdapterTokenizer:
     def _call(self, do: str, **arguments: Any) -> Any:
         """Call a process, unless several died of this tokenizer recently."""
         if time.monotonic() - self._crashes[0] < CRASH_SECONDS:
-            limits = f"{MAX_CRASHES} processes within {CRASH_SECONDS:.0f} s"
-            raise CheckFailed(f"the tokenizer crashed {limits}")
+            raise CheckFailed(
+                f"the tokenizer crashed {MAX_CRASHES} processes within {CRASH_SECONDS:.0f} s"
+            )
         try:
             return self._process_call(do, **arguments)
         except CheckFailed as error:

@@ -48,8 +48,7 @@ class AdapterTokenizers:
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
         """A description of a tokenizer, which must not renumber the base's tokens."""
         tokenizer = self.opened(files)
-        vocabulary = tokenizer.get_vocab()
-        words = {number: word for word, number in vocabulary.items()}
+        words = {number: word for word, number in tokenizer.get_vocab().items()}
         for number, word in self._words.items():
             if (other := words.get(number, word)) != word:
                 raise LorafoldError(
