@@ -172,7 +172,7 @@ def test_documents_behind_tokens_in_front(batch: int, shared: bool) -> None:
     n, cpu = 3, torch.device("cpu")
     docs = Documents((4, 6, 1, 9))
     if shared:
-        docs = Documents.forest([7, 9, 6], [0, 4, 0], cpu)
+        docs = Documents.with_shared_prefixes([7, 9, 6], [0, 4, 0], cpu)
     tokens = sum(docs.own)
     fronted = with_prefix_keys(docs, n, batch, cpu)
     mask = docs.dense(batch, cpu)

@@ -231,7 +231,7 @@ def read_adapter(
     below = selection_of(model).active if below is None else tuple(below)
     fits, other_base = provenance.same_adapters(saved.over, below), ""
     if allow_other_base:
-        if other_base := saved.own_base.other(base):
+        if other_base := saved.own_base.other_base_warning(base):
             log.warning(other_base)
         if not fits:
             reason, option = provenance.mismatch_message(saved.over, below), provenance.ALLOW_OPTION

@@ -152,7 +152,7 @@ class ReferenceAnswers:
         """Load the exported model on the weights that the files are for, and compute answers."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
-        model = load_adapted(subject.base, subject.adapters, subject.stored)
+        model = load_adapted(subject.base, subject.adapters, subject.training_storage)
         with_, without, total = list[Tensor](), list[Tensor](), 2 * len(prompts.ids)
         for ids in prompts.ids:
             with_.append(last_logprobs(model, ids))

@@ -82,7 +82,7 @@ class GgufAdapter(Target):
         launch = (f"{command}  # writes {file}", *self.use(file, options))
         return ExportedFiles(files, launch, notes, JOB)
 
-    def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
+    def proof_job(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
         base = scratch / "base.gguf"
         tensors = "F32" if sum(p.numel() for p in subject.model.parameters()) < 1 << 30 else "F16"

@@ -213,7 +213,7 @@ class ToOllama(GgufModel):
         text = modelfile(file, template, stops)
         notes = [*write_file(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
-        name = (subject.called or Path(subject.base.name).name).lower()
+        name = (subject.adapter_name or Path(subject.base.name).name).lower()
         name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:80] or "model"
         launch = (
             ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),

@@ -57,8 +57,8 @@ class Experts(BaseLayer):
     def __init__(self, module: Matrices, stored: Callable[[], Tensor] | None = None) -> None:
         super().__init__(module, stored)
         self.owner, self.name = module.owner, module.name
-        self.held: ExpertMatrices = stored_matrices(module)
-        self.quantized = self.held.quantized
+        self.storage: ExpertMatrices = stored_matrices(module)
+        self.quantized = self.storage.quantized
 
     @classmethod
     def entered(cls, module: nn.Module) -> None:
@@ -83,26 +83,26 @@ class Experts(BaseLayer):
 
     def frozen_matrices(self) -> FrozenMatrices:
         """The experts' matrices (out, in), for a product with the current rows."""
-        matrix, every = self.held.matrix, self.held.dense
+        matrix, every = self.storage.matrix, self.storage.dense
         return FrozenMatrices(
             lambda e, dtype: matrix(e).to(dtype), lambda dtype: every().to(dtype), self.rows
         )
 
     @property
     def frozen(self) -> bool:
-        return not self.held.parameter.requires_grad
+        return not self.storage.parameter.requires_grad
 
     @property
     def device(self) -> torch.device:
-        return self.held.parameter.device
+        return self.storage.parameter.device
 
     @property
     def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.held.shape[:1]
+        return self.storage.shape[:1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.held.shape[1:]
+        return self.storage.shape[1:]
 
     def parameter(self, name: str) -> Any:
         return self.owner._parameters.get(parameter_path(self.module, self.name, name))
@@ -112,19 +112,19 @@ class Experts(BaseLayer):
         return self.parameter("bias")
 
     def sources(self) -> list[Tensor] | None:
-        return [t for t in (self.held.parameter, self.bias) if t is not None]
+        return [t for t in (self.storage.parameter, self.bias) if t is not None]
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        return self.held.dense(), self.bias
+        return self.storage.dense(), self.bias
 
     def dense_like(self) -> tuple[Tensor, Tensor | None]:
-        return self.held.dense_like(), None if self.bias is None else self.bias.to("meta")
+        return self.storage.dense_like(), None if self.bias is None else self.bias.to("meta")
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         b = None if self.bias is None else self.each(self.bias).to(x.dtype)
         if self.frozen:
             return add(frozen_product(x, onto, self.frozen_matrices(), self.shape[0]), b)
-        return add(add(product(x, self.held.dense(), self.rows), onto), b)
+        return add(add(product(x, self.storage.dense(), self.rows), onto), b)
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return product(x, m, self.rows)
@@ -171,7 +171,7 @@ class Experts(BaseLayer):
                 "these experts store quantized weights, in which a change would be lost to"
                 " rounding; dequantize the weights first"
             )
-        stored = self.held.as_stored(w)
+        stored = self.storage.as_stored(w)
         return {"weight": stored} if b is None else {"weight": stored, "bias": b}
 
     def plain(self) -> Experts:
@@ -182,17 +182,17 @@ class Experts(BaseLayer):
     def write(self, w: Tensor, b: Tensor | None) -> None:
         encoded = self.encode(w, b)
         with torch.no_grad():
-            self.held.parameter.copy_(encoded["weight"])
+            self.storage.parameter.copy_(encoded["weight"])
             if b is not None and self.bias is not None:
                 self.bias.copy_(b)
 
     def dequantize(self) -> None:
         if self.quantized:
-            dense = self.held.as_stored(self.held.dense()).contiguous()
-            for name in self.held.names:
+            dense = self.storage.as_stored(self.storage.dense()).contiguous()
+            for name in self.storage.names:
                 del self.owner._parameters[name]
             self.owner._parameters[self.name] = nn.Parameter(dense, requires_grad=False)
-            self.held, self.quantized = stored_matrices(self.module), False  # type: ignore[arg-type]
+            self.storage, self.quantized = stored_matrices(self.module), False  # type: ignore[arg-type]
             restore_forward(self.module.routed)  # type: ignore[arg-type]
 
 

@@ -37,11 +37,11 @@ class WholeModel:
     model: nn.Module
     paths: Mapping[str, str]
 
-    def outward(self, path: str) -> str:
+    def path_in_whole(self, path: str) -> str:
         """Map a path in the language model to the whole model."""
         return _map_path(path, self.paths.items())
 
-    def inward(self, path: str) -> str:
+    def path_in_part(self, path: str) -> str:
         """Map a path in the whole model to the language model; other paths are returned unchanged.
         """
         return _map_path(path, ((b, a) for a, b in self.paths.items()))

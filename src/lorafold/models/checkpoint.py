@@ -341,4 +341,4 @@ def _quantized_weights(
             yield path, module, f"{path}.weight", [codes, *others], shape
         elif isinstance(module, Matrices) and (stored := stored_matrices(module)).quantized:
             own = [path.removesuffix(module.name) + name for name in stored.names]
-            yield path, module.owner, path, own, (stored.number, *stored.sides)
+            yield path, module.owner, path, own, (stored.number, *stored.stored_shape)

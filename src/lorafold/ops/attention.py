@@ -73,7 +73,7 @@ def _probabilities(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) -> Tensor:
-    dtype, k, v = matmul_dtype(q), docs.gathered(k), docs.gathered(v)
+    dtype, k, v = matmul_dtype(q), docs.gather(k), docs.gather(v)
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for tiles in docs.groups():
@@ -92,7 +92,7 @@ def _attend_backward(
     # several tiles, and documents with a shared prefix, add to a key's gradient, and in bf16 each
     # sum would be rounded
     wide, tokens = at_least_fp32(k), len(k)
-    k, v = docs.gathered(k), docs.gathered(v)
+    k, v = docs.gather(k), docs.gather(v)
     gq = torch.empty_like(q)
     # gradients of shared keys are accumulated in fp32 or wider
     gk, gv = (torch.empty_like(x, dtype=x.dtype if docs.keys is None else wide) for x in (k, v))
@@ -112,7 +112,7 @@ def _attend_backward(
             gks[:, tile.seen] += torch.bmm(gs.mT, qi)
         tiles[0].put_keys(gk, gks)
         tiles[0].put_keys(gv, gvs)
-    gk, gv = (docs.scattered(x, tokens).to(k.dtype) for x in (gk, gv))
+    gk, gv = (docs.scatter(x, tokens).to(k.dtype) for x in (gk, gv))
     return gq, gk, gv
 
 
@@ -159,5 +159,5 @@ def document_attention(
     """
     q, k, v = (lower(x) for x in (q, k, v))
     if softcap is None and flash_supports(q, v):
-        return docs.flash(q, docs.gathered(k), docs.gathered(v), scale)
+        return docs.flash_attention(q, docs.gather(k), docs.gather(v), scale)
     return _DocumentAttention.apply(q, k, v, docs, Scores(scale, softcap))

@@ -96,7 +96,7 @@ class Documents:
     starts: tuple[int, ...] = ()  # default: zeros
     keys: Tensor | None = field(default=None, repr=False, compare=False)
     # the documents without their prefix keys, and the total number of prefix keys
-    behind: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
+    without_prefix: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
     _ends: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -108,7 +108,7 @@ class Documents:
         object.__setattr__(self, "starts", self.starts or (0,) * len(self.lens))
 
     @classmethod
-    def forest(
+    def with_shared_prefixes(
         cls, lens: Sequence[int], starts: Sequence[int], device: torch.device
     ) -> Documents:
         """Packed rows, each of which shares its first starts[i] tokens with the row before it."""
@@ -143,19 +143,19 @@ class Documents:
         lens, own = torch.tensor(self.lens), torch.tensor(self.own)
         return torch.stack([own.cumsum(0) - own, lens.cumsum(0) - lens, lens - own, lens], 1)
 
-    def gathered(self, x_THD: Tensor) -> Tensor:
+    def gather(self, x_THD: Tensor) -> Tensor:
         """The keys or values (S, Hk, D), document after document; x_THD itself without shared
         prefixes.
         """
         return x_THD if self.keys is None else x_THD.index_select(0, self.keys)
 
-    def scattered(self, x_SHD: Tensor, tokens: int) -> Tensor:
-        """The transpose of `gathered`: for each token, the sum over its keys, (tokens, Hk, D)."""
+    def scatter(self, x_SHD: Tensor, tokens: int) -> Tensor:
+        """The transpose of `gather`: for each token, the sum over its keys, (tokens, Hk, D)."""
         if self.keys is None:
             return x_SHD
         return x_SHD.new_zeros(tokens, *x_SHD.shape[1:]).index_add_(0, self.keys, x_SHD)
 
-    def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention (T, H, D) by FlashAttention, in fp16 or bf16 on CUDA. q (T, H, D); k, v
         (S, Hk, D).
         """
@@ -214,8 +214,8 @@ class Documents:
         """The whole mask, boolean (B, 1, T, T), True if a query sees a token; (B, 1, T, n + T) with
         n tokens in front.
         """
-        if self.behind is not None:
-            documents, front = self.behind
+        if self.without_prefix is not None:
+            documents, front = self.without_prefix
             return F.pad(documents.dense(batch, device), (front // batch, 0), value=True)
         lens = torch.tensor(self.lens, device=device)
         document = torch.arange(len(lens), device=device).repeat_interleave(
@@ -231,7 +231,8 @@ class Documents:
     def _dense_shared(self, document: Tensor, begins: Tensor, keys: Tensor) -> Tensor:
         """The whole mask (1, 1, T, T) of documents with shared prefixes."""
         j = torch.arange(len(document), device=document.device)
-        i = j[j >= (begins + torch.tensor(self.starts, device=document.device))[document]]  # (T,), each token's key in its own document
+        # (T,), each token's key in its own document
+        i = j[j >= (begins + torch.tensor(self.starts, device=document.device))[document]]
         seen = (document[i, None] == document) & (i[:, None] >= j)
         if self.window is not None:
             seen &= i[:, None] - self.window < j

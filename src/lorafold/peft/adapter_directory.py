@@ -179,7 +179,7 @@ class SavedAdapter:
         whole = None if roots <= modules else whole_model_of(model)
         if whole is None:
             return self
-        names = {old: map_key(old, whole.inward) for old in self.weights.names}
+        names = {old: map_key(old, whole.path_in_part) for old in self.weights.names}
         names = {old: new for old, new in names.items() if new != old}
         moved = {new: self.weights.get(old) for old, new in names.items()}
         weights = self.weights.with_others(names, moved)
@@ -246,7 +246,7 @@ def write_adapter(
     spec, matches, targets = chosen.spec, chosen.matches, chosen.matches.paths
     replaced = [p for p, (first, *_) in parts.items() if isinstance(first, ReplaceDelta)]
     form, whole = format_of(model, spec, targets), whole_model_of(model)
-    named = whole.outward if whole else str
+    named = whole.path_in_whole if whole else str
     of_parameters = {named(p): named(parameter) for p, parameter in form.parameters.items()}
     selection = select_exactly(
         whole.model if whole else model, [named(p) for p in targets if p],

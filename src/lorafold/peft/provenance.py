@@ -155,7 +155,7 @@ class RecordedBase:
         that, this = shortened(self.name, MAX_NAME), shortened(called or "nameless", MAX_NAME)
         return f"; the base in {self.named_in} is {that}, but this base is {this}"
 
-    def other(self, base: Weights) -> str:
+    def other_base_warning(self, base: Weights) -> str:
         """A warning if an adapter is loaded on another base anyway; else empty."""
         differences = fingerprint.differences(self.fingerprint, base)
         message = f"adapter {self.adapter} was trained on another base ({'; '.join(differences)})"

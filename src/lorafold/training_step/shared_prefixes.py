@@ -118,7 +118,7 @@ def over(how: Branching | None, lens: Tensor | None, device: torch.device) -> It
         yield
         return
     lengths, starts = on_host(lens).t().tolist()
-    with how.over(Documents.forest(lengths, starts, device)):
+    with how.over(Documents.with_shared_prefixes(lengths, starts, device)):
         yield
 
 
@@ -131,7 +131,7 @@ def shares(model: PreTrainedModel) -> bool:
     ids = random_ids(model, sum(lens) - sum(starts) + unshared.stop - unshared.start)
     ids, others = ids[: unshared.start - unshared.stop], ids[unshared.start - unshared.stop :]
     branches = Branching(packs=True, shares=True)
-    docs = Documents.forest(lens, starts, ids.device)
+    docs = Documents.with_shared_prefixes(lens, starts, ids.device)
     assert docs.keys is not None
 
     try:
