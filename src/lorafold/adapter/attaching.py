@@ -1,5 +1,5 @@
-"""Attaches new and saved adapters to a model. `build` and `read` only make the deltas and leave the
-model unchanged, for the engine, which reads adapters while the model computes.
+"""Attaches new and saved adapters to a model. `build_adapter` and `read_adapter` only make the
+deltas and leave the model unchanged, for the engine, which reads adapters while the model computes.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     hidden_size -> ARCH.embedding_length, num_experts -> ARCH.expert_count, ...
     llama3, longrope    tensors rope_freqs.weight and rope_factors_{long,short}.weight (dims / 2,)
     gpt2      byte-level BPE: tokens, merges, and the name of the pre-tokenizer rule, chosen from
-              `models.gguf_tokenizers` because it splits all `TEXTS` in the same way
+              `models.gguf_tokenizers` because it splits all `PROBE_TEXTS` in the same way
     llama     BPE with byte fallback: tokens with scores, which fall with the rank of the first
               merge that makes each
 

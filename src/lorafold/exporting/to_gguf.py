@@ -49,7 +49,7 @@ class GgufAdapter(Target):
 
     @abstractmethod
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
-        """Commands that use the file on a base file with options, as in `Written.launch`."""
+        """Commands that use the file on a base file with options, as in `ExportedFiles.launch`."""
 
     def problems(self, subject: Subject) -> Sequence[str]:
         if not subject.adapters:

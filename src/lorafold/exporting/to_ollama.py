@@ -1,7 +1,7 @@
 """Export of a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
 
 Since 0.34.1, Ollama rejects a Modelfile with ADAPTER (ollama#14969), so adapters are merged.
-Ollama's templates use Go's template language, so `turns_of` finds the text that the model's
+Ollama's templates use Go's template language, so `detect_turns` finds the text that the model's
 template writes around the turns of a plain chat, by rendering probes S, u and a (system, user,
 assistant):
 

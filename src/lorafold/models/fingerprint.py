@@ -132,7 +132,7 @@ def tensors_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def elements_equal(a: Tensor, b: Tensor) -> Tensor:
-    """`same` per element: a boolean tensor of the same shape."""
+    """`tensors_equal` per element: a boolean tensor of the same shape."""
     narrow = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits)
     # rounding an fp32 value to fp16 and then to bf16 may differ by one unit from rounding it to
     # bf16 (at a tie), and by more for fp16's subnormals

@@ -125,7 +125,7 @@ def pre_tokenizer_of(pre: str) -> PreTokenizer | None:
 
 
 def pre_tokenizer_names() -> tuple[str, ...]:
-    """The names that `rule_of` knows, preferred names first."""
+    """The names that `pre_tokenizer_of` knows, preferred names first."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     others = (*RULES, *GGUF_PRE_TOKENIZER_SPLITS, *sorted(EACH_DIGIT), *sorted(AS_GPT2))

@@ -1,13 +1,13 @@
 """Outputs kept for the replay of checkpointed segments, and tensors shared by layers within one.
 
-    checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
-    y = kept(make)              inside: make() in the forward pass; in the replay, its output again
-    once(x, (A,), make)         make() for the first layer that reads x with A; its result for all
+    checkpoint(segment, x, use_reentrant=False, context_fn=save_outputs)
+    y = saved_for_replay(make)    inside: make() in the forward pass; in the replay, its output
+    computed_once(x, (A,), make)  make() for the first layer that reads x with A; its result for all
 
-`kept` recomputes an output that was modified in place. `once`, for layers such as q, k and v,
-recomputes the value if x or A was modified in place, in another segment (which must be able to
-replay alone), and if grad mode changed. The value is cached on x, so its graph must not reference
-x, which would keep itself alive.
+`saved_for_replay` recomputes an output that was modified in place. `computed_once`, for layers such
+as q, k and v, recomputes the value if x or A was modified in place, in another segment (which must
+be able to replay alone), and if grad mode changed. The value is cached on x, so its graph must not
+reference x, which would keep itself alive.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Make = Callable[[], Tensor]
 OutputOf = Callable[[Make], Tensor]
 
 
-_output_of: ContextVar[OutputOf] = ContextVar("kept", default=lambda make: make())
+_output_of: ContextVar[OutputOf] = ContextVar("output_of", default=lambda make: make())
 
 
 def saved_for_replay(make: Make) -> Tensor:
@@ -35,13 +35,13 @@ def saved_for_replay(make: Make) -> Tensor:
 
 
 class _UsingOutputs(AbstractContextManager[None]):
-    """Uses the `kept` implementation that `way()` returns, in the `with` block."""
+    """Uses the `saved_for_replay` implementation that `start()` returns, in the `with` block."""
 
-    def __init__(self, way: Callable[[], OutputOf]) -> None:
-        self._way = way
+    def __init__(self, start: Callable[[], OutputOf]) -> None:
+        self._start = start
 
     def __enter__(self) -> None:
-        self._token = _output_of.set(self._way())
+        self._token = _output_of.set(self._start())
 
     def __exit__(self, *_: object) -> None:
         _output_of.reset(self._token)

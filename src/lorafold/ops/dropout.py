@@ -102,7 +102,7 @@ MASKED = operator(
 
 
 def zero_dropped(x: Tensor, where: Tensor) -> Tensor:
-    """A copy of x (any shape) with zeros at the elements that `dropped` returned."""
+    """A copy of x (any shape) with zeros at the elements that `drop_elements` returned."""
     if where.dtype is torch.bool:
         return x.masked_fill(where, 0)
     copy = x.clone(memory_format=torch.contiguous_format)
@@ -118,7 +118,7 @@ def _zero_in_place(x: Tensor, where: Tensor) -> None:
         flat.index_fill_(0, where.long(), 0)
 
 
-# `emptied` in place, for a contiguous x of any shape with the same number of elements
+# `zero_dropped` in place, for a contiguous x of any shape with the same number of elements
 EMPTY = operator("empty_(Tensor(a!) x, Tensor where) -> ()", _zero_in_place, lambda x, where: None)
 
 

@@ -1,6 +1,6 @@
 """Tensors sent from the host to a device, with the values that the host still has.
 
-    x = sent(ids, device)       on a GPU, an asynchronous copy
+    x = send(ids, device)       on a GPU, an asynchronous copy
     on_host(x)                  the values on the CPU; no wait if x was sent and is unchanged
 """
 

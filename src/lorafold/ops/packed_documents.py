@@ -4,8 +4,8 @@
 
 The j-th query of a document sees its keys (j - window, j]. Without shared prefixes, starts is 0 and
 every token is one query and one key. Tokens of a shared prefix are queries of the first document
-only, and keys of all of them. `prefixed` documents have keys in front without queries (the virtual
-tokens of prompt and prefix tuning).
+only, and keys of all of them. Documents of `with_prefix_keys` have keys in front without queries
+(the virtual tokens of prompt and prefix tuning).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ PEFT adapts the matrices of experts and of grouped linear layers as parameters
 (`target_parameters`), only with LoRA, without dropout, and only if the experts are 3-D parameters.
 The dropout of such an adapter is therefore in lorafold.json, and other methods on them have a
 peft_type of lorafold's. In models whose experts were modules in transformers 4, some linear layers
-are named by their weights too (`renames`).
+are named by their weights too (`renames_targets`).
 
 PEFT puts a wrapper over the module for each of its parameters, the last registered outermost:
 
@@ -12,7 +12,7 @@ PEFT puts a wrapper over the module for each of its parameters, the last registe
     ...experts.base_layer.lora_A.weight     of gate_up_proj, if down_proj is adapted too
 
 For a module without the attribute `is_transposed` PEFT assumes matrices (out, in), so the factors
-for Llama 4's matrices, which are (in, out), are exchanged (`turned`).
+for Llama 4's matrices, which are (in, out), are exchanged (`exchanges_sides`).
 """
 
 from __future__ import annotations

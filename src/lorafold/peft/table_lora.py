@@ -10,7 +10,7 @@
                                                 if save_projection
 
 PEFT stores the factors of all experts as one matrix each: A (E, r, in) as (E r, in), B (E, out, r)
-as (out, r E), or exchanged if it exchanges inputs and outputs (`form.turned`).
+as (out, r E), or exchanged if it exchanges inputs and outputs (`form.exchanges_sides`).
 """
 
 from __future__ import annotations
