@@ -26,7 +26,9 @@ from lorafold.ops.packed_documents import Documents
 CPU = torch.device("cpu")
 CASES = {
     "8 of 500": Documents((500,) * 8),
-    "a prefix of 400, then 8 of 100": Documents.forest((500,) * 8, (0, *[400] * 7), CPU),
+    "a prefix of 400, then 8 of 100": Documents.with_shared_prefixes(
+        (500,) * 8, (0, *[400] * 7), CPU
+    ),
     "4 of 200": Documents((200,) * 4),
     "1 of 2048": Documents((2048,)),
     "1 of 4096": Documents((4096,)),
@@ -68,8 +70,8 @@ def main() -> None:
             steps = [
                 partial(forms.document_attention, q, k, v, docs, scores),
                 partial(forms.document_attention_backward, g, q, k, v, docs, scores),
-                partial(tiles._attended, q, k, v, docs, scores),
-                partial(tiles._attended_backward, g, q, k, v, docs, scores),
+                partial(tiles._attend, q, k, v, docs, scores),
+                partial(tiles._attend_backward, g, q, k, v, docs, scores),
             ]
             check(steps)
             found = [[milliseconds(step) for step in steps] for _ in range(asked.rounds + 1)][1:]

@@ -27,7 +27,7 @@ from lorafold.memory.trace import MemorySetting
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_model
-from lorafold.models.sources import configuration
+from lorafold.models.sources import read_configuration
 from lorafold.ops.arithmetic import widens
 from lorafold.recipe.recipe import Recipe
 
@@ -166,7 +166,7 @@ def main() -> None:
     rows = []
     for row, name, setting in settings(parsed(parser, only="adalora").only):
         torch.manual_seed(0)
-        config = configuration(name) if name == "smollm2" else CONFIGS[name]
+        config = read_configuration(name) if name == "smollm2" else CONFIGS[name]
         estimated = estimate(config, setting).total
         measured = measure(
             lambda name=name, setting=setting: model(name, setting), setting, torch.device("cpu")

@@ -22,7 +22,7 @@ from lib.short import parsed
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
-from lorafold.models.checkpoint import build, open_checkpoint
+from lorafold.models.checkpoint import build_on_meta, open_checkpoint
 from lorafold.models.sources import resolve_model
 
 SHAPE = {
@@ -47,7 +47,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def synthetic(path: Path, gigabytes: float) -> Path:
     """A Llama of about that size, written a layer a shard."""
     one = LlamaConfig(**SHAPE, num_hidden_layers=1)
-    shapes = {name: tuple(p.shape) for name, p in build(one, False).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in build_on_meta(one, False).named_parameters()}
     layer = sum(
         2 * torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." in name
     )
@@ -84,7 +84,7 @@ def random_adapter(model: Path, path: Path, rank: int = 16) -> Path:
     """
     path.mkdir()
     tensors = {}
-    for name, p in build(AutoConfig.from_pretrained(model), False).named_parameters(
+    for name, p in build_on_meta(AutoConfig.from_pretrained(model), False).named_parameters(
         remove_duplicate=False
     ):
         if (module := name.removesuffix(".weight")).endswith(LINEARS):

@@ -220,10 +220,10 @@ def what_is_written_need_not_survive_a_power_cut() -> Iterator[None]:
 def each_form(request) -> Iterator[str]:
     """The form in which the operators of training are computed: in torch, or in C++."""
     from lorafold.kernels.registry import TRAINING, enable
-    from lorafold.ops.operators import plainly
+    from lorafold.ops.operators import plain_implementations
 
     if request.param == "plain":
-        with plainly():
+        with plain_implementations():
             yield request.param
     elif why := enable(TRAINING):
         pytest.skip(why)
@@ -238,8 +238,8 @@ def each_arithmetic(request, monkeypatch) -> Iterator[bool]:
     """
     from lorafold.ops import arithmetic
 
-    monkeypatch.setattr(arithmetic, "ROWS", 1)
-    with arithmetic.multiplying(widened=request.param):
+    monkeypatch.setattr(arithmetic, "MIN_ROWS", 1)
+    with arithmetic.override_widening(widened=request.param):
         yield request.param
 
 

@@ -10,16 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arithmetic_cases import IN, OPS, Products, T, W, X
-from lorafold.ops import arithmetic as module
 from lorafold.ops import cross_entropy
-from lorafold.ops.arithmetic import ROWS, arithmetic, linear, multiplying, widening_pays, widens
-from lorafold.ops.operators import plainly
+from lorafold.ops import matmul_dtype as module
+from lorafold.ops.arithmetic import (
+    MIN_ROWS,
+    is_fp32_faster,
+    linear,
+    matmul_dtype,
+    override_widening,
+    widens,
+)
+from lorafold.ops.operators import plain_implementations
 
 
 @pytest.fixture(autouse=True)
 def in_torch() -> Iterator[None]:
     """The products are those of the plain forms."""
-    with plainly():
+    with plain_implementations():
         yield
 
 
@@ -35,13 +42,13 @@ def run(op: str, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "SLAB", 16 * IN)  # three runs of W's rows
+    monkeypatch.setattr(cross_entropy, "SLAB_ELEMENTS", 16 * IN)  # three runs of W's rows
     # the last chunk is too short to be widened for its own sake
     monkeypatch.setattr(cross_entropy, "CHUNK", T - 10)
     truth = run(op, torch.float64)
     found = {}
     for widened, dtype in ((False, torch.bfloat16), (True, torch.float32)):
-        with multiplying(widened=widened), Products() as products:
+        with override_widening(widened=widened), Products() as products:
             found[widened] = run(op, torch.bfloat16)
         assert products.dtypes == {dtype}
     for own, wide, true in zip(found[False], found[True], truth, strict=True):
@@ -51,14 +58,14 @@ def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch)
         assert error < 0.01
 
 
-@multiplying(widened=True)
+@override_widening(widened=True)
 def test_only_16_bit_products_of_many_rows_are_widened() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert arithmetic(X.to(dtype)) is torch.float32
-    assert arithmetic(X.double()) is torch.float64
-    assert arithmetic(X[: ROWS - 1]) is torch.bfloat16
-    assert arithmetic(X.unflatten(0, (2, -1))) is torch.float32
-    assert arithmetic(X.to("meta")) is torch.bfloat16
+        assert matmul_dtype(X.to(dtype)) is torch.float32
+    assert matmul_dtype(X.double()) is torch.float64
+    assert matmul_dtype(X[: MIN_ROWS - 1]) is torch.bfloat16
+    assert matmul_dtype(X.unflatten(0, (2, -1))) is torch.float32
+    assert matmul_dtype(X.to("meta")) is torch.bfloat16
 
 
 # flags of /proc/cpuinfo, torch's two answers, and whether bf16 and fp16 are better widened
@@ -94,35 +101,35 @@ KINDS = {False: torch.bfloat16, True: torch.float32}
 
 @pytest.mark.parametrize("widened", KINDS)
 def test_it_holds_until_the_scope_ends(widened: bool) -> None:
-    own = widening_pays(torch.bfloat16)
-    with multiplying(widened=widened):
-        assert arithmetic(X) is KINDS[widened]
-        with multiplying(widened=not widened):
+    own = is_fp32_faster(torch.bfloat16)
+    with override_widening(widened=widened):
+        assert matmul_dtype(X) is KINDS[widened]
+        with override_widening(widened=not widened):
             assert widens(torch.bfloat16) is widens(torch.float16) is not widened
         assert widens(torch.bfloat16) is widened
     assert widens(torch.bfloat16) is own
-    with pytest.raises(ZeroDivisionError), multiplying(widened=not own):
+    with pytest.raises(ZeroDivisionError), override_widening(widened=not own):
         _ = 1 / 0
     assert widens(torch.bfloat16) is own
 
 
 def test_another_thread_decides_for_itself() -> None:
     found: list[bool] = []
-    with multiplying(widened=not widening_pays(torch.bfloat16)):
+    with override_widening(widened=not is_fp32_faster(torch.bfloat16)):
         thread = Thread(target=lambda: found.append(widens(torch.bfloat16)))
         thread.start()
         thread.join()
-    assert found == [widening_pays(torch.bfloat16)]
+    assert found == [is_fp32_faster(torch.bfloat16)]
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("widened", KINDS)
 def test_a_backward_multiplies_as_its_forward_did(op: str, widened: bool) -> None:
     given, call = OPS[op]
-    with plainly(), Products() as products:
-        with multiplying(widened=widened):
+    with plain_implementations(), Products() as products:
+        with override_widening(widened=widened):
             y = call(*(z.detach().clone().requires_grad_() for z in given))
-        with multiplying(widened=not widened):
+        with override_widening(widened=not widened):
             y.backward(torch.ones_like(y))
     assert products.dtypes == {KINDS[widened]}
 
@@ -136,7 +143,7 @@ def test_compiled_code_is_one_graph_for_every_scope() -> None:
 
     compiled = torch.compile(linear, backend=backend, fullgraph=True)
     for widened in KINDS:
-        with multiplying(widened=widened):
+        with override_widening(widened=widened):
             assert torch.equal(compiled(X, W), F.linear(X, W))
     (graph,) = graphs
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [

@@ -20,7 +20,7 @@ from lorafold.layers import layer_of, parameter_count
 from lorafold.layers.bitsandbytes import Quantized
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models import fingerprint
-from lorafold.models.loading import load_model, weights_of
+from lorafold.models.loading import load_model, unquantized_weights
 from lorafold.models.quantizations import STORAGES, Storage, choose_storage
 from lorafold.models.sources import resolve_model
 from lorafold.peft.adapter_directory import SavedAdapter
@@ -208,7 +208,7 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
     path = tiny_model_dir("llama-wide")
     source, plain = resolve_model(path), load_model(path, torch.float32)
     model = load_model(path, held("nf4"))
-    weights = weights_of(source, held("nf4"))
+    weights = unquantized_weights(source, held("nf4"))
     lf.attach(model, lf.LoRA()).save(tmp_path / "a", base=weights)
     assert fingerprint.differences(SavedAdapter.open(tmp_path / "a").record["base"], weights) == []
     lf.load(plain, tmp_path / "a")
@@ -219,7 +219,7 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
             layer.mlp.up_proj.weight.mul_(1.1)
     plain.save_pretrained(tmp_path / "other")
     other = load_model(tmp_path / "other", held("nf4"))
-    weights = weights_of(resolve_model(tmp_path / "other"), held("nf4"))
+    weights = unquantized_weights(resolve_model(tmp_path / "other"), held("nf4"))
     with pytest.raises(LorafoldError, match="the adapter was trained on another base"):
         lf.load(other, tmp_path / "a", base=weights)
 
@@ -229,9 +229,9 @@ def test_a_deep_base_is_known_by_what_is_not_packed(tiny_model_dir, tmp_path):
     config = load_model(tiny_model_dir("llama-wide"), torch.float32).config
     config.num_hidden_layers = 8
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "deep")
-    weights = weights_of(resolve_model(tmp_path / "deep"), held("nf4"))
+    weights = unquantized_weights(resolve_model(tmp_path / "deep"), held("nf4"))
     model = load_model(tmp_path / "deep", held("nf4"))
-    assert len(packed_paths(model)) > fingerprint.TENSORS
+    assert len(packed_paths(model)) > fingerprint.MAX_TENSORS
     lf.attach(model, lf.LoRA()).save(tmp_path / "a", base=weights)
     lf.load(load_model(tmp_path / "deep", held("nf4")), tmp_path / "a")
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "other")
@@ -277,7 +277,7 @@ def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path
 
 def test_loftq_starts_nearer_to_the_weights_that_were_packed(tiny_model_dir):
     path = tiny_model_dir("llama-wide")
-    weights = weights_of(resolve_model(path), held("nf4"))
+    weights = unquantized_weights(resolve_model(path), held("nf4"))
     plain, model = load_model(path, torch.float32), load_model(path, held("nf4"))
     spec = lf.LoRA(rank=4, init="loftq", dropout=0.0)
     with pytest.raises(LorafoldError, match="the weight before quantization is needed"):

@@ -22,15 +22,15 @@ from lorafold.ops.dropout import (
     EMPTY,
     MASKED,
     Dropped,
+    drop_elements,
     dropout,
-    dropped,
-    emptied,
     keep_scale,
     key_of,
     philox,
-    shared,
+    shared_dropout,
+    zero_dropped,
 )
-from lorafold.ops.operators import plainly
+from lorafold.ops.operators import plain_implementations
 from noise import moved
 
 SHARES = [0.0, 0.001, 0.05, 0.5, 0.9]
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("each_form")
 
 def drawn(x: Tensor, p: float, seed: int) -> Tensor:
     torch.manual_seed(seed)
-    return dropped(x, p)[1]
+    return drop_elements(x, p)[1]
 
 
 def mask(n: int, p: float, seed: int) -> Tensor:
@@ -123,13 +123,13 @@ def test_elements_of_a_call_are_independent() -> None:
 def test_nothing_is_drawn_where_nothing_can_be_dropped() -> None:
     before = torch.get_rng_state()
     for x, p in ((torch.empty(100), 0.0), (torch.empty(3, 0), 0.5)):
-        assert dropped(x, p)[1].numel() == 0
+        assert drop_elements(x, p)[1].numel() == 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def of_site(x: Tensor, p: float, site: DropoutSite) -> Tensor:
     """A boolean mask in x's shape, True where dropped."""
-    return emptied(torch.ones(x.shape), dropped(x, p, site)[1]) == 0
+    return zero_dropped(torch.ones(x.shape), drop_elements(x, p, site)[1]) == 0
 
 
 # Random123's known answers: counter, key, words
@@ -161,7 +161,7 @@ def test_each_half_of_the_words_decides_on_an_element() -> None:
     site = DropoutSite(0, torch.zeros(1).long(), 0)
     for number, half in enumerate(halves):
         for limit in (half, half + 1):
-            found = dropped(torch.empty(1, 8), limit / 65536, site)[1]
+            found = drop_elements(torch.empty(1, 8), limit / 65536, site)[1]
             assert (number in found.tolist()) is (half < limit)
 
 
@@ -172,9 +172,9 @@ def test_all_forms_draw_the_same(shape: tuple[int, ...], p: float, each_form: st
     generator = torch.Generator().manual_seed(11)
     names = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
     site = DropoutSite(2**62 + 12345, names, 2**32 - 7)
-    found = dropped(x, p, site)[1]
-    with plainly():
-        assert torch.equal(found, dropped(x, p, site)[1])
+    found = drop_elements(x, p, site)[1]
+    with plain_implementations():
+        assert torch.equal(found, drop_elements(x, p, site)[1])
     assert found.dtype is torch.int32
     mask: Tensor = MASKED(x, p, names, site.key, site.number)[1]  # as on an accelerator
     assert torch.equal(mask.flatten().nonzero()[:, 0], found)
@@ -245,9 +245,9 @@ def test_a_step_of_a_model_drops_what_its_names_say() -> None:
 def test_follows_the_default_generator() -> None:
     x = torch.empty(1000, dtype=torch.bfloat16)
     torch.manual_seed(3)
-    first, second = dropped(x, 0.5)[1], dropped(x, 0.5)[1]
+    first, second = drop_elements(x, 0.5)[1], drop_elements(x, 0.5)[1]
     torch.manual_seed(3)
-    assert torch.equal(dropped(x, 0.5)[1], first)
+    assert torch.equal(drop_elements(x, 0.5)[1], first)
     assert not torch.equal(first, second)
 
 
@@ -257,7 +257,7 @@ def test_checkpoint_replays_the_places(form: str) -> None:
         if form == "dropout":
             return dropout(x, 0.5).square().sum()
         # x is the same tensor when it is replayed
-        return (x * shared(x, 0.5, 0).x).sum() + (x * shared(x, 0.5, 1).x).sum()
+        return (x * shared_dropout(x, 0.5, 0).x).sum() + (x * shared_dropout(x, 0.5, 1).x).sum()
 
     def gradient(checkpointed: bool) -> Tensor:
         x = torch.linspace(-1, 1, 512).requires_grad_()
@@ -275,7 +275,8 @@ def test_elements_are_zero_or_scaled(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     y = dropout(x, 0.25)
     torch.manual_seed(1)
-    kept = torch.ones(2000, dtype=dtype).index_fill_(0, dropped(x, 0.25)[1].long(), 0).view(40, 50)
+    places = drop_elements(x, 0.25)[1].long()
+    kept = torch.ones(2000, dtype=dtype).index_fill_(0, places, 0).view(40, 50)
     assert y.dtype is dtype
     assert torch.equal(y, x * kept * (1 / 0.75))
 
@@ -301,7 +302,7 @@ def test_emptied_copies_and_empty_does_not(form: str) -> None:
     before = x.clone()
     # places count in x's order, whatever its layout
     for given in (x, x.transpose(0, 2).contiguous().transpose(0, 2)):
-        assert torch.equal(emptied(given, where).flatten(), expected)
+        assert torch.equal(zero_dropped(given, where).flatten(), expected)
     assert torch.equal(x, before)
     rows = x.flatten(0, 1)
     EMPTY(rows, where)
@@ -325,7 +326,8 @@ def test_compiled_code_takes_a_mask() -> None:
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
 def test_refuses_what_is_no_probability(p: float) -> None:
     x = torch.empty(3)
-    for call, *given in ((dropped, x, p), (dropout, x, p), (shared, x, p, 0), (keep_scale, p)):
+    calls = (drop_elements, x, p), (dropout, x, p), (shared_dropout, x, p, 0), (keep_scale, p)
+    for call, *given in calls:
         with pytest.raises(ValueError, match="expected 0 or more and below 1"):
             call(*given)
 
@@ -337,43 +339,43 @@ def same(a: Dropped, b: Dropped) -> bool:
 def test_readers_of_a_tensor_share_a_draw() -> None:
     x = torch.randn(50, 20, requires_grad=True)
     torch.manual_seed(0)
-    q, k, v = (shared(x, 0.5, reader) for reader in (1, 2, 3))
+    q, k, v = (shared_dropout(x, 0.5, reader) for reader in (1, 2, 3))
     assert same(q, k)
     assert same(q, v)
-    assert torch.equal(q.x, emptied(x.detach(), q.where))
+    assert torch.equal(q.x, zero_dropped(x.detach(), q.where))
     assert not q.x.requires_grad
     after = torch.get_rng_state()
     torch.manual_seed(0)
-    assert torch.equal(dropped(x, 0.5)[1], q.where)
+    assert torch.equal(drop_elements(x, 0.5)[1], q.where)
     assert torch.equal(torch.get_rng_state(), after)  # that was the one draw there was
 
 
 def test_a_reader_never_gets_the_same_places_twice() -> None:
     x = torch.randn(50, 20)
-    first, other = shared(x, 0.5, 1), shared(x, 0.5, 2)
-    again = shared(x, 0.5, 1)
+    first, other = shared_dropout(x, 0.5, 1), shared_dropout(x, 0.5, 2)
+    again = shared_dropout(x, 0.5, 1)
     assert same(first, other)
     assert not torch.equal(again.where, first.where)
-    assert same(shared(x, 0.5, 2), again)
+    assert same(shared_dropout(x, 0.5, 2), again)
 
 
 @pytest.mark.parametrize("change", ["value", "probability", "tensor"])
 def test_another_input_gets_another_draw(change: str) -> None:
     x = torch.randn(50, 20)
-    first = shared(x, 0.5, 1)
+    first = shared_dropout(x, 0.5, 1)
     if change == "value":
         x += 1
     given = x.clone() if change == "tensor" else x
-    found = shared(given, 0.4 if change == "probability" else 0.5, 2)
+    found = shared_dropout(given, 0.4 if change == "probability" else 0.5, 2)
     assert not torch.equal(found.where, first.where)
-    assert torch.equal(found.x, emptied(x, found.where))
+    assert torch.equal(found.x, zero_dropped(x, found.where))
 
 
 def test_segments_that_are_replayed_apart_draw_apart() -> None:
     """As the cross-attentions of a decoder's blocks do, which all read one encoder's output."""
 
     def of(reader: int) -> Callable[[Tensor], Tensor]:
-        return lambda x: reader * (x * shared(x, 0.5, reader).x).sum()
+        return lambda x: reader * (x * shared_dropout(x, 0.5, reader).x).sum()
 
     def gradient(checkpointed: bool) -> Tensor:
         x = torch.linspace(-1, 1, 512).requires_grad_()
@@ -386,9 +388,9 @@ def test_segments_that_are_replayed_apart_draw_apart() -> None:
 
     assert torch.equal(gradient(True), gradient(False))
     x = torch.randn(50, 20)
-    first = shared(x, 0.5, 1)
+    first = shared_dropout(x, 0.5, 1)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        second, third = shared(x, 0.5, 2), shared(x, 0.5, 3)
+        second, third = shared_dropout(x, 0.5, 2), shared_dropout(x, 0.5, 3)
     assert same(second, third)
     assert not same(first, second)
 
@@ -397,7 +399,7 @@ def test_inference_tensors_are_drawn_for_anew() -> None:
     """They do not tell whether they were changed."""
     with torch.inference_mode():
         x = torch.randn(50, 20)
-        first, second = shared(x, 0.5, 1), shared(x, 0.5, 2)
+        first, second = shared_dropout(x, 0.5, 1), shared_dropout(x, 0.5, 2)
     assert not torch.equal(first.where, second.where)
 
 

@@ -25,8 +25,14 @@ from lorafold.core.targets import all_linear, block_linears
 from lorafold.layers import is_linear, layer_of, parameter_count
 from lorafold.layers.bitsandbytes import import_bitsandbytes
 from lorafold.models.quantize_on_load import set_model_dtype
-from lorafold.ops import grouped as ops
-from lorafold.ops.grouped import FrozenMatrices, Groups, frozen_product, grouped, low_rank_product
+from lorafold.ops import sort_into_groups as ops
+from lorafold.ops.grouped import (
+    FrozenMatrices,
+    Groups,
+    frozen_product,
+    low_rank_product,
+    sort_into_groups,
+)
 from lorafold.runtime.assumed_device import DeviceKind, assume_device
 from lorafold.training_step.fused_modules import fused
 from mixtures import CONFIGS, FORMS, MLA, SHAPE, mixture
@@ -172,7 +178,7 @@ def test_an_adapter_lies_over_another() -> None:
 
 def groups_of(number: int, rows: int) -> Groups:
     of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(3))
-    return grouped(of[of != 1], number)[0]  # the second and the last have no rows
+    return sort_into_groups(of[of != 1], number)[0]  # the second and the last have no rows
 
 
 @pytest.mark.parametrize("place", ["cpu", "h100"])
@@ -180,7 +186,7 @@ def groups_of(number: int, rows: int) -> Groups:
 def test_groups_are_sorted_and_filled_up(rows: int, number: int, place: str) -> None:
     of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(4))
     with assume_device(H100) if place == "h100" else nullcontext():
-        groups, taken, places = grouped(of, number)
+        groups, taken, places = sort_into_groups(of, number)
     step = groups.step
     assert step == 2 ** max(0, (rows // (4 * number)).bit_length() - 1)
     filled = [-(-n // step) * step for n in torch.bincount(of, minlength=number).tolist()]
@@ -199,7 +205,7 @@ def test_groups_are_sorted_and_filled_up(rows: int, number: int, place: str) -> 
     assert sum(groups.sizes) == (-(-rows // step) + number) * step
     for other in (A100, DeviceKind("cuda", (12, 0))):  # for which torch has no such kernel
         with assume_device(other):
-            assert grouped(of, number)[0].ends is None
+            assert sort_into_groups(of, number)[0].ends is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -245,11 +251,11 @@ def test_products_of_all_groups_at_once_are_as_exact() -> None:
     w, down, up = (torch.randn(5, *s) * s[1] ** -0.5 for s in sides)
     w = w.bfloat16()
     with assume_device(H100):
-        together = grouped(of, 5)
+        together = sort_into_groups(of, 5)
     found = {}
     for name, (groups, taken, places), dtype in (
         ("exact", together, torch.float64), ("at once", together, torch.bfloat16),
-        ("one by one", grouped(of, 5), torch.bfloat16),
+        ("one by one", sort_into_groups(of, 5), torch.bfloat16),
     ):  # fmt: skip
         frozen = FrozenMatrices(lambda e, d: w[e].to(d), w.to, groups)
         rows = torch.randn(60, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -396,9 +402,9 @@ def adapted(name: str) -> tuple[Any, lf.Adapter]:
 def test_only_the_chosen_experts_of_a_token_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama 4's own forward multiplies each of the 24 tokens by all 4 experts, here by 2."""
     seen: list[int] = []
-    plain = grouped
+    plain = sort_into_groups
     monkeypatch.setattr(
-        "lorafold.layers.experts.grouped",
+        "lorafold.layers.experts.sort_into_groups",
         lambda of, number: seen.append(len(of)) or plain(of, number),
     )
     model, _ = adapted("llama4")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import reference_ops as reference
-from lorafold.ops.dropout import Dropped, dropped, emptied
+from lorafold.ops.dropout import Dropped, drop_elements, zero_dropped
 from lorafold.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 from lorafold.ops.frozen import low_rank_linear
 
@@ -197,8 +197,8 @@ def places(shape: Sequence[int], form: str) -> Tensor | None:
     if form == "none":
         return None
     torch.manual_seed(1)
-    where = dropped(torch.empty(*shape), P)[1]
-    return emptied(torch.ones(*shape), where) == 0 if form == "mask" else where
+    where = drop_elements(torch.empty(*shape), P)[1]
+    return zero_dropped(torch.ones(*shape), where) == 0 if form == "mask" else where
 
 
 def fast_and_spec(where: Tensor | None, w_dtype: torch.dtype | None = None) -> tuple[Op, Op]:
@@ -209,11 +209,11 @@ def fast_and_spec(where: Tensor | None, w_dtype: torch.dtype | None = None) -> t
     def fast(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         drop = None
         if where is not None:
-            drop = Dropped(emptied(x.detach(), where), where, k, 0, None, set())
+            drop = Dropped(zero_dropped(x.detach(), where), where, k, 0, None, set())
         return low_rank_linear(x, lambda dtype: w.to(dtype), down, up, drop, 1.0)
 
     def spec(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        keep = None if where is None else emptied(torch.ones(x.shape, dtype=x.dtype), where)
+        keep = None if where is None else zero_dropped(torch.ones(x.shape, dtype=x.dtype), where)
         return reference.low_rank_linear(x, w.to(x.dtype), down, up, keep, k)
 
     return fast, spec

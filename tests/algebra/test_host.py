@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorafold.ops.host_tensors import on_host, picked, plus, rows_at, sent
+from lorafold.ops.host_tensors import add_int, on_host, rows_at, select_rows, send
 
 META = torch.device("meta")
 
@@ -12,16 +12,16 @@ META = torch.device("meta")
 def test_what_was_sent_is_known_without_asking(inference: bool) -> None:
     with torch.inference_mode(inference):
         x = torch.arange(6).view(2, 3)
-        found = sent(x, META)
+        found = send(x, META)
         assert found.device == META
         assert on_host(found) is x
-        assert torch.equal(on_host(plus(found, 5)), x + 5)
-    assert sent(x, torch.device("cpu")) is x
+        assert torch.equal(on_host(add_int(found, 5)), x + 5)
+    assert send(x, torch.device("cpu")) is x
     assert on_host(x) is x
 
 
 def test_what_has_changed_since_is_asked_for() -> None:
-    found = sent(torch.arange(4), META)
+    found = send(torch.arange(4), META)
     found.add_(1)
     with pytest.raises(NotImplementedError, match="meta"):
         on_host(found)
@@ -31,7 +31,7 @@ def test_what_has_changed_since_is_asked_for() -> None:
 
 def test_a_graph_keeps_nothing_beside_a_tensor() -> None:
     def shifted(x: torch.Tensor) -> torch.Tensor:
-        return plus(sent(x, META), 5)
+        return add_int(send(x, META), 5)
 
     found = torch.compile(shifted, backend="eager", fullgraph=True)(torch.arange(4))
     assert (found.device, found.shape) == (META, (4,))
@@ -41,9 +41,9 @@ def test_a_graph_keeps_nothing_beside_a_tensor() -> None:
 
 def test_rows() -> None:
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    assert picked(x, range(5)) is x
-    assert torch.equal(picked(x, [3, 0]), x[[3, 0]])
-    assert torch.equal(picked(x, []), x[:0])
+    assert select_rows(x, range(5)) is x
+    assert torch.equal(select_rows(x, [3, 0]), x[[3, 0]])
+    assert torch.equal(select_rows(x, []), x[:0])
     at = torch.tensor([0, 2, 4])
     assert torch.equal(rows_at(x, at), x[at])
     assert torch.autograd.gradcheck(lambda x: rows_at(x, at), (x,))

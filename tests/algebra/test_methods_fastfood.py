@@ -11,7 +11,7 @@ import lorafold as lf
 from lorafold.core.delta import SETTINGS
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec
-from lorafold.ops.walsh import halves, walsh
+from lorafold.ops.walsh import hadamard_factors, walsh
 from noise import moved
 
 
@@ -24,8 +24,8 @@ def hadamard(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("n", [1, 2, 8, 64, 128])
 def test_the_transform_is_its_definition_and_its_own_inverse(n: int) -> None:
     x = torch.randn(3, 2, n)
-    assert torch.allclose(walsh(x, *halves(n)), x @ hadamard(n), atol=1e-5)
-    assert torch.allclose(walsh(walsh(x, *halves(n)), *halves(n)), x, atol=1e-5)
+    assert torch.allclose(walsh(x, *hadamard_factors(n)), x @ hadamard(n), atol=1e-5)
+    assert torch.allclose(walsh(walsh(x, *hadamard_factors(n)), *hadamard_factors(n)), x, atol=1e-5)
 
 
 def adapted(dimension: int) -> tuple[nn.Sequential, lf.Adapter]:

@@ -11,9 +11,9 @@ import lorafold as lf
 from lorafold.core.rounding import scatter_added
 from lorafold.layers import layer_of
 from lorafold.ops.attention import document_attention
-from lorafold.ops.checkpoint_segments import once
+from lorafold.ops.checkpoint_segments import computed_once
 from lorafold.ops.frozen import FEW, product_at, scaled_matrix, scaled_product, sparse_linear
-from lorafold.ops.packed_documents import Documents, prefixed
+from lorafold.ops.packed_documents import Documents, with_prefix_keys
 from noise import moved
 
 
@@ -139,8 +139,8 @@ def test_what_is_computed_once_may_be_replayed_and_follows_its_input() -> None:
     # a value without a graph is none for a run that needs one
     a = torch.randn(24, requires_grad=True)
     with torch.no_grad():
-        once(x, (a,), lambda: x * 2)
-    assert once(x, (a,), lambda: x * 2).requires_grad
+        computed_once(x, (a,), lambda: x * 2)
+    assert computed_once(x, (a,), lambda: x * 2).requires_grad
 
 
 @pytest.mark.parametrize("rank", [2, 9])
@@ -172,9 +172,9 @@ def test_documents_behind_tokens_in_front(batch: int, shared: bool) -> None:
     n, cpu = 3, torch.device("cpu")
     docs = Documents((4, 6, 1, 9))
     if shared:
-        docs = Documents.forest([7, 9, 6], [0, 4, 0], cpu)
+        docs = Documents.with_shared_prefixes([7, 9, 6], [0, 4, 0], cpu)
     tokens = sum(docs.own)
-    fronted = prefixed(docs, n, batch, cpu)
+    fronted = with_prefix_keys(docs, n, batch, cpu)
     mask = docs.dense(batch, cpu)
     seen = fronted.dense(batch, cpu)
     assert seen.shape == (batch, 1, tokens // batch, n + tokens // batch)

@@ -29,7 +29,7 @@ from architectures import (
     near,
     run,
 )
-from lorafold.adapter.coverage import strays, unreached
+from lorafold.adapter.coverage import encoder_targets_note, unreached
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.expert_matrices import Matrices
 from lorafold.core.targets import PRESETS
@@ -93,7 +93,7 @@ def test_the_tower_is_adapted_on_request(name: str, tmp_path: Path) -> None:
     adapter = moved(model, targets=preset)
     assert set(adapter.sites) <= linears
     assert len(adapter.sites) >= 8
-    assert strays(model, adapter.matches) is None
+    assert encoder_targets_note(model, adapter.matches) is None
     with torch.no_grad():
         y = run(model, inputs)
         adapter.save(tmp_path / "tower")
@@ -134,7 +134,7 @@ def test_a_name_matches_in_the_tower_too_and_one_line_says_so() -> None:
     adapter = lf.attach(model, lf.LoRA(rank=2), ["q_proj", "v_proj"])
     assert set(adapter.sites) == set(theirs.base_model.targeted_module_names)
     assert "  q_proj: 4 modules, 2 of them in an encoder\n" in repr(adapter)
-    told = strays(model, adapter.matches)
+    told = encoder_targets_note(model, adapter.matches)
     assert told is not None
     assert told.startswith(
         "targets in the vision encoder: 2 of the 4 modules of q_proj, 2 of the 4 modules of v_proj;"
@@ -143,11 +143,11 @@ def test_a_name_matches_in_the_tower_too_and_one_line_says_so() -> None:
     adapter.detach()
     again = lf.attach(model, lf.LoRA(rank=2), only)
     assert len(again.sites) == 4
-    assert strays(model, again.matches) is None
+    assert encoder_targets_note(model, again.matches) is None
     again.detach()
     for meant in (r".*vision_tower.*\.q_proj", ["model.vision_tower.encoder.layers.0.mlp.fc1"]):
         adapter = lf.attach(model, lf.LoRA(rank=2), meant)
-        assert strays(model, adapter.matches) is None
+        assert encoder_targets_note(model, adapter.matches) is None
         adapter.detach()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.contexts import unchanged
-from lorafold.ops.arithmetic import _copies, narrowed
+from lorafold.ops.arithmetic import _copies, scaled_as
 from shadow import Device, Shadow
 
 FORM = 0.3, torch.bfloat16
@@ -24,17 +24,17 @@ def test_a_step_has_the_factors_of_that_step_and_makes_them_together() -> None:
         for step in range(3):
             with unchanged(), device.counting() as found:
                 for x in factors:
-                    assert torch.equal(narrowed(x, *FORM).host, expected(x))
-                    assert narrowed(x, *FORM) is narrowed(x, *FORM)
+                    assert torch.equal(scaled_as(x, *FORM).host, expected(x))
+                    assert scaled_as(x, *FORM) is scaled_as(x, *FORM)
             assert found.launches.total() == (len(factors) if step == 0 else 2)
             for x in factors:
                 x.data.mul_(1.5)
-                assert torch.equal(narrowed(x, *FORM).host, expected(x))  # outside of a step
+                assert torch.equal(scaled_as(x, *FORM).host, expected(x))  # outside of a step
         with unchanged():  # what is asked for no longer is not made again
-            narrowed(factors[0], *FORM)
+            scaled_as(factors[0], *FORM)
         with unchanged(), device.counting() as found:
-            narrowed(factors[1], *FORM)
-            assert narrowed(factors[0], *FORM) is narrowed(factors[0], *FORM)
+            scaled_as(factors[1], *FORM)
+            assert scaled_as(factors[0], *FORM) is scaled_as(factors[0], *FORM)
         assert found.launches.total() <= 3
 
 
@@ -48,7 +48,7 @@ class Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        ctx.seen.append(narrowed(ctx.factor, *FORM))
+        ctx.seen.append(scaled_as(ctx.factor, *FORM))
         return g.expand(4), None, None
 
 
@@ -57,7 +57,7 @@ def test_a_backward_reads_what_its_forward_made_and_nothing_older() -> None:
         factor, seen = nn.Parameter(Shadow(torch.randn(4))), list[Tensor]()
         x = Shadow(torch.ones(4)).requires_grad_()
         with unchanged():
-            made = narrowed(factor, *FORM)
+            made = scaled_as(factor, *FORM)
             losses = [Replayed.apply(x, factor, seen) for _ in range(2)]
             contextvars.Context().run(losses[0].backward)  # a thread of autograd has no scope
         assert seen[0] is made
@@ -73,8 +73,8 @@ def test_copies_end_with_their_factors() -> None:
             factor = nn.Parameter(Shadow(torch.randn(4)))
             for _ in range(2):
                 with unchanged():
-                    copies.append(weakref.ref(narrowed(factor, *FORM)))
-                    narrowed(factor * 2, *FORM)  # what a method computes from it is not kept
+                    copies.append(weakref.ref(scaled_as(factor, *FORM)))
+                    scaled_as(factor * 2, *FORM)  # what a method computes from it is not kept
             del factor
         assert [ref() for ref in copies] == [None] * 6
         assert not _copies

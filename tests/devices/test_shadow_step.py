@@ -121,7 +121,7 @@ def test_a_mask_drawn_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         where = torch.rand(x.shape) < p
         return x.masked_fill(where, 0), where
 
-    monkeypatch.setattr(dropout, "dropped", dropped)
+    monkeypatch.setattr(dropout, "drop_elements", dropped)
     with pytest.raises(RuntimeError, match="same device"):
         case(0.1).on(True)
 
@@ -131,7 +131,7 @@ def test_a_generator_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         where = torch.rand(x.shape, device=x.device, generator=torch.Generator()) < p
         return x.masked_fill(where, 0), where
 
-    monkeypatch.setattr(dropout, "dropped", dropped)
+    monkeypatch.setattr(dropout, "drop_elements", dropped)
     with pytest.raises(RuntimeError, match="device type for generator"):
         case(0.1).on(True)
 

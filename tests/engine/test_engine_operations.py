@@ -23,10 +23,10 @@ from lorafold.engine.operations import (
 )
 from lorafold.files.cache import entries
 from lorafold.kernels.registry import DECODING, IMPLEMENTATIONS, _load, enable
-from lorafold.ops.arithmetic import FEW, multiplying
+from lorafold.ops.arithmetic import FEW, override_widening
 from lorafold.ops.decoding import STORED, SlotFactors
 from lorafold.ops.elementwise import ACTIVATIONS
-from lorafold.ops.operators import Operation, plainly
+from lorafold.ops.operators import Operation, plain_implementations
 
 T = torch.Tensor
 DTYPES = [torch.float32, torch.bfloat16]
@@ -260,7 +260,7 @@ def test_a_new_form_is_a_class_and_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     assert enable((of,), "cuda") == "" == enable((of,))
     assert of(one) == of.on("cpu")(one) == 2
     assert of(one[None]) == of.on("cuda")(one) == 2.5
-    with plainly():
+    with plain_implementations():
         assert of(one) == 2.5
 
 
@@ -286,7 +286,7 @@ def test_a_kernel_that_never_settles_has_the_last_number() -> None:
 @pytest.mark.parametrize("widened", [False, True])
 def test_products_of_this_processor_keep_their_bits_from_there_on(widened: bool) -> None:
     shapes = [(96, 576), (576, 96)]
-    with multiplying(widened=widened, rows=1):
+    with override_widening(widened=widened, rows=1):
         least = min_matmul_rows(shapes, torch.bfloat16)
     assert 1 <= least <= NUM_ROWS[-1]
     for out, inn in shapes if least <= FEW else ():

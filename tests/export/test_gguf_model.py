@@ -39,7 +39,7 @@ from lorafold.exporting.proof import (
     swap_close_experts,
 )
 from lorafold.merging import merged_tensors
-from lorafold.models.gguf_tokenizers import PREFERRED, WHOLE_WORDS, rule_of
+from lorafold.models.gguf_tokenizers import PREFERRED_NAMES, WHOLE_WORDS, pre_tokenizer_of
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import load_tokenizer
 from serving_cases import running
@@ -220,10 +220,10 @@ def test_rows_that_are_no_whole_blocks_are_f16():
     assert tensor_type("blk.0.ffn_gate_inp.weight", (4, 64), "Q4_0", True) == "F32"
 
 
-@pytest.mark.parametrize("name", PREFERRED)
+@pytest.mark.parametrize("name", PREFERRED_NAMES)
 def test_a_rule_of_splitting_is_found_by_what_it_does(name):
     backend = make_tokenizer().backend_tokenizer
-    backend.pre_tokenizer = rule_of(name)
+    backend.pre_tokenizer = pre_tokenizer_of(name)
     assert pre_tokenizer_name(backend, name in WHOLE_WORDS) == name
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lorafold.cli.other_commands import this_command
 from lorafold.models.quantizations import Storage
-from lorafold.ops.arithmetic import multiplying
+from lorafold.ops.arithmetic import override_widening
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.quickstart import run as module
 from lorafold.quickstart.run import RECIPE, QuickstartResult, describe_hardware, fastest, quickstart
@@ -44,7 +44,7 @@ def test_the_faster_one_is_taken_and_said(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    with multiplying(widened=widened):
+    with override_widening(widened=widened):
         assert fastest(CPU) == (dtype, None, why)
 
 
@@ -58,7 +58,7 @@ def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "RECIPE", RECIPE.model_copy(update={"steps": 1, "batch": 1}))
     monkeypatch.setattr(module, "TEST_ROWS", 1)
     console = Console(file=io.StringIO(), width=400)
-    with multiplying(widened=False):
+    with override_widening(widened=False):
         found = quickstart(tmp_path / "out", console, device="cpu")
     assert found.base == "bf16"
     assert SavedAdapter.open(found.adapter).record["recipe"]["storage"] == "bf16"

@@ -12,7 +12,7 @@ from torch import nn
 
 import lorafold as lf
 from engine_cases import METHODS, save_adapters
-from lorafold.adapter.attaching import read
+from lorafold.adapter.attaching import read_adapter
 from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import SETTINGS
 from lorafold.core.shared_tensors import skip_init
@@ -35,7 +35,7 @@ def paths(model, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_read_is_what_is_loaded_and_the_model_stays_as_it_is(model, paths, method) -> None:
     trainable = [p.requires_grad for p in model.parameters()]
-    deltas = {at: one for at, (one,) in read(model, paths[method]).parts.items()}
+    deltas = {at: one for at, (one,) in read_adapter(model, paths[method]).parts.items()}
     assert not [*adapted_modules(model)]
     assert [p.requires_grad for p in model.parameters()] == trainable
     adapter = lf.load(model, paths[method])
@@ -55,9 +55,9 @@ def test_files_that_change_after_they_were_read_change_nothing(model, paths, tmp
     weights = where / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:100])
     assert contents.named == before == Contents(paths["lora"], FILES).named
-    assert read(model, contents).parts
+    assert read_adapter(model, contents).parts
     with pytest.raises(LorafoldError, match=f"{WEIGHTS}: 100 bytes, expected"):
-        read(model, where)
+        read_adapter(model, where)
     assert Contents(where, FILES).named != before
 
 

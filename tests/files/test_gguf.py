@@ -20,7 +20,7 @@ from lorafold.errors import LorafoldError
 from lorafold.identity import of_model
 from lorafold.models.gguf_tokenizers import AS_GPT2, EACH_DIGIT, GPT2, RULES
 from lorafold.models.loading import load_model
-from lorafold.models.sources import configuration, resolve_model
+from lorafold.models.sources import read_configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
 
 LOST = "blk.1.ffn_up.weight"
@@ -78,7 +78,7 @@ def test_a_split_model_is_read_whole_by_any_of_its_files(split, tiny):
     text = "Book a table  for 4"
     assert load_tokenizer(sources[0])(text) == load_tokenizer(whole)(text)
     # the output matrix, which says that the head is not tied, is in another file than the metadata
-    shown = [configuration(str(given)).to_dict() for given in (*split, split[0].parent)]
+    shown = [read_configuration(str(given)).to_dict() for given in (*split, split[0].parent)]
     for one in shown:
         del one["_name_or_path"]
     assert all(one == shown[0] for one in shown)
@@ -99,7 +99,7 @@ def test_every_file_of_a_split_model_is_part_of_what_it_is(split):
 def test_a_file_of_a_split_model_that_is_not_there_is_named(split):
     split[1].rename(split[1].with_name("elsewhere"))
     for given in (split[0], split[2], split[0].parent):
-        for read in (resolve_model, lambda name: configuration(str(name))):
+        for read in (resolve_model, lambda name: read_configuration(str(name))):
             with pytest.raises(LorafoldError, match=r"missing: tiny-00002-of-00003"):
                 read(given)
     alone = split[0].rename(split[0].with_name("model.gguf"))
@@ -266,7 +266,7 @@ def test_the_only_gguf_model_of_a_repository_is_read(per_file: int, on_hub, tiny
     first = min((on_hub / "Q8_0").glob("*.gguf"))
     assert found.name == "owner/name"
     assert found.path == resolve_model(first).path
-    shown = [configuration(name).to_dict() for name in ("owner/name", str(first))]
+    shown = [read_configuration(name).to_dict() for name in ("owner/name", str(first))]
     assert [one.pop("_name_or_path") is not None for one in shown] == [True, True]
     assert shown[0] == shown[1]
 
@@ -274,7 +274,7 @@ def test_the_only_gguf_model_of_a_repository_is_read(per_file: int, on_hub, tiny
 def test_the_gguf_models_of_a_repository_are_named(on_hub, tiny_model_dir):
     for name in ("a.gguf", "Q8_0/b.gguf"):
         write_gguf(tiny_model_dir("llama"), on_hub / name)
-    for read in (resolve_model, configuration):
+    for read in (resolve_model, read_configuration):
         assert refusal(read, "owner/name") == (
             "model owner/name: found 2 GGUF models in the repository; pass the path of one"
             " as --model (hf download owner/name FILE prints the path): Q8_0/b.gguf, a.gguf"

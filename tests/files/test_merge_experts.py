@@ -27,10 +27,10 @@ from lorafold.merging.plan import plan_merge
 from lorafold.merging.run import Merged
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.fingerprint import of_model
-from lorafold.models.loading import load_model, weights_of
+from lorafold.models.loading import load_model, unquantized_weights
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
-from lorafold.models.weight_conversion import Conversion, OnDemand, SourceTensor
+from lorafold.models.weight_conversion import Conversion, LazyTensor, SourceTensor
 from lorafold.models.weights import read_container, write_container
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
@@ -84,7 +84,7 @@ def adapted(base: Path, out: Path, storage=torch.float32, spec=None, size: float
     quantization = getattr(storage, "quantization", None)
     recipe = Recipe(storage=quantization or "auto").model_dump(mode="json")
     record = {"recipe": recipe} if quantization else None
-    weights = weights_of(resolve_model(base), storage) if quantization else None
+    weights = unquantized_weights(resolve_model(base), storage) if quantization else None
     adapter.save(out, base=weights, record=record)
     return model, adapter
 
@@ -266,7 +266,7 @@ def test_the_fingerprint_of_files_is_that_of_the_loaded_model(kind, moe) -> None
 @pytest.mark.parametrize("kind", CONVERTED)
 def test_the_original_weights_have_the_model_s_names(kind, moe) -> None:
     base = moe(kind, size="60KB")
-    weights = weights_of(resolve_model(base), Storage(torch.float32, "nf4"))
+    weights = unquantized_weights(resolve_model(base), Storage(torch.float32, "nf4"))
     loaded = fresh_model(base).state_dict()
     assert weights is not None
     assert set(weights.names) <= loaded.keys()
@@ -279,7 +279,7 @@ def test_the_original_weights_have_the_model_s_names(kind, moe) -> None:
         assert torch.equal(weights.elements(name, where), loaded[name][where.unbind(1)])
 
 
-def on_demand(base: Path) -> Iterator[tuple[str, OnDemand, torch.Tensor]]:
+def on_demand(base: Path) -> Iterator[tuple[str, LazyTensor, torch.Tensor]]:
     """Each converted parameter, and its values as transformers loads them."""
     mapped = mapped_model_of(resolve_model(base))
     loaded = fresh_model(base).state_dict()
@@ -292,12 +292,12 @@ def test_a_converted_parameter_is_as_transformers_loads_it(kind, moe) -> None:
     found = 0
     for name, parameter, values in on_demand(moe(kind)):
         found += 1
-        assert isinstance(parameter, OnDemand)
+        assert isinstance(parameter, LazyTensor)
         assert isinstance(parameter, torch.nn.Parameter)
         assert parameter.dtype == values.dtype
         assert torch.equal(parameter, values), name
         assert torch.equal(parameter.mT + 1, values.mT + 1)
-        assert isinstance(parameter.mT, OnDemand)
+        assert isinstance(parameter.mT, LazyTensor)
         assert parameter.to("meta").shape == values.shape
         assert torch.equal(parameter[1], values[1])
         where = torch.stack([torch.randint(n, (64,)) for n in values.shape])

@@ -24,7 +24,7 @@ from lorafold.errors import LorafoldError
 from lorafold.identity import of_model
 from lorafold.layers import layer_of
 from lorafold.layers.bitsandbytes import Quantized
-from lorafold.models.loading import load_model, weights_of
+from lorafold.models.loading import load_model, unquantized_weights
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
 from lorafold.recipe.recipe import Recipe
@@ -48,7 +48,7 @@ def trained(base, path, kind="nf4", method="lora"):
     for p in adapter.parameters():
         scales = method in ("dora", "ia3") and p.dim() == 1
         nn.init.normal_(p, mean=float(scales), std=0.05)
-    weights = weights_of(resolve_model(base), storage)
+    weights = unquantized_weights(resolve_model(base), storage)
     record = {"recipe": Recipe(storage=kind).model_dump(mode="json")}
     adapter.save(path, base=weights, record=record)
     return model(IDS).logits.detach()
@@ -113,7 +113,8 @@ def test_a_small_update_survives_in_the_dequantized_base(tiny_model_dir, tmp_pat
     adapter = lf.attach(model, METHODS["lora"])
     for p in adapter.parameters():
         nn.init.normal_(p, std=2e-3)
-    weights, record = weights_of(resolve_model(base), stored), {"recipe": {"storage": "nf4"}}
+    weights = unquantized_weights(resolve_model(base), stored)
+    record = {"recipe": {"storage": "nf4"}}
     adapter.save(tmp_path / "a", base=weights, record=record)
     auto, nearest = (
         merge(base, [tmp_path / "a"], tmp_path / how, rounding=how, certificate=False)
@@ -162,7 +163,7 @@ def test_an_adapter_that_was_attached_by_hand_is_merged_into_what_it_was_trained
         p.data += 0.05 * torch.randn_like(p)
     quantization = kind if kind in ("nf4", "int8") else None
     stored = Storage(torch.float32, quantization)
-    adapter.save(tmp_path / "a", base=weights_of(resolve_model(base), stored))
+    adapter.save(tmp_path / "a", base=unquantized_weights(resolve_model(base), stored))
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[model.dtype]
     record = json_of(tmp_path / "a", "lorafold.json")
     assert record["trained_on"] == {"storage": kind, "dtype": dtype}

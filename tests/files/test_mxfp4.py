@@ -69,10 +69,10 @@ def test_weights_are_what_transformers_dequantizes(released, dtype):
     ours, theirs = load_model(released, Storage(dtype, "mxfp4")), by_transformers(released, dtype)
     for site in SITES:
         layer, expected = layer_of(module_at(ours, site)), theirs.get_parameter(site).mT
-        assert isinstance(layer.held, MXFP4)
+        assert isinstance(layer.storage, MXFP4)
         assert layer.dense()[0].dtype == dtype
         assert torch.equal(layer.dense()[0], expected)
-        assert torch.equal(layer.held.matrix(2).to(dtype), expected[2])
+        assert torch.equal(layer.storage.matrix(2).to(dtype), expected[2])
         assert layer.dense_like()[0].shape == expected.shape
     for name, parameter in theirs.named_parameters():
         if name not in SITES:

@@ -22,7 +22,7 @@ from lorafold.layers import layer_of, parameter_count
 from lorafold.layers.compressed import CompressedLinear, QuantizationFormat
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
-from lorafold.ops.float8 import is_nan, values
+from lorafold.ops.float8 import is_nan, to_fp32
 from lorafold.ops.mxfp4 import dequantize as mxfp4
 from quantized_cases import (
     IDS,
@@ -422,8 +422,8 @@ def test_every_fp8_code_has_torch_s_value():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     expected = codes.float()
     assert torch.equal(is_nan(codes), expected.isnan())
-    assert torch.equal(values(codes)[~expected.isnan()], expected[~expected.isnan()])
-    assert values(codes)[128].signbit()
+    assert torch.equal(to_fp32(codes)[~expected.isnan()], expected[~expected.isnan()])
+    assert to_fp32(codes)[128].signbit()
 
 
 @pytest.mark.parametrize(

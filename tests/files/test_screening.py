@@ -31,8 +31,8 @@ from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.adapter_directory import FILES
 from lorafold.serving.rendering import Renderer
 from lorafold.verification import worker_pool
-from lorafold.verification.adapter_tokenizer import DEATHS, AdapterTokenizer
-from lorafold.verification.checks import SECONDS, Sandbox, VerifiedFiles
+from lorafold.verification.adapter_tokenizer import MAX_CRASHES, AdapterTokenizer
+from lorafold.verification.checks import CPU_SECONDS, Sandbox, VerifiedFiles
 from lorafold.verification.worker_pool import CheckFailed, WorkerPool
 from serving_cases import TOOL_TEMPLATE, saved
 
@@ -117,7 +117,7 @@ def test_what_is_wrong_is_told_in_one_line(sandbox, adapter) -> None:
 
 
 def test_a_pattern_that_never_ends_is_ended(adapter, base, monkeypatch) -> None:
-    monkeypatch.setitem(SECONDS, "verify", 0.5)
+    monkeypatch.setitem(CPU_SECONDS, "verify", 0.5)
     sandbox = Sandbox(lambda: ["a" * 60], base)
     changed(adapter, target_modules="(a|a)*b")
     begun = time.process_time()
@@ -165,7 +165,7 @@ def test_reading_an_answer_back_asks_no_process(sandbox, base, tmp_path) -> None
     found = opened(sandbox, base, tmp_path, TOOL_TEMPLATE)
     assert found is not None
     Renderer(found, frozenset(), found.variables)
-    found.probed()
+    found.stop_caching()
 
     def nothing(do: str, **_: Any) -> None:
         raise AssertionError(f"{do} was asked for")
@@ -189,10 +189,10 @@ def test_a_template_that_never_ends_is_ended_and_after_some_not_asked(
 ) -> None:
     found = opened(sandbox, base, tmp_path, template)
     assert found is not None
-    found.probed()
+    found.stop_caching()
     with pytest.raises(LorafoldError, match=told):
         render(ASK, found)
-    found._deaths.extend([time.monotonic()] * DEATHS)
+    found._crashes.extend([time.monotonic()] * MAX_CRASHES)
     with pytest.raises(LorafoldError, match=r"crashed .* processes within"):
         render(ASK, found)
 
@@ -203,9 +203,9 @@ def test_a_rendering_has_its_time_in_a_process_that_just_began_too(
     """What is counted is the rendering's, neither what is imported nor opening the tokenizer."""
     found = opened(sandbox, base, tmp_path, TOOL_TEMPLATE)
     assert found is not None
-    found.probed()
-    monkeypatch.setitem(SECONDS, "render", 0.2)  # importing transformers takes more
-    monkeypatch.setitem(SECONDS, "tokens", 0.2)
+    found.stop_caching()
+    monkeypatch.setitem(CPU_SECONDS, "render", 0.2)  # importing transformers takes more
+    monkeypatch.setitem(CPU_SECONDS, "tokens", 0.2)
     for ask in (lambda: render(ASK, found), lambda: found("Hello").input_ids):
         while sandbox._rendering._idle:
             sandbox._rendering._idle.pop().kill()
@@ -215,11 +215,11 @@ def test_a_rendering_has_its_time_in_a_process_that_just_began_too(
 def test_a_busy_machine_is_no_mistake_of_a_template(sandbox, base, tmp_path, monkeypatch) -> None:
     found = opened(sandbox, base, tmp_path, TOOL_TEMPLATE)
     assert found is not None
-    found.probed()
+    found.stop_caching()
     with monkeypatch.context() as patch:
-        patch.setattr(worker_pool, "LEAST", 0.2)
-        patch.setattr(worker_pool, "WALL", 0.01)
-        for _ in range(DEATHS):
+        patch.setattr(worker_pool, "MIN_WALL_SECONDS", 0.2)
+        patch.setattr(worker_pool, "WALL_FACTOR", 0.01)
+        for _ in range(MAX_CRASHES):
             os.kill(sandbox._rendering._idle[-1].id, signal.SIGSTOP)
             with pytest.raises(Busy, match="the machine is busy"):
                 render(ASK, found)

@@ -28,7 +28,7 @@ from lorafold.inspecting.resize import extract
 from lorafold.inspecting.spectra import cached_svd
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
-from lorafold.models.sources import configuration, resolve_model
+from lorafold.models.sources import read_configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.adapter_directory import FILES, SavedAdapter, open_all
 from lorafold.resolve import Base
@@ -230,7 +230,7 @@ def test_a_bit_of_what_lies_beside_a_merged_model_s_weights(merged, adapter, tmp
     for do in (
         lambda: load_model(merged, torch.float32),
         lambda: known_classes(Base(merged), []),
-        lambda: configuration(str(merged)),
+        lambda: read_configuration(str(merged)),
     ):
         assert says_damaged(refusal(do), "config.json")
 

@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafold.layers import layer_of
 from lorafold.ops import cross_entropy
-from lorafold.ops.arithmetic import ROWS, linear
+from lorafold.ops.arithmetic import MIN_ROWS, linear
 from lorafold.ops.attention import document_attention
 from lorafold.ops.cross_entropy import LinearHead, linear_cross_entropy
-from lorafold.ops.dropout import Dropped, emptied, keep_scale
+from lorafold.ops.dropout import Dropped, keep_scale, zero_dropped
 from lorafold.ops.frozen import frozen_linear, low_rank_linear
 from lorafold.ops.packed_documents import Documents
 
-T, IN, OUT, R = 2 * ROWS, 48, 40, 4
+T, IN, OUT, R = 2 * MIN_ROWS, 48, 40, 4
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -38,7 +38,7 @@ WHERE = torch.arange(0, T * IN, 7, dtype=torch.int32)
 
 
 def dropped(x: Tensor) -> Dropped:
-    return Dropped(emptied(x.detach(), WHERE), WHERE, keep_scale(0.1), None, None, set())
+    return Dropped(zero_dropped(x.detach(), WHERE), WHERE, keep_scale(0.1), None, None, set())
 
 
 # what differentiates, and what does it, for tensors of any dtype

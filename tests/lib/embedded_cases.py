@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import make_model_dir
 from lorafold.files.atomic import atomic_directory, sha256
-from lorafold.models.gguf import UNPACKING
+from lorafold.models.gguf import CONVERSION_VERSION
 
 
 def embed_a_tiny_model(packages: Path, cache: Path) -> None:
@@ -19,7 +19,7 @@ def embed_a_tiny_model(packages: Path, cache: Path) -> None:
     (package / "__init__.py").touch()
     gguf = package / "tiny.gguf"
     gguf.write_bytes(b"GGUF, unpacked already")
-    copy = cache / "models" / f"tiny-{sha256(gguf)[:16]}-{UNPACKING}"
+    copy = cache / "models" / f"tiny-{sha256(gguf)[:16]}-{CONVERSION_VERSION}"
     copy.parent.mkdir()
     with atomic_directory(copy) as path:
         make_model_dir("llama-wide", path)

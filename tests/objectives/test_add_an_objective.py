@@ -27,7 +27,7 @@ from lorafold.errors import LorafoldError
 from lorafold.memory.preflight import largest_batch
 from lorafold.memory.trace import MemorySetting, trace
 from lorafold.models.quantizations import Storage
-from lorafold.models.sources import configuration
+from lorafold.models.sources import read_configuration
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.objective import examples_of
 from lorafold.resolve import Base
@@ -243,7 +243,7 @@ def test_its_rows_are_shown_and_its_memory_estimated(hardest, tiny_model_dir, tm
     example = SimpleNamespace(ids=range(32), labels=range(32))
     feed = StoredFeed([example] * 4, [SourcePart(4)], 4, 1, 0)
     setting = MemorySetting(Storage(torch.float32), lf.LoRA(rank=2))
-    config = configuration(str(model))
+    config = read_configuration(str(model))
     own = trace(config, largest_batch(asked.recipe, feed, hardest(), setting), 2)
     plain = trace(config, largest_batch(asked.recipe, feed, OBJECTIVES["sft"].kind(), setting), 2)
     assert own.activations > 1.5 * plain.activations  # its loss is another

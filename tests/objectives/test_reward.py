@@ -35,7 +35,7 @@ from lorafold.memory.trace import MemorySetting
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
-from lorafold.models.sources import configuration, resolve_model
+from lorafold.models.sources import read_configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.algorithm_options import preference_algorithm
 from lorafold.training.run import train
@@ -401,7 +401,7 @@ def test_a_quantized_base_scores_as_it_was_trained(storage: str, directory, tmp_
 
 @pytest.mark.slow
 def test_the_estimate_of_a_step_is_what_it_takes(directory: Path) -> None:
-    config = configuration(str(directory))
+    config = read_configuration(str(directory))
     setting = MemorySetting(
         Storage(torch.float32), lf.LoRA(), beside=lambda m: {"modules_to_save": head_paths(m)},
         rows=(90, 70, 120, 60), classes=1,

@@ -166,9 +166,9 @@ def test_a_file_that_comes_late_makes_an_entry_an_adapter(folder, llama) -> None
 def test_what_the_machine_lacks_is_no_verdict(folder, llama, monkeypatch, caplog) -> None:
     """Neither file descriptors nor time on its processor."""
     with running(llama, folder) as server:
-        registry, wait = server.parts.registry, worker_pool.LEAST
-        monkeypatch.setattr(worker_pool, "LEAST", 0.0)
-        monkeypatch.setattr(worker_pool, "WALL", 0.0)
+        registry, wait = server.parts.registry, worker_pool.MIN_WALL_SECONDS
+        monkeypatch.setattr(worker_pool, "MIN_WALL_SECONDS", 0.0)
+        monkeypatch.setattr(worker_pool, "WALL_FACTOR", 0.0)
         for process in registry.verifier._sandbox._verifying._idle:
             os.kill(process.id, signal.SIGSTOP)
         arrives(folder, "a", "c")
@@ -177,7 +177,7 @@ def test_what_the_machine_lacks_is_no_verdict(folder, llama, monkeypatch, caplog
         assert (refused.status, refused.code) == (503, "machine_busy")
         assert int(refused.headers["retry-after"]) > 0
         assert "c" not in registry.rejected
-        monkeypatch.setattr(worker_pool, "LEAST", wait)
+        monkeypatch.setattr(worker_pool, "MIN_WALL_SECONDS", wait)
         until(lambda: server.complete("c", "Hello").status == 200)
     monkeypatch.setattr(DirectoryWatcher, "begin", lambda self: None)
     with running(llama, folder) as server:

@@ -32,7 +32,7 @@ from lorafold.inspecting.subspaces import NUM_TOP, across_experts
 from lorafold.inspecting.updates import modules_of
 from lorafold.layers.experts import Experts
 from lorafold.methods.mixture import Mixture
-from lorafold.ops.grouped import grouped
+from lorafold.ops.grouped import sort_into_groups
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from mixtures import SHAPE, mixture
@@ -390,7 +390,7 @@ def test_a_router_of_adapters_at_each_expert(moe_dir):
         delta.owner = torch.tensor([0, 0, 1])
         delta.up, delta.down = torch.randn(E, out, 3), torch.randn(E, 3, inn)
         torch.nn.init.normal_(delta.router)
-        groups, _, _ = grouped(torch.tensor([2, 0, 2, 3, 0, 2]), E)
+        groups, _, _ = sort_into_groups(torch.tensor([2, 0, 2, 3, 0, 2]), E)
         layer.groups = groups
         x = torch.randn(6, inn)
         w, b = layer.dense()

@@ -36,7 +36,7 @@ from lorafold.inspecting.token_directions import (
 from lorafold.inspecting.updates import Svd, modules_of, svd_of_dense, svd_of_factors
 from lorafold.layers import layer_of
 from lorafold.methods import make_spec
-from lorafold.models.checkpoint import build
+from lorafold.models.checkpoint import build_on_meta
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from update_cases import orthonormal, planted
@@ -248,13 +248,13 @@ def test_places_where_norms_come_after_and_among_experts():
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "vocab_size": 300,
     }  # fmt: skip
-    after = find_stream(build(Olmo2Config(**size), False))
+    after = find_stream(build_on_meta(Olmo2Config(**size), False))
     assert {p: n for p, n in after.readers.items() if "attn" in p} == {
         f"model.layers.{i}.self_attn.{name}_proj": "" for i in range(2) for name in "qkv"
     }
     assert {p.split(".")[-1] for p in after.writers} == {"embed_tokens", "o_proj", "down_proj"}
     config = MixtralConfig(**size, num_key_value_heads=2, num_local_experts=2)
-    experts = find_stream(build(config, False))
+    experts = find_stream(build_on_meta(config, False))
     assert experts.readers["model.layers.1.self_attn.q_proj"] == "model.layers.1.input_layernorm"
     assert {p: n for p, n in experts.readers.items() if "experts" in p} == {
         f"model.layers.{i}.mlp.experts.gate_up_proj": f"model.layers.{i}.post_attention_layernorm"

@@ -46,7 +46,7 @@ def layout(shared: list[int], branches: list[list[int]], window: int | None = No
     both = [*zip(shared, branches, strict=True)]
     lens = [start + n for start, own in both for n in own]
     starts = [start * (i > 0) for start, own in both for i, _ in enumerate(own)]
-    made = Documents.forest(lens, starts, CPU)
+    made = Documents.with_shared_prefixes(lens, starts, CPU)
     return Documents(made.lens, window, made.starts, made.keys)
 
 
@@ -159,7 +159,7 @@ def test_documents_that_share_nothing_gather_nothing() -> None:
 )
 def test_lengths_that_no_row_has_are_refused(lens: list[int], starts: list[int]) -> None:
     with pytest.raises(LorafoldError, match=r"packed row \d: found .* expected fewer"):
-        Documents.forest(lens, starts, CPU)
+        Documents.with_shared_prefixes(lens, starts, CPU)
 
 
 class Batch(NamedTuple):

@@ -23,7 +23,7 @@ from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.ops import attention
-from lorafold.ops.checkpoint_segments import keeping, kept
+from lorafold.ops.checkpoint_segments import save_outputs, saved_for_replay
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.run import sample_losses
 from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
@@ -152,7 +152,7 @@ def test_long_attention_runs_once(kind, tiny_model, tiny_model_dir, monkeypatch,
     monkeypatch.setattr(attention, "FORWARD", lambda *args: runs.append(1) or attended(*args))
 
     def step(on: bool, long: int) -> tuple[Step, int]:
-        monkeypatch.setattr(attention, "LONG", long)
+        monkeypatch.setattr(attention, "SAVE_FROM_LENGTH", long)
         runs.clear()
         tokenizer = load_tokenizer(tiny_model_dir(kind))
         return Step(tiny_model(kind), tokenizer, "lora", True, on), len(runs)
@@ -171,13 +171,13 @@ def test_a_kept_output_is_taken_in_every_replay_unless_it_was_written_to() -> No
         return Squared.apply(x, made) * x
 
     x = torch.tensor([3.0], requires_grad=True)
-    y = checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
+    y = checkpoint(segment, x, use_reentrant=False, context_fn=save_outputs)
     y.backward(retain_graph=True)
     y.backward()
     assert x.grad == 2 * 3 * 3**2
     assert len(made) == 1
     x.grad = None
-    y = checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
+    y = checkpoint(segment, x, use_reentrant=False, context_fn=save_outputs)
     made[1].mul_(2)
     y.backward()
     assert x.grad == 3 * 3**2
@@ -194,7 +194,7 @@ class Squared(Function):
             return made[-1]
 
         ctx.save_for_backward(x)
-        return kept(make)
+        return saved_for_replay(make)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:

@@ -10,7 +10,7 @@ import pytest
 from conftest import refused
 from lorafold.memory import cheatsheet
 from lorafold.memory.estimate import TERMS
-from lorafold.models.sources import _embedded_gguf, configuration
+from lorafold.models.sources import _embedded_gguf, read_configuration
 from typed_commands import done, result, write_rows
 
 PAGE = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
@@ -39,7 +39,7 @@ def test_a_verdict_and_a_page(tiny_model_dir: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gguf_file_by_its_header() -> None:
-    found, unpacked = configuration(str(_embedded_gguf())), configuration("smollm2")
+    found, unpacked = read_configuration(str(_embedded_gguf())), read_configuration("smollm2")
     for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_key_value_heads",
                  "vocab_size", "tie_word_embeddings"):  # fmt: skip
         assert getattr(found, name) == getattr(unpacked, name)

@@ -146,7 +146,7 @@ def test_a_peak_that_moves_with_the_number_of_blocks() -> None:
 def test_attention_over_long_documents_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = replace(LORA, checkpointing=True)
     short = close(LLAMA, setting)
-    monkeypatch.setattr(attention, "LONG", 100)
+    monkeypatch.setattr(attention, "SAVE_FROM_LENGTH", 100)
     long = close(LLAMA, setting)
     config = LLAMA
     kept = config.num_hidden_layers * 256 * config.hidden_size * BF16.dtype.itemsize

@@ -29,7 +29,7 @@ from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
 from lorafold.objectives.sft import Sft
-from lorafold.ops.arithmetic import multiplying
+from lorafold.ops.arithmetic import override_widening
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEEP_FREED, RETURN_FREED, free_bytes, malloc_policy
@@ -240,7 +240,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_machine_that_asks_has_no_say(name: str) -> None:
     def found(asked: bool, machine: bool) -> Estimate:
-        with multiplying(widened=machine):
+        with override_widening(widened=machine):
             return estimate(TWO_BLOCKS, replace(SETTINGS[name], widened=asked))
 
     plain = found(False, False)
@@ -291,7 +291,7 @@ def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
 def test_the_command_asks_this_machine_only_where_it_is_told_to(tiny_model_dir: Any) -> None:
     def said(widened: bool, *arguments: str) -> str:
         given = ["estimate", "--model", str(tiny_model_dir("llama")), "--mode", "lora"]
-        with multiplying(widened=widened):
+        with override_widening(widened=widened):
             return CliRunner().invoke(app, [*given, *arguments], catch_exceptions=False).stdout
 
     device = said(True)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import lorafold as lf
 from architectures import ARCHITECTURES, MULTIMODAL, near
 from conftest import Done
-from lorafold.adapter.coverage import text_alone
-from lorafold.models.architecture import auto_class
+from lorafold.adapter.coverage import text_only_note
+from lorafold.models.architecture import text_auto_class
 from multimodal_cases import write
 from noise import moved
 from typed_commands import done, result, run, write_rows
@@ -178,14 +178,14 @@ def test_a_tower_alone_is_refused(preset: str, model_dir, rows, tmp_path) -> Non
 def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
     model = MULTIMODAL["gemma3"].model()
     adapter = lf.attach(model, lf.LoRA(rank=2), ["q_proj"])
-    assert text_alone(model, adapter.sites) == (
+    assert text_only_note(model, adapter.sites) == (
         "training on text only: no row has an image, so the vision encoder gets no input, and 2 of"
         " the 4 adapted modules get no gradient"
     )
     model(input_ids=IDS % 90).logits.sum().backward()
     trained = [any(p.grad is not None for p in d.parameters()) for d in adapter.deltas.values()]
     assert sum(trained) == 2
-    assert text_alone(ARCHITECTURES["llama"].model(), ["model.layers.0.mlp.up_proj"]) is None
+    assert text_only_note(ARCHITECTURES["llama"].model(), ["model.layers.0.mlp.up_proj"]) is None
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
 def test_models_that_need_more_than_text(config: Any, needs: str, tmp_path: Path) -> None:
     line = f"a {config.model_type} model can't run on text alone ({needs}), but rows contain only"
     with pytest.raises(lf.LorafoldError) as found:
-        auto_class(config, "model x")
+        text_auto_class(config, "model x")
     assert str(found.value).startswith(f"model x: {line}")
     config.save_pretrained(tmp_path / "model")
     told = run(f"estimate --model {tmp_path / 'model'} --mode lora")
@@ -210,13 +210,13 @@ def test_models_that_need_more_than_text(config: Any, needs: str, tmp_path: Path
 def test_transformers_own_mappings_decide() -> None:
     """Every multimodal class is opened or refused; none that has a causal class changes."""
     both = tf.AutoModelForCausalLM._model_mapping
-    assert auto_class(ARCHITECTURES["gemma3"].config(), "x") is tf.AutoModelForCausalLM
-    assert auto_class(ARCHITECTURES["llava"].config(), "x") is tf.AutoModelForMultimodalLM
-    assert auto_class(tf.T5Config(), "x") is tf.AutoModelForCausalLM
+    assert text_auto_class(ARCHITECTURES["gemma3"].config(), "x") is tf.AutoModelForCausalLM
+    assert text_auto_class(ARCHITECTURES["llava"].config(), "x") is tf.AutoModelForMultimodalLM
+    assert text_auto_class(tf.T5Config(), "x") is tf.AutoModelForCausalLM
     for name in MULTIMODAL:
         config = ARCHITECTURES[name].config()
         expected = "CausalLM" if type(config) in both else "MultimodalLM"
-        assert auto_class(config, "x").__name__ == f"AutoModelFor{expected}"
+        assert text_auto_class(config, "x").__name__ == f"AutoModelFor{expected}"
 
 
 @pytest.mark.parametrize("name", [pytest.param("gemma3-text", marks=pytest.mark.slow), "gemma3"])

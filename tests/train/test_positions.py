@@ -13,7 +13,13 @@ from conftest import make_tokenizer, refused
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.preference_examples import BranchedRow
 from lorafold.errors import LorafoldError
-from lorafold.models.positions import Positions, positions_in, positions_of, sequence_of, trained_on
+from lorafold.models.positions import (
+    Positions,
+    max_sequence_tokens,
+    positions_in,
+    positions_of,
+    trained_positions,
+)
 from lorafold.resolve import Base
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.inputs import RunRequest, with_max_length
@@ -143,9 +149,9 @@ def test_rotary_positions_are_those_it_was_trained_on(kind: str) -> None:
 
 
 def test_positions_of_parts_and_of_what_has_none() -> None:
-    assert trained_on(tf.MistralConfig(**NOT_SAID, sliding_window=8)) == N
-    assert trained_on(tf.ModernBertConfig(**NOT_SAID, sep_token_id=2, cls_token_id=3)) == N
-    assert trained_on(tf.MambaConfig()) is None
+    assert trained_positions(tf.MistralConfig(**NOT_SAID, sliding_window=8)) == N
+    assert trained_positions(tf.ModernBertConfig(**NOT_SAID, sep_token_id=2, cls_token_id=3)) == N
+    assert trained_positions(tf.MambaConfig()) is None
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
              "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
     config = tf.LlavaConfig(
@@ -288,7 +294,7 @@ def test_packed_rows_beyond_tables_and_chunks_are_as_they_are_padded(make: Any) 
         parts = loss.micro_batches(examples, 1, 1024)
         batches = [[examples[i] for i in part] for part in parts]
         assert total_loss(loss, batches) == pytest.approx(expected, rel=1e-4)
-    assert len(parts) == (1 if sequence_of(model) is None else 4)
+    assert len(parts) == (1 if max_sequence_tokens(model) is None else 4)
 
 
 def test_completions_beyond_a_chunk_have_a_prompt_each() -> None:
@@ -314,7 +320,7 @@ def test_completions_beyond_a_chunk_have_a_prompt_each() -> None:
 
 
 def test_a_mask_in_a_buffer_bounds_rows_and_sequences() -> None:
-    assert positions_of(gpt_neo(40)).table == sequence_of(gpt_neo(40)) == 40
+    assert positions_of(gpt_neo(40)).table == max_sequence_tokens(gpt_neo(40)) == 40
 
 
 def test_a_row_beyond_the_positions_is_refused_before_training(tiny_model_dir, tmp_path) -> None:

@@ -236,7 +236,7 @@ def test_weights_are_multiplied_in_the_faster_numbers(kind, tiny_model_dir, monk
     ids = torch.randint(3, 250, (1, 100), generator=torch.Generator().manual_seed(4))
     found = {}
     for pays in (False, True):
-        monkeypatch.setattr(arithmetic, "widening_pays", lambda dtype, pays=pays: pays)
+        monkeypatch.setattr(arithmetic, "is_fp32_faster", lambda dtype, pays=pays: pays)
         model = load_model(tiny_model_dir(kind), torch.bfloat16)
         attach(model, make_spec("full"))
         with fused(model), Products() as products:

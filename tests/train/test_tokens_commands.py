@@ -26,7 +26,7 @@ from lorafold.merging.plan import with_vocabulary_size
 from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
-from lorafold.models.tokenizer import add_words, load_tokenizer, set_template, tokenizer_of
+from lorafold.models.tokenizer import add_tokens, load_tokenizer, set_template, tokenizer_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
@@ -267,7 +267,7 @@ def test_words_that_make_no_token_are_one_line(tiny_model_dir, tmp_path: Path) -
 
 def saved(base: Path, path: Path, words: list[str]) -> Path:
     tokenizer, model = load_tokenizer(base), fresh_model(base)
-    ids = add_words(tokenizer, words).ids.values()
+    ids = add_tokens(tokenizer, words).ids.values()
     adapter = moved(lf.attach(model, lf.LoRA(rank=2), tokens=tuple(ids)), seed=len(words))
     return adapter.save(path, tokenizer=tokenizer)
 
@@ -299,7 +299,7 @@ def test_a_new_token_that_closes_turns_ends_answers(tiny_model_dir, tmp_path: Pa
         fresh_model(tiny_model_dir("llama")),
         load_tokenizer(tiny_model_dir("llama")),
     )
-    end = add_words(tokenizer, ["<|end|>"]).ids["<|end|>"]
+    end = add_tokens(tokenizer, ["<|end|>"]).ids["<|end|>"]
     assert end_tokens(model, tokenizer) == {2}
     (tmp_path / "chat.jinja").write_text(
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>\n{% endfor %}"

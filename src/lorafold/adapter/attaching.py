@@ -1,5 +1,5 @@
-"""Attaches new and saved adapters to a model. `build` and `read` only make the deltas and leave the
-model unchanged, for the engine, which reads adapters while the model computes.
+"""Attaches new and saved adapters to a model. `build_adapter` and `read_adapter` only make the
+deltas and leave the model unchanged, for the engine, which reads adapters while the model computes.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def attach(
             them.
     """
     options = {"bias": bias, "modules_to_save": modules_to_save, "tokens": tokens, "base": base}
-    built = build(model, spec, targets, **options)  # type: ignore[arg-type]
-    return _place(model, built, name, True)
+    built = build_adapter(model, spec, targets, **options)  # type: ignore[arg-type]
+    return _attach_built(model, built, name, True)
 
 
 def load(
@@ -97,7 +97,7 @@ def load(
     """Attach a saved adapter, like `lf.load`. A LorafoldError lists every problem, and the model is
     left unchanged.
     """
-    built = read(model, path, allow_other_base=allow_other_base, base=base)
+    built = read_adapter(model, path, allow_other_base=allow_other_base, base=base)
     source = None if allow_other_base else source_of(model)
     if source and built.base_identity and built.base_identity != of_model(source):
         log.warning(
@@ -106,7 +106,7 @@ def load(
         )
     if trainable and not built.over:
         built = replace(built, over=selection_of(model).active)
-    return _place(model, built, name, trainable).requires_grad_(trainable)
+    return _attach_built(model, built, name, trainable).requires_grad_(trainable)
 
 
 def load_all(
@@ -124,7 +124,7 @@ def load_all(
     ]
 
 
-def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) -> Adapter:
+def _attach_built(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) -> Adapter:
     if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
         raise LorafoldError(
             f"adapter name: found {name!r}, expected a name without a dot that is not in use on"
@@ -142,7 +142,7 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
     return Adapter(model, name, built.chosen, built.over, built.other_base)
 
 
-ROOM = 1 << 26  # the number of values that any adapter may have
+MAX_VALUES = 1 << 26  # the number of values that any adapter may have
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class BuiltAdapter:
     other_base: str = ""
 
 
-def build(
+def build_adapter(
     model: nn.Module,
     spec: Spec,
     targets: str | Sequence[str] | Matches | None = None,
@@ -216,7 +216,7 @@ def build(
     )
 
 
-def read(
+def read_adapter(
     model: nn.Module,
     path: str | Path | Contents | SavedAdapter,
     *,
@@ -235,7 +235,7 @@ def read(
     below = selection_of(model).active if below is None else tuple(below)
     fits, other_base = provenance.same_adapters(saved.over, below), ""
     if allow_other_base:
-        if other_base := saved.own_base.other(base):
+        if other_base := saved.own_base.other_base_warning(base):
             log.warning(other_base)
         if not fits:
             reason, option = provenance.mismatch_message(saved.over, below), provenance.ALLOW_OPTION
@@ -252,20 +252,20 @@ def read(
         spec = saved.selection.spec_in(model, saved.spec)
         # some methods sample as many values as the base has, or random projections of its ranks
         in_file = sum(math.prod(saved.weights.shape(name)) for name in saved.weights.names)
-        with skip_init(4 * in_file + max(ROOM, sum(p.numel() for p in model.parameters()))):
-            built = build(model, spec, tokens=tokens, **saved.attach_options(model))
+        with skip_init(4 * in_file + max(MAX_VALUES, sum(p.numel() for p in model.parameters()))):
+            built = build_adapter(model, spec, tokens=tokens, **saved.attach_options(model))
     except LorafoldError as e:
-        raise _refused(saved, model, join_problems([*problems, e])) from None
+        raise _load_error(saved, model, join_problems([*problems, e])) from None
     try:
         saved.load_into(model, built.parts, built.chosen.matches.paths, base, problems)
     except LorafoldError as e:
-        raise _refused(saved, model, str(e)) from None
+        raise _load_error(saved, model, str(e)) from None
     over = below if saved.over and fits else saved.over
     files, trained_on = (str(saved), saved.sha256), saved.own_base.identity
     return replace(built, over=over, files=files, base_identity=trained_on, other_base=other_base)
 
 
-def _refused(saved: SavedAdapter, model: nn.Module, reason: str) -> LorafoldError:
+def _load_error(saved: SavedAdapter, model: nn.Module, reason: str) -> LorafoldError:
     """The error for an adapter that does not fit a model; its path is cut if the base differs."""
     path, hint = str(saved), saved.own_base.hint(name_of_base(model))
     if reason.startswith(provenance.OTHER_BASE_MESSAGE):

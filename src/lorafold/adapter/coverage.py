@@ -23,7 +23,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.templates import render_text
 from lorafold.layers import is_linear, layer_of, parameter_sizes
 
-INPUTS = {"vision": "an image", "audio": "audio"}
+ENCODER_INPUTS = {"vision": "an image", "audio": "audio"}
 KINDS = (
     *("linears", "experts", "router", "indexers", "convolutions", "embeddings", "norms", "other"),
 )
@@ -64,7 +64,7 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
             towers = (f"{k} tower" for root, k in anatomy.encoders.items() if beneath([root])(path))
             around[next(towers, "connector")] += left
         elif in_block(path):
-            kinds[_kind(path, module, anatomy)] += left
+            kinds[_kind_of_module(path, module, anatomy)] += left
             of_blocks += sum(own.values())
     return Unreached(
         {kind: kinds[kind] for kind in KINDS if kinds[kind]},
@@ -74,7 +74,7 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
     )
 
 
-def counted(model: nn.Module, paths: Collection[str]) -> str:
+def count_modules(model: nn.Module, paths: Collection[str]) -> str:
     """The number of adapted modules, expert parameters and modules in encoders, in words."""
     experts = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Matrices)]
     rest = len(paths) - len(experts)
@@ -86,7 +86,7 @@ def counted(model: nn.Module, paths: Collection[str]) -> str:
     return " and ".join(words) + (f", {inside} of them in an encoder" if inside else "")
 
 
-def strays(model: nn.Module, matches: Matches) -> str | None:
+def encoder_targets_note(model: nn.Module, matches: Matches) -> str | None:
     """A line about targets that match modules of an encoder without naming it, or None."""
     anatomy = Anatomy.of(model)
     roots, language = anatomy.encoders, anatomy.language
@@ -113,7 +113,7 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
     )
 
 
-def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
+def _kind_of_module(path: str, module: nn.Module, anatomy: Anatomy) -> str:
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
     if isinstance(module, _ConvNd):
         return "convolutions"
@@ -130,7 +130,7 @@ def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
     return "norms" if "norm" in name or (weight is not None and weight.dim() == 1) else "other"
 
 
-def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
+def text_only_note(model: nn.Module, sites: Collection[str]) -> str | None:
     """A line about the encoders, which get no input because rows are text only, or None."""
     anatomy = Anatomy.of(model)
     kinds = list(dict.fromkeys(anatomy.encoders.values()))
@@ -138,7 +138,7 @@ def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
         return None
     idle = sum(map(beneath(anatomy.encoders_and_connectors), sites))
     where = " and ".join(f"{kind} encoder" for kind in kinds)
-    why = f"no row has {' or '.join(INPUTS[kind] for kind in kinds)}"
+    why = f"no row has {' or '.join(ENCODER_INPUTS[kind] for kind in kinds)}"
     if idle and idle == len(sites):
         raise LorafoldError(
             f"targets: all {idle} modules are in or next to the {where}, and {why}, so none of them"

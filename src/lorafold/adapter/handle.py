@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafold.adapter.coverage import Unreached, counted, unreached
+from lorafold.adapter.coverage import Unreached, count_modules, unreached
 from lorafold.core.anatomy import joined
 from lorafold.core.attach import (
     Adapted,
@@ -35,7 +35,7 @@ from lorafold.layers import parameter_count
 from lorafold.layers.quantization_config import record_dequantized
 from lorafold.methods.common.biases_and_modules import vocabulary
 from lorafold.methods.common.trainable_tokens import TokenRows
-from lorafold.models.architecture import opened_by_name
+from lorafold.models.architecture import auto_class_name
 from lorafold.models.loading import recorded_storage
 from lorafold.models.sources import forget_source, name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
@@ -193,7 +193,7 @@ class Adapter:
         about = {name: value for name, value in about.items() if value is not None}
         beside = ResultFiles(about, card, tokenizer, overwrite)
         if self.spec.trains_base:
-            return _write_whole(path, self.model, self.spec, beside)
+            return _write_model(path, self.model, self.spec, beside)
         parts = {path: list(delta.parts()) for path, delta in self.deltas.items()}
         own = base or InMemory.of_model(self.model)
         written = write_adapter(path, self.model, self.chosen, parts, own, beside)
@@ -240,14 +240,14 @@ class Adapter:
             "adapter/adapter.jinja",
             adapter=self,
             over=describe_adapters(self.over),
-            targets={k: counted(self.model, v) for k, v in self.matches.by_pattern.items()},
+            targets={k: count_modules(self.model, v) for k, v in self.matches.by_pattern.items()},
             rows=[(path, part) for path, part in self.parts() if isinstance(part, TokenRows)],
             count=sum(p.numel() for p in self.parameters()),
             base=parameter_count(self.model),
         )
 
 
-def _write_whole(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Path:
+def _write_model(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Path:
     """Atomically write a model whose base weights were trained."""
     if not hasattr(model, "save_pretrained"):
         raise LorafoldError(
@@ -255,7 +255,7 @@ def _write_whole(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Pat
             " saves the whole model, which must be a transformers model (with save_pretrained)"
         )
     shown = {"recipe": {"method": type(spec).__name__, **vars(spec)}}
-    name, opened_by = name_of_base(model), opened_by_name(model)
+    name, opened_by = name_of_base(model), auto_class_name(model)
     card = beside.card or training_card(name, shown, {}, whole=True, opened_by=opened_by)
     with atomic_directory(path, beside.overwrite) as directory:
         model.save_pretrained(directory, state_dict=base_state(model))  # without its adapters

@@ -17,7 +17,7 @@ from lorafold.errors import LorafoldError
 
 Model = TypeVar("Model", bound=nn.Module)
 # attributes that a trainer sets on the model and that its twin must not copy
-OWN = ("forward", "_original_forward", "_is_accelerate_prepared")
+TRAINER_ATTRIBUTES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def reference(model: Model) -> Model:
@@ -32,12 +32,12 @@ def reference(model: Model) -> Model:
     Args:
         model: the model, with an adapter that trains.
     """
-    under = below(model)
+    under = frozen_adapters(model)
     selection_of(model).reference_names = under
-    return _twin(model, model, under)
+    return _reference_to(model, model, under)
 
 
-def below(model: nn.Module) -> tuple[str, ...]:
+def frozen_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the active frozen adapters, lowest first.
 
     Raises LorafoldError if none trains, or if one trains the base weights.
@@ -61,10 +61,10 @@ def below(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if name not in trained)
 
 
-def _twin(module: nn.Module, model: nn.Module, under: tuple[str, ...]) -> Any:
+def _reference_to(module: nn.Module, model: nn.Module, under: tuple[str, ...]) -> Any:
     """A module of a model, or the model, as it runs with these adapters."""
     twin = object.__new__(_reference_class(type(module)))  # type: ignore[arg-type]
-    state = {name: value for name, value in vars(module).items() if name not in OWN}
+    state = {name: value for name, value in vars(module).items() if name not in TRAINER_ATTRIBUTES}
     twin.__dict__.update(state, _reference_of=(module,), _model=(model,), _under=under, _parts={})
     return twin
 
@@ -87,7 +87,7 @@ class _Reference(nn.Module):
             return value
         part = self._parts.get(name)
         if part is None or part._reference_of[0] is not value:
-            part = self._parts[name] = _twin(value, self._model[0], self._under)
+            part = self._parts[name] = _reference_to(value, self._model[0], self._under)
         return part
 
     def __setattr__(self, name: str, value: Any) -> None:

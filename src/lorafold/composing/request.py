@@ -15,7 +15,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.model_card import training_card
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.methods.mixture import Gating
-from lorafold.models.architecture import opened_by_name
+from lorafold.models.architecture import auto_class_name
 from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
 from lorafold.peft.form import format_of
 from lorafold.peft.provenance import BASE_IDENTITY, TrainingStorage
@@ -113,7 +113,7 @@ class Job:
                 request.base.name,
                 {"recipe": {"adapters": ", ".join(self.updates.names), **about}},
                 {},
-                opened_by=opened_by_name(adapter.model),
+                opened_by=auto_class_name(adapter.model),
                 in_peft=format_of(adapter.model, adapter.spec, adapter.matches.paths).in_peft,
             ),
         )

@@ -25,7 +25,7 @@ from lorafold.data.chat_template import PROBE_TEXT, SYSTEM, USER, Template, temp
 from lorafold.data.formats import Conversation
 from lorafold.data.messages import Tool
 from lorafold.errors import LorafoldError
-from lorafold.models.built_in_templates import JOINED, rewrite_templates, template_texts
+from lorafold.models.built_in_templates import JOINED_TEMPLATE, rewrite_templates, template_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ def allow_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str] | Non
             return
 
     def noted(text: str) -> str:
-        if text.endswith(JOINED):
+        if text.endswith(JOINED_TEMPLATE):
             return text
         before = allowed_tokens(text)
         exceptions = True if tokens is None or before is None else sorted({*before, *tokens})
@@ -78,7 +78,7 @@ def template_words(
 
 
 def allowed_tokens(template: str) -> frozenset[str] | None:
-    if template.endswith(JOINED):
+    if template.endswith(JOINED_TEMPLATE):
         return ALL_TOKENS
     note = EXCEPTIONS.match(template)
     words = json.loads(note[1]) if note else []

@@ -40,7 +40,7 @@ from lorafold.data.control_tokens import mark_as_text, mark_variables
 from lorafold.data.formats import Conversation
 from lorafold.data.messages import Message, Tool
 from lorafold.errors import LorafoldError
-from lorafold.models.built_in_templates import opening
+from lorafold.models.built_in_templates import bos_expression
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -312,7 +312,7 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
             " stop; set eos_token in tokenizer_config.json, or add a chat template"
             " (chat_template.jinja in the same directory, or --chat-template of lorafold train)"
         )
-    tokenizer.chat_template = opening(tokenizer) + PLAIN_TEMPLATE
+    tokenizer.chat_template = bos_expression(tokenizer) + PLAIN_TEMPLATE
     return (
         "the tokenizer has no chat template: using a plain template (### User: / ### Assistant:,"
         f" completions end with {tokenizer.eos_token})"

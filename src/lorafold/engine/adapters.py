@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorafold.adapter.attaching import read
+from lorafold.adapter.attaching import read_adapter
 from lorafold.core.attach import Origin, adapted_modules, deltas_on, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta, Gained
@@ -199,7 +199,7 @@ class Reader:
         with torch.random.fork_rng(devices=[]):
             for n, each in enumerate(stack):
                 under, allowed = (*active, *origins[:n]), self.allow_other_base
-                built = read(
+                built = read_adapter(
                     self.shadow, each, allow_other_base=allowed, base=self.base, below=under
                 )
                 for path, deltas in built.parts.items():

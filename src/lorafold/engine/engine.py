@@ -41,7 +41,7 @@ from lorafold.engine.sequence import Row
 from lorafold.errors import EXITS, LorafoldError, error_location
 from lorafold.methods.common.biases_and_modules import vocabulary
 from lorafold.models.positions import positions_of
-from lorafold.ops.host_tensors import picked
+from lorafold.ops.host_tensors import select_rows
 from lorafold.runtime.processor import end_team, sleep_if_busy, stack_size
 from lorafold.training_step.fused_modules import fused
 
@@ -352,7 +352,7 @@ class Engine:
             if row.stream.ended is None and not row.request.max_new_tokens:
                 self._end(row, "length")
         rows = [(b, row) for b, row in rows if row.stream.ended is None]
-        logits_nV = picked(logits_BV, [b for b, _ in rows])
+        logits_nV = select_rows(logits_BV, [b for b, _ in rows])
         choices = sample_tokens([row.sampler for _, row in rows], logits_nV)
         for (_, row), choice in zip(rows, choices, strict=True):
             self._guarded(row, self._take, row, choice)

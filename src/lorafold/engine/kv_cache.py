@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from lorafold.engine.operations import Operations
-from lorafold.ops.host_tensors import on_host, sent
+from lorafold.ops.host_tensors import on_host, send
 
 # (`KnownAdapter.generation` or 0 for the base, tenant)
 PrefixKey = tuple[int, str]
@@ -103,7 +103,7 @@ class SlotView(Cache):
         self.longest = int(on_host(start_B).max()) + tokens
         self.width = self.cache.width(self.longest)
         index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        self.row_B = sent(index, start_B.device)
+        self.row_B = send(index, start_B.device)
         self.position_BT = start_B[:, None] + torch.arange(tokens, device=start_B.device)
         return self
 

@@ -33,7 +33,7 @@ from lorafold.engine.operations import BlockMatmuls, Operations, min_matmul_rows
 from lorafold.layers import layer_class
 from lorafold.ops.arithmetic import FEW
 from lorafold.ops.decoding import Product, SlotFactors
-from lorafold.ops.host_tensors import sent
+from lorafold.ops.host_tensors import send
 
 log = logging.getLogger(__name__)
 ENGINE_DELTA = "lorafold-engine"  # the name of the engine's deltas
@@ -86,12 +86,12 @@ class AdapterRows:
             elif torch.equal(self.places, torch.arange(first, first + n)):
                 self._place_index = slice(first, first + n)
             else:
-                self._place_index = sent(self.places, device)
+                self._place_index = send(self.places, device)
         return self._place_index
 
     def _sent(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         if rows not in self._rows:
-            self._rows[rows] = sent(torch.tensor(rows), device)
+            self._rows[rows] = send(torch.tensor(rows), device)
         return self._rows[rows]
 
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lorafold.kernels.registry import DECODING, TRAINING, enable
-from lorafold.ops.arithmetic import FEW, arithmetic
+from lorafold.ops.arithmetic import FEW, matmul_dtype
 from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
 from lorafold.ops.elementwise import GATED, NORM, ROTARY
@@ -61,8 +61,9 @@ class Operations:
             g, c = g[:, None], None if c is None else c[:, None]
         # avoids torch's dispatcher, whose overhead matters on a CPU only
         fast = SCALE if y.is_cuda else self._scale
-        scale = fast if y.dtype is torch.bfloat16 else plain_scale_and_add
-        return scale(y.contiguous(), g, c, None)
+        return (fast if y.dtype is torch.bfloat16 else plain_scale_and_add)(
+            y.contiguous(), g, c, None
+        )
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See `lorafold.ops.elementwise.rotary`: x (..., D) rotated by halves."""
@@ -152,7 +153,7 @@ def min_matmul_rows(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> in
     min_rows = 1
     for out, in_features in shapes:
         x = random_rows(in_features, dtype)
-        for each in {dtype, arithmetic(x)}:
+        for each in {dtype, matmul_dtype(x)}:
             m = random_rows(in_features, each).repeat(-(-out // NUM_ROWS[-1]), 1)[:out]
             wide = x.to(each)
             # 16-bit rounding hides most differences, but not those of the rounding errors

@@ -23,8 +23,8 @@ from lorafold.engine.model_structure import Structure, forward_pass
 from lorafold.engine.operations import BlockMatmuls, Operations
 from lorafold.engine.request import EngineSettings
 from lorafold.engine.sequence import Row
-from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
-from lorafold.ops.host_tensors import picked, sent
+from lorafold.ops.arithmetic import FEW, multiplies_bf16, override_widening, widens
+from lorafold.ops.host_tensors import select_rows, send
 
 
 class Runner(ABC):
@@ -189,7 +189,7 @@ class SlotRunner(Runner):
         with self._batch_invariant():
             logits = self._pass(separate, taken, num_tokens, at, starts, width)
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
-        return picked(logits, [index[id(row)] for row in rows])
+        return select_rows(logits, [index[id(row)] for row in rows])
 
     @contextmanager
     def _batch_invariant(self) -> Iterator[None]:
@@ -200,7 +200,7 @@ class SlotRunner(Runner):
         # `fast_path` pads its own matmuls
         packed = self.as_trained or self.structure.index_of.keys() <= self.deltas.aware
         blocks = BlockMatmuls(FEW) if self.slot_adapters.in_blocks and not packed else nullcontext()
-        with multiplying(widened=widened, rows=1), blocks:
+        with override_widening(widened=widened, rows=1), blocks:
             yield
 
     def _min_rows(self, separate: LoadedAdapter | None) -> int:
@@ -225,21 +225,21 @@ class SlotRunner(Runner):
         for row, n in zip(taken, num_tokens, strict=True):
             tokens = [0] if row is None else row.tokens[row.computed : row.computed + n]
             ids.append(tokens + tokens[-1:] * (width - len(tokens)))
-        rows = at if isinstance(at, slice) else sent(torch.tensor(at), device)
-        view = self._views[separate].select(rows, sent(torch.tensor(starts), device), width)
+        rows = at if isinstance(at, slice) else send(torch.tensor(at), device)
+        view = self._views[separate].select(rows, send(torch.tensor(starts), device), width)
         with_counts = [*zip(taken, num_tokens, strict=True)]
         to_score = [0 if row is None else row.to_score(n) for row, n in with_counts]
         positions = sorted({n - 1 for n in num_tokens})
         positions = [*range(max(num_tokens))] if any(to_score) else positions
         if self.as_trained:  # the LM head needs FEW rows too
             positions = sorted({*positions, *range(-(-FEW // len(num_tokens)))})
-        keep = sent(torch.tensor(positions), device)
+        keep = send(torch.tensor(positions), device)
         adapters = [None if row is None else row.adapter for row in taken]
         ids_of = [id(adapter) for adapter in adapters]
         if separate is None and self._planned != ids_of:
             self._planned = ids_of
             self._plan = AdapterRows(adapters, self.slot_adapters.places, self.invariant)
-        ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(num_tokens), device)
+        ids_BT, counts_B = send(torch.tensor(ids), device), send(torch.tensor(num_tokens), device)
         with self.deltas.separate(separate) if separate else self.deltas.mixed(self._plan):
             logits = forward_pass(self.model, view, ids_BT, counts_B, keep)  # (B, positions, V)
         for row, logits_TV, n in zip(taken, logits, to_score, strict=True):
@@ -247,7 +247,7 @@ class SlotRunner(Runner):
                 row.score(logits_TV[:n])
         if len(positions) == 1:
             return logits[:, 0]
-        at = sent(torch.tensor([positions.index(n - 1) for n in num_tokens]), device)
+        at = send(torch.tensor([positions.index(n - 1) for n in num_tokens]), device)
         return logits[torch.arange(len(num_tokens), device=device), at]
 
 

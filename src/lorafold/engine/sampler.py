@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from lorafold.engine.request import Sampling
 from lorafold.errors import EXITS, LorafoldError, truncate_end
-from lorafold.ops.host_tensors import picked
+from lorafold.ops.host_tensors import select_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,13 +99,13 @@ def sample_tokens(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Sample
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
     if plain:
-        logits_nV = picked(logits_BV, plain).float()
+        logits_nV = select_rows(logits_BV, plain).float()
         pairs = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
         for b, token, is_finite in zip(plain, *pairs.tolist(), strict=True):
             choices[b] = SampledToken(token) if is_finite else NotFinite(NOT_FINITE)
     for start in range(0, len(others), ROWS_AT_ONCE):
         chunk = others[start : start + ROWS_AT_ONCE]
-        logits_nV = picked(logits_BV, chunk).to("cpu", torch.float32)
+        logits_nV = select_rows(logits_BV, chunk).to("cpu", torch.float32)
         choices |= zip(chunk, _sample_rows([samplers[b] for b in chunk], logits_nV), strict=True)
     for b, choice in choices.items():
         if isinstance(choice, SampledToken):

@@ -31,8 +31,8 @@ from lorafold.evaluation.reward_model_scores import BRADLEY_TERRY, WHOLE_CONVERS
 from lorafold.files.terminal import print_lines
 from lorafold.identity import joined, of_adapter
 from lorafold.models.checkpoint import original_weights
-from lorafold.models.classifier import head_paths, padding_id, scoring_shell
-from lorafold.models.loading import stored_in_files
+from lorafold.models.classifier import head_paths, padding_id, reward_model_on
+from lorafold.models.loading import prequantized_storage
 from lorafold.models.positions import positions_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
@@ -82,8 +82,8 @@ class RewardAdapter:
         for notice in filter(None, (ensure_chat_template(tokenizer), self._dtype_notice(model))):
             print_lines(console, f"reward {self.name}: {notice}")
         pad, other = padding_id(tokenizer), self.base.allow_other_base
-        shell, weights = scoring_shell(model, pad), None
-        if _quantized(model) and stored_in_files(self.base.source) is None:
+        shell, weights = reward_model_on(model, pad), None
+        if _quantized(model) and prequantized_storage(self.base.source) is None:
             weights = original_weights(self.base.source)
         load_all(shell, self.stack, "reward", allow_other_base=other, base=weights)
         self.stack.clear()

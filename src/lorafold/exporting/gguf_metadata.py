@@ -3,7 +3,7 @@
     hidden_size -> ARCH.embedding_length, num_experts -> ARCH.expert_count, ...
     llama3, longrope    tensors rope_freqs.weight and rope_factors_{long,short}.weight (dims / 2,)
     gpt2      byte-level BPE: tokens, merges, and the name of the pre-tokenizer rule, chosen from
-              `models.gguf_tokenizers` because it splits all `TEXTS` in the same way
+              `models.gguf_tokenizers` because it splits all `PROBE_TEXTS` in the same way
     llama     BPE with byte fallback: tokens with scores, which fall with the rank of the first
               merge that makes each
 
@@ -29,7 +29,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lorafold.errors import LorafoldError, listed
 from lorafold.exporting.target import window_notes
 from lorafold.models.gguf_rope import FREQUENCIES, YARN
-from lorafold.models.gguf_tokenizers import WHOLE_WORDS, names_of_rules, rule_of
+from lorafold.models.gguf_tokenizers import WHOLE_WORDS, pre_tokenizer_names, pre_tokenizer_of
 
 INTEGER_KEYS = {
     "max_position_embeddings": "context_length",
@@ -227,8 +227,8 @@ def pre_tokenizer_name(backend: Backend, whole_words: bool) -> str:
     splitter, before = backend.pre_tokenizer, backend.normalizer
     # Qwen's normalizer (NFC) only composes marks with their letters
     if splitter is not None and (before is None or type(before).__name__ == "NFC"):
-        for name in names_of_rules():
-            rule = rule_of(name)
+        for name in pre_tokenizer_names():
+            rule = pre_tokenizer_of(name)
             if rule is None or (name in WHOLE_WORDS) != whole_words:
                 continue
             if all(_split_text(rule, text) == _split_text(splitter, text) for text in PROBE_TEXTS):

@@ -39,7 +39,7 @@ from lorafold.fold.plan import TensorShape, plan_fold
 from lorafold.fold.quantization_round_trip import ROUND_TRIP
 from lorafold.generation import end_tokens
 from lorafold.merging.merged_tensors import before_and_after, check_disk_space
-from lorafold.models.weight_conversion import OnDemand
+from lorafold.models.weight_conversion import LazyTensor
 from lorafold.resolve import Base
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -78,7 +78,7 @@ def merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[Merged
         return before_and_after(module, names, leaf)[1]
 
     def same(parameter: Tensor) -> Tensor:
-        return parameter.make() if isinstance(parameter, OnDemand) else parameter
+        return parameter.make() if isinstance(parameter, LazyTensor) else parameter
 
     untied = {name for first, others in plan.untied.items() for name in (first, *others)}
     seen: set[int] = set()

@@ -84,9 +84,8 @@ def prompts_of(
 @torch.inference_mode()
 def last_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """The log-probabilities (vocabulary,) of the next token, in fp32 on the CPU."""
-    inputs = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=inputs, use_cache=False).logits[0, -1]
-    return logits.float().log_softmax(-1).cpu()
+    outputs = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    return outputs.logits[0, -1].float().log_softmax(-1).cpu()
 
 
 def swap_close_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
@@ -153,7 +152,7 @@ class ReferenceAnswers:
         """Load the exported model on the weights that the files are for, and compute answers."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
-        model = load_adapted(subject.base, subject.adapters, subject.stored)
+        model = load_adapted(subject.base, subject.adapters, subject.training_storage)
         with_, without, total = list[Tensor](), list[Tensor](), 2 * len(prompts.ids)
         for ids in prompts.ids:
             with_.append(last_logprobs(model, ids))
@@ -320,8 +319,7 @@ def kl_divergences(p: Tensor, q: Tensor) -> Tensor:  # (prompts, vocabulary), bo
     """KL(p, q) of log-probabilities, over the tokens that both have."""
     size = min(p.shape[-1], q.shape[-1])
     p, q = (side[:, :size].double().log_softmax(-1) for side in (p, q))
-    terms = p.exp() * (p - q)
-    return terms.where(p.isfinite() & q.isfinite(), 0).sum(-1).clamp_min(0)
+    return (p.exp() * (p - q)).where(p.isfinite() & q.isfinite(), 0).sum(-1).clamp_min(0)
 
 
 def mean_distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both

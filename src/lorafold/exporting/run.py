@@ -27,7 +27,7 @@ from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.terminal import progress_bars
 from lorafold.merging.merge_target import ALIASES, Distance, MergeTarget, choose_merge_target
-from lorafold.models.loading import stored_in_files
+from lorafold.models.loading import prequantized_storage
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
@@ -177,7 +177,7 @@ def export(
             )
         written, verified, logprobs = target.write(subject, tmp, bar("writing")), None, None
         if reference is not None and engine is not None:
-            for_proof = target.proving(subject, tmp / PROOF_SCRATCH, bar("preparing the proof"))
+            for_proof = target.proof_job(subject, tmp / PROOF_SCRATCH, bar("preparing the proof"))
             job = {**written.job, **for_proof, "url": options.engine_url}
             verified, logprobs = _prove(reference, job, tmp, engine, options)
             _check_proof(verified, target, tensors)
@@ -193,7 +193,7 @@ def export(
         names = tuple(map(str, adapters))
         answers = None if reference is None else reference.answers.adapted
         if answers is None and others is not None:
-            answers = answers_on(subject, subject.stored, options.prompts)
+            answers = answers_on(subject, subject.training_storage, options.prompts)
         away, from_original = None, None
         if answers is not None:
             pair = [answers, answers if others is None else others]
@@ -239,7 +239,7 @@ def _check_representable(
 def _merge_target(
     base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None
 ) -> MergeTarget:
-    in_files = stored_in_files(base.source)
+    in_files = prequantized_storage(base.source)
     expected = ("trained", "original", *ALIASES) if target.merged else ("original",)
     if into is not None and into not in expected:
         raise LorafoldError(
@@ -288,7 +288,7 @@ def _reason_unproved(target: Target, options: ExportOptions) -> str:
     if target.engine is None:
         return f"lorafold runs no engine for {target.name}"
     engine = ENGINES[target.engine]
-    if options.engine_python is None and options.engine_url is None and not engine.here:
+    if options.engine_python is None and options.engine_url is None and not engine.is_installed:
         return f"{engine.title} is not installed here ({engine.install})"
     return ""
 

@@ -126,12 +126,13 @@ class ToVllm(Target):
             file = directory / ADAPTER / WEIGHTS
             named = {key.replace(*RENAMED[kind]): tensor for key, tensor in load_file(file).items()}
             save_file(named, file, metadata={"format": "pt"})
-            name = RENAMED[kind][1].strip('.')
-            notes.append(f"experts have vLLM's names ({name}) instead of PEFT's")
+            notes.append(
+                f"experts have vLLM's names ({RENAMED[kind][1].strip('.')}) instead of PEFT's"
+            )
         most = next(rank for rank in RANKS if rank >= update.rank)
         engine: dict[str, object] = {"max_lora_rank": most}
         request: dict[str, object] = {}
-        name = str(subject.called)
+        name = str(subject.adapter_name)
         if kind in SPLIT and experts:
             engine["enable_mixed_moe_lora_format"] = request["is_3d_lora_weight"] = True
             options.append("--enable-mixed-moe-lora-format")
@@ -157,8 +158,10 @@ def lora_module_option(name: str, request: Mapping[str, object], out: str) -> st
 def with_zeros(
     subject: Subject, factors: SiteFactors, paths: Iterable[str]
 ) -> dict[str, Factors]:
-    unchanged = [path for path in paths if path not in factors]
-    return {**factors, **{path: zero_factors(subject, path) for path in unchanged}}
+    return {
+        **factors,
+        **{path: zero_factors(subject, path) for path in paths if path not in factors},
+    }
 
 
 SGLANG_PACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -201,7 +204,7 @@ class ToSglang(Target):
         if any(map(EXPERTS.fullmatch, factors)):
             _write_per_expert(directory / ADAPTER, subject.config.model_type, factors, rank)
             notes.append("each expert has its own A and B, for SGLang; PEFT can't load them")
-        name = str(subject.called)
+        name = str(subject.adapter_name)
         line = (
             "python", "-m", "sglang.launch_server", "--model-path", base.model, "--enable-lora",
             "--lora-paths", partial(lora_path_option, name), "--max-lora-rank", str(rank),
@@ -274,8 +277,7 @@ def _write_per_expert(adapter: Path, kind: str, factors: SiteFactors, rank: int)
         tensors[f"{ROOT}{path}.lora_B.weight"] = up.contiguous()
     config = read_object(adapter / CONFIG)
     config.pop("target_parameters", None)
-    names = {*(config["target_modules"] or ()), *map(last_part, experts)}
-    config["target_modules"] = sorted(names)
+    config["target_modules"] = sorted({*(config["target_modules"] or ()), *map(last_part, experts)})
     save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
     write_json(adapter / CONFIG, config)
 

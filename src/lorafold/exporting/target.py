@@ -212,11 +212,11 @@ class Subject:
     into: MergeTarget = ORIGINAL
 
     @property
-    def stored(self) -> str:
+    def training_storage(self) -> str:
         return str(self.into.trained_on) if self.into.target == "trained" else "fp32"
 
     @property
-    def called(self) -> str | None:
+    def adapter_name(self) -> str | None:
         adapters = self.original or self.adapters
         return adapters[-1].path.resolve().name if adapters else None
 
@@ -292,7 +292,7 @@ class Target(ABC):
     def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
         """Write the files into the directory, which appears when it is complete."""
 
-    def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
+    def proof_job(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         """Further inputs of the engine's job, made only for the proof."""
         return {}
 

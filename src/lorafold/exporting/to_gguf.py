@@ -34,7 +34,7 @@ from lorafold.exporting.gguf_model import (
 )
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
 from lorafold.exporting.target import ExportedFiles, Line, Progress, Subject, Target, lora_problems
-from lorafold.models.loading import stored_in_files
+from lorafold.models.loading import prequantized_storage
 
 ADAPTER_FILE = "adapter.gguf"
 BASE_DIR = "base-gguf"  # the directory of the base in launch lines
@@ -49,7 +49,7 @@ class GgufAdapter(Target):
 
     @abstractmethod
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
-        """Commands that use the file on a base file with options, as in `Written.launch`."""
+        """Commands that use the file on a base file with options, as in `ExportedFiles.launch`."""
 
     def problems(self, subject: Subject) -> Sequence[str]:
         if not subject.adapters:
@@ -82,12 +82,11 @@ class GgufAdapter(Target):
         launch = (f"{command}  # writes {file}", *self.use(file, options))
         return ExportedFiles(files, launch, notes, JOB)
 
-    def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
+    def proof_job(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
         base = scratch / "base.gguf"
-        weights = sum(p.numel() for p in subject.model.parameters())
-        kind = "F32" if weights < 1 << 30 else "F16"
-        write_model(subject.base.source.path, base, kind, progress)
+        tensors = "F32" if sum(p.numel() for p in subject.model.parameters()) < 1 << 30 else "F16"
+        write_model(subject.base.source.path, base, tensors, progress)
         return {"base": str(base)}
 
     def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
@@ -157,7 +156,7 @@ class GgufModel(Target):
     tolerance = TOLERANCE
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        if (held := stored_in_files(subject.base.source)) is not None:
+        if (held := prequantized_storage(subject.base.source)) is not None:
             return [
                 f"the model's files have {held} weights; run lorafold merge first, or pass the"
                 " unquantized model as --model"

@@ -1,7 +1,7 @@
 """Export of a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
 
 Since 0.34.1, Ollama rejects a Modelfile with ADAPTER (ollama#14969), so adapters are merged.
-Ollama's templates use Go's template language, so `turns_of` finds the text that the model's
+Ollama's templates use Go's template language, so `detect_turns` finds the text that the model's
 template writes around the turns of a plain chat, by rendering probes S, u and a (system, user,
 assistant):
 
@@ -74,8 +74,7 @@ def detect_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
 
     start, end = _split_around(rendered(_chat("u", [U])), [U])
     _, a_open, u_open, _ = _split_around(rendered(_chat("uau", [U, A, V])), [U, A, V])
-    plain = Turns(start, None, a_open, u_open, end)
-    with_system, candidates = "", [plain]
+    with_system, candidates = "", [Turns(start, None, a_open, u_open, end)]
     with suppress(LorafoldError):  # templates may reject system messages
         with_system = rendered(_chat("su", [S, U]))
     if S in with_system:
@@ -214,7 +213,7 @@ class ToOllama(GgufModel):
         text = modelfile(file, template, stops)
         notes = [*write_file(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
-        name = (subject.called or Path(subject.base.name).name).lower()
+        name = (subject.adapter_name or Path(subject.base.name).name).lower()
         name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:80] or "model"
         launch = (
             ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),

@@ -15,7 +15,7 @@ from lorafold.core.delta import Delta
 from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.layer import Layer, add
 from lorafold.layers import layer_class, layer_of
-from lorafold.models.loading import stored_in_files
+from lorafold.models.loading import prequantized_storage
 from lorafold.models.quantizations import ON_LOAD, STORAGES
 from lorafold.models.quantize_on_load import quantizable_paths
 from lorafold.models.sources import ModelSource
@@ -56,8 +56,7 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
     selection = selection_of(model)
     for path in quantizable_paths(model):  # type: ignore[arg-type]
         module = module_at(model, path)
-        transposed = isinstance(module, Matrices) and module.stored.transposed
-        delta = RoundTrip(quantization, transposed)
+        delta = RoundTrip(quantization, isinstance(module, Matrices) and module.stored.transposed)
         attach_delta(module, layer_class(module), ROUND_TRIP, delta, selection, path)
 
 
@@ -66,5 +65,5 @@ def attach_training_round_trip(
 ) -> None:
     """Attach the round trip of the adapters' quantization, unless the files are quantized."""
     training = training_storage_of(adapters) if storage == "auto" else TrainingStorage(storage)
-    if training and training.storage in ON_LOAD and stored_in_files(source) is None:
+    if training and training.storage in ON_LOAD and prequantized_storage(source) is None:
         attach_round_trip(model, training.storage)

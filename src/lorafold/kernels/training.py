@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafold.kernels.compiling import DTYPES, INT, F, Functions, N, P, supported
-from lorafold.ops.dropout import source, threshold
+from lorafold.ops.dropout import names_and_key, threshold
 
 U32, U64 = ctypes.c_uint32, ctypes.c_uint64
 SIGNATURES = {
@@ -156,7 +156,7 @@ class _CppTraining:
         n, width, limit = x.numel(), x.shape[-1], threshold(p)
         if n >= 2**31 or not limit:
             return NotImplemented
-        names, key = source(x, names, key)
+        names, key = names_and_key(x, names, key)
         places, names = torch.empty(n, dtype=torch.int32), names.contiguous()
         sizes = (n // width, width, limit)
         many = self._places(places.data_ptr(), names.data_ptr(), *sizes, key, site, threads())

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lorafold.core.rounding import ODD
 from lorafold.errors import LorafoldError
-from lorafold.ops.dropout import FACTORS, ROUNDS, STEPS, WORD, source, threshold
+from lorafold.ops.dropout import FACTORS, KEY_STEPS, ROUNDS, WORD, names_and_key, threshold
 
 CALLS = 128  # calls of Philox per program, each for 8 elements
 DROPOUT_CONSTANTS = {
-    "FIRST": FACTORS[0], "SECOND": FACTORS[1], "STEP": STEPS[0], "OTHER": STEPS[1],
+    "FIRST": FACTORS[0], "SECOND": FACTORS[1], "STEP": KEY_STEPS[0], "OTHER": KEY_STEPS[1],
     "ROUNDS": ROUNDS, "CALLS": CALLS,
 }  # fmt: skip
 FEATURES, ROWS = 256, 32  # per program for gains
@@ -39,7 +39,7 @@ class _TritonDropout:
         self.kernel = jit(_masked, "width", "limit", "low", "high", "site")
 
     def masked(self, x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Any:
-        names, key = source(x, names, key)
+        names, key = names_and_key(x, names, key)
         width, x = x.shape[-1], x.contiguous()
         masked, where = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
         grid = len(names), -(-width // (8 * CALLS))

@@ -172,8 +172,7 @@ class Quantized(Matrix):
         return w.to(dtype)
 
     def weight(self) -> Tensor:
-        compute = getattr(self.module, "compute_dtype", None)
-        return self.read(compute or self.dtype)
+        return self.read(getattr(self.module, "compute_dtype", None) or self.dtype)
 
     def original(self) -> Tensor:
         if self.stored is None:

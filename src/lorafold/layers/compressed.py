@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.layers.bitsandbytes import Quantized, make_linear
-from lorafold.ops.float8 import values
+from lorafold.ops.float8 import to_fp32
 
 WORD = 32  # bits of an int32
 
@@ -121,15 +121,15 @@ class CompressedLinear(nn.Module):
         return Compressed(self)(x)
 
     def extra_repr(self) -> str:
-        fmt = f"{self.fmt.code_type}{self.fmt.bits}"
-        return f"in={self.in_features}, out={self.out_features}, {fmt}"
+        return (
+            f"in={self.in_features}, out={self.out_features}, {self.fmt.code_type}{self.fmt.bits}"
+        )
 
 
 class Compressed(Quantized):
     @property
     def dtype(self) -> torch.dtype:
-        scale = getattr(self.bare, self.bare.fmt.scale)
-        return scale.dtype
+        return getattr(self.bare, self.bare.fmt.scale).dtype
 
     def dequantized(self) -> Tensor:  # (out, in)
         module, fmt = self.bare, self.bare.fmt
@@ -137,7 +137,7 @@ class Compressed(Quantized):
         if fmt.packed:
             integers = unpack(module.weight_packed, fmt.bits, self.shape[1])
         else:
-            integers = values(module.weight) if fmt.code_type == "float" else module.weight
+            integers = to_fp32(module.weight) if fmt.code_type == "float" else module.weight
         w = integers.to(scale.dtype)
         if not fmt.symmetric:
             zero = module.weight_zero_point  # the shape of the scales, packed along the rows

@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from lorafold.core.active_adapters import DropoutSite, dropout_site
 from lorafold.core.layer import BaseLayer, add
 from lorafold.errors import NotMergeable
-from lorafold.ops.arithmetic import arithmetic, linear, narrowed, product
+from lorafold.ops.arithmetic import linear, matmul, matmul_dtype, scaled_as
 from lorafold.ops.autocast import autocasting, lowered
-from lorafold.ops.checkpoint_segments import once
-from lorafold.ops.dropout import dropout, shared
+from lorafold.ops.checkpoint_segments import computed_once
+from lorafold.ops.dropout import dropout, shared_dropout
 from lorafold.ops.frozen import frozen_linear, low_rank_linear, sparse_linear
 from lorafold.ops.scale_and_add import scale_and_add
 
@@ -64,7 +64,7 @@ class Matrix(Vectors):
 
     def as_is(self, x: Tensor) -> bool:
         """Whether the module's own forward may compute W x + b for x (..., in)."""
-        return arithmetic(x) is x.dtype is self.weight().dtype or autocasting(x)
+        return matmul_dtype(x) is x.dtype is self.weight().dtype or autocasting(x)
 
     def biased(self, y: Tensor) -> Tensor:
         """y + b (..., out), in y's dtype."""
@@ -96,7 +96,7 @@ class Matrix(Vectors):
         if torch.compiler.is_compiling():
             return super().op_once(x, m)
         flat, narrow = x.reshape(-1, x.shape[-1]), m[:, : x.shape[-1]]
-        u = once(x, (m,), lambda: frozen_linear(flat, None, narrow.to))
+        u = computed_once(x, (m,), lambda: frozen_linear(flat, None, narrow.to))
         return u.view(*x.shape[:-1], -1)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
@@ -104,14 +104,14 @@ class Matrix(Vectors):
 
     def weight_times(self, m: Tensor) -> Tensor:
         w = self.weight()
-        return product(w, narrowed(m, 1.0, w.dtype).t(), m.dtype)
+        return matmul(w, scaled_as(m, 1.0, w.dtype).t(), m.dtype)
 
     def low_rank(
         self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None, k: float = 1.0
     ) -> Tensor:
         if torch.compiler.is_compiling() or not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto, k)
-        drop = shared(x, p, id(self.module), self.site(x)) if p else None
+        drop = shared_dropout(x, p, id(self.module), self.site(x)) if p else None
         return self.biased(low_rank_linear(x, self.read, down, up, drop, k))
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:

@@ -28,11 +28,11 @@ class ExpertMatrices(ABC):
     """Abstract: the matrices (E, out, in) of one expert parameter."""
 
     quantized = False
-    endings: tuple[str, ...] = ("",)  # suffixes of the parameters' names, the matrices' first
+    suffixes: tuple[str, ...] = ("",)  # suffixes of the parameters' names, the matrices' first
 
     def __init__(self, matrices: Matrices) -> None:
         owner = matrices.owner
-        self.names = [matrices.name + ending for ending in self.endings]
+        self.names = [matrices.name + suffix for suffix in self.suffixes]
         self.parameter: Any = owner._parameters[self.names[0]]
         self.number, self.transposed = matrices.number, matrices.stored.transposed
         self.flat = matrices.stored.flat
@@ -45,7 +45,7 @@ class ExpertMatrices(ABC):
 
     @property
     @abstractmethod
-    def sides(self) -> tuple[int, int]:
+    def stored_shape(self) -> tuple[int, int]:
         """The stored shape of a matrix, (out, in) or (in, out)."""
 
     @abstractmethod
@@ -55,20 +55,20 @@ class ExpertMatrices(ABC):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, out, in)."""
-        a, b = self.sides
+        a, b = self.stored_shape
         return (self.number, b, a) if self.transposed else (self.number, a, b)
 
-    def turned(self, w: Tensor) -> Tensor:
+    def transpose(self, w: Tensor) -> Tensor:
         """Convert stored matrices to (..., out, in) or back, a view of any shape."""
         return w.mT if self.transposed else w
 
     def as_stored(self, w: Tensor) -> Tensor:
         """All matrices (E, out, in) in the shape of the parameter."""
-        return self.turned(w).flatten(0, 1) if self.flat else self.turned(w)
+        return self.transpose(w).flatten(0, 1) if self.flat else self.transpose(w)
 
     def matrix(self, e: int) -> Tensor:
         """The matrix (out, in) of expert e."""
-        return self.turned(self.stored(e))
+        return self.transpose(self.stored(e))
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -76,7 +76,9 @@ class ExpertMatrices(ABC):
 
     def dense_like(self) -> Tensor:
         """All matrices (E, out, in) on the meta device."""
-        return self.turned(torch.empty(self.number, *self.sides, dtype=self.dtype, device="meta"))
+        return self.transpose(
+            torch.empty(self.number, *self.stored_shape, dtype=self.dtype, device="meta")
+        )
 
 
 class FloatExperts(ExpertMatrices):
@@ -85,7 +87,7 @@ class FloatExperts(ExpertMatrices):
         return self.parameter.dtype
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def stored_shape(self) -> tuple[int, int]:
         b = self.parameter.shape[-1]
         return self.parameter.numel() // (self.number * b), b
 
@@ -98,7 +100,7 @@ class FloatExperts(ExpertMatrices):
         return self._matrices[e]
 
     def dense(self) -> Tensor:
-        return self.turned(self._matrices)
+        return self.transpose(self._matrices)
 
 
 class QuantizedMatrices(ExpertMatrices):
@@ -109,17 +111,19 @@ class QuantizedMatrices(ExpertMatrices):
         return self.compute_dtype or torch.bfloat16
 
     def dense(self) -> Tensor:
-        w = torch.empty(self.number, *self.sides, dtype=self.dtype, device=self.parameter.device)
+        w = torch.empty(
+            self.number, *self.stored_shape, dtype=self.dtype, device=self.parameter.device
+        )
         for e in range(self.number):
             w[e] = self.stored(e)
-        return self.turned(w)
+        return self.transpose(w)
 
 
 class NF4(QuantizedMatrices):
     """Matrices in bitsandbytes' 4-bit codes, with the constants of all experts in one list."""
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def stored_shape(self) -> tuple[int, int]:
         rows, b = self.parameter.quant_state.shape
         return rows // self.number, b
 
@@ -130,48 +134,47 @@ class NF4(QuantizedMatrices):
     def dense(self) -> Tensor:
         state = self.parameter.quant_state
         w = dequantized_4bit(self._codes, block_constants(state), state, tuple(state.shape))
-        return self.turned(w.view(self.number, *self.sides).to(self.dtype))
+        return self.transpose(w.view(self.number, *self.stored_shape).to(self.dtype))
 
     def stored(self, e: int) -> Tensor:
-        state, size = self.parameter.quant_state, prod(self.sides)
+        state, size = self.parameter.quant_state, prod(self.stored_shape)
         blocks = size // state.blocksize
         constants = block_constants(state, slice(e * blocks, (e + 1) * blocks))
         codes = self._codes[e * size // 2 : (e + 1) * size // 2]
-        return dequantized_4bit(codes, constants, state, self.sides)
+        return dequantized_4bit(codes, constants, state, self.stored_shape)
 
 
 class Int8(QuantizedMatrices):
     """Matrices in int8, with a scale for each stored row."""
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def stored_shape(self) -> tuple[int, int]:
         rows, b = self.parameter.shape
         return rows // self.number, b
 
     def stored(self, e: int) -> Tensor:
-        a, _ = self.sides
+        a, _ = self.stored_shape
         at = slice(e * a, (e + 1) * a)
-        scale = self.parameter.SCB[at] / 127
-        return (self.parameter.data[at] * scale[:, None]).bfloat16()
+        return (self.parameter.data[at] * (self.parameter.SCB[at] / 127)[:, None]).bfloat16()
 
 
 class MXFP4(QuantizedMatrices):
     """Matrices (out, in) in 4-bit floating point, with a power of two for 32 weights of a row."""
 
-    endings = (BLOCKS, SCALES)
+    suffixes = (BLOCKS, SCALES)
 
     def __init__(self, matrices: Matrices) -> None:
         super().__init__(matrices)
         self.scales: Any = matrices.owner._parameters[self.names[1]]
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def stored_shape(self) -> tuple[int, int]:
         _, out, groups, _ = self.parameter.shape
         inn = groups * MXFP4_GROUP
         return (inn, out) if self.transposed else (out, inn)
 
     def stored(self, e: int) -> Tensor:
-        return self.turned(dequantize(self.parameter[e], self.scales[e], self.dtype))
+        return self.transpose(dequantize(self.parameter[e], self.scales[e], self.dtype))
 
 
 def stored_matrices(matrices: Matrices) -> ExpertMatrices:

@@ -32,14 +32,14 @@ from lorafold.core.layer import BaseLayer, Layer, add
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.layers.expert_storage import ExpertMatrices, stored_matrices
 from lorafold.ops.autocast import lowered
-from lorafold.ops.dropout import dropout, shared
+from lorafold.ops.dropout import dropout, shared_dropout
 from lorafold.ops.grouped import (
     FrozenMatrices,
     Groups,
     frozen_product,
-    grouped,
     low_rank_product,
     product,
+    sort_into_groups,
 )
 from lorafold.ops.scale_and_add import scale_and_add
 
@@ -57,8 +57,8 @@ class Experts(BaseLayer):
     def __init__(self, module: Matrices, stored: Callable[[], Tensor] | None = None) -> None:
         super().__init__(module, stored)
         self.owner, self.name = module.owner, module.name
-        self.held: ExpertMatrices = stored_matrices(module)
-        self.quantized = self.held.quantized
+        self.storage: ExpertMatrices = stored_matrices(module)
+        self.quantized = self.storage.quantized
 
     @classmethod
     def entered(cls, module: nn.Module) -> None:
@@ -83,26 +83,26 @@ class Experts(BaseLayer):
 
     def frozen_matrices(self) -> FrozenMatrices:
         """The experts' matrices (out, in), for a product with the current rows."""
-        matrix, every = self.held.matrix, self.held.dense
+        matrix, every = self.storage.matrix, self.storage.dense
         return FrozenMatrices(
             lambda e, dtype: matrix(e).to(dtype), lambda dtype: every().to(dtype), self.rows
         )
 
     @property
     def frozen(self) -> bool:
-        return not self.held.parameter.requires_grad
+        return not self.storage.parameter.requires_grad
 
     @property
     def device(self) -> torch.device:
-        return self.held.parameter.device
+        return self.storage.parameter.device
 
     @property
     def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.held.shape[:1]
+        return self.storage.shape[:1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.held.shape[1:]
+        return self.storage.shape[1:]
 
     def parameter(self, name: str) -> Any:
         return self.owner._parameters.get(parameter_path(self.module, self.name, name))
@@ -112,19 +112,19 @@ class Experts(BaseLayer):
         return self.parameter("bias")
 
     def sources(self) -> list[Tensor] | None:
-        return [t for t in (self.held.parameter, self.bias) if t is not None]
+        return [t for t in (self.storage.parameter, self.bias) if t is not None]
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        return self.held.dense(), self.bias
+        return self.storage.dense(), self.bias
 
     def dense_like(self) -> tuple[Tensor, Tensor | None]:
-        return self.held.dense_like(), None if self.bias is None else self.bias.to("meta")
+        return self.storage.dense_like(), None if self.bias is None else self.bias.to("meta")
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         b = None if self.bias is None else self.each(self.bias).to(x.dtype)
         if self.frozen:
             return add(frozen_product(x, onto, self.frozen_matrices(), self.shape[0]), b)
-        return add(add(product(x, self.held.dense(), self.rows), onto), b)
+        return add(add(product(x, self.storage.dense(), self.rows), onto), b)
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return product(x, m, self.rows)
@@ -148,10 +148,12 @@ class Experts(BaseLayer):
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        parts = []
-        for e, at in self.rows.spans():
-            residual = None if onto is None else onto[at]
-            parts.append(scale_and_add(y[at], g[e], None if c is None else c[e], residual))
+        parts = [
+            scale_and_add(
+                y[at], g[e], None if c is None else c[e], None if onto is None else onto[at]
+            )
+            for e, at in self.rows.spans()
+        ]
         return torch.cat(parts) if parts else y
 
     def low_rank(
@@ -159,7 +161,7 @@ class Experts(BaseLayer):
     ) -> Tensor:
         if not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto, k)
-        drop = shared(x, p, id(self.module), self.site()) if p else None
+        drop = shared_dropout(x, p, id(self.module), self.site()) if p else None
         y = low_rank_product(x, self.frozen_matrices(), down, up, drop, k)
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
 
@@ -169,7 +171,7 @@ class Experts(BaseLayer):
                 "these experts store quantized weights, in which a change would be lost to"
                 " rounding; dequantize the weights first"
             )
-        stored = self.held.as_stored(w)
+        stored = self.storage.as_stored(w)
         return {"weight": stored} if b is None else {"weight": stored, "bias": b}
 
     def plain(self) -> Experts:
@@ -180,17 +182,17 @@ class Experts(BaseLayer):
     def write(self, w: Tensor, b: Tensor | None) -> None:
         encoded = self.encode(w, b)
         with torch.no_grad():
-            self.held.parameter.copy_(encoded["weight"])
+            self.storage.parameter.copy_(encoded["weight"])
             if b is not None and self.bias is not None:
                 self.bias.copy_(b)
 
     def dequantize(self) -> None:
         if self.quantized:
-            dense = self.held.as_stored(self.held.dense()).contiguous()
-            for name in self.held.names:
+            dense = self.storage.as_stored(self.storage.dense()).contiguous()
+            for name in self.storage.names:
                 del self.owner._parameters[name]
             self.owner._parameters[self.name] = nn.Parameter(dense, requires_grad=False)
-            self.held, self.quantized = stored_matrices(self.module), False  # type: ignore[arg-type]
+            self.storage, self.quantized = stored_matrices(self.module), False  # type: ignore[arg-type]
             restore_forward(self.module.routed)  # type: ignore[arg-type]
 
 
@@ -301,7 +303,7 @@ def run_sorted(
     """The rows (S, in), each times the matrix of its expert: (S, out)."""
     each, count = torch.tensor(sizes), len(rows)  # the sum, which fake tensors don't have
     of = torch.arange(len(sizes)).repeat_interleave(each, output_size=count).to(rows.device)
-    groups, taken, places = grouped(of, len(sizes))
+    groups, taken, places = sort_into_groups(of, len(sizes))
     (layer,) = layers(groups, None, (0, 1))
     return lowered(lambda x: layer(x[taken]).index_select(0, places), rows)
 
@@ -324,7 +326,7 @@ def _expert_outputs(
         at = torch.arange(len(of)) if is_fake(of) else (of < number).nonzero()[:, 0]
         if not len(at):
             return hidden[:, None].expand(-1, k, -1)
-    groups, rows, places = grouped(of if at is None else of[at], number)
+    groups, rows, places = sort_into_groups(of if at is None else of[at], number)
     rows = rows if at is None else at[rows]
     x = hidden.index_select(0, rows // k)  # its backward is faster than with indexing
     if weights is not None:

@@ -14,7 +14,7 @@ from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.preference_examples import BranchedRow
 from lorafold.memory.trace import Ledger, MemorySetting, attach_below, distinct_bytes
-from lorafold.ops.arithmetic import multiplying
+from lorafold.ops.arithmetic import override_widening
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.classification_loss import Classification
@@ -39,7 +39,7 @@ def measure(
     earlier, before = _live_tensors(), allocated(device)
     model = load()
     run = inference if setting.spec is None else training
-    with multiplying(widened=setting.widened), run(model, setting) as step:
+    with override_widening(widened=setting.widened), run(model, setting) as step:
         peak = peak_of(step, device) - before
     del earlier
     return peak

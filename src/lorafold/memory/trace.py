@@ -32,7 +32,7 @@ from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
 from lorafold.models.quantizations import Storage
 from lorafold.objectives.classify import class_loss
-from lorafold.ops.arithmetic import multiplying
+from lorafold.ops.arithmetic import override_widening
 from lorafold.ops.packed_documents import Documents, Tile
 from lorafold.runtime.assumed_device import DeviceKind, assume_device
 from lorafold.runtime.process_tuning import existing_frozen
@@ -217,7 +217,7 @@ def trace(config: PreTrainedConfig, setting: MemorySetting, blocks: int) -> Step
     with (
         existing_frozen(),
         without_values(),
-        multiplying(widened=setting.widened),
+        override_widening(widened=setting.widened),
         assume_device(setting.device_kind),
         Ledger() as ledger,
     ):

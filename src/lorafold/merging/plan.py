@@ -31,8 +31,8 @@ from lorafold.fold.quantization_round_trip import ROUND_TRIP, attach_round_trip
 from lorafold.models.checkpoint import (
     Checkpoint,
     MappedModel,
-    as_plain,
-    build,
+    as_unquantized,
+    build_on_meta,
     mapped_model,
     open_checkpoint,
 )
@@ -51,7 +51,7 @@ def untied_config(
     """
     written = _without_ties(config, True)
     loose = type(mapped.model.config).from_dict(copy.deepcopy(written))
-    still = tied_parameters(build(loose, trust_remote_code))
+    still = tied_parameters(build_on_meta(loose, trust_remote_code))
     if wrong := sorted(still.keys() & set(apart)):
         raise LorafoldError(
             f"{', '.join(wrong)}: the architecture always ties these weights, so they can't"
@@ -161,12 +161,11 @@ def plan_merge(
     writing.
     """
     checkpoint = open_checkpoint(base.source, HUB_FILES)  # all, because unchanged files are copied
-    checkpoint, mapped, dequantized = as_plain(checkpoint, mapped_model(checkpoint))
+    checkpoint, mapped, dequantized = as_unquantized(checkpoint, mapped_model(checkpoint))
     remember_source(mapped.model, base.source)
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
-    other = base.allow_other_base
-    loaded = load_all(mapped.model, adapters, "merged", allow_other_base=other)
+    loaded = load_all(mapped.model, adapters, "merged", allow_other_base=base.allow_other_base)
     names = tuple(adapter.name for adapter in loaded)
     planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
     problems = defaultdict(list)

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from operator import add
 from typing import Literal
 
 import torch
@@ -34,8 +35,7 @@ class RoundingStats:
     error: float = 0.0
 
     def __add__(self, other: RoundingStats) -> RoundingStats:
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return RoundingStats(*(a + b for a, b in pairs))
+        return RoundingStats(*map(add, astuple(self), astuple(other)))
 
     @property
     def survival(self) -> float:

@@ -40,7 +40,7 @@ from lorafold.merging.merged_tensors import MergeResult, write_merged, write_sha
 from lorafold.merging.plan import plan_merge
 from lorafold.merging.rounding import Rounding
 from lorafold.models.load_errors import loading
-from lorafold.models.loading import load_model, stored_in_files
+from lorafold.models.loading import load_model, prequantized_storage
 from lorafold.models.quantizations import Storage
 from lorafold.models.tokenizer import write_tokenizer
 from lorafold.peft.adapter_directory import SavedAdapter
@@ -211,9 +211,10 @@ def merge(
     source, _ = base.source, base.loaded_as  # fails early for a wrong name or device
     check_not_replaced(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
-        target = choose_merge_target(options.into, adapters, storage, stored_in_files(source))
-        training = target.trained_on or target.requested_storage or target.unsupported_storage
-        if console is not None and training:
+        target = choose_merge_target(options.into, adapters, storage, prequantized_storage(source))
+        if console is not None and (
+            target.trained_on or target.requested_storage or target.unsupported_storage
+        ):
             console.print(f"merging into {target}", highlight=False)
         check_language_model(base, adapters, ADVICE)
         has_tokenizer = any(one.own_tokenizer for one in adapters)

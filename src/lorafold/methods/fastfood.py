@@ -26,7 +26,7 @@ from lorafold.core.rounding import rounded
 from lorafold.core.spec import Spec
 from lorafold.methods.common.options_and_init import check
 from lorafold.methods.full import Full
-from lorafold.ops.walsh import halves, walsh
+from lorafold.ops.walsh import hadamard_factors, walsh
 
 
 class Subspace(nn.Module):
@@ -45,7 +45,7 @@ class Subspace(nn.Module):
         length = 1 << (len(vector) - 1).bit_length()
         self.vector = nn.Parameter(vector)
         signs = torch.randint(0, 2, (length,), generator=generator) * 2.0 - 1
-        tensors = signs, torch.randperm(length, generator=generator), *halves(length)
+        tensors = signs, torch.randperm(length, generator=generator), *hadamard_factors(length)
         for name, tensor in zip(("signs", "order", "left", "right"), tensors, strict=True):
             self.register_buffer(name, tensor.to(device), persistent=False)
 

@@ -29,7 +29,7 @@ CAUSAL = "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeModel:
     """The multimodal model (on the meta device) around a language model, and their common modules'
     paths.
     """
@@ -37,24 +37,24 @@ class Whole:
     model: nn.Module
     paths: Mapping[str, str]
 
-    def outward(self, path: str) -> str:
+    def path_in_whole(self, path: str) -> str:
         """Map a path in the language model to the whole model."""
-        return _moved(path, self.paths.items())
+        return _map_path(path, self.paths.items())
 
-    def inward(self, path: str) -> str:
+    def path_in_part(self, path: str) -> str:
         """Map a path in the whole model to the language model; other paths are returned unchanged.
         """
-        return _moved(path, ((b, a) for a, b in self.paths.items()))
+        return _map_path(path, ((b, a) for a, b in self.paths.items()))
 
 
-def _moved(path: str, roots: Iterable[tuple[str, str]]) -> str:
+def _map_path(path: str, roots: Iterable[tuple[str, str]]) -> str:
     for a, b in roots:
         if f"{path}.".startswith(f"{a}."):
             return b + path[len(a) :]
     return path
 
 
-def whole_of(model: nn.Module) -> Whole | None:
+def whole_model_of(model: nn.Module) -> WholeModel | None:
     """The whole model that a language model was loaded from; None for any other model."""
     import transformers as tf
 
@@ -84,14 +84,14 @@ def whole_of(model: nn.Module) -> Whole | None:
     if not anatomy.decoder or inner is None:
         return None
     heads = {anatomy.head: around.head} if anatomy.head and around.head else {}
-    return Whole(whole, {anatomy.decoder: inner, **heads})
+    return WholeModel(whole, {anatomy.decoder: inner, **heads})
 
 
-def auto_class(config: PreTrainedConfig, what: str) -> Any:
+def text_auto_class(config: PreTrainedConfig, what: str) -> Any:
     """The auto class of a language model; an error if it can't run on text alone."""
-    auto = opened_by(config)
+    auto = auto_class_of(config)
     cls = auto._model_mapping.get(type(config), None)
-    if auto.__name__ != CAUSAL and cls and (needed := _beside_text(config, cls)):
+    if auto.__name__ != CAUSAL and cls and (needed := _other_required_inputs(config, cls)):
         raise LorafoldError(
             f"{what}: a {config.model_type} model can't run on text alone ({needed}), but rows"
             " contain only text; expected a causal language model, or a multimodal model whose"
@@ -100,7 +100,7 @@ def auto_class(config: PreTrainedConfig, what: str) -> Any:
     return auto
 
 
-def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
+def auto_class_of(config: PreTrainedConfig, cls: type | None = None) -> Any:
     """The auto class for this configuration, preferably one that maps to `cls`, by default the
     causal one.
     """
@@ -113,15 +113,15 @@ def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
     return [*exact, *able, kinds[0]][0]
 
 
-def opened_by_name(model: Any) -> str:
+def auto_class_name(model: Any) -> str:
     """The auto class that opens a model again, for its model card."""
-    whole = whole_of(model)
+    whole = whole_model_of(model)
     shown = model if whole is None else whole.model
     config = getattr(shown, "config", None)
-    return CAUSAL if config is None else str(opened_by(config, type(shown)).__name__)
+    return CAUSAL if config is None else str(auto_class_of(config, type(shown)).__name__)
 
 
-def _beside_text(config: PreTrainedConfig, cls: Any) -> str:
+def _other_required_inputs(config: PreTrainedConfig, cls: Any) -> str:
     """The inputs that the model requires besides text; empty if none."""
     takes = signature(cls.forward).parameters
     if config.is_encoder_decoder:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NONE = "none"  # in recipes and on the command line; for a file of that name, write ./none
-JOINED = (
+JOINED_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
@@ -70,22 +70,22 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ begin('assistant') }}{% endif -%}"""
 # the variables that transformers passes
-GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
-GLOBALS = {"raise_exception", "strftime_now", "range", "dict", "namespace", "lipsum", "cycler",
-           "joiner"}  # fmt: skip
+PASSED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
+JINJA_GLOBALS = {"raise_exception", "strftime_now", "range", "dict", "namespace", "lipsum",
+                 "cycler", "joiner"}  # fmt: skip
 
 
-def joined(tokenizer: PreTrainedTokenizerBase) -> str:
+def joined_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template `none` for this tokenizer."""
     if tokenizer.eos_token is None:
         raise LorafoldError(
             f"chat template {NONE}: the tokenizer has no end-of-sequence token, so completions"
             " could not end; use a chat template that ends them"
         )
-    return opening(tokenizer) + JOINED
+    return bos_expression(tokenizer) + JOINED_TEMPLATE
 
 
-def opening(tokenizer: PreTrainedTokenizerBase) -> str:
+def bos_expression(tokenizer: PreTrainedTokenizerBase) -> str:
     """The beginning-of-sequence token, if the tokenizer adds it to texts."""
     starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
         tokenizer.bos_token_id
@@ -93,15 +93,15 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> str:
     return "{{ bos_token }}" if starts_with_bos else ""
 
 
-def with_tools(tokenizer: PreTrainedTokenizerBase) -> str:
+def tools_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template `tools` for this tokenizer."""
     words = tokenizer.added_tokens_encoder
     if START in words and END in words:
         # ChatML's header already contains it
-        before = "" if tokenizer.bos_token == START else opening(tokenizer)
+        before = "" if tokenizer.bos_token == START else bos_expression(tokenizer)
         header, ending = f"{{{{ '{START}' + role + '\\n' }}}}", f"'{END}'"
     elif tokenizer.eos_token is not None:
-        before = opening(tokenizer)
+        before = bos_expression(tokenizer)
         header, ending = "{{ '### ' + role | capitalize + ':\\n' }}", "eos_token"
     else:
         raise LorafoldError(
@@ -152,11 +152,11 @@ def template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The variables of the tokenizer's chat templates that a caller may set."""
-    known = {name for text in template_texts(tokenizer) for name in _read(text)}
-    return known - GIVEN - GLOBALS - set(tokenizer.special_tokens_map)
+    known = {name for text in template_texts(tokenizer) for name in _variables_read(text)}
+    return known - PASSED_VARIABLES - JINJA_GLOBALS - set(tokenizer.special_tokens_map)
 
 
-def _read(template: str) -> set[str]:
+def _variables_read(template: str) -> set[str]:
     """The variables that a template reads, including its own default values."""
     from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 

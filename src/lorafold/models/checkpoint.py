@@ -37,7 +37,7 @@ from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.atomic import MANIFEST, read_object
 from lorafold.layers.compressed import CompressedLinear
 from lorafold.layers.expert_storage import BLOCKS, stored_matrices
-from lorafold.models.architecture import auto_class
+from lorafold.models.architecture import text_auto_class
 from lorafold.models.load_errors import loading, one_line
 from lorafold.models.prequantized import can_read, check_codes, make_quantized, match_scale_dtypes
 from lorafold.models.sources import ModelSource, remember_source
@@ -46,7 +46,7 @@ from lorafold.models.weights import (
     INDEX,
     MODEL_FILES,
     NAMES,
-    SINGLE,
+    SINGLE_FILE,
     Container,
     FileWeights,
     InMemory,
@@ -57,19 +57,11 @@ from lorafold.models.weights import (
     read_tensors,
 )
 
-WEIGHTS = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-)
-PLAIN = (torch.bfloat16, torch.float16, torch.float32)
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
+    ".h5", ".msgpack", ".gguf",
+)  # fmt: skip
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ class Checkpoint:
     def other_files(self) -> list[Path]:
         """The relative paths of all other files, without hidden files and the manifest."""
         files = (p for p in sorted(self.path.rglob("*")) if p.is_file())
-        paths = (p.relative_to(self.path) for p in files if not p.name.endswith(WEIGHTS))
+        paths = (p.relative_to(self.path) for p in files if not p.name.endswith(WEIGHT_SUFFIXES))
         return [
             p for p in paths if str(p) != MANIFEST and not any(x.startswith(".") for x in p.parts)
         ]
@@ -115,12 +107,12 @@ def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) 
     """Read the headers of a model's weight files. Files that match `patterns` must be undamaged."""
     path = source.intact(*patterns)
     files = {file.name: read_container(file) for file in model_files(path)}
-    return Checkpoint(source, files, None if SINGLE in files else read_object(path / INDEX))
+    return Checkpoint(source, files, None if SINGLE_FILE in files else read_object(path / INDEX))
 
 
-def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
+def build_on_meta(config: Any, trust_remote_code: bool) -> PreTrainedModel:
     """Build a frozen language model on the meta device from its configuration."""
-    auto = auto_class(config, "the model's architecture")
+    auto = text_auto_class(config, "the model's architecture")
     with loading("the model's architecture"), torch.device("meta"):
         return (
             auto.from_config(config, trust_remote_code=trust_remote_code)
@@ -146,13 +138,13 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
                 " unquantized model instead"
             )
         del config.quantization_config
-    model = build(config, trusted)
+    model = build_on_meta(config, trusted)
     if settings is not None:
         make_quantized(model, settings, what)
-    entries, parts = by_parameter(model, checkpoint.entries)
+    entries, parts = map_to_parameters(model, checkpoint.entries)
     if settings is not None:
         match_scale_dtypes(model, entries, what)
-    tensors, converted, failed = conversions(model, parts, checkpoint.entries.values())
+    tensors, converted, failed = make_conversions(model, parts, checkpoint.entries.values())
     tied, problems = tied_parameters(model), list(failed.values())
     known = {*entries, *converted, *failed}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -168,7 +160,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
             problems.append(f"{name}: missing in the weight files")
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {join_problems(problems)}")
-    _place(model, _parameters(entries, tensors, converted, tied), tied)
+    _set_parameters(model, _mapped_parameters(entries, tensors, converted, tied), tied)
     check_codes(model, what)
     return MappedModel(model, entries, tied, converted)
 
@@ -181,7 +173,7 @@ def mapped_model_of(source: ModelSource) -> MappedModel:
     return mapped
 
 
-def entries_of(path: Path) -> dict[str, TensorEntry]:
+def tensor_entries(path: Path) -> dict[str, TensorEntry]:
     """The tensors of all weight files of a model directory, by name."""
     return {
         name: entry
@@ -192,12 +184,12 @@ def entries_of(path: Path) -> dict[str, TensorEntry]:
 
 # (parameter, its converter) -> the entries that it is computed from, each with its name's pattern
 # in the converter and its name before the conversion
-Parts = dict[tuple[str, WeightConverter], list[tuple[TensorEntry, str, str]]]
+ConversionSources = dict[tuple[str, WeightConverter], list[tuple[TensorEntry, str, str]]]
 
 
-def by_parameter(
+def map_to_parameters(
     model: PreTrainedModel, entries: dict[str, TensorEntry]
-) -> tuple[dict[str, TensorEntry], Parts]:
+) -> tuple[dict[str, TensorEntry], ConversionSources]:
     """The tensors of the files by parameter name, and those from which transformers computes
     parameters.
     """
@@ -224,8 +216,8 @@ def by_parameter(
     return renamed_entries, parts
 
 
-def conversions(
-    model: PreTrainedModel, parts: Parts, entries: Iterable[TensorEntry]
+def make_conversions(
+    model: PreTrainedModel, parts: ConversionSources, entries: Iterable[TensorEntry]
 ) -> tuple[dict[str, Tensor], dict[str, Conversion], dict[str, str]]:
     """The mapped tensors (any shape) by name, the conversions by parameter, and an error message
     for each parameter that can't be made.
@@ -254,7 +246,7 @@ def conversions(
     return tensors, converted, problems
 
 
-def _parameters(
+def _mapped_parameters(
     entries: dict[str, TensorEntry],
     tensors: Mapping[str, Tensor],
     converted: dict[str, Conversion],
@@ -269,7 +261,7 @@ def _parameters(
     return parameters | {name: c.parameter(name) for name, c in converted.items()}
 
 
-def _place(
+def _set_parameters(
     model: nn.Module, parameters: dict[str, nn.Parameter], tied: dict[str, tuple[str, ...]]
 ) -> None:
     """Set these parameters, and buffers of these names. Other parameters are tied to one of them.
@@ -294,27 +286,27 @@ def original_weights(source: ModelSource) -> Weights:
     if not any(isinstance(rule, WeightConverter) for rule in rules):
         return FileWeights(model_files(source.path))
     with loading(f"model {source.name}"):
-        model = build(source.hf_config(), source.trust_remote_code)
-    entries = entries_of(source.path)
-    own, parts = by_parameter(model, entries)
-    tensors, converted, problems = conversions(model, parts, entries.values())
+        model = build_on_meta(source.hf_config(), source.trust_remote_code)
+    entries = tensor_entries(source.path)
+    own, parts = map_to_parameters(model, entries)
+    tensors, converted, problems = make_conversions(model, parts, entries.values())
     if problems:
         raise LorafoldError(f"model {source.name}: {listed(problems.values(), '; ')}")
     plain = {name: tensors[entry.name] for name, entry in own.items()}
     return InMemory(plain | {name: c.parameter(name) for name, c in converted.items()})
 
 
-def as_plain(
+def as_unquantized(
     checkpoint: Checkpoint, mapped: MappedModel
 ) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
     """The checkpoint and model with the entries of an unquantized model, and tensor name -> path of
     the quantized module. Nothing is dequantized here.
     """
     dtype = mapped.model.config.dtype
-    dtype = dtype if dtype in PLAIN else torch.bfloat16
+    dtype = dtype if dtype in FLOAT_DTYPES else torch.bfloat16
     entries, by_name = dict(mapped.entries), checkpoint.entries
     paths = {}
-    for path, module, parameter, own, shape in _quantized(mapped):
+    for path, module, parameter, own, shape in _quantized_weights(mapped):
         codes = entries[own[0]]
         name = codes.name.removesuffix("_packed").removesuffix(BLOCKS)
         size = prod(shape) * dtype.itemsize
@@ -332,7 +324,7 @@ def as_plain(
     return replace(checkpoint, files=files), replace(mapped, entries=entries), paths
 
 
-def _quantized(
+def _quantized_weights(
     mapped: MappedModel,
 ) -> Iterator[tuple[str, Any, str, list[str], tuple[int, ...]]]:
     """Yield each quantized weight: its path, the module with its `compute_dtype`, its parameter's
@@ -349,4 +341,4 @@ def _quantized(
             yield path, module, f"{path}.weight", [codes, *others], shape
         elif isinstance(module, Matrices) and (stored := stored_matrices(module)).quantized:
             own = [path.removesuffix(module.name) + name for name in stored.names]
-            yield path, module.owner, path, own, (stored.number, *stored.sides)
+            yield path, module.owner, path, own, (stored.number, *stored.stored_shape)

@@ -134,10 +134,10 @@ def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
             named = files.find(f"{path}.{name}") if files else None
             value = files.get(named).to(p.device) if files and named else p.detach()
             setattr(head, name, nn.Parameter(value.to(torch.float32, copy=True), p.requires_grad))
-        head.register_forward_pre_hook(_widened)
+        head.register_forward_pre_hook(_inputs_to_fp32)
 
 
-def _widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _inputs_to_fp32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, Tensor) else x for x in args)
 
 
@@ -152,7 +152,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(token)
 
 
-def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
+def classifier_outputs(source: ModelSource) -> tuple[str, ...] | None:
     """The output names of a model that already has a classification head, or None."""
     config = source.config()
     names = config.get("architectures") or ()
@@ -163,7 +163,7 @@ def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
     return tuple(labels[key] for key in sorted(labels, key=int))
 
 
-def scoring_shell(model: Any, pad_id: int) -> Any:
+def reward_model_on(model: Any, pad_id: int) -> Any:
     """A reward model on the decoder of a loaded language model, with a head (1, d) of zeros."""
     of_base = twin(model)
     for path, module in [*adapted_modules(of_base)]:

@@ -25,7 +25,7 @@ from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of
 from lorafold.layers.bitsandbytes import set_compute_dtype
 from lorafold.layers.expert_storage import quantize_experts
-from lorafold.models.architecture import auto_class
+from lorafold.models.architecture import text_auto_class
 from lorafold.models.classifier import expect_poolers, widen_heads
 from lorafold.models.load_errors import loading
 from lorafold.models.prequantized import can_read, make_quantized
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-COUNTING = "JetMoeTopKGating"  # a router that counts the rows of each expert
-GROUPED = torch.ops.aten._grouped_mm.default
+COUNTING_ROUTER = "JetMoeTopKGating"  # a router that counts the rows of each expert
+GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 def without_values() -> AbstractContextManager[Any]:
@@ -49,14 +49,14 @@ class _Fake(FakeTensorMode):
     """Works around torch, which infers the shape of a grouped matmul only in bf16."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not GROUPED:
+        if func is not GROUPED_MM:
             return super().__torch_dispatch__(func, types, args, kwargs)
         bf16 = [factor.to(torch.bfloat16) for factor in args[:2]]
         shape: Any = super().__torch_dispatch__(func, types, (*bf16, *args[2:]), kwargs)
         return shape.to(args[0].dtype)
 
 
-def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
+def first_blocks(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
     """The configuration of the model's first `blocks` blocks."""
     short = deepcopy(config)
     text = short.get_text_config()
@@ -88,14 +88,14 @@ def fake_model(
     """
     import transformers as tf
 
-    short = shortened(config, blocks)
+    short = first_blocks(config, blocks)
     if classes:
         text = short.get_text_config()
         short.num_labels, text.use_cache = classes, False
         if text.pad_token_id is None:
             text.pad_token_id = 0
     what = f"configuration of a {config.model_type}"
-    auto = tf.AutoModelForSequenceClassification if classes else auto_class(config, what)
+    auto = tf.AutoModelForSequenceClassification if classes else text_auto_class(config, what)
     fake = is_fake(torch.empty(0))
     # initialization may read values
     with loading(what), no_init_weights() if fake else nullcontext():
@@ -103,8 +103,8 @@ def fake_model(
         model = auto.from_config(short, dtype=storage.dtype, **trusted).requires_grad_(False)
         model.tie_weights()  # a part of the initialization
         for module in model.modules() if fake else ():
-            if type(module).__name__ == COUNTING:
-                module.forward = partial(_even, module)
+            if type(module).__name__ == COUNTING_ROUTER:
+                module.forward = partial(_route_evenly, module)
         if classes:
             expect_poolers(model)
             widen_heads(model)
@@ -135,7 +135,7 @@ def fake_model(
     return model
 
 
-def _even(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
+def _route_evenly(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
     """JetMoe's routing of x (T, H) with equally many rows per expert; its own needs values."""
     logits = router.layer(x).float()  # (T, E)
     gates = logits.topk(router.top_k, dim=1)[0].softmax(1).type_as(x)  # (T, k)

@@ -25,7 +25,7 @@ from lorafold.models.weights import InMemory, Weights
 
 Fingerprint = dict[str, dict[str, Any]]
 
-TENSORS, VECTORS, VALUES = 32, 7, 16
+MAX_TENSORS, MAX_VECTORS, NUM_VALUES = 32, 7, 16
 # a prime far from any row length, so that positions spread over rows and columns
 STRIDE = 2_654_435_761
 
@@ -35,7 +35,7 @@ class TensorSample(BaseModel, extra="forbid"):
 
     shape: list[PositiveInt]
     dtype: Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
-    values: Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{8 * VALUES}}}$")]
+    values: Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{8 * NUM_VALUES}}}$")]
 
 
 def parse(value: Any) -> Fingerprint:
@@ -72,9 +72,9 @@ def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
     # in a quantized base, only the vectors and the embedding (usually the largest matrix) can be
     # compared
     largest = sorted(matrices, key=lambda n: math.prod(shapes[n]))[-1:]
-    chosen = [*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors]
-    fingerprint = {}
-    for name in [*dict.fromkeys(chosen)][:TENSORS]:
+    fingerprint, most = {}, MAX_TENSORS - MAX_VECTORS
+    ordered = [*largest, *matrices[:most], *vectors[:MAX_VECTORS], *matrices, *vectors]
+    for name in [*dict.fromkeys(ordered)][:MAX_TENSORS]:
         values = weights.elements(name, _positions(shapes[name]))
         fingerprint[name] = {
             "shape": list(shapes[name]),
@@ -88,50 +88,51 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
     """A message if the weights differ from a fingerprint. Missing tensors (tied or renamed) are
     skipped, unless all are missing.
     """
-    here = {name: found for name in expected if (found := weights.find(name)) is not None}
-    if expected and not here:
+    stored = {name: found for name in expected if (found := weights.find(name)) is not None}
+    if expected and not stored:
         return [
             f"none of the {len(expected)} fingerprinted weights was found:"
             f" {', '.join(list(expected)[:3])}, ..."
         ]
-    lines = (_difference(expected[name], weights, found) for name, found in here.items())
+    lines = (_difference(expected[name], weights, found) for name, found in stored.items())
     if not (wrong := [line for line in lines if line]):
         return []
     return [
-        f"{len(wrong)} of {len(here)} fingerprinted weights differ:"
+        f"{len(wrong)} of {len(stored)} fingerprinted weights differ:"
         f" {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
     ]
 
 
-def fits(expected: Fingerprint, weights: Weights) -> bool:
+def matches(expected: Fingerprint, weights: Weights) -> bool:
     """Whether the weights match a fingerprint. Compares all shapes first and small tensors next, to
     read little of a different model.
     """
-    here = dict[str, str]()
+    stored = dict[str, str]()
     for name, sample in expected.items():
         if found := weights.find(name):
             if _misshapen([*weights.shape(found)], sample["shape"]):
                 return False
-            here[name] = found
-    by_size = sorted(here, key=lambda name: math.prod(expected[name]["shape"]))
-    return bool(here) and not any(_difference(expected[n], weights, here[n]) for n in by_size)
+            stored[name] = found
+    by_size = sorted(stored, key=lambda name: math.prod(expected[name]["shape"]))
+    return bool(stored) and not any(_difference(expected[n], weights, stored[n]) for n in by_size)
 
 
-def agree(a: Fingerprint, b: Fingerprint) -> bool:
+def same_base(a: Fingerprint, b: Fingerprint) -> bool:
     """Whether two fingerprints are of the same weights, possibly stored in different dtypes."""
-    both = a.keys() & b.keys()
-    return bool(both) and all(
-        a[n]["shape"] == b[n]["shape"] and same(_values(a[n]), _values(b[n])) for n in both
+    common = a.keys() & b.keys()
+    return bool(common) and all(
+        a[n]["shape"] == b[n]["shape"] and tensors_equal(_values(a[n]), _values(b[n]))
+        for n in common
     )
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def tensors_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two floating-point tensors (any shape) are equal in the narrower of their dtypes."""
-    return bool(equal(a, b).all())
+    return bool(elements_equal(a, b).all())
 
 
-def equal(a: Tensor, b: Tensor) -> Tensor:
-    """`same` per element: a boolean tensor of the same shape."""
+def elements_equal(a: Tensor, b: Tensor) -> Tensor:
+    """`tensors_equal` per element: a boolean tensor of the same shape."""
     narrow = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits)
     # rounding an fp32 value to fp16 and then to bf16 may differ by one unit from rounding it to
     # bf16 (at a tie), and by more for fp16's subnormals
@@ -142,8 +143,8 @@ def equal(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)
-    flat = [(k * STRIDE + 1) % math.prod(shape) for k in range(VALUES)]
-    return torch.tensor(np.array(np.unravel_index(flat, shape))).T.reshape(VALUES, len(shape))
+    flat = [(k * STRIDE + 1) % math.prod(shape) for k in range(NUM_VALUES)]
+    return torch.tensor(np.array(np.unravel_index(flat, shape))).T.reshape(NUM_VALUES, len(shape))
 
 
 def _misshapen(shape: list[int], expected: list[int]) -> bool:
@@ -162,6 +163,6 @@ def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | 
     if _misshapen(shape, wanted):
         return f"{name} (shape {shape}, expected {wanted})"
     positions = _positions(wanted)
-    both = positions[:, 0] < shape[0]  # the common tokens of a resized vocabulary
-    agrees = same(weights.elements(name, positions[both]), _values(expected)[both])
+    shared = positions[:, 0] < shape[0]  # the common tokens of a resized vocabulary
+    agrees = tensors_equal(weights.elements(name, positions[shared]), _values(expected)[shared])
     return None if agrees else f"{name} (other values)"

@@ -27,8 +27,8 @@ from lorafold.files.atomic import MANIFEST, write_errors
 from lorafold.files.cache import fill_once
 from lorafold.files.contents import digest, file_digest
 from lorafold.files.paths import cache_directory
-from lorafold.models.gguf_rope import FREQUENCIES, SCALED, scale_positions, value
-from lorafold.models.gguf_tokenizers import split_as_learned
+from lorafold.models.gguf_rope import FREQUENCIES, LLAMA3_TYPES, metadata_value, set_rope_scaling
+from lorafold.models.gguf_tokenizers import set_pre_tokenizer
 from lorafold.models.load_errors import check_complete, loading, one_line, warn_unread
 
 if TYPE_CHECKING:
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 SUFFIX = ".gguf"
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-BESIDE = "mmproj"  # the prefix of files with a model's encoders
-HALF = re.compile(r"^(.+\.ffn_)(gate|up)(_exps\..+)$")
+SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+ENCODER_PREFIX = "mmproj"  # the prefix of files with a model's encoders
+GATE_OR_UP = re.compile(r"^(.+\.ffn_)(gate|up)(_exps\..+)$")
 OTHER_HALF = {"gate": "up", "up": "gate"}
 BLOCK = re.compile(r"blk\.(\d+)\.(?!attn_rot_embd)")  # old files contain the rotary angles
 log = logging.getLogger(__name__)
-UNPACKING = 2  # version of the conversion: increase it to invalidate older copies
-PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-EXACT = {*PLAIN, "Q8_0"}  # types that are copied exactly
+CONVERSION_VERSION = 2  # version of the conversion: increase it to invalidate older copies
+FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EXACT_TYPES = {*FLOAT_TYPES, "Q8_0"}  # types that are copied exactly
 
 
-def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str) -> None:
+def check_unread(model: Any, report: Any, readers: Sequence[GGUFReader], what: str) -> None:
     """Warn about tensors that transformers does not read; an error if they are in blocks."""
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
@@ -56,12 +56,12 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
         get_gguf_hf_weights_map,
     )
 
-    architecture = value(readers[0], "general.architecture")
+    architecture = metadata_value(readers[0], "general.architecture")
     if is_gguf_arch_supported(architecture):
         return warn_unread(what, sorted(report["unexpected_keys"]))
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
     known = {*get_gguf_hf_weights_map(model, processor)}
-    if model.config.model_type in SCALED:
+    if model.config.model_type in LLAMA3_TYPES:
         known.add(FREQUENCIES)
     # transformers maps names of experts without their ending
     names = [tensor.name for tensor in _tensors(readers)]
@@ -90,7 +90,7 @@ class Gguf:
     @property
     def identity(self) -> str:
         """The SHA-256 of the files and of the settings of their copy."""
-        made = f"gguf {UNPACKING}{' fp32' * self.fp32}"
+        made = f"gguf {CONVERSION_VERSION}{' fp32' * self.fp32}"
         return digest((f"{made} {n}", *file_digest(file)) for n, file in enumerate(self.files))
 
     @property
@@ -98,7 +98,7 @@ class Gguf:
         """The directory of the copy, whether it exists or not."""
         digests = [file_digest(file)[1] for file in self.files]
         key = digests[0] if len(digests) == 1 else self.identity
-        name = f"{self.files[0].stem}-{key[:16]}-{UNPACKING}{'-fp32' * self.fp32}"
+        name = f"{self.files[0].stem}-{key[:16]}-{CONVERSION_VERSION}{'-fp32' * self.fp32}"
         return cache_directory() / "models" / name
 
     def __str__(self) -> str:
@@ -107,16 +107,16 @@ class Gguf:
 
 def gguf_of(files: Sequence[Path], fp32: bool = False) -> Gguf:
     """The model of these files. fp32 has no effect if the copy is exact anyway."""
-    return Gguf(tuple(files), fp32 and not _types(read(files)) <= EXACT)
+    return Gguf(tuple(files), fp32 and not _types(read_gguf(files)) <= EXACT_TYPES)
 
 
-def unpacked(gguf: Gguf) -> Path:
+def unpack(gguf: Gguf) -> Path:
     """The directory of the copy of a model, created if it does not exist."""
     copy = gguf.copy
-    return copy if (copy / MANIFEST).is_file() else renew(gguf, copy)
+    return copy if (copy / MANIFEST).is_file() else renew_copy(gguf, copy)
 
 
-def renew(gguf: Gguf, copy: Path) -> Path:
+def renew_copy(gguf: Gguf, copy: Path) -> Path:
     """The directory of the copy, created if it does not exist or is damaged."""
     return fill_once(copy, partial(_unpack, gguf), log.info)
 
@@ -125,17 +125,17 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("unpacking %s to %s (once)", gguf.files[0].name, gguf.copy)
-    what, readers = f"model {gguf}", read(gguf.files)
+    what, readers = f"model {gguf}", read_gguf(gguf.files)
     dtype, in_file = _dtypes(_types(readers), gguf.fp32)
     with loading(what), write_errors(gguf.copy):
         file = gguf.files[0]
         if len(readers) > 1:
             file = copy / f"joined{SUFFIX}"
-            join(readers, file)
+            join_files(readers, file)
         auto: Any = AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        kind, pre = (value(readers[0], f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-        split_as_learned(tokenizer, kind, pre, what)
+        kind, pre = (metadata_value(readers[0], f"tokenizer.ggml.{k}") for k in ("model", "pre"))
+        set_pre_tokenizer(tokenizer, kind, pre, what)
         model, info = auto.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -146,11 +146,11 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
         )
         names = sorted(tensor.name for tensor in _tensors(readers))
         # gate and up, which transformers joins, must both be in the file
-        halves = [HALF.sub(lambda m: m[1] + OTHER_HALF[m[2]] + m[3], n) for n in names]
+        halves = [GATE_OR_UP.sub(lambda m: m[1] + OTHER_HALF[m[2]] + m[3], n) for n in names]
         missing = [*sorted(info["missing_keys"]), *(n for n in halves if n not in names)]
         check_complete(what, missing, info["mismatched_keys"])
-        check_read(model, info, readers, what)
-        scale_positions(model.config, readers, what)
+        check_unread(model, info, readers, what)
+        set_rope_scaling(model.config, readers, what)
         for parameter in model.parameters():  # narrow, unless this rounds a value
             narrow = parameter.data.to(in_file)
             if narrow.to(parameter.dtype).equal(parameter.data):
@@ -168,16 +168,16 @@ def _types(readers: Sequence[GGUFReader]) -> set[str]:
 def _dtypes(types: set[str], fp32: bool) -> tuple[torch.dtype, torch.dtype]:
     import torch
 
-    if not types <= EXACT:
+    if not types <= EXACT_TYPES:
         return (torch.float32 if fp32 else torch.bfloat16,) * 2
     # vectors and routers are always F32
     matrices = types - {"F32"} if len(types) > 1 else types
-    return torch.float32, getattr(torch, PLAIN.get("".join(matrices), "float32"))
+    return torch.float32, getattr(torch, FLOAT_TYPES.get("".join(matrices), "float32"))
 
 
-def files_of(file: Path) -> tuple[Path, ...]:
+def split_files_of(file: Path) -> tuple[Path, ...]:
     """The files, in order, of the model that one of its files belongs to."""
-    named = PART.fullmatch(file.name)
+    named = SPLIT_NAME.fullmatch(file.name)
     if named is None:
         return (file,)
     stem, _, count = named.groups()
@@ -189,22 +189,22 @@ def files_of(file: Path) -> tuple[Path, ...]:
     return tuple(parts)
 
 
-def models_of(names: Iterable[str]) -> list[list[str]]:
+def group_by_model(names: Iterable[str]) -> list[list[str]]:
     """The files of each model in a repository, in order, without encoders."""
     models: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(names):
         path = PurePosixPath(name)
-        if path.suffix == SUFFIX and not path.name.startswith(BESIDE):
-            part = PART.fullmatch(path.name)
+        if path.suffix == SUFFIX and not path.name.startswith(ENCODER_PREFIX):
+            part = SPLIT_NAME.fullmatch(path.name)
             key = (path.name,) if part is None else (part[1], part[3])
             models.setdefault((str(path.parent), *key), []).append(name)
     return list(models.values())
 
 
-def files_in(folder: Path) -> tuple[Path, ...]:
+def gguf_files_in(folder: Path) -> tuple[Path, ...]:
     """The files of the only model in a folder; empty if it has no GGUF files."""
-    files = sorted(p for p in folder.glob(f"*{SUFFIX}") if not p.name.startswith(BESIDE))
-    models = list(dict.fromkeys(map(files_of, files)))
+    files = sorted(p for p in folder.glob(f"*{SUFFIX}") if not p.name.startswith(ENCODER_PREFIX))
+    models = list(dict.fromkeys(map(split_files_of, files)))
     if len(models) > 1:
         names = listed(parts[0].name for parts in models)
         raise LorafoldError(
@@ -213,7 +213,7 @@ def files_in(folder: Path) -> tuple[Path, ...]:
     return models[0] if models else ()
 
 
-def read(files: Sequence[Path]) -> list[GGUFReader]:
+def read_gguf(files: Sequence[Path]) -> list[GGUFReader]:
     """Read the metadata of a model's files, and check that they are complete and in order."""
     from gguf import GGUFReader
 
@@ -226,22 +226,23 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
                 f"{file}: can't be read as GGUF (another format, truncated, or newer than the"
                 f" installed package gguf): {one_line(error)}"
             ) from error
-        check_paths_disjoint(reader, file)
+        check_offsets(reader, file)
         readers.append(reader)
-        own, count = value(reader, "split.no") or 0, value(reader, "split.count") or 1
+        own = metadata_value(reader, "split.no") or 0
+        count = metadata_value(reader, "split.count") or 1
         if (own, count) != (number, len(files)):
             raise LorafoldError(
                 f"{file}: the metadata describes file {own + 1} of {count}, expected file"
                 f" {number + 1} of {len(files)}; the files of a model must be in one directory"
                 f" and have names such as NAME-00001-of-{count:05}{SUFFIX}"
             )
-    wanted, found = value(readers[0], "split.tensors.count"), sum(len(r.tensors) for r in readers)
-    if wanted not in (None, found):
-        raise LorafoldError(f"{files[0]}: found {found} tensors, expected {wanted}")
+    expected, count = metadata_value(readers[0], "split.tensors.count"), len([*_tensors(readers)])
+    if expected not in (None, count):
+        raise LorafoldError(f"{files[0]}: found {count} tensors, expected {expected}")
     return readers
 
 
-def check_paths_disjoint(reader: GGUFReader, file: Path) -> None:
+def check_offsets(reader: GGUFReader, file: Path) -> None:
     """Check that the tensors fill the file after its header without gaps; otherwise wrong bytes
     would be read as values.
     """
@@ -263,17 +264,17 @@ def check_paths_disjoint(reader: GGUFReader, file: Path) -> None:
 
 
 @contextmanager
-def one_file(files: Sequence[Path]) -> Iterator[Path]:
+def joined_metadata(files: Sequence[Path]) -> Iterator[Path]:
     """A temporary file with all metadata and tensor names of a model, but not all values."""
     with tempfile.TemporaryDirectory() as folder:
         file = files[0]
         if len(files) > 1:
             file = Path(folder) / f"joined{SUFFIX}"
-            join(read(files), file, values=False)
+            join_files(read_gguf(files), file, values=False)
         yield file
 
 
-def join(readers: Sequence[GGUFReader], out: Path, *, values: bool = True) -> None:
+def join_files(readers: Sequence[GGUFReader], out: Path, *, values: bool = True) -> None:
     """Write a model's files, in order, as one. Without `values` it contains holes of the same size.
     """
     import numpy as np

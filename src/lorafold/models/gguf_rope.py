@@ -16,37 +16,37 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 FREQUENCIES = "rope_freqs.weight"
-SCALED = ("llama", "mistral")  # the models for which rope_freqs are Llama 3's
+LLAMA3_TYPES = ("llama", "mistral")  # the models for which rope_freqs are Llama 3's
 YARN = {
     "scaling.original_context_length": "original_max_position_embeddings",
     "scaling.yarn_beta_fast": "beta_fast",
     "scaling.yarn_beta_slow": "beta_slow",
 }
-UNKNOWN = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier")
+UNSUPPORTED = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier")
 
 
-def value(reader: GGUFReader, key: str) -> Any:
+def metadata_value(reader: GGUFReader, key: str) -> Any:
     """The value of a metadata key; None if it is absent."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
 
-def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> None:
+def set_rope_scaling(config: Any, readers: Sequence[GGUFReader], what: str) -> None:
     """Configure a model's RoPE scaling from its file."""
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
         return  # no or several kinds of RoPE, or transformers read the scaling
     factors = [t.data for reader in readers for t in reader.tensors if t.name == FREQUENCIES]
-    if factors and config.model_type in SCALED:
+    if factors and config.model_type in LLAMA3_TYPES:
         config.rope_parameters = _as_llama3(config, factors[0], what)
         return
-    first, prefix = readers[0], f"{value(readers[0], 'general.architecture')}.rope."
+    first, prefix = readers[0], f"{metadata_value(readers[0], 'general.architecture')}.rope."
     keys = [key for key in first.fields if key.startswith(prefix)]
-    metadata = {key.removeprefix(prefix): value(first, key) for key in keys}
+    metadata = {key.removeprefix(prefix): metadata_value(first, key) for key in keys}
     kind, factor = metadata.get("scaling.type", "none"), metadata.get("scaling.factor")
     if "scale_linear" in metadata:  # in files of 2023
         kind, factor = "linear", metadata["scale_linear"]
-    odd = [key for key in UNKNOWN if metadata.get(f"scaling.{key}", 1.0) != 1.0]
+    odd = [key for key in UNSUPPORTED if metadata.get(f"scaling.{key}", 1.0) != 1.0]
     if wrong := [*({kind} - {"none", "linear", "yarn"}), *odd]:
         raise LorafoldError(
             f"{what}: found RoPE scaling {listed(wrong)} ({prefix}scaling),"

@@ -36,9 +36,9 @@ WHOLE_WORDS = frozenset(
 
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-SIGNS, LINES, SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)|\s+"
-LLAMA3 = rf"{SUFFIX}|{WORD}|\p{{N}}{{1,3}}|{SIGNS}|{LINES}|{SPACES}"
-QWEN2 = rf"{SUFFIX}|{WORD}|\p{{N}}|{SIGNS}|{LINES}|{SPACES}"
+PUNCTUATION, LINES, SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)|\s+"
+LLAMA3 = rf"{SUFFIX}|{WORD}|\p{{N}}{{1,3}}|{PUNCTUATION}|{LINES}|{SPACES}"
+QWEN2 = rf"{SUFFIX}|{WORD}|\p{{N}}|{PUNCTUATION}|{LINES}|{SPACES}"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + SUFFIX + "?"
@@ -56,7 +56,7 @@ BAILING = (
     rf"|\s*[\r\n]|{SPACES}"
 )
 # the preferred one of several names of a rule
-PREFERRED = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35", "dbrx")
+PREFERRED_NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35", "dbrx")
 # each pattern splits the pieces left by the previous ones
 RULES = {
     "glm4": (LLAMA3,),
@@ -65,10 +65,10 @@ RULES = {
     "stablelm2": (QWEN2,),
     "solar-open": (QWEN2,),
     "grok-2": (QWEN2,),
-    "ufakzeka": (rf"{WORD}|\p{{N}}|{SIGNS}|{LINES}|{SPACES}",),
+    "ufakzeka": (rf"{WORD}|\p{{N}}|{PUNCTUATION}|{LINES}|{SPACES}",),
     "laguna": (r"[^\n]+|[\n]+", QWEN2),
     "seed-coder": (rf"{SUFFIX}|{WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{LINES}|{SPACES}",),
-    "minicpm5": (r"\p{N}{1,3}", rf"{SUFFIX}|{WORD}|\p{{N}}+|{SIGNS}|{LINES}|{SPACES}"),
+    "minicpm5": (r"\p{N}{1,3}", rf"{SUFFIX}|{WORD}|\p{{N}}+|{PUNCTUATION}|{LINES}|{SPACES}"),
     "bailingmoe": (BAILING,),
     "bailingmoe2": (BAILING,),
     "llada-moe": (BAILING,),
@@ -91,7 +91,7 @@ RULES = {
 }  # fmt: skip
 
 
-def split_as_learned(
+def set_pre_tokenizer(
     tokenizer: PreTrainedTokenizerBase, kind: str, pre: str | None, what: str
 ) -> None:
     """Set the pre-tokenizer of a tokenizer read from a GGUF file to the file's rule."""
@@ -101,12 +101,12 @@ def split_as_learned(
         return
     backend = tokenizer.backend_tokenizer
     if isinstance(backend.pre_tokenizer, ByteLevel):  # transformers has no rule for it
-        backend.pre_tokenizer = _rule(tokenizer, backend.pre_tokenizer, pre, what)
+        backend.pre_tokenizer = _pre_tokenizer(tokenizer, backend.pre_tokenizer, pre, what)
     if pre in WHOLE_WORDS:
         backend.model.ignore_merges = True
 
 
-def rule_of(pre: str) -> PreTokenizer | None:
+def pre_tokenizer_of(pre: str) -> PreTokenizer | None:
     """The pre-tokenizer with this name, or None if neither transformers nor lorafold has it."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
@@ -124,22 +124,22 @@ def rule_of(pre: str) -> PreTokenizer | None:
     return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def names_of_rules() -> tuple[str, ...]:
-    """The names that `rule_of` knows, preferred names first."""
+def pre_tokenizer_names() -> tuple[str, ...]:
+    """The names that `pre_tokenizer_of` knows, preferred names first."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     others = (*RULES, *GGUF_PRE_TOKENIZER_SPLITS, *sorted(EACH_DIGIT), *sorted(AS_GPT2))
-    return tuple(dict.fromkeys((*PREFERRED, *others)))
+    return tuple(dict.fromkeys((*PREFERRED_NAMES, *others)))
 
 
-def _rule(
+def _pre_tokenizer(
     tokenizer: PreTrainedTokenizerBase, as_gpt2: PreTokenizer, pre: str | None, what: str
 ) -> PreTokenizer:
     from tokenizers.pre_tokenizers import Digits, Sequence
 
     if pre in AS_GPT2:
         return as_gpt2
-    if pre and (known := rule_of(pre)) is not None:
+    if pre and (known := pre_tokenizer_of(pre)) is not None:
         return known
     each_digit = Sequence([Digits(individual_digits=True), as_gpt2])
     if pre not in (None, "", "default"):

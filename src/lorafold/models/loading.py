@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 
 from lorafold.core.contexts import disable_rescaling
 from lorafold.errors import LorafoldError, listed
-from lorafold.models.architecture import auto_class
+from lorafold.models.architecture import text_auto_class
 from lorafold.models.load_errors import check_complete, loading, warn_unread
 from lorafold.models.prequantized import can_read, storage_in_files
 from lorafold.models.quantizations import NAME_OF_DTYPE, ON_LOAD, QUANTIZED, STORAGES, Storage
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # otherwise, threads of transformers read ahead without limit
+NO_ASYNC = "HF_DEACTIVATE_ASYNC_LOAD"  # otherwise, threads of transformers read ahead without limit
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def loaded_in_turn() -> Iterator[None]:
+def sequential_loading() -> Iterator[None]:
     """Make transformers read a tensor only when a module gets it, to save memory."""
-    before = os.environ.get(IN_TURN)
-    os.environ[IN_TURN] = "1"
+    before = os.environ.get(NO_ASYNC)
+    os.environ[NO_ASYNC] = "1"
     try:
         yield
     finally:
-        del os.environ[IN_TURN]
+        del os.environ[NO_ASYNC]
         if before is not None:
-            os.environ[IN_TURN] = before
+            os.environ[NO_ASYNC] = before
 
 
 @contextmanager
-def each_registered(keep: Callable[[Tensor], None]) -> Iterator[None]:
+def on_registration(keep: Callable[[Tensor], None]) -> Iterator[None]:
     """Call `keep` with each parameter and buffer (any shape) that a module gets, once the next one
     comes, because until then other hooks may replace it.
     """
@@ -80,7 +80,7 @@ def load_model(
     what = f"model {source.name}"
     with loading(what):
         source.intact("config.json")
-        auto = auto_class(source.hf_config(), what)
+        auto = text_auto_class(source.hf_config(), what)
         model, report = read_weights(auto, source, storage, device)
         check_complete(what, sorted(report["missing_keys"]), report["mismatched_keys"])
         warn_unread(what, sorted(report["unexpected_keys"]))
@@ -166,15 +166,15 @@ def default_storage(source: ModelSource) -> str:
     return name if name in QUANTIZED else "auto"
 
 
-def stored_in_files(source: ModelSource) -> str | None:
+def prequantized_storage(source: ModelSource) -> str | None:
     """The quantization of files whose weights are dequantized for merging; None for others."""
     settings = source.config().get("quantization_config") or {}
     return storage_in_files(settings, f"model {source.name}") if can_read(settings) else None
 
 
-def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
+def unquantized_weights(source: ModelSource, storage: Storage) -> Weights | None:
     """The unquantized weights from a base's files, if it was quantized on load; else None."""
-    if storage.quantization is None or stored_in_files(source) is not None:
+    if storage.quantization is None or prequantized_storage(source) is not None:
         return None
     from lorafold.models.checkpoint import original_weights
 

@@ -26,11 +26,11 @@ from lorafold.models.quantizations import Storage
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-SHORTEST = 2  # tokens of a row: one to read and one to predict
-OFFSET = 2  # the maximum number of unused rows of a table
-ENDLESS = "make_weights"  # the method of tables that grow on demand
+MIN_ROW_TOKENS = 2  # tokens of a row: one to read and one to predict
+MAX_UNUSED_ROWS = 2  # the maximum number of unused rows of a table
+GROWING_TABLE_METHOD = "make_weights"  # the method of tables that grow on demand
 # RoPE types whose factor extends the configuration's number of positions
-STRETCHED = ("linear", "dynamic", "yarn")
+SCALED_ROPE_TYPES = ("linear", "dynamic", "yarn")
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Positions:
         """The remaining positions for rows that start after `before` others."""
         if self.table is None:
             return self
-        if self.table - before < SHORTEST:
+        if self.table - before < MIN_ROW_TOKENS:
             raise LorafoldError(
                 f"{self.owner} has {self.table} positions, of which {before} come before each row;"
-                f" expected at least {SHORTEST} for the row"
+                f" expected at least {MIN_ROW_TOKENS} for the row"
             )
         return replace(self, table=self.table - before)
 
@@ -82,19 +82,19 @@ def positions_of(model: PreTrainedModel) -> Positions:
     limit rows.
     """
     config, anatomy = model.config.get_text_config(), Anatomy.of(model)
-    given, bounds = _given(config) or 0, [sequence_of(model)]
+    given, bounds = _configured_positions(config) or 0, [max_sequence_tokens(model)]
     for path, module in anatomy.language_modules if given else ():
-        if path == anatomy.embedding or hasattr(module, ENDLESS):
+        if path == anatomy.embedding or hasattr(module, GROWING_TABLE_METHOD):
             continue
         tables = [*module._buffers.values()]
         tables += [module._parameters["weight"]] if isinstance(module, nn.Embedding) else []
         for rows in (len(t) for t in tables if t is not None and t.ndim == 2):
-            if given <= rows <= given + OFFSET:
+            if given <= rows <= given + MAX_UNUSED_ROWS:
                 padding = getattr(module, "padding_idx", None)
                 before = getattr(module, "offset", 0 if padding is None else padding + 1)
                 bounds.append(min(rows - int(before), given))
     table = min((n for n in bounds if n is not None), default=None)
-    return Positions(type(model).__name__, table, None if table else trained_on(config))
+    return Positions(type(model).__name__, table, None if table else trained_positions(config))
 
 
 def positions_in(
@@ -107,9 +107,9 @@ def positions_in(
 
     text, fp32 = config.get_text_config(), Storage(torch.float32)
     named = [*(config.architectures or []), config.model_type]
-    trained = trained_on(text)
+    trained = trained_positions(text)
     known = Positions(named[0], None, trained)
-    if trained is not None or _given(text) is None:
+    if trained is not None or _configured_positions(text) is None:
         return known
     try:
         with without_values():
@@ -118,28 +118,28 @@ def positions_in(
         return known
 
 
-def sequence_of(model: nn.Module) -> int | None:
+def max_sequence_tokens(model: nn.Module) -> int | None:
     """The maximum number of tokens in a sequence, packed or not, or None."""
     shapes = [tuple(buffer.shape) for buffer in model.buffers() if buffer.ndim == 4]
     return min((n for *one, m, n in shapes if one == [1, 1] and m == n > 1), default=None)
 
 
-def trained_on(config: PreTrainedConfig) -> int | None:
+def trained_positions(config: PreTrainedConfig) -> int | None:
     """The number of positions that a model with RoPE was trained on; None for other models. With a
     scaling factor, some configurations lack the number before scaling.
     """
-    given, rotary = _given(config), getattr(config, "rope_parameters", None)
+    given, rotary = _configured_positions(config), getattr(config, "rope_parameters", None)
     if given is None or not isinstance(rotary, Mapping) or getattr(config, "alibi", False):
         return None
     kinds = [rotary] if "rope_type" in rotary else [*rotary.values()]
     stretched = [
         int((kind.get("original_max_position_embeddings") or given) * kind.get("factor", 1))
         for kind in kinds
-        if isinstance(kind, Mapping) and kind.get("rope_type") in STRETCHED
+        if isinstance(kind, Mapping) and kind.get("rope_type") in SCALED_ROPE_TYPES
     ]
     return max([given, *stretched])
 
 
-def _given(config: PreTrainedConfig) -> int | None:
+def _configured_positions(config: PreTrainedConfig) -> int | None:
     size = getattr(config, "max_position_embeddings", None)
     return size if isinstance(size, int) and size > 0 else None

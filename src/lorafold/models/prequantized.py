@@ -67,8 +67,9 @@ def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
     """The quantization in a readable `quantization_config`."""
     if has_mxfp4_experts(settings):
         return str(method_storage(settings["quant_method"]))
-    formats = _formats(settings, what)
-    names = sorted({str(codes_storage(fmt.code_type, fmt.bits)) for fmt, _ in formats})
+    names = sorted(
+        {str(codes_storage(fmt.code_type, fmt.bits)) for fmt, _ in _formats(settings, what)}
+    )
     if len(names) != 1:
         raise LorafoldError(
             f"{what}: the weights are stored in {len(names)} quantizations ({', '.join(names)}),"

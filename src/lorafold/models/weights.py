@@ -39,15 +39,12 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+SINGLE_FILE = "model.safetensors"
 SHARDS = "model-*-of-*.safetensors"
 # the files of a model without its tokenizer
 MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-)
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+)  # fmt: skip
 BLOCK = 1 << 23  # bytes copied at a time
 ALIGNMENT = 8  # of the first tensor, so that readers can map it
 
@@ -195,7 +192,7 @@ def unreadable(path: Path, error: Exception) -> LorafoldError:
 
 def model_files(directory: Path) -> list[Path]:
     """The weight files of a model directory that transformers reads."""
-    if (single := directory / SINGLE).is_file():
+    if (single := directory / SINGLE_FILE).is_file():
         return [single]
     if (index := directory / INDEX).is_file():
         named = read_object(index).get("weight_map")
@@ -210,7 +207,7 @@ def model_files(directory: Path) -> list[Path]:
     others = sorted(file.name for file in directory.glob("*.safetensors"))
     note = f" (only {listed(others)})" if others else ""
     raise LorafoldError(
-        f"{directory}: found neither {SINGLE} nor {INDEX}{note}, expected one of them"
+        f"{directory}: found neither {SINGLE_FILE} nor {INDEX}{note}, expected one of them"
     )
 
 
@@ -320,7 +317,7 @@ def check_finite(name: str, t: Tensor) -> Tensor:
     return t
 
 
-def write_pieces(path: Path, pieces: Mapping[str, PendingTensor]) -> None:
+def write_tensors(path: Path, pieces: Mapping[str, PendingTensor]) -> None:
     """Write a safetensors file with one tensor in memory at a time."""
     entries = [
         (n, TensorEntry(n, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize))

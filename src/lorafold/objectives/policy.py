@@ -40,7 +40,7 @@ from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
 from lorafold.objectives.algorithm_options import SamplingOptions, algorithm_class, policy_options
 from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
-from lorafold.ops.arithmetic import multiplying, widens
+from lorafold.ops.arithmetic import override_widening, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import RewardName, Rewards
 from lorafold.rewards.reward import REWARDS
@@ -197,7 +197,7 @@ class PolicyObjective(OnPolicy):
                     " packing on, or train without exact"
                 )
             if sampling.exact:  # also in the backward, for recomputed checkpoints
-                stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
+                stack.enter_context(override_widening(widened=widens(model.dtype), rows=1))
             pad_id = tokenizer.pad_token_id or 0
             yield RolloutLoss(model, self.algorithm, support, pad_id, rollouts, rewards)
 

@@ -30,49 +30,48 @@ from lorafold.ops.autocast import Exact
 CPU = torch.device("cpu")
 HALF = (torch.float16, torch.bfloat16)
 # with fewer input vectors, most of the time goes into reading W, which is half as large in 16 bits
-ROWS = 64
+MIN_ROWS = 64
 # kernels may sum fewer rows than this in a different order
 FEW = 16
 # whether to widen (None: the processor decides), and from how many input vectors on
-_chosen: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, ROWS))
+_override: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, MIN_ROWS))
 
 
 @contextmanager
-def multiplying(*, widened: bool, rows: int = ROWS) -> Iterator[None]:
+def override_widening(*, widened: bool, rows: int = MIN_ROWS) -> Iterator[None]:
     """Override whether 16-bit matrices are widened, in this thread or task, for the `with` block.
     """
-    token = _chosen.set((widened, rows))
+    token = _override.set((widened, rows))
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _override.reset(token)
 
 
 def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
     """Whether 16-bit matrices are widened on this device; always False except on the CPU."""
     if dtype not in HALF or device.type != "cpu":
         return False
-    chosen, _ = _chosen.get()
-    return widening_pays(dtype) if chosen is None else chosen
+    chosen, _ = _override.get()
+    return is_fp32_faster(dtype) if chosen is None else chosen
 
 
-def arithmetic(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which x (..., in) is multiplied. Widening to fp32 pays only from a number of
     rows on.
     """
     if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
-    return torch.float32 if x.numel() >= _chosen.get()[1] * x.shape[-1] else x.dtype
+    return torch.float32 if x.numel() >= _override.get()[1] * x.shape[-1] else x.dtype
 
 
 @cache
-def widening_pays(dtype: torch.dtype) -> bool:
+def is_fp32_faster(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a 16-bit dtype faster in fp32."""
     if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
         return False
     info = Path("/proc/cpuinfo")
-    about = info.read_text() if info.exists() else platform.processor()
-    flags = about.replace(",", " ").split()
+    flags = (info.read_text() if info.exists() else platform.processor()).replace(",", " ").split()
     if dtype is torch.float16:
         return "avx512_fp16" not in flags
     return not (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in flags)
@@ -90,8 +89,7 @@ class _Widened(Exact):
     def forward(ctx: Any, x: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, m)
         ctx.bias = None if b is None else b.dtype
-        y = F.linear(x.float(), m.float(), None if b is None else b.float())
-        return y.to(x.dtype)
+        return F.linear(x.float(), m.float(), None if b is None else b.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -104,7 +102,7 @@ class _Widened(Exact):
         return gx, gm, wide.sum(0).to(ctx.bias) if need_b else None
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
     """k a b (n, m) in `dtype`, for a (n, l) and b (l, m); on CUDA without rounding the fp32 sums.
     """
     if not a.is_cuda:
@@ -123,10 +121,10 @@ def out_dtype(a: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     return {"out_dtype": dtype} if widens_sums else {}
 
 
-def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
+def transposed_matmul(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
     """k (a b)^T (m, n), contiguous, in `dtype`, for a (n, l) and b (l, m)."""
     if a.is_cuda:
-        return product(b.t(), a.t(), dtype, k)
+        return matmul(b.t(), a.t(), dtype, k)
     # a CPU multiplies (r, T) with (T, out) faster than (out, T) with (T, r)
     y = a.new_empty((b.shape[1], len(a)), dtype=dtype).copy_((a @ b).t())
     return y if k == 1.0 else y.mul_(k)
@@ -134,18 +132,18 @@ def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0)
 
 def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
     """x m^T + b (..., k) in x's dtype, for x (..., in), m (k, in), b (k,) or None."""
-    if arithmetic(x) is x.dtype:
+    if matmul_dtype(x) is x.dtype:
         return F.linear(x, m.to(x.dtype), None if b is None else b.to(x.dtype))
     return _Widened.over_rows(x, m, b)
 
 
-Form = tuple[float, torch.dtype]
+ScaleAndDtype = tuple[float, torch.dtype]
 
 
 class _Copy:
     """k x in a dtype, and the scopes in which it was computed and last used."""
 
-    def __init__(self, x: Tensor, form: Form, family: _Family) -> None:
+    def __init__(self, x: Tensor, form: ScaleAndDtype, family: _Family) -> None:
         self.factor, self.form, self.family = weakref.ref(x), form, family
         self.value = torch.empty_like(x, dtype=form[1], requires_grad=False)
         torch.mul(x.detach(), form[0], out=self.value)
@@ -181,7 +179,7 @@ class _Family:
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # factor -> {form: its copy}
 
 
-def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
+def scaled_as(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
     """k x (any shape), rounded once to `dtype`; x itself if nothing changes. Not differentiable.
 
     On CUDA, copies of parameters are cached for a training step (`core.contexts`), because each
@@ -190,12 +188,12 @@ def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
     if k == 1.0 and x.dtype is dtype:
         return x
     cached = x.is_cuda and isinstance(x, nn.Parameter) and not torch.compiler.is_compiling()
-    if cached and (copy := _cached(x, (k, dtype))) is not None:
+    if cached and (copy := _cached_copy(x, (k, dtype))) is not None:
         return copy.value
     return torch.mul(x.detach(), k, out=torch.empty_like(x, dtype=dtype, requires_grad=False))
 
 
-def _cached(x: Tensor, form: Form) -> _Copy | None:
+def _cached_copy(x: Tensor, form: ScaleAndDtype) -> _Copy | None:
     during = scope()
     if during is None and not in_backward():
         return None

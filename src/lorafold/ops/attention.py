@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.arithmetic import HALF, arithmetic, multiplying
+from lorafold.ops.arithmetic import HALF, matmul_dtype, override_widening
 from lorafold.ops.autocast import Exact, at_least_fp32, lower
-from lorafold.ops.checkpoint_segments import kept
+from lorafold.ops.checkpoint_segments import saved_for_replay
 from lorafold.ops.operators import Operation, operator
 from lorafold.ops.packed_documents import Documents
 from lorafold.runtime.assumed_device import cuda_capability, device_type
@@ -29,7 +29,7 @@ from lorafold.runtime.devices import AMPERE
 
 # From this document length on, checkpointing keeps the output of attention: it is no larger than a
 # block's input, but the time to recompute it grows with the square of the length.
-LONG = 4096
+SAVE_FROM_LENGTH = 4096
 # requirements of FlashAttention as torch builds it: a multiple of FLASH_HEAD_UNIT
 FLASH_MAX_HEAD_SIZE, FLASH_HEAD_UNIT, FLASH_CAPABILITY = 256, 8, AMPERE
 
@@ -72,8 +72,8 @@ def _probabilities(
     return p, t
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) -> Tensor:
-    dtype, k, v = arithmetic(q), docs.gathered(k), docs.gathered(v)
+def _attend(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) -> Tensor:
+    dtype, k, v = matmul_dtype(q), docs.gather(k), docs.gather(v)
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for tiles in docs.groups():
@@ -85,14 +85,14 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) 
     return out
 
 
-def _attended_backward(
+def _attend_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, kv_heads, groups = arithmetic(q), k.shape[1], q.shape[1] // k.shape[1]
+    dtype, kv_heads, groups = matmul_dtype(q), k.shape[1], q.shape[1] // k.shape[1]
     # several tiles, and documents with a shared prefix, add to a key's gradient, and in bf16 each
     # sum would be rounded
     wide, tokens = at_least_fp32(k), len(k)
-    k, v = docs.gathered(k), docs.gathered(v)
+    k, v = docs.gather(k), docs.gather(v)
     gq = torch.empty_like(q)
     # gradients of shared keys are accumulated in fp32 or wider
     gk, gv = (torch.empty_like(x, dtype=x.dtype if docs.keys is None else wide) for x in (k, v))
@@ -112,12 +112,12 @@ def _attended_backward(
             gks[:, tile.seen] += torch.bmm(gs.mT, qi)
         tiles[0].put_keys(gk, gks)
         tiles[0].put_keys(gv, gvs)
-    gk, gv = (docs.scattered(x, tokens).to(k.dtype) for x in (gk, gv))
+    gk, gv = (docs.scatter(x, tokens).to(k.dtype) for x in (gk, gv))
     return gq, gk, gv
 
 
-FORWARD = Operation("document_attention", _attended)
-GRADIENTS = Operation("document_attention_backward", _attended_backward)
+FORWARD = Operation("document_attention", _attend)
+GRADIENTS = Operation("document_attention_backward", _attend_backward)
 
 
 class _DocumentAttention(Exact):
@@ -127,15 +127,15 @@ class _DocumentAttention(Exact):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.docs, ctx.scores = docs, scores
-        ctx.widened = arithmetic(q) != q.dtype
+        ctx.widened = matmul_dtype(q) != q.dtype
 
         run = partial(FORWARD, q, k, v, docs, scores)
-        return kept(run) if max(docs.lens) >= LONG else run()
+        return saved_for_replay(run) if max(docs.lens) >= SAVE_FROM_LENGTH else run()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        with multiplying(widened=ctx.widened, rows=1):  # as the forward did
+        with override_widening(widened=ctx.widened, rows=1):  # as the forward did
             gradients = GRADIENTS(g, *ctx.saved_tensors, ctx.docs, ctx.scores)
         return *gradients, None, None
 
@@ -159,5 +159,5 @@ def document_attention(
     """
     q, k, v = (lower(x) for x in (q, k, v))
     if softcap is None and flash_supports(q, v):
-        return docs.flash(q, docs.gathered(k), docs.gathered(v), scale)
+        return docs.flash_attention(q, docs.gather(k), docs.gather(v), scale)
     return _DocumentAttention.apply(q, k, v, docs, Scores(scale, softcap))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.ops.checkpoint_segments import once
+from lorafold.ops.checkpoint_segments import computed_once
 
 
 def at_least_fp32(x: Tensor) -> torch.dtype:
@@ -38,7 +38,7 @@ def lower(x: Tensor) -> Tensor:
         return x
     if x.is_leaf and x.requires_grad:  # a copy cached on a leaf would keep the leaf alive
         return x.to(dtype)
-    cast = once(x, (), lambda: x.to(dtype))
+    cast = computed_once(x, (), lambda: x.to(dtype))
     return cast if cast.dtype is dtype else x.to(dtype)
 
 

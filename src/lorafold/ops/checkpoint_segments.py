@@ -1,13 +1,13 @@
 """Outputs kept for the replay of checkpointed segments, and tensors shared by layers within one.
 
-    checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
-    y = kept(make)              inside: make() in the forward pass; in the replay, its output again
-    once(x, (A,), make)         make() for the first layer that reads x with A; its result for all
+    checkpoint(segment, x, use_reentrant=False, context_fn=save_outputs)
+    y = saved_for_replay(make)    inside: make() in the forward pass; in the replay, its output
+    computed_once(x, (A,), make)  make() for the first layer that reads x with A; its result for all
 
-`kept` recomputes an output that was modified in place. `once`, for layers such as q, k and v,
-recomputes the value if x or A was modified in place, in another segment (which must be able to
-replay alone), and if grad mode changed. The value is cached on x, so its graph must not reference
-x, which would keep itself alive.
+`saved_for_replay` recomputes an output that was modified in place. `computed_once`, for layers such
+as q, k and v, recomputes the value if x or A was modified in place, in another segment (which must
+be able to replay alone), and if grad mode changed. The value is cached on x, so its graph must not
+reference x, which would keep itself alive.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ import torch
 from torch import Tensor
 
 Make = Callable[[], Tensor]
-Way = Callable[[Make], Tensor]
+OutputOf = Callable[[Make], Tensor]
 
 
-_way: ContextVar[Way] = ContextVar("kept", default=lambda make: make())
+_output_of: ContextVar[OutputOf] = ContextVar("output_of", default=lambda make: make())
 
 
-def kept(make: Make) -> Tensor:
+def saved_for_replay(make: Make) -> Tensor:
     """The output of `make` (any shape); in the replay of a segment, the output of its forward pass.
     """
-    return _way.get()(make)
+    return _output_of.get()(make)
 
 
-class _By(AbstractContextManager[None]):
-    """Uses the `kept` implementation that `way()` returns, in the `with` block."""
+class _UsingOutputs(AbstractContextManager[None]):
+    """Uses the `saved_for_replay` implementation that `start()` returns, in the `with` block."""
 
-    def __init__(self, way: Callable[[], Way]) -> None:
-        self._way = way
+    def __init__(self, start: Callable[[], OutputOf]) -> None:
+        self._start = start
 
     def __enter__(self) -> None:
-        self._token = _way.set(self._way())
+        self._token = _output_of.set(self._start())
 
     def __exit__(self, *_: object) -> None:
-        _way.reset(self._token)
+        _output_of.reset(self._token)
 
 
-def keeping() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def save_outputs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of a segment's forward pass and of its replays, for torch's `context_fn`."""
     outputs = []
 
@@ -56,7 +56,7 @@ def keeping() -> tuple[AbstractContextManager[None], AbstractContextManager[None
         outputs.append((y.detach(), y._version))
         return y
 
-    def replay() -> Way:
+    def replay() -> OutputOf:
         known = iter(outputs)
 
         def again(make: Make) -> Tensor:
@@ -65,10 +65,10 @@ def keeping() -> tuple[AbstractContextManager[None], AbstractContextManager[None
 
         return again
 
-    return _By(lambda: forward), _By(replay)
+    return _UsingOutputs(lambda: forward), _UsingOutputs(replay)
 
 
-def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+def computed_once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
     """The tensor (any shape) that `make` computes from x and the frozen tensors, cached on x."""
     # inference tensors have no version counter
     if torch.compiler.is_compiling() or any(t.is_inference() for t in (x, *frozen)):

@@ -28,12 +28,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.arithmetic import matmul_dtype
 from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.operators import operator
 
 CHUNK = 256  # positions whose logits exist at a time
-SLAB = 2**22  # elements of W that are converted at a time: 16 MB
+SLAB_ELEMENTS = 2**22  # elements of W that are converted at a time: 16 MB
 
 
 def chunks(n: int) -> list[slice]:
@@ -95,8 +95,7 @@ def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) ->
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
-        wide = at_least_fp32(h)
-        return F.cross_entropy(head(h).to(wide), targets, reduction="none")
+        return F.cross_entropy(head(h).to(at_least_fp32(h)), targets, reduction="none")
 
     # with no positions, an empty chunk makes the gradients 0
     parts = [
@@ -133,7 +132,7 @@ class LinearHead(NamedTuple):
         """The logits (n, V) of h (n, d), in the dtype of the matmul; written to `out`
         (at least n rows, V) if given.
         """
-        wide = h.to(arithmetic(h) if out is None else out.dtype)
+        wide = h.to(matmul_dtype(h) if out is None else out.dtype)
         z = wide.new_empty(len(h), len(self.w)) if out is None else out[: len(h)]
         slab = self.new_slab(wide) if slab is None else slab
         for rows, w in self.slabs(slab):
@@ -148,7 +147,7 @@ class LinearHead(NamedTuple):
         """A buffer (m, d) for rows of W converted to the dtype of `like`; m is 0 if W has that
         dtype.
         """
-        size = 0 if like.dtype is self.w.dtype else max(1, SLAB // self.w.shape[1])
+        size = 0 if like.dtype is self.w.dtype else max(1, SLAB_ELEMENTS // self.w.shape[1])
         return like.new_empty(size, self.w.shape[1])
 
     def slabs(self, slab: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -207,7 +206,7 @@ class _LinearCrossEntropy(Exact):
     @staticmethod
     def forward(ctx: Any, h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
         gradient = h.new_empty(len(h) if ctx.needs_input_grad[0] else 0, h.shape[1])
-        logits = h.new_empty(min(CHUNK, len(h)), len(head.w), dtype=arithmetic(h))
+        logits = h.new_empty(min(CHUNK, len(h)), len(head.w), dtype=matmul_dtype(h))
         wide = at_least_fp32(h)  # dtype of the losses and of their sums
         block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=wide)
         slab = head.new_slab(logits)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.arithmetic import matmul_dtype
 from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.operators import Operation
 
@@ -37,7 +37,7 @@ class SlotFactors(NamedTuple):
 Product = Callable[[Tensor], Tensor]  # (B, T, in) -> (B, T, out)
 
 
-def stored(factors: Tensor) -> torch.dtype:
+def stored_dtype(factors: Tensor) -> torch.dtype:
     """The dtype in which `low_rank` expects stacks of factors like these (n, r, in)."""
     return torch.float32 if factors.device.type == "cpu" else factors.dtype
 
@@ -68,7 +68,7 @@ def _low_rank(part: SlotFactors, slots: Tensor) -> Product:
 
     def product(x: Tensor) -> Tensor:
         # the factors are exact in x's dtype; with one token, the stored dtype is faster
-        dtype = down.dtype if x.shape[1] == 1 else arithmetic(x)
+        dtype = down.dtype if x.shape[1] == 1 else matmul_dtype(x)
         u = torch.matmul(x.to(dtype), down.to(dtype).mT)
         return torch.matmul(u, up.to(dtype)).to(x.dtype)
 
@@ -81,17 +81,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
     """
     (b, heads, t, d), kv = q.shape, k.shape[1]
     groups = heads // kv
-    m = _of_heads(mask, kv, groups if t > 1 else 1, t)
+    m = _mask_of_heads(mask, kv, groups if t > 1 else 1, t)
     q, k, v = q.reshape(b * kv, groups * t, d), k.flatten(0, 1), v.flatten(0, 1)
     if t == 1:
         scores = torch.add(m, torch.bmm(k, q.mT).mT, alpha=scale)
     else:
         scores = torch.baddbmm(m, q, k.mT, alpha=scale)
-    o = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
-    return o.view(b, heads, t, -1).transpose(1, 2)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(b, heads, t, -1).transpose(1, 2)
 
 
-def _of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
+def _mask_of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
     """The mask (B, 1, T, K) for B * kv heads, (B kv, groups T, K), cached on the mask for all
     layers.
     """
@@ -99,8 +98,7 @@ def _of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
     if (kv, groups) not in known:
         m = mask[:, :, None].expand(len(mask), kv, groups, t, mask.shape[-1])
         m = m.reshape(len(mask) * kv, -1, mask.shape[-1])
-        wide = at_least_fp32(m)
-        known[kv, groups] = m.to(wide) if t == 1 else m
+        known[kv, groups] = m.to(at_least_fp32(m)) if t == 1 else m
     return known[kv, groups]
 
 
@@ -114,5 +112,5 @@ def write(buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
     buffer[slots[:, None], :, known[tokens]] = x.transpose(1, 2)
 
 
-STORED, LOW_RANK = Operation("stored", stored), Operation("low_rank", low_rank)
+STORED, LOW_RANK = Operation("stored", stored_dtype), Operation("low_rank", low_rank)
 ATTEND, WRITE = Operation("attend", attend), Operation("write", write)

@@ -25,7 +25,7 @@ from lorafold.ops.checkpoint_segments import running_segment
 from lorafold.ops.operators import operator
 from lorafold.runtime.assumed_device import device_type
 
-AT_ONCE = 1 << 16  # Philox calls whose words are in memory at a time
+MAX_CALLS = 1 << 16  # Philox calls whose words are in memory at a time
 
 
 def keep_scale(p: float) -> float:
@@ -40,7 +40,7 @@ def threshold(p: float) -> int:
     return min(round(p * (1 << 16)), (1 << 16) - 1)
 
 
-def dropped(x: Tensor, p: float, site: DropoutSite | None = None) -> tuple[Tensor, Tensor]:
+def drop_elements(x: Tensor, p: float, site: DropoutSite | None = None) -> tuple[Tensor, Tensor]:
     """x (..., in) with zeros at the dropped elements, and their places: ascending int32 indices
     (m,) into the flattened x, or a boolean mask. Not differentiable.
     """
@@ -56,7 +56,7 @@ def dropped(x: Tensor, p: float, site: DropoutSite | None = None) -> tuple[Tenso
     return MASKED(x, p, names, key, number)
 
 
-def source(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
+def names_and_key(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
     """The flattened names of the rows of x (..., in), and the key; made up if there are no names.
     """
     if names is not None:
@@ -66,11 +66,11 @@ def source(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
 
 
 def _mask(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Tensor:
-    names, key = source(x, names, key)
+    names, key = names_and_key(x, names, key)
     calls = torch.arange(-(-x.shape[-1] // 8), device=x.device)
     limit = threshold(p)
     parts = []
-    for chunk in names[:, None].split(max(1, AT_ONCE // len(calls))):
+    for chunk in names[:, None].split(max(1, MAX_CALLS // len(calls))):
         words = torch.stack(philox((calls, chunk & WORD, chunk >> 32 & WORD, site), key), -1)
         halves = torch.stack([(words & 0xFFFF) < limit, (words >> 16) < limit], -1)
         parts.append(halves.flatten(1)[:, : x.shape[-1]])
@@ -101,8 +101,8 @@ MASKED = operator(
 )
 
 
-def emptied(x: Tensor, where: Tensor) -> Tensor:
-    """A copy of x (any shape) with zeros at the elements that `dropped` returned."""
+def zero_dropped(x: Tensor, where: Tensor) -> Tensor:
+    """A copy of x (any shape) with zeros at the elements that `drop_elements` returned."""
     if where.dtype is torch.bool:
         return x.masked_fill(where, 0)
     copy = x.clone(memory_format=torch.contiguous_format)
@@ -110,7 +110,7 @@ def emptied(x: Tensor, where: Tensor) -> Tensor:
     return copy
 
 
-def _empty(x: Tensor, where: Tensor) -> None:
+def _zero_in_place(x: Tensor, where: Tensor) -> None:
     flat = x.view(-1)
     if where.dtype is torch.bool:
         flat.masked_fill_(where.flatten(), 0)
@@ -118,8 +118,8 @@ def _empty(x: Tensor, where: Tensor) -> None:
         flat.index_fill_(0, where.long(), 0)
 
 
-# `emptied` in place, for a contiguous x of any shape with the same number of elements
-EMPTY = operator("empty_(Tensor(a!) x, Tensor where) -> ()", _empty, lambda x, where: None)
+# `zero_dropped` in place, for a contiguous x of any shape with the same number of elements
+EMPTY = operator("empty_(Tensor(a!) x, Tensor where) -> ()", _zero_in_place, lambda x, where: None)
 
 
 class _Kept(Function):
@@ -131,7 +131,7 @@ class _Kept(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (where,) = ctx.saved_tensors
-        return _Kept.apply(g, emptied(g.detach(), where), where), None, None
+        return _Kept.apply(g, zero_dropped(g.detach(), where), where), None, None
 
 
 class Dropped(NamedTuple):
@@ -147,7 +147,7 @@ class Dropped(NamedTuple):
     readers: set[int]
 
 
-def shared(x: Tensor, p: float, reader: int, site: DropoutSite | None = None) -> Dropped:
+def shared_dropout(x: Tensor, p: float, reader: int, site: DropoutSite | None = None) -> Dropped:
     """x (any shape) with elements dropped once for all layers that read it, such as q, k and v.
 
     Cached on x. A reader that asks again gets a new sample. Checkpointed segments do not share
@@ -159,7 +159,7 @@ def shared(x: Tensor, p: float, reader: int, site: DropoutSite | None = None) ->
     result = known.get(p)
     same = result and version is not None and result[3:5] == (version, segment)
     if result is None or not same or reader in result.readers:
-        sampled = dropped(x, p, site)
+        sampled = drop_elements(x, p, site)
         known[p] = result = Dropped(*sampled, keep_scale(p), version, segment, set())
     result.readers.add(reader)
     return result
@@ -171,13 +171,12 @@ def dropout(x: Tensor, p: float, site: DropoutSite | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)
-    masked = _Kept.apply(x, *dropped(x, p, site))
-    return masked * keep_scale(p)
+    return _Kept.apply(x, *drop_elements(x, p, site)) * keep_scale(p)
 
 
 WORD = (1 << 32) - 1
 FACTORS = 0xD2511F53, 0xCD9E8D57
-STEPS = 0x9E3779B9, 0xBB67AE85
+KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
 
@@ -190,7 +189,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, ...]:
         # until the end
         x, y = FACTORS[0] * a, FACTORS[1] * c
         a, b, c, d = ((y >> 32) ^ b ^ k) & WORD, y, ((x >> 32) ^ d ^ m) & WORD, x
-        k, m = (k + STEPS[0]) & WORD, (m + STEPS[1]) & WORD
+        k, m = (k + KEY_STEPS[0]) & WORD, (m + KEY_STEPS[1]) & WORD
     return a, b & WORD, c, d & WORD
 
 

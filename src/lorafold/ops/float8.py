@@ -16,7 +16,7 @@ MAGNITUDE = 0x7F  # all bits but the sign
 SIGN_AND_REST = -0x4001  # int16 0xBFFF: all bits but the first one of fp16's exponent
 
 
-def values(codes: Tensor) -> Tensor:
+def to_fp32(codes: Tensor) -> Tensor:
     """The values in fp32, a new tensor, of float8_e4m3fn codes of any shape, which must not contain
     NaN.
     """

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.rounding import scatter_added
-from lorafold.ops.arithmetic import arithmetic, narrowed, product, transposed_product
+from lorafold.ops.arithmetic import matmul, matmul_dtype, scaled_as, transposed_matmul
 from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.dropout import EMPTY, Dropped
 
@@ -42,7 +42,7 @@ Read = Callable[[torch.dtype], Tensor]  # dtype -> W (out, in)
 class _FrozenLinear(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, read: Read) -> Tensor:
-        ctx.read, ctx.dtype = read, (dtype := arithmetic(x))
+        ctx.read, ctx.dtype = read, (dtype := matmul_dtype(x))
         ctx.residual = None if residual is None else (residual.shape, residual.dtype)
         wide, w = x.to(dtype), read(dtype)
         y = wide @ w.t() if residual is None else torch.addmm(residual.to(dtype), wide, w.t())
@@ -70,10 +70,10 @@ def low_rank_parts(
     """x (T, in) and the factors, down (..., r, in) and scaled up (..., out, r), in the dtype of
     their matmuls; drop(x); the places of the dropped elements, or None; the scale.
     """
-    dtype, xd, where, scale = arithmetic(x), x, None, k
+    dtype, xd, where, scale = matmul_dtype(x), x, None, k
     if drop is not None:
         xd, where, scale = drop.x.reshape(x.shape), drop.where, drop.scale * k
-    return x.to(dtype), narrowed(down, 1.0, dtype), narrowed(up, scale, dtype), xd, where, scale
+    return x.to(dtype), scaled_as(down, 1.0, dtype), scaled_as(up, scale, dtype), xd, where, scale
 
 
 class _LowRankLinear(Exact):
@@ -101,9 +101,9 @@ class _LowRankLinear(Exact):
                 EMPTY(gx, where)
             gx = gx.addmm_(wide, ctx.read(wide.dtype)).to(g.dtype)
         if need_down:
-            gdown = product(v.t(), xd.to(v.dtype), ctx.down)
+            gdown = matmul(v.t(), xd.to(v.dtype), ctx.down)
         if need_up:
-            gup = transposed_product(u.t(), wide, ctx.up, ctx.scale)
+            gup = transposed_matmul(u.t(), wide, ctx.up, ctx.scale)
         return gx, None, gdown, gup, None, None
 
 
@@ -124,7 +124,7 @@ class _SparseLinear(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, read: Read, values: Tensor, at: Tensor) -> Tensor:
         ctx.save_for_backward(x, values, at)
-        ctx.read, ctx.dtype = read, arithmetic(x)
+        ctx.read, ctx.dtype = read, matmul_dtype(x)
         w = scatter_added(read(x.dtype), values, at).to(ctx.dtype)
         return (x.to(ctx.dtype) @ w.t()).to(x.dtype)
 
@@ -144,7 +144,7 @@ def product_at(g: Tensor, x: Tensor, at: Tensor) -> Tensor:
     """The entries (k,) of g^T x at the flat indices `at` (k,), in fp32 or wider if they are few. g
     (T, out); x (T, in).
     """
-    dtype = arithmetic(x)
+    dtype = matmul_dtype(x)
     if g.device.type != "cpu" or FEW * len(at) > g.shape[1] * x.shape[1]:
         return (g.to(dtype).t() @ x.to(dtype)).flatten()[at]
     columns, wide = x.shape[1], at_least_fp32(x)
@@ -164,7 +164,7 @@ class _ScaledProduct(Exact):
     @staticmethod
     def forward(ctx: Any, u: Tensor, m: Tensor, b: Tensor, d: Tensor) -> Tensor:
         ctx.save_for_backward(u, m, b, d)
-        ctx.dtype = dtype = arithmetic(u)
+        ctx.dtype = dtype = matmul_dtype(u)
         return (u.to(dtype) @ scaled_matrix(m, b, d).to(dtype).t()).to(u.dtype)
 
     @staticmethod

@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.contexts import is_fake
-from lorafold.ops.arithmetic import arithmetic, out_dtype
+from lorafold.ops.arithmetic import matmul_dtype, out_dtype
 from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import EMPTY, Dropped
 from lorafold.ops.frozen import low_rank_parts
-from lorafold.ops.host_tensors import sent
+from lorafold.ops.host_tensors import send
 from lorafold.ops.scale_and_add import SCALE
 from lorafold.runtime.assumed_device import cuda_capability, device_type
 
@@ -85,7 +85,7 @@ class Groups:
                 start += size * times
 
 
-def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
+def sort_into_groups(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
     """Sort S rows into `number` groups by `of_row` (S,), padded with copies of the first row to P
     rows.
 
@@ -122,8 +122,8 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
     else:
         padded[-1] += -padded.sum() % whole
         shift = (padded - sizes).cumsum(0) - (padded - sizes)  # padding before each group
-        at = sent(torch.arange(n).add_(shift.repeat_interleave(sizes)), device)
-        groups = sent(torch.arange(number).repeat_interleave(padded), device)
+        at = send(torch.arange(n).add_(shift.repeat_interleave(sizes)), device)
+        groups = send(torch.arange(number).repeat_interleave(padded), device)
         known = tuple(padded.tolist())
     rows = torch.zeros_like(groups).index_copy_(0, at, order)
     places = torch.empty_like(order).index_copy_(0, order, at)
@@ -177,7 +177,7 @@ def _ones(n: int, device: torch.device) -> Tensor:
 class _Product(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor, spans: list[tuple[int, slice]]) -> Tensor:
-        ctx.dtype = dtype = arithmetic(x)
+        ctx.dtype = dtype = matmul_dtype(x)
         wide, wide_m = x.to(dtype), m.to(dtype)
         ctx.save_for_backward(x, m)
         ctx.spans = spans
@@ -215,7 +215,7 @@ def product(x: Tensor, m: Tensor, groups: Groups) -> Tensor:
 class _Frozen(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, w: FrozenMatrices, out: int) -> Any:
-        ctx.w, ctx.width, ctx.dtype = w, x.shape[1], arithmetic(x)
+        ctx.w, ctx.width, ctx.dtype = w, x.shape[1], matmul_dtype(x)
         ctx.residual_dtype = None if residual is None else residual.dtype
         return w.matmul(x.to(ctx.dtype), out, False, residual).to(x.dtype)
 

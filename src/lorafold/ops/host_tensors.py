@@ -1,6 +1,6 @@
 """Tensors sent from the host to a device, with the values that the host still has.
 
-    x = sent(ids, device)       on a GPU, an asynchronous copy
+    x = send(ids, device)       on a GPU, an asynchronous copy
     on_host(x)                  the values on the CPU; no wait if x was sent and is unchanged
 """
 
@@ -17,34 +17,34 @@ from lorafold.ops.autocast import Exact
 ON_HOST = "_lorafold_on_host"
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
+def send(x: Tensor, device: torch.device) -> Tensor:
     """x (any shape) copied from the CPU to a device; x itself if it is already there."""
     if x.device.type != "cpu" or device.type == "cpu":
         return x.to(device)
     cuda = device.type == "cuda"
-    return _known((x.pin_memory() if cuda else x).to(device, non_blocking=cuda), x)
+    return _with_host_copy((x.pin_memory() if cuda else x).to(device, non_blocking=cuda), x)
 
 
-def all_sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def send_all(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Tensors of any shapes, by name, on a device."""
-    return {name: sent(x, device) for name, x in tensors.items()}
+    return {name: send(x, device) for name, x in tensors.items()}
 
 
 def on_host(x: Tensor) -> Tensor:
     """x (any shape) on the CPU. Waits for the device unless x was sent and is unchanged."""
     if x.device.type == "cpu":
         return x
-    known = _host_of(x)
+    known = _host_copy(x)
     return x.cpu() if known is None else known
 
 
-def _known(copy: Tensor, x: Tensor) -> Tensor:
+def _with_host_copy(copy: Tensor, x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         vars(copy)[ON_HOST] = x, _version(copy)
     return copy
 
 
-def _host_of(x: Tensor) -> Tensor | None:
+def _host_copy(x: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling():  # in a graph, tensors cannot carry attributes
         return None
     known, version = vars(x).get(ON_HOST, (None, None))
@@ -55,18 +55,18 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version  # inference tensors have none
 
 
-def plus(x: Tensor, n: int) -> Tensor:
+def add_int(x: Tensor, n: int) -> Tensor:
     """x + n (any shape); the host knows the result if it knows x."""
-    known = _host_of(x)
-    return x + n if known is None else _known(x + n, known + n)
+    known = _host_copy(x)
+    return x + n if known is None else _with_host_copy(x + n, known + n)
 
 
-def picked(x: Tensor, rows: Sequence[int]) -> Tensor:
+def select_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
     """The rows (m, ...) of x (n, ...) with these numbers; x itself if these are all rows in order.
     """
     if len(rows) == len(x) and all(i == b for i, b in enumerate(rows)):
         return x
-    return x.index_select(0, sent(torch.tensor(rows, dtype=torch.long), x.device))
+    return x.index_select(0, send(torch.tensor(rows, dtype=torch.long), x.device))
 
 
 class _Rows(Exact):

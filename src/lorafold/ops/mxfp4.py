@@ -18,7 +18,7 @@ from torch import Tensor
 NAN = 255
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # bytes per value -> the dtype with which two values are looked up at once
-PAIRS = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
+PAIR_DTYPES = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
 
 
 def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -28,14 +28,12 @@ def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat
     device = blocks.device
     exact = torch.bfloat16 if dtype is torch.float16 else dtype  # fp16 lacks most of the scales
     # both codes of a byte are looked up at once
-    values = (*MAGNITUDES, *(-v for v in MAGNITUDES))
-    of_code = torch.tensor(values, dtype=exact, device=device)
+    of_code = torch.tensor((*MAGNITUDES, *(-v for v in MAGNITUDES)), dtype=exact, device=device)
     pairs = torch.stack([of_code.repeat(16), of_code.repeat_interleave(16)], 1)
-    pairs = pairs.view(PAIRS[exact.itemsize]).squeeze(1)
+    pairs = pairs.view(PAIR_DTYPES[exact.itemsize]).squeeze(1)
     w = pairs.index_select(0, blocks.reshape(-1).int()).view(exact).view(*scales.shape, -1)
     # 2^(e - 127): E8M0 codes are fp32's exponent bits, except for the first and the last
-    bits = torch.arange(256, dtype=torch.int32, device=device) << 23
-    powers = bits.view(torch.float32).clone()
+    powers = (torch.arange(256, dtype=torch.int32, device=device) << 23).view(torch.float32).clone()
     powers[0], powers[NAN] = 2.0**-127, torch.nan
     factors = powers.to(exact).index_select(0, scales.reshape(-1).int()).view(*scales.shape, 1)
     return w.mul_(factors).flatten(-2).to(dtype)

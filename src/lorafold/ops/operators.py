@@ -3,7 +3,7 @@
 
     NORM = operator("rms_norm(...) -> Tensor", plain, fake)     with tensor arguments
     FORWARD = Operation("document_attention", plain)            with any arguments
-    with plainly(): ...             computes the plain forms, to test the faster ones
+    with plain_implementations(): ...       computes the plain forms, to test the faster ones
 
 `operator` registers torch.ops.lorafold.NAME, with a fake form so that estimates count its memory.
 torch.library.custom_op would add 20 us to each call.
@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 
-_plainly: ContextVar[bool] = ContextVar("plainly", default=False)
+_use_plain: ContextVar[bool] = ContextVar("use_plain", default=False)
 _LIBRARY = torch.library.Library("lorafold", "FRAGMENT")
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def plain_implementations() -> Iterator[None]:
     """Compute every operation with its plain form, in this thread, until the `with` block ends."""
-    token = _plainly.set(True)
+    token = _use_plain.set(True)
     try:
         yield
     finally:
-        _plainly.reset(token)
+        _use_plain.reset(token)
 
 
 class Operation:
@@ -59,7 +59,7 @@ class Operation:
         plain = self.plain
 
         def form(*inputs: Any) -> Any:
-            result = NotImplemented if _plainly.get() else fast(*inputs)
+            result = NotImplemented if _use_plain.get() else fast(*inputs)
             return plain(*inputs) if result is NotImplemented else result
 
         self._forms[device] = form

@@ -4,8 +4,8 @@
 
 The j-th query of a document sees its keys (j - window, j]. Without shared prefixes, starts is 0 and
 every token is one query and one key. Tokens of a shared prefix are queries of the first document
-only, and keys of all of them. `prefixed` documents have keys in front without queries (the virtual
-tokens of prompt and prefix tuning).
+only, and keys of all of them. Documents of `with_prefix_keys` have keys in front without queries
+(the virtual tokens of prompt and prefix tuning).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
-from lorafold.ops.host_tensors import on_host, sent
+from lorafold.ops.host_tensors import on_host, send
 
 TILE = 128
 
@@ -96,7 +96,7 @@ class Documents:
     starts: tuple[int, ...] = ()  # default: zeros
     keys: Tensor | None = field(default=None, repr=False, compare=False)
     # the documents without their prefix keys, and the total number of prefix keys
-    behind: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
+    without_prefix: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
     _ends: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -108,7 +108,7 @@ class Documents:
         object.__setattr__(self, "starts", self.starts or (0,) * len(self.lens))
 
     @classmethod
-    def forest(
+    def with_shared_prefixes(
         cls, lens: Sequence[int], starts: Sequence[int], device: torch.device
     ) -> Documents:
         """Packed rows, each of which shares its first starts[i] tokens with the row before it."""
@@ -123,7 +123,7 @@ class Documents:
                 )
             path = torch.cat([path[:start], torch.arange(at, at := at + length - start)])
             keys.append(path)
-        return cls(tuple(lens), None, tuple(starts), sent(torch.cat(keys), device))
+        return cls(tuple(lens), None, tuple(starts), send(torch.cat(keys), device))
 
     def positions(self) -> Tensor:
         """The position of each token in its document, (1, T), on the CPU."""
@@ -143,19 +143,19 @@ class Documents:
         lens, own = torch.tensor(self.lens), torch.tensor(self.own)
         return torch.stack([own.cumsum(0) - own, lens.cumsum(0) - lens, lens - own, lens], 1)
 
-    def gathered(self, x_THD: Tensor) -> Tensor:
+    def gather(self, x_THD: Tensor) -> Tensor:
         """The keys or values (S, Hk, D), document after document; x_THD itself without shared
         prefixes.
         """
         return x_THD if self.keys is None else x_THD.index_select(0, self.keys)
 
-    def scattered(self, x_SHD: Tensor, tokens: int) -> Tensor:
-        """The transpose of `gathered`: for each token, the sum over its keys, (tokens, Hk, D)."""
+    def scatter(self, x_SHD: Tensor, tokens: int) -> Tensor:
+        """The transpose of `gather`: for each token, the sum over its keys, (tokens, Hk, D)."""
         if self.keys is None:
             return x_SHD
         return x_SHD.new_zeros(tokens, *x_SHD.shape[1:]).index_add_(0, self.keys, x_SHD)
 
-    def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention (T, H, D) by FlashAttention, in fp16 or bf16 on CUDA. q (T, H, D); k, v
         (S, Hk, D).
         """
@@ -173,7 +173,7 @@ class Documents:
         """The offsets of each document's keys and of its queries: int32 (documents + 1,) each."""
         if device not in self._ends:
             borders = {
-                lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
+                lens: send(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
                 for lens in {self.lens, self.own}
             }
             self._ends[device] = borders[self.lens], borders[self.own]
@@ -214,8 +214,8 @@ class Documents:
         """The whole mask, boolean (B, 1, T, T), True if a query sees a token; (B, 1, T, n + T) with
         n tokens in front.
         """
-        if self.behind is not None:
-            documents, front = self.behind
+        if self.without_prefix is not None:
+            documents, front = self.without_prefix
             return F.pad(documents.dense(batch, device), (front // batch, 0), value=True)
         lens = torch.tensor(self.lens, device=device)
         document = torch.arange(len(lens), device=device).repeat_interleave(
@@ -231,8 +231,8 @@ class Documents:
     def _dense_shared(self, document: Tensor, begins: Tensor, keys: Tensor) -> Tensor:
         """The whole mask (1, 1, T, T) of documents with shared prefixes."""
         j = torch.arange(len(document), device=document.device)
-        first = begins + torch.tensor(self.starts, device=document.device)
-        i = j[j >= first[document]]  # (T,), each token's key in its own document
+        # (T,), each token's key in its own document
+        i = j[j >= (begins + torch.tensor(self.starts, device=document.device))[document]]
         seen = (document[i, None] == document) & (i[:, None] >= j)
         if self.window is not None:
             seen &= i[:, None] - self.window < j
@@ -241,7 +241,7 @@ class Documents:
         return mask.index_add_(1, keys, seen.byte()).bool()[None, None]
 
 
-def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
+def with_prefix_keys(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
     """The documents with n more keys in front of each: the tokens at the front of its sequence."""
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
     keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
@@ -253,6 +253,6 @@ def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Docum
         tuple(n + each for each in docs.lens),
         None,
         tuple(n + start for start in docs.starts),
-        sent(torch.cat([part for pair in parts for part in pair]), device),
+        send(torch.cat([part for pair in parts for part in pair]), device),
         (docs, n * batch),
     )

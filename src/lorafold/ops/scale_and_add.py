@@ -93,6 +93,5 @@ def scale_and_add(
     (k,); c (k,) or None.
     """
     dithers = y.dtype is torch.bfloat16 and g.dtype is torch.float32
-    if dithers and not torch.compiler.is_compiling():
-        return _ScaleAndAdd.apply(y, g, c, residual)
-    return plain_scale_and_add(y, g, c, residual)
+    fused = dithers and not torch.compiler.is_compiling()
+    return (_ScaleAndAdd.apply if fused else plain_scale_and_add)(y, g, c, residual)

@@ -21,7 +21,7 @@ def hadamard_matrix(n: int) -> Tensor:
     return h / n**0.5
 
 
-def halves(n: int) -> tuple[Tensor, Tensor]:
+def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
     """H_a (a, a) and H_b (b, b) for `walsh` of n = a b values, with a and b as close as possible.
     """
     a = 1 << (n.bit_length() - 1) // 2

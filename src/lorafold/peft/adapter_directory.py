@@ -44,7 +44,7 @@ from lorafold.files.model_card import (
 from lorafold.files.record import BASE, RECORD, current_names
 from lorafold.methods.common.biases_and_modules import Bias, ReplaceDelta
 from lorafold.models import fingerprint
-from lorafold.models.architecture import opened_by_name, whole_of
+from lorafold.models.architecture import auto_class_name, whole_model_of
 from lorafold.models.classifier import new_heads
 from lorafold.models.quantizations import UNQUANTIZED
 from lorafold.models.tokenizer import CONFIG as TOKENIZER
@@ -176,10 +176,10 @@ class SavedAdapter:
         modules = {path for path, _ in Anatomy.of(model).modules}
         keys = (name for name in self.weights.names if name.startswith(KEY_PREFIX))
         roots = {".".join(key.removeprefix(KEY_PREFIX).split(".")[:2]) for key in keys}
-        whole = None if roots <= modules else whole_of(model)
+        whole = None if roots <= modules else whole_model_of(model)
         if whole is None:
             return self
-        names = {old: map_key(old, whole.inward) for old in self.weights.names}
+        names = {old: map_key(old, whole.path_in_part) for old in self.weights.names}
         names = {old: new for old, new in names.items() if new != old}
         moved = {new: self.weights.get(old) for old, new in names.items()}
         weights = self.weights.with_others(names, moved)
@@ -245,8 +245,8 @@ def write_adapter(
     """Write the directory atomically."""
     spec, matches, targets = chosen.spec, chosen.matches, chosen.matches.paths
     replaced = [p for p, (first, *_) in parts.items() if isinstance(first, ReplaceDelta)]
-    form, whole = format_of(model, spec, targets), whole_of(model)
-    named = whole.outward if whole else str
+    form, whole = format_of(model, spec, targets), whole_model_of(model)
+    named = whole.path_in_whole if whole else str
     of_parameters = {named(p): named(parameter) for p, parameter in form.parameters.items()}
     selection = select_exactly(
         whole.model if whole else model, [named(p) for p in targets if p],
@@ -274,7 +274,7 @@ def write_adapter(
         config["base_model_name_or_path"] or "",
         shown | {"recipe": {"method": type(spec).__name__, **vars(spec)}},
         {},
-        opened_by=opened_by_name(model),
+        opened_by=auto_class_name(model),
         in_peft=form.in_peft,
     )
     with atomic_directory(path, beside.overwrite) as directory:

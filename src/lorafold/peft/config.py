@@ -83,18 +83,10 @@ PARAMETERS = Field(
 )
 BIAS = Field("bias", "bias", Bias, "none")
 # fields about an adapter's origin, which do not affect its outputs
-ORIGIN_FIELDS = frozenset(
-    {
-        "peft_type",
-        "task_type",
-        "inference_mode",
-        "peft_version",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "runtime_config",
-    }
-)
+ORIGIN_FIELDS = frozenset({
+    "peft_type", "task_type", "inference_mode", "peft_version", "auto_mapping",
+    "base_model_name_or_path", "revision", "runtime_config",
+})  # fmt: skip
 # names that a method's options must not have
 RESERVED_FIELDS = ORIGIN_FIELDS | {BIAS.key, PARAMETERS.key} | {field.key for field in SELECTION}
 
@@ -331,8 +323,7 @@ def select_exactly(
     if saved or names:
         ends = tuple(sorted({last_part(path) for path in saved}))
         tried = (_with_whole_heads(model, names), tuple(names), ends, tuple(saved))
-        same = (s for s in tried if set(saved_leaves(model, s)) == set(saved))
-        whole = next(same, None)
+        whole = next((s for s in tried if set(saved_leaves(model, s)) == set(saved)), None)
     if whole is None:
         extra = sorted(set(saved_leaves(model, saved)) - set(saved))
         raise LorafoldError(

@@ -3,7 +3,7 @@ prod(window)).
 
     lora_A       (r, in / groups, *window)      lora_B               (out, r, 1, ...)
     ia3_l        (1, out, 1, ...)               lora_magnitude_vector (1, out, 1, ...)
-    lokr_w2      (o2, i2, *window); over a Conv1d (o2, i2 * window), see `not_whole`
+    lokr_w2      (o2, i2, *window); over a Conv1d (o2, i2 * window), see `w2_problem`
     all others of LoHa, LoKr and AdaLoRA as in the delta
 
 With `use_effective_conv2d`, LoHa and LoKr have a Tucker core for a window larger than 1. It is

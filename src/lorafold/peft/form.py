@@ -4,7 +4,7 @@ PEFT adapts the matrices of experts and of grouped linear layers as parameters
 (`target_parameters`), only with LoRA, without dropout, and only if the experts are 3-D parameters.
 The dropout of such an adapter is therefore in lorafold.json, and other methods on them have a
 peft_type of lorafold's. In models whose experts were modules in transformers 4, some linear layers
-are named by their weights too (`renames`).
+are named by their weights too (`renames_targets`).
 
 PEFT puts a wrapper over the module for each of its parameters, the last registered outermost:
 
@@ -12,7 +12,7 @@ PEFT puts a wrapper over the module for each of its parameters, the last registe
     ...experts.base_layer.lora_A.weight     of gate_up_proj, if down_proj is adapted too
 
 For a module without the attribute `is_transposed` PEFT assumes matrices (out, in), so the factors
-for Llama 4's matrices, which are (in, out), are exchanged (`turned`).
+for Llama 4's matrices, which are (in, out), are exchanged (`exchanges_sides`).
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class AdapterFormat:
     parameters: Target module -> parameter, for modules that PEFT adapts as parameters. renamed:
     PEFT renames target modules of this model, so that only lists of names are safe. own_format:
     PEFT does not have this method for parameters. dropout: The dropout that the config can't
-    contain. refused: Target names because of which PEFT does not load the adapter. past: Other
-    target names whose weights the model reads without PEFT's update.
+    contain. unsupported: Target names because of which PEFT does not load the adapter. bypassed:
+    Other target names whose weights the model reads without PEFT's update.
     """
 
     method: Method
@@ -85,13 +85,13 @@ class AdapterFormat:
     renamed: bool = False
     own_format: bool = False
     dropout: float = 0.0
-    refused: tuple[str, ...] = ()
-    past: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
 
     @property
     def in_peft(self) -> bool:
         """Whether PEFT can load the files."""
-        return self.method.of_peft and not self.refused
+        return self.method.of_peft and not self.unsupported
 
 
 def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> AdapterFormat:
@@ -112,19 +112,19 @@ def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Adapter
             parameters[path] = parameter_path(module, path, "weight")
     kind: Any = getattr(getattr(model, "config", None), "model_type", None)
     ends = {last_part(path) for path in targets if path not in parameters}
-    refusing = kind in UNSUPPORTING_TYPES and method.peft_type in ("LORA", "ADALORA")
-    refused = tuple(sorted(UNSUPPORTED_TARGETS & ends)) if refusing else ()
-    past = tuple(sorted(ends.intersection(BYPASSED_TARGETS.get(kind, ())).difference(refused)))
+    excludes = kind in UNSUPPORTING_TYPES and method.peft_type in ("LORA", "ADALORA")
+    refused = tuple(sorted(UNSUPPORTED_TARGETS & ends)) if excludes else ()
+    bypassed = tuple(sorted(ends.intersection(BYPASSED_TARGETS.get(kind, ())).difference(refused)))
     if not method.of_peft:
-        parameters, refused, past = {}, (), ()
+        parameters, refused, bypassed = {}, (), ()
     if not parameters:
-        return AdapterFormat(method, {}, renamed, refused=refused, past=past)
+        return AdapterFormat(method, {}, renamed, unsupported=refused, bypassed=bypassed)
     # PEFT would mistake these for a single matrix
     flat = any(isinstance(module, Matrices) and module.stored.flat for module in modules)
     if flat or not method.parameters:
         return AdapterFormat(expert_method(method), {}, own_format=True)
     dropout = spec.dropout  # type: ignore[attr-defined]
-    return AdapterFormat(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
+    return AdapterFormat(method, parameters, renamed, False, dropout, refused, bypassed)
 
 
 def warn_limits(form: AdapterFormat, path: object) -> None:
@@ -135,14 +135,15 @@ def warn_limits(form: AdapterFormat, path: object) -> None:
             " supports only LoRA on experts and grouped linear layers, and only experts in"
             " 3-dimensional parameters; lorafold can load it"
         )
-    if form.refused:
+    if form.unsupported:
         log.warning(
-            f"{path}: PEFT supports no targets {', '.join(form.refused)} in models of this type, so"
-            " it can't load this adapter; lorafold can. For PEFT, use only the other targets"
+            f"{path}: PEFT can't load this adapter, because it does not support the targets"
+            f" {', '.join(form.unsupported)} in models of this type; lorafold can load it. For"
+            " PEFT, use only the other targets"
         )
-    if form.past:
+    if form.bypassed:
         log.warning(
-            f"{path}: models of this type use the weights of {', '.join(form.past)} directly,"
+            f"{path}: models of this type use the weights of {', '.join(form.bypassed)} directly,"
             " always or in their fast kernels, so PEFT silently ignores the update there until the"
             " adapter is merged; lorafold applies it"
         )

@@ -116,7 +116,7 @@ class RecordedBase:
         if self.identity and self.identity == other.identity:
             return True
         if self.fingerprint and other.fingerprint:
-            return fingerprint.agree(self.fingerprint, other.fingerprint)
+            return fingerprint.same_base(self.fingerprint, other.fingerprint)
         return self.name == other.name
 
     def without(self, paths: Sequence[str]) -> RecordedBase:
@@ -156,7 +156,7 @@ class RecordedBase:
         that, this = (truncate_middle(n, MAX_NAME) for n in (self.name, called or "nameless"))
         return f"; the base in {self.named_in} is {that}, but this base is {this}"
 
-    def other(self, base: Weights) -> str:
+    def other_base_warning(self, base: Weights) -> str:
         """A warning if an adapter is loaded on another base anyway; else empty."""
         differences = fingerprint.differences(self.fingerprint, base)
         message = f"adapter {self.adapter} was trained on another base ({'; '.join(differences)})"

@@ -10,7 +10,7 @@
                                                 if save_projection
 
 PEFT stores the factors of all experts as one matrix each: A (E, r, in) as (E r, in), B (E, out, r)
-as (out, r E), or exchanged if it exchanges inputs and outputs (`form.turned`).
+as (out, r E), or exchanged if it exchanges inputs and outputs (`form.exchanges_sides`).
 """
 
 from __future__ import annotations
@@ -91,17 +91,10 @@ def fan_in_fan_out(sites: Sequence[TargetModule]) -> dict[str, bool]:
 
 
 # the module's class determines the first; the others are for options that are off or for A's init
-LORA_IRRELEVANT = frozenset(
-    {
-        "fan_in_fan_out",
-        "megatron_core",
-        "qalora_group_size",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-    }
-)
+LORA_IRRELEVANT = frozenset({
+    "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config",
+})  # fmt: skip
 
 
 LORA = Method(

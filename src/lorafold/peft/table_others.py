@@ -53,21 +53,11 @@ LOKR = Method(
 )  # fmt: skip
 PROMPT_INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
 # keys for encoder-decoders, initialization, and sizes that follow from the tensor
-IRRELEVANT = frozenset(
-    {
-        "encoder_hidden_size",
-        "init_weights",
-        "num_attention_heads",
-        "num_layers",
-        "num_transformer_submodules",
-        "prefix_projection",
-        "prompt_tuning_init",
-        "prompt_tuning_init_text",
-        "token_dim",
-        "tokenizer_kwargs",
-        "tokenizer_name_or_path",
-    }
-)
+IRRELEVANT = frozenset({
+    "encoder_hidden_size", "init_weights", "num_attention_heads", "num_layers",
+    "num_transformer_submodules", "prefix_projection", "prompt_tuning_init",
+    "prompt_tuning_init_text", "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path",
+})  # fmt: skip
 
 
 def prefixed_tensors(prefix: str) -> Entries:

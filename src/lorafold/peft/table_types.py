@@ -48,7 +48,7 @@ class TargetModule:
     target: The method adapts this module, so PEFT moves the module itself to `base_layer`. at: The
     module's path in PEFT's names. wrappers: For experts that PEFT adapts too, the number of its
     wrappers over these (`form`). window: The kernel size of a convolution; () for any other module.
-    turned: PEFT exchanges inputs and outputs of the matrices (`form.turned`).
+    turned: PEFT exchanges inputs and outputs of the matrices (`form.exchanges_sides`).
     """
 
     path: str

@@ -144,7 +144,7 @@ def key_problem(key: str, stored: Weights, base: Weights) -> str | None:
             f"{key}: a base weight of shape {list(tensor.shape)}, but this base's has shape"
             f" {list(base.shape(own))}"
         )
-    differs = ~fingerprint.equal(tensor, base.get(own)).reshape(rows, -1).all(1)
+    differs = ~fingerprint.elements_equal(tensor, base.get(own)).reshape(rows, -1).all(1)
     first = differs.nonzero().flatten().tolist()[:1]
     # accept rows that differ only at the end
     if not first or (whole and 2 * first[0] > rows):

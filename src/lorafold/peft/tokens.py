@@ -105,7 +105,7 @@ def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | Non
     same_width = matrix.dim() == 2 and matrix.shape[1:] == own.shape[1:]
     if not same_width or len(matrix) < old or not matrix.is_floating_point():
         return None
-    differs = ~fingerprint.equal(matrix[:old], own).all(1)
+    differs = ~fingerprint.elements_equal(matrix[:old], own).all(1)
     new = [*differs.nonzero()[:, 0].tolist(), *range(old, len(matrix))]
     return new if not new or (new[0] in trained and 2 * len(new) < len(matrix)) else None
 

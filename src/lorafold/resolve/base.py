@@ -23,8 +23,8 @@ from lorafold.files.contents import file_digest
 from lorafold.files.model_card import EMBEDDED
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code, of_model
 from lorafold.models import fingerprint
-from lorafold.models.classifier import outputs_of_model
-from lorafold.models.loading import default_storage, load_model, weights_of
+from lorafold.models.classifier import classifier_outputs
+from lorafold.models.loading import default_storage, load_model, unquantized_weights
 from lorafold.models.quantizations import (
     ON_LOAD,
     STORAGES,
@@ -33,7 +33,7 @@ from lorafold.models.quantizations import (
     check_storage,
     choose_storage,
 )
-from lorafold.models.sources import HUB_ID, ModelSource, configuration, gguf_at, resolve_model
+from lorafold.models.sources import HUB_ID, ModelSource, gguf_at, read_configuration, resolve_model
 from lorafold.models.tokenizer import BUILT_IN, read_tokenizer, set_template, tokenizer_of
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
@@ -159,8 +159,8 @@ class Base:
     def config(self) -> PreTrainedConfig:
         """The configuration, by name if the files were not located yet."""
         if isinstance(self.model, ModelSource):
-            return configuration(str(self.model.path), None, self.trust_remote_code)
-        return configuration(str(self.model), self.revision, self.trust_remote_code)
+            return read_configuration(str(self.model.path), None, self.trust_remote_code)
+        return read_configuration(str(self.model), self.revision, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
         """A language model in evaluation mode, with weights rounded to its storage whatever the
@@ -200,7 +200,11 @@ class Base:
 
     def weights(self) -> Weights | None:
         """The original weights, if only those in memory are quantized."""
-        return weights_of(self.source, self.loaded_as) if self.loaded_as.quantization else None
+        return (
+            unquantized_weights(self.source, self.loaded_as)
+            if self.loaded_as.quantization
+            else None
+        )
 
 
 def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ...] | None:
@@ -213,7 +217,7 @@ def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ..
         )
     if by_adapter:
         return next(iter(by_adapter.values()))
-    outputs = outputs_of_model(base.source)
+    outputs = classifier_outputs(base.source)
     return outputs if outputs and len(outputs) > 1 else None
 
 
@@ -223,7 +227,7 @@ def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
         return f"a classifier of {listed(classes, max_chars=60)}"
     if any(one.is_reward_model for one in adapters):
         return REWARD_MODEL
-    return REWARD_MODEL if len(outputs_of_model(base.source) or ()) == 1 else LANGUAGE_MODEL
+    return REWARD_MODEL if len(classifier_outputs(base.source) or ()) == 1 else LANGUAGE_MODEL
 
 
 def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: str = "") -> None:
@@ -340,7 +344,7 @@ def hub_cache() -> str:
 def fits(path: Path, own: RecordedBase) -> bool:
     """Whether a directory has a model whose weights have the fingerprint."""
     try:
-        return fingerprint.fits(own.fingerprint, FileWeights(model_files(path)))
+        return fingerprint.matches(own.fingerprint, FileWeights(model_files(path)))
     except (LorafoldError, OSError):
         return False
 

@@ -26,7 +26,7 @@ from lorafold.serving.backend import Detokenizer, Token
 from lorafold.serving.refusals import Refusal, invalid
 from lorafold.serving.schema import CheckGrammar, check, compact
 from lorafold.verification.checks import Sandbox
-from lorafold.verification.tokenizer_files import variables_of
+from lorafold.verification.tokenizer_files import settable_variables
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # marks an incomplete character
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # a byte token of SentencePiece
@@ -193,7 +193,7 @@ class Renderers:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sandbox: Sandbox
     ) -> None:
         self._model, self._sandbox = model, sandbox
-        self.base = Renderer(tokenizer, end_tokens(model, tokenizer), variables_of(tokenizer))
+        self.base = Renderer(tokenizer, end_tokens(model, tokenizer), settable_variables(tokenizer))
         self.by_digest: dict[str, Renderer] = {}  # by digest of the files
 
     def of_files(self, files: Contents) -> Renderer:
@@ -204,7 +204,7 @@ class Renderers:
         if tokenizer is None:
             return self.by_digest.setdefault(files.named, self.base)
         renderer = Renderer(tokenizer, end_tokens(self._model, tokenizer), tokenizer.variables)
-        tokenizer.probed()
+        tokenizer.stop_caching()
         block, grammar = template_of(tokenizer).block, grammar_of(tokenizer)
         size = len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
         if size > MAX_TAG_CHARACTERS:

@@ -222,7 +222,8 @@ class Verifier:
     def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:
         base, served = "", self._storage
         if self._weights is not None:
-            base = RecordedBase.of(path, files.object(CONFIG), files.record).other(self._weights)
+            recorded = RecordedBase.of(path, files.object(CONFIG), files.record)
+            base = recorded.other_base_warning(self._weights)
         trained_on, storage = TrainingStorage.of(files.record), ""
         trained = trained_on.storage if trained_on else served
         if trained != served and {trained, served} & {*ON_LOAD}:

@@ -34,7 +34,7 @@ from lorafold.files.atomic import (
     remove,
     verify,
 )
-from lorafold.models.weights import PendingTensor, write_pieces
+from lorafold.models.weights import PendingTensor, write_tensors
 from lorafold.training_step.policy_loss import StepRollouts
 
 EARLY_STOPPING_PATIENCE = 3  # evaluations in a row without improvement
@@ -231,8 +231,8 @@ class RunDirectory:
     ) -> Path:
         path = self.path_of(progress.step)
         with atomic_directory(path, overwrite=True) as tmp:
-            write_pieces(tmp / "adapter.safetensors", adapter)
-            write_pieces(tmp / "optimizer.safetensors", optimizer)
+            write_tensors(tmp / "adapter.safetensors", adapter)
+            write_tensors(tmp / "optimizer.safetensors", optimizer)
             (tmp / "state.json").write_text(json.dumps(asdict(progress)))
         for step, old in [*self.checkpoints().items()][: -keep or None]:
             if step != progress.best:

@@ -25,7 +25,7 @@ from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, trai
 from lorafold.files.record import RECORD, current_names
 from lorafold.files.terminal import print_lines
 from lorafold.identity import of_adapter
-from lorafold.models.architecture import opened_by_name
+from lorafold.models.architecture import auto_class_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.form import format_of
@@ -207,7 +207,7 @@ def write_adapter(
         record | {"recipe": recipe},
         asdict(result) | result.pace | {"eval_loss": progress.evals.get(step)},
         whole=spec.trains_base,
-        opened_by=opened_by_name(adapter.model),
+        opened_by=auto_class_name(adapter.model),
         in_peft=not spec.trains_base and format_of(adapter.model, spec, targets).in_peft,
     )
     adapter.save(

@@ -21,7 +21,7 @@ from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.files.contents import file_digest
 from lorafold.files.terminal import print_lines
 from lorafold.models.built_in_templates import set_variables
-from lorafold.models.tokenizer import Words, add_words, set_template
+from lorafold.models.tokenizer import AddedTokens, add_tokens, set_template
 from lorafold.objectives import OBJECTIVES, check_formats
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
 from lorafold.peft.adapter_directory import SavedAdapter
@@ -121,7 +121,7 @@ def with_max_length(
 
 def prepare_tokenizer(
     request: RunRequest, objective: Objective, console: Console, saved: Sequence[SavedAdapter] = ()
-) -> tuple[PreTrainedTokenizerBase, Words]:
+) -> tuple[PreTrainedTokenizerBase, AddedTokens]:
     """The tokenizer of the model or an adapter, with the recipe's template and new tokens, and
     their ids.
     """
@@ -131,7 +131,7 @@ def prepare_tokenizer(
     if request.recipe.template_kwargs:
         set_variables(tokenizer, request.recipe.template_kwargs)
     new_tokens = request.recipe.new_tokens
-    added = add_words(tokenizer, new_tokens) if new_tokens else Words({}, frozenset())
+    added = add_tokens(tokenizer, new_tokens) if new_tokens else AddedTokens({}, frozenset())
     print_lines(console, added if new_tokens else "", objective.set_up(tokenizer))
     if request.recipe.allow_control_tokens or added.ids:
         allow_tokens(tokenizer, ALL_TOKENS if request.recipe.allow_control_tokens else added.ids)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from lorafold.adapter import Adapter, attach, load
-from lorafold.adapter.coverage import strays, text_alone, unreached
+from lorafold.adapter.coverage import encoder_targets_note, text_only_note, unreached
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, Origin
 from lorafold.core.expert_matrices import module_at
@@ -32,7 +32,7 @@ from lorafold.memory.preflight import choose_checkpointing, largest_batch
 from lorafold.memory.trace import MemorySetting
 from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.positions import positions_of
-from lorafold.models.tokenizer import Words
+from lorafold.models.tokenizer import AddedTokens
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
@@ -73,7 +73,7 @@ class Setup:
     spec: Spec
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
-    added_tokens: Words
+    added_tokens: AddedTokens
     files: dict[str, dict[str, str]]
     saved: list[SavedAdapter]  # the adapters to load, lowest first; none once they are loaded
     own_tokenizer: bool  # whether the run's tokenizer differs from the base's
@@ -271,10 +271,10 @@ def load_adapted_model(
     encoders = Anatomy.of(model).encoders
     print_lines(
         console,
-        text_alone(model, adapter.sites) if encoders else None,
+        text_only_note(model, adapter.sites) if encoders else None,
         repr(adapter),
         f"  {unreached(model, adapter.sites)}",
-        strays(model, adapter.matches) if encoders else None,
+        encoder_targets_note(model, adapter.matches) if encoders else None,
     )
     if checkpointing:
         enable_gradient_checkpointing(model)

@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorafold.adapter import Adapter
-from lorafold.adapter.reference import below
+from lorafold.adapter.reference import frozen_adapters
 from lorafold.core.attach import base_state, selection_of
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.atomic import atomic_directory, check_out, read_object, verify, write_json
 from lorafold.layers.bitsandbytes import quiet_import
 from lorafold.models.sources import name_of_base
-from lorafold.models.weights import SINGLE, InMemory
+from lorafold.models.weights import SINGLE_FILE, InMemory
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.provenance import mismatch_message, same_adapters
 
@@ -286,7 +286,7 @@ def check_reference(adapter: Adapter, args: Any) -> None:
     has_reference = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
     if not has_reference or getattr(args, "precompute_ref_log_probs", False):
         return  # a precomputed reference is the model at the start
-    base_adapters = below(adapter.model)
+    base_adapters = frozen_adapters(adapter.model)
     if selection_of(adapter.model).reference_names == base_adapters:
         return
     config, call = type(args).__name__, "lorafold.reference(model)"
@@ -328,7 +328,7 @@ class BaseWeightsExcluder:
 
 def write_empty_weights(checkpoint: Path) -> None:
     """Write a `model.safetensors` without tensors, unless there is one."""
-    path, partial = checkpoint / SINGLE, checkpoint / f".{SINGLE}.partial"
+    path, partial = checkpoint / SINGLE_FILE, checkpoint / f".{SINGLE_FILE}.partial"
     if not path.exists():
         save_file({}, partial, metadata={"format": "pt"})
         partial.replace(path)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafold.data.classification import LabelledExample
 from lorafold.data.prefix_forest import prefix_forest
-from lorafold.ops.host_tensors import all_sent
+from lorafold.ops.host_tensors import send_all
 from lorafold.training_step.losses import PrefixSharingLoss
 from lorafold.training_step.score_head import run_to_head
 from lorafold.training_step.shared_prefixes import PrefixSupport, document_layout
@@ -51,7 +51,7 @@ class Classification(PrefixSharingLoss):
                 "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
             }
         inputs["labels"] = torch.tensor([e.label for e in examples])
-        return all_sent(inputs, device)
+        return send_all(inputs, device)
 
     def logits(self, **inputs: Tensor) -> Tensor:
         """The model's logits (n, classes), in fp32, for inputs from `collate`."""

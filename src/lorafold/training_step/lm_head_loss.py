@@ -34,7 +34,7 @@ from lorafold.ops.cross_entropy import (
     head_losses,
     linear_cross_entropy,
 )
-from lorafold.ops.host_tensors import on_host, rows_at, sent
+from lorafold.ops.host_tensors import on_host, rows_at, send
 
 
 class _HeadAgreement(NamedTuple):
@@ -101,7 +101,7 @@ def labelled_loss(
         loss, n = losses.sum(), len(targets)
     else:
         each = on_host(counts)[on_host(labels) != NO_LOSS]
-        loss, n = losses @ sent(each, h.device).to(losses.dtype), int(each.sum())
+        loss, n = losses @ send(each, h.device).to(losses.dtype), int(each.sum())
     return loss + n * balancing_loss(model, output, rows), n
 
 
@@ -127,8 +127,8 @@ def document_losses(
         losses, of = token_losses(model, labels, inputs), document.flatten()
     else:
         counted = on_host(labels).masked_fill(on_host(document) < 0, NO_LOSS)
-        losses = token_losses(model, sent(counted, labels.device), inputs)
-        of = sent(at_labels(document, counted), losses.device)
+        losses = token_losses(model, send(counted, labels.device), inputs)
+        of = send(at_labels(document, counted), losses.device)
     return (
         losses.new_zeros(n).index_add(0, of, losses),
         of.new_zeros(n).index_add(0, of, torch.ones_like(of)),
@@ -159,7 +159,7 @@ def run_decoder(
     else:
         targets = on_host(labels).flatten()
         places = (targets != NO_LOSS).nonzero()[:, 0]
-        h, targets = rows_at(h, sent(places, h.device)), sent(targets[places], h.device)
+        h, targets = rows_at(h, send(places, h.device)), send(targets[places], h.device)
     return h, targets, linear_form(model, output.logits[0], last[0]), output
 
 

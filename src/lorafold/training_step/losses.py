@@ -16,8 +16,8 @@ from lorafold.data.arrow import Array
 from lorafold.data.batches import collate, micro_batches, num_targets
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.prefix_forest import MAX_SIZE, batches_by_prefix, owners, prefix_forest
-from lorafold.models.positions import sequence_of
-from lorafold.ops.host_tensors import all_sent, on_host, sent
+from lorafold.models.positions import max_sequence_tokens
+from lorafold.ops.host_tensors import on_host, send, send_all
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step.lm_head_loss import (
     document_losses,
@@ -101,7 +101,7 @@ class Loss(nn.Module, ABC):
             positions = on_host(given)
             shared = inputs.get("document")  # with shared prefixes
             document = (positions == 0).cumsum(1) - 1 if shared is None else on_host(shared)
-        return sent(token_names(row_at(rows, document, positions), positions), ids.device)
+        return send(token_names(row_at(rows, document, positions), positions), ids.device)
 
     @abstractmethod
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class PrefixSharingLoss(Loss):
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
         ids = [example.ids for example in examples]
         rows = range(len(ids))
-        capacity = min(tokens, sequence_of(self.model) or tokens)
+        capacity = min(tokens, max_sequence_tokens(self.model) or tokens)
         if self.shares_prefixes(examples):
             return batches_by_prefix(rows, n, capacity, ids.__getitem__)
         return micro_batches(rows, n, capacity if self.packed else None, lambda i: len(ids[i]))
@@ -162,7 +162,7 @@ class CompletionLoss(PrefixSharingLoss):
             tensors = shared.tensors() | ({"rows": shared.rows()} if self.balanced else {})
         else:
             tensors = collate(examples, self.packed, self.pad_id)
-        return all_sent(tensors, device)
+        return send_all(tensors, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         inputs.pop("document", None)
@@ -174,7 +174,7 @@ class CompletionLoss(PrefixSharingLoss):
     def by_row(self, examples: Sequence[Example]) -> Tensor:
         """The loss of each row, (n,), summed over its labelled positions, without gradients."""
         if not self.shares_prefixes(examples):
-            inputs = all_sent(collate(examples, False, self.pad_id), self.device)
+            inputs = send_all(collate(examples, False, self.pad_id), self.device)
             labels = inputs.pop("labels")
             row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
             return document_losses(self.model, labels, inputs, row, len(labels))[0]

@@ -188,7 +188,8 @@ def attend(
     dropout = protocol.get("dropout", 0.0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):
-        virtual = attention_mask.behind is not None  # virtual tokens in front, which are only keys
+        # virtual tokens in front, which are only keys
+        virtual = attention_mask.without_prefix is not None
         if not virtual and query.shape[2] != key.shape[2]:
             raise LorafoldError(
                 f"{type(module).__name__}: found {key.shape[2]} keys for {query.shape[2]} queries,"

@@ -14,7 +14,7 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.preference_examples import BranchedRow
 from lorafold.errors import LorafoldError
-from lorafold.ops.host_tensors import all_sent, sent
+from lorafold.ops.host_tensors import send, send_all
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step.lm_head_loss import at_labels, token_losses
 from lorafold.training_step.policy_algorithms import PolicyAlgorithm, SampledTokens
@@ -143,7 +143,7 @@ class Policy(BranchedLoss):
         sizes = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.max_new_tokens)}
         counted = torch.tensor([counts for e in examples for counts in e.counted])
         inputs["weights"] = counted / sizes.get(self.algorithm.average, torch.ones_like(lengths))
-        return all_sent(inputs, device)
+        return send_all(inputs, device)
 
     def begin(self, update: int) -> None:
         """Start update number `update` on a step's examples; ratios are relative to update 0."""
@@ -165,7 +165,7 @@ class Policy(BranchedLoss):
                 return compute()
 
         logps = compute()
-        of = sent(at_labels(document, labels), logps.device)
+        of = send(at_labels(document, labels), logps.device)
         if self.micro_batch == len(self.initial_logps):
             self._compare(logps.detach(), sampled, compute_reference)
             reference = compute_reference() if self.algorithm.beta else None

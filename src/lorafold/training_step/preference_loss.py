@@ -14,7 +14,7 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.preference_examples import BranchedRow
 from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
-from lorafold.ops.host_tensors import all_sent, on_host, sent
+from lorafold.ops.host_tensors import on_host, send, send_all
 from lorafold.training_step.lm_head_loss import at_labels, document_losses, head_logits, run_decoder
 from lorafold.training_step.preference_algorithms import Law, Scored, ratio_sums
 from lorafold.training_step.score_head import document_scores
@@ -73,7 +73,7 @@ class Preferences(BranchedLoss):
         tensors["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.algorithm.has_reference and all(e.reference for e in examples):
             tensors["reference"] = torch.tensor([e.reference for e in examples])
-        return all_sent(tensors, device)
+        return send_all(tensors, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """The loss in nats, (), summed over the rows; arguments from `collate`. A missing reference
@@ -154,7 +154,7 @@ class Preferences(BranchedLoss):
         inputs.pop("reference", None)
         with document_layout(self.support, lens, labels.device):
             losses, others, kl = losses_and_kl(self.model, labels, inputs, self.below)
-        of = sent(at_labels(document, labels), losses.device)
+        of = send(at_labels(document, labels), losses.device)
         sums = -losses, -others, torch.ones_like(losses)
         documents = sum(len(e.branches) for e in examples)
         logps, reference, tokens = (

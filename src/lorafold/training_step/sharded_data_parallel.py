@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.files.cache import cache_entry, find_cached
-from lorafold.models.loading import each_registered, loaded_in_turn
+from lorafold.models.loading import on_registration, sequential_loading
 from lorafold.models.weights import PendingTensor
 from lorafold.runtime.memory import RETURN_FREED, malloc_policy
 from lorafold.runtime.processes import Processes
@@ -74,7 +74,7 @@ class Sharded(Replicated):
             if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # it has its values
                 shard_tensor(t, self.shards_by_storage, self.processes, device)
 
-        with malloc_policy(RETURN_FREED), loaded_in_turn(), each_registered(keep_part):
+        with malloc_policy(RETURN_FREED), sequential_loading(), on_registration(keep_part):
             yield
 
     @contextmanager

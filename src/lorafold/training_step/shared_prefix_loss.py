@@ -24,8 +24,8 @@ from lorafold.data.prefix_forest import (
     owners,
     prefix_forest,
 )
-from lorafold.models.positions import sequence_of
-from lorafold.ops.host_tensors import on_host, sent
+from lorafold.models.positions import max_sequence_tokens
+from lorafold.ops.host_tensors import on_host, send
 from lorafold.training_step.losses import Loss, row_at, similar_lengths
 from lorafold.training_step.shared_prefixes import PrefixSupport
 
@@ -48,7 +48,7 @@ class BranchedLoss(Loss):
         rows, sizes = range(len(examples)), [*map(self._own_size, examples)]
         if self.support is None:
             return micro_batches(rows, n)
-        capacity = min(tokens, sequence_of(self.model) or tokens)
+        capacity = min(tokens, max_sequence_tokens(self.model) or tokens)
         if self.shares_across_rows(examples):
             prompts = [example.shared for example in examples]
             return batches_by_prefix(rows, n, capacity, prompts.__getitem__, sizes.__getitem__)
@@ -137,7 +137,7 @@ class BranchedLoss(Loss):
         positions = torch.arange(document.shape[1]) if given is None else on_host(given)
         # a prompt has the same names whether it is computed once or with each completion
         branch = branch * (positions >= shared)
-        return sent(token_names(row_at(rows, example, positions), positions, branch), device)
+        return send(token_names(row_at(rows, example, positions), positions, branch), device)
 
     @contextmanager
     def below(self) -> Iterator[None]:

@@ -120,7 +120,7 @@ def document_layout(
         yield
         return
     lengths, starts = on_host(lens).t().tolist()
-    with support.document_layout(Documents.forest(lengths, starts, device)):
+    with support.document_layout(Documents.with_shared_prefixes(lengths, starts, device)):
         yield
 
 
@@ -133,7 +133,7 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     ids = random_ids(model, sum(lens) - sum(starts) + unshared.stop - unshared.start)
     ids, others = ids[: unshared.start - unshared.stop], ids[unshared.start - unshared.stop :]
     support = PrefixSupport(packs=True, shares=True)
-    docs = Documents.forest(lens, starts, ids.device)
+    docs = Documents.with_shared_prefixes(lens, starts, ids.device)
     assert docs.keys is not None
 
     try:

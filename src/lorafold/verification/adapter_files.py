@@ -25,13 +25,14 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
 from lorafold.files.safetensors_header import check_num_elements, tensor_spans
 
-TEXT = 8 << 20  # bytes of a JSON file, and of the header of the weights
-DEPTH, VALUES = 64, 1 << 18  # levels, and keys and values of JSON; a header has nine per tensor
-FIELDS = 1 << 16  # keys and values of a configuration or a record
-LONG = 1 << 18  # characters of one text
-INTEGERS = 1 << 63  # bound of integers
+MAX_BYTES = 8 << 20  # bytes of a JSON file, and of the header of the weights
+# levels, and keys and values of JSON; a header has nine per tensor
+MAX_DEPTH, MAX_HEADER_VALUES = 64, 1 << 18
+MAX_CONFIG_VALUES = 1 << 16  # keys and values of a configuration or a record
+MAX_CHARACTERS = 1 << 18  # characters of one text
+INTEGER_BOUND = 1 << 63  # bound of integers
 # CPU seconds of all patterns on one module's path, which later blocks the server, and on all paths
-AT_ONCE, PATTERNS = 0.02, 0.5
+SECONDS_PER_PATH, PATTERN_SECONDS = 0.02, 0.5
 WEIGHTS = "adapter_model.safetensors"
 # by safetensors dtype: the integer type to view them as, and the exponent bits, which are all set
 # for NaN and infinity
@@ -39,10 +40,10 @@ FLOATS = {
     "F64": (np.uint64, 0x7FF0000000000000), "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80),
 }  # fmt: skip
-PIECE = 1 << 20  # values checked at a time
+CHUNK = 1 << 20  # values checked at a time
 
 
-def verified(
+def verify_files(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
     read_by: Sequence[str], most_parameters: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -52,110 +53,111 @@ def verified(
     directory = Path(path)
     for name in (config, record, MANIFEST):
         file = directory / name
-        if file.is_file() and (size := file.stat().st_size) > TEXT:
-            raise LorafoldError(f"{name}: found {size:,} bytes, expected at most {TEXT:,}")
+        if file.is_file() and (size := file.stat().st_size) > MAX_BYTES:
+            raise LorafoldError(f"{name}: found {size:,} bytes, expected at most {MAX_BYTES:,}")
     if most_parameters is not None and (directory / WEIGHTS).is_file():
-        header_of = partial(_json, "header", most=VALUES)
-        check_num_elements(directory / WEIGHTS, most_parameters, TEXT, header_of)
+        header_of = partial(_parse_json, "header", limit=MAX_HEADER_VALUES)
+        check_num_elements(directory / WEIGHTS, most_parameters, MAX_BYTES, header_of)
     contents = Contents(directory, files)
     contents.check_intact()
     if config not in contents.files:
         raise LorafoldError(f"found no {config}, expected the directory of an adapter")
     present = [name for name in (config, record) if name in contents.files]
-    read = {name: _json(name, contents.files[name], FIELDS) for name in present}
-    _match(read[config], modules)
+    parsed = {name: _parse_json(name, contents.files[name], MAX_CONFIG_VALUES) for name in present}
+    _check_patterns(parsed[config], modules)
     header, widest = "", 0
     if WEIGHTS in contents.files:
-        header, widest = _header(contents.files[WEIGHTS])
-    fields = {name: read.get(record, {}).get(name) for name in read_by}
-    form = json.dumps([read[config], header, fields], sort_keys=True)
+        header, widest = _check_weights(contents.files[WEIGHTS])
+    fields = {name: parsed.get(record, {}).get(name) for name in read_by}
+    form = json.dumps([parsed[config], header, fields], sort_keys=True)
     return {"files": contents.entries, "form": sha256(form.encode()).hexdigest(), "widest": widest}
 
 
-def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
-    """The object in a file with at most `most` keys and values. Rejects everything that another
+def _parse_json(name: str, content: bytes | bytearray, limit: int) -> dict[str, Any]:
+    """The object in a file with at most `limit` keys and values. Rejects everything that another
     parser could read differently.
     """
 
-    def constant(text: str) -> None:
+    def reject(text: str) -> None:
         raise LorafoldError(f"{name}: found {text}, expected a finite number")
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
             raise LorafoldError(f"{name}: found a duplicate key, expected unique keys")
         return fields
 
     try:
-        value = json.loads(content.decode("utf-8"), parse_constant=constant, object_pairs_hook=once)
+        text = content.decode("utf-8")
+        value = json.loads(text, parse_constant=reject, object_pairs_hook=unique)
     except ValueError as error:
         raise LorafoldError(f"{name}: not readable as JSON ({error})") from None
     except RecursionError:
         raise LorafoldError(f"{name}: found JSON that is nested too deeply") from None
     if not isinstance(value, dict):
         raise LorafoldError(f"{name}: found {type(value).__name__}, expected an object")
-    for n, (depth, where, inner) in enumerate(_values(value)):
-        if depth > DEPTH or n > most:
-            raise LorafoldError(f"{name}: expected at most {DEPTH} levels and {most:,} values")
-        if wrong := _wrong(inner):
+    for n, (depth, where, inner) in enumerate(_walk(value)):
+        if depth > MAX_DEPTH or n > limit:
+            raise LorafoldError(f"{name}: expected at most {MAX_DEPTH} levels and {limit:,} values")
+        if wrong := _value_problem(inner):
             raise LorafoldError(f"{name}: {where!r:.200}: {wrong}")
     return value
 
 
-def _wrong(value: Any) -> str:
+def _value_problem(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"found {value}, expected a finite number"
-    if isinstance(value, int) and abs(value) >= INTEGERS:
+    if isinstance(value, int) and abs(value) >= INTEGER_BOUND:
         return "found an integer of more than 63 bits"
-    if isinstance(value, str) and len(value) > LONG:
-        return f"found {len(value):,} characters, expected at most {LONG:,}"
+    if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+        return f"found {len(value):,} characters, expected at most {MAX_CHARACTERS:,}"
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         return "found an unpaired surrogate, expected valid text"
     return ""
 
 
-def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
+def _walk(value: Any) -> Iterator[tuple[int, str, Any]]:
     """Yield every key and value with its depth and top-level field."""
-    left = [(0, "", value)]
-    while left:
-        depth, where, value = left.pop()
+    pending = [(0, "", value)]
+    while pending:
+        depth, where, value = pending.pop()
         yield depth, where, value
         if isinstance(value, dict):
             pairs = [(depth + 1, where or key, (key, inner)) for key, inner in value.items()]
-            left += [(below, name, each) for below, name, pair in pairs for each in pair]
+            pending += [(below, name, each) for below, name, pair in pairs for each in pair]
         elif isinstance(value, list):
-            left += [(depth + 1, where, inner) for inner in value]
+            pending += [(depth + 1, where, inner) for inner in value]
 
 
-def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
+def _check_patterns(config: Mapping[str, Any], modules: Sequence[str]) -> None:
     """Match the configuration's patterns with the base's modules, in every way in which loading
     does. An endless match is ended by the process's time limit.
     """
-    begun = time.process_time()
+    start = time.process_time()
     compiled = []
     for field, pattern in _patterns(config):
         try:
-            compiled.append((field, [re.compile(form) for form in _forms(field, pattern)]))
+            compiled.append((field, [re.compile(form) for form in _regexes(field, pattern)]))
         except (re.error, RecursionError, OverflowError) as error:
             raise LorafoldError(f"{field}: found an invalid regular expression ({error})") from None
-        _in_time(field, begun, PATTERNS)
+        _check_time(field, start, PATTERN_SECONDS)
     for path in modules:
         for field, forms in compiled:
-            begun_path = time.process_time()
+            path_start = time.process_time()
             for form in forms:
                 form.match(path)
-            _in_time(field, begun_path, AT_ONCE)
-            _in_time(field, begun, PATTERNS)
+            _check_time(field, path_start, SECONDS_PER_PATH)
+            _check_time(field, start, PATTERN_SECONDS)
 
 
-def _in_time(field: str, since: float, most: float) -> None:
-    if time.process_time() - since > most:
+def _check_time(field: str, start: float, seconds: float) -> None:
+    if time.process_time() - start > seconds:
         raise LorafoldError(
-            f"{field}: matching the patterns with the base's modules takes more than {most:g} s"
+            f"{field}: matching the patterns with the base's modules takes more than {seconds:g} s"
         )
 
 
-def _forms(field: str, pattern: str) -> tuple[str, ...]:
+def _regexes(field: str, pattern: str) -> tuple[str, ...]:
     """The regular expressions into which loading converts a pattern."""
     whole = rf"(?:{pattern})\Z"
     return {
@@ -175,16 +177,16 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from ((field, p) for p in (value if isinstance(value, dict) else {}))
 
 
-def _header(content: bytearray) -> tuple[str, int]:
+def _check_weights(content: bytearray) -> tuple[str, int]:
     """(digest of the safetensors header, largest tensor dimension). The header must fit the file
     exactly, and all values must be finite.
     """
     size = int.from_bytes(content[:8], "little")
-    if size > TEXT:
+    if size > MAX_BYTES:
         problem = f"found a header of {size:,} bytes"
-        raise LorafoldError(f"{WEIGHTS}: {problem}, expected at most {TEXT:,}")
+        raise LorafoldError(f"{WEIGHTS}: {problem}, expected at most {MAX_BYTES:,}")
     try:
-        tensors = tensor_spans(content, partial(_json, "header", most=VALUES))
+        tensors = tensor_spans(content, partial(_parse_json, "header", limit=MAX_HEADER_VALUES))
     except LorafoldError as error:
         raise LorafoldError(f"{WEIGHTS}: not readable as safetensors: {error}") from None
     data = memoryview(content)
@@ -194,16 +196,16 @@ def _header(content: bytearray) -> tuple[str, int]:
             problem = f"dtype: found {place.dtype}, {expected}"
             raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: {problem}")
         values = data[place.start : place.stop]
-        if place.dtype in FLOATS and not _finite(values, *FLOATS[place.dtype]):
+        if place.dtype in FLOATS and not _is_finite(values, *FLOATS[place.dtype]):
             raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: found NaN or infinity")
     widest = max((n for place in tensors.values() for n in place.shape), default=0)
     return sha256(content[: 8 + size]).hexdigest(), widest
 
 
-def _finite(data: memoryview, kind: Any, exponent: int) -> bool:
+def _is_finite(data: memoryview, kind: Any, exponent: int) -> bool:
     width = np.dtype(kind).itemsize
     values = np.frombuffer(data[: len(data) // width * width], kind)
     mask = kind(exponent)
     return not any(
-        ((values[at : at + PIECE] & mask) == mask).any() for at in range(0, len(values), PIECE)
+        ((values[at : at + CHUNK] & mask) == mask).any() for at in range(0, len(values), CHUNK)
     )

@@ -20,8 +20,8 @@ from jinja2 import TemplateError
 from lorafold.errors import LorafoldError
 from lorafold.verification.worker_pool import CheckFailed
 
-PROBES, LONGEST = 256, 1 << 16  # cached renderings of probes, and characters of each
-DEATHS, MINUTE = 3, 60.0  # deaths of processes allowed per tokenizer and seconds
+MAX_PROBES, MAX_PROBE_LENGTH = 256, 1 << 16  # cached renderings of probes, and characters of each
+MAX_CRASHES, CRASH_SECONDS = 3, 60.0  # deaths of processes allowed per tokenizer and seconds
 
 
 class AdapterTokenizer:
@@ -35,8 +35,8 @@ class AdapterTokenizer:
     ) -> None:  # fmt: skip
         from transformers import AddedToken
 
-        self._process_call, self._probing = call, True
-        self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # times
+        self._process_call, self._caching = call, True
+        self._crashes: deque[float] = deque([-math.inf] * MAX_CRASHES, MAX_CRASHES)  # times
         self._probes: dict[str, str | TemplateError] = {}
         self.chat_template: Any = about["template"]
         self.special_tokens_map: Mapping[str, Any] = about["special"]
@@ -124,27 +124,29 @@ class AdapterTokenizer:
         if (text := self._probes.get(key)) is None:
             try:
                 text = str(self._call("render", **conversation))
-                if self._probing and len(text) > LONGEST:
+                if self._caching and len(text) > MAX_PROBE_LENGTH:
                     text = TemplateError(f"a test conversation has {len(text):,} characters")
             except CheckFailed as error:
                 text = TemplateError(str(error))
-            if self._probing and len(self._probes) < PROBES:
+            if self._caching and len(self._probes) < MAX_PROBES:
                 self._probes[key] = text
         if isinstance(text, TemplateError):
             raise text
         return text
 
-    def probed(self) -> None:
+    def stop_caching(self) -> None:
         """Stop caching renderings."""
-        self._probing = False
+        self._caching = False
 
     def _call(self, do: str, **arguments: Any) -> Any:
         """Call a process, unless several died of this tokenizer recently."""
-        if time.monotonic() - self._deaths[0] < MINUTE:
-            raise CheckFailed(f"the tokenizer crashed {DEATHS} processes within {MINUTE:.0f} s")
+        if time.monotonic() - self._crashes[0] < CRASH_SECONDS:
+            raise CheckFailed(
+                f"the tokenizer crashed {MAX_CRASHES} processes within {CRASH_SECONDS:.0f} s"
+            )
         try:
             return self._process_call(do, **arguments)
         except CheckFailed as error:
             if not error.kind:
-                self._deaths.append(time.monotonic())
+                self._crashes.append(time.monotonic())
             raise

@@ -15,16 +15,16 @@ from typing import Any
 from lorafold.errors import LorafoldError, truncate_end
 from lorafold.files.contents import Contents, digest
 from lorafold.verification.adapter_tokenizer import AdapterTokenizer
-from lorafold.verification.tokenizer_files import backend_of, write
+from lorafold.verification.tokenizer_files import backend_digest, write_files
 from lorafold.verification.worker_pool import CheckFailed, WorkerPool
 
 # processes of each kind: two for background work, one for requests
-VERIFYING, RENDERING, COMPILING = 3, 3, 2
-SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0, "compile": 2.0}
-PER_BYTE = 5e-9  # additional seconds per byte of the weights
-BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20,
+MAX_VERIFIERS, MAX_RENDERERS, MAX_COMPILERS = 3, 3, 2
+CPU_SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0, "compile": 2.0}
+SECONDS_PER_BYTE = 5e-9  # additional seconds per byte of the weights
+MEMORY_BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20,
          "compile": 512 << 20}  # fmt: skip
-VERDICTS = 4096  # cached results of grammars
+MAX_VERDICTS = 4096  # cached results of grammars
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,19 @@ class Sandbox:
         most_parameters: int | None = None,
     ) -> None:  # fmt: skip
         self._tokenizer, self._most_parameters = tokenizer, most_parameters
-        self._verifying = WorkerPool(lambda: {"modules": list(modules())}, VERIFYING)
+        self._verifying = WorkerPool(lambda: {"modules": list(modules())}, MAX_VERIFIERS)
         self._rendering = WorkerPool(
-            lambda: {"vocabulary": tokenizer.get_vocab(), "allow": allow}, RENDERING
+            lambda: {"vocabulary": tokenizer.get_vocab(), "allow": allow}, MAX_RENDERERS
         )
         self._compiling = WorkerPool(
             lambda: {
                 "tokenizer": tokenizer.backend_tokenizer.to_str(), "end": tokenizer.eos_token_id,
             },
-            COMPILING,
+            MAX_COMPILERS,
         )  # fmt: skip
         self._verdicts: OrderedDict[str, str] = OrderedDict()  # by digest, the oldest first
         self._copies = TemporaryDirectory(prefix="lorafold-tokenizers-")
-        self.backend = backend_of(tokenizer)
+        self.backend = backend_digest(tokenizer)
         self._added = tokenizer.added_tokens_decoder  # the property recomputes it on each access
 
     def verify(
@@ -71,7 +71,8 @@ class Sandbox:
     ) -> VerifiedFiles:
         size = sum(f.stat().st_size for name in files if (f := path / name).is_file())
         verified = self._verifying.call(
-            "verify", (SECONDS["verify"] + PER_BYTE * size, BYTES["verify"] + 2 * size),
+            "verify",
+            (CPU_SECONDS["verify"] + SECONDS_PER_BYTE * size, MEMORY_BYTES["verify"] + 2 * size),
             path=str(path), files=list(files), config=config, record=record, read_by=list(read_by),
             most_parameters=self._most_parameters,
         )  # fmt: skip
@@ -82,7 +83,7 @@ class Sandbox:
         """The tokenizer of these files; None if it is the base's."""
         # a copy for other processes if one dies, even if the files change
         path = Path(self._copies.name) / contents.named
-        write(contents, path)
+        write_files(contents, path)
         files = {"path": str(path), "names": list(contents.names), "digest": contents.named}
         call, base = partial(self._call, files), self._tokenizer
         try:
@@ -108,7 +109,7 @@ class Sandbox:
             return  # the engine rejects every grammar
         key = sha256(grammar.encode("utf-8", "replace")).hexdigest()
         if (why := self._verdicts.get(key)) is None:
-            seconds, memory = SECONDS["compile"], BYTES["compile"]
+            seconds, memory = CPU_SECONDS["compile"], MEMORY_BYTES["compile"]
             try:
                 why = str(self._compiling.call("compile", (seconds, memory), grammar=grammar))
             except CheckFailed as error:
@@ -116,7 +117,7 @@ class Sandbox:
                     limits = f"{seconds:g} s, {memory >> 20} MiB of memory or a thread's stack"
                     why = f"compiling the grammar takes more than {limits}"
             self._verdicts[key] = why = truncate_end(" ".join(why.split()), 300)
-            if len(self._verdicts) > VERDICTS:
+            if len(self._verdicts) > MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
         if why:
             raise LorafoldError(why)
@@ -128,5 +129,5 @@ class Sandbox:
         self._copies.cleanup()
 
     def _call(self, files: Mapping[str, Any], do: str, **arguments: Any) -> Any:
-        limits = [(SECONDS[step], BYTES[step]) for step in dict.fromkeys(("open", do))]
+        limits = [(CPU_SECONDS[step], MEMORY_BYTES[step]) for step in dict.fromkeys(("open", do))]
         return self._rendering.call(do, *limits, files=files, **arguments)

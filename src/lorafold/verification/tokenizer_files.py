@@ -20,12 +20,13 @@ from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 
 # variables that transformers passes to a template
-OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
+PASSED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
         "raise_exception", "strftime_now"}  # fmt: skip
-SETTINGS = ("truncation", "padding")  # settings of calls, not of the tokenizer
-LETTERS, TOKENS = 2 << 20, 1 << 19  # characters of a rendering, and tokens of a text
-TEMPLATE = 1 << 20  # characters of all templates
-NEW, LONG = 1 << 12, 1 << 16  # new tokens of an adapter, and characters of all of them
+CALL_SETTINGS = ("truncation", "padding")  # settings of calls, not of the tokenizer
+MAX_CHARACTERS, MAX_TOKENS = 2 << 20, 1 << 19  # characters of a rendering, and tokens of a text
+MAX_TEMPLATE = 1 << 20  # characters of all templates
+# new tokens of an adapter, and characters of all of them
+MAX_NEW_TOKENS, MAX_NEW_CHARACTERS = 1 << 12, 1 << 16
 
 
 class TokenizerFiles(TypedDict):
@@ -47,8 +48,7 @@ class AdapterTokenizers:
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
         """A description of a tokenizer, which must not renumber the base's tokens."""
         tokenizer = self.opened(files)
-        vocabulary = tokenizer.get_vocab()
-        words = {number: word for word, number in vocabulary.items()}
+        words = {number: word for word, number in tokenizer.get_vocab().items()}
         for number, word in self._words.items():
             if (other := words.get(number, word)) != word:
                 raise LorafoldError(
@@ -56,26 +56,28 @@ class AdapterTokenizers:
                     f" expected {word!r:.80}"
                 )
         new = sorted(number for number in words if number not in self._words)
-        if len(new) > NEW:
-            raise LorafoldError(f"found {len(new):,} new tokens, expected at most {NEW:,}")
-        if (size := sum(len(words[n]) for n in new)) > LONG:
-            raise LorafoldError(f"new tokens: found {size:,} characters, expected at most {LONG:,}")
+        _check_limit(len(new), MAX_NEW_TOKENS, "new tokens")
+        size = sum(len(words[n]) for n in new)
+        _check_limit(size, MAX_NEW_CHARACTERS, "characters", "new tokens: ")
         added = tokenizer.added_tokens_decoder
         texts = tokenizer.chat_template
         each = texts.values() if isinstance(texts, dict) else (texts,)
         if not all(isinstance(text, str) for text in each):
             raise LorafoldError("chat_template: expected a string, or an object of strings")
-        if (size := sum(map(len, each))) > TEMPLATE:
-            raise LorafoldError(f"chat_template: found {size:,} characters, expected {TEMPLATE:,}")
+        if (size := sum(map(len, each))) > MAX_TEMPLATE:
+            found = f"chat_template: found {size:,} characters"
+            raise LorafoldError(f"{found}, expected {MAX_TEMPLATE:,}")
         special = tokenizer.special_tokens_map
-        if len(json.dumps(special)) > LONG:
-            raise LorafoldError(f"found special tokens of more than {LONG:,} characters")
+        if len(json.dumps(special)) > MAX_NEW_CHARACTERS:
+            raise LorafoldError(
+                f"found special tokens of more than {MAX_NEW_CHARACTERS:,} characters"
+            )
         return {
             "template": texts,
-            "variables": sorted(variables_of(tokenizer)),
+            "variables": sorted(settable_variables(tokenizer)),
             "special": special,
             "eos": tokenizer.eos_token_id,
-            "backend": backend_of(tokenizer),
+            "backend": backend_digest(tokenizer),
             "new": [[n, words[n], n in added and bool(added[n].special)] for n in new],
         }
 
@@ -96,8 +98,7 @@ class AdapterTokenizers:
             **special | dict(variables),
         )
         text = str(rendered[0][0])
-        if len(text) > LETTERS:
-            raise LorafoldError(f"found {len(text):,} characters, expected at most {LETTERS:,}")
+        _check_limit(len(text), MAX_CHARACTERS, "characters")
         return text
 
     def tokens(self, files: TokenizerFiles, text: str, special: bool, marked: bool) -> list[int]:
@@ -106,8 +107,7 @@ class AdapterTokenizers:
             ids = rendered_ids(text, tokenizer)
         else:
             ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-        if len(ids) > TOKENS:
-            raise LorafoldError(f"found {len(ids):,} tokens, expected at most {TOKENS:,}")
+        _check_limit(len(ids), MAX_TOKENS, "tokens")
         return ids
 
     def opened(self, files: TokenizerFiles, **_: object) -> Any:
@@ -119,7 +119,7 @@ class AdapterTokenizers:
         contents.check_intact()
         if contents.named != digest:
             raise LorafoldError("the adapter's tokenizer files changed; load the adapter again")
-        tokenizer = _read(contents)
+        tokenizer = _load_tokenizer(contents)
         ensure_chat_template(tokenizer)
         new = (word for word, n in tokenizer.get_vocab().items() if n not in self._words)
         allow_tokens(tokenizer, ALL_TOKENS if self._allow else new)
@@ -129,18 +129,23 @@ class AdapterTokenizers:
         return tokenizer
 
 
-def write(contents: Contents, folder: Path) -> None:
+def _check_limit(size: int, limit: int, unit: str, start: str = "") -> None:
+    if size > limit:
+        raise LorafoldError(f"{start}found {size:,} {unit}, expected at most {limit:,}")
+
+
+def write_files(contents: Contents, folder: Path) -> None:
     for name in contents.names:
         if (content := contents.files.get(name)) is not None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
 
 
-def _read(contents: Contents) -> Any:
+def _load_tokenizer(contents: Contents) -> Any:
     from transformers import AutoTokenizer
 
     with TemporaryDirectory(prefix="lorafold-tokenizer-") as folder:
-        write(contents, Path(folder))
+        write_files(contents, Path(folder))
         try:
             return AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
@@ -150,18 +155,18 @@ def _read(contents: Contents) -> Any:
             raise LorafoldError(f"the tokenizer can't be loaded ({why[:300]})") from None
 
 
-def backend_of(tokenizer: Any) -> str:
+def backend_digest(tokenizer: Any) -> str:
     """A digest of a fast tokenizer's behaviour; empty for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return ""
     parts = json.loads(backend.to_str())
-    for setting in SETTINGS:
+    for setting in CALL_SETTINGS:
         parts.pop(setting, None)
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def variables_of(tokenizer: Any) -> frozenset[str]:
+def settable_variables(tokenizer: Any) -> frozenset[str]:
     """The variables of a tokenizer's chat template that a client may set."""
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
@@ -169,4 +174,5 @@ def variables_of(tokenizer: Any) -> frozenset[str]:
         )
     except TemplateError:  # transformers' own tags
         return frozenset()
-    return meta.find_undeclared_variables(tree) - OURS - tokenizer.special_tokens_map.keys()
+    special = tokenizer.special_tokens_map.keys()
+    return meta.find_undeclared_variables(tree) - PASSED_VARIABLES - special

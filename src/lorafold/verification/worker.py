@@ -25,7 +25,7 @@ from lorafold.runtime.killable_process import framed, read_message
 from lorafold.runtime.processor import STACK_BYTES, stack_size
 
 
-def as_message(message: Any) -> bytes:
+def encode_message(message: Any) -> bytes:
     """A message as JSON, prefixed with its length."""
     # lone surrogates become question marks
     return framed(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"))
@@ -41,26 +41,26 @@ def main() -> None:
     messages = os.fdopen(0, "rb")
     if (base := read_message(messages)) is None:
         return
-    acts = _acts(json.loads(base))
+    acts = _steps_by_action(json.loads(base))
     while (message := read_message(messages)) is not None:
-        answers.write(as_message(_answer(acts, json.loads(message))))
+        answers.write(encode_message(_answer(acts, json.loads(message))))
         answers.flush()
 
 
-def _acts(base: Mapping[str, Any]) -> dict[str, tuple[Callable[..., Any], ...]]:
+def _steps_by_action(base: Mapping[str, Any]) -> dict[str, tuple[Callable[..., Any], ...]]:
     if "tokenizer" in base:
-        return {"compile": (_compiler(base["tokenizer"], base["end"]),)}
+        return {"compile": (_grammar_compiler(base["tokenizer"], base["end"]),)}
     if "modules" in base:
-        from lorafold.verification.adapter_files import verified
+        from lorafold.verification.adapter_files import verify_files
 
-        return {"verify": (partial(verified, base["modules"]),)}
+        return {"verify": (partial(verify_files, base["modules"]),)}
     from lorafold.verification.tokenizer_files import AdapterTokenizers
 
     t = AdapterTokenizers(base["vocabulary"], base["allow"])
     return {"open": (t.open,), "render": (t.opened, t.render), "tokens": (t.opened, t.tokens)}
 
 
-def _compiler(tokenizer: str, end: int) -> Callable[[str], str]:
+def _grammar_compiler(tokenizer: str, end: int) -> Callable[[str], str]:
     from llguidance import LLMatcher, LLTokenizer
 
     tokens = LLTokenizer(tokenizer, eos_token=end)
@@ -81,7 +81,7 @@ def _answer(
     do, limits, result, memory = message.pop("do"), message.pop("limits"), None, 0
     try:
         for step, (seconds, memory) in zip(acts[do], limits, strict=True):
-            _limit(seconds, memory)
+            _set_limits(seconds, memory)
             result = step(**message)
         return {"found": result}
     except MemoryError:
@@ -94,10 +94,10 @@ def _answer(
         kind = type(error).__name__
         return {"wrong": str(error) or kind, "kind": kind}
     finally:
-        _limit(0, 0)
+        _set_limits(0, 0)
 
 
-def _limit(seconds: float, memory: int) -> None:
+def _set_limits(seconds: float, memory: int) -> None:
     """Limit CPU seconds, after which the process dies, and additional bytes of memory, if the
     system reports memory use; 0 removes a limit.
     """

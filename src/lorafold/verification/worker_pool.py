@@ -16,11 +16,12 @@ from typing import Any
 
 from lorafold.errors import Busy, LorafoldError
 from lorafold.runtime.killable_process import Exited, KillableProcess, TimedOut, TooLarge
-from lorafold.verification.worker import as_message
+from lorafold.verification.worker import encode_message
 
-ANSWER = 8 << 20  # bytes of an answer, because parsing it blocks the server
-WALL, LEAST = 20.0, 60.0  # wall time of an answer: times the CPU seconds, and at least seconds
-MESSAGE = 600  # characters of an error's message
+MAX_ANSWER_BYTES = 8 << 20  # bytes of an answer, because parsing it blocks the server
+# wall time of an answer: times the CPU seconds, and at least seconds
+WALL_FACTOR, MIN_WALL_SECONDS = 20.0, 60.0
+MAX_MESSAGE_LENGTH = 600  # characters of an error's message
 
 
 class CheckFailed(LorafoldError):
@@ -47,7 +48,7 @@ class Process(KillableProcess):
         until = time.monotonic() + seconds
         try:
             self.write(base + message, until)
-            content = self.read(until, ANSWER)
+            content = self.read(until, MAX_ANSWER_BYTES)
         except BaseException as error:
             self.kill()
             if isinstance(error, TimedOut):
@@ -76,12 +77,12 @@ class WorkerPool:
         """Run `do` in a process; `limits` are the CPU seconds and additional bytes of memory for
         each step. Raises CheckFailed and Busy.
         """
-        message = as_message({"do": do, "limits": limits} | arguments)
+        message = encode_message({"do": do, "limits": limits} | arguments)
         seconds = sum(limit[0] for limit in limits)
         with self._most:
             process = self._process()
             try:
-                answer = process.ask(message, max(WALL * seconds, LEAST))
+                answer = process.ask(message, max(WALL_FACTOR * seconds, MIN_WALL_SECONDS))
             finally:
                 with self._lock:
                     self._busy.discard(process)
@@ -94,9 +95,9 @@ class WorkerPool:
         if "found" in answer:
             return answer["found"]
         why = " ".join(str(answer["wrong"]).split())
-        more = len(why) - MESSAGE
+        more = len(why) - MAX_MESSAGE_LENGTH
         raise CheckFailed(
-            why[:MESSAGE] + (f" ... ({more:,} more characters)" if more > 0 else ""),
+            why[:MAX_MESSAGE_LENGTH] + (f" ... ({more:,} more characters)" if more > 0 else ""),
             str(answer.get("kind") or "Error"),
         )
 
@@ -112,7 +113,7 @@ class WorkerPool:
         with self._lock:
             if self._closed:
                 raise CheckFailed("the server is shutting down")
-            self._first = self._first or as_message(self._base())
+            self._first = self._first or encode_message(self._base())
             process = self._idle.pop() if self._idle else Process(self._first)
             self._busy.add(process)
         return process

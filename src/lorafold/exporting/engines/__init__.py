@@ -29,7 +29,7 @@ class ExternalEngine:
     install: str
 
     @property
-    def here(self) -> bool:
+    def is_installed(self) -> bool:
         return find_spec(self.module) is not None
 
 

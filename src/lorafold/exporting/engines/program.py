@@ -72,7 +72,7 @@ def llamacpp(job: Job) -> Job:
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
     allowed = tokens("a")[-1:]  # a whole character, because part of one has no probabilities
 
-    def next_logprobs(ids: Sequence[int], slot: int, scale: float) -> np.ndarray:
+    def logprobs(ids: Sequence[int], slot: int, scale: float) -> np.ndarray:
         body = {
             "prompt": ids, "n_predict": 1, "n_probs": size, "cache_prompt": False,
             "lora": [{"id": 0, "scale": scale}] if adapter else [], "id_slot": slot,
@@ -101,8 +101,7 @@ def llamacpp(job: Job) -> Job:
         return completion
 
     def run_slot(slot: int) -> list[tuple[np.ndarray, list[int]]]:
-        prompts = job["ids"][slot::SLOTS]
-        return [(next_logprobs(ids, slot, 1.0), greedy(ids, slot)) for ids in prompts]
+        return [(logprobs(ids, slot, 1.0), greedy(ids, slot)) for ids in job["ids"][slot::SLOTS]]
 
     with ThreadPoolExecutor(SLOTS) as pool:
         slots = [*pool.map(run_slot, range(SLOTS))]
@@ -115,7 +114,7 @@ def llamacpp(job: Job) -> Job:
             "other_tokens": [n for n, (text, ids) in texts_and_ids if tokens(text) != ids],
         }
         if adapter:
-            bare = partial(next_logprobs, scale=0.0)
+            bare = partial(logprobs, scale=0.0)
             answers["base"] = [*pool.map(bare, job["ids"][:SLOTS], range(SLOTS))]
         else:
             bos = json.loads(ask("/props"))["bos_token"]
@@ -185,8 +184,7 @@ def peft(job: Job) -> Job:
     import torch
     from transformers import AutoModelForCausalLM
 
-    auto = AutoModelForCausalLM
-    bare = auto.from_pretrained(job["base"], dtype=torch.float32)
+    bare = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(bare, job["adapter"]).eval()

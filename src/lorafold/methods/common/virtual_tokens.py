@@ -30,8 +30,8 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.common.options_and_init import check
-from lorafold.ops.host_tensors import plus, sent
-from lorafold.ops.packed_documents import Documents, prefixed
+from lorafold.ops.host_tensors import add_int, send
+from lorafold.ops.packed_documents import Documents, with_prefix_keys
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
 KVByLayer = dict[int, tuple[Tensor, Tensor]]
@@ -133,7 +133,7 @@ def widen_mask(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | D
     """
     if isinstance(mask, Documents):
         if mask.window is None:
-            return prefixed(mask, n, len(x), x.device)
+            return with_prefix_keys(mask, n, len(x), x.device)
         mask = mask.dense(len(x), x.device)
     if mask is None:
         # without a mask, attention is causal over T keys, or has one query, which sees all keys
@@ -191,7 +191,7 @@ class VirtualTokenDelta(Opaque):
         outer = inputs.get(_KEYWORD) or VirtualArgument((), None)
         kvs = outer.kvs if virtual is None else (*outer.kvs, virtual)
         own = VirtualArgument(kvs, outer.kv_by_layer if kv_by_layer is None else kv_by_layer)
-        output = run(**(inputs | {_KEYWORD: own, "position_ids": plus(positions(inputs), n)}))
+        output = run(**(inputs | {_KEYWORD: own, "position_ids": add_int(positions(inputs), n)}))
         if missed := [i for i in self.layers if i not in own.reached_layers]:
             raise LorafoldError(
                 "the decoder does not pass keyword arguments to the attention of layers"
@@ -210,7 +210,7 @@ def positions(inputs: dict[str, Any]) -> Tensor:
     x = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     cache = inputs.get("cache", inputs.get("past_key_values"))
     past = 0 if cache is None else cache.get_seq_length()
-    return sent(torch.arange(past, past + x.shape[1])[None], x.device)
+    return send(torch.arange(past, past + x.shape[1])[None], x.device)
 
 
 class VirtualTokens(Spec):
