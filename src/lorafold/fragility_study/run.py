@@ -36,10 +36,7 @@ def sweep(
     for name in ("figures", "tuned"):
         (out / name).mkdir(parents=True, exist_ok=True)
     files, runs = StudyFiles(task, out), [run for stack in task.stacks for run in task.runs(stack)]
-    stacks = {
-        files.of_stack(stack): partial(measure_stack, task, stack, load_model)
-        for stack in task.stacks
-    }
+    stacks = {files.of_stack(s): partial(measure_stack, task, s, load_model) for s in task.stacks}
     point_files = [file for run in runs for file in files.of_points(run).values()]
     tunings = {files.tuned_adapter(run): run for run in runs}
     report_other_claims([*stacks, *tunings, *point_files], say)
@@ -124,12 +121,10 @@ def measure_points(
         yield Point.of(setting, run.seed, run.examples, before, after)
 
 
-def measure_finished(
-    task: FragilityTask, adapter: Path, instead: bool, load_model: LoadModel
-) -> Fragility:
+def measure_tuned(task: FragilityTask, adapter: Path, instead: bool, load: LoadModel) -> Fragility:
     check(task)
     [stack] = task.stacks
-    evaluator, setting = StackEvaluator(task, stack, load_model), TuningSetting(stack.name)
+    evaluator, setting = StackEvaluator(task, stack, load), TuningSetting(stack.name)
     before = evaluator.measure_stack()
     point = Point.of(setting, None, None, before, evaluator.measure_adapter(adapter, instead))
     return Fragility(task.base.name, str(adapter), {stack.name: before}, (point,))
