@@ -338,7 +338,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"rewards": "regex:a", "recipe": lf.Recipe()}, "not used by the objective sft; choose",
     ),
     "a method that asks for losses": (
-        {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: fish chooses the weights to train",
+        {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: fish chooses the weights",
     ),
     "a reward of no form": ({"rewards": "nosuch"}, "reward 'nosuch': expected FILE.py:fn, "),
     "no such file": ({"rewards": "nosuch.py:fn"}, "reward nosuch.py:fn: there is no file"),
