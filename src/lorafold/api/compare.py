@@ -117,11 +117,11 @@ def compare(
         if unchanged := [field for field in vary or {} if field not in varied]:
             print_lines(console, f"{', '.join(unchanged)} not varied: {name} has no such setting")
 
-    def tell(one: "Measurement", done: int, total: int) -> None:
+    def print_measurement(one: "Measurement", done: int, total: int) -> None:
         print_lines(console, f"{done}/{total} {one}")
 
     say = partial(print_lines, console)
-    measured = run.compare(task, settings, range(seeds), study, tell, say)
+    measured = run.compare(task, settings, range(seeds), study, print_measurement, say)
     for names in indistinct_methods(measured):
         say(f"{', '.join(names)}: the same loss on every row; their settings make no difference")
     comparison = Comparison(tuple(with_validation(measured)), str(model), source)

@@ -29,7 +29,7 @@ def sweep(
     task: FragilityTask,
     out: Path,
     load_model: LoadModel,
-    tell: ReportProgress,
+    report: ReportProgress,
     say: Callable[[str], object] = silent,
 ) -> Fragility:
     check(task)
@@ -41,7 +41,7 @@ def sweep(
     tunings = {files.tuned_adapter(run): run for run in runs}
     report_other_claims([*stacks, *tunings, *point_files], say)
     by_stack = [*measured(StackMetrics, stacks, say=say).values()]
-    tell_tuned, tell_point = counted(tell, len(runs)), counted(tell, len(point_files))
+    tell_tuned, tell_point = counted(report, len(runs)), counted(report, len(point_files))
     needed = {}
     for path, run in tunings.items():
         if all(file.is_file() for file in files.of_points(run).values()):
@@ -57,9 +57,9 @@ def sweep(
     return Fragility(task.base.name, task.source, by_name, tuple(points))
 
 
-def counted(tell: ReportProgress, total: int) -> Callable[[str], None]:
+def counted(report: ReportProgress, total: int) -> Callable[[str], None]:
     done = count(1)
-    return lambda description: tell(description, next(done), total)
+    return lambda description: report(description, next(done), total)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def measure_points(
     stack: AdapterStack,
     before: StackMetrics,
     evaluator: Callable[[], StackEvaluator],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     say: Callable[[str], object],
 ) -> Iterator[Point]:
     points = {
@@ -112,7 +112,7 @@ def measure_points(
 
     def tell_measured(file: Path, after: TunedMetrics) -> None:
         run, defence = points[file]
-        tell(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
+        report(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
 
     measures = {file: partial(measure, *point) for file, point in points.items()}
     for file, after in measured(TunedMetrics, measures, tell_measured, say).items():
