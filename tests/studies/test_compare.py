@@ -310,7 +310,7 @@ def test_a_bad_value_is_one_line_and_leaves_nothing(tiny_model_dir, tmp_path: Pa
 
 def test_two_settings_of_one_name_are_refused() -> None:
     both = {"targets": ["q_proj,v_proj", ["q_proj", "v_proj"]]}
-    with pytest.raises(LorafoldError, match="found lora targets=q_proj,v_proj twice"):
+    with pytest.raises(LorafoldError, match="found lora targets=q_proj,v_proj more than once"):
         variants(PLAIN, ["lora"], both)
 
 

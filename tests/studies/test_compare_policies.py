@@ -159,7 +159,7 @@ def test_a_method_says_whether_it_asks_for_losses(tiny_model_dir, tmp_path, monk
     assert {m for m, asks in words.items() if asks} == {"lt-sft", "fish"}
     for method, over in (("fish", {}), ("dora", {"over": "fish"})):
         recipe = RECIPE.model_copy(update={"method": method, "options": over})
-        with pytest.raises(LorafoldError, match=f"method: found {method}, which chooses"):
+        with pytest.raises(LorafoldError, match=f"method: {method} chooses"):
             spec_of(recipe)
     how: dict[str, Any] = {"data": TRAIN, "model": tiny_model_dir("llama"), "rewards": letters}
     monkeypatch.setitem(METHODS, "looking", Looking)
@@ -338,7 +338,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"rewards": "regex:a", "recipe": lf.Recipe()}, "not used by the objective sft; choose",
     ),
     "a method that asks for losses": (
-        {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: found fish, which chooses",
+        {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: fish chooses the weights",
     ),
     "a reward of no form": ({"rewards": "nosuch"}, "reward 'nosuch': expected FILE.py:fn, "),
     "no such file": ({"rewards": "nosuch.py:fn"}, "reward nosuch.py:fn: there is no file"),

@@ -349,7 +349,7 @@ def test_vectors_of_a_file(tmp_path):
     assert names == [*columns, *decoder, "one"]
     assert torch.equal(matrix[5:8], rows)
     save_file({"wrong": torch.ones(7), "ids": torch.ones(8, dtype=torch.long)}, file)
-    told = r"ids: shape \[8\].*wrong: shape \[7\], expected \[8\]"
+    told = r"ids: found shape \[8\].*wrong: found shape \[7\], expected \[8\]"
     with pytest.raises(LorafoldError, match=told):
         read_vectors(file, 8)
 

@@ -73,14 +73,7 @@ def compare(
     """
     from functools import partial
 
-    from lorafold.api.arguments import (
-        as_html_path,
-        as_recipe,
-        as_study_path,
-        console_or_quiet,
-        train_and_test,
-        with_rewards,
-    )
+    from lorafold.api import arguments as args
     from lorafold.comparing import run
     from lorafold.comparing.measure import ComparisonTask, variants
     from lorafold.comparing.paired_tests import indistinct_methods, with_validation
@@ -93,16 +86,17 @@ def compare(
     from lorafold.resolve import Base
     from lorafold.rewards.reward import check_starts
 
-    html_path, study, console = as_html_path(html), as_study_path(out), console_or_quiet(console)
-    recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
-    recipe, functions = with_rewards(recipe, rewards)
+    html_path, study = args.as_html_path(html), args.as_study_path(out)
+    console = args.console_or_quiet(console)
+    recipe = args.as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
+    recipe, functions = args.with_rewards(recipe, rewards)
     if functions:
         raise LorafoldError(
             f"rewards: found {functions[0]!r:.80}, expected names such as rewards.py:score, because"
             " each method runs in its own process and results are cached under the digest of the"
             " reward's file"
         )
-    rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
+    rows, held_out, source = args.train_and_test(data, eval_data, recipe, columns, console, True)
     recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # held-out rows are already split off
     base = Base(model, **base_options)
     names = run.known_methods(methods) or run.methods_for(recipe.objective)
@@ -123,11 +117,11 @@ def compare(
         if unchanged := [field for field in vary or {} if field not in varied]:
             print_lines(console, f"{', '.join(unchanged)} not varied: {name} has no such setting")
 
-    def tell(one: "Measurement", done: int, total: int) -> None:
+    def print_measurement(one: "Measurement", done: int, total: int) -> None:
         print_lines(console, f"{done}/{total} {one}")
 
     say = partial(print_lines, console)
-    measured = run.compare(task, settings, range(seeds), study, tell, say)
+    measured = run.compare(task, settings, range(seeds), study, print_measurement, say)
     for names in indistinct_methods(measured):
         say(f"{', '.join(names)}: the same loss on every row; their settings make no difference")
     comparison = Comparison(tuple(with_validation(measured)), str(model), source)

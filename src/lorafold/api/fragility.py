@@ -210,7 +210,7 @@ def fragility(
     load_model = partial(load_with_adapters, base)
     if finished is not None:
         with console.status("measuring"):
-            result = run.measure_finished(task, finished, instead, load_model)
+            result = run.measure_tuned(task, finished, instead, load_model)
     else:
         assert study is not None  # see argument_problems
         with progress_bar(console, "fragility") as step:

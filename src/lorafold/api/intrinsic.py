@@ -72,9 +72,9 @@ def intrinsic(
     steps = recipe.total_steps(epoch_size(Rows.of(rows).parts))
     recipe = recipe.model_copy(update={"steps": steps})
 
-    def tell(point: "SubspaceRun") -> None:
+    def print_run(point: "SubspaceRun") -> None:
         reached = f"{point.reached:.1%} of the improvement of full training"
         print_lines(console, f"dimension {point.dimension}: loss {point.loss:.4f}, {reached}")
 
     request = RunRequest(base, study, recipe, rows, source, eval_rows=held_out)
-    return search(request, smallest, largest, share, tell, partial(print_lines, console))
+    return search(request, smallest, largest, share, print_run, partial(print_lines, console))

@@ -171,8 +171,7 @@ def _declaration(name: str, hint: Any, default: Any, entries: Mapping[str, str])
 
 
 def _option(hint: Any) -> Any:
-    kinds = (Option, RecipeOptions)
-    return next((one for one in get_args(hint) if isinstance(one, kinds)), Option())
+    return next((x for x in get_args(hint) if isinstance(x, Option | RecipeOptions)), Option())
 
 
 def validated(function: Verb) -> Verb:

@@ -84,9 +84,9 @@ def serve(
         "json_logs": json_logs or None,
         "allow_control_tokens": allow_control_tokens or None,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    known = {**(settings or {}), **{n: value for n, value in options.items() if value is not None}}
     file = None if config is None else as_path(config, "config")
-    server_settings = read_settings(file, {**(settings or {}), **given})
+    server_settings = read_settings(file, known)
     console, folder, bases = console_or_quiet(console), as_path(adapters, "adapters"), []
     with suppress(*[LorafoldError] * (model is not None)):
         bases = recorded_bases(folder, server_settings.state, None if model else console)

@@ -90,8 +90,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     from lorafold.generation import stream
 
     keywords = {**run.keywords}
-    limit, tools = keywords.pop("max_new_tokens"), keywords.get("tools")
-    console = keywords["console"]
+    limit, console = keywords.pop("max_new_tokens"), keywords["console"]
     sampling = engine.Sampling(temperature=keywords.pop("temperature"), seed=keywords.pop("seed"))
     rendered = prepare_prompts(keywords.pop("model", None), [keywords.pop("prompts")], **keywords)
     [text] = rendered.texts
@@ -110,7 +109,7 @@ def generate(run: Run, *, json: Json = False) -> None:
             typer.echo(pieces[-1], nl=False)
     speed = count / (perf_counter() - start)
     result: dict[str, Any] = {"text": "".join(pieces), "tokens_per_second": speed}
-    if tools:
+    if tools := keywords.get("tools"):
         try:
             calls = parse_calls(result["text"], rendered.tokenizer, openai_tools(tools))
             result["tool_calls"] = calls

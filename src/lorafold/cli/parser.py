@@ -51,8 +51,8 @@ class CommandGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args[0] not in self.commands and not ctx.resilient_parsing:
-            where = next((p.opts[0] for p in self.params if p.metavar == PLACEHOLDERS[Path]), "")
-            raise unknown_command(args[0], self.commands, ctx.command_path, args[1:], where)
+            option = next((p.opts[0] for p in self.params if p.metavar == PLACEHOLDERS[Path]), "")
+            raise unknown_command(args[0], self.commands, ctx.command_path, args[1:], option)
         return super().resolve_command(ctx, args)
 
 

@@ -39,10 +39,10 @@ HINTS = {
 
 
 def unknown_command(
-    name: str, commands: Collection[str], path: str, next_words: Sequence[str] = (), where: str = ""
+    name: str, commands: Collection[str], path: str, rest: Sequence[str] = (), option: str = ""
 ) -> LorafoldError:
-    """The error for an unknown command below `path`. `next_words` are the following ones; if `path`
-    takes a path, `where` is its option.
+    """The error for an unknown command below `path`. `rest` are the following words; if `path`
+    takes a path, `option` is its option.
     """
     from lorafold.objectives import OBJECTIVES
 
@@ -51,10 +51,10 @@ def unknown_command(
     elif COMMANDS.get(name) in commands:
         hint = f"use {path} {COMMANDS[name]}"
     elif name == "help":
-        subcommand = [word for word in next_words[:1] if word in commands]
+        subcommand = [word for word in rest[:1] if word in commands]
         hint = f"use {' '.join([path, *subcommand])} --help"
-    elif where and Path(name).exists():
-        hint = f"expected {where} {quote(name)}"
+    elif option and Path(name).exists():
+        hint = f"expected {option} {quote(name)}"
     else:
         hint = _suggest_nearest(name, commands) or f"{path} --help lists all commands"
     return LorafoldError(f"unknown command {name}: {hint}")

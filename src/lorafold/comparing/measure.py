@@ -390,8 +390,8 @@ class ComparedModels:
         model.
         """
         if self.saved is None:
-            whole = replace(self.whole, dtype="fp32" if in_fp32 else None)
-            return self.objective.load(whole, self.tokenizer), None
+            full_model = replace(self.whole, dtype="fp32" if in_fp32 else None)
+            return self.objective.load(full_model, self.tokenizer), None
         tuned = self.base(in_fp32)
         return tuned, load(tuned, self.saved, base=self.bare.weights())
 

@@ -109,16 +109,13 @@ def over_base(measurements: Measurements) -> dict[str, Difference]:
     return {m: Difference.of(seeds, base) for m, seeds in methods.items() if base}
 
 
-def is_sweep(measurements: Measurements) -> bool:
-    return len({one.method for one in measurements}) < len({one.name for one in measurements})
-
-
 def with_validation(measurements: Measurements) -> list[Measurement]:
     """For a sweep, the figures with a random half of the rows as `validation`, which selects the
     setting, and the other half reported; unchanged with fewer than MIN_ROWS rows.
     """
     count = len(row_sums(measurements[0]))
-    if not is_sweep(measurements) or count < MIN_ROWS:
+    methods, names = {one.method for one in measurements}, {one.name for one in measurements}
+    if len(methods) == len(names) or count < MIN_ROWS:
         return [*measurements]
     first = {*random.Random("validation").sample(range(count), count // 2)}
     return [_split(one, first) for one in measurements]

@@ -213,18 +213,18 @@ def figures(measurements: Measurements) -> Table:
     methods, gains = by_name(measurements), over_base(measurements)
     columns, names = {"method": [*methods]}, list(measurements[0].rewards)
 
-    def column(figure: str, form: str) -> list[str]:
-        return [mean_range(values_of(seeds, figure), form) for seeds in methods.values()]
+    def column(figure: str, fmt: str) -> list[str]:
+        return [mean_range(values_of(seeds, figure), fmt) for seeds in methods.values()]
 
-    def intervals(bounds: Iterable[Interval | None], form: str) -> list[str]:
-        return [f"{one[0]:{form}} to {one[1]:{form}}" if one else MISSING for one in bounds]
+    def intervals(bounds: Iterable[Interval | None], fmt: str) -> list[str]:
+        return [f"{one[0]:{fmt}} to {one[1]:{fmt}}" if one else MISSING for one in bounds]
 
-    for heading, (figure, form) in COLUMNS.items():
-        columns[heading] = column(figure, form)
+    for heading, (figure, fmt) in COLUMNS.items():
+        columns[heading] = column(figure, fmt)
         if heading == (LOSS if lower_is_better(measurements) else REWARD):
             every = (one.interval for one in held_out(measurements).values())
-            columns[heading + INTERVAL_SUFFIX] = intervals(every, form)
-            columns["validation"] = column("validation", form)
+            columns[heading + INTERVAL_SUFFIX] = intervals(every, fmt)
+            columns["validation"] = column("validation", fmt)
             columns[OVER_BASE] = [str(gains.get(name, MISSING)) for name in methods]
             columns |= {
                 f"reward {name}": [
@@ -264,16 +264,16 @@ def short_report(measurements: Measurements) -> str:
     """The main figures in a table of at most 80 columns, a legend, and the verdict."""
     methods, lower = by_name(measurements), lower_is_better(measurements)
     gains, qualities = over_base(measurements), held_out(measurements).values()
-    heading, form = (LOSS, ".4f") if lower else (REWARD, ".4g")
+    heading, fmt = (LOSS, ".4f") if lower else (REWARD, ".4g")
     columns = {
         "method": [*methods],
-        heading: [plus_minus(one, form) for one in qualities],
+        heading: [plus_minus(one, fmt) for one in qualities],
         OVER_BASE: [
-            plus_minus(gains[name], f"+{form}") if name in gains else MISSING for name in methods
+            plus_minus(gains[name], f"+{fmt}") if name in gains else MISSING for name in methods
         ],
         **{
-            heading: [mean_range(values_of(of, figure), form, False) for of in methods.values()]
-            for heading, (figure, form) in SHORT_COLUMNS.items()
+            heading: [mean_range(values_of(of, figure), fmt, False) for of in methods.values()]
+            for heading, (figure, fmt) in SHORT_COLUMNS.items()
         },
         "trained": [
             MISSING if (n := seeds[0].trainable_parameters) is None else tick_label(n, digits=3)
@@ -298,12 +298,12 @@ LEGEND = (
 )
 
 
-def plus_minus(difference: Difference, form: str) -> str:
+def plus_minus(difference: Difference, fmt: str) -> str:
     """A figure with half of its symmetric interval."""
     if difference.interval is None:
-        return f"{difference.mean:{form}}"
+        return f"{difference.mean:{fmt}}"
     half = (difference.interval[1] - difference.interval[0]) / 2
-    return f"{difference.mean:{form}} ±{half:{form.lstrip('+')}}"
+    return f"{difference.mean:{fmt}} ±{half:{fmt.lstrip('+')}}"
 
 
 def markdown(measurements: Measurements) -> str:

@@ -64,7 +64,7 @@ def compare(
     variant_list: Sequence[Variant],
     seeds: Sequence[int],
     out: Path,
-    tell: Callable[[Measurement, int, int], None],
+    on_measurement: Callable[[Measurement, int, int], None],
     say: Callable[[str], object] = silent,
 ) -> list[Measurement]:
     """Measure every variant with every seed, the base first; the base has several seeds if they
@@ -107,7 +107,7 @@ def compare(
     def record_row(file: Path, row: Measurement) -> None:
         # not in the file, because another call may have them in its recipe
         rows[file] = replace(row, settings=settings[file])
-        tell(rows[file], len(rows), len(cells))
+        on_measurement(rows[file], len(rows), len(cells))
 
     measure_all(Measurement, cells, record_row, say)
     measurements = [rows[file] for file in cells]

@@ -38,7 +38,7 @@ SETTING = ("stack", "defence", "rank", "rate")
 
 
 def table_row(points: Sequence[Point]) -> list[str]:
-    figures = (mean_range(values_of(points, figure), form) for figure, form in METRICS.values())
+    figures = (mean_range(values_of(points, figure), fmt) for figure, fmt in METRICS.values())
     return [*setting_cells(points[0].way), formatted(points[0].examples, "d"), *figures]
 
 
@@ -82,7 +82,7 @@ def short_report(study: Fragility) -> str:
         [
             " ".join(part for part, differs in zip(label, varied, strict=True) if part and differs),
             _log_odds(points),
-            *(mean_range(values_of(points, figure), form, False) for figure, form in figures),
+            *(mean_range(values_of(points, figure), fmt, False) for figure, fmt in figures),
         ]
         for label, points in zip(labels, rows, strict=True)
     ]
@@ -101,11 +101,11 @@ def _label_parts(point: Point) -> tuple[str, ...]:
 
 
 def _log_odds(points: Sequence[Point]) -> str:
-    figure, form = METRICS["log-odds"]
+    figure, fmt = METRICS["log-odds"]
     if len(points) > 1:
-        return mean_range(values_of(points, figure), form, False)
+        return mean_range(values_of(points, figure), fmt, False)
     metrics = points[0].measured
-    return plus_minus(Difference(metrics.log_odds, metrics.log_odds_interval), form)
+    return plus_minus(Difference(metrics.log_odds, metrics.log_odds_interval), fmt)
 
 
 def markdown(study: Fragility) -> str:
@@ -154,7 +154,7 @@ def plot(
     title: str,
     label: str,
     curves: Sequence[Curve],
-    form: str,
+    fmt: str,
     figure: str,
     levels: dict[str, float],
 ) -> str:
@@ -182,8 +182,8 @@ def plot(
         label_ends(axes, ends)
 
     largest = max(max(curve.by_examples) for curve in curves)
-    ended = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
-    caption = f"After {largest} benign examples: {ended}; {levels['before']:{form}} before."
+    ended = ", ".join(f"{name} {heights[-1]:{fmt}}" for name, heights in means.items())
+    caption = f"After {largest} benign examples: {ended}; {levels['before']:{fmt}} before."
     return figure_html(draw, f"{label[0].upper()}{label[1:]}, {title}", caption)
 
 

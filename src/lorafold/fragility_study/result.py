@@ -138,7 +138,8 @@ class Fragility(ShownInNotebooks):
     def curves(self) -> list[Curve]:
         """The curves of all kinds of tuning; none for a finished adapter."""
         tuned = [p for p in self.points if p.examples is not None]
-        ordered = sorted(tuned, key=lambda p: _first_index(p.way, tuned))
+        ways = [p.way for p in tuned]
+        ordered = sorted(tuned, key=lambda p: ways.index(p.way))
         return [
             Curve(way, self.stacks[way.stack], tuple(points))
             for way, points in groupby(ordered, key=lambda p: p.way)
@@ -186,7 +187,3 @@ class Fragility(ShownInNotebooks):
             "points": [one.as_json() for one in self.points],
             "curves": [curve.as_json() for curve in self.curves],
         }
-
-
-def _first_index(way: TuningSetting, points: Sequence[Point]) -> int:
-    return next(i for i, point in enumerate(points) if point.way == way)

@@ -29,22 +29,19 @@ def sweep(
     task: FragilityTask,
     out: Path,
     load_model: LoadModel,
-    tell: ReportProgress,
+    report: ReportProgress,
     say: Callable[[str], object] = silent,
 ) -> Fragility:
     check(task)
     for name in ("figures", "tuned"):
         (out / name).mkdir(parents=True, exist_ok=True)
     files, runs = StudyFiles(task, out), [run for stack in task.stacks for run in task.runs(stack)]
-    stacks = {
-        files.of_stack(stack): partial(measure_stack, task, stack, load_model)
-        for stack in task.stacks
-    }
+    stacks = {files.of_stack(s): partial(measure_stack, task, s, load_model) for s in task.stacks}
     point_files = [file for run in runs for file in files.of_points(run).values()]
     tunings = {files.tuned_adapter(run): run for run in runs}
     report_other_claims([*stacks, *tunings, *point_files], say)
     by_stack = [*measure_all(StackMetrics, stacks, say=say).values()]
-    tell_tuned, tell_point = counted(tell, len(runs)), counted(tell, len(point_files))
+    tell_tuned, tell_point = counted(report, len(runs)), counted(report, len(point_files))
     needed = {}
     for path, run in tunings.items():
         if all(file.is_file() for file in files.of_points(run).values()):
@@ -60,9 +57,9 @@ def sweep(
     return Fragility(task.base.name, task.source, by_name, tuple(points))
 
 
-def counted(tell: ReportProgress, total: int) -> Callable[[str], None]:
+def counted(report: ReportProgress, total: int) -> Callable[[str], None]:
     done = count(1)
-    return lambda description: tell(description, next(done), total)
+    return lambda description: report(description, next(done), total)
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def measure_points(
     stack: AdapterStack,
     before: StackMetrics,
     evaluator: Callable[[], StackEvaluator],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     say: Callable[[str], object],
 ) -> Iterator[Point]:
     points = {
@@ -115,7 +112,7 @@ def measure_points(
 
     def tell_measured(file: Path, after: TunedMetrics) -> None:
         run, defence = points[file]
-        tell(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
+        report(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
 
     measures = {file: partial(measure, *point) for file, point in points.items()}
     for file, after in measure_all(TunedMetrics, measures, tell_measured, say).items():
@@ -124,12 +121,10 @@ def measure_points(
         yield Point.of(setting, run.seed, run.examples, before, after)
 
 
-def measure_finished(
-    task: FragilityTask, adapter: Path, instead: bool, load_model: LoadModel
-) -> Fragility:
+def measure_tuned(task: FragilityTask, adapter: Path, instead: bool, load: LoadModel) -> Fragility:
     check(task)
     [stack] = task.stacks
-    evaluator, setting = StackEvaluator(task, stack, load_model), TuningSetting(stack.name)
+    evaluator, setting = StackEvaluator(task, stack, load), TuningSetting(stack.name)
     before = evaluator.measure_stack()
     point = Point.of(setting, None, None, before, evaluator.measure_adapter(adapter, instead))
     return Fragility(task.base.name, str(adapter), {stack.name: before}, (point,))

@@ -190,9 +190,10 @@ class TuningRun:
 
 
 def check(task: FragilityTask) -> None:
+    prefixes = {"refusal": task.refusal_prefixes, "compliance": task.compliance_prefixes}
     problems = [
-        f"--{option}: found none, expected at least one"
-        for option, texts in _prefixes(task).items()
+        f"--{kind}-prefix: found none, expected at least one"
+        for kind, texts in prefixes.items()
         if not texts
     ]
     problems += [*_prefix_problems(task), *_leaked_prompts(task)]
@@ -210,12 +211,10 @@ def check(task: FragilityTask) -> None:
         if name not in DEFENCES
     ]
     known = [name for name in task.defences if name in DEFENCES]
-    if (transforming := [n for n in known if DEFENCES[n].transform_update]) and not all(
+    if (changing := [n for n in known if DEFENCES[n].transform_update]) and not all(
         stack.adapters for stack in task.stacks
     ):
-        problems.append(
-            f"--defence {transforming[0]}: needs an adapter: the last one is the alignment"
-        )
+        problems.append(f"--defence {changing[0]}: needs an adapter: the last one is the alignment")
     if (mixed := [n for n in known if DEFENCES[n].mixed]) and task.mix is None:
         problems.append(f"--defence {mixed[0]}: needs --mix, rows with refusals")
     if reserved := [name for name in FIELDS_OF_RUNS if name in task.recipe.model_fields_set]:
@@ -231,17 +230,12 @@ def check(task: FragilityTask) -> None:
         raise LorafoldError(join_problems(problems))
 
 
-def _prefixes(task: FragilityTask) -> dict[str, tuple[str, ...]]:
-    """The beginnings of refusals and of compliance, by their option."""
-    refusal, compliance = task.refusal_prefixes, task.compliance_prefixes
-    return {"refusal-prefix": refusal, "compliance-prefix": compliance}
-
-
 def _prefix_problems(task: FragilityTask) -> Iterator[str]:
     """Yield beginnings that include each other, because the sum of their probabilities would exceed
     1.
     """
-    prefixes = [(option, text) for option, texts in _prefixes(task).items() for text in texts]
+    prefixes = [("refusal-prefix", text) for text in task.refusal_prefixes]
+    prefixes += [("compliance-prefix", text) for text in task.compliance_prefixes]
     for option, text in prefixes:
         if not text.strip():
             yield f"--{option}: found {text!r}, expected text"

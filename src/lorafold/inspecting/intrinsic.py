@@ -72,7 +72,7 @@ def search(
     smallest: int,
     largest: int,
     share: float,
-    tell: Callable[[SubspaceRun], None],
+    on_run: Callable[[SubspaceRun], None],
     say: Callable[[str], object] = silent,
 ) -> Intrinsic:
     out, recipe = request.out, request.recipe
@@ -123,7 +123,7 @@ def search(
         measure_all(HeldOutLoss, in_subspace(d), record_loss, say)
         loss = losses[str(d)]
         points[d] = SubspaceRun(d, loss, (base - loss) / (base - full))
-        tell(points[d])
+        on_run(points[d])
         return points[d].reached >= share
 
     reached = reaches(high)

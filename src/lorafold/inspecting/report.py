@@ -47,7 +47,7 @@ def table(inspection: Inspection) -> str:
         sites = [inspection.sites[path] for path in paths]
         ranks = (fmean(values_of(sites, f"effective_rank_{share}")) for share in (90, 95, 99))
         ranged = module_path(paths[0]) != paths[0]
-        means = (mean_range(values_of(sites, name), form, ranged) for name, form in RANGES.values())
+        means = (mean_range(values_of(sites, name), fmt, ranged) for name, fmt in RANGES.values())
         shares = ", ".join(f"{rank:.1f}" for rank in ranks)
         lines.append([kind, f"{fmean(m.rank for m in sites):.3g}", shares, *means])
     return text_table(("module", "rank", "for 90, 95, 99%", *RANGES), lines)
@@ -81,7 +81,7 @@ def sections(inspection: Inspection) -> str:
     )
 
 
-def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any]:
+def layer_map(sites: Sites, heading: str, name: str, fmt: str) -> dict[str, Any]:
     kinds = by_kind(sites)
     by_cell = defaultdict(list)
     for path, value in zip(sites, values_of(sites.values(), name), strict=True):
@@ -93,7 +93,7 @@ def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any
     def cell(value: float | None) -> tuple[str, str]:
         if value is None:
             return "", ""
-        return f"{value:{form}}", mix_colours("raised", "heat", 100 * min(max(value / largest, 0.0), 1.0))
+        return f"{value:{fmt}}", mix_colours("raised", "heat", 100 * min(max(value / largest, 0.0), 1.0))
 
     lines = [(layer, [cell(values.get((kind, layer))) for kind in kinds]) for layer in layers]
     return {"heading": heading, "kinds": kinds, "lines": lines}

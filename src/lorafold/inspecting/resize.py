@@ -86,8 +86,8 @@ def build_result(cuts: RankErrors, out: str | Path, left_out: Mapping[str, float
 
 def check_rank_or_energy(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
-        found = "neither" if rank is None else "both"
-        raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
+        problem = "neither" if rank is None else "both"
+        raise LorafoldError(f"--rank, --energy: found {problem}, expected exactly one of them")
     if energy is not None and not 0 < energy <= 1:
         raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
 
@@ -159,8 +159,8 @@ def extract(
     for path in paths:
         layers = [layer_of(module_at(model, path)) for model in models]
         names = matrix_names(path, layers[0].matrices)
-        both = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
-        parts = [_difference(cuts, name, w, tuned, rank) for name, w, tuned in both]
+        weights = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
+        parts = [_difference(cuts, name, w, tuned, rank) for name, w, tuned in weights]
         if any(len(a) for _, a in parts):
             factors[path] = stacked(parts, layers[0].matrices)
     if not factors:
