@@ -83,13 +83,13 @@ def measure_rows(
 
 def prefix_batches(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
     """Yields batches of indices for which shared prefixes save time."""
-    for first in range(0, len(examples), WINDOW):
-        window = examples[first : first + WINDOW]
+    for start in range(0, len(examples), WINDOW):
+        window = examples[start : start + WINDOW]
         ids = [example.ids for example in window]
         for part in alike(range(len(ids)), 1, MAX_BATCH_TOKENS, ids.__getitem__):
             once = len(forest([window[i] for i in part]).ids)
             if once <= PAYS * sum(len(ids[i]) for i in part):
-                yield [first + i for i in part]
+                yield [start + i for i in part]
 
 
 def pad_id_of(model: PreTrainedModel) -> int:

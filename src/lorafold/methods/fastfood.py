@@ -134,12 +134,12 @@ class Fastfood(Spec):
 
     def join(self, deltas: DeltasByPath) -> None:
         adapted: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]
-        generator, first = torch.Generator().manual_seed(self.seed), adapted[0]
+        generator, owner = torch.Generator().manual_seed(self.seed), adapted[0]
         for delta in adapted:
             # sampled even if the parameters are on the meta device, since files lack these tensors
             device = torch.device("cpu") if delta.scale.is_meta else delta.scale.device
-            if delta is first:
-                first.subspace = Subspace(
-                    torch.zeros(self.dimension, device=first.scale.device), generator, device
+            if delta is owner:
+                owner.subspace = Subspace(
+                    torch.zeros(self.dimension, device=owner.scale.device), generator, device
                 )
-            delta.join(first, generator, device)
+            delta.join(owner, generator, device)
