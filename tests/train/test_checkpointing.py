@@ -23,7 +23,7 @@ from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.ops import attention
-from lorafold.ops.checkpoint_segments import keeping, kept
+from lorafold.ops.checkpoint_segments import kept, selective_context_fn
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.run import sample_losses
 from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
@@ -171,13 +171,13 @@ def test_a_kept_output_is_taken_in_every_replay_unless_it_was_written_to() -> No
         return Squared.apply(x, made) * x
 
     x = torch.tensor([3.0], requires_grad=True)
-    y = checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
+    y = checkpoint(segment, x, use_reentrant=False, context_fn=selective_context_fn)
     y.backward(retain_graph=True)
     y.backward()
     assert x.grad == 2 * 3 * 3**2
     assert len(made) == 1
     x.grad = None
-    y = checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
+    y = checkpoint(segment, x, use_reentrant=False, context_fn=selective_context_fn)
     made[1].mul_(2)
     y.backward()
     assert x.grad == 3 * 3**2

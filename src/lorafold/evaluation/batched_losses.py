@@ -44,12 +44,9 @@ def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progre
     """Returns each example's loss in nats, summed over its labelled positions, in evaluation mode.
     """
     return measure_rows(
-        model,
-        examples,
-        lambda support: CompletionLoss(model, support is not None, 0, support),
-        lambda loss, batch: loss.by_row(batch).tolist(),
-        step,
-    )
+        model, examples, lambda support: CompletionLoss(model, support is not None, 0, support),
+        lambda loss, batch: loss.by_row(batch).tolist(), step,
+    )  # fmt: skip
 
 
 def measure_rows(

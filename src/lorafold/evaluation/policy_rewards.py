@@ -296,8 +296,7 @@ def evaluate_rewards(
     rollouts = Rollouts(model, tokenizer, k, settings.max_new_tokens, settings.sampling)
     with closing(rollouts), progress_bar(console, "completions") as step:
         rollouts.open(max(lengths_of(prompts)), min(SLOTS, len(prompts) * k))
-        key = key_of(settings.seed, HELD_OUT)
-        groups = rollouts.sample([one.ids for one in prompts], key, k, step)
+        groups = rollouts.sample([p.ids for p in prompts], key_of(settings.seed, HELD_OUT), k, step)
     with progress_bar(console, "rewards") as step:
         judged = RewardedRollouts.of(prompts, groups, rewards, max(1, SLOTS // k), step)
     figures, means = judged.figures, judged.rewards.nanmean(1).tolist()

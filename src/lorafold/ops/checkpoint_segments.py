@@ -1,6 +1,6 @@
 """Outputs kept for the replay of checkpointed segments, and tensors shared by layers within one.
 
-    checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
+    checkpoint(segment, x, use_reentrant=False, context_fn=selective_context_fn)
     y = kept(make)              inside: make() in the forward pass; in the replay, its output again
     once(x, (A,), make)         make() for the first layer that reads x with A; its result for all
 
@@ -47,7 +47,7 @@ class _By(AbstractContextManager[None]):
         _way.reset(self._token)
 
 
-def keeping() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def selective_context_fn() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of a segment's forward pass and of its replays, for torch's `context_fn`."""
     outputs = []
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
-from lorafold.ops.checkpoint_segments import keeping
+from lorafold.ops.checkpoint_segments import selective_context_fn
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -15,7 +15,8 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     replayed.
     """
     try:
-        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": keeping})
+        options = {"use_reentrant": False, "context_fn": selective_context_fn}
+        model.activation_checkpointing_enable(options)
     except ValueError as error:
         raise LorafoldError(
             f"gradient_checkpointing: not supported by this model: {error}; set it to off"
