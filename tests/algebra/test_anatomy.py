@@ -23,7 +23,7 @@ ROWS = [{"prompt": f"{i} and {i}", "completion": f"{2 * i}"} for i in range(8)]
 def parts(model: nn.Module) -> dict[str, Any]:
     """What stands in every anatomy."""
     own = Anatomy.of(model)
-    paths = "embedding", "head", "decoder", "language", "beside"
+    paths = "embedding", "head", "decoder", "language", "encoders_and_connectors"
     return {name: getattr(own, name) for name in paths} | {"blocks": len(own.blocks)}
 
 

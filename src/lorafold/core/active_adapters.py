@@ -233,11 +233,11 @@ class DropoutSite(NamedTuple):
 @contextmanager
 def seeded_dropout(selection: Selection, random_source: RandomSource) -> Iterator[None]:
     """Context: random numbers in the selection's model come from this source."""
-    before, selection.random_source = selection.random_source, random_source
+    previous, selection.random_source = selection.random_source, random_source
     try:
         yield
     finally:
-        selection.random_source = before
+        selection.random_source = previous
 
 
 def token_names(rows: Tensor, positions: Tensor, branches: Tensor | int = 0) -> Tensor:

@@ -163,14 +163,15 @@ class Anatomy:
         """The encoders beside the language model, and the modality of each: "vision" or "audio"."""
         config: Any = getattr(self._model(), "config", None)
         # an encoder may lie inside a language model whose own configuration has a part for it
-        within = _is_text_model(self._model()) and getattr(config, "sub_configs", None)
-        if not self.language and (not within or config.is_encoder_decoder):
+        may_contain = _is_text_model(self._model()) and getattr(config, "sub_configs", None)
+        if not self.language and (not may_contain or config.is_encoder_decoder):
             return {}
-        own, encoders = _modalities(self._model()), dict[str, str]()
+        known, encoders = _modalities(self._model()), dict[str, str]()
         for path, module in self.modules:
-            over = f"{self.embedding or ''}.".startswith(f"{path}.") or not path
+            contains_text = f"{self.embedding or ''}.".startswith(f"{path}.") or not path
             inside = beneath(filter(None, (*encoders, self.language)))(path)
-            if not over and not inside and (kinds := [k for k in _modalities(module) if k in own]):
+            kinds = [kind for kind in _modalities(module) if kind in known]
+            if kinds and not contains_text and not inside:
                 encoders[path] = kinds[0]
         return encoders
 

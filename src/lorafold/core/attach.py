@@ -80,13 +80,13 @@ class Deltas(nn.ModuleDict):
         """Don't report keys of adapters that are absent from the state as missing: a base state can
         be loaded.
         """
-        missing, (prefix, given) = incompatible.missing_keys, self._state_adapters
+        missing, (prefix, names) = incompatible.missing_keys, self._state_adapters
         for key in self._keys_of_base(prefix, missing):
             missing.remove(key)
         loading = self.selection.loading
         if loading is None or loading.missing is not missing:
             loading = self.selection.loading = StateDictLoading(missing)
-        loading.add_module(prefix, given)
+        loading.add_module(prefix, names)
 
 
 class Adapted(nn.Module):

@@ -79,12 +79,12 @@ class Mix(Delta):
             up = torch.cat([gate * up for gate, up in zip(self.gates, ups, strict=True)], -1)
             return layer.low_rank(x, torch.cat(downs, -2), up, 0.0, onto)
         y = layer(x)
-        given = Given(layer, y.to(torch.promote_types(y.dtype, self.gates.dtype)), x)
+        known_layer = Given(layer, y.to(torch.promote_types(y.dtype, self.gates.dtype)), x)
         change = sum(
-            gate * (delta(given, x) - given.y)
+            gate * (delta(known_layer, x) - known_layer.y)
             for gate, delta in zip(self.gates, deltas, strict=True)
         )
-        return add(given.y + change, onto).to(y.dtype)
+        return add(known_layer.y + change, onto).to(y.dtype)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         folded = [delta.fold(w, b) for delta in self.deltas]  # type: ignore[operator]
@@ -112,14 +112,14 @@ class PerExample(Opaque):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         y = out = layer(x)
         for i, delta in enumerate(self.deltas, start=1):
-            taken = self.slots.at == i
+            is_own = self.slots.at == i
             if torch.compiler.is_compiling():
                 out = torch.where(
-                    taken.view(-1, *(1,) * (y.dim() - 1)),
+                    is_own.view(-1, *(1,) * (y.dim() - 1)),
                     delta(Given(layer, y, x), x).to(y.dtype),
                     out,
                 )
-            elif len(rows := taken.nonzero()[:, 0]):
+            elif len(rows := is_own.nonzero()[:, 0]):
                 own = x[rows]
                 out = out.index_copy(0, rows, delta(Given(layer, y[rows], own), own).to(y.dtype))
         return add(out, onto).to(y.dtype)

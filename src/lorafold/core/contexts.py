@@ -112,16 +112,16 @@ def disable_rescaling(model: nn.Module) -> None:
     rescaled with its matrix, so merged weights would be wrong by a power of two.
     """
     for module in model.modules():
-        own: Any = module
-        if "layers_are_rescaled" not in vars(module) or not own.config.rescale_every:
+        rwkv: Any = module
+        if "layers_are_rescaled" not in vars(module) or not rwkv.config.rescale_every:
             continue
-        if own.layers_are_rescaled:
+        if rwkv.layers_are_rescaled:
             if any(hasattr(p, "quant_state") or hasattr(p, "SCB") for p in module.parameters()):
                 raise LorafoldError(
                     f"{type(module).__name__}: a forward pass for inference has rescaled the"
                     " quantized weights; load the model again"
                 )
-            training, own.training = own.training, True
-            own._rescale_layers()
-            own.training = training
-        own.config.rescale_every = 0
+            training, rwkv.training = rwkv.training, True
+            rwkv._rescale_layers()
+            rwkv.training = training
+        rwkv.config.rescale_every = 0

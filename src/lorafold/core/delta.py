@@ -320,11 +320,11 @@ def encoded_settings(delta: Delta) -> Tensor | None:  # (bytes,)
 def check_settings(delta: Delta, given: Tensor, what: str) -> None:
     """Raise if the settings `given` (bytes,) in a state differ from the delta's."""
     both = encoded_settings(delta), given
-    own, there = ({} if t is None else json.loads(bytes(t.tolist())) for t in both)
-    if own != there:
+    expected, found = ({} if t is None else json.loads(bytes(t.tolist())) for t in both)
+    if expected != found:
         lines = [
-            f"found {name} {_shown(there.get(name))}, expected {_shown(own.get(name))}"
-            for name in differing_keys(own, there)
+            f"found {name} {_shown(found.get(name))}, expected {_shown(expected.get(name))}"
+            for name in differing_keys(expected, found)
         ]
         raise LorafoldError(
             f"{what}: the state dict is of an adapter with other options: {listed(lines, '; ')};"

@@ -29,17 +29,17 @@ def twin(model: M) -> M:
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """The tensors in a module's other attributes, such as the codes of a quantized matrix."""
-    left, seen = [*vars(module).values()], set[int]()
-    while left:
-        value = left.pop()
-        if id(value) in seen or isinstance(value, nn.Module | type) or callable(value):
+    pending, visited = [*vars(module).values()], set[int]()
+    while pending:
+        value = pending.pop()
+        if id(value) in visited or isinstance(value, nn.Module | type) or callable(value):
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         for inner in vars(value).values() if hasattr(value, "__dict__") else ():
             if isinstance(inner, Tensor):
                 yield inner
             else:
-                left.append(inner)
+                pending.append(inner)
 
 
 CONSTRUCTORS = (torch.empty, torch.zeros, torch.ones, torch.full)
@@ -59,15 +59,15 @@ class skip_init(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # fmt: skip
-        given = kwargs or {}
-        if function in INITIALIZERS and given.get("generator") is None:
-            return args[0] if args else given["tensor"]
+        options = kwargs or {}
+        if function in INITIALIZERS and options.get("generator") is None:
+            return args[0] if args else options["tensor"]
         if function in CONSTRUCTORS:
-            size = given.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            size = options.get("size", args[0] if args and not isinstance(args[0], int) else args)
             self._left -= math.prod(size)
             if self._left < 0:
                 raise LorafoldError(
                     f"the config describes tensors with more than {self._most:,} elements, far"
                     " more than the file has"
                 )
-        return function(*args, **given)
+        return function(*args, **options)

@@ -93,16 +93,16 @@ def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
     named = (path for path, m in modules if is_linear(m) or isinstance(m, NAMEABLE))
     names = sorted(set(map(last_part, named)))
     near = difflib.get_close_matches(last_part(pattern), names, n=3, cutoff=0.4) or names
-    given, similar = truncate_middle(repr(pattern), 80), listed(near, max_chars=100) or "none"
+    quoted, similar = truncate_middle(repr(pattern), 80), listed(near, max_chars=100) or "none"
     if "," in pattern:
         each = [name.strip() for name in pattern.split(",")]
         options = listed((f"--targets {name}" for name in each), " ", max_chars=60)
-        return f"target {given} matches no module; to give several names, use {options}"
+        return f"target {quoted} matches no module; to give several names, use {options}"
     if pattern in names:  # a single string is a regular expression, as in PEFT
-        return f"target {given} matches no full module path; to give a name, use [{given}]"
+        return f"target {quoted} matches no full module path; to give a name, use [{quoted}]"
     if any(path.endswith(f".{pattern}") for path, _ in modules):
-        return f"target {given} matches no full module path; as a pattern, use .*{pattern}"
-    return f"target {given} matches no module; similar names: {similar}"
+        return f"target {quoted} matches no full module path; as a pattern, use .*{pattern}"
+    return f"target {quoted} matches no module; similar names: {similar}"
 
 
 def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -162,12 +162,11 @@ def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """Every module with parameters of its own; tied parameters count for the first module only."""
-    seen: set[int] = set()
-    paths = []
+    counted, paths = set[int](), list[str]()
     for path, module in Anatomy.of(model).language_modules:
         own = {id(p) for p in module._parameters.values() if p is not None}
-        paths += [path] * bool(own - seen)
-        seen |= own
+        paths += [path] * bool(own - counted)
+        counted |= own
     return paths
 
 

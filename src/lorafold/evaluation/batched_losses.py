@@ -44,12 +44,9 @@ def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progre
     """Returns each example's loss in nats, summed over its labelled positions, in evaluation mode.
     """
     return measure_rows(
-        model,
-        examples,
-        lambda support: CompletionLoss(model, support is not None, 0, support),
-        lambda loss, batch: loss.by_row(batch).tolist(),
-        step,
-    )
+        model, examples, lambda support: CompletionLoss(model, support is not None, 0, support),
+        lambda loss, batch: loss.by_row(batch).tolist(), step,
+    )  # fmt: skip
 
 
 def measure_rows(
@@ -83,13 +80,13 @@ def measure_rows(
 
 def prefix_batches(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
     """Yields batches of indices for which shared prefixes save time."""
-    for first in range(0, len(examples), WINDOW):
-        window = examples[first : first + WINDOW]
+    for start in range(0, len(examples), WINDOW):
+        window = examples[start : start + WINDOW]
         ids = [example.ids for example in window]
         for part in batches_by_prefix(range(len(ids)), 1, MAX_BATCH_TOKENS, ids.__getitem__):
             once = len(prefix_forest([window[i] for i in part]).ids)
             if once <= MAX_SIZE * sum(len(ids[i]) for i in part):
-                yield [first + i for i in part]
+                yield [start + i for i in part]
 
 
 def pad_id_of(model: PreTrainedModel) -> int:

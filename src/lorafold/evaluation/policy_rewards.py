@@ -101,19 +101,19 @@ class RewardedRollouts:
             for prompt, group in zip(prompts, groups, strict=True)
             for n, one in enumerate(group, 1)
         ]  # fmt: skip
-        sums, each = list[float | None](), dict[str, list[float | None]]()
+        sums, by_reward = list[float | None](), dict[str, list[float | None]]()
         size = (at_once or len(prompts)) * len(groups[0])
         for start in range(0, len(judged), size):
             total, by_name = rewards(judged[start : start + size])
             sums += total
-            each = {name: [*each.get(name, []), *x] for name, x in by_name.items()}
+            by_reward = {name: [*by_reward.get(name, []), *x] for name, x in by_name.items()}
             progress(len(sums), len(judged))
         if at_once and sums.count(None) == len(sums):
             raise RewardFailed(
                 f"rewards: all returned None for {judged[0].where} to {judged[-1].where}, expected"
                 " a number for at least one completion"
             )
-        tables = {name: _reward_matrix(x, len(groups)) for name, x in each.items()}
+        tables = {name: _reward_matrix(x, len(groups)) for name, x in by_reward.items()}
         return cls(judged, groups, _reward_matrix(sums, len(groups)), tables)
 
     def replaced(self, places: Sequence[int], other: RewardedRollouts) -> RewardedRollouts:
@@ -151,11 +151,11 @@ class RewardedRollouts:
         """
         completions, tokens = self.completions, self.tokens
         n = len(completions)
-        each = {f"reward {name}": float(x.nanmean()) for name, x in self.each.items()}
+        means = {f"reward {name}": float(x.nanmean()) for name, x in self.each.items()}
         without = float(self.rewards.isnan().double().mean())
         return {
             "reward": float(self.rewards.nanmean()),
-            **(each if len(each) > 1 else {}),
+            **(means if len(means) > 1 else {}),
             **({"without a reward": without} if without else {}),
             "tokens a completion": tokens / n,
             "cut off": sum(not one.ended for one in completions) / n,
@@ -170,22 +170,22 @@ class RewardedRollouts:
     def samples(self, best: int, worst: int) -> list[PolicySample]:
         rewards = self.rewards.flatten().tolist()
         several = self.each if len(self.each) > 1 else {}
-        each = {name: x.flatten().tolist() for name, x in several.items()}
-        order = [at for at, reward in enumerate(rewards) if not math.isnan(reward)]
-        order.sort(key=lambda at: -rewards[at])
+        values = {name: x.flatten().tolist() for name, x in several.items()}
+        order = [index for index, reward in enumerate(rewards) if not math.isnan(reward)]
+        order.sort(key=lambda index: -rewards[index])
         completions, samples = self.completions, []
-        for at in order[:best] + order[max(best, len(order) - worst) :]:
-            one, ended = self.judged[at], completions[at].ended
-            own = {name: x[at] for name, x in each.items() if not math.isnan(x[at])}
+        for index in order[:best] + order[max(best, len(order) - worst) :]:
+            one, ended = self.judged[index], completions[index].ended
+            own = {name: x[index] for name, x in values.items() if not math.isnan(x[index])}
             samples.append(
-                PolicySample(one.where, one.prompt, one.completion, rewards[at], ended, own)
+                PolicySample(one.where, one.prompt, one.completion, rewards[index], ended, own)
             )
         return samples
 
 
 def _reward_matrix(values: Sequence[float | None], rows: int) -> Tensor:
-    given = [math.nan if value is None else value for value in values]
-    return torch.tensor(given, dtype=torch.float64).view(rows, -1)
+    numbers = [math.nan if value is None else value for value in values]
+    return torch.tensor(numbers, dtype=torch.float64).view(rows, -1)
 
 
 def _interval(rewards: Tensor) -> Interval | None:  # (n, k)
@@ -296,8 +296,7 @@ def evaluate_rewards(
     rollouts = Rollouts(model, tokenizer, k, settings.max_new_tokens, settings.sampling)
     with closing(rollouts), progress_bar(console, "completions") as step:
         rollouts.open(max(lengths_of(prompts)), min(SLOTS, len(prompts) * k))
-        key = key_of(settings.seed, HELD_OUT)
-        groups = rollouts.sample([one.ids for one in prompts], key, k, step)
+        groups = rollouts.sample([p.ids for p in prompts], key_of(settings.seed, HELD_OUT), k, step)
     with progress_bar(console, "rewards") as step:
         judged = RewardedRollouts.of(prompts, groups, rewards, max(1, SLOTS // k), step)
     figures, means = judged.figures, judged.rewards.nanmean(1).tolist()

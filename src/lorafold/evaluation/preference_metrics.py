@@ -80,7 +80,7 @@ def preference_figures(
     """Evaluates a model with its active adapters. With `reference`, the reference is the model
     without its highest adapter, and unknown log-probabilities are computed.
     """
-    parts, order = list[Scored](), list[int]()
+    batches, order = list[Scored](), list[int]()
     kl = tokens = 0.0
     with evaluating(loss):
         for group in loss.groups(examples):
@@ -90,22 +90,21 @@ def preference_figures(
                 kl, tokens = kl + divergence, tokens + float(scored.tokens.sum())
             else:
                 scored = loss.scored(batch)
-            parts.append(scored)
+            batches.append(scored)
             order += group
             progress(len(order), len(examples))
-    algorithm, whole = loss.algorithm, reordered(parts, order)
-    known = whole.reference is not None
-    rewarded = known or not algorithm.has_reference
+    algorithm, rows = loss.algorithm, reordered(batches, order)
+    has_reference = rows.reference is not None
+    has_rewards = has_reference or not algorithm.has_reference
     # over all rows; training computes it over a step's rows
-    mismatched = ratio_sums(whole.ratios[:, algorithm.trained :])
-    losses = algorithm.loss(whole._replace(mismatched=mismatched))
-    tensors = whole.logps, whole.ratios, algorithm.rewards(whole)
-    logps, ratios, rewards = (x.double() for x in tensors)
-    good = torch.tensor([e.desirable for e in examples])
+    mismatched = ratio_sums(rows.ratios[:, algorithm.trained :])
+    losses = algorithm.loss(rows._replace(mismatched=mismatched))
+    logps, ratios, rewards = map(Tensor.double, (rows.logps, rows.ratios, algorithm.rewards(rows)))
+    desirable = torch.tensor([e.desirable for e in examples])
     paired = algorithm.kind == PAIRS
 
     def chosen_and_rejected(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
-        first, second = values.t()[:2] if paired else (values[good, 0], values[~good, 0])
+        first, second = values.t()[:2] if paired else (values[desirable, 0], values[~desirable, 0])
         return first.tolist(), second.tolist()
 
     def accuracy(values: Tensor) -> tuple[float | None, Interval | None]:  # (n, k)
@@ -117,19 +116,19 @@ def preference_figures(
 
     (chosen, rejected), (up, down), (won, lost) = map(chosen_and_rejected, (logps, ratios, rewards))
     margins = [a - b for a, b in zip(won, lost, strict=False)] if paired else []
-    both = rewarded and won and lost  # labels may all be equal
+    has_both = has_rewards and won and lost  # labels may all be equal
     return PreferenceFigures(
         len(examples),
         float(losses.double().mean()),
         *accuracy(logps),
-        *(accuracy(rewards) if rewarded else (None, None)),
-        reward_margin=fmean(won) - fmean(lost) if both else None,
-        reward_margin_interval=mean_interval(margins) if rewarded else None,
+        *(accuracy(rewards) if has_rewards else (None, None)),
+        reward_margin=fmean(won) - fmean(lost) if has_both else None,
+        reward_margin_interval=mean_interval(margins) if has_rewards else None,
         chosen_logp=mean(chosen),
         rejected_logp=mean(rejected),
-        chosen_change=mean(up, known),
-        chosen_change_interval=mean_interval(up) if known else None,
-        rejected_change=mean(down, known),
+        chosen_change=mean(up, has_reference),
+        chosen_change_interval=mean_interval(up) if has_reference else None,
+        rejected_change=mean(down, has_reference),
         kl=kl / tokens if tokens else None,
     )
 

@@ -95,17 +95,17 @@ class RewardAdapter:
             yield AdapterReward(self.name, self.weight, shell, tokenizer, support)
 
     def _dtype_notice(self, model: PreTrainedModel) -> str:
-        before = self.stack[-1].own_base.trained_on
-        now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
-        if _quantized(model) or before is None or before.storage == now:
+        trained_on = self.stack[-1].own_base.trained_on
+        dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
+        if _quantized(model) or trained_on is None or trained_on.storage == dtype:
             return ""
-        return f"trained with the base in {before.storage}, but scores with the base in {now}"
+        return f"trained with the base in {trained_on.storage}, but scores with the base in {dtype}"
 
 
 @contextmanager
 def rewards_over(
     model: PreTrainedModel,
-    given: Sequence[str | Callable[..., Any]],
+    rewards: Sequence[str | Callable[..., Any]],
     adapters: Mapping[str, RewardAdapter],
     limit: float,
     packing: bool | str,
@@ -113,11 +113,11 @@ def rewards_over(
 ) -> Iterator[Rewards]:
     """Yields rewards, including adapters on the model that generates completions."""
     with ExitStack() as stack:
-        over = {
+        loaded = {
             text: stack.enter_context(one.over(model, packing, console))
             for text, one in adapters.items()
         }
-        judges = [over.get(one, one) if isinstance(one, str) else one for one in given]
+        judges = [loaded.get(one, one) if isinstance(one, str) else one for one in rewards]
         yield stack.enter_context(Rewards.of(*judges, limit=limit))
 
 

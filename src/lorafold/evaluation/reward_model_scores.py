@@ -142,13 +142,13 @@ def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
     chosen, rejected = scores.astype(np.float64).T
     d, longer = chosen - rejected, tokens[:, 0] - tokens[:, 1]
     right = d > 0
-    sure = 1 / (1 + np.exp(-np.abs(d)))
-    likely = np.where(d >= 0, sure, 1 - sure)  # s(d)
-    number = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    confidence = 1 / (1 + np.exp(-np.abs(d)))
+    probability = np.where(d >= 0, confidence, 1 - confidence)  # s(d)
+    bin_of = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     bins = tuple(
-        Bin(0.5 + b / (2 * BINS), 0.5 + (b + 1) / (2 * BINS), float(sure[number == b].mean()),
-            Share.of(right[number == b]))
-        for b in np.unique(number).tolist()
+        Bin(0.5 + b / (2 * BINS), 0.5 + (b + 1) / (2 * BINS), float(confidence[bin_of == b].mean()),
+            Share.of(right[bin_of == b]))
+        for b in np.unique(bin_of).tolist()
     )  # fmt: skip
     return RewardFigures(
         right=Share.of(right),
@@ -157,7 +157,7 @@ def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
         chosen_score=float(chosen.mean()),
         rejected_score=float(rejected.mean()),
         log_loss=float(np.logaddexp(0, -d).mean()),
-        brier=float(((1 - likely) ** 2).mean()),
+        brier=float(((1 - probability) ** 2).mean()),
         # weighted mean difference between accuracy and confidence
         calibration_error=sum(
             one.observed.n * abs((one.observed.accuracy or 0.0) - one.confidence) for one in bins

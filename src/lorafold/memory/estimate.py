@@ -143,32 +143,32 @@ class Traffic:
 
 
 def per_process(
-    whole: StepTrace, block: StepTrace, blocks: int, setting: MemorySetting, tied: bool
+    step: StepTrace, block: StepTrace, blocks: int, setting: MemorySetting, tied: bool
 ) -> tuple[StepTrace, Traffic]:
     """The bytes and traffic of one of several processes, from a single process's step (if the base
     is trained, with sharded gradients). Embedding and head may be `tied`.
     """
     n, trains_base = setting.processes, setting.trains_base
     part = (n - 1) / n
-    operations = whole.forward_operations + whole.backward_operations
+    operations = step.forward_operations + step.backward_operations
     if setting.strategy == DDP:
-        own = replace(whole, exchanged=min(GRADIENT_BUCKET, whole.gradients))
-        return own, Traffic(int(2 * part * whole.gradients), operations)
-    outside = whole.weights - blocks * block.weights
+        terms = replace(step, exchanged=min(GRADIENT_BUCKET, step.gradients))
+        return terms, Traffic(int(2 * part * step.gradients), operations)
+    outside = step.weights - blocks * block.weights
     largest = outside if tied else outside // 2
-    gradients, with_gradients = n * whole.gradients, 0
+    gradients, with_gradients = n * step.gradients, 0
     if trains_base:
         rest = (gradients - blocks * n * block.gradients) // (1 if tied else 2)
         with_gradients = max(n * block.gradients + block.weights, rest + largest)
-    own = replace(
-        whole,
-        weights=-(-whole.weights // n),
-        optimizer=-(-whole.optimizer // n),
+    terms = replace(
+        step,
+        weights=-(-step.weights // n),
+        optimizer=-(-step.optimizer // n),
         exchanged=max(block.weights, largest, with_gradients),
     )
     ends = outside * (2 if tied else 1) * (1.5 if trains_base else 1)
-    sums = gradients if trains_base else 2 * whole.gradients + whole.adapter
-    return own, Traffic(int(part * (2 * blocks * block.weights + ends + sums)), operations)
+    sums = gradients if trains_base else 2 * step.gradients + step.adapter
+    return terms, Traffic(int(part * (2 * blocks * block.weights + ends + sums)), operations)
 
 
 MAX_BATCH = 4096  # the largest batch to try

@@ -22,12 +22,12 @@ def verdict(advice: Advice, setting: MemorySetting) -> list[str]:
     """
     spare = format_bytes(abs(advice.spare))
     fits = f"fits, with {spare} to spare" if advice.fits else f"does not fit: {spare} short"
-    most = [
+    limits = [
         f"largest batch at {setting.length} tokens: {advice.batch}",
         f"largest length at batch {setting.batch}: {advice.length}",
     ] * (advice.batch is not None)
     changes = [f"would fit with {name}: {format_bytes(n)}" for name, n in advice.changes]
-    return [fits, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
+    return [fits, *limits, *(changes or ["no single change would make it fit"] * (not advice.fits))]
 
 
 def page(
@@ -70,11 +70,11 @@ def terms_plot(estimate: Estimate, memory: int | None, counted: str) -> str:
         set_scales(axes, x="linear")
         axes.xaxis.set_major_formatter(lambda n, _: format_bytes(int(n)) if n else "0")
 
-    most = max(terms, key=lambda name: terms[name])
+    largest = max(terms, key=lambda name: terms[name])
     of = "" if memory is None else f" of the device's {format_bytes(memory)}"
     text = (
-        f"{format_bytes(total)}{of} at the peak, {counted}; the largest term is {most},"
-        f" {terms[most] / total:.0%}."
+        f"{format_bytes(total)}{of} at the peak, {counted}; the largest term is {largest},"
+        f" {terms[largest] / total:.0%}."
     )
     return figure_html(draw, "Memory by term", text, (SIZE[0], 0.7 + 0.22 * len(names)))
 

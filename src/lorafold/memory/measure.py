@@ -36,12 +36,12 @@ def measure(
 ) -> int:
     """The peak bytes of the second of two training steps, or of inference, including the model."""
     # keeps existing tensors alive: freeing them meanwhile would change the difference
-    earlier, before = _live_tensors(), allocated(device)
+    existing, start = _live_tensors(), allocated(device)
     model = load()
     run = inference if setting.spec is None else training
     with override_widening(widened=setting.widened), run(model, setting) as step:
-        peak = peak_of(step, device) - before
-    del earlier
+        peak = peak_of(step, device) - start
+    del existing
     return peak
 
 
@@ -111,11 +111,11 @@ def examples(model: PreTrainedModel, setting: MemorySetting) -> list[Any]:
         return [BranchedRow((), pair) for pair in zip(whole[::2], whole[1::2], strict=True)]
     if setting.classes:
         return [LabelledExample(row, 0) for row in rows]
-    left, found = sum(setting.rows) if setting.labelled is None else setting.labelled, []
+    num_labelled, found = sum(setting.rows) if setting.labelled is None else setting.labelled, []
     for i, row in enumerate(rows):
-        n = min(len(row) - 1, -(-left // (len(rows) - i)))
+        n = min(len(row) - 1, -(-num_labelled // (len(rows) - i)))
         found.append(Example(row, (NO_LOSS,) * (len(row) - n) + row[len(row) - n :]))
-        left -= n
+        num_labelled -= n
     return found
 
 

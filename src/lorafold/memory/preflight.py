@@ -48,7 +48,7 @@ def largest_batch(
     shares = shares and packed and recipe.packing == "auto"
     draws = objective.draws(feed, held_out) if isinstance(objective, OnPolicy) else None
     largest: Sequence[int] = ()
-    most, count, whole, accumulating = -1, 0, 0, False
+    max_size, num_labelled, max_tokens, accumulating = -1, 0, 0, False
     capacity = recipe.max_length if packed else None
     steps: Iterable[Sequence[Any]] = (
         [objective.trained(example) for example in examples[::processes]]
@@ -59,7 +59,7 @@ def largest_batch(
     n = recipe.accumulate
     for examples in steps:
         # shared prefixes are only used if they save enough tokens
-        if once := shares and sum(documents(examples, True)) <= MAX_SIZE * sum(documents(examples)):
+        if shared := shares and sum(documents(examples, True)) <= MAX_SIZE * sum(documents(examples)):
             # a prompt, or a whole row, may be shared
             parts = batches_by_prefix(
                 examples, n, recipe.max_length,
@@ -69,19 +69,19 @@ def largest_batch(
             parts = micro_batches(examples, n, capacity)
         accumulating = accumulating or len(parts) > 1
         for part in parts:
-            lengths = documents(part, True) if once else [len(e.ids) for e in part]
+            lengths = documents(part, True) if shared else [len(e.ids) for e in part]
             size = sum(lengths) if packed else len(part) * max(lengths)  # with padding
-            if size > most:
-                most, largest = size, documents(part, once)
-                count = sum(map(num_targets, part))
-        whole = max(whole, sum(documents(examples, once)))
+            if size > max_size:
+                max_size, largest = size, documents(part, shared)
+                num_labelled = sum(map(num_targets, part))
+        max_tokens = max(max_tokens, sum(documents(examples, shared)))
     rows = tuple(largest)
     # shorter completions leave room for more of them
-    more = max(0, min(recipe.max_length, whole) - sum(rows)) if draws and packed else 0
+    more = max(0, min(recipe.max_length, max_tokens) - sum(rows)) if draws and packed else 0
     return replace(
         setting,
         rows=(*rows, more) if more else rows,
-        labelled=None if outputs else count + more,
+        labelled=None if outputs else num_labelled + more,
         packed=packed,
         classes=outputs,
         loss=objective.traced,
@@ -96,10 +96,11 @@ def largest_batch(
     )
 
 
-def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
-    """The tokens computed for each document of a micro-batch; shared prefixes count once if `once`.
+def documents(examples: Sequence[Any], shared: bool = False) -> tuple[int, ...]:
+    """The tokens computed for each document of a micro-batch, with shared prefixes once if
+    `shared`.
     """
-    if once:
+    if shared:
         pairs = [
             pair
             for e in examples
@@ -127,27 +128,27 @@ def choose_checkpointing(
     later without an estimate, because loading may raise a better error.
     """
     setting = replace(setting, checkpointing=checkpointing is True)
-    room, why = USABLE_SHARE * free, ""
+    limit, reason = USABLE_SHARE * free, ""
     try:
         needed = estimate(config, setting)
-        if checkpointing == "auto" and needed.total > room:
+        if checkpointing == "auto" and needed.total > limit:
             setting = replace(setting, checkpointing=True)
-            why = (
+            reason = (
                 "; gradient checkpointing is on, because a step without it would take"
                 f" {format_bytes(needed.total)}"
             )
             needed = estimate(config, setting)
-        most = sorted(needed.terms.items(), key=lambda term: -term[1])[:2]
-        named = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in most)
+        largest = sorted(needed.terms.items(), key=lambda term: -term[1])[:2]
+        named = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in largest)
         print_lines(
             console,
             f"memory: {format_bytes(needed.total)} at the peak of a step ({named})"
             f"{', without the libraries (about 0.3 GB)' * bool(needed.terms['process'])}"
-            f"{', 16-bit matmuls in fp32' * setting.widened}; {format_bytes(free)} free{why}",
+            f"{', 16-bit matmuls in fp32' * setting.widened}; {format_bytes(free)} free{reason}",
         )
-        if needed.total > room:
+        if needed.total > limit:
             remedy = "try a smaller batch, max_length or model"
-            changes = [n for n, s in changes_of(setting) if estimate(config, s).total <= room]
+            changes = [n for n, s in changes_of(setting) if estimate(config, s).total <= limit]
             if changes:
                 remedy = f"it would fit with {' or '.join(changes)}"
             print_lines(console, f"warning: a step may not fit in memory; {remedy}")

@@ -54,13 +54,13 @@ def memory_setting(
     )  # fmt: skip
 
 
-def check_fields(recipe: Recipe, known: set[str]) -> None:
-    if unread := sorted(recipe.model_fields_set - known):
-        more = sorted(ROW_FIELDS - known)
+def check_fields(recipe: Recipe, supported: set[str]) -> None:
+    if unread := sorted(recipe.model_fields_set - supported):
+        more = sorted(ROW_FIELDS - supported)
         rows = f"; with --data also {', '.join(more)}" if more else ""
         raise LorafoldError(
             f"estimate: found {', '.join(unread)}, which the estimate does not use; expected only"
-            f" {', '.join(sorted(known))}{rows}"
+            f" {', '.join(sorted(supported))}{rows}"
         )
 
 

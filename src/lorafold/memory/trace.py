@@ -76,14 +76,14 @@ class Ledger(TorchDispatchMode):
             return args[0].fake_device
         if func.is_view:
             return func(*args, **(kwargs or {}))
-        before = {
+        inputs = {
             t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)
         }
         out = func(*args, **(kwargs or {}))
         if (first := MATMULS.get(func)) is not None:
             self.operations += 2 * args[first].numel() * args[first + 1].shape[-1]
         for t in tree_iter(out):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in inputs:
                 self._enter(t)
         return out
 
@@ -269,12 +269,12 @@ def training(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> 
         loss.backward()
         second_half = ledger.peak - start
         backward = max([second_half, *(peak - start for peak in early)])
-    whole = (p.grad for p in trained if p.grad is not None)
+    gradients = (p.grad for p in trained if p.grad is not None)
     traced = StepTrace(
         weights=weights,
         adapter=start - weights,
         optimizer=state_bytes(setting.optimizer, trained),
-        gradients=distinct_bytes(whole if parts is None else parts.values()),
+        gradients=distinct_bytes(gradients if parts is None else parts.values()),
         initial_gradients=initial_gradients,
         activations=activations,
         forward=forward,
@@ -332,19 +332,18 @@ def reset_peak_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[
     """Reset the ledger's peak when half of the parameters have gradients, and return a list for the
     first half's peak, because each half depends on the number of blocks in its own way.
     """
-    before = []
-    left = (len(trained) + 1) // 2
+    peaks, remaining = list[int](), (len(trained) + 1) // 2
 
     def count(p: nn.Parameter) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            before.append(ledger.peak)
+        nonlocal remaining
+        remaining -= 1
+        if not remaining:
+            peaks.append(ledger.peak)
             ledger.peak = ledger.now
 
     for p in trained:
         p.register_post_accumulate_grad_hook(count)
-    return before
+    return peaks
 
 
 def attach_below(model: PreTrainedModel, setting: MemorySetting) -> None:

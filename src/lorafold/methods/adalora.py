@@ -23,7 +23,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import inf, prod
 from operator import mul
 from typing import Any, Self
 
@@ -54,12 +54,12 @@ class AdaLoRADelta(LowRank):
 
     def __init__(self, layer: Layer, spec: AdaLoRA) -> None:
         super().__init__(spec.dropout)
-        first: Any = spec.init_rank
+        init_rank: Any = spec.init_rank
         alpha = spec.alpha
-        rank = next(iter(spec.rank_pattern.values()), first)
+        rank = next(iter(spec.rank_pattern.values()), init_rank)
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
-        self.init_rank = first
-        self.scale = alpha / (first + 1e-5)  # of the initial rank, also after pruning
+        self.init_rank = init_rank
+        self.scale = alpha / (init_rank + 1e-5)  # of the initial rank, also after pruning
         p, q = (*matrices, out, rank), (*matrices, rank, inn)
         self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
         self.E = zeros((*matrices, rank), device)
@@ -181,12 +181,12 @@ class AdaLoRA(Spec):
                 torch._foreach_mul_([d.E for d in adapted], [d.kept for d in adapted])
 
     def report(self, deltas: DeltasByPath) -> str:
-        left = ranks(deltas)
+        ranks_by_path = ranks(deltas)
         lines: dict[str, list[str]] = {}
-        for path, rank in left.items():
+        for path, rank in ranks_by_path.items():
             lines.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(f"{rank:.4g}")
         counts = [number_of_matrices(delta) for delta in deltas.values()]
-        mean = sum(map(mul, left.values(), counts)) / sum(counts)
+        mean = sum(map(mul, ranks_by_path.values(), counts)) / sum(counts)
         head = f"remaining ranks, {mean:.2f} on average:"
         return "\n  ".join([head, *(f"{name}: {' '.join(each)}" for name, each in lines.items())])
 
@@ -196,17 +196,17 @@ def update_averages(deltas: list[AdaLoRADelta], beta1: float, beta2: float) -> N
     """Update the averages (eq. 9 and 10) from parameters and gradients. `beta1` smooths
     sensitivity, `beta2` uncertainty.
     """
-    of = [(delta, part) for delta in deltas for part in PARTS]
-    parameters = [getattr(delta, part) for delta, part in of]
-    sensitivity = [getattr(delta, f"sensitivity_{part}") for delta, part in of]
-    uncertainty = [getattr(delta, f"uncertainty_{part}") for delta, part in of]
+    pairs = [(delta, part) for delta in deltas for part in PARTS]
+    parameters = [getattr(delta, part) for delta, part in pairs]
+    sensitivity = [getattr(delta, f"sensitivity_{part}") for delta, part in pairs]
+    uncertainty = [getattr(delta, f"uncertainty_{part}") for delta, part in pairs]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    now = torch._foreach_mul(parameters, grads)
-    torch._foreach_abs_(now)
-    torch._foreach_lerp_(sensitivity, now, 1 - beta1)
-    torch._foreach_sub_(now, sensitivity)
-    torch._foreach_abs_(now)
-    torch._foreach_lerp_(uncertainty, now, 1 - beta2)
+    change = torch._foreach_mul(parameters, grads)
+    torch._foreach_abs_(change)
+    torch._foreach_lerp_(sensitivity, change, 1 - beta1)
+    torch._foreach_sub_(change, sensitivity)
+    torch._foreach_abs_(change)
+    torch._foreach_lerp_(uncertainty, change, 1 - beta2)
 
 
 def scores(deltas: list[AdaLoRADelta]) -> list[Tensor]:  # each (*matrices, r)
@@ -222,13 +222,13 @@ def scores(deltas: list[AdaLoRADelta]) -> list[Tensor]:  # each (*matrices, r)
 @torch.no_grad()
 def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
     """Keep the `budget` triplets with the highest scores among all deltas."""
-    each = [score.flatten() for score in scores(deltas)]
-    every = torch.cat(each)
-    worst = len(every) - budget
-    threshold = every.kthvalue(worst).values if worst else every.new_tensor(float("-inf"))
-    kept = (every > threshold).split([*map(len, each)])  # one comparison for all modules
-    pairs = zip(deltas, kept, strict=True)
-    torch._foreach_copy_([d.kept for d in deltas], [now.view(d.kept.shape) for d, now in pairs])
+    by_delta = [score.flatten() for score in scores(deltas)]
+    flat = torch.cat(by_delta)
+    num_dropped = len(flat) - budget
+    threshold = flat.kthvalue(num_dropped).values if num_dropped else flat.new_tensor(-inf)
+    masks = (flat > threshold).split([*map(len, by_delta)])  # one comparison for all modules
+    pairs = zip(deltas, masks, strict=True)
+    torch._foreach_copy_([d.kept for d in deltas], [mask.view(d.kept.shape) for d, mask in pairs])
 
 
 def number_of_matrices(delta: Any) -> int:

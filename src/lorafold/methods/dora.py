@@ -91,21 +91,21 @@ class DoRADelta(Delta):
         """
         base = layer.sources()
 
-        def own() -> Tensor:
+        def base_squares() -> Tensor:
             return squared_row_norms(layer.dense()[0])
 
-        def norms(own: Tensor) -> Tensor:  # replaces 0 by 1
-            return F.threshold(self.inner.row_squares(layer, own), 0, 1).sqrt_()
+        def norms(squares: Tensor) -> Tensor:  # replaces 0 by 1
+            return F.threshold(self.inner.row_squares(layer, squares), 0, 1).sqrt_()
 
         if torch.compiler.is_compiling() or base is None:
-            return norms(own())
+            return norms(base_squares())
 
         if not self.training:
             self.during = None
         elif not in_backward():  # an optimizer may change parameters without changing their version
             self.during = scope() or object()
         tensors = [*base, *self.inner.parameters(), *self.inner.buffers()]
-        return self.norms.get(tensors, lambda: norms(self.own.get(base, own)), self.during)
+        return self.norms.get(tensors, lambda: norms(self.own.get(base, base_squares)), self.during)
 
     def gained(self, layer: Layer) -> Gained:
         b, g = layer.bias, self.magnitude / self.row_norms(layer)

@@ -78,10 +78,12 @@ class FastfoodDelta(Dense):
         self.scale = nn.Parameter(torch.ones((), device=device))
         self.subspace = None
 
-    def join(self, first: FastfoodDelta, generator: torch.Generator, device: torch.device) -> None:
+    def share_subspace(
+        self, owner: FastfoodDelta, generator: torch.Generator, device: torch.device
+    ) -> None:
         """Sample G, and refer to the delta that has the subspace."""
-        self._first = (first,)  # in a tuple, so that it is no submodule of every delta
-        length = len(first.subspace.signs)  # type: ignore[union-attr]
+        self._owner = (owner,)  # in a tuple, so that it is no submodule of every delta
+        length = len(owner.subspace.signs)  # type: ignore[union-attr]
         blocks = ceil(prod(self.shape) / length)
         gaussians = torch.randn(blocks, length, generator=generator).bfloat16()
         self.register_buffer("gaussians", gaussians.to(device), persistent=False)
@@ -95,9 +97,9 @@ class FastfoodDelta(Dense):
 
     def projected(self, dtype: torch.dtype) -> Tensor:  # (*matrices, out, in)
         """dW (*matrices, out, in), computed in that dtype throughout."""
-        subspace: Any = self._first[0].subspace
-        shared_projection = subspace.shared_projection().to(self.gaussians.device)
-        gains = shared_projection * self.scale / self.gaussians.numel() ** 0.5
+        subspace: Any = self._owner[0].subspace
+        shared = subspace.shared_projection().to(self.gaussians.device)
+        gains = shared * self.scale / self.gaussians.numel() ** 0.5
         blocks = subspace.transformed(self.gaussians.to(dtype) * gains.to(dtype))
         return blocks.flatten()[: prod(self.shape)].view(self.shape)
 
@@ -134,12 +136,12 @@ class Fastfood(Spec):
 
     def join(self, deltas: DeltasByPath) -> None:
         adapted: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]
-        generator, first = torch.Generator().manual_seed(self.seed), adapted[0]
+        generator, owner = torch.Generator().manual_seed(self.seed), adapted[0]
         for delta in adapted:
             # sampled even if the parameters are on the meta device, since files lack these tensors
             device = torch.device("cpu") if delta.scale.is_meta else delta.scale.device
-            if delta is first:
-                first.subspace = Subspace(
-                    torch.zeros(self.dimension, device=first.scale.device), generator, device
+            if delta is owner:
+                owner.subspace = Subspace(
+                    torch.zeros(self.dimension, device=owner.scale.device), generator, device
                 )
-            delta.join(first, generator, device)
+            delta.share_subspace(owner, generator, device)

@@ -24,18 +24,18 @@ def algorithm_class(declared: Declared, laws: ModuleType) -> Any:
 
 
 def checked_options(
-    kind: type[L], given: Mapping[str, Any], objective: str, others: Sequence[str] = ()
+    kind: type[L], options: Mapping[str, Any], objective: str, other_names: Sequence[str] = ()
 ) -> L:
-    """Validated options; `others` are further valid names, for the message."""
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    if unknown := [name for name in given if name not in known]:
+    """Validated options; `other_names` are further valid names, for the message."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if unknown := [name for name in options if name not in names]:
         field = "objective_options: " * (unknown != ["beta"])
         raise LorafoldError(
             f"{field}{', '.join(unknown)}: the objective {objective} has no such option; it has:"
-            f" {', '.join([*known, *others])}"
+            f" {', '.join([*names, *other_names])}"
         )
     try:
-        return kind(**given)
+        return kind(**options)
     except ValidationError as error:
         first = error.errors()[0]
         raise LorafoldError(
@@ -73,8 +73,8 @@ def policy_options(
 ) -> tuple[PolicyAlgorithm, SamplingOptions]:
     given = given_options(beta, options)
     names = [field.name for field in fields(SamplingOptions)]
-    own = {name: given.pop(name) for name in names if name in given}
-    sampling = checked_options(SamplingOptions, own, objective)
+    sampling_options = {name: given.pop(name) for name in names if name in given}
+    sampling = checked_options(SamplingOptions, sampling_options, objective)
     kind = algorithm_class(OBJECTIVES[objective], policy_algorithms)
     return checked_options(kind, given, objective, names), sampling
 

@@ -227,18 +227,18 @@ class PolicyObjective(OnPolicy):
         key, seconds, num_resampled = key_of(self.seed, step), defaultdict[str, float](float), 0
         scored = first = self._sample(planned, key, loss, seconds)
         tokens = first.tokens
-        advantages, learns = self._advantages(scored)
+        advantages, has_signal = self._advantages(scored)
         for attempt in range(1, self.sampling.fill + 1):
-            if not (empty := (~learns).nonzero().flatten().tolist()):
+            if not (empty := (~has_signal).nonzero().flatten().tolist()):
                 break
             more = self._sample([planned[i] for i in empty], key_of(key, attempt), loss, seconds)
             scored, num_resampled = scored.replaced(empty, more), num_resampled + len(empty)
             tokens += more.tokens
-            advantages, learns = self._advantages(scored)
+            advantages, has_signal = self._advantages(scored)
         figures = dict(first.figures)
         if self.sampling.fill:
             figures["groups drawn again"] = num_resampled / len(planned)
-        reason = "" if bool(learns.any()) else self._no_signal_reason(scored, loss)
+        reason = "" if bool(has_signal.any()) else self._no_signal_reason(scored, loss)
         rollouts = [
             Rollout.of(
                 prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], row,

@@ -261,7 +261,7 @@ def compare_with_files(adapter: Adapter, path: Path, base: Weights | None) -> No
     if adapter.spec.trains_base:  # a full model, in whose files some tensors have other names
         written, state = FileWeights(model_files(path)), base_state(model)
         shared = state.keys() & {*written.names}
-        wrong = [key for key in shared if not written.get(key).equal(state[key].cpu())]
+        different = [key for key in shared if not written.get(key).equal(state[key].cpu())]
     else:
         base = base or InMemory.of_model(model)
         saved = SavedAdapter.open(path).for_model(model)
@@ -269,14 +269,14 @@ def compare_with_files(adapter: Adapter, path: Path, base: Weights | None) -> No
             _, saved = saved.token_rows(model, base)
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
         targets, names = adapter.matches.paths, set(saved.weights.names)
-        wrong = [*set(targets).symmetric_difference(saved.targets(model).paths)]
+        different = [*set(targets).symmetric_difference(saved.targets(model).paths)]
         for key, piece in saved_tensors(sites_of(model, parts, targets, base)).items():
             if key not in names or not saved.weights.get(key).equal(piece.encoded().cpu()):
-                wrong.append(key)
-    if wrong:
+                different.append(key)
+    if different:
         raise LorafoldError(
             f"{path}: the written files differ from the trained values in"
-            f" {listed(wrong, max_chars=120)}; the checkpoints of the run are kept"
+            f" {listed(different, max_chars=120)}; the checkpoints of the run are kept"
         )
 
 

@@ -74,7 +74,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     loss or gradient is skipped.
     """
     recipe, objective, processes = plan.recipe, plan.objective, plan.layout.processes
-    first = next(plan.feed.after(0)) if plan.guessing is None else ()
+    first_rows = next(plan.feed.after(0)) if plan.guessing is None else ()
     rows = plan.feed.after(progress.step)
     if processes.lifeline is not None:
         processes.lifeline.progress = lambda: f"in step {progress.step + 1}; {plan.run.resume_hint}"
@@ -98,7 +98,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
                 evaluate_held_out(plan, progress, display)
             warmup = warm_steps(recipe, plan.feed.steps)
             if progress.step == max(warmup + NUM_RECENT_STEPS, plan.feed.steps // 4):
-                warning = guessing_warning(compare_with_chance(plan, progress, first))
+                warning = guessing_warning(compare_with_chance(plan, progress, first_rows))
                 if warning:
                     display.note(f"step {progress.step}: so far {warning}")
             last, stop = is_over(plan, progress), processes.largest(stops[-1] if stops else 0)
@@ -115,7 +115,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
                     " command with --resume"
                 )
                 raise Interrupted(message, 128 + stop)
-    progress.guessing = compare_with_chance(plan, progress, first)
+    progress.guessing = compare_with_chance(plan, progress, first_rows)
     if progress.best not in (None, progress.step):
         ended_early = recipe.stops or progress.step < plan.feed.steps
         place = "is kept" if ended_early else f"is in {plan.run.best}"

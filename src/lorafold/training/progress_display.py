@@ -88,12 +88,12 @@ class Display:
 
     def update_cell(self, step: int, figures: str) -> None:
         """Update a notebook's bar, at most every MIN_UPDATE_SECONDS."""
-        now = monotonic()
-        if step == self.steps or now - self.updated >= MIN_UPDATE_SECONDS:
+        time = monotonic()
+        if step == self.steps or time - self.updated >= MIN_UPDATE_SECONDS:
             from IPython.display import HTML
 
-            self.updated = now
-            left = (now - self.started) * (self.steps - step) / max(step - self.first_step, 1)
+            self.updated = time
+            left = (time - self.started) * (self.steps - step) / max(step - self.first_step, 1)
             minutes, seconds = divmod(round(left), 60)
             self.cell.update(HTML(self.bar_html(step, f"{figures}, {minutes}:{seconds:02} left")))
 

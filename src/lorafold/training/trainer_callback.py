@@ -184,13 +184,13 @@ class AdapterCallback(TrainerCallback):
 
     def _check_model(self, model: nn.Module) -> None:
         name, trained = self.adapter.name, {id(p) for p in self.adapter.parameters()}
-        named = list(model.named_parameters())
-        if not trained or not trained <= {id(p) for _, p in named}:
+        parameters = list(model.named_parameters())
+        if not trained or not trained <= {id(p) for _, p in parameters}:
             raise LorafoldError(
                 f"AdapterCallback: the adapter {name!r} is not attached to the trainer's model;"
                 " attach it to the model that you pass to the trainer, and do not detach it"
             )
-        if others := [n for n, p in named if p.requires_grad and id(p) not in trained]:
+        if others := [n for n, p in parameters if p.requires_grad and id(p) not in trained]:
             raise LorafoldError(
                 f"AdapterCallback saves only the adapter {name!r}, but {len(others)} other"
                 f" parameters of the model are trainable: {listed(others)}; freeze them (another"
@@ -202,11 +202,11 @@ class AdapterCallback(TrainerCallback):
         expected = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         path = expected if self.resume_from is None else Path(self.resume_from)
         try:
-            stored = TrainerState.load_from_json(str(path / TRAINER_STATE))
+            saved_state = TrainerState.load_from_json(str(path / TRAINER_STATE))
         except (OSError, ValueError, TypeError):
-            stored = None
+            saved_state = None
         names = ("global_step", "epoch", "total_flos", "log_history")
-        if stored is None or any(getattr(stored, n) != getattr(state, n) for n in names):
+        if saved_state is None or any(getattr(saved_state, n) != getattr(state, n) for n in names):
             raise LorafoldError(
                 f"AdapterCallback: the trainer resumed another checkpoint than {path}; pass that"
                 " checkpoint: AdapterCallback(adapter, resume_from=...)"

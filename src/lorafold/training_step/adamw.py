@@ -45,13 +45,13 @@ class OptimizerChoice(NamedTuple):
 
 
 def choose_adamw(parameters: int, device: str, free: int) -> OptimizerChoice:
-    state, room = 8 * parameters, f"a third of the free {format_bytes(free)}"
+    state, share = 8 * parameters, f"a third of the free {format_bytes(free)}"
     if device != "cuda":
         return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} does not support paging")
     if MEMORY_SHARE * state <= free:
-        return OptimizerChoice("adamw", f"within {room}")
-    larger = f"fp32 state would take {format_bytes(state)}, more than {room}"
-    return OptimizerChoice(PAGED, larger)
+        return OptimizerChoice("adamw", f"within {share}")
+    reason = f"fp32 state would take {format_bytes(state)}, more than {share}"
+    return OptimizerChoice(PAGED, reason)
 
 
 def choose_optimizer(
@@ -114,14 +114,15 @@ def bitsandbytes_optimizers(name: str) -> Any:
 
 def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
     """A line with the optimizer, its state's dtype and size, and the reason for the choice."""
-    trained, eight = parameters(groups), choice.name != "adamw"
-    small = eight and all(p.numel() < MIN_8BIT_SIZE for p in trained)
-    why = "; ".join(filter(None, (choice.why, f"no tensor has {MIN_8BIT_SIZE:,} elements" * small)))
+    trained, is_8bit = parameters(groups), choice.name != "adamw"
+    is_small = is_8bit and all(p.numel() < MIN_8BIT_SIZE for p in trained)
+    size = f"no tensor has {MIN_8BIT_SIZE:,} elements" * is_small
+    reasons = "; ".join(filter(None, (choice.why, size)))
     return (
-        f"optimizer: {choice.name} with {'8-bit' if eight and not small else 'fp32'} state,"
+        f"optimizer: {choice.name} with {'8-bit' if is_8bit and not is_small else 'fp32'} state,"
         f" {format_bytes(state_bytes(choice.name, trained))}"
         + f" across {parts} processes" * (parts > 1)
-        + f" ({why})" * bool(why)
+        + f" ({reasons})" * bool(reasons)
         + f"; updates rounded stochastically, seed {seed}" * any(p.itemsize == 2 for p in trained)
     )
 

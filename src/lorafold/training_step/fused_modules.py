@@ -74,7 +74,7 @@ def fused(
         ("rotary embedding", "forward", False, partial(_rotated, rotation)),
     )
     kinds = {p.device.type for p in model.parameters()}
-    why = "; ".join(filter(None, (enable(TRAINING, kind) for kind in sorted(kinds))))
+    reason = "; ".join(filter(None, (enable(TRAINING, kind) for kind in sorted(kinds))))
     anatomy = Anatomy.of(model)
     blocks, outer = {path: list[nn.Module]() for path in anatomy.blocks}, ""
     for path, module in anatomy.modules:
@@ -103,7 +103,7 @@ def fused(
         counted = [*filter(beneath(anatomy.language_blocks), blocks)]
         fast = sum(not lacking[path] for path in counted)
         plain_parts = set[str]().union(*(lacking[path] for path in counted))
-        yield FastPath(fast, len(counted), tuple(sorted(plain_parts)), why)
+        yield FastPath(fast, len(counted), tuple(sorted(plain_parts)), reason)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -151,13 +151,13 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
         return None
     gate, up, down, act = map(parts.__getitem__, names)
     z = torch.linspace(-6, 6, 97)
-    known = next((name for name, f in ACTIVATIONS.items() if _agree(f.forward, act, z)), None)
+    activation = next((name for name, f in ACTIVATIONS.items() if _agree(f.forward, act, z)), None)
     width = getattr(gate, "in_features", None)
-    if known is None or not isinstance(width, int):
+    if activation is None or not isinstance(width, int):
         return None
 
     def forward(x: Tensor) -> Tensor:
-        return down(gating(gate(x), up(x), known))
+        return down(gating(gate(x), up(x), activation))
 
     # a quantized MLP may have no floating-point parameter: its activations have 16 bits
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)
@@ -188,13 +188,13 @@ def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -
     """A copy of the attention's forward that calls the fused rotation, or None."""
     if isinstance(module, Adapted) or "forward" in vars(module):
         return None
-    plain = inspect.unwrap(type(module).forward)  # without wrappers for deprecated arguments
-    known = isinstance(plain, FunctionType) and ROTARY in plain.__code__.co_names
-    if not known or (fused := rotation(plain.__globals__[ROTARY])) is None:
+    own = inspect.unwrap(type(module).forward)  # without wrappers for deprecated arguments
+    uses_rotary = isinstance(own, FunctionType) and ROTARY in own.__code__.co_names
+    if not uses_rotary or (fused := rotation(own.__globals__[ROTARY])) is None:
         return None
-    names = {**plain.__globals__, ROTARY: fused}
-    copied = FunctionType(plain.__code__, names, "forward", plain.__defaults__, plain.__closure__)
-    copied.__kwdefaults__ = plain.__kwdefaults__
+    names = {**own.__globals__, ROTARY: fused}
+    copied = FunctionType(own.__code__, names, "forward", own.__defaults__, own.__closure__)
+    copied.__kwdefaults__ = own.__kwdefaults__
     return MethodType(copied, module)
 
 

@@ -66,8 +66,8 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
             return linear if logits.shape == linear.logits(h).shape else None
         # cached, because reading the result waits for the device
         key, known = (w._version, linear.scale, linear.cap), _head_agreements.get(layer)
-        same = known is not None and known.model() is model and known.weight() is w
-        if known is None or not same or known.key != key:
+        is_cached = known is not None and known.model() is model and known.weight() is w
+        if known is None or not is_cached or known.key != key:
             z = linear.logits(h)
             agree = z.shape == logits.shape
             if agree:  # up to rounding
@@ -230,12 +230,12 @@ def head_logits(model: Any, h: Tensor, least: int = 0) -> Tensor:
 
 def _leaves(y: Tensor) -> list[Tensor]:
     """The leaf tensors with gradients that y depends on: the trained tensors of the head."""
-    leaves, seen, pending = [], set(), [y.grad_fn]
+    leaves, visited, pending = [], set(), [y.grad_fn]
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if hasattr(node, "variable"):
             leaves.append(node.variable)
         pending.extend(parent for parent, _ in node.next_functions)

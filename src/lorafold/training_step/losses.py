@@ -93,12 +93,12 @@ class Loss(nn.Module, ABC):
         self, examples: Sequence[Any], rows: Sequence[Array], inputs: Mapping[str, Tensor]
     ) -> Tensor:
         """The names (B, T) of the tokens of a micro-batch, which dropout depends on."""
-        ids, given = inputs["input_ids"], inputs.get("position_ids")
-        if given is None:
+        ids, position_ids = inputs["input_ids"], inputs.get("position_ids")
+        if position_ids is None:
             document = torch.arange(len(ids))[:, None]
             positions = torch.arange(ids.shape[1])
         else:
-            positions = on_host(given)
+            positions = on_host(position_ids)
             shared = inputs.get("document")  # with shared prefixes
             document = (positions == 0).cumsum(1) - 1 if shared is None else on_host(shared)
         return send(token_names(row_at(rows, document, positions), positions), ids.device)

@@ -40,11 +40,11 @@ def param_groups(
     }
     for _, delta in parts:
         whole = WHOLE if delta.whole and lr_whole is not None else ""
-        shrunk = None if decay_vectors else matrices_in(delta)
+        matrices = None if decay_vectors else matrices_in(delta)
         for name, p in delta.named_parameters():
             # a sparse delta may be empty, and CUDA can't launch kernels on empty tensors
             if p.requires_grad and p.numel():
-                decays = shrunk is None or p in shrunk
+                decays = matrices is None or p in matrices
                 kind = UP if name in delta.up_names else whole
                 groups[kind, decays]["params"].append(p)
     return [g for g in groups.values() if g["params"]]
@@ -130,13 +130,13 @@ def restore_optimizer(
         {key: tuple(t.shape) for key, t in state.items() if key.split(".")[1] not in SHARED}
         for state in (optimizer_tensors(optimizer), tensors)
     )
-    if wrong := [
+    if mismatches := [
         f"{key}: expected {expected.get(key, 'none')}, found {found.get(key, 'none')}"
         for key in differing_keys(expected, found)
     ]:
         raise LorafoldError(
             f"the optimizer state in the checkpoint is of another optimizer:"
-            f" {listed(wrong, '; ')}; resume with the optimizer that wrote it"
+            f" {listed(mismatches, '; ')}; resume with the optimizer that wrote it"
         )
     for i, p in enumerate(trained):
         state = optimizer.state.get(p, {})

@@ -58,17 +58,17 @@ def isolates(model: PreTrainedModel) -> bool:
     """
     n, m = 11, 13
     first, other, second = random_ids(model, 2 * n + m).split([n, n, m])
-    both = Documents((n, m))
+    documents = Documents((n, m))
     try:
         with evaluating(model):
             rows = [packed_logits(model, row, Documents((len(row),))) for row in (first, second)]
             with attending(model, document_mask):
-                together = packed_logits(model, torch.cat([first, second]), both)
-                changed = packed_logits(model, torch.cat([other, second]), both)
+                together = packed_logits(model, torch.cat([first, second]), documents)
+                changed = packed_logits(model, torch.cat([other, second]), documents)
     except (AttributeError, TypeError, LorafoldError) as error:
         # the decoder computes with its masks, or has no head that covers every position
-        why = f"{type(error).__name__}: {truncate_end(str(error), 200)}"
-        log.warning("this model does not support packed rows (%s)", why)
+        reason = f"{type(error).__name__}: {truncate_end(str(error), 200)}"
+        log.warning("this model does not support packed rows (%s)", reason)
         return False
     unmoved = near(model, changed[-m:], together[-m:], units=1)
     return unmoved and near(model, together, torch.cat(rows), units=8)
@@ -108,14 +108,14 @@ def attending(
     """Context: the model uses this attention function."""
     AttentionInterface.register(name, attention or attend)
     AttentionMaskInterface.register(name, mask)
-    before = _implementations(model.config)
+    implementations = _implementations(model.config)
     model.set_attn_implementation(_implementations(model.config, name))
     _on_host.use(1)
     try:
         yield
     finally:
         _on_host.use(-1)
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(implementations)
 
 
 def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[str, Any]:

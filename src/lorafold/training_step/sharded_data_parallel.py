@@ -124,10 +124,10 @@ class Sharded(Replicated):
                     shard.empty()
                 self._parts.append(shards)
         shards_by_storage = {shard.storage._cdata: shard for shard in self._all}
-        there = storage_ids(model)
-        for place, shard in self.shards_by_storage.items():
+        storages = storage_ids(model)
+        for key, shard in self.shards_by_storage.items():
             # tensors in no part stay whole; those converted meanwhile no longer exist
-            if place not in shards_by_storage and place in there and isinstance(shard, ByteShard):
+            if key not in shards_by_storage and key in storages and isinstance(shard, ByteShard):
                 shard.restore()
         self.shards_by_storage.clear()
         self.shards_by_storage.update(shards_by_storage)
@@ -208,15 +208,15 @@ class Sharded(Replicated):
         return torch.linalg.vector_norm(norms.to(reduce(torch.promote_types, kinds)))
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
-        others = {one.storage._cdata for one in self._owned.values() if not one.is_owner}
-        here = {
+        not_owned = {one.storage._cdata for one in self._owned.values() if not one.is_owner}
+        own_shapes = {
             name: (tuple(t.shape), t.dtype)
             for name, t in state.items()
-            if t.untyped_storage()._cdata not in others
+            if t.untyped_storage()._cdata not in not_owned
         }
         pieces = {}
-        for index, there in enumerate(self.processes.gather(here)):
-            for name, form in there.items():
+        for index, shapes in enumerate(self.processes.gather(own_shapes)):
+            for name, form in shapes.items():
                 if name not in pieces:
                     pieces[name] = self._piece(state.get(name), *form, index)
         return dict(sorted(pieces.items()))
@@ -239,14 +239,14 @@ class Sharded(Replicated):
     def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
     ) -> Path:
-        there = find_cached(kind, key)
-        if all(self.processes.gather(there is not None)) and there is not None:
-            return there
-        with TemporaryDirectory() as made:
-            write(Path(made))  # in all processes, because it runs the model
+        path = find_cached(kind, key)
+        if all(self.processes.gather(path is not None)) and path is not None:
+            return path
+        with TemporaryDirectory() as directory:
+            write(Path(directory))  # in all processes, because it runs the model
 
             def copy(to: Path) -> None:
-                copytree(made, to, dirs_exist_ok=True)
+                copytree(directory, to, dirs_exist_ok=True)
 
             return cache_entry(kind, key, copy, notice)
 

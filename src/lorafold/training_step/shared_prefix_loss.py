@@ -149,7 +149,7 @@ class BranchedLoss(Loss):
 
     def groups(self, examples: Sequence[BranchedRow]) -> list[list[int]]:
         """Indices of examples in batches of at most `tokens`, by shared prefixes or by length."""
-        batches, rest = list[list[int]](), list[int]()
+        batches, unshared = list[list[int]](), list[int]()
         for first in range(0, len(examples), WINDOW):
             window = range(first, min(first + WINDOW, len(examples)))
             some = [examples[i] for i in window]
@@ -157,6 +157,6 @@ class BranchedLoss(Loss):
                 prompt, size = lambda i: examples[i].shared, lambda i: self.size(examples[i])
                 batches += map(list, batches_by_prefix(window, 1, self.tokens, prompt, size))
             else:
-                rest += window
-        sizes = {i: self.size(examples[i]) for i in rest}
-        return batches + similar_lengths(rest, sizes.__getitem__, self.tokens)
+                unshared += window
+        sizes = {i: self.size(examples[i]) for i in unshared}
+        return batches + similar_lengths(unshared, sizes.__getitem__, self.tokens)

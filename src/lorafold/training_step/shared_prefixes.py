@@ -131,7 +131,7 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     lens, starts = (16, 17, 17, 9, 11), (0, 9, 13, 0, 5)
     unshared = slice(starts[1], lens[0])  # the part of the first row that no other row shares
     ids = random_ids(model, sum(lens) - sum(starts) + unshared.stop - unshared.start)
-    ids, others = ids[: unshared.start - unshared.stop], ids[unshared.start - unshared.stop :]
+    ids, replacement = ids[: unshared.start - unshared.stop], ids[unshared.start - unshared.stop :]
     support = PrefixSupport(packs=True, shares=True)
     docs = Documents.with_shared_prefixes(lens, starts, ids.device)
     assert docs.keys is not None
@@ -139,14 +139,14 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     try:
         with evaluating(model):
             rows = ids[docs.keys].split(lens)
-            alone = [packed_logits(model, row, Documents((len(row),))) for row in rows]
+            alone_logits = [packed_logits(model, row, Documents((len(row),))) for row in rows]
             with attending(model, support.mask), support.document_layout(docs):
                 logits = packed_logits(model, ids, docs)
-                changed = torch.cat([ids[: unshared.start], others, ids[unshared.stop :]])
+                changed = torch.cat([ids[: unshared.start], replacement, ids[unshared.stop :]])
                 changed = packed_logits(model, changed, docs)
     except (AttributeError, TypeError, LorafoldError):
         return False  # the decoder computes with its masks, or uses other masks
-    expected = torch.cat([y[start:] for y, start in zip(alone, starts, strict=True)])
+    expected = torch.cat([y[start:] for y, start in zip(alone_logits, starts, strict=True)])
     rest = slice(unshared.stop, None)
     unmoved = near(model, changed[rest], logits[rest], units=1)
     return unmoved and near(model, logits, expected, units=8)

@@ -57,11 +57,11 @@ class Moments:
 
 def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Parameter, int]:
     """The process of each parameter: the largest first, to the process with the fewest bytes."""
-    loads, chosen = [0] * count, dict[nn.Parameter, int]()
+    loads, owner_of = [0] * count, dict[nn.Parameter, int]()
     for p in sorted(parameters, key=lambda p: -p.nbytes):
-        chosen[p] = loads.index(min(loads))
-        loads[chosen[p]] += p.nbytes
-    return chosen
+        owner_of[p] = loads.index(min(loads))
+        loads[owner_of[p]] += p.nbytes
+    return owner_of
 
 
 class ByteShard:
@@ -87,12 +87,12 @@ class ByteShard:
         """Gather all bytes, in all processes at once."""
         self.storage.resize_(self.padded)
         self.whole = True
-        whole = _bytes(self.storage)
-        if whole.is_cuda:
+        all_bytes = _bytes(self.storage)
+        if all_bytes.is_cuda:
             gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-            gather(whole, self.part)
+            gather(all_bytes, self.part)
             return
-        for index, part in enumerate(whole.split(self.kept)):  # gloo gathers into a copy
+        for index, part in enumerate(all_bytes.split(self.kept)):  # gloo gathers into a copy
             if index == self._index:
                 part.copy_(self.part)
             dist.broadcast(part, index)
@@ -322,13 +322,13 @@ def _of(module: nn.Module) -> Iterator[Tensor]:
 
 def _with_state(t: Tensor) -> Iterator[Tensor]:
     yield t
-    left = [*vars(t).values()]
-    while left:
-        value = left.pop()
+    pending = [*vars(t).values()]
+    while pending:
+        value = pending.pop()
         if isinstance(value, Tensor):
             yield value
         elif type(value).__module__.startswith("bitsandbytes."):
-            left += vars(value).values()
+            pending += vars(value).values()
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

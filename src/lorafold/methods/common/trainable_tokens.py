@@ -195,35 +195,35 @@ class TrainableTokens:
         problems = []
         if isinstance(self.ids, Mapping):
             paths = [path for path, _ in Anatomy.of(model).modules]
-            named: dict[str, tuple[int, ...]] = {}
+            ids_by_path: dict[str, tuple[int, ...]] = {}
             for name, ids in self.ids.items():
                 hits = [p for p in paths if ends_in(p, name)]
                 problems += [] if hits else [no_match(name, model, is_linear)]
-                named |= dict.fromkeys(hits, tuple(ids))
+                ids_by_path |= dict.fromkeys(hits, tuple(ids))
         else:
-            named = dict.fromkeys(Anatomy.of(model).vocabulary_ends, tuple(self.ids))
-            if not named:
+            ids_by_path = dict.fromkeys(Anatomy.of(model).vocabulary_ends, tuple(self.ids))
+            if not ids_by_path:
                 problems.append(
                     f"{type(model).__name__} does not define its embedding module; pass the"
                     " ids as a dict by module name"
                 )
         by_path: dict[str, tuple[int, ...]] = {}
-        for path in sorted(named, key=lambda p: not _is_embedding(model.get_submodule(p))):
-            by_path.setdefault(path, named[path])
+        for path in sorted(ids_by_path, key=lambda p: not _is_embedding(model.get_submodule(p))):
+            by_path.setdefault(path, ids_by_path[path])
             if _is_embedding(module := model.get_submodule(path)):
                 for other in tied_modules(model, module):
-                    by_path.setdefault(other, named.get(other, named[path]))
+                    by_path.setdefault(other, ids_by_path.get(other, ids_by_path[path]))
         return by_path, problems
 
     @staticmethod
-    def _vocabulary_mismatch(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
+    def _vocabulary_mismatch(model: nn.Module, new_deltas: Mapping[str, TokenRows]) -> list[str]:
         """The problem, if embedding and head would have different vocabularies."""
         ends = {path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends}
         rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
         sizes = dict(rows)
         for path in rows:
             deltas = [*token_rows_on(model.get_submodule(path))]
-            deltas += [found[path]] if path in found else []
+            deltas += [new_deltas[path]] if path in new_deltas else []
             sizes[path] = max([rows[path], *(i + 1 for delta in deltas for i in delta.ids)])
         if sizes == rows or len(set(sizes.values())) == 1:
             return []
