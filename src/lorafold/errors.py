@@ -130,7 +130,7 @@ def truncate_middle(text: str, max_chars: int) -> str:
     return f"{text[:before]} ... {text[len(text) - (max_chars - 5 - before):]}"
 
 
-def truncate_end(text: str, max_chars: int) -> str:
+def truncate(text: str, max_chars: int) -> str:
     """The text, cut at the end after `max_chars` characters, with the number of the others."""
     more = len(text) - max_chars
     return text if more <= 0 else f"{text[:max_chars]} ... and {more:,} more characters"

@@ -17,7 +17,7 @@ from lorafold.data.json_input import Row
 from lorafold.data.row_sources import parse_source
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import check_each, check_rows, read_rows, rename_columns
-from lorafold.errors import LorafoldError, truncate_end
+from lorafold.errors import LorafoldError, truncate
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES
 from lorafold.recipe.parsing import check_trackers
@@ -119,7 +119,7 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
     reward_list: list[Any] = [rewards] if is_single else [*cast(Iterable[Any], rewards)]
     if wrong := [entry for entry in reward_list if not (isinstance(entry, str) or callable(entry))]:
         raise LorafoldError(
-            f"rewards: found {truncate_end(repr(wrong[0]), 80)}, expected functions or names"
+            f"rewards: found {truncate(repr(wrong[0]), 80)}, expected functions or names"
         )
     if names := [entry for entry in reward_list if isinstance(entry, str)]:
         check_names(names)
@@ -214,7 +214,7 @@ def as_paths(adapters: Paths) -> list[Path]:
 def as_path(path: str | PathLike[str], name: str = "out") -> Path:
     """The path with ~ expanded; `name` is the argument in the error message."""
     if not isinstance(path, (str, PathLike)):
-        raise LorafoldError(f"{name}: found {truncate_end(repr(path), 80)}, expected a path")
+        raise LorafoldError(f"{name}: found {truncate(repr(path), 80)}, expected a path")
     return Path(path).expanduser()
 
 
@@ -256,6 +256,6 @@ def console_or_quiet(console: Console | None) -> Console:
 
     if console is not None and not isinstance(console, Console):
         raise LorafoldError(
-            f"console: found {truncate_end(repr(console), 80)}, expected a rich Console or None"
+            f"console: found {truncate(repr(console), 80)}, expected a rich Console or None"
         )
     return console or Console(quiet=True)

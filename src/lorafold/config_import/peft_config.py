@@ -63,7 +63,7 @@ def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     read = {**vars(selection), "bias": bias, **vars(inner)}
     outcomes = dict(_method_outcomes(method, inner, start))
     outcomes |= {f.key: _selection_outcome(f, config.get(f.key), read) for f in shared}
-    outcomes |= {k: _metadata(k, config[k]) for k in ORIGIN_FIELDS & config.keys() - outcomes.keys()}
+    outcomes |= {k: _metadata(k, config[k]) for k in ORIGIN_FIELDS & {*config} - {*outcomes}}
     known = method.known | set(method.marks)
     outcomes |= {
         k: _other_outcome(k, v, k in known or is_neutral(v), method)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
-from lorafold.errors import LorafoldError, NotMergeable, differing_keys, listed, truncate_end
+from lorafold.errors import LorafoldError, NotMergeable, differing_keys, listed, truncate
 
 
 class Gained(NamedTuple):
@@ -333,4 +333,4 @@ def check_settings(delta: Delta, given: Tensor, what: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else truncate_end(json.dumps(value), SHOWN)
+    return "none" if value is None else truncate(json.dumps(value), SHOWN)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorafold.engine.request import Sampling
-from lorafold.errors import EXITS, LorafoldError, truncate_end
+from lorafold.errors import EXITS, LorafoldError, truncate
 from lorafold.ops.host_tensors import select_rows
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class NotFinite(LorafoldError):
 
 class GrammarError(LorafoldError):
     def __init__(self, setting: str, reason: str) -> None:
-        reason = truncate_end(reason, 300)
+        reason = truncate(reason, 300)
         super().__init__(f"{setting}: the completion can't be continued ({reason})")
         self.setting = setting
 
@@ -217,7 +217,7 @@ class Grammars:
         except EXITS:
             raise
         except BaseException as error:  # a Rust panic is not an Exception
-            reason = truncate_end(str(error), 300)
+            reason = truncate(str(error), 300)
             raise LorafoldError(f"{name}: can't be compiled ({reason})") from None
         if matcher.is_error():
             raise LorafoldError(f"{name}: can't be compiled ({_error_of(matcher)})")
@@ -272,4 +272,4 @@ class _GrammarState:
 
 def _error_of(matcher: Any) -> str:
     """Returns the grammar's error without the dump of the parser's state."""
-    return truncate_end(" ".join(str(matcher.get_error()).partition("<state>")[0].split()), 300)
+    return truncate(" ".join(str(matcher.get_error()).partition("<state>")[0].split()), 300)

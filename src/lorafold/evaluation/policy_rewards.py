@@ -24,7 +24,7 @@ from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenize_rows
 from lorafold.engine import Sampling
-from lorafold.errors import LorafoldError, RewardFailed, truncate_end
+from lorafold.errors import LorafoldError, RewardFailed, truncate
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
@@ -68,7 +68,7 @@ class PolicySample:
                 lines.append(f"{turn.get('role')}: {content}")
             prompt = "\n".join(lines)
         texts = {"prompt": prompt, "completion": self.completion}
-        cut = {name: truncate_end(text, MAX_STORED_CHARS) for name, text in texts.items()}
+        cut = {name: truncate(text, MAX_STORED_CHARS) for name, text in texts.items()}
         return asdict(self) | cut
 
 

@@ -64,7 +64,7 @@ def pad_wide(name: str) -> str:
     return "".join(c + FILLER * (east_asian_width(c) in "WF") for c in name.replace(FILLER, ""))
 
 
-def truncate(name: str, most: int) -> str:
+def fit_name(name: str, most: int) -> str:
     """Truncates a name in its middle to a width."""
     name, half = pad_wide(name), (most - 1) // 2
     if len(name) <= most:
@@ -76,13 +76,13 @@ def truncate(name: str, most: int) -> str:
 
 def truncate_distinct(names: Sequence[str], most: int) -> list[str]:
     """Truncates names to a width, or a larger one at which they differ."""
-    shown = [truncate(name, most) for name in names]
+    shown = [fit_name(name, most) for name in names]
     differ = len({*shown}) == len({*map(pad_wide, names)})
     return shown if differ else truncate_distinct(names, most + 2)
 
 
 def wrap_name(name: str, most: int) -> str:
-    lines = (fill(truncate(name, size), LINE_WIDTH) for size in range(len(pad_wide(name)), 0, -1))
+    lines = (fill(fit_name(name, size), LINE_WIDTH) for size in range(len(pad_wide(name)), 0, -1))
     return next((text for text in lines if text.count("\n") < most), pad_wide(name))
 
 

@@ -93,7 +93,8 @@ def layer_map(sites: Sites, heading: str, name: str, fmt: str) -> dict[str, Any]
     def cell(value: float | None) -> tuple[str, str]:
         if value is None:
             return "", ""
-        return f"{value:{fmt}}", mix_colours("raised", "heat", 100 * min(max(value / largest, 0.0), 1.0))
+        share = min(max(value / largest, 0.0), 1.0)
+        return f"{value:{fmt}}", mix_colours("raised", "heat", 100 * share)
 
     lines = [(layer, [cell(values.get((kind, layer))) for kind in kinds]) for layer in layers]
     return {"heading": heading, "kinds": kinds, "lines": lines}

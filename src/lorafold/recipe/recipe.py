@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from lorafold.errors import LorafoldError, listed, renamed_warning, truncate_end
+from lorafold.errors import LorafoldError, listed, renamed_warning, truncate
 from lorafold.files.record import RENAMED, current_names
 from lorafold.foreign_options import advice
 from lorafold.objectives import OBJECTIVES
@@ -140,7 +140,7 @@ class Recipe(Fields):
         def __setattr__(self, name: str, value: Any) -> NoReturn:
             raise LorafoldError(
                 f"recipe: {name}: can't be set, because a recipe is frozen; create a new recipe, as"
-                f" in lf.Recipe({name}={truncate_end(repr(value), 80)})"
+                f" in lf.Recipe({name}={truncate(repr(value), 80)})"
             )
 
     @property

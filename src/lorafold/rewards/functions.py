@@ -22,7 +22,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from lorafold.errors import truncate_end
+from lorafold.errors import truncate
 
 J = TypeVar("J")
 SINGLE, BATCHED = {"prompt", "completion"}, {"prompts", "completions"}
@@ -66,8 +66,8 @@ class Function:
         if self.batched == bool(names & SINGLE):
             text = ", ".join(map(str, parameters)) or "none"
             raise Problem(
-                f"found the parameters {truncate_end(text, MAX_LEN)}; expected prompt or completion or both,"
-                " or for batches prompts or completions or both"
+                f"found the parameters {truncate(text, MAX_LEN)}; expected prompt or completion or"
+                " both, or for batches prompts or completions or both"
             )
 
     def rewards(self, items: Sequence[Item]) -> Iterator[list[float | None]]:
@@ -137,7 +137,7 @@ def number(value: Any, at: int | None) -> float | None:
 
 def error_text(error: BaseException, file: str | None) -> str:
     """The type, message and line of an error; the line in `file` if it was involved."""
-    message = truncate_end(f"{type(error).__name__}: {error}".removesuffix(": "), MAX_LEN)
+    message = truncate(f"{type(error).__name__}: {error}".removesuffix(": "), MAX_LEN)
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
         name = Path(error.filename or "").name
         return f"SyntaxError: {error.msg} (line {error.lineno} of {name})"
@@ -145,18 +145,18 @@ def error_text(error: BaseException, file: str | None) -> str:
     if not (own := [f for f in frames if f.filename == file] or frames):
         return message
     last = own[-1]
-    line = f": {truncate_end(last.line, MAX_LEN)}" if last.line else ""
+    line = f": {truncate(last.line, MAX_LEN)}" if last.line else ""
     return f"{message} (line {last.lineno} of {Path(last.filename).name}{line})"
 
 
 def _missing_fields(names: Sequence[str], fields: Iterable[str], at: int | None) -> Problem:
-    known = ", ".join(sorted(fields)) or "none"
-    return Problem(f"needs the fields {', '.join(names)}; the row has {truncate_end(known, MAX_LEN)}", at)
+    known = truncate(", ".join(sorted(fields)) or "none", MAX_LEN)
+    return Problem(f"needs the fields {', '.join(names)}; the row has {known}", at)
 
 
 def _text(value: Any) -> str:
     try:
-        text = truncate_end(repr(value), 80)
+        text = truncate(repr(value), 80)
     except Exception:  # for example, an integer with too many digits
         return f"a value of type {type(value).__name__}"
     return f"{text} ({type(value).__name__})"
@@ -213,10 +213,11 @@ def schema(text: str) -> Function:
             LLTokenizer("byte"), LLMatcher.grammar_from_json_schema(content), log_level=0
         )
     except BaseException as e:  # a library's panic is not an Exception
-        raise Problem(f"the file is not a supported JSON schema: {truncate_end(str(e), MAX_LEN)}") from None
+        reason = truncate(str(e), MAX_LEN)
+        raise Problem(f"the file is not a supported JSON schema: {reason}") from None
     if compiled.is_error():
         message = " ".join(compiled.get_error().partition("<state>")[0].split())
-        raise Problem(f"the file is not a supported JSON schema: {truncate_end(message, MAX_LEN)}")
+        raise Problem(f"the file is not a supported JSON schema: {truncate(message, MAX_LEN)}")
 
     def fits(completion: str) -> bool:
         matcher, tokens = compiled.deep_copy(), list(completion.strip().encode("utf-8", "replace"))
@@ -270,7 +271,8 @@ def as_object(name: str, value: Any) -> dict[str, Any]:
     except ValueError:
         parsed = value
     if not isinstance(parsed, Mapping):
-        raise Problem(f"{name}: found {truncate_end(repr(value), 80)}, expected an object or its JSON text")
+        shown = truncate(repr(value), 80)
+        raise Problem(f"{name}: found {shown}, expected an object or its JSON text")
     return dict(parsed)
 
 

@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from lorafold.errors import EXITS, LorafoldError, truncate_end
+from lorafold.errors import EXITS, LorafoldError, truncate
 from lorafold.runtime.memory import trim_heap
 from lorafold.serving import logs
 from lorafold.serving.backend import running
@@ -236,7 +236,7 @@ class Gate:
 
 async def _refused(request: Request, error: Any) -> Response:
     if isinstance(error, LorafoldError):
-        error = Refusal(400, "invalid_value", truncate_end(str(error), 2000))
+        error = Refusal(400, "invalid_value", truncate(str(error), 2000))
     elif not isinstance(error, Refusal):  # raised by FastAPI's router
         detail = str(getattr(error, "detail", "not found")).lower()
         message = f"{request.method} {request.url.path[:200]!a}: {detail}"

@@ -15,7 +15,7 @@ import time
 import traceback
 from typing import Any, TextIO
 
-from lorafold.errors import truncate_end
+from lorafold.errors import truncate
 from lorafold.serving.server import RequestRecord
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         error, stack = record.exc_info[1] if record.exc_info else None, ""
         message = record.getMessage()
-        message = message if self._texts else truncate_end(message, MAX_MESSAGE)
+        message = message if self._texts else truncate(message, MAX_MESSAGE)
         if error is not None and self._texts:
             stack = "".join(traceback.format_exception(error)).rstrip()
         elif error is not None:

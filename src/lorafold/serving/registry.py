@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from pydantic import Field
 
-from lorafold.errors import Busy, LorafoldError, escape_unprintable, truncate_end
+from lorafold.errors import Busy, LorafoldError, escape_unprintable, truncate
 from lorafold.files.atomic import write_text
 from lorafold.peft.provenance import RecordedBase
 from lorafold.runtime.processor import use_one_thread
@@ -118,7 +118,7 @@ class Registry:
             try:
                 return self._serve(self._verify(name))
             except LorafoldError as error:
-                why = escape_unprintable(truncate_end(str(error), MAX_REASON))
+                why = escape_unprintable(truncate(str(error), MAX_REASON))
                 self._rejected_stamps[name], self.rejected[name] = stamps, why
                 log.warning("adapter %s is not served: %s", escape_unprintable(name), why)
                 return None

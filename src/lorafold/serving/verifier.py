@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lorafold.errors import EXITS, Busy, LorafoldError, error_location, is_transient, truncate_end
+from lorafold.errors import EXITS, Busy, LorafoldError, error_location, is_transient, truncate
 from lorafold.files.atomic import MANIFEST, write_text
 from lorafold.files.contents import Contents, FileStamp
 from lorafold.files.model_card import OVER, VOCABULARY
@@ -207,7 +207,7 @@ class Verifier:
             stack=tuple(files.digest_of(FILES) for files in each),
             sizes=tuple(files.bytes_of(FILES) for files in each),
             method=name_of(spec), rank=getattr(ranked, "rank", None),
-            base=truncate_end(str(base or ""), 300), words=words,
+            base=truncate(str(base or ""), 300), words=words,
             other_base=other_base, other_storage=other_storage,
             tokenizer="" if words is None else self._open_tokenizer(words, stack[words]),
             form=joined([files.form for files in each]),
@@ -227,10 +227,10 @@ class Verifier:
         trained_on, storage = TrainingStorage.of(files.record), ""
         trained = trained_on.storage if trained_on else served
         if trained != served and {trained, served} & {*ON_LOAD}:
-            trained = truncate_end(trained, 20)
+            trained = truncate(trained, 20)
             storage = f"trained on {trained} weights but served on {served} ones, so outputs differ"
             log.warning("%s: %s", name, storage)
-        return truncate_end(base, 1000), storage
+        return truncate(base, 1000), storage
 
     def _open_tokenizer(self, path: Path, verified: VerifiedFiles) -> str:
         words = self.directory.tokenizer(path)

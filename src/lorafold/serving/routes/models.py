@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.errors import LorafoldError, truncate_end
+from lorafold.errors import LorafoldError, truncate
 from lorafold.serving.backend import AdapterFiles
 from lorafold.serving.keys import ADMIN, Caller
 from lorafold.serving.metrics import state_of
@@ -303,7 +303,7 @@ def administration(app: FastAPI, server: Server) -> None:
         try:
             return await server.host.in_thread(change, ADMIN)
         except LorafoldError as error:
-            raise Refusal(400, "adapter_refused", truncate_end(str(error), MAX_REASON)) from None
+            raise Refusal(400, "adapter_refused", truncate(str(error), MAX_REASON)) from None
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
