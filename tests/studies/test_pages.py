@@ -23,9 +23,9 @@ from conversation_cases import ROWS
 from lorafold.files.plots import (
     SERIES,
     figure_html,
+    fit_name,
     set_scales,
     tick_label,
-    truncate,
     truncate_distinct,
     without_common,
     wrap_name,
@@ -139,9 +139,9 @@ def width(name: str) -> int:
 @pytest.mark.parametrize("name", [CHINESE, LONG, f"{CHINESE[:8]} {LONG}", "보상 함수 " * 4, "a"])
 @pytest.mark.parametrize("most", [5, 11, 24])
 def test_a_name_has_the_room_that_it_takes(name: str, most: int) -> None:
-    cut = truncate(name, most)
+    cut = fit_name(name, most)
     assert min(width(name), most) - 2 <= width(cut) <= most
-    assert truncate(cut, most) == cut
+    assert fit_name(cut, most) == cut
     lines = wrap_name(name, 2).split("\n")
     assert len(lines) <= 2
     assert max(map(width, lines)) <= 16 + 1  # where a line ends with half of a character
@@ -149,7 +149,7 @@ def test_a_name_has_the_room_that_it_takes(name: str, most: int) -> None:
 
 def test_a_plot_has_its_names_as_they_are_and_warns_of_no_font() -> None:
     def draw(axes: Any) -> None:
-        axes.set_xticks([0], [truncate(CHINESE[:6], 24)])
+        axes.set_xticks([0], [fit_name(CHINESE[:6], 24)])
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -113,8 +113,8 @@ def render_plots(history: History) -> Iterator[str]:
     """Yield the curves. A single reward that changes has none, because it equals the total's."""
     plots = metrics_by_plot(history)
     rewards = [name for name in history.names if name.startswith(REWARD_PREFIX)]
-    labels = without_common([clean(name.removeprefix(REWARD_PREFIX)) for name in rewards])
-    labels_of = dict(zip(rewards, labels, strict=True))
+    titles = without_common([clean(name.removeprefix(REWARD_PREFIX)) for name in rewards])
+    labels_of = dict(zip(rewards, titles, strict=True))
     [alone, *more] = plots.get("each reward", ()) or ("",)
     alone = alone if not more and "reward" in plots else ""
     for title, names in plots.items():

@@ -59,8 +59,8 @@ def largest_batch(
     n = recipe.accumulate
     for examples in steps:
         # shared prefixes are only used if they save enough tokens
-        lengths, tree = documents(examples), documents(examples, True)
-        if shared := shares and sum(tree) <= MAX_SIZE * sum(lengths):
+        alone, merged = documents(examples), documents(examples, True)
+        if shared := shares and sum(merged) <= MAX_SIZE * sum(alone):
             # a prompt, or a whole row, may be shared
             parts = batches_by_prefix(
                 examples, n, recipe.max_length,
