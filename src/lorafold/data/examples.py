@@ -124,7 +124,7 @@ class CompletionEncoder(Encoder):
         first, lines = pieces[0], []
         for n, message in enumerate(given.messages):
             is_empty = not (message.get("content") or "").strip()
-            is_empty = is_empty and not any(message.get(k) for k in ("tool_calls", "reasoning_content"))
+            is_empty &= not (message.get("tool_calls") or message.get("reasoning_content"))
             suffix = "" if n not in trained.turns else EMPTY if is_empty else TRAINED
             lines.append(" ".join(message["role"].split()) + suffix)
         first.left_out, first.hidden = trained.left_out, trained.hidden

@@ -243,7 +243,8 @@ def turn_problems(name: str, turn: Any) -> Iterator[str]:
     speaker, value = turn.get("from"), turn.get("value")
     yield from loss_key_problems(name, turn)
     if speaker not in CALL_ROLES and role_of(speaker) not in ROLES:
-        yield f"field {name}.from: found {speaker!r}, expected one of {', '.join((*ROLES, *CALL_ROLES))}"
+        roles = ", ".join((*ROLES, *CALL_ROLES))
+        yield f"field {name}.from: found {speaker!r}, expected one of {roles}"
     yield from text_problems(f"{name}.value", value)
     if isinstance(value, str) and speaker in CALL_ROLES:
         try:
