@@ -34,7 +34,7 @@ from families import as_taken, embedded, names, tokenizer_of
 from lorafold.cli import app
 from lorafold.data.chat_template import MessageForm, template_of, tool_call
 from lorafold.data.examples import NO_LOSS, encode, encode_row
-from lorafold.data.formats import PAIRS, Comparison, Conversation, format_of
+from lorafold.data.formats import PAIRS, Conversation, PreferenceRow, format_of
 from lorafold.data.messages import normalize, openai_tools
 from lorafold.data.prompts import without_reasoning
 from lorafold.data.render import render
@@ -534,7 +534,7 @@ def test_preferences_have_one_form_and_sft_trains_on_the_chosen() -> None:
     for row in rows:
         shape: Any = format_of(row)
         [pair] = shape.extract(PAIRS, row)
-        assert pair == Comparison(prompt, {"chosen": good, "rejected": bad})
+        assert pair == PreferenceRow(prompt, {"chosen": good, "rejected": bad})
         assert conversation(row) == Conversation(prompt + good, 1)
         assert "rejected is not used by --objective sft" in told_of([row])
         examples = encode([row], embedded(), 128).examples

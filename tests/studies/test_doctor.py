@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from lorafold.doctor import Finding, FindingGroup, run_check
 from lorafold.doctor.hardware import Hardware, findings, measure_gflops, slow_settings
 from lorafold.doctor.installation import extras, packages, size_of
-from lorafold.doctor.report import DoctorReport, Finding, FindingGroup, run_check
+from lorafold.doctor.report import DoctorReport
 from lorafold.files.terminal import WIDTH, format_bytes
 from lorafold.runtime.devices import Gpu
 from lorafold.runtime.processor import cores_used_by_others, quota, usable_cores

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 NO_LOSS = -100  # torch's ignore_index
 WHOLE = Rendering()  # train on every assistant turn, with its reasoning
 TRAINED, EMPTY = ":trained", ":empty"  # a trained turn; a trained turn that is empty
-ANSWER_FIELDS = ("tool_calls", "reasoning_content")  # the other fields of a message with an answer
 MAX_CACHED_PROMPTS = 1000  # size of the cache of ids of prompt ends
 
 
@@ -125,7 +124,7 @@ class CompletionEncoder(Encoder):
         first, lines = pieces[0], []
         for n, message in enumerate(given.messages):
             is_empty = not (message.get("content") or "").strip()
-            is_empty = is_empty and not any(message.get(field) for field in ANSWER_FIELDS)
+            is_empty &= not (message.get("tool_calls") or message.get("reasoning_content"))
             suffix = "" if n not in trained.turns else EMPTY if is_empty else TRAINED
             lines.append(" ".join(message["role"].split()) + suffix)
         first.left_out, first.hidden = trained.left_out, trained.hidden

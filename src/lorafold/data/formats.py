@@ -148,8 +148,8 @@ def _prompt_messages(prompt: str) -> list[Message]:
 
 # The kinds of data that a format may provide for a row.
 CONVERSATIONS = "conversations"  # Conversation
-PAIRS = "pairs"  # a list of one Comparison, with a chosen and a rejected completion
-JUDGED = "judged"  # a list of Comparison, with one completion each
+PAIRS = "pairs"  # a list of one PreferenceRow, with a chosen and a rejected completion
+JUDGED = "judged"  # a list of PreferenceRow, with one completion each
 LABELS = "labels"  # LabelledText
 PROMPTS = "prompts"  # a Conversation to be continued by the assistant
 
@@ -180,7 +180,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PreferenceRow:
     """A prompt, completions by field name, tools, and the unchecked label of a single completion.
     """
 
@@ -233,10 +233,10 @@ class RowFormat:
         before = [*system_of(row), *prompt] if row.get("system") else prompt
         tools = openai_tools(row["tools"]) if row.get("tools") else ()
         if content == PAIRS:
-            return [Comparison(before, answers, tools)]
+            return [PreferenceRow(before, answers, tools)]
         if content == JUDGED:
             labels = {"chosen": True, "rejected": False, "completion": row.get("label")}
-            return [Comparison(before, {k: v}, tools, labels[k]) for k, v in answers.items()]
+            return [PreferenceRow(before, {k: v}, tools, labels[k]) for k, v in answers.items()]
         answer = next(iter(answers.values()), [])
         if content == PROMPTS:
             # without a final assistant turn, all messages are the prompt

@@ -29,7 +29,6 @@ ROLES = {  # other names of roles
     **{name: name for name in ("system", "user", "assistant", "tool", "developer")},
 }
 CALL_ROLES = ("function_call", "tool_call")  # roles whose turns are calls in JSON
-KNOWN_ROLES = (*ROLES, *CALL_ROLES)
 TURN_KEYS = {"from", "value", *LOSS_KEYS}
 
 
@@ -244,7 +243,8 @@ def turn_problems(name: str, turn: Any) -> Iterator[str]:
     speaker, value = turn.get("from"), turn.get("value")
     yield from loss_key_problems(name, turn)
     if speaker not in CALL_ROLES and role_of(speaker) not in ROLES:
-        yield f"field {name}.from: found {speaker!r}, expected one of {', '.join(KNOWN_ROLES)}"
+        roles = ", ".join((*ROLES, *CALL_ROLES))
+        yield f"field {name}.from: found {speaker!r}, expected one of {roles}"
     yield from text_problems(f"{name}.value", value)
     if isinstance(value, str) and speaker in CALL_ROLES:
         try:

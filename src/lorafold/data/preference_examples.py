@@ -20,7 +20,7 @@ import numpy as np
 from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, hash_rows, to_batch
 from lorafold.data.chat_template import prefix_of
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
-from lorafold.data.formats import JUDGED, PAIRS, Comparison, Conversation
+from lorafold.data.formats import JUDGED, PAIRS, Conversation, PreferenceRow
 from lorafold.data.json_input import Row, json_type
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows, parts_of, row_names
@@ -92,7 +92,7 @@ class PreferenceEncoder(Encoder):
     def identity(self) -> dict[str, Any]:
         return {**self._completions.identity, "kind": self.row_content}
 
-    def encode(self, contents: Sequence[Sequence[Comparison]], first: int) -> pa.RecordBatch:
+    def encode(self, contents: Sequence[Sequence[PreferenceRow]], first: int) -> pa.RecordBatch:
         documents = [
             Conversation([*one.prompt, *completion], len(one.prompt), one.tools)
             for row in contents
@@ -109,7 +109,7 @@ class PreferenceEncoder(Encoder):
         lists, flags = ("ids", "starts", "spans"), ("desirable", "marked")
         return to_batch(entries, ("row",), lists, flags, (TURNS, "problem"))
 
-    def _entry(self, one: Comparison, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    def _entry(self, one: PreferenceRow, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
         firsts = [entries[0] for entries in documents]
         ids = [entry["ids"] for entry in firsts]
         problem = self._problem(one, documents)
@@ -134,7 +134,7 @@ class PreferenceEncoder(Encoder):
         lines = "\n".join([firsts[0][TURNS], *own])
         return {"ids": together, "starts": starts, "spans": spans, TURNS: lines, **columns}
 
-    def _problem(self, one: Comparison, documents: list[list[dict[str, Any]]]) -> str:
+    def _problem(self, one: PreferenceRow, documents: list[list[dict[str, Any]]]) -> str:
         if not isinstance(one.desirable, bool):
             return f"field label: found {json_type(one.desirable)}, expected true or false"
         for name, entries in zip(one.completions, documents, strict=True):

@@ -17,8 +17,8 @@ import psutil
 import torch
 import yaml
 
+from lorafold.doctor import Finding
 from lorafold.doctor.installation import set_threads
-from lorafold.doctor.report import Finding
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
 from lorafold.kernels.registry import DECODING, TRAINING, enable

@@ -19,12 +19,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lorafold.doctor.report import Finding, reason
+from lorafold.doctor import Finding, reason
 from lorafold.files.terminal import format_bytes
 from lorafold.runtime.process_tuning import SWITCH, VARIABLES, huge_pages, unset_variables
 
 MODULES = {"pyyaml": "yaml"}  # distributions with another import name
-SHOWN_OPTIONAL = ("peft",)  # optional, but shown like a required package
 PURPOSES = {
     "dev": "tests and lint",
     "bench": "benchmarks against PEFT and TRL",
@@ -53,9 +52,8 @@ def packages(name: str = "lorafold") -> Iterator[Finding]:
         if not _extras_of(requirement) and _applies(requirement):
             yield check(requirement, required=True)
     optional = {r.name: r for r in _requirements(name) if _extras_of(r)}
-    for requirement in (optional[n] for n in SHOWN_OPTIONAL if n in optional):
-        if _version(requirement.name) is not None:
-            yield check(requirement, required=False)
+    if "peft" in optional and _version("peft") is not None:  # shown like a required package
+        yield check(optional["peft"], required=False)
 
 
 def extras(name: str = "lorafold") -> Iterator[Finding]:
