@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arithmetic_cases import IN, OPS, Products, T, W, X
+from lorafold.ops import arithmetic as module
 from lorafold.ops import cross_entropy
-from lorafold.ops import matmul_dtype as module
 from lorafold.ops.arithmetic import (
     MIN_ROWS,
     is_fp32_faster,

@@ -25,7 +25,7 @@ from lorafold.core.targets import all_linear, block_linears
 from lorafold.layers import is_linear, layer_of, parameter_count
 from lorafold.layers.bitsandbytes import import_bitsandbytes
 from lorafold.models.quantize_on_load import set_model_dtype
-from lorafold.ops import sort_into_groups as ops
+from lorafold.ops import grouped as ops
 from lorafold.ops.grouped import (
     FrozenMatrices,
     Groups,
