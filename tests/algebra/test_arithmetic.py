@@ -87,13 +87,13 @@ def test_what_pays_follows_from_the_processor(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     assert [
-        module.widening_pays.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16)
+        module.is_fp32_faster.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16)
     ] == expected
 
 
 def test_other_processors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.platform, "machine", lambda: "arm64")
-    assert not module.widening_pays.__wrapped__(torch.bfloat16)
+    assert not module.is_fp32_faster.__wrapped__(torch.bfloat16)
 
 
 KINDS = {False: torch.bfloat16, True: torch.float32}

@@ -69,8 +69,7 @@ def _low_rank(part: SlotFactors, slots: Tensor) -> Product:
     def product(x: Tensor) -> Tensor:
         # the factors are exact in x's dtype; with one token, the stored dtype is faster
         dtype = down.dtype if x.shape[1] == 1 else matmul_dtype(x)
-        u = torch.matmul(x.to(dtype), down.to(dtype).mT)
-        return torch.matmul(u, up.to(dtype)).to(x.dtype)
+        return (x.to(dtype) @ down.to(dtype).mT @ up.to(dtype)).to(x.dtype)
 
     return product
 

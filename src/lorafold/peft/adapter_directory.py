@@ -60,7 +60,7 @@ from lorafold.peft.config import (
     select_exactly,
     write_config,
 )
-from lorafold.peft.convolution import multiply_tucker_cores
+from lorafold.peft.convolution import TUCKER_CORES, multiply_tucker_cores
 from lorafold.peft.form import DROPOUT, PER_EXPERT, format_of, warn_limits, with_dropout
 from lorafold.peft.provenance import DIGEST_FILES, RecordedBase, TrainingStorage, parse_over
 from lorafold.peft.table_types import ROOT
@@ -332,7 +332,8 @@ def _collect_problem(problems: list[str], do: Callable[[], T]) -> T | None:
 def _weights(contents: Contents) -> InMemory:
     if WEIGHTS in contents.files:
         file = InMemory.read(contents.files[WEIGHTS], contents.path / WEIGHTS)
-        return multiply_tucker_cores(file)
+        has_cores = any(name.endswith(TUCKER_CORES) for name in file.names)
+        return multiply_tucker_cores(file) if has_cores else file
     pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (
         f"found {', '.join(pickles)}, which can run code when loaded; convert it to safetensors"
