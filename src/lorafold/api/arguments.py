@@ -52,7 +52,7 @@ def as_rows(
         rows = check_rows(numbered, label, content)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{label}: only training rows may have a weight; remove it")
-    messages = [*_dropped_columns(columns), *rows.remarks]
+    messages = [*(_dropped_columns(columns) if columns else ()), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if entry is not None:
         messages += entry.notices(rows.formats)

@@ -38,7 +38,7 @@ from lorafold.inspecting.token_directions import (
     find_sides,
     largest_shares,
     mean_nearest,
-    nearest_to,
+    near_to,
     read_vectors,
 )
 from lorafold.inspecting.updates import AdaptedModule, Svd, Svds, largest_of, load_below, modules_of
@@ -159,13 +159,12 @@ def named_directions(
     fields = defaultdict[str, dict[str, Any]](dict)
     for verb, of in sides.items():
         if tokenizer is not None:
-            named = nearest_to(of, *vocabulary[verb], lambda n: str(tokenizer.decode([n])))
+            named = near_to(of, *vocabulary[verb], lambda n: str(tokenizer.decode([n])))
             for name, table in named.items():
                 fields[name][verb] = table
         if vectors is not None:
-            names, matrix = vectors
             streams = {name: side for name, side in of.items() if not side.of_tokens}
-            for name, table in nearest_to(streams, matrix, None, names.__getitem__).items():
+            for name, table in near_to(streams, vectors[1], None, vectors[0].__getitem__).items():
                 shares = largest_shares(streams[name], svds[name].s, *vectors)
                 fields[name] |= {f"{verb}_vectors": table, f"{verb}_shares": shares}
     return fields

@@ -111,7 +111,7 @@ def find_sides(
     return {"reads": reads, "writes": writes}
 
 
-def nearest_to(
+def near_to(
     sides: Mapping[str, Directions],
     vectors: Tensor,  # (n, d)
     norm_gain: Tensor | None,  # (d,)
