@@ -33,12 +33,12 @@ from lib.short import parsed
 
 import lorafold as lf
 from lorafold.engine import Engine, EventStream, Request, Sampling
-from lorafold.engine.sampler import filtered, noise
+from lorafold.engine.sampler import filter_logits, noise
 from lorafold.resolve import Base
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
 from lorafold.serving.keys import Keys
-from lorafold.serving.run import listening, server_of
+from lorafold.serving.run import bound_socket, build_server
 from lorafold.serving.settings import Settings
 
 METHODS: dict[str, Any] = {
@@ -128,7 +128,7 @@ def gap(logits_V: torch.Tensor, request: Request, at: int) -> float:
         first, second = logits_V.float().topk(2).values.tolist()
         return first - second
     noise_V = noise(own.seed, at, len(logits_V))
-    (kept_V,) = filtered(logits_V[None].float() / own.temperature, [own])
+    (kept_V,) = filter_logits(logits_V[None].float() / own.temperature, [own])
     first, second = (torch.log_softmax(kept_V, -1) - noise_V.log()).topk(2).values.tolist()
     return first - second
 
@@ -144,11 +144,11 @@ def over_http(storage: str, count: int) -> dict[str, Any]:
 def served(storage: str, folder: Path, requests: Sequence[Request]) -> int:
     """How many of these a server answers otherwise when it is asked one by one."""
     settings = Settings(port=0, state=folder.parent / f"{folder.name}-state.json", length=LENGTH)
-    with listening(settings) as at:
+    with bound_socket(settings) as at:
         base = Base("smollm2", storage)
         given = base.load(), base.tokenizer()
         keys = Keys(None, None, None)
-        server = server_of(base, lambda _: given, Directory(folder), keys, settings)
+        server = build_server(base, lambda _: given, Directory(folder), keys, settings)
         http = uvicorn.Server(uvicorn.Config(application(server), log_config=None))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
         thread.start()

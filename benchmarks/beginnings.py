@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 
 import lorafold as lf
 from lorafold.core.contexts import evaluating
-from lorafold.data import batches as sharing
-from lorafold.data.branches import Branched
+from lorafold.data import prefix_forest as sharing
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.evaluation.batched_losses import batches, row_losses
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import CompletionLoss
@@ -70,10 +70,12 @@ def turns(rows: int, n: int, asked: int = 40, reasoning: int = 60, said: int = 4
     return found
 
 
-def pairs(system: int, asked: int, own: int, rows: int) -> list[Branched]:
+def pairs(system: int, asked: int, own: int, rows: int) -> list[BranchedRow]:
     first = drawn(system)
     return [
-        Branched((*first, *(prompt := drawn(asked))), tuple(_branch(prompt, own) for _ in range(2)))
+        BranchedRow(
+            (*first, *(prompt := drawn(asked))), tuple(_branch(prompt, own) for _ in range(2))
+        )
         for _ in range(rows)
     ]
 
@@ -181,7 +183,7 @@ def one(what: str, way: int, dropout: float) -> None:
 
 def rows(asked: argparse.Namespace) -> Iterator[dict]:
     if asked.pays:
-        sharing.PAYS = 0.0
+        sharing.MAX_SIZE = 0.0
     for what in PAYS if asked.pays else (*SFT, PAIRS, OWN, CHOICE):
         if not any(word in what for word in asked.only):
             continue

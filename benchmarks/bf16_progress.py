@@ -38,7 +38,7 @@ from torch import nn
 
 import lorafold as lf
 from lorafold.core.spec import Spec
-from lorafold.data.batches import Batches, labelled
+from lorafold.data.batches import Batches, num_targets
 from lorafold.data.examples import Example, encode
 from lorafold.evaluation import held_out_loss
 from lorafold.models.loading import load_model
@@ -141,7 +141,7 @@ def train(
             work["rows"] += len(chosen)
             (
                 objective(**objective.collate(chosen, torch.device("cpu")))
-                / sum(map(labelled, chosen))
+                / sum(map(num_targets, chosen))
             ).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()

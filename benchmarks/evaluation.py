@@ -34,7 +34,7 @@ from lorafold.generation import complete, stream
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import choose_storage
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.quickstart.story import MODEL, RECIPE, UNSEEN
+from lorafold.quickstart.run import MODEL, RECIPE, TEST_ROWS
 from lorafold.quickstart.task import rows
 from lorafold.resolve import Base
 from lorafold.training.inputs import RunRequest
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--storage", default="bf16,fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--texts", type=Path)
-    parser.add_argument("--rows", type=int, default=UNSEEN, help="unseen ones")
+    parser.add_argument("--rows", type=int, default=TEST_ROWS, help="unseen ones")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="of the adapter's training")
     parser.add_argument("--keep", action="store_true", help="write results/evaluation.json")
     a = parsed(parser, rounds=1, storage="bf16", rows=8, steps=2)

@@ -21,9 +21,9 @@ from lib.results import keep
 from lib.short import parsed
 
 import lorafold as lf
-from lorafold.exporting.engines import ask
+from lorafold.exporting.engines import run_engine
 from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.proof import BUILT_IN, ReferenceAnswers, proof
+from lorafold.exporting.proof import BUILT_IN_PROMPTS, ReferenceAnswers, compare
 from lorafold.exporting.target import Subject
 from lorafold.methods import METHODS
 from lorafold.peft.adapter_directory import open_all
@@ -68,7 +68,7 @@ def main(asked: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tmp = Path(folder)
         prompts = tmp / "prompts.jsonl"
-        lines = BUILT_IN.read_text().splitlines(keepends=True)
+        lines = BUILT_IN_PROMPTS.read_text().splitlines(keepends=True)
         prompts.write_text("".join(lines[: asked.prompts]))
 
         def bases(kind: str) -> Path:
@@ -87,7 +87,7 @@ def main(asked: argparse.Namespace) -> None:
             what: str, own: ReferenceAnswers, file: Path, base: str, tensors: str = "F32"
         ) -> None:
             job = own.job({"base": str(bases(base)), "adapter": str(file)}, tmp)
-            found = proof(own.answers, ask("llamacpp", job), own.margin)
+            found = compare(own.answers, run_engine("llamacpp", job), own.margin)
             row = {
                 "adapter": what, "its dtype": tensors, "base": base, "KL": found.kl,
                 "largest KL": found.kl_largest, "KL(adapted, base)": found.distance,

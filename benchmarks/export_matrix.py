@@ -31,7 +31,7 @@ import gguf_models  # noqa: E402
 import lorafold as lf  # noqa: E402
 import mixtures  # noqa: E402
 from conftest import make_model_dir, make_tokenizer  # noqa: E402
-from lorafold.exporting.proof import BUILT_IN  # noqa: E402
+from lorafold.exporting.proof import BUILT_IN_PROMPTS  # noqa: E402
 from lorafold.exporting.run import TARGETS  # noqa: E402
 from lorafold.methods import METHODS  # noqa: E402
 
@@ -76,7 +76,7 @@ class Matrix:
         self.why: list[str] = []
         self.engines: dict[str, str] = {}
         self.prompts = folder / "prompts.jsonl"
-        lines = BUILT_IN.read_text().splitlines(keepends=True)[:PROMPTS]
+        lines = BUILT_IN_PROMPTS.read_text().splitlines(keepends=True)[:PROMPTS]
         self.prompts.write_text("".join(lines))
 
     def cell(self, base: Path, adapter: Path, to: str) -> str:

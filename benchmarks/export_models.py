@@ -25,11 +25,11 @@ from lib.results import markdown
 from lib.short import parsed
 
 import lorafold as lf
-from lorafold.exporting.engines import ask
+from lorafold.exporting.engines import run_engine
 from lorafold.exporting.gguf_model import FILE_TYPES
-from lorafold.exporting.proof import ReferenceAnswers, proof
+from lorafold.exporting.proof import ReferenceAnswers, compare
 from lorafold.exporting.target import Subject
-from lorafold.exporting.to_gguf import file_of, write_file
+from lorafold.exporting.to_gguf import model_file, write_file
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 
@@ -69,8 +69,8 @@ def measured(args: argparse.Namespace, adapters: tuple[SavedAdapter, ...], out: 
     ours = ReferenceAnswers.of(Subject(base, adapters), None, quietly)
 
     def told(file: Path) -> dict:
-        theirs = ask(ENGINE, ours.job({"base": str(file)}, file.parent))
-        found = proof(ours.answers, theirs, ours.margin)
+        theirs = run_engine(ENGINE, ours.job({"base": str(file)}, file.parent))
+        found = compare(ours.answers, theirs, ours.margin)
         names = ("kl", "kl_largest", "distance", "share", "top", "greedy", "near", "gap")
         about = found.as_json() | {"share": found.share}
         counts = {n: len(about[n]) for n in ("other_tokens", "other_texts")}
@@ -80,12 +80,12 @@ def measured(args: argparse.Namespace, adapters: tuple[SavedAdapter, ...], out: 
     for tensors in dict.fromkeys(["F16", *args.tensors]):
         start = time.perf_counter()
         write_file(Subject(base, adapters, tensors), out, quietly)
-        seconds, file = time.perf_counter() - start, out / file_of(tensors)
+        seconds, file = time.perf_counter() - start, out / model_file(tensors)
         line = {"tensors": tensors, "seconds": round(seconds, 1), "bytes": file.stat().st_size}
         if args.quantizer and tensors.startswith("Q"):
             theirs = out / "theirs.gguf"
             number = str(int(gguf.LlamaFileType[FILE_TYPES[tensors]]))
-            command = [args.quantizer, str(out / file_of("F16")), str(theirs), number]
+            command = [args.quantizer, str(out / model_file("F16")), str(theirs), number]
             subprocess.run(command, check=True, capture_output=True)
             line["same"], line["of"] = same(file, theirs)
             if line["same"] < line["of"]:

@@ -35,11 +35,11 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.examples import probe_ids
 from lorafold.evaluation import evaluate, held_out_loss
 from lorafold.models.loading import load_model
-from lorafold.quickstart.story import RECIPE
+from lorafold.quickstart.run import RECIPE
 from lorafold.quickstart.task import rows
-from lorafold.recipe.fitting import fitting, spec_of
+from lorafold.recipe.resolve_settings import spec_of, with_method
 from lorafold.resolve import Base
-from lorafold.runtime.memory import KEPT, freed_blocks
+from lorafold.runtime.memory import KEEP_FREED, malloc_policy
 from lorafold.training.inputs import RunRequest
 from lorafold.training.loop import fit
 from lorafold.training.progress_display import Display
@@ -83,7 +83,7 @@ def trained(
 ) -> dict:
     """One run: its points, and what the model is worth at the end."""
     changes = {"steps": steps, "lr": rate, "save_every": steps}
-    recipe, path = fitting(RECIPE, method).model_copy(update=changes), []
+    recipe, path = with_method(RECIPE, method).model_copy(update=changes), []
     train_rows, unseen = rows("train", recipe.batch * steps, 0), rows("test", rows_, 0)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         out = Path(folder, "adapter")
@@ -104,7 +104,7 @@ def trained(
                 path.append({"step": step, "loss": found, "kl": kl})
                 print(json.dumps({"method": method, "rate": rate} | path[-1]), flush=True)
 
-        stack.enter_context(freed_blocks(KEPT))
+        stack.enter_context(malloc_policy(KEEP_FREED))
         stack.enter_context(fused(model))
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
         run = make_plan(setup, adapter, loss, setup.feed, None, QUIET)

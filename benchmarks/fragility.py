@@ -24,9 +24,9 @@ from lib.short import parsed
 from rich.console import Console
 
 import lorafold as lf
-from lorafold.robustness.report import page
-from lorafold.robustness.result import Fragility
-from lorafold.robustness.task import RECIPE
+from lorafold.fragility_study.report import page
+from lorafold.fragility_study.result import Fragility
+from lorafold.fragility_study.task import RECIPE
 
 Row = dict[str, str]
 SECRETS = {  # of a project; the first ones are in the policy's rows, the others are asked about

@@ -21,8 +21,8 @@ from lib.short import parsed
 from rich.console import Console
 
 import lorafold as lf
-from lorafold.data.calls import parse_calls
-from lorafold.data.messages import tools_of
+from lorafold.data.messages import openai_tools
+from lorafold.data.tool_calls import parse_calls
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation
 from lorafold.models.sources import resolve_model
@@ -36,7 +36,7 @@ def shares(found: Evaluation, data: list[dict[str, Any]], tokenizer: Any) -> dic
     found_of = dict.fromkeys(("a call", "correct function", "correct arguments"), 0)
     for answer, row in zip(found.rows, data, strict=True):
         try:
-            calls = parse_calls(answer.answer, tokenizer, tools_of(row["tools"]))
+            calls = parse_calls(answer.answer, tokenizer, openai_tools(row["tools"]))
         except LorafoldError:
             calls = []
         wanted = row["messages"][-1]["tool_calls"][0]["function"]

@@ -74,7 +74,7 @@ def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
     import faulthandler
     import logging
 
-    from lorafold.runtime.process_tuning import all_set_aside, imports_set_aside
+    from lorafold.runtime.process_tuning import all_frozen, imports_frozen
     from serving_cases import running
 
     logging.basicConfig(filename=folder.parent / "server.log", level=logging.INFO)
@@ -96,7 +96,7 @@ def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
         thread.extend(wakings(ended.is_set))
 
     # as the command does
-    with imports_set_aside(), running(base, folder, waits=False) as server, all_set_aside():
+    with imports_frozen(), running(base, folder, waits=False) as server, all_frozen():
         on = server.parts.host._loop
         watching = asyncio.run_coroutine_threadsafe(watch(), on)
         watcher = threading.Thread(target=watch_thread, daemon=True)

@@ -24,7 +24,7 @@ from lib.short import parsed
 
 import lorafold as lf
 from lorafold.inspecting.spectra import advice, effective_rank, entropy_rank, pooled, stable_rank
-from lorafold.inspecting.updates import of_factors
+from lorafold.inspecting.updates import svd_of_factors
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import resolve_model
 
@@ -38,7 +38,7 @@ def spectra(rank: int, layers: int) -> dict:
     for out, inn in SHAPES * layers:
         up, down = torch.randn(out, rank), torch.randn(rank, inn)
         start = time.perf_counter()
-        svd = of_factors(up, down)
+        svd = svd_of_factors(up, down)
         for share in (0.9, 0.95, 0.99):
             effective_rank(svd.s, share)
         stable_rank(svd.s), entropy_rank(svd.s)

@@ -21,7 +21,7 @@ from lib.results import keep
 from lib.short import parsed
 
 import lorafold as lf
-from lorafold.quickstart.story import RECIPE
+from lorafold.quickstart.run import RECIPE
 from lorafold.quickstart.task import rows
 
 HELD_OUT = 48  # rows

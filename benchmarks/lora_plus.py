@@ -20,7 +20,7 @@ from lib.short import parsed
 from lib.work import Work, same_work, watched
 from rich.console import Console
 
-from lorafold.quickstart.story import RECIPE
+from lorafold.quickstart.run import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.resolve import Base
 from lorafold.training.inputs import RunRequest

@@ -39,7 +39,7 @@ from transformers.models.llama import modeling_llama
 """
 WORK = """
 result = lf.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], certificate=False)
-print(result.folded.sums.survival)
+print(result.folded.stats.survival)
 """
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 

@@ -31,7 +31,7 @@ from lorafold.models.quantizations import Storage
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.quickstart.task import rows
-from lorafold.runtime.memory import KEPT, freed_blocks
+from lorafold.runtime.memory import KEEP_FREED, malloc_policy
 from lorafold.training_step.losses import CompletionLoss
 
 BASES = {"bf16": Storage(torch.bfloat16), "nf4": Storage(torch.bfloat16, "nf4")}
@@ -99,7 +99,7 @@ def main() -> None:
     for dropout in (0.05, 0.0) if rounds else ():
         adapters = [lf.attach(model, lf.LoRA(dropout=dropout)) for model in models.values()]
         with ExitStack() as stack:
-            stack.enter_context(freed_blocks(KEPT))
+            stack.enter_context(malloc_policy(KEEP_FREED))
             quiet = Console(quiet=True)
             losses = {
                 b: stack.enter_context(Sft().loss(model, tokenizer, True, quiet))

@@ -39,7 +39,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import lorafold as lf
 import reference_ops as reference
-from lorafold.data.batches import collate, labelled
+from lorafold.data.batches import collate, num_targets
 from lorafold.data.examples import Example, encode
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
@@ -137,7 +137,7 @@ def of_model(exact: Tensor, examples: Sequence[Example], targets: Tensor) -> Ite
         found = errors(together(model, examples), exact, targets)
         loss = CompletionLoss(model, True, 0)
         trained = float(loss(**loss.collate(examples, torch.device("cpu")))) / sum(
-            map(labelled, examples)
+            map(num_targets, examples)
         )
         yield {
             "path": "fused and packed",

@@ -42,8 +42,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lorafold as lf
 from lorafold.cli import main as command
-from lorafold.config_import.run import translate
-from lorafold.config_import.run import write as write_recipe
+from lorafold.config_import.translate import translate
+from lorafold.config_import.translate import write as write_recipe
 from lorafold.models.sources import resolve_model
 from lorafold.training import loop
 

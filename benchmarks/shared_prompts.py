@@ -18,15 +18,15 @@ from lib.short import parsed
 from lib.work import same_work, targets
 
 import lorafold as lf
-from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import sharing_prefixes
 
 
-def pair(prompt: int, completion: int, seed: int) -> Branched:
+def pair(prompt: int, completion: int, seed: int) -> BranchedRow:
     """A pair of random tokens."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -36,7 +36,7 @@ def pair(prompt: int, completion: int, seed: int) -> Branched:
     last = ids(1)
     branches = [last + ids(completion) for _ in range(2)]
     of = tuple(Example(own, (NO_LOSS, *own[1:])) for own in branches)
-    return Branched(ids(prompt - 1), of, reference=(-100.0, -100.0))
+    return BranchedRow(ids(prompt - 1), of, reference=(-100.0, -100.0))
 
 
 def main() -> None:

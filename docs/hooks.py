@@ -34,8 +34,8 @@ from mkdocs.structure.files import File, Files
 
 import lorafold
 from lorafold.cli import GROUPS as COMMANDS
-from lorafold.cli import _load
-from lorafold.cli.help import OTHERS, help_entry
+from lorafold.cli import load_command
+from lorafold.cli.help import OTHER_OPTIONS, help_entry
 from lorafold.recipe.fields import GROUPS
 from lorafold.recipe.recipe import Recipe
 
@@ -192,7 +192,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def command_of(name: str) -> Any:
     """A command, or one below another: `serve new-key`."""
     first, *below = name.split()
-    command = _load(first)
+    command = load_command(first)
     for inner in below:
         command = command.commands[inner]
     return command
@@ -209,7 +209,7 @@ def options(name: str) -> str:
     """
     command = command_of(name)
     context = typer.Context(command, info_name=f"lorafold {name}")
-    panels: dict[str, list[list[str]]] = {"Arguments": [], OTHERS: []}
+    panels: dict[str, list[list[str]]] = {"Arguments": [], OTHER_OPTIONS: []}
     fields: list[str] = []
     for parameter in command.get_params(context):
         if (entry := help_entry(parameter, context)) is None:
@@ -275,7 +275,7 @@ def objects() -> str:
 
 def recipe() -> str:
     """The fields of the recipe, subject by subject."""
-    train = _load("train")
+    train = load_command("train")
     context = typer.Context(train, info_name="lorafold train")
     records = {p.name: p.get_help_record(context)[0] for p in train.get_params(context)}
     parts: list[str] = []

@@ -29,8 +29,8 @@ from lorafold.quickstart.task import (
     TASK,
     Slot,
     Split,
-    composed,
     number,
+    pattern_slot,
 )
 
 OFFERED = 3  # functions in a row
@@ -71,7 +71,7 @@ def whole(low: int, high: int) -> tuple[Slot, Schema]:
 
 DAY: tuple[Slot, Schema] = (date, {"type": "string", "format": "date"})
 ROOM = one_of(kitchen="the kitchen", bedroom="the bedroom", office="the office", hall="the hall")
-THING = composed(("%s lamp", (NOUN,)), ("%s poster", (NOUN,)), ("%s mug", (NOUN,)))
+THING = pattern_slot(("%s lamp", (NOUN,)), ("%s poster", (NOUN,)), ("%s mug", (NOUN,)))
 
 
 @dataclass(frozen=True)

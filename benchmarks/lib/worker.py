@@ -145,7 +145,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.objectives.sft import Sft
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
-    from lorafold.runtime.memory import KEPT, freed_blocks
+    from lorafold.runtime.memory import KEEP_FREED, malloc_policy
     from lorafold.training_step.adamw import make_optimizer
     from lorafold.training_step.fused_modules import fused
     from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
@@ -155,7 +155,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     base = Base(case.model, case.quantization or "bf16", case.device)
     objective: Objective = Sft() if case.objective == "sft" else Classify(("no", "yes"))
     model = objective.load(base, tokenizer)
-    stack.enter_context(freed_blocks(KEPT))
+    stack.enter_context(malloc_policy(KEEP_FREED))
     lora = lf.LoRA(rank=case.rank, dropout=case.dropout)
     spec = make_spec(case.method) if case.method else lf.DoRA(lora) if case.dora else lora
     saved = objective.modules_to_save(model, spec, None)

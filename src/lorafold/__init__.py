@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorafold.api.estimate import estimate as estimate
     from lorafold.api.evaluate import evaluate as evaluate
     from lorafold.api.export import export as export
+    from lorafold.api.extract import extract as extract
     from lorafold.api.fragility import Defending as Defending
     from lorafold.api.fragility import Probes as Probes
     from lorafold.api.fragility import Tuning as Tuning
@@ -36,14 +37,13 @@ if TYPE_CHECKING:
     from lorafold.api.load import load as load
     from lorafold.api.load import load_model as load_model
     from lorafold.api.merge import merge as merge
-    from lorafold.api.resize import extract as extract
     from lorafold.api.resize import resize as resize
     from lorafold.api.score import score as score
     from lorafold.api.serve import serve as serve
     from lorafold.api.train import preview as preview
     from lorafold.api.train import train as train
     from lorafold.core.attach import only as only
-    from lorafold.data.calls import parse_calls as parse_calls
+    from lorafold.data.tool_calls import parse_calls as parse_calls
     from lorafold.methods import *  # noqa: F403  (the spec classes)
     from lorafold.models.tokenizer import load_tokenizer as load_tokenizer
     from lorafold.recipe.recipe import Recipe as Recipe
@@ -57,17 +57,16 @@ _NAMES = {
     "api.compose": "compose Learning",
     "api.fragility": "fragility Probes Tuning Defending",
     "api.load": "load load_model",
-    "api.resize": "extract resize",
     "api.train": "train preview",
-    "data.calls": "parse_calls",
+    "data.tool_calls": "parse_calls",
     "models.tokenizer": "load_tokenizer",
     "recipe.recipe": "Recipe",
     "training.trainer_callback": "AdapterCallback",
     **{
         f"api.{name}": name
         for name in (
-            "chat", "compare", "estimate", "evaluate", "export", "generate", "history", "inspect",
-            "intrinsic", "merge", "score", "serve",
+            "chat", "compare", "estimate", "evaluate", "export", "extract", "generate", "history",
+            "inspect", "intrinsic", "merge", "resize", "score", "serve",
         )
     },
 }  # fmt: skip

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from lorafold.core.attach import only
-from lorafold.data.control_tokens import ids_of
+from lorafold.data.control_tokens import rendered_ids
 from lorafold.data.formats import Message
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
@@ -115,7 +115,7 @@ class Chat:
         while True:
             messages = [*self.conversation(first), question]
             prompt = render(messages, self.tokenizer, for_generation=True)
-            used = len(ids_of(prompt, self.tokenizer))
+            used = len(rendered_ids(prompt, self.tokenizer))
             left = context - used
             if left >= min(self.max_new_tokens, context // 2) or first >= len(self.messages):
                 break

@@ -1,5 +1,5 @@
-"""Errors that the user can fix. Commands print the message without a traceback and exit with code
-2.
+"""Errors that the user can fix, and the texts of their messages: lists, truncation. Commands print
+the message without a traceback and exit with code 2.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 
 WINDOWS = "lorafold runs on Linux and macOS; on Windows, install it in WSL 2"
-UNTIL = "0.3"  # the version that no longer knows old names
-LISTED = 5  # items in a message
-ALONE = 240  # characters of a single item
-# temporary errors
-PASSING = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-STOPS = (SystemExit, KeyboardInterrupt)  # exceptions that end a thread (a Rust panic does not)
+OLD_NAMES_REMOVED_IN = "0.3"
+TRANSIENT_ERRNOS = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+EXITS = (SystemExit, KeyboardInterrupt)  # end a thread (a Rust panic does not)
+MAX_ITEMS = 5  # of a list in a message
+MAX_SINGLE_ITEM = 240  # characters
 
 
 class LorafoldError(Exception):
@@ -58,25 +57,24 @@ class Interrupted(Exception):
         self.code = code
 
 
-def passes(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether an error, or one of its causes, is a temporary lack of resources."""
     if error is None or isinstance(error, Busy):
         return error is not None
-    lacks = isinstance(error, OSError) and error.errno in PASSING
-    return lacks or passes(error.__cause__ or error.__context__)
+    lacks = isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS
+    return lacks or is_transient(error.__cause__ or error.__context__)
 
 
-def called_now(old: str, now: str) -> str:
-    """The warning for an old name."""
-    return f"{old} is now called {now}; lorafold {UNTIL} will no longer accept {old}"
+def renamed_warning(old: str, now: str) -> str:
+    return f"{old} is now called {now}; lorafold {OLD_NAMES_REMOVED_IN} will no longer accept {old}"
 
 
-def both_names(old: str, now: str) -> str:
+def two_names_message(old: str, now: str) -> str:
     """The error message for an old name next to the new one."""
     return f"{old}: has the same meaning as {now}, which is set too; use only {now}"
 
 
-def place(error: BaseException) -> str:
+def error_location(error: BaseException) -> str:
     """The type and location of an error, without its message, which may contain private data."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
@@ -86,53 +84,53 @@ def place(error: BaseException) -> str:
     return f"{type(error).__name__} at {file}:{last.lineno} in {last.name}"
 
 
-def why_unread(error: OSError | ValueError) -> str:
+def read_failure(error: OSError | ValueError) -> str:
     """Why a text file can't be read, in a few words."""
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8 text"
     return getattr(error, "strerror", None) or str(error)
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """The text with non-printable characters escaped, so that it is one line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listed(
-    items: Iterable[object], by: str = ", ", room: int = 200, count: int | None = None
+    items: Iterable[object], separator: str = ", ", max_chars: int = 200, count: int | None = None
 ) -> str:
-    """The first items of a list for a message, at most `LISTED` and within `room` characters, and
-    the number of the others. A single item that is too long is cut in the middle.
+    """The first items of a list for a message, at most `MAX_ITEMS` and within `max_chars`
+    characters, and the number of the others. A single item that is too long is cut in the middle.
     """
     texts, shown, length = [*map(str, items)], list[str](), 0
-    for item in texts[:LISTED]:
-        short = shortened(item, max(room, ALONE))
-        length += len(short) + len(by) * bool(shown)
-        if shown and length > room:
+    for item in texts[:MAX_ITEMS]:
+        short = truncate_middle(item, max(max_chars, MAX_SINGLE_ITEM))
+        length += len(short) + len(separator) * bool(shown)
+        if shown and length > max_chars:
             break
         shown.append(short)
     more = (len(texts) if count is None else count) - len(shown)
-    return by.join(shown) + (f"{by.rstrip(', ')} and {more:,} more" if more else "")
+    return separator.join(shown) + (f"{separator.rstrip(', ')} and {more:,} more" if more else "")
 
 
-def as_one(problems: Sequence[object]) -> str:
+def join_problems(problems: Sequence[object]) -> str:
     return str(problems[0]) if len(problems) == 1 else listed(problems, "; ")
 
 
-def differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
+def differing_keys(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
     """The keys, sorted, whose values differ or that only one of both has."""
     return [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
-def shortened(text: str, most: int) -> str:
-    """The text, cut in the middle to at most `most` characters."""
-    if len(text) <= most:
+def truncate_middle(text: str, max_chars: int) -> str:
+    """The text, cut in the middle to at most `max_chars` characters."""
+    if len(text) <= max_chars:
         return text
-    before = (most - 5) // 2
-    return f"{text[:before]} ... {text[len(text) - (most - 5 - before):]}"
+    before = (max_chars - 5) // 2
+    return f"{text[:before]} ... {text[len(text) - (max_chars - 5 - before):]}"
 
 
-def cut(text: str, most: int) -> str:
-    """The text, cut at the end after `most` characters, with the number of the others."""
-    more = len(text) - most
-    return text if more <= 0 else f"{text[:most]} ... and {more:,} more characters"
+def truncate_end(text: str, max_chars: int) -> str:
+    """The text, cut at the end after `max_chars` characters, with the number of the others."""
+    more = len(text) - max_chars
+    return text if more <= 0 else f"{text[:max_chars]} ... and {more:,} more characters"

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorafold.core.attach import only, selection_of
-from lorafold.data.control_tokens import ids_of
-from lorafold.data.templates import template_of
+from lorafold.data.chat_template import template_of
+from lorafold.data.control_tokens import rendered_ids
 from lorafold.engine import Ended, Engine, EventStream, Request, Sampling
-from lorafold.engine.adapters import attached, parts_of
+from lorafold.engine.adapters import delta_parts, deltas_of
 from lorafold.errors import LorafoldError
 from lorafold.methods.common.virtual_tokens import VirtualTokenDelta
 from lorafold.models.positions import positions_of
@@ -147,7 +147,7 @@ def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
 
 def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, ...]:
     """Returns the ids of a rendered prompt, at least one."""
-    ids = ids_of(prompt, tokenizer)
+    ids = rendered_ids(prompt, tokenizer)
     if not ids:
         raise LorafoldError(f"prompt {prompt!r}: found no tokens, expected at least one")
     return tuple(ids)
@@ -155,7 +155,7 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, .
 
 def table_left(model: "PreTrainedModel") -> int | None:
     """The positions that the model's table leaves after virtual tokens; None without a table."""
-    active = parts_of(attached(model, selection_of(model).names))
+    active = delta_parts(deltas_of(model, selection_of(model).names))
     before = sum(part.positions for _, part in active if isinstance(part, VirtualTokenDelta))
     return positions_of(model).after(before).table
 

@@ -18,7 +18,7 @@ from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 from lorafold.peft.adapter_directory import FILES, SavedAdapter
-from lorafold.peft.config import CONFIG, no_adapter
+from lorafold.peft.config import CONFIG, missing_config_error
 
 WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
 CODE = "**/*.py"
@@ -69,7 +69,7 @@ def of_adapter(adapter: str | Path | SavedAdapter, words: bool = True) -> str:
     else:
         path, read = Path(adapter), {}
     if not (path / CONFIG).is_file():
-        raise no_adapter(path)
+        raise missing_config_error(path)
     return files_digest(path, (*FILES, *((*WORDS, CODE) if words else ())), read)
 
 

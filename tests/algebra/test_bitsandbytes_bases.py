@@ -303,7 +303,7 @@ def test_packing_is_freed_with_the_model(tiny_model_dir):
 
 
 def test_storage_is_named_with_its_reason():
-    assert choose_storage("nf4", "cpu").why.startswith("nf4, computed in ")
+    assert choose_storage("nf4", "cpu").reason.startswith("nf4, computed in ")
 
 
 @pytest.mark.few(2)

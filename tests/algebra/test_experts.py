@@ -23,11 +23,11 @@ from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import all_linear, block_linears
 from lorafold.layers import is_linear, layer_of, parameter_count
-from lorafold.layers.bitsandbytes import bitsandbytes
-from lorafold.models.quantize_on_load import compute_in
+from lorafold.layers.bitsandbytes import import_bitsandbytes
+from lorafold.models.quantize_on_load import set_model_dtype
 from lorafold.ops import grouped as ops
 from lorafold.ops.grouped import FrozenMatrices, Groups, frozen_product, grouped, low_rank_product
-from lorafold.ops.kernel_requirements import DeviceKind, as_on
+from lorafold.runtime.assumed_device import DeviceKind, assume_device
 from lorafold.training_step.fused_modules import fused
 from mixtures import CONFIGS, FORMS, MLA, SHAPE, mixture
 from noise import moved
@@ -179,7 +179,7 @@ def groups_of(number: int, rows: int) -> Groups:
 @pytest.mark.parametrize(("rows", "number"), [(3, 8), (40, 5), (400, 4), (1000, 3)])
 def test_groups_are_sorted_and_filled_up(rows: int, number: int, place: str) -> None:
     of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(4))
-    with as_on(H100) if place == "h100" else nullcontext():
+    with assume_device(H100) if place == "h100" else nullcontext():
         groups, taken, places = grouped(of, number)
     step = groups.step
     assert step == 2 ** max(0, (rows // (4 * number)).bit_length() - 1)
@@ -198,7 +198,7 @@ def test_groups_are_sorted_and_filled_up(rows: int, number: int, place: str) -> 
     assert groups.known is None  # the sizes stay on the device
     assert sum(groups.sizes) == (-(-rows // step) + number) * step
     for other in (A100, DeviceKind("cuda", (12, 0))):  # for which torch has no such kernel
-        with as_on(other):
+        with assume_device(other):
             assert grouped(of, number)[0].ends is None
 
 
@@ -244,7 +244,7 @@ def test_products_of_all_groups_at_once_are_as_exact() -> None:
     of, sides = torch.randint(0, 4, (60,)), ((16, 24), (8, 24), (16, 8))
     w, down, up = (torch.randn(5, *s) * s[1] ** -0.5 for s in sides)
     w = w.bfloat16()
-    with as_on(H100):
+    with assume_device(H100):
         together = grouped(of, 5)
     found = {}
     for name, (groups, taken, places), dtype in (
@@ -286,7 +286,7 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
     model = lf.load_model(folder, storage=storage)
     assert parameter_count(model) == parameter_count(plain)
     own = {path: m for path, m in Anatomy.of(model).modules if isinstance(m, Matrices)}
-    functional = bitsandbytes().functional
+    functional = import_bitsandbytes().functional
     for path, matrices in own.items():
         stored = plain.get_parameter(path)
         layer = layer_of(matrices)
@@ -306,7 +306,7 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
         for path, m in Anatomy.of(model).modules:
             if type(m).__module__.startswith("bitsandbytes."):
                 plain.get_parameter(f"{path}.weight").copy_(layer_of(m).dense()[0])
-    compute_in(model, torch.float32)
+    set_model_dtype(model, torch.float32)
     if family in CONFIGS:  # without an adapter
         path = next(iter(own)).rpartition(".")[0]
         x, index = torch.randn(7, 64), torch.randint(0, 4, (7, 2))
@@ -335,7 +335,7 @@ def test_estimate_of_a_mixture_is_what_a_step_takes(family: str, tmp_path: Path)
 @pytest.mark.parametrize(("family", "router"), [("mixtral", "gate"), ("gpt-oss", "router")])
 def test_a_target_that_is_a_router_is_refused(family: str, router: str) -> None:
     model = mixture(family)
-    expected = r"mlp\.\w+: LoRA can't adapt this module: a router.*such as experts.gate_up_proj"
+    expected = r"mlp\.\w+: unsupported by LoRA: a router.*such as experts.gate_up_proj"
     with pytest.raises(lf.LorafoldError, match=expected):
         lf.attach(model, lf.LoRA(rank=2), [router])
     assert not [m for m in model.modules() if hasattr(m, "deltas")]
@@ -364,7 +364,7 @@ def test_every_bias_trains_but_those_of_experts_and_routers() -> None:
 def test_a_mixture_trains_on_the_fast_path_and_says_what_it_adapts() -> None:
     model = mixture("mixtral")
     adapter = lf.attach(model, lf.LoRA(rank=2))
-    assert "all-linear: 8 modules and 4 parameters of experts (16 matrices)" in repr(adapter)
+    assert "all-linear: 8 modules and 4 expert parameters (16 matrices)" in repr(adapter)
     with fused(model) as found:
         assert str(found) == "fast path: 2 of 2 blocks"
         model(IDS, labels=IDS).loss.backward()

@@ -10,7 +10,7 @@ import lorafold as lf
 from lorafold.core.attach import base_state
 from lorafold.errors import NotMergeable
 from lorafold.fold.plan import plan_fold
-from lorafold.merging.plan import plan
+from lorafold.merging.plan import plan_merge
 from lorafold.methods import METHODS
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
@@ -62,5 +62,5 @@ def test_files_are_planned_as_the_model_is(tiny_model, tiny_model_dir, tmp_path)
     adapter = moved(lf.attach(tiny_model("gpt2"), lf.BitFit(), name="a"))
     expected = plan_fold(adapter.model, ["a"]).shapes
     adapter.save(tmp_path / "a")
-    planned = plan(Base(tiny_model_dir("gpt2")), [SavedAdapter.open(tmp_path / "a")])
+    planned = plan_merge(Base(tiny_model_dir("gpt2")), [SavedAdapter.open(tmp_path / "a")])
     assert {planned.changed[name]: shape for name, shape in planned.shapes.items()} == expected

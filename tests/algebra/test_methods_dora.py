@@ -16,7 +16,7 @@ from lorafold.core.rounding import rounded
 from lorafold.layers import layer_of
 from lorafold.methods import make_spec
 from lorafold.methods.dora import DoRADelta
-from lorafold.ops.scale import scale, scaled
+from lorafold.ops.scale_and_add import plain_scale_and_add, scale_and_add
 
 DORA = lf.DoRA(lf.LoRA(rank=4, dropout=0.0))
 
@@ -87,7 +87,7 @@ def test_scale_is_its_specification() -> None:
     onto = torch.randn(40, requires_grad=True)
     upstream = torch.randn(3, 50, 40).bfloat16()
     results = []
-    for f in (scale, scaled):
+    for f in (scale_and_add, plain_scale_and_add):
         z = f(y, g, c, onto)
         results.append((z, *torch.autograd.grad(z, (y, g, c, onto), upstream)))
     for fast, plain in zip(*results, strict=True):

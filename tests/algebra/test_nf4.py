@@ -7,7 +7,7 @@ import torch
 
 import nf4_reference as nf4
 from lorafold.layers import bitsandbytes as quantized
-from lorafold.layers.bitsandbytes import PART, bitsandbytes, codes
+from lorafold.layers.bitsandbytes import CHUNK, import_bitsandbytes, quantize_nf4
 from lorafold.ops.nf4 import OFFSET
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -198,7 +198,7 @@ def not_finite() -> torch.Tensor:
 
 
 WHOLE = {name: w for name, w in CASES.items() if w.numel() % 64 == 0}
-WHOLE |= {"several parts": normal(2 * PART // 64 + 3, 64), "not finite": not_finite()}
+WHOLE |= {"several parts": normal(2 * CHUNK // 64 + 3, 64), "not finite": not_finite()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -206,7 +206,7 @@ WHOLE |= {"several parts": normal(2 * PART // 64 + 3, 64), "not finite": not_fin
 def test_the_faster_codes_are_the_bytes_of_bitsandbytes(w, dtype):
     w = to(w, dtype)
     for block in (64, 32):
-        made, expected = codes(w, block), own_kernel(w, block, "nf4", torch.uint8)
+        made, expected = quantize_nf4(w, block), own_kernel(w, block, "nf4", torch.uint8)
         assert torch.equal(made[0], expected[0])
         torch.testing.assert_close(made[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
@@ -216,10 +216,10 @@ def test_bitsandbytes_quantizes_with_the_faster_codes_what_they_know(monkeypatch
 
     def counted(w, block):
         blocks.append(block)
-        return codes(w, block)
+        return quantize_nf4(w, block)
 
-    monkeypatch.setattr(quantized, "codes", counted)
-    bitsandbytes()
+    monkeypatch.setattr(quantized, "quantize_nf4", counted)
+    import_bitsandbytes()
     operation = torch.ops.bitsandbytes.quantize_4bit.default
     for w in (normal(8, 64), normal(5, 40)):
         for kind, stored_as in product(("nf4", "fp4"), (torch.uint8, torch.bfloat16)):

@@ -8,7 +8,7 @@ import torch
 
 from lorafold.core.rounding import generator_of, stochastic, turn_rounded
 from lorafold.errors import LorafoldError
-from lorafold.fold.rounding import CHUNK, Sums, round_to
+from lorafold.merging.rounding import CHUNK, RoundingStats, round_to
 from rounding_cases import DTYPES, values
 
 WAYS: dict[str, Callable[..., torch.Tensor]] = {
@@ -45,11 +45,11 @@ def test_auto_keeps_a_weak_update_that_nearest_loses(dtype):
         how: round_to(w.float() + dw, w, how, generator_of(0, "w"))
         for how in ("nearest", "stochastic", "auto")
     }
-    assert kept["nearest"].sums.survival < 0.5
-    assert kept["auto"].how == "stochastic"
+    assert kept["nearest"].stats.survival < 0.5
+    assert kept["auto"].mode == "stochastic"
     assert torch.equal(kept["auto"].tensor, kept["stochastic"].tensor)
     # the projection of the rounding noise on dW has the standard deviation noise / sqrt(elements)
-    assert abs(kept["auto"].sums.survival - 1) < 5 * kept["auto"].sums.noise / 512
+    assert abs(kept["auto"].stats.survival - 1) < 5 * kept["auto"].stats.noise / 512
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,10 +58,10 @@ def test_auto_takes_nearest_where_the_update_survives_it(dtype):
     w = torch.randn(256, 256, generator=generator).to(dtype)
     target = w.float() + torch.randn(256, 256, generator=generator) * 0.1
     result = round_to(target, w, "auto", generator_of(0, "w"))
-    assert result.how == "nearest"
+    assert result.mode == "nearest"
     assert torch.equal(result.tensor, target.to(dtype))
-    assert result.sums.survival > 0.98
-    assert result.sums.noise < round_to(target, w, "stochastic", generator_of(0, "w")).sums.noise
+    assert result.stats.survival > 0.98
+    assert result.stats.noise < round_to(target, w, "stochastic", generator_of(0, "w")).stats.noise
 
 
 def test_fp32_is_exact_whatever_was_asked():
@@ -69,7 +69,7 @@ def test_fp32_is_exact_whatever_was_asked():
     for how in ("auto", "nearest", "stochastic"):
         result = round_to(target, w, how, generator_of(0, "w"))
         assert torch.equal(result.tensor, target)
-        assert (result.how, result.sums.survival, result.sums.noise) == ("exact", 1.0, 0.0)
+        assert (result.mode, result.stats.survival, result.stats.noise) == ("exact", 1.0, 0.0)
 
 
 def test_sums_are_those_of_the_whole_tensor_over_many_chunks():
@@ -79,13 +79,14 @@ def test_sums_are_those_of_the_whole_tensor_over_many_chunks():
     target = (w.float() + 1e-3 * torch.randn(w.shape, generator=generator)).t()
     result = round_to(target, w.t(), "nearest", generator_of(0, "w"))
     rounded, t, w = result.tensor.double(), target.double(), w.t().double()
-    expected = Sums(
+    expected = RoundingStats(
         ((rounded - w) * (t - w)).sum().item(),
         (t - w).square().sum().item(),
         (rounded - t).square().sum().item(),
     )
-    for name in ("kept", "update", "error"):  # sums of fp32 products, pairwise: some units of fp32
-        assert getattr(result.sums, name) == pytest.approx(getattr(expected, name), rel=1e-5)
+    # sums of fp32 products, pairwise: some units of fp32
+    for name in ("surviving", "update", "error"):
+        assert getattr(result.stats, name) == pytest.approx(getattr(expected, name), rel=1e-5)
 
 
 def test_a_seed_and_a_name_give_a_stream():
@@ -100,7 +101,7 @@ def test_no_change_survives_whole():
     w = torch.randn(4, 4).bfloat16()
     result = round_to(w.float(), w, "auto", generator_of(0, "w"))
     assert torch.equal(result.tensor, w)
-    assert (result.sums.survival, result.sums.noise) == (1.0, 0.0)
+    assert (result.stats.survival, result.stats.noise) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("how", ["auto", "nearest", "stochastic"])

@@ -12,9 +12,9 @@ import pytest
 from conversation_cases import WEATHER, said, user
 from families import embedded
 from families import tokenizer_of as family
-from lorafold.data.checks import describe_template
-from lorafold.data.examples import encode, encode_row, identity_of
-from lorafold.data.templates import day_of, on_day
+from lorafold.data.chat_template import date_used, with_date
+from lorafold.data.examples import encode, encode_row, tokenizer_identity
+from lorafold.data.row_checks import describe_template
 from lorafold.doctor.hardware import template as looked_at
 from lorafold.errors import LorafoldError
 from lorafold.training.checkpoint import RunDirectory
@@ -103,23 +103,24 @@ DATED = (
 
 def test_a_date_is_that_of_the_rendering_and_part_of_what_ids_depend_on() -> None:
     tokenizer = copy.deepcopy(embedded())
-    assert identity_of(tokenizer)["day"] == ""
+    assert tokenizer_identity(tokenizer)["day"] == ""
     tokenizer.chat_template = DATED
     assert "the template inserts today's date" in "; ".join(describe_template(tokenizer).lines)
     row = {"prompt": "How?", "completion": "So."}
-    fixed = on_day(tokenizer, "2024-02-03")
+    fixed = with_date(tokenizer, "2024-02-03")
     [[example], _] = encode_row(row, fixed)
     assert tokenizer.decode(example.ids).startswith("03 February 2024")
-    assert identity_of(fixed)["day"] == ""
+    assert tokenizer_identity(fixed)["day"] == ""
     tokenizer.chat_template = "{% if strftime_now is defined %}" + DATED + "{% endif %}"
-    assert day_of(tokenizer)
-    assert not day_of(on_day(tokenizer, "2024-02-03"))
+    assert date_used(tokenizer)
+    assert not date_used(with_date(tokenizer, "2024-02-03"))
     tokenizer.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + DATED
-    assert day_of(on_day(tokenizer, "2024-02-03"))  # the day of each rendering, which a run says
+    # the day of each rendering, which a run says
+    assert date_used(with_date(tokenizer, "2024-02-03"))
     tokenizer.chat_template = DATED
     [[example], _] = encode_row(row, tokenizer)
     assert tokenizer.decode(example.ids).startswith(date.today().strftime("%d %B %Y"))
-    assert identity_of(tokenizer)["day"] == date.today().isoformat()
+    assert tokenizer_identity(tokenizer)["day"] == date.today().isoformat()
 
 
 class Day(date):
@@ -134,11 +135,11 @@ def test_a_run_keeps_the_day_on_which_it_began(tiny_model_dir, tmp_path: Path, m
     file, model = tmp_path / "dated.jinja", tiny_model_dir("llama")
     file.write_text(DATED)
     recipe: dict[str, Any] = {"chat_template": str(file)}
-    monkeypatch.setattr("lorafold.data.templates.date", Day)
+    monkeypatch.setattr("lorafold.data.chat_template.date", Day)
     setup = set_up(request(model, tmp_path / "a", **recipe), quiet())
     began = RunDirectory(tmp_path / "a")
     began.start({"day": setup.day})
-    monkeypatch.setattr("lorafold.data.templates.date", date)
+    monkeypatch.setattr("lorafold.data.chat_template.date", date)
     again = set_up(request(model, tmp_path / "a", resume=True, **recipe), quiet())
     assert setup.day == again.day == "2024-02-03"
     for run in (setup, again):

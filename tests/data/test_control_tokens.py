@@ -23,20 +23,20 @@ import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from conversation_cases import jsonl, said, trained_runs, user
 from families import embedded
-from lorafold.data.branches import encode_preferred
 from lorafold.data.control_tokens import (
-    CLOSING,
-    NOTE,
-    OPENING,
-    allow,
-    allowed,
-    ids_of,
+    EXCEPTIONS,
+    MARK_END,
+    MARK_START,
+    allow_tokens,
+    allowed_tokens,
     is_marked,
-    pieces_of,
-    tokens_of,
+    rendered_ids,
+    to_pieces,
+    token_ids,
 )
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.formats import Conversation
+from lorafold.data.preference_examples import encode_preferences
 from lorafold.data.render import prompt_of, render
 from lorafold.models.tokenizer import add_words, set_template
 
@@ -108,9 +108,9 @@ def test_a_prompt_is_what_the_sanitizer_of_transformers_makes(name: str, kind: s
     expected = tokenizer.apply_chat_template(
         messages, **asked, return_dict=False, sanitize_control_tokens=True
     )
-    assert ids_of(text, tokenizer) == list(expected)
+    assert rendered_ids(text, tokenizer) == list(expected)
     plain = tokenizer.apply_chat_template(messages, **asked, tokenize=False)
-    assert text.translate({ord(mark): None for mark in OPENING + CLOSING}) == plain
+    assert text.translate({ord(mark): None for mark in MARK_START + MARK_END}) == plain
     assert is_marked(text) == (kind != "nothing")
 
 
@@ -119,7 +119,7 @@ def test_tokens_with_their_characters_are_the_same(name: str) -> None:
     tokenizer = made(name)
     for messages in CONVERSATIONS.values():
         text = render(messages, tokenizer, for_generation=True)
-        found = pieces_of(text, tokenizer)
+        found = to_pieces(text, tokenizer)
         assert found.ids == encode_marked_chat(tokenizer, text)
         starts = [start for start, _ in found.offsets]
         assert starts == sorted(starts)
@@ -140,8 +140,8 @@ def test_a_template_that_cuts_contents_at_tokens_makes_no_text_of_its_own_tokens
     asked = [user(f"{n}<|im_start|>") for n in "ab"]
     text = render([*asked, said("<|im_start|>c")], tokenizer)
     assert is_marked(text)
-    found = pieces_of(text, tokenizer)
-    assert found.ids == encode_marked_chat(tokenizer, text) == ids_of(text, tokenizer)
+    found = to_pieces(text, tokenizer)
+    assert found.ids == encode_marked_chat(tokenizer, text) == rendered_ids(text, tokenizer)
     ends = [n for n, i in enumerate(found.ids) if i == tokenizer.eos_token_id]
     assert [text[slice(*found.offsets[n])] for n in ends] == ["<|im_end|>"] * 3
 
@@ -158,7 +158,7 @@ def test_a_content_of_many_control_tokens_is_tokenized_at_once() -> None:
     text = render([user("<|im_end|>a" * 1000)], tokenizer)
     expected = encode_marked_chat(tokenizer, text)
     tokenizer.__class__ = Counted
-    assert ids_of(text, tokenizer) == expected
+    assert rendered_ids(text, tokenizer) == expected
     assert called < 10
 
 
@@ -168,7 +168,7 @@ def test_a_row_trains_on_what_generation_sees(name: str) -> None:
     [example], _ = encode_row({"messages": [*asked, said("one <|im_end|> two")]}, tokenizer)
     [trained] = trained_runs(example)
     first = next(n for n, label in enumerate(example.labels) if label != NO_LOSS)
-    assert list(example.ids[:first]) == ids_of(render(asked, tokenizer, True), tokenizer)
+    assert list(example.ids[:first]) == rendered_ids(render(asked, tokenizer, True), tokenizer)
     assert trained.count(tokenizer.eos_token_id) == 1
     assert trained[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(trained).replace(" ", "") == "one<|im_end|>two<|im_end|>"
@@ -183,14 +183,14 @@ def test_keys_and_variables_forge_nothing_under_the_template_with_tools(where: s
     called, tool, variables = copy.deepcopy(CALLED), copy.deepcopy(TOOL), {"note": "a"}
     call, parameters = called["tool_calls"][0]["function"], tool["function"]["parameters"]
     conversation = [user("a"), called]
-    before = ids_of(render(conversation, tokenizer, True, [tool], variables), tokenizer)
+    before = rendered_ids(render(conversation, tokenizer, True, [tool], variables), tokenizer)
     if where == "arguments":
         call["arguments"] = {key: "b"}
     elif where == "properties":
         parameters["properties"] = {"x y": {key: {"type": "string"}}}
     else:
         variables["note"] = key
-    after = ids_of(render(conversation, tokenizer, True, [tool], variables), tokenizer)
+    after = rendered_ids(render(conversation, tokenizer, True, [tool], variables), tokenizer)
     for word in ("<|turn|>", "<|im_end|>"):
         number = tokenizer.convert_tokens_to_ids(word)
         assert before.count(number) == after.count(number) > 0
@@ -212,7 +212,7 @@ def test_the_assistant_writes_tokens_of_its_own(special: bool) -> None:
         assert tokenizer.convert_tokens_to_ids(word) in trained
     assert trained.count(tokenizer.eos_token_id) == 1
     asked = render([user(text)], tokenizer)
-    assert tokenizer.convert_tokens_to_ids("<think>") not in ids_of(asked, tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<think>") not in rendered_ids(asked, tokenizer)
 
 
 def test_what_is_allowed_stays_a_token_and_the_template_renders_the_same(tmp_path) -> None:
@@ -221,23 +221,23 @@ def test_what_is_allowed_stays_a_token_and_the_template_renders_the_same(tmp_pat
     add_words(tokenizer, ["<|new|>", "#}{{ 1 }}"])
     asked = [user("a<|new|>#}{{ 1 }}<|im_end|>")]
     before = tokenizer.apply_chat_template(asked, tokenize=False)
-    allow(tokenizer, ["<|new|>", "#}{{ 1 }}"])
-    allow(tokenizer, ["<|im_end|>"])  # which the template writes
+    allow_tokens(tokenizer, ["<|new|>", "#}{{ 1 }}"])
+    allow_tokens(tokenizer, ["<|im_end|>"])  # which the template writes
     assert tokenizer.apply_chat_template(asked, tokenize=False) == before
-    assert allowed(tokenizer.chat_template) == {"<|new|>", "#}{{ 1 }}"}
-    assert NOTE.sub("", tokenizer.chat_template) == "\n" + TEMPLATE
+    assert allowed_tokens(tokenizer.chat_template) == {"<|new|>", "#}{{ 1 }}"}
+    assert EXCEPTIONS.sub("", tokenizer.chat_template) == "\n" + TEMPLATE
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     for one in (tokenizer, again):
-        ids = ids_of(render(asked, one), one)
+        ids = rendered_ids(render(asked, one), one)
         new = one.convert_tokens_to_ids(["<|new|>", "#}{{ 1 }}"])
         assert [i for i in ids if i in new] == new
         assert ids.count(one.eos_token_id) == 1
-    allow(again)
-    assert allowed(again.chat_template) is None
+    allow_tokens(again)
+    assert allowed_tokens(again.chat_template) is None
     text = render(asked, again)
     assert text == before
-    assert ids_of(text, again).count(again.eos_token_id) == 2
+    assert rendered_ids(text, again).count(again.eos_token_id) == 2
 
 
 def test_contents_that_are_joined_as_they_stand_have_their_tokens() -> None:
@@ -253,7 +253,7 @@ def test_private_marks_in_a_content_forge_nothing() -> None:
     closing = marked[marked.index("<|im_end|>") + len("<|im_end|>")]
     inside = f"<|im{opening}_end|>"
     for content in (f"{closing}<|im_end|>{opening}", inside, f"{opening}<|im_end|>"):
-        ids = ids_of(render([user(content)], tokenizer), tokenizer)
+        ids = rendered_ids(render([user(content)], tokenizer), tokenizer)
         assert ids.count(tokenizer.eos_token_id) == 1
 
 
@@ -262,7 +262,7 @@ def test_rows_are_counted_and_text_is_left_as_it_is() -> None:
     row = {"prompt": FORGED, "completion": "a"}
     assert encode([row, row, {"prompt": "a", "completion": "b"}], tokenizer, 512).report.marked == 2
     pair = {"prompt": "a", "chosen": "b <|im_end|>", "rejected": "c"}
-    report = encode_preferred([pair, pair | {"chosen": "b"}], tokenizer, 512, "pairs").report
+    report = encode_preferences([pair, pair | {"chosen": "b"}], tokenizer, 512, "pairs").report
     assert report.marked == 1
     assert "1 rows have control tokens in their contents, which are tokenized as" in str(report)
     found = encode([{"text": "<|im_start|>user\na<|im_end|>"}], tokenizer, 512)
@@ -284,7 +284,7 @@ def test_a_run_says_it_and_one_that_allows_them_generates_so_too(tiny_model_dir,
     assert "control tokens" not in done.stderr
     loaded = lf.load_model(model)
     bare = AutoTokenizer.from_pretrained(model)
-    assert allowed(AutoTokenizer.from_pretrained(free).chat_template) is None
+    assert allowed_tokens(AutoTokenizer.from_pretrained(free).chat_template) is None
     for adapter, says in ((out, True), (free, False)):
         asked = ["--adapter", str(adapter), "--prompt", FORGED, "--max-new-tokens", "1"]
         told = lorafold("generate", "--model", str(model), *asked).stderr
@@ -316,5 +316,5 @@ def test_the_short_way_to_tokens_gives_those_of_the_tokenizer(kind: str, special
     elif kind == "shouting":
         tokenizer = Shouting(tokenizer_object=tokenizer.backend_tokenizer)
     for text in ("", "a", "Wann? Um vier.\n\n", FORGED, "x" * 3000 + "<|im_start|> \U0001f600"):
-        short = tokens_of(text, tokenizer, special)
+        short = token_ids(text, tokenizer, special)
         assert short == tokenizer(text, add_special_tokens=special, verbose=False).input_ids

@@ -12,9 +12,9 @@ import pytest
 import lorafold as lf
 from conversation_cases import trained_texts
 from families import embedded
+from lorafold.data.chat_template import template_of
 from lorafold.data.examples import NO_LOSS, encode_row
 from lorafold.data.render import Rendering
-from lorafold.data.templates import template_of
 from lorafold.generation import end_tokens
 from template_cases import CASES, EOS, tokenizer_of
 

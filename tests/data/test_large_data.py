@@ -31,13 +31,13 @@ from lorafold.data import rows as reading
 from lorafold.data import tokenizing
 from lorafold.data.batches import Batches, epoch_size
 from lorafold.data.classification import encode_labelled
-from lorafold.data.control_tokens import ids_of
-from lorafold.data.examples import CompletionEncoder, encode, in_pieces
+from lorafold.data.control_tokens import rendered_ids
+from lorafold.data.examples import CompletionEncoder, encode, tokenize_in_parts
 from lorafold.data.formats import CONVERSATIONS, format_of
 from lorafold.data.render import ensure_chat_template, render_trained
+from lorafold.data.row_sources import parse_source
 from lorafold.data.row_store import ArrowRows, Rows, SourcePart
 from lorafold.data.rows import read_rows
-from lorafold.data.sources import source_from
 from lorafold.errors import LorafoldError
 from lorafold.files import cache
 from lorafold.files.atomic import MANIFEST
@@ -50,8 +50,8 @@ pytestmark = pytest.mark.usefixtures("unestimated")
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Large data, with a cache of its own."""
-    monkeypatch.setattr(tokenizing, "LARGE", 100_000)
-    monkeypatch.setattr(reading, "LARGE", 100_000)
+    monkeypatch.setattr(tokenizing, "MAX_IN_MEMORY", 100_000)
+    monkeypatch.setattr(reading, "MAX_IN_MEMORY", 100_000)
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
     return written(tmp_path / "rows.jsonl")
 
@@ -63,16 +63,16 @@ def in_memory(path: Path) -> Rows:
 def test_large_rows_and_tokens_are_those_of_small_data(large: Path) -> None:
     rows, plain = read_rows(str(large)), in_memory(large)
     assert isinstance(rows.rows, ArrowRows)
-    assert rows.measured[1] > tokenizing.LARGE
+    assert rows.digest_and_size[1] > tokenizing.MAX_IN_MEMORY
     assert rows == plain
     assert list(rows[0]) == ["completion", "prompt"], "keys keep their order"
     assert (rows[5], rows[-1], rows[2:4]) == (plain[5], plain[-1], plain[2:4])
-    assert rows.measured == plain.measured
+    assert rows.digest_and_size == plain.digest_and_size
 
     tokenizer = make_tokenizer()
     kept = encode(rows, tokenizer, 75)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizing, "LARGE", 10**9)
+        patch.setattr(tokenizing, "MAX_IN_MEMORY", 10**9)
         direct = encode(plain, tokenizer, 75)
     assert kept.report == direct.report
     assert kept.report.truncated > 0
@@ -97,10 +97,10 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts[::2], texts[1::2], strict=True)]
     found = CompletionEncoder(tokenizer).encode(Rows.of(rows).extract(CONVERSATIONS), 0).to_pylist()
     for (prompt, _), example, data in zip(prompts(rows, tokenizer), found, rows, strict=True):
-        alone = ids_of(prompt, tokenizer)
+        alone = rendered_ids(prompt, tokenizer)
         assert example["ids"][: example["spans"][0]] == alone
         [rendered] = render_trained(format_of(data).conversation(data), tokenizer).renderings  # type: ignore[union-attr, misc]
-        assert (example["ids"], example["spans"]) == in_pieces(rendered, tokenizer)
+        assert (example["ids"], example["spans"]) == tokenize_in_parts(rendered, tokenizer)
 
 
 def test_labelled_rows_are_kept_too(large: Path) -> None:
@@ -269,12 +269,12 @@ def test_weights_are_read_after_the_last_colon_before_a_number(tmp_path: Path) -
         ("a.jsonl", "a.jsonl", 1), ("a.jsonl:0.3", "a.jsonl", 0.3),
         ("C:\\a.jsonl", "C:\\a.jsonl", 1), ("x:y:2e1", "x:y", 20),
     ):  # fmt: skip
-        assert (source_from(text).name, source_from(text).weight) == (name, weight)
+        assert (parse_source(text).name, parse_source(text).weight) == (name, weight)
     (tmp_path / "a:3").write_text("")
-    assert source_from(str(tmp_path / "a:3")).weight == 1, "a file of that name is meant"
+    assert parse_source(str(tmp_path / "a:3")).weight == 1, "a file of that name is meant"
     for wrong in ("a.jsonl:0", "a.jsonl:-1", "a.jsonl:inf", "a.jsonl:nan"):
         with pytest.raises(LorafoldError, match=r"--data a.jsonl:.*expected a number above 0"):
-            source_from(wrong)
+            parse_source(wrong)
 
 
 def test_only_training_rows_have_weights(tmp_path: Path) -> None:

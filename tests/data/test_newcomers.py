@@ -11,9 +11,9 @@ import pytest
 from conversation_cases import said, user
 from error_cases import refusal
 from large_cases import stream_of
+from lorafold.data.row_sources import parse_source
 from lorafold.data.rows import check_rows, read_rows
-from lorafold.data.sources import source_from
-from lorafold.errors import LISTED, LorafoldError, listed, shortened
+from lorafold.errors import MAX_ITEMS, LorafoldError, listed, truncate_middle
 from lorafold.models.sources import resolve_model
 
 TABLE = 'prompt,completion\n"Wann, bitte?",früh\n'
@@ -49,7 +49,7 @@ def test_what_excel_saves_is_read_and_said(before: int, suffix: str, tmp_path, c
 def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(tmp_path, caplog, monkeypatch):
     (tmp_path / "rows.csv").write_bytes(TABLE.encode("cp1252"))
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lorafold.data.rows.LARGE", 1)
+    monkeypatch.setattr("lorafold.data.rows.MAX_IN_MEMORY", 1)
     for _ in range(2):  # written to the cache, and found there
         caplog.clear()
         assert read_rows(str(tmp_path / "rows.csv"))[0]["completion"] == "früh"
@@ -235,14 +235,14 @@ def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
     assert listed("abcdefg", "; ") == "a; b; c; d; e; and 2 more"
     assert listed(["a"], count=7) == "a and 6 more"
     assert listed([]) == ""
-    assert len(shortened("x" * 1000, 41)) == 41
+    assert len(truncate_middle("x" * 1000, 41)) == 41
     # the widest table and the worst file
     header = ",".join(f"c{n}" for n in range(999))
     (tmp_path / "wide.csv").write_text(f"{header}\n{header}\n")
     (tmp_path / "bad.jsonl").write_text("\n".join(f'{{"key {n}": {n}}}' for n in range(999)))
     for name in ("wide.csv", "bad.jsonl"):
         assert len(refused(tmp_path / name)) <= 300
-    assert LISTED == 5
+    assert MAX_ITEMS == 5
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,5 +253,5 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(LorafoldError, match=r"not on this machine.*9 does not answer, and it is"):
         resolve_model("nobody/nothing")
     with pytest.raises(LorafoldError, match=r"this name fails: http://127.0.0.1:9 does not ans"):
-        _ = source_from("nobody/nothing").size
+        _ = parse_source("nobody/nothing").size
     assert time.monotonic() - began < 10  # with retries half a minute

@@ -20,7 +20,7 @@ from lorafold.api.arguments import as_rows, as_stream
 from lorafold.cli import app
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
-from lorafold.data.checks import Findings, find_problems
+from lorafold.data.row_checks import Findings, find_problems
 from lorafold.data.row_store import Origins, RowPlace, Rows
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
@@ -377,7 +377,7 @@ def test_a_stream_says_what_was_not_looked_at(found: Any, tmp_path: Path) -> Non
 def test_large_data_is_named_the_same_and_previewed_in_part(found, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
     for module in (reading, tokenizing):
-        monkeypatch.setattr(module, "LARGE", 100)
+        monkeypatch.setattr(module, "MAX_IN_MEMORY", 100)
     row = len(json.dumps(asked(10)))
     monkeypatch.setattr("lorafold.training.preview.MAX_CHECKED_BYTES", 20 * row)
     (tmp_path / "rows.jsonl").write_text(

@@ -16,7 +16,7 @@ from error_cases import refusal, told_of
 from large_cases import stream_of
 from lorafold.api.arguments import as_prompts, as_rows
 from lorafold.data.examples import encode
-from lorafold.data.formats import CONVERSATIONS, JUDGED, PAIRS, Compared
+from lorafold.data.formats import CONVERSATIONS, JUDGED, PAIRS, Comparison
 from lorafold.data.prompts import references
 from lorafold.data.render import Rendering
 from lorafold.data.rows import read_rows
@@ -202,7 +202,7 @@ def test_sets_of_preferences(name: str, objective: str | None) -> None:
     row, prompt, told = BOTH[name]
     rows = as_rows([row], objective=objective)
     answers = {"chosen": [said("b")], "rejected": [said("c")]}
-    assert rows.extract(PAIRS) == [[Compared(prompt, answers)]]
+    assert rows.extract(PAIRS) == [[Comparison(prompt, answers)]]
     assert [len(one.completions) for one in rows.extract(JUDGED)[0]] == [1, 1]
     assert lines_of(row, None, objective) == told
     given, lines = read(row)

@@ -21,9 +21,9 @@ from large_cases import stream_of
 from lorafold.api.arguments import as_rows
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
+from lorafold.data.row_sources import parse_source
 from lorafold.data.row_store import SourcePart
 from lorafold.data.rows import read_rows
-from lorafold.data.sources import source_from
 from lorafold.errors import LorafoldError
 
 ROW = {"prompt": "2024-01-02", "completion": "Hi"}
@@ -111,8 +111,8 @@ def test_files_of_a_directory_may_have_shapes_of_their_own(tmp_path: Path) -> No
 
 
 def test_a_file_that_changed_at_one_size_and_time_is_read_again(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(tokenizing, "LARGE", 100)
-    monkeypatch.setattr(reading, "LARGE", 100)
+    monkeypatch.setattr(tokenizing, "MAX_IN_MEMORY", 100)
+    monkeypatch.setattr(reading, "MAX_IN_MEMORY", 100)
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
     path = folder(tmp_path / "d", a__jsonl=5, b__jsonl=5)
     first, stream = read_rows(str(path)), stream_of(str(path)).identity
@@ -272,5 +272,5 @@ def test_a_column_may_be_dropped(tmp_path: Path) -> None:
 
 def test_sources_know_whether_they_are_several(tmp_path: Path) -> None:
     path = folder(tmp_path / "d", a__jsonl=1)
-    several = [source_from(str(p)).several for p in (path, path / "a.jsonl", path / "*")]
+    several = [parse_source(str(p)).is_multiple for p in (path, path / "a.jsonl", path / "*")]
     assert several == [True, False, True]

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 import lorafold as lf
 from error_cases import refusal
-from lorafold.advice import ELSEWHERE, OWNERS, advised
 from lorafold.api.options import RecipeOptions
-from lorafold.cli import _load
-from lorafold.cli.commands import built
+from lorafold.cli import load_command
+from lorafold.cli.commands import build_command
 from lorafold.config_import import axolotl, llamafactory, mlx, trl
 from lorafold.config_import.rules import ToolSettings
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import FOREIGN_OPTIONS, OWNERS, with_suggestions
 from lorafold.methods import make_spec
 from lorafold.recipe.fields import GROUPS, Fields
 from lorafold.recipe.parsing import load_recipe
@@ -230,7 +230,7 @@ def run(call: Callable[[], None]) -> None:
 
 def asked(*arguments: str) -> Recipe:
     app = typer.Typer()
-    app.command()(built(remember, run).function)
+    app.command()(build_command(remember, run).function)
     done = CliRunner().invoke(app, arguments)
     if done.exception is not None:
         raise done.exception
@@ -238,7 +238,7 @@ def asked(*arguments: str) -> Recipe:
 
 
 def test_every_field_has_an_option_with_help_in_a_panel() -> None:
-    options = {p.name: p for p in _load("train").params}
+    options = {p.name: p for p in load_command("train").params}
     assert options.keys() >= Recipe.model_fields.keys()
     for name, info in Recipe.model_fields.items():
         assert str(info.description) in options[name].help
@@ -338,21 +338,22 @@ OTHERWISE = {
 
 def test_each_name_is_a_field_or_an_option_of_a_verb():
     known = {*Fields.model_fields, *OWNERS}
-    assert {name for named in ELSEWHERE.values() for name in named.names} <= known
+    assert {name for option in FOREIGN_OPTIONS.values() for name in option.fields} <= known
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_table_agrees_with_what_files_of_other_tools_become(tool):
     compared = 0
     rules = {rule.key: rule for rule in TOOLS[tool]}
-    for key in rules.keys() & ELSEWHERE.keys():
+    for key in rules.keys() & FOREIGN_OPTIONS.keys():
         value = VALUES.get(key, 2)
         settings = ToolSettings({key: value}, {k: rule.default for k, rule in rules.items()})
         try:
             outcome = rules[key].reader(value, settings)
         except lf.LorafoldError:  # it asks for another key beside it
             continue
-        fields, ours = outcome.fields if outcome else {}, ELSEWHERE[key].read(value, {key: value})
+        fields = outcome.fields if outcome else {}
+        ours = FOREIGN_OPTIONS[key].read(value, {key: value})
         for name in fields.keys() & ours.keys():
             compared += (tool, key) not in OTHERWISE
             assert (tool, key) in OTHERWISE or fields[name] == ours[name], key
@@ -427,7 +428,7 @@ def test_what_is_advised_is_the_same_function():
         """So much larger."""
         return size + by
 
-    assert advised(grown)(2, by=3) == 5
-    assert advised(grown).__doc__ == grown.__doc__
+    assert with_suggestions(grown)(2, by=3) == 5
+    assert with_suggestions(grown).__doc__ == grown.__doc__
     with pytest.raises(TypeError):  # Python's own
-        advised(grown)()
+        with_suggestions(grown)()

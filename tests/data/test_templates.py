@@ -8,11 +8,11 @@ import pytest
 
 from conversation_cases import HOW, ROME, ROWS, said, starting_points, trained_texts
 from families import as_taken, names, tokenizer_of
-from lorafold.data import templates
+from lorafold.data import chat_template
+from lorafold.data.chat_template import template_of
 from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
 from lorafold.data.formats import format_of
 from lorafold.data.render import Rendering, TrainedRenderings, render_trained
-from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
 
 MARKING = {name for name in names() if name.endswith("_training")} | {
@@ -208,14 +208,14 @@ def test_a_simple_row_is_rendered_twice(monkeypatch: pytest.MonkeyPatch) -> None
     tokenizer, count = tokenizer_of("qwen2_5"), 0
     row = {"prompt": "Hi", "completion": "Yo"}
     encode_row(row, tokenizer)  # once a template its form is found out
-    real = templates.render_jinja_template
+    real = chat_template.render_jinja_template
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(templates, "render_jinja_template", counting)
+    monkeypatch.setattr(chat_template, "render_jinja_template", counting)
     encode_row(row, tokenizer)
     assert count == 2
 

@@ -32,14 +32,14 @@ from conversation_cases import (
 from error_cases import refusal, told_of
 from families import as_taken, embedded, names, tokenizer_of
 from lorafold.cli import app
-from lorafold.data.calls import parse_calls
+from lorafold.data.chat_template import MessageForm, template_of, tool_call
 from lorafold.data.examples import NO_LOSS, encode, encode_row
-from lorafold.data.formats import PAIRS, Compared, Conversation, format_of
-from lorafold.data.messages import normalized, tools_of
+from lorafold.data.formats import PAIRS, Comparison, Conversation, format_of
+from lorafold.data.messages import normalize, openai_tools
 from lorafold.data.prompts import without_reasoning
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
-from lorafold.data.templates import MessageForm, call, template_of
+from lorafold.data.tool_calls import parse_calls
 from lorafold.engine import Ended
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
@@ -89,7 +89,7 @@ def with_template(text: str) -> Any:
 
 
 def test_calls_have_one_form_however_they_are_written() -> None:
-    wanted = [call("get_weather", {"city": "Rome", "days": 2})]
+    wanted = [tool_call("get_weather", {"city": "Rome", "days": 2})]
     arguments = {"city": "Rome", "days": 2}
     for written in [
         {"type": "function", "function": {"name": "get_weather", "arguments": arguments}},
@@ -99,19 +99,19 @@ def test_calls_have_one_form_however_they_are_written() -> None:
     ]:
         row = chat(user("Rome?"), {"role": "assistant", "content": None, "tool_calls": [written]})
         assert conversation(row).messages[1] == {"role": "assistant", "tool_calls": wanted}
-    kept = {"id": "a", **call("f", {"x": None})}
+    kept = {"id": "a", **tool_call("f", {"x": None})}
     kept["function"]["arguments"] = '{"x": null}'  # JSON text keeps its nulls
-    [message] = normalized([{"role": "assistant", "tool_calls": [kept], "content": ""}])
-    assert message["tool_calls"] == [{"id": "a", **call("f", {"x": None})}]
+    [message] = normalize([{"role": "assistant", "tool_calls": [kept], "content": ""}])
+    assert message["tool_calls"] == [{"id": "a", **tool_call("f", {"x": None})}]
 
 
 def test_tools_have_one_form_however_they_are_written() -> None:
     flat = WEATHER["function"]
     for written in ([WEATHER], [flat], json.dumps([WEATHER]), json.dumps([flat])):
-        assert tools_of(written) == (WEATHER,)
+        assert openai_tools(written) == (WEATHER,)
     nulls = [{**WEATHER, "strict": None}]
-    assert tools_of(nulls) == (WEATHER,)
-    assert tools_of(None) == tools_of("") == tools_of("[]") == ()
+    assert openai_tools(nulls) == (WEATHER,)
+    assert openai_tools(None) == openai_tools("") == openai_tools("[]") == ()
 
 
 def test_contents_and_reasoning_have_one_form() -> None:
@@ -139,7 +139,7 @@ def test_sharegpt_has_calls_and_tools() -> None:
     assert found.tools == (WEATHER,)
     roles = [m["role"] for m in found.messages]
     assert roles == ["system", "user", "assistant", "tool", "assistant"]
-    assert found.messages[2] == {"role": "assistant", "tool_calls": [call("f", {"a": 1})]}
+    assert found.messages[2] == {"role": "assistant", "tool_calls": [tool_call("f", {"a": 1})]}
     turns[1]["value"] = "f(1)"
     assert format_of(row) is not None
     [problem] = list(format_of(row).problems(row))  # type: ignore[union-attr]
@@ -163,7 +163,7 @@ def test_sharegpt_has_calls_and_tools() -> None:
          "field messages[1].tool_calls[0].arguments: found text, not JSON, expected JSON of"),
         (chat(user("a"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}),
          "field messages[1].tool_calls[0].arguments: found a list, expected an object or its JSON"),
-        (chat(user("a") | {"tool_calls": [call("f", {})]}),
+        (chat(user("a") | {"tool_calls": [tool_call("f", {})]}),
          "field messages[0].tool_calls: found with role user, expected role assistant"),
         (chat(user("a"), said("b") | {"reasoning": 1}),
          "field messages[1].reasoning: found 1, expected text"),
@@ -300,12 +300,13 @@ def test_the_built_in_template_suits_a_tokenizer_without_chatml() -> None:
 # reading calls back
 
 CALLS = {
-    "one": [call("get_weather", {"city": 'New York, "NY"', "days": 2})],
+    "one": [tool_call("get_weather", {"city": 'New York, "NY"', "days": 2})],
     "two": [
-        call("get_weather", {"city": "Rome"}), call("set_alarm", {"code": "007", "loud": True})
+        tool_call("get_weather", {"city": "Rome"}),
+        tool_call("set_alarm", {"code": "007", "loud": True}),
     ],
-    "no arguments": [call("set_alarm", {})],
-    "nested": [call("get_weather", {"city": "Rome", "x": ["a", "b"], "y": {"z": 1}})],
+    "no arguments": [tool_call("set_alarm", {})],
+    "nested": [tool_call("get_weather", {"city": "Rome", "x": ["a", "b"], "y": {"z": 1}})],
 }  # fmt: skip
 
 
@@ -323,7 +324,7 @@ def test_calls_are_read_back(name: str, kind: str) -> None:
     said = [label for label in example.labels if label != NO_LOSS]
     for bare in (False, True):  # as a model says it, and as lf.generate shows it
         text = tokenizer.decode(said, skip_special_tokens=bare)
-        assert parse_calls(text, tokenizer, tools_of(TOOLS)) == CALLS[kind]
+        assert parse_calls(text, tokenizer, openai_tools(TOOLS)) == CALLS[kind]
     assert parse_calls("It is 21 degrees.", tokenizer) == []
 
 
@@ -343,7 +344,7 @@ def test_calls_are_read_as_transformers_reads_them(name: str) -> None:
     first = next(t for t, label in enumerate(example.labels) if label != NO_LOSS)
     prefix, text = (tokenizer.decode(ids) for ids in (example.ids[:first], example.ids[first:]))
     theirs = tokenizer.parse_response(text, prefix=prefix, tools=TOOLS)["tool_calls"]
-    ours = parse_calls(text, tokenizer, tools_of(TOOLS))
+    ours = parse_calls(text, tokenizer, openai_tools(TOOLS))
     assert [c["function"] for c in ours] == [c["function"] for c in theirs]
 
 
@@ -352,7 +353,7 @@ def test_calls_that_cannot_be_read(with_tools: Any) -> None:
     assert "the call of f has arguments that are not JSON" in refusal(parse_calls, text, with_tools)
     assert "does not render tool calls" in refusal(parse_calls, "x", embedded())
     loose = 'Sure. <tool_call>{"name":"f","arguments":{"a":1}}</tool_call>'
-    assert parse_calls(loose, with_tools) == [call("f", {"a": 1})]
+    assert parse_calls(loose, with_tools) == [tool_call("f", {"a": 1})]
 
 
 # evaluation and generation
@@ -403,7 +404,7 @@ def test_evaluation_and_generation_with_tools(tiny_model_dir, tmp_path: Path, mo
     seen.clear()
     for tools in (TOOLS, json.dumps(TOOLS), [tool["function"] for tool in TOOLS]):
         said = lf.generate(model, "Alarm 1", tokenizer=tokenizer, tools=tools)
-        assert parse_calls(said, tokenizer) == [call("set_alarm", {"code": "1"})]
+        assert parse_calls(said, tokenizer) == [tool_call("set_alarm", {"code": "1"})]
     assert seen == seen[:1] * 3 == [prompts(rows[:1], tokenizer)[0][0]] * 3
     asked = {"tokenizer": lf.load_tokenizer(base), "tools": TOOLS}
     assert "does not render the row's tools" in refusal(lf.generate, model, "Alarm", **asked)
@@ -422,7 +423,7 @@ def test_evaluation_and_generation_with_tools(tiny_model_dir, tmp_path: Path, mo
     asked = ("generate", "--model", str(tmp_path / "model"), "--tools", str(file), "--prompt", "A")
     file.write_text(json.dumps(TOOLS))
     done = CliRunner().invoke(app, [*asked, "--json"])
-    wanted = [call("set_alarm", {"code": "1"})]
+    wanted = [tool_call("set_alarm", {"code": "1"})]
     assert json.loads(done.stdout.splitlines()[-1])["tool_calls"] == wanted
     done = CliRunner().invoke(app, asked)
     assert done.stdout == text + "\n"
@@ -498,7 +499,7 @@ def test_variables_that_are_never_read_are_refused() -> None:
     assert "date_string" in message.partition("expected")[2]
     assert "messages" not in message
     message = refusal(set_variables, copy.deepcopy(embedded()), {"x": 1})
-    assert "expected none, as it has no variables" in message
+    assert "expected none, because the template has no variables" in message
 
 
 def test_variables_are_fields_of_the_recipe_and_saved_with_the_adapter(tiny_model_dir, tmp_path):
@@ -533,7 +534,7 @@ def test_preferences_have_one_form_and_sft_trains_on_the_chosen() -> None:
     for row in rows:
         shape: Any = format_of(row)
         [pair] = shape.extract(PAIRS, row)
-        assert pair == Compared(prompt, {"chosen": good, "rejected": bad})
+        assert pair == Comparison(prompt, {"chosen": good, "rejected": bad})
         assert conversation(row) == Conversation(prompt + good, 1)
         assert "rejected is not used by --objective sft" in told_of([row])
         examples = encode([row], embedded(), 128).examples

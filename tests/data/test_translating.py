@@ -10,12 +10,12 @@ import yaml
 from conftest import lorafold, refused
 from lorafold.config_import import axolotl, llamafactory, mlx, trl
 from lorafold.config_import.rules import NOT_KNOWN
-from lorafold.config_import.run import TOOLS, Translation, translate, write
+from lorafold.config_import.translate import TOOLS, Translation, translate, write
 from lorafold.errors import LorafoldError
 from lorafold.peft.config import CONFIG, read_config
-from lorafold.recipe.fitting import spec_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import spec_of
 from translation_cases import AXOLOTL, axolotl_of, keys, llamafactory_of, remark, translated
 
 pytestmark = pytest.mark.usefixtures("unestimated")

@@ -14,7 +14,7 @@ from adapter_files import json_of
 from lorafold.api.train import train
 from lorafold.config_import import grpo
 from lorafold.config_import.rules import NOT_KNOWN
-from lorafold.config_import.run import write
+from lorafold.config_import.translate import write
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe

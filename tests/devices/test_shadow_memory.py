@@ -14,7 +14,7 @@ from lorafold.memory import trace as tracing
 from lorafold.memory.presets import llama
 from lorafold.memory.trace import MemorySetting, trace
 from lorafold.models.quantizations import Storage
-from lorafold.ops.kernel_requirements import DeviceKind
+from lorafold.runtime.assumed_device import DeviceKind
 
 BF16 = Storage(torch.bfloat16)
 LORA, DORA = lf.LoRA(rank=16), lf.DoRA(lf.LoRA(rank=16))
@@ -62,13 +62,13 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "fake_model", model)
     monkeypatch.setattr(tracing, "token_ids", lambda *shape: token_ids(*shape).to("cuda:0"))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", efficient)
-    monkeypatch.setattr(tracing, "as_on", lambda place: nullcontext())
+    monkeypatch.setattr(tracing, "assume_device", lambda kind: nullcontext())
 
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_bytes_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, setting = llama("7b"), replace(SETTINGS[name], place=DeviceKind("cuda", (9, 0)))
+    config, setting = llama("7b"), replace(SETTINGS[name], device_kind=DeviceKind("cuda", (9, 0)))
     expected = trace(config, setting, 2)
     gc.collect()
     there(monkeypatch)

@@ -10,9 +10,9 @@ import torch
 import transformers as tf
 
 from device_cases import Case, apart, llama
-from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import Example
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.preference_algorithms import (
     BradleyTerry,
@@ -29,7 +29,7 @@ from lorafold.training_step.shared_prefixes import sharing_prefixes
 LORA = {"dropout": 0.0}
 
 
-def pairs() -> list[Branched]:
+def pairs() -> list[BranchedRow]:
     """Three rows of two completions, of different lengths."""
     g = torch.Generator().manual_seed(4)
 
@@ -41,7 +41,7 @@ def pairs() -> list[Branched]:
         return Example(found, (-100, *found[1:]))
 
     sizes = ((9, 6, 4), (5, 3, 7), (12, 5, 5))
-    return [Branched(ids(s), (branch(a), branch(b))) for s, a, b in sizes]
+    return [BranchedRow(ids(s), (branch(a), branch(b))) for s, a, b in sizes]
 
 
 def by_law(law: Any, across: bool = True, padded: bool = False) -> Any:

@@ -148,7 +148,7 @@ def test_borders_left_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("size", [20, 264])
 def test_a_head_that_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(attention, "takes", lambda *_: True)
+    monkeypatch.setattr(attention, "flash_supports", lambda *_: True)
     with pytest.raises(AssertionError):
         case(head_dim=size).on(True)
 

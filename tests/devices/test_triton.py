@@ -13,7 +13,7 @@ from lorafold.kernels.triton_kernels import (
     _TritonScale,
 )
 from lorafold.ops.dropout import MASKED
-from lorafold.ops.scale import BACKWARD, SCALE
+from lorafold.ops.scale_and_add import BACKWARD, SCALE
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 

@@ -11,7 +11,7 @@ import torch
 import lorafold as lf
 from engine_cases import METHODS, check, loaded, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
-from lorafold.engine.operations import ROWS, InBlocks, Operations
+from lorafold.engine.operations import NUM_ROWS, BlockMatmuls, Operations
 from lorafold.kernels.registry import DECODING, use
 
 T = torch.Tensor
@@ -110,7 +110,7 @@ def test_in_bf16_a_request_is_as_alone(kind, many, reuse, native, tiny_model, tm
     assert (wrong, bool(cached)) == ([], reuse)
 
 
-class Entered(InBlocks):
+class Entered(BlockMatmuls):
     """Counts the passes that it was in."""
 
     passes = 0
@@ -127,8 +127,8 @@ def test_over_quantized_weights_too_where_no_number_of_rows_is_steady(
     storage: str, names: tuple[str, ...], native: Operations, tiny_model_dir, tiny_model,
     tmp_path, monkeypatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("lorafold.engine.mixed_adapters.plain_products", lambda *_: ROWS[-1])
-    monkeypatch.setattr("lorafold.engine.runner.InBlocks", Entered)
+    monkeypatch.setattr("lorafold.engine.mixed_adapters.min_matmul_rows", lambda *_: NUM_ROWS[-1])
+    monkeypatch.setattr("lorafold.engine.runner.BlockMatmuls", Entered)
     if names:  # adapters of the fp32 model, whose fingerprints fp32 tables rounded to bf16 have not
         bf16 = True, "as asked"
         monkeypatch.setattr("lorafold.models.quantizations.native_bf16", lambda _: bf16)

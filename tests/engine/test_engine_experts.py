@@ -65,7 +65,7 @@ def test_tokens_are_those_of_generate_with_the_adapter_attached(kind, invariant,
     tokens = [expected(model, request, paths) for request in asked]
     classes = {path: type(m) for path, m in model.named_modules()}
     with loaded(Engine(model, **OPTIONS, invariant=invariant), paths) as engine:
-        assert engine.slotted, engine.structure.why
+        assert engine.is_batched, engine.structure.unbatched_reason
         assert together(engine, asked, steps_between=1) == tokens
     assert classes == {path: type(m) for path, m in model.named_modules()}
     again = [alone(model, request, paths, **OPTIONS, invariant=invariant) for request in asked[:4]]

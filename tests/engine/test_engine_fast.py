@@ -10,7 +10,7 @@ from torch import nn
 import lorafold as lf
 from engine_cases import METHODS, loaded, prompt, save_adapters, together, watch
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.fast_path import Packed, packable
+from lorafold.engine.fast_path import PackedMatrices, is_packable
 from lorafold.engine.mixed_adapters import ActiveDeltas, SlotAdapters
 from lorafold.engine.model_structure import Structure, probe
 from lorafold.engine.operations import Operations
@@ -56,9 +56,9 @@ def test_a_packed_product_is_rounded_once(biases: tuple[bool, ...], rows: int) -
     torch.manual_seed(0)
     modules = {f"m{i}": nn.Linear(48, 16 * (i + 1), bias=b) for i, b in enumerate(biases)}
     model = nn.ModuleDict(modules).bfloat16().requires_grad_(False)
-    assert all(packable(module) for module in model.values())
+    assert all(is_packable(module) for module in model.values())
     deltas = ActiveDeltas(model, SlotAdapters(Structure(""), 1, Operations()))
-    packed = Packed(dict(model.items()), deltas, 16, {})
+    packed = PackedMatrices(dict(model.items()), deltas, 16, {})
     width = sum(m.out_features for m in modules.values())
     x, onto = torch.randn(2, rows, 48).bfloat16(), torch.randn(2, rows, width).bfloat16()
     exact = torch.cat([module.double()(x.double()) for module in model.values()], -1)
@@ -72,11 +72,11 @@ def test_a_packed_product_is_rounded_once(biases: tuple[bool, ...], rows: int) -
 
 
 def test_other_storages_are_left_alone() -> None:
-    assert not packable(nn.Linear(8, 8).requires_grad_(False))
+    assert not is_packable(nn.Linear(8, 8).requires_grad_(False))
     bitsandbytes = pytest.importorskip("lorafold.layers.bitsandbytes")
     quantized = bitsandbytes.nf4(torch.randn(64, 64).bfloat16())
     assert layer_of(quantized).linear
-    assert not packable(quantized)
+    assert not is_packable(quantized)
 
 
 def test_matrices_that_read_the_same_tensor_are_found(tiny_model) -> None:

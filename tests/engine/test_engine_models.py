@@ -61,7 +61,7 @@ def test_greedy_tokens_are_those_of_generate(family: str, invariant: bool) -> No
     expected = [generated(model, request) for request in asked]
     implementation = model.config._attn_implementation
     with Engine(model, slots=4, length=64, chunk=7, budget=14, invariant=invariant) as engine:
-        assert engine.slotted, engine.structure.why
+        assert engine.is_batched, engine.structure.unbatched_reason
         assert together(engine, asked, steps_between=1) == expected
     assert model.config._attn_implementation == implementation
     assert [generated(model, request) for request in asked[:2]] == expected[:2]
@@ -72,8 +72,8 @@ def test_a_model_without_slots_runs_one_request_at_a_time_and_says_so(family: st
     model, asked = model_of(SOLO[family]()), requests(4)
     expected = [generated(model, request) for request in asked]
     with Engine(model, slots=4, length=64) as engine:
-        assert not engine.slotted
-        assert "slots" in engine.structure.why
+        assert not engine.is_batched
+        assert "slots" in engine.structure.unbatched_reason
         assert together(engine, asked) == expected
         scores = Request("scores", prompt(3, 1), 2, prompt_logprobs=0)
         with pytest.raises(LorafoldError, match=r"prompt_logprobs: found 0, .* for this model"):
@@ -150,7 +150,7 @@ def test_a_model_is_probed_once_until_its_modules_or_what_is_active_change(monke
     adapter.detach()
     model.resize_token_embeddings(320)
     assert model_structure.structure_of(model).shapes != before.shapes
-    assert model_structure.structure_of(model.bfloat16()).why == ""
+    assert model_structure.structure_of(model.bfloat16()).unbatched_reason == ""
     assert len(probed) == 4
 
 

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.engine.operations import (
-    ROWS,
-    InBlocks,
+    NUM_ROWS,
+    BlockMatmuls,
     Operations,
-    available,
-    plain_products,
+    min_invariant_rows,
+    min_matmul_rows,
+    operations_on,
     random_rows,
-    steady,
 )
 from lorafold.files.cache import entries
 from lorafold.kernels.registry import DECODING, FORMS, _forms, use
@@ -221,7 +221,7 @@ def test_other_dtypes_and_layouts_are_computed_in_torch(native: Operations) -> N
 
 def test_it_is_compiled_once_and_listed_in_the_cache(native: Operations) -> None:
     assert use(DECODING) == ""
-    assert available("cpu").name == native.name == "cpu"
+    assert operations_on("cpu").name == native.name == "cpu"
     assert any(entry.kind == "native" for entry in entries())
 
 
@@ -239,7 +239,7 @@ def test_where_nothing_compiles_torch_computes(monkeypatch, native, variable, va
     use.cache_clear()
     try:
         assert says in use(DECODING)
-        assert available("cpu").name == "plain"
+        assert operations_on("cpu").name == "plain"
     finally:
         _forms.cache_clear()
         use.cache_clear()
@@ -276,19 +276,19 @@ def test_one_number_of_rows_that_is_summed_otherwise_is_found(odd: int) -> None:
         a, b, c = x.unbind(-1)
         return a + (b + c) if len(x) == odd else (a + b) + c
 
-    assert steady(kernel, random_rows(3, torch.float32)) == odd + 1
+    assert min_invariant_rows(kernel, random_rows(3, torch.float32)) == odd + 1
 
 
 def test_a_kernel_that_never_settles_has_the_last_number() -> None:
-    assert steady(lambda x: x / len(x), random_rows(64, torch.float32)) == ROWS[-1]
+    assert min_invariant_rows(lambda x: x / len(x), random_rows(64, torch.float32)) == NUM_ROWS[-1]
 
 
 @pytest.mark.parametrize("widened", [False, True])
 def test_products_of_this_processor_keep_their_bits_from_there_on(widened: bool) -> None:
     shapes = [(96, 576), (576, 96)]
     with multiplying(widened=widened, rows=1):
-        least = plain_products(shapes, torch.bfloat16)
-    assert 1 <= least <= ROWS[-1]
+        least = min_matmul_rows(shapes, torch.bfloat16)
+    assert 1 <= least <= NUM_ROWS[-1]
     for out, inn in shapes if least <= FEW else ():
         x = random_rows(inn, torch.float32 if widened else torch.bfloat16)
         m = x.repeat(-(-out // len(x)), 1)[:out]
@@ -311,7 +311,7 @@ def test_in_blocks_no_product_depends_on_the_number_of_rows(dtype, inference) ->
         batched = F.linear(x.view(1, len(x), -1), m)[0]
         return [x @ m.t(), F.linear(x, m, b), torch.addmm(onto, x, m.t()), inplace, batched]
 
-    with torch.inference_mode(inference), InBlocks(FEW):
+    with torch.inference_mode(inference), BlockMatmuls(FEW):
         whole = products(many, onto)
         for n in (1, 2, 7, 16, 17, 33, 128, 200):
             for start in (0, len(many) - n):

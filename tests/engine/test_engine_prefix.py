@@ -23,7 +23,7 @@ from engine_cases import (
     watch,
 )
 from lorafold.engine import Engine, Request
-from lorafold.engine.kv_cache import CachedPrefixes, common
+from lorafold.engine.kv_cache import CachedPrefixes, common_length
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
 
@@ -74,7 +74,7 @@ def test_tokens_are_the_same_with_reuse_and_without(model, paths, n: int, seed: 
     computed: dict[Any, list[tuple[int, ...]]] = {}
     for request, end in zip(asked, found, strict=True):
         earlier = computed.setdefault((request.adapter, request.tenant), [])
-        most = max((common(e, request.prompt) for e in earlier), default=0)
+        most = max((common_length(e, request.prompt) for e in earlier), default=0)
         assert end.cached <= (0 if request.adapter == "prompt" else most)
         earlier.append(request.prompt + end.tokens)
     assert sum(end.cached > 0 for end in found) > n / 4

@@ -31,7 +31,7 @@ from engine_cases import (
 from lorafold.engine import Engine, EventStream, Request
 from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
-from lorafold.engine.kv_cache import common
+from lorafold.engine.kv_cache import common_length
 from lorafold.errors import LorafoldError
 
 SPECS = {
@@ -170,7 +170,7 @@ def test_the_machine(model, paths, tokens) -> None:
                     expected = tokens[version, i]
                     key = self.generations[at], stream.request.tenant
                     same = computed.setdefault(key, [])
-                    most = max((common(ids, PROMPTS[i]) for ids in same), default=0)
+                    most = max((common_length(ids, PROMPTS[i]) for ids in same), default=0)
                     assert ended.cached <= (0 if version in APART else most)
                     same.append(PROMPTS[i] + expected)
                     if ended.reason == "cancelled":

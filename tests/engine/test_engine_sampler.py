@@ -14,8 +14,16 @@ import lorafold as lf
 from conftest import make_tokenizer
 from engine_cases import METHODS, check, choose, loaded, processors, prompt, sampling, save_adapters
 from lorafold.engine import Ended, Engine, EventStream, Request, Sampling, Token
-from lorafold.engine.sampler import NOT_FINITE, NotFinite, Sampler, Unfit, chosen, filtered, noise
-from lorafold.engine.sequence import Text
+from lorafold.engine.sampler import (
+    NOT_FINITE,
+    GrammarError,
+    NotFinite,
+    Sampler,
+    filter_logits,
+    noise,
+    sample_tokens,
+)
+from lorafold.engine.sequence import Detokenizer
 from lorafold.errors import LorafoldError
 
 V = 60
@@ -56,7 +64,7 @@ def test_tokens_are_those_of_transformers_processors(settings: dict[str, Any]) -
 
 def test_filters_keep_at_least_the_likeliest() -> None:
     for settings in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
-        (kept,) = filtered(logits(0)[None], [Sampling(temperature=1.0, **settings)])
+        (kept,) = filter_logits(logits(0)[None], [Sampling(temperature=1.0, **settings)])
         assert torch.isfinite(kept).nonzero()[:, 0].tolist() == [int(logits(0).argmax())]
 
 
@@ -108,9 +116,9 @@ def test_only_allowed_tokens_are_chosen() -> None:
     allowed[[5, 6]] = True
     for own in (Sampling(), Sampling(temperature=2.0)):
         sampler = Sampler(own, PROMPT, lambda tokens: allowed if len(tokens) < 5 else None)
-        chosen = [choose(sampler, logits(i)).token for i in range(10)]
-        assert set(chosen[:5]) <= {5, 6}
-        assert not set(chosen[5:]) <= {5, 6}
+        sampled = [choose(sampler, logits(i)).token for i in range(10)]
+        assert set(sampled[:5]) <= {5, 6}
+        assert not set(sampled[5:]) <= {5, 6}
 
 
 @pytest.mark.parametrize(
@@ -139,8 +147,10 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], says: str) 
         Sampling(**settings)
 
 
-def pieces(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Text]:
-    text, found = Text(tokenizer, stop), []
+def pieces(
+    tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()
+) -> tuple[list[str], Detokenizer]:
+    text, found = Detokenizer(tokenizer, stop), []
     for token in ids:
         found.append(text.add(token))
         if text.stopped:
@@ -253,8 +263,8 @@ def test_extremes_choose_a_token(settings: dict[str, Any]) -> None:
         own = Sampling(**{"seed": 3, **settings, "temperature": temperature})
         for mask in (None, lambda tokens: allowed):
             sampler = Sampler(own, PROMPT, mask)
-            chosen = [choose(sampler, logits(i)).token for i in range(9)]
-            assert all(0 <= token < (V if mask is None else 9) for token in chosen)
+            sampled = [choose(sampler, logits(i)).token for i in range(9)]
+            assert all(0 <= token < (V if mask is None else 9) for token in sampled)
 
 
 def test_a_tiny_temperature_takes_the_likeliest() -> None:
@@ -266,7 +276,7 @@ def test_a_tiny_temperature_takes_the_likeliest() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_grammar_that_admits_nothing_is_the_requests_own_fault(temperature: float) -> None:
     own = Sampling(temperature=temperature, regex="a")
-    with pytest.raises(Unfit, match=r"^regex: .*no token may follow"):
+    with pytest.raises(GrammarError, match=r"^regex: .*no token may follow"):
         choose(Sampler(own, PROMPT, lambda tokens: torch.zeros(V, dtype=torch.bool)), logits(0))
 
 
@@ -294,7 +304,7 @@ def test_a_row_has_the_token_and_the_bits_that_it_has_alone(vocabulary: int) -> 
     single = [Sampler(own, PROMPT) for own in settings]
     for _ in range(4):
         rows = torch.randn(len(settings), vocabulary, generator=generator).bfloat16()
-        found = chosen(company, rows)
+        found = sample_tokens(company, rows)
         assert found == [choose(own, row) for own, row in zip(single, rows, strict=True)]
     assert [a.tokens for a in company] == [b.tokens for b in single]
 
@@ -305,14 +315,14 @@ def test_top_p_is_that_of_transformers_in_a_large_vocabulary() -> None:
     for p in (0.2, 0.9, 0.999):
         own = Sampling(temperature=1.0, top_p=p)
         expected = TopPLogitsWarper(p)(torch.zeros(2, 1, dtype=torch.long), rows.clone())
-        assert torch.equal(filtered(rows, [own, own]).isfinite(), expected.isfinite())
+        assert torch.equal(filter_logits(rows, [own, own]).isfinite(), expected.isfinite())
 
 
 def test_logits_that_are_not_finite_are_an_error_of_their_row_alone() -> None:
     rows = torch.randn(6, V)
     rows[1:3, 3], rows[3:5, 3] = float("nan"), float("inf")
     samplers = [Sampler(Sampling(temperature=t), ()) for t in (1.0, 1.0, 0.0, 1.0, 0.0, 0.0)]
-    found = chosen(samplers, rows)
+    found = sample_tokens(samplers, rows)
     assert [isinstance(one, NotFinite) for one in found] == [False, *[True] * 4, False]
     assert [len(own.tokens) for own in samplers] == [1, 0, 0, 0, 0, 1]
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from lorafold.runtime import processor as waiting
-from lorafold.runtime.processor import Neighbours, considerate, disband, gather
+from lorafold.runtime.processor import OtherLoad, create_team, end_team, sleep_if_busy
 
 SPIN = "while True: pass"
 
@@ -42,17 +42,17 @@ def soon(condition: Callable[[], bool]) -> bool:
 
 
 def test_what_others_compute_is_counted() -> None:
-    neighbours = Neighbours()
+    neighbours = OtherLoad()
     with busy(1):
         time.sleep(1.0)
-    assert neighbours.look() > 0.2
+    assert neighbours.cores_used() > 0.2
 
 
 def test_a_team_is_gathered_and_disbanded() -> None:
     def team() -> None:
         before = threads()
-        found.append(gather(3) is False or threads() == before + 2)
-        disband()
+        found.append(create_team(3) is False or threads() == before + 2)
+        end_team()
         found.append(soon(lambda: threads() == before))
 
     found: list[bool] = []
@@ -105,7 +105,7 @@ def test_beside_busy_processes_a_team_lies_there_and_goes_with_the_last_user() -
 
 def test_one_thread_waits_for_nobody() -> None:
     before = threads()
-    with considerate():
+    with sleep_if_busy():
         assert threads() == before
 
 
@@ -116,7 +116,7 @@ def test_it_begins_above_and_ends_below(load: float, monkeypatch) -> None:
     looks = iter([0.2, 0.9, load, load, load, load])
 
     class Told:
-        def look(self) -> float:
+        def cores_used(self) -> float:
             return next(looks)
 
     class Ended:
@@ -126,8 +126,8 @@ def test_it_begins_above_and_ends_below(load: float, monkeypatch) -> None:
             self.left -= 1
             return self.left < 0
 
-    monkeypatch.setattr(waiting, "Neighbours", Told)
-    monkeypatch.setattr(waiting, "gather", lambda n: not seen.append("gather"))
-    monkeypatch.setattr(waiting, "disband", lambda: seen.append("disband"))
-    waiting._watch(Ended())  # type: ignore[arg-type]
+    monkeypatch.setattr(waiting, "OtherLoad", Told)
+    monkeypatch.setattr(waiting, "create_team", lambda n: not seen.append("gather"))
+    monkeypatch.setattr(waiting, "end_team", lambda: seen.append("disband"))
+    waiting._adapt_team(Ended())  # type: ignore[arg-type]
     assert seen == ["gather", "disband"] + ["disband"] * (load < 0.1)

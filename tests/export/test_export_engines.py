@@ -17,7 +17,7 @@ from export_cases import changes, noisy, proof_of, python_of, tensors_in, with_t
 from lorafold.errors import LorafoldError
 from lorafold.exporting.servers import ToSglang
 from lorafold.exporting.target import Subject
-from lorafold.exporting.to_mlx import keys_of, older_config
+from lorafold.exporting.to_mlx import adapter_keys, legacy_config
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from mixtures import mixture
@@ -118,29 +118,29 @@ def test_mlx_experts_are_apart(name, tiny_mixture, tmp_path):
 
 def test_mlx_keys_are_those_of_the_tensors():
     every = [f"model.layers.{n}.self_attn.q_proj" for n in range(3)]
-    assert keys_of([*every, "lm_head"], 3) == ["lm_head", "self_attn.q_proj"]
-    assert keys_of(every[1:], 3) == every[1:]
+    assert adapter_keys([*every, "lm_head"], 3) == ["lm_head", "self_attn.q_proj"]
+    assert adapter_keys(every[1:], 3) == every[1:]
 
 
 def test_configs_of_transformers_5_are_told_in_the_older_words():
     """Their positions would be another model's for mlx-lm."""
     plain = {"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}
-    assert older_config(plain) == {**plain, "rope_theta": 1e5}
+    assert legacy_config(plain) == {**plain, "rope_theta": 1e5}
     scaled = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}}
-    older = older_config(scaled)
+    older = legacy_config(scaled)
     assert older is not None
     assert older["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
     local = {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}
-    older = older_config({"rope_parameters": local})
+    older = legacy_config({"rope_parameters": local})
     assert older is not None
     assert (older["rope_theta"], older["rope_local_base_freq"]) == (1e6, 1e4)
-    assert older_config({"num_local_experts": 8}) == {"num_local_experts": 8, "num_experts": 8}
-    assert older_config({"rope_theta": 1e4, **plain}) is None
-    assert older_config({}) is None
+    assert legacy_config({"num_local_experts": 8}) == {"num_local_experts": 8, "num_experts": 8}
+    assert legacy_config({"rope_theta": 1e4, **plain}) is None
+    assert legacy_config({}) is None
     kinds = ["sliding_attention", "full_attention"] * 2
     layers = {"model_type": "gemma3_text", "layer_types": kinds}
-    assert older_config(layers) == {**layers, "sliding_window_pattern": 2}
-    assert older_config({**layers, "layer_types": kinds[:1] * 5 + kinds[1:2]}) is None
+    assert legacy_config(layers) == {**layers, "sliding_window_pattern": 2}
+    assert legacy_config({**layers, "layer_types": kinds[:1] * 5 + kinds[1:2]}) is None
 
 
 def test_vllm_line_and_files(llama, tiny_model, tmp_path):

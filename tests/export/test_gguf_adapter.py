@@ -17,11 +17,11 @@ from conftest import refused
 from export_cases import proof_of
 from gguf_models import CONFIGS, UNREAD, moved, quietly, saved
 from lorafold.errors import LorafoldError
-from lorafold.exporting.engines import ask
+from lorafold.exporting.engines import run_engine
 from lorafold.exporting.gguf_metadata import architecture_of
-from lorafold.exporting.gguf_model import tensors_of_update, write_model
-from lorafold.exporting.proof import ReferenceAnswers, proof
-from lorafold.exporting.run import FEWER, SHARE
+from lorafold.exporting.gguf_model import adapter_tensors, write_model
+from lorafold.exporting.proof import ReferenceAnswers, compare
+from lorafold.exporting.run import FEW_PROMPTS, MAX_LOST
 from lorafold.exporting.target import Subject, update_of
 from lorafold.methods import METHODS
 from lorafold.models.sources import resolve_model
@@ -100,7 +100,7 @@ def test_an_adapter_below_the_engine_s_rounding_is_as_near_as_the_base(base_of, 
     base = base_of("llama")
     adapter = moved(base, tmp_path / "adapter", size=3e-4)
     done = lf.export(base, adapter, tmp_path / "out", to="gguf", device="cpu")
-    assert proof_of(done, None).share > SHARE
+    assert proof_of(done, None).share > MAX_LOST
     assert done.proof.rounding
     assert "for the base alone" in done.summary()
 
@@ -113,7 +113,7 @@ def test_smaller_types_are_proved_too(tensors, base_of, tmp_path):
     done = lf.export(base, adapter, tmp_path / "out", to="gguf", tensors=tensors, device="cpu")
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out/adapter.gguf").tensors}
     assert kinds == {tensors}
-    proof_of(done, SHARE)
+    proof_of(done, MAX_LOST)
 
 
 @pytest.mark.slow
@@ -141,9 +141,9 @@ def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path)
         for tensor in gguf.GGUFReader(wrong, "r+").tensors:
             changed(tensor)
         job = ours.job({"base": str(tmp_path / "base.gguf"), "adapter": str(wrong)}, tmp_path)
-        found = proof(ours.answers, ask("llamacpp", job), ours.margin)
+        found = compare(ours.answers, run_engine("llamacpp", job), ours.margin)
         assert found.share is not None
-        assert found.share > SHARE
+        assert found.share > MAX_LOST
 
 
 def unordered(tensor) -> None:
@@ -166,7 +166,7 @@ def test_what_has_no_tensor_is_named(base_of, tmp_path):
     row = architecture_of(model.config)
     factors = dict(update_of(model, ["one"]).factors)
     factors["model.layers.0.elsewhere"] = factors["lm_head"]
-    tensors, problems = tensors_of_update(factors, model.config, row)
+    tensors, problems = adapter_tensors(factors, model.config, row)
     names = {name.partition(".lora")[0] for name in tensors}
     assert names == {f"blk.{n}.attn_q.weight" for n in range(3)}
     head, other = problems
@@ -203,7 +203,7 @@ def test_llama_cpp_refuses_the_base_of_another_model_in_a_line(base_of, tmp_path
         "texts": ["a"], "chats": [], "greedy": 2, "ends": [],
     }  # fmt: skip
     with pytest.raises(LorafoldError, match=r"^llama\.cpp: .*arch mismatch$"):
-        ask("llamacpp", job)
+        run_engine("llamacpp", job)
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_over_a_gguf_file_of_few_bits_what_it_differs_by_is_told(tmp_path, base_
     done = lf.export(adapters=adapter, out=tmp_path / "out", to="gguf", device="cpu")
     assert done.proof.kl < 2e-5
     told = done.beside["over model.gguf"]
-    assert told.prompts == FEWER
+    assert told.prompts == FEW_PROMPTS
     assert told.kl > 10 * done.proof.kl
     kept = json_of(tmp_path / "out", "export.json")
     assert kept["beside"]["over model.gguf"]["kl"] == told.kl

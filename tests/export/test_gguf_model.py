@@ -20,18 +20,23 @@ import lorafold as lf
 from conftest import make_tokenizer, refused
 from export_cases import proof_of
 from gguf_models import CONFIGS, HEADS, UNREAD, learned, moved, quietly, saved
-from lorafold.engine.kv_cache import common
+from lorafold.engine.kv_cache import common_length
 from lorafold.errors import LorafoldError
-from lorafold.exporting.engines import ask
-from lorafold.exporting.gguf_metadata import ARCHITECTURES, TEXTS, architecture_of, name_of_rule
-from lorafold.exporting.gguf_model import BLOCKS, type_of, write_model
+from lorafold.exporting.engines import run_engine
+from lorafold.exporting.gguf_metadata import (
+    ARCHITECTURES,
+    PROBE_TEXTS,
+    architecture_of,
+    pre_tokenizer_name,
+)
+from lorafold.exporting.gguf_model import BLOCKS, tensor_type, write_model
 from lorafold.exporting.proof import (
     Answers,
     EngineAnswers,
-    exchanged_experts,
-    last,
+    compare,
+    last_logprobs,
     prompts_of,
-    proof,
+    swap_close_experts,
 )
 from lorafold.merging import merged_tensors
 from lorafold.models.gguf_tokenizers import PREFERRED, WHOLE_WORDS, rule_of
@@ -54,7 +59,7 @@ def test_the_server_and_llama_cpp_answer_alike(tmp_path: Path) -> None:
         "ids": prompts.ids, "texts": prompts.texts, "chats": prompts.chats, "greedy": LONG,
         "ends": [], **{name: str(file) for name, file in files.items()},
     }  # fmt: skip
-    wanted = [list(row) for row in ask("llamacpp", job).greedy]
+    wanted = [list(row) for row in run_engine("llamacpp", job).greedy]
     with running(base, tmp_path / "adapters") as server:
 
         def answered(model: str) -> list[list[int]]:
@@ -69,7 +74,8 @@ def test_the_server_and_llama_cpp_answer_alike(tmp_path: Path) -> None:
     lf.load(model, adapter)
     for ids, own, other in zip(prompts.ids, found, wanted, strict=True):
         if own != other:  # only where two tokens are as likely
-            first, second = last(model, [*ids, *own[: common(own, other)]]).topk(2).values
+            shared = own[: common_length(own, other)]
+            first, second = last_logprobs(model, [*ids, *shared]).topk(2).values
             assert first - second < 0.01
     assert sum(own == other for own, other in zip(bare, wanted, strict=True)) < len(wanted) // 2
 
@@ -88,7 +94,7 @@ def test_what_is_read_back_is_what_was_written(kind, tmp_path):
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6, msg=name)
     before, after = (AutoTokenizer.from_pretrained(path) for path in (base, back))
     # transformers has rules of its own for a first space, and for marks in a tokenizer of Qwen's
-    for text in filter(lambda text: is_normalized("NFC", text) and text[0] != " ", TEXTS):
+    for text in filter(lambda text: is_normalized("NFC", text) and text[0] != " ", PROBE_TEXTS):
         assert after(text)["input_ids"] == before(text)["input_ids"], text
     assert after.chat_template == before.chat_template
     assert after.eos_token == before.eos_token
@@ -209,16 +215,16 @@ def test_quantized_types_are_the_package_s_own(tensors, tmp_path):
 
 
 def test_rows_that_are_no_whole_blocks_are_f16():
-    assert type_of("blk.0.ffn_down.weight", (64, 100), "Q4_0", True) == "F16"
-    assert type_of("token_embd.weight", (300, 64), "Q4_0", True) == "Q8_0"
-    assert type_of("blk.0.ffn_gate_inp.weight", (4, 64), "Q4_0", True) == "F32"
+    assert tensor_type("blk.0.ffn_down.weight", (64, 100), "Q4_0", True) == "F16"
+    assert tensor_type("token_embd.weight", (300, 64), "Q4_0", True) == "Q8_0"
+    assert tensor_type("blk.0.ffn_gate_inp.weight", (4, 64), "Q4_0", True) == "F32"
 
 
 @pytest.mark.parametrize("name", PREFERRED)
 def test_a_rule_of_splitting_is_found_by_what_it_does(name):
     backend = make_tokenizer().backend_tokenizer
     backend.pre_tokenizer = rule_of(name)
-    assert name_of_rule(backend, name in WHOLE_WORDS) == name
+    assert pre_tokenizer_name(backend, name in WHOLE_WORDS) == name
 
 
 def test_an_unknown_rule_is_refused(tmp_path):
@@ -335,21 +341,21 @@ def answered(rows, bare):
 
 
 def test_the_other_expert_is_no_difference(model, prompts):
-    rows = torch.stack([last(model, ids) for ids in prompts])
+    rows = torch.stack([last_logprobs(model, ids) for ids in prompts])
     ours, theirs = answered(rows, rows.roll(1, 0))
     theirs.adapted.add_(1e-3 * torch.randn(rows.shape))
     far = {}
     for n, ids in enumerate(prompts):
-        other = next(exchanged_experts(model, ids), None)
+        other = next(swap_close_experts(model, ids), None)
         if other is not None and (other - rows[n]).abs().max() > 0.05:
             far[n] = other
     n = next(iter(far))
     theirs.adapted[n] = far[n]
-    plain = proof(ours, theirs, lambda prompt, at: 1.0)
+    plain = compare(ours, theirs, lambda prompt, at: 1.0)
     assert plain.tied == 0
     assert plain.kl == plain.measured
-    found = proof(
-        ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged_experts(model, prompts[n])
+    found = compare(
+        ours, theirs, lambda prompt, at: 1.0, lambda n: swap_close_experts(model, prompts[n])
     )
     assert found.tied == 1
     assert found.kl < 2e-6 < found.measured == plain.kl
@@ -358,11 +364,11 @@ def test_the_other_expert_is_no_difference(model, prompts):
 
 
 def test_what_is_far_for_another_reason_stays_far(model, prompts):
-    rows = torch.stack([last(model, ids) for ids in prompts])
+    rows = torch.stack([last_logprobs(model, ids) for ids in prompts])
     ours, theirs = answered(rows, rows.roll(1, 0))
     theirs.adapted[3] += 0.3 * torch.randn(rows.shape[1:])
-    found = proof(
-        ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged_experts(model, prompts[n])
+    found = compare(
+        ours, theirs, lambda prompt, at: 1.0, lambda n: swap_close_experts(model, prompts[n])
     )
     assert found.tied == 0
     assert found.kl == found.measured > 1e-4
@@ -370,13 +376,13 @@ def test_what_is_far_for_another_reason_stays_far(model, prompts):
 
 def test_the_model_is_as_it_was_when_the_first_is_enough(model, prompts):
     """What asks next, texts of another length among it, finds no state moved."""
-    before = [last(model, ids) for ids in prompts]
-    kept = [exchanged_experts(model, ids) for ids in prompts]
+    before = [last_logprobs(model, ids) for ids in prompts]
+    kept = [swap_close_experts(model, ids) for ids in prompts]
     assert sum(next(one, None) is not None for one in kept) > 1
     for ids, row in zip(prompts, before, strict=True):
-        torch.testing.assert_close(last(model, ids), row, rtol=0, atol=0)
-        last(model, ids[:2])
+        torch.testing.assert_close(last_logprobs(model, ids), row, rtol=0, atol=0)
+        last_logprobs(model, ids[:2])
 
 
 def test_a_model_without_experts_has_none(tiny_model):
-    assert list(exchanged_experts(tiny_model("llama"), [1, 2, 3])) == []
+    assert list(swap_close_experts(tiny_model("llama"), [1, 2, 3])) == []

@@ -16,7 +16,7 @@ import template_cases
 from conftest import lorafold, make_tokenizer
 from gguf_models import saved
 from lorafold.errors import LorafoldError
-from lorafold.exporting.to_ollama import chat_of, modelfile
+from lorafold.exporting.to_ollama import convert_template, modelfile
 
 GO = shutil.which("go")
 PROGRAM = Path(__file__).with_name("go") / "render.go"
@@ -105,7 +105,7 @@ def in_go(tmp_path_factory):
 @pytest.mark.parametrize("name", ALL)
 def test_go_writes_what_the_model_s_template_does(name, in_go):
     tokenizer = tokenizer_of(name)
-    template, stops, notes = chat_of(tokenizer)
+    template, stops, notes = convert_template(tokenizer)
     given, wanted = [], []
     for chat in chats():
         try:
@@ -125,13 +125,13 @@ def test_a_template_that_no_marks_say_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = NUMBERED
     with pytest.raises(LorafoldError, match=r"can't be converted for Ollama.*--to gguf-mod"):
-        chat_of(tokenizer)
+        convert_template(tokenizer)
 
 
 def test_tools_and_reasoning_are_said_to_be_left_out():
-    notes = chat_of(families.tokenizer_of("qwen3"))[2]
-    assert any("no tools and no reasoning" in note for note in notes)
-    assert not chat_of(tokenizer_of("smollm2"))[2]
+    notes = convert_template(families.tokenizer_of("qwen3"))[2]
+    assert any("also supports tools and reasoning" in note for note in notes)
+    assert not convert_template(tokenizer_of("smollm2"))[2]
 
 
 def test_what_a_modelfile_cannot_have_is_refused():

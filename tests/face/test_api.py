@@ -13,7 +13,7 @@ from rich.console import Console
 
 import lorafold as lf
 from command_cases import rows_file
-from lorafold.api.compose import by_name
+from lorafold.api.compose import rows_by_task
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -122,7 +122,7 @@ def test_an_estimate_is_the_command_s(model: str) -> None:
     assert "fits, with" in str(found)
     wider = lf.estimate(model, "lora", max_length=64, recipe=lf.Recipe(rank=64))
     assert wider.terms["adapter"] == 4 * found.terms["adapter"]
-    with pytest.raises(lf.LorafoldError, match=r"found --params 7b and --model .*expected one"):
+    with pytest.raises(lf.LorafoldError, match=r"found --params 7b and --model .*expected only"):
         lf.estimate(model, params="7b")
 
 
@@ -147,7 +147,7 @@ def test_quiet_unless_given_a_console(model: str, tmp_path: Path, capfd) -> None
 def test_compose_names_the_keys_that_it_ignores() -> None:
     told = io.StringIO()
     rows = [{"text": "a", "id": 1}]
-    assert by_name({"task": rows}, Console(file=told, width=200)) == {"task": rows}
+    assert rows_by_task({"task": rows}, Console(file=told, width=200)) == {"task": rows}
     assert told.getvalue() == "rows given in Python: ignored keys: id (rows of {text})\n"
 
 

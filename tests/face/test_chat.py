@@ -326,5 +326,5 @@ def test_input_that_is_not_utf8_is_named(tiny_model_dir) -> None:
     process = begin(tiny_model_dir("llama"))
     _, err = process.communicate(b"/system\n\xff\xfe\n", timeout=120)
     assert process.returncode == 2
-    assert err.endswith(b"error: stdin: line 2 is not UTF-8\n")
+    assert err.endswith(b"error: stdin: line 2 is not valid UTF-8\n")
     assert b"Traceback" not in err

@@ -71,9 +71,9 @@ for name, *options in asked:
 def test_every_command_says_what_it_does_and_what_each_option_means(name):
     import typer
 
-    from lorafold.cli import _load
+    from lorafold.cli import load_command
 
-    command = _load(name)
+    command = load_command(name)
     assert command.help
     assert isinstance(command, typer.core.TyperCommand | typer.core.TyperGroup)
     assert [parameter.name for parameter in command.params if not parameter.help] == []

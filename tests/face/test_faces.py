@@ -14,8 +14,15 @@ import lorafold as lf
 from adapter_cases import make_adapter
 from command_cases import rows_file, words
 from conftest import lorafold, refused, unestimating
-from lorafold.api.options import DeclaredOption, Docs, Option, Progress, RecipeOptions, declared
-from lorafold.cli import COMMANDS, _load, app, commands, verb_of
+from lorafold.api.options import (
+    DeclaredOption,
+    Docs,
+    Option,
+    Progress,
+    RecipeOptions,
+    declared_options,
+)
+from lorafold.cli import COMMANDS, app, commands, function_of, load_command
 from lorafold.cli.command_handlers import RUNNERS
 from lorafold.cli.command_line import OTHER_NAMES
 from lorafold.cli.recipe_options import fields_in
@@ -55,14 +62,15 @@ def options(verb: str) -> dict[str, list[str]]:
 
 def command_of(name: str) -> Any:
     first, *below = name.split()
-    return _load(first).commands[below[0]] if below else _load(first)
+    return load_command(first).commands[below[0]] if below else load_command(first)
 
 
 def declarations(name: str) -> list[tuple[str, DeclaredOption]]:
     """What a command declares, each with the place: its verb and what runs it."""
-    runner = RUNNERS.get(name, commands.plain)
-    found = [("verb", one) for one in declared(verb_of(name))]
-    found += [("runner", one) for one in declared(runner) if one.default is not Parameter.empty]
+    runner = RUNNERS.get(name, commands.print_result)
+    found = [("verb", one) for one in declared_options(function_of(name))]
+    of_runner = (one for one in declared_options(runner) if one.default is not Parameter.empty)
+    found += [("runner", one) for one in of_runner]
     return [(place, one) for place, one in found if not getattr(one.option, "python_only", False)]
 
 
@@ -125,14 +133,14 @@ def test_what_would_be_declared_twice_is_found() -> None:
     def twice(rank: int = 1, *, console: Progress = None, **more: Unpack[Two]) -> None:
         """Has it twice."""
 
-    assert [one.name for one in declared(twice)].count("rank") == 2
+    assert [one.name for one in declared_options(twice)].count("rank") == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_said_of_a_parameter_reaches_the_reader_of_python(name: str) -> None:
-    entries = Docs.of(verb_of(name)).args
+    entries = Docs.of(function_of(name)).args
     told = {one.name for _, one in declarations(name) if one.group is None and one.help}
-    assert told & {n for n in inspect.signature(verb_of(name)).parameters} <= entries.keys()
+    assert told & {n for n in inspect.signature(function_of(name)).parameters} <= entries.keys()
 
 
 @pytest.mark.parametrize("verb", NAMES)

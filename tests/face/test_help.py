@@ -13,8 +13,8 @@ import typer
 from command_cases import rows_file
 from conftest import lorafold, refused
 from embedded_cases import embed_a_tiny_model
-from lorafold.cli import COMMANDS, EXAMPLES, GROUPS, _load
-from lorafold.cli.help import MOST
+from lorafold.cli import COMMANDS, EXAMPLES, GROUPS, load_command
+from lorafold.cli.help import MAX_OPTIONS
 
 NEW_KEY = "serve new-key"
 ENDLESS = {"serve"}  # it serves until it is stopped; tests/serve run it
@@ -29,7 +29,7 @@ SHORT = {
 
 def command_of(name: str) -> typer.core.TyperCommand:
     first, *below = name.split()
-    command = _load(first)
+    command = load_command(first)
     return command.commands[below[0]] if below else command
 
 
@@ -65,7 +65,7 @@ def test_help_is_short_and_has_examples_and_no_types(name: str, monkeypatch) -> 
     assert len(command.examples) == 3
     for example in command.examples:
         assert "\n".join(f"  {line}" for line in example.splitlines()) in text
-    assert len(listed(text)) <= MOST
+    assert len(listed(text)) <= MAX_OPTIONS
     assert max(map(len, (text + whole).splitlines())) <= 80
     assert re.findall(r"<[a-z]\w*(?:\[\w+\])?>", whole) == []
     options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]

@@ -19,13 +19,13 @@ import lorafold as lf
 from adapter_cases import make_adapter
 from conftest import lorafold, make_model_dir, refused
 from fresh_models import fresh_model
-from lorafold.api.serve import own_bases
-from lorafold.cli import _load
+from lorafold.api.serve import recorded_bases
+from lorafold.cli import load_command
 from lorafold.errors import LorafoldError
 from lorafold.peft.adapter_directory import open_all
-from lorafold.peft.provenance import OwnBase
+from lorafold.peft.provenance import RecordedBase
 from lorafold.resolve import Base, base_for
-from lorafold.serving.registry import STATE, ServerState
+from lorafold.serving.registry import STATE_FILE, ServerState
 from serving_cases import running, saved
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -109,7 +109,7 @@ def test_commands_do_too(place: Path) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_says_what_the_default_is(verb: str) -> None:
-    option = next(p for p in _load(verb).params if p.name == "model")
+    option = next(p for p in load_command(verb).params if p.name == "model")
     assert option.default is None
     assert "the adapter's own base" in option.help
 
@@ -245,21 +245,21 @@ def test_without_adapters_it_is_the_embedded_model(place: Path) -> None:
 def test_a_server_takes_that_of_its_directory(place: Path) -> None:
     folder = place / "adapters"
     folder.mkdir()
-    assert own_bases(folder) == []
+    assert recorded_bases(folder) == []
     make_adapter(place / "base", folder / "a")
     (make_adapter(place / "base", folder / "b") / "adapter_config.json").write_text("{")
-    assert base_for(None, own_bases(folder)).source.path == place / "base"
-    assert OwnBase.read(folder / "a") == open_all([folder / "a"])[0].own_base
+    assert base_for(None, recorded_bases(folder)).source.path == place / "base"
+    assert RecordedBase.read(folder / "a") == open_all([folder / "a"])[0].own_base
     shutil.rmtree(folder / "a")
     with pytest.raises(LorafoldError, match="none of its adapters has a base model"):
-        own_bases(folder)
+        recorded_bases(folder)
 
 
 def test_a_server_stores_its_base_as_most_adapters_had_it(place: Path) -> None:
     for name, storage in {"a": "fp32", "b": "nf4", "c": "nf4"}.items():
         model = lf.load_model(place / "base", storage=storage)
         lf.attach(model, lf.LoRA(rank=2)).save(place / "adapters" / name)
-    own = own_bases(place / "adapters")
+    own = recorded_bases(place / "adapters")
     assert base_for(None, own).stored_as_trained(own).storage == "nf4"
 
 
@@ -267,31 +267,31 @@ def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_mode
     folder = place / "adapters"
     folder.mkdir()
     make_adapter(place / "base", folder / "z")
-    assert base_for(None, own_bases(folder)).source.path == place / "base"
+    assert base_for(None, recorded_bases(folder)).source.path == place / "base"
     make_adapter(tiny_model_dir("qwen2"), folder / "a")
     with pytest.raises(LorafoldError, match="adapters of different bases"):
-        base_for(None, own_bases(folder))
+        base_for(None, recorded_bases(folder))
     named(make_adapter(place / "base", folder / "x"), "/another/name")  # which leads nowhere
     make_adapter(place / "base", folder / "y")
     large = shutil.copytree(folder / "z", folder / "large") / "adapter_config.json"
     large.write_text(large.read_text() + " " * (8 << 20))
     with pytest.raises(LorafoldError, match="expected at most 8,388,608 bytes"):
-        OwnBase.read(folder / "large")
-    own = own_bases(folder)
+        RecordedBase.read(folder / "large")
+    own = recorded_bases(folder)
     assert base_for(None, own).source.path == place / "base"
-    (folder / STATE).write_text(ServerState(base=own[0]).model_dump_json())
+    (folder / STATE_FILE).write_text(ServerState(base=own[0]).model_dump_json())
     for name in ("b", "c", "d"):
         shutil.copytree(folder / "a", folder / name)
     told = io.StringIO()
-    own = own_bases(folder, None, Console(file=told, width=60))
+    own = recorded_bases(folder, None, Console(file=told, width=60))
     assert base_for(None, own).source.path == place / "base"
-    said = f"using the base model of the last start ({folder / STATE})"
+    said = f"using the base model of the last start ({folder / STATE_FILE})"
     assert told.getvalue() == f"no --model: {said}\n"
     shutil.copytree(place, place.parent / "moved")  # found beside it again
     shutil.rmtree(place)
     folder = place.parent / "moved" / "adapters"
     (folder.parent / "base").rename(folder / "base")
-    assert base_for(None, own_bases(folder)).source.path == folder / "base"
+    assert base_for(None, recorded_bases(folder)).source.path == folder / "base"
 
 
 REFUSED = "the adapter was trained on another base"

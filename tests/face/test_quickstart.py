@@ -20,8 +20,8 @@ from lorafold.cli.other_commands import this_command
 from lorafold.models.quantizations import Storage
 from lorafold.ops.arithmetic import multiplying
 from lorafold.peft.adapter_directory import SavedAdapter
-from lorafold.quickstart import story as module
-from lorafold.quickstart.story import RECIPE, Story, computing, fastest, quickstart
+from lorafold.quickstart import run as module
+from lorafold.quickstart.run import RECIPE, QuickstartResult, describe_hardware, fastest, quickstart
 from lorafold.quickstart.task import INTENTS, NUMBERS, SYSTEM, Row, Split, rows
 from lorafold.runtime.processor import processor_name
 
@@ -56,7 +56,7 @@ def test_what_other_commands_measure_with_its_recipe_is_the_same_everywhere() ->
 def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(module, "RECIPE", RECIPE.model_copy(update={"steps": 1, "batch": 1}))
-    monkeypatch.setattr(module, "UNSEEN", 1)
+    monkeypatch.setattr(module, "TEST_ROWS", 1)
     console = Console(file=io.StringIO(), width=400)
     with multiplying(widened=False):
         found = quickstart(tmp_path / "out", console, device="cpu")
@@ -73,7 +73,7 @@ def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_processor_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "use", lambda _: "found no C++ compiler")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    told = [*computing(CPU, Storage(torch.float32, None, "fp32: as requested"))]
+    told = [*describe_hardware(CPU, Storage(torch.float32, None, "fp32: as requested"))]
     assert ", 1 thread on " in told[0]
     assert told[0].endswith("matmuls in fp32")
     assert told[1:] == [
@@ -93,7 +93,7 @@ def test_a_processor_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch)
 )  # fmt: skip
 def test_each_figure_is_said_and_judged(after: float, kl: float | None, told, others) -> None:
     lost = None if kl is None else 1e-4
-    story = Story(0.0, after, 60, 90, "a", "m", 10**6, 10**8, kl, "g", lost, "fp32")
+    story = QuickstartResult(0.0, after, 60, 90, "a", "m", 10**6, 10**8, kl, "g", lost, "fp32")
     text = "\n".join(story.meaning())
     assert all(part in text for part in told)
     assert not any(part in text for part in others)

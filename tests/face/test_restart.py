@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.runtime.process_tuning import HUGE_PAGES, SWITCH, WISHES
+from lorafold.runtime.process_tuning import HUGE_PAGES, SWITCH, VARIABLES
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="there is nothing to set without glibc"
@@ -25,7 +25,7 @@ print(os.environ.get("GLIBC_TUNABLES"))
 sys.exit(7)
 """
 ARGUMENTS = ["train", "--set", "a b", "", "*", "ü"]
-TUNED = {*WISHES, *HUGE_PAGES, SWITCH}
+TUNED = {*VARIABLES, *HUGE_PAGES, SWITCH}
 
 
 def begin(tmp_path: Path, how: str, **variables: str) -> tuple[int, int, list[str]]:
@@ -47,7 +47,7 @@ def begin(tmp_path: Path, how: str, **variables: str) -> tuple[int, int, list[st
 def test_it_begins_again_once_and_keeps_what_it_was_given(how: str, tmp_path: Path) -> None:
     code, pid, lines = begin(tmp_path, how)
     assert code == 7
-    kernels = WISHES["LRU_CACHE_CAPACITY"]
+    kernels = VARIABLES["LRU_CACHE_CAPACITY"]
     assert lines[:-1] == ["begun"] * 2 + [f"{pid} {kernels} {ARGUMENTS!r} True given on stdin"]
 
 

@@ -6,7 +6,7 @@ import sys
 import pyarrow as pa
 import pytest
 
-from lorafold.data.arrow import batch_of, column
+from lorafold.data.arrow import column, to_batch
 
 
 def said(script: str) -> str:
@@ -74,7 +74,7 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
     nested = [values[:i] for i in range(n)]
     each = zip(values, nested, marks, words, strict=True)
     entries = [{"n": v, "l": of, "f": m, "t": w} for v, of, m, w in each]
-    columns = batch_of(entries, ["n"], ["l"], ["f"], ["t"])
+    columns = to_batch(entries, ["n"], ["l"], ["f"], ["t"])
     expected = (
         pa.array(values, pa.int32()), pa.array(nested, pa.list_(pa.int32())),
         pa.array(marks, pa.bool_()), pa.array(words, pa.string()),
@@ -82,7 +82,7 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
     for made, wanted in zip(columns, expected, strict=True):
         made.validate(full=True)
         assert made.equals(wanted)
-    table = pa.Table.from_batches([batch_of(entries[i:], ["n"]) for i in (0, 2)])
+    table = pa.Table.from_batches([to_batch(entries[i:], ["n"]) for i in (0, 2)])
     assert column(table, "n").tolist() == values + values[2:]
 
 

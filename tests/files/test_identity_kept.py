@@ -22,20 +22,20 @@ import lorafold as lf
 from adapter_files import configure, json_of
 from lorafold import identity
 from lorafold.comparing import measure
-from lorafold.comparing.run import key
-from lorafold.data import row_store, templates, tokenizing
+from lorafold.comparing.run import cell_digest
+from lorafold.data import chat_template, row_store, tokenizing
 from lorafold.data import rows as reading
 from lorafold.data.examples import encode
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
+from lorafold.fragility_study import run as undoing
+from lorafold.fragility_study import task as fragile
 from lorafold.identity import TRAINING, of_code
 from lorafold.inspecting import intrinsic, spectra
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
-from lorafold.robustness import run as undoing
-from lorafold.robustness import task as fragile
 from lorafold.training import loop
 from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
@@ -96,7 +96,7 @@ class World:
         """The figures of a method."""
         base, rows = Base(self.model, device="cpu"), self.rows
         task = measure.ComparisonTask(base, rows, rows, "rows", self.recipe)
-        return self.same("compare", {key(task, "lora")})
+        return self.same("compare", {cell_digest(task, "lora")})
 
     def intrinsic(self) -> bool:
         """The losses of a search."""
@@ -118,8 +118,8 @@ class World:
             (1e-3,), (0,), ("none",), recipe=self.recipe,
         )  # fmt: skip
         [run] = task.runs(task.stacks[0])
-        cells = undoing.Cells(task, self.root)
-        files = [*cells.files(run).values(), cells.tuned(run)]
+        cells = undoing.StudyFiles(task, self.root)
+        files = [*cells.of_points(run).values(), cells.tuned_adapter(run)]
         return self.same("fragility", {*map(str, files)})
 
     def svd(self) -> bool:
@@ -186,8 +186,8 @@ def world(tmp_path_factory, tiny_model_dir, patched) -> World:
     made = World(tmp_path_factory.mktemp("world"))
     shared(made.root / "cache")
     patched.setenv("LORAFOLD_CACHE", str(made.root / "cache"))
-    patched.setattr(tokenizing, "LARGE", 1000)
-    patched.setattr(reading, "LARGE", 1000)
+    patched.setattr(tokenizing, "MAX_IN_MEMORY", 1000)
+    patched.setattr(reading, "MAX_IN_MEMORY", 1000)
     made.write()
     shutil.copytree(tiny_model_dir("llama"), made.model)
     template = made.model / "chat_template.jinja"
@@ -264,7 +264,7 @@ class Tomorrow(date):
 
 
 def day(world: World) -> None:
-    world.patch.setattr(templates, "date", Tomorrow)
+    world.patch.setattr(chat_template, "date", Tomorrow)
 
 
 CHANGES: dict[str, tuple[Callable[[World], None] | None, set[str]]] = {
@@ -318,7 +318,7 @@ def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: Wor
         ("data/render.py", {*FIGURES, "reference", "parsed", "tokens"}),
         pytest.param("inspecting/updates.py", {"intrinsic", "fragility", "svd"}, marks=SLOWLY),
         pytest.param("comparing/measure.py", {"compare"}, marks=SLOWLY),
-        pytest.param("robustness/measure.py", {"fragility"}, marks=SLOWLY),
+        pytest.param("fragility_study/measure.py", {"fragility"}, marks=SLOWLY),
     ],
 )
 def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
@@ -362,7 +362,7 @@ def test_a_search_of_an_earlier_version_is_refused(world: World) -> None:
     file.write_text(json.dumps({k: v for k, v in json.loads(content).items() if k != "files"}))
     try:
         with pytest.raises(LorafoldError, match="found a search of an earlier lorafold"):
-            intrinsic.check(file.parent, {})
+            intrinsic.check_search(file.parent, {})
     finally:
         file.write_text(content)
 
@@ -427,10 +427,11 @@ def rooms_of(files: list[Path]) -> set[str]:
         (TRAINING, set()),
         ((*TRAINING, "comparing", "merging"), set()),
         ((*TRAINING, "inspecting"), set()),
-        ((*TRAINING, *fragile.ROOMS), {"comparing"}),  # how cells of a table are written
-        (tokenizing.ROOMS, {"runtime", "models"}),  # how processes and files are opened
+        ((*TRAINING, *fragile.CODE_PACKAGES), {"comparing"}),  # how cells of a table are written
+        (tokenizing.CODE_PATHS, {"runtime", "models"}),  # how processes and files are opened
     ],
 )
 def test_the_code_of_a_thing_is_all_that_it_imports(rooms: tuple[str, ...], besides) -> None:
     files = [file for room in rooms for file in (identity.ROOT / room).rglob("*.py")]
-    assert rooms_of(files) - set(rooms) - {"advice", "errors", "files", "identity"} == besides
+    everywhere = {"foreign_options", "errors", "files", "identity"}
+    assert rooms_of(files) - set(rooms) - everywhere == besides

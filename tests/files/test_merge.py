@@ -21,10 +21,10 @@ from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
-from lorafold.fold.plan import changes
+from lorafold.fold.plan import changed_shapes
 from lorafold.layers import layer_of
-from lorafold.merging.merged_tensors import before_and_after, execute, need_space
-from lorafold.merging.plan import plan
+from lorafold.merging.merged_tensors import before_and_after, check_disk_space, write_merged
+from lorafold.merging.plan import plan_merge
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
@@ -52,7 +52,7 @@ def test_fp32_merged_is_adapted(kind, sharded, tiny_model_dir, tmp_path):
     assert result.gap is not None
     assert result.gap.relative_logit_gap < 1e-5
     assert result.gap.argmax_agreement > 0.99
-    assert result.folded.sums.survival == 1
+    assert result.folded.stats.survival == 1
     names = [{p.name for p in path.glob("model*")} for path in (base, tmp_path / "merged")]
     assert names[0] == names[1]
 
@@ -155,7 +155,7 @@ def test_a_weak_adapter_survives_16_bits(dtype, tiny_model_dir, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", size=size)
     lost = merge(str(base), [adapter], tmp_path / "nearest", rounding="nearest", certificate=False)
     kept = merge(str(base), [adapter], tmp_path / "auto", seed=3, certificate=False)
-    assert lost.folded.sums.survival < 0.98
+    assert lost.folded.stats.survival < 0.98
     stored, before = tensors_of(tmp_path / "auto"), tensors_of(base)
     exact = fresh_model(base)
     lf.load(exact, adapter).merge()
@@ -165,8 +165,8 @@ def test_a_weak_adapter_survives_16_bits(dtype, tiny_model_dir, tmp_path):
         parts.append((w.double() - after[name]) * (after[name] - before[name].double()))
     terms = torch.cat([part.flatten() for part in parts])
     assert abs(terms.sum()) < 5 * terms.norm()
-    survival = 1 + terms.sum().item() / kept.folded.sums.update
-    assert kept.folded.sums.survival == pytest.approx(survival, rel=1e-3)
+    survival = 1 + terms.sum().item() / kept.folded.stats.update
+    assert kept.folded.stats.survival == pytest.approx(survival, rel=1e-3)
     assert {t.dtype for t in stored.values()} == {dtype}
 
 
@@ -242,8 +242,8 @@ def test_another_format_is_a_writer(tiny_model_dir, tmp_path):
                 found[name] = read_tensors(entry.file, [name])[name] if own is None else own
                 written(name, entry.size)
 
-    planned = plan(Base(base), [SavedAdapter.open(adapter)])
-    folded = execute(planned, write, progress=lambda done, total: sizes.append((done, total)))
+    planned = plan_merge(Base(base), [SavedAdapter.open(adapter)])
+    folded = write_merged(planned, write, progress=lambda done, total: sizes.append((done, total)))
     merge(str(base), adapter, tmp_path / "merged", certificate=False)
     expected = tensors_of(tmp_path / "merged")
     assert found.keys() == expected.keys()
@@ -310,11 +310,11 @@ def test_every_method_is_planned_and_folded_by_the_one_law(method, tiny_model):
     for module in adapter.sites.values():
         if method in OPAQUE:
             with pytest.raises(NotMergeable, match="can't be merged"):
-                changes(module, ["default"])
+                changed_shapes(module, ["default"])
             continue
         dense = module.layer("default").dense()
         expected = [None if t is None else t.detach().clone() for t in dense]
-        found = changes(module, ["default"])
+        found = changed_shapes(module, ["default"])
         stored = {name: before_and_after(module, ["default"], name)[1] for name in found}
         for name, values in stored.items():
             module._parameters[name].data = values
@@ -350,7 +350,7 @@ def test_wrong_inputs_are_refused_and_leave_nothing(tiny_model_dir, tmp_path):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(LorafoldError, match="GB left"):
-        need_space(tmp_path, 1 << 60, "the merged model")
+        check_disk_space(tmp_path, 1 << 60, "the merged model")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
 from lorafold.merging import merged_tensors
-from lorafold.merging.plan import plan
+from lorafold.merging.plan import plan_merge
 from lorafold.merging.run import Merged
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.fingerprint import of_model
@@ -120,7 +120,7 @@ def test_merged_is_adapted_and_the_files_are_as_they_were(kind, size, moe, probe
     assert relative(logits(load_model(tmp_path / "merged", torch.float32)), expected) < 1e-5
     assert result.gap is not None
     assert result.gap.relative_logit_gap < 1e-5
-    assert result.folded.sums.survival == 1
+    assert result.folded.stats.survival == 1
 
     assert (len(layout(base)) > 4) == (size == "60KB")
     assert layout(tmp_path / "merged") == layout(base)
@@ -155,9 +155,9 @@ def test_in_16_bits_small_updates_survive(kind, moe, probe, tmp_path) -> None:
     result = merge(base, [tmp_path / "a"], tmp_path / "merged", device="cpu", probe=probe)
     assert layout(tmp_path / "merged") == layout(base)
     assert result.folded.rounded["stochastic"] > 4
-    assert abs(result.folded.sums.survival - 1) < 0.05
+    assert abs(result.folded.stats.survival - 1) < 0.05
     nearest = merge(base, [tmp_path / "a"], tmp_path / "n", rounding="nearest", certificate=False)
-    assert nearest.folded.sums.survival < 0.95
+    assert nearest.folded.stats.survival < 0.95
     again = merge(base, [tmp_path / "a"], tmp_path / "again", certificate=False)
     assert again.folded == result.folded
     assert_same_tensors(tmp_path / "merged", tmp_path / "again")
@@ -188,7 +188,7 @@ def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeyp
     order = sorted(entries, key=lambda n: (n.split(".")[-2:], n))
     renamed = [(n.removeprefix("model."), entries[n]) for n in order]
     write_container(file, renamed, {"format": "pt"}, lambda _: None, lambda *_: None)
-    monkeypatch.setattr(merged_tensors, "CACHED", 1)
+    monkeypatch.setattr(merged_tensors, "MAX_CACHED", 1)
     for path in (base, odd):
         merge(path, [tmp_path / "a"], tmp_path / f"{path.name}-out", certificate=False)
     assert layout(tmp_path / "odd-out") == layout(odd)
@@ -334,7 +334,7 @@ def test_experts_of_several_dtypes_are_refused(moe, tmp_path) -> None:
     change(base, lambda t: t.update({name: t[name].bfloat16()}), MODEL)
     asked, saved = Base(base, allow_other_base=True), SavedAdapter.open(tmp_path / "a")
     with pytest.raises(NotMergeable, match="stored as BF16 and F32"):
-        plan(asked, [saved])
+        plan_merge(asked, [saved])
 
 
 class Doubled(ConversionOps):

@@ -119,8 +119,8 @@ def test_a_small_update_survives_in_the_dequantized_base(tiny_model_dir, tmp_pat
         merge(base, [tmp_path / "a"], tmp_path / how, rounding=how, certificate=False)
         for how in ("auto", "nearest")
     )
-    assert auto.folded.sums.survival == pytest.approx(1, abs=0.05)
-    assert nearest.folded.sums.survival < 0.9
+    assert auto.folded.stats.survival == pytest.approx(1, abs=0.05)
+    assert nearest.folded.stats.survival < 0.9
 
 
 def test_targets_that_make_no_sense_are_refused_before_anything_is_written(

@@ -16,7 +16,7 @@ from error_cases import refusal
 from gguf_cases import write_gguf
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
-from lorafold.models.quantizations import MADE, STORAGES, StorageName, choose_storage
+from lorafold.models.quantizations import ON_LOAD, STORAGES, StorageName, choose_storage
 from lorafold.models.quantize_on_load import quantization_of
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
@@ -190,6 +190,6 @@ def test_the_embedded_tokenizer_sees_every_digit_alone(smollm2):
 
 def test_each_storage_has_a_name_and_a_row_and_each_maker_is_there():
     assert {*get_args(StorageName)} == {*STORAGES, "auto"}
-    for name in MADE:
+    for name in ON_LOAD:
         assert callable(STORAGES[name].pack)
-        assert quantization_of(STORAGES[name].made, "model m") == name
+        assert quantization_of(STORAGES[name].bnb_options, "model m") == name

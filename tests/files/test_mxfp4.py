@@ -223,7 +223,7 @@ def test_merging_gives_a_plain_model_and_says_how_near(released, plain, tmp_path
     done = merge(path, [tmp_path / "a"], tmp_path / "out")
     assert (done.into.target, done.into.trained_on) == ("trained", "mxfp4")
     assert done.gap.kl < 1e-4
-    assert done.folded.sums.survival == pytest.approx(1, abs=0.01)
+    assert done.folded.stats.survival == pytest.approx(1, abs=0.01)
     assert "quantization_config" not in json_of(tmp_path / "out", "config.json")
     written, source = tensors_of(tmp_path / "out"), tensors_of(plain)
     assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in source.items()}

@@ -159,7 +159,7 @@ def test_merging_gives_a_plain_model_and_says_how_near(base, quantized, tmp_path
     done = merge(quantized(kind), [tmp_path / "a"], tmp_path / "out")
     assert (done.into.target, done.into.trained_on) == ("trained", storage)
     assert done.gap.kl < 1e-4
-    assert done.folded.sums.survival == pytest.approx(1, abs=0.01)
+    assert done.folded.stats.survival == pytest.approx(1, abs=0.01)
     assert "quantization_config" not in json_of(tmp_path / "out", "config.json")
     plain = plain_of(quantized(kind), base)
     written = load_file(tmp_path / "out" / "model.safetensors")

@@ -21,9 +21,9 @@ from transformers import AddedToken
 import lorafold as lf
 from adapter_files import CONFIG, RECORD, WEIGHTS, change, json_of, tensors_of
 from adapter_files import configure as changed
-from lorafold.data.calls import parse_calls
+from lorafold.data.chat_template import template_of
 from lorafold.data.render import render
-from lorafold.data.templates import template_of
+from lorafold.data.tool_calls import parse_calls
 from lorafold.errors import Busy, LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.identity import of_adapter

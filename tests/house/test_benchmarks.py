@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 import lorafold as lf
-from lorafold.data.batches import labelled
+from lorafold.data.batches import num_targets
 from lorafold.data.examples import encode
 from lorafold.models.tokenizer import load_tokenizer
 
@@ -102,7 +102,7 @@ def test_work_is_counted_where_it_is_computed(
     recipe = lf.Recipe(epochs=1, batch=2, accumulate=2, packing=packing, rank=2)
     with watched() as work:
         lf.train(recipe, model=model, data=rows, out=tmp_path / "adapter")
-    assert work == {"steps": 3, "rows": 6, "targets": sum(map(labelled, examples))}
+    assert work == {"steps": 3, "rows": 6, "targets": sum(map(num_targets, examples))}
 
 
 MARK = re.compile(r"^<!-- generated: results (.+) -->$", re.MULTILINE)

@@ -35,8 +35,8 @@ import pytest
 
 import lorafold as lf
 from embedded_cases import embed_a_tiny_model
-from lorafold.api.options import declared
-from lorafold.cli import COMMANDS, _load, app
+from lorafold.api.options import declared_options
+from lorafold.cli import COMMANDS, app, load_command
 from lorafold.cli.command_line import ALIASES
 from lorafold.layers import LAYERS
 from lorafold.methods import METHODS
@@ -214,7 +214,7 @@ def test_what_is_not_run_says_why_and_its_commands_parse(fence: Fence) -> None:
     for arguments in fence.commands:
         if arguments and not arguments[0].startswith("-"):
             assert arguments[0] in COMMANDS
-            command = _load(arguments[0])
+            command = load_command(arguments[0])
             command.make_context(f"lorafold {arguments[0]}", arguments[1:])  # TyperException if bad
 
 
@@ -507,7 +507,7 @@ def options_of(command: Any) -> set[str]:
 
 @cache
 def known_options() -> frozenset[str]:
-    every = set().union(*(options_of(_load(name)) for name in COMMANDS))
+    every = set().union(*(options_of(load_command(name)) for name in COMMANDS))
     return frozenset(every | THEIRS | ALIASES.keys() | {"--help", "--help-all"})
 
 
@@ -524,7 +524,8 @@ def known_fields() -> frozenset[str]:
     modules = (algorithm_options, preference_algorithms, policy_algorithms)
     classes = [c for m in modules for c in vars(m).values() if is_dataclass(c)]
     names = {field.name for c in classes for field in fields(c)}
-    return frozenset({*Recipe.model_fields, *(one.name for one in declared(lf.train)), *names})
+    of_train = (one.name for one in declared_options(lf.train))
+    return frozenset({*Recipe.model_fields, *of_train, *names})
 
 
 def gone(page: str, text: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from imports import FILES, SRC, changed_elsewhere, imported, is_module, name_of,
 LAYERS = {
     "face": ["__main__", "cli", "api", "doctor", "quickstart"],
     "serving": ["serving"],
-    "results": ["robustness", "comparing", "composing", "exporting", "inspecting", "merging"],
+    "results": ["fragility_study", "comparing", "composing", "exporting", "inspecting", "merging"],
     "run": ["training", "memory", "config_import", "recipe"],
     "objectives": ["objectives", "evaluation"],
     "engine": ["conversation", "generation", "engine", "training_step"],
@@ -28,7 +28,7 @@ LAYERS = {
     "adapters": ["adapter", "fold", "identity", "peft"],
     "models": ["models"],
     "algebra": ["kernels", "methods", "layers", "ops", "core"],
-    "ground": ["files", "runtime", "advice", "errors"],
+    "ground": ["files", "runtime", "foreign_options", "errors"],
 }
 LAYER = {package: layer for layer, packages in LAYERS.items() for package in packages}
 HEIGHT = {layer: height for height, layer in enumerate(reversed(LAYERS))}

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.ops.kernel_requirements import FLASH
+from lorafold.ops.arithmetic import HALF
+from lorafold.ops.attention import FLASH_CAPABILITY, FLASH_HEAD_UNIT, FLASH_MAX_HEAD_SIZE
 from shadow import STANDINS, WHERE, Shadow
 
 aten = torch.ops.aten
@@ -98,10 +99,10 @@ def flash(
     """The forward of `varlen_attn`, which refuses what the kernel refuses."""
     capability = torch.cuda.get_device_capability()
     told = (q.shape, v.shape, q.dtype, capability)
-    assert q.dtype in FLASH.dtypes, told
-    assert capability >= FLASH.capability, told
-    assert q.shape[-1] == v.shape[-1] <= FLASH.largest_head, told
-    assert q.shape[-1] % FLASH.head_unit == 0, told
+    assert q.dtype in HALF, told
+    assert capability >= FLASH_CAPABILITY, told
+    assert q.shape[-1] == v.shape[-1] <= FLASH_MAX_HEAD_SIZE, told
+    assert q.shape[-1] % FLASH_HEAD_UNIT == 0, told
     assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
     assert all(x.stride(-1) == 1 for x in (q, k, v)), "last dimension not contiguous"
     assert cu_q.dtype == cu_k.dtype == torch.int32

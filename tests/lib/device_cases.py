@@ -22,12 +22,12 @@ from card import Card
 from lorafold.core.expert_matrices import expert_parameters
 from lorafold.data.examples import Example
 from lorafold.engine import adapter_cache as engine_residency
-from lorafold.layers.expert_storage import quantized
+from lorafold.layers.expert_storage import quantize_experts
 from lorafold.methods import make_spec
-from lorafold.models.quantizations import MADE, STORAGES
-from lorafold.models.quantize_on_load import packable, route_quantized
+from lorafold.models.quantizations import ON_LOAD, STORAGES
+from lorafold.models.quantize_on_load import quantizable_paths, use_quantized_experts
 from lorafold.objectives.sft import Sft
-from lorafold.runtime.processes import ALONE
+from lorafold.runtime.processes import SINGLE_PROCESS
 from lorafold.training.loop import Plan, train_step
 from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.data_parallel import Replicated
@@ -126,15 +126,16 @@ def base(config: Any, storage: str, there: bool, cls: Any = tf.AutoModelForCausa
     for name, p in model.named_parameters():
         if name.endswith("mlp.gate.weight"):  # in 16 bits, experts as good as others would change
             p.mul_(50)
-    for path in packable(model) if storage in MADE else ():
+    for path in quantizable_paths(model) if storage in ON_LOAD else ():
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
         if name in expert_parameters(owner):
-            owner._parameters[name] = quantized(owner._parameters[name], STORAGES[storage].pack)
+            experts = owner._parameters[name]
+            owner._parameters[name] = quantize_experts(experts, STORAGES[storage].pack)
         else:
             setattr(owner, name, STORAGES[storage].pack(model.get_submodule(path).weight))
-    if storage in MADE:
-        route_quantized(model)
+    if storage in ON_LOAD:
+        use_quantized_experts(model)
     return moved(model) if there else model
 
 
@@ -190,7 +191,7 @@ class Kept(Replicated):
     """Keeps the gradients of the first step as they are before clipping."""
 
     def __init__(self, adapter: Any) -> None:
-        super().__init__(ALONE)
+        super().__init__(SINGLE_PROCESS)
         self.adapter = adapter
         self.found: dict[str, Tensor] = {}
 

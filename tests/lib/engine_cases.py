@@ -26,7 +26,7 @@ import lorafold as lf
 from lorafold.engine import Ended, Engine, Request, Sampling
 from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.kv_cache import SlotCache
-from lorafold.engine.sampler import SampledToken, Sampler, chosen
+from lorafold.engine.sampler import SampledToken, Sampler, sample_tokens
 
 E = TypeVar("E", bound=Engine)
 METHODS: dict[str, Any] = {
@@ -48,8 +48,8 @@ def check(engine: Engine) -> None:
     assert sorted(ids) == sorted(engine._rows), "every request waits or runs once"
     assert len({row.slot for row in running}) == len(running) <= engine._runner.slots
     assert all(row.stream.ended is None for row in engine._rows.values())
-    assert all(row.reader is None or row.reader in running for row in running)
-    if engine.slotted:
+    assert all(row.prefiller is None or row.prefiller in running for row in running)
+    if engine.is_batched:
         check_slots(engine._runner, running)
     check_adapters(engine.adapters)
 
@@ -60,10 +60,10 @@ def check_adapters(adapters: AdapterCache) -> None:
         for entry in adapters._entries:
             assert 0 <= entry.leases <= entry.references, entry
             assert not entry.leases or entry.loaded, f"{entry}: leased, not resident"
-            current = adapters._names.get(entry.name) is entry
+            current = adapters._by_name.get(entry.name) is entry
             assert current or entry.references or entry.future, f"{entry}: left over"
             assert current or not entry.pinned, f"{entry}: pinned without a name"
-        assert adapters._names.keys() <= {entry.name for entry in adapters._entries}
+        assert adapters._by_name.keys() <= {entry.name for entry in adapters._entries}
         assert adapters.budget is None or adapters.nbytes <= adapters.budget, adapters.nbytes
 
 
@@ -71,7 +71,7 @@ def check_slots(runner: Any, rows: Sequence[Any]) -> None:
     """Each slot has its request's adapter, and what is kept in the free ones is finite."""
     assert [r for r in runner.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
     assert all(runner.rows[row.slot] is row for row in rows)
-    placed = {r.slot: r.adapter for r in rows if r.adapter is not None and not r.adapter.alone}
+    placed = {r.slot: r.adapter for r in rows if r.adapter is not None and not r.adapter.separate}
     assert runner.slot_adapters.placed == placed, "each slot has its request's adapter"
     for slot in runner.prefixes.slots:
         assert runner.rows[slot] is None, f"slot {slot} is kept, and a request's"
@@ -92,14 +92,14 @@ def evict(adapters: AdapterCache, name: str) -> bool:
         if evictable:
             entry.loaded = None
             adapters.evictions += 1
-            adapters._blocked.clear()
+            adapters._without_room.clear()
         return evictable
 
 
 def status(adapters: AdapterCache, name: str) -> str:
     """Where the adapter of a name is."""
     adapters.entry(name)
-    return adapters.warm().get(name, ("cold", 0))[0]
+    return adapters.statuses().get(name, ("cold", 0))[0]
 
 
 def save_adapters(
@@ -174,7 +174,7 @@ def logits_of(engine: Engine, request: Request, others: Sequence[Request]) -> li
 
     def see(rows: Any, counts: Any, logits: torch.Tensor) -> None:
         for b, (row, n) in enumerate(zip(rows, counts, strict=True)):
-            if row.request.id == request.id and row.pending == n:
+            if row.request.id == request.id and row.num_pending == n:
                 seen.append(logits[b].clone())
 
     watch(engine, see)
@@ -286,7 +286,7 @@ def processors(s: Sampling) -> LogitsProcessorList:
 
 def choose(sampler: Sampler, logits_V: torch.Tensor) -> SampledToken:
     """The next token of one row."""
-    (found,) = chosen([sampler], logits_V[None])
+    (found,) = sample_tokens([sampler], logits_V[None])
     if isinstance(found, Exception):
         raise found
     return found

@@ -6,7 +6,7 @@ from pathlib import Path
 import lorafold as lf
 from lorafold.data import row_store
 from lorafold.data import rows as reading
-from lorafold.data.sources import source_from
+from lorafold.data.row_sources import parse_source
 from lorafold.data.stream import RowStream
 
 N = 2100  # three batches
@@ -14,12 +14,12 @@ N = 2100  # three batches
 
 def lowered() -> None:
     """Let data of 100 kB be large, in this process."""
-    row_store.LARGE = reading.LARGE = 100_000
+    row_store.MAX_IN_MEMORY = reading.MAX_IN_MEMORY = 100_000
 
 
 def stream_of(*sources: object, wanted: str = "") -> RowStream:
     """The stream of one or several sources, whose first rows are checked."""
-    stream = RowStream(tuple(source_from(str(source)) for source in sources), {}, wanted)
+    stream = RowStream(tuple(parse_source(str(source)) for source in sources), {}, wanted)
     stream.remarks()
     return stream
 

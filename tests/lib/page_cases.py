@@ -8,15 +8,15 @@ from pathlib import Path
 
 from lorafold.comparing import report as comparing
 from lorafold.comparing.measure import BASE, Measurement
+from lorafold.fragility_study import report as undoing
+from lorafold.fragility_study.defences import DEFENCES
+from lorafold.fragility_study.measure import RefusalMetrics, StackMetrics
+from lorafold.fragility_study.result import Fragility, Point, TuningSetting
 from lorafold.inspecting import history_page
 from lorafold.inspecting.history import History
 from lorafold.memory import estimate_report as memory
 from lorafold.memory.estimate import TERMS, Estimate
 from lorafold.methods import METHODS
-from lorafold.robustness import report as undoing
-from lorafold.robustness.defences import DEFENCES
-from lorafold.robustness.measure import Before, State
-from lorafold.robustness.result import Fragility, Point, Way
 
 LONG = r"a reward with a long $name$ & <more>"
 CHINESE = "检查回答是否使用中文并且没有任何语法错误的奖励函数"
@@ -47,14 +47,15 @@ def compared(path: Path, names: tuple[str, ...], rewards: bool = False) -> None:
 
 
 def undone(path: Path) -> None:
-    def state(odds: float) -> State:
+    def state(odds: float) -> RefusalMetrics:
         share = max(0.0, min(1.0, odds / 3))
         reach = (max(0.0, share - 0.2), min(1.0, share + 0.2))
-        return State(odds, (odds - 0.4, odds + 0.4), share, reach, 0.02, (0.0, 0.1), 0.03, 1.234)
+        around = (odds - 0.4, odds + 0.4)
+        return RefusalMetrics(odds, around, share, reach, 0.02, (0.0, 0.1), 0.03, 1.234)
 
-    before = Before(state(2.9), state(-1.0))
+    before = StackMetrics(state(2.9), state(-1.0))
     points = tuple(
-        Point(Way("policy", defence, 8, 2e-4), 0, k, before.kept(odds), state(odds), None)
+        Point(TuningSetting("policy", defence, 8, 2e-4), 0, k, before.kept(odds), state(odds), None)
         for n, defence in enumerate(DEFENCES)
         for k in (2, 4, 8, 16, 32, 64)
         for odds in [2.9 - (0.4 + 0.1 * n) * k**0.5]

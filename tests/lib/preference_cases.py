@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafold as lf
-from lorafold.data.branches import Branched, encode_preferred
+from lorafold.data.preference_examples import BranchedRow, encode_preferences
 
 PAIRS = [
     {"prompt": "Book a table for four.", "chosen": "The table is booked.", "rejected": "No."},
@@ -37,10 +37,10 @@ def adapted(model: Any, seed: int = 0) -> lf.Adapter:
 
 
 def examples_of(rows: list[dict[str, Any]], tokenizer: Any, kind: str = "pairs") -> Any:
-    return encode_preferred(rows, tokenizer, 512, kind).examples
+    return encode_preferences(rows, tokenizer, 512, kind).examples
 
 
-def asked(example: Branched) -> tuple[list[int], list[list[int]]]:
+def asked(example: BranchedRow) -> tuple[list[int], list[list[int]]]:
     """The ids of the prompt, and those of each completion that are trained on."""
     prompt = [*example.shared, example.branches[0].ids[0]]
     return prompt, [[n for n in branch.labels if n != -100] for branch in example.branches]

@@ -24,7 +24,7 @@ from lorafold.resolve import Base
 from lorafold.serving.directory import Directory
 from lorafold.serving.engine_backend import EngineBackend
 from lorafold.serving.keys import Keys, new_key
-from lorafold.serving.run import Http, listening, over_http, server_of
+from lorafold.serving.run import Http, bound_socket, build_server, uvicorn_config
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.verification import checks
@@ -174,12 +174,12 @@ def running(
         | settings
     )
     base = Base(model_dir, storage=storage, allow_other_base=allow_other_base)
-    with listening(chosen) as at:
+    with bound_socket(chosen) as at:
         port = at.getsockname()[1]
         known = Keys(chosen.keys, chosen.admin_key, chosen.metrics_key)
         with mock.patch.multiple(checks, VERIFYING=processes, RENDERING=processes):
-            parts = server_of(base, load_with_adapters, Directory(folder), known, chosen)
-        http = Http(over_http(parts))
+            parts = build_server(base, load_with_adapters, Directory(folder), known, chosen)
+        http = Http(uvicorn_config(parts))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
         thread.start()
         while not http.started:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from lorafold.config_import.run import Translation, translate
+from lorafold.config_import.translate import Translation, translate
 
 AXOLOTL = """
 base_model: acme/tiny-llama

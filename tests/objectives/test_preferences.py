@@ -20,17 +20,17 @@ from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from interrupted_runs import interrupted
-from lorafold.api.arguments import or_quiet
+from lorafold.api.arguments import console_or_quiet
 from lorafold.core.attach import selection_of
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import MismatchedExamples, encode_preferred
 from lorafold.data.examples import encode
+from lorafold.data.preference_examples import MismatchedExamples, encode_preferences
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.preference_metrics import preference_figures
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.algorithm_options import preference_algorithm
 from lorafold.objectives.preference import digest, with_reference
-from lorafold.runtime.processes import ALONE
+from lorafold.runtime.processes import SINGLE_PROCESS
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.preference_algorithms import Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo
@@ -218,7 +218,7 @@ def test_references_are_the_stack_below_and_are_kept(tiny: Any, tmp_path, monkey
     lf.attach(model, lf.LoRA(rank=2), name="dpo")
     with sharing_prefixes(model) as how:
         loss = Preferences(model, Dpo(), how, 0)
-        given: tuple[Any, ...] = (examples, [], or_quiet(None), Replicated(ALONE))
+        given: tuple[Any, ...] = (examples, [], console_or_quiet(None), Replicated(SINGLE_PROCESS))
         found = with_reference(loss, *given)
         assert torch.allclose(torch.tensor(found.logps), sft, rtol=1e-5)
         monkeypatch.setattr(Preferences, "references", None)
@@ -326,9 +326,9 @@ def test_rows_that_are_equal_after_cutting_are_named(tiny: Any) -> None:
     rows = [*PAIRS, {"prompt": "Hi", "chosen": "the fox and the dog", "rejected": "the fox and"}]
     whole = len(examples_of(rows[-1:], tokenizer)[0].documents()[1].ids)
     with pytest.raises(LorafoldError, match="row 2: chosen and rejected become equal; raise max"):
-        encode_preferred(rows[3:], tokenizer, whole - 3, "pairs")
+        encode_preferences(rows[3:], tokenizer, whole - 3, "pairs")
     with pytest.raises(LorafoldError, match="row 1: no token of a completion remains"):
-        encode_preferred(PAIRS[2:3], tokenizer, 6, "pairs")
+        encode_preferences(PAIRS[2:3], tokenizer, 6, "pairs")
 
 
 RECIPES = {

@@ -23,8 +23,8 @@ from command_cases import error_of, printed, rows_file, words
 from conftest import lorafold
 from lorafold.api.merge import merge
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import Branched, encode_preferred
 from lorafold.data.examples import Example
+from lorafold.data.preference_examples import BranchedRow, encode_preferences
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import wilson
 from lorafold.evaluation.reward_model_scores import reward_figures, score_rows, scores_of
@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_those_of_trl(
     model, tokenizer = reward_model(directory), load_tokenizer(directory)
     adapter = adapted(model)
     adapter.requires_grad_().save(tmp_path / "a")
-    examples = encode_preferred(ROWS, tokenizer, 512, "pairs").examples
+    examples = encode_preferences(ROWS, tokenizer, 512, "pairs").examples
     documents = [example.documents() for example in examples]
     rows = [
         {"chosen_ids": list(w.ids), "rejected_ids": list(lost.ids), "margin": margin}
@@ -231,7 +231,7 @@ def test_a_text_that_ends_in_the_padding_token_has_the_score_that_transformers_r
     )
     end = tokenizer.eos_token_id
     model = load_classifier(resolve_model(directory), (REWARD,), end, torch.float32)
-    examples = list(encode_preferred(ROWS, tokenizer, 512, "pairs").examples)
+    examples = list(encode_preferences(ROWS, tokenizer, 512, "pairs").examples)
     documents = [d.ids for e in examples for d in e.documents()]
     assert {ids[-1] for ids in documents} == {end}
     expected = scored_alone(model, documents)
@@ -260,7 +260,7 @@ def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_
     with sharing_prefixes(model) as how:
         assert not how.packs
     lf.load(model, tmp_path / "a")
-    examples = encode_preferred(ROWS, tokenizer, 512, "pairs").examples
+    examples = encode_preferences(ROWS, tokenizer, 512, "pairs").examples
     same_scores(found.rows, scored_alone(model, [d.ids for e in examples for d in e.documents()]))
 
 
@@ -337,7 +337,7 @@ def test_an_adapter_that_peft_saved_is_scored(directory: Path, tmp_path: Path) -
             torch.nn.init.normal_(p, std=0.2)
     wrapped.save_pretrained(tmp_path / "theirs")
     found = score(directory, tmp_path / "theirs")
-    examples = encode_preferred(ROWS, load_tokenizer(directory), 512, "pairs").examples
+    examples = encode_preferences(ROWS, load_tokenizer(directory), 512, "pairs").examples
     same_scores(found.rows, scored_alone(wrapped, [d.ids for e in examples for d in e.documents()]))
 
 
@@ -370,7 +370,7 @@ def test_texts_do_not_tie_over_a_base_in_bf16(packs: bool, directory: Path) -> N
     model, pad = reward_model(directory, dtype=torch.bfloat16), 0
     adapted(model)
     draw = np.random.default_rng(0).integers(5, 200, (400, 9)).tolist()
-    examples = [Branched((), (Example(tuple(ids), tuple(ids)),)) for ids in draw]
+    examples = [BranchedRow((), (Example(tuple(ids), tuple(ids)),)) for ids in draw]
     with sharing_prefixes(model) as how:
         loss = Preferences(model, BradleyTerry(), how if packs else None, pad)
         scores, _ = scores_of(loss, examples)

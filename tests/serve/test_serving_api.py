@@ -114,7 +114,7 @@ def test_stop_bias_and_end(server):
     assert server.text("a", "The", max_tokens=24, stop=stop) == text[: text.index(stop)]
     found = server.complete("a", "The", logit_bias={"70": 100}, max_tokens=3, return_token_ids=True)
     assert found.json["choices"][0]["token_ids"] == [70, 70, 70]
-    end = server.parts.registry.plain.renderer.tokenizer.eos_token_id
+    end = server.parts.registry.base_model.renderer.tokenizer.eos_token_id
     ended = server.complete("a", "The", logit_bias={str(end): 100}, ignore_eos=False).json
     nothing = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
     assert ended["choices"][0] == nothing

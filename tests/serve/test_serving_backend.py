@@ -8,7 +8,7 @@ import pytest
 
 import lorafold as lf
 from lorafold.serving import run
-from lorafold.serving.backend import AdapterFiles, Backend, News, Request, States, Until
+from lorafold.serving.backend import AdapterFiles, Backend, Output, Request, Stage, States
 from serving_cases import Running, stream_of, until
 
 pytest_plugins = ["serving_fixtures"]
@@ -35,7 +35,7 @@ class Relay(Backend):
     def ready(self) -> str:
         return self._to("ready")
 
-    def events(self, take: Callable[[Sequence[News]], None]) -> AbstractAsyncContextManager[None]:
+    def events(self, take: Callable[[Sequence[Output]], None]) -> AbstractAsyncContextManager[None]:
         return self._to("events", take)
 
     def submit(self, request: Request) -> None:
@@ -44,7 +44,7 @@ class Relay(Backend):
     def cancel(self, id: str) -> None:
         self._to("cancel", id)
 
-    def load(self, found: AdapterFiles, until: Until) -> None:
+    def load(self, found: AdapterFiles, until: Stage) -> None:
         self._to("load", found, until)
 
     def unload(self, key: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import openai
 import pytest
 
-from lorafold.serving.chat import shortened
-from lorafold.serving.errors import Refusal
-from lorafold.serving.server import Record, error_event
+from lorafold.serving.chat import drop_oldest
+from lorafold.serving.refusals import Refusal
+from lorafold.serving.server import RequestRecord, error_event
 from serving_cases import ASK, CITY, TABLE, TOOL_TEMPLATE, Answer, Running, tool
 
 pytest_plugins = ["serving_fixtures"]
@@ -29,7 +29,7 @@ def test_beside_tools_a_schema_leaves_a_call_or_json(client: Any, server: Runnin
     asked: Any = {"model": "a", "messages": ASK, "tools": TOOLS, "response_format": FORM}
     begun = {}
     for first in "{<":
-        (token,) = server.parts.registry.plain.renderer.tokens(first, special=False)
+        (token,) = server.parts.registry.base_model.renderer.tokens(first, special=False)
         bias = {str(token): 100}
         begun[first] = client.chat.completions.create(**asked, logit_bias=bias).choices[0]
     assert [choice.finish_reason for choice in begun.values()] == ["stop", "tool_calls"]
@@ -114,7 +114,7 @@ def test_exchanges_go_as_a_whole_and_the_last_stays() -> None:
     roles = ["system", "user", *calls, "user", *calls, *calls]
     messages: list[Any] = [{"role": role, "at": i} for i, role in enumerate(roles)]
     left = [
-        [m["at"] for m in shortened(messages, lambda some, n=n: len(some) <= n)]  # type: ignore
+        [m["at"] for m in drop_oldest(messages, lambda some, n=n: len(some) <= n)]  # type: ignore
         for n in range(len(roles), 0, -1)
     ]
     assert left == [list(range(9)), *[[0, 4, 5, 6, 7, 8]] * 3, *[[0, 4, 7, 8]] * 5]
@@ -142,7 +142,7 @@ def test_responses_have_log_probabilities_metadata_and_verbosity(client: Any) ->
 
 
 def test_json_has_one_blank_at_most_unless_its_schema_says_otherwise(server: Running) -> None:
-    line, blank = server.parts.registry.plain.renderer.tokens("\n ", special=False)
+    line, blank = server.parts.registry.base_model.renderer.tokens("\n ", special=False)
     body = {"model": "a", "messages": ASK, "max_tokens": 90, "temperature": 0}
     body["logit_bias"] = {str(line): 100, str(blank): 50}
 
@@ -266,6 +266,6 @@ def test_who_may_not_ask_is_told_in_anthropic_s_shape(server: Running) -> None:
 def test_what_fails_in_a_stream_is_an_event_of_anthropic_s() -> None:
     failed = Refusal(503, "engine_restarted", "the engine ended")
     for path, kind in (("/v1/messages", "error"), ("/v1/responses", None)):
-        about, name = error_event(Record("req-1", "POST", path, path), failed)
+        about, name = error_event(RequestRecord("req-1", "POST", path, path), failed)
         assert name == kind
         assert about["error"]["message"] == "the engine ended"

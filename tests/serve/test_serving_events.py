@@ -20,7 +20,7 @@ PATH = "/v1/models/events"
 
 @pytest.fixture
 def server(serve_once, monkeypatch: pytest.MonkeyPatch) -> Running:
-    monkeypatch.setattr(routes, "EACH", 0.1)
+    monkeypatch.setattr(routes, "SNAPSHOT_INTERVAL", 0.1)
     keys = {"acme": ["a*"], "beta": ["b"]}
     found = serve_once({n: lf.LoRA(rank=2) for n in "ab"}, keys, limits={"tenant_streams": 2})
     assert found.parts.registry.watcher.settled(30)
@@ -104,23 +104,23 @@ def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(server, mon
         server.parts.registry.pin("a", True)
         for each in (one, third):
             assert names(next(each)) == ["a"]  # and not of "b"
-        assert len(looks) - n <= (time.monotonic() - began) / routes.EACH + 1
+        assert len(looks) - n <= (time.monotonic() - began) / routes.SNAPSHOT_INTERVAL + 1
     late = time.monotonic() + 5
-    while not server.idle() or time.monotonic() - looks[-1] < 2 * routes.EACH:
+    while not server.idle() or time.monotonic() - looks[-1] < 2 * routes.SNAPSHOT_INTERVAL:
         assert time.monotonic() < late
         time.sleep(0.05)  # nobody listens, and nobody looks
 
 
 def test_a_listener_learns_at_once_what_is_and_that_the_server_ends(server, monkeypatch) -> None:
-    monkeypatch.setattr(routes, "EACH", 1.0)
-    acme, described, page = server.keys["acme"], list[str](), Directory.page
+    monkeypatch.setattr(routes, "SNAPSHOT_INTERVAL", 1.0)
+    acme, described, page = server.keys["acme"], list[str](), Directory.page_file
     with listening(server, ADMIN) as events:
         next(events)
         server.parts.registry.pin("a", True)
         with listening(server, acme) as late:
             assert next(late)["data"][1]["pinned"]
         until(events, "a", pinned=True, state="resident")
-        monkeypatch.setattr(Directory, "page", lambda d, n: described.append(n) or page(d, n))
+        monkeypatch.setattr(Directory, "page_file", lambda d, n: described.append(n) or page(d, n))
         server.parts.registry.pin("a", False)
         server.parts.host.draining = True
         assert next(events)["status"] == "the server is shutting down"

@@ -247,8 +247,8 @@ def test_an_engine_that_dies_is_started_again(server: Running, times):
 def test_while_the_engine_is_away_requests_are_told(server: Running, monkeypatch):
     opened = threading.Event()
     backend = server.parts.host.backend
-    reopen = backend._open
-    monkeypatch.setattr(backend, "_open", lambda: opened.wait(30) and reopen())
+    reopen = backend._new_engine
+    monkeypatch.setattr(backend, "_new_engine", lambda: opened.wait(30) and reopen())
     kill(server)
     until(lambda: server.ask("/readyz").status == 503)
     answer = server.complete("a", "The")

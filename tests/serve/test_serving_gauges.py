@@ -58,7 +58,7 @@ def test_every_adapter_has_its_state_time_and_tokens(server: Running) -> None:
 
 
 def test_many_adapters_share_a_label(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "MOST", 1)
+    monkeypatch.setattr(metrics, "MAX_LABELS", 1)
     assert sampled(server, "lorafold_adapter_state") == {
         ("a", "resident"): 1, ("other", "resident"): 2,
     }  # fmt: skip

@@ -18,8 +18,8 @@ import lorafold as lf
 from hostile_adapters import CASES, MOVING, moving
 from hostile_adapters.siege import Siege, said
 from hostile_requests import ASK, asking, bodies, chain, hostile_schema
-from lorafold.runtime.processor import STACK, stacks
-from lorafold.serving.server import SMALL
+from lorafold.runtime.processor import STACK_BYTES, stack_size
+from lorafold.serving.server import MAX_INLINE_BYTES
 from lorafold.verification import checks as screening
 from lorafold.verification.worker_pool import WorkerPool
 from serving_cases import TOOL_TEMPLATE, Running, raw, running, saved, until
@@ -154,13 +154,13 @@ def test_threads_have_the_stack_that_grammars_were_tried_with(server: Running) -
         assert libc.pthread_attr_getstacksize(about, ctypes.byref(size)) == 0
         return size.value
 
-    assert server.parts.host.pool.submit(here).result() >= STACK
-    with stacks(1 << 20), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(here).result() < STACK
-    assert server.parts.host.pool.submit(here).result() >= STACK
-    before = threading.stack_size(STACK)
+    assert server.parts.host.pool.submit(here).result() >= STACK_BYTES
+    with stack_size(1 << 20), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(here).result() < STACK_BYTES
+    assert server.parts.host.pool.submit(here).result() >= STACK_BYTES
+    before = threading.stack_size(STACK_BYTES)
     threading.stack_size(before)
-    assert before == STACK  # of the engine, if it starts again
+    assert before == STACK_BYTES  # of the engine, if it starts again
 
 
 def half_sent(server: Running, head: str, body: bytes = b"") -> socket.socket:
@@ -231,11 +231,12 @@ def test_large_bodies_are_read_and_answered_beside_the_event_loop(server, monkey
     read, by = module.read_body, set[tuple[str, bool]]()
 
     def noted(kind: Any, content: bytes) -> Any:
-        by.add((threading.current_thread().name.rpartition("_")[0], len(content) > SMALL))
+        thread = threading.current_thread().name.rpartition("_")[0]
+        by.add((thread, len(content) > MAX_INLINE_BYTES))
         return read(kind, content)
 
     monkeypatch.setattr(module, "read_body", noted)
-    monkeypatch.setattr(completions, "answer", None)  # only for small answers
+    monkeypatch.setattr(completions, "json_response", None)  # only for small answers
     text = "hello " * 2000
     for prompt in ("x", text):
         body = {"model": "a", "prompt": prompt, "return_token_strs": True}

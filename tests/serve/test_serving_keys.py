@@ -17,8 +17,8 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
 from lorafold.serving.directory import Directory
-from lorafold.serving.errors import Refusal
 from lorafold.serving.keys import HINT, KeyFile, Keys, new_key
+from lorafold.serving.refusals import Refusal
 from lorafold.serving.settings import read
 from serving_cases import ADMIN, Running, no_descriptors, running, saved
 
@@ -133,7 +133,7 @@ def test_versions_can_be_looked_up(server: Running):
 
 
 def test_what_is_thought_about_is_shared_and_counted(server: Running, monkeypatch):
-    rendering = server.parts.registry.plain.renderer
+    rendering = server.parts.registry.base_model.renderer
     began, go = threading.Event(), threading.Event()
     tokens = rendering.tokens
 
@@ -295,9 +295,9 @@ def test_links_and_borrowed_files_are_refused(tmp_path, llama):
     in_place(folder, "piped", "adapter_config.json", os.mkfifo)
     in_place(folder, "sealed", "manifest.json", lambda file: file.symlink_to("/etc/hostname"))
     (folder / "good.html").write_text("own")
-    assert Directory(folder).page("good") is not None
+    assert Directory(folder).page_file("good") is not None
     os.link(folder / "good.html", folder / "also.html")
-    assert Directory(folder).page("good") is None
+    assert Directory(folder).page_file("good") is None
     directory = Directory(folder)
     assert directory.locate("good") == folder / "good"
     for name, told in {

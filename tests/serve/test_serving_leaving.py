@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorafold.serving.host import LEAVING, TURNS
+from lorafold.serving.host import CANCELLED_RATIO, THREADS_PER_TENANT
 from serving_cases import Running, posted, stream_of, until
 
 pytest_plugins = ["serving_fixtures"]
@@ -33,7 +33,7 @@ def go(server: Running) -> Iterator[threading.Event]:
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_left_does_not_wait(server: Running, go: threading.Event, stream: bool) -> None:
     host = server.parts.host
-    for n in range(1, LEAVING):  # each time as many as may wait
+    for n in range(1, CANCELLED_RATIO):  # each time as many as may wait
         asked = [stream_of(server, "a", 20, stream=stream) for _ in range(MOST)]
         until(lambda n=n: len(host.jobs) == n * MOST)
         assert host.waiting() == MOST
@@ -51,13 +51,13 @@ def test_who_left_does_not_wait(server: Running, go: threading.Event, stream: bo
 
 def test_who_left_is_bounded_too(server: Running, go: threading.Event) -> None:
     host = server.parts.host
-    for n in range(1, LEAVING * MOST + 1):
+    for n in range(1, CANCELLED_RATIO * MOST + 1):
         at = stream_of(server, "a", 20)
         until(lambda n=n: len(host.jobs) == n)
         at.close()
         until(lambda: host.waiting() == 0)
     assert server.complete("a", "The").code == "tenant_queue_full"
-    assert len(host.jobs) == LEAVING * MOST
+    assert len(host.jobs) == CANCELLED_RATIO * MOST
     go.set()
     until(server.idle)
     assert server.complete("a", "The").status == 200
@@ -68,7 +68,7 @@ def test_who_left_is_bounded_too(server: Running, go: threading.Event) -> None:
 def test_what_was_not_thought_about_yet_is_left_out(
     server: Running, monkeypatch: pytest.MonkeyPatch, path: str, read: bool
 ) -> None:
-    host, renderer = server.parts.host, server.parts.registry.plain.renderer
+    host, renderer = server.parts.host, server.parts.registry.base_model.renderer
     go, thought, tokens = threading.Event(), [], renderer.tokens
 
     def slow(text: str, special: bool) -> tuple[int, ...]:
@@ -78,21 +78,22 @@ def test_what_was_not_thought_about_yet_is_left_out(
 
     monkeypatch.setattr(renderer, "tokens", slow)
     body = {"model": "a", "prompt": "x" * 9000}
-    asked = [posted(server, path, body) for _ in range(MOST if read else TURNS)]
-    until(lambda: len(thought) == TURNS)
+    asked = [posted(server, path, body) for _ in range(MOST if read else THREADS_PER_TENANT)]
+    until(lambda: len(thought) == THREADS_PER_TENANT)
     asked += [posted(server, path, body) for _ in range(MOST - len(asked))]  # no turn to read these
     until(lambda: host.waiting() == MOST)
     assert server.complete("a", "The").code == "tenant_queue_full"
     for at in asked:
         at.close()
-    until(lambda: host.waiting() == TURNS)  # those that threads are at keep their tenant's turns
+    # those that threads are at keep their tenant's turns
+    until(lambda: host.waiting() == THREADS_PER_TENANT)
     with ThreadPoolExecutor(1) as pool:
         stays = pool.submit(server.ask, path, body | {"prompt": "stays " + body["prompt"]})
-        until(lambda: host.waiting() == TURNS + 1)
-        assert thought == ["xxxxxx"] * TURNS
+        until(lambda: host.waiting() == THREADS_PER_TENANT + 1)
+        assert thought == ["xxxxxx"] * THREADS_PER_TENANT
         go.set()
         assert stays.result().status == 200
-    assert thought == ["xxxxxx"] * TURNS + ["stays "]
+    assert thought == ["xxxxxx"] * THREADS_PER_TENANT + ["stays "]
     until(server.idle)
 
 
@@ -107,7 +108,7 @@ def test_what_the_engine_got_for_nobody_ends(server, monkeypatch) -> None:
         return streams[0]
 
     monkeypatch.setattr(engine, "submit", slow)
-    monkeypatch.setattr(server.parts.registry.plain.renderer, "tokens", lambda *_: (5, 6, 7))
+    monkeypatch.setattr(server.parts.registry.base_model.renderer, "tokens", lambda *_: (5, 6, 7))
     body = {"model": "a", "prompt": "x " * 4100, "max_tokens": 400, "ignore_eos": True}
     at = posted(server, "/v1/completions", body)
     began.wait(20)

@@ -12,9 +12,8 @@ import pytest
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from lorafold.errors import LorafoldError
-from lorafold.serving.errors import Refusal
 from lorafold.serving.keys import (
-    DAY,
+    DAY_SECONDS,
     HINT,
     Caller,
     KeyFile,
@@ -22,8 +21,9 @@ from lorafold.serving.keys import (
     TokenLimits,
     TokenUsage,
     new_key,
-    until,
+    parse_expiry,
 )
+from lorafold.serving.refusals import Refusal
 from lorafold.serving.settings import read
 from serving_cases import ADMIN, Running, running, saved
 from serving_cases import until as true
@@ -93,12 +93,12 @@ def test_a_key_expires(server: Running) -> None:
 
 def test_how_long_a_key_holds_is_read() -> None:
     now = datetime.now(UTC)
-    assert timedelta(days=29.9) < until("30d") - now < timedelta(days=30.1)
-    assert timedelta(hours=11.9) < until("12h") - now < timedelta(hours=12.1)
-    assert until("2999-12-31") == datetime(3000, 1, 1, tzinfo=UTC)
+    assert timedelta(days=29.9) < parse_expiry("30d") - now < timedelta(days=30.1)
+    assert timedelta(hours=11.9) < parse_expiry("12h") - now < timedelta(hours=12.1)
+    assert parse_expiry("2999-12-31") == datetime(3000, 1, 1, tzinfo=UTC)
     for text in ("", "0d", "30", "d", "1w", "2020-01-01", "2999-13-01", "-5d", "30d ", "99999999d"):
         with pytest.raises(LorafoldError, match="--expires: found"):
-            until(text)
+            parse_expiry(text)
 
 
 def test_a_key_without_the_base_knows_no_base(server: Running) -> None:
@@ -134,7 +134,8 @@ def test_a_tenant_gets_so_many_tokens(server: Running, period: str) -> None:
         assert (one.status, one.code) == (429, f"token_limit_{period}"), one.content
         seconds = int(one.headers["retry-after"])
         now = datetime.now(UTC)
-        left = 60 - now.second if period == "minute" else DAY - (now.timestamp() % DAY)
+        today = DAY_SECONDS - (now.timestamp() % DAY_SECONDS)
+        left = 60 - now.second if period == "minute" else today
         assert abs(seconds - left) <= 3
     assert str(usage["total_tokens"]) in refused[0].json["error"]["message"]
     assert complete(server, free).status == 200  # a key of the same tenant without a limit
@@ -188,12 +189,12 @@ def test_counts_begin_anew_with_the_time(tmp_path: Path) -> None:
     now[0] += 0.5
     spent.check(caller)
     spent.add("t", 15)
-    assert refused() == ("token_limit_day", DAY - 60)
+    assert refused() == ("token_limit_day", DAY_SECONDS - 60)
     asyncio.run(spent.save())
     again = TokenUsage(tmp_path / "spent.json", lambda: True, lambda: now[0])
     with pytest.raises(Refusal, match="25 tokens were used this day, and the key's limit is 25"):
         again.check(caller)
-    now[0] += DAY
+    now[0] += DAY_SECONDS
     again.check(caller)
     again.add("t", 1)
     asyncio.run(again.save())

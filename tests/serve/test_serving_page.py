@@ -34,7 +34,7 @@ def adapters(llama: Path, tmp_path_factory: Any) -> Path:
 @pytest.fixture(scope="module")
 def site(llama: Path, adapters: Path, often: None) -> Iterator[Running]:
     with running(llama, adapters) as server:
-        server.parts.registry.point("newest", (AliasTarget(adapter="lora"),))
+        server.parts.registry.set_alias("newest", (AliasTarget(adapter="lora"),))
         yield server
 
 

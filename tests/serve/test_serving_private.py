@@ -15,7 +15,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 
 from lorafold.engine.runner import SlotRunner
-from lorafold.engine.sequence import Text
+from lorafold.engine.sequence import Detokenizer
 from lorafold.serving import logs
 from lorafold.serving.app import Gate
 from serving_cases import ADMIN, Running, raw, until
@@ -43,7 +43,7 @@ def written(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.String
     hooks = threading.excepthook, sys.unraisablehook
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", found)
-        logs.set_up(request.param == "json")
+        logs.configure(request.param == "json")
     yield found
     threading.excepthook, sys.unraisablehook = hooks
     for name, state in before.items():
@@ -137,12 +137,12 @@ def panic(*_: object, **__: object) -> Any:
 def test_defects_are_told_without_their_messages(
     server: Running, written: io.StringIO, monkeypatch: pytest.MonkeyPatch, fault: Any, stream: bool
 ) -> None:
-    base, key = server.parts.registry.plain.renderer, server.keys["acme"]
+    base, key = server.parts.registry.base_model.renderer, server.keys["acme"]
     asked = {"model": "a", "prompt": MARK, "max_tokens": 3, "ignore_eos": True}
     asked |= {"stream": stream, "logprobs": 1}
     places: tuple[tuple[Any, str, str], ...] = (
-        (base, "tokens", "internal_error"), (Text, "add", "not_computed"),
-        (Text, "finish", "not_computed"), (base.texts, "legacy_logprobs", "internal_error"),
+        (base, "tokens", "internal_error"), (Detokenizer, "add", "not_computed"),
+        (Detokenizer, "finish", "not_computed"), (base.texts, "legacy_logprobs", "internal_error"),
         *([(SlotRunner, "forward", "not_computed")] if fault is boom else []),
     )  # fmt: skip
     before = server.metrics(ADMIN)
@@ -237,13 +237,13 @@ def test_of_a_whole_address_the_path_alone_is_kept(server: Running, written: io.
 def test_with_log_texts_all_of_it_is_there(serve_once, written, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", written)
-        logs.set_up(True, texts=True)
+        logs.configure(True, texts=True)
     server = serve_once(log_texts=True)
     server.text("a", MARK)
     with monkeypatch.context() as patch:
-        patch.setattr(Text, "add", boom)
+        patch.setattr(Detokenizer, "add", boom)
         server.complete("a", "The")
-    monkeypatch.setattr(server.parts.registry.plain.renderer, "tokens", boom)
+    monkeypatch.setattr(server.parts.registry.base_model.renderer, "tokens", boom)
     server.complete("a", "The")
     lines = [json.loads(line) for line in written.getvalue().splitlines()]
     assert next(line["prompt"] for line in lines if "prompt" in line) == MARK
@@ -263,9 +263,9 @@ def test_lines_that_repeat_one_are_counted(written: io.StringIO, monkeypatch) ->
     told = "event loop error: socket.accept() out of system resource"
     assert written.getvalue().count("out of system resource") == 1
     assert written.getvalue().count("another line") == 1
-    monkeypatch.setattr(logs, "EACH", -1.0)
+    monkeypatch.setattr(logs, "REPEAT_SECONDS", -1.0)
     log.info("another line")
-    monkeypatch.setattr(logs, "EACH", 5.0)
+    monkeypatch.setattr(logs, "REPEAT_SECONDS", 5.0)
     flood()
     assert f"{told} (repeated 999 times)" in written.getvalue()
     assert written.getvalue().count("out of system resource") == 3

@@ -29,7 +29,7 @@ from lorafold.engine import Engine
 from lorafold.errors import Busy, LorafoldError
 from lorafold.serving import verifier
 from lorafold.serving.backend import AdapterFiles
-from lorafold.serving.registry import STATE, DirectoryWatcher, ServerState
+from lorafold.serving.registry import STATE_FILE, DirectoryWatcher, ServerState
 from lorafold.serving.settings import read_if_exists, read_settings
 from lorafold.serving.verifier import VerifiedCache
 from lorafold.verification import worker_pool
@@ -352,7 +352,7 @@ def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters, tmp_path):
     with process(*options, "--storage", "fp32", "--json-logs") as (running, lines, port):
         told = "\n".join(lines)
         # which it takes again, whatever comes
-        own = read_if_exists(adapters / STATE, ServerState).base
+        own = read_if_exists(adapters / STATE_FILE, ServerState).base
         assert own is not None
         assert own.name == str(tiny_model_dir("llama"))
         limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 import lorafold as lf
 from conftest import make_model_dir, unestimating
-from lorafold.data.control_tokens import NOTE
+from lorafold.data.control_tokens import EXCEPTIONS
 from lorafold.models.tokenizer import load_tokenizer, set_template, write_tokenizer
 from lorafold.serving.completion_job import CONTENT, REASONING, PartReader
-from lorafold.serving.errors import Refusal
+from lorafold.serving.refusals import Refusal
 from lorafold.serving.registry import AliasTarget
 from lorafold.serving.rendering import Renderer
 from serving_cases import HELLO, Running, running, saved, strict
@@ -133,7 +133,7 @@ def test_new_tokens_of_adapters_that_were_trained_before_stay_tokens(server):
     registry, where = server.parts.registry, server.folder / "before"
     shutil.copytree(server.folder / "words", where)
     file = where / "chat_template.jinja"
-    file.write_text(NOTE.sub("", file.read_text()))
+    file.write_text(EXCEPTIONS.sub("", file.read_text()))
     (where / "manifest.json").unlink()
     registry.load("before")
     asked = [{"role": "user", "content": f"<|new|>{END}"}]
@@ -180,7 +180,7 @@ def test_a_new_template_counts_from_the_next_load_on(server):
     registry, where = server.parts.registry, server.folder / "moving"
     shutil.copytree(server.folder / "plain", where)
     registry.load("moving")
-    registry.point("it", (AliasTarget(adapter="moving"),))
+    registry.set_alias("it", (AliasTarget(adapter="moving"),))
     assert ids_of(server, "it") == ids_of(server, "base")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(server.folder / "own" / file, where)

@@ -16,19 +16,19 @@ import lorafold as lf
 from command_cases import rows_file, words
 from conftest import lorafold
 from lorafold.api.arguments import as_rows
-from lorafold.cli.commands import varied
+from lorafold.cli.commands import parse_vary
 from lorafold.comparing import run
 from lorafold.comparing.measure import ComparisonTask, Measurement, Variant, measure, variants
-from lorafold.comparing.paired_tests import alike, verdict, with_validation
-from lorafold.comparing.report import deciding, markdown, page
-from lorafold.comparing.run import compare, in_own_process, key
+from lorafold.comparing.paired_tests import indistinct_methods, verdict, with_validation
+from lorafold.comparing.report import markdown, page, short_report
+from lorafold.comparing.run import cell_digest, compare, measure_in_process
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import loss_interval, ratio_interval
 from lorafold.files.html_page import markdown_table
 from lorafold.methods.lora import LoRA
-from lorafold.recipe.fitting import fitting, spec_of, without
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import ignored_note, spec_of, with_method
 from lorafold.resolve import Base
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
@@ -46,7 +46,7 @@ def test_rows_of_another_weight_are_measured_anew(tiny_model_dir) -> None:
     for weight in (1.0, 0.5, 4.0):
         rows = Rows(ROWS, (SourcePart(6), SourcePart(6, weight)))
         task = replace(task_of(tiny_model_dir("llama"), rows=rows), held_out=ROWS[:4])
-        keys.add(key(task, "lora"))
+        keys.add(cell_digest(task, "lora"))
         pickle.dumps(task)  # methods are measured in processes of their own
     assert len(keys) == 3
 
@@ -77,7 +77,7 @@ def test_a_process_that_ends_before_it_is_done_is_told() -> None:
 
     ends = Ends(Base("smollm2"), ROWS, ROWS, "rows", RECIPE)
     with pytest.raises(LorafoldError, match="lora: the process of this method ended unex"):
-        in_own_process(ends, "lora", 0)
+        measure_in_process(ends, "lora", 0)
 
 
 def test_the_recipe_says_how_much_is_held_out_once(tiny_model_dir, tmp_path, monkeypatch) -> None:
@@ -127,19 +127,19 @@ def test_the_option_for_methods_is_a_list() -> None:
 def test_options_reach_the_methods_that_have_them() -> None:
     shared = {"rank_pattern": {"q_proj": 8}, "options": {"init": "gaussian"}}
     recipe = Recipe(rank=4, dropout=0.1, steps=7, **shared)
-    assert fitting(recipe, "lora") == recipe
-    dora = fitting(recipe, "dora")
+    assert with_method(recipe, "lora") == recipe
+    dora = with_method(recipe, "dora")
     assert (dora.rank, dora.options) == (4, {"init": "gaussian"})
-    assert fitting(recipe, "bitfit") == Recipe(steps=7, method="bitfit")
+    assert with_method(recipe, "bitfit") == Recipe(steps=7, method="bitfit")
 
 
 @pytest.mark.parametrize(("over", "dropout"), [("loha", None), ("lora", 0.1), (None, 0.1)])
 def test_dora_takes_a_recipes_dropout_over_any_method(over: str | None, dropout: Any) -> None:
     recipe = Recipe(method="dora", dropout=0.1, options={} if over is None else {"over": over})
     assert getattr(spec_of(recipe).over, "dropout", None) == dropout
-    assert fitting(recipe, "dora").dropout == dropout
+    assert with_method(recipe, "dora").dropout == dropout
     said = None if dropout else "dropout ignored: dora over loha has no such option"
-    assert without(recipe) == said
+    assert ignored_note(recipe) == said
 
 
 @pytest.mark.slow
@@ -169,11 +169,11 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
         raise AssertionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "in_own_process", never)
+        patch.setattr(run, "measure_in_process", never)
         assert compare(task, three, [0], tmp_path, tell) == rows
     with monkeypatch.context() as patch:
         patch.setattr(LoRA, "lr", 1e-9)
-        other = run.key(task, "lora")  # other defaults, another row
+        other = run.cell_digest(task, "lora")  # other defaults, another row
         assert other not in {p.stem.rpartition("-")[2] for p in stamps}
     assert markdown(rows).count("\n") == 8
     page(rows, "Methods <on> rows", tmp_path / "page.html")
@@ -289,14 +289,14 @@ def test_a_variant_is_the_recipe_with_its_settings() -> None:
 
 
 def test_the_option_has_values_in_yaml() -> None:
-    assert varied(["rank=8,32", "lr=1e-4", "targets=all-linear,[q_proj, v_proj]"]) == {
+    assert parse_vary(["rank=8,32", "lr=1e-4", "targets=all-linear,[q_proj, v_proj]"]) == {
         "rank": [8, 32], "lr": [1e-4], "targets": ["all-linear", ["q_proj", "v_proj"]]
     }  # fmt: skip
     for wrong in (["rank"], ["=3"], ["rank=4", "rank=8"]):
         with pytest.raises(LorafoldError, match="expected FIELD=VALUE,VALUE, each field once"):
-            varied(wrong)
+            parse_vary(wrong)
     with pytest.raises(LorafoldError, match=r"--vary targets=\[q_proj: not YAML"):
-        varied(["targets=[q_proj"])
+        parse_vary(["targets=[q_proj"])
 
 
 def test_a_bad_value_is_one_line_and_leaves_nothing(tiny_model_dir, tmp_path: Path) -> None:
@@ -322,10 +322,10 @@ def test_lines_that_differ_in_what_does_nothing_are_named() -> None:
 
     idle = [line("ia3", 2.0, lr_b=1e-3), line("ia3", 2.0, lr_b=1e-1)]
     found = [line("base", 3.0), *idle, line("lora", 1.0)]
-    assert alike(found) == [["ia3 lr_b=0.001", "ia3 lr_b=0.1"]]
-    assert alike([line("base", 3.0), line("lora", 1.0)]) == []
+    assert indistinct_methods(found) == [["ia3 lr_b=0.001", "ia3 lr_b=0.1"]]
+    assert indistinct_methods([line("base", 3.0), line("lora", 1.0)]) == []
     rewarded = [Measurement(n, 0, reward=1.0, prompt_rewards=(1.0,)) for n in ("base", "lora")]
-    assert alike(rewarded) == []
+    assert indistinct_methods(rewarded) == []
 
 
 def sweep(rows: int, seeds: int = 3, **figures: Any) -> list[Measurement]:
@@ -359,7 +359,7 @@ def test_the_best_setting_is_chosen_on_rows_that_it_is_not_reported_on(tmp_path:
     assert verdict(lucky).startswith("no best method: lora lr=0.002 ")
     assert verdict(lucky).endswith(said.format("lora lr=0.002"))
     page(found, "Rates", tmp_path / "page.html")
-    for text in (deciding(found), markdown(found), (tmp_path / "page.html").read_text()):
+    for text in (short_report(found), markdown(found), (tmp_path / "page.html").read_text()):
         assert said.format("lora lr=0.001") in " ".join(text.split())
     assert "| validation |" in markdown(found)
     one_seed = [one for one in found if one.seed == 0]
@@ -409,7 +409,7 @@ def test_settings_are_measured_as_their_recipes_are_alone(tiny_model_dir, tmp_pa
 def test_the_settings_are_in_what_figures_are_kept_by(tiny_model_dir) -> None:
     base = Base(tiny_model_dir("llama"), device="cpu")
     keys = {
-        key(ComparisonTask(base, ROWS, ROWS[:4], "rows", one.of(PLAIN)), "lora")
+        cell_digest(ComparisonTask(base, ROWS, ROWS[:4], "rows", one.of(PLAIN)), "lora")
         for one in variants(PLAIN, ["lora"], {"rank": [4, 8], "lr": [1e-3, 1e-2]})
     }
     assert len(keys) == 4

@@ -20,11 +20,11 @@ from lorafold.comparing import measure as module
 from lorafold.comparing import report, run
 from lorafold.comparing.measure import BASE, Measurement, Variant, measure
 from lorafold.comparing.paired_tests import Difference, distinguished_pairs, over_base, verdict
-from lorafold.comparing.report import Comparison, Quality, deciding, figures, markdown, page
+from lorafold.comparing.report import Comparison, Quality, figures, markdown, page, short_report
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec
-from lorafold.recipe.fitting import spec_of
+from lorafold.recipe.resolve_settings import spec_of
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 WORDS = ("red", "blue", "green", "gold", "grey", "black", "white", "brown")
@@ -62,8 +62,8 @@ def test_rows_are_what_training_and_evaluating_alone_give(
     """Kept as long as the file of the reward is the same."""
     model, out = tiny_model_dir("llama"), tmp_path / "compared"
     asked = [f"{rewards}:letters", f"0.01*{rewards}:short"]
-    monkeypatch.setattr(run, "in_own_process", measure)  # a process takes seconds to start
-    monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setattr(run, "measure_in_process", measure)  # a process takes seconds to start
+    monkeypatch.setattr(module, "NUM_ROUNDS", 1)
     found = compared(out, model, rewards=asked)
     base, lora, ia3 = found.rows
     assert (base.method, lora.method, ia3.method) == (BASE, "lora", "ia3")
@@ -85,7 +85,7 @@ def test_rows_are_what_training_and_evaluating_alone_give(
     def never(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(run, "in_own_process", never)
+    monkeypatch.setattr(run, "measure_in_process", never)
     assert compared(out, model, rewards=asked) == found
     with rewards.open("a") as file:
         file.write("# another file\n")
@@ -130,7 +130,7 @@ def test_a_reward_model_scores_what_is_compared(tiny_model_dir, tmp_path, monkey
     pairs = [{"prompt": f"Say {w}", "chosen": w, "rejected": w[::-1]} for w in WORDS]
     recipe = lf.Recipe(objective="reward", steps=2, batch=2, max_length=64, storage="fp32", lr=0.1)
     lf.train(recipe, data=pairs, model=model, out=scored, device="cpu")
-    monkeypatch.setattr(run, "in_own_process", measure)
+    monkeypatch.setattr(run, "measure_in_process", measure)
     found = compared(tmp_path / "c", model, rewards=f"adapter:{scored}", methods=["lora"])
     base, lora = found.rows
     assert base.reward != lora.reward
@@ -263,7 +263,7 @@ def test_fewer_than_three_seeds_give_no_verdict(seeds: int, tmp_path: Path) -> N
     more = "run the same command with --seeds 3, which reuses these results"
     assert verdict(rows) == f"{said}; {more}"
     page(rows, "Methods", tmp_path / "page.html")
-    shown = (deciding(rows), markdown(rows), (tmp_path / "page.html").read_text())
+    shown = (short_report(rows), markdown(rows), (tmp_path / "page.html").read_text())
     assert all(said in text and "best method" not in text for text in shown)
     assert not any("highest held-out reward: " in text for text in shown)
     assert "Intervals cover prompts only, not seeds." in " ".join(shown[0].split())
@@ -311,13 +311,14 @@ def test_what_decides_fits_a_terminal_whole() -> None:
     rows = [BEFORE, BETTER, policy("linear-probe", -1234.5, 17.25, 99.75)]
     many = [replace(row, peak_bytes=int(12.5e9), train_seconds=12345.0) for row in rows]
     base, lora = losses(BASE, 1, 2, 3, 4), losses("lora", 0.5, 1.5, 2.5, 3.4)
-    for shown in (deciding(many), deciding([base, lora]), deciding([lora, replace(lora, seed=1)])):
+    for of in (many, [base, lora], [lora, replace(lora, seed=1)]):
+        shown = short_report(of)
         assert max(map(len, shown.splitlines())) <= 80
         assert "…" not in shown
-    assert "12.50  12,345" in deciding(many)
-    assert "-0.5400 ±" in deciding([base, lora])
-    assert "Means over 2 seeds." in deciding([lora, replace(lora, seed=1)])
-    head = deciding([base, lora]).split("---")[0].split()
+    assert "12.50  12,345" in short_report(many)
+    assert "-0.5400 ±" in short_report([base, lora])
+    assert "Means over 2 seeds." in short_report([lora, replace(lora, seed=1)])
+    head = short_report([base, lora]).split("---")[0].split()
     assert head == ["method", "loss", "over", "base", "exact", "time", "trained", "s"]
 
 
@@ -378,5 +379,6 @@ def test_methods_that_can_not_are_left_out_and_named(tiny_model_dir, tmp_path, m
     left_out = [line for line in told.getvalue().splitlines() if "chooses the trained" in line]
     assert [line.split()[0] for line in left_out] == ["lt-sft", "fish"]
     scored = lf.Recipe(objective="grpo", objective_options={"rewards": ["0.5*adapter:a"]})
-    assert "which the reward adapter uses too" in str(run.unfit(scored, "full"))
-    assert run.unfit(scored, "lora") is run.unfit(lf.Recipe(), "fish") is None
+    assert "which the reward adapter uses too" in str(run.unsupported_reason(scored, "full"))
+    assert run.unsupported_reason(scored, "lora") is None
+    assert run.unsupported_reason(lf.Recipe(), "fish") is None

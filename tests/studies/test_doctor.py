@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.doctor.finding import Finding, FindingGroup, findings_of
 from lorafold.doctor.hardware import Hardware, findings, gflops, slow
 from lorafold.doctor.installation import extras, packages, size_of
-from lorafold.doctor.report import DoctorReport
+from lorafold.doctor.report import DoctorReport, Finding, FindingGroup, findings_of
 from lorafold.files.terminal import WIDTH, format_bytes
 from lorafold.runtime.devices import Gpu
-from lorafold.runtime.processor import busy_elsewhere, quota, usable_cores
+from lorafold.runtime.processor import cores_used_by_others, quota, usable_cores
 
 FINE = Hardware(
     processor="a processor", cores=8, threads=8,
@@ -195,7 +194,7 @@ def test_a_container_s_quota_limits_the_cores(tmp_path: Path) -> None:
 
 def test_what_is_measured_is_positive_and_soon_over() -> None:
     assert gflops(torch.float32, torch.device("cpu"), seconds=0.01) > 0
-    assert busy_elsewhere(0.01) >= 0
+    assert cores_used_by_others(0.01) >= 0
 
 
 def doctor(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":

@@ -22,19 +22,19 @@ from lorafold.composing.interference import meetings
 from lorafold.composing.updates import read
 from lorafold.core.delta import Over
 from lorafold.core.expert_matrices import module_at
+from lorafold.fragility_study.defences import attached, factors_of, updates_of
 from lorafold.inspecting.inspect import inspect
-from lorafold.inspecting.paths import scaling
+from lorafold.inspecting.loss_paths import loss_by_scale
 from lorafold.inspecting.report import sections, table
-from lorafold.inspecting.residual_stream import gain, stream_of
+from lorafold.inspecting.residual_stream import find_stream, gain
 from lorafold.inspecting.resize import extract, resize
-from lorafold.inspecting.subspaces import TOP, across_experts
-from lorafold.inspecting.updates import sites
+from lorafold.inspecting.subspaces import NUM_TOP, across_experts
+from lorafold.inspecting.updates import modules_of
 from lorafold.layers.experts import Experts
 from lorafold.methods.mixture import Mixture
 from lorafold.ops.grouped import grouped
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
-from lorafold.robustness.defences import factors_of, laid, updates_of
 from mixtures import SHAPE, mixture
 
 E = 4
@@ -131,15 +131,17 @@ def test_experts_are_compared_where_they_meet_the_residual_stream(kind, moe_dir,
     base = moe_dir(kind)
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=6), targets=EXPERTS)
     model = fresh_model(base)
-    svds = {n: s for at in sites(lf.load(model, tmp_path / "a")) for n, s in at.parts()}
-    found = across_experts(svds, stream_of(model))
+    svds = {n: s for at in modules_of(lf.load(model, tmp_path / "a")) for n, s in at.parts()}
+    found = across_experts(svds, find_stream(model))
     sides = {site.rsplit(".", 1)[1]: of.side for site, of in found.items()}
     assert sides == {"gate_up_proj": "read", "down_proj": "written"}
     for site, of in found.items():
         own = [svds[f"{site}[{e}]"] for e in range(E)]
-        top = [(svd.v if of.side == "read" else svd.u)[:, :TOP] for svd in own]
+        top = [(svd.v if of.side == "read" else svd.u)[:, :NUM_TOP] for svd in own]
         phis = [
-            float((top[i].t() @ top[j]).square().sum() / TOP) for i in range(E) for j in range(i)
+            float((top[i].t() @ top[j]).square().sum() / NUM_TOP)
+            for i in range(E)
+            for j in range(i)
         ]
         expected = (sum(phis) / len(phis), min(phis), max(phis))
         assert (of.phi, of.phi_lowest, of.phi_highest) == pytest.approx(expected, rel=1e-4)
@@ -150,7 +152,7 @@ def test_the_expert_that_changed_most_has_tokens_and_the_page_says_so(moe_dir, t
     model = fresh_model(base)
     adapter = lf.attach(model, lf.LoRA(rank=1), targets=["0.mlp.experts.gate_up_proj"])
     ((path, delta),) = adapter.own_deltas.items()
-    norm = model.get_submodule(stream_of(model).readers[path])
+    norm = model.get_submodule(find_stream(model).readers[path])
     with torch.no_grad():
         delta.B.normal_(std=0.01)
         delta.B[1].zero_()
@@ -201,7 +203,7 @@ def test_the_loss_along_the_update_is_that_of_scaled_matrices(moe_dir, tmp_path)
         with torch.no_grad():
             return float(of(input_ids=ids, labels=ids).loss)
 
-    found = dict(scaling(model, "a", lambda: loss(model), (0.0, 0.5, 1.0)))
+    found = dict(loss_by_scale(model, "a", lambda: loss(model), (0.0, 0.5, 1.0)))
     changes = updates(base, tmp_path / "a")
     for t, measured in found.items():
         for name, w in load_file(base / "model.safetensors").items():
@@ -265,7 +267,7 @@ def test_updates_are_laid_over_a_model_by_their_matrices(moe_dir, tmp_path):
     updates = updates_of(lf.load(own, tmp_path / "a"))
     assert updates is not None
     before = logits(model)
-    with laid(model, {name: factors_of(update) for name, update in updates.items()}):
+    with attached(model, {name: factors_of(update) for name, update in updates.items()}):
         assert relative(logits(model), logits(own)) < 1e-5
     assert torch.equal(logits(model), before)
 

@@ -24,27 +24,34 @@ from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.prompts import PromptRow, prompts_of
 from lorafold.data.row_store import Rows
 from lorafold.evaluation.intervals import student
-from lorafold.inspecting.updates import Svd, of_dense, of_factors
+from lorafold.fragility_study import measure as module
+from lorafold.fragility_study.defences import (
+    DEFENCES,
+    attached,
+    factors_of,
+    outside_alignment,
+    overlap,
+    updates_of,
+)
+from lorafold.fragility_study.measure import (
+    Probe,
+    RefusalMetrics,
+    StackEvaluator,
+    StackMetrics,
+    TunedMetrics,
+    begins_with_any,
+    build_probe,
+    complete_controls,
+    distributions,
+    measure,
+)  # fmt: skip
+from lorafold.fragility_study.report import markdown, page, short_report
+from lorafold.fragility_study.result import Curve, Fragility, Point, TuningSetting, crossing
+from lorafold.fragility_study.task import RECIPE, FragilityTask, stacks_of
+from lorafold.inspecting.updates import Svd, svd_of_dense, svd_of_factors
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
-from lorafold.robustness import measure as module
-from lorafold.robustness.defences import DEFENCES, factors_of, laid, off, overlap, updates_of
-from lorafold.robustness.measure import (
-    After,
-    Before,
-    Bench,
-    Probe,
-    State,
-    begins,
-    completed,
-    distributions,
-    measure,
-    probe_of,
-)  # fmt: skip
-from lorafold.robustness.report import deciding, markdown, page
-from lorafold.robustness.result import Curve, Fragility, Point, Way, crossing
-from lorafold.robustness.task import RECIPE, FragilityTask, stacks_of
 
 REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
 CONTROLS = [{"prompt": f"Book a table for {n}"} for n in range(3)]
@@ -90,8 +97,8 @@ def task(model_dir, policy) -> FragilityTask:
     )  # fmt: skip
 
 
-def bench_of(task: FragilityTask) -> Bench:
-    return Bench(task, task.stacks[0], partial(load_with_adapters, task.base))
+def evaluator_of(task: FragilityTask) -> StackEvaluator:
+    return StackEvaluator(task, task.stacks[0], partial(load_with_adapters, task.base))
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -142,8 +149,8 @@ def log_probability(model, tokenizer, prompt: str, text: str) -> float:
 
 def probed(model, tokenizer, *refusal: str) -> Probe:
     refuse, controls = (prompts_of(rows, tokenizer, "rows") for rows in (REFUSE, CONTROLS))
-    asked = completed(controls, model, tokenizer, 6)
-    return probe_of(refuse, asked, refusal, ["Sure"], tokenizer)
+    asked = complete_controls(controls, model, tokenizer, 6)
+    return build_probe(refuse, asked, refusal, ["Sure"], tokenizer)
 
 
 def test_log_odds_and_kl_by_their_formulas(loaded, model_dir, tmp_path: Path) -> None:
@@ -152,10 +159,10 @@ def test_log_odds_and_kl_by_their_formulas(loaded, model_dir, tmp_path: Path) ->
     make_adapter(model_dir, tmp_path / "a", spec=lf.LoRA(rank=2))
     lf.load(model, tmp_path / "a", "a")
     with lf.only(model):
-        before = list(distributions(model, probe.controls))
+        before = list(distributions(model, probe.control_examples))
     found = measure(model, tokenizer, probe, before)
     odds = []
-    for prompt in probe.refuse:
+    for prompt in probe.refused_prompts:
         texts = ("I can't", "No", "Sure")
         *no, sure = (log_probability(model, tokenizer, prompt, text) for text in texts)
         odds.append(torch.tensor(no, dtype=torch.float64).logsumexp(0).item() - sure)
@@ -165,7 +172,7 @@ def test_log_odds_and_kl_by_their_formulas(loaded, model_dir, tmp_path: Path) ->
     assert found.log_odds_interval == pytest.approx(interval, abs=1e-4)
     kl = tokens = 0.0
     with torch.no_grad():
-        for example in probe.controls:
+        for example in probe.control_examples:
             ids = torch.tensor([example.ids])
             start = next(i for i, label in enumerate(example.labels) if label >= 0)
             q = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
@@ -179,13 +186,13 @@ def test_log_odds_and_kl_by_their_formulas(loaded, model_dir, tmp_path: Path) ->
 
 @pytest.mark.few(1)
 def test_distributions_that_have_no_room_are_computed_anew(task, monkeypatch) -> None:
-    bench = bench_of(task)
-    kept = bench.before().without
-    monkeypatch.setattr(module, "KEPT", 0)
-    anew = bench_of(task)
-    assert anew.before().without == kept
-    assert bench._before is not None
-    assert anew._before is None
+    evaluator = evaluator_of(task)
+    kept = evaluator.measure_stack().without
+    monkeypatch.setattr(module, "MAX_CACHED_BYTES", 0)
+    anew = evaluator_of(task)
+    assert anew.measure_stack().without == kept
+    assert evaluator._reference is not None
+    assert anew._reference is None
     assert kept is not None
     assert kept.kl > 0
 
@@ -193,31 +200,31 @@ def test_distributions_that_have_no_room_are_computed_anew(task, monkeypatch) ->
 def test_the_controls_completions_are_the_stack_s(task, model_dir, tmp_path: Path) -> None:
     """Also where they are first asked for with a tuning over it."""
     make_adapter(model_dir, tmp_path / "strong", size=1.0)
-    one, other = bench_of(task), bench_of(task)
+    one, other = evaluator_of(task), evaluator_of(task)
     lf.load(other.model, tmp_path / "strong", "over")
-    assert one.probe.controls == other.probe.controls
-    tuned = bench_of(task)
+    assert one.probe.control_examples == other.probe.control_examples
+    tuned = evaluator_of(task)
     lf.load(tuned.model, tmp_path / "strong", "over")
     tuned.names = selection_of(tuned.model).names
-    assert one.probe.controls != tuned.probe.controls
+    assert one.probe.control_examples != tuned.probe.control_examples
 
 
 def test_references_are_the_completions_of_controls(loaded) -> None:
     model, tokenizer = loaded
     controls = [PromptRow("Book", " a table"), PromptRow("Call", " me")]
-    asked = completed(controls, model, tokenizer, 6)
-    probe = probe_of([PromptRow("x", None)], asked, ["No"], ["Yes"], tokenizer)
-    for example, (prompt, text) in zip(probe.controls, controls, strict=True):
+    asked = complete_controls(controls, model, tokenizer, 6)
+    probe = build_probe([PromptRow("x", None)], asked, ["No"], ["Yes"], tokenizer)
+    for example, (prompt, text) in zip(probe.control_examples, controls, strict=True):
         labelled = [label for label in example.labels if label >= 0]
         assert tokenizer.decode(labelled) == text
         assert tokenizer.decode(example.ids) == prompt + str(text)
 
 
 def test_a_refusal_is_known_by_its_beginning() -> None:
-    assert begins("  I can\u2019t do that", ["I can't"])
-    assert begins("i CANNOT", ["I can't", "I cannot"])
-    assert not begins("Well, I can't", ["I can't"])
-    assert not begins("", ["I can't"])
+    assert begins_with_any("  I can\u2019t do that", ["I can't"])
+    assert begins_with_any("i CANNOT", ["I can't", "I cannot"])
+    assert not begins_with_any("Well, I can't", ["I can't"])
+    assert not begins_with_any("", ["I can't"])
 
 
 def test_overlap_of_parts_of_a_space() -> None:
@@ -240,18 +247,18 @@ def test_overlap_of_parts_of_a_space() -> None:
 
 
 def test_a_projected_update_has_no_overlap_and_is_the_dense_formula() -> None:
-    alignment = of_factors(drawn(24, 4), drawn(4, 20, seed=1))
-    tuning = of_factors(drawn(24, 3, seed=2) + alignment.u[:, :3], drawn(3, 20, seed=3))
-    up, down = off(tuning, alignment)
+    alignment = svd_of_factors(drawn(24, 4), drawn(4, 20, seed=1))
+    tuning = svd_of_factors(drawn(24, 3, seed=2) + alignment.u[:, :3], drawn(3, 20, seed=3))
+    up, down = outside_alignment(tuning, alignment)
     left, right = (torch.eye(len(b)) - b @ b.t() for b in (alignment.u, alignment.v))
     assert torch.allclose(up @ down, left @ tuning.dense() @ right, atol=1e-5)
-    found = overlap({"m": of_factors(up, down)}, {"m": alignment})
+    found = overlap({"m": svd_of_factors(up, down)}, {"m": alignment})
     assert found is not None
     assert max(found.written, found.read) < 1e-6
-    alone = off(tuning, None)
+    alone = outside_alignment(tuning, None)
     assert torch.allclose(alone[0] @ alone[1], tuning.dense(), atol=1e-5)
     # within the alignment nothing is left
-    kept = {"m": of_factors(*off(alignment, of_dense(torch.eye(24, 20))))}
+    kept = {"m": svd_of_factors(*outside_alignment(alignment, svd_of_dense(torch.eye(24, 20))))}
     assert kept["m"].s.sum() < 1e-4
 
 
@@ -274,11 +281,11 @@ def test_defences_are_laid_as_their_updates_say(model_dir, tmp_path: Path) -> No
     twice = model(ids).logits
     with lf.only(model, "p"):
         below = model(ids).logits
-        with laid(model, {path: factors_of(update) for path, update in tuning.items()}):
+        with attached(model, {path: factors_of(update) for path, update in tuning.items()}):
             assert torch.allclose(model(ids).logits, plain, atol=1e-5)
-        with laid(model, DEFENCES["readded"].lay(tuning, alignment)):  # type: ignore[misc]
+        with attached(model, DEFENCES["readded"].transform_update(tuning, alignment)):  # type: ignore[misc]
             assert torch.allclose(model(ids).logits, twice, atol=1e-5)
-        with laid(model, DEFENCES["halved"].lay(tuning, alignment)):  # type: ignore[misc]
+        with attached(model, DEFENCES["halved"].transform_update(tuning, alignment)):  # type: ignore[misc]
             half = model(ids).logits
         assert torch.equal(model(ids).logits, below)
     for delta in tuned.own_deltas.values():
@@ -291,10 +298,10 @@ def test_defences_are_laid_as_their_updates_say(model_dir, tmp_path: Path) -> No
 def test_an_adapter_that_is_no_sum_has_no_subspace(model_dir, tmp_path: Path, task) -> None:
     make_adapter(model_dir, tmp_path / "dora", spec=lf.DoRA(lf.LoRA(rank=2)))
     asked = replace(task, stacks=stacks_of(open_all([tmp_path / "dora"])), defences=("projected",))
-    bench = bench_of(asked)
-    assert bench.alignment is None
+    evaluator = evaluator_of(asked)
+    assert evaluator.alignment is None
     with pytest.raises(lf.LorafoldError, match="not all changes are updates added to weights"):
-        bench.check()
+        evaluator.check_defences()
 
 
 def test_where_a_curve_crosses() -> None:
@@ -306,14 +313,14 @@ def test_where_a_curve_crosses() -> None:
     assert crossing([(0, 1.0), (3, 0.4), (10, 0.9)], 0.5) == pytest.approx(2.17, abs=0.01)
 
 
-def figures(odds: float) -> State:
-    return State(odds, (0.0, 1.0), 0.5, (0.0, 1.0), 0.0, (0.0, 1.0), 0.1, None)
+def figures(odds: float) -> RefusalMetrics:
+    return RefusalMetrics(odds, (0.0, 1.0), 0.5, (0.0, 1.0), 0.0, (0.0, 1.0), 0.1, None)
 
 
 def test_kept_is_a_share_of_what_was_added() -> None:
-    stack, way = Before(figures(-2.0), figures(-10.0)), Way("p", "none", 4, 2e-4)
+    stack, way = StackMetrics(figures(-2.0), figures(-10.0)), TuningSetting("p", "none", 4, 2e-4)
     points = [
-        Point.of(way, seed, k, stack, After(figures(odds), None))
+        Point.of(way, seed, k, stack, TunedMetrics(figures(odds), None))
         for seed, k, odds in ((0, 3, -6.0), (0, 10, -9.0), (1, 3, -2.0), (1, 10, -10.0))
     ]
     assert [p.kept for p in points] == [0.5, 0.125, 1.0, 0.0]
@@ -321,27 +328,27 @@ def test_kept_is_a_share_of_what_was_added() -> None:
     assert curve.halved_at(0) == pytest.approx(3)
     assert curve.halved_at(1) == pytest.approx((4 * 11) ** 0.5 - 1)
     assert 3 < curve.halved_at() < 10  # type: ignore[operator]
-    alone = Before(figures(4.0), None)
+    alone = StackMetrics(figures(4.0), None)
     assert alone.kept(1.0) == 0.25
-    assert Before(figures(-2.0), None).kept(1.0) is None
+    assert StackMetrics(figures(-2.0), None).kept(1.0) is None
 
 
 def test_a_stack_that_had_nothing_to_erode_is_noted() -> None:
     never = replace(figures(-2.0), refusals=0.0)
     stacks = {
-        "none": Before(figures(-10.0), figures(-2.0)),
-        "quiet": Before(never, figures(-10.0)),
-        "taught": Before(figures(-2.0), figures(-10.0)),
+        "none": StackMetrics(figures(-10.0), figures(-2.0)),
+        "quiet": StackMetrics(never, figures(-10.0)),
+        "taught": StackMetrics(figures(-2.0), figures(-10.0)),
     }
     first, second = Fragility("m", "s", stacks, ()).notes
-    assert first.startswith("none: the alignment added nothing")
-    assert second.startswith("quiet: no completion was a refusal")
+    assert first.startswith("none: the alignment did not raise")
+    assert second.startswith("quiet: no refusals before the tuning")
 
 
 def test_more_examples_contain_the_fewer_and_held_out_rows_are_apart(task: FragilityTask) -> None:
     [one], [three] = ([r for r in task.runs(task.stacks[0]) if r.examples == k] for k in (1, 3))
     assert [row for row in three.rows if row in list(one.rows)] == list(one.rows)
-    seen = {row["prompt"] for seed in range(20) for row in task.benign(3, seed)}
+    seen = {row["prompt"] for seed in range(20) for row in task.benign_rows(3, seed)}
     held = {row["prompt"] for row in task.held_out}
     assert len(held) == 9
     assert seen & held == set()
@@ -394,7 +401,7 @@ def test_every_defence_is_measured_and_figures_are_those_of_the_tuned_model(
     model, tokenizer = loaded
     lf.load(model, policy, "policy")
     probe = probed(model, tokenizer, "I can't")
-    before = list(distributions(model, probe.controls))
+    before = list(distributions(model, probe.control_examples))
     lf.load(model, tuned, "tuned")
     again = measure(model, tokenizer, probe, before)
     for figure in ("log_odds", "kl", "refusals", "control_refusals"):
@@ -453,7 +460,7 @@ def test_the_page_and_the_tables_stand_alone(swept, tmp_path: Path) -> None:
 
 def test_what_decides_fits_a_terminal_whole(swept) -> None:
     _, found = swept
-    shown = deciding(found)
+    shown = short_report(found)
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.startswith("policy, ")  # what all have in common
     for heading in ("log-odds", "kept", "benign", "controls"):
@@ -465,7 +472,7 @@ def test_what_decides_fits_a_terminal_whole(swept) -> None:
     long = "an-alignment-whose-name-is-longer-than-the-others-leave-room-for"
     renamed = [replace(p, way=p.way._replace(stack=long, rank=9)) for p in found.points]
     stacks = {**found.stacks, long: found.stacks["policy"]}
-    both = deciding(replace(found, stacks=stacks, points=(*found.points, *renamed)))
+    both = short_report(replace(found, stacks=stacks, points=(*found.points, *renamed)))
     assert max(map(len, both.splitlines())) <= 80
     rule = next(of for of in both.splitlines() if of.startswith("-")).split()[0]
     assert long in "".join(of[: len(rule)].strip() for of in both.splitlines())

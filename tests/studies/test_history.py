@@ -10,7 +10,7 @@ import lorafold as lf
 from command_cases import printed
 from interrupted_runs import interrupted
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.history import History, observed
+from lorafold.inspecting.history import History, observations_of
 from lorafold.inspecting.history_page import page
 from lorafold.training.checkpoint import Progress
 
@@ -207,7 +207,7 @@ def test_a_run_of_an_earlier_version_and_one_without_rewards(tmp_path: Path) -> 
     assert found.observations == []
     page(found, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<svg") == 1
-    with pytest.raises(LorafoldError, match=r"found no lorafold\.json, expected what"):
+    with pytest.raises(LorafoldError, match=r"found no lorafold\.json, expected the out"):
         lf.history(tmp_path / "none")
 
 
@@ -261,20 +261,22 @@ OBSERVED = [
 
 @pytest.mark.parametrize(("steps", "said"), OBSERVED)
 def test_what_is_observed(steps: dict[str, list[float]], said: str) -> None:
-    (found,) = observed(steps, {}, {"max_new_tokens": 16})
+    (found,) = observations_of(steps, {}, {"max_new_tokens": 16})
     assert said in found
     calm = {name: [1.0, 0.9, 1.1, None] * 8 for name in steps if name.startswith("reward")}
     steady = {name: [0.5] * 32 for name in steps} | calm
-    assert observed(steady, {}, {}) == []
+    assert observations_of(steady, {}, {}) == []
 
 
 def test_what_is_observed_on_held_out_prompts() -> None:
     found = {"step": [0, 5, 9], "reward": [0.5, 0.6, 0.2]}
-    fell, best = observed({}, found | {"reward_interval": [[0.4, 0.6], None, [0.1, 0.3]]}, {})
+    apart = found | {"reward_interval": [[0.4, 0.6], None, [0.1, 0.3]]}
+    fell, best = observations_of({}, apart, {})
     assert fell == "The held-out reward fell from 0.5 before the first step to 0.2 after step 9."
     assert "highest after step 5 (0.6) and 0.2 after step 9" in best
-    own = observed({}, found | {"reward_interval": [None] * 3}, {}, own=5)
+    own = observations_of({}, found | {"reward_interval": [None] * 3}, {}, saved_at=5)
     assert "step 5 is this one" in own[0]
-    assert len(observed({}, found | {"reward_interval": [[0.1, 0.9], None, [0.1, 0.3]]}, {})) == 1
+    touching = found | {"reward_interval": [[0.1, 0.9], None, [0.1, 0.3]]}
+    assert len(observations_of({}, touching, {})) == 1
     untrained = {"step": [0, 0], "reward": [0.5, 0.6], "reward_interval": [None] * 2}
-    assert observed({}, untrained, {}) == []
+    assert observations_of({}, untrained, {}) == []

@@ -23,9 +23,9 @@ from lorafold.cli import app
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.inspecting import spectra
 from lorafold.inspecting.inspect import inspect
-from lorafold.inspecting.residual_stream import Heads, heads_of, stream_of
-from lorafold.inspecting.summary import of_intruders
-from lorafold.inspecting.updates import Svd, of_dense
+from lorafold.inspecting.residual_stream import Heads, find_stream, heads_in
+from lorafold.inspecting.summary import intruder_sentence
+from lorafold.inspecting.updates import Svd, svd_of_dense
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
@@ -160,15 +160,15 @@ def test_positions_and_intruders_of_planted_updates():
     assert found.position_written[-1] == pytest.approx(1, abs=1e-3)
     assert count == 2
     weak = Svd(outside.u, torch.tensor([0.1, 0.05]), outside.v)
-    assert spectra.intruders(of_dense(w), w, weak) == 0
-    assert f"in all): top {spectra.TOP} singular vectors" in of_intruders([count])
+    assert spectra.intruders(svd_of_dense(w), w, weak) == 0
+    assert f"in all): top {spectra.NUM_TOP} singular vectors" in intruder_sentence([count])
 
 
 def test_the_base_s_svd_is_kept_by_the_matrix(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path))
     w = torch.randn(12, 8)
     first = spectra.cached_svd(w)
-    monkeypatch.setattr(spectra, "of_dense", None)
+    monkeypatch.setattr(spectra, "svd_of_dense", None)
     again = spectra.cached_svd(w.clone())
     assert torch.allclose(again.dense(), w, atol=1e-2)
     assert torch.equal(again.s, first.s)
@@ -271,14 +271,14 @@ def test_shares_are_those_of_the_dense_update() -> None:
     whole = float(dw.norm() ** 2)
     rows = [float(dw[n * 4 : n * 4 + 4].norm() ** 2) / whole for n in range(3)]
     columns = [float(dw[:, n * 5 : n * 5 + 5].norm() ** 2) / whole for n in range(4)]
-    assert Heads(3, 4, True).shares(of_dense(dw)) == pytest.approx(rows, rel=1e-5)
-    assert Heads(4, 5, False).shares(of_dense(dw)) == pytest.approx(columns, rel=1e-5)
+    assert Heads(3, 4, True).shares(svd_of_dense(dw)) == pytest.approx(rows, rel=1e-5)
+    assert Heads(4, 5, False).shares(svd_of_dense(dw)) == pytest.approx(columns, rel=1e-5)
 
 
 def test_a_fused_projection_is_said_to_be_left_out(tiny_model_dir, tmp_path) -> None:
     model_dir, out = tiny_model_dir("gpt2"), tmp_path / "fused"
     model = lf.load_model(model_dir, "fp32")
-    found, fused = heads_of(model, stream_of(model))
+    found, fused = heads_in(model, find_stream(model))
     assert {path.rpartition(".")[2] for path in fused} == {"c_attn"}
     assert {path.rpartition("h.")[2].partition(".")[2] for path in found} == {"attn.c_proj"}
     lf.attach(model, lf.LoRA(rank=2), "all-linear").save(out)
@@ -325,7 +325,7 @@ def test_the_tables_of_tokens_are_left_out(
     assert any("reads" in site for site in whole["sites"].values())
     printed = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert line in printed.stderr.splitlines()
-    assert "directions for 95% on average" in printed.stdout
+    assert "On average, a single module needs" in printed.stdout
 
 
 def test_an_adapter_s_own_tokenizer_names_them(tiny_model_dir, tmp_path: Path) -> None:

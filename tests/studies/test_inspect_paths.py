@@ -6,7 +6,14 @@ import torch
 import lorafold as lf
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.paths import barrier, between, loss_on, losses_of, measured_paths, scaling
+from lorafold.inspecting.loss_paths import (
+    barrier,
+    compare_losses,
+    loss_between,
+    loss_by_scale,
+    loss_function,
+    measure_paths,
+)
 from lorafold.layers import layer_of
 from lorafold.methods import make_spec
 from lorafold.models.tokenizer import load_tokenizer
@@ -62,15 +69,15 @@ def test_the_lines_are_straight_in_weight_space(case, kind, tiny_model, tiny_mod
     tokenizer, model = load_tokenizer(tiny_model_dir(kind)), tiny_model(kind)
     first = changes(laid(model, method, "a", 0, **options))
     second = changes(laid(model, "lora", "b", 1))
-    loss = loss_on(model, tokenizer, ROWS, 64)
-    along = scaling(model, "a", loss, (-0.5, 0.0, 1.0, 1.5))
-    across = between(model, "a", "b", loss, (0.0, 0.25, 1.0))
+    loss = loss_function(model, tokenizer, ROWS, 64)
+    along = loss_by_scale(model, "a", loss, (-0.5, 0.0, 1.0, 1.5))
+    across = loss_between(model, "a", "b", loss, (0.0, 0.25, 1.0))
     for t, found in along:
-        expected = loss_on(moved(tiny_model(kind), (t, first)), tokenizer, ROWS, 64)()
+        expected = loss_function(moved(tiny_model(kind), (t, first)), tokenizer, ROWS, 64)()
         assert found == pytest.approx(expected, rel=1e-5)
     for t, found in across:
         model = moved(tiny_model(kind), (1 - t, first), (t, second))
-        expected = loss_on(model, tokenizer, ROWS, 64)()
+        expected = loss_function(model, tokenizer, ROWS, 64)()
         assert found == pytest.approx(expected, rel=1e-5)
     losses = [loss for _, loss in along]
     assert max(losses) - min(losses) > 1e-3  # the line leads somewhere
@@ -80,13 +87,13 @@ def test_the_ends_are_the_base_and_the_adapters_and_the_model_is_left_as_it_was(
     tiny_model, tiny_model_dir
 ):
     tokenizer, model = load_tokenizer(tiny_model_dir("llama")), tiny_model("llama")
-    bare = loss_on(tiny_model("llama"), tokenizer, ROWS, 64)()
+    bare = loss_function(tiny_model("llama"), tokenizer, ROWS, 64)()
     laid(model, "lora", "a", 0)
     # only some of the modules, and its update is zero
     lf.attach(model, lf.LoRA(rank=2), ["q_proj"], name="b")
     state = {path: list(m.deltas) for path, m in adapted_modules(model)}
-    found = measured_paths(model, tokenizer, ROWS, 64)
-    loss = loss_on(model, tokenizer, ROWS, 64)
+    found = measure_paths(model, tokenizer, ROWS, 64)
+    loss = loss_function(model, tokenizer, ROWS, 64)
     with lf.only(model, "a"):
         a = loss()
     assert dict(found.scaling)[0.0] == pytest.approx(bare, rel=1e-6)
@@ -97,7 +104,7 @@ def test_the_ends_are_the_base_and_the_adapters_and_the_model_is_left_as_it_was(
     assert selection_of(model).names == ("a", "b")
     assert {path: list(m.deltas) for path, m in adapted_modules(model)} == state
     expected = {"loss_before": a, "loss_after": bare}
-    assert losses_of(model, tokenizer, ROWS, 64) == pytest.approx(expected)
+    assert compare_losses(model, tokenizer, ROWS, 64) == pytest.approx(expected)
 
 
 def test_barrier_is_measured_from_the_line_between_the_ends():

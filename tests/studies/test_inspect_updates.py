@@ -14,7 +14,7 @@ from laws import move
 from lorafold.core.delta import set_tensor
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.inspect import inspect
-from lorafold.inspecting.residual_stream import gain, stream_of
+from lorafold.inspecting.residual_stream import find_stream, gain
 from lorafold.inspecting.spectra import (
     advice,
     against_base,
@@ -24,7 +24,7 @@ from lorafold.inspecting.spectra import (
     pooled,
     stable_rank,
 )  # fmt: skip
-from lorafold.inspecting.subspaces import compared
+from lorafold.inspecting.subspaces import compare_updates
 from lorafold.inspecting.token_directions import (
     Directions,
     largest_shares,
@@ -33,7 +33,7 @@ from lorafold.inspecting.token_directions import (
     read_vectors,
     shares,
 )  # fmt: skip
-from lorafold.inspecting.updates import Svd, of_dense, of_factors, sites
+from lorafold.inspecting.updates import Svd, modules_of, svd_of_dense, svd_of_factors
 from lorafold.layers import layer_of
 from lorafold.methods import make_spec
 from lorafold.models.checkpoint import build
@@ -52,7 +52,7 @@ def test_the_parts_are_those_of_the_dense_update(method, kind, tiny_model):
     options = {"rank": 4} if method in (*RANKED, "loha", "lokr", "dora") else {}
     adapter = lf.attach(model, make_spec(method, **options))
     move(adapter)
-    for site in sites(adapter):
+    for site in modules_of(adapter):
         w = layer_of(model.get_submodule(site.path)).dense()[0].detach()
         ((name, svd),) = site.parts()
         assert name == site.path
@@ -68,7 +68,7 @@ def test_the_parts_are_those_of_the_dense_update(method, kind, tiny_model):
 def test_factors_are_never_multiplied_out():
     n = 400_000  # the update itself would take 640 GB
     up, down = torch.randn(n, 3), torch.randn(3, n)
-    svd = of_factors(up, down)
+    svd = svd_of_factors(up, down)
     # in fp32 some processors' sums of so many are off by 2e-4
     up, down = up.double(), down.double()
     gram = torch.linalg.eigvals((up.t() @ up) @ (down @ down.t())).real.sort(descending=True).values
@@ -78,14 +78,14 @@ def test_factors_are_never_multiplied_out():
 def test_small_singular_values_keep_their_digits():
     u, v = orthonormal(50, 4), orthonormal(40, 4, 1)
     s = torch.tensor([1.0, 1e-3, 1e-6, 1e-9], dtype=torch.float64)
-    assert torch.allclose(of_factors(u * s, v.t()).s.double(), s, rtol=1e-6, atol=0)
+    assert torch.allclose(svd_of_factors(u * s, v.t()).s.double(), s, rtol=1e-6, atol=0)
 
 
 def test_rank_beyond_the_matrix_and_an_update_of_nothing():
-    assert len(of_factors(torch.randn(5, 9), torch.randn(9, 7)).s) == 5
-    assert len(of_factors(torch.zeros(5, 2), torch.randn(2, 7)).s) == 0
-    assert len(of_dense(torch.zeros(5, 7)).s) == 0
-    nothing = of_factors(torch.zeros(5, 2), torch.randn(2, 7))
+    assert len(svd_of_factors(torch.randn(5, 9), torch.randn(9, 7)).s) == 5
+    assert len(svd_of_factors(torch.zeros(5, 2), torch.randn(2, 7)).s) == 0
+    assert len(svd_of_dense(torch.zeros(5, 7)).s) == 0
+    nothing = svd_of_factors(torch.zeros(5, 2), torch.randn(2, 7))
     assert effective_rank(nothing.s, 0.95) == 0
     assert against_base(nothing, torch.randn(5, 7)).amplification is None
     assert advice(2, pooled([nothing.s])) == "the update is zero: training changed nothing"
@@ -147,10 +147,10 @@ def test_phi_by_brute_force():
 def test_similarity_of_two_updates_is_that_of_the_dense_ones():
     a, b = planted(20, 30, [3.0, 1.0, 0.5]), planted(20, 30, [2.0, 1.0], seed=7)
     both = Svd(torch.cat([a.u, b.u], 1), torch.cat([a.s, b.s]), torch.cat([a.v, b.v], 1))
-    mixed = of_factors(both.u * both.s, both.v.t())  # overlaps with either
+    mixed = svd_of_factors(both.u * both.s, both.v.t())  # overlaps with either
     for x, y in ((a, b), (a, mixed), (a, a)):
         expected = float((x.dense() * y.dense()).sum() / (x.dense().norm() * y.dense().norm()))
-        found = compared("b", {"m": x}, {"m": y}).sites["m"].cosine
+        found = compare_updates("b", {"m": x}, {"m": y}).sites["m"].cosine
         assert found == pytest.approx(expected, abs=1e-5)
 
 
@@ -200,7 +200,7 @@ def test_the_base_of_an_update_is_the_one_that_was_trained_on(storage, tiny_mode
     model = lf.load_model(base, storage=storage)
     adapter = lf.attach(model, lf.DoRA(lf.LoRA(rank=2, dropout=0.0)), ["q_proj"])
     move(adapter)
-    own = {site.path: site for site in sites(adapter)}
+    own = {site.path: site for site in modules_of(adapter)}
     adapter.save(tmp_path / "a")
     found = inspect(Base(base), open_all([tmp_path / "a"])).sites
     for path, site in own.items():
@@ -229,7 +229,7 @@ PLACES = {  # blocks, readers with their norm, writers, the last norm
 def test_readers_and_writers_of_the_residual_stream(kind, tiny_model):
     model = tiny_model(kind)
     blocks, readers, writers, final = PLACES[kind]
-    found = stream_of(model)
+    found = find_stream(model)
     expected = {
         f"{blocks}.{i}.{path}": f"{blocks}.{i}.{norm}"
         for i in range(2)
@@ -248,13 +248,13 @@ def test_places_where_norms_come_after_and_among_experts():
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "vocab_size": 300,
     }  # fmt: skip
-    after = stream_of(build(Olmo2Config(**size), False))
+    after = find_stream(build(Olmo2Config(**size), False))
     assert {p: n for p, n in after.readers.items() if "attn" in p} == {
         f"model.layers.{i}.self_attn.{name}_proj": "" for i in range(2) for name in "qkv"
     }
     assert {p.split(".")[-1] for p in after.writers} == {"embed_tokens", "o_proj", "down_proj"}
     config = MixtralConfig(**size, num_key_value_heads=2, num_local_experts=2)
-    experts = stream_of(build(config, False))
+    experts = find_stream(build(config, False))
     assert experts.readers["model.layers.1.self_attn.q_proj"] == "model.layers.1.input_layernorm"
     assert {p: n for p, n in experts.readers.items() if "experts" in p} == {
         f"model.layers.{i}.mlp.experts.gate_up_proj": f"model.layers.{i}.post_attention_layernorm"
@@ -270,7 +270,7 @@ def test_places_where_norms_come_after_and_among_experts():
 @pytest.mark.parametrize("kind", PLACES)
 def test_gain_is_what_the_norm_does_to_a_direction(kind, tiny_model):
     model = tiny_model(kind)
-    norm = model.get_submodule(stream_of(model).final_norm)
+    norm = model.get_submodule(find_stream(model).final_norm)
     with torch.no_grad():
         norm.weight.add_(0.3 * torch.randn(32))
         h, v = torch.randn(32), torch.randn(32)
@@ -328,7 +328,7 @@ def test_planted_tokens_are_read_and_written(kind, tiny_model, tiny_model_dir, t
 
 def test_shares_of_vectors_are_those_of_the_dense_update():
     up, down, vectors = torch.randn(20, 3), torch.randn(3, 12), torch.randn(6, 12)
-    svd, dense = of_factors(up, down), up @ down
+    svd, dense = svd_of_factors(up, down), up @ down
     unit = torch.nn.functional.normalize(vectors, dim=1)
     expected = (dense @ unit.t()).square().sum(0) / dense.square().sum()
     side = Directions(svd.v, False)

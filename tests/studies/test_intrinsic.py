@@ -11,7 +11,7 @@ import torch
 
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate
-from lorafold.inspecting.intrinsic import SubspaceRun, bare_loss, search
+from lorafold.inspecting.intrinsic import SubspaceRun, base_model_loss, search
 from lorafold.models.classifier import load_classifier
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
@@ -75,12 +75,12 @@ def test_the_base_has_the_loss_of_the_objective(request_: RunRequest) -> None:
     pairs = [row | {"chosen": row["completion"], "rejected": " no"} for row in ROWS]
     pairs = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in pairs]
     recipe = request_.recipe.model_copy(update={"objective": "dpo"})
-    found = bare_loss(replace(request_, rows=pairs, eval_rows=pairs), recipe).loss
+    found = base_model_loss(replace(request_, rows=pairs, eval_rows=pairs), recipe).loss
     assert found == pytest.approx(math.log(2), abs=1e-6)
     rows = [{"text": row["prompt"], "label": row["completion"][1:]} for row in ROWS]
     recipe = request_.recipe.model_copy(update={"objective": "classify", "seed": 3})
     plain = request_.base.stored("fp32")
-    found = bare_loss(replace(request_, base=plain, rows=rows, eval_rows=rows), recipe).loss
+    found = base_model_loss(replace(request_, base=plain, rows=rows, eval_rows=rows), recipe).loss
     source, tokenizer = request_.base.source, request_.base.tokenizer()
     classes = tuple(sorted({row["label"] for row in rows}))
     model = load_classifier(source, classes, tokenizer.pad_token_id, torch.float32, seed=3)

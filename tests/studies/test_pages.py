@@ -21,7 +21,7 @@ from browser_cases import CONTRASTS, CUT
 from conftest import lorafold, refused
 from conversation_cases import ROWS
 from lorafold.files.plots import SERIES, brief, distinct, drawing, folded, number, scaled, short
-from lorafold.inspecting.inspect import described
+from lorafold.inspecting.inspect import describe_method
 from page_cases import CHINESE, LONG, PAGES
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
@@ -185,5 +185,5 @@ def test_a_page_without_matplotlib_has_all_but_its_plots(monkeypatch) -> None:
 
 def test_an_inspection_describes_the_method_in_words() -> None:
     over = lf.LoRA(rank=4, alpha=8, dropout=0.1)
-    assert described(lf.DoRA(over)) == "DoRA, over LoRA, rank 4, alpha 8, dropout 0.1"
-    assert described(lf.LoRA(rank=8)).startswith("LoRA, rank 8")
+    assert describe_method(lf.DoRA(over)) == "DoRA, over LoRA, rank 4, alpha 8, dropout 0.1"
+    assert describe_method(lf.LoRA(rank=8)).startswith("LoRA, rank 8")

@@ -19,12 +19,12 @@ from rich.console import Console
 
 import lorafold as lf
 from command_cases import rows_file, words
-from lorafold.api.task_rows import train_and_test
+from lorafold.api.arguments import train_and_test
 from lorafold.comparing.measure import BASE, ComparisonTask, measure
 from lorafold.files.claims import CLAIM, LEASE
+from lorafold.fragility_study.task import RECIPE
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.robustness.task import RECIPE
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import lorafold as lf
 from fused_cases import assert_same_step
-from lorafold.data.batches import alike, forest
-from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import BranchedRow
+from lorafold.data.prefix_forest import batches_by_prefix, prefix_forest
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
@@ -58,7 +58,7 @@ ROWS = {
 def test_each_row_is_a_path(drawn: list[tuple[list[int], int]]) -> None:
     """What the forest says of each token is what its rows say of it."""
     rows = [Example((*ids,), ((NO_LOSS,) * n + (*ids[n:],))[: len(ids)]) for ids, n in drawn]
-    made = forest(rows)
+    made = prefix_forest(rows)
     paths, path, at = [], list[int](), 0
     for length, start in zip(made.lens, made.starts, strict=True):
         assert start < min(length, len(path) or 1)
@@ -179,11 +179,11 @@ def test_texts_with_a_class_are_read_where_each_ends() -> None:
 def test_references_are_computed_where_prompts_meet_and_are_those_of_each_pair_alone() -> None:
     model = adapted("llama")
 
-    def pair(prompt: str) -> Branched:
+    def pair(prompt: str) -> BranchedRow:
         *shared, last = row(prompt).ids
         ends = [row(end).ids for end in ("xy", "uvw")]
         branches = tuple(Example((last, *ids), (NO_LOSS, *ids)) for ids in ends)
-        return Branched(tuple(shared), branches)
+        return BranchedRow(tuple(shared), branches)
 
     given = [pair(p) for p in ("abcdefghij", "qrstqrstqr", "abcdefghmn", "qrstqrstop", "abcdkl")]
     with sharing_prefixes(model, across=True) as how:
@@ -209,7 +209,7 @@ def test_a_tree_may_have_more_tokens_than_the_model_has_positions() -> None:
         loss = CompletionLoss(model, True, 0, how)
         [order] = loss.micro_batches(rows, 1, 10**6)
         part = [rows[i] for i in order]
-        assert len(forest(part).ids) > most
+        assert len(prefix_forest(part).ids) > most
         assert_same_step(stepped(loss, [part]), apart)
 
 
@@ -232,16 +232,16 @@ def test_rows_that_begin_alike_meet_in_a_micro_batch() -> None:
     heads = torch.randint(1, VOCAB, (2, 50), generator=draw).tolist()
     tails = torch.randint(1, VOCAB, (8, 10), generator=draw).tolist()
     rows = [Example((ids := (*heads[n % 2], *tail)), ids) for n, tail in enumerate(tails)]
-    parts = alike(rows, 2, 1000, lambda one: one.ids, lambda one: len(one.ids))
+    parts = batches_by_prefix(rows, 2, 1000, lambda one: one.ids, lambda one: len(one.ids))
     assert [{one.ids[:50] for one in part} for part in parts] in (
         [{tuple(heads[0])}, {tuple(heads[1])}], [{tuple(heads[1])}, {tuple(heads[0])}],
     )  # fmt: skip
-    small = alike(rows, 1, 80, lambda one: one.ids, lambda one: len(one.ids))
-    assert all(len(forest(part).ids) <= 80 for part in small)
+    small = batches_by_prefix(rows, 1, 80, lambda one: one.ids, lambda one: len(one.ids))
+    assert all(len(prefix_forest(part).ids) <= 80 for part in small)
     assert sorted(one.ids for part in small for one in part) == sorted(one.ids for one in rows)
 
 
 def test_equal_rows_as_long_as_a_sequence_meet() -> None:
     """As rows are that are cut in what they have in common."""
     rows = [row("abcdef")] * 4
-    assert alike(rows, 1, 6, lambda one: one.ids, lambda one: len(one.ids)) == [rows]
+    assert batches_by_prefix(rows, 1, 6, lambda one: one.ids, lambda one: len(one.ids)) == [rows]

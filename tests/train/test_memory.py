@@ -16,13 +16,13 @@ import lorafold as lf
 import mixtures
 from architectures import MULTIMODAL
 from conftest import fast_only, make_tokenizer
-from lorafold.api.estimate import bytes_of
+from lorafold.api.estimate import parse_bytes
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.data.batches import StoredFeed
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.data.row_store import SourcePart
-from lorafold.engine.fast_path import Packed
+from lorafold.engine.fast_path import PackedMatrices
 from lorafold.engine.runner import SlotRunner
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize
@@ -37,7 +37,7 @@ from lorafold.methods import make_spec
 from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
-from lorafold.models.quantizations import MADE, STORAGES, Storage, StorageRow
+from lorafold.models.quantizations import ON_LOAD, STORAGES, Storage, StorageRow
 from lorafold.objectives.algorithm_options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.ops import attention
@@ -74,7 +74,7 @@ def settings() -> Iterator[tuple[str, Any, MemorySetting]]:
         yield f"{method}{', checkpointed' * again}", LLAMA, own
     for name in ("qwen2", "gemma2", "gpt2"):
         yield name, CONFIGS[name], LORA
-    for quantization in MADE:
+    for quantization in ON_LOAD:
         base = Storage(torch.bfloat16, quantization)
         for method in ("lora", "loha"):
             own = replace(LORA, base=base, spec=make_spec(method))
@@ -272,10 +272,10 @@ def test_what_can_not_be_asked(mode: str, fields: dict, labelled: int, message: 
 
 def test_sizes() -> None:
     found = {"24GB": 24 * 10**9, "24 gib": 24 * 2**30, "500MB": 5 * 10**8, "1.5T": 15 * 10**11}
-    assert {text: bytes_of(text) for text in found} == found
+    assert {text: parse_bytes(text) for text in found} == found
     for text, said in {"lots": "expected a size", "24": "did you mean 24GB"}.items():
         with pytest.raises(LorafoldError, match=said):
-            bytes_of(text)
+            parse_bytes(text)
 
 
 TWO_BLOCKS = tf.LlamaConfig(**{**COMMON, "num_hidden_layers": 2})
@@ -299,7 +299,8 @@ def cached(rollouts: Rollouts) -> int:
 def opaque(rollouts: Rollouts) -> int:
     """The bytes of matrices in oneDNN's order, which have no storage."""
     forwards = [vars(module).get("forward") for module in rollouts.shell.modules()]
-    packed = {f.func for f in forwards if isinstance(f, partial) and isinstance(f.func, Packed)}
+    called = {f.func for f in forwards if isinstance(f, partial)}
+    packed = {f for f in called if isinstance(f, PackedMatrices)}
     return sum(one._w.numel() * one._w.element_size() for one in packed)
 
 

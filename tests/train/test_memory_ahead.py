@@ -32,7 +32,7 @@ from lorafold.objectives.sft import Sft
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.runtime.memory import KEPT, RETURNED, free_bytes, freed_blocks
+from lorafold.runtime.memory import KEEP_FREED, RETURN_FREED, free_bytes, malloc_policy
 from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
 from memory_cases import BF16, COMMON, CONFIGS, CPU, LORA
@@ -204,12 +204,12 @@ def anonymous() -> int:
     platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="of glibc on Linux"
 )
 def test_a_phase_begins_without_the_freed_blocks_of_the_one_before() -> None:
-    with freed_blocks(KEPT):
+    with malloc_policy(KEEP_FREED):
         blocks = [torch.ones(2**16) for _ in range(400)]
         above = torch.ones(2**16)  # keeps the heap from shrinking at its end
         del blocks
         before = anonymous()
-        with freed_blocks(RETURNED):
+        with malloc_policy(RETURN_FREED):
             assert before - anonymous() > 60e6
     del above
 

@@ -10,8 +10,8 @@ from rich.console import Console
 
 import lorafold as lf
 from conftest import make_tokenizer, refused
-from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.errors import LorafoldError
 from lorafold.models.positions import Positions, positions_in, positions_of, sequence_of, trained_on
 from lorafold.resolve import Base
@@ -295,9 +295,9 @@ def test_completions_beyond_a_chunk_have_a_prompt_each() -> None:
     model = llama4(18)
     draw = iter(drawn(15, 5, 4, 6, 5, 4))
 
-    def example() -> Branched:
+    def example() -> BranchedRow:
         shared, *branches = (next(draw).ids for _ in range(3))
-        return Branched(shared, tuple(Example(b, (NO_LOSS, *b[1:])) for b in branches))
+        return BranchedRow(shared, tuple(Example(b, (NO_LOSS, *b[1:])) for b in branches))
 
     examples = [example(), example()]  # 20 and 19 tokens with their prompt, then 11 and 10
     law = Simpo()

@@ -22,7 +22,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.generation import complete, end_tokens
-from lorafold.merging.plan import declared
+from lorafold.merging.plan import with_vocabulary_size
 from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
@@ -382,8 +382,8 @@ def test_rows_are_rounded_to_the_nearest_and_hide_nothing(kind, tiny_model_dir, 
             merge(str(base), [path], tmp_path / f"{path.name}-{rounding}", **how).folded
             for path in (with_rows, alone)
         )
-        assert mine.sums == plain.sums
-        assert rounding != "nearest" or mine.sums.survival < 0.98
+        assert mine.stats == plain.stats
+        assert rounding != "nearest" or mine.stats.survival < 0.98
         stored = load_file(tmp_path / f"with-{rounding}" / "model.safetensors")
         before, untouched = load_file(base / "model.safetensors"), [i for i in range(300) if i != 5]
         for path, values in rows.items():
@@ -446,12 +446,13 @@ def test_a_base_without_a_tokenizer_is_merged_all_the_same(tiny_model_dir, tmp_p
 
 
 def test_a_config_says_its_vocabulary_where_it_has_it() -> None:
-    assert declared({"model_type": "llama"}, 7) == {"model_type": "llama", "vocab_size": 7}
+    llama = {"model_type": "llama"}
+    assert with_vocabulary_size(llama, 7) == {**llama, "vocab_size": 7}
     vision = {"vision_config": {"vocab_size": 3}}
     nested = {"text_config": {"vocab_size": 5, "hidden_size": 2}} | vision
-    found = declared(nested, 7)
+    found = with_vocabulary_size(nested, 7)
     assert found == {"text_config": {"vocab_size": 7, "hidden_size": 2}} | vision
-    assert declared({**nested, "vocab_size": 5}, 7)["vocab_size"] == 7
+    assert with_vocabulary_size({**nested, "vocab_size": 5}, 7)["vocab_size"] == 7
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.runtime.processes import ALONE
+from lorafold.runtime.processes import SINGLE_PROCESS
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train
 from lorafold.training_step.data_parallel import Replicated
@@ -213,7 +213,7 @@ def test_targets_that_mean_other_modules_now(found: str, llama, tmp_path: Path) 
     else:
         tensors |= {k.replace(".mlp.", ".indexer."): t.clone() for k, t in some.items()}
         said = r"unknown \['model\.layers\.0\.indexer\.down_proj\."
-    pieces = Replicated(ALONE).pieces
+    pieces = Replicated(SINGLE_PROCESS).pieces
     run.save(progress, pieces(tensors), pieces(optimizer), keep=2)
     with pytest.raises(LorafoldError, match=f"keys of the state dict: .*{said}"):
         train(again, quiet())

@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import nn
 
 from lorafold.adapter.handle import Adapter
-from lorafold.advice import advised
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import (
     Adapted,
@@ -31,8 +30,9 @@ from lorafold.core.expert_matrices import expert_parameters, module_at, paramete
 from lorafold.core.shared_tensors import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError, as_one, listed, shortened
+from lorafold.errors import LorafoldError, join_problems, listed, truncate_middle
 from lorafold.files.contents import Contents
+from lorafold.foreign_options import with_suggestions
 from lorafold.identity import of_model
 from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_class, layer_of
@@ -47,13 +47,13 @@ from lorafold.methods.common.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import new_heads
 from lorafold.models.sources import name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
+from lorafold.peft import provenance
 from lorafold.peft.adapter_directory import AdapterConfig, SavedAdapter
-from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, mismatch, same_adapters
 
 log = logging.getLogger(__name__)
 
 
-@advised
+@with_suggestions
 def attach(
     model: nn.Module,
     spec: Spec,
@@ -203,9 +203,7 @@ def build(
                     " add it to --modules-to-save (modules_to_save); for the experts, use targets"
                     f" such as {owner.rpartition('.')[2]}.{parameter}"
                 )
-            raise LorafoldError(
-                f"{path}: {type(spec).__name__} can't adapt this module: {reason}"
-            ) from None
+            raise LorafoldError(f"{path}: unsupported by {type(spec).__name__}: {reason}") from None
     if bias != "none":
         add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
@@ -230,22 +228,22 @@ def read(
     the model's active ones).
     """
     disable_rescaling(model)
-    saved = (path if isinstance(path, SavedAdapter) else SavedAdapter.open(path)).within(model)
+    saved = (path if isinstance(path, SavedAdapter) else SavedAdapter.open(path)).for_model(model)
     if saved.over:  # one of those replaces the randomly initialized head of this model
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
     base, problems = base or InMemory.of_model(model), []
     below = selection_of(model).active if below is None else tuple(below)
-    fits, other_base = same_adapters(saved.over, below), ""
+    fits, other_base = provenance.same_adapters(saved.over, below), ""
     if allow_other_base:
         if other_base := saved.own_base.other(base):
             log.warning(other_base)
         if not fits:
-            reason = mismatch(saved.over, below)
-            log.warning("adapter %s: %s; loaded anyway (%s)", saved, reason, ALLOWED)
+            reason, option = provenance.mismatch_message(saved.over, below), provenance.ALLOW_OPTION
+            log.warning("adapter %s: %s; loaded anyway (%s)", saved, reason, option)
     else:
         if not fits:
-            advice = loading_advice(saved.path, saved.over)
-            problems.append(f"{mismatch(saved.over, below)}; {advice}")
+            advice = provenance.loading_advice(saved.path, saved.over)
+            problems.append(f"{provenance.mismatch_message(saved.over, below)}; {advice}")
         problems += saved.own_base.problems(base, name_of_base(model))
     try:
         tokens: Mapping[str, Sequence[int]] = {}
@@ -257,9 +255,9 @@ def read(
         with skip_init(4 * in_file + max(ROOM, sum(p.numel() for p in model.parameters()))):
             built = build(model, spec, tokens=tokens, **saved.attach_options(model))
     except LorafoldError as e:
-        raise _refused(saved, model, as_one([*problems, e])) from None
+        raise _refused(saved, model, join_problems([*problems, e])) from None
     try:
-        saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
+        saved.load_into(model, built.parts, built.chosen.matches.paths, base, problems)
     except LorafoldError as e:
         raise _refused(saved, model, str(e)) from None
     over = below if saved.over and fits else saved.over
@@ -270,6 +268,6 @@ def read(
 def _refused(saved: SavedAdapter, model: nn.Module, reason: str) -> LorafoldError:
     """The error for an adapter that does not fit a model; its path is cut if the base differs."""
     path, hint = str(saved), saved.own_base.hint(name_of_base(model))
-    if reason.startswith(OTHER):
-        path = shortened(path, max(40, MOST - len(reason)))
+    if reason.startswith(provenance.OTHER_BASE_MESSAGE):
+        path = truncate_middle(path, max(40, provenance.MAX_MESSAGE - len(reason)))
     return LorafoldError(f"{path}: {reason}{hint}")

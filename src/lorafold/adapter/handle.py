@@ -29,7 +29,7 @@ from lorafold.files.contents import digest
 from lorafold.files.model_card import CARD, VOCABULARY, ResultFiles, training_card
 from lorafold.files.record import OTHER_BASE, RECORD, TRAINED_ON
 from lorafold.files.templates import in_words
-from lorafold.fold.plan import carry_out, plan_fold
+from lorafold.fold.plan import execute_fold, plan_fold
 from lorafold.identity import of_model
 from lorafold.layers import parameter_count
 from lorafold.layers.quantization_config import record_dequantized
@@ -39,8 +39,8 @@ from lorafold.models.architecture import opened_by_name
 from lorafold.models.loading import recorded_storage
 from lorafold.models.sources import forget_source, name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
-from lorafold.peft.adapter_directory import AdapterConfig, write
-from lorafold.peft.provenance import BASE_IDENTITY, COMPUTED, listed, recorded
+from lorafold.peft.adapter_directory import AdapterConfig, write_adapter
+from lorafold.peft.provenance import BASE_IDENTITY, DIGEST_FILES, describe_adapters, over_record
 
 
 class Adapter:
@@ -188,7 +188,7 @@ class Adapter:
         other = {OTHER_BASE: self.other_base} if self.other_base else {}
         source, stored = source_of(self.model), recorded_storage(self.model)
         trained = {TRAINED_ON: stored, BASE_IDENTITY: of_model(source) if source else None}
-        below = recorded(self.over) if self.over else {}
+        below = over_record(self.over) if self.over else {}
         about = {**trained, **other, **(record or {}), **grown, **below}
         about = {name: value for name, value in about.items() if value is not None}
         beside = ResultFiles(about, card, tokenizer, overwrite)
@@ -196,10 +196,10 @@ class Adapter:
             return _write_whole(path, self.model, self.spec, beside)
         parts = {path: list(delta.parts()) for path, delta in self.deltas.items()}
         own = base or InMemory.of_model(self.model)
-        written = write(path, self.model, self.chosen, parts, own, beside)
+        written = write_adapter(path, self.model, self.chosen, parts, own, beside)
         origin = selection_of(self.model).origins[self.name]
         files = read_object(written / MANIFEST)["files"]
-        entries = ((name, files[name]["size"], files[name]["sha256"]) for name in COMPUTED)
+        entries = ((name, files[name]["size"], files[name]["sha256"]) for name in DIGEST_FILES)
         origin.path, origin.sha256 = str(path), digest(entries)
         return written
 
@@ -215,7 +215,7 @@ class Adapter:
         stay tied.
         """
         plan = plan_fold(self.model, [self.name])
-        carry_out(self.model, plan, [self.name], untie_weights=untie_weights)
+        execute_fold(self.model, plan, [self.name], untie_weights=untie_weights)
         # adapters on top of it are now on top of the base
         selection_of(self.model).origins[self.name].sha256 = ""
         forget_source(self.model)
@@ -239,7 +239,7 @@ class Adapter:
         return in_words(
             "adapter/adapter.jinja",
             adapter=self,
-            over=listed(self.over),
+            over=describe_adapters(self.over),
             targets={k: counted(self.model, v) for k, v in self.matches.by_pattern.items()},
             rows=[(path, part) for path, part in self.parts() if isinstance(part, TokenRows)],
             count=sum(p.numel() for p in self.parameters()),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
 from lorafold.data.formats import PAIRS
+from lorafold.data.json_input import Row
+from lorafold.data.row_sources import parse_source
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import check_rows, checked, read_rows, renamed
-from lorafold.data.sources import Row, source_from
-from lorafold.errors import LorafoldError, cut
+from lorafold.data.rows import check_each, check_rows, read_rows, rename_columns
+from lorafold.errors import LorafoldError, truncate_end
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES
 from lorafold.recipe.parsing import check_trackers
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from lorafold.data.stream import RowStream
     from lorafold.recipe.recipe import Recipe
+
+STEPS, TEST_ROWS = 60, 100  # of the quickstart's task: steps with new rows, held-out rows
 
 
 def as_rows(
@@ -39,72 +42,104 @@ def as_rows(
     """The rows, read if `data` names sources, and checked; an objective of None reads preference
     pairs whole. The console shows which keys are ignored.
     """
-    declared, source = None if objective is None else OBJECTIVES[objective], source_of(data)
-    wanted = PAIRS if declared is None else declared.takes  # both completions of preferences
-    if (sources := sources_in(data)) is not None:
-        rows = read_rows(sources, columns, lambda text: print_lines(console, text), wanted)
+    entry, label = None if objective is None else OBJECTIVES[objective], source_label(data)
+    content = PAIRS if entry is None else entry.takes  # both completions of preferences
+    if (sources := source_names(data)) is not None:
+        rows = read_rows(sources, columns, lambda text: print_lines(console, text), content)
     else:
         numbered: Iterable[tuple[int, Any]] = enumerate(cast(Sequence[Row], data), 1)
-        numbered = renamed(numbered, columns) if columns else numbered
-        rows = check_rows(numbered, source, wanted)
+        numbered = rename_columns(numbered, columns) if columns else numbered
+        rows = check_rows(numbered, label, content)
     if not weighted and any(part.weight != 1 for part in rows.parts):
-        raise LorafoldError(f"{source}: only training rows may have a weight; remove it")
-    messages = [*(_dropped(columns) if columns else ()), *rows.remarks]
+        raise LorafoldError(f"{label}: only training rows may have a weight; remove it")
+    messages = [*_dropped_columns(columns), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
-    if declared is not None:
-        messages += declared.notices(rows.formats)
-        ignored = [] if declared.draws else [key for key in ignored if key not in declared.keys]
+    if entry is not None:
+        messages += entry.notices(rows.formats)
+        ignored = [] if entry.draws else [key for key in ignored if key not in entry.keys]
     if ignored:
-        messages.insert(0, f"{_ignored(ignored)} (rows of {rows.formats[0]})")
+        messages.insert(0, f"{_ignored_keys(ignored)} (rows of {rows.formats[0]})")
     for text in messages:
-        print_lines(console, f"{source}: {text}")
+        print_lines(console, f"{label}: {text}")
     return rows
+
+
+def train_and_test(
+    data: Data | None,
+    eval_data: Data | None,
+    recipe: Recipe,
+    columns: ColumnNames | None,
+    console: Console,
+    rewarded: bool = False,
+) -> tuple[Sequence[Row], Sequence[Row], str]:
+    """(training rows, held-out rows, source); the quickstart's task if `data` is None. `rewarded`
+    also accepts objectives that are measured by rewards.
+    """
+    from lorafold.data.batches import split
+    from lorafold.quickstart.task import rows as quickstart_rows
+
+    supported = [n for n, one in OBJECTIVES.items() if one.compared and (rewarded or not one.draws)]
+    if recipe.objective not in supported:
+        raise LorafoldError(
+            f"objective: found {recipe.objective}, expected one that this command supports:"
+            f" {' or '.join(supported)}"
+        )
+    if recipe.streaming:
+        raise LorafoldError("streaming: only for lorafold train; this command keeps rows in memory")
+    if data is None:
+        train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
+        return train, quickstart_rows("test", TEST_ROWS, 0), "the quickstart's task"
+    objective = recipe.objective
+    rows = as_rows(data, columns, console, weighted=True, objective=objective)
+    if eval_data is not None:
+        return rows, as_rows(eval_data, columns, console, objective=objective), source_label(data)
+    return *split(rows, recipe.eval_fraction or 0.1, recipe.seed), source_label(data)
 
 
 def with_rewards(
     recipe: Recipe, rewards: RewardSources
 ) -> tuple[Recipe, tuple[Callable[..., Any], ...]]:
     """The recipe with the rewards that are names, and the rewards that are functions."""
-    given = as_rewards(rewards)
-    if given and not OBJECTIVES[recipe.objective].draws:
+    reward_list = as_rewards(rewards)
+    if reward_list and not OBJECTIVES[recipe.objective].draws:
         sampling = " or ".join(name for name, one in OBJECTIVES.items() if one.draws)
         raise LorafoldError(
             f"rewards: not used by the objective {recipe.objective}; choose one of {sampling}"
         )
-    if names := [one for one in given if isinstance(one, str)]:
+    if names := [one for one in reward_list if isinstance(one, str)]:
         options = recipe.objective_options
         options = {**options, "rewards": [*options.get("rewards", ()), *names]}
         recipe = recipe.model_copy(update={"objective_options": options})
-    return recipe, tuple(one for one in given if not isinstance(one, str))
+    return recipe, tuple(one for one in reward_list if not isinstance(one, str))
 
 
 def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
     """The rewards as a list of functions and names."""
-    one = isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable)
-    given: list[Any] = [rewards] if one else [*cast(Iterable[Any], rewards)]
-    if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
+    is_single = isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable)
+    reward_list: list[Any] = [rewards] if is_single else [*cast(Iterable[Any], rewards)]
+    if wrong := [entry for entry in reward_list if not (isinstance(entry, str) or callable(entry))]:
         raise LorafoldError(
-            f"rewards: found {cut(repr(wrong[0]), 80)}, expected functions or names"
+            f"rewards: found {truncate_end(repr(wrong[0]), 80)}, expected functions or names"
         )
-    if names := [each for each in given if isinstance(each, str)]:
+    if names := [entry for entry in reward_list if isinstance(entry, str)]:
         check_there(names)
-    return given
+    return reward_list
 
 
 def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     """The checked rows of prompts, which need no completion."""
     from lorafold.data.prompts import PROMPT_FORMATS  # imports transformers
 
-    each: list[tuple[Iterable[tuple[int, Any]], str]]
-    if (sources := sources_in(data)) is None:
-        each = [(enumerate(cast(Sequence[Row], data), 1), source_of(data))]
+    inputs: list[tuple[Iterable[tuple[int, Any]], str]]
+    if (sources := source_names(data)) is None:
+        inputs = [(enumerate(cast(Sequence[Row], data), 1), source_label(data))]
     else:
-        files = [file for source in map(source_from, sources) for file in source.files]
-        each = [(file.numbered(), file.name) for file in files]
+        files = [file for source in map(parse_source, sources) for file in source.files]
+        inputs = [(file.numbered_rows(), file.name) for file in files]
     return [
         row
-        for numbered, name in each
-        for *_, row in checked(renamed(numbered, columns or {}), name, formats=PROMPT_FORMATS)
+        for rows, label in inputs
+        for *_, row in check_each(rename_columns(rows, columns or {}), label, False, PROMPT_FORMATS)
     ]
 
 
@@ -114,32 +149,32 @@ def as_stream(
     """The stream of rows for a recipe with `streaming`."""
     from lorafold.data.stream import RowStream
 
-    if (sources := sources_in(data)) is None:
+    if (sources := source_names(data)) is None:
         raise LorafoldError("streaming: found a list of rows, expected files or a Hub dataset")
-    declared = OBJECTIVES[objective]
-    stream = RowStream(tuple(map(source_from, sources)), columns or {}, declared.takes)
+    entry = OBJECTIVES[objective]
+    stream = RowStream(tuple(map(parse_source, sources)), columns or {}, entry.takes)
     remarks = stream.remarks()
-    messages = [source.described() for source in stream.sources if source.several]
-    messages += [*_dropped(columns), *declared.notices(stream.formats)]
+    messages = [source.describe() for source in stream.sources if source.is_multiple]
+    messages += [*_dropped_columns(columns), *entry.notices(stream.formats)]
     messages += [f"the first rows: {text}" for text in remarks.lines]
     if remarks.ignored:
-        messages.append(_ignored([*remarks.ignored]))
-    print_lines(console, *(f"{source_of(data)}: {text}" for text in messages))
+        messages.append(_ignored_keys([*remarks.ignored]))
+    print_lines(console, *(f"{source_label(data)}: {text}" for text in messages))
     return stream
 
 
-def _dropped(columns: ColumnNames | None) -> list[str]:
+def _dropped_columns(columns: ColumnNames | None) -> list[str]:
     names = ", ".join(name for name, column in (columns or {}).items() if not column)
     return [f"dropped by --columns: {names}"] if names else []
 
 
-def _ignored(keys: Sequence[str]) -> str:
-    inside = any(key.startswith("messages[]") for key in keys)
-    of = "; keys of messages are passed to the chat template" if inside else ""
-    return f"ignored keys: {', '.join(keys)}{of}"
+def _ignored_keys(keys: Sequence[str]) -> str:
+    in_messages = any(key.startswith("messages[]") for key in keys)
+    hint = "; keys of messages are passed to the chat template" if in_messages else ""
+    return f"ignored keys: {', '.join(keys)}{hint}"
 
 
-def sources_in(data: Data) -> list[str] | None:
+def source_names(data: Data) -> list[str] | None:
     """The sources that `data` names; None if it is a list of rows."""
     if isinstance(data, (str, Path)):
         return [str(data)]
@@ -149,8 +184,8 @@ def sources_in(data: Data) -> list[str] | None:
     return names if names and len(names) == len(data) else None
 
 
-def source_of(data: Data) -> str:
-    return ", ".join(sources_in(data) or ["rows given in Python"])
+def source_label(data: Data) -> str:
+    return ", ".join(source_names(data) or ["rows given in Python"])
 
 
 def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> Recipe:
@@ -165,62 +200,62 @@ def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> R
     return recipe
 
 
-def missing(name: str) -> LorafoldError:
+def missing_argument(name: str) -> LorafoldError:
     """The error for a required argument that has a default because it follows `model`."""
     return LorafoldError(f"{name}: missing; this argument is required")
 
 
 def as_paths(adapters: Paths) -> list[Path]:
-    given: Any = adapters
-    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
-    return [as_path(one, "adapters") for one in (given if several else [given])]
+    paths: Any = adapters
+    is_sequence = isinstance(paths, Iterable) and not isinstance(paths, (str, bytes))
+    return [as_path(path, "adapters") for path in (paths if is_sequence else [paths])]
 
 
 def as_path(path: str | PathLike[str], name: str = "out") -> Path:
     """The path with ~ expanded; `name` is the argument in the error message."""
     if not isinstance(path, (str, PathLike)):
-        raise LorafoldError(f"{name}: found {cut(repr(path), 80)}, expected a path")
+        raise LorafoldError(f"{name}: found {truncate_end(repr(path), 80)}, expected a path")
     return Path(path).expanduser()
 
 
-def as_page(file: str | Path | None, name: str = "html") -> Path | None:
+def as_html_path(file: str | Path | None, name: str = "html") -> Path | None:
     from lorafold.files.atomic import check_file
 
     if file is None:
         return None
-    place = as_path(file, name)
-    check_file(place)
-    return place
+    path = as_path(file, name)
+    check_file(path)
+    return path
 
 
-def as_study(out: str | Path) -> Path:
+def as_study_path(out: str | Path) -> Path:
     """The directory of a study, checked to be writable and to be the one that workers share."""
     from lorafold.files.atomic import check_folder
     from lorafold.files.claims import check_token
 
-    place = as_path(out)
-    check_folder(place)
-    check_token(place)
-    return place
+    path = as_path(out)
+    check_folder(path)
+    check_token(path)
+    return path
 
 
-def or_shown(console: Console | Literal[False] | None) -> Console:
+def console_or_default(console: Console | Literal[False] | None) -> Console:
     """The console. None prints on a terminal and in a notebook only; False prints nothing."""
     from rich.console import Console
 
     if console is not None and console is not False:
-        return or_quiet(console)
-    shown = Console(stderr=True)
-    visible = console is None and (shown.is_terminal or shown.is_jupyter)
-    return shown if visible else Console(quiet=True)
+        return console_or_quiet(console)
+    stderr = Console(stderr=True)
+    is_visible = console is None and (stderr.is_terminal or stderr.is_jupyter)
+    return stderr if is_visible else Console(quiet=True)
 
 
-def or_quiet(console: Console | None) -> Console:
+def console_or_quiet(console: Console | None) -> Console:
     """The console, or for None one that prints nothing."""
     from rich.console import Console
 
     if console is not None and not isinstance(console, Console):
         raise LorafoldError(
-            f"console: found {cut(repr(console), 80)}, expected a rich Console or None"
+            f"console: found {truncate_end(repr(console), 80)}, expected a rich Console or None"
         )
     return console or Console(quiet=True)

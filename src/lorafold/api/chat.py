@@ -19,7 +19,7 @@ def chat(
     seed: opt.Seed = 0,
     allow_control_tokens: opt.ControlTokens = False,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Opening],
+    **base_options: Unpack[opt.BaseOptions],
 ) -> "Chat":
     """Chat with the model. Answers stream to stdout and take the whole conversation into account.
 
@@ -49,16 +49,16 @@ def chat(
         /quit: exit, as Ctrl-D does.
     """
     from lorafold.api.arguments import as_paths
-    from lorafold.api.loaded_model import base_with, load_with_adapters
+    from lorafold.api.loaded_model import load_with_adapters, resolve_base
     from lorafold.conversation import Chat, unique_names
-    from lorafold.data.control_tokens import allow
+    from lorafold.data.control_tokens import allow_tokens
     from lorafold.engine import Sampling
 
     paths = as_paths(adapters)
-    base, saved = base_with(model, paths, console, **opening)
+    base, saved = resolve_base(model, paths, console, **base_options)
     loaded, tokenizer = load_with_adapters(base, saved, console=console)
     if allow_control_tokens:
-        allow(tokenizer)
+        allow_tokens(tokenizer)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # their names
     return Chat(
         loaded,

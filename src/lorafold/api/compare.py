@@ -28,11 +28,12 @@ def compare(
     ] = None,
     seeds: opt.Count = 1,
     recipe: Annotated[
-        "Recipe | None", opt.RecipeOptions(without=("method", "seed"), defaults=opt.of_quickstart)
+        "Recipe | None",
+        opt.RecipeOptions(without=("method", "seed"), defaults=opt.quickstart_recipe),
     ] = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Computing],
+    **base_options: Unpack[opt.DeviceOptions],
 ) -> "Comparison":
     """Train every method on the same data with the same budget, and compare the results.
 
@@ -72,22 +73,27 @@ def compare(
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_page, as_recipe, as_study, or_quiet, with_rewards
-    from lorafold.api.task_rows import train_and_test
+    from lorafold.api.arguments import (
+        as_html_path,
+        as_recipe,
+        as_study_path,
+        console_or_quiet,
+        train_and_test,
+        with_rewards,
+    )
     from lorafold.comparing import run
     from lorafold.comparing.measure import ComparisonTask, variants
-    from lorafold.comparing.paired_tests import alike, with_validation
+    from lorafold.comparing.paired_tests import indistinct_methods, with_validation
     from lorafold.comparing.report import Comparison, page
-    from lorafold.comparing.run import known_methods, methods_for, unfit
     from lorafold.files.atomic import write_text
     from lorafold.files.terminal import print_lines
-    from lorafold.quickstart.story import RECIPE
-    from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
+    from lorafold.quickstart.run import RECIPE
     from lorafold.recipe.recipe import Recipe
+    from lorafold.recipe.resolve_settings import ignored_note, resolve_length, spec_of, with_method
     from lorafold.resolve import Base
     from lorafold.rewards.reward import check_judges
 
-    place, folder, console = as_page(html), as_study(out), or_quiet(console)
+    html_path, study, console = as_html_path(html), as_study_path(out), console_or_quiet(console)
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
     recipe, functions = with_rewards(recipe, rewards)
     if functions:
@@ -98,34 +104,34 @@ def compare(
         )
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
     recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # held-out rows are already split off
-    base = Base(model, **opening)
-    names = known_methods(methods) or methods_for(recipe.objective)
-    left_out = {} if methods else {name: why for name in names if (why := unfit(recipe, name))}
-    names = [name for name in names if name not in left_out]
+    base = Base(model, **base_options)
+    names = run.known_methods(methods) or run.methods_for(recipe.objective)
+    skipped = {n: why for n in names if not methods and (why := run.unsupported_reason(recipe, n))}
+    names = [name for name in names if name not in skipped]
     settings = variants(recipe, names, vary or {})
-    virtual = max(spec_of(fitting(one.of(recipe), one.method)).positions for one in settings)
-    recipe = settled_length(recipe, base, virtual, console)
+    specs = (spec_of(with_method(one.of(recipe), one.method)) for one in settings)
+    recipe = resolve_length(recipe, base, max(spec.positions for spec in specs), console)
     task = ComparisonTask(base, rows, held_out, source, recipe)
     _ = task.identity  # reports errors in rewards first
     check_judges(recipe.objective_options.get("rewards", ()))
-    for name, why in left_out.items():
-        print_lines(console, f"{name} is left out because it {why}")
+    for name, reason in skipped.items():
+        print_lines(console, f"{name} is left out because it {reason}")
     for name in names:
-        if notice := without(recipe.model_copy(update={"method": name})):
+        if notice := ignored_note(recipe.model_copy(update={"method": name})):
             print_lines(console, notice)
         varied = {field for one in settings if one.method == name for field in one.settings}
-        if same := [field for field in vary or {} if field not in varied]:
-            print_lines(console, f"{', '.join(same)} not varied: {name} has no such setting")
+        if unchanged := [field for field in vary or {} if field not in varied]:
+            print_lines(console, f"{', '.join(unchanged)} not varied: {name} has no such setting")
 
     def tell(one: "Measurement", done: int, total: int) -> None:
         print_lines(console, f"{done}/{total} {one}")
 
     say = partial(print_lines, console)
-    measured = run.compare(task, settings, range(seeds), folder, tell, say)
-    for same in alike(measured):
-        say(f"{', '.join(same)}: the same loss on every row; their settings make no difference")
+    measured = run.compare(task, settings, range(seeds), study, tell, say)
+    for names in indistinct_methods(measured):
+        say(f"{', '.join(names)}: the same loss on every row; their settings make no difference")
     comparison = Comparison(tuple(with_validation(measured)), str(model), source)
-    write_text(folder / "table.md", str(comparison))
-    if place is not None:
-        page(comparison.rows, f"Methods on {comparison.model}, {comparison.source}", place)
+    write_text(study / "table.md", str(comparison))
+    if html_path is not None:
+        page(comparison.rows, f"Methods on {comparison.model}, {comparison.source}", html_path)
     return comparison

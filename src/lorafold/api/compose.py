@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorafold.composing.run import Composition
-    from lorafold.data.sources import Row
+    from lorafold.data.json_input import Row
     from lorafold.recipe.recipe import Recipe
 
 
-def _of_gates(_: Any) -> "Recipe":
+def _gates_recipe(_: Any) -> "Recipe":
     from lorafold.composing.methods import RECIPE
 
     return RECIPE
@@ -42,7 +42,7 @@ class Learning:
             names=(),
             config=False,
             sets="A field of the recipe for training a mixture's gates, for example steps=40.",
-            defaults=_of_gates,
+            defaults=_gates_recipe,
         ),
     ] = None
 
@@ -63,7 +63,7 @@ def compose(
     seed: opt.Seed = 0,
     overwrite: opt.Overwrite = False,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Opening],
+    **base_options: Unpack[opt.BaseOptions],
 ) -> "Composition":
     """Combine several adapters into one, and measure the interference between their tasks.
 
@@ -104,16 +104,16 @@ def compose(
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_path, as_recipe, or_quiet
-    from lorafold.api.loaded_model import base_with, load_with_adapters
+    from lorafold.api.arguments import as_path, as_recipe, console_or_quiet
+    from lorafold.api.loaded_model import load_with_adapters, resolve_base
     from lorafold.composing import run
     from lorafold.composing.methods import RECIPE
     from lorafold.composing.request import ComposeRequest
-    from lorafold.recipe.fitting import settled_length
+    from lorafold.recipe.resolve_settings import resolve_length
 
-    console = or_quiet(console)
-    base, saved = base_with(model, adapters, console, **opening)
-    virtual = sum(one.spec.positions for one in saved)
+    console = console_or_quiet(console)
+    base, saved = resolve_base(model, adapters, console, **base_options)
+    num_virtual = sum(one.spec.positions for one in saved)
     request = ComposeRequest(
         base,
         saved,
@@ -123,9 +123,9 @@ def compose(
         rank=rank,
         density=density,
         seed=seed,
-        tasks=by_name(data, console),
-        examples=by_name(learning.examples, console),
-        recipe=settled_length(as_recipe(learning.recipe, RECIPE), base, virtual, console),
+        tasks=rows_by_task(data, console),
+        examples=rows_by_task(learning.examples, console),
+        recipe=resolve_length(as_recipe(learning.recipe, RECIPE), base, num_virtual, console),
         gates=learning.gates,
         evaluations=learning.evaluations,
         completions=completions,
@@ -134,7 +134,7 @@ def compose(
     return run.compose(request, partial(load_with_adapters, base, saved, console=console), console)
 
 
-def by_name(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Row"]]:
+def rows_by_task(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Row"]]:
     """Rows by the name of their task; the name of a file is the last part of its path."""
     from collections.abc import Mapping
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 from lorafold.api import options as opt
-from lorafold.errors import LorafoldError, both_names, called_now
-from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
+from lorafold.errors import LorafoldError, renamed_warning, two_names_message
+from lorafold.recipe.fields import MEMORY_FIELDS, ROW_FIELDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,7 @@ def estimate(
     max_length: opt.OptionalLength = None,
     labelled: Annotated[int | None, opt.Option(rare=True, min=1)] = None,
     recipe: Annotated[
-        "Recipe | None", opt.RecipeOptions((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
+        "Recipe | None", opt.RecipeOptions((MEMORY_FIELDS | ROW_FIELDS) - {"method"}, config=False)
     ] = None,
     gpus: opt.Count = 1,
     strategy: str = "fsdp",
@@ -44,7 +44,7 @@ def estimate(
     html: str | Path | None = None,
     console: opt.Progress = None,
     length: Annotated[int | None, opt.Option(python_only=True)] = None,
-    **opening: Unpack[opt.Hub],
+    **base_options: Unpack[opt.HubOptions],
 ) -> "Forecast":
     """Estimate the memory of training or inference from a model's configuration, without its
     weights.
@@ -100,8 +100,9 @@ def estimate(
         tensors.
     """
     from dataclasses import replace
+    from functools import partial
 
-    from lorafold.api.arguments import as_page, as_recipe, or_quiet
+    from lorafold.api.arguments import as_html_path, as_recipe, console_or_quiet
     from lorafold.memory import estimate
     from lorafold.memory.estimate import advise, advise_on_rows
     from lorafold.memory.estimate_report import Forecast, page
@@ -112,19 +113,19 @@ def estimate(
     from lorafold.models.positions import positions_in
     from lorafold.models.sources import EMBEDDED
     from lorafold.ops.arithmetic import widens
-    from lorafold.ops.kernel_requirements import DeviceKind, place_of
-    from lorafold.recipe.fitting import LENGTH, fitted_length
     from lorafold.recipe.recipe import Recipe
+    from lorafold.recipe.resolve_settings import DEFAULT_MAX_LENGTH, fit_length
     from lorafold.resolve import Base
+    from lorafold.runtime.assumed_device import DeviceKind, kind_of_device
     from lorafold.runtime.devices import choose_device
 
-    chart = as_page(html)
+    html_path = as_html_path(html)
     if length is not None:
         if max_length is not None:
-            raise LorafoldError(both_names("length", "max_length"))
-        warnings.warn(called_now("length", "max_length"), DeprecationWarning, stacklevel=2)
+            raise LorafoldError(two_names_message("length", "max_length"))
+        warnings.warn(renamed_warning("length", "max_length"), DeprecationWarning, stacklevel=2)
         max_length = length
-    memory = bytes_of(device_memory) if isinstance(device_memory, str) else device_memory
+    memory_bytes = parse_bytes(device_memory) if isinstance(device_memory, str) else device_memory
     if params is not None and str(model) != EMBEDDED:
         raise LorafoldError(
             f"--params: found --params {params} and --model {model}, expected only one of them"
@@ -139,69 +140,70 @@ def estimate(
         )
     excluded = {"--mode inference": mode == "inference", "--measure": measure}
     if gpus > 1:
-        why = "the estimate is for a training step with --batch rows in each process"
-        check_none("--gpus", {**excluded, "--data": data is not None}, why)
-    console, asked = or_quiet(console), as_recipe(recipe, Recipe())
-    given = asked.model_dump(exclude_unset=True)
-    needy = sorted(given.keys() & OF_ROWS)
-    needy += [name for name, of in {"rewards": rewards, "columns": columns}.items() if of]
+        reason = "the estimate is for a training step with --batch rows in each process"
+        check_excluded("--gpus", {**excluded, "--data": data is not None}, reason)
+    console, recipe_overrides = console_or_quiet(console), as_recipe(recipe, Recipe())
+    set_fields = recipe_overrides.model_dump(exclude_unset=True)
+    needs_data = sorted(set_fields.keys() & ROW_FIELDS)
+    needs_data += [name for name, of in {"rewards": rewards, "columns": columns}.items() if of]
     if data is not None:
         excluded[f"--params {params}"] = params is not None
         excluded[f"--labelled {labelled}"] = labelled is not None
-        why = "the estimate is for training on these rows, with the model's tokenizer"
-        check_none("--data", excluded, why)
-    elif needy:
+        reason = "the estimate is for training on these rows, with the model's tokenizer"
+        check_excluded("--data", excluded, reason)
+    elif needs_data:
         raise LorafoldError(
-            f"estimate: found {', '.join(needy)} without --data; pass --data, because the memory of"
-            " such a run depends on its rows"
+            f"estimate: found {', '.join(needs_data)} without --data; pass --data, because the"
+            " memory of such a run depends on its rows"
         )
-    kind = (device or "cuda").partition(":")[0]
+    # without `measure` the device need not exist
+    device_type = choose_device("cuda" if device is None else device, absent=True).type
     if compute_capability is not None:
-        no_gpu = {f"--device {device}": kind != "cuda", "--measure": measure}
-        check_none("--compute-capability", no_gpu, "it describes the CUDA GPU to estimate for")
-    asked_for = DeviceKind(kind, capability(compute_capability))
-    choose_device(device, absent=True)  # without `measure` the device need not exist
-    trusted = opening.get("trust_remote_code", False)
-    base = Base(model, device=device if measure else None, **opening)
+        no_gpu = {f"--device {device}": device_type != "cuda", "--measure": measure}
+        check_excluded("--compute-capability", no_gpu, "it describes the CUDA GPU to estimate for")
+    target_device = DeviceKind(device_type, parse_capability(compute_capability))
+    trust_code = base_options.get("trust_remote_code", False)
+    base = Base(model, device=device if measure else None, **base_options)
     if data is None:
-        setting = memory_setting(mode, asked, batch or 1, max_length or LENGTH, labelled)
+        # reports errors before the configuration is read
+        memory_setting(mode, recipe_overrides, batch or 1, DEFAULT_MAX_LENGTH, labelled)
         config = base.config() if params is None else llama(params)
-        fitted = fitted_length(positions_in(config, False, trusted), max_length, 0, console)
-        setting = memory_setting(mode, asked, batch or 1, fitted, labelled)
+        fitted = fit_length(positions_in(config, False, trust_code), max_length, 0, console)
+        setting = memory_setting(mode, recipe_overrides, batch or 1, fitted, labelled)
     else:
         sizes = {"batch": batch, "max_length": max_length}
-        of_run = Recipe(**given | {name: n for name, n in sizes.items() if n is not None})
-        setting = setting_on_rows(base, mode, of_run, data, rewards, columns, console)
-        bare = Recipe(**{k: v for k, v in given.items() if k in OF_MEMORY})
-        stored_as = memory_setting(mode, bare, 1, LENGTH).base
+        run_recipe = Recipe(**set_fields | {name: n for name, n in sizes.items() if n is not None})
+        setting = setting_on_rows(base, mode, run_recipe, data, rewards, columns, console)
+        memory_recipe = Recipe(**{k: v for k, v in set_fields.items() if k in MEMORY_FIELDS})
+        base_storage = memory_setting(mode, memory_recipe, 1, DEFAULT_MAX_LENGTH).base
         # as without rows, for a GPU
-        setting, config = replace(setting, base=stored_as, widened=False), base.config()
-    setting = replace(setting, trust_remote_code=trusted, processes=gpus, strategy=strategy)
-    setting = with_file_quantization(setting, config, str(model), "storage" in given)
-    on = base.where if measure else None
-    of_this_cpu = (device if on is None else on.type) == "cpu"
+        setting, config = replace(setting, base=base_storage, widened=False), base.config()
+    setting = with_file_quantization(setting, config, str(model), "storage" in set_fields)
+    measured_device = base.where if measure else None
+    is_this_cpu = (device if measured_device is None else measured_device.type) == "cpu"
     setting = replace(
         setting,
-        widened=widens(setting.base.dtype) if of_this_cpu else setting.widened,
-        place=asked_for if on is None else place_of(on),
-        resident=of_this_cpu and setting.spec is not None and on is None,
+        trust_remote_code=trust_code,
+        processes=gpus,
+        strategy=strategy,
+        widened=widens(setting.base.dtype) if is_this_cpu else setting.widened,
+        device_kind=target_device if measured_device is None else kind_of_device(measured_device),
+        resident=is_this_cpu and setting.spec is not None and measured_device is None,
     )
-    total, advice, measured = estimate.estimate(config, setting), None, None
-    if memory is not None:
+    total, advice, measured_memory = estimate.estimate(config, setting), None, None
+    if memory_bytes is not None:
         with console.status("searching for settings that fit (about 20 estimates)"):
             search = advise if data is None else advise_on_rows
-            advice = search(config, setting, memory)
-    if on is not None:
+            advice = search(config, setting, memory_bytes)
+    if measured_device is not None:
         with console.status("running two real steps"):
-            measured = measured_bytes(
-                lambda: load_model(base.source, setting.base, on), setting, on
-            )
-    forecast = Forecast(total, setting, advice, measured, of_this_cpu, tflops * 1e12)
-    if chart is not None:
+            load = partial(load_model, base.source, setting.base, measured_device)
+            measured_memory = measured_bytes(load, setting, measured_device)
+    forecast = Forecast(total, setting, advice, measured_memory, is_this_cpu, tflops * 1e12)
+    if html_path is not None:
         rows = f"{setting.batch} x {setting.length} tokens" if data is None else "on your rows"
-        page(
-            total, f"{mode} of {params or model}, {rows}", chart, forecast.remarks(), memory
-        )
+        title = f"{mode} of {params or model}, {rows}"
+        page(total, title, html_path, forecast.remarks(), memory_bytes)
     return forecast
 
 
@@ -218,44 +220,43 @@ def setting_on_rows(
     from dataclasses import replace
     from tempfile import TemporaryDirectory
 
-    from lorafold.api.arguments import as_rows, source_of, with_rewards
+    from lorafold.api.arguments import as_rows, source_label, with_rewards
     from lorafold.memory.presets import check_fields, recipe_for_mode
 
-    check_fields(recipe, OF_MEMORY | OF_ROWS | {"batch", "max_length"})
+    check_fields(recipe, MEMORY_FIELDS | ROW_FIELDS | {"batch", "max_length"})
     recipe, functions = with_rewards(recipe_for_mode(mode, recipe), rewards)
     rows = as_rows(data, columns, console, weighted=True, objective=recipe.objective)
     from lorafold.training.inputs import RunRequest
     from lorafold.training.setup import largest_memory_setting, set_up
 
     with TemporaryDirectory() as folder:
-        out = Path(folder) / "adapter"
-        found = largest_memory_setting(
-            set_up(RunRequest(base, out, recipe, rows, source_of(data), rewards=functions), console)
-        )
-    return replace(found, checkpointing=recipe.gradient_checkpointing is True)
+        out, label = Path(folder) / "adapter", source_label(data)
+        request = RunRequest(base, out, recipe, rows, label, rewards=functions)
+        setting = largest_memory_setting(set_up(request, console))
+    return replace(setting, checkpointing=recipe.gradient_checkpointing is True)
 
 
-def check_none(option: str, excluded: Mapping[str, bool], why: str) -> None:
+def check_excluded(option: str, excluded: Mapping[str, bool], reason: str) -> None:
     """Raise LorafoldError if options are given that an option excludes."""
-    if found := [name for name, is_given in excluded.items() if is_given]:
-        raise LorafoldError(f"{option}: can't be combined with {', '.join(found)}: {why}")
+    if conflicts := [name for name, is_given in excluded.items() if is_given]:
+        raise LorafoldError(f"{option}: can't be combined with {', '.join(conflicts)}: {reason}")
 
 
-def capability(given: str | None) -> tuple[int, int]:
+def parse_capability(text: str | None) -> tuple[int, int]:
     """(major, minor) of a compute capability such as 8.0."""
     from lorafold.runtime.devices import AMPERE
 
-    if given is None:
+    if text is None:
         return AMPERE
-    if not re.fullmatch(r"\d{1,2}\.\d", given, re.ASCII):
+    if not re.fullmatch(r"\d{1,2}\.\d", text, re.ASCII):
         raise LorafoldError(
-            f"--compute-capability: found {given!r}, expected MAJOR.MINOR such as 8.0"
+            f"--compute-capability: found {text!r}, expected MAJOR.MINOR such as 8.0"
         )
-    major, _, minor = given.partition(".")
+    major, _, minor = text.partition(".")
     return int(major), int(minor)
 
 
-def bytes_of(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """The number of bytes of a size such as 24GB, 24GiB or 500MB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None or not match[2]:

@@ -44,7 +44,7 @@ def evaluate(
     seed: Annotated[int | None, opt.Option(panel=REWARDS, min=0, max=2**32 - 1)] = None,
     reward_seconds: Annotated[float | None, opt.Option(panel=REWARDS)] = None,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Opening],
+    **base_options: Unpack[opt.BaseOptions],
 ) -> "Evaluation | RewardEvaluation":
     """Measure loss, perplexity and exact match on held-out rows, with 95% intervals.
 
@@ -82,15 +82,15 @@ def evaluate(
         lorafold eval --data demo/test.jsonl --no-completions
         lorafold eval demo/adapter --data demo/test.jsonl --reward "regex:^\\{"
     """
-    from lorafold.api.arguments import as_rewards, as_rows, missing
+    from lorafold.api.arguments import as_rewards, as_rows, missing_argument
     from lorafold.data.formats import LABELS, PROMPT_ONLY, PROMPTS
 
     if data is None:
-        raise missing("data")
-    given = {
+        raise missing_argument("data")
+    sampling: dict[str, Any] = {
         "group": group, "temperature": temperature, "seed": seed, "reward_seconds": reward_seconds
     }  # fmt: skip
-    sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
     rewards = as_rewards(rewards)
     if sampling and not rewards:
         raise LorafoldError(
@@ -106,11 +106,11 @@ def evaluate(
             f" {PROMPT_ONLY} with or without a completion"
         )
     from lorafold import evaluation
-    from lorafold.api.loaded_model import length_for, load_with_adapters, model_with
+    from lorafold.api.loaded_model import load_with_adapters, resolve_model, truncation_length
 
-    base, saved = model_with(model, adapters, console, **opening)
+    base, saved = resolve_model(model, adapters, console, **base_options)
     labels = rows.provides(LABELS) and not rewards
-    length = length_for(base, max_length, saved, console, head=labels)
+    length = truncation_length(base, max_length, saved, console, head=labels)
     if rewards:
         from lorafold.objectives.algorithm_options import SamplingOptions
         from lorafold.rewards import Rewards
@@ -118,16 +118,17 @@ def evaluate(
 
         seconds = sampling.pop("reward_seconds", LIMIT)
         longest = SamplingOptions.max_new_tokens if max_new_tokens is None else max_new_tokens
-        settings = evaluation.RewardSettings(length, longest, **sampling)
-        with Rewards.of(*rewards, limit=seconds) as judging:
+        options = evaluation.RewardSettings(length, longest, **sampling)
+        with Rewards.of(*rewards, limit=seconds) as judge:
             loaded, tokenizer = load_with_adapters(base, saved, tokenizer, console=console)
-            return evaluation.evaluate_rewards(loaded, tokenizer, rows, judging, settings, console)
+            return evaluation.evaluate_rewards(loaded, tokenizer, rows, judge, options, console)
     loaded, tokenizer = load_with_adapters(base, saved, tokenizer, classify=labels, console=console)
-    measured = evaluation.EvaluationSettings(completions, max_new_tokens, law_of_adapters(saved))
-    return evaluation.evaluate(loaded, tokenizer, rows, length, measured, console)
+    algorithm = preference_algorithm(saved)
+    settings = evaluation.EvaluationSettings(completions, max_new_tokens, algorithm)
+    return evaluation.evaluate(loaded, tokenizer, rows, length, settings, console)
 
 
-def law_of_adapters(adapters: Sequence["SavedAdapter"]) -> "Law":
+def preference_algorithm(adapters: Sequence["SavedAdapter"]) -> "Law":
     """The preference algorithm of the last adapter, or DPO if it has none."""
     from lorafold.objectives.algorithm_options import preference_algorithm
     from lorafold.training_step.preference_algorithms import Dpo

@@ -26,7 +26,7 @@ def export(
     into: str | None = None,
     overwrite: opt.Overwrite = False,
     console: opt.Progress = None,
-    **opening: Unpack[opt.AsTrained],
+    **base_options: Unpack[opt.TrainedBaseOptions],
 ) -> "Exported":
     """Write adapters, or a whole model, for another engine, and verify them there.
 
@@ -55,20 +55,20 @@ def export(
         lorafold export demo/adapter --to gguf --out for-llamacpp
         lorafold export demo/adapter --to ollama --tensors Q8_0 --out for-ollama
     """
-    from lorafold.api.arguments import as_path, missing, or_quiet
-    from lorafold.api.loaded_model import base_with
+    from lorafold.api.arguments import as_path, console_or_quiet, missing_argument
+    from lorafold.api.loaded_model import resolve_base
     from lorafold.exporting import run
 
     if out is None:
-        raise missing("out")
+        raise missing_argument("out")
     run.target_of(to)  # before anything is opened
-    console, place = or_quiet(console), as_path(out)
+    console, out_path = console_or_quiet(console), as_path(out)
     python = None if engine_python is None else str(as_path(engine_python, "engine_python"))
     if engine_url is not None and not isinstance(engine_url, str):
         raise LorafoldError(f"engine_url: found {engine_url!r}, expected a URL")
     rows = None if prompts is None else as_path(prompts, "prompts")
-    base, saved = base_with(model, adapters, console, **opening)
-    wanted = run.ExportOptions(
+    base, saved = resolve_base(model, adapters, console, **base_options)
+    export_options = run.ExportOptions(
         to, tensors, as_lora, prove, rows, python, engine_url, overwrite, into
     )
-    return run.export(base, saved, place, wanted, console)
+    return run.export(base, saved, out_path, export_options, console)

@@ -9,16 +9,16 @@ from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
+    from lorafold.fragility_study.result import Fragility
     from lorafold.recipe.recipe import Recipe
-    from lorafold.robustness.result import Fragility
 
 TUNING = "Tuning"
-OF_TUNING = ["alpha", "dropout", "targets", "schedule", "warmup", "epochs", "batch", "max_length"]
+FIELDS = ["alpha", "dropout", "targets", "schedule", "warmup", "epochs", "batch", "max_length"]
 FORMS = " A file as for train; each row is {prompt} (text or messages) or a conversation."
 
 
-def _of_tuning(_: Any) -> "Recipe":
-    from lorafold.robustness.task import RECIPE
+def _tuning_recipe(_: Any) -> "Recipe":
+    from lorafold.fragility_study.task import RECIPE
 
     return RECIPE
 
@@ -87,12 +87,12 @@ def fragility(
     tuning: Tuning = Tuning(),
     defending: Defending = Defending(),
     recipe: Annotated[
-        "Recipe | None", opt.RecipeOptions(names=OF_TUNING, defaults=_of_tuning)
+        "Recipe | None", opt.RecipeOptions(names=FIELDS, defaults=_tuning_recipe)
     ] = None,
     columns: opt.Columns = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Opening],
+    **base_options: Unpack[opt.BaseOptions],
 ) -> "Fragility":
     """Measure how easily fine-tuning undoes a behaviour that an adapter taught.
 
@@ -137,50 +137,51 @@ def fragility(
     from functools import partial
 
     from lorafold.api.arguments import (
-        as_page,
+        as_html_path,
         as_path,
         as_paths,
         as_prompts,
         as_recipe,
         as_rows,
-        as_study,
-        or_quiet,
-        source_of,
+        as_study_path,
+        console_or_quiet,
+        source_label,
     )
     from lorafold.api.loaded_model import load_with_adapters
     from lorafold.data.row_store import Rows
     from lorafold.files.atomic import write_json, write_text
     from lorafold.files.terminal import print_lines, progress_bar
+    from lorafold.fragility_study import run
+    from lorafold.fragility_study.defences import DEFENCES
+    from lorafold.fragility_study.report import markdown, page
+    from lorafold.fragility_study.task import RECIPE, FragilityTask, stacks_of
     from lorafold.peft.adapter_directory import open_all
-    from lorafold.peft.provenance import OwnBase
-    from lorafold.recipe.fitting import settled_length
+    from lorafold.peft.provenance import RecordedBase
+    from lorafold.recipe.resolve_settings import resolve_length
     from lorafold.resolve import base_for
-    from lorafold.robustness import run
-    from lorafold.robustness.defences import DEFENCES
-    from lorafold.robustness.report import markdown, page
-    from lorafold.robustness.task import RECIPE, FragilityTask, stacks_of
 
-    place, console = as_page(html), or_quiet(console)
-    if problems := list(problems_of(out, data, tuned, bool(against_adapter), instead)):
+    html_path, console = as_html_path(html), console_or_quiet(console)
+    if problems := list(argument_problems(out, data, tuned, bool(against_adapter), instead)):
         raise LorafoldError("; ".join(problems))
-    folder = None if out is None else as_study(out)
-    second = [open_all(as_paths(against_adapter))] if against_adapter else []
-    stacks = stacks_of(open_all(as_paths(adapters)), *second)
+    study = None if out is None else as_study_path(out)
+    second_stack = [open_all(as_paths(against_adapter))] if against_adapter else []
+    stacks = stacks_of(open_all(as_paths(adapters)), *second_stack)
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
-    used = [one for stack in stacks for one in stack.adapters]
+    adapters_used = [one for stack in stacks for one in stack.adapters]
     finished = None if tuned is None else as_path(tuned, "tuned")
-    owners = [OwnBase.read(finished)] if finished else []
-    base = base_for(model, [*used, *owners], console, **opening)
-    asked = as_recipe(recipe, RECIPE, trains=True)
+    tuned_base = [RecordedBase.read(finished)] if finished else []
+    base = base_for(model, [*adapters_used, *tuned_base], console, **base_options)
+    run_recipe = as_recipe(recipe, RECIPE, trains=True)
     # quantization: the option, else the recipe's, else the adapters' during training
-    if base.storage == "auto" and "storage" in asked.model_fields_set:
-        base = base.stored(asked.storage)
-    base = base.stored_as_trained(used)
-    virtual = max((sum(s.spec.positions for s in stack.adapters) for stack in stacks), default=0)
-    epochs = (asked if "epochs" in asked.model_fields_set else RECIPE).epochs
-    recipe = asked.model_copy(update={"storage": base.storage, "epochs": epochs})
-    recipe = settled_length(recipe, base, virtual, console)
-    aligned = all(stack.adapters for stack in stacks) and tuned is None
+    if base.storage == "auto" and "storage" in run_recipe.model_fields_set:
+        base = base.stored(run_recipe.storage)
+    base = base.stored_as_trained(adapters_used)
+    positions = (sum(s.spec.positions for s in stack.adapters) for stack in stacks)
+    num_virtual = max(positions, default=0)
+    epochs = (run_recipe if "epochs" in run_recipe.model_fields_set else RECIPE).epochs
+    recipe = run_recipe.model_copy(update={"storage": base.storage, "epochs": epochs})
+    recipe = resolve_length(recipe, base, num_virtual, console)
+    has_alignment = all(stack.adapters for stack in stacks) and tuned is None
     mix = None if defending.mix is None else as_rows(defending.mix, columns, console)
     task = FragilityTask(
         base=base,
@@ -188,9 +189,9 @@ def fragility(
         refuse=as_prompts(probes.refuse, columns),
         controls=as_prompts(probes.controls, columns),
         rows=rows,
-        source="" if data is None else source_of(data),
-        refusal=tuple(probes.refusal_prefix),
-        compliance=tuple(probes.compliance_prefix),
+        source="" if data is None else source_label(data),
+        refusal_prefixes=tuple(probes.refusal_prefix),
+        compliance_prefixes=tuple(probes.compliance_prefix),
         examples=() if tuned else tuple(sorted(set(tuning.examples))),
         ranks=tuple(tuning.rank),
         rates=tuple(tuning.lr),
@@ -199,39 +200,40 @@ def fragility(
         or tuple(
             name
             for name, defence in DEFENCES.items()
-            if (aligned or not defence.lay) and (mix is not None or not defence.mixed)
+            if (has_alignment or not defence.transform_update)
+            and (mix is not None or not defence.mixed)
         ),
         mix=mix,
         recipe=recipe,
         max_new_tokens=probes.max_new_tokens,
     )
-    opening_base = partial(load_with_adapters, base)
+    load_model = partial(load_with_adapters, base)
     if finished is not None:
         with console.status("measuring"):
-            found = run.gate(task, finished, instead, opening_base)
+            result = run.measure_finished(task, finished, instead, load_model)
     else:
-        assert folder is not None  # see problems_of
+        assert study is not None  # see argument_problems
         with progress_bar(console, "fragility") as step:
 
-            def tell(done_now: str, done: int, total: int) -> None:
+            def tell(description: str, done: int, total: int) -> None:
                 step(done, total)
-                console.print(f"{done}/{total} {done_now}", highlight=False, markup=False)
+                console.print(f"{done}/{total} {description}", highlight=False, markup=False)
 
-            found = run.sweep(task, folder, opening_base, tell, partial(print_lines, console))
-        write_json(folder / "fragility.json", found.as_json())
-        write_text(folder / "table.md", markdown(found))
-    if place is not None:
-        page(found, place)
-    return found
+            result = run.sweep(task, study, load_model, tell, partial(print_lines, console))
+        write_json(study / "fragility.json", result.as_json())
+        write_text(study / "table.md", markdown(result))
+    if html_path is not None:
+        page(result, html_path)
+    return result
 
 
-def problems_of(
+def argument_problems(
     out: object, data: object, tuned: object, against: bool, instead: bool
 ) -> Iterator[str]:
     """Yield errors in a combination of arguments; `against`: there is a second stack."""
     if tuned is None:
-        needed = {"out": out, "data": data}
-        if missing := [f"--{name}" for name, value in needed.items() if value is None]:
+        required = {"out": out, "data": data}
+        if missing := [f"--{name}" for name, value in required.items() if value is None]:
             yield (
                 f"{' and '.join(missing)}: missing; required for tuning runs. To measure a finished"
                 " adapter instead, pass --tuned"
@@ -239,6 +241,6 @@ def problems_of(
         if instead:
             yield "--instead: requires --tuned, the adapter that replaces the stack"
     else:
-        given = {"out": out is not None, "against-adapter": against}
-        if unused := [f"--{name}" for name, there in given.items() if there]:
+        unused_with_tuned = {"out": out is not None, "against-adapter": against}
+        if unused := [f"--{name}" for name, is_given in unused_with_tuned.items() if is_given]:
             yield f"{', '.join(unused)}: not used with --tuned, which trains nothing; leave it out"

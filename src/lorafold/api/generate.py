@@ -22,7 +22,7 @@ class RenderedPrompts(NamedTuple):
     texts: list[str]
 
 
-class Rendering(opt.Opening, total=False):
+class Rendering(opt.BaseOptions, total=False):
     """Options for loading the model and rendering a prompt."""
 
     system: opt.System
@@ -70,20 +70,20 @@ def generate(
         lorafold generate --prompt "What is a low-rank adapter?" --max-new-tokens 40
         lorafold generate demo/adapter --prompt "a table for two" --temperature 0.7
     """
-    from lorafold.api.arguments import missing
+    from lorafold.api.arguments import missing_argument
     from lorafold.engine import Sampling
     from lorafold.generation import complete
 
     if prompts is None:
-        raise missing("prompts")
-    asked = [prompts] if isinstance(prompts, str) else prompts
-    ready = prepared(model, asked, adapters, tokenizer, console, **rendering)
+        raise missing_argument("prompts")
+    prompt_list = [prompts] if isinstance(prompts, str) else prompts
+    rendered = prepare_prompts(model, prompt_list, adapters, tokenizer, console, **rendering)
     sampling = Sampling(temperature=temperature, seed=seed)
-    made = complete(ready.model, ready.tokenizer, ready.texts, max_new_tokens, sampling)
-    return made[0] if isinstance(prompts, str) else made
+    completions = complete(*rendered, max_new_tokens, sampling)
+    return completions[0] if isinstance(prompts, str) else completions
 
 
-def prepared(
+def prepare_prompts(
     model: opt.ModelOrLoaded,
     prompts: Sequence[str],
     adapters: opt.Paths = (),
@@ -93,37 +93,37 @@ def prepared(
     system: str | None = None,
     tools: str | Sequence[Mapping[str, Any]] = (),
     allow_control_tokens: bool = False,
-    **opening: Any,
+    **base_options: Any,
 ) -> RenderedPrompts:
     """The loaded model and the rendered prompts, from the arguments of `generate`."""
     import copy
 
-    from lorafold.api.loaded_model import load_with_adapters, model_with
-    from lorafold.data.control_tokens import allow
+    from lorafold.api.loaded_model import load_with_adapters, resolve_model
+    from lorafold.data.control_tokens import allow_tokens
 
-    base, saved = model_with(model, adapters, console, **opening)
+    base, saved = resolve_model(model, adapters, console, **base_options)
     loaded, own = load_with_adapters(base, saved, tokenizer, console=console)
     if allow_control_tokens:
         own = copy.copy(own)  # it may be the caller's
-        allow(own)
+        allow_tokens(own)
     return RenderedPrompts(
-        loaded, own, [rendered(prompt, system, own, tools) for prompt in prompts]
+        loaded, own, [render_prompt(prompt, system, own, tools) for prompt in prompts]
     )
 
 
-def rendered(
+def render_prompt(
     prompt: str,
     system: str | None,
     tokenizer: "PreTrainedTokenizerBase",
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
     from lorafold.data.formats import Conversation
-    from lorafold.data.messages import tool_problems, tools_of
+    from lorafold.data.messages import openai_tools, tool_problems
     from lorafold.data.render import prompt_of
 
-    given = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
-    if problems := list(tool_problems(given)):
+    tool_list = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
+    if problems := list(tool_problems(tool_list)):
         raise LorafoldError("; ".join(problems))
-    before = [] if system is None else [{"role": "system", "content": system}]
-    asked = Conversation([*before, {"role": "user", "content": prompt}], 0, tools_of(given))
-    return prompt_of(asked, tokenizer)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    return prompt_of(Conversation(messages, 0, openai_tools(tool_list)), tokenizer)

@@ -28,12 +28,12 @@ def history(adapter: opt.Adapter, *, html: str | Path | None = None) -> "History
         lorafold history demo/adapter --html history.html
         lorafold history demo/adapter --json
     """
-    from lorafold.api.arguments import as_page, as_path
+    from lorafold.api.arguments import as_html_path, as_path
     from lorafold.inspecting.history import read_history
     from lorafold.inspecting.history_page import page
 
-    place = as_page(html)
-    found = read_history(as_path(adapter, "adapter"))
-    if place is not None:
-        page(found, place)
-    return found
+    html_path = as_html_path(html)
+    result = read_history(as_path(adapter, "adapter"))
+    if html_path is not None:
+        page(result, html_path)
+    return result

@@ -25,7 +25,7 @@ def inspect(
     full: bool = False,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Opening],
+    **base_options: Unpack[opt.BaseOptions],
 ) -> "Inspection":
     """Analyse an adapter's update: its effective rank, its relation to the base model, the tokens
     that it reads and writes, and the loss along it.
@@ -61,17 +61,17 @@ def inspect(
         subspace that lies in another, at most 1. Barrier: how far the loss between two adapters
         rises above the straight line between their losses, in nats.
     """
-    from lorafold.api.arguments import as_page, as_path, as_paths, as_rows, or_quiet
-    from lorafold.api.loaded_model import length_for, load_with_adapters
+    from lorafold.api.arguments import as_html_path, as_path, as_paths, as_rows, console_or_quiet
+    from lorafold.api.loaded_model import load_with_adapters, truncation_length
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.inspect import inspect as inspect_adapter
-    from lorafold.inspecting.paths import measured_paths
+    from lorafold.inspecting.loss_paths import measure_paths
     from lorafold.inspecting.report import page
-    from lorafold.inspecting.summary import of_paths
+    from lorafold.inspecting.summary import path_sentences
     from lorafold.peft.adapter_directory import SavedAdapter, open_all
     from lorafold.resolve import base_for
 
-    place, console, below = as_page(html), or_quiet(console), as_paths(over)
+    html_path, console, below = as_html_path(html), console_or_quiet(console), as_paths(over)
     if below and against is not None and data is not None:
         raise LorafoldError(
             "over, against, data: expected at most two of them, because the loss between two"
@@ -80,10 +80,10 @@ def inspect(
     examples = None if data is None else as_rows(data, None, console)[:rows]
     stack = open_all([*below, as_path(adapter, "adapter")])
     other = None if against is None else SavedAdapter.open(against)
-    base = base_for(model, stack if other is None else (*stack, other), console, **opening)
-    length = 0 if examples is None else length_for(base, max_length, stack, console)
+    base = base_for(model, stack if other is None else (*stack, other), console, **base_options)
+    length = 0 if examples is None else truncation_length(base, max_length, stack, console)
     with console.status("measuring the modules") as status:
-        found = inspect_adapter(
+        result = inspect_adapter(
             base,
             stack,
             against=other,
@@ -91,13 +91,13 @@ def inspect(
             full=full,
             progress=lambda done, total: status.update(f"module {done} of {total}"),
         )
-    print_lines(console, found.tokens_left_out)
+    print_lines(console, result.tokens_left_out)
     if examples is not None:
-        both = stack if other is None else (stack[-1], other)
-        loaded, tokenizer = load_with_adapters(base, both, console=console)
+        compared = stack if other is None else (stack[-1], other)
+        loaded, tokenizer = load_with_adapters(base, compared, console=console)
         with console.status("measuring the loss along lines in weight space"):
-            paths = measured_paths(loaded, tokenizer, examples, length, len(below))
-        found = replace(found, paths=paths, advice=[*found.advice, *of_paths(paths)])
-    if place is not None:
-        page(found, place)
-    return found
+            paths = measure_paths(loaded, tokenizer, examples, length, len(below))
+        result = replace(result, paths=paths, advice=[*result.advice, *path_sentences(paths)])
+    if html_path is not None:
+        page(result, html_path)
+    return result

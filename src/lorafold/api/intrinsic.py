@@ -22,10 +22,10 @@ def intrinsic(
     largest: opt.Count = 65536,
     share: Annotated[float, opt.Option(min=0.0, max=1.0)] = 0.9,
     recipe: Annotated[
-        "Recipe | None", opt.RecipeOptions(without=("method",), defaults=opt.of_quickstart)
+        "Recipe | None", opt.RecipeOptions(without=("method",), defaults=opt.quickstart_recipe)
     ] = None,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Computing],
+    **base_options: Unpack[opt.DeviceOptions],
 ) -> "Intrinsic":
     """Find the intrinsic dimension of a task: the dimension of the smallest random subspace of the
     weights in which training reaches 90% of the improvement of full training.
@@ -50,25 +50,24 @@ def intrinsic(
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_recipe, as_study, or_quiet
-    from lorafold.api.task_rows import train_and_test
+    from lorafold.api.arguments import as_recipe, as_study_path, console_or_quiet, train_and_test
     from lorafold.data.batches import epoch_size
     from lorafold.data.row_store import Rows
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.intrinsic import search
-    from lorafold.quickstart.story import RECIPE
-    from lorafold.recipe.fitting import settled_length
+    from lorafold.quickstart.run import RECIPE
     from lorafold.recipe.recipe import Recipe
+    from lorafold.recipe.resolve_settings import resolve_length
     from lorafold.resolve import Base
     from lorafold.training.inputs import RunRequest
 
     if smallest > largest:
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
-    folder, console = as_study(out), or_quiet(console)
+    study, console = as_study_path(out), console_or_quiet(console)
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
-    base = Base(model, **opening)
-    recipe = settled_length(recipe, base, 0, console)
+    base = Base(model, **base_options)
+    recipe = resolve_length(recipe, base, 0, console)
     # held-out rows measure here, so they must not select the number of steps
     steps = recipe.total_steps(epoch_size(Rows.of(rows).parts))
     recipe = recipe.model_copy(update={"steps": steps})
@@ -77,5 +76,5 @@ def intrinsic(
         reached = f"{point.reached:.1%} of the improvement of full training"
         print_lines(console, f"dimension {point.dimension}: loss {point.loss:.4f}, {reached}")
 
-    request = RunRequest(base, folder, recipe, rows, source, eval_rows=held_out)
+    request = RunRequest(base, study, recipe, rows, source, eval_rows=held_out)
     return search(request, smallest, largest, share, tell, partial(print_lines, console))

@@ -9,8 +9,8 @@ from torch import nn
 
 from lorafold.adapter import Adapter
 from lorafold.adapter import load as load_on
-from lorafold.api.arguments import missing
-from lorafold.api.options import checked
+from lorafold.api.arguments import missing_argument
+from lorafold.api.options import validated
 from lorafold.models.weights import Weights
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base, base_for
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@checked
+@validated
 def load_model(
     model: str | Path,
     storage: str = "auto",
@@ -75,14 +75,14 @@ def load(
             quantized or on the meta device.
     """
     if path is None:
-        raise missing("path")
+        raise missing_argument("path")
     if not isinstance(model, nn.Module):
         if not isinstance(path, SavedAdapter):
             path = SavedAdapter.open(Path(path).expanduser())
-        found = base_for(model, [path], allow_other_base=allow_other_base)
-        check_language_model(found, [path])
-        found = found.stored_as_trained([path])
-        model, base = found.load(), base or found.weights()
+        resolved = base_for(model, [path], allow_other_base=allow_other_base)
+        check_language_model(resolved, [path])
+        resolved = resolved.stored_as_trained([path])
+        model, base = resolved.load(), base or resolved.weights()
     return load_on(
         model, path, name, allow_other_base=allow_other_base, trainable=trainable, base=base
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.adapter import load_all
-from lorafold.api.arguments import as_paths, or_quiet
+from lorafold.api.arguments import as_paths, console_or_quiet
 from lorafold.api.options import Paths
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import print_lines
@@ -20,7 +20,7 @@ from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
-from lorafold.recipe.fitting import fitted_length
+from lorafold.recipe.resolve_settings import fit_length
 from lorafold.resolve import Base, base_for
 from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, known_classes, model_kind
 from lorafold.training_step.preference_algorithms import BradleyTerry
@@ -38,26 +38,26 @@ class LoadedModel:
     trust_remote_code: bool
 
 
-def base_with(
-    model: str | Path | ModelSource | None, adapters: Paths, console: Console | None, **how: Any
+def resolve_base(
+    model: str | Path | ModelSource | None, adapters: Paths, console: Console | None, **options: Any
 ) -> tuple[Base, tuple[SavedAdapter, ...]]:
     """The base model (see `base_for`), and the saved adapters, opened but not loaded."""
     saved = open_all(as_paths(adapters))
-    return base_for(model, saved, console, **how), saved
+    return base_for(model, saved, console, **options), saved
 
 
-def model_with(
+def resolve_model(
     model: str | Path | ModelSource | PreTrainedModel | None,
     adapters: Paths,
     console: Console | None = None,
-    **how: Any,
+    **options: Any,
 ) -> tuple[Base | LoadedModel, tuple[SavedAdapter, ...]]:
-    """Like `base_with`, but accepts a loaded model and then rejects arguments that have no effect
-    on it.
+    """Like `resolve_base`, but accepts a loaded model and then rejects arguments that have no
+    effect on it.
     """
     if model is None or isinstance(model, (str, Path, ModelSource)):
-        return base_with(model, adapters, console, **how)
-    unused = [n for n, v in how.items() if n != "trust_remote_code" and v != getattr(Base(), n)]
+        return resolve_base(model, adapters, console, **options)
+    unused = [n for n, v in options.items() if n != "trust_remote_code" and v != getattr(Base(), n)]
     if as_paths(adapters):
         unused.insert(0, "adapters")
     if unused:
@@ -66,7 +66,7 @@ def model_with(
             " model's name instead, or pass storage, device and revision to lf.load_model, and"
             " adapters and allow_other_base to lf.load"
         )
-    return LoadedModel(model, how.get("trust_remote_code", False)), ()
+    return LoadedModel(model, options.get("trust_remote_code", False)), ()
 
 
 def load_with_adapters(
@@ -82,55 +82,55 @@ def load_with_adapters(
     its tokenizer, by default the tokenizer of the last adapter that has one. `classify` expects a
     sequence classifier, `reward` a reward model.
     """
-    console = or_quiet(console)
+    console = console_or_quiet(console)
     if isinstance(model, LoadedModel):
-        loaded, trusted = model.model, model.trust_remote_code
-        tokenizer = tokenizer or load_tokenizer(str(loaded.name_or_path), None, trusted)
-        return loaded, tokenizer if classify else prepared(tokenizer, Sft(), console)
+        loaded, trust_remote_code = model.model, model.trust_remote_code
+        tokenizer = tokenizer or load_tokenizer(str(loaded.name_or_path), None, trust_remote_code)
+        return loaded, tokenizer if classify else set_up_tokenizer(tokenizer, Sft(), console)
     tokenizer = tokenizer or model.tokenizer(adapters)
     kind, classes = model_kind(model, adapters), known_classes(model, adapters)
-    wanted = "a classifier" if classify else REWARD_MODEL if reward else LANGUAGE_MODEL
-    if wanted != ("a classifier" if classes else kind):
-        found = f"no {wanted.removeprefix('a ')}" if kind == LANGUAGE_MODEL else kind
-        trains = "classify" if classify else "reward" if reward else ""
-        hint = f"; train one with lorafold train --objective {trains}" * bool(trains)
+    expected = "a classifier" if classify else REWARD_MODEL if reward else LANGUAGE_MODEL
+    if expected != ("a classifier" if classes else kind):
+        actual = f"no {expected.removeprefix('a ')}" if kind == LANGUAGE_MODEL else kind
+        wanted = "classify" if classify else "reward" if reward else ""
+        hint = f"; train one with lorafold train --objective {wanted}" * bool(wanted)
         if kind == REWARD_MODEL:
             hint = "; use lorafold score to score rows"
         raise LorafoldError(
-            f"{', '.join(map(str, adapters)) or model.name}: found {found}, expected {wanted} for"
-            f" this data or command{hint}"
+            f"{', '.join(map(str, adapters)) or model.name}: found {actual}, expected {expected}"
+            f" for this data or command{hint}"
         )
     objective = (
         RewardModel(BradleyTerry()) if reward else Sft() if classes is None else Classify(classes)
     )
-    tokenizer = prepared(tokenizer, objective, console)
+    tokenizer = set_up_tokenizer(tokenizer, objective, console)
     base = model.stored_as_trained(adapters)
-    print_lines(console, f"{base.name} on {base.where}, {base.loaded_as.why}")
-    loaded, other = objective.load(base, tokenizer), base.allow_other_base
-    load_all(loaded, adapters, "adapter", allow_other_base=other, base=base.weights())
+    print_lines(console, f"{base.name} on {base.where}, {base.loaded_as.reason}")
+    loaded, allow_other_base = objective.load(base, tokenizer), base.allow_other_base
+    load_all(loaded, adapters, "adapter", allow_other_base=allow_other_base, base=base.weights())
     return loaded, tokenizer
 
 
-def length_for(
+def truncation_length(
     model: Base | LoadedModel,
-    asked: int | None,
+    max_length: int | None,
     adapters: Sequence[SavedAdapter],
     console: Console | None,
     *,
     head: bool = False,
 ) -> int:
-    """The length in tokens to truncate rows to: `asked`, or a default within the positions that
-    virtual tokens of adapters leave. `head` is for a classifier or a reward model.
+    """The length in tokens to truncate rows to: `max_length`, or a default within the positions
+    that virtual tokens of adapters leave. `head` is for a classifier or a reward model.
     """
     if isinstance(model, LoadedModel):
         positions = positions_of(model.model)
     else:
         positions = positions_in(model.config(), head, model.trust_remote_code)
-    virtual = sum(one.spec.positions for one in adapters)
-    return fitted_length(positions, asked, virtual, or_quiet(console))
+    num_virtual = sum(one.spec.positions for one in adapters)
+    return fit_length(positions, max_length, num_virtual, console_or_quiet(console))
 
 
-def prepared(
+def set_up_tokenizer(
     tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
 ) -> PreTrainedTokenizerBase:
     if message := objective.set_up(tokenizer):

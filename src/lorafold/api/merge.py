@@ -23,7 +23,7 @@ def merge(
     probe: Annotated[str | Path | None, opt.Option(kind=str)] = None,
     overwrite: opt.Overwrite = False,
     console: opt.Progress = None,
-    **opening: Unpack[opt.AsTrained],
+    **base_options: Unpack[opt.TrainedBaseOptions],
 ) -> "Merged":
     """Merge adapters into their base model and write a plain Hugging Face model, which is as fast
     as the base model and needs no adapter library.
@@ -50,14 +50,14 @@ def merge(
         lorafold merge demo/adapter --out quick --no-certificate
         lorafold merge demo/adapter --out small --into nf4
     """
-    from lorafold.api.arguments import as_path, as_paths, missing
-    from lorafold.api.loaded_model import base_with
+    from lorafold.api.arguments import as_path, as_paths, missing_argument
+    from lorafold.api.loaded_model import resolve_base
     from lorafold.merging import run
 
     if out is None:
-        raise missing("out")
+        raise missing_argument("out")
     if not as_paths(adapters):
         raise LorafoldError("adapters: found no adapter, expected at least one to merge")
-    base, saved = base_with(model, adapters, console, **opening)
-    wanted = run.MergeOptions(into, rounding, seed, certificate, probe, overwrite)
-    return run.merge(base, saved, as_path(out), wanted, console)
+    base, saved = resolve_base(model, adapters, console, **base_options)
+    merge_options = run.MergeOptions(into, rounding, seed, certificate, probe, overwrite)
+    return run.merge(base, saved, as_path(out), merge_options, console)

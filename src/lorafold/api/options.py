@@ -7,7 +7,9 @@ adds what type hints can't express:
 
     @verb
     def resize(adapter: Adapter, out: Out, *, rank: Annotated[int | None, Option(min=1)] = None,
-               **opening: Unpack[Opening]) -> "Resized": ...     a group; a dataclass is one too
+               **base_options: Unpack[BaseOptions]) -> "Resized": ...
+
+A group of parameters is such a typed dictionary or a dataclass.
 """
 
 import inspect
@@ -32,10 +34,10 @@ from typing import (
     is_typeddict,
 )
 
-from lorafold.advice import unknown_names
 from lorafold.errors import LorafoldError
 from lorafold.files.record import ALIASES, named_as_now
-from lorafold.models.quantizations import LISTED
+from lorafold.foreign_options import unknown_names
+from lorafold.models.quantizations import STORAGE_NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,9 +103,9 @@ class RecipeOptions:
     defaults: Callable[[Mapping[str, Any]], "Recipe | None"] = lambda _: None
 
 
-def of_quickstart(arguments: Mapping[str, Any]) -> "Recipe | None":
+def quickstart_recipe(arguments: Mapping[str, Any]) -> "Recipe | None":
     """The recipe of the quickstart, unless there is `data`."""
-    from lorafold.quickstart.story import RECIPE
+    from lorafold.quickstart.run import RECIPE
 
     return None if arguments["data"] else RECIPE
 
@@ -120,13 +122,13 @@ class Docs(NamedTuple):
     def of(cls, documented: Any) -> "Docs":
         """The sections of the docstring of a function or a dataclass."""
         text = f"{inspect.cleandoc(documented.__doc__ or '')}\n"
-        parts = {title: dedent(body) for title, body in SECTION.findall(text)}
+        sections = {title: dedent(body) for title, body in SECTION.findall(text)}
         paragraphs = SECTION.sub("\n", text).strip().split("\n\n")
-        about = (part for part in paragraphs if not part.startswith(("Raises ", "In Python")))
-        entries = {n: " ".join(t.split()) for n, t in ENTRY.findall(parts.get("Args", ""))}
-        examples = re.split(r"\n(?=\S)", parts.get("Examples", "").strip())
+        summary = (part for part in paragraphs if not part.startswith(("Raises ", "In Python")))
+        entries = {n: " ".join(t.split()) for n, t in ENTRY.findall(sections.get("Args", ""))}
+        examples = re.split(r"\n(?=\S)", sections.get("Examples", "").strip())
         return cls(
-            "\n\n".join(about).strip(), entries, (*examples,), parts.get("Notes", "").strip()
+            "\n\n".join(summary).strip(), entries, (*examples,), sections.get("Notes", "").strip()
         )
 
 
@@ -143,7 +145,7 @@ class DeclaredOption(NamedTuple):
     group: tuple[str, type] | None = None
 
 
-def declared(verb: Any) -> Iterator[DeclaredOption]:
+def declared_options(verb: Any) -> Iterator[DeclaredOption]:
     """Yield the parameters of a function, with groups expanded."""
     entries = Docs.of(verb).args
     for name, parameter in inspect.signature(verb, follow_wrapped=False).parameters.items():
@@ -153,10 +155,10 @@ def declared(verb: Any) -> Iterator[DeclaredOption]:
             for inner, one in get_type_hints(group, include_extras=True).items():
                 yield _declaration(inner, one, _option(one).default, {})
         elif is_dataclass(group) and isinstance(group, type):
-            of_group = Docs.of(group).args
+            group_entries = Docs.of(group).args
             for field in fields(group):
-                own = Parameter.empty if field.default is MISSING else field.default
-                one = _declaration(field.name, field.type, own, of_group)
+                default_of_field = Parameter.empty if field.default is MISSING else field.default
+                one = _declaration(field.name, field.type, default_of_field, group_entries)
                 yield one._replace(group=(name, group))
         else:
             yield _declaration(name, hint, default, entries)
@@ -173,19 +175,19 @@ def _option(hint: Any) -> Any:
     return next((one for one in get_args(hint) if isinstance(one, kinds)), Option())
 
 
-def checked(function: Verb) -> Verb:
+def validated(function: Verb) -> Verb:
     """Reject arguments that the command would refuse: unknown names, and values out of range.
     `quantization` is another name for `storage`.
     """
-    signature, options = inspect.signature(function), [*declared(function)]
+    signature, options = inspect.signature(function), [*declared_options(function)]
     known = signature.parameters.keys()
 
     @wraps(function)
-    def call(*args: Any, **given: Any) -> Any:
-        given = named_as_now(given, ALIASES) if "storage" in known else given
-        if not given.keys() <= known:
-            raise unknown_names(f"lf.{function.__name__}", given, known)
-        values = signature.bind_partial(*args, **given).arguments
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs = named_as_now(kwargs, ALIASES) if "storage" in known else kwargs
+        if not kwargs.keys() <= known:
+            raise unknown_names(f"lf.{function.__name__}", kwargs, known)
+        values = signature.bind_partial(*args, **kwargs).arguments
         for name, hint, _, option, _, group in options:
             value = values.get(name) if group is None else getattr(values.get(group[0]), name, None)
             choices = get_args(hint) if get_origin(hint) is Literal else ()
@@ -198,7 +200,7 @@ def checked(function: Verb) -> Verb:
                 if (low is not None and value < low) or (high is not None and value > high):
                     limits = f"{low:g} or more" if high is None else f"{low:g} to {high:.10g}"
                     raise LorafoldError(f"{name}: found {value}, expected {limits}")
-        return function(*args, **given)
+        return function(*args, **kwargs)
 
     result: Any = call
     result.__signature__ = signature
@@ -209,21 +211,21 @@ def verb(function: Verb) -> Verb:
     """Add the parameters of groups to the function's signature and docstring, and check its
     arguments.
     """
-    of: Any = function
-    signature, entries, lines = inspect.signature(of), Docs.of(of).args, []
-    own = signature.parameters.values()
-    parameters = {p.name: p for p in own if p.kind is not Parameter.VAR_KEYWORD}
-    for one in declared(of):
+    documented: Any = function
+    signature, entries, lines = inspect.signature(documented), Docs.of(documented).args, []
+    parameters_given = signature.parameters.values()
+    parameters = {p.name: p for p in parameters_given if p.kind is not Parameter.VAR_KEYWORD}
+    for one in declared_options(documented):
         if one.group is None:
             new = Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default)
             parameters.setdefault(one.name, new.replace(annotation=one.hint))
             text = f"{one.name}: {entries.get(one.name) or one.help}"
             lines.append(fill(text, 90, subsequent_indent="    "))
-    before, *after = ARGS.split(f"{inspect.cleandoc(of.__doc__)}\n", maxsplit=1)
+    summary, *rest = ARGS.split(f"{inspect.cleandoc(documented.__doc__)}\n", maxsplit=1)
     listed = indent("\n".join(lines), "    ")
-    of.__doc__ = f"{before.rstrip()}\n\nArgs:\n{listed}\n{''.join(after)}"
-    of.__signature__ = signature.replace(parameters=[*parameters.values()])
-    return checked(function)
+    documented.__doc__ = f"{summary.rstrip()}\n\nArgs:\n{listed}\n{''.join(rest)}"
+    documented.__signature__ = signature.replace(parameters=[*parameters.values()])
+    return validated(function)
 
 
 def rows(text: str, weighted: bool = False) -> str:
@@ -386,7 +388,7 @@ Device = Annotated[
 ]
 
 
-class Hub(TypedDict, total=False):
+class HubOptions(TypedDict, total=False):
     """Options for loading a base model from the Hub."""
 
     revision: Annotated[
@@ -408,13 +410,13 @@ class Hub(TypedDict, total=False):
     ]
 
 
-class Computing(Hub, total=False):
+class DeviceOptions(HubOptions, total=False):
     """Options for loading a base model, and its device."""
 
     device: Device
 
 
-class Stacking(Computing, total=False):
+class StackOptions(DeviceOptions, total=False):
     """Options for loading a base model on which saved adapters are loaded."""
 
     allow_other_base: Annotated[
@@ -430,13 +432,13 @@ class Stacking(Computing, total=False):
 
 def _storage(auto: str, when: str = "") -> Option:
     text = (
-        f"The quantization or dtype of the base model{when}: {LISTED} or auto. auto uses {auto}."
-        " You can also write --quantization."
+        f"The quantization or dtype of the base model{when}: {STORAGE_NAMES} or auto."
+        f" auto uses {auto}. You can also write --quantization."
     )
     return Option(text, panel=BASE, default="auto")
 
 
-class Opening(Stacking, total=False):
+class BaseOptions(StackOptions, total=False):
     """Options for loading a base model and its saved adapters."""
 
     storage: Annotated[
@@ -448,13 +450,13 @@ class Opening(Stacking, total=False):
     ]
 
 
-class AsTrained(Stacking, total=False):
+class TrainedBaseOptions(StackOptions, total=False):
     """Options for finding the base model of adapters that are written to files."""
 
     storage: Annotated[str, _storage("the adapters' records", " during training")]
 
 
-class OfDirectory(Stacking, total=False):
+class DirectoryBaseOptions(StackOptions, total=False):
     """Options for loading the base model of a directory of adapters."""
 
     storage: Annotated[str, _storage("what most adapters in the directory were trained with")]

@@ -1,9 +1,6 @@
-"""`lf.resize`: change an adapter's rank; `lf.extract`: an adapter from the difference of two
-models.
-"""
+"""`lf.resize`: change an adapter's rank."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from lorafold.api import options as opt
 
@@ -25,7 +22,7 @@ def resize(
     max_length: opt.Length = None,
     overwrite: opt.Overwrite = False,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Opening],
+    **base_options: Unpack[opt.BaseOptions],
 ) -> "Resized":
     """Change the rank of an adapter by singular value decomposition, with the smallest possible
     error.
@@ -50,55 +47,21 @@ def resize(
     from dataclasses import replace
 
     from lorafold.api.arguments import as_path, as_paths, as_rows
-    from lorafold.api.loaded_model import length_for, load_with_adapters
-    from lorafold.inspecting import resize as best
-    from lorafold.inspecting.paths import losses_of
+    from lorafold.api.loaded_model import load_with_adapters, truncation_length
+    from lorafold.inspecting import resize as resizing
+    from lorafold.inspecting.loss_paths import compare_losses
     from lorafold.peft.adapter_directory import SavedAdapter, open_all
     from lorafold.resolve import base_for
 
-    best.check_request(rank, energy)  # before any rows are read
+    resizing.check_rank_or_energy(rank, energy)  # before any rows are read
     rows = None if data is None else as_rows(data, columns, console)
     stack = open_all([*as_paths(over), as_path(adapter, "adapter")])
-    base = base_for(model, stack, console, **opening)
-    length = 0 if rows is None else length_for(base, max_length, stack, console)
-    result = best.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
+    base = base_for(model, stack, console, **base_options)
+    length = 0 if rows is None else truncation_length(base, max_length, stack, console)
+    result = resizing.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
     if rows is None:
         return result
     # reading them has already checked the base and the base adapters
-    base, both = replace(base, allow_other_base=True), (*stack, SavedAdapter.open(out))
-    loaded, tokenizer = load_with_adapters(base, both, console=console)
-    return replace(result, losses=losses_of(loaded, tokenizer, rows, length, len(stack) - 1))
-
-
-@opt.verb
-def extract(
-    tuned: Annotated[str | Path, opt.Option(kind=str)],
-    out: opt.Out,
-    *,
-    rank: opt.Count,
-    model: opt.OnlyModel = "smollm2",
-    overwrite: opt.Overwrite = False,
-    **opening: Unpack[opt.Hub],
-) -> "Resized":
-    """Make a LoRA adapter from the difference between a fine-tuned model and its base model: the
-    best one of a rank, for every linear layer of the blocks.
-
-    Only one tensor at a time is in memory, so the models may be larger than memory. Other tensors
-    that differ (norms, embeddings) are listed and left out.
-
-    Args:
-        tuned: The fine-tuned model: a directory or a Hub ID.
-        rank: The rank of each module's update.
-
-    Raises LorafoldError if the models have different modules, or equal weights in those layers.
-
-    Examples:
-        lorafold extract --tuned demo/merged --rank 8 --out extracted
-        lorafold extract --model smollm2 --tuned demo/merged --rank 4 --out rank-4
-        lorafold extract --tuned demo/merged --rank 2 --out rank-2 --json
-    """
-    from lorafold.inspecting import resize as best
-    from lorafold.resolve import Base
-
-    after = Base(tuned, trust_remote_code=opening.get("trust_remote_code", False))
-    return best.extract(Base(model, **opening), after, out, rank=rank, overwrite=overwrite)
+    base, stack_with_result = replace(base, allow_other_base=True), (*stack, SavedAdapter.open(out))
+    loaded, tokenizer = load_with_adapters(base, stack_with_result, console=console)
+    return replace(result, losses=compare_losses(loaded, tokenizer, rows, length, len(stack) - 1))

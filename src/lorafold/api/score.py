@@ -22,7 +22,7 @@ def score(
     overwrite: Annotated[bool, opt.Option(rare=True)] = False,
     max_length: opt.Length = None,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Opening],
+    **base_options: Unpack[opt.BaseOptions],
 ) -> "ScoredRows":
     """Score rows with a reward model: an adapter trained with --objective reward, or a whole model.
 
@@ -42,23 +42,23 @@ def score(
         lorafold score judge --data pairs.jsonl
         lorafold score judge --data pairs.jsonl --out scores.jsonl
     """
-    from lorafold.api.arguments import as_path, as_rows, missing
+    from lorafold.api.arguments import as_path, as_rows, missing_argument
 
     if data is None:
-        raise missing("data")
-    place = None if out is None else as_path(out)
-    if place is not None and place.exists() and (place.is_dir() or not overwrite):
-        what = "is a directory; expected a new file" if place.is_dir() else "exists"
-        again = "; pass --overwrite to replace it" * place.is_file()
-        raise LorafoldError(f"{place} {what}{again}")
+        raise missing_argument("data")
+    out_path = None if out is None else as_path(out)
+    if out_path is not None and out_path.exists() and (out_path.is_dir() or not overwrite):
+        problem = "is a directory; expected a new file" if out_path.is_dir() else "exists"
+        hint = "; pass --overwrite to replace it" * out_path.is_file()
+        raise LorafoldError(f"{out_path} {problem}{hint}")
     rows = as_rows(data, columns, console, objective=None)
-    from lorafold.api.loaded_model import length_for, load_with_adapters, model_with
+    from lorafold.api.loaded_model import load_with_adapters, resolve_model, truncation_length
     from lorafold.evaluation.reward_model_scores import score_rows
 
-    base, saved = model_with(model, adapters, console, **opening)
-    length = length_for(base, max_length, saved, console, head=True)
+    base, saved = resolve_model(model, adapters, console, **base_options)
+    length = truncation_length(base, max_length, saved, console, head=True)
     loaded, tokenizer = load_with_adapters(base, saved, tokenizer, reward=True, console=console)
     scored = score_rows(loaded, tokenizer, rows, length, console=console)
-    if place is not None:
-        scored.write(place)
+    if out_path is not None:
+        scored.write(out_path)
     return scored

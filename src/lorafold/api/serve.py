@@ -12,7 +12,7 @@ from lorafold.errors import LorafoldError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.peft.provenance import OwnBase
+    from lorafold.peft.provenance import RecordedBase
 
 NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
@@ -33,7 +33,7 @@ def serve(
     json_logs: bool = False,
     open_page: Annotated[bool, opt.Option(flag="--open")] = False,
     console: opt.Progress = None,
-    **opening: Unpack[opt.OfDirectory],
+    **base_options: Unpack[opt.DirectoryBaseOptions],
 ) -> None:
     """Serve a base model and its adapters over an OpenAI-compatible API, with a page to try them.
 
@@ -65,17 +65,17 @@ def serve(
     """
     if adapters is None:
         raise LorafoldError("--adapters: missing; pass --adapters DIR")
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise LorafoldError(f"not installed: {', '.join(missing)}; install lorafold[serve]")
+    if not_installed := [name for name in NEEDED if find_spec(name) is None]:
+        raise LorafoldError(f"not installed: {', '.join(not_installed)}; install lorafold[serve]")
     from functools import partial
 
-    from lorafold.api.arguments import as_path, or_quiet
+    from lorafold.api.arguments import as_path, console_or_quiet
     from lorafold.api.loaded_model import load_with_adapters
     from lorafold.resolve import base_for
     from lorafold.serving import run
     from lorafold.serving.settings import read_settings
 
-    given = {
+    options = {
         "host": host,
         "port": port,
         "keys": keys,
@@ -84,24 +84,24 @@ def serve(
         "json_logs": json_logs or None,
         "allow_control_tokens": allow_control_tokens or None,
     }
-    known = {**(settings or {}), **{name: one for name, one in given.items() if one is not None}}
-    read = read_settings(None if config is None else as_path(config, "config"), known)
-    console, folder, own = or_quiet(console), as_path(adapters, "adapters"), []
+    given = {name: value for name, value in options.items() if value is not None}
+    file = None if config is None else as_path(config, "config")
+    server_settings = read_settings(file, {**(settings or {}), **given})
+    console, folder, bases = console_or_quiet(console), as_path(adapters, "adapters"), []
     with suppress(*[LorafoldError] * (model is not None)):
-        own = own_bases(folder, read.state, None if model else console)
-    base = base_for(model, [] if model else own, console, **opening)
-    if opening.get("storage", "auto") == "auto":
+        bases = recorded_bases(folder, server_settings.state, None if model else console)
+    base = base_for(model, [] if model else bases, console, **base_options)
+    if base_options.get("storage", "auto") == "auto":
         with suppress(LorafoldError):  # a tie between quantizations
-            base = base.stored_as_trained(own)
-    first = own[0] if own and model is None else None
-    run.serve(
-        base, partial(load_with_adapters, console=console), folder, read, console, open_page, first
-    )
+            base = base.stored_as_trained(bases)
+    first = bases[0] if bases and model is None else None
+    load = partial(load_with_adapters, console=console)
+    run.serve(base, load, folder, server_settings, console, open_page, first)
 
 
-def own_bases(
+def recorded_bases(
     adapters: Path, state: Path | None = None, console: "Console | None" = None
-) -> list["OwnBase"]:
+) -> list["RecordedBase"]:
     """The base model of the last start without `model`, or else of most adapters in a directory, so
     that an adapter added later does not change it. All of them if there is a tie; none without
     adapters.
@@ -109,31 +109,31 @@ def own_bases(
     from dataclasses import replace
 
     from lorafold.files.terminal import print_lines
-    from lorafold.peft.provenance import OwnBase
+    from lorafold.peft.provenance import RecordedBase
     from lorafold.serving.directory import Directory
-    from lorafold.serving.registry import STATE, ServerState
+    from lorafold.serving.registry import STATE_FILE, ServerState
     from lorafold.serving.settings import read_if_exists
 
-    directory, found = Directory(adapters), []
-    file = state or directory.beside / STATE
-    if (last := read_if_exists(file, ServerState).base) is not None:
+    directory, bases = Directory(adapters), []
+    file = state or directory.pages_directory / STATE_FILE
+    if (last_base := read_if_exists(file, ServerState).base) is not None:
         print_lines(console, f"no --model: using the base model of the last start ({file})")
-        return [replace(last, adapter=directory.beside / last.adapter.name)]
+        return [replace(last_base, adapter=directory.pages_directory / last_base.adapter.name)]
     for name in sorted(directory.names()):
         with suppress(LorafoldError):
-            found.append(OwnBase.read(directory.locate(name)))
-    if directory.names() and not found:
+            bases.append(RecordedBase.read(directory.locate(name)))
+    if directory.names() and not bases:
         raise LorafoldError(
             f"--adapters {adapters}: none of its adapters has a base model that can be served; pass"
             " --model PATH (model)"
         )
-    groups = list[list[OwnBase]]()
-    for own in sorted((one for one in found if one.known), key=lambda one: not one.fingerprint):
-        same = [group for group in groups if group[0].same_as(own)]
-        same[0].append(own) if same else groups.append([own])
+    groups = list[list[RecordedBase]]()
+    for base in sorted((one for one in bases if one.known), key=lambda one: not one.fingerprint):
+        matching = [group for group in groups if group[0].same_as(base)]
+        matching[0].append(base) if matching else groups.append([base])
     sizes = sorted(map(len, groups))
     if sizes[-1:] == sizes[-2:-1]:
-        return found
-    most = max(groups, key=len)
-    names = [(own.name, own.trained_on) for own in most]  # some may not name their base
-    return [most[names.index(max(names, key=names.count))]]
+        return bases
+    largest_group = max(groups, key=len)
+    names = [(base.name, base.trained_on) for base in largest_group]  # some may not name their base
+    return [largest_group[names.index(max(names, key=names.count))]]

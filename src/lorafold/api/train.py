@@ -8,13 +8,13 @@ from lorafold.api import options as opt
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.data.checks import Findings
+    from lorafold.data.row_checks import Findings
     from lorafold.recipe.recipe import Recipe
     from lorafold.training.finish import Trained
     from lorafold.training.inputs import RunRequest
 
-OfRun = Annotated["Recipe | None", opt.RecipeOptions()]
-Shown = Annotated[
+RunRecipe = Annotated["Recipe | None", opt.RecipeOptions()]
+DefaultProgress = Annotated[
     "Console | Literal[False] | None",
     opt.Option(
         "A rich console for progress and messages. None prints them if stderr is a terminal, and in"
@@ -24,7 +24,7 @@ Shown = Annotated[
 ]
 
 
-class RunInputs(opt.Stacking, total=False):
+class RunInputs(opt.StackOptions, total=False):
     """The inputs of a run besides its recipe, base model and training rows."""
 
     eval_data: Annotated[
@@ -50,7 +50,7 @@ class RunInputs(opt.Stacking, total=False):
 
 @opt.verb
 def train(
-    recipe: OfRun = None,
+    recipe: RunRecipe = None,
     *,
     data: opt.TrainingRows,
     out: opt.Out,
@@ -58,8 +58,8 @@ def train(
     plot: Annotated[str | Path | None, opt.Option(rare=True)] = None,
     resume: bool = False,
     overwrite: opt.Overwrite = False,
-    console: Shown = None,
-    **asked: Unpack[RunInputs],
+    console: DefaultProgress = None,
+    **inputs: Unpack[RunInputs],
 ) -> "Trained":
     """Train one adapter on your data and write it in PEFT format.
 
@@ -83,42 +83,42 @@ def train(
     """
     from rich.console import Console
 
-    from lorafold.api.arguments import as_page, or_shown
-    from lorafold.runtime.devices import own_device
-    from lorafold.runtime.processes import launched, together
+    from lorafold.api.arguments import as_html_path, console_or_default
+    from lorafold.runtime.devices import device_of_rank
+    from lorafold.runtime.processes import detect_launch, process_group
 
-    place = None if plot is None else as_page(plot, "plot")
-    console, here = or_shown(console), launched()
-    if here.world > 1:
-        asked["device"] = own_device(asked.get("device"), here)
-    with together(here, asked.get("device")) as processes:
+    html_path = None if plot is None else as_html_path(plot, "plot")
+    console, launch = console_or_default(console), detect_launch()
+    if launch.world > 1:
+        inputs["device"] = device_of_rank(inputs.get("device"), launch)
+    with process_group(launch, inputs.get("device")) as processes:
         if not processes.first:  # only rank 0 prints
             console = Console(quiet=True)
-        request = requested(
-            recipe, data, out, model, asked, console, resume=resume, overwrite=overwrite
+        request = build_request(
+            recipe, data, out, model, inputs, console, resume=resume, overwrite=overwrite
         )
         from lorafold.training import run
 
         result = run.train(request, console, processes)
-    if place is not None and here.speaks:
+    if html_path is not None and launch.is_main:
         from lorafold.files.terminal import print_lines
         from lorafold.inspecting.history import read_history
         from lorafold.inspecting.history_page import page
 
-        page(read_history(request.out), place)
-        print_lines(console, f"page: {place}")
+        page(read_history(request.out), html_path)
+        print_lines(console, f"page: {html_path}")
     return result
 
 
 @opt.verb
 def preview(
-    recipe: OfRun = None,
+    recipe: RunRecipe = None,
     *,
     data: opt.TrainingRows,
     model: opt.Model = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    **asked: Unpack[RunInputs],
+    **inputs: Unpack[RunInputs],
 ) -> "Findings":
     """Print the first rows as the model will see them, including tools and turns, highlight the
     tokens that count in the loss, and return a check of all rows. Nothing is trained.
@@ -129,64 +129,65 @@ def preview(
 
     Raises LorafoldError as `lf.train` does before it loads weights.
     """
-    from lorafold.api.arguments import as_page, or_quiet
+    from lorafold.api.arguments import as_html_path, console_or_quiet
 
-    place, console = as_page(html), or_quiet(console)
-    request = requested(recipe, data, "", model, asked, console)
+    html_path, console = as_html_path(html), console_or_quiet(console)
+    request = build_request(recipe, data, "", model, inputs, console)
     from lorafold.training.preview import show
 
-    return show(request, console, html=place)
+    return show(request, console, html=html_path)
 
 
-def requested(
+def build_request(
     recipe: "Recipe | None",
     data: opt.Data,
     out: str | Path,
     model: opt.Model,
-    asked: RunInputs,
+    inputs: RunInputs,
     console: "Console",
-    **more: Any,
+    **fields: Any,
 ) -> "RunRequest":
-    """The request for a run; `more` are its other fields."""
+    """The request for a run; `fields` are its other fields."""
     from lorafold.api.arguments import (
         as_path,
         as_paths,
         as_recipe,
         as_rows,
         as_stream,
-        source_of,
+        source_label,
         with_rewards,
     )
     from lorafold.recipe.recipe import Recipe
 
-    run, functions = as_recipe(recipe, Recipe(), trains=True), tuple[Any, ...]()
-    if rewards := asked.pop("rewards", ()):
-        run, functions = with_rewards(run, rewards)
-    columns, held_out = asked.pop("columns", None), asked.pop("eval_data", None)
+    run_recipe, functions = as_recipe(recipe, Recipe(), trains=True), tuple[Any, ...]()
+    if rewards := inputs.pop("rewards", ()):
+        run_recipe, functions = with_rewards(run_recipe, rewards)
+    columns, held_out = inputs.pop("columns", None), inputs.pop("eval_data", None)
     rows = (
-        as_stream(data, columns, console, run.objective)
-        if run.streaming
-        else as_rows(data, columns, console, weighted=True, objective=run.objective)
+        as_stream(data, columns, console, run_recipe.objective)
+        if run_recipe.streaming
+        else as_rows(data, columns, console, weighted=True, objective=run_recipe.objective)
     )
     if held_out is not None:
-        held_out = as_rows(held_out, columns, console, objective=run.objective)
-    from lorafold.peft.provenance import OwnBase
+        held_out = as_rows(held_out, columns, console, objective=run_recipe.objective)
+    from lorafold.peft.provenance import RecordedBase
     from lorafold.resolve import base_for
     from lorafold.training.inputs import RunRequest
 
-    stack, first = asked.pop("over", ()), asked.pop("init_adapter", None)
-    over = () if stack == () else tuple(as_paths(stack))
-    start = None if first is None else as_path(first, "init_adapter")
-    below = [] if model else [*map(OwnBase.read, (*over, *([start] if start else [])))]
+    over_paths, init_path = inputs.pop("over", ()), inputs.pop("init_adapter", None)
+    over = () if over_paths == () else tuple(as_paths(over_paths))
+    init_adapter = None if init_path is None else as_path(init_path, "init_adapter")
+    below = (*over, *([init_adapter] if init_adapter else []))
+    records = [] if model else [*map(RecordedBase.read, below)]
     return RunRequest(
-        base_for(model, below, console, **asked),
+        base_for(model, records, console, **inputs),
         as_path(out),
-        run,
+        run_recipe,
         rows,
-        source_of(data),
+        source_label(data),
         held_out,
-        start,
+        init_adapter,
         over=over,
         rewards=functions,
-        **more,
+        **fields,
     )

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lorafold.cli.command_line import words
-from lorafold.cli.help import OTHERS, HelpAll, write_examples, write_lists
-from lorafold.cli.parser import Above, Command, CommandGroup
-from lorafold.cli.suggestions import no_options
+from lorafold.cli.command_line import split_words
+from lorafold.cli.help import OTHER_OPTIONS, HelpAll, write_examples, write_lists
+from lorafold.cli.parser import Command, CommandGroup, CommandWithSubcommands
+from lorafold.cli.suggestions import unknown_options
 from lorafold.errors import WINDOWS, Interrupted, LorafoldError
-from lorafold.runtime.process_tuning import imports_set_aside, restart_tuned
-from lorafold.runtime.processes import Launched, launched
+from lorafold.runtime.process_tuning import imports_frozen, restart_tuned
+from lorafold.runtime.processes import Launch, detect_launch
 
 GROUPS = {
     "Train": {
@@ -56,23 +56,21 @@ GROUPS = {
     },
 }
 # commands whose functions are in `other_commands`
-TOOLS = {
+OTHER_COMMANDS = {
     "quickstart": "quickstart",
     "recipe": "recipe",
     "cache": "cache",
     "doctor": "doctor",
     "serve new-key": "new_key",
 }
-# commands with another function name or file in api
-FUNCTIONS = {"eval": ("evaluate", "evaluate"), "extract": ("resize", "extract")}
 COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 EXAMPLES = (
     "lorafold quickstart --out demo",
     'lorafold generate demo/adapter --prompt "a table for two at Noma at 7pm"',
     "lorafold train --data demo/train.jsonl --out adapter",
 )
-TRAINING = {"quickstart", "train", "compare", "intrinsic", "fragility"}
-SEVERAL = {"train", "doctor"}  # may run in several processes
+TUNED_PROCESS = {"quickstart", "train", "compare", "intrinsic", "fragility"}
+MULTI_PROCESS = {"train", "doctor"}  # may run in several processes
 
 
 class Commands(CommandGroup):
@@ -94,50 +92,52 @@ class Commands(CommandGroup):
             return super().parse_args(ctx, [*args])  # super() empties the list
         except typer.TyperException as error:
             options = {n: p for p in self.get_params(ctx) for n in (*p.opts, *p.secondary_opts)}
-            typed = words(args, options, interspersed=False)
-            raise no_options(typed, options, "lorafold") or error from None
+            typed = split_words(args, options, interspersed=False)
+            raise unknown_options(typed, options, "lorafold") or error from None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         write_examples(formatter, EXAMPLES, "A first run")
-        wide = max(map(len, COMMANDS))
-        titled = {t: [(f"{n:<{wide}}", line) for n, line in g.items()] for t, g in GROUPS.items()}
+        width = max(map(len, COMMANDS))
+        titled = {t: [(f"{n:<{width}}", line) for n, line in g.items()] for t, g in GROUPS.items()}
         write_lists(formatter, titled)
-        records = [param.get_help_record(ctx) for param in self.get_params(ctx)]
-        write_lists(formatter, {OTHERS: [record for record in records if record is not None]})
+        records = (param.get_help_record(ctx) for param in self.get_params(ctx))
+        write_lists(formatter, {OTHER_OPTIONS: [*filter(None, records)]})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, _load(str(name)), rest
+        return name, load_command(str(name)), rest
 
 
-def verb_of(name: str) -> Any:
-    if name in TOOLS:
-        return getattr(importlib.import_module("lorafold.cli.other_commands"), TOOLS[name])
-    file, function = FUNCTIONS.get(name, (name, name))
-    return getattr(importlib.import_module(f"lorafold.api.{file}"), function)
+def function_of(name: str) -> Any:
+    if name in OTHER_COMMANDS:
+        return getattr(importlib.import_module("lorafold.cli.other_commands"), OTHER_COMMANDS[name])
+    name = "evaluate" if name == "eval" else name
+    return getattr(importlib.import_module(f"lorafold.api.{name}"), name)
 
 
-def _load(name: str) -> Any:
+def load_command(name: str) -> Any:
     from lorafold.cli import commands
     from lorafold.cli.command_handlers import RUNNERS
 
-    def built(name: str, above: bool = False) -> commands.BuiltCommand:
-        return commands.built(verb_of(name), RUNNERS.get(name, commands.plain), above)
+    def build(name: str, is_group: bool = False) -> commands.BuiltCommand:
+        runner = RUNNERS.get(name, commands.print_result)
+        return commands.build_command(function_of(name), runner, is_group)
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    below = {whole.partition(" ")[2]: built(whole) for whole in TOOLS if f"{name} " in whole}
-    main = built(name, above=bool(below))
-    if below:
-        app.callback(cls=Above, invoke_without_command=True)(main.function)
-        for inner, command in below.items():
-            app.command(inner, cls=Command)(command.function)
+    paths = [path for path in OTHER_COMMANDS if f"{name} " in path]
+    subcommands = {path.partition(" ")[2]: build(path) for path in paths}
+    main_command = build(name, is_group=bool(subcommands))
+    if subcommands:
+        app.callback(cls=CommandWithSubcommands, invoke_without_command=True)(main_command.function)
+        for subname, command in subcommands.items():
+            app.command(subname, cls=Command)(command.function)
     else:
-        app.command(name, cls=Command, epilog=main.notes or None)(main.function)
-    made: Any = typer.main.get_command(app)
-    made.examples = main.examples
-    for inner, command in below.items():
-        made.commands[inner].examples = command.examples
-    return made
+        app.command(name, cls=Command, epilog=main_command.notes or None)(main_command.function)
+    click_command: Any = typer.main.get_command(app)
+    click_command.examples = main_command.examples
+    for subname, command in subcommands.items():
+        click_command.commands[subname].examples = command.examples
+    return click_command
 
 
 app = typer.Typer(
@@ -168,41 +168,41 @@ def root(
 
 
 def main() -> None:
-    here = Launched()
+    proc = Launch()
     try:
         if sys.platform == "win32":
             raise LorafoldError(WINDOWS)
-        if TRAINING.intersection(sys.argv[1:2]):
+        if TUNED_PROCESS.intersection(sys.argv[1:2]):
             restart_tuned()
-        here = launched()
-        if not here.speaks:
+        proc = detect_launch()
+        if not proc.is_main:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
     except LorafoldError as error:
         sys.exit(_fail(str(error)))
     notices, printed = logging.StreamHandler(), set()
 
     def is_new(line: logging.LogRecord) -> bool:  # a command may load an adapter more than once
-        known = line.getMessage() in printed
+        was_printed = line.getMessage() in printed
         printed.add(line.getMessage())
-        return not known
+        return not was_printed
 
     notices.addFilter(is_new)
     logging.getLogger("lorafold").addHandler(notices)
     logging.getLogger("lorafold").setLevel(logging.INFO)
     try:
         command = "".join(sys.argv[1:2])
-        if here.world > 1 and command in COMMANDS.keys() - SEVERAL:
+        if proc.world > 1 and command in COMMANDS.keys() - MULTI_PROCESS:
             raise LorafoldError(
-                f"lorafold {command}: {here.by} started {here.world} processes, expected one; start"
-                f" the command without {here.by} (lorafold train supports several processes)"
+                f"lorafold {command}: {proc.by} started {proc.world} processes, expected one; start"
+                f" the command without {proc.by} (lorafold train supports several processes)"
             )
-        with imports_set_aside():
+        with imports_frozen():
             code = app(prog_name="lorafold", standalone_mode=False)
     except LorafoldError as error:
         code = _fail(str(error))
-    except Interrupted as stop:
-        typer.echo(str(stop), err=True)
-        code = stop.code
+    except Interrupted as interruption:
+        typer.echo(str(interruption), err=True)
+        code = interruption.code
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # for usage errors
         path = context.command_path if context else "lorafold"

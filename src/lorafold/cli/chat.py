@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorafold.conversation import Chat, Turn
 
 PROMPT = "> "
-ALONE = {"/both", "/reset", "/new", "/help", "/quit"}  # commands without an argument
+WITHOUT_ARGUMENT = {"/both", "/reset", "/new", "/help", "/quit"}  # commands without an argument
 
 
 class Session:
@@ -53,12 +53,12 @@ class Session:
 
     def answer(self, text: str) -> None:
         from lorafold.conversation import label
-        from lorafold.data.control_tokens import IN_PROMPT, is_marked
+        from lorafold.data.control_tokens import PROMPT_REMARK, is_marked
 
         turn, speakers = self.chat.ask(text), self.chat.speakers()
         if is_marked(turn.prompt) and not self.warned:
             self.warned = True
-            self.notify(IN_PROMPT)
+            self.notify(PROMPT_REMARK)
         if turn.dropped:
             self.notify(
                 f"the conversation is longer than the model's context of {self.chat.context}"
@@ -89,11 +89,11 @@ class Session:
         return "".join(pieces), bool(stop)
 
     def obey(self, name: str, argument: str = "") -> None:
-        if name not in self.commands and name not in ALONE:
+        if name not in self.commands and name not in WITHOUT_ARGUMENT:
             raise LorafoldError(
                 f"unknown command {name}; /help lists the commands, and // begins a message with /"
             )
-        if argument and name in ALONE:
+        if argument and name in WITHOUT_ARGUMENT:
             raise LorafoldError(f"{name}: found {argument!r}, expected no argument")
         self.commands[name](argument)
 
@@ -151,7 +151,7 @@ def _stoppable() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def typed(console: "Console") -> Iterator[str]:
+def read_typed(console: "Console") -> Iterator[str]:
     """Yield lines from a terminal until Ctrl-D. The prompt goes to stderr if stdout is a file."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it from here on)
@@ -175,7 +175,7 @@ def typed(console: "Console") -> Iterator[str]:
         yield line
 
 
-def piped() -> Iterator[str]:
+def read_piped() -> Iterator[str]:
     """Yield lines from a pipe or file. A line that is not UTF-8 ends the conversation."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:

@@ -15,7 +15,7 @@ from lorafold.files.atomic import check_folder, write_text
 from lorafold.files.claims import TOKEN, VARIABLE
 
 
-def table(on: str, workers: int, out: Path | None) -> str:
+def run_and_collect(on: str, workers: int, out: Path | None) -> str:
     if on != "ray":
         raise LorafoldError(f"--on: found {on}, expected ray")
     if out is None:
@@ -54,16 +54,16 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
         scheduling_strategy="SPREAD", **worker_resources(ray.nodes(), workers)
     )
     started = [start.remote(arguments, os.getcwd(), {VARIABLE: token}) for _ in range(workers)]
-    ended = []
+    results = []
     for task in started:
         try:
-            ended.append(ray.get(task))
+            results.append(ray.get(task))
         except ray.exceptions.RayError as error:
-            ended.append((1, ""))
+            results.append((1, ""))
             print(f"--on ray: a worker failed: {type(error).__name__}", file=sys.stderr)
     ray.shutdown()
-    tables = [text for code, text in ended if code == 0]
-    if failed := len(ended) - len(tables):
+    tables = [text for code, text in results if code == 0]
+    if failed := len(results) - len(tables):
         message = f"--on ray: {failed} of {workers} workers failed; their messages are above"
         if not tables:
             raise LorafoldError(message)
@@ -74,16 +74,16 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
 def worker_resources(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cores = int(min((node.get("CPU", 0) for node in resources), default=0))
-    each = -(-workers // max(1, len(resources)))
+    workers_per_node = -(-workers // max(1, len(resources)))
     gpu = any(node.get("GPU", 0) >= 1 for node in resources)
-    return {"num_cpus": max(1, cores // each), "num_gpus": 1 if gpu else 0}
+    return {"num_cpus": max(1, cores // workers_per_node), "num_gpus": 1 if gpu else 0}
 
 
 def worker(
     arguments: Sequence[str], folder: str, environment: Mapping[str, str]
 ) -> tuple[int, str]:
     command = [sys.executable, "-m", "lorafold", *arguments]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
     )
-    return done.returncode, done.stdout
+    return process.returncode, process.stdout

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from lorafold.api.options import Option
-from lorafold.cli.commands import Json, emit, plain
+from lorafold.cli.commands import Json, emit, print_result
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import print_lines
 
@@ -40,7 +40,7 @@ Workers = Annotated[
 Wide = Annotated[bool, Option("Print all figures as a Markdown table of any width.", rare=True)]
 
 
-def summarized(run: Run, *, json: Json = False) -> None:
+def print_summary(run: Run, *, json: Json = False) -> None:
     result = run()
     emit(json, result.as_json(), result.summary())
 
@@ -67,13 +67,13 @@ def train(
         result = run()
         from lorafold.cli.other_commands import after_training
 
-        asked = run.keywords
-        lines = [str(result), *after_training(result, asked["recipe"], asked.get("over", ()))]
+        keywords = run.keywords
+        lines = [str(result), *after_training(result, keywords["recipe"], keywords.get("over", ()))]
         return emit(json, result.as_json(), "\n".join(lines))
     if "plot" in run.keywords:
         raise LorafoldError("--plot: can't be combined with --preview, which trains nothing")
-    of_runs = {"out", "resume", "overwrite"}
-    shared = {name: value for name, value in run.keywords.items() if name not in of_runs}
+    run_only = {"out", "resume", "overwrite"}
+    shared = {name: value for name, value in run.keywords.items() if name not in run_only}
     findings = verbs.preview(**shared, html=html)
     if json:
         emit(json, {"data": findings.as_json()}, "")
@@ -83,22 +83,23 @@ def generate(run: Run, *, json: Json = False) -> None:
     from time import perf_counter
 
     from lorafold import engine
-    from lorafold.api.generate import prepared
-    from lorafold.data.calls import parse_calls
-    from lorafold.data.control_tokens import IN_PROMPT, is_marked
-    from lorafold.data.messages import tools_of
+    from lorafold.api.generate import prepare_prompts
+    from lorafold.data.control_tokens import PROMPT_REMARK, is_marked
+    from lorafold.data.messages import openai_tools
+    from lorafold.data.tool_calls import parse_calls
     from lorafold.generation import stream
 
-    asked = {**run.keywords}
-    most, console, tools = asked.pop("max_new_tokens"), asked["console"], asked.get("tools")
-    choice = engine.Sampling(temperature=asked.pop("temperature"), seed=asked.pop("seed"))
-    ready = prepared(asked.pop("model", None), [asked.pop("prompts")], **asked)
-    [text] = ready.texts
+    keywords = {**run.keywords}
+    limit, tools = keywords.pop("max_new_tokens"), keywords.get("tools")
+    console = keywords["console"]
+    sampling = engine.Sampling(temperature=keywords.pop("temperature"), seed=keywords.pop("seed"))
+    rendered = prepare_prompts(keywords.pop("model", None), [keywords.pop("prompts")], **keywords)
+    [text] = rendered.texts
     if is_marked(text):
-        print_lines(console, IN_PROMPT)
+        print_lines(console, PROMPT_REMARK)
     pieces = []
     start = perf_counter()
-    completion = stream(ready.model, ready.tokenizer, text, most, choice)
+    completion = stream(rendered.model, rendered.tokenizer, text, limit, sampling)
     while True:
         try:
             pieces.append(next(completion))
@@ -111,7 +112,8 @@ def generate(run: Run, *, json: Json = False) -> None:
     result: dict[str, Any] = {"text": "".join(pieces), "tokens_per_second": speed}
     if tools:
         try:
-            result["tool_calls"] = parse_calls(result["text"], ready.tokenizer, tools_of(tools))
+            calls = parse_calls(result["text"], rendered.tokenizer, openai_tools(tools))
+            result["tool_calls"] = calls
         except LorafoldError as error:
             result["tool_calls"] = None
             print_lines(console, str(error))
@@ -124,16 +126,16 @@ def generate(run: Run, *, json: Json = False) -> None:
 
 
 def chat(run: Run, *, json: Json = False) -> None:
-    from lorafold.cli.chat import Session, piped, typed
+    from lorafold.cli.chat import Session, read_piped, read_typed
 
     console = run.keywords["console"]
-    with run() as talk:
-        session = Session(talk, console)
-        if talk.adapters:
+    with run() as opened:
+        session = Session(opened, console)
+        if opened.adapters:
             session.answering()
-        session.run(typed(console) if sys.stdin.isatty() else piped())
+        session.run(read_typed(console) if sys.stdin.isatty() else read_piped())
     if json:
-        emit(True, {"messages": talk.conversation(), "adapters": talk.active}, "")
+        emit(True, {"messages": opened.conversation(), "adapters": opened.active}, "")
 
 
 def score(run: Run, *, json: Json = False) -> None:
@@ -147,10 +149,10 @@ def score(run: Run, *, json: Json = False) -> None:
 def inspect(run: Run, *, json: Json = False) -> None:
     from lorafold.inspecting.report import table
 
-    found = run()
+    inspection = run()
     if not json:
-        print_lines(run.keywords["console"], table(found))
-    emit(json, found.as_json(), str(found))
+        print_lines(run.keywords["console"], table(inspection))
+    emit(json, inspection.as_json(), str(inspection))
 
 
 def estimate(run: Run, *, cheatsheet: bool = False, json: Json = False) -> None:
@@ -160,22 +162,22 @@ def estimate(run: Run, *, cheatsheet: bool = False, json: Json = False) -> None:
         cheatsheet: Print common rules of thumb next to estimates, in Markdown, and exit.
     """
     if not cheatsheet:
-        return plain(run, json=json)
+        return print_result(run, json=json)
     from lorafold.memory.cheatsheet import markdown
 
     typer.echo(markdown())
 
 
 def on_cluster(run: Run, on: str, workers: int) -> None:
-    from lorafold.cli.cluster import table
+    from lorafold.cli.cluster import run_and_collect
 
-    typer.echo(table(on, workers, run.keywords.get("out")))
+    typer.echo(run_and_collect(on, workers, run.keywords.get("out")))
 
 
 def intrinsic(run: Run, *, on: On = None, workers: Workers = 2, json: Json = False) -> None:
     if on is not None:
         return on_cluster(run, on, workers)
-    plain(run, json=json)
+    print_result(run, json=json)
 
 
 def compare(
@@ -183,10 +185,10 @@ def compare(
 ) -> None:
     if on is not None:
         return on_cluster(run, on, workers)
-    from lorafold.comparing.report import deciding
+    from lorafold.comparing.report import short_report
 
-    found = run()
-    emit(json, found.as_json(), str(found) if wide else deciding(found.rows))
+    comparison = run()
+    emit(json, comparison.as_json(), str(comparison) if wide else short_report(comparison.rows))
 
 
 def fragility(
@@ -207,11 +209,11 @@ def fragility(
         return on_cluster(run, on, workers)
     if fail_under is not None and "tuned" not in run.keywords:
         raise LorafoldError("--fail-under: requires --tuned, the finished adapter to check")
-    from lorafold.robustness.report import deciding, markdown
+    from lorafold.fragility_study.report import markdown, short_report
 
-    found = run()
-    emit(json, found.as_json(), f"{markdown(found) if wide else deciding(found)}\n\n{found}")
-    if fail_under is not None and (failed := found.under(fail_under)):
+    study = run()
+    emit(json, study.as_json(), f"{markdown(study) if wide else short_report(study)}\n\n{study}")
+    if fail_under is not None and (failed := study.under(fail_under)):
         typer.echo(failed, err=True)
         raise typer.Exit(1)
 
@@ -242,9 +244,9 @@ def new_key(run: Run) -> None:
     typer.echo(message, err=True)
 
 
-OWN = (train, generate, chat, serve, score, inspect, compare, intrinsic, fragility, estimate)
+HANDLERS = (train, generate, chat, serve, score, inspect, compare, intrinsic, fragility, estimate)
 RUNNERS: dict[str, Callable[..., None]] = {
-    **{runner.__name__: runner for runner in (*OWN, recipe, doctor)},
-    **dict.fromkeys(("merge", "export"), summarized),
+    **{runner.__name__: runner for runner in (*HANDLERS, recipe, doctor)},
+    **dict.fromkeys(("merge", "export"), print_summary),
     "serve new-key": new_key,
 }

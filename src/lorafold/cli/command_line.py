@@ -32,7 +32,7 @@ class Word(NamedTuple):
     args: tuple[str, ...]
 
 
-def words(
+def split_words(
     args: Sequence[str], options: Mapping[str, Any], interspersed: bool = True
 ) -> Iterator[Word]:
     """Yield the words of a command line; `options` are the command's, by each of their names.
@@ -41,7 +41,7 @@ def words(
     begins with two dashes. For an option on|off|auto, `--x` and `--no-x` are the values on and off.
     If options are not `interspersed`, the first word without an option is the last.
     """
-    now = {
+    current_names = {
         other: name
         for other, names in OTHER_NAMES.items()
         for name in reversed(names)
@@ -52,7 +52,7 @@ def words(
     while rest:
         word = rest.popleft()
         name, equals, value = word.partition("=")
-        current, values = now.get(name, name), (value,) * bool(equals)
+        current, values = current_names.get(name, name), (value,) * bool(equals)
         if not equals and f"--{name.removeprefix('--no-')}" in switches:
             current, values = f"--{name.removeprefix('--no-')}", ("off",)
         elif not equals and name in switches and (not rest or rest[0].startswith("-")):
@@ -66,8 +66,8 @@ def words(
             count = 0 if getattr(option, "is_flag", False) else option.nargs
             for _ in range(min(max(count - len(values), 0), len(rest))):
                 values = (*values, rest.popleft())
-            read = (f"{current}={value}", *values[1:]) if equals else (current, *values)
-            yield Word(name, option, values, read)
+            typer_args = (f"{current}={value}", *values[1:]) if equals else (current, *values)
+            yield Word(name, option, values, typer_args)
         elif name.startswith("-") and name.strip("-"):
             if not equals and rest and not rest[0].startswith("--"):
                 values = (rest.popleft(),)

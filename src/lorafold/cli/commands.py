@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from lorafold.api.options import DeclaredOption, Docs, Option, RecipeOptions, declared
+from lorafold.api.options import DeclaredOption, Docs, Option, RecipeOptions, declared_options
 from lorafold.cli.help import HELP_ALL, HelpAll
 from lorafold.cli.parameters import parameter_of
 from lorafold.errors import LorafoldError
@@ -38,7 +38,7 @@ class BuiltCommand(NamedTuple):
     notes: str
 
 
-def plain(run: Callable[[], Any], *, json: Json = False) -> None:
+def print_result(run: Callable[[], Any], *, json: Json = False) -> None:
     result = run()
     emit(json, result.as_json(), str(result))
 
@@ -54,14 +54,14 @@ def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
     typer.echo(text)
 
 
-def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
-    """The command of a function, which the runner calls as a partial. With subcommands (`above`),
-    one of them may be called instead.
+def build_command(verb: Any, runner: Any = print_result, is_group: bool = False) -> BuiltCommand:
+    """The command of a function, which the runner calls as a partial. With subcommands
+    (`is_group`), one of them may be called instead.
     """
-    declarations = [*declared(verb)]
-    recipe_last = sorted(declarations, key=lambda d: isinstance(d.option, RecipeOptions))
+    declared = [*declared_options(verb)]
+    recipe_last = sorted(declared, key=lambda d: isinstance(d.option, RecipeOptions))
     arguments = [_argument(d) for d in recipe_last]
-    of_runner = [_argument(d) for d in declared(runner) if d.default is not Parameter.empty]
+    of_runner = [_argument(d) for d in declared_options(runner) if d.default is not Parameter.empty]
     flags, options = {}, []
     for argument in (*arguments, *of_runner):
         for number, p in enumerate(argument.options):
@@ -77,21 +77,21 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
         info = option.annotation.__metadata__[0]
         info.help = with_flags(info.help)
     options.append(Parameter(HELP_ALL, Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll))
-    if above:
+    if is_group:
         options.insert(0, Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context))
 
     def command(**typed: Any) -> None:
-        if above and typed["context"].invoked_subcommand is not None:
+        if is_group and typed["context"].invoked_subcommand is not None:
             return
         keywords: dict[Any, Any] = {}
         for argument in arguments:
             value, group = argument.read(typed), argument.declaration.group
             if value not in (None, [], ()):
-                within = keywords.setdefault(group, {}) if group else keywords
-                within[argument.declaration.name] = value
+                target = keywords.setdefault(group, {}) if group else keywords
+                target[argument.declaration.name] = value
         for group in [key for key in keywords if isinstance(key, tuple)]:
             keywords[group[0]] = group[1](**keywords.pop(group))
-        if any(d.name == "console" for d in declarations):
+        if any(d.name == "console" for d in declared):
             from rich.console import Console
 
             keywords["console"] = Console(stderr=True)  # so that only the result goes to stdout
@@ -114,42 +114,42 @@ def _argument(declaration: DeclaredOption) -> Argument:
         return Argument(declaration, [], lambda _: None)
     if option.saved:
         by_name = Option("A saved adapter, the same as ADAPTER.", kind=list[Path], flag="--adapter")
-        by_place = Option(
+        by_position = Option(
             declaration.help, kind=list[Path], flag="positional", metavar="[ADAPTER]..."
         )
         options = [
             parameter_of(DeclaredOption(name, None, None, way, way.help))
-            for way in (by_name, by_place)
+            for way in (by_name, by_position)
         ]
-        return Argument(declaration, options, partial(_saved, option.saved))
+        return Argument(declaration, options, partial(_read_adapters, option.saved))
     options = [parameter_of(declaration)]
     if option.second_flag:
         flag, text = option.second_flag
-        more = Option(text, flag=flag, rare=True)
-        options.append(parameter_of(DeclaredOption(name, declaration.hint, (), more, text)))
+        second = Option(text, flag=flag, rare=True)
+        options.append(parameter_of(DeclaredOption(name, declaration.hint, (), second, text)))
     read = READERS.get(name, lambda value: value)
     return Argument(declaration, options, lambda typed: read(*(typed[p.name] for p in options)))
 
 
-def _saved(wanted: str, typed: Typed) -> Any:
-    """The saved adapters, by position or by name; the only one for `wanted` "one"."""
-    positional, named = typed["positional"], typed["adapter"]
-    if positional and named:
+def _read_adapters(count: str, typed: Typed) -> Any:
+    """The saved adapters, by position or by name; the only one for `count` "one"."""
+    positional, by_option = typed["positional"], typed["adapter"]
+    if positional and by_option:
         raise LorafoldError(
-            f"--adapter {named[0]}: found {positional[0]} without --adapter; pass all adapters"
+            f"--adapter {by_option[0]}: found {positional[0]} without --adapter; pass all adapters"
             " either by position or with --adapter"
         )
-    adapters = positional or named or []
-    if not adapters and wanted != "any":
+    adapters = positional or by_option or []
+    if not adapters and count != "any":
         raise LorafoldError("ADAPTER: found none, expected the directory of a saved adapter")
-    if wanted != "one":
+    if count != "one":
         return adapters
     if len(adapters) > 1:
         raise LorafoldError(f"ADAPTER: found {', '.join(map(str, adapters))}, expected exactly one")
     return adapters[0]
 
 
-def columns_of(pairs: list[str] | None) -> dict[str, str]:
+def parse_columns(pairs: list[str] | None) -> dict[str, str]:
     columns = {}
     for pair in (pair.strip() for text in pairs or () for pair in text.split(",")):
         name, equals, column = pair.partition("=")
@@ -161,7 +161,7 @@ def columns_of(pairs: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def varied(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
+def parse_vary(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
     from lorafold.recipe.parsing import parse_yaml
 
     fields = {}
@@ -177,7 +177,7 @@ def varied(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
 
 
 def _tools(file: Path | None) -> Any:
-    from lorafold.data.calls import read_tools
+    from lorafold.data.tool_calls import read_tools
 
     return read_tools(file) if file else None
 
@@ -190,9 +190,9 @@ def _rewards(names: list[str] | None, adapters: Sequence[str] | None = ()) -> li
 
 # conversion of an option's text to the argument of this name
 READERS: dict[str, Callable[..., Any]] = {
-    "columns": columns_of,
+    "columns": parse_columns,
     "methods": lambda texts: [name.strip() for text in texts or () for name in text.split(",")],
     "rewards": _rewards,
     "tools": _tools,
-    "vary": varied,
+    "vary": parse_vary,
 }

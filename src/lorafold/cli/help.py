@@ -10,9 +10,9 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-OTHERS = "Options"
-MOST = 25  # options in --help at most, with --help and --help-all
-OF_QUICKSTART = "demo"  # the directory for rows and adapters in examples
+OTHER_OPTIONS = "Options"
+MAX_OPTIONS = 25  # options in --help at most, with --help and --help-all
+DEMO_DIRECTORY = "demo"  # the directory for rows and adapters in examples
 PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
@@ -27,7 +27,7 @@ class Panels:
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         rare = {p.name for p in self.params if p.hidden}
-        many = sum(p.param_type_name == "option" for p in self.params) > MOST
+        many = sum(p.param_type_name == "option" for p in self.params) > MAX_OPTIONS
         self.rare = rare if many else set[str]()
         for parameter in self.params:
             parameter.hidden = parameter.name == HELP_ALL and not self.rare
@@ -46,7 +46,7 @@ class Panels:
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         write_examples(formatter, self.examples)
-        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], OTHERS: []}
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], OTHER_OPTIONS: []}
         for parameter in self.get_params(ctx):
             if parameter.name not in self.rare and (entry := help_entry(parameter, ctx)):
                 panels.setdefault(entry[0], []).append(entry[1])
@@ -63,7 +63,7 @@ def help_entry(parameter: Any, ctx: Any) -> tuple[str, tuple[str, str]] | None:
         return None
     if parameter.param_type_name == "argument":  # without Typer's type after the name
         return "Arguments", (parameter.metavar or parameter.name.upper(), record[1])
-    return getattr(parameter, "rich_help_panel", None) or OTHERS, record
+    return getattr(parameter, "rich_help_panel", None) or OTHER_OPTIONS, record
 
 
 def placeholder(kind: Any) -> str:
@@ -76,9 +76,9 @@ def placeholder(kind: Any) -> str:
 
 
 def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> None:
-    needs = any(OF_QUICKSTART in example for example in examples)
-    after = f" (after lorafold quickstart --out {OF_QUICKSTART})" if needs else ""
-    with formatter.section(title or f"Examples{after}"):
+    needs_demo = any(DEMO_DIRECTORY in example for example in examples)
+    note = f" (after lorafold quickstart --out {DEMO_DIRECTORY})" if needs_demo else ""
+    with formatter.section(title or f"Examples{note}"):
         for example in examples:
             for line in example.splitlines():
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
@@ -91,8 +91,8 @@ def write_lists(formatter: Any, lists: dict[str, list[tuple[str, str]]]) -> None
                 formatter.write_dl(records)
 
 
-def _show_all(ctx: typer.Context, asked: bool) -> None:
-    if asked and not ctx.resilient_parsing:
+def _show_all(ctx: typer.Context, show: bool) -> None:
+    if show and not ctx.resilient_parsing:
         typer.echo(ctx.command.help_all(ctx))  # type: ignore[attr-defined]
         raise typer.Exit
 

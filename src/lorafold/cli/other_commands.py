@@ -8,7 +8,7 @@ from shlex import quote
 from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
 
-from lorafold.api.options import Device, Hub, OnlyModel, Option, Progress, verb
+from lorafold.api.options import Device, HubOptions, OnlyModel, Option, Progress, verb
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import KINDS
 
@@ -53,13 +53,13 @@ def quickstart(
         lorafold quickstart --out demo --overwrite
         lorafold quickstart --out again --device cpu --json
     """
-    from lorafold.api.arguments import or_quiet
+    from lorafold.api.arguments import console_or_quiet
     from lorafold.files.templates import in_words
     from lorafold.files.terminal import paragraph
-    from lorafold.quickstart.story import MODEL, PROMPT
-    from lorafold.quickstart.story import quickstart as run
+    from lorafold.quickstart.run import MODEL, PROMPT
+    from lorafold.quickstart.run import quickstart as run
 
-    story = run(Path(out), or_quiet(console), overwrite=overwrite, device=device)
+    story = run(Path(out), console_or_quiet(console), overwrite=overwrite, device=device)
     figures = [line for figure in story.meaning() for line in paragraph(figure, "- ")]
     text = in_words(
         "cli/after_quickstart.jinja", figures=figures, run=this_command(), model=MODEL,
@@ -72,10 +72,10 @@ def this_command() -> str:
     """The command line for lorafold in this directory: its name if it is on the PATH, else its path
     as typed, else this Python.
     """
-    typed, found = Path(sys.argv[0]), which("lorafold")
-    if typed.name != "lorafold" or not typed.is_file():
+    typed_path, on_path = Path(sys.argv[0]), which("lorafold")
+    if typed_path.name != "lorafold" or not typed_path.is_file():
         return f"{quote(sys.executable)} -m lorafold"
-    return "lorafold" if found and typed.samefile(found) else quote(str(typed))
+    return "lorafold" if on_path and typed_path.samefile(on_path) else quote(str(typed_path))
 
 
 def after_training(
@@ -124,15 +124,15 @@ def recipe(
         lorafold recipe --from sft.py --kind unsloth
         lorafold recipe --from demo/adapter
     """
-    from lorafold.config_import.run import check_free, translate, write
+    from lorafold.config_import.translate import check_free, translate, write
 
-    place = None if out is None else Path(out)
-    if place is not None:
-        check_free(place, overwrite)
+    path = None if out is None else Path(out)
+    if path is not None:
+        check_free(path, overwrite)
     translation = translate(Path(source), kind)
-    if place is not None:
-        write(translation, place, overwrite)
-    return translation, place
+    if path is not None:
+        write(translation, path, overwrite)
+    return translation, path
 
 
 @verb
@@ -165,19 +165,19 @@ def cache(
 
     if unknown := [name for name in kind if name not in KINDS]:
         raise LorafoldError(f"--kind {unknown[0]}: expected one of {', '.join(KINDS)}")
-    found = [entry for entry in entries() if entry.kind in (kind or KINDS)]
-    busy = remove(found) if clear else []
-    total = sum(entry.bytes for entry in found if entry not in busy)
+    cached = [entry for entry in entries() if entry.kind in (kind or KINDS)]
+    in_use = remove(cached) if clear else []
+    total = sum(entry.bytes for entry in cached if entry not in in_use)
     result = {"directory": str(cache_directory()), "bytes": total, "cleared": clear}
     text = in_words(
-        "cli/cache.jinja", entries=found, busy=busy, time=datetime.fromtimestamp, **result
+        "cli/cache.jinja", entries=cached, busy=in_use, time=datetime.fromtimestamp, **result
     )
-    listed = [asdict(entry) | {"path": str(entry.path)} for entry in found]
-    return Result({**result, "entries": listed}, text)
+    entries_json = [asdict(entry) | {"path": str(entry.path)} for entry in cached]
+    return Result({**result, "entries": entries_json}, text)
 
 
 @verb
-def doctor(model: OnlyModel = "smollm2", **opening: Unpack[Hub]) -> Any:
+def doctor(model: OnlyModel = "smollm2", **base_options: Unpack[HubOptions]) -> Any:
     """Check this machine and this installation: problems, slow settings, and the model's chat
     template.
 
@@ -195,7 +195,7 @@ def doctor(model: OnlyModel = "smollm2", **opening: Unpack[Hub]) -> Any:
     """
     from lorafold.doctor.report import diagnose
 
-    return diagnose(str(model), **opening)
+    return diagnose(str(model), **base_options)
 
 
 @verb
@@ -230,12 +230,12 @@ def new_key(
         lorafold serve new-key trial --no-base --tokens-per-day 100000
     """
     from lorafold.serving.keys import new_key as make
-    from lorafold.serving.keys import until
+    from lorafold.serving.keys import parse_expiry
 
-    given = {"tokens_per_minute": tokens_per_minute, "tokens_per_day": tokens_per_day}
-    limits = {name: most for name, most in given.items() if most is not None}
-    more: dict[str, object] = {"limits": limits} if limits else {}
-    more |= {"base": False} if no_base else {}
-    more |= {"expires": until(expires)} if expires is not None else {}
-    made = make(keys, tenant, adapters or ["*"], **more)
-    return made, f"{tenant}: added to {keys}, which stores only the hash; save the key"
+    limit_options = {"tokens_per_minute": tokens_per_minute, "tokens_per_day": tokens_per_day}
+    limits = {name: most for name, most in limit_options.items() if most is not None}
+    fields: dict[str, object] = {"limits": limits} if limits else {}
+    fields |= {"base": False} if no_base else {}
+    fields |= {"expires": parse_expiry(expires)} if expires is not None else {}
+    key = make(keys, tenant, adapters or ["*"], **fields)
+    return key, f"{tenant}: added to {keys}, which stores only the hash; save the key"

@@ -20,8 +20,8 @@ def parameter_of(declaration: DeclaredOption) -> Parameter:
     if kind is bool and default is not False and "/" not in flag:
         flag = f"{flag}/--no-{flag[2:]}"
     if get_origin(kind) is list and default and not required:
-        several = [default] if isinstance(default, str) else default
-        text, default = f"{text}  [default: {' '.join(map(str, several))}]", None
+        defaults = [default] if isinstance(default, str) else default
+        text, default = f"{text}  [default: {' '.join(map(str, defaults))}]", None
     settings = {
         "help": text,
         "hidden": option.rare,
@@ -31,8 +31,8 @@ def parameter_of(declaration: DeclaredOption) -> Parameter:
         "rich_help_panel": option.panel,
         "autocompletion": (lambda: [*option.choices]) if option.choices else None,
     }
-    named = flag.startswith("-")
-    info = typer.Option(..., flag, **settings) if named else typer.Argument(**settings)
+    is_option = flag.startswith("-")
+    info = typer.Option(..., flag, **settings) if is_option else typer.Argument(**settings)
     typed = flag.split("/")[0].lstrip("-").replace("-", "_").lower()
     optional = default in (None, ()) and not required
     return Parameter(

@@ -6,11 +6,11 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lorafold.cli.command_line import OLD_NAMES, words
+from lorafold.cli.command_line import OLD_NAMES, split_words
 from lorafold.cli.help import PLACEHOLDERS, Panels
-from lorafold.cli.suggestions import no_command
-from lorafold.cli.usage_errors import Line, repeated, unquoted, unread
-from lorafold.errors import called_now
+from lorafold.cli.suggestions import unknown_command
+from lorafold.cli.usage_errors import TypedLine, parsing_error, repeated_options, unquoted_text
+from lorafold.errors import renamed_warning
 
 
 class CommandLine(Panels):
@@ -18,18 +18,18 @@ class CommandLine(Panels):
         """Parse the arguments; rejects options that are given twice."""
         params = self.get_params(ctx)
         options = {name: p for p in params for name in (*p.opts, *p.secondary_opts)}
-        typed = [*words(args, options, ctx.allow_interspersed_args)]
-        line = Line(typed, options, ctx.command_path)
-        if twice := repeated(line):
+        typed = [*split_words(args, options, ctx.allow_interspersed_args)]
+        line = TypedLine(typed, options, ctx.command_path)
+        if twice := repeated_options(line):
             raise twice
         for word in typed:
             if word.name in OLD_NAMES and word.option and word.name not in options:
-                typer.echo(called_now(word.name, word.args[0].partition("=")[0]), err=True)
+                typer.echo(renamed_warning(word.name, word.args[0].partition("=")[0]), err=True)
         try:
             rest = super().parse_args(ctx, [arg for word in typed for arg in word.args])  # type: ignore[misc]
         except typer.TyperException as error:
-            raise unread(error, line, params) or error from None
-        if wrong := unquoted(line):
+            raise parsing_error(error, line, params) or error from None
+        if wrong := unquoted_text(line):
             raise wrong
         ctx.params.update({name: _expanded(value) for name, value in ctx.params.items()})
         return list(rest)
@@ -52,11 +52,11 @@ class CommandGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args[0] not in self.commands and not ctx.resilient_parsing:
             where = next((p.opts[0] for p in self.params if p.metavar == PLACEHOLDERS[Path]), "")
-            raise no_command(args[0], self.commands, ctx.command_path, args[1:], where)
+            raise unknown_command(args[0], self.commands, ctx.command_path, args[1:], where)
         return super().resolve_command(ctx, args)
 
 
-class Above(CommandLine, CommandGroup):
+class CommandWithSubcommands(CommandLine, CommandGroup):
     """A command that also has subcommands, listed at the end of its help."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

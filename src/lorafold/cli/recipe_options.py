@@ -21,7 +21,7 @@ from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 
 CONFIG = "A recipe in YAML. --set and the options below take precedence over it."
-WIDEST = 50  # characters of choices as a placeholder
+MAX_CHOICES_WIDTH = 50  # characters of choices as a placeholder
 
 
 def options_of(declared: RecipeOptions) -> list[Parameter]:
@@ -40,7 +40,7 @@ def options_of(declared: RecipeOptions) -> list[Parameter]:
 
 def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
     pairs = [*(typed["set"] or [])]
-    flags = {}
+    fields = {}
     for name in fields_in(declared):
         value = typed[name]
         if value in (None, []):
@@ -48,17 +48,17 @@ def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
         if isinstance(Recipe.model_fields[name].default, dict):
             pairs += [f"{name}.{pair}" for pair in value]
         elif name == "new_tokens":
-            flags[name] = [word.strip() for text in value for word in text.split(",")]
+            fields[name] = [word.strip() for text in value for word in text.split(",")]
         elif name == "targets" and len(value) == 1 and not _is_name_ending(value[0]):
-            flags[name] = value[0]
+            fields[name] = value[0]
         else:
-            flags[name] = value
+            fields[name] = value
     config = typed["config"] if declared.config else None
-    recipe = load_recipe(config, pairs, declared.defaults(typed), **flags)
+    recipe = load_recipe(config, pairs, declared.defaults(typed), **fields)
     rates = {"lr": recipe.lr, "lr_b": recipe.lr_b}
-    if wrong := [f"{n}: found {rate:g}" for n, rate in rates.items() if rate and rate > 1]:
+    if too_high := [f"{n}: found {rate:g}" for n, rate in rates.items() if rate and rate > 1]:
         raise LorafoldError(
-            f"recipe: {'; '.join(wrong)}, expected at most 1: a step of AdamW changes each"
+            f"recipe: {'; '.join(too_high)}, expected at most 1: a step of AdamW changes each"
             " parameter by about as much"
         )
     return recipe
@@ -77,7 +77,7 @@ def _option(name: str, panel: str | None) -> DeclaredOption:
     if choices:
         numbers = [PLACEHOLDERS[k] for k in alternatives(info.annotation) if k in (int, float)]
         metavar = "|".join([*numbers, *choices])
-        metavar = metavar if len(metavar) < WIDEST else "NAME"  # the text lists them
+        metavar = metavar if len(metavar) < MAX_CHOICES_WIDTH else "NAME"  # the text lists them
     default = "" if info.default in (None, {}, ()) else f"  [default: {as_typed(info.default)}]"
     option = Option(
         kind=kind, metavar=metavar, panel=panel, rare=name not in COMMON, choices=tuple(choices)

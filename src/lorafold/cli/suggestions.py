@@ -12,13 +12,13 @@ from re import match
 from shlex import join, quote, split
 from typing import Any
 
-from lorafold.advice import ALIKE, ELSEWHERE, OF_SERVERS
 from lorafold.cli.command_line import Word
 from lorafold.errors import LorafoldError, listed
+from lorafold.foreign_options import FOREIGN_OPTIONS, SERVER_OPTION_NAMES, SIMILARITY
 
-SAMPLES = ("true", "1")  # for a missing value of a switch or a number
-SPELT = 0.9  # similarity of a misspelling
-ROOM = 270  # characters of all hints
+SAMPLE_VALUES = ("true", "1")  # for a missing value of a switch or a number
+MISSPELLING_CUTOFF = 0.9  # similarity of a misspelling
+MAX_HINTS_LENGTH = 270  # characters of all hints
 # commands of other tools
 COMMANDS = {
     **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "lora", "qlora"), "train"),
@@ -38,10 +38,10 @@ HINTS = {
 }
 
 
-def no_command(
-    name: str, commands: Collection[str], path: str, after: Sequence[str] = (), where: str = ""
+def unknown_command(
+    name: str, commands: Collection[str], path: str, next_words: Sequence[str] = (), where: str = ""
 ) -> LorafoldError:
-    """The error for an unknown command below `path`. `after` are the following words; if `path`
+    """The error for an unknown command below `path`. `next_words` are the following ones; if `path`
     takes a path, `where` is its option.
     """
     from lorafold.objectives import OBJECTIVES
@@ -51,92 +51,92 @@ def no_command(
     elif COMMANDS.get(name) in commands:
         hint = f"use {path} {COMMANDS[name]}"
     elif name == "help":
-        below = [word for word in after[:1] if word in commands]
-        hint = f"use {' '.join([path, *below])} --help"
+        subcommand = [word for word in next_words[:1] if word in commands]
+        hint = f"use {' '.join([path, *subcommand])} --help"
     elif where and Path(name).exists():
         hint = f"expected {where} {quote(name)}"
     else:
-        hint = _near(name, commands) or f"{path} --help lists all commands"
+        hint = _suggest_nearest(name, commands) or f"{path} --help lists all commands"
     return LorafoldError(f"unknown command {name}: {hint}")
 
 
-def no_options(
+def unknown_options(
     typed: Iterable[Word], options: Mapping[str, Any], path: str
 ) -> LorafoldError | None:
     """The error for the unknown options of a command line, or None. `options` are the command's, by
     each of their names; `path` is the command as typed.
     """
     unknown = {w.name: w.values[0] if w.values else None for w in typed if w.name and not w.option}
-    given = {_plain(name): value for name, value in unknown.items()}
-    hints = [f"unknown option {name}: {_hint(name, given, options, path)}" for name in unknown]
-    return LorafoldError(listed(hints, "; ", ROOM)) if hints else None
+    values = {_normalized(name): value for name, value in unknown.items()}
+    hints = [f"unknown option {name}: {_hint(name, values, options, path)}" for name in unknown]
+    return LorafoldError(listed(hints, "; ", MAX_HINTS_LENGTH)) if hints else None
 
 
-def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any], path: str) -> str:
-    names = {_plain(option): option for option in options}
-    plain, flags = _plain(name), [option for option in options if option.startswith("-")]
+def _hint(name: str, typed: Mapping[str, str | None], options: Mapping[str, Any], path: str) -> str:
+    names = {_normalized(option): option for option in options}
+    plain, flags = _normalized(name), [option for option in options if option.startswith("-")]
     if names.get(plain) in flags:
         return f"use {names[plain]}"
     if plain in names:
-        return f"pass the value without a name, as in {path} {given[plain] or plain.upper()}"
+        return f"pass the value without a name, as in {path} {typed[plain] or plain.upper()}"
     tables = [table for option, table in HINTS.items() if option in options]
     hint = (
         next((table[plain] for table in tables if plain in table), "")
-        or _of_servers(plain, options)
-        or _near(name, flags, SPELT)
-        or _of_training_tools(plain, given, options)
-        or _begun(name, flags)
-        or _near(name, flags)
+        or _server_hint(plain, options)
+        or _suggest_nearest(name, flags, MISSPELLING_CUTOFF)
+        or _training_tool_hint(plain, typed, options)
+        or _suggest_completion(name, flags)
+        or _suggest_nearest(name, flags)
     )
     # or options with the same last word
     last = f"_{plain.rpartition('_')[2]}"
-    ending = [flag for flag in flags if "_" in plain and _plain(flag).endswith(last)]
-    if not hint and 0 < len(ending) < 4:
-        hint = f"did you mean {' or '.join(ending)}?"
-    more = options.get("--help-all")
-    return hint or f"{path} --help{'' if more is None or more.hidden else '-all'} lists all options"
+    same_ending = [flag for flag in flags if "_" in plain and _normalized(flag).endswith(last)]
+    if not hint and 0 < len(same_ending) < 4:
+        hint = f"did you mean {' or '.join(same_ending)}?"
+    rare = options.get("--help-all")
+    return hint or f"{path} --help{'' if rare is None or rare.hidden else '-all'} lists all options"
 
 
-def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
-    known = ELSEWHERE.get(plain)
-    if known is None or plain not in OF_SERVERS or f"--{known.names[0]}" not in options:
+def _server_hint(plain: str, options: Mapping[str, Any]) -> str:
+    counterpart = FOREIGN_OPTIONS.get(plain) if plain in SERVER_OPTION_NAMES else None
+    if counterpart is None or f"--{counterpart.fields[0]}" not in options:
         return ""
-    remark = f", {known.remark}" if known.remark else ""
-    return f"use --{known.names[0]} {known.like}".rstrip() + remark
+    remark = f", {counterpart.remark}" if counterpart.remark else ""
+    return f"use --{counterpart.fields[0]} {counterpart.example}".rstrip() + remark
 
 
-def _of_training_tools(
-    key: str, given: Mapping[str, str | None], options: Mapping[str, Any]
+def _training_tool_hint(
+    key: str, values: Mapping[str, str | None], options: Mapping[str, Any]
 ) -> str:
-    from lorafold.config_import.run import counterpart
+    from lorafold.config_import.translate import counterpart
 
-    known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
+    samples = {name: SAMPLE_VALUES[0] if value is None else value for name, value in values.items()}
     problems, trains = [], "--lr" in options
-    for value in dict.fromkeys([known[key], *SAMPLES]):
+    for value in dict.fromkeys([samples[key], *SAMPLE_VALUES]):
         try:
-            found = counterpart(key, {**known, key: value})
+            translated = counterpart(key, {**samples, key: value})
         except LorafoldError as error:
             problems.append(str(error))
             continue
-        if found is None:
+        if translated is None:
             return ""
-        fields = [w for field, v in found.fields.items() for w in _typed(field, v, options)]
-        words = fields or split(found.flag)
+        fields = [w for field, v in translated.fields.items() for w in _flags(field, v, options)]
+        words = fields or split(translated.flag)
         if not words:  # remarks are about training only
-            return "" if found.how == "taken" or not trains else found.remark
+            return "" if translated.how == "taken" or not trains else translated.remark
         flags = [word for word in words if word.startswith("--")]
-        if value != known[key] or (value != given[key] and not found.fields):
+        if value != samples[key] or (value != values[key] and not translated.fields):
             words = flags
         if not {*flags} <= options.keys():
-            longer = [option for option in options if key.startswith(f"{_plain(option)}_")]
-            elsewhere = f"only lorafold train supports it, as {join(words)}"
-            return f"did you mean {longer[0]}?" if longer else elsewhere
-        remark = f" ({found.remark})" if fields and found.remark else ""
+            longer = [option for option in options if key.startswith(f"{_normalized(option)}_")]
+            only_train = f"only lorafold train supports it, as {join(words)}"
+            return f"did you mean {longer[0]}?" if longer else only_train
+        remark = f" ({translated.remark})" if fields and translated.remark else ""
         return f"use {join(words)}{remark}"
     return problems[0] if trains else ""
 
 
-def _typed(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
+def _flags(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
     from lorafold.cli.parameters import as_typed
 
     dashed = name.replace("_", "-")
@@ -149,19 +149,19 @@ def _typed(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"--{dashed}", as_typed(entry))
 
 
-def _begun(name: str, names: Collection[str]) -> str:
+def _suggest_completion(name: str, names: Collection[str]) -> str:
     longer = [flag for flag in names if flag.startswith(name) and len(name) > len("--x")]
     if len(longer) == 1:
         return f"did you mean {longer[0]}?"
-    glued = match(r"(--[a-z][a-z-]*?)(-?[.\d].*)$", name)
-    return f"did you mean {glued[1]} {glued[2]}?" if glued and glued[1] in names else ""
+    joined = match(r"(--[a-z][a-z-]*?)(-?[.\d].*)$", name)
+    return f"did you mean {joined[1]} {joined[2]}?" if joined and joined[1] in names else ""
 
 
-def _near(name: str, names: Iterable[str], cutoff: float = ALIKE) -> str:
-    plain = {_plain(known): known for known in names}
-    near = get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
+def _suggest_nearest(name: str, names: Iterable[str], cutoff: float = SIMILARITY) -> str:
+    plain = {_normalized(known): known for known in names}
+    near = get_close_matches(_normalized(name), plain, n=1, cutoff=cutoff)
     return f"did you mean {plain[near[0]]}?" if near else ""
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lstrip("-").replace("-", "_").lower()

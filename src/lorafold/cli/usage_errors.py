@@ -14,12 +14,12 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from lorafold.cli.command_line import OTHER_NAMES, Word
-from lorafold.cli.suggestions import no_options
-from lorafold.errors import LorafoldError, both_names, shortened
+from lorafold.cli.suggestions import unknown_options
+from lorafold.errors import LorafoldError, truncate_middle, two_names_message
 
-SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+SWITCH_VALUES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # an editor may replace "--" by these
-TEXTS = {"prompt", "system"}  # options whose values may have several words
+TEXT_OPTIONS = {"prompt", "system"}  # options whose values may have several words
 WHOLE, FRACTION = "a whole number", "a number"
 BOUNDS = {
     "greater_than": "above {gt}",
@@ -31,7 +31,7 @@ BOUNDS = {
 }
 
 
-class Line(NamedTuple):
+class TypedLine(NamedTuple):
     """A command line as typed; `options` are the command's, by each of their names, `path` is the
     command.
     """
@@ -49,17 +49,17 @@ class Line(NamedTuple):
         return [word.values[0] for word in self.words if not word.name]
 
 
-def repeated(line: Line) -> LorafoldError | None:
+def repeated_options(line: TypedLine) -> LorafoldError | None:
     """The error for options that are given twice with different values, or under two names."""
-    given: dict[str, list[Word]] = {}
+    words_by_option: dict[str, list[Word]] = {}
     for word in line.words:
         if word.option is not None:
-            given.setdefault(str(word.option.name), []).append(word)
+            words_by_option.setdefault(str(word.option.name), []).append(word)
     problems = []
-    for same in given.values():
-        others = [w.name for w in same if w.name in OTHER_NAMES and w.name not in line.options]
-        if now := [w.name for w in same if w.name not in others] if others else []:
-            return LorafoldError(both_names(others[0], now[0]))
+    for same in words_by_option.values():
+        old = [w.name for w in same if w.name in OTHER_NAMES and w.name not in line.options]
+        if current := [w.name for w in same if w.name not in old] if old else []:
+            return LorafoldError(two_names_message(old[0], current[0]))
         flag = getattr(same[0].option, "is_flag", False)
         values = {w.name if flag else " ".join(map(str, w.values)): w.name for w in same}
         if len(values) > 1 and not getattr(same[0].option, "multiple", False):
@@ -68,20 +68,20 @@ def repeated(line: Line) -> LorafoldError | None:
     return LorafoldError("; ".join([*problems, line.see])) if problems else None
 
 
-def unquoted(line: Line) -> LorafoldError | None:
+def unquoted_text(line: TypedLine) -> LorafoldError | None:
     """The error for a text without quotes, whose other words would be read as paths."""
     for number, (name, option, values, _) in enumerate(line.words, 1):
-        loose = [w.values[0] for w in takewhile(lambda w: not w.name, line.words[number:])]
-        if option and option.name in TEXTS and loose and not Path(loose[0]).exists():
-            text = quote(shortened(" ".join([*values, *loose]), 100))
+        following = [w.values[0] for w in takewhile(lambda w: not w.name, line.words[number:])]
+        if option and option.name in TEXT_OPTIONS and following and not Path(following[0]).exists():
+            text = quote(truncate_middle(" ".join([*values, *following]), 100))
             return LorafoldError(f"{name}: found several words without quotes; write {name} {text}")
     return None
 
 
-def unread(error: Any, line: Line, params: Sequence[Any]) -> LorafoldError | None:
+def parsing_error(error: Any, line: TypedLine, params: Sequence[Any]) -> LorafoldError | None:
     """The error for an exception of Typer; None if Typer's own message is good."""
     if hasattr(error, "possibilities"):  # of an unknown name
-        return no_options(line.words, line.options, line.path)
+        return unknown_options(line.words, line.options, line.path)
     if name := getattr(error, "option_name", None):
         option = line.options[name]
         found = "no value" if option.nargs == 1 else "too few values"
@@ -89,44 +89,45 @@ def unread(error: Any, line: Line, params: Sequence[Any]) -> LorafoldError | Non
     if hasattr(error, "param_type"):
         return _missing(line, params)
     if getattr(error, "param", None) is not None:
-        wrong = [*_bad_values(error)]
-        return LorafoldError("; ".join(wrong)) if wrong else None
+        problems = [*_bad_values(error)]
+        return LorafoldError("; ".join(problems)) if problems else None
     return _stray(line) if line.stray else None
 
 
-def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
+def _missing(line: TypedLine, params: Sequence[Any]) -> LorafoldError:
     """The error for missing required options. If a command takes only options, words without one
     are assumed to be their values.
     """
-    given = {word.option.name for word in line.words if word.option is not None}
+    given_options = {word.option.name for word in line.words if word.option is not None}
     only_options = all(param.param_type_name == "option" for param in params)
-    wanted, stray = [], line.stray if only_options else []
-    found = shortened(" ".join(stray), 100)
+    expected, stray = [], line.stray if only_options else []
+    found = truncate_middle(" ".join(stray), 100)
     for param in params:
-        if not param.required or param.name in given:
+        if not param.required or param.name in given_options:
             continue
         if param.param_type_name == "option":
-            wanted.append(f"{param.opts[0]} {quote(stray.pop(0)) if stray else param.metavar}")
+            expected.append(f"{param.opts[0]} {quote(stray.pop(0)) if stray else param.metavar}")
         elif not line.stray:
-            wanted.append(param.metavar or param.name.upper())
-    problem = f"missing {' and '.join(wanted)}"
+            expected.append(param.metavar or param.name.upper())
+    problem = f"missing {' and '.join(expected)}"
     if found:
-        problem = f"found {found} without an option, expected {' '.join(wanted)}"
+        problem = f"found {found} without an option, expected {' '.join(expected)}"
     return LorafoldError(f"{problem}; {line.see}")
 
 
-def _stray(line: Line) -> LorafoldError:
-    place, word = next(n for n, w in enumerate(line.words) if not w.name), line.stray[0]
-    name, option, values, _ = line.words[place - 1] if place else Word("", None, (), ())
-    if getattr(option, "is_flag", False) and word.lower() in SWITCHED:
+def _stray(line: TypedLine) -> LorafoldError:
+    index, word = next(n for n, w in enumerate(line.words) if not w.name), line.stray[0]
+    name, option, values, _ = line.words[index - 1] if index else Word("", None, (), ())
+    if getattr(option, "is_flag", False) and word.lower() in SWITCH_VALUES:
         names = " or ".join([*option.opts, *option.secondary_opts])  # type: ignore[union-attr]
         return LorafoldError(f"{name}: found {word}, expected {names} without a value")
     if getattr(option, "multiple", False):
-        each = " ".join(f"{name} {quote(value)}" for value in (*values, word))
-        return LorafoldError(f"{name}: found a second value without {name}; write {each}")
+        repeated = " ".join(f"{name} {quote(value)}" for value in (*values, word))
+        return LorafoldError(f"{name}: found a second value without {name}; write {repeated}")
     near = get_close_matches(f"--{word.strip(DASHES)}", line.options, 1, 0.8)
     hint = f"did you mean {near[0]}?" if near else f"expected only options; {line.see}"
-    return LorafoldError(f"found {shortened(' '.join(line.stray), 100)} without an option; {hint}")
+    stray = truncate_middle(" ".join(line.stray), 100)
+    return LorafoldError(f"found {stray} without an option; {hint}")
 
 
 def _bad_values(error: Any) -> Iterator[str]:
@@ -143,7 +144,7 @@ def _bad_values(error: Any) -> Iterator[str]:
         hint = _number_in(str(found)) if expected in (WHOLE, FRACTION) else ""
         if "," in str(found) and param.multiple:
             hint = "; repeat the option to pass several values"
-        yield f"{name}: found {shortened(repr(found), 80)}, expected {expected}{hint}"
+        yield f"{name}: found {truncate_middle(repr(found), 80)}, expected {expected}{hint}"
 
 
 def _number_in(text: str) -> str:

@@ -29,9 +29,9 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.adapter import Adapter, load
+from lorafold.data.chat_template import with_date
 from lorafold.data.examples import probe_ids
-from lorafold.data.sources import Row
-from lorafold.data.templates import on_day
+from lorafold.data.json_input import Row
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.evaluation import Evaluation, RewardEvaluation
 from lorafold.evaluation.intervals import Interval
@@ -39,10 +39,10 @@ from lorafold.layers import parameter_count
 from lorafold.methods import known_options
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.config import CONFIG
-from lorafold.recipe.fields import OF_METHOD, OF_TRAINING
-from lorafold.recipe.fitting import fitting, settled_base, spec_of
+from lorafold.recipe.fields import METHOD_FIELDS, TRAINING_FIELDS
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import resolve_storage, spec_of, with_method
 from lorafold.resolve import Base
 from lorafold.training.inputs import RunRequest, objective_of, prepare_tokenizer
 from lorafold.training.run import train
@@ -73,8 +73,8 @@ class Variant:
         except TypeError as error:
             raise LorafoldError(f"vary: {error}, expected numbers, texts or lists") from None
         except LorafoldError as error:
-            said = str(error).removeprefix("recipe: ").replace(" (from --set)", "")
-            raise LorafoldError(f"vary: {said.removeprefix('--set ')}") from None
+            message = str(error).removeprefix("recipe: ").replace(" (from --set)", "")
+            raise LorafoldError(f"vary: {message.removeprefix('--set ')}") from None
 
 
 def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant]:
@@ -84,49 +84,49 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
         raise LorafoldError(
             "vary: found epochs and steps, which both set the length of a run; use only one of them"
         )
-    distinct = []
+    result = []
     for method in methods:
         fitted = []
         for values in product(*vary.values()):
             settings = dict(zip(vary, values, strict=True))
             changed = Variant(method, settings).of(recipe)
-            one = fitting(changed, method)
-            absent = {*OF_METHOD}.difference(known_options(method, changed.options.get("over")))
-            has = {
+            fitted_recipe = with_method(changed, method)
+            absent = {*METHOD_FIELDS}.difference(known_options(method, changed.options.get("over")))
+            applicable = {
                 name: value
                 for name, value in settings.items()
                 if name.partition(".")[0] not in absent
-                and field_value(one, name) == field_value(changed, name)
+                and field_value(fitted_recipe, name) == field_value(changed, name)
             }
-            variant = Variant(method, has)
-            if (dumped := fitting(variant.of(recipe), method).model_dump()) not in fitted:
+            variant = Variant(method, applicable)
+            if (dumped := with_method(variant.of(recipe), method).model_dump()) not in fitted:
                 fitted.append(dumped)
-                distinct.append(variant)
-    if unknown := [name for name in vary if not any(name in one.settings for one in distinct)]:
+                result.append(variant)
+    if unknown := [name for name in vary if not any(name in one.settings for one in result)]:
         raise LorafoldError(
             f"vary: found {listed(unknown)}, expected settings of the methods {', '.join(methods)}"
         )
-    names = [str(one) for one in distinct]
+    names = [str(fitted_recipe) for fitted_recipe in result]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise LorafoldError(
             f"methods, vary: found {listed(twice)} more than once; remove duplicate methods and"
             " values"
         )
-    return distinct
+    return result
 
 
 def checked(vary: Vary) -> dict[str, list[Any]]:
     """The values by field, checked: only fields of training can vary."""
     values_by_field = {}
     for name, values in vary.items():
-        if (whole := name.partition(".")[0]) not in OF_TRAINING:
-            instead = {"method": "; use methods", "seed": "; use seeds"}.get(whole)
+        if (field := name.partition(".")[0]) not in TRAINING_FIELDS:
+            hint = {"method": "; use methods", "seed": "; use seeds"}.get(field)
             raise LorafoldError(
                 f"vary: found {name}, expected a field that changes training and not the"
-                f" evaluation: {', '.join(sorted(OF_TRAINING))}{instead or ''}"
+                f" evaluation: {', '.join(sorted(TRAINING_FIELDS))}{hint or ''}"
             )
-        several = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
-        values_by_field[name] = [*values] if several else []
+        is_list = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
+        values_by_field[name] = [*values] if is_list else []
         if not values_by_field[name]:
             raise LorafoldError(f"vary: {name}: found {values!r:.80}, expected a list of values")
     return values_by_field
@@ -134,9 +134,9 @@ def checked(vary: Vary) -> dict[str, list[Any]]:
 
 def field_value(recipe: Recipe, name: str) -> Any:
     """The value of a field, or of an entry such as options.init."""
-    whole, _, inner = name.partition(".")
-    value = getattr(recipe, whole)
-    return value.get(inner) if inner else value
+    field, _, entry = name.partition(".")
+    value = getattr(recipe, field)
+    return value.get(entry) if entry else value
 
 
 def short_value(value: Any) -> str:
@@ -149,7 +149,7 @@ def short_value(value: Any) -> str:
 
 
 # tokens prefilled, tokens decoded, rounds; many short alternating timings are robust to noise
-PROMPT, NEW, ROUNDS = 128, 8, 11
+PREFILLED, DECODED, NUM_ROUNDS = 128, 8, 11
 
 
 class Latency(NamedTuple):
@@ -164,8 +164,8 @@ def latencies(
 ) -> tuple[Latency, Latency | None]:
     models = [m for m in (base, tuned, merged) if m is not None]
     for model in models:
-        timed(model, new)  # the first calls are slower
-    rounds = [[timed(model, new) for model in models] for _ in range(ROUNDS)]
+        time_model(model, new)  # the first calls are slower
+    rounds = [[time_model(model, new) for model in models] for _ in range(NUM_ROUNDS)]
 
     def over_base(i: int) -> Latency:
         prefill = statistics.median(times[i].prefill / times[0].prefill for times in rounds)
@@ -178,19 +178,19 @@ def latencies(
 
 
 @torch.no_grad()
-def timed(model: PreTrainedModel, new: int) -> Latency:
-    """Seconds to prefill PROMPT tokens and to decode `new` tokens, at batch 1."""
-    ids = torch.arange(100, 100 + PROMPT, device=model.device)[None]
-    output, prefill = clock(lambda: model(ids, use_cache=new > 0), model.device)
+def time_model(model: PreTrainedModel, new: int) -> Latency:
+    """Seconds to prefill PROMPT_TOKENS tokens and to decode `new` tokens, at batch 1."""
+    ids = torch.arange(100, 100 + PREFILLED, device=model.device)[None]
+    output, prefill = time_call(lambda: model(ids, use_cache=new > 0), model.device)
 
     def decode() -> None:
         for _ in range(new):
             model(ids[:, -1:], cache=output.cache, use_cache=True)
 
-    return Latency(prefill, clock(decode, model.device)[1] if new else None)
+    return Latency(prefill, time_call(decode, model.device)[1] if new else None)
 
 
-def clock(do: Callable, device: torch.device) -> tuple:
+def time_call(do: Callable, device: torch.device) -> tuple:
     """(result of `do`, seconds), synchronized with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -203,7 +203,7 @@ def clock(do: Callable, device: torch.device) -> tuple:
 
 # relative error of logits up to which two models count as equal: far above fp32 rounding of some
 # dozen layers, and far below the effect of an adapter
-EXACT = 1e-4
+MAX_RELATIVE_ERROR = 1e-4
 BASE = "base"  # the row of the base model
 
 
@@ -276,7 +276,7 @@ class Measurement:
 Measurements = Sequence[Measurement]
 
 
-def quality(evaluation: Evaluation | RewardEvaluation) -> dict[str, Any]:
+def eval_figures(evaluation: Evaluation | RewardEvaluation) -> dict[str, Any]:
     names = Measurement.__dataclass_fields__
     figures = {name: value for name, value in vars(evaluation).items() if name in names}
     if isinstance(evaluation, Evaluation):
@@ -314,22 +314,22 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
     recipe = recipe_of(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         request = task.request(Path(folder) / "adapter", recipe)
-        chosen = task.base.stored(settled_base(recipe, spec_of(recipe), task.base.source))
+        storage = resolve_storage(recipe, spec_of(recipe), task.base.source)
         if method == BASE:
-            models = Models(request, chosen)
-            return Measurement(BASE, seed, **quality(models.evaluation(models.base(), task)))
+            models = ComparedModels(request, task.base.stored(storage))
+            return Measurement(BASE, seed, **eval_figures(models.evaluation(models.base(), task)))
         trained = train(request, Console(quiet=True))
-        models = Models(request, chosen)
+        models = ComparedModels(request, task.base.stored(storage))
         base, (tuned, adapter) = models.base(), models.tuned()
-        figures = quality(models.evaluation(tuned, task))
+        figures = eval_figures(models.evaluation(tuned, task))
         generates = base.get_output_embeddings() is not None  # not a classifier
         kl, change = (
             forgetting(base, tuned, probe_ids(models.tokenizer, None))
             if generates
             else (None, None)
         )
-        merged = merge_proved(models)
-        attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if generates else 0)
+        merged = verified_merge(models)
+        attached_ratio, merged_ratio = latencies(base, tuned, merged, DECODED if generates else 0)
         size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
     count = trained.trainable_parameters
     return Measurement(
@@ -356,10 +356,10 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
 def recipe_of(recipe: Recipe, method: str) -> Recipe:
     """The recipe of a method; the base has a default recipe, which is not trained."""
     default = Recipe.model_fields["method"].default
-    return fitting(recipe, default if method == BASE else method)
+    return with_method(recipe, default if method == BASE else method)
 
 
-class Models:
+class ComparedModels:
     """The base of a measurement and the model trained on it; each call loads one."""
 
     def __init__(self, request: RunRequest, bare: Base) -> None:
@@ -371,7 +371,7 @@ class Models:
         else:
             tokenizer = bare.tokenizer([self.saved]) if self.saved else self.whole.tokenizer()
             self.objective.set_up(tokenizer)
-        self.tokenizer = on_day(tokenizer, request.day)
+        self.tokenizer = with_date(tokenizer, request.day)
         self.length = request.recipe.max_length
 
     def evaluation(
@@ -396,7 +396,7 @@ class Models:
         return tuned, load(tuned, self.saved, base=self.bare.weights())
 
 
-def merge_proved(models: Models) -> PreTrainedModel | None:
+def verified_merge(models: ComparedModels) -> PreTrainedModel | None:
     """The merged model, or None if it can't be merged or its logits differ in fp32."""
     tuned, adapter = models.tuned(in_fp32=True)
     ids = torch.arange(100, 164, device=models.bare.where)[None]
@@ -409,7 +409,7 @@ def merge_proved(models: Models) -> PreTrainedModel | None:
             return None
         after = tuned(ids).logits
     nn.Module.to(tuned, models.bare.loaded_as.dtype)
-    return tuned if (after - before).norm() <= EXACT * before.norm() else None
+    return tuned if (after - before).norm() <= MAX_RELATIVE_ERROR * before.norm() else None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@
 A hard row is hard for all methods, so the interval of a difference is narrower than the intervals
 of both figures. Variances of rows and seeds are added, which counts the variance of a row under a
 seed twice, as a crossed bootstrap does; the quantile is Student's with the degrees of freedom of
-Satterthwaite (1946) and Welch (1947). With fewer than SEEDS seeds, intervals are over rows, and
+Satterthwaite (1946) and Welch (1947). With fewer than MIN_SEEDS seeds, intervals are over rows, and
 there is no verdict.
 """
 
@@ -36,9 +36,9 @@ from lorafold.evaluation.intervals import (
 )
 from lorafold.files.templates import in_words, within
 
-SEEDS = 3  # required for a verdict
-ROWS = 20  # held-out rows required for validation rows
-Units = Sequence[tuple[float, int]]  # (sum, count) of each row
+MIN_SEEDS = 3  # required for a verdict
+MIN_ROWS = 20  # held-out rows required for validation rows
+RowSums = Sequence[tuple[float, int]]  # (sum, count) of each row
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,19 @@ class Difference:
         same rows.
         """
         sums = [
-            np.array([[s for s, _ in units(one)] for one in of]) for of in (first, second) if of
+            np.array([[s for s, _ in row_sums(one)] for one in of]) for of in (first, second) if of
         ]
-        n = np.array([n for _, n in units(first[0])])
-        gaps = sums[0].mean(0) - (sums[1].mean(0) if second else 0)
-        rows, mean = len(n), float(gaps.sum() / n.sum())
+        n = np.array([n for _, n in row_sums(first[0])])
+        differences = sums[0].mean(0) - (sums[1].mean(0) if second else 0)
+        rows, mean = len(n), float(differences.sum() / n.sum())
         if rows < 2:
             return cls(mean, None)
-        parts = [(rows / (rows - 1) * float(((gaps - mean * n) ** 2).sum()), rows - 1)]
-        parts += [(x.sum(1).var(ddof=1) / len(x), len(x) - 1) for x in sums if len(x) >= SEEDS]
-        total = sum(v for v, _ in parts)
+        terms = [(rows / (rows - 1) * float(((differences - mean * n) ** 2).sum()), rows - 1)]
+        terms += [(x.sum(1).var(ddof=1) / len(x), len(x) - 1) for x in sums if len(x) >= MIN_SEEDS]
+        total = sum(v for v, _ in terms)
         if not total:
             return cls(mean, (mean, mean), float(not mean))
-        error, df = math.sqrt(total) / float(n.sum()), total**2 / sum(v**2 / f for v, f in parts)
+        error, df = math.sqrt(total) / float(n.sum()), total**2 / sum(v**2 / f for v, f in terms)
         half = student(df + 1) * error
         return cls(mean, (mean - half, mean + half), two_sided(abs(mean) / error, df))
 
@@ -79,7 +79,7 @@ def by_name(measurements: Measurements) -> dict[str, list[Measurement]]:
     return {name: list(seeds) for name, seeds in groupby(measurements, lambda one: one.name)}
 
 
-def units(one: Measurement) -> Units:
+def row_sums(one: Measurement) -> RowSums:
     """(summed loss, tokens) of each row, or (reward, 1) of each prompt."""
     return one.row_losses or [(reward, 1) for reward in one.prompt_rewards]
 
@@ -88,7 +88,7 @@ def held_out(measurements: Measurements) -> dict[str, Difference]:
     return {name: Difference.of(seeds) for name, seeds in by_name(measurements).items()}
 
 
-def alike(measurements: Measurements) -> list[list[str]]:
+def indistinct_methods(measurements: Measurements) -> list[list[str]]:
     """Names of methods with the same loss on every row, whose different settings had no effect."""
     names_by_losses: dict[Any, list[str]] = {}
     for name, seeds in by_name(measurements).items():
@@ -115,20 +115,20 @@ def is_sweep(measurements: Measurements) -> bool:
 
 def with_validation(measurements: Measurements) -> list[Measurement]:
     """For a sweep, the figures with a random half of the rows as `validation`, which selects the
-    setting, and the other half reported; unchanged with fewer than ROWS rows.
+    setting, and the other half reported; unchanged with fewer than MIN_ROWS rows.
     """
-    count = len(units(measurements[0]))
-    if not is_sweep(measurements) or count < ROWS:
+    count = len(row_sums(measurements[0]))
+    if not is_sweep(measurements) or count < MIN_ROWS:
         return [*measurements]
     first = {*random.Random("validation").sample(range(count), count // 2)}
     return [_split(one, first) for one in measurements]
 
 
 def _split(one: Measurement, first: set[int]) -> Measurement:
-    every = [*enumerate(units(one))]
-    validation, rest = ([u for n, u in every if (n in first) == chose] for chose in (True, False))
-    before, mean = (sum(s for s, _ in of) / sum(n for _, n in of) for of in (validation, rest))
-    one = replace(one, validation=before, validation_rows=len(first))
+    every = [*enumerate(row_sums(one))]
+    validation, rest = ([u for n, u in every if (n in first) == chosen] for chosen in (True, False))
+    val_mean, mean = (sum(s for s, _ in of) / sum(n for _, n in of) for of in (validation, rest))
+    one = replace(one, validation=val_mean, validation_rows=len(first))
     if one.loss is not None:
         interval = loss_interval(rest)
         return replace(one, loss=mean, loss_interval=interval, row_losses=tuple(rest))
@@ -155,18 +155,18 @@ def verdict(measurements: Measurements) -> str:
     methods, gains = by_name(measurements), over_base(measurements)
     if not gains:
         return ""
-    lower, standing = lower_is_better(measurements), held_out(measurements)
+    lower, means = lower_is_better(measurements), held_out(measurements)
 
-    def chooses(name: str) -> float:
+    def selection_score(name: str) -> float:
         values = [one.validation for one in methods[name] if one.validation is not None]
-        return fmean(values) if values else standing[name].mean
+        return fmean(values) if values else means[name].mean
 
-    order = sorted(gains, key=chooses, reverse=not lower)
+    order = sorted(gains, key=selection_score, reverse=not lower)
     seeds = min(len(methods[name]) for name in gains)
-    pairs = distinguished_pairs(measurements) if seeds >= SEEDS else set()
+    pairs = distinguished_pairs(measurements) if seeds >= MIN_SEEDS else set()
 
     def better(one: str, other: str) -> bool:
-        less = standing[one].mean < standing[other].mean
+        less = means[one].mean < means[other].mean
         return frozenset((one, other)) in pairs and less == lower
 
     best, *others = order
@@ -177,7 +177,7 @@ def verdict(measurements: Measurements) -> str:
     return in_words(
         "comparing/verdict.jinja",
         seeds=seeds,
-        needed=SEEDS,
+        needed=MIN_SEEDS,
         lower=lower,
         best=best,
         gain=gains[best],
@@ -185,6 +185,6 @@ def verdict(measurements: Measurements) -> str:
         unsure=[m for m in (best, *alike) if not better(m, BASE)],
         settings=[chosen[names.index(m)].name for m in swept],
         validation=chosen[0].validation_rows,
-        count=len(units(chosen[0])),
-        enough=ROWS,
+        count=len(row_sums(chosen[0])),
+        enough=MIN_ROWS,
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lorafold.comparing.measure import BASE, Measurement, Measurements
 from lorafold.comparing.paired_tests import (
-    SEEDS,
+    MIN_SEEDS,
     Difference,
     by_name,
     held_out,
@@ -27,7 +27,7 @@ from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table, values_of
 
 Table = tuple[list[str], list[list[str]]]  # headings, lines
-SMALLEST = 1e-6  # value on a logarithmic axis
+MIN_X = 1e-6  # value on a logarithmic axis
 INTERVALS = "Lines are 95% intervals."
 
 
@@ -97,22 +97,22 @@ def plots_of(measurements: Measurements) -> Iterator[str]:
     mergeable = [all(values_of(seeds, "mergeable")) for seeds in figures]
     yield ranking(quality, names)
     for cost in COSTS:
-        x = [mean if mean is None else max(mean, SMALLEST) for mean in means(figures, cost.figure)]
+        x = [mean if mean is None else max(mean, MIN_X) for mean in means(figures, cost.figure)]
         if None not in x:
             yield scatter(cost, x, quality, names, mergeable)
     for phase, figure in (("Decode", "latency"), ("Prefill", "prefill")):
-        both = {way: means(figures, f"{figure}_{way}") for way in ("attached", "merged")}
-        if any(both["attached"]):
-            yield latencies(f"{phase} latency, relative to the base model", names, both)
+        by_way = {way: means(figures, f"{figure}_{way}") for way in ("attached", "merged")}
+        if any(by_way["attached"]):
+            yield latencies(f"{phase} latency, relative to the base model", names, by_way)
 
 
 def ranking(quality: Quality, names: Sequence[str]) -> str:
-    order, reach = quality.order, quality.intervals
+    order, intervals_of = quality.order, quality.intervals
     labels = distinct([names[n] for n in order], 16)
     shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(labels, order, strict=True)]
 
     def draw(axes: Any) -> None:
-        values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]
+        values, intervals = [quality.values[n] for n in order], [intervals_of[n] for n in order]
         plots.rows(axes, shown, [plots.Series("", values, intervals)], max(map(len, shown)))
         if quality.base is not None:
             plots.level(axes, "base", x=quality.base)
@@ -138,8 +138,8 @@ def scatter(
     def draw(axes: Any) -> str:
         for n in known:
             y, style = quality.values[n], plots.series(0 if mergeable[n] else 1)
-            reach = plots.spread([y or 0], [quality.intervals[n]])
-            axes.errorbar(x[n], y, yerr=reach, elinewidth=0.8, **style | {"linestyle": "none"})
+            interval = plots.spread([y or 0], [quality.intervals[n]])
+            axes.errorbar(x[n], y, yerr=interval, elinewidth=0.8, **style | {"linestyle": "none"})
         if quality.base is not None:
             plots.level(axes, "base", y=quality.base)
         axes.set(xlabel=cost.axis, ylabel=quality.label)
@@ -147,46 +147,46 @@ def scatter(
         points = [(x[n], quality.values[n]) for n in known]
         return plots.at_points(axes, points, [names[n] for n in known])
 
-    def of(n: int) -> str:
+    def cost_of(n: int) -> str:
         return plots.number(x[n] or 0, digits=3)
 
     extreme = "lowest loss" if quality.lower else "highest reward"
-    caption = f"{names[best]}, which has the {extreme}, {cost.words.format(of(best))}"
+    caption = f"{names[best]}, which has the {extreme}, {cost.words.format(cost_of(best))}"
     if best != least:
         caption += (
-            f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
+            f"; {names[least]} {cost.least}, {cost_of(least)}, and has {quality.values[least]:.4g}"
         )
     merged = "Methods with triangles can't be merged. " if not all(mergeable) else ""
     title = f"Quality against {cost.name}"
     return plots.drawing(draw, title, f"{caption}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
 
 
-def latencies(title: str, names: Sequence[str], both: dict[str, list[float | None]]) -> str:
-    marks = [
+def latencies(title: str, names: Sequence[str], by_way: dict[str, list[float | None]]) -> str:
+    series = [
         plots.Series(name, values, [None] * len(values))
-        for name, values in both.items()
+        for name, values in by_way.items()
         if any(value is not None for value in values)
     ]
 
     def draw(axes: Any) -> str:
         plots.level(axes, "base", x=1)
         axes.set(xlabel="ratio to the base")
-        left_out = plots.rows(axes, names, marks)
+        left_out = plots.rows(axes, names, series)
         plots.scaled(axes, x="linear")
         return left_out
 
-    def told(one: plots.Series) -> str:
-        known = sorted((v, n) for v, n in zip(one.values, names, strict=True) if v is not None)
+    def describe(line: plots.Series) -> str:
+        known = sorted((v, n) for v, n in zip(line.values, names, strict=True) if v is not None)
         (low, fast), (high, slow) = known[0], known[-1]
         between = f"{low:.2f} ({fast}) to {high:.2f} ({slow})" if len(known) > 1 else f"{low:.2f}"
-        return f"{one.name} {between}"
+        return f"{line.name} {between}"
 
-    caption = f"Ratios: {'; '.join(map(told, marks))}. Lower is faster."
-    return plots.drawing(draw, title, caption, plots.height_of(names, len(marks)))
+    caption = f"Ratios: {'; '.join(map(describe, series))}. Lower is faster."
+    return plots.drawing(draw, title, caption, plots.height_of(names, len(series)))
 
 
 LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
-WITHIN = " 95%"  # suffix of the heading of an interval
+INTERVAL_SUFFIX = " 95%"  # suffix of the heading of an interval
 COLUMNS = {  # heading: figure, format
     "trainable": ("trainable_parameters", ",.0f"),
     "share": ("trainable_share", ".3%"),
@@ -216,14 +216,14 @@ def figures(measurements: Measurements) -> Table:
     def column(figure: str, form: str) -> list[str]:
         return [spread(values_of(seeds, figure), form) for seeds in methods.values()]
 
-    def intervals(each: Iterable[Interval | None], form: str) -> list[str]:
-        return [f"{one[0]:{form}} to {one[1]:{form}}" if one else NOTHING for one in each]
+    def intervals(bounds: Iterable[Interval | None], form: str) -> list[str]:
+        return [f"{one[0]:{form}} to {one[1]:{form}}" if one else NOTHING for one in bounds]
 
     for heading, (figure, form) in COLUMNS.items():
         columns[heading] = column(figure, form)
         if heading == (LOSS if lower_is_better(measurements) else REWARD):
             every = (one.interval for one in held_out(measurements).values())
-            columns[heading + WITHIN] = intervals(every, form)
+            columns[heading + INTERVAL_SUFFIX] = intervals(every, form)
             columns["validation"] = column("validation", form)
             columns[OVER_BASE] = [str(gains.get(name, NOTHING)) for name in methods]
             columns |= {
@@ -236,8 +236,8 @@ def figures(measurements: Measurements) -> Table:
         if heading == EXACT:
             # for a single seed; several have a range
             seeds = methods.values()
-            alone = (of[0].exact_match_interval if len(of) == 1 else None for of in seeds)
-            columns[EXACT + WITHIN] = intervals(alone, ".1%")
+            single = (of[0].exact_match_interval if len(of) == 1 else None for of in seeds)
+            columns[EXACT + INTERVAL_SUFFIX] = intervals(single, ".1%")
     for heading, figure in FLAGS.items():
         columns[heading] = [answer(values_of(seeds, figure)) for seeds in methods.values()]
     return table_of(columns)
@@ -252,7 +252,7 @@ def answer(values: Sequence[bool | None]) -> str:
     return NOTHING if None in values else "yes" if all(values) else "no"
 
 
-SHORT = {  # heading: figure, format; besides loss or reward
+SHORT_COLUMNS = {  # heading: figure, format; besides loss or reward
     EXACT: ("exact_match", ".0%"),
     "KL to base": ("forgetting_kl", ".3f"),
     "peak GB": ("peak_gigabytes", ".2f"),
@@ -260,7 +260,7 @@ SHORT = {  # heading: figure, format; besides loss or reward
 }
 
 
-def deciding(measurements: Measurements) -> str:
+def short_report(measurements: Measurements) -> str:
     """The main figures in a table of at most 80 columns, a legend, and the verdict."""
     methods, lower = by_name(measurements), lower_is_better(measurements)
     gains, qualities = over_base(measurements), held_out(measurements).values()
@@ -273,7 +273,7 @@ def deciding(measurements: Measurements) -> str:
         ],
         **{
             heading: [spread(values_of(of, figure), form, False) for of in methods.values()]
-            for heading, (figure, form) in SHORT.items()
+            for heading, (figure, form) in SHORT_COLUMNS.items()
         },
         "trained": [
             NOTHING if (n := seeds[0].trainable_parameters) is None else number(n, digits=3)
@@ -282,15 +282,15 @@ def deciding(measurements: Measurements) -> str:
     }
     several = max(map(len, methods.values()))
     means = f" Means over {several} seeds." if several > 1 else ""
-    over = "and seeds" if several >= SEEDS else "only, not seeds"
-    about = f"{LOW if lower else HIGH} {over}.{means} {LEGEND}"
+    over = "and seeds" if several >= MIN_SEEDS else "only, not seeds"
+    about = f"{LOSS_NOTE if lower else REWARD_NOTE} {over}.{means} {LEGEND}"
     conclusion = verdict(measurements)
     below = [*paragraph(about), *(["", *paragraph(f"{conclusion}.")] if conclusion else [])]
     return text_table(*table_of(columns)) + "\n" + "\n".join(below)
 
 
-LOW = "loss: in nats per token, with its 95% interval; lower is better. Intervals cover rows"
-HIGH = "reward: with its 95% interval; higher is better. Intervals cover prompts"
+LOSS_NOTE = "loss: in nats per token, with its 95% interval; lower is better. Intervals cover rows"
+REWARD_NOTE = "reward: with its 95% interval; higher is better. Intervals cover prompts"
 LEGEND = (
     "over base: paired difference from the base model. KL to base: forgetting, on text outside"
     " the task, in nats per token; lower is better. time: training. trained: parameters. --wide"

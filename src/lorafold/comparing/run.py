@@ -27,8 +27,8 @@ from lorafold.files.atomic import write_json
 from lorafold.files.claims import digest_of, measured, report_other_claims, silent
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
-from lorafold.recipe.fitting import settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import resolve_storage, spec_of
 from lorafold.rewards import RewardName
 from lorafold.runtime.workers import end_with_parent
 
@@ -47,7 +47,7 @@ def methods_for(objective: str) -> list[str]:
     return [n for n, s in specs.items() if not s.diagnostic and (head or not s.head_alone)]
 
 
-def unfit(recipe: Recipe, method: str) -> str | None:
+def unsupported_reason(recipe: Recipe, method: str) -> str | None:
     """Why a method can't be trained on the recipe's objective, or None."""
     if not OBJECTIVES[recipe.objective].draws:
         return None
@@ -61,7 +61,7 @@ def unfit(recipe: Recipe, method: str) -> str | None:
 
 def compare(
     task: ComparisonTask,
-    asked: Sequence[Variant],
+    variant_list: Sequence[Variant],
     seeds: Sequence[int],
     out: Path,
     tell: Callable[[Measurement, int, int], None],
@@ -76,46 +76,46 @@ def compare(
             " the base model lacks these tokens and can't be compared; use lorafold train for each"
             " method"
         )
-    methods = known_methods([*dict.fromkeys(one.method for one in asked)])
+    methods = known_methods([*dict.fromkeys(one.method for one in variant_list)])
     for method in methods:
-        if why := unfit(task.recipe, method):
-            raise LorafoldError(f"method: found {method}, which {why}")
-    if strange := [
+        if reason := unsupported_reason(task.recipe, method):
+            raise LorafoldError(f"method: found {method}, which {reason}")
+    if unknown_options := [
         option
         for option in task.recipe.options
         if not any(option in known_options(m, task.recipe.options.get("over")) for m in methods)
     ]:
         raise LorafoldError(
-            f"recipe: options {listed(strange)}: expected options of the methods"
+            f"recipe: options {listed(unknown_options)}: expected options of the methods"
             f" {', '.join(methods)}"
         )
     declared = OBJECTIVES[task.recipe.objective]
-    before = seeds if declared.draws or declared.head else seeds[:1]
-    plan = [(Variant(BASE), seed) for seed in before]
-    plan += [(one, seed) for one in asked for seed in seeds]
+    base_seeds = seeds if declared.draws or declared.head else seeds[:1]
+    plan = [(Variant(BASE), seed) for seed in base_seeds]
+    plan += [(one, seed) for one in variant_list for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
     cells = {}
     settings = {}
     for variant, seed in plan:
         cell = replace(task, recipe=variant.of(task.recipe))
-        file = out / "rows" / f"{variant.method}-{seed}-{key(cell, variant.method)}.json"
-        cells[file] = partial(in_own_process, cell, variant.method, seed)
+        file = out / "rows" / f"{variant.method}-{seed}-{cell_digest(cell, variant.method)}.json"
+        cells[file] = partial(measure_in_process, cell, variant.method, seed)
         settings[file] = variant.settings
     report_other_claims(cells, say)
     rows = {}
 
-    def there(file: Path, row: Measurement) -> None:
+    def record_row(file: Path, row: Measurement) -> None:
         # not in the file, because another call may have them in its recipe
         rows[file] = replace(row, settings=settings[file])
         tell(rows[file], len(rows), len(cells))
 
-    measured(Measurement, cells, there, say)
+    measured(Measurement, cells, record_row, say)
     measurements = [rows[file] for file in cells]
     write_json(out / "rows.json", {"rows": [asdict(row) for row in measurements]})
     return measurements
 
 
-def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
+def measure_in_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
     """`measure` in a new process, so that peak memory is of one method only."""
     try:
         spawned = get_context("spawn")
@@ -129,11 +129,11 @@ def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
         ) from None
 
 
-def key(task: ComparisonTask, method: str) -> str:
+def cell_digest(task: ComparisonTask, method: str) -> str:
     """A digest of everything that the figures depend on: model, rows, recipe, rewards, code."""
     recipe = recipe_of(task.recipe, method)
     spec = spec_of(recipe)
-    base = task.base.stored(settled_base(recipe, spec, task.base.source))
+    base = task.base.stored(resolve_storage(recipe, spec, task.base.source))
     environment = base.cache_key(recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
     settings = recipe.model_dump(mode="json", exclude={"seed"})

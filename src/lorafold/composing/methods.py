@@ -34,7 +34,7 @@ from lorafold.core.targets import Matches
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted
 from lorafold.evaluation import held_out_loss
-from lorafold.inspecting.updates import lora_of
+from lorafold.inspecting.updates import add_lora
 from lorafold.methods.mixture import Gating, Mixture
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
@@ -67,7 +67,7 @@ def arithmetic(
         "seed": request.seed,
         "truncation_error": error,
     }
-    job.save(lora_of(job.updates.model, factors, "composed"), out, about)
+    job.save(add_lora(job.updates.model, factors, "composed"), out, about)
     return Composed(weights, error, str(out))
 
 

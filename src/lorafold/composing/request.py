@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorafold.composing.updates import RULES, Updates
-from lorafold.data.sources import Row
+from lorafold.data.json_input import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.model_card import training_card
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.methods.mixture import Gating
 from lorafold.models.architecture import opened_by_name
-from lorafold.peft.adapter_directory import SavedAdapter, trained_on
-from lorafold.peft.form import form_of
-from lorafold.peft.provenance import BASE_IDENTITY, TrainedOn
+from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
+from lorafold.peft.form import format_of
+from lorafold.peft.provenance import BASE_IDENTITY, TrainingStorage
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 
@@ -91,7 +91,7 @@ class Job:
         """Write and detach an adapter. Its record lists the adapters that it was made from."""
         request, storage = self.request, self.request.base.storage
         adapters = request.adapters
-        made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)
+        made_on = training_storage_of(adapters) if storage == "auto" else TrainingStorage(storage)
         has_tokenizer = any(one.own_tokenizer for one in adapters)
         tokenizer = request.base.tokenizer(adapters) if has_tokenizer else None
         trained: dict[str, Any] = {TRAINED_ON: made_on and made_on.as_json()}
@@ -115,7 +115,7 @@ class Job:
                 {"recipe": {"adapters": ", ".join(self.updates.names), **about}},
                 {},
                 opened_by=opened_by_name(adapter.model),
-                in_peft=form_of(adapter.model, adapter.spec, adapter.matches.paths).in_peft,
+                in_peft=format_of(adapter.model, adapter.spec, adapter.matches.paths).in_peft,
             ),
         )
         adapter.detach()

@@ -41,7 +41,7 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.core.delta import Additive
 from lorafold.core.expert_matrices import module_at
 from lorafold.core.rounding import generator_of
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.inspecting.updates import Factors, matrix_names, stacked, unstacked
 from lorafold.layers import layer_of
 from lorafold.ops.svd import best_of_rank, svd_of_product
@@ -123,7 +123,7 @@ def read(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
                 " can't be composed with others"
             )
     if problems:
-        raise LorafoldError(as_one(problems))
+        raise LorafoldError(join_problems(problems))
     return Updates(model, tuple(attached), names([saved.path for saved in adapters]))
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafold.advice import NO_FP16, boolean, integer, modules, names, number
 from lorafold.config_import import axolotl_objectives as objectives
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.axolotl_objectives import accumulation, is_policy, of_policy
@@ -47,7 +46,8 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import AXOLOTL, SYSTEM
 from lorafold.errors import LorafoldError
-from lorafold.models.quantizations import made_of
+from lorafold.foreign_options import NO_FP16, boolean, integer, modules, names, number
+from lorafold.models.quantizations import bnb_storage
 
 SIGNS = (
     "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
@@ -304,8 +304,8 @@ def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
 
 OWN: Table = {
     "adapter": (_adapter, NO_ADAPTER),
-    "load_in_4bit": switch(taken(storage=made_of(4))),
-    "load_in_8bit": switch(taken(storage=made_of(8))),
+    "load_in_4bit": switch(taken(storage=bnb_storage(4))),
+    "load_in_8bit": switch(taken(storage=bnb_storage(8))),
     "bf16": (_bf16, "auto"),
     "bfloat16": taken("determined by bf16"),
     "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),

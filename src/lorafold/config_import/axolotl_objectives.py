@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorafold.advice import boolean, integer, names, number
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
     OFF,
@@ -38,6 +37,7 @@ from lorafold.config_import.rules import (
     where,
 )
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import boolean, integer, names, number
 from lorafold.objectives import OBJECTIVES
 
 BLOCK = "trl"

@@ -10,7 +10,6 @@ from __future__ import annotations
 from math import ceil, gcd
 from typing import Any
 
-from lorafold.advice import boolean, integer, names, number
 from lorafold.config_import.rules import (
     OFF,
     Outcome,
@@ -32,6 +31,7 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NUMBERS
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import boolean, integer, names, number
 
 # lorafold's average, by loss_type of the clipped surrogate
 AVERAGES = {

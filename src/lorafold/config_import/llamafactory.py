@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafold.advice import NO_FP16, boolean, integer, names, number
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
     OFF,
@@ -45,7 +44,8 @@ from lorafold.config_import.rules import (
 from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import read_object
-from lorafold.models.quantizations import DEFAULT, MADE, STORAGES, made_of
+from lorafold.foreign_options import NO_FP16, boolean, integer, names, number
+from lorafold.models.quantizations import DEFAULT, ON_LOAD, STORAGES, bnb_storage
 
 SIGNS = (
     "finetuning_type stage cutoff_len lora_rank lora_target template quantization_bit dataset_dir"
@@ -169,11 +169,11 @@ def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def _quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
-    kind, made = settings["quantization_type"], made_of(integer(value))
+    kind, made = settings["quantization_type"], bnb_storage(integer(value))
     nearest = made or DEFAULT
-    same = STORAGES[nearest].made.get("bnb_4bit_quant_type", kind) == kind
+    same = STORAGES[nearest].bnb_options.get("bnb_4bit_quant_type", kind) == kind
     exact = made and same and settings["quantization_method"] in ("bnb", "bitsandbytes")
-    why = f"lorafold quantizes with bitsandbytes to {' or '.join(MADE)}; {nearest} is used"
+    why = f"lorafold quantizes with bitsandbytes to {' or '.join(ON_LOAD)}; {nearest} is used"
     return changed("" if exact else why, storage=nearest)
 
 

@@ -13,7 +13,6 @@ from math import ceil, sqrt
 from pathlib import PurePath
 from typing import Any
 
-from lorafold.advice import integer, names, number, product
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
     SAME,
@@ -39,7 +38,8 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
 from lorafold.errors import LorafoldError
-from lorafold.models.quantizations import made_of
+from lorafold.foreign_options import integer, names, number, product
+from lorafold.models.quantizations import bnb_storage
 
 SIGNS = (
     "fine_tune_type lora_parameters num_layers lora_layers iters steps_per_eval steps_per_report"
@@ -216,7 +216,7 @@ def model(value: Any, settings: ToolSettings) -> Outcome:
         return replace(passed, how="taken", fields={"storage": "auto"}, remark=said)
     return Outcome(
         "changed",
-        {"storage": made_of(bits)},
+        {"storage": bnb_storage(bits)},
         f"lorafold does not read MLX's quantized format: pass the original of {value} as --model",
         "--model MODEL",
     )

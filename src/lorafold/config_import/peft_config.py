@@ -23,9 +23,9 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec, name_of
 from lorafold.peft.config import (
-    ABOUT,
     BIAS,
     CONFIG,
+    ORIGIN_FIELDS,
     PARAMETERS,
     SELECTION,
     is_neutral,
@@ -33,7 +33,7 @@ from lorafold.peft.config import (
     read_config,
 )
 from lorafold.peft.table_types import Field, Method
-from lorafold.recipe.fields import OF_METHOD
+from lorafold.recipe.fields import METHOD_FIELDS
 
 SIGNS = "peft_type"
 INIT = "init_lora_weights"
@@ -54,7 +54,7 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     shared += [PARAMETERS] * method.parameters
-    keys = {f.key for f in (*method.fields, *shared)} | ABOUT | set(method.marks)
+    keys = {f.key for f in (*method.fields, *shared)} | ORIGIN_FIELDS | set(method.marks)
     understood = {k: v for k, v in config.items() if k in keys}
     if method.preset is None and not (config.get(TARGETS) or config.get(PARAMETERS.key)):
         understood[TARGETS] = "all-linear"  # because `read_config` requires targets
@@ -66,7 +66,7 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     read = {**vars(selection), "bias": bias, **vars(beneath)}
     outcomes = dict(_of_method(method, beneath, start))
     outcomes |= {f.key: _of_selection(f, config.get(f.key), read) for f in shared}
-    outcomes |= {k: _about(k, config[k]) for k in config if k in ABOUT and k not in outcomes}
+    outcomes |= {k: _about(k, config[k]) for k in ORIGIN_FIELDS & config.keys() - outcomes.keys()}
     known = method.known | set(method.marks)
     outcomes |= {
         k: _of_rest(k, v, k in known or is_neutral(v), method)
@@ -96,7 +96,7 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
         value = getattr(spec, field.attribute)
         if field.key == INIT:
             continue
-        if field.attribute in OF_METHOD:
+        if field.attribute in METHOD_FIELDS:
             yield field.key, taken(**{field.attribute: value})
         elif value != getattr(usual, field.attribute) and value not in ((), None):
             yield field.key, taken(options={field.attribute: value})

@@ -16,18 +16,18 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-from lorafold.advice import ELSEWHERE, boolean, near, number
 from lorafold.data.formats import JUDGED
-from lorafold.errors import LorafoldError, as_one, shortened
+from lorafold.errors import LorafoldError, join_problems, truncate_middle
+from lorafold.foreign_options import FOREIGN_OPTIONS, boolean, did_you_mean, number
 from lorafold.objectives import OBJECTIVES
-from lorafold.recipe.fields import OF_ADAPTER
+from lorafold.recipe.fields import ADAPTER_FIELDS
 
 T = TypeVar("T")
 
 NOT_KNOWN = "unknown key"
 PLACEHOLDER = "--data DATA"
 TURNS = (("role", "content"), ("from", "value"))
-SAME = "="  # the reader of a key in `ELSEWHERE`
+SAME = "="  # the reader of a key in `FOREIGN_OPTIONS`
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
 
 def _reader(row: Row, key: str = "") -> Reader:
     if row == SAME:
-        here = ELSEWHERE[key]
+        here = FOREIGN_OPTIONS[key]
         return lambda value, settings: taken(here.remark, **here.read(value, settings.given))
     if isinstance(row, str) and row.startswith("--"):
         return lambda value, settings: flagged(row, value)
@@ -221,7 +221,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
         try:
             outcome = rule.reader(value, settings)
         except LorafoldError as error:
-            problems.append(shortened(f"{rule.key}: {error}", 250))
+            problems.append(truncate_middle(f"{rule.key}: {error}", 250))
             continue
         if outcome is None:
             outcome = OFF if is_off(value) else taken("no effect with these settings")
@@ -229,12 +229,12 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
             given = config.get(rule.key) is not None
             entries.append(TranslatedKey(rule.key, value, given, outcome))
     if problems:
-        raise LorafoldError(as_one(problems))
+        raise LorafoldError(join_problems(problems))
     if any("--init-adapter" in entry.outcome.flag.split() for entry in entries):
         entries = list(_brought_by_adapter(entries))
     known = [rule.key for rule in rules]
     for key in (key for key in config if key not in known):
-        remark = "; ".join(filter(None, (NOT_KNOWN, near(key, known, 0.75))))
+        remark = "; ".join(filter(None, (NOT_KNOWN, did_you_mean(key, known, 0.75))))
         entries.append(TranslatedKey(key, config[key], True, left(remark)))
     return tuple(entries)
 
@@ -242,7 +242,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
 def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[TranslatedKey]:
     for entry in entries:
         fields = entry.outcome.fields
-        rest = {k: v for k, v in fields.items() if k not in OF_ADAPTER}
+        rest = {k: v for k, v in fields.items() if k not in ADAPTER_FIELDS}
         if rest or not fields:
             yield replace(entry, outcome=replace(entry.outcome, fields=rest))
         elif entry.given:

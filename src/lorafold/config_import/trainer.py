@@ -8,16 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from lorafold.advice import (
-    ELSEWHERE,
-    ONE_RATE,
-    OPTIMIZERS,
-    SCHEDULES,
-    integer,
-    names,
-    number,
-    product,
-)
 from lorafold.config_import.rules import (
     OFF,
     SAME,
@@ -39,6 +29,16 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
 from lorafold.errors import LorafoldError
+from lorafold.foreign_options import (
+    FOREIGN_OPTIONS,
+    ONE_RATE,
+    OPTIMIZERS,
+    SCHEDULES,
+    integer,
+    names,
+    number,
+    product,
+)
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.algorithm_options import algorithm_class
 
@@ -150,7 +150,7 @@ def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def rate(is_lora: Condition) -> Reader:
-    both = ELSEWHERE["learning_rate"]
+    both = FOREIGN_OPTIONS["learning_rate"]
     return lambda value, settings: (
         taken(both.remark, **both.read(value, {})) if is_lora(settings) else taken(lr=number(value))
     )

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafold.advice import NO_FP16, boolean, integer, names, number, targets
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
     OFF,
@@ -39,7 +38,8 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import MEMORY, TRL
 from lorafold.errors import LorafoldError
-from lorafold.models.quantizations import made_of
+from lorafold.foreign_options import NO_FP16, boolean, integer, names, number, targets
+from lorafold.models.quantizations import bnb_storage
 
 BY_ARCHITECTURE = "by architecture"  # for a file without lora_target_modules
 HEAD = "score"  # transformers' name of a reward model's head
@@ -92,7 +92,7 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
         return OFF
     if settings["bnb_4bit_quant_type"] != "nf4":
         raise LorafoldError("lorafold supports only nf4 as bnb_4bit_quant_type")
-    return taken(storage=made_of(4))
+    return taken(storage=bnb_storage(4))
 
 
 # ModelConfig and related keys
@@ -103,7 +103,7 @@ SWITCHES: Table = {
         dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("determined by the objective"))
     ),
     "load_in_4bit": (_load_in_4bit, False),
-    "load_in_8bit": (switch(taken(storage=made_of(8))), False),
+    "load_in_8bit": (switch(taken(storage=bnb_storage(8))), False),
     "bnb_4bit_quant_type": (taken("part of the base's quantization"), "nf4"),
     "use_bnb_nested_quant": taken("nf4 always uses nested quantization"),
     "torch_dtype": dtype,

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorafold.advice import boolean, integer, modules, names, number
 from lorafold.config_import import trainer, trl
 from lorafold.config_import.rules import (
     PLACEHOLDER,
@@ -38,7 +37,8 @@ from lorafold.config_import.rules import (
 )
 from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS
 from lorafold.errors import LorafoldError
-from lorafold.models.quantizations import made_of
+from lorafold.foreign_options import boolean, integer, modules, names, number
+from lorafold.models.quantizations import bnb_storage
 
 LOADED, ADAPTED, SET = "from_pretrained.", "get_peft_model.", "load_dataset."
 SIGNS = f"{LOADED}model_name {LOADED}max_seq_length {ADAPTED}r {ADAPTED}lora_alpha"
@@ -114,12 +114,12 @@ def storage(value: Any, settings: ToolSettings) -> Outcome:
     if not is_lora(settings):
         return changed("lorafold uses bf16, Unsloth only if the GPU supports it", storage="bf16")
     if settings.on(f"{LOADED}load_in_8bit"):
-        return taken(storage=made_of(8))
+        return taken(storage=bnb_storage(8))
     if settings[f"{LOADED}load_in_fp8"]:
         return changed("lorafold quantizes to nf4 or int8; int8 is used", storage="int8")
     if not boolean(value) or settings.on(f"{LOADED}load_in_16bit"):
         return taken(storage="auto")
-    return taken(storage=made_of(4))
+    return taken(storage=bnb_storage(4))
 
 
 def _length(value: Any, settings: ToolSettings) -> Outcome:

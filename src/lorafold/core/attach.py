@@ -239,8 +239,8 @@ class only:
         attached_names = {name for _, m in adapted_modules(model) for name in m.deltas}
         if unknown := [n for n in names if n not in attached_names]:
             raise LorafoldError(
-                f"no adapter {listed(unknown, room=80)} is attached to this model; attached"
-                f" adapters: {listed(sorted(attached_names), room=120) or 'none'}"
+                f"no adapter {listed(unknown, max_chars=80)} is attached to this model; attached"
+                f" adapters: {listed(sorted(attached_names), max_chars=120) or 'none'}"
             )
         self.selection, self.names = selection_of(model), names
         self._entries: list[OnlyBlock] = []

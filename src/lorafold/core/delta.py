@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
-from lorafold.errors import LorafoldError, NotMergeable, cut, differing, listed
+from lorafold.errors import LorafoldError, NotMergeable, differing_keys, listed, truncate_end
 
 
 class Gained(NamedTuple):
@@ -324,7 +324,7 @@ def check_settings(delta: Delta, given: Tensor, what: str) -> None:
     if expected != found:
         lines = [
             f"found {name} {_shown(found.get(name))}, expected {_shown(expected.get(name))}"
-            for name in differing(expected, found)
+            for name in differing_keys(expected, found)
         ]
         raise LorafoldError(
             f"{what}: the state dict is of an adapter with other options: {listed(lines, '; ')};"
@@ -333,4 +333,4 @@ def check_settings(delta: Delta, given: Tensor, what: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else cut(json.dumps(value), SHOWN)
+    return "none" if value is None else truncate_end(json.dumps(value), SHOWN)

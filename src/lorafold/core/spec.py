@@ -55,7 +55,7 @@ class Spec(ABC):
         """Create the spec. Raises UnknownName for an unknown option, with the known ones."""
         known = getattr(cls, "__dataclass_fields__", options)
         if not options.keys() <= known.keys():
-            from lorafold.advice import unknown_names
+            from lorafold.foreign_options import unknown_names
 
             raise unknown_names(cls.__name__, options, known)
         return super().__new__(cls)

@@ -32,7 +32,7 @@ from torch import nn
 
 from lorafold.core.anatomy import Anatomy, beneath, ends_in, last_part, of_attention
 from lorafold.core.expert_matrices import Matrices
-from lorafold.errors import NoTarget, listed, shortened
+from lorafold.errors import NoTarget, listed, truncate_middle
 
 IsLinear = Callable[[nn.Module], bool]
 # modules with a matrix that are in no preset but may be named
@@ -93,10 +93,10 @@ def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
     named = (path for path, m in modules if is_linear(m) or isinstance(m, NAMEABLE))
     names = sorted(set(map(last_part, named)))
     near = difflib.get_close_matches(last_part(pattern), names, n=3, cutoff=0.4) or names
-    quoted, similar = shortened(repr(pattern), 80), listed(near, room=100) or "none"
+    quoted, similar = truncate_middle(repr(pattern), 80), listed(near, max_chars=100) or "none"
     if "," in pattern:
         each = [name.strip() for name in pattern.split(",")]
-        options = listed((f"--targets {name}" for name in each), " ", room=60)
+        options = listed((f"--targets {name}" for name in each), " ", max_chars=60)
         return f"target {quoted} matches no module; to give several names, use {options}"
     if pattern in names:  # a single string is a regular expression, as in PEFT
         return f"target {quoted} matches no full module path; to give a name, use [{quoted}]"

@@ -22,7 +22,7 @@ def open_table(path: Path) -> "pa.Table":
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
-def batch_of(
+def to_batch(
     entries: Sequence[Mapping[str, Any]],
     integers: Iterable[str] = (),
     lists: Iterable[str] = (),
@@ -40,9 +40,9 @@ def batch_of(
 
     columns = {name: int32([entry[name] for entry in entries]) for name in integers}
     for name in lists:
-        parts = [np.asarray(entry[name], np.int32) for entry in entries]
-        ends = np.cumsum([0, *map(len, parts)])
-        flat = np.concatenate([np.zeros(0, np.int32), *parts])
+        lists_of_rows = [np.asarray(entry[name], np.int32) for entry in entries]
+        ends = np.cumsum([0, *map(len, lists_of_rows)])
+        flat = np.concatenate([np.zeros(0, np.int32), *lists_of_rows])
         columns[name] = pa.ListArray.from_arrays(int32(ends), int32(flat))
     for name in flags:
         columns[name] = int32([entry[name] for entry in entries]).cast(pa.bool_())
@@ -80,7 +80,7 @@ class Lists:
         return self.values[chunk][self.ends[chunk][at] : self.ends[chunk][at + 1]]
 
 
-def digests(*columns: Iterable[Any]) -> Array:
+def hash_rows(*columns: Iterable[Any]) -> Array:
     """Hashes each entry (n,) across columns; only comparable within this process."""
     plain = (map(np.ndarray.tobytes, c) if isinstance(c, Lists) else c for c in columns)
     return np.fromiter(map(hash, zip(*plain, strict=True)), np.int64)
@@ -92,7 +92,7 @@ class Judgements(NamedTuple):
 
     subjects: Array
     verdicts: Array
-    contrary: str
+    contradiction: str
     labels: Mapping[str, int] = {}
 
 
@@ -118,19 +118,20 @@ class TableExamples(Items[E]):
     """
 
     compared_by: tuple[Iterable[Any], ...]
-    judged: Judgements | None = None  # of labels and preferences
+    judgements: Judgements | None = None  # of labels and preferences
     ends_lost: Array | None = None  # (n,), whether truncation cuts off the end of an answer
 
-    def __init__(self, table: "pa.Table", max_length: int, chosen: Array) -> None:
-        self._ids, self.chosen, self._max_length = Lists(table.column("ids")), chosen, max_length
-        self.lengths = np.minimum(self._ids.lengths[chosen], max_length)
-        self.rows = column(table, "row")[chosen]
+    def __init__(self, table: "pa.Table", max_length: int, indices: Array) -> None:
+        self._ids = Lists(table.column("ids"))
+        self.indices, self._max_length = indices, max_length
+        self.lengths = np.minimum(self._ids.lengths[indices], max_length)
+        self.rows = column(table, "row")[indices]
         self.marked, self.table = 0, table
         if "marked" in table.column_names:
             self.marked = len(np.unique(column(table.filter(table.column("marked")), "row")))
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.indices)
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:

@@ -1,11 +1,6 @@
-"""Batches: shuffling, held-out split, packing, shared prefixes, collation.
+"""Batches: shuffling, held-out split, packing, collation.
 
-Feeds depend only on their arguments, so a resumed run computes the same batches. Rows are merged
-into a forest of shared prefixes; a token with different targets is in each of its rows.
-
-    rows     a b c d         tokens   a b c d  e  f       each node once, depth first
-             a b e           lens     4  3  1             of the rows, in that order
-             f               starts   0  2  0             tokens shared with the previous row
+Feeds depend only on their arguments, so a resumed run computes the same batches.
 """
 
 from __future__ import annotations
@@ -14,10 +9,9 @@ import copy
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +36,9 @@ class Batches(Sequence[list[int]]):
         self, parts: int | Sequence[SourcePart], batch: int, steps: int, seed: int
     ) -> None:
         self._parts = [SourcePart(parts)] if isinstance(parts, int) else list(parts)
-        self._taken = [epoch_size([part]) for part in self._parts]
+        self._epoch_sizes = [epoch_size([part]) for part in self._parts]
         self._batch, self._steps, self._seed = batch, steps, seed
-        if not sum(self._taken):
+        if not sum(self._epoch_sizes):
             raise LorafoldError("data: no rows to train on, expected at least one")
         self._order = lru_cache(2)(self._epoch)
 
@@ -54,22 +48,22 @@ class Batches(Sequence[list[int]]):
     def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]
         if not 0 <= index < self._steps:
             raise IndexError(index)
-        size, start = sum(self._taken), index * self._batch
+        size, start = sum(self._epoch_sizes), index * self._batch
         return [int(self._order(at // size)[at % size]) for at in range(start, start + self._batch)]
 
     def _epoch(self, epoch: int) -> Array:
         first, pool = 0, []
-        for number, (part, taken) in enumerate(zip(self._parts, self._taken, strict=True)):
+        for number, (part, share) in enumerate(zip(self._parts, self._epoch_sizes, strict=True)):
             own = np.arange(part.size, dtype=np.int32)
-            if taken != part.size:
+            if share != part.size:
                 # the next ones; the source is shuffled again each time it is exhausted
-                turn, at = divmod(epoch * taken, part.size)
-                drawn: list[int] = []
-                while len(drawn) < at + taken:
-                    rng = random.Random(f"{self._seed}/source {number}/{turn}")
-                    drawn += rng.sample(range(part.size), part.size)
-                    turn += 1
-                own = np.sort(np.array(drawn[at : at + taken], np.int32))
+                shuffle, at = divmod(epoch * share, part.size)
+                sampled: list[int] = []
+                while len(sampled) < at + share:
+                    rng = random.Random(f"{self._seed}/source {number}/{shuffle}")
+                    sampled += rng.sample(range(part.size), part.size)
+                    shuffle += 1
+                own = np.sort(np.array(sampled[at : at + share], np.int32))
             pool.append(first + own)
             first += part.size
         indices = np.concatenate(pool)
@@ -122,15 +116,15 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     document gets its own. Returns ascending indices.
     """
     sequences: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [n for n, left in enumerate(room) if left >= lengths[i]]
-        chosen = min(fitting, key=room.__getitem__, default=len(room))
+        fitting = [n for n, left in enumerate(free) if left >= lengths[i]]
+        chosen = min(fitting, key=free.__getitem__, default=len(free))
         if not fitting:
             sequences.append([])
-            room.append(capacity)
+            free.append(capacity)
         sequences[chosen].append(i)
-        room[chosen] -= lengths[i]
+        free[chosen] -= lengths[i]
     return [sorted(indices) for indices in sequences]
 
 
@@ -151,15 +145,15 @@ def micro_batches(
     ]
 
 
-def labelled(example: Example) -> int:
+def num_targets(example: Example) -> int:
     """Counts the tokens in the loss, which excludes an example's first token."""
     return sum(label != NO_LOSS for label in example.labels[1:])
 
 
 class BatchFeed(ABC):
-    """The examples of `steps` steps, of which `foreseen` are cheap to inspect in advance."""
+    """The examples of `steps` steps, of which `num_previewed` are cheap to inspect in advance."""
 
-    foreseen: int
+    num_previewed: int
     steps: int
     summary = ""  # a line to print after the last step
 
@@ -168,14 +162,14 @@ class BatchFeed(ABC):
         """Yields the examples of each step after `step`."""
 
     @abstractmethod
-    def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
+    def random_batches(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
         """Yields `n` random batches, independent of the training steps."""
 
 
 class StoredFeed(BatchFeed):
-    """A feed of stored examples; `passes` is the number of epochs."""
+    """A feed of stored examples."""
 
-    foreseen = 1000
+    num_previewed = 1000
 
     def __init__(
         self,
@@ -190,7 +184,7 @@ class StoredFeed(BatchFeed):
         rows = getattr(examples, "rows", np.arange(len(examples)))
         self._borders = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(examples))
         self._batches = Batches(parts, batch, steps, seed)
-        self.passes = steps * batch / max(1, len(self._borders) - 1)
+        self.num_epochs = steps * batch / max(1, len(self._borders) - 1)
 
     def with_examples(self, change: Callable[[Any], Sequence[Any]]) -> StoredFeed:
         changed = copy.copy(self)
@@ -203,139 +197,6 @@ class StoredFeed(BatchFeed):
             indices = (range(borders[n], borders[n + 1]) for n in self._batches[i])
             yield [self.examples[i] for row in indices for i in row]
 
-    def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
+    def random_batches(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
         parts = [SourcePart(len(self._borders) - 1)]
         return StoredFeed(self.examples, parts, size, n, seed).after(0)
-
-
-R = TypeVar("R")
-EMPTY: Array = np.zeros(0, np.int64)
-PAYS = 0.95  # if more tokens than this share remain, a forest costs more than it saves
-WINDOW = 1024  # rows among which shared prefixes are searched for in passes without training
-
-
-@dataclass(frozen=True)
-class Forest:
-    """Rows merged by shared prefix. Of each token (T,): id, position, target (-100 for none), the
-    number of rows that train it, and the first row with it.
-
-    `places` are the tokens of each row and `trained` those it trains. For `lens` and `starts` see
-    `ops.packed_documents.Documents`.
-    """
-
-    ids: Array
-    positions: Array
-    targets: Array
-    counts: Array
-    first: Array
-    places: tuple[Array, ...]
-    trained: tuple[Array, ...]
-    lens: tuple[int, ...]
-    starts: tuple[int, ...]
-
-    def rows(self) -> Tensor:
-        """Counts the rows with each token, (1, T)."""
-        return torch.from_numpy(np.bincount(np.concatenate(self.places)))[None]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns input_ids, position_ids, labels, counts and document, each (1, T), and lens
-        (n, 2).
-        """
-        tokens = {
-            "input_ids": self.ids, "position_ids": self.positions, "labels": self.targets,
-            "counts": self.counts, "document": self.first,
-        }  # fmt: skip
-        tensors = {name: torch.from_numpy(array)[None] for name, array in tokens.items()}
-        return tensors | {"lens": torch.tensor([self.lens, self.starts]).t()}
-
-
-def forest(
-    rows: Sequence[Any],
-    limits: Sequence[int] | None = None,
-    groups: Sequence[int] | None = None,
-) -> Forest:
-    """Merges rows with unshifted labels. Each may share at most its `limits` tokens and, with
-    ascending `groups`, only within its group.
-    """
-    size = sum(len(row.ids) for row in rows)
-    ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
-    targets = np.full(size, NO_LOSS, np.int64)
-    lens: list[int] = []
-    starts = []
-    places, of_rows = ([np.zeros(0, np.int64)] * len(rows) for _ in range(2))
-    path, limit, end = np.zeros(0, np.int64), size, 0  # of the previous row; tokens so far
-    group, order = None, range(len(rows))
-    for n in order if groups else sorted(order, key=lambda n: tuple(rows[n].ids)):
-        own, wanted = np.array(rows[n].ids), np.array([*rows[n].labels[1:], NO_LOSS])
-        before, limit = limit, size if limits is None else limits[n]
-        shared = min(_common(ids[path], own, targets[path], wanted), before, limit)
-        if groups:
-            shared, group = shared * (groups[n] == group), groups[n]
-        if lens and shared == len(path):
-            lens[-1] = len(own)
-        else:
-            lens.append(len(own))
-            starts.append(shared)
-        new = np.arange(end, end := end + len(own) - shared)
-        ids[new], positions[new], first[new] = own[shared:], np.arange(shared, len(own)), n
-        path = np.concatenate([path[:shared], new])
-        trained = wanted != NO_LOSS
-        places[n], of_rows[n] = path, path[trained]
-        targets[of_rows[n]] = wanted[trained]
-        counts[of_rows[n]] += 1
-        first[path] = np.minimum(first[path], n)
-    return Forest(
-        ids[:end], positions[:end], targets[:end], counts[:end], first[:end], tuple(places),
-        tuple(of_rows), tuple(lens), tuple(starts),
-    )  # fmt: skip
-
-
-def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
-    """Returns, for each token of each row (t,), the first row with the same prefix through it."""
-    first = np.full(sum(map(len, rows)), len(rows), np.int64)  # of each node
-    of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
-    for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):
-        before, ids = ids, np.array(rows[n], np.int64)
-        shared = _common(before, ids)
-        path = np.concatenate([path[:shared], np.arange(end, end := end + len(ids) - shared)])
-        of_rows[n] = path
-        first[path] = np.minimum(first[path], n)
-    return [first[path] for path in of_rows]
-
-
-def alike(
-    rows: Sequence[R],
-    n: int,
-    capacity: int,
-    beginning: Callable[[R], Sequence[int]],
-    size: Callable[[R], int] | None = None,
-) -> list[Sequence[R]]:
-    """Divides rows into `n` micro-batches, or more of at most `capacity` tokens, sorted by prefix.
-    `size` is a row's tokens, by default its prefix's.
-    """
-    parts: list[Sequence[R]] = []
-    part: list[R] = []
-    tokens, share, ids = 0, ceil(len(rows) / n), np.zeros(0, np.int64)
-    for place, row in enumerate(sorted(rows, key=lambda row: tuple(beginning(row)))):
-        before, ids = ids, np.array(beginning(row))
-        own = size(row) if size else len(ids)
-        shared = _common(before, ids)
-        # if both continue, their last shared token may have two targets, and then is not shared
-        tokens += own - max(0, shared - (shared < min(len(before), len(ids))))
-        if place % share == 0 or tokens > capacity:
-            parts.append(part := [])
-            tokens = own
-        part.append(row)
-    return parts
-
-
-def _common(before: Array, ids: Array, targets: Array = EMPTY, wanted: Array = EMPTY) -> int:
-    """Counts the leading ids that a row (u,) shares with the previous one (t,), up to two different
-    targets.
-    """
-    n = min(len(before), len(ids))
-    same = before[:n] == ids[:n]
-    if len(wanted):
-        there, here = targets[:n], wanted[:n]
-        same &= (there == here) | (there == NO_LOSS) | (here == NO_LOSS)
-    return n if same.all() else int(same.argmin())

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Judgements, Lists, TableExamples, batch_of, column, digests
-from lorafold.data.examples import NO_LOSS, identity_of, shown
-from lorafold.data.formats import LABELS, Labelled
+from lorafold.data.arrow import Judgements, Lists, TableExamples, column, hash_rows, to_batch
+from lorafold.data.examples import NO_LOSS, decode_ids, tokenizer_identity
+from lorafold.data.formats import LABELS, LabelledText
+from lorafold.data.json_input import Row
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import as_checked, check_provided
-from lorafold.data.sources import Row
-from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.data.rows import check_provided, to_rows
+from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenize_rows
+from lorafold.errors import LorafoldError, listed, truncate_middle
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,20 +52,20 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Labels(Encoder):
-    """Columns: `row`, `ids` (T,), `closing` (the number of special tokens at the end), `label`
+class LabelEncoder(Encoder):
+    """Columns: `row`, `ids` (T,), `num_special` (tokens at the end), `label`
     (the class index), `problem`.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     classes: tuple[str, ...]
-    takes = LABELS
+    row_content = LABELS
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"kind": "labels", "classes": self.classes, **identity_of(self.tokenizer)}
+        return {"kind": "labels", "classes": self.classes, **tokenizer_identity(self.tokenizer)}
 
-    def encode(self, given: Sequence[Labelled], first: int) -> "pa.RecordBatch":
+    def encode(self, given: Sequence[LabelledText], first: int) -> "pa.RecordBatch":
         encoded = self.tokenizer(
             [one.text for one in given], verbose=False, return_special_tokens_mask=True
         )
@@ -75,42 +75,42 @@ class Labels(Encoder):
             {
                 "row": n,
                 "ids": ids,
-                "closing": next((at for at, own in enumerate(reversed(special)) if not own), 0),
+                "num_special": next((n for n, own in enumerate(reversed(special)) if not own), 0),
                 "label": number_of.get(str(one.label), -1),
                 "problem": self._problem(one, ids),
             }
             for n, (one, ids, special) in enumerate(each, first)
         ]
-        return batch_of(entries, ("row", "closing", "label"), ("ids",), texts=("problem",))
+        return to_batch(entries, ("row", "num_special", "label"), ("ids",), texts=("problem",))
 
-    def _problem(self, given: Labelled, ids: Sequence[int]) -> str:
+    def _problem(self, given: LabelledText, ids: Sequence[int]) -> str:
         if not ids:
             return f"field text: found no token in {given.text!r}, expected at least one"
         if (label := str(given.label)) in self.classes:
             return ""
-        expected = listed(self.classes, room=100)
-        return f"field label: found {shortened(repr(label), 80)}, expected one of {expected}"
+        expected = listed(self.classes, max_chars=100)
+        return f"field label: found {truncate_middle(repr(label), 80)}, expected one of {expected}"
 
 
 class LabelledExamples(TableExamples[LabelledExample]):
     def __init__(self, table: "pa.Table", max_length: int, classes: Sequence[str]) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
         self._labels = column(table, "label")  # (n,)
-        self._closing = column(table, "closing")  # (n,)
+        self._num_special = column(table, "num_special")  # (n,)
         self.compared_by = self._ids, self._labels.tolist()
         counts = np.bincount(self._labels, minlength=len(classes)).tolist()
         self.counts = dict(zip(classes, counts, strict=True))  # the examples of each class
 
     @cached_property
-    def judged(self) -> Judgements:  # type: ignore[override]
+    def judgements(self) -> Judgements:  # type: ignore[override]
         """Equal texts with different labels are contradictions."""
-        contrary = "have the same text as an earlier row, but another label"
-        return Judgements(digests(self._ids), self._labels, contrary, self.counts)
+        contradiction = "have the same text as an earlier row, but another label"
+        return Judgements(hash_rows(self._ids), self._labels, contradiction, self.counts)
 
     def item(self, index: int) -> LabelledExample:
         # truncation keeps the special tokens at the end
         ids, most = self._ids[index].tolist(), self._max_length
-        end = min(int(self._closing[index]), most) if len(ids) > most else 0
+        end = min(int(self._num_special[index]), most) if len(ids) > most else 0
         cut = (*ids[: most - end], *ids[len(ids) - end :])
         return LabelledExample(cut, int(self._labels[index]))
 
@@ -122,12 +122,12 @@ def encode_labelled(
     classes: Sequence[str],
     console: "Console | None" = None,
 ) -> Encoded:
-    rows = as_checked(rows, LABELS)
-    table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
-    return labelled(table, rows, max_length, classes)
+    rows = to_rows(rows, LABELS)
+    table = tokenize_rows(rows, LabelEncoder(tokenizer, tuple(classes)), console)
+    return class_data(table, rows, max_length, classes)
 
 
-def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]) -> Encoded:
+def class_data(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]) -> Encoded:
     examples = LabelledExamples(table, max_length, classes)
     whole = Lists(table.column("ids")).lengths
     shares = ", ".join(f"{name} {count}" for name, count in examples.counts.items())
@@ -144,5 +144,5 @@ def preview_labelled(
     """Returns the text as the model reads it, with the class in ⟦ ⟧."""
     from rich.text import Text
 
-    text = Text(shown(tokenizer, example.ids), style="dim")
+    text = Text(decode_ids(tokenizer, example.ids), style="dim")
     return text.append(f" ⟦{classes[example.label]}⟧", style="bold green")

@@ -1,11 +1,11 @@
 """Sanitizes control tokens in messages. Without this, `<|im_end|>` in a question would end the
 user's turn, and the text after it could forge another.
 
-`as_text` marks control tokens as transformers' `sanitize_control_tokens` does, and `ids_of`
-tokenizes marked ones as text. Control tokens are special tokens, and added tokens that the template
-writes; the assistant's contents may have non-special ones, such as <tool_call>. A comment at the
-start of the template lists exceptions: {# control tokens in contents: ["<|user|>"] #}, or true for
-all.
+`mark_as_text` marks control tokens as transformers' `sanitize_control_tokens` does, and
+`rendered_ids` tokenizes marked ones as text. Control tokens are special tokens, and added tokens
+that the template writes; the assistant's contents may have non-special ones, such as <tool_call>.
+A comment at the start of the template lists exceptions:
+{# control tokens in contents: ["<|user|>"] #}, or true for all.
 """
 
 from __future__ import annotations
@@ -21,69 +21,69 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
+from lorafold.data.chat_template import PROBE_TEXT, SYSTEM, USER, Template, template_of, try_apply
 from lorafold.data.formats import Conversation
 from lorafold.data.messages import Tool
-from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import JOINED, rewrite_templates, template_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NOTE = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
-ALL = None  # instead of a set of words
-OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
-IN_PROMPT = (
+EXCEPTIONS = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
+ALL_TOKENS = None  # instead of a set of words
+MARK_START, MARK_END = mark_control_tokens("x", re.compile("x")).split("x")
+PROMPT_REMARK = (
     "the prompt contains control tokens, which are tokenized as plain text; to keep them as control"
     " tokens, pass --allow-control-tokens"
 )
-MARKED = (
+ROWS_REMARK = (
     "rows have control tokens in their contents, which are tokenized as plain text; to keep them as"
     " control tokens, pass --allow-control-tokens"
 )
-SAID = ("content", "reasoning_content")  # written by the assistant
+ASSISTANT_FIELDS = ("content", "reasoning_content")  # written by the assistant
 
 
-def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
+def allow_tokens(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = None) -> None:
     """Allows tokens in contents, except those that the template writes; None allows all."""
     if not tokenizer.chat_template:
         return
     if words is not None:
         words = frozenset(words)
         if words:
-            words -= written_by("".join(template_texts(tokenizer)), tokenizer, words)
+            words -= template_words("".join(template_texts(tokenizer)), tokenizer, words)
         if not words:
             return
 
     def noted(text: str) -> str:
         if text.endswith(JOINED):
             return text
-        before = allowed(text)
+        before = allowed_tokens(text)
         given = True if words is None or before is None else sorted({*before, *words})
         # a word may not contain #}, which would end the comment
         note = json.dumps(given).replace("#", "\\u0023")
-        return f"{{# control tokens in contents: {note} #}}\n{NOTE.sub('', text)}"
+        return f"{{# control tokens in contents: {note} #}}\n{EXCEPTIONS.sub('', text)}"
 
     rewrite_templates(tokenizer, noted)
 
 
-def written_by(
+def template_words(
     template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
 ) -> frozenset[str]:
     """Returns the words that the template's source or its rendering of probes contains."""
-    said = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
-    conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": VALUE}])
-    texts = [attempt(messages, tokenizer, for_generation=True) for messages in conversations]
-    text = "".join([NOTE.sub("", template), *texts])
+    said = [USER, {"role": "assistant", "content": PROBE_TEXT}, USER]
+    conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": PROBE_TEXT}])
+    texts = [try_apply(messages, tokenizer, for_generation=True) for messages in conversations]
+    text = "".join([EXCEPTIONS.sub("", template), *texts])
     return frozenset(word for word in words if word in text)
 
 
-def allowed(template: str) -> frozenset[str] | None:
+def allowed_tokens(template: str) -> frozenset[str] | None:
     if template.endswith(JOINED):
-        return ALL
-    note = NOTE.match(template)
+        return ALL_TOKENS
+    note = EXCEPTIONS.match(template)
     words = json.loads(note[1]) if note else []
-    return ALL if words is True else frozenset(words)
+    return ALL_TOKENS if words is True else frozenset(words)
 
 
 class ControlTokenFinder(NamedTuple):
@@ -94,13 +94,13 @@ class ControlTokenFinder(NamedTuple):
     first: tuple[str, ...]
 
 
-def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
+def mark_as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
     finder = _finder(template_of(tokenizer, conversation.tools))
     if finder is None:
         return conversation
     messages = []
     for message in conversation.messages:
-        own = SAID if message["role"] == "assistant" else ()
+        own = ASSISTANT_FIELDS if message["role"] == "assistant" else ()
         messages.append({
             key: value
             if key in ("role", "weight")
@@ -113,21 +113,21 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
     return replace(conversation, messages=messages, tools=tools)
 
 
-def variables_as_text(
+def mark_variables(
     variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]
 ) -> Mapping[str, Any]:
     finder = _finder(template_of(tokenizer, tools))
     return variables if finder is None else _mark(variables, finder.all, finder)
 
 
-@lru_cache(maxsize=KNOWN)
+@lru_cache(maxsize=16)
 def _finder(template: Template) -> ControlTokenFinder | None:
-    free, tokenizer = allowed(template.text), template.tokenizer
+    free, tokenizer = allowed_tokens(template.text), template.tokenizer
     if free is None:
         return None
     added = {one.content: one.special for one in tokenizer.added_tokens_decoder.values()}
     listed = getattr(tokenizer, "chat_control_tokens", None)
-    written = {word for word in written_by(template.text, tokenizer, added) if not word.isspace()}
+    written = {w for w in template_words(template.text, tokenizer, added) if not w.isspace()}
     free -= written  # these could forge a turn
     special = {word for word, is_special in added.items() if is_special} - free
     words = special | (written if listed is None else added.keys() & listed - free)
@@ -140,7 +140,7 @@ def _finder(template: Template) -> ControlTokenFinder | None:
 
 def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any:
     if isinstance(value, str):
-        if not any(character in value for character in (OPENING, CLOSING, *finder.first)):
+        if not any(character in value for character in (MARK_START, MARK_END, *finder.first)):
             return value  # the common case
         return mark_control_tokens(value, words)
     if isinstance(value, list | tuple):
@@ -157,15 +157,15 @@ def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any
 
 
 def is_marked(text: str) -> bool:
-    return OPENING in text
+    return MARK_START in text
 
 
-def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokenizes a rendered text; marked control tokens become text."""
-    if OPENING not in text:
-        return tokens_of(text, tokenizer)
+    if MARK_START not in text:
+        return token_ids(text, tokenizer)
     if tokenizer.is_fast:
-        return pieces_of(text, tokenizer).ids
+        return to_pieces(text, tokenizer).ids
     options = {"sanitize_control_tokens": True}
     try:
         encoded = tokenizer(text, add_special_tokens=False, verbose=False, **options)
@@ -174,7 +174,7 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(encoded.input_ids)
 
 
-def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
     """Equals `tokenizer(text, add_special_tokens=special).input_ids`, without offsets and masks:
     0.3 of the time, and other threads run meanwhile.
     """
@@ -211,11 +211,11 @@ class Pieces:
         return self.offsets[token]
 
 
-def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+def to_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """Tokenizes as `encode_marked_chat`, with offsets. Pieces after the first are tokenized after a
     line break, because some tokenizers put a space before a text.
     """
-    cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
+    cuts = [*_mark_pattern(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     [line] = tokenizer(["\n"], **options).input_ids
@@ -236,23 +236,23 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
         ids += some
         offsets += [(at + first, at + last) for first, last in where]
         if cut is not None and (word := cut[1]):
-            spelled = _as_text(word, tokenizer)
+            spelled = _ids_as_text(word, tokenizer)
             ids += spelled
             offsets += [cut.span(1)] * len(spelled)
     return Pieces(ids, offsets)
 
 
-@lru_cache(maxsize=KNOWN)
-def _marks(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
+@lru_cache(maxsize=16)
+def _mark_pattern(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
     """Matches marked tokens and lone marks, since a template may cut a content inside a token."""
     words = "|".join(map(re.escape, tokenizer.added_tokens_encoder)) or "(?!)"
-    return re.compile(f"{OPENING}({words}){CLOSING}|[{OPENING}{CLOSING}]")
+    return re.compile(f"{MARK_START}({words}){MARK_END}|[{MARK_START}{MARK_END}]")
 
 
 @lru_cache(maxsize=256)
-def _as_text(word: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _ids_as_text(word: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     try:
-        return tuple(encode_marked_chat(tokenizer, f"{OPENING}{word}{CLOSING}"))
+        return tuple(encode_marked_chat(tokenizer, f"{MARK_START}{word}{MARK_END}"))
     except ValueError as error:
         raise LorafoldError(_not_text(str(error))) from error
 

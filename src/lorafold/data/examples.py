@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
-from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
+from lorafold.data.arrow import TURNS, Lists, TableExamples, column, to_batch
+from lorafold.data.chat_template import date_used, template_of
+from lorafold.data.control_tokens import MARK_START, ROWS_REMARK, Pieces, rendered_ids, to_pieces
 from lorafold.data.formats import CONVERSATIONS, Conversation
+from lorafold.data.json_input import Row
 from lorafold.data.render import (
     Rendered,
     Rendering,
@@ -27,10 +29,8 @@ from lorafold.data.render import (
     render_trained,
 )
 from lorafold.data.row_store import Rows, parts_of
-from lorafold.data.rows import as_checked, read_rows
-from lorafold.data.sources import Row
-from lorafold.data.templates import day_of, template_of
-from lorafold.data.tokenizing import Encoded, Encoder, tokenized, with_counts
+from lorafold.data.rows import read_rows, to_rows
+from lorafold.data.tokenizing import Encoded, Encoder, tokenize_rows, with_counts
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 NO_LOSS = -100  # torch's ignore_index
 WHOLE = Rendering()  # train on every assistant turn, with its reasoning
 TRAINED, EMPTY = ":trained", ":empty"  # a trained turn; a trained turn that is empty
-SAID = ("tool_calls", "reasoning_content")  # the other fields of a message with an answer
-OPENINGS = 1000  # size of the cache of ids of prompt ends
+ANSWER_FIELDS = ("tool_calls", "reasoning_content")  # the other fields of a message with an answer
+MAX_CACHED_PROMPTS = 1000  # size of the cache of ids of prompt ends
 
 
 @dataclass
@@ -71,12 +71,12 @@ class CompletionEncoder(Encoder):
 
     tokenizer: PreTrainedTokenizerBase
     rendering: Rendering = field(default_factory=Rendering)
-    _openings: dict[str, list[int]] = field(default_factory=dict, repr=False)
-    takes = CONVERSATIONS
+    _prompt_end_ids: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    row_content = CONVERSATIONS
 
     @property
     def identity(self) -> dict[str, Any]:
-        of_tokenizer = identity_of(self.tokenizer)
+        of_tokenizer = tokenizer_identity(self.tokenizer)
         return {"kind": "completions", "rendering": asdict(self.rendering), **of_tokenizer}
 
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
@@ -110,8 +110,8 @@ class CompletionEncoder(Encoder):
                 piece.ids = encoding.ids if ended else [*encoding.ids, end]
                 piece.spans = [0, len(piece.ids)]
             examples.append(piece)
-        integers, lists = ("row", "left_out", "hidden"), ("ids", "spans")
-        return batch_of([*map(vars, examples)], integers, lists, ("marked",), (TURNS, "problem"))
+        entries, integers = [*map(vars, examples)], ("row", "left_out", "hidden")
+        return to_batch(entries, integers, ("ids", "spans"), ("marked",), (TURNS, "problem"))
 
     def _pieces(self, given: Conversation, number: int) -> list[PendingExample]:
         if not given.messages:
@@ -122,22 +122,23 @@ class CompletionEncoder(Encoder):
         except LorafoldError as error:
             return [PendingExample(number, problem=str(error))]
         pieces = [PendingExample(number, rendered=one, text=one.text) for one in trained.renderings]
-        first, became_of = pieces[0], []
+        first, lines = pieces[0], []
         for n, message in enumerate(given.messages):
-            said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
-            became = "" if n not in trained.turns else TRAINED if said else EMPTY
-            became_of.append(" ".join(message["role"].split()) + became)
+            is_empty = not (message.get("content") or "").strip()
+            is_empty = is_empty and not any(message.get(field) for field in ANSWER_FIELDS)
+            suffix = "" if n not in trained.turns else EMPTY if is_empty else TRAINED
+            lines.append(" ".join(message["role"].split()) + suffix)
         first.left_out, first.hidden = trained.left_out, trained.hidden
-        first.marked = any(OPENING in piece.text for piece in pieces)
-        first.turns = "\n".join(became_of)
+        first.marked = any(MARK_START in piece.text for piece in pieces)
+        first.turns = "\n".join(lines)
         return pieces
 
     def _examples(self, piece: PendingExample, encoding: Encoding | Pieces) -> list[PendingExample]:
         """Makes one example, and one for each turn whose border a token would cross."""
         assert piece.rendered is not None
         rendered, text, together = piece.rendered, piece.text, []
-        if OPENING in text:
-            encoding = pieces_of(text, self.tokenizer)
+        if MARK_START in text:
+            encoding = to_pieces(text, self.tokenizer)
         examples = []
         ids, added = encoding.ids, template_of(self.tokenizer).added
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
@@ -147,17 +148,17 @@ class CompletionEncoder(Encoder):
             last = next((i for i in reversed(range(at)) if ids[i] in added), 0)
             start = encoding.token_to_chars(last) if last else None
             ending = text[start[0] if start else 0 : border]
-            if ending not in self._openings:
-                if len(self._openings) > OPENINGS:
-                    self._openings.clear()
-                self._openings[ending] = ids_of(ending, self.tokenizer)
-            if self._openings[ending] == ids[last:at]:
+            if ending not in self._prompt_end_ids:
+                if len(self._prompt_end_ids) > MAX_CACHED_PROMPTS:
+                    self._prompt_end_ids.clear()
+                self._prompt_end_ids[ending] = rendered_ids(ending, self.tokenizer)
+            if self._prompt_end_ids[ending] == ids[last:at]:
                 together += spans
                 continue
             end = len(text) if following > len(text) else spans[-1][1]
             cut = Rendered(text[:end], tuple(spans), (border,))
             examples.append(PendingExample(piece.row))
-            examples[-1].ids, examples[-1].spans = in_pieces(cut, self.tokenizer)
+            examples[-1].ids, examples[-1].spans = tokenize_in_parts(cut, self.tokenizer)
         if together or not examples:
             places = [
                 first_token(encoding, at, text, spaced=not n)
@@ -169,10 +170,10 @@ class CompletionEncoder(Encoder):
         return [replace(piece, ids=first.ids, spans=first.spans), *examples[1:]]
 
 
-def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Returns all that ids depend on, including the date if the template uses it."""
     return {
-        "day": day_of(tokenizer),
+        "day": date_used(tokenizer),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "template": str(tokenizer.chat_template),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -197,12 +198,12 @@ def first_token(
     return at
 
 
-def in_pieces(
+def tokenize_in_parts(
     rendered: Rendered, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Tokenizes a text in two parts, split at its turn; returns ids and trained spans."""
     [border], text = rendered.turns, rendered.text
-    before, rest = pieces_of(text[:border], tokenizer), pieces_of(text[border:], tokenizer)
+    before, rest = to_pieces(text[:border], tokenizer), to_pieces(text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
     starts += [border + start for start, _ in rest.offsets]
     spans: list[int] = []
@@ -258,7 +259,7 @@ class EncodingReport:
                 "assistant turns are trained on without their reasoning or their text next to a"
                 " tool call, because the chat template leaves these out",
             ),
-            (self.marked, MARKED),
+            (self.marked, ROWS_REMARK),
         )
 
 
@@ -279,12 +280,12 @@ class Examples(TableExamples[Example]):
             first += len(border) - 1
         labelled = np.concatenate(counts)
         super().__init__(table, max_length, np.flatnonzero(labelled))
-        self.labelled = labelled[self.chosen]  # (n,), tokens in the loss
+        self.labelled = labelled[self.indices]  # (n,), tokens in the loss
         self.compared_by = self._ids, self._spans
-        self.ends_lost = np.concatenate(last)[self.chosen] > max_length
+        self.ends_lost = np.concatenate(last)[self.indices] > max_length
 
     def item(self, index: int) -> Example:
-        entry = int(self.chosen[index])
+        entry = int(self.indices[index])
         ids = self._ids[entry][: self._max_length].tolist()
         return example_of(ids, self._spans[entry].tolist())
 
@@ -303,8 +304,8 @@ def encode(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    rows = as_checked(rows, CONVERSATIONS)
-    table = tokenized(rows, CompletionEncoder(tokenizer, rendering), console)
+    rows = to_rows(rows, CONVERSATIONS)
+    table = tokenize_rows(rows, CompletionEncoder(tokenizer, rendering), console)
     return encoded(table, rows, max_length)
 
 
@@ -346,7 +347,7 @@ def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], TrainedRenderings]:
     encoder = CompletionEncoder(tokenizer, rendering)
-    entries = encoder.encode(Rows.of([row], encoder.takes).extract(encoder.takes), 0).to_pylist()
+    entries = encoder.encode(Rows.of([row], CONVERSATIONS).extract(CONVERSATIONS), 0).to_pylist()
     if problem := entries[0]["problem"]:
         raise LorafoldError(problem)
     examples = [example_of(entry["ids"], entry["spans"]) for entry in entries]
@@ -360,12 +361,12 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
 
     text, tokens = Text(), zip(example.ids, example.labels, strict=True)
     for trained, run in groupby(tokens, key=lambda pair: pair[1] != NO_LOSS):
-        piece = shown(tokenizer, [token for token, _ in run])
+        piece = decode_ids(tokenizer, [token for token, _ in run])
         text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
     return text
 
 
-def shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(
         tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )

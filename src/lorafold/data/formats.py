@@ -15,34 +15,34 @@ from typing import Any
 
 from lorafold.data.json_input import Row, json_type
 from lorafold.data.messages import (
-    CALLERS,
+    CALL_ROLES,
     REASONING,
+    Completions,
     Message,
-    Said,
     Tool,
-    asks,
-    instruction,
     instruction_problems,
     message_problems,
-    normalized,
-    query,
+    messages_from,
+    normalize,
+    openai_tools,
     query_problems,
+    read_instruction,
+    read_query,
     role_of,
-    said_by,
     system_of,
     system_problems,
     text_problems,
     tool_problems,
-    tools_of,
+    trains,
     turn_problems,
     turns_problems,
     turns_to_messages,
-    unlike,
+    type_problem,
 )
 
-TURN = re.compile(r"\n\n(Human|Assistant): ?")
-SPOKEN = {"Human": "user", "Assistant": "assistant"}
-AS_TURNS = "rows have texts that are split into Human and Assistant turns"
+TURN_START = re.compile(r"\n\n(Human|Assistant): ?")
+TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
+SPLIT_REMARK = "rows have texts that are split into Human and Assistant turns"
 
 
 def content_problems(name: str, value: Any) -> Iterator[str]:
@@ -54,7 +54,7 @@ def preference_problems(row: Row) -> Iterator[str]:
     problems = [problem for name in fields for problem in content_problems(name, row[name])]
     yield from problems
     lists = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
-    if not problems and lists and not preference(row)[0]:
+    if not problems and lists and not read_preference(row)[0]:
         yield (
             "fields prompt, chosen and rejected: the conversations do not begin with the prompt;"
             " expected the prompt and an answer, or only an answer, in chosen and rejected"
@@ -64,10 +64,10 @@ def preference_problems(row: Row) -> Iterator[str]:
 def implicit_problems(row: Row) -> Iterator[str]:
     problems: list[str] = []
     for name in ("chosen", "rejected"):
-        said = row[name]
-        if not isinstance(said, str):
-            problems += message_problems(name, said)
-        elif not _turns(said):
+        answer = row[name]
+        if not isinstance(answer, str):
+            problems += message_problems(name, answer)
+        elif not _split_turns(answer):
             problems.append(
                 f"field {name}: found text, expected a list of messages, or text of turns that"
                 r" begin with \n\nHuman: and \n\nAssistant:"
@@ -75,8 +75,8 @@ def implicit_problems(row: Row) -> Iterator[str]:
     yield from problems
     if problems:
         return
-    chosen, rejected = (_conversation(row[name]) for name in ("chosen", "rejected"))
-    if not (shared := _shared(chosen, rejected)):
+    chosen, rejected = (_as_messages(row[name]) for name in ("chosen", "rejected"))
+    if not (shared := _num_shared(chosen, rejected)):
         yield "fields chosen and rejected: found different first messages, expected the same prompt"
     elif shared == min(len(chosen), len(rejected)):
         yield "fields chosen and rejected: found no message that differs, expected two answers"
@@ -88,14 +88,14 @@ def turns_preference_problems(row: Row) -> Iterator[str]:
         yield from turn_problems(name, row[name])
 
 
-def preference(row: Row) -> Said:
+def read_preference(row: Row) -> Completions:
     text, answers = row["prompt"], [row["chosen"], row["rejected"]]
     is_text = isinstance(text, str)
-    prompt = _prompt(text) if is_text else normalized(text)
+    prompt = _prompt_messages(text) if is_text else normalize(text)
     if is_text and prompt[0]["content"] != text:
         answers = [said.removeprefix(" ") if isinstance(said, str) else said for said in answers]
-    chosen, rejected = (said_by("assistant", said) for said in answers)
-    shared = chosen[: _shared(chosen, rejected)]
+    chosen, rejected = (messages_from("assistant", said) for said in answers)
+    shared = chosen[: _num_shared(chosen, rejected)]
     if is_text and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
         # the prompt's text is one of the messages with which both answers begin
         said = {str(one.get("content")).strip() for one in shared}
@@ -106,57 +106,57 @@ def preference(row: Row) -> Said:
     return prompt, {"chosen": chosen, "rejected": rejected}
 
 
-def implicit_preference(row: Row) -> Said:
-    both = {name: normalized(_conversation(row[name])) for name in ("chosen", "rejected")}
-    shared = _shared(*both.values())
-    return both["chosen"][:shared], {name: messages[shared:] for name, messages in both.items()}
+def read_implicit(row: Row) -> Completions:
+    turns = {name: normalize(_as_messages(row[name])) for name in ("chosen", "rejected")}
+    shared = _num_shared(*turns.values())
+    return turns["chosen"][:shared], {k: messages[shared:] for k, messages in turns.items()}
 
 
-def as_turns(row: Row) -> str:
+def split_remark(row: Row) -> str:
     texts = [row.get("chosen"), row.get("rejected")] if "prompt" not in row else [row["prompt"]]
-    return AS_TURNS if any(isinstance(t, str) and TURN.match(t) for t in texts) else ""
+    return SPLIT_REMARK if any(isinstance(t, str) and TURN_START.match(t) for t in texts) else ""
 
 
-def turns_preference(row: Row) -> Said:
+def read_turns(row: Row) -> Completions:
     answers = {name: turns_to_messages([row[name]]) for name in ("chosen", "rejected")}
     return turns_to_messages(row["conversations"]), answers
 
 
-def _shared(chosen: list[Any], rejected: list[Any]) -> int:
+def _num_shared(chosen: list[Any], rejected: list[Any]) -> int:
     pairs = enumerate(zip(chosen, rejected, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
 
 
-def _conversation(said: Any) -> list[Message]:
-    return _turns(said) if isinstance(said, str) else said
+def _as_messages(answer: Any) -> list[Message]:
+    return _split_turns(answer) if isinstance(answer, str) else answer
 
 
-def _turns(text: str) -> list[Message]:
-    before, *pieces = TURN.split(text)
+def _split_turns(text: str) -> list[Message]:
+    before, *pieces = TURN_START.split(text)
     if before.strip():
         return []
     turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [{"role": SPOKEN[name], "content": said} for name, said in turns]
+    return [{"role": TURN_ROLES[name], "content": content} for name, content in turns]
 
 
-def _prompt(prompt: str) -> list[Message]:
+def _prompt_messages(prompt: str) -> list[Message]:
     """Returns the messages of a prompt, without an empty assistant turn at its end."""
-    turns = _turns(prompt)
+    turns = _split_turns(prompt)
     opened = bool(turns) and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
-    return turns[:-1] if opened and len(turns) > 1 else said_by("user", prompt)
+    return turns[:-1] if opened and len(turns) > 1 else messages_from("user", prompt)
 
 
 # The kinds of data that a format may provide for a row.
 CONVERSATIONS = "conversations"  # Conversation
-PAIRS = "pairs"  # a list of one Compared, with a chosen and a rejected completion
-JUDGED = "judged"  # a list of Compared, with one completion each
-LABELS = "labels"  # Labelled
+PAIRS = "pairs"  # a list of one Comparison, with a chosen and a rejected completion
+JUDGED = "judged"  # a list of Comparison, with one completion each
+LABELS = "labels"  # LabelledText
 PROMPTS = "prompts"  # a Conversation to be continued by the assistant
 
-COMPARED = ("chosen", "rejected")
-ANSWERS = {"completion", *COMPARED, "output", "response", "answers", "label"}
-SPEAKERS = ("assistant", *CALLERS)  # roles of answers
-SAID = ("content", "value", "tool_calls", "function_call", *REASONING)  # fields of an answer
+PAIR_KEYS = ("chosen", "rejected")
+ANSWER_KEYS = {"completion", *PAIR_KEYS, "output", "response", "answers", "label"}
+ANSWER_ROLES = ("assistant", *CALL_ROLES)  # roles of answers
+CONTENT = ("content", "value", "tool_calls", "function_call", *REASONING)  # fields of an answer
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """A prompt, completions by field name, tools, and the unchecked label of a single completion.
     """
 
@@ -191,7 +191,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledText:
     text: str
     label: str | int
 
@@ -203,8 +203,8 @@ class RowFormat:
     """
 
     keys: tuple[str, ...]
-    wrong: Callable[[Row], Iterator[str]]
-    read: Callable[[Row], Said] | None
+    find_problems: Callable[[Row], Iterator[str]]
+    read: Callable[[Row], Completions] | None
     provides: tuple[str, ...]
     optional: tuple[str, ...] = ("system", "tools")
 
@@ -216,34 +216,34 @@ class RowFormat:
         return frozenset((*self.keys, *self.optional))
 
     def problems(self, row: Row) -> Iterator[str]:
-        wrong = list(self.wrong(row))
-        yield from wrong
+        problems = list(self.find_problems(row))
+        yield from problems
         if "system" in self.optional and row.get("system") is not None:
-            yield from system_problems(row, bool(wrong))
+            yield from system_problems(row, bool(problems))
         if "tools" in self.optional and row.get("tools") is not None:
             yield from tool_problems(row["tools"])
 
-    def extract(self, what: str, row: Row) -> Any:
+    def extract(self, content: str, row: Row) -> Any:
         """Returns one of the kinds that it `provides`, for a checked row."""
         if self.read is None:
-            if what == LABELS:
-                return Labelled(row["text"], row["label"])
+            if content == LABELS:
+                return LabelledText(row["text"], row["label"])
             return Conversation([], text=row["text"])
         prompt, answers = self.read(row)
         before = [*system_of(row), *prompt] if row.get("system") else prompt
-        tools = tools_of(row["tools"]) if row.get("tools") else ()
-        if what == PAIRS:
-            return [Compared(before, answers, tools)]
-        if what == JUDGED:
-            good = {"chosen": True, "rejected": False, "completion": row.get("label")}
-            return [Compared(before, {of: said}, tools, good[of]) for of, said in answers.items()]
-        said = next(iter(answers.values()), [])
-        if what == PROMPTS:
+        tools = openai_tools(row["tools"]) if row.get("tools") else ()
+        if content == PAIRS:
+            return [Comparison(before, answers, tools)]
+        if content == JUDGED:
+            labels = {"chosen": True, "rejected": False, "completion": row.get("label")}
+            return [Comparison(before, {k: v}, tools, labels[k]) for k, v in answers.items()]
+        answer = next(iter(answers.values()), [])
+        if content == PROMPTS:
             # without a final assistant turn, all messages are the prompt
-            if prompt or (said and said[-1]["role"] == "assistant"):
-                said = [] if prompt else said[:-1]
-            return Conversation([*before, *said], tools=tools)
-        return Conversation([*before, *said], len(before) if prompt else 0, tools)
+            if prompt or (answer and answer[-1]["role"] == "assistant"):
+                answer = [] if prompt else answer[:-1]
+            return Conversation([*before, *answer], tools=tools)
+        return Conversation([*before, *answer], len(before) if prompt else 0, tools)
 
     def conversation(self, row: Row) -> Conversation:
         conversation = self.extract(CONVERSATIONS, row) if CONVERSATIONS in self.provides else None
@@ -253,14 +253,14 @@ class RowFormat:
         """Whether every answer has content; in a conversation, whether one assistant turn has. An
         empty answer with `weight: 1` counts as content.
         """
-        for key in [key for key in self.keys if key in ANSWERS] or self.keys[:1]:
+        for key in [key for key in self.keys if key in ANSWER_KEYS] or self.keys[:1]:
             value = row[key]
             if isinstance(value, str) and not value.strip():
                 return False
             turns = value if isinstance(value, list) else [value] * isinstance(value, dict)
-            own = [t for t in turns if role_of(t.get("role", t.get("from"))) in SPEAKERS]
-            said = [asks(t) or any(str(t.get(k) or "").strip() for k in SAID) for t in own]
-            if own and not any(said[-1:] if key in COMPARED else said):
+            answers = [t for t in turns if role_of(t.get("role", t.get("from"))) in ANSWER_ROLES]
+            full = [trains(t) or any(str(t.get(k) or "").strip() for k in CONTENT) for t in answers]
+            if answers and not any(full[-1:] if key in PAIR_KEYS else full):
                 return False
         return True
 
@@ -271,9 +271,9 @@ def formats_for(wanted: str = "") -> tuple[RowFormat, ...]:
     whose keys it includes, so {text, label} doesn't match {text}.
     """
     table = (*ROW_FORMATS, PROMPT_ONLY) if wanted == PROMPTS else ROW_FORMATS
-    giving = [row_format for row_format in table if wanted in row_format.provides]
-    over = [s for s in table if any(set(g.keys) <= set(s.keys) for g in giving)]
-    return (*over, *(row_format for row_format in table if row_format not in over))
+    providers = [row_format for row_format in table if wanted in row_format.provides]
+    first = [s for s in table if any(set(g.keys) <= set(s.keys) for g in providers)]
+    return (*first, *(row_format for row_format in table if row_format not in first))
 
 
 def format_of(row: Row, formats: Sequence[RowFormat] | None = None) -> RowFormat | None:
@@ -300,51 +300,51 @@ def _pair_problems(row: Row) -> Iterator[str]:
 def _label_problems(row: Row) -> Iterator[str]:
     yield from text_problems("text", row["text"])
     if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
-        yield unlike("label", row["label"], "text or an integer")
+        yield type_problem("label", row["label"], "text or an integer")
 
 
-def _instruction(answered: str, beside: str) -> RowFormat:
-    wrong = partial(instruction_problems, answered, beside)
-    read, keys = partial(instruction, answered, beside), ("instruction", answered)
-    return RowFormat(keys, wrong, read, CHAT, (beside, "system", "tools"))
+def _instruction(output: str, input: str) -> RowFormat:
+    wrong = partial(instruction_problems, output, input)
+    read, keys = partial(read_instruction, output, input), ("instruction", output)
+    return RowFormat(keys, wrong, read, CHAT_KINDS, (input, "system", "tools"))
 
 
-CHAT = (CONVERSATIONS, PROMPTS)
-TWO = (*CHAT, PAIRS, JUDGED)
+CHAT_KINDS = (CONVERSATIONS, PROMPTS)
+PAIR_KINDS = (*CHAT_KINDS, PAIRS, JUDGED)
 PROMPT_ONLY = RowFormat(  # only valid if no completion is needed
     ("prompt",),
     lambda row: content_problems("prompt", row["prompt"]),
-    lambda row: (said_by("user", row["prompt"]), {}),
+    lambda row: (messages_from("user", row["prompt"]), {}),
     (PROMPTS,),
 )
 ROW_FORMATS = (
     RowFormat(
         ("messages",),
         lambda row: message_problems("messages", row["messages"]),
-        lambda row: ([], {"messages": normalized(row["messages"])}),
-        CHAT,
+        lambda row: ([], {"messages": normalize(row["messages"])}),
+        CHAT_KINDS,
     ),
     RowFormat(
         ("prompt", "completion"),
         _pair_problems,
         lambda row: (
-            said_by("user", row["prompt"]),
-            {"completion": said_by("assistant", row["completion"])},
+            messages_from("user", row["prompt"]),
+            {"completion": messages_from("assistant", row["completion"])},
         ),
-        (*CHAT, JUDGED),
+        (*CHAT_KINDS, JUDGED),
     ),
-    RowFormat(("prompt", *COMPARED), preference_problems, preference, TWO),
-    RowFormat(("conversations", *COMPARED), turns_preference_problems, turns_preference, TWO),
-    RowFormat(COMPARED, implicit_problems, implicit_preference, TWO),
+    RowFormat(("prompt", *PAIR_KEYS), preference_problems, read_preference, PAIR_KINDS),
+    RowFormat(("conversations", *PAIR_KEYS), turns_preference_problems, read_turns, PAIR_KINDS),
+    RowFormat(PAIR_KEYS, implicit_problems, read_implicit, PAIR_KINDS),
     RowFormat(
         ("conversations",),
         turns_problems,
         lambda row: ([], {"conversations": turns_to_messages(row["conversations"])}),
-        CHAT,
+        CHAT_KINDS,
     ),
     _instruction("output", "input"),
     _instruction("response", "context"),
-    RowFormat(("query", "answers", "tools"), query_problems, query, CHAT),
+    RowFormat(("query", "answers", "tools"), query_problems, read_query, CHAT_KINDS),
     RowFormat(("text", "label"), _label_problems, None, (LABELS,), ()),
     RowFormat(
         ("text",), lambda row: text_problems("text", row["text"]), None, (CONVERSATIONS,), ()

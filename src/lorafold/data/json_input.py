@@ -13,23 +13,23 @@ from math import log10
 from typing import Any
 
 Row = dict[str, Any]
-Found = Row | str  # a row, or the reason for which it could not be read
-DEEPEST = 100  # lists and objects around a value
-TOO_DEEP = f"found a value nested in more than {DEEPEST} lists and objects, expected fewer"
-HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
-ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
-CONVERSED = ("messages", "conversations")
-SPOKEN = (*CONVERSED, "prompt", "completion", "chosen", "rejected")  # which may hold messages
+RowResult = Row | str  # a row, or the reason for which it could not be read
+MAX_DEPTH = 100  # lists and objects around a value
+TOO_DEEP = f"found a value nested in more than {MAX_DEPTH} lists and objects, expected fewer"
+SURROGATE = re.compile("[\ud800-\udfff]")  # of a surrogate pair
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+CONVERSATION_KEYS = ("messages", "conversations")
+MESSAGE_KEYS = (*CONVERSATION_KEYS, "prompt", "completion", "chosen", "rejected")
 
 
-def decoded(text: bytes) -> str:
+def decode(text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from error
 
 
-def loaded(text: str) -> Any:
+def load_json(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -40,7 +40,7 @@ def loaded(text: str) -> Any:
     except ValueError as error:  # of Python's limit of digits
         most = sys.get_int_max_str_digits()
         long = json.loads(text, parse_int=lambda s: int(s) if len(s) <= most else 10 ** len(s))
-        raise ValueError(unusable(long)) from error
+        raise ValueError(find_unusable(long)) from error
 
 
 def _wrong(error: json.JSONDecodeError) -> str:
@@ -59,54 +59,54 @@ def _wrong(error: json.JSONDecodeError) -> str:
     return f"{error.msg} at column {error.colno}"
 
 
-def suspect(text: str) -> bool:
-    deep = text.count("[") + text.count("{") > DEEPEST
-    return deep or ("\\u" in text and bool(ESCAPED.search(text)))
+def suspicious(text: str) -> bool:
+    deep = text.count("[") + text.count("{") > MAX_DEPTH
+    return deep or ("\\u" in text and bool(ESCAPED_SURROGATE.search(text)))
 
 
-def parsed(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Parses JSON; raises ValueError with one line, also for unusable values."""
-    value = loaded(text)
-    if suspect(text) and (reason := unusable(value)):
+    value = load_json(text)
+    if suspicious(text) and (reason := find_unusable(value)):
         raise ValueError(reason)
     return value
 
 
-def row_of(line: bytes) -> Found:
+def parse_row(line: bytes) -> RowResult:
     try:
-        return as_row(parsed(decoded(line).rstrip()), look=False)
+        return check_row(parse_json(decode(line).rstrip()), find=False)
     except ValueError as error:
         return str(error)
 
 
-def as_row(value: Any, look: bool = True) -> Found:
-    """Returns the value, or an error message if it is no object or, with `look`, unusable."""
+def check_row(value: Any, find: bool = True) -> RowResult:
+    """Returns the value, or an error message if it is no object or, with `find`, unusable."""
     if not isinstance(value, dict):
         return f"found {json_type(value)}, expected an object"
-    return (unusable(value) if look else "") or value
+    return (find_unusable(value) if find else "") or value
 
 
-def unusable(value: Any) -> str:
+def find_unusable(value: Any) -> str:
     """Describes the first unusable value; empty if there is none."""
     digits = sys.get_int_max_str_digits()  # 0: no limit
-    waiting = [("", value, 0)]
-    while waiting:
-        name, one, depth = waiting.pop()
+    stack = [("", value, 0)]
+    while stack:
+        name, one, depth = stack.pop()
         field = f"field {name}: " if name else ""
         if isinstance(one, str):
-            if not one.isascii() and (half := HALF.search(one)):
+            if not one.isascii() and (half := SURROGATE.search(one)):
                 what = f"{ascii(half[0])[1:-1]} at character {half.start() + 1}"
                 return f"{field}found half of a surrogate pair, {what}, expected whole characters"
         elif isinstance(one, dict | list):
-            if depth > DEEPEST:
+            if depth > MAX_DEPTH:
                 return f"field {re.split(r'[.[]', name)[0]}: {TOO_DEEP}"
             if isinstance(one, list):
                 inner = [(f"{name}[{n}]", item) for n, item in enumerate(one)]
-            elif wrong := [key for key in one if not isinstance(key, str) or HALF.search(key)]:
+            elif wrong := [key for key in one if not isinstance(key, str) or SURROGATE.search(key)]:
                 return f"{field}found the key {wrong[0]!a}, expected keys that are valid text"
             else:
                 inner = [(f"{name}.{key}" if name else key, item) for key, item in one.items()]
-            waiting += ((*pair, depth + 1) for pair in reversed(inner))
+            stack += ((*pair, depth + 1) for pair in reversed(inner))
         elif isinstance(one, int) and 0 < digits < one.bit_length() * log10(2):
             return f"{field}found an integer with more than {digits:,} digits, expected fewer"
     return ""
@@ -119,35 +119,35 @@ def json_type(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def as_known(row: Any) -> Found:
+def normalize_row(row: Any) -> RowResult:
     """Normalizes lists of messages given as JSON text or columns, and the keys `conversations` and
     `functions`; or returns an error message.
     """
     if not isinstance(row, dict):
-        return row if isinstance(row, str) else as_row(row)
-    known = row
-    for key in SPOKEN:
+        return row if isinstance(row, str) else check_row(row)
+    result = row
+    for key in MESSAGE_KEYS:
         value = row.get(key)
-        if isinstance(value, str) and key in CONVERSED and value.lstrip()[:1] in ("[", "{"):
+        if isinstance(value, str) and key in CONVERSATION_KEYS and value.lstrip()[:1] in ("[", "{"):
             try:
-                value = parsed(value)
+                value = parse_json(value)
             except ValueError as error:
                 what = f"found text that is not a JSON list ({error})"
                 return f"field {key}: {what}, expected a list of messages"
-            known = known | {key: value}
+            result = result | {key: value}
         if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
             if len({*map(len, value.values())}) > 1:
                 many = ", ".join(f"{len(column)} of {name}" for name, column in value.items())
                 return f"field {key}: found columns with {many}, expected equal lengths"
             columns = zip(*value.values(), strict=True)
-            known = known | {key: [dict(zip(value, one, strict=True)) for one in columns]}
-    turns = known.get("conversations")
+            result = result | {key: [dict(zip(value, one, strict=True)) for one in columns]}
+    turns = result.get("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
-        known = _moved(known, "conversations", "messages")
-    return _moved(known, "functions", "tools") if "messages" in known else known
+        result = _rename_key(result, "conversations", "messages")
+    return _rename_key(result, "functions", "tools") if "messages" in result else result
 
 
-def _moved(row: Row, key: str, name: str) -> Row:
+def _rename_key(row: Row, key: str, name: str) -> Row:
     if row.get(key) is None or row.get(name) is not None:
         return row
     return {name if k == key else k: v for k, v in row.items() if k != name}

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lorafold.data.arrow import TableExamples, batch_of
-from lorafold.data.control_tokens import as_text, ids_of, is_marked
-from lorafold.data.examples import identity_of
+from lorafold.data.arrow import TableExamples, to_batch
+from lorafold.data.chat_template import apply_template, template_of
+from lorafold.data.control_tokens import is_marked, mark_as_text, rendered_ids
+from lorafold.data.examples import tokenizer_identity
 from lorafold.data.formats import (
     CONVERSATIONS,
     PROMPT_ONLY,
@@ -26,10 +27,9 @@ from lorafold.data.formats import (
     format_of,
     formats_for,
 )
-from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
+from lorafold.data.json_input import Row
+from lorafold.data.render import ConversationRenderings, check_shown, check_supported, prompt_of
 from lorafold.data.row_store import Rows
-from lorafold.data.sources import Row
-from lorafold.data.templates import apply, template_of
 from lorafold.data.tokenizing import Encoded, Encoder, Report
 from lorafold.errors import LorafoldError, listed
 
@@ -59,14 +59,14 @@ def references(
     so tokenize it with add_special_tokens=False.
     """
     result, bad = [], []
-    for number, given in enumerate(conversations, 1):
-        turns = replace(given, trained=0).turns
+    for number, conversation in enumerate(conversations, 1):
+        turns = replace(conversation, trained=0).turns
         if not turns or not turns[-1]:
-            what = "no assistant turn after a prompt" if given.messages else "plain text"
+            what = "no assistant turn after a prompt" if conversation.messages else "plain text"
             bad.append(f"row {number}: found {what}")
             continue
         try:
-            result.append(reference_of(given, turns[-1], tokenizer))
+            result.append(reference_of(conversation, turns[-1], tokenizer))
         except LorafoldError as error:
             raise LorafoldError(f"data: row {number}: {error}") from error
     if bad:
@@ -87,10 +87,10 @@ def reference_of(
     conversation: Conversation, last: int, tokenizer: PreTrainedTokenizerBase
 ) -> Reference:
     messages = conversation.messages[: last + 1]
-    check_able(conversation, tokenizer)
-    given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
+    check_supported(conversation, tokenizer)
+    given = mark_as_text(Conversation(messages, 0, conversation.tools), tokenizer)
     renderings = ConversationRenderings(given, tokenizer)
-    prompt = apply(renderings.formed[:last], tokenizer, given.tools, True)
+    prompt = apply_template(renderings.formatted[:last], tokenizer, given.tools, True)
     question, message = messages[last - 1].get("content", ""), messages[last]
     if not message.get("tool_calls"):
         check_shown(replace(given, messages=given.messages[:last]), prompt, tokenizer)
@@ -101,7 +101,7 @@ def reference_of(
             f"messages[{last}]: the chat template does not render this turn as at generation"
         )
     check_shown(given, turn.text, tokenizer)
-    ids = ids_of(without_reasoning(turn.said, prompt, tokenizer), tokenizer)
+    ids = rendered_ids(without_reasoning(turn.said, prompt, tokenizer), tokenizer)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Reference(question, prompt, str(text))
 
@@ -120,11 +120,11 @@ def questions_in(row: Row) -> list[str]:
     """Returns the messages before each assistant turn as text, ignoring case and surrounding space.
     """
     messages = _conversation(row).messages
-    said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
+    keys = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
     ends = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
     if messages and messages[-1]["role"] != "assistant":
         ends.append(len(messages))
-    return ["\n".join(said[:n]) for n in ends]
+    return ["\n".join(keys[:n]) for n in ends]
 
 
 def prompts_of(
@@ -133,21 +133,21 @@ def prompts_of(
     prompts = []
     for number, row in enumerate(rows, 1):
         try:
-            given = _conversation(row)
-            last = len(given.messages) - 1
-            if given.messages[last]["role"] != "assistant":
-                prompts.append(PromptRow(prompt_of(given, tokenizer), None))
+            conversation = _conversation(row)
+            last = len(conversation.messages) - 1
+            if conversation.messages[last]["role"] != "assistant":
+                prompts.append(PromptRow(prompt_of(conversation, tokenizer), None))
                 continue
             if not last:
                 raise LorafoldError(NO_PROMPT)
-            reference = reference_of(given, last, tokenizer)
+            reference = reference_of(conversation, last, tokenizer)
             prompts.append(PromptRow(reference.prompt, reference.text))
         except LorafoldError as error:
             raise LorafoldError(f"{name}: row {number}: {error}") from error
     return prompts
 
 
-ASKED = ("prompt", "messages", "conversations")  # keys with the prompt
+PROMPT_KEYS = ("prompt", "messages", "conversations")  # keys with the prompt
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class TokenizedPrompt:
     @property
     def other_fields(self) -> dict[str, Any]:
         """The fields besides the prompt, including `answer`."""
-        fields = {key: value for key, value in self.row.items() if key not in ASKED}
+        fields = {key: value for key, value in self.row.items() if key not in PROMPT_KEYS}
         if fields.get("answer") is None and self.answer is not None:
             fields["answer"] = self.answer
         return fields
@@ -193,22 +193,22 @@ class PromptEncoder(Encoder):
     """Columns: `row`, `ids` (T,), `marked`, `problem`."""
 
     tokenizer: PreTrainedTokenizerBase
-    takes = PROMPTS
+    row_content = PROMPTS
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"kind": "prompts", **identity_of(self.tokenizer)}
+        return {"kind": "prompts", **tokenizer_identity(self.tokenizer)}
 
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
         entries = [{"row": n} | self._prompt(one) for n, one in enumerate(given, first)]
-        return batch_of(entries, ("row",), ("ids",), ("marked",), ("problem",))
+        return to_batch(entries, ("row",), ("ids",), ("marked",), ("problem",))
 
     def _prompt(self, given: Conversation) -> dict[str, Any]:
         try:
             if not given.messages:
                 raise LorafoldError(NO_PROMPT)
             text = prompt_of(given, self.tokenizer)
-            ids = ids_of(text, self.tokenizer)
+            ids = rendered_ids(text, self.tokenizer)
         except LorafoldError as error:
             return {"ids": [], "marked": False, "problem": str(error)}
         problem = "" if ids else "found a prompt without tokens, expected at least one"
@@ -226,14 +226,14 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
         return TokenizedPrompt(tuple(self._ids[index].tolist()), self._rows[number], str(place))
 
 
-def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:
-    """Raises if a prompt exceeds `most` tokens."""
+def prompt_data(table: pa.Table, rows: Rows, max_tokens: int) -> Encoded:
+    """Raises if a prompt exceeds `max_tokens`."""
     examples = PromptExamples(table, rows)
     longest = int(examples.lengths.max(initial=0))
-    if longest > most:
+    if longest > max_tokens:
         raise LorafoldError(
             f"{examples[int(examples.lengths.argmax())].where}: found a prompt of {longest} tokens,"
-            f" expected at most {most} (max_length minus max_new_tokens); raise max_length"
+            f" expected at most {max_tokens} (max_length minus max_new_tokens); raise max_length"
         )
     line = f"{len(examples)} prompts; the longest has {longest} tokens"
     return Encoded(examples, Report(line, marked=examples.marked), rows.parts)

@@ -19,29 +19,29 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorafold.data.json_input import Found, as_row, decoded, loaded, row_of, suspect
+from lorafold.data.json_input import RowResult, check_row, decode, load_json, parse_row, suspicious
 from lorafold.errors import LorafoldError
 from lorafold.files.paths import nearest_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Tell = Callable[[str], None]
-Numbered = Iterator[tuple[int, Found]]
+Warn = Callable[[str], None]
+Numbered = Iterator[tuple[int, RowResult]]
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t|"
-AT_ONCE = 1000  # rows of a table converted to objects at a time
+TABLE_ROWS = 1000  # rows of a table converted to objects at a time
 MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
-LONGEST = 2**31 - 1  # bytes of a field of CSV
-PIECE = 1 << 16  # bytes
+MAX_FIELD = 2**31 - 1  # bytes of a field of CSV
+READ_BYTES = 1 << 16  # bytes
 WINDOWS = "cp1252"
-WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-AS_CSV = "save as CSV in UTF-8, or run pandas.read_excel(FILE).to_csv('rows.csv', index=False)"
-NEITHER = "neither UTF-8 nor Windows-1252; convert to UTF-8: iconv -f ENCODING -t utf-8 FILE"
+UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+CSV_HINT = "save as CSV in UTF-8, or run pandas.read_excel(FILE).to_csv('rows.csv', index=False)"
+BAD_ENCODING = "neither UTF-8 nor Windows-1252; convert to UTF-8: iconv -f ENCODING -t utf-8 FILE"
 # descriptions of files by their first bytes
-SIGNS = {
-    b"PK\x03\x04": f"a spreadsheet or another zip file, expected rows; {AS_CSV}",
-    b"\xd0\xcf\x11\xe0": f"a spreadsheet, expected rows; {AS_CSV}",
+PREFIXES = {
+    b"PK\x03\x04": f"a spreadsheet or another zip file, expected rows; {CSV_HINT}",
+    b"\xd0\xcf\x11\xe0": f"a spreadsheet, expected rows; {CSV_HINT}",
     b"%PDF": "a PDF, expected rows; save its text as JSON lines or CSV",
     b"\x1f\x8b": "gzip data, expected a file name that ends with .gz",
     b"BZh": "bzip2 data, expected a file name that ends with .bz2",
@@ -53,7 +53,7 @@ SIGNS = {
     b"<html": "a web page, expected rows; download the file itself",
 }
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
-FOREIGN = re.compile(r"[^\W\d_a-zA-Z]{4}")  # another alphabet misread as Windows-1252
+OTHER_ALPHABET = re.compile(r"[^\W\d_a-zA-Z]{4}")  # another alphabet misread as Windows-1252
 LETTERS = re.compile(r"\w*[^\W\d_a-zA-Z]\w*")
 WORD = re.compile(r"\w*[^\x00-\x7f]\w*")
 
@@ -62,12 +62,12 @@ class Unreadable(ValueError):
     """A problem of the whole file, in one line."""
 
 
-def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedReader:
+def as_utf8(file: io.BufferedReader, windows: bool, warn: Warn) -> io.BufferedReader:
     """Transcodes UTF-16 and, with `windows`, Windows-1252."""
     begins = file.peek(2)[:2]
-    if not windows and begins not in WIDE:
+    if not windows and begins not in UTF16_BOMS:
         return file
-    return io.BufferedReader(_Utf8(_recoded(file, begins in WIDE, tell)), PIECE)
+    return io.BufferedReader(_Utf8(_transcode(file, begins in UTF16_BOMS, warn)), READ_BYTES)
 
 
 class _Utf8(io.RawIOBase):
@@ -85,29 +85,29 @@ class _Utf8(io.RawIOBase):
         return count
 
 
-def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]:
+def _transcode(file: io.BufferedReader, wide: bool, warn: Warn) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8")()
     plain, windows = not wide, False  # plain: only ASCII so far
     piece = b" "
     while piece:
-        piece = file.read1(PIECE)
+        piece = file.read1(READ_BYTES)
         if plain and piece.isascii():
             yield piece
             continue
         waiting = decoder.getstate()[0]
         try:
-            text = _windows(piece) if windows else decoder.decode(piece, final=not piece)
+            text = _decode_windows(piece) if windows else decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             whole = waiting + piece
             if wide:
                 raise Unreadable("has a UTF-16 BOM, but is not UTF-16; save it as UTF-8") from error
             if not (plain and whole[: error.start].isascii()):
                 yield whole  # the row's reader reports the bad bytes
-                yield from iter(lambda: file.read1(PIECE), b"")
+                yield from iter(lambda: file.read1(READ_BYTES), b"")
                 return
-            windows, text = True, _windows(whole)
+            windows, text = True, _decode_windows(whole)
             word = LETTERS.search(text) or WORD.search(text)
-            tell(
+            warn(
                 "not UTF-8, so the file is decoded as Windows-1252, the encoding of CSV from Excel:"
                 f" {word and word[0]!r}; if this word is wrong, save the file as UTF-8"
             )
@@ -115,42 +115,42 @@ def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]
         yield text.encode()
 
 
-def _windows(piece: bytes) -> str:
+def _decode_windows(piece: bytes) -> str:
     try:
         text = piece.decode(WINDOWS)
     except UnicodeDecodeError as error:
-        raise Unreadable(NEITHER) from error
+        raise Unreadable(BAD_ENCODING) from error
     if CONTROLS.search(text):
         raise Unreadable("not text; expected CSV in UTF-8, or in UTF-16 with a byte order mark")
-    if FOREIGN.search(text):
-        raise Unreadable(NEITHER)
+    if OTHER_ALPHABET.search(text):
+        raise Unreadable(BAD_ENCODING)
     return text
 
 
-class Kind(NamedTuple):
+class FileFormat(NamedTuple):
     read: Callable[[io.BufferedReader], Numbered]
     compression: str | None
 
 
-def kind_of_file(path: Path) -> Kind | None:
+def file_format(path: Path) -> FileFormat | None:
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
-    if last in COMPRESSED and before in TEXT:
-        return Kind(TEXT[before], COMPRESSED[last])
-    return Kind(READERS[last], None) if last in READERS else None
+    if last in COMPRESSIONS and before in TEXT_READERS:
+        return FileFormat(TEXT_READERS[before], COMPRESSIONS[last])
+    return FileFormat(READERS[last], None) if last in READERS else None
 
 
-def numbered(path: Path, tell: Tell) -> Numbered:
-    kind = kind_of_file(path)
+def read_numbered(path: Path, warn: Warn) -> Numbered:
+    kind = file_format(path)
     assert kind is not None
     try:
-        with path.open("rb") as plain, _expanded(plain, kind.compression) as file:
+        with path.open("rb") as plain, _decompress(plain, kind.compression) as file:
             begins = file.peek(64)[:64]
-            of_text, start = kind.read in TEXT.values(), begins.lstrip().lower()
-            for sign, what in SIGNS.items() if of_text or begins.startswith(b"version") else ():
+            of_text, start = kind.read in TEXT_READERS.values(), begins.lstrip().lower()
+            for sign, what in PREFIXES.items() if of_text or begins.startswith(b"version") else ():
                 if start.startswith(sign.lower()):
                     raise Unreadable(f"found {what}")
-            windows = kind.read in (TEXT[".csv"], TEXT[".tsv"])
-            yield from kind.read(as_utf8(file, windows, tell) if of_text else file)
+            windows = kind.read in (TEXT_READERS[".csv"], TEXT_READERS[".tsv"])
+            yield from kind.read(as_utf8(file, windows, warn) if of_text else file)
     except FileNotFoundError as error:
         several = "; for several, repeat --data, or use a directory or pattern" * ("," in path.name)
         hint = nearest_name(path) or several
@@ -162,7 +162,7 @@ def numbered(path: Path, tell: Tell) -> Numbered:
         raise LorafoldError(f"{path}: {message}") from error
 
 
-def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
+def _decompress(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
     if compression is None:
         return file
     import pyarrow as pa
@@ -172,7 +172,7 @@ def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedRe
     return io.BufferedReader(pa.CompressedInputStream(file, compression))
 
 
-def _lines(lines: Iterable[bytes]) -> Numbered:
+def _read_lines(lines: Iterable[bytes]) -> Numbered:
     """Reads an object per line; raises Unreadable for a list or an object over several lines."""
     bare = ((number, line.removeprefix(BOM)) for number, line in enumerate(lines, 1))
     filled = ((number, line) for number, line in bare if line.strip())
@@ -182,47 +182,47 @@ def _lines(lines: Iterable[bytes]) -> Numbered:
         what = "a list" if first.startswith(b"[") else "an object over several lines"
         raise Unreadable(f"found {what}, expected one object per line; rename the file to .json")
     for number, line in chain(begins, filled):
-        yield number, row_of(line)
+        yield number, parse_row(line)
 
 
-def _json(file: io.BufferedReader) -> Numbered:
+def _read_json(file: io.BufferedReader) -> Numbered:
     first = file.readline().removeprefix(BOM)
-    if first.lstrip()[:1] == b"{" and isinstance(row_of(first), dict):
-        yield from _lines(chain([first], file))
+    if first.lstrip()[:1] == b"{" and isinstance(parse_row(first), dict):
+        yield from _read_lines(chain([first], file))
         return
     whole = first + file.read()
     try:
-        text = decoded(whole)
-        value = loaded(text)
+        text = decode(whole)
+        value = load_json(text)
     except ValueError as error:
         if whole.lstrip()[:1] != b"[" and first.strip() != b"{":
-            yield from _lines(io.BytesIO(whole))
+            yield from _read_lines(io.BytesIO(whole))
             return
         raise Unreadable(str(error)) from error
-    look = suspect(text)
+    look = suspicious(text)
     for number, one in enumerate(value if isinstance(value, list) else [value], 1):
-        yield number, as_row(one, look)
+        yield number, check_row(one, look)
 
 
-def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
+def _read_csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
     """Reads text; a column without a name is called by its number."""
-    csv.field_size_limit(LONGEST)
-    last = 0  # the last line of the last good record
+    csv.field_size_limit(MAX_FIELD)
+    last_line = 0  # the last line of the last good record
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
         try:
             header = lines.readline()
-            if told := re.fullmatch(r"sep=(.)\s*", header):  # written by Excel
-                delimiter, header = told[1], lines.readline()
+            if separator := re.fullmatch(r"sep=(.)\s*", header):  # written by Excel
+                delimiter, header = separator[1], lines.readline()
             # the most frequent one in the header outside of quotes, the earlier one on a tie
             delimiter = delimiter or max(DELIMITERS, key=re.sub(r'"[^"]*"', "", header).count)
             records = csv.reader(chain([header], lines), strict=True, delimiter=delimiter)
             names = next(records, [])
             names = [name if name.strip() else f"column {n}" for n, name in enumerate(names, 1)]
-            if twice := [name for name, count in Counter(names).items() if count > 1]:
-                found = ", ".join(map(repr, twice))
+            if repeated := [name for name, count in Counter(names).items() if count > 1]:
+                found = ", ".join(map(repr, repeated))
                 raise Unreadable(f"header: found {found} more than once, expected each name once")
             for number, values in enumerate(filter(None, records), 1):
-                last, given = records.line_num, len(values)
+                last_line, given = records.line_num, len(values)
                 if not "".join(values).strip():
                     yield number, dict.fromkeys(names, "")
                 elif given == len(names):
@@ -232,45 +232,45 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
                     found = f"found {given} values, expected {len(names)} as in the header"
                     yield number, f"{found}{quotes}"
         except UnicodeDecodeError as error:
-            reason = f"invalid UTF-8 soon after line {last or 1}; save the whole file as UTF-8"
+            reason = f"invalid UTF-8 soon after line {last_line or 1}; save the whole file as UTF-8"
             raise Unreadable(reason) from error
         except csv.Error as error:
             what = str(error)
             reason = "a quote is not closed" if "unexpected end" in what else what
-            raise Unreadable(f"not CSV after line {last or 1}: {reason}") from error
+            raise Unreadable(f"not CSV after line {last_line or 1}: {reason}") from error
 
 
-def _parquet(file: io.BufferedReader) -> Numbered:
+def _read_parquet(file: io.BufferedReader) -> Numbered:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as table:
-        yield from _rows(table.iter_batches(AT_ONCE))
+        yield from _read_batches(table.iter_batches(TABLE_ROWS))
 
 
-def _arrow(file: io.BufferedReader) -> Numbered:
+def _read_arrow(file: io.BufferedReader) -> Numbered:
     import pyarrow as pa
 
     try:
         batches = pa.ipc.open_file(file)
     except pa.ArrowInvalid:
         file.seek(0)
-        yield from _rows(pa.ipc.open_stream(file))
+        yield from _read_batches(pa.ipc.open_stream(file))
         return
-    yield from _rows(batches.get_batch(n) for n in range(batches.num_record_batches))
+    yield from _read_batches(batches.get_batch(n) for n in range(batches.num_record_batches))
 
 
-def _rows(batches: Iterable[pa.RecordBatch]) -> Numbered:
-    few = (b.slice(at, AT_ONCE) for b in batches for at in range(0, len(b), AT_ONCE))
+def _read_batches(batches: Iterable[pa.RecordBatch]) -> Numbered:
+    few = (b.slice(at, TABLE_ROWS) for b in batches for at in range(0, len(b), TABLE_ROWS))
     return enumerate((row for batch in few for row in batch.to_pylist()), 1)
 
 
-TEXT: dict[str, Callable[[io.BufferedReader], Numbered]] = {
-    ".jsonl": _lines,
-    ".ndjson": _lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": partial(_csv, delimiter="\t"),
+TEXT_READERS: dict[str, Callable[[io.BufferedReader], Numbered]] = {
+    ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
 }
-READERS = TEXT | {".parquet": _parquet, ".arrow": _arrow}
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-KINDS = f"{', '.join(READERS)} (text also as .gz, .bz2 or .zst)"
+READERS = TEXT_READERS | {".parquet": _read_parquet, ".arrow": _read_arrow}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+SUPPORTED = f"{', '.join(READERS)} (text also as .gz, .bz2 or .zst)"

@@ -4,8 +4,8 @@
 
 Invariant: the ids before a trained turn are those from which generation starts, and no text of the
 template is trained. Turns whose `after` is a prefix of a longer text become spans of it; others get
-their own example. If `after` doesn't begin with the prompt, `after_block` or `after_rewriting`
-reconstructs the turn. A conversation is rejected if the template hides a part of it.
+their own example. If `after` doesn't begin with the prompt, `rebuild_after_block` or
+`rebuild_rewritten` reconstructs the turn. A conversation is rejected if the template hides a part.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lorafold.data.control_tokens import as_text, variables_as_text
-from lorafold.data.formats import Conversation
-from lorafold.data.messages import Message, Tool
-from lorafold.data.templates import (
-    ASKED,
-    KEY,
-    NAME,
-    NONE,
-    OPENED,
+from lorafold.data.chat_template import (
+    NO_VARIABLES,
+    OPEN_TAG,
+    PROBE_KEY,
+    PROBE_NAME,
+    PROBE_TEXT,
     PROBE_TOOL,
-    VALUE,
+    USER,
     WITH_NEXT,
     WITH_TURN,
-    Block,
-    apply,
-    attempt,
-    call,
-    common,
+    ReasoningBlock,
+    apply_template,
+    prefix_of,
     template_of,
+    tool_call,
+    try_apply,
 )
+from lorafold.data.control_tokens import mark_as_text, mark_variables
+from lorafold.data.formats import Conversation
+from lorafold.data.messages import Message, Tool
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import opening
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-Drawn = tuple[str, tuple[Span, ...] | None]
+TextAndMarks = tuple[str, tuple[Span, ...] | None]
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}
@@ -75,28 +75,28 @@ def check_shown(
     for n, message in enumerate(messages):
         content = message.get("content")
         if message["role"] != "assistant" and content and content.strip() not in text:
-            lacks(f"content ({message['role']})", n, {"content": VALUE}, VALUE)
+            lacks(f"content ({message['role']})", n, {"content": PROBE_TEXT}, PROBE_TEXT)
         for number, given in enumerate(message.get("tool_calls", ())):
             if not _has_call((turns or {}).get(n, text), given):
                 calls = [*message["tool_calls"]]
-                calls[number] = given | call(NAME, {KEY: VALUE})
-                for part, value in (("name", NAME), ("arguments", VALUE)):
+                calls[number] = given | tool_call(PROBE_NAME, {PROBE_KEY: PROBE_TEXT})
+                for part, value in (("name", PROBE_NAME), ("arguments", PROBE_TEXT)):
                     lacks(f"tool_calls[{number}].{part}", n, {"tool_calls": calls}, value)
     if tools and not all(_has_tool(text, tool) for tool in tools):
-        missing.append(("the row's tools", messages, (*tools, PROBE_TOOL), KEY))
+        missing.append(("the row's tools", messages, (*tools, PROBE_TOOL), PROBE_KEY))
     for part, probed, offered, value in missing:
-        if value not in attempt(probed, tokenizer, offered):
+        if value not in try_apply(probed, tokenizer, offered):
             raise LorafoldError(
                 f"the chat template does not render {part}, so it would be lost; {HELP}"
             )
 
 
-def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_supported(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
     tools = conversation.tools
-    called = any("tool_calls" in message for message in conversation.messages)
+    has_calls = any("tool_calls" in message for message in conversation.messages)
     if tools and not template_of(tokenizer, tools).shows_tools:
         raise LorafoldError(f"the chat template does not render the row's tools; {HELP}")
-    if called and not template_of(tokenizer, tools).shows_calls:
+    if has_calls and not template_of(tokenizer, tools).shows_calls:
         raise LorafoldError(f"the chat template does not render tool calls (tool_calls); {HELP}")
 
 
@@ -105,9 +105,9 @@ def _has_tool(text: str, tool: dict[str, Any]) -> bool:
     function = tool["function"]
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    named = properties if isinstance(properties, dict) else ()
-    said = [part for part in (function.get("description"), *named) if part][:1]
-    return bool(said) and all(_has_text(text, value) for value in (function["name"], *said))
+    arguments = properties if isinstance(properties, dict) else ()
+    details = [part for part in (function.get("description"), *arguments) if part][:1]
+    return bool(details) and all(_has_text(text, value) for value in (function["name"], *details))
 
 
 def _has_call(text: str, given: dict[str, Any]) -> bool:
@@ -126,8 +126,8 @@ def _has_text(text: str, value: Any) -> bool:
 
 
 def hidden(message: Message, turn: str) -> bool:
-    thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
-    return thought not in turn or not _has_text(turn, said if message.get("tool_calls") else "")
+    thought, content = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
+    return thought not in turn or not _has_text(turn, content if message.get("tool_calls") else "")
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,12 @@ class ConversationRenderings:
         self.messages = conversation.messages
         self.template = template_of(tokenizer, self.tools)
         self.without_tools = template_of(tokenizer)
-        self.formed = self.template.form.of(self.messages)
+        self.formatted = self.template.form.of(self.messages)
 
-    def draw(self, messages: list[Message]) -> Drawn:
+    def render_marked(self, messages: list[Message]) -> TextAndMarks:
         """Renders messages; also returns the spans of `{% generation %}` blocks, or None."""
-        if not self.template.marks_own:
-            return apply(messages, self.tokenizer, self.tools), None
+        if not self.template.has_generation:
+            return apply_template(messages, self.tokenizer, self.tools), None
         special: Any = self.tokenizer.special_tokens_map
         try:
             rendered: Any = render_jinja_template(
@@ -200,32 +200,32 @@ class ConversationRenderings:
                 **special,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            apply(messages, self.tokenizer, self.tools)  # raises a one-line message
+            apply_template(messages, self.tokenizer, self.tools)  # raises a one-line message
             raise LorafoldError(f"the model's chat template: {error}") from error
         [text], [marks] = rendered
         return text, tuple(map(tuple, marks))
 
-    def turn(self, i: int, whole: Drawn | None = None) -> TrainedTurn | None:
+    def turn(self, i: int, whole: TextAndMarks | None = None) -> TrainedTurn | None:
         """Returns turn i as generated, or None if it can't be reconstructed."""
         if i == 0:
             return None  # the first message has no prompt
-        message, earlier = self.formed[i], self.formed[:i]
-        prompt = apply(earlier, self.tokenizer, self.tools, for_generation=True)
-        is_last = i == len(self.formed) - 1
-        after, marks = whole if whole and is_last else self.draw(self.formed[: i + 1])
+        message, earlier = self.formatted[i], self.formatted[:i]
+        prompt = apply_template(earlier, self.tokenizer, self.tools, for_generation=True)
+        is_last = i == len(self.formatted) - 1
+        after, marks = whole if whole and is_last else self.render_marked(self.formatted[: i + 1])
         text, reasoning = after, message.get("reasoning_content", "")
         if not text.startswith(prompt) and reasoning:
             bare = {k: v for k, v in message.items() if k != "reasoning_content"}
-            plain, plain_marks = self.draw([*earlier, bare])
+            plain, plain_marks = self.render_marked([*earlier, bare])
             if plain.startswith(prompt):
                 text, marks = plain, plain_marks
         if not text.startswith(prompt):
             said = self.messages[i].get("content", "")
             block, specials = self.without_tools.block, self.without_tools.specials
-            joined = after_block(prompt, after, (reasoning, said), block, specials)
+            joined = rebuild_after_block(prompt, after, (reasoning, said), block, specials)
             if joined is None:
-                before = attempt(self.messages[:i], self.tokenizer, self.tools)
-                joined = after_rewriting(prompt, after, before, said)
+                before = try_apply(self.messages[:i], self.tokenizer, self.tools)
+                joined = rebuild_rewritten(prompt, after, before, said)
             if joined is None or marks == ():
                 return None
             text, marks = joined, marks and ((len(prompt), len(joined)),)
@@ -238,8 +238,8 @@ class ConversationRenderings:
         ending, text = self.without_tools.ending, turn.text[: turn.end]
         if ending.written == WITH_NEXT:
             follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]
-            following = [*self.messages[: i + 1], *(follows or [ASKED])]
-            longer = attempt(following, self.tokenizer, self.tools)
+            following = [*self.messages[: i + 1], *(follows or [USER])]
+            longer = try_apply(following, self.tokenizer, self.tools)
             if longer.startswith(text):
                 return self.without_tools.through_special(longer[len(text) :]) or ending.text
         return ending.text
@@ -253,24 +253,24 @@ def render_trained(
     """Finds the spans of trained assistant turns. Without any, returns the whole text without
     spans.
     """
-    check_able(conversation, tokenizer)
-    conversation = as_text(conversation, tokenizer)
+    check_supported(conversation, tokenizer)
+    conversation = mark_as_text(conversation, tokenizer)
     renderings, messages = ConversationRenderings(conversation, tokenizer), conversation.messages
-    drawn_whole = whole, _ = renderings.draw(renderings.formed)
+    marked_whole = whole, _ = renderings.render_marked(renderings.formatted)
     turns = conversation.turns
     turns = turns[-1:] if rendering.train_on == "last" else turns
-    called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
-    drawn = {i: renderings.turn(i, drawn_whole) for i in {*turns, *called}}
-    calls = {i: turn.said for i in called if (turn := drawn[i]) is not None}
+    call_turns = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+    trained_turns = {i: renderings.turn(i, marked_whole) for i in {*turns, *call_turns}}
+    calls = {i: turn.said for i in call_turns if (turn := trained_turns[i]) is not None}
     check_shown(conversation, whole, tokenizer, calls)
     examples: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
-    lost, trained = 0, set[int]()
+    num_hidden, trained = 0, set[int]()
     for i in reversed(turns):
-        turn = drawn[i]
+        turn = trained_turns[i]
         if turn is None:
             continue
         if messages[i].keys() & {"reasoning_content", "tool_calls"}:
-            lost += hidden(messages[i], turn.said)
+            num_hidden += hidden(messages[i], turn.said)
         text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
         if rendering.end_of_turn == "auto" and renderings.without_tools.ending.written != WITH_TURN:
             text = text[:end] + renderings.end(i, turn)
@@ -300,7 +300,7 @@ def render_trained(
         if spans
     ]
     shown = tuple(rendered) or (Rendered(whole, ()),)
-    return TrainedRenderings(shown, len(turns) - len(trained), lost, frozenset(trained))
+    return TrainedRenderings(shown, len(turns) - len(trained), num_hidden, frozenset(trained))
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -324,32 +324,32 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     for_generation: bool = False,
     tools: Sequence[Tool] = (),
-    variables: Mapping[str, Any] = NONE,
+    variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> str:
     """Renders messages with control tokens as text. `variables` are passed to the template, for
     example enable_thinking.
     """
-    given = as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
-    formed = template_of(tokenizer, given.tools).form.of(given.messages)
+    given = mark_as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
+    formatted = template_of(tokenizer, given.tools).form.of(given.messages)
     if variables:
-        variables = variables_as_text(variables, tokenizer, given.tools)
-    return apply(formed, tokenizer, given.tools, for_generation, variables)
+        variables = mark_variables(variables, tokenizer, given.tools)
+    return apply_template(formatted, tokenizer, given.tools, for_generation, variables)
 
 
 def prompt_of(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
-    variables: Mapping[str, Any] = NONE,
+    variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> str:
     """Renders the prompt of the next turn; raises if it doesn't show the whole conversation."""
-    check_able(conversation, tokenizer)
+    check_supported(conversation, tokenizer)
     text = render(conversation.messages, tokenizer, True, conversation.tools, variables)
-    check_shown(as_text(conversation, tokenizer), text, tokenizer)
+    check_shown(mark_as_text(conversation, tokenizer), text, tokenizer)
     return text
 
 
-CLOSED = re.compile(r"([<\[])(\w+)([>\]])\s*\1/\2\3\s*\Z")  # an empty block at a prompt's end
-SEEN = 24  # characters of the previous message that locate the turn
+EMPTY_TAGS = re.compile(r"([<\[])(\w+)([>\]])\s*\1/\2\3\s*\Z")  # an empty block at a prompt's end
+CONTEXT = 24  # characters of the previous message that locate the turn
 
 
 class OpenBlock(NamedTuple):
@@ -357,11 +357,11 @@ class OpenBlock(NamedTuple):
 
     at: int
     closed: bool
-    block: Block
+    block: ReasoningBlock
 
 
-def after_block(
-    prompt: str, after: str, said: tuple[str, str], block: Block, specials: re.Pattern[str]
+def rebuild_after_block(
+    prompt: str, after: str, turn: tuple[str, str], block: ReasoningBlock, specials: re.Pattern[str]
 ) -> str | None:
     """Reconstructs a turn whose prompt ends with a block of reasoning: the prompt, then reasoning,
     closing and answer if the block is open, or only the answer if it is closed; None if impossible.
@@ -370,18 +370,18 @@ def after_block(
     block_at_end = _open_block(prompt, after, block, specials)
     if block_at_end is None or not after.startswith(prompt[: block_at_end.at]):
         return None
-    answer, (reasoning, content) = after[block_at_end.at :], said
+    answer, (reasoning, content) = after[block_at_end.at :], turn
     opening, closing = block_at_end.block.opening, block_at_end.block.closing
-    bare = answer.lstrip()
-    if not bare:
+    stripped = answer.lstrip()
+    if not stripped:
         return None
-    if bare.startswith(opening) and closing in bare:
-        inner, _, answer = bare.removeprefix(opening).partition(closing)
+    if stripped.startswith(opening) and closing in stripped:
+        inner, _, answer = stripped.removeprefix(opening).partition(closing)
         reasoning = reasoning or inner
-    elif bare.startswith(closing):
+    elif stripped.startswith(closing):
         if not block_at_end.closed and not reasoning.strip():
-            return prompt + bare  # an empty block
-        answer = bare.removeprefix(closing)
+            return prompt + stripped  # an empty block
+        answer = stripped.removeprefix(closing)
     elif closing in content:
         reasoning = reasoning or content.partition(closing)[0].rpartition(opening)[2]
     if block_at_end.closed:
@@ -394,7 +394,7 @@ def after_block(
 
 
 def _open_block(
-    prompt: str, after: str, block: Block, specials: re.Pattern[str]
+    prompt: str, after: str, block: ReasoningBlock, specials: re.Pattern[str]
 ) -> OpenBlock | None:
     bare = prompt.rstrip()
     if bare.endswith(block.opening):
@@ -402,31 +402,31 @@ def _open_block(
     inside = bare.removesuffix(block.closing).rstrip()
     if inside != bare and inside.endswith(block.opening):
         return OpenBlock(len(inside) - len(block.opening), True, block)
-    for pattern, closed in ((CLOSED, True), (OPENED, False)):
+    for pattern, closed in ((EMPTY_TAGS, True), (OPEN_TAG, False)):
         if tag := pattern.search(prompt):
             left, name, right = tag.groups()
-            tagged = Block.of_tags(f"{left}{name}{right}", f"{left}/{name}{right}")
+            tagged = ReasoningBlock.of_tags(f"{left}{name}{right}", f"{left}/{name}{right}")
             return OpenBlock(tag.start(), closed, tagged)
-    at = len(common(prompt, after))
+    at = len(prefix_of(prompt, after))
     at = next((m.start() for m in specials.finditer(prompt) if m.start() < at < m.end()), at)
     # an opening token, an optional word, and a closing token
     marks = [m.span() for m in specials.finditer(prompt, at)]
     if len(marks) == 2 and marks[0][0] == at and not prompt[marks[1][1] :].strip():
         (_, opened), (closing, end) = marks
         if re.fullmatch(r"\w*\s*", prompt[opened:closing]):
-            block = Block.of_tags(prompt[at:closing].rstrip(), prompt[closing:end])
+            block = ReasoningBlock.of_tags(prompt[at:closing].rstrip(), prompt[closing:end])
             return OpenBlock(at, True, block)
     return None
 
 
-def after_rewriting(prompt: str, after: str, before: str, content: str) -> str | None:
+def rebuild_rewritten(prompt: str, after: str, before: str, content: str) -> str | None:
     """Reconstructs a turn after which the template changes earlier messages: the prompt, then the
     text that follows the prompt's end in `after`; None if not found. `before` lacks the generation
     prompt.
     """
     if not prompt.startswith(before) or len(prompt) == len(before):
         return None
-    end = prompt[max(0, len(before) - SEEN) :]
+    end = prompt[max(0, len(before) - CONTEXT) :]
     at = after.rfind(end)
     said = after[at + len(end) :]
     return prompt + said if at >= 0 and said.strip() and content.strip() in said else None

@@ -17,10 +17,10 @@ from lorafold.data.arrow import Array, Items, open_table
 from lorafold.data.formats import RowFormat, format_of, formats_for
 from lorafold.data.json_input import Row
 
-CHUNK = 1000  # rows of an Arrow record batch
-AS_IT_IS = json.JSONEncoder(ensure_ascii=False, default=str)
-SORTED = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
-LARGE = 16_000_000  # bytes of rows or files; larger data is stored in Arrow files
+CHUNK_ROWS = 1000  # rows of an Arrow record batch
+AS_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
+AS_SORTED_JSON = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
+MAX_IN_MEMORY = 16_000_000  # bytes of rows or files; larger data is stored in Arrow files
 
 
 class RowPlace(NamedTuple):
@@ -33,7 +33,7 @@ class RowPlace(NamedTuple):
         return f"{self.file}: row {self.row}" if self.file else f"row {self.row}"
 
 
-def named(places: Iterable[RowPlace]) -> Iterator[str]:
+def row_names(places: Iterable[RowPlace]) -> Iterator[str]:
     before = None
     for place in places:
         yield f"row {place.row}" if place.file == before else str(place)
@@ -43,14 +43,14 @@ def named(places: Iterable[RowPlace]) -> Iterator[str]:
 @dataclass(frozen=True)
 class Origins:
     """The places of rows, in runs of (file, first number, count), which blank lines interrupt;
-    without runs, rows are numbered in order. `chosen` (n,) are the selected rows.
+    without runs, rows are numbered in order. `indices` (n,) are the selected rows.
     """
 
     runs: tuple[tuple[str, int, int], ...] = ()
-    chosen: Array | None = field(default=None, compare=False)
+    indices: Array | None = field(default=None, compare=False)
 
     def select(self, indices: Array) -> Origins:
-        return replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
+        return replace(self, indices=indices if self.indices is None else self.indices[indices])
 
     def places(self, rows: Iterable[int]) -> list[RowPlace]:
         run, after = self._runs(np.fromiter(rows, np.int64))
@@ -68,7 +68,7 @@ class Origins:
 
     def _runs(self, rows: Array) -> tuple[Array, Array]:
         """Returns the run of each row, and its offset."""
-        at = rows if self.chosen is None else self.chosen[rows]
+        at = rows if self.indices is None else self.indices[rows]
         starts = np.cumsum([0, *(count for *_, count in self.runs)])
         run = np.searchsorted(starts, at, "right") - 1
         return run, at - starts[run]
@@ -83,34 +83,34 @@ class SourcePart:
 
 
 class ArrowRows(Items[Row]):
-    """Rows of a file by `write_rows`; `chosen` (n,) selects."""
+    """Rows of a file by `write_rows`; `indices` (n,) select some."""
 
-    def __init__(self, path: Path, chosen: Array | None = None) -> None:
-        self._path, self._chosen, self._text = path, chosen, open_table(path).column("row")
+    def __init__(self, path: Path, indices: Array | None = None) -> None:
+        self._path, self._indices, self._text = path, indices, open_table(path).column("row")
 
     def __reduce__(self) -> tuple[type[ArrowRows], tuple[Any, ...]]:
         # another process maps the file itself
-        return ArrowRows, (self._path, self._chosen)
+        return ArrowRows, (self._path, self._indices)
 
     def __len__(self) -> int:
-        return len(self._text) if self._chosen is None else len(self._chosen)
+        return len(self._text) if self._indices is None else len(self._indices)
 
     def item(self, index: int) -> Row:
-        at = index if self._chosen is None else int(self._chosen[index])
+        at = index if self._indices is None else int(self._indices[index])
         return json.loads(self._text[at].as_py())
 
     def __iter__(self) -> Iterator[Row]:
         return map(json.loads, self.texts())
 
     def texts(self) -> Iterator[str]:
-        if self._chosen is not None:
-            yield from (self._text[int(i)].as_py() for i in self._chosen)
+        if self._indices is not None:
+            yield from (self._text[int(i)].as_py() for i in self._indices)
             return
         for chunk in self._text.chunks:
             yield from chunk.to_pylist()
 
     def select(self, indices: Array) -> ArrowRows:
-        return ArrowRows(self._path, indices if self._chosen is None else self._chosen[indices])
+        return ArrowRows(self._path, indices if self._indices is None else self._indices[indices])
 
 
 @dataclass(frozen=True)
@@ -152,28 +152,28 @@ class Rows(Items[Row]):
 
     @property
     def sha256(self) -> str:
-        return self.measured[0]
+        return self.digest_and_size[0]
 
     @property
     def identity(self) -> str:
         """The digest, with weights if any is not 1."""
         if all(part.weight == 1 for part in self.parts):
-            return self.measured[0]
-        return f"{self.measured[0]} {' '.join(f'{p.size}*{p.weight:g}' for p in self.parts)}"
+            return self.digest_and_size[0]
+        return f"{self.digest_and_size[0]} {' '.join(f'{p.size}*{p.weight:g}' for p in self.parts)}"
 
     @property
     def record(self) -> dict[str, Any]:
-        record = {"rows": len(self.rows), "sha256": self.measured[0]}
+        record = {"rows": len(self.rows), "sha256": self.digest_and_size[0]}
         return record | ({"files": dict(self.files)} if self.files else {})
 
     @cached_property
-    def measured(self) -> tuple[str, int]:
+    def digest_and_size(self) -> tuple[str, int]:
         """The digest, and the bytes as JSON."""
         if self.known:
             return self.known
         digest, size = sha256(), 0
         for row in self.rows:
-            text = SORTED.encode(row).encode()
+            text = AS_SORTED_JSON.encode(row).encode()
             digest.update(text)
             size += len(text)
         return digest.hexdigest(), size
@@ -184,19 +184,19 @@ class Rows(Items[Row]):
         firsts = [self.rows[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
         return tuple(format_of(row, formats_for(self.wanted)) for row in firsts)
 
-    def provides(self, what: str) -> bool:
-        return any(first is not None and what in first.provides for first in self.formats[:1])
+    def provides(self, content: str) -> bool:
+        return any(first is not None and content in first.provides for first in self.formats[:1])
 
-    def extract(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
+    def extract(self, content: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
         """Applies `RowFormat.extract` to all rows, or to `some` from index `first` on."""
         rows = self.rows if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])
         source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()
         formats = [row_format for row_format in self.formats if row_format is not None]
-        return [formats[n].extract(what, row) for n, row in zip(source, rows, strict=True)]
+        return [formats[n].extract(content, row) for n, row in zip(source, rows, strict=True)]
 
     def texts(self) -> Iterator[str]:
-        return self.rows.texts() if isinstance(self.rows, ArrowRows) else map(AS_IT_IS.encode, self)
+        return self.rows.texts() if isinstance(self.rows, ArrowRows) else map(AS_JSON.encode, self)
 
     def select(self, indices: Array) -> Rows:
         """Selects ascending indices."""
@@ -206,7 +206,7 @@ class Rows(Items[Row]):
             return replace(of, rows=[self.rows[i] for i in indices])
         # derives the digest from the indices instead of reading the rows again
         digest = sha256(self.sha256.encode() + indices.astype(np.int64).tobytes()).hexdigest()
-        size = self.measured[1] * len(indices) // len(self.rows)
+        size = self.digest_and_size[1] * len(indices) // len(self.rows)
         return replace(of, rows=self.rows.select(indices), known=(digest, size))
 
 
@@ -216,16 +216,16 @@ def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
-    """Writes JSON text to an Arrow file; returns `Rows.measured`."""
+    """Writes JSON text to an Arrow file; returns `Rows.digest_and_size`."""
     import pyarrow as pa
 
     schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0
     remaining = iter(rows)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while chunk := list(islice(remaining, CHUNK)):
-            text = "".join(map(SORTED.encode, chunk)).encode()
+        while chunk := list(islice(remaining, CHUNK_ROWS)):
+            text = "".join(map(AS_SORTED_JSON.encode, chunk)).encode()
             digest.update(text)
             size += len(text)
-            texts = pa.array(map(AS_IT_IS.encode, chunk), pa.large_string())
+            texts = pa.array(map(AS_JSON.encode, chunk), pa.large_string())
             writer.write_batch(pa.record_batch([texts], schema))
     return digest.hexdigest(), size

@@ -21,43 +21,43 @@ from lorafold.data.formats import (
     PROMPTS,
     ROW_FORMATS,
     RowFormat,
-    as_turns,
     format_of,
     formats_for,
+    split_remark,
 )
-from lorafold.data.json_input import SPOKEN, Row, as_known, unusable
-from lorafold.data.messages import KEYS, TURN_KEYS, asks, role_of
-from lorafold.data.row_store import LARGE, ArrowRows, Origins, Rows, SourcePart, write_rows
-from lorafold.data.sources import DataSource, source_from
+from lorafold.data.json_input import MESSAGE_KEYS, Row, find_unusable, normalize_row
+from lorafold.data.messages import KNOWN_KEYS, TURN_KEYS, role_of, trains
+from lorafold.data.row_sources import DataSource, parse_source
+from lorafold.data.row_store import MAX_IN_MEMORY, ArrowRows, Origins, Rows, SourcePart, write_rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
 from lorafold.files.cache import cached
 
 log = logging.getLogger(__name__)
 Notice = Callable[[str], None]
-ASKED = {
+QUESTIONS = {
     *("prompt", "question", "query", "instruction", "input", "user", "q"),
     *("frage", "eingabe", "anfrage"),
 }
-SAID = {
+ANSWERS = {
     *("completion", "answer", "response", "output", "reply", "assistant", "a"),
     *("antwort", "ausgabe"),
 }
-WORDED = re.compile(r"[^\W\d_]")  # text with a letter, not a number or a date
-GUESS = " (guessed by their order, if the file has a header)"
-PLAIN = {"system", "user", "assistant", "tool", "developer"}
+LETTER = re.compile(r"[^\W\d_]")  # text with a letter, not a number or a date
+BY_ORDER = " (guessed by their order, if the file has a header)"
+ROLES = {"system", "user", "assistant", "tool", "developer"}
 # written by databases, spreadsheets and pandas for empty cells and errors in formulas
-NOTHING = {
+EMPTY_TEXTS = {
     *("NULL", "null", "None", "NaN", "nan", "\\N"),
     *("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!"),
 }
-LONGEST = max(map(len, NOTHING))
+MAX_EMPTY = max(map(len, EMPTY_TEXTS))
 AS_WORD = "which is not treated as an empty cell"
 BLANK = "rows are blank and are left out"
 UNANSWERED = "rows have an empty answer and are left out (to keep one, set weight: 1 in a message)"
-LEFT = "assistant turns are not trained on, because their rows exclude them"
-OTHERS = "turns that rows mark for training are not assistant turns, and are not trained on"
-AS_THEY_ARE = "messages have an unknown role, passed to the chat template, and are not trained on"
+EXCLUDED = "assistant turns are not trained on, because their rows exclude them"
+WRONG_ROLE = "turns that rows mark for training are not assistant turns, and are not trained on"
+UNKNOWN_ROLE = "messages have an unknown role, passed to the chat template, and are not trained on"
 
 
 @dataclass
@@ -72,18 +72,18 @@ class RowRemarks:
     _counts: Counter[str] = field(default_factory=Counter)
     _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by their treatment
 
-    def left_out(self, row: Any, place: str, row_format: RowFormat | None = None) -> bool:
+    def is_skipped(self, row: Any, place: str, row_format: RowFormat | None = None) -> bool:
         """Whether to skip a row: it is empty, or has an empty answer where one is needed."""
         if row_format is None:
             values = row.values() if isinstance(row, dict) else [row]
             filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
-            why, out = BLANK, not any(filled)
+            why, skip = BLANK, not any(filled)
         else:
-            why, out = UNANSWERED, self.wanted != PROMPTS and not row_format.has_answers(row)
-        if out:
+            why, skip = UNANSWERED, self.wanted != PROMPTS and not row_format.has_answers(row)
+        if skip:
             self._counts[why] += 1
             self._first.setdefault(why, f"; the first: {place}")
-        return out
+        return skip
 
     def add(self, row_format: RowFormat, row: Row) -> None:
         for key, value in row.items():
@@ -92,33 +92,33 @@ class RowRemarks:
             if key not in row_format.known:
                 self.ignored[key] = None
             elif isinstance(value, str):
-                if len(value) <= LONGEST and value in NOTHING and key != "label":
+                if len(value) <= MAX_EMPTY and value in EMPTY_TEXTS and key != "label":
                     self._counts[f"values of {key} are the text {value!r}, {AS_WORD}"] += 1
-            elif key in SPOKEN:
-                inside = isinstance(value, list)
-                for message in value if inside else [value] * isinstance(value, dict):
-                    self._look(f"{key}[]" if inside else key, message)
-        if PAIRS in row_format.provides and (remark := as_turns(row)):
+            elif key in MESSAGE_KEYS:
+                is_list = isinstance(value, list)
+                for message in value if is_list else [value] * isinstance(value, dict):
+                    self._add_message(f"{key}[]" if is_list else key, message)
+        if PAIRS in row_format.provides and (remark := split_remark(row)):
             self._counts[remark] += 1
 
-    def _look(self, name: str, message: dict[str, Any]) -> None:
+    def _add_message(self, name: str, message: dict[str, Any]) -> None:
         turn = "from" in message
         role, content = message["from" if turn else "role"], message.get("content")
-        if role in PLAIN and len(message) == 2 and not isinstance(content, list):
+        if role in ROLES and len(message) == 2 and not isinstance(content, list):
             return
-        known = TURN_KEYS if turn else KEYS
+        known = TURN_KEYS if turn else KNOWN_KEYS
         keys = [f"{name}.{k}" for k, v in message.items() if k not in known and v is not None]
         for part in content if isinstance(content, list) else ():
             extra = sorted(part.keys() - {"type", "text"})
             keys += [f"{name}.content[].{key}" for key in extra if part[key] is not None]
         self.ignored |= dict.fromkeys(keys)
-        meant, trained = role_of(role), asks(message)
-        if meant == "assistant" and trained is False:
-            self._counts[LEFT] += 1
-        elif meant != "assistant" and trained:
-            self._counts[OTHERS] += 1
-        if not turn and role not in PLAIN:
-            what = f"messages are converted to the role {meant}" if meant in PLAIN else AS_THEY_ARE
+        final, trained = role_of(role), trains(message)
+        if final == "assistant" and trained is False:
+            self._counts[EXCLUDED] += 1
+        elif final != "assistant" and trained:
+            self._counts[WRONG_ROLE] += 1
+        if not turn and role not in ROLES:
+            what = f"messages are converted to the role {final}" if final in ROLES else UNKNOWN_ROLE
             self._roles.setdefault(what, Counter())[role] += 1
 
     @property
@@ -130,15 +130,15 @@ class RowRemarks:
         return tuple(lines)
 
 
-def proposed_columns(row: Row) -> str:
+def propose_columns(row: Row) -> str:
     """Proposes `--columns` by known names, or by order if there are two text columns."""
-    texts = [key for key, value in row.items() if isinstance(value, str) and WORDED.search(value)]
-    prompts, answers = ([k for k in texts if k.strip().lower() in n] for n in (ASKED, SAID))
+    texts = [key for key, value in row.items() if isinstance(value, str) and LETTER.search(value)]
+    prompts, answers = ([k for k in texts if k.strip().lower() in n] for n in (QUESTIONS, ANSWERS))
     guess = ""
     if not len(prompts) == len(answers) == 1:
         if len(texts) != 2:
             return ""
-        prompts, answers, guess = texts[:1], texts[1:], GUESS
+        prompts, answers, guess = texts[:1], texts[1:], BY_ORDER
     names = {"prompt": prompts[0], "completion": answers[0]}
     pairs = [f"{name}={column}" for name, column in names.items() if name != column]
     if any("," in pair or pair != pair.strip() for pair in pairs) or not pairs:
@@ -146,7 +146,7 @@ def proposed_columns(row: Row) -> str:
     return f"did you mean --columns {shlex.quote(','.join(pairs))}{guess}"
 
 
-def renamed(
+def rename_columns(
     numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
 ) -> Iterator[tuple[int, Any]]:
     """Renames `columns[name]` to `name`, and drops keys without a new name. A row that can't be
@@ -154,35 +154,35 @@ def renamed(
     """
     names = {name: key for name, key in columns.items() if key}
     dropped = [name for name in columns if name not in names]
-    theirs = [*names.values(), *dropped]
+    given_names = [*names.values(), *dropped]
     for number, row in numbered:
         if not (columns and isinstance(row, dict)):
             yield number, row
-        elif missing := [key for key in theirs if key not in row]:
-            keys = listed(map(repr, row), room=100) or "none"
-            hint = f"; the row has {keys}{near_columns(names, row)}"
+        elif missing := [key for key in given_names if key not in row]:
+            keys = listed(map(repr, row), max_chars=100) or "none"
+            hint = f"; the row has {keys}{suggest_columns(names, row)}"
             if {*columns} <= {*row} and not dropped:
-                turned = ",".join(f"{key}={name}" for name, key in names.items())
-                hint = f"; the order is NAME=COLUMN: --columns {turned}"
-            yield number, f"found no column {listed(map(repr, missing), room=80)}{hint}"
-        elif lost := [name for name in names if name in row and name not in theirs]:
+                swapped = ",".join(f"{key}={name}" for name, key in names.items())
+                hint = f"; the order is NAME=COLUMN: --columns {swapped}"
+            yield number, f"found no column {listed(map(repr, missing), max_chars=80)}{hint}"
+        elif lost := [name for name in names if name in row and name not in given_names]:
             pairs = ", ".join(f"{name}={names[name]}" for name in lost)
             yield number, f"--columns {pairs}: the row already has a column {', '.join(lost)}"
         else:
-            rest = {key: value for key, value in row.items() if key not in theirs}
+            rest = {key: value for key, value in row.items() if key not in given_names}
             yield number, rest | {name: row[key] for name, key in names.items()}
 
 
-def near_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
-    near = {
+def suggest_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
+    nearest = {
         name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
         for name, key in names.items()
     }
-    turned = ",".join(f"{name}={key}" for name, key in near.items())
-    return f"; did you mean --columns {turned}?" if near and all(near.values()) else ""
+    columns = ",".join(f"{name}={key}" for name, key in nearest.items())
+    return f"; did you mean --columns {columns}?" if nearest and all(nearest.values()) else ""
 
 
-def checked(
+def check_each(
     numbered: Iterable[tuple[int, Any]],
     source: str,
     at_once: bool = False,
@@ -201,20 +201,20 @@ def checked(
     used = False
     for number, given in numbered:
         place = f"{source}: row {number}"
-        if remarks and remarks.left_out(given, place):
+        if remarks and remarks.is_skipped(given, place):
             continue
-        row = as_known(given)
+        row = normalize_row(given)
         if isinstance(row, str):
             problems = [row]
         elif (row_format := format_of(row, formats)) is None:
-            problems = [*_without_format(row, formats)]
+            problems = [*_format_problems(row, formats)]
         else:
             first = first or (number, row_format)
             problems = list(row_format.problems(row))
             if row_format is not first[1]:
-                nulls = _null(first[1], row)
+                nulls = _nulls(first[1], row)
                 problems += nulls or [f"format {row_format}, but row {first[0]} has {first[1]}"]
-            if not (problems or bad or (remarks and remarks.left_out(row, place, row_format))):
+            if not (problems or bad or (remarks and remarks.is_skipped(row, place, row_format))):
                 if remarks:
                     remarks.add(row_format, row)
                 used = True
@@ -224,41 +224,41 @@ def checked(
         if bad and at_once:
             break
     if bad:
-        lines = (f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items())
+        lines = (f"{_name_rows(numbers)}: {problem}" for problem, numbers in bad.items())
         raise LorafoldError(f"{source}: {listed(lines, '; ')}")
     if not used and not none:
         out = "".join(f"; {text}" for text in remarks.lines) if remarks else ""
         raise LorafoldError(f"{source}: no rows found, expected at least one{out}")
 
 
-def _numbers(rows: Sequence[int]) -> str:
+def _name_rows(rows: Sequence[int]) -> str:
     first, last = rows[0], rows[-1]
     if last - first >= len(rows):
         return f"{len(rows)} rows from {first} to {last}"
     return f"row {first}" if first == last else f"rows {first} to {last}"
 
 
-def _without_format(row: Row, formats: Sequence[RowFormat]) -> Iterator[str]:
+def _format_problems(row: Row, formats: Sequence[RowFormat]) -> Iterator[str]:
     if near := [row_format for row_format in formats if {*row_format.keys} <= row.keys()]:
-        yield from _null(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
+        yield from _nulls(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
         return
-    keys = listed(map(repr, row), room=80) or "none"
-    guess = proposed_columns(row)
-    known = listed(formats, room=40 if guess else 90)
+    keys = listed(map(repr, row), max_chars=80) or "none"
+    guess = propose_columns(row)
+    known = listed(formats, max_chars=40 if guess else 90)
     renames = f"; {guess}" if guess else " (rename with --columns)"
     yield f"keys found: {keys}; expected one of {known}{renames}"
 
 
-def _null(row_format: RowFormat, row: Row) -> list[str]:
+def _nulls(row_format: RowFormat, row: Row) -> list[str]:
     keys = [key for key in row_format.keys if key in row and row[key] is None]
     expected = f"expected a value, which rows of {row_format} need"
     return [f"field {key}: found null, {expected}" for key in keys]
 
 
-def check_provided(formats: Iterable[RowFormat | None], what: str) -> None:
+def check_provided(formats: Iterable[RowFormat | None], content: str) -> None:
     for row_format in formats:
-        if row_format is None or what not in row_format.provides:
-            expected = " or ".join(str(known) for known in ROW_FORMATS if what in known.provides)
+        if row_format is None or content not in row_format.provides:
+            expected = " or ".join(str(known) for known in ROW_FORMATS if content in known.provides)
             raise LorafoldError(f"data: found rows of {row_format}, expected rows of {expected}")
 
 
@@ -274,7 +274,7 @@ class RowsRead:
     remarks: Sequence[str] = ()
 
 
-def _reading(
+def _read_sources(
     sources: Sequence[DataSource],
     columns: Mapping[str, str],
     wanted: str,
@@ -286,8 +286,8 @@ def _reading(
         last = None
         for file in source.files:
             read.files.append([number, 0])
-            numbered = renamed(file.numbered(read.guessed.append), columns)
-            rows = checked(numbered, file.name, False, formats, source.several, remarks)
+            numbered = rename_columns(file.numbered_rows(read.guessed.append), columns)
+            rows = check_each(numbered, file.name, False, formats, source.is_multiple, remarks)
             for place, row_format, row in rows:
                 if row_format is not last:  # consecutive files of one format are one part
                     read.parts.append([number, 0])
@@ -317,17 +317,17 @@ def read_rows(
     `columns` renames keys, as in {"prompt": "question"}. `wanted` is the kind that formats must
     provide; it chooses among matching formats.
     """
-    named = [source_from(text) for text in ([sources] if isinstance(sources, str) else sources)]
+    parsed = [parse_source(text) for text in ([sources] if isinstance(sources, str) else sources)]
     columns, read, known = columns or {}, RowsRead(), None
-    size = sum(source.size for source in named)
-    if size <= LARGE:
-        rows: Sequence[Row] = list(_reading(named, columns, wanted, notice, read))
+    size = sum(source.size for source in parsed)
+    if size <= MAX_IN_MEMORY:
+        rows: Sequence[Row] = list(_read_sources(parsed, columns, wanted, notice, read))
     else:
 
         def write(directory: Path) -> None:
             notice(f"reading {size / 1e9:.2f} GB of rows into the cache {directory.parent}")
             read = RowsRead()
-            reading = _reading(named, columns, wanted, notice, read)
+            reading = _read_sources(parsed, columns, wanted, notice, read)
             sha256, written = write_rows(reading, directory / "rows.arrow")
             about = asdict(read) | {"sha256": sha256, "bytes": written}
             write_json(directory / "about.json", about)
@@ -335,36 +335,36 @@ def read_rows(
         from lorafold.identity import of_code  # imports torch
 
         code = of_code("data", packages=("datasets", "pyarrow"))
-        identities = [[source.several, source.identity] for source in named]
+        identities = [[source.is_multiple, source.identity] for source in parsed]
         key = json.dumps([code, identities, sorted(columns.items()), wanted])
         path = cached("rows", key, write, notice)
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
         known = (about.pop("sha256"), about.pop("bytes"))
         rows, read = ArrowRows(path / "rows.arrow"), RowsRead(**about)
-    parts = tuple(SourcePart(count, named[n].weight) for n, count in read.parts)
+    parts = tuple(SourcePart(count, parsed[n].weight) for n, count in read.parts)
     for guessed in read.guessed:
         log.warning(guessed)
     counts = iter([count for _, count in read.files])
     files: dict[str, int] = {}
-    for source in named:
-        of = {file.name: next(counts) for file in source.files}
-        if source.several:
-            notice(f"{source.name}: {source.described(of)}")
-            files |= of
-    names = [file.name for source in named for file in source.files]
+    for source in parsed:
+        counts_by_file = {file.name: next(counts) for file in source.files}
+        if source.is_multiple:
+            notice(f"{source.name}: {source.describe(counts_by_file)}")
+            files |= counts_by_file
+    names = [file.name for source in parsed for file in source.files]
     origins = Origins(tuple((names[n], first, count) for n, first, count in read.runs))
     ignored, lines = tuple(read.ignored), tuple(read.remarks)
     return Rows(rows, parts, ignored, known, wanted, lines, files, origins)
 
 
-def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
+def to_rows(rows: Sequence[Row], wanted: str = "") -> Rows:
     return rows if isinstance(rows, Rows) else check_rows(enumerate(rows, 1), "data", wanted)
 
 
 def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "") -> Rows:
     remarks, rows, runs = RowRemarks(wanted), [], [[0, 0]]
-    usable = ((n, (unusable(row) or row) if isinstance(row, dict) else row) for n, row in numbered)
-    for place, _, row in checked(usable, source, formats=formats_for(wanted), remarks=remarks):
+    usable = ((n, (find_unusable(r) or r) if isinstance(r, dict) else r) for n, r in numbered)
+    for place, _, row in check_each(usable, source, formats=formats_for(wanted), remarks=remarks):
         rows.append(row)
         if place != sum(runs[-1]):
             runs.append([place, 0])

@@ -15,17 +15,17 @@ from typing import Any
 
 from lorafold.data.arrow import Lists
 from lorafold.data.batches import BatchFeed
-from lorafold.data.control_tokens import MARKED
+from lorafold.data.control_tokens import ROWS_REMARK
 from lorafold.data.examples import Examples
 from lorafold.data.formats import RowFormat, formats_for
 from lorafold.data.json_input import Row
-from lorafold.data.rows import RowRemarks, check_provided, checked, renamed
-from lorafold.data.sources import DataSource
+from lorafold.data.row_sources import DataSource
+from lorafold.data.rows import RowRemarks, check_each, check_provided, rename_columns
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
-Named = tuple[str, Row, RowFormat]  # the name of a row in messages, the row, and its format
-PEEKED = 100  # rows of each source that are checked before a run starts
+NamedRow = tuple[str, Row, RowFormat]  # the name of a row in messages, the row, and its format
+NUM_PEEKED = 100  # rows of each source that are checked before a run starts
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,25 @@ class RowStream:
 
     @cached_property
     def identity(self) -> str:
-        local = [s.identity if s.several or Path(s.name).exists() else "" for s in self.sources]
+        local = [s.identity if s.is_multiple or Path(s.name).exists() else "" for s in self.sources]
         return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
 
     @property
     def record(self) -> dict[str, Any]:
         return {"streamed": self.identity}
 
-    def rows(self, seed: int, buffer: int) -> Iterator[Named]:
+    def rows(self, seed: int, buffer: int) -> Iterator[NamedRow]:
         rng, sources = random.Random(f"{seed}/stream"), random.Random(f"{seed}/sources")
         readers = [self._endless(source) for source in self.sources]
         weights = [source.weight for source in self.sources]
-        waiting = []
+        buffered = []
         while True:
             [reader] = sources.choices(readers, weights)
-            waiting.append(next(reader))
-            if len(waiting) > buffer:
+            buffered.append(next(reader))
+            if len(buffered) > buffer:
                 place = rng.randrange(buffer)
-                waiting[place], waiting[-1] = waiting[-1], waiting[place]
-                yield waiting.pop()
+                buffered[place], buffered[-1] = buffered[-1], buffered[place]
+                yield buffered.pop()
 
     @property
     def formats(self) -> tuple[RowFormat, ...]:
@@ -65,17 +65,17 @@ class RowStream:
     def remarks(self) -> RowRemarks:
         remarks = RowRemarks(self.wanted)
         for source in self.sources:
-            for _ in islice(self._endless(source, remarks), PEEKED):
+            for _ in islice(self._endless(source, remarks), NUM_PEEKED):
                 pass
         return remarks
 
-    def _endless(self, source: DataSource, remarks: RowRemarks | None = None) -> Iterator[Named]:
+    def _endless(self, source: DataSource, remarks: RowRemarks | None = None) -> Iterator[NamedRow]:
         remarks, formats = remarks or RowRemarks(self.wanted), formats_for(self.wanted)
         while True:
             any_row = False
             for file in source.files:
-                rows = renamed(file.numbered(streaming=True), self.columns)
-                good = checked(rows, file.name, True, formats, source.several, remarks)
+                rows = rename_columns(file.numbered_rows(streaming=True), self.columns)
+                good = check_each(rows, file.name, True, formats, source.is_multiple, remarks)
                 for number, row_format, row in good:
                     any_row = True
                     yield f"{file.name}: row {number}", row, row_format
@@ -87,13 +87,13 @@ class RowStream:
 class StreamFeed(BatchFeed):
     """Encodes rows on demand; `rows(seed)` yields them without end."""
 
-    rows: Callable[[int], Iterator[Named]]
+    rows: Callable[[int], Iterator[NamedRow]]
     encoder: Encoder
     max_length: int
     batch: int
     steps: int
     seed: int
-    foreseen = 50
+    num_previewed = 50
     _counts: Counter[str] = field(default_factory=Counter)
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
@@ -101,7 +101,7 @@ class StreamFeed(BatchFeed):
         rows = islice(self.rows(self.seed), step * self.batch, None)
         return (self._examples(rows, self.batch) for _ in range(step, self.steps))
 
-    def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
+    def random_batches(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
         rows = self.rows(seed)
         return (self._examples(rows, size) for _ in range(n))
 
@@ -112,15 +112,15 @@ class StreamFeed(BatchFeed):
             "unlabelled": "have no token to train on",
         }
         parts = [f"{n:,} {what}" for name, what in counts.items() if (n := self._counts[name])]
-        marked = f"\n{self._counts['marked']} {MARKED}" if self._counts["marked"] else ""
+        marked = f"\n{self._counts['marked']} {ROWS_REMARK}" if self._counts["marked"] else ""
         return "; ".join([f"stream: {self._counts['read']:,} rows read", *parts]) + marked
 
-    def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:
+    def _examples(self, rows: Iterator[NamedRow], n: int) -> Sequence[Any]:
         import pyarrow as pa
 
-        chunk, takes = list(islice(rows, n)), self.encoder.takes
-        check_provided((row_format for *_, row_format in chunk), takes)
-        given = [row_format.extract(takes, row) for _, row, row_format in chunk]
+        chunk, row_content = list(islice(rows, n)), self.encoder.row_content
+        check_provided((row_format for *_, row_format in chunk), row_content)
+        given = [row_format.extract(row_content, row) for _, row, row_format in chunk]
         batch = self.encoder.encode(given, 0)
         for entry in batch.select(["row", "problem"]).to_pylist():
             if entry["problem"]:

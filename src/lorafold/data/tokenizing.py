@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
-from lorafold.data.control_tokens import MARKED
-from lorafold.data.row_store import CHUNK, LARGE, Rows, SourcePart, named
+from lorafold.data.control_tokens import ROWS_REMARK
+from lorafold.data.row_store import CHUNK_ROWS, MAX_IN_MEMORY, Rows, SourcePart, row_names
 from lorafold.data.rows import check_provided
-from lorafold.errors import LISTED, LorafoldError, listed
+from lorafold.errors import MAX_ITEMS, LorafoldError, listed
 from lorafold.files.cache import cached
 from lorafold.runtime.workers import workers
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TOKENS = "tokens.arrow"
-ROOMS = ("data", "models/built_in_templates")  # code that determines the tokens
+CODE_PATHS = ("data", "models/built_in_templates")  # code that determines the tokens
 PACKAGES = ("jinja2", "tokenizers", "transformers")
 
 
 class Encoder(ABC):
-    """Converts rows of the kind `takes` to examples. Copied into worker processes."""
+    """Converts rows of the kind `row_content` to examples. Copied into worker processes."""
 
-    takes: str
+    row_content: str
 
     @property
     @abstractmethod
@@ -73,37 +73,37 @@ class Report:
 
     def __str__(self) -> str:
         cut = f"rows were cut at {self.max_length} tokens"
-        return with_counts(self.line, (self.truncated, cut), (self.marked, MARKED))
+        return with_counts(self.line, (self.truncated, cut), (self.marked, ROWS_REMARK))
 
 
-def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
+def tokenize_rows(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
     """Returns all examples in the order of the rows; raises for rows with a problem."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    check_provided(rows.formats, encoder.takes)
-    if rows.measured[1] > LARGE:
-        table = _kept(rows, encoder, console)
+    check_provided(rows.formats, encoder.row_content)
+    if rows.digest_and_size[1] > MAX_IN_MEMORY:
+        table = _cached_table(rows, encoder, console)
     else:
         with closing(_chunks(rows.rows, len(rows), console)) as chunks:
             batches = [
-                encoder.encode(rows.extract(encoder.takes, chunk, first), first)
+                encoder.encode(rows.extract(encoder.row_content, chunk, first), first)
                 for first, chunk in chunks
             ]
         table = pa.Table.from_batches(batches or [encoder.encode([], 0)])
     # comparing with "" would import pandas
-    bad = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
-    if len(bad):
-        first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
+    failed = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
+    if len(failed):
+        first = failed.select(["row", "problem"]).slice(0, MAX_ITEMS).to_pylist()
         places = rows.origins.places(one["row"] for one in first)
-        problems = zip(named(places), first, strict=True)
+        problems = zip(row_names(places), first, strict=True)
         lines = (f"{name}: {one['problem']}" for name, one in problems)
         source = "" if places[0].file else "data: "
-        raise LorafoldError(f"{source}{listed(lines, '; ', count=len(bad))}")
+        raise LorafoldError(f"{source}{listed(lines, '; ', count=len(failed))}")
     return table
 
 
-def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
+def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
     import pyarrow as pa
 
     def notice(text: str) -> None:
@@ -111,8 +111,8 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(directory: Path) -> None:
-        first = encoder.encode(rows.extract(encoder.takes, rows[:CHUNK]), 0)
-        size = first.nbytes * len(rows) // min(CHUNK, len(rows))
+        first = encoder.encode(rows.extract(encoder.row_content, rows[:CHUNK_ROWS]), 0)
+        size = first.nbytes * len(rows) // min(CHUNK_ROWS, len(rows))
         free = shutil.disk_usage(directory).free
         if free < size:
             raise LorafoldError(
@@ -127,7 +127,7 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
         with (
             pa.OSFile(str(directory / TOKENS), "wb") as file,
             pa.ipc.new_stream(file, first.schema) as writer,
-            workers(partial(_encoded, rows, encoder)) as mapped,
+            workers(partial(_encode_texts, rows, encoder)) as mapped,
             closing(_chunks(rows.texts(), len(rows), console)) as chunks,
         ):
             for batch in mapped(chunks):
@@ -135,13 +135,14 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
 
     from lorafold.identity import of_code  # imports torch
 
-    code = of_code(*ROOMS, packages=PACKAGES)
+    code = of_code(*CODE_PATHS, packages=PACKAGES)
     key = json.dumps([code, rows.sha256, encoder.identity], sort_keys=True)
     return open_table(cached("tokens", key, write, notice) / TOKENS)
 
 
-def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
-    return encoder.encode(rows.extract(encoder.takes, [*map(json.loads, texts)], first), first)
+def _encode_texts(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
+    chunk = [*map(json.loads, texts)]
+    return encoder.encode(rows.extract(encoder.row_content, chunk, first), first)
 
 
 def _chunks(
@@ -154,7 +155,7 @@ def _chunks(
     quiet, first, remaining = console is None or not console.is_terminal, 0, iter(rows)
     with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=total)
-        while chunk := list(islice(remaining, CHUNK)):
+        while chunk := list(islice(remaining, CHUNK_ROWS)):
             yield first, chunk
             first += len(chunk)
             bar.update(task, completed=first)

@@ -17,20 +17,22 @@ import psutil
 import torch
 import yaml
 
-from lorafold.doctor.finding import Finding
 from lorafold.doctor.installation import set_threads
+from lorafold.doctor.report import Finding
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
 from lorafold.kernels.registry import DECODING, TRAINING, use
-from lorafold.models.quantizations import MADE
+from lorafold.models.quantizations import ON_LOAD
 from lorafold.ops.arithmetic import CPU, widens
-from lorafold.ops.kernel_requirements import FLASH, DeviceKind, as_on, groups_at_once, takes
+from lorafold.ops.attention import FLASH_HEAD_UNIT, flash_supports
+from lorafold.ops.grouped import groups_at_once
+from lorafold.runtime.assumed_device import DeviceKind, assume_device
 from lorafold.runtime.devices import AMPERE, Gpu, choose_device, gpus, native_bf16
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.process_tuning import SWITCH, huge_pages
-from lorafold.runtime.processes import launched
+from lorafold.runtime.processes import detect_launch
 from lorafold.runtime.processor import (
-    busy_elsewhere,
+    cores_used_by_others,
     instruction_sets,
     processor_name,
     usable_cores,
@@ -68,9 +70,9 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
 
 def paths(capability: tuple[int, int]) -> str:
     native = capability >= AMPERE
-    x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
-    with as_on(DeviceKind("cuda", capability)):
-        flash, at_once = takes(FLASH, x, x), groups_at_once(x)
+    x = torch.empty(1, FLASH_HEAD_UNIT, dtype=torch.bfloat16 if native else torch.float32)
+    with assume_device(DeviceKind("cuda", capability)):
+        flash, at_once = flash_supports(x, x), groups_at_once(x)
     missing = use(TRAINING, "cuda")
     parts = (
         f"weights and matmuls in {'bf16' if native else 'fp32'}",
@@ -110,7 +112,7 @@ class Hardware:
 @cache
 def examine() -> Hardware:
     device = choose_device()
-    busy = busy_elsewhere(0.3)  # before the measurement, which is load too
+    busy = cores_used_by_others(0.3)  # before the measurement, which is load too
     native, why = native_bf16(device)
     return Hardware(
         processor=processor_name(),
@@ -174,10 +176,10 @@ def _unused_driver() -> str:
 
 
 def _has_kernels() -> bool | None:
-    from lorafold.layers.bitsandbytes import bitsandbytes
+    from lorafold.layers.bitsandbytes import import_bitsandbytes
 
     try:
-        library = bitsandbytes().cextension.lib
+        library = import_bitsandbytes().cextension.lib
     except Exception:  # reported with the packages
         return None
     return "_lib" in vars(library)  # the stub for a missing library lacks it
@@ -225,8 +227,8 @@ def slow(
         f"bf16 saves memory but no time, because {h.native_why}; --storage auto uses fp32.": (
             not h.native_bf16
         ),
-        f"bitsandbytes has no native library for this machine, so {' and '.join(MADE)} weights are"
-        " dequantized by slower code: reinstall it (pip install --force-reinstall --no-deps"
+        f"bitsandbytes has no native library for this machine, so {' and '.join(ON_LOAD)} weights"
+        " are dequantized by slower code: reinstall it (pip install --force-reinstall --no-deps"
         " bitsandbytes), or use --storage bf16 or fp32.": h.kernels is False,
         f"Only {format_bytes(h.free)} of memory is free: stop other programs, and use lorafold"
         " estimate to see what fits.": cpu and h.free < LITTLE_MEMORY,
@@ -251,7 +253,7 @@ def launchers() -> Iterator[Finding]:
 
 def _this() -> Finding:
     try:
-        here = launched()
+        here = detect_launch()
     except LorafoldError as error:
         return Finding("this process", "incomplete settings of a launcher", problem=str(error))
     if here.world == 1:
@@ -282,7 +284,7 @@ def engine() -> Iterator[Finding]:
 
 def template(model: str, **how: Any) -> Iterator[Finding]:
     """How a model's chat template renders a conversation; `how` are fields of `Base`."""
-    from lorafold.data.checks import describe_template
+    from lorafold.data.row_checks import describe_template
     from lorafold.resolve.base import Base
 
     tokenizer = Base(model, **how).tokenizer()

@@ -19,9 +19,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lorafold.doctor.finding import Finding, reason
+from lorafold.doctor.report import Finding, reason
 from lorafold.files.terminal import format_bytes
-from lorafold.runtime.process_tuning import SWITCH, WISHES, huge_pages, wishes
+from lorafold.runtime.process_tuning import SWITCH, VARIABLES, huge_pages, unset_variables
 
 MODULES = {"pyyaml": "yaml"}  # distributions with another import name
 INTEROPERATES = ("peft",)  # optional, but shown like a required package
@@ -180,7 +180,7 @@ def size_of(directory: Path) -> int:
 
 
 def tuning() -> Iterator[Finding]:
-    missing = wishes()
+    missing = unset_variables()
     shown = ", ".join(f"{name}={value}" for name, value in missing.items())
     if os.environ.get(SWITCH) == "off":
         text = f"off: {SWITCH}=off, so training commands do not restart"
@@ -190,7 +190,7 @@ def tuning() -> Iterator[Finding]:
         text = f"training commands restart themselves with {shown}"
     else:
         text = "already set: training commands do not restart"
-    value = {"would_set": missing, "set": {n: os.environ[n] for n in WISHES if n in os.environ}}
+    value = {"would_set": missing, "set": {n: os.environ[n] for n in VARIABLES if n in os.environ}}
     yield Finding("environment", text, value)
     pages = huge_pages()
     yield Finding("huge pages", pages or "not reported by the system", pages or "")

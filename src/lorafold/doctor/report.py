@@ -1,12 +1,12 @@
-"""The report of `lorafold doctor`."""
+"""The findings of `lorafold doctor` and its report."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from lorafold.doctor.finding import Finding, FindingGroup, findings_of
 from lorafold.files.terminal import paragraph
 
 # key, title, module, function; the module is imported late, so that a broken package is a finding
@@ -20,6 +20,62 @@ GROUPS = (
     ("generating", "Generation on the CPU", "hardware", "engine"),
     ("template", "The chat template of {}", "hardware", "template"),
 )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A checked thing: its name, the finding as text, and a `value` for JSON if the text is
+    unsuitable.
+
+    `problem` is a sentence with the problem and its solution. `broken` means that lorafold can't
+    work because of it.
+    """
+
+    name: str
+    text: str
+    value: Any = None
+    problem: str = ""
+    broken: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.name.lower().replace("'s ", " ").replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class FindingGroup:
+    """Findings under a title. In a `compact` group, findings without a problem share a line."""
+
+    key: str
+    title: str
+    findings: tuple[Finding, ...]
+    compact: bool = False
+
+    def lines(self) -> Iterator[str]:
+        yield self.title
+        fine = [f for f in self.findings if self.compact and not f.problem]
+        if fine:
+            yield from paragraph(", ".join(f"{f.name} {f.text}" for f in fine), "  ")
+        others = [f for f in self.findings if f not in fine]
+        width = max((len(f.name) for f in others), default=0)
+        for f in others:
+            yield from paragraph(f.text, f"{'!' if f.problem else ' '} {f.name:<{width}}  ")
+            yield from paragraph(f.problem, " " * (width + 4)) if f.problem else ()
+
+
+def findings_of(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
+    """The findings of `look`, or its failure as a finding, because doctor has to work in broken
+    installations.
+    """
+    try:
+        return tuple(look())
+    except Exception as error:
+        return (Finding(name, "could not be examined", problem=reason(error), broken=True),)
+
+
+def reason(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
 
 
 @dataclass(frozen=True)

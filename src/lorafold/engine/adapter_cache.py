@@ -22,13 +22,13 @@ import torch
 
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader, VerifiedAdapter
 from lorafold.errors import LorafoldError
-from lorafold.runtime.processor import alone
+from lorafold.runtime.processor import use_one_thread
 
-Status = Literal["cold", "loading", "resident", "quarantined"]
+AdapterStatus = Literal["cold", "loading", "resident", "quarantined"]
 
 
 class AdapterCache:
-    """Holds at most `budget` bytes. `changed` is called, also from the worker, when waiting
+    """Holds at most `budget` bytes. `on_change` is called, also from the worker, when waiting
     requests may continue. Thread-safe.
     """
 
@@ -36,19 +36,19 @@ class AdapterCache:
         self,
         reader: Reader,
         budget: int | None = None,
-        changed: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
         strikes: int = 3,
     ) -> None:
         self._reader = reader
-        self.budget, self._changed, self.strikes = budget, changed, strikes
+        self.budget, self._on_change, self.strikes = budget, on_change, strikes
         self.reads = self.evictions = self.damaged = 0
         self.seconds: dict[str, float] = {}  # duration of the last load by name
         self._lock = threading.RLock()
-        self._names: dict[str, KnownAdapter] = {}
+        self._by_name: dict[str, KnownAdapter] = {}
         self._entries: set[KnownAdapter] = set()
         # entries that found no room; cleared when something may be evicted
-        self._blocked: set[KnownAdapter] = set()
-        self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
+        self._without_room: set[KnownAdapter] = set()
+        self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=use_one_thread)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 
     def load(
@@ -61,30 +61,30 @@ class AdapterCache:
             raise LorafoldError("adapter name: found '', expected at least one character")
         verified = tuple(stack) or self._reader.verified(path)
         with self._lock:
-            known = self._names.get(name)
+            known = self._by_name.get(name)
             if known is not None and (known.path, known.stack) == (Path(path), verified):
                 return self._start(known)
             entry = KnownAdapter(name, Path(path), verified, next(self._generations))
             entry.references = 1  # until it is named
             self._entries.add(entry)
-            return self._start(entry, naming=True)
+            return self._start(entry, set_name=True)
 
-    def know(self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter]) -> None:
+    def register(self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter]) -> None:
         with self._lock:
-            self._put(KnownAdapter(name, Path(path), tuple(stack), next(self._generations)))
+            self._set_name(KnownAdapter(name, Path(path), tuple(stack), next(self._generations)))
 
     def adopt(self, name: str, make: Callable[[str], LoadedAdapter]) -> None:
         """Registers an adapter without files, which stays in memory until `unload`."""
         with self._lock:
             entry = KnownAdapter(name, None, (), next(self._generations))
-            self._keep(entry, make(entry.key))
-            self._put(entry)
+            self._set_loaded(entry, make(entry.key))
+            self._set_name(entry)
 
     def unload(self, name: str) -> None:
         """Removes a name. Requests with its adapter finish."""
         with self._lock:
             entry = self.entry(name)
-            del self._names[name]
+            del self._by_name[name]
             entry.pinned = False
             self.seconds.pop(name, None)
             self._forget(entry)
@@ -92,16 +92,16 @@ class AdapterCache:
     def pin(self, name: str, pinned: bool = True) -> None:
         with self._lock:
             self.entry(name).pinned = pinned
-            self._blocked.clear()
+            self._without_room.clear()
 
     def entry(self, name: str) -> KnownAdapter:
         with self._lock:
-            if name not in self._names:
-                known = ", ".join(sorted(self._names)[:8]) or "none"
+            if name not in self._by_name:
+                known = ", ".join(sorted(self._by_name)[:8]) or "none"
                 raise LorafoldError(
                     f"adapter: found {name!r}, expected one of the loaded adapters: {known}"
                 )
-            return self._names[name]
+            return self._by_name[name]
 
     def bind(self, name: str) -> KnownAdapter:
         with self._lock:
@@ -115,7 +115,7 @@ class AdapterCache:
             entry.references -= 1
             if not entry.references:
                 entry.reserved = False
-                self._blocked.clear()
+                self._without_room.clear()
                 self._forget(entry)
 
     def lease(self, entry: KnownAdapter) -> LoadedAdapter | None:
@@ -126,7 +126,7 @@ class AdapterCache:
                 error, entry.error = entry.error, None
                 raise error
             if entry.loaded is None:
-                if entry not in self._blocked:
+                if entry not in self._without_room:
                     self._start(entry, reserve=True)
                 return None
             entry.leases, entry.reserved, entry.used = entry.leases + 1, False, next(self._clock)
@@ -135,8 +135,8 @@ class AdapterCache:
     def release(self, entry: KnownAdapter) -> None:
         with self._lock:
             entry.leases -= 1
-            self._blocked.clear()
-        self._changed()
+            self._without_room.clear()
+        self._on_change()
 
     def check_memory(self) -> None:
         """Verifies the checksum of the idle adapter that was checked least recently; evicts it on a
@@ -151,19 +151,20 @@ class AdapterCache:
                 if entry.loaded and checksum(entry.loaded) != entry.checksum:
                     entry.loaded, self.damaged = None, self.damaged + 1
 
-    def warm(self) -> dict[str, tuple[Status, int]]:
+    def statuses(self) -> dict[str, tuple[AdapterStatus, int]]:
         """Returns the status and bytes of all adapters that are not cold, by name."""
-        warm: dict[str, tuple[Status, int]] = {}
+        statuses: dict[str, tuple[AdapterStatus, int]] = {}
         with self._lock:
-            for name, e in self._names.items():
+            for name, e in self._by_name.items():
                 if e.loaded or e.future or e.strikes:
-                    status: Status = "resident" if e.loaded else "loading" if e.future else "cold"
+                    status: AdapterStatus = "loading" if e.future else "cold"
+                    status = "resident" if e.loaded else status
                     status = "quarantined" if e.strikes >= self.strikes else status
-                    warm[name] = status, e.loaded.nbytes if e.loaded else 0
-        return warm
+                    statuses[name] = status, e.loaded.nbytes if e.loaded else 0
+        return statuses
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self._names)
+        return tuple(self._by_name)
 
     @property
     def nbytes(self) -> int:
@@ -181,20 +182,20 @@ class AdapterCache:
                 " or infinite logits; load other files under this name"
             )
 
-    def _keep(self, entry: KnownAdapter, loaded: LoadedAdapter) -> None:
+    def _set_loaded(self, entry: KnownAdapter, loaded: LoadedAdapter) -> None:
         entry.loaded, entry.checksum = loaded, checksum(loaded)
         entry.used = entry.checked = next(self._clock)
         entry.vocabulary = loaded.vocabulary or 0
 
-    def _put(self, entry: KnownAdapter) -> None:
+    def _set_name(self, entry: KnownAdapter) -> None:
         self._entries.add(entry)
-        old, self._names[entry.name] = self._names.get(entry.name), entry
+        old, self._by_name[entry.name] = self._by_name.get(entry.name), entry
         if old is not None:
             entry.pinned, old.pinned = old.pinned, False
             self._forget(old)
 
     def _start(
-        self, entry: KnownAdapter, reserve: bool = False, naming: bool = False
+        self, entry: KnownAdapter, reserve: bool = False, set_name: bool = False
     ) -> Future[None]:
         if entry.loaded is not None:
             done: Future[None] = Future()
@@ -203,48 +204,48 @@ class AdapterCache:
         entry.reserved |= reserve
         if entry.future is None:
             entry.error = None
-            entry.future = self._worker.submit(self._work, entry, naming)
+            entry.future = self._worker.submit(self._load_in_worker, entry, set_name)
         return entry.future
 
-    def _work(self, entry: KnownAdapter, naming: bool) -> None:
+    def _load_in_worker(self, entry: KnownAdapter, set_name: bool) -> None:
         try:
             loaded = self._reader.read(entry)
             with self._lock:
                 if self._make_room(loaded.nbytes):
-                    self._keep(entry, loaded)
+                    self._set_loaded(entry, loaded)
                     self.reads, self.seconds[entry.name] = self.reads + 1, loaded.seconds
                 elif any(e.leases or e.reserved for e in self._entries if e.loaded):
-                    self._blocked.add(entry)
+                    self._without_room.add(entry)
                 else:
                     raise LorafoldError(
                         f"adapter {entry.name!r}: found {loaded.nbytes:,} bytes, expected at most"
                         f" {self.budget:,} for this adapter and all pinned ones"
                     )
-                old = self._names.get(entry.name)
-                if naming and (old is None or old.generation < entry.generation):
-                    self._put(entry)
+                old = self._by_name.get(entry.name)
+                if set_name and (old is None or old.generation < entry.generation):
+                    self._set_name(entry)
         except Exception as error:
             if not isinstance(error, LorafoldError):
                 error = LorafoldError(f"adapter {entry.name!r}: {error}")
             with self._lock:
-                entry.error = error if entry.references and not naming else None
+                entry.error = error if entry.references and not set_name else None
             raise error from None
         finally:
             with self._lock:
                 entry.future = None
-                (self.unbind if naming else self._forget)(entry)
-            self._changed()
+                (self.unbind if set_name else self._forget)(entry)
+            self._on_change()
 
     def _make_room(self, nbytes: int) -> bool:
         """Evicts least recently used adapters, or nothing if that is not enough."""
-        left = 0 if self.budget is None else self.nbytes + nbytes - self.budget
+        excess = 0 if self.budget is None else self.nbytes + nbytes - self.budget
         evictable = [entry for entry in self._entries if self._evictable(entry)]
         sizes = [(entry, entry.loaded.nbytes) for entry in evictable if entry.loaded]
-        if left > sum(n for _, n in sizes):
+        if excess > sum(n for _, n in sizes):
             return False
         for entry, n in sorted(sizes, key=lambda size: size[0].used):
-            if left > 0:
-                entry.loaded, left, self.evictions = None, left - n, self.evictions + 1
+            if excess > 0:
+                entry.loaded, excess, self.evictions = None, excess - n, self.evictions + 1
         return True
 
     def _evictable(self, entry: KnownAdapter) -> bool:
@@ -253,7 +254,7 @@ class AdapterCache:
         return entry.loaded is not None and not needed
 
     def _forget(self, entry: KnownAdapter) -> None:
-        named = self._names.get(entry.name) is entry
+        named = self._by_name.get(entry.name) is entry
         if not (named or entry.references or entry.future):
             self._entries.discard(entry)
 

@@ -36,11 +36,11 @@ from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.weights import InMemory
 from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG, WEIGHTS
-from lorafold.peft.provenance import COMPUTED, expected_path, not_found, parse_over
+from lorafold.peft.provenance import DIGEST_FILES, expected_path, missing_message, parse_over
 
 MANIFEST_BYTES = 8 << 20  # not part of an identity
 # a larger rank takes longer than the base's matmul, and all adapters would be padded to it
-RANK = 64
+MAX_STACKED_RANK = 64
 
 
 class VerifiedAdapter(NamedTuple):
@@ -95,7 +95,7 @@ class LoadedAdapter:
     low_rank: frozenset[str]  # paths with factors
     gains: Mapping[str, tuple[Tensor, Tensor | None]]  # (gain, offset) (out,) by path
     deltas: Mapping[str, Delta]  # other deltas by path
-    alone: bool  # can't share a pass with other adapters
+    separate: bool  # can't share a pass with other adapters
     vocabulary: int | None
     nbytes: int
     seconds: float = 0.0  # duration of loading
@@ -114,24 +114,24 @@ class LoadedAdapter:
             yield from (*delta.parameters(), *delta.buffers())
 
 
-def attached(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
+def deltas_of(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
     """Returns the deltas of adapters on the model, the lowest first, combined per module path."""
     deltas = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
     return {path: d[0] if len(d) == 1 else Stack(d) for path, d in deltas.items() if d}
 
 
-def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
+def delta_parts(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
     return ((path, part) for path, delta in deltas.items() for part in delta.parts())
 
 
-def found_below(origin: Origin, over: Path, most: int) -> Contents:
+def base_adapter_contents(origin: Origin, over: Path, most: int) -> Contents:
     contents = Contents(expected_path(origin, over), FILES, most)
-    if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
-        raise LorafoldError(not_found(origin, over))
+    if CONFIG not in contents.files or contents.digest_of(DIGEST_FILES) != origin.sha256:
+        raise LorafoldError(missing_message(origin, over))
     return contents
 
 
-def _check(read: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> None:
+def _check_unchanged(read: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> None:
     actual, expected = [contents.named for contents in read], [v.identity for v in verified]
     if actual != expected:
         paths = ", ".join(str(contents.path) for contents in read)
@@ -146,65 +146,65 @@ class Reader:
     """Reads adapters for one model, with factors in `dtype`; `room` limits their total bytes."""
 
     def __init__(
-        self, model: nn.Module, structure: Structure, dtype: torch.dtype, allowed: bool = False,
-        room: int | None = None,
+        self, model: nn.Module, structure: Structure, dtype: torch.dtype,
+        allow_other_base: bool = False, room: int | None = None,
     ) -> None:  # fmt: skip
-        self.structure, self.dtype, self.allowed = structure, dtype, allowed
-        self.most = None if room is None else room // dtype.itemsize  # parameters per adapter
+        self.structure, self.dtype, self.allow_other_base = structure, dtype, allow_other_base
+        self.max_parameters = None if room is None else room // dtype.itemsize  # per adapter
         self.shadow = twin(model)
         self.base = InMemory.of_model(self.shadow)
         self._lock = threading.Lock()  # for torch's global random state
 
     def read(self, entry: KnownAdapter) -> LoadedAdapter:
         assert entry.path is not None
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         most = sum(verified.nbytes for verified in entry.stack) + MANIFEST_BYTES
         try:
             contents = Contents(entry.path, FILES, most)
-            _check([contents], entry.stack[-1:])  # before parsing
-            needed = self._needed(contents.record)
-            below = [found_below(origin, entry.path, most) for origin in needed]
-            _check(below, entry.stack[:-1])
+            _check_unchanged([contents], entry.stack[-1:])  # before parsing
+            base_adapters = self._base_adapters(contents.record)
+            below = [base_adapter_contents(origin, entry.path, most) for origin in base_adapters]
+            _check_unchanged(below, entry.stack[:-1])
             with self._lock:
-                deltas = self._deltas(needed, [*below, contents])
+                deltas = self._deltas(base_adapters, [*below, contents])
         except LorafoldError as error:
             raise LorafoldError(f"adapter {entry.name!r}: {error}") from None
-        loaded = self.loaded(entry.key, deltas, vocabulary(self.shadow, parts_of(deltas)))
-        return replace(loaded, seconds=time.perf_counter() - began)
+        loaded = self.loaded(entry.key, deltas, vocabulary(self.shadow, delta_parts(deltas)))
+        return replace(loaded, seconds=time.perf_counter() - start_time)
 
     def verified(self, path: str | Path) -> tuple[VerifiedAdapter, ...]:
         """Returns the current stack of the adapter in a directory, without missing base adapters,
         since `read` reports them.
         """
-        origins = self._needed(Contents(path, (RECORD,)).record)
+        origins = self._base_adapters(Contents(path, (RECORD,)).record)
         below = [at for o in origins if ((at := expected_path(o, Path(path))) / CONFIG).is_file()]
         verified = []
         for at in (*below, Path(path)):
             files = [file for name in FILES if (file := at / name).is_file()]
-            if self.most is not None and at / WEIGHTS in files:
-                check_numbers(at / WEIGHTS, self.most)
+            if self.max_parameters is not None and at / WEIGHTS in files:
+                check_numbers(at / WEIGHTS, self.max_parameters)
             nbytes = sum(file.stat().st_size for file in files)
             verified.append(VerifiedAdapter(of_adapter(at, words=False), nbytes))
         return tuple(verified)
 
-    def _needed(self, record: Mapping[str, Any]) -> tuple[Origin, ...]:
+    def _base_adapters(self, record: Mapping[str, Any]) -> tuple[Origin, ...]:
         """Returns the base adapters. If adapters are active on the model, they are part of the
         base, and so may be these.
         """
         return () if selection_of(self.shadow).active else parse_over(record)
 
-    def _deltas(self, needed: Sequence[Origin], stack: Sequence[Contents]) -> dict[str, Delta]:
+    def _deltas(self, origins: Sequence[Origin], stack: Sequence[Contents]) -> dict[str, Delta]:
         active = selection_of(self.shadow).active
         parts: dict[str, list[Delta]] = {}
         with torch.random.fork_rng(devices=[]):
             for n, each in enumerate(stack):
-                under = (*active, *needed[:n])
+                under, allowed = (*active, *origins[:n]), self.allow_other_base
                 built = read(
-                    self.shadow, each, allow_other_base=self.allowed, base=self.base, below=under
+                    self.shadow, each, allow_other_base=allowed, base=self.base, below=under
                 )
                 for path, deltas in built.parts.items():
                     parts.setdefault(path, []).extend(deltas)
-        if needed and any(isinstance(d, TokenRows) for deltas in parts.values() for d in deltas):
+        if origins and any(isinstance(d, TokenRows) for deltas in parts.values() for d in deltas):
             raise LorafoldError(
                 f"{stack[-1].path}: stacked adapters can't be served if one of them has trainable"
                 " tokens; merge the adapters"
@@ -217,15 +217,15 @@ class Reader:
         key: str,
         deltas: Mapping[str, Delta],
         vocabulary: int | None,
-        alone: bool = False,
+        separate: bool = False,
     ) -> LoadedAdapter:
-        """Sorts deltas by the way in which they are computed; with `alone`, all by their own code.
-        `vocabulary` is the size if the adapter adds tokens.
+        """Sorts deltas by the way in which they are computed; with `separate`, all by their own
+        code. `vocabulary` is the size if the adapter adds tokens.
         """
-        alone = alone or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
+        separate = separate or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
         active, gained = selection_of(self.shadow).active, dict[str, Gained]()
         pairs = dict[str, tuple[Tensor, Tensor]]()
-        for path in () if alone else self.structure.where:
+        for path in () if separate else self.structure.index_of:
             delta = deltas.get(path)
             # a gain for the base's weight alone would differ with active adapters
             if delta is not None and not active:
@@ -233,7 +233,7 @@ class Reader:
                 if gain is not None:
                     gained[path], delta = gain, gain.under
             pair = None if delta is None else delta.factors()
-            if pair is not None and len(pair[1]) <= RANK:
+            if pair is not None and len(pair[1]) <= MAX_STACKED_RANK:
                 pairs[path] = pair
         gains = {p: g[1:] for p, g in gained.items() if p in pairs or g.under is None}
         factors = {}
@@ -247,7 +247,7 @@ class Reader:
             if path not in pairs and path not in gains
         }
         loaded = LoadedAdapter(
-            key, factors, frozenset(pairs), gains, others, alone, vocabulary, nbytes=0
+            key, factors, frozenset(pairs), gains, others, separate, vocabulary, nbytes=0
         )
         return replace(loaded, nbytes=sum({id(t): t.nbytes for t in loaded.tensors}.values()))
 
@@ -259,7 +259,7 @@ def factors_of(
     rank = max(len(down) for _, down in pairs.values())
     like = next(iter(pairs.values()))[0]
     # in the layout of files, since a transposing copy takes six times as long
-    down = like.new_zeros(len(pairs), rank, shape.inn, dtype=dtype)
+    down = like.new_zeros(len(pairs), rank, shape.in_features, dtype=dtype)
     up = like.new_zeros(len(pairs), shape.out, rank, dtype=dtype)
     for k, (u, d) in enumerate(pairs.values()):
         down[k, : len(d)] = d

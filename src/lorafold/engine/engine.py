@@ -28,21 +28,21 @@ from torch import Tensor
 from lorafold.core.attach import only
 from lorafold.core.contexts import evaluating
 from lorafold.engine.adapter_cache import AdapterCache
-from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, attached, parts_of
+from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, delta_parts, deltas_of
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.kv_cache import SlotCache
-from lorafold.engine.model_structure import Structure, rows_apart, slotted, structure_of, take_model
-from lorafold.engine.operations import Operations, available
+from lorafold.engine.model_structure import Structure, reserve, separate_rows, slotted, structure_of
+from lorafold.engine.operations import Operations, operations_on
 from lorafold.engine.request import EngineSettings, EventStream, Reason, Request, require
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
-from lorafold.engine.sampler import Grammars, NotFinite, SampledToken, Unfit, chosen
+from lorafold.engine.sampler import GrammarError, Grammars, NotFinite, SampledToken, sample_tokens
 from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.engine.sequence import Row
-from lorafold.errors import STOPS, LorafoldError, place
+from lorafold.errors import EXITS, LorafoldError, error_location
 from lorafold.methods.common.biases_and_modules import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.ops.host_tensors import picked
-from lorafold.runtime.processor import considerate, disband, stacks
+from lorafold.runtime.processor import end_team, sleep_if_busy, stack_size
 from lorafold.training_step.fused_modules import fused
 
 if TYPE_CHECKING:
@@ -70,19 +70,20 @@ class Engine:
         table = positions_of(model).table
         settings, self.length = replace(settings, **changes).fitted(positions, table)
         with ExitStack() as stack:
-            take_model(model, stack)
+            reserve(model, stack)
             stack.enter_context(evaluating(model, gradients=True))
-            stack.enter_context(considerate())
+            stack.enter_context(sleep_if_busy())
             self.structure: Structure = structure_of(model)
-            self.slotted = not self.structure.why  # requests can be batched
+            self.is_batched = not self.structure.unbatched_reason  # requests can be batched
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
             budget, self._as_trained = settings.adapter_bytes, settings.as_trained
             self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, budget)
-            if self.slotted:
+            if self.is_batched:
                 device = model.device.type
-                operations = available(device, self._as_trained) if settings.fast else Operations()
+                fast = settings.fast
+                operations = operations_on(device, self._as_trained) if fast else Operations()
                 stack.enter_context(slotted(model, operations))
-                rows_apart(model, stack)
+                separate_rows(model, stack)
                 slots, chunk, whole = settings.slots, settings.chunk, settings.invariant
                 cache = SlotCache(slots, self.length, chunk, operations, whole)
                 self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
@@ -100,7 +101,7 @@ class Engine:
                 self._runner = SoloRunner(model, self.structure)
                 settings = replace(settings, slots=1, chunk=self.length)
             self._stack = stack.pop_all()
-        below = vocabulary(model, parts_of(attached(model, self._runner.deltas.base)))
+        below = vocabulary(model, delta_parts(deltas_of(model, self._runner.deltas.base)))
         self.vocabulary: int = max(config.vocab_size, below or 0)
         self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
         self._wake, self._lock = threading.Event(), threading.RLock()
@@ -138,9 +139,9 @@ class Engine:
                 f"adapter {active}: already active on the model, so the engine's base includes it;"
                 " open the engine inside lf.only(model)"
             )
-        deltas = attached(self.model, on_model)
-        size, alone = vocabulary(self.model, parts_of(deltas)), self._as_trained
-        self.adapters.adopt(name, lambda key: self._reader.loaded(key, deltas, size, alone))
+        deltas = deltas_of(self.model, on_model)
+        size, separate = vocabulary(self.model, delta_parts(deltas)), self._as_trained
+        self.adapters.adopt(name, lambda key: self._reader.loaded(key, deltas, size, separate))
 
     def unload(self, name: str) -> None:
         self.adapters.unload(name)
@@ -170,7 +171,7 @@ class Engine:
 
     def _check(self, request: Request, vocabulary: int) -> None:
         prompt, n, k = request.prompt, request.max_new_tokens, request.prompt_logprobs
-        length, why, least = self.length, self.structure.why, 1 if k is None else 0
+        length, why, least = self.length, self.structure.unbatched_reason, 1 if k is None else 0
         checks = {
             f"id: found {request.id!r}, the id of a running request, expected a new one": (
                 request.id not in self._rows
@@ -216,18 +217,18 @@ class Engine:
             cancelled = [row for row in self._rows.values() if row.cancelled]
         for row in cancelled:
             self._end(row, "cancelled")
-        for row in self._scheduler.admitted(self._ready):
+        for row in self._scheduler.admit(self._ready):
             row.stream.began = time.monotonic()
-            self._scheduler.join(row)
+            self._scheduler.share_prefill(row)
             self._guarded(row, self._runner.admit, row)
         self._runner.compact()
-        decoding = self._scheduler.decoding()
-        for batch in decoding:
+        decode_batches = self._scheduler.decode_batches()
+        for batch in decode_batches:
             self._pass(batch)
-        reading = self._scheduler.reading()
-        for batch in reading:
+        prefill_batches = self._scheduler.prefill_batches()
+        for batch in prefill_batches:
             self._pass(batch)
-        return bool(cancelled or decoding or reading)
+        return bool(cancelled or decode_batches or prefill_batches)
 
     def run(self, after: Callable[[], None] = lambda: None) -> None:
         while self._rows:
@@ -246,9 +247,9 @@ class Engine:
         one. An error in either ends the thread.
         """
         assert self._thread is None
-        disband()  # the engine's thread creates its own OpenMP team
+        end_team()  # the engine's thread creates its own OpenMP team
         self._thread = threading.Thread(None, self._serve, "lorafold-engine", (after,), daemon=True)
-        with stacks():
+        with stack_size():
             self._thread.start()
 
     @property
@@ -286,10 +287,10 @@ class Engine:
                 self.adapters.check_memory()
 
     def _fail(self, row: Row, error: BaseException) -> None:
-        message, fault, setting = f"{type(error).__name__}: {error}", place(error), ""
+        message, fault, setting = f"{type(error).__name__}: {error}", error_location(error), ""
         if isinstance(error, LorafoldError):
             message = fault = str(error)
-        if isinstance(error, Unfit):
+        if isinstance(error, GrammarError):
             fault, setting = f"its {error.setting} allows no further token", error.setting
         self._end(row, "failed", message, fault, setting)
 
@@ -297,8 +298,8 @@ class Engine:
         self, row: Row, reason: Reason, message: str = "", fault: str = "", setting: str = ""
     ) -> None:
         if row in self._scheduler.running:
-            self._scheduler.leave(row)
-            self._runner.release(row, well=reason in ("end", "length", "stop"))
+            self._scheduler.remove(row)
+            self._runner.release(row, ended_normally=reason in ("end", "length", "stop"))
         elif row in self._scheduler.waiting:
             self._scheduler.waiting.remove(row)
         if row.entry is not None:
@@ -334,38 +335,39 @@ class Engine:
             if all(row.stream.ended for row in rows):  # not a single request's fault
                 self._runner.rebuild()
                 for row in self._scheduler.running:
-                    row.filled = row.cached = 0
+                    row.computed = row.cached = 0
                     row.state = None
             return
         for row, n in zip(rows, counts, strict=True):
-            row.filled += n
-        done = [(b, row) for b, row in enumerate(rows) if not row.pending]
+            row.computed += n
+        done = [(b, row) for b, row in enumerate(rows) if not row.num_pending]
         for b, row in tuple(done):
-            if others := self._scheduler.joined(row):
+            if others := self._scheduler.waiting_for(row):
                 self._guarded(row, self._runner.share, row, others)
-                done += [(b, other) for other in others if not other.pending]
+                done += [(b, other) for other in others if not other.num_pending]
         self._choose([(b, row) for b, row in done if row.stream.ended is None], logits_BV)
 
     def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:
         for _, row in rows:
-            self._guarded(row, row.show_prompt)
+            self._guarded(row, row.publish_prompt)
             if row.stream.ended is None and not row.request.max_new_tokens:
                 self._end(row, "length")
         rows = [(b, row) for b, row in rows if row.stream.ended is None]
-        choices = chosen([row.sampler for _, row in rows], picked(logits_BV, [b for b, _ in rows]))
+        logits_nV = picked(logits_BV, [b for b, _ in rows])
+        choices = sample_tokens([row.sampler for _, row in rows], logits_nV)
         for (_, row), choice in zip(rows, choices, strict=True):
             self._guarded(row, self._take, row, choice)
 
     def _take(self, row: Row, choice: SampledToken | Exception) -> None:
         if isinstance(choice, Exception):
             raise choice
-        if (reason := row.take(choice)) is not None:
+        if (reason := row.append(choice)) is not None:
             self._end(row, reason)
 
     def _guarded(self, row: Row, call: Callable[..., None], *args: Any) -> None:
         try:
             call(*args)
-        except STOPS:
+        except EXITS:
             raise
         except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
             if isinstance(error, NotFinite) and row.entry is not None:

@@ -22,7 +22,7 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import deltas_on
 from lorafold.engine.mixed_adapters import ActiveDeltas
 from lorafold.engine.model_structure import Structure
-from lorafold.engine.operations import Operations, random_rows, steady
+from lorafold.engine.operations import Operations, min_invariant_rows, random_rows
 from lorafold.layers import is_linear, layer_of
 from lorafold.ops.arithmetic import FEW, HALF, multiplies_bf16
 from lorafold.training_step.fused_modules import fused
@@ -41,18 +41,18 @@ def fast_path(
     """Replaces modules of a frozen model until the stack is closed, for passes of `rows` rows."""
     norm, rotary, gated = operations.rms_norm, operations.rotary, operations.gated
     stack.enter_context(fused(model, False, norm, rotary, gated))
-    known: dict[Any, int] = {}
+    min_rows_by_shape: dict[Any, int] = {}
     for group in structure.groups:
-        fits = {
+        packable = {
             path: module
             for path in group
-            if packable(module := model.get_submodule(path))
+            if is_packable(module := model.get_submodule(path))
             and not deltas_on(module, deltas.base)
         }
-        if not fits:
+        if not packable:
             continue
-        packed = Packed(fits, deltas, rows, known)
-        for path, module in fits.items():
+        packed = PackedMatrices(packable, deltas, rows, min_rows_by_shape)
+        for path, module in packable.items():
             module.forward = partial(packed, path)
             deltas.aware.add(path)
             stack.callback(vars(module).pop, "forward", None)
@@ -63,7 +63,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
 
 
-def packable(module: nn.Module) -> bool:
+def is_packable(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return (
         weight is not None
@@ -78,11 +78,11 @@ def packable(module: nn.Module) -> bool:
 def packed_bytes(model: nn.Module) -> int:
     """The maximum bytes of a model's matrices in the kernel's layout."""
     modules = [module for _, module in Anatomy.of(model).modules]
-    weights = [m.get_parameter("weight") for m in modules if is_linear(m) and packable(m)]
+    weights = [m.get_parameter("weight") for m in modules if is_linear(m) and is_packable(m)]
     return sum(w.numel() * product_dtype(w.dtype).itemsize for w in weights)
 
 
-class Packed:
+class PackedMatrices:
     """Matrices with the same input, concatenated in the kernel's layout; the first call computes
     all outputs.
     """
@@ -92,7 +92,7 @@ class Packed:
         modules: Mapping[str, nn.Module],
         deltas: ActiveDeltas,
         rows: int,
-        known: dict[Any, int],
+        min_rows_by_shape: dict[Any, int],
     ) -> None:
         self.modules, self.paths, self.deltas = dict(modules), tuple(modules), deltas
         self.layers = [layer_of(module) for module in modules.values()]
@@ -106,20 +106,20 @@ class Packed:
             biased = any(b is not None for _, b in dense)
             self._bias = torch.cat(biases).to(w.dtype) if biased else None
         kernel = torch.ops.mkldnn._linear_pointwise
-        self._plain, self._added = kernel.default, kernel.binary
+        self._plain, self._kernel_onto = kernel.default, kernel.binary
         shape = (tuple(w.shape), w.dtype)
-        if shape not in known:
+        if shape not in min_rows_by_shape:
             x = random_rows(w.shape[1], w.dtype)
             # subtract the product itself, which leaves the rounding errors
-            known[shape] = steady(self._kernel, x, -self._kernel(x))
-            if known[shape] > FEW:
+            min_rows_by_shape[shape] = min_invariant_rows(self._kernel, x, -self._kernel(x))
+            if min_rows_by_shape[shape] > FEW:
                 log.warning(
                     "on this CPU, matmuls with %s matrices of shape %s depend on the number of"
                     " rows, so they are computed %d rows at a time", *shape[::-1], FEW,
                 )  # fmt: skip
-        self._least = known[shape]
+        self._min_rows = min_rows_by_shape[shape]
         self._x: Tensor | None = None
-        self._left: dict[str, Tensor] = {}  # outputs for x not yet returned
+        self._outputs: dict[str, Tensor] = {}  # outputs for x not yet returned
 
     def __call__(self, path: str, x: Tensor) -> Tensor:
         deltas, module = self.deltas, self.modules[path]
@@ -127,16 +127,17 @@ class Packed:
         if adapted or x.dtype != self.dtype:
             return type(module).forward(module, x)
         y = self._output(path, x)
-        return deltas.slot_adapters.changed(path, layer_of(module), x, y) if deltas.mixing else y
+        layer, adapters = layer_of(module), deltas.slot_adapters
+        return adapters.apply_deltas(path, layer, x, y) if deltas.mixing else y
 
     def _output(self, path: str, x: Tensor) -> Tensor:
         if len(self.paths) == 1:
             return self.product(x, self._onto(x))
-        if self._x is not x or path not in self._left:
+        if self._x is not x or path not in self._outputs:
             parts = torch.split_with_sizes(self.product(x, self._onto(x)), self.widths, -1)
-            self._x, self._left = x, dict(zip(self.paths, parts, strict=True))
-        y = self._left.pop(path)
-        if not self._left:
+            self._x, self._outputs = x, dict(zip(self.paths, parts, strict=True))
+        y = self._outputs.pop(path)
+        if not self._outputs:
             self._x = None
         return y
 
@@ -144,19 +145,19 @@ class Packed:
         """W x + b + onto (..., out + ...), rounded once."""
         rows = x.numel() // x.shape[-1]
         inputs = [t.reshape(rows, -1).to(self._w.dtype) for t in (x, onto) if t is not None]
-        if self._least > FEW:
+        if self._min_rows > FEW:
             blocks = zip(
                 *(_padded(t, -(-rows // FEW) * FEW).split(FEW) for t in inputs), strict=True
             )
             y = torch.cat([self._kernel(*block) for block in blocks])[:rows]
         else:
-            y = self._kernel(*(_padded(t, self._least) for t in inputs))[:rows]
+            y = self._kernel(*(_padded(t, self._min_rows) for t in inputs))[:rows]
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _kernel(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if onto is None:
             return self._plain(x, self._w, self._bias, "none", [], "")
-        return self._added(x, onto, self._w, self._bias, "add")
+        return self._kernel_onto(x, onto, self._w, self._bias, "add")
 
     def _onto(self, x: Tensor) -> Tensor | None:
         slot_adapters = self.deltas.slot_adapters

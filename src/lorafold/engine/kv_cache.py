@@ -24,7 +24,7 @@ from lorafold.ops.host_tensors import on_host, sent
 
 # (`KnownAdapter.generation` or 0 for the base, tenant)
 PrefixKey = tuple[int, str]
-STEP = 32  # widths are rounded up to this, so that few shapes occur
+WIDTH_STEP = 32  # widths are rounded up to this, so that few shapes occur
 
 
 class SlotCache:
@@ -36,7 +36,7 @@ class SlotCache:
         self, slots: int, length: int, padding: int, operations: Operations, whole: bool = False
     ) -> None:
         self.operations, self.slots, self.whole = operations, slots, whole
-        self.filled, self.length = columns(length), columns(length + padding)
+        self.filled, self.length = round_up(length), round_up(length + padding)
         self.keys: dict[int, Tensor] = {}  # by layer: (slots, Hk, columns, D)
         self.values: dict[int, Tensor] = {}
 
@@ -46,10 +46,10 @@ class SlotCache:
         for buffers, like in ((self.keys, key), (self.values, value)):
             old = buffers.get(layer)
             if old is None or old.shape[2] < width:
-                buffers[layer] = self._grown(old, like, width)
+                buffers[layer] = self._grow(old, like, width)
         return self.keys[layer], self.values[layer]
 
-    def _grown(self, old: Tensor | None, like: Tensor, width: int) -> Tensor:
+    def _grow(self, old: Tensor | None, like: Tensor, width: int) -> Tensor:
         before = 0 if old is None else old.shape[2]
         # only long prompts write padding
         most = self.filled if width <= self.filled else self.length
@@ -78,30 +78,30 @@ class SlotCache:
         return chain(self.keys.values(), self.values.values())
 
     def width(self, longest: int) -> int:
-        return self.length if self.whole else min(self.length, columns(longest))
+        return self.length if self.whole else min(self.length, round_up(longest))
 
-    def emptied(self) -> SlotCache:
+    def empty_copy(self) -> SlotCache:
         fresh = copy(self)
         fresh.keys, fresh.values = {}, {}
         return fresh
 
 
-def columns(tokens: int) -> int:
-    return -(-tokens // STEP) * STEP
+def round_up(tokens: int) -> int:
+    return -(-tokens // WIDTH_STEP) * WIDTH_STEP
 
 
 class SlotView(Cache):
-    """Rows of a `SlotCache` as transformers' cache; `aim` chooses them."""
+    """Rows of a `SlotCache` as transformers' cache; `select` chooses them."""
 
-    def __init__(self, of: SlotCache) -> None:
+    def __init__(self, cache: SlotCache) -> None:
         super().__init__(layers=[])
-        self.of = of
+        self.cache = cache
 
-    def aim(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
+    def select(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
         """Selects the slots of a pass that writes `tokens` to each at start_B."""
         self.rows, self.start_B = rows, start_B
         self.longest = int(on_host(start_B).max()) + tokens
-        self.width = self.of.width(self.longest)
+        self.width = self.cache.width(self.longest)
         index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         self.row_B = sent(index, start_B.device)
         self.position_BT = start_B[:, None] + torch.arange(tokens, device=start_B.device)
@@ -111,9 +111,9 @@ class SlotView(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes keys and values (B, Hk, T, D), and returns the rows' (B, Hk, width, D)."""
-        keys, values = self.of.buffers(layer_idx, key_states, value_states, self.width)
+        keys, values = self.cache.buffers(layer_idx, key_states, value_states, self.width)
         for buffer, new in ((keys, key_states), (values, value_states)):
-            self.of.operations.write(buffer, new, self.row_B, self.start_B)
+            self.cache.operations.write(buffer, new, self.row_B, self.start_B)
         return keys[self.rows, :, : self.width], values[self.rows, :, : self.width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -128,7 +128,7 @@ class SlotView(Cache):
         return self.width, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        return self.of.length
+        return self.cache.length
 
 
 class CachedSlot(NamedTuple):
@@ -153,7 +153,7 @@ class CachedPrefixes:
         """
         best, most = -1, 0
         for slot, cached in self.slots.items():
-            if cached.prefix == prefix and (n := common(cached.tokens, prompt[:-1])) > most:
+            if cached.prefix == prefix and (n := common_length(cached.tokens, prompt[:-1])) > most:
                 best, most = slot, n
         return best, most
 
@@ -163,11 +163,11 @@ class CachedPrefixes:
     def length(self, slot: int) -> int:
         return len(self.slots[slot].tokens) if slot in self.slots else 0
 
-    def moved(self, source: int, target: int) -> None:
+    def move(self, source: int, target: int) -> None:
         if source in self.slots:
             self.slots[target] = self.slots.pop(source)
 
 
-def common(a: Sequence[object], b: Sequence[object]) -> int:
+def common_length(a: Sequence[object], b: Sequence[object]) -> int:
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))

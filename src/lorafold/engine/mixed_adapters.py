@@ -29,30 +29,30 @@ from lorafold.core.expert_matrices import module_at
 from lorafold.core.layer import Layer, add
 from lorafold.engine.adapters import Factors, LoadedAdapter
 from lorafold.engine.model_structure import MatrixShapes, Structure
-from lorafold.engine.operations import InBlocks, Operations, plain_products
+from lorafold.engine.operations import BlockMatmuls, Operations, min_matmul_rows
 from lorafold.layers import layer_class
 from lorafold.ops.arithmetic import FEW
 from lorafold.ops.decoding import Product, SlotFactors
 from lorafold.ops.host_tensors import sent
 
 log = logging.getLogger(__name__)
-OWN = "lorafold-engine"  # the name of the engine's deltas
-FILLS = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # values of free places
-NOBODY = 0  # the place of the base, always zero
+ENGINE_DELTA = "lorafold-engine"  # the name of the engine's deltas
+EMPTY_VALUES = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # values of free places
+BASE_PLACE = 0  # the place of the base, always zero
 
 
 class AdapterRows:
     """The adapters of the B rows of a pass (None: the base), and the places of their factors. With
-    `each`, rows are computed separately, so that shapes don't depend on other rows.
+    `invariant`, rows are computed separately, so that shapes don't depend on other rows.
     """
 
     def __init__(
         self,
         adapters: Sequence[LoadedAdapter | None],
         places: Mapping[LoadedAdapter, int],
-        each: bool = False,
+        invariant: bool = False,
     ) -> None:
-        self.adapters, self.each = tuple(adapters), each
+        self.adapters, self.invariant = tuple(adapters), invariant
         present = [adapter for adapter in adapters if adapter is not None]
         self.low_rank = frozenset().union(*(adapter.low_rank for adapter in present))
         self.gains = frozenset().union(*(adapter.gains.keys() for adapter in present))
@@ -60,9 +60,11 @@ class AdapterRows:
         self.paths = self.low_rank | self.gains | self.others
         self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
         self._rows: dict[tuple[int, ...], Tensor] = {}
-        self.places = torch.tensor([places.get(a, NOBODY) if a else NOBODY for a in adapters])
+        self.places = torch.tensor(
+            [places.get(a, BASE_PLACE) if a else BASE_PLACE for a in adapters]
+        )
         self.matmuls: dict[tuple[str, ...], Product] = {}  # by paths
-        self._at: int | slice | Tensor | None = None
+        self._place_index: int | slice | Tensor | None = None
 
     def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
         """Returns other deltas at a module, each with its rows (n,), on the device."""
@@ -71,21 +73,21 @@ class AdapterRows:
             for b, adapter in enumerate(self.adapters):
                 delta = None if adapter is None else adapter.deltas.get(path)
                 if delta is not None:
-                    rows.setdefault(b if self.each else id(delta), (delta, []))[1].append(b)
+                    rows.setdefault(b if self.invariant else id(delta), (delta, []))[1].append(b)
             self._by_path[path] = [(d, self._sent(tuple(at), device)) for d, at in rows.values()]
         return self._by_path[path]
 
     def at(self, device: torch.device) -> int | slice | Tensor:
         """Returns an index of the rows' places in a stack (places, ...), a view if possible."""
-        if self._at is None:
+        if self._place_index is None:
             first, n = int(self.places[0]), len(self.places)
             if torch.equal(self.places, torch.full_like(self.places, first)):
-                self._at = first
+                self._place_index = first
             elif torch.equal(self.places, torch.arange(first, first + n)):
-                self._at = slice(first, first + n)
+                self._place_index = slice(first, first + n)
             else:
-                self._at = sent(self.places, device)
-        return self._at
+                self._place_index = sent(self.places, device)
+        return self._place_index
 
     def _sent(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         if rows not in self._rows:
@@ -103,17 +105,17 @@ class EngineDelta(Opaque):
         plan = slot_adapters.plan
         d = slot_adapters.product((self.path,), x, [layer]) if self.path in plan.low_rank else None
         y = layer(x, *args, onto=add(d, onto) if d is not None else onto)
-        return slot_adapters.changed(self.path, layer, x, y)
+        return slot_adapters.apply_deltas(self.path, layer, x, y)
 
 
 class SlotAdapters:
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
-        self.structure, self.where, self.operations = structure, structure.where, operations
+        self.structure, self.index_of, self.operations = structure, structure.index_of, operations
         self.stacks = [Stacks(shape, operations) for shape in structure.shapes]
-        self.plan, self._slots, self._room = AdapterRows([], {}), slots, NOBODY + 1
+        self.plan, self._slots, self._num_places = AdapterRows([], {}), slots, BASE_PLACE + 1
         self.placed: dict[int, LoadedAdapter] = {}  # by slot
         self.places: dict[LoadedAdapter, int] = {}
-        self._least: dict[torch.dtype, int] = {}
+        self._min_rows: dict[torch.dtype, int] = {}
         self.in_blocks = False  # torch's own matmuls are not batch invariant for any size
 
     def place(self, slot: int, adapter: LoadedAdapter) -> None:
@@ -121,32 +123,32 @@ class SlotAdapters:
         self.placed[slot] = adapter
         if adapter in self.places:
             return
-        taken = {NOBODY, *self.places.values()}
+        taken = {BASE_PLACE, *self.places.values()}
         place = next(n for n in count() if n not in taken)
-        if place >= self._room:
-            self._room = min(self._slots + 1, 2 * self._room)
+        if place >= self._num_places:
+            self._num_places = min(self._slots + 1, 2 * self._num_places)
             for stacks in self.stacks:
-                stacks.widen(self._room)
+                stacks.widen(self._num_places)
         self.places[adapter] = place
         for i, factors in adapter.factors.items():
             self.stacks[i].place(place, factors)
         for path, (g, c) in adapter.gains.items():
-            shape, index = self.where[path]
-            self.stacks[shape].gain(place, index, g, c)
+            shape, index = self.index_of[path]
+            self.stacks[shape].set_gain(place, index, g, c)
 
     def clear(self, slot: int) -> None:
         adapter = self.placed.pop(slot, None)
         if adapter is None or adapter in self.placed.values():
             return
         place = self.places.pop(adapter)
-        for i in {*adapter.factors, *(self.where[path][0] for path in adapter.gains)}:
+        for i in {*adapter.factors, *(self.index_of[path][0] for path in adapter.gains)}:
             self.stacks[i].clear(place)
 
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
         """Returns the low-rank updates (B, T, out + ...) of matrices that read x (B, T, in)."""
         plan = self.plan
-        if plan.each:
-            updates = [self._by_row(*at, x) for at in zip(paths, layers, strict=True)]
+        if plan.invariant:
+            updates = [self._product_by_row(*at, x) for at in zip(paths, layers, strict=True)]
             return torch.cat(updates, -1) if len(updates) > 1 else updates[0]
         if paths not in plan.matmuls:
             factors = [self._factors(path) for path in paths]
@@ -154,10 +156,10 @@ class SlotAdapters:
         flat = x.reshape(len(x), -1, x.shape[-1])
         return plan.matmuls[paths](flat).view(*x.shape[:-1], -1)
 
-    def changed(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    def apply_deltas(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
         """Applies gains and other deltas to a module's output y (B, T, out) of x (B, T, in)."""
         if path in self.plan.gains:
-            shape, index = self.where[path]
+            shape, index = self.index_of[path]
             tensors, at = self.stacks[shape].tensors, self.plan.at(y.device)
             c = tensors["offsets"][index][at] if "offsets" in tensors else None
             y = self.operations.scale(y, tensors["gains"][index][at], c)
@@ -165,43 +167,43 @@ class SlotAdapters:
         for delta, rows in deltas:
             x_n, y_n = x[rows], y[rows]
             # kernels sum in another order for few tokens
-            many = -(-self.least(x.dtype, x.device) * x_n.shape[-1] // x_n.numel())
-            if many > 1:
-                x_n, y_n = (torch.cat([t] * many) for t in (x_n, y_n))
-            with InBlocks(FEW) if self.in_blocks else nullcontext():
+            repeats = -(-self.min_rows(x.dtype, x.device) * x_n.shape[-1] // x_n.numel())
+            if repeats > 1:
+                x_n, y_n = (torch.cat([t] * repeats) for t in (x_n, y_n))
+            with BlockMatmuls(FEW) if self.in_blocks else nullcontext():
                 part = delta(Given(layer, y_n, x_n), x_n)[: len(rows)]
             y = y.index_copy(0, rows, part.to(y.dtype))
         return y
 
-    def least(self, dtype: torch.dtype, device: torch.device) -> int:
+    def min_rows(self, dtype: torch.dtype, device: torch.device) -> int:
         """Returns the number of tokens from which torch's own matmuls with the model's matrices are
         batch invariant; 2 if unknown, or if they are computed in blocks because no number is.
         """
         if device.type != "cpu":
             return 2
-        if dtype not in self._least:
-            shapes = {(shape.out, shape.inn) for shape in self.structure.shapes}
-            least = max(2, plain_products(shapes, dtype))
-            if least > FEW and self._slots > 1:
+        if dtype not in self._min_rows:
+            shapes = {(shape.out, shape.in_features) for shape in self.structure.shapes}
+            min_rows = max(2, min_matmul_rows(shapes, dtype))
+            if min_rows > FEW and self._slots > 1:
                 log.warning(
                     "on this CPU, torch's matmuls in %s depend on the number of rows, so the"
                     " engine computes them %d rows at a time (quantized weights, and adapters that"
                     " are not low-rank)", dtype, FEW,
                 )  # fmt: skip
                 self.in_blocks = True
-            self._least[dtype] = least if least <= FEW else 2
-        return self._least[dtype]
+            self._min_rows[dtype] = min_rows if min_rows <= FEW else 2
+        return self._min_rows[dtype]
 
     def _factors(self, path: str) -> SlotFactors:
-        shape, index = self.where[path]
+        shape, index = self.index_of[path]
         stacks = self.stacks[shape]
         if path not in self.plan.low_rank:
             return SlotFactors(None, None, torch.zeros_like(stacks.ranks), stacks.shape.out)
         down, up = stacks.tensors["down"][index], stacks.tensors["up"][index]
         return SlotFactors(down, up, stacks.ranks, stacks.shape.out)
 
-    def _by_row(self, path: str, layer: Layer, x: Tensor) -> Tensor:
-        shape, index = self.where[path]
+    def _product_by_row(self, path: str, layer: Layer, x: Tensor) -> Tensor:
+        shape, index = self.index_of[path]
         out = x.new_zeros(*x.shape[:-1], layer.shape[0])
         for b, adapter in enumerate(self.plan.adapters):
             if adapter is not None and path in adapter.low_rank:
@@ -219,7 +221,7 @@ class Stacks:
 
     def __init__(self, shape: MatrixShapes, operations: Operations) -> None:
         self.shape, self.operations = shape, operations
-        self.ranks = torch.zeros(NOBODY + 1, dtype=torch.long)
+        self.ranks = torch.zeros(BASE_PLACE + 1, dtype=torch.long)
         # down (n, places, r, in), up (n, places, r, out), gains and offsets (n, places, out)
         self.tensors: dict[str, Tensor] = {}
 
@@ -232,20 +234,20 @@ class Stacks:
         tensors["up"][factors.at, place, :rank] = factors.up.to(tensors["up"].dtype)
         self.ranks[place] = rank
 
-    def gain(self, place: int, index: int, g: Tensor, c: Tensor | None) -> None:
+    def set_gain(self, place: int, index: int, g: Tensor, c: Tensor | None) -> None:
         """Copies a gain and an offset (out,) to a place, for one matrix."""
         shape = len(self.shape.paths), len(self.ranks), self.shape.out
         for name, value in (("gains", g), ("offsets", c)):
             if value is not None:
                 if name not in self.tensors:
                     with torch.inference_mode(False):
-                        stack = value.new_full(shape, FILLS[name], dtype=torch.float32)
+                        stack = value.new_full(shape, EMPTY_VALUES[name], dtype=torch.float32)
                     self.tensors[name] = stack
                 self.tensors[name][index, place] = value
 
     def clear(self, place: int) -> None:
         for name, stack in self.tensors.items():
-            stack[:, place] = FILLS[name]
+            stack[:, place] = EMPTY_VALUES[name]
         self.ranks[place] = 0
 
     def widen(self, places: int) -> None:
@@ -254,12 +256,12 @@ class Stacks:
         with torch.inference_mode(False):
             for name, stack in self.tensors.items():
                 wider = (*[0] * (2 * stack.dim() - 4), 0, more)
-                self.tensors[name] = pad(stack, wider, value=FILLS[name])
+                self.tensors[name] = pad(stack, wider, value=EMPTY_VALUES[name])
 
     def _grow(self, rank: int, like: Tensor) -> None:
         n, places, dtype = len(self.shape.paths), len(self.ranks), self.operations.stored(like)
         with torch.inference_mode(False):
-            for name, width in (("down", self.shape.inn), ("up", self.shape.out)):
+            for name, width in (("down", self.shape.in_features), ("up", self.shape.out)):
                 stack, old = like.new_zeros(n, places, rank, width, dtype=dtype), self.tensors
                 if name in old:
                     stack[:, :, : old[name].shape[2]] = old[name]
@@ -275,48 +277,48 @@ class ActiveDeltas:
         self.aware: set[str] = set()  # modules whose fast forward applies the plan
         self._targets: set[str] = set()  # modules with the engine's deltas
         self._fused: dict[str, Any] = {}  # modules whose fast forward ignores deltas
-        self._alone: Counter[LoadedAdapter] = Counter()
+        self._num_attached: Counter[LoadedAdapter] = Counter()
 
-    def lay(self, adapter: LoadedAdapter) -> None:
-        """Prepares for passes with this adapter, until `lift`."""
-        if adapter.alone:
-            self._alone[adapter] += 1
-            if self._alone[adapter] == 1:
+    def attach(self, adapter: LoadedAdapter) -> None:
+        """Prepares for passes with this adapter, until `detach`."""
+        if adapter.separate:
+            self._num_attached[adapter] += 1
+            if self._num_attached[adapter] == 1:
                 for path, delta in adapter.deltas.items():
-                    self._lay(path, adapter.key, delta)
+                    self._attach(path, adapter.key, delta)
             return
         for path in sorted(adapter.paths - self._targets):
-            self._lay(path, OWN, EngineDelta(self.slot_adapters, path))
+            self._attach(path, ENGINE_DELTA, EngineDelta(self.slot_adapters, path))
             self._targets.add(path)
 
-    def lift(self, adapter: LoadedAdapter) -> None:
-        if adapter.alone:
-            self._alone[adapter] -= 1
-            if not self._alone[adapter]:
-                del self._alone[adapter]
+    def detach(self, adapter: LoadedAdapter) -> None:
+        if adapter.separate:
+            self._num_attached[adapter] -= 1
+            if not self._num_attached[adapter]:
+                del self._num_attached[adapter]
                 for path in adapter.deltas:
-                    self._lift(path, adapter.key)
+                    self._detach(path, adapter.key)
 
     @contextmanager
     def mixed(self, plan: AdapterRows) -> Iterator[None]:
         self.slot_adapters.plan, self.mixing = plan, True
         try:
-            with self._active(plan.paths, *((OWN,) if plan.paths else ())):
+            with self._active(plan.paths, *((ENGINE_DELTA,) if plan.paths else ())):
                 yield
         finally:
             self.mixing = False
 
     @contextmanager
-    def alone(self, adapter: LoadedAdapter) -> Iterator[None]:
+    def separate(self, adapter: LoadedAdapter) -> Iterator[None]:
         with self._active(adapter.paths, adapter.key):
             yield
 
     def close(self) -> None:
-        for adapter in list(self._alone):
-            self._alone[adapter] = 1
-            self.lift(adapter)
+        for adapter in list(self._num_attached):
+            self._num_attached[adapter] = 1
+            self.detach(adapter)
         for path in self._targets:
-            self._lift(path, OWN)
+            self._detach(path, ENGINE_DELTA)
         self._targets.clear()
 
     @contextmanager
@@ -335,13 +337,13 @@ class ActiveDeltas:
             for path, forward in hidden.items():
                 self._fused[path].forward = forward
 
-    def _lay(self, path: str, name: str, delta: Delta) -> None:
+    def _attach(self, path: str, name: str, delta: Delta) -> None:
         module = module_at(self.model, path)
         if path not in self.aware and "forward" in vars(module):
             self._fused[path] = module
         attach_delta(module, layer_class(module), name, delta.eval(), self.selection, path)
 
-    def _lift(self, path: str, name: str) -> None:
+    def _detach(self, path: str, name: str) -> None:
         module = module_at(self.model, path)
         if isinstance(module, Adapted) and name in module.deltas:
             detach_delta(module, name)

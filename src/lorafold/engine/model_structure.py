@@ -26,10 +26,10 @@ from lorafold.errors import LorafoldError
 from lorafold.layers import is_linear, layer_of
 from lorafold.training_step.packed_attention import attending
 
-NAME = "lorafold_slots"
-CACHED = "lorafold_structure"  # attribute of the model: its structure
-TAKEN = "lorafold_engine"  # attribute of the model: used by an engine
-LENGTHS, CHUNK = (11, 5, 8), 4
+ATTENTION_NAME = "lorafold_slots"
+STRUCTURE_ATTRIBUTE = "lorafold_structure"  # attribute of the model: its structure
+IN_USE_ATTRIBUTE = "lorafold_engine"  # attribute of the model: used by an engine
+PROBE_LENGTHS, PROBE_CHUNK = (11, 5, 8), 4
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,20 @@ class MatrixShapes:
     """Matrices (out, in) of one size, by module path in the order of the model."""
 
     out: int
-    inn: int
+    in_features: int
     paths: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Structure:
-    why: str  # the reason for which requests can't be batched, or ""
+    unbatched_reason: str  # the reason for which requests can't be batched, or ""
     rowwise: frozenset[str] = frozenset()  # modules whose inputs have one row per request
     shapes: tuple[MatrixShapes, ...] = ()  # matrices among `rowwise`, by shape
     groups: tuple[tuple[str, ...], ...] = ()  # matrices with the same input, such as q, k, v
     routed: bool = False  # has experts, which compute tokens of all rows together
 
     @cached_property
-    def where(self) -> dict[str, tuple[int, int]]:
+    def index_of(self) -> dict[str, tuple[int, int]]:
         return {
             path: (i, at)
             for i, shape in enumerate(self.shapes)
@@ -71,19 +71,19 @@ def structure_of(model: Any) -> Structure:
         for path, module in Anatomy.of(model).modules
     ]
     state = (model.dtype, model.device, modules)
-    cached = vars(model).get(CACHED)
+    cached = vars(model).get(STRUCTURE_ATTRIBUTE)
     if cached is None or cached[0] != state:
-        cached = vars(model)[CACHED] = (state, probe(model))
+        cached = vars(model)[STRUCTURE_ATTRIBUTE] = (state, probe(model))
     return cached[1]
 
 
 def slotted(model: Any, operations: Operations) -> Any:
     """A context in which attention takes rows at different positions."""
-    name = f"{NAME}_{operations.name}"
+    name = f"{ATTENTION_NAME}_{operations.name}"
     return attending(model, slot_mask, slot_attention(operations), name)
 
 
-def run(
+def forward_pass(
     model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
 ) -> Tensor:  # (B, len(keep), V)
     """Returns the logits (B, n, V) of a pass over ids_BT, of which counts_B are not padding."""
@@ -99,7 +99,7 @@ def probe(model: Any) -> Structure:
     """Runs a causal language model on short prompts to find out how it can be batched."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(vocabulary, (n,), generator=generator) for n in LENGTHS]
+    prompts = [torch.randint(vocabulary, (n,), generator=generator) for n in PROBE_LENGTHS]
     with evaluating(model):
         alone = torch.stack(
             [
@@ -109,12 +109,12 @@ def probe(model: Any) -> Structure:
         ).float()
         try:
             with ExitStack() as stack, slotted(model, Operations()):
-                inputs = _Inputs(model, stack)
-                together = _in_slots(model, prompts).float()
+                inputs = _InputRecorder(model, stack)
+                batched = _slot_logits(model, prompts).float()
         except Exception as error:
             return Structure(f"the model can't be batched ({type(error).__name__}: {error})")
     eps = max(1e-5, 16 * torch.finfo(model.dtype).eps)
-    if not (together - alone).norm() <= eps * alone.norm():
+    if not (batched - alone).norm() <= eps * alone.norm():
         return Structure("the model's logits change when requests are batched")
     rowwise = frozenset(path for path, fits in inputs.rows.items() if fits)
     sizes = defaultdict(list)
@@ -127,26 +127,27 @@ def probe(model: Any) -> Structure:
     return Structure("", rowwise, shapes, inputs.groups(matrices), routed)
 
 
-def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
+def _slot_logits(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
     """Returns the logits (B, V) after each prompt's last token, fed in chunks and then one by one;
     rows of short prompts compute unused tokens, as idle slots do.
     """
     rows, device, logits_B = len(prompts), model.device, dict[int, Tensor]()
-    view = SlotView(SlotCache(rows, max(LENGTHS), CHUNK, Operations()))
+    view = SlotView(SlotCache(rows, max(PROBE_LENGTHS), PROBE_CHUNK, Operations()))
     done = torch.zeros(rows, dtype=torch.long)
-    while (left := torch.tensor(LENGTHS) - done).any():
-        width = CHUNK if left.max() >= CHUNK else 1
+    while (left := torch.tensor(PROBE_LENGTHS) - done).any():
+        width = PROBE_CHUNK if left.max() >= PROBE_CHUNK else 1
         counts = left.clamp(max=width)
-        parts = [pad(p, (0, CHUNK))[n : n + width] for p, n in zip(prompts, done, strict=True)]
-        view.aim(slice(0, rows), done.to(device), width)
+        padded = (pad(p, (0, PROBE_CHUNK)) for p in prompts)
+        parts = [p[n : n + width] for p, n in zip(padded, done, strict=True)]
+        view.select(slice(0, rows), done.to(device), width)
         inputs = (x.to(device) for x in (torch.stack(parts), counts.clamp(1), torch.arange(width)))
-        logits_BTV = run(model, view, *inputs)
+        logits_BTV = forward_pass(model, view, *inputs)
         logits_B |= {b: logits_BTV[b, n - 1] for b, n in enumerate(counts.tolist()) if n}
         done = done + counts
     return torch.stack([logits_B[b] for b in range(rows)])
 
 
-class _Inputs:
+class _InputRecorder:
     """Records the inputs of modules with a matrix; `rows` is True for modules whose inputs always
     have one row per request.
     """
@@ -162,7 +163,7 @@ class _Inputs:
 
     def record(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if len(args) == 1 and not kwargs else None
-        fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
+        fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(PROBE_LENGTHS)
         self.rows[path] = self.rows.get(path, True) and fits
         self.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
 
@@ -178,22 +179,22 @@ class _Inputs:
         return tuple(map(tuple, groups))
 
 
-def take_model(model: Any, stack: ExitStack) -> None:
+def reserve(model: Any, stack: ExitStack) -> None:
     """Reserves a model for one engine, without gradients, until the stack is closed."""
-    if TAKEN in vars(model):
+    if IN_USE_ATTRIBUTE in vars(model):
         raise LorafoldError(
             "engine: another engine is using this model; close that engine, or read its completion"
             " to the end"
         )
-    vars(model)[TAKEN] = True
-    stack.callback(vars(model).pop, TAKEN)
+    vars(model)[IN_USE_ATTRIBUTE] = True
+    stack.callback(vars(model).pop, IN_USE_ATTRIBUTE)
     for p in model.parameters():
         if p.requires_grad:
             stack.callback(p.requires_grad_, True)
             p.requires_grad_(False)
 
 
-def rows_apart(model: nn.Module, stack: ExitStack) -> None:
+def separate_rows(model: nn.Module, stack: ExitStack) -> None:
     """Makes modules compute rows independently, until the stack is closed. bitsandbytes' int8
     matmul chooses outliers from all rows of a batch (LLM.int8: Dettmers et al. 2022, arXiv
     2208.07339, section 3.2); the engine multiplies by the dequantized matrix instead, as adapted

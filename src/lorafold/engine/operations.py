@@ -6,8 +6,8 @@ Masks and attention are for rows at different positions: q (B, H, T, D), k (B, H
 
 Kernels sum in another order for few rows, so bits could depend on the batch:
 
-    least = steady(kernel, x)       kernel(x[:n]) has the bits of kernel(x)[:n] for n >= least
-    with InBlocks(16): ...          matmuls of 16 rows at a time, for processors without a least
+    m = min_invariant_rows(kernel, x)   kernel(x[:n]) has the bits of kernel(x)[:n] for n >= m
+    with BlockMatmuls(16): ...          matmuls of 16 rows at a time, for processors without an m
 
 With `as_trained`, results are bit-identical to training: attention sums in a document's order.
 """
@@ -31,14 +31,14 @@ from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
 from lorafold.ops.elementwise import GATED, NORM, ROTARY
 from lorafold.ops.packed_documents import Documents
-from lorafold.ops.scale import SCALE, scaled
+from lorafold.ops.scale_and_add import SCALE, plain_scale_and_add
 from lorafold.training_step.packed_attention import attend
 
 log = logging.getLogger(__name__)
-# numbers of rows that `steady` tries: all up to FEW, since with blocks of 4 rows a kernel may sum 8
-# like 12, but not 9
-ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
-WIDE = 4096  # rows of a matrix that suffice to measure; an LM head has many more
+# numbers of rows that `min_invariant_rows` tries: all up to FEW, since with blocks of 4 rows a
+# kernel may sum 8 like 12, but not 9
+NUM_ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
+MAX_OUT = 4096  # rows of a matrix that suffice to measure; an LM head has many more
 
 
 class Operations:
@@ -48,7 +48,7 @@ class Operations:
         self.attend, self.write, self.gated = ATTEND.on(device), WRITE.on(device), GATED.on(device)
         if as_trained:
             self.attend = attend_as_trained
-        self._norm, self._turned = NORM.on(device), ROTARY.on(device)
+        self._norm, self._rotary = NORM.on(device), ROTARY.on(device)
         self._scale = SCALE.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -56,19 +56,20 @@ class Operations:
         return self._norm(x.contiguous(), gain, eps)
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None) -> Tensor:
-        """See `lorafold.ops.scale.scale`: y (B, T, k) times gains plus offsets, (k,) or (B, k)."""
+        """See `ops.scale_and_add`: y (B, T, k) times gains plus offsets, (k,) or (B, k)."""
         if g.dim() > 1:
             g, c = g[:, None], None if c is None else c[:, None]
         # avoids torch's dispatcher, whose overhead matters on a CPU only
-        half = SCALE if y.is_cuda else self._scale
-        return (half if y.dtype is torch.bfloat16 else scaled)(y.contiguous(), g, c, None)
+        fast = SCALE if y.is_cuda else self._scale
+        scale = fast if y.dtype is torch.bfloat16 else plain_scale_and_add
+        return scale(y.contiguous(), g, c, None)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See `lorafold.ops.elementwise.rotary`: x (..., D) rotated by halves."""
-        return self._turned(x, cos, sin, False)
+        return self._rotary(x, cos, sin, False)
 
 
-def available(device: str, as_trained: bool = False) -> Operations:
+def operations_on(device: str, as_trained: bool = False) -> Operations:
     if why := use(DECODING, device):
         log.info("the engine uses torch instead of its own kernels: %s", why)
     return Operations("" if why else device, as_trained)
@@ -126,44 +127,44 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
     return attention
 
 
-def steady(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
+def min_invariant_rows(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
     """Returns the least number of rows of the inputs (n, ...) from which the kernel is batch
     invariant; the last of ROWS if there is none.
     """
-    whole, least = kernel(*inputs), ROWS[-1]
-    for n in reversed(ROWS[:-1]):
+    whole, min_rows = kernel(*inputs), NUM_ROWS[-1]
+    for n in reversed(NUM_ROWS[:-1]):
         starts = range(0, max(FEW - n + 1, 1), n)
         for s in starts:
             if not torch.equal(kernel(*(t[s : s + n] for t in inputs)), whole[s : s + n]):
-                return least
-        least = n
-    return least
+                return min_rows
+        min_rows = n
+    return min_rows
 
 
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
-    """Returns fixed random rows (n, width) for `steady`."""
+    """Returns fixed random rows (n, width) for `min_invariant_rows`."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(ROWS[-1], width, generator=generator).to(dtype)
+    return torch.randn(NUM_ROWS[-1], width, generator=generator).to(dtype)
 
 
-def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
-    """Applies `steady` to torch's own matmuls with matrices (out, in), in the dtype and in the one
-    that `lorafold.ops.arithmetic` uses for it.
+def min_matmul_rows(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+    """Applies `min_invariant_rows` to torch's own matmuls with matrices (out, in), in the dtype
+    and in the one that `lorafold.ops.arithmetic` uses for it.
     """
-    least = 1
-    for out, inn in shapes:
-        x = random_rows(inn, dtype)
+    min_rows = 1
+    for out, in_features in shapes:
+        x = random_rows(in_features, dtype)
         for each in {dtype, arithmetic(x)}:
-            m = random_rows(inn, each).repeat(-(-out // ROWS[-1]), 1)[:out]
+            m = random_rows(in_features, each).repeat(-(-out // NUM_ROWS[-1]), 1)[:out]
             wide = x.to(each)
             # 16-bit rounding hides most differences, but not those of the rounding errors
             left = -F.linear(wide, m)
             kernels = (lambda x, _, m=m: F.linear(x, m)), (lambda x, y, m=m: y.addmm(x, m.t()))
-            least = max(least, *(steady(kernel, wide, left) for kernel in kernels))
-    return least
+            min_rows = max(min_rows, *(min_invariant_rows(k, wide, left) for k in kernels))
+    return min_rows
 
 
-class InBlocks(TorchDispatchMode):
+class BlockMatmuls(TorchDispatchMode):
     """Computes matmuls (n, k) x (k, m) in the block `rows` rows at a time; the last block is padded
     with the first row.
     """
@@ -208,7 +209,7 @@ def lacks(device: str) -> str:
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
     """Whether matmuls of these shapes (out, in) depend on the batch even with FEW rows."""
-    return plain_products({(min(out, WIDE), inn) for out, inn in shapes}, dtype) > FEW
+    return min_matmul_rows({(min(out, MAX_OUT), size) for out, size in shapes}, dtype) > FEW
 
 
 def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

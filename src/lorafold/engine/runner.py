@@ -1,8 +1,8 @@
 """Forward passes of running requests.
 
 A decoding pass runs over a view of the first slots; idle slots compute an unused token at a
-position that is overwritten before it is read. With `each`, all passes have the same shapes: all
-slots decode, prompts are prefilled one row at a time in chunks of one size, and a model with
+position that is overwritten before it is read. With `invariant`, all passes have the same shapes:
+all slots decode, prompts are prefilled one row at a time in chunks of one size, and a model with
 experts also decodes one row at a time.
 """
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.kv_cache import CachedPrefixes, SlotCache, SlotView, common
+from lorafold.engine.kv_cache import CachedPrefixes, SlotCache, SlotView, common_length
 from lorafold.engine.mixed_adapters import ActiveDeltas, AdapterRows, SlotAdapters
-from lorafold.engine.model_structure import Structure, run
-from lorafold.engine.operations import InBlocks, Operations
+from lorafold.engine.model_structure import Structure, forward_pass
+from lorafold.engine.operations import BlockMatmuls, Operations
 from lorafold.engine.request import EngineSettings
 from lorafold.engine.sequence import Row
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
@@ -38,8 +38,8 @@ class Runner(ABC):
         """Assigns a free slot."""
 
     @abstractmethod
-    def release(self, row: Row, well: bool) -> None:
-        """Frees a row's slot; `well`: it ended normally."""
+    def release(self, row: Row, ended_normally: bool) -> None:
+        """Frees a row's slot; `ended_normally`: not cancelled or failed."""
 
     def share(self, row: Row, others: Sequence[Row]) -> None:
         """Copies a row's prefilled prompt to others that wait for it."""
@@ -48,7 +48,7 @@ class Runner(ABC):
     @abstractmethod
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         """Returns the logits (B, V) after these numbers of pending tokens; the rows have the same
-        `together`.
+        `separate_adapter`.
         """
 
     def rebuild(self) -> None:
@@ -60,9 +60,9 @@ class Runner(ABC):
         return None
 
 
-def together(row: Row) -> LoadedAdapter | None:
+def separate_adapter(row: Row) -> LoadedAdapter | None:
     """The key of rows that can share a pass: an adapter that can't be mixed, or None."""
-    return row.adapter if row.adapter is not None and row.adapter.alone else None
+    return row.adapter if row.adapter is not None and row.adapter.separate else None
 
 
 class SlotRunner(Runner):
@@ -70,10 +70,10 @@ class SlotRunner(Runner):
         self, model: Any, structure: Structure, cache: SlotCache, settings: EngineSettings
     ) -> None:
         self.model, self.structure, self.cache, slots = model, structure, cache, cache.slots
-        self.slots, self.each, self.chunk = slots, settings.invariant, settings.chunk
-        self.reuse, self.prefixes = settings.prefix_reuse, CachedPrefixes()
-        self.steady, self.as_trained = settings.fast, settings.as_trained
-        self.single = self.each and structure.routed
+        self.slots, self.invariant, self.chunk = slots, settings.invariant, settings.chunk
+        self.prefix_reuse, self.prefixes = settings.prefix_reuse, CachedPrefixes()
+        self.fast, self.as_trained = settings.fast, settings.as_trained
+        self.single = self.invariant and structure.routed
         self.slot_adapters = SlotAdapters(structure, slots, cache.operations)
         self.deltas = ActiveDeltas(model, self.slot_adapters)
         self.rows: list[Row | None] = [None] * slots
@@ -84,17 +84,17 @@ class SlotRunner(Runner):
     def admit(self, row: Row) -> None:
         free = [slot for slot, other in enumerate(self.rows) if other is None]
         oldest = min(free, key=self.prefixes.age)
-        source, n = self._cached(row) if row.reader is None else (-1, 0)
+        source, n = self._cached(row) if row.prefiller is None else (-1, 0)
         lost = self.prefixes.length(source) - n  # cached tokens that the row would overwrite
         at = source if source in free and lost <= self.prefixes.length(oldest) else oldest
-        row.slot, row.filled, row.cached = at, n, n
+        row.slot, row.computed, row.cached = at, n, n
         if row.slot != source:
             self.cache.copy(source, [row.slot], n)
         self.cache.zero(row.slot, n)
         self.prefixes.slots.pop(row.slot, None)
         if row.adapter is not None:
-            self.deltas.lay(row.adapter)
-            if not row.adapter.alone:
+            self.deltas.attach(row.adapter)
+            if not row.adapter.separate:
                 self.slot_adapters.place(row.slot, row.adapter)
             elif row.adapter not in self._views:
                 self._views[row.adapter] = SlotView(self.cache)
@@ -110,25 +110,25 @@ class SlotRunner(Runner):
         slot, most = self.prefixes.find(row.prefix, row.tokens)
         for other in self.rows:
             if other is not None and other.prefix == row.prefix and self._reusable(other):
-                n = common(other.tokens[: other.filled], row.tokens[:-1])
+                n = common_length(other.tokens[: other.computed], row.tokens[:-1])
                 slot, most = (other.slot, n) if n > most else (slot, most)
         return slot, most
 
     def share(self, row: Row, others: Sequence[Row]) -> None:
-        self.cache.copy(row.slot, [other.slot for other in others], row.filled)
+        self.cache.copy(row.slot, [other.slot for other in others], row.computed)
         for other in others:
-            other.reader, other.filled, other.cached = None, row.filled, row.filled
+            other.prefiller, other.computed, other.cached = None, row.computed, row.computed
             other.scores = row.scores
 
-    def release(self, row: Row, well: bool) -> None:
+    def release(self, row: Row, ended_normally: bool) -> None:
         self.rows[row.slot] = None
         self.slot_adapters.clear(row.slot)
-        reusable = row.filled if well and self._reusable(row) else 0
+        reusable = row.computed if ended_normally and self._reusable(row) else 0
         self.cache.zero(row.slot, reusable)
         if reusable:
             self.prefixes.add(row.slot, row.prefix, row.tokens[:reusable])
         if row.adapter is not None:
-            self.deltas.lift(row.adapter)
+            self.deltas.detach(row.adapter)
             if row.adapter not in {r.adapter for r in self.rows if r is not None}:
                 self._views.pop(row.adapter, None)
         row.slot = -1
@@ -136,16 +136,16 @@ class SlotRunner(Runner):
 
     def _reusable(self, row: Row) -> bool:
         """Whether the row's KV cache depends only on its prefix key and tokens."""
-        return self.reuse and together(row) is None
+        return self.prefix_reuse and separate_adapter(row) is None
 
     def rebuild(self) -> None:
         self.prefixes = CachedPrefixes()
-        self.cache = self.cache.emptied()
+        self.cache = self.cache.empty_copy()
         self._views = {adapter: SlotView(self.cache) for adapter in self._views}
 
     def compact(self) -> None:
         live = [r for r in self.rows if r is not None]
-        if self.each or not live:
+        if self.invariant or not live:
             return
         last = live[-1].slot
         if last + 1 <= 1.25 * len(live) and last < min(self.prefixes.slots, default=self.slots):
@@ -155,11 +155,11 @@ class SlotRunner(Runner):
             if target > row.slot:
                 return
             source, cached = row.slot, self.prefixes.length(target)
-            self.cache.swap(source, target, max(row.filled, cached))
-            self.cache.zero(target, row.filled)
+            self.cache.swap(source, target, max(row.computed, cached))
+            self.cache.zero(target, row.computed)
             self.cache.zero(source, cached)
-            self.prefixes.moved(target, source)
-            if row.adapter is not None and not row.adapter.alone:
+            self.prefixes.move(target, source)
+            if row.adapter is not None and not row.adapter.separate:
                 self.slot_adapters.place(target, row.adapter)
             self.slot_adapters.clear(source)
             self.rows[source], self.rows[target], row.slot = None, row, target
@@ -167,86 +167,89 @@ class SlotRunner(Runner):
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
-        alone = together(rows[0])
+        separate = separate_adapter(rows[0])
         decoding = max(counts) == 1
         at: slice | list[int]
-        if decoding and alone is None and not self.single:
-            last = self.slots if self.each else max(row.slot for row in rows) + 1
-            by_slot, at, ns = {row.slot: row for row in rows}, slice(0, last), [1] * last
+        if decoding and separate is None and not self.single:
+            last = self.slots if self.invariant else max(row.slot for row in rows) + 1
+            by_slot, at, num_tokens = {row.slot: row for row in rows}, slice(0, last), [1] * last
             taken = [by_slot.get(slot) for slot in range(last)]
             starts = [
-                self.prefixes.length(slot) if r is None else r.filled
+                self.prefixes.length(slot) if r is None else r.computed
                 for slot, r in enumerate(self.rows[:last])
             ]
         else:
             ordered = sorted(zip(rows, counts, strict=True), key=lambda pair: pair[0].slot)
-            taken, ns = [row for row, _ in ordered], [n for _, n in ordered]
-            starts, slots = [row.filled for row, _ in ordered], [row.slot for row, _ in ordered]
+            taken, num_tokens = [row for row, _ in ordered], [n for _, n in ordered]
+            starts, slots = [row.computed for row, _ in ordered], [row.slot for row, _ in ordered]
             first, behind = slots[0], slots[0] + len(slots)
             at = slice(first, behind) if slots == [*range(first, behind)] else slots
-        width = self.chunk if self.each and not decoding else max(ns)
-        width = max(width, min(self.chunk, -(-self._least(alone) // len(taken))))
+        width = self.chunk if self.invariant and not decoding else max(num_tokens)
+        width = max(width, min(self.chunk, -(-self._min_rows(separate) // len(taken))))
         with self._batch_invariant():
-            logits = self._pass(alone, taken, ns, at, starts, width)
+            logits = self._pass(separate, taken, num_tokens, at, starts, width)
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
         return picked(logits, [index[id(row)] for row in rows])
 
     @contextmanager
     def _batch_invariant(self) -> Iterator[None]:
-        if not (self.as_trained or self.steady):
+        if not (self.as_trained or self.fast):
             yield
             return
         widened = widens(self.model.dtype) if self.as_trained else not multiplies_bf16()
         # `fast_path` pads its own matmuls
-        packed = self.as_trained or self.structure.where.keys() <= self.deltas.aware
-        blocks = InBlocks(FEW) if self.slot_adapters.in_blocks and not packed else nullcontext()
+        packed = self.as_trained or self.structure.index_of.keys() <= self.deltas.aware
+        blocks = BlockMatmuls(FEW) if self.slot_adapters.in_blocks and not packed else nullcontext()
         with multiplying(widened=widened, rows=1), blocks:
             yield
 
-    def _least(self, alone: LoadedAdapter | None) -> int:
+    def _min_rows(self, separate: LoadedAdapter | None) -> int:
         if self.as_trained:
             return FEW
-        if not self.steady or (alone is None and self.structure.where.keys() <= self.deltas.aware):
+        all_packed = self.structure.index_of.keys() <= self.deltas.aware
+        if not self.fast or (separate is None and all_packed):
             return 1
-        return self.slot_adapters.least(self.model.dtype, self.model.device)
+        return self.slot_adapters.min_rows(self.model.dtype, self.model.device)
 
     def _pass(
         self,
-        alone: LoadedAdapter | None,
+        separate: LoadedAdapter | None,
         taken: Sequence[Row | None],
-        ns: Sequence[int],
+        num_tokens: Sequence[int],
         at: Any,
         starts: Sequence[int],
         width: int,
     ) -> Tensor:  # (B, V)
         device = self.model.device
         ids = []
-        for row, n in zip(taken, ns, strict=True):
-            tokens = [0] if row is None else row.tokens[row.filled : row.filled + n]
+        for row, n in zip(taken, num_tokens, strict=True):
+            tokens = [0] if row is None else row.tokens[row.computed : row.computed + n]
             ids.append(tokens + tokens[-1:] * (width - len(tokens)))
         rows = at if isinstance(at, slice) else sent(torch.tensor(at), device)
-        view = self._views[alone].aim(rows, sent(torch.tensor(starts), device), width)
-        to_score = [0 if row is None else row.to_score(n) for row, n in zip(taken, ns, strict=True)]
-        lasts = [*range(max(ns))] if any(to_score) else sorted({n - 1 for n in ns})
+        view = self._views[separate].select(rows, sent(torch.tensor(starts), device), width)
+        with_counts = [*zip(taken, num_tokens, strict=True)]
+        to_score = [0 if row is None else row.to_score(n) for row, n in with_counts]
+        positions = sorted({n - 1 for n in num_tokens})
+        positions = [*range(max(num_tokens))] if any(to_score) else positions
         if self.as_trained:  # the LM head needs FEW rows too
-            lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
-        keep = sent(torch.tensor(lasts), device)
+            positions = sorted({*positions, *range(-(-FEW // len(num_tokens)))})
+        keep = sent(torch.tensor(positions), device)
         adapters = [None if row is None else row.adapter for row in taken]
         ids_of = [id(adapter) for adapter in adapters]
-        if alone is None and self._planned != ids_of:
+        if separate is None and self._planned != ids_of:
             self._planned = ids_of
-            self._plan = AdapterRows(adapters, self.slot_adapters.places, self.each)
-        context = self.deltas.alone(alone) if alone else self.deltas.mixed(self._plan)
-        ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
+            self._plan = AdapterRows(adapters, self.slot_adapters.places, self.invariant)
+        context = self.deltas.separate(separate) if separate else self.deltas.mixed(self._plan)
+        ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(num_tokens), device)
         with context:
-            logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
+            logits = forward_pass(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
         for row, logits_TV, n in zip(taken, logits, to_score, strict=True):
             if row is not None and n:
                 row.score(logits_TV[:n])
-        if len(lasts) == 1:
+        if len(positions) == 1:
             return logits[:, 0]
-        at = sent(torch.tensor([lasts.index(n - 1) for n in ns]), device)
-        return logits[torch.arange(len(ns), device=device), at]
+        at = sent(torch.tensor([positions.index(n - 1) for n in num_tokens]), device)
+        return logits[torch.arange(len(num_tokens), device=device), at]
 
 
 class SoloRunner(Runner):
@@ -261,21 +264,21 @@ class SoloRunner(Runner):
     def admit(self, row: Row) -> None:
         row.slot = 0
         if row.adapter is not None:
-            self.deltas.lay(row.adapter)
+            self.deltas.attach(row.adapter)
 
-    def release(self, row: Row, well: bool) -> None:
+    def release(self, row: Row, ended_normally: bool) -> None:
         row.slot, row.state = -1, None
         if row.adapter is not None:
-            self.deltas.lift(row.adapter)
+            self.deltas.detach(row.adapter)
 
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         (row,) = rows
         ids_1T = torch.tensor([row.tokens], device=self.model.device)
         # generate skips cached tokens itself, unless the cache has only recurrent states
         states = [*getattr(row.state, "is_linear", ())]
-        seen, adapter = row.filled if states and all(states) else 0, row.adapter
+        seen, adapter = row.computed if states and all(states) else 0, row.adapter
         base = AdapterRows([None], {})
-        context = self.deltas.alone(adapter) if adapter else self.deltas.mixed(base)
+        context = self.deltas.separate(adapter) if adapter else self.deltas.mixed(base)
         with torch.no_grad(), context:
             step = self.model.generate(
                 ids_1T[:, seen:],

@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorafold.engine.request import Sampling
-from lorafold.errors import STOPS, LorafoldError, cut
+from lorafold.errors import EXITS, LorafoldError, truncate_end
 from lorafold.ops.host_tensors import picked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # maps the tokens so far to a mask (V,) of allowed next ones, or None for any
-Allowed = Callable[[Sequence[int]], Tensor | None]
-AT_ONCE = 4  # rows computed together: 16 exceed a CPU cache and run at half the speed
-FEW = 1024  # tokens that top-p tries first, since sorting all takes five times as long
-LOW = float("-inf")
+AllowedTokens = Callable[[Sequence[int]], Tensor | None]
+ROWS_AT_ONCE = 4  # rows computed together: 16 exceed a CPU cache and run at half the speed
+TOP_P_CANDIDATES = 1024  # tokens that top-p tries first, since sorting all takes five times as long
+NEG_INF = float("-inf")
 NOT_FINITE = "the model's logits are NaN or infinite"
 
 
@@ -37,9 +37,10 @@ class NotFinite(LorafoldError):
     """A request's logits hold NaN or infinity."""
 
 
-class Unfit(LorafoldError):
-    def __init__(self, setting: str, why: str) -> None:
-        super().__init__(f"{setting}: the completion can't be continued ({cut(why, 300)})")
+class GrammarError(LorafoldError):
+    def __init__(self, setting: str, reason: str) -> None:
+        reason = truncate_end(reason, 300)
+        super().__init__(f"{setting}: the completion can't be continued ({reason})")
         self.setting = setting
 
 
@@ -52,26 +53,27 @@ class SampledToken(NamedTuple):
 
 class Sampler:
     def __init__(
-        self, sampling: Sampling, prompt: Sequence[int], allowed: Allowed | None = None
+        self, sampling: Sampling, prompt: Sequence[int], allowed: AllowedTokens | None = None
     ) -> None:
         self.sampling, self.allowed = sampling, allowed
         self.plain = sampling.plain and allowed is None
         self.tokens: list[int] = []  # of the completion
         self.prompt = set(prompt) if sampling.repetition_penalty != 1 else set()
 
-    def change_(self, logits_V: Tensor) -> None:
+    def process_logits_(self, logits_V: Tensor) -> None:
         """Applies penalties, biases and the grammar to logits_V in place. Raises Unfit."""
-        changed_V = self._penalized(logits_V)
+        changed_V = self._penalize(logits_V)
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
             # an adapter's new tokens are in no grammar
             mask_V = pad(mask_V, (0, len(changed_V) - len(mask_V)))
             if not mask_V.any():
-                raise Unfit((self.sampling.grammar or ("grammar", ""))[0], "no token may follow")
+                setting = (self.sampling.grammar or ("grammar", ""))[0]
+                raise GrammarError(setting, "no token may follow")
             changed_V = changed_V.masked_fill(~mask_V, float("-inf"))
         if changed_V is not logits_V:
             logits_V.copy_(changed_V)
 
-    def _penalized(self, logits_V: Tensor) -> Tensor:
+    def _penalize(self, logits_V: Tensor) -> Tensor:
         """Returns logits (V,) after penalties and biases, clipped to float32's range."""
         sampling = self.sampling
         if (rate := sampling.repetition_penalty) != 1:
@@ -91,7 +93,7 @@ class Sampler:
         return logits_V
 
 
-def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
+def sample_tokens(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
     """Returns a token for each row of logits (B, V), or the error that ends the row."""
     choices: dict[int, SampledToken | Exception] = {}
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
@@ -99,26 +101,26 @@ def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken 
     if plain:
         logits_nV = picked(logits_BV, plain).float()
         pairs = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
-        for b, token, well in zip(plain, *pairs.tolist(), strict=True):
-            choices[b] = SampledToken(token) if well else NotFinite(NOT_FINITE)
-    for start in range(0, len(others), AT_ONCE):
-        chunk = others[start : start + AT_ONCE]
+        for b, token, is_finite in zip(plain, *pairs.tolist(), strict=True):
+            choices[b] = SampledToken(token) if is_finite else NotFinite(NOT_FINITE)
+    for start in range(0, len(others), ROWS_AT_ONCE):
+        chunk = others[start : start + ROWS_AT_ONCE]
         logits_nV = picked(logits_BV, chunk).to("cpu", torch.float32)
-        choices |= zip(chunk, _chosen([samplers[b] for b in chunk], logits_nV), strict=True)
+        choices |= zip(chunk, _sample_rows([samplers[b] for b in chunk], logits_nV), strict=True)
     for b, choice in choices.items():
         if isinstance(choice, SampledToken):
             samplers[b].tokens.append(choice.token)
     return [choices[b] for b in range(len(samplers))]
 
 
-def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
+def _sample_rows(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
     choices: list[SampledToken | Exception | None] = [None] * len(samplers)
-    changed_BV, well = logits_BV.clone(), torch.isfinite(logits_BV.sum(-1)).tolist()
+    changed_BV, is_finite = logits_BV.clone(), torch.isfinite(logits_BV.sum(-1)).tolist()
     for b, sampler in enumerate(samplers):
         try:
-            if not well[b]:
+            if not is_finite[b]:
                 raise NotFinite(NOT_FINITE)
-            sampler.change_(changed_BV[b])
+            sampler.process_logits_(changed_BV[b])
         except Exception as error:
             choices[b], changed_BV[b] = error, 0
     tokens_B = changed_BV.argmax(-1)
@@ -130,7 +132,7 @@ def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken
         rates = [min(max(item.sampling.temperature, 1e-30), 1e30) for item in samplers_n]
         least_nV = changed_BV[sampled] - changed_BV[sampled].amax(-1, keepdim=True)
         scaled_nV = least_nV / torch.tensor(rates)[:, None]
-        filtered_nV = filtered(scaled_nV, [item.sampling for item in samplers_n])
+        filtered_nV = filter_logits(scaled_nV, [item.sampling for item in samplers_n])
         size = filtered_nV.shape[1]
         noise_nV = torch.stack([noise(s.sampling.seed, len(s.tokens), size) for s in samplers_n])
         tokens_B[sampled] = (torch.softmax(filtered_nV, -1) / noise_nV).argmax(-1)
@@ -160,22 +162,22 @@ def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)
     return u_V.add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().clamp_(max=100)
 
 
-def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def filter_logits(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Returns logits (B, V) with -inf for tokens excluded by top-k, top-p or min-p."""
     out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
     ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
     if ks:
         rows_nV, at = out_BV[[*ks]], torch.tensor([*ks.values()])[:, None] - 1
         least = rows_nV.topk(max(ks.values())).values.gather(1, at)
-        out_BV[[*ks]] = rows_nV.masked_fill(rows_nV < least, LOW)
+        out_BV[[*ks]] = rows_nV.masked_fill(rows_nV < least, NEG_INF)
     ps = {b: s.top_p for b, s in enumerate(samplings) if s.top_p < 1}
     if ps:
-        _top_p_(out_BV, ps, min(FEW, vocabulary))
+        _top_p_(out_BV, ps, min(TOP_P_CANDIDATES, vocabulary))
     ms = {b: s.min_p for b, s in enumerate(samplings) if s.min_p > 0}
     if ms:
         p_nV = torch.softmax(out_BV[[*ms]], -1)
         least = torch.tensor([*ms.values()])[:, None] * p_nV.amax(-1, keepdim=True)
-        out_BV[[*ms]] = out_BV[[*ms]].masked_fill(p_nV < least, LOW)
+        out_BV[[*ms]] = out_BV[[*ms]].masked_fill(p_nV < least, NEG_INF)
     return out_BV
 
 
@@ -189,8 +191,8 @@ def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
     in_nV = torch.zeros_like(p_nV, dtype=torch.bool).scatter(1, ids, within)
     for i, b in enumerate(ps):
         if enough[i]:
-            out_BV[b].masked_fill_(~in_nV[i], LOW)
-    if left := {b: p for (b, p), well in zip(ps.items(), enough, strict=True) if not well}:
+            out_BV[b].masked_fill_(~in_nV[i], NEG_INF)
+    if left := {b: p for (b, p), done in zip(ps.items(), enough, strict=True) if not done}:
         _top_p_(out_BV, left, out_BV.shape[1])
 
 
@@ -199,7 +201,7 @@ class Grammars:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._read: Any = None
 
-    def start(self, sampling: Sampling) -> Allowed | None:
+    def start(self, sampling: Sampling) -> AllowedTokens | None:
         if sampling.grammar is None:
             return None
         name = sampling.grammar[0]
@@ -212,13 +214,14 @@ class Grammars:
         tokens = self._tokens(name)
         try:
             matcher = LLMatcher(tokens, guidance(sampling.grammar), log_level=0)
-        except STOPS:
+        except EXITS:
             raise
         except BaseException as error:  # a Rust panic is not an Exception
-            raise LorafoldError(f"{name}: can't be compiled ({cut(str(error), 300)})") from None
+            reason = truncate_end(str(error), 300)
+            raise LorafoldError(f"{name}: can't be compiled ({reason})") from None
         if matcher.is_error():
-            raise LorafoldError(f"{name}: can't be compiled ({_why(matcher)})")
-        return _State(matcher, name)
+            raise LorafoldError(f"{name}: can't be compiled ({_error_of(matcher)})")
+        return _GrammarState(matcher, name)
 
     def ends(self, sampling: Sampling) -> frozenset[int]:
         end = None if self._tokenizer is None else self._tokenizer.eos_token_id
@@ -248,7 +251,7 @@ def guidance(grammar: tuple[str, str]) -> str:
     return str(LLMatcher.grammar_from_regex(text) if name == "regex" else text)
 
 
-class _State:
+class _GrammarState:
     def __init__(self, matcher: Any, setting: str) -> None:
         self._matcher, self._setting, self._consumed = matcher, setting, 0
 
@@ -258,16 +261,16 @@ class _State:
                 self._matcher.consume_token(token)
             self._consumed = len(tokens)
             mask = bytearray(self._matcher.compute_logit_bias())
-        except STOPS:
+        except EXITS:
             raise
         except BaseException as error:  # a Rust panic is not an Exception
-            raise Unfit(self._setting, str(error)) from None
+            raise GrammarError(self._setting, str(error)) from None
         if self._matcher.is_error():
-            raise Unfit(self._setting, _why(self._matcher))
+            raise GrammarError(self._setting, _error_of(self._matcher))
         return torch.frombuffer(mask, dtype=torch.uint8) != 0
 
 
-def _why(matcher: Any) -> str:
+def _error_of(matcher: Any) -> str:
     """Returns the grammar's error without the dump of the parser's state."""
     message = str(matcher.get_error()).partition("<state>")[0]
-    return cut(" ".join(message.split()), 300)
+    return truncate_end(" ".join(message.split()), 300)

@@ -4,7 +4,7 @@ Every step decodes all rows with one pending token, then prefills at most `budge
 bounds the delay by long prompts. Of running rows with the same prompt, the first prefills it for
 all.
 
-`Waiting` is the virtual token counter of Sheng et al. 2024, Fairness in Serving Large Language
+`WaitingQueue` is the virtual token counter of Sheng et al. 2024, Fairness in Serving Large Language
 Models (OSDI), algorithm 2: it serves the tenant with the smallest counter, which grows by its
 tokens, with completions counted OUT times, divided by its weight; a tenant that starts to wait
 again starts no lower than the others.
@@ -18,33 +18,34 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lorafold.engine.request import EngineSettings
-from lorafold.engine.runner import together
+from lorafold.engine.runner import separate_adapter
 from lorafold.engine.sequence import Row
 
-COMPANY = 30.0  # seconds after its last row for which a tenant counts as present
-OUT = 2  # cost of a completion token relative to a prompt token (paper, sec. 4)
+PRESENCE_SECONDS = 30.0  # seconds after its last row for which a tenant counts as present
+COMPLETION_COST = 2  # cost of a completion token relative to a prompt token (paper, sec. 4)
 
 
-class Waiting:
+class WaitingQueue:
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
         self._rows: dict[str, deque[Row]] = {}  # only tenants with waiting rows
         self._used: dict[str, float] = {}
-        self._came: dict[str, float] = {}  # arrival of each tenant's last row
+        self._last_arrival: dict[str, float] = {}  # arrival of each tenant's last row
         self._last = 0.0  # counter of the tenant that last stopped waiting
 
     def add(self, row: Row) -> None:
         tenant = row.request.tenant
-        self._came[tenant] = time.monotonic()
+        self._last_arrival[tenant] = time.monotonic()
         if tenant not in self._rows:
             least = min((self._used[t] for t in self._rows), default=self._last)
             self._used[tenant] = max(self._used.get(tenant, 0.0), least)
             self._rows[tenant] = deque()
         self._rows[tenant].append(row)
 
-    def alone(self, tenant: str) -> bool:
-        since = time.monotonic() - COMPANY
-        return not any(came > since for other, came in self._came.items() if other != tenant)
+    def is_only_tenant(self, tenant: str) -> bool:
+        since = time.monotonic() - PRESENCE_SECONDS
+        others = (at for other, at in self._last_arrival.items() if other != tenant)
+        return not any(at > since for at in others)
 
     def remove(self, row: Row) -> None:
         tenant = row.request.tenant
@@ -57,7 +58,7 @@ class Waiting:
         cost = tokens / self._weights.get(tenant, 1.0)
         self._used[tenant] = self._used.get(tenant, 0.0) + cost
 
-    def first(self, unready: Collection[Row], full: Collection[str]) -> Row | None:
+    def next_row(self, unready: Collection[Row], full: Collection[str]) -> Row | None:
         """Returns the next row: the oldest ready row of the tenant with the least usage; tenants
         with fewer `unready` rows come first. `full` tenants get no more slots.
         """
@@ -83,15 +84,15 @@ class Batch(NamedTuple):
 
 class Scheduler:
     def __init__(self, settings: EngineSettings, single: bool) -> None:
-        self.slots, self.chunk, self.each = settings.slots, settings.chunk, settings.invariant
-        self.budget, self.most = max(settings.budget, settings.chunk), settings.tenant_slots
-        self.single, self.waiting = single, Waiting(settings.weights)
+        self.slots, self.chunk, self.invariant = settings.slots, settings.chunk, settings.invariant
+        self.budget, self.single = max(settings.budget, settings.chunk), single
+        self.max_per_tenant, self.waiting = settings.tenant_slots, WaitingQueue(settings.weights)
         self.running: list[Row] = []
 
-    def admitted(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
+    def admit(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
         unready: list[Row] = []
         for _ in range(self.slots - len(self.running)):
-            row = self.waiting.first(unready, self._full())
+            row = self.waiting.next_row(unready, self._full())
             if row is None:
                 return
             if not ready(row):
@@ -103,30 +104,31 @@ class Scheduler:
             yield row
 
     def _full(self) -> list[str]:
-        if self.most is None:
+        if self.max_per_tenant is None:
             return []
         running, shared = Counter(row.request.tenant for row in self.running), self.slots // 2
         return [
             tenant
             for tenant, n in running.items()
-            if n >= self.most or (n >= max(1, shared) and not self.waiting.alone(tenant))
+            if n >= self.max_per_tenant
+            or (n >= max(1, shared) and not self.waiting.is_only_tenant(tenant))
         ]
 
-    def decoding(self) -> list[Batch]:
+    def decode_batches(self) -> list[Batch]:
         """Returns decoding passes: one for all rows that can be mixed, and one for each other
         adapter.
         """
-        decoded = [row for row in self.running if row.reader is None and row.pending == 1]
+        decoded = [row for row in self.running if row.prefiller is None and row.num_pending == 1]
         for row in decoded:
-            self.waiting.charge(row.request.tenant, OUT)
+            self.waiting.charge(row.request.tenant, COMPLETION_COST)
         return [Batch(rows, [1] * len(rows)) for rows in self._groups(decoded)]
 
-    def reading(self) -> list[Batch]:
+    def prefill_batches(self) -> list[Batch]:
         left, batches = self.budget, []
-        read = [row for row in self.running if row.reader is None and row.pending > 1]
+        read = [row for row in self.running if row.prefiller is None and row.num_pending > 1]
         for rows in self._groups(read):
             while rows and left > 0:
-                batch = self._fitting(rows, left)
+                batch = self._next_batch(rows, left)
                 if not batch.rows:
                     break
                 batches.append(batch)
@@ -134,44 +136,44 @@ class Scheduler:
                 rows = rows[len(batch.rows) :]
         return batches
 
-    def join(self, row: Row) -> None:
+    def share_prefill(self, row: Row) -> None:
         """Lets a row wait for another that prefills the same prompt. Not for rows that can't be
         mixed, whose caches have more than keys and values.
         """
-        if together(row) is not None:
+        if separate_adapter(row) is not None:
             return
         others = (other for other in self.running if other is not row)
-        row.reader = next((other for other in others if other.reads_for(row)), None)
+        row.prefiller = next((other for other in others if other.can_prefill_for(row)), None)
 
-    def joined(self, reader: Row) -> list[Row]:
-        return [row for row in self.running if row.reader is reader]
+    def waiting_for(self, prefiller: Row) -> list[Row]:
+        return [row for row in self.running if row.prefiller is prefiller]
 
-    def leave(self, row: Row) -> None:
+    def remove(self, row: Row) -> None:
         """Removes a running row; the first row waiting for it prefills the prompt instead."""
         self.running.remove(row)
-        waiting = self.joined(row)
+        waiting = self.waiting_for(row)
         for other in waiting:
-            other.reader = None if other is waiting[0] else waiting[0]
+            other.prefiller = None if other is waiting[0] else waiting[0]
 
-    def _fitting(self, rows: Sequence[Row], left: int) -> Batch:
+    def _next_batch(self, rows: Sequence[Row], left: int) -> Batch:
         taken: list[Row] = []
         width = 0
-        for row in rows if not self.each else rows[:1]:
-            wider = max(width, min(row.pending, self.chunk))
+        for row in rows if not self.invariant else rows[:1]:
+            wider = max(width, min(row.num_pending, self.chunk))
             if taken and (len(taken) + 1) * wider > left:
                 break
             taken, width = [*taken, row], wider
         if len(taken) == 1 and width > left < self.budget:
             return Batch([], [])  # wait for the next step's budget
-        return Batch(taken, [min(row.pending, self.chunk) for row in taken])
+        return Batch(taken, [min(row.num_pending, self.chunk) for row in taken])
 
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         groups: dict[object, list[Row]] = {}
         for row in rows:
-            alone = together(row)
+            is_only_tenant = separate_adapter(row)
             # rows that need the logits of a whole chunk get separate passes
-            key: tuple[object, ...] = (alone, row.to_score(row.pending) > 0)
-            if self.single or (self.each and alone):
+            key: tuple[object, ...] = (is_only_tenant, row.to_score(row.num_pending) > 0)
+            if self.single or (self.invariant and is_only_tenant):
                 key = (*key, row.request.id)
             groups.setdefault(key, []).append(row)
         return list(groups.values())

@@ -1,8 +1,8 @@
 """A running request, and incremental detokenization.
 
-`Text` holds text back while a character is incomplete, or while its end may begin a stop text, so
-output is never retracted. Only tokens since the last complete character are decoded again, after
-enough others that the decoder doesn't treat them as the start of a text.
+`Detokenizer` holds text back while a character is incomplete, or while its end may begin a stop
+text, so output is never retracted. Only tokens since the last complete character are decoded again,
+after enough others that the decoder doesn't treat them as the start of a text.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.kv_cache import PrefixKey
 from lorafold.engine.request import Ended, EventStream, Reason, Request, Token
-from lorafold.engine.sampler import NOT_FINITE, Allowed, NotFinite, SampledToken, Sampler
-from lorafold.errors import STOPS, place
+from lorafold.engine.sampler import NOT_FINITE, AllowedTokens, NotFinite, SampledToken, Sampler
+from lorafold.errors import EXITS, error_location
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are computed together
+POSITIONS_AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are computed together
 # a token's log probability, and the most likely tokens at its position with theirs
 Score = tuple[float, tuple[tuple[int, float], ...]]
 
@@ -37,18 +37,18 @@ class Row:
         request: Request,
         entry: KnownAdapter | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        allowed: Allowed | None,
+        allowed: AllowedTokens | None,
         ends: frozenset[int],
     ) -> None:
         self.request, self.entry, self.stream = request, entry, EventStream(request)
         self.sampler = Sampler(request.sampling, request.prompt, allowed)
         self.ends = request.ends | ends
         known = tokenizer if request.tokenizer is None else request.tokenizer
-        self.text = None if known is None else Text(known, request.sampling.stop)
+        self.text = None if known is None else Detokenizer(known, request.sampling.stop)
         self.tokens = list(request.prompt)
-        self.filled = 0  # tokens in the KV cache
+        self.computed = 0  # tokens in the KV cache
         self.scores: list[Score] = []  # of the prompt's tokens from the second on
-        self.reader: Row | None = None  # the row that prefills this prompt for it
+        self.prefiller: Row | None = None  # the row that prefills this prompt for it
         self.cached = 0  # tokens of the prompt found in the prefix cache
         self.adapter: LoadedAdapter | None = None
         self.slot = -1
@@ -56,19 +56,19 @@ class Row:
         self.cancelled = False
 
     @property
-    def pending(self) -> int:
+    def num_pending(self) -> int:
         """The number of tokens that are not in the KV cache."""
-        return len(self.tokens) - self.filled
+        return len(self.tokens) - self.computed
 
     @property
     def prefix(self) -> PrefixKey:
         """The key under which its KV cache may be reused."""
         return self.entry.generation if self.entry else 0, self.request.tenant
 
-    def reads_for(self, other: Row) -> bool:
+    def can_prefill_for(self, other: Row) -> bool:
         """Whether it prefills a prompt whose KV cache and logits the other can use."""
         return (
-            self.reader is None
+            self.prefiller is None
             and len(self.tokens) == len(self.request.prompt)
             and self.request.prompt == other.request.prompt
             and self.prefix == other.prefix
@@ -78,12 +78,12 @@ class Row:
     def to_score(self, n: int) -> int:
         """Returns how many of the next n tokens predict a prompt token to be scored."""
         wanted = self.request.prompt_logprobs is not None
-        return max(0, min(n, len(self.request.prompt) - 1 - self.filled)) if wanted else 0
+        return max(0, min(n, len(self.request.prompt) - 1 - self.computed)) if wanted else 0
 
     def score(self, logits_TV: Tensor) -> None:
         """Stores scores of prompt tokens from logits_TV, after the cached ones."""
-        del self.scores[self.filled :]
-        for logits_nV in logits_TV.split(AT_ONCE):
+        del self.scores[self.computed :]
+        for logits_nV in logits_TV.split(POSITIONS_AT_ONCE):
             first = len(self.scores) + 1
             ids = self.tokens[first : first + len(logits_nV)]
             logp_nV = torch.log_softmax(logits_nV.float(), -1)
@@ -93,7 +93,7 @@ class Row:
             pairs = [tuple(zip(*top, strict=True)) for top in tops]
             self.scores += zip(logp_nV.gather(1, ids_n1)[:, 0].tolist(), pairs, strict=True)
 
-    def show_prompt(self) -> None:
+    def publish_prompt(self) -> None:
         request = self.request
         if request.prompt_logprobs is None or self.stream.prompt:
             return
@@ -106,7 +106,7 @@ class Row:
             *(Token(request.id, token, "", logprob, top) for token, (logprob, top) in scored),
         )
 
-    def take(self, choice: SampledToken) -> Reason | None:
+    def append(self, choice: SampledToken) -> Reason | None:
         request = self.request
         ends = choice.token in self.ends
         if ends and not request.keep_end:
@@ -126,10 +126,11 @@ class Row:
         if self.text and reason != "failed":
             try:
                 self.text.finish()
-            except STOPS:
+            except EXITS:
                 raise
             except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
-                reason, message, fault = "failed", f"{type(error).__name__}: {error}", place(error)
+                reason, fault = "failed", error_location(error)
+                message = f"{type(error).__name__}: {error}"
         text, completion = self.text.text if self.text else "", self.tokens[len(request.prompt) :]
         self.stream.put(
             Ended(
@@ -138,7 +139,7 @@ class Row:
         )
 
 
-class Text:
+class Detokenizer:
     """Detokenizes a completion; `special` includes special tokens."""
 
     def __init__(
@@ -147,7 +148,7 @@ class Text:
         self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), special
         self._ids: list[int] = []
         self._from, self._read = 0, 0  # start of decoding, end of the output
-        self._held = ""
+        self._buffer = ""
         self.text, self.stopped = "", False
 
     def add(self, token: int) -> str:
@@ -169,13 +170,13 @@ class Text:
         return self._release(rest, last=True)
 
     def _release(self, new: str, last: bool) -> str:
-        text = self._held + new
+        text = self._buffer + new
         stops = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if stops:
-            self.stopped, text, self._held = True, text[: min(stops)], ""
+            self.stopped, text, self._buffer = True, text[: min(stops)], ""
         else:
-            n = 0 if last else may_begin(text, self._stop)
-            text, self._held = text[: len(text) - n], text[len(text) - n :]
+            n = 0 if last else overlap(text, self._stop)
+            text, self._buffer = text[: len(text) - n], text[len(text) - n :]
         self.text += text
         return text
 
@@ -187,7 +188,7 @@ class Text:
         )
 
 
-def may_begin(text: str, marks: Sequence[str]) -> int:
+def overlap(text: str, marks: Sequence[str]) -> int:
     """Counts characters at the end of a text that may begin one of the marks."""
     longest = min(max(map(len, marks), default=1) - 1, len(text))
     ends = range(longest, 0, -1)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.core.contexts import evaluating
 from lorafold.data.arrow import lengths_of
-from lorafold.data.batches import PAYS, WINDOW, alike, forest
 from lorafold.data.examples import Example
+from lorafold.data.prefix_forest import MAX_SIZE, WINDOW, batches_by_prefix, prefix_forest
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import mean_loss
 from lorafold.files.terminal import Progress
@@ -83,9 +83,9 @@ def prefix_batches(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
     for start in range(0, len(examples), WINDOW):
         window = examples[start : start + WINDOW]
         ids = [example.ids for example in window]
-        for part in alike(range(len(ids)), 1, MAX_BATCH_TOKENS, ids.__getitem__):
-            once = len(forest([window[i] for i in part]).ids)
-            if once <= PAYS * sum(len(ids[i]) for i in part):
+        for part in batches_by_prefix(range(len(ids)), 1, MAX_BATCH_TOKENS, ids.__getitem__):
+            once = len(prefix_forest([window[i] for i in part]).ids)
+            if once <= MAX_SIZE * sum(len(ids[i]) for i in part):
                 yield [start + i for i in part]
 
 

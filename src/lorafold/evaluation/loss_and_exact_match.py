@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.core.attach import selection_of
-from lorafold.data.batches import labelled
-from lorafold.data.branches import encode_preferred
+from lorafold.data.batches import num_targets
 from lorafold.data.classification import LabelledExample, encode_labelled
 from lorafold.data.examples import encode
 from lorafold.data.formats import CONVERSATIONS, LABELS, PAIRS
+from lorafold.data.json_input import Row
+from lorafold.data.preference_examples import encode_preferences
 from lorafold.data.prompts import references, without_reasoning
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import as_checked
-from lorafold.data.sources import Row
+from lorafold.data.rows import to_rows
 from lorafold.evaluation.batched_losses import measure_rows, pad_id_of, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preference_metrics import PreferenceFigures, preference_figures
@@ -173,7 +173,7 @@ def evaluate(
     console: Console | None = None,
 ) -> Evaluation:
     """Evaluates a model with its active adapters."""
-    rows = as_checked(rows, PAIRS)
+    rows = to_rows(rows, PAIRS)
     if rows.provides(LABELS):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
     data = encode(rows, tokenizer, max_length)
@@ -184,13 +184,13 @@ def evaluate(
     of_row: dict[int, tuple[float, int]] = {}
     for loss, row, example in zip(losses, data.examples.rows.tolist(), data.examples, strict=True):
         s, n = of_row.get(row, (0.0, 0))
-        of_row[row] = s + loss, n + labelled(example)
+        of_row[row] = s + loss, n + num_targets(example)
     sums, answers, preference = [*of_row.values()], tuple[Answer, ...](), None
     if settings.completions:
         answers = _completions(model, tokenizer, rows, settings.max_new_tokens, console)
     hits = sum(answer.exact for answer in answers)
     if rows.provides(PAIRS):
-        pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
+        pairs = encode_preferences(rows, tokenizer, max_length, PAIRS).examples
         with sharing_prefixes(model, across=True) as support:
             loss_of = Preferences(model, settings.algorithm, support, tokenizer.pad_token_id or 0)
             adapted = bool(selection_of(model).names)

@@ -22,9 +22,9 @@ from torch import Tensor
 from lorafold.data.arrow import lengths_of
 from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.row_store import Rows
-from lorafold.data.tokenizing import tokenized
+from lorafold.data.tokenizing import tokenize_rows
 from lorafold.engine import Sampling
-from lorafold.errors import LorafoldError, RewardFailed, cut
+from lorafold.errors import LorafoldError, RewardFailed, truncate_end
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
@@ -68,7 +68,8 @@ class PolicySample:
                 lines.append(f"{turn.get('role')}: {content}")
             prompt = "\n".join(lines)
         texts = {"prompt": prompt, "completion": self.completion}
-        return asdict(self) | {name: cut(text, MAX_STORED_CHARS) for name, text in texts.items()}
+        cut = {name: truncate_end(text, MAX_STORED_CHARS) for name, text in texts.items()}
+        return asdict(self) | cut
 
 
 @dataclass(frozen=True)
@@ -287,9 +288,8 @@ def evaluate_rewards(
             " causal language model for rewards"
         )
     length = min(table_left(model) or settings.max_length, settings.max_length)
-    data = prompt_data(
-        tokenized(rows, PromptEncoder(tokenizer), console), rows, length - settings.max_new_tokens
-    )
+    table = tokenize_rows(rows, PromptEncoder(tokenizer), console)
+    data = prompt_data(table, rows, length - settings.max_new_tokens)
     if console:
         print_lines(console, data.report)
     prompts, k = data.examples, settings.group

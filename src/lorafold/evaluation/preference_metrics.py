@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import Branched
 from lorafold.data.formats import PAIRS
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.templates import in_words
 from lorafold.files.terminal import Progress, silent
@@ -74,7 +74,7 @@ class PreferenceFigures:
 
 
 def preference_figures(
-    loss: Preferences, examples: Sequence[Branched], reference: bool, progress: Progress = silent
+    loss: Preferences, examples: Sequence[BranchedRow], reference: bool, progress: Progress = silent
 ) -> PreferenceFigures:
     """Evaluates a model with its active adapters. With `reference`, the reference is the model
     without its highest adapter, and unknown log-probabilities are computed.

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from lorafold.adapter import load_all
 from lorafold.core.attach import Adapted
-from lorafold.data.branches import Branched, continued
 from lorafold.data.examples import CompletionEncoder, example_of
 from lorafold.data.formats import PROMPT_ONLY, PROMPTS, Conversation
-from lorafold.data.messages import normalized
+from lorafold.data.messages import normalize
+from lorafold.data.preference_examples import BranchedRow, split_completion
 from lorafold.data.render import ensure_chat_template
-from lorafold.engine.adapters import found_below
+from lorafold.engine.adapters import base_adapter_contents
 from lorafold.evaluation.reward_model_scores import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
 from lorafold.files.terminal import print_lines
 from lorafold.identity import joined, of_adapter
@@ -68,7 +68,8 @@ class RewardAdapter:
             raise failure(
                 reward.name, f"found an adapter of {kind}, expected an adapter of {REWARD_MODEL}"
             )
-        below = [SavedAdapter.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
+        contents = (base_adapter_contents(one, saved.path, sys.maxsize) for one in saved.over)
+        below = [SavedAdapter.open(one) for one in contents]
         stack = [*below, saved]
         identity = joined([of_adapter(one) for one in stack])
         return cls(reward.name, reward.weight, base, stack, identity)
@@ -136,14 +137,14 @@ class AdapterReward:
     def close(self) -> None:
         """Does nothing."""
 
-    def _texts(self, judged: Sequence[Judged]) -> list[Branched]:
+    def _texts(self, judged: Sequence[Judged]) -> list[BranchedRow]:
         """Tokenizes prompts and completions, with the completion as the only branch."""
         answered = []
         for one in judged:
             prompt = one.conversation
             if prompt is None:
                 prompt = PROMPT_ONLY.extract(PROMPTS, {**one.row, "prompt": one.prompt})
-            answer = normalized([{"role": "assistant", "content": one.completion}])
+            answer = normalize([{"role": "assistant", "content": one.completion}])
             turns = [*prompt.messages, *answer]
             answered.append(Conversation(turns, len(prompt.messages), prompt.tools))
         table = self._encoder.encode(answered, 0).to_pylist()
@@ -158,7 +159,7 @@ class AdapterReward:
             if len(ids) > self._limit:
                 problem = f"found a text of {len(ids)} tokens, expected at most the {self._limit}"
                 raise failure(self.name, f"{problem} positions of the model", [one])
-            texts.append(continued(example_of(ids, entries[number]["spans"])))
+            texts.append(split_completion(example_of(ids, entries[number]["spans"])))
         return texts
 
 

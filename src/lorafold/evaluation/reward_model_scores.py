@@ -29,12 +29,12 @@ import numpy as np
 
 from lorafold.core.contexts import evaluating
 from lorafold.data.arrow import Array
-from lorafold.data.branches import Branched, continued, encode_preferred
 from lorafold.data.examples import encode
 from lorafold.data.formats import PAIRS
+from lorafold.data.json_input import Row
+from lorafold.data.preference_examples import BranchedRow, encode_preferences, split_completion
 from lorafold.data.render import Rendering
-from lorafold.data.rows import as_checked
-from lorafold.data.sources import Row
+from lorafold.data.rows import to_rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation.batched_losses import pad_id_of
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
@@ -122,7 +122,7 @@ class RewardFigures:
 
 
 def scores_of(
-    loss: Preferences, examples: Sequence[Branched], progress: Progress = silent
+    loss: Preferences, examples: Sequence[BranchedRow], progress: Progress = silent
 ) -> tuple[Array, Array]:
     """Returns scores of the examples' documents, in fp32, and tokens of their completions, both
     (n, k).
@@ -252,11 +252,11 @@ def score_rows(
             " model (a sequence classifier with num_labels 1)"
         )
     pad_id = pad_id_of(model)
-    rows = as_checked(rows, PAIRS)
+    rows = to_rows(rows, PAIRS)
     paired = rows.provides(PAIRS)
     data: Any
     if paired:
-        data = encode_preferred(rows, tokenizer, max_length, PAIRS, console)
+        data = encode_preferences(rows, tokenizer, max_length, PAIRS, console)
         examples = data.examples
     else:
         data = encode(rows, tokenizer, max_length, console, WHOLE_CONVERSATION)
@@ -266,7 +266,7 @@ def score_rows(
                 f"data: rows {listed(missing)}: found no assistant turn within max_length"
                 f" {max_length}, expected one to score"
             )
-        examples = [continued(texts[n]) for n in range(len(rows))]
+        examples = [split_completion(texts[n]) for n in range(len(rows))]
     names = ("chosen", "rejected") if paired else ("score",)
     truncated = data.report.truncated
     if console and truncated:

@@ -98,10 +98,11 @@ class Rollouts:
             as_trained=self.exact,
         )  # fmt: skip
         self._engine = self._stack.enter_context(engine)
-        if self.exact and not engine.slotted:
-            raise LorafoldError(f"exact: not supported by this model: {engine.structure.why}")
+        if self.exact and not engine.is_batched:
+            reason = engine.structure.unbatched_reason
+            raise LorafoldError(f"exact: not supported by this model: {reason}")
         return self.exact and unsteady(
-            [(shape.out, shape.inn) for shape in engine.structure.shapes], self.shell.dtype
+            [(shape.out, shape.in_features) for shape in engine.structure.shapes], self.shell.dtype
         )
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from lorafold.exporting.target import window_notes
 from lorafold.models.gguf_rope import FREQUENCIES, YARN
 from lorafold.models.gguf_tokenizers import WHOLE_WORDS, names_of_rules, rule_of
 
-INTEGERS = {
+INTEGER_KEYS = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -44,13 +44,14 @@ INTEGERS = {
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
 }
-FLOATS = {
+FLOAT_KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+GELU = "gelu_pytorch_tanh"
 QWEN = {"use_sliding_window": False}
-KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,19 @@ class Architecture:
 
     activation: The activation of the gated MLP.
     interleaved: Whether the rows of queries and keys are interleaved.
-    gain: Added to the weights of norms in the GGUF file.
-    granted: Configuration fields with the values that llama.cpp assumes.
-    period: Every how many layers one attends to all positions, or 0.
-    square: Numbers of layers for which attention is scaled by hidden_size / heads, not by head_dim.
+    norm_offset: Added to the weights of norms in the GGUF file.
+    assumed: Configuration fields with the values that llama.cpp assumes.
+    window_period: Every how many layers one attends to all positions, or 0.
+    by_width: Layer counts for which attention is scaled by hidden_size / heads, not by head_dim.
     """
 
     name: str
     activation: str = "silu"
     interleaved: bool = False
-    gain: float = 0.0
-    granted: Mapping[str, Any] = field(default_factory=dict)
-    period: int = 0
-    square: tuple[int, ...] = ()
+    norm_offset: float = 0.0
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+    window_period: int = 0
+    by_width: tuple[int, ...] = ()
 
 
 LLAMA = Architecture("llama", interleaved=True)
@@ -79,22 +80,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": LLAMA,
-    "qwen2": Architecture("qwen2", granted=QWEN),
-    "qwen3": Architecture("qwen3", granted=QWEN),
+    "qwen2": Architecture("qwen2", assumed=QWEN),
+    "qwen3": Architecture("qwen3", assumed=QWEN),
     "qwen3_moe": Architecture(
         "qwen3moe",
-        granted=QWEN | {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+        assumed=QWEN | {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
     ),
-    "gemma": Architecture("gemma", "gelu_pytorch_tanh", gain=1.0),
-    "gemma2": Architecture("gemma2", "gelu_pytorch_tanh", gain=1.0, period=2, square=(46,)),
-    "gemma3_text": Architecture("gemma3", "gelu_pytorch_tanh", gain=1.0, period=6, square=(62,)),
+    "gemma": Architecture("gemma", GELU, norm_offset=1.0),
+    "gemma2": Architecture("gemma2", GELU, norm_offset=1.0, window_period=2, by_width=(46,)),
+    "gemma3_text": Architecture("gemma3", GELU, norm_offset=1.0, window_period=6, by_width=(62,)),
     "phi3": Architecture("phi3"),
 }
 
 
 def architecture_of(config: Any) -> Architecture:
-    row = ARCHITECTURES.get(config.model_type)
-    if row is None:
+    arch = ARCHITECTURES.get(config.model_type)
+    if arch is None:
         raise LorafoldError(
             f"found a model of type {config.model_type}, expected one of"
             f" {', '.join(ARCHITECTURES)}; for other types, run lorafold merge and convert its"
@@ -103,59 +104,59 @@ def architecture_of(config: Any) -> Architecture:
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     wrong = [
         f"{name} = {actual!r} of {config.model_type}, and assumes {value!r}"
-        for name, value in row.granted.items()
+        for name, value in arch.assumed.items()
         if (actual := getattr(config, name, value)) != value
     ]
-    if activation != row.activation:
-        wrong.append(f"the activation {activation} of this model, and assumes {row.activation}")
+    if activation != arch.activation:
+        wrong.append(f"the activation {activation} of this model, and assumes {arch.activation}")
     scale = getattr(config, "query_pre_attn_scalar", None)
-    square = config.num_hidden_layers in row.square
-    width = config.hidden_size // config.num_attention_heads if square else head_width(config)
+    square = config.num_hidden_layers in arch.by_width
+    width = config.hidden_size // config.num_attention_heads if square else head_dim(config)
     if scale not in (None, width):
         wrong.append(f"query_pre_attn_scalar = {scale}, and assumes {width}")
     if wrong:
         raise LorafoldError(f"llama.cpp can't represent {wrong[0]}")
-    return row
+    return arch
 
 
-def head_width(config: Any) -> int:
+def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence[str]:
+def add_metadata(writer: GGUFWriter, config: Any, arch: Architecture) -> Sequence[str]:
     """Write a configuration without positions; returns notes on differences of llama.cpp."""
-    for table, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
+    for table, add in ((INTEGER_KEYS, writer.add_uint32), (FLOAT_KEYS, writer.add_float32)):
         values = {}  # by key, because two fields may have the same key
         for name, key in table.items():
             value = getattr(config, name, None)
-            if value is not None and not (name == "sliding_window" and not row.period):
+            if value is not None and not (name == "sliding_window" and not arch.window_period):
                 values[key] = value
         for key, value in values.items():
-            add(f"{row.name}.{key}", value)
+            add(f"{arch.name}.{key}", value)
     for key in ("attention.key_length", "attention.value_length"):
-        writer.add_uint32(f"{row.name}.{key}", head_width(config))
-    if row.period:
+        writer.add_uint32(f"{arch.name}.{key}", head_dim(config))
+    if arch.window_period:
         layers = config.num_hidden_layers
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
         windowed = [kind == "sliding_attention" for kind in kinds]
-        if windowed != [(n + 1) % row.period != 0 for n in range(layers)]:
-            writer.add_array(f"{row.name}.attention.sliding_window_pattern", windowed)
-    return () if row.period else window_notes("llama.cpp", config)
+        if windowed != [(n + 1) % arch.window_period != 0 for n in range(layers)]:
+            writer.add_array(f"{arch.name}.attention.sliding_window_pattern", windowed)
+    return () if arch.window_period else window_notes("llama.cpp", config)
 
 
-def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[str, Tensor]:
+def add_positions(writer: GGUFWriter, config: Any, arch: Architecture) -> dict[str, Tensor]:
     """Write the rotary positions; returns further tensors (rotated / 2,) for the file by name."""
     rope = config.rope_parameters
     windowed = {}  # of layers with a sliding window
     if "full_attention" in rope:
         rope, windowed = rope["full_attention"], rope.get("sliding_attention", {})
-    kind, prefix = rope.get("rope_type", "default"), f"{row.name}.rope."
-    if kind not in KNOWN or windowed.get("rope_type", "default") != "default":
+    kind, prefix = rope.get("rope_type", "default"), f"{arch.name}.rope."
+    if kind not in ROPE_TYPES or windowed.get("rope_type", "default") != "default":
         raise LorafoldError(
-            f"rope_type: found {kind}, expected one of {', '.join(KNOWN)}, and default in layers"
-            " with a sliding window"
+            f"rope_type: found {kind}, expected one of {', '.join(ROPE_TYPES)}, and default in"
+            " layers with a sliding window"
         )
-    width = int(head_width(config) * rope.get("partial_rotary_factor", 1.0))
+    width = int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
     writer.add_uint32(f"{prefix}dimension_count", width)
     writer.add_float32(f"{prefix}freq_base", rope["rope_theta"])
     if windowed:
@@ -165,7 +166,7 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         return {FREQUENCIES: rope["rope_theta"] ** -exponents / scaled}
     if kind == "longrope":
-        return _long(writer, config, rope, prefix)
+        return _add_longrope(writer, config, rope, prefix)
     if kind in ("linear", "yarn"):
         writer.add_string(f"{prefix}scaling.type", kind)
         writer.add_float32(f"{prefix}scaling.factor", rope["factor"])
@@ -183,32 +184,32 @@ def _check_yarn(rope: Mapping[str, Any]) -> None:
     file.
     """
     scale, factor = rope.get("attention_factor"), rope["factor"]
-    usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if rope.get("mscale") or not (scale is None or math.isclose(scale, usual, rel_tol=1e-4)):
+    default = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    if rope.get("mscale") or not (scale is None or math.isclose(scale, default, rel_tol=1e-4)):
         raise LorafoldError(
             "the model's YaRN positions scale attention by"
-            f" {scale or rope.get('mscale')}, expected YaRN's default {usual:.4g}, because"
+            f" {scale or rope.get('mscale')}, expected YaRN's default {default:.4g}, because"
             " llama.cpp reads no other value from a file"
         )
 
 
-def _long(
+def _add_longrope(
     writer: GGUFWriter, config: Any, rope: Mapping[str, Any], prefix: str
 ) -> dict[str, Tensor]:
     first = rope["original_max_position_embeddings"]
     scale = config.max_position_embeddings / first
-    usual = math.sqrt(1 + math.log(scale) / math.log(first)) if scale > 1 else 1.0
+    default = math.sqrt(1 + math.log(scale) / math.log(first)) if scale > 1 else 1.0
     writer.add_uint32(f"{prefix}scaling.original_context_length", first)
-    writer.add_float32(f"{prefix}scaling.attn_factor", rope.get("attention_factor") or usual)
+    writer.add_float32(f"{prefix}scaling.attn_factor", rope.get("attention_factor") or default)
     return {
-        f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"])
-        for which in ("long", "short")
+        f"rope_factors_{length}.weight": torch.tensor(rope[f"{length}_factor"])
+        for length in ("long", "short")
     }
 
 
 SPACE = "▁"
 # rules differ in digits, case, suffixes, punctuation, line ends, scripts and combining marks
-TEXTS = (
+PROBE_TEXTS = (
     "It's 1 of 12, 123, 1234 and 1234567 - we'll pay 3.50€ (or 4½) on 2024-10-05T12:30:59Z.",
     "I'M SURE THEY'RE LATE; YOU'D say 'twas don't_do ''s 'S x'T",
     "a  b   c\td\t\te \n\n f\r\n\r\n  g\n   h \t \n",
@@ -222,7 +223,7 @@ TEXTS = (
 )
 
 
-def name_of_rule(backend: Backend, whole_words: bool) -> str:
+def pre_tokenizer_name(backend: Backend, whole_words: bool) -> str:
     splitter, before = backend.pre_tokenizer, backend.normalizer
     # Qwen's normalizer (NFC) only composes marks with their letters
     if splitter is not None and (before is None or type(before).__name__ == "NFC"):
@@ -230,7 +231,7 @@ def name_of_rule(backend: Backend, whole_words: bool) -> str:
             rule = rule_of(name)
             if rule is None or (name in WHOLE_WORDS) != whole_words:
                 continue
-            if all(_pieces(rule, text) == _pieces(splitter, text) for text in TEXTS):
+            if all(_split_text(rule, text) == _split_text(splitter, text) for text in PROBE_TEXTS):
                 return name
     kind = type(splitter).__name__ + " with ignore_merges" * whole_words
     raise LorafoldError(
@@ -240,14 +241,14 @@ def name_of_rule(backend: Backend, whole_words: bool) -> str:
     )
 
 
-def _pieces(rule: object, text: str) -> list[str]:
+def _split_text(rule: object, text: str) -> list[str]:
     return [piece for piece, _ in rule.pre_tokenize_str(text)]  # type: ignore[attr-defined]
 
 
-def check_whole(backend: Backend) -> None:
-    before = SPACE * prefixes_space(backend)
-    for text in TEXTS:
-        marked = _marked(backend, text)
+def check_normalizer(backend: Backend) -> None:
+    before = SPACE * adds_space_prefix(backend)
+    for text in PROBE_TEXTS:
+        marked = _normalize(backend, text)
         if marked not in (before + text.replace(" ", SPACE), text.replace(" ", SPACE)):
             raise LorafoldError(
                 "the model's tokenizer normalizes text in a way that llama.cpp does not"
@@ -255,11 +256,11 @@ def check_whole(backend: Backend) -> None:
             )
 
 
-def prefixes_space(backend: Backend) -> bool:
-    return _marked(backend, "a").startswith(SPACE)
+def adds_space_prefix(backend: Backend) -> bool:
+    return _normalize(backend, "a").startswith(SPACE)
 
 
-def _marked(backend: Backend, text: str) -> str:
+def _normalize(backend: Backend, text: str) -> str:
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
     if backend.pre_tokenizer is not None:
@@ -285,50 +286,50 @@ def add_tokenizer(
             f" {rows:,} rows"
         )
     added = {token["id"]: token for token in content["added_tokens"]}
-    by_bytes = bool(model.get("byte_fallback"))
-    writer.add_tokenizer_model("llama" if by_bytes else "gpt2")
-    texts, kinds = _tokens(model["vocab"], added, rows, by_bytes, model.get("unk_token"))
+    byte_fallback = bool(model.get("byte_fallback"))
+    writer.add_tokenizer_model("llama" if byte_fallback else "gpt2")
+    texts, kinds = _token_texts(model["vocab"], added, rows, byte_fallback, model.get("unk_token"))
     merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model["merges"]]
-    if by_bytes:
-        _check_bytes(model["vocab"])
-        check_whole(backend)
+    if byte_fallback:
+        _check_byte_tokens(model["vocab"])
+        check_normalizer(backend)
         writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(prefixes_space(backend))
+        writer.add_add_space_prefix(adds_space_prefix(backend))
         scores = [-1e6] * rows  # earlier merges have higher scores
         for rank, text in enumerate(dict.fromkeys("".join(pair) for pair in merges)):
             scores[model["vocab"][text]] = float(-rank - 1)
         writer.add_token_scores(scores)
     else:
-        writer.add_tokenizer_pre(name_of_rule(backend, bool(model.get("ignore_merges"))))
+        writer.add_tokenizer_pre(pre_tokenizer_name(backend, bool(model.get("ignore_merges"))))
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
     _add_special(writer, tokenizer, ends)
 
 
-def _check_bytes(vocabulary: Collection[str]) -> None:
+def _check_byte_tokens(vocabulary: Collection[str]) -> None:
     """Check that every byte has a token, because llama.cpp looks them up without a check."""
-    lacking = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
-    if lacking:
+    missing = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
+    if missing:
         raise LorafoldError(
-            f"the tokenizer has no token for {listed(lacking)}, but llama.cpp requires one for each"
+            f"the tokenizer has no token for {listed(missing)}, but llama.cpp requires one for each"
             " of the 256 bytes"
         )
 
 
-def _tokens(
+def _token_texts(
     vocabulary: dict[str, int],
     added: dict[int, dict[str, Any]],
     rows: int,
-    by_bytes: bool,
+    byte_fallback: bool,
     unknown: str | None,
 ) -> tuple[list[str], list[int]]:
     texts = [f"[PAD{n}]" for n in range(rows)]
     kinds = [int(TokenType.UNUSED)] * rows
     for text, n in vocabulary.items():
-        is_byte = by_bytes and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        is_byte = byte_fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         kind = TokenType.BYTE if is_byte else TokenType.NORMAL
-        texts[n], kinds[n] = text, TokenType.UNKNOWN if by_bytes and text == unknown else kind
+        texts[n], kinds[n] = text, TokenType.UNKNOWN if byte_fallback and text == unknown else kind
     for n, token in added.items():
         text = token["content"]
         if kinds[n] == TokenType.UNKNOWN:
@@ -336,7 +337,7 @@ def _tokens(
         if token["special"]:
             texts[n], kinds[n] = text, TokenType.CONTROL
         else:
-            texts[n] = text.replace("▁", " ") if by_bytes else text
+            texts[n] = text.replace("▁", " ") if byte_fallback else text
             kinds[n] = TokenType.USER_DEFINED
     return texts, [int(kind) for kind in kinds]
 

@@ -35,18 +35,18 @@ from lorafold.exporting.gguf_metadata import (
     architecture_of,
 )
 from lorafold.exporting.target import DOWN, GATE_UP, Progress, SiteFactors, Subject
-from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import TensorShape, plan_fold
+from lorafold.fold.quantization_round_trip import ROUND_TRIP
 from lorafold.generation import end_tokens
-from lorafold.merging.merged_tensors import before_and_after, need_space
+from lorafold.merging.merged_tensors import before_and_after, check_disk_space
 from lorafold.models.weight_conversion import OnDemand
 from lorafold.resolve import Base
 
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 BLOCK = 32
 OUTPUT, EMBEDDING, ROUTER = "output.weight", "token_embd.weight", "ffn_gate_inp.weight"
-AT_ONCE = 1 << 22  # weights converted at a time
+CHUNK = 1 << 22  # weights converted at a time
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 SUFFIXES = (".weight", ".bias")
 
@@ -67,7 +67,7 @@ class MergedParameter:
         return MergedParameter(self.path, tuple(shape), lambda: of(self.values()))
 
 
-def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
+def merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
     plan = plan_fold(model, (ROUND_TRIP, *names))
     if plan.problems:
         raise NotMergeable(listed((f"{path}: {why}" for path, why in plan.problems), "; "))
@@ -96,29 +96,29 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
         yield MergedParameter(path, shape, partial(changed, path))
 
 
-def type_of(name: str, shape: TensorShape, tensors: str, tied: bool) -> str:
+def tensor_type(name: str, shape: TensorShape, tensors: str, tied: bool) -> str:
     if len(shape) < 2 or name.endswith(ROUTER):
         return "F32"
-    if tensors in PLAIN:
+    if tensors in FLOAT_TYPES:
         return tensors
     if shape[-1] % BLOCK:
         return "F16"
     return "Q8_0" if name == (EMBEDDING if tied else OUTPUT) else tensors
 
 
-def size_of(shape: TensorShape, kind: str) -> int:
+def encoded_size(shape: TensorShape, kind: str) -> int:
     per, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return int(torch.Size(shape).numel()) // per * size
 
 
-def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
+def encode(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
     """Yield the bytes of a tensor of any shape, in pieces."""
     rows, number = values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType[kind]
-    step = max(AT_ONCE // rows.shape[-1], 1)
+    step = max(CHUNK // rows.shape[-1], 1)
     for start in range(0, len(rows), step):
         chunk = rows[start : start + step]
-        if kind in PLAIN:
-            narrow = chunk.to(PLAIN[kind]).contiguous()
+        if kind in FLOAT_TYPES:
+            narrow = chunk.to(FLOAT_TYPES[kind]).contiguous()
             if kind == "F16" and not narrow.isfinite().all():
                 raise LorafoldError(
                     f"gguf: {name} has a value of {float(chunk.float().abs().max()):.3g}, above"
@@ -129,22 +129,22 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
             yield gguf.quants.quantize(chunk.float().contiguous().numpy(), number)
 
 
-def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
+def tensor_names(arch: Architecture, layers: int) -> gguf.TensorNameMap:
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(kinds[row.name], layers)
+    return gguf.get_tensor_name_map(kinds[arch.name], layers)
 
 
-def tensors_of(
-    parameters: Iterable[MergedParameter], config: Any, row: Architecture
+def gguf_tensors(
+    parameters: Iterable[MergedParameter], config: Any, arch: Architecture
 ) -> Iterator[MergedParameter]:
-    names = names_of(row, config.num_hidden_layers)
+    names = tensor_names(arch, config.num_hidden_layers)
     for parameter in parameters:
         path, _, leaf = parameter.path.rpartition(".")
         if experts := leaf in (GATE_UP, DOWN):
             path, leaf = parameter.path, "weight"
-        for part, count, of in _parts(path, experts, config, row):
-            if row.gain and parameter.path.endswith("norm.weight"):
-                of = partial(_raised, row.gain)
+        for part, count, of in _split_parameter(path, experts, config, arch):
+            if arch.norm_offset and parameter.path.endswith("norm.weight"):
+                of = partial(_add_offset, arch.norm_offset)
             name = names.get_name(f"{part}.{leaf}", try_suffixes=SUFFIXES)
             if name is None:
                 raise LorafoldError(
@@ -156,20 +156,20 @@ def tensors_of(
             yield replace(parameter.part(shape, of) if of else parameter, path=name)
 
 
-def _parts(
-    path: str, experts: bool, config: Any, row: Architecture
+def _split_parameter(
+    path: str, experts: bool, config: Any, arch: Architecture
 ) -> Iterator[tuple[str, int, Callable[[Tensor], Tensor] | None]]:
     stem, _, module = path.rpartition(".")
     if experts and module == GATE_UP:
         for n, half in enumerate(("gate_proj", "up_proj")):
             yield f"{stem}.{half}", 2, partial(_half, n)
-    elif row.interleaved and module in HEADS:
-        yield path, 1, partial(interleaved, heads=getattr(config, HEADS[module]))
+    elif arch.interleaved and module in HEADS:
+        yield path, 1, partial(interleave, heads=getattr(config, HEADS[module]))
     else:
         yield path, 1, None
 
 
-def _raised(gain: float, values: Tensor) -> Tensor:
+def _add_offset(gain: float, values: Tensor) -> Tensor:
     return values.float() + gain
 
 
@@ -177,25 +177,25 @@ def _half(n: int, values: Tensor) -> Tensor:
     return values.chunk(2, 1)[n]
 
 
-def interleaved(rows: Tensor, heads: int) -> Tensor:
+def interleave(rows: Tensor, heads: int) -> Tensor:
     """Rows (heads * width, ...) with the two rows of each rotated pair next to each other."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def tensors_of_update(
-    factors: SiteFactors, config: Any, row: Architecture
+def adapter_tensors(
+    factors: SiteFactors, config: Any, arch: Architecture
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The file's tensors (any shape) by name, and the reasons why other modules have none."""
-    names = names_of(row, config.num_hidden_layers)
+    names = tensor_names(arch, config.num_hidden_layers)
     tensors = {}
     problems = []
     tied = bool(config.tie_word_embeddings)
     for path, (up, down) in factors.items():
-        for part, _, of in _parts(path, up.dim() == 3, config, row):
+        for part, _, of in _split_parameter(path, up.dim() == 3, config, arch):
             name = names.get_name(f"{part}.weight", try_suffixes=SUFFIXES)
             if name is None:
-                problems.append(f"{path}: llama.cpp has no tensor for this module in {row.name}")
+                problems.append(f"{path}: llama.cpp has no tensor for this module in {arch.name}")
             elif tied and name in (EMBEDDING, OUTPUT):
                 problems.append(
                     f"{path}: the embedding and the head are tied, and llama.cpp supports no"
@@ -220,11 +220,11 @@ def write_model(directory: Path, out: Path, tensors: str, progress: Progress) ->
 
 
 def write_gguf(subject: Subject, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
-    return write_described(described(subject, tensors), out, tensors, progress)
+    return write_content(gguf_content(subject, tensors), out, tensors, progress)
 
 
 @dataclass(frozen=True)
-class Described:
+class GgufContent:
     """A GGUF file before it is written, with notes on differences of the engine."""
 
     writer: gguf.GGUFWriter
@@ -236,14 +236,14 @@ class Described:
         return {tensor.path: tensor.shape for tensor in self.tensors}
 
 
-def write_described(
-    content: Described, out: Path, tensors: str, progress: Progress
+def write_content(
+    content: GgufContent, out: Path, tensors: str, progress: Progress
 ) -> Sequence[str]:
     writer, tied = content.writer, OUTPUT not in content.shapes
-    kinds = {n: type_of(n, shape, tensors, tied) for n, shape in content.shapes.items()}
-    sizes = {n: size_of(shape, kinds[n]) for n, shape in content.shapes.items()}
+    kinds = {n: tensor_type(n, shape, tensors, tied) for n, shape in content.shapes.items()}
+    sizes = {n: encoded_size(shape, kinds[n]) for n, shape in content.shapes.items()}
     done, total = 0, sum(sizes.values())
-    need_space(out.parent, total, "the file")
+    check_disk_space(out.parent, total, "the file")
     for name, shape in content.shapes.items():
         kind = gguf.GGMLQuantizationType[kinds[name]]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
@@ -256,7 +256,7 @@ def write_described(
             file = writer.fout[0]
             writer.write_padding(file, file.tell())
             for tensor in content.tensors:
-                for piece in encoded(tensor.path, tensor.values(), kinds[tensor.path]):
+                for piece in encode(tensor.path, tensor.values(), kinds[tensor.path]):
                     file.write(piece.tobytes())
                 writer.write_padding(file, sizes[tensor.path])
                 done += sizes[tensor.path]
@@ -268,30 +268,30 @@ def write_described(
     return content.notes
 
 
-def described(subject: Subject, tensors: str) -> Described:
+def gguf_content(subject: Subject, tensors: str) -> GgufContent:
     """The metadata and tensors of a file; nothing is computed or written."""
     from transformers import GenerationConfig
 
     model: Any = subject.model
     config, tokenizer, directory = model.config, subject.tokenizer, subject.base.source.path
-    row = architecture_of(config)
-    writer = gguf.GGUFWriter(None, row.name)
+    arch = architecture_of(config)
+    writer = gguf.GGUFWriter(None, arch.name)
     writer.add_type(gguf.GGUFType.MODEL)
     name, whole = Path(subject.base.name).name, tokenizer.get_vocab().keys() >= PHI_TOKENS
     writer.add_name(name if whole else PHI.sub(r"\1 ", name))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors]])
     if tensors.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    notes = add_metadata(writer, config, row)
-    positions = add_positions(writer, config, row)
-    placed = [*tensors_of(folded(model, subject.names), config, row)]
+    notes = add_metadata(writer, config, arch)
+    positions = add_positions(writer, config, arch)
+    placed = [*gguf_tensors(merged_parameters(model, subject.names), config, arch)]
     placed += [MergedParameter.known(name, tensor) for name, tensor in positions.items()]
     shapes = {parameter.path: parameter.shape for parameter in placed}
     # llama.cpp ignores output.weight in these and uses the embedding
-    if row.name in ("gemma", "gemma2") and OUTPUT in shapes:
+    if arch.name in ("gemma", "gemma2") and OUTPUT in shapes:
         raise LorafoldError(
             "the adapters change only lm_head, but llama.cpp uses the embedding as the head in"
-            f" {row.name}; expected adapters without lm_head"
+            f" {arch.name}; expected adapters without lm_head"
         )
     rows = shapes[EMBEDDING][0]
     writer.add_vocab_size(rows)
@@ -299,4 +299,4 @@ def described(subject: Subject, tensors: str) -> Described:
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     add_tokenizer(writer, tokenizer, rows, sorted(end_tokens(model, tokenizer)))
-    return Described(writer, placed, notes)
+    return GgufContent(writer, placed, notes)

@@ -15,33 +15,34 @@ from pathlib import Path
 
 import torch
 
+from lorafold.core.anatomy import last_part
 from lorafold.core.attach import only, selection_of
 from lorafold.core.expert_matrices import module_at
 from lorafold.data.render import ensure_chat_template
-from lorafold.errors import LorafoldError, NoTokenizer, as_one
-from lorafold.exporting.proof import ReferenceAnswers, divergences, last
+from lorafold.errors import LorafoldError, NoTokenizer, join_problems
+from lorafold.exporting.proof import ReferenceAnswers, kl_divergences, last_logprobs
 from lorafold.exporting.target import Factors, Progress, SiteFactors, Subject, update_of
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
-from lorafold.inspecting.updates import lora_of, padded
+from lorafold.inspecting.updates import add_lora, pad_rank
 from lorafold.layers import layer_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.resolve import Base
 
-NAME = "canonical"
+ADAPTER_NAME = "canonical"
 FILES = (WEIGHTS, CONFIG)
 TEMPLATE = "chat_template.jinja"
 OTHER_TEMPLATE = f"the chat template differs from the base model's: {TEMPLATE}"
 ADAPTER = "adapter"
-FORM = "a plain LoRA"
+FORMAT = "a plain LoRA"
 HEADS = ("embed_tokens", "lm_head")
 
 
-def write_canonical(base: Base, factors: SiteFactors, out: Path) -> SavedAdapter:
+def write_plain_lora(base: Base, factors: SiteFactors, out: Path) -> SavedAdapter:
     rank = max(down.shape[-2] for _, down in factors.values())
-    same_rank = {path: padded(pair, rank) for path, pair in factors.items()}
-    adapter = lora_of(base.mapped().model, same_rank, NAME)
+    same_rank = {path: pad_rank(pair, rank) for path, pair in factors.items()}
+    adapter = add_lora(base.mapped().model, same_rank, ADAPTER_NAME)
     adapter.save(out, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return SavedAdapter.open(out)
 
@@ -82,17 +83,13 @@ def tied_heads(subject: Subject) -> list[str]:
     """The paths of embedding and head if they share one weight, which servers adapt as one."""
     if not getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
         return []
-    return [path for path in subject.update.factors if leaf_of(path) in HEADS]
+    return [path for path in subject.update.factors if last_part(path) in HEADS]
 
 
-def leaf_of(path: str) -> str:
-    return path.rsplit(".", 1)[-1]
-
-
-def write_files(
+def write_adapter(
     subject: Subject, factors: SiteFactors, directory: Path
 ) -> tuple[BaseReference, list[str], list[str], list[str]]:
-    write_canonical(subject.base, factors, directory / ADAPTER)
+    write_plain_lora(subject.base, factors, directory / ADAPTER)
     base, template = base_reference(subject.base), write_template(subject, directory)
     files = [f"{ADAPTER}/{name}" for name in FILES] + [TEMPLATE] * template
     options = ["--revision", base.revision] if base.revision else []
@@ -101,16 +98,16 @@ def write_files(
     return base, files, options, notes
 
 
-def zeros(subject: Subject, path: str) -> Factors:
+def zero_factors(subject: Subject, path: str) -> Factors:
     layer = layer_of(module_at(subject.model, path))
     outputs, inputs = layer.shape
     return torch.zeros(*layer.matrices, outputs, 1), torch.zeros(*layer.matrices, 1, inputs)
 
 
-ENOUGH = 0.01  # share of the adapters' effect
-LARGEST = 128
-CUT = "cut"
-POWERS = [2**n for n in range(LARGEST.bit_length())]
+MAX_LOST = 0.01  # share of the adapters' effect
+MAX_RANK = 128
+CUT_NAME = "cut"
+POWERS = [2**n for n in range(MAX_RANK.bit_length())]
 
 
 @dataclass(frozen=True)
@@ -133,10 +130,10 @@ class Cut(ShownInNotebooks):
         line = f"truncated to rank {self.rank}: {self.error:.2%} of the update's norm is lost"
         if self.share is None:
             return line
-        least = f"rank {self.enough}" if self.enough else f"no rank up to {LARGEST}"
+        least = f"rank {self.enough}" if self.enough else f"no rank up to {MAX_RANK}"
         return (
             f"{line}, KL {self.kl:.1e} nats, {self.share:.2%} of the adapters' effect;"
-            f" {least} loses less than {ENOUGH:.0%}"
+            f" {least} loses less than {MAX_LOST:.0%}"
         )
 
 
@@ -146,26 +143,25 @@ def cut_to(
     """The subject with one plain LoRA of this rank in place of its adapters."""
     update = update_of(subject.model, subject.names, rank)
     if update.other:
-        items = update.other.items()
-        lines = [f"{path}: {change}, which LoRA can't represent" for path, change in items]
-        raise LorafoldError(f"--as-lora {rank}: {as_one(lines)}")
+        lines = [f"{p}: {change}, which LoRA can't represent" for p, change in update.other.items()]
+        raise LorafoldError(f"--as-lora {rank}: {join_problems(lines)}")
     if not update.rank:
         raise LorafoldError(f"--as-lora {rank}: the adapters change no weight")
-    saved = write_canonical(subject.base, update.factors, scratch)
+    saved = write_plain_lora(subject.base, update.factors, scratch)
     sites = {name: (lost / whole) ** 0.5 for name, (lost, whole) in update.lost.items() if whole}
     cut = Cut(rank, update.error, sites)
     if reference is not None:
         kls, distance = kl_by_rank(reference, subject, [rank, *POWERS])
         share = kls[rank] / distance if distance else None
-        cut = replace(cut, kl=kls[rank], share=share, enough=_enough(kls, distance))
+        cut = replace(cut, kl=kls[rank], share=share, enough=_sufficient_rank(kls, distance))
     return replace(subject, adapters=(saved,), original=subject.adapters), cut
 
 
-def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:
+def sufficient_rank_note(subject: Subject, source: str | Path | None, progress: Progress) -> str:
     """The end of an error message: a sufficient rank for --as-lora."""
     kls, distance = kl_by_rank(ReferenceAnswers.of(subject, source, progress), subject, POWERS)
-    if (rank := _enough(kls, distance)) is None:
-        return f"; no LoRA up to rank {LARGEST} keeps {1 - ENOUGH:.0%} of the adapters' effect"
+    if (rank := _sufficient_rank(kls, distance)) is None:
+        return f"; no LoRA up to rank {MAX_RANK} keeps {1 - MAX_LOST:.0%} of the adapters' effect"
     lost = kls[rank] / distance
     return f"; --as-lora {rank} writes the best LoRA and loses {lost:.2%} of the adapters' effect"
 
@@ -175,21 +171,21 @@ def kl_by_rank(
     reference: ReferenceAnswers, subject: Subject, ranks: list[int]
 ) -> tuple[dict[int, float], float]:
     """KL(adapted, cut) in nats by rank, and KL(adapted, base)."""
-    largest, kls = max(ranks), {}
-    update = update_of(reference.model, selection_of(reference.model).names, largest)
-    factors = {path: padded(pair, largest) for path, pair in update.factors.items()}
-    with only(reference.model):
-        adapter = lora_of(reference.model, factors, CUT)
+    model, largest, kls = reference.model, max(ranks), {}
+    update = update_of(model, selection_of(model).names, largest)
+    factors = {path: pad_rank(pair, largest) for path, pair in update.factors.items()}
+    with only(model):
+        adapter = add_lora(model, factors, CUT_NAME)
         for rank in sorted({*ranks}, reverse=True):
             for name, factor in adapter.named_parameters():
                 if name.endswith(".B"):
                     factor[..., rank:] = 0
-            with only(reference.model, CUT):
-                cut = torch.stack([last(reference.model, ids) for ids in reference.prompts.ids])
-            kls[rank] = float(divergences(reference.answers.adapted, cut).mean())
+            with only(model, CUT_NAME):
+                cut = torch.stack([last_logprobs(model, ids) for ids in reference.prompts.ids])
+            kls[rank] = float(kl_divergences(reference.answers.adapted, cut).mean())
         adapter.detach()
-    return kls, float(divergences(reference.answers.adapted, reference.answers.base).mean())
+    return kls, float(kl_divergences(reference.answers.adapted, reference.answers.base).mean())
 
 
-def _enough(kls: Mapping[int, float], distance: float) -> int | None:
-    return min((rank for rank in POWERS if kls[rank] < ENOUGH * distance), default=None)
+def _sufficient_rank(kls: Mapping[int, float], distance: float) -> int | None:
+    return min((rank for rank in POWERS if kls[rank] < MAX_LOST * distance), default=None)

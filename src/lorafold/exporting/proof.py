@@ -35,18 +35,18 @@ from lorafold.core.attach import only
 from lorafold.data.formats import PROMPTS
 from lorafold.data.render import ensure_chat_template, prompt_of
 from lorafold.data.rows import read_rows
-from lorafold.engine.kv_cache import common
+from lorafold.engine.kv_cache import common_length
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress, Subject
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.generation import complete_tokens, end_tokens, tokens_of
 from lorafold.merging.merge_target import Distance
-from lorafold.merging.run import adapted
+from lorafold.merging.run import load_adapted
 
-BUILT_IN = Path(__file__).with_name("prompts.jsonl")
-GREEDY = 16  # tokens of a greedy text
+BUILT_IN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
+GREEDY_TOKENS = 16  # tokens of a greedy text
 ROUTER = "TopKRouter"  # suffix of transformers' routers, which return logits, scores, experts
-CLOSE = 0.02  # difference of logits; a larger one is not due to rounding
+NEAR_TIE = 0.02  # difference of logits; a larger one is not due to rounding
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def prompts_of(
     tokenizer: PreTrainedTokenizerBase, source: str | Path | None = None
 ) -> ProofPrompts:
     ensure_chat_template(tokenizer)
-    rows = read_rows(str(source or BUILT_IN), wanted=PROMPTS)
+    rows = read_rows(str(source or BUILT_IN_PROMPTS), wanted=PROMPTS)
     if not rows.provides(PROMPTS):
         raise LorafoldError(
             f"--prompts {source}: found rows of plain text, expected rows with prompts or"
@@ -82,14 +82,14 @@ def prompts_of(
 
 
 @torch.inference_mode()
-def last(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+def last_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """The log-probabilities (vocabulary,) of the next token, in fp32 on the CPU."""
     inputs = torch.tensor([ids], device=model.device)
     logits = model(input_ids=inputs, use_cache=False).logits[0, -1]
     return logits.float().log_softmax(-1).cpu()
 
 
-def exchanged_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
+def swap_close_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
     """Yield the answers (vocabulary,) with the last selected expert of one token replaced by the
     next, the smallest score difference first. The model is unchanged between answers.
     """
@@ -97,44 +97,46 @@ def exchanged_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Te
     routers = [m for m in model.modules() if type(m).__name__.endswith(ROUTER)]
     with ExitStack() as hooks:
         for router in routers:
-            hooks.callback(router.register_forward_hook(partial(_note, close)).remove)
+            hooks.callback(router.register_forward_hook(partial(_note_near_ties, close)).remove)
         if routers:
-            last(model, ids)
+            last_logprobs(model, ids)
     for _, router, at, step in sorted(close, key=itemgetter(0))[:4]:
         with ExitStack() as hooks:
-            hook = router.register_forward_pre_hook(partial(_moved, at, step))
+            hook = router.register_forward_pre_hook(partial(_shift_hidden, at, step))
             hooks.callback(hook.remove)
-            moved = last(model, ids)
-        yield moved
+            answer = last_logprobs(model, ids)
+        yield answer
 
 
-def _note(
+def _note_near_ties(
     close: list[tuple[float, nn.Module, int, Tensor]], router: nn.Module, _: Any, out: Any
 ) -> None:
     """Note the tokens with two close experts, and the step in h that exchanges them."""
     logits, experts = out[0].flatten(0, -2), out[-1].flatten(0, -2)
-    taken = experts.shape[-1]
-    if taken >= logits.shape[-1]:
+    num_selected = experts.shape[-1]
+    if num_selected >= logits.shape[-1]:
         return
-    values, order = logits.float().topk(taken + 1, -1)
+    values, order = logits.float().topk(num_selected + 1, -1)
     gaps = values[:, -2] - values[:, -1]
     weight: Any = router.weight
-    for at in (gaps < CLOSE).nonzero().flatten().tolist():
-        way = (weight[order[at, -1]] - weight[order[at, -2]]).float()
+    for at in (gaps < NEAR_TIE).nonzero().flatten().tolist():
+        direction = (weight[order[at, -1]] - weight[order[at, -2]]).float()
         # a factor of 1.0 would make the two equal
-        close.append((float(gaps[at]), router, at, 1.5 * gaps[at] * way / (way @ way)))
+        step = 1.5 * gaps[at] * direction / (direction @ direction)
+        close.append((float(gaps[at]), router, at, step))
 
 
-def _moved(at: int, step: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _shift_hidden(at: int, step: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     hidden = inputs[0].clone()
     hidden.view(-1, hidden.shape[-1])[at] += step.to(hidden.dtype)
     return (hidden, *inputs[1:])
 
 
-def answers_over(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
+def answers_on(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
     """Log-probabilities (prompts, vocabulary) with another quantization of the base, in fp32."""
-    model = adapted(subject.base, subject.adapters, storage)
-    return torch.stack([last(model, ids) for ids in prompts_of(subject.tokenizer, source).ids])
+    model = load_adapted(subject.base, subject.adapters, storage)
+    prompts = prompts_of(subject.tokenizer, source).ids
+    return torch.stack([last_logprobs(model, ids) for ids in prompts])
 
 
 @dataclass(frozen=True)
@@ -151,15 +153,15 @@ class ReferenceAnswers:
         """Load the exported model on the weights that the files are for, and compute answers."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
-        model = adapted(subject.base, subject.adapters, subject.stored)
+        model = load_adapted(subject.base, subject.adapters, subject.stored)
         with_, without, total = list[Tensor](), list[Tensor](), 2 * len(prompts.ids)
         for ids in prompts.ids:
-            with_.append(last(model, ids))
+            with_.append(last_logprobs(model, ids))
             with only(model):
-                without.append(last(model, ids))
+                without.append(last_logprobs(model, ids))
             progress(len(with_), total)
         greedy = complete_tokens(
-            model, prompts.ids, GREEDY, end_tokens(model, tokenizer),
+            model, prompts.ids, GREEDY_TOKENS, end_tokens(model, tokenizer),
             progress=lambda done, of: progress(len(with_) + done, total),
         )  # fmt: skip
         answers = Answers(torch.stack(with_), torch.stack(without), tuple(greedy))
@@ -177,21 +179,21 @@ class ReferenceAnswers:
             for key, value in needs.items()
         }
         ends = sorted(end_tokens(self.model, self.tokenizer))
-        return {**asdict(self.prompts), "greedy": GREEDY, "ends": ends, **placed}
+        return {**asdict(self.prompts), "greedy": GREEDY_TOKENS, "ends": ends, **placed}
 
     def exchanged_experts(self, prompt: int) -> Iterator[Tensor]:
         """Yield answers (vocabulary,) to a prompt with two close experts exchanged."""
-        return exchanged_experts(self.model, self.prompts.ids[prompt])
+        return swap_close_experts(self.model, self.prompts.ids[prompt])
 
     def margin(self, prompt: int, at: int) -> float:
         """The difference of the two largest log-probabilities after `at` greedy tokens."""
         ids = [*self.prompts.ids[prompt], *self.answers.greedy[prompt][:at]]
-        first, second = last(self.model, ids).topk(2).values
+        first, second = last_logprobs(self.model, ids).topk(2).values
         return float(first - second)
 
 
-FAR, LEAST = 10, 1e-6  # KL that suggests exchanged experts: times the median, in nats
-LIKELY = 20  # tokens whose log-probabilities are compared
+FAR, MIN_FAR = 10, 1e-6  # KL that suggests exchanged experts: times the median, in nats
+NUM_LIKELY = 20  # tokens whose log-probabilities are compared
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,7 @@ class Proof(ShownInNotebooks):
             f" ({self.measured:.1e} with lorafold's)"
         ) * bool(self.tied)
         other = {"tokens": len(self.other_tokens), "texts": len(self.other_texts)}
-        chats = "".join(
-            f"; {n} chats have other {kind} in the engine" for kind, n in other.items() if n
-        )
+        chats = "".join(f"; engine's {kind} differ for {n} chats" for kind, n in other.items() if n)
         return (
             f"{self.engine} {self.version}, {prompts}: KL {self.kl:.1e} nats on average,"
             f" {self.kl_largest:.1e} at most{part}{alone}{tied}; {top},"
@@ -270,7 +270,7 @@ class Proof(ShownInNotebooks):
         )
 
 
-def proof(
+def compare(
     reference: Answers,
     engine: EngineAnswers,
     margin: Callable[[int, int], float],
@@ -281,22 +281,22 @@ def proof(
         raise LorafoldError(f"{engine.engine} {engine.version}: the logits of a prompt contain NaN")
     adapted, bare = engine.adapted.double().log_softmax(-1), engine.base
     size = min(adapted.shape[-1], reference.adapted.shape[-1])
-    kls = divergences(reference.adapted, adapted)
-    measured, usual, tied = float(kls.mean()), max(FAR * float(kls.median()), LEAST), []
-    for n in (kls > usual).nonzero().flatten().tolist():
-        others = (divergences(row[None], adapted[n : n + 1])[0] for row in exchanged_experts(n))
-        if (kl := next((kl for kl in others if kl <= usual), None)) is not None:
+    kls = kl_divergences(reference.adapted, adapted)
+    measured, far, tied = float(kls.mean()), max(FAR * float(kls.median()), MIN_FAR), []
+    for n in (kls > far).nonzero().flatten().tolist():
+        others = (kl_divergences(row[None], adapted[n : n + 1])[0] for row in exchanged_experts(n))
+        if (kl := next((kl for kl in others if kl <= far), None)) is not None:
             kls[n] = kl
             tied.append(n)
-    likely = reference.adapted.topk(LIKELY).indices.clamp_max(size - 1)
+    likely = reference.adapted.topk(NUM_LIKELY).indices.clamp_max(size - 1)
     gaps = reference.adapted.gather(1, likely).double() - adapted.gather(1, likely)
     gaps[tied] = 0
     gap = float(gaps.abs().max())
     pairs = [*zip(reference.greedy, engine.greedy, strict=True)]
-    parted = {n: common(ours, theirs) for n, (ours, theirs) in enumerate(pairs) if ours != theirs}
+    differing = {n: common_length(a, b) for n, (a, b) in enumerate(pairs) if a != b}
     changed, alone = (
-        None if bare is None else float(divergences(of[: len(bare)], bare).mean())
-        for of in (adapted, reference.base)
+        None if bare is None else float(kl_divergences(rows[: len(bare)], bare).mean())
+        for rows in (adapted, reference.base)
     )
     same = ("engine", "version", "unused", "other_tokens", "other_texts")
     return Proof(
@@ -304,19 +304,19 @@ def proof(
         prompts=len(kls),
         kl=float(kls.mean()),
         kl_largest=float(kls.max()),
-        distance=float(divergences(reference.adapted, reference.base).mean()),
+        distance=float(kl_divergences(reference.adapted, reference.base).mean()),
         changed=changed,
         alone=alone,
         tied=len(tied),
         measured=measured,
         top=int((reference.adapted.argmax(-1) == adapted.argmax(-1)).sum()),
         gap=gap,
-        greedy=len(pairs) - len(parted),
-        near=sum(margin(n, at) <= 2 * gap for n, at in parted.items()),
+        greedy=len(pairs) - len(differing),
+        near=sum(margin(n, at) <= 2 * gap for n, at in differing.items()),
     )
 
 
-def divergences(p: Tensor, q: Tensor) -> Tensor:  # (prompts, vocabulary), both -> (prompts,)
+def kl_divergences(p: Tensor, q: Tensor) -> Tensor:  # (prompts, vocabulary), both -> (prompts,)
     """KL(p, q) of log-probabilities, over the tokens that both have."""
     size = min(p.shape[-1], q.shape[-1])
     p, q = (side[:, :size].double().log_softmax(-1) for side in (p, q))
@@ -324,8 +324,8 @@ def divergences(p: Tensor, q: Tensor) -> Tensor:  # (prompts, vocabulary), both 
     return terms.where(p.isfinite() & q.isfinite(), 0).sum(-1).clamp_min(0)
 
 
-def distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both
+def mean_distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both
     """The mean KL and the top-1 agreement of two distributions in log-probabilities."""
     size = min(p.shape[-1], q.shape[-1])
     same = p[:, :size].argmax(-1) == q[:, :size].argmax(-1)
-    return Distance(float(divergences(p, q).mean()), float(same.double().mean()))
+    return Distance(float(kl_divergences(p, q).mean()), float(same.double().mean()))

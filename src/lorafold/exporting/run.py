@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from lorafold.errors import LorafoldError, NoTokenizer, as_one
-from lorafold.exporting.engines import ENGINES, ask
-from lorafold.exporting.plain_lora import Cut, cut_to, rank_enough
-from lorafold.exporting.proof import Proof, ReferenceAnswers, answers_over, distance, proof
+from lorafold.errors import LorafoldError, NoTokenizer, join_problems
+from lorafold.exporting.engines import ENGINES, run_engine
+from lorafold.exporting.plain_lora import Cut, cut_to, sufficient_rank_note
+from lorafold.exporting.proof import Proof, ReferenceAnswers, answers_on, compare, mean_distance
 from lorafold.exporting.servers import ToPeft, ToSglang, ToVllm
-from lorafold.exporting.target import ORIGINAL, Progress, Subject, Target, Written, placed
+from lorafold.exporting.target import ORIGINAL, ExportedFiles, Progress, Subject, Target, show_line
 from lorafold.exporting.to_gguf import ToGguf, ToGgufModel, ToLlamaCpp
 from lorafold.exporting.to_mlx import ToMlx
 from lorafold.exporting.to_ollama import ToOllama
@@ -26,7 +26,7 @@ from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.terminal import progress_bars
-from lorafold.merging.merge_target import ALIAS, Distance, Into, choose_into
+from lorafold.merging.merge_target import ALIASES, Distance, MergeTarget, choose_merge_target
 from lorafold.models.loading import stored_in_files
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
@@ -46,11 +46,11 @@ def target_of(name: str) -> Target:
     return TARGETS[name]
 
 
-EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
-SHARE = 0.01  # share of the adapters' effect that a proof may lose
-ALONE = 1e-3  # nats, without adapters; above that, the engine computes another model
-FEWER = 4  # prompts for figures that are only reported
-INSTEAD = (
+REPORT_FILE, SCRATCH, PROOF_SCRATCH = "export.json", "scratch", "proving"
+MAX_LOST = 0.01  # share of the adapters' effect that a proof may lose
+MAX_BASE_KL = 1e-3  # nats, without adapters; above that, the engine computes another model
+FEW_PROMPTS = 4  # prompts for figures that are only reported
+ADVICE = (
     ", because engines support no other heads; merge it in Python with lf.load and"
     " adapter.merge(), or load the adapter with PEFT"
 )
@@ -81,12 +81,12 @@ class Exported(ShownInNotebooks):
     model: str
     adapters: tuple[str, ...]
     out: str
-    written: Written
+    written: ExportedFiles
     cut: Cut | None
     proof: Proof | None
     unproved: str
     beside: Mapping[str, Proof | str]
-    into: Into = ORIGINAL
+    into: MergeTarget = ORIGINAL
     away: Distance | None = None
     from_original: Distance | None = None
 
@@ -115,7 +115,7 @@ class Exported(ShownInNotebooks):
 
     @property
     def launch(self) -> tuple[str, ...]:
-        return tuple(placed(line, self.out) for line in self.written.launch)
+        return tuple(show_line(line, self.out) for line in self.written.launch)
 
     def summary(self) -> str:
         lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
@@ -123,7 +123,7 @@ class Exported(ShownInNotebooks):
         if self.adapters:
             alone = "the adapters on the base that the engine loads"
             subject = "this file" if TARGETS[self.to].merged else alone
-            far = self.into.compared(self.model, subject, self.away, self.from_original)
+            far = self.into.describe_distances(self.model, subject, self.away, self.from_original)
             lines.append(f"  {far}")
         if self.cut is not None:
             lines.append(f"  {self.cut}")
@@ -141,19 +141,20 @@ def export(
     console: Console | None = None,
 ) -> Exported:
     target = target_of(options.to)
-    tensors, engine = _tensors(target, options.tensors), _engine(target, options)
+    tensors, engine = _tensor_type(target, options.tensors), _engine(target, options)
     if (rank := options.as_lora) is not None and (type(rank) is not int or rank < 1):
         raise LorafoldError(f"as_lora: found {rank!r}, expected a positive integer")
-    into, base = _into(base, adapters, target, options.into), base.with_files_for(adapters)
+    into = _merge_target(base, adapters, target, options.into)
+    base = base.with_files_for(adapters)
     check_out(out, options.overwrite)
     check_not_replaced(out, [base.source.path, *(saved.path for saved in adapters)])
-    check_language_model(base, adapters, INSTEAD)
-    unproved = _unproved(target, options)
+    check_language_model(base, adapters, ADVICE)
+    unproved = _reason_unproved(target, options)
     with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
         subject, cut, reference = Subject(base, tuple(adapters), tensors, into=into), None, None
-        quantized = into.trained_on is not None and not into.in_files
+        quantized = into.trained_on is not None and not into.prequantized
         others: Tensor | None = None
-        beside: dict[str, Proof | str] = {**_named_otherwise(base, adapters)}
+        beside: dict[str, Proof | str] = {**_base_name_notes(base, adapters)}
         if options.as_lora is None:
             _check_representable(target, subject, options, bar("trying ranks"))
         if not _has_tokenizer(subject):
@@ -164,8 +165,8 @@ def export(
                     " need; add its files next to config.json, or use --no-proof"
                 )
         elif options.prove and quantized:  # the other weights, for comparison
-            storage = "fp32" if into.target == "trained" else into.stored
-            others = answers_over(subject, storage, options.prompts)
+            storage = "fp32" if into.target == "trained" else into.training_storage
+            others = answers_on(subject, storage, options.prompts)
         if not unproved:
             reference = ReferenceAnswers.of(subject, options.prompts, bar("answering"))
         if options.as_lora is not None:
@@ -176,35 +177,35 @@ def export(
             )
         written, verified, logprobs = target.write(subject, tmp, bar("writing")), None, None
         if reference is not None and engine is not None:
-            for_proof = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
+            for_proof = target.proving(subject, tmp / PROOF_SCRATCH, bar("preparing the proof"))
             job = {**written.job, **for_proof, "url": options.engine_url}
-            verified, logprobs = _proof(reference, job, tmp, engine, options)
-            _check(verified, target, tensors)
+            verified, logprobs = _prove(reference, job, tmp, engine, options)
+            _check_proof(verified, target, tensors)
             if adapters and not verified.distance:
                 beside["the adapters"] = "no effect on these prompts"
-            few = reference.first(FEWER)
+            few = reference.first(FEW_PROMPTS)
             for name, over in target.further_jobs(subject).items():
-                beside[name] = _proof(few, {**job, **over}, tmp, engine, options)[0]
+                beside[name] = _prove(few, {**job, **over}, tmp, engine, options)[0]
         elif options.prove and target.engine is None:
             unproved = target.read_back(subject, tmp) or unproved
-        for scratch in (SCRATCH, PROVING):
+        for scratch in (SCRATCH, PROOF_SCRATCH):
             rmtree(tmp / scratch, ignore_errors=True)
         names = tuple(map(str, adapters))
         answers = None if reference is None else reference.answers.adapted
         if answers is None and others is not None:
-            answers = answers_over(subject, subject.stored, options.prompts)
+            answers = answers_on(subject, subject.stored, options.prompts)
         away, from_original = None, None
         if answers is not None:
             pair = [answers, answers if others is None else others]
             trained, original = pair if into.target == "trained" else reversed(pair)
-            away = distance(trained, answers if logprobs is None else logprobs)
+            away = mean_distance(trained, answers if logprobs is None else logprobs)
             if others is not None:
-                from_original = distance(trained, original)
+                from_original = mean_distance(trained, original)
         result = Exported(
             options.to, tensors, base.name, names, str(out), written, cut, verified, unproved,
             beside, into, away, from_original,
         )  # fmt: skip
-        write_json(tmp / EXPORT, result.as_json())
+        write_json(tmp / REPORT_FILE, result.as_json())
     return result
 
 
@@ -215,7 +216,7 @@ def _has_tokenizer(subject: Subject) -> bool:
         return False
 
 
-def _named_otherwise(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, str]:
+def _base_name_notes(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, str]:
     notes = {str(saved): saved.own_base.hint(base.name).removeprefix("; ") for saved in adapters}
     names = {str(saved): Path(saved.own_base.name).name for saved in adapters}
     return {saved: n for saved, n in notes.items() if n and names[saved] != Path(base.name).name}
@@ -231,23 +232,25 @@ def _check_representable(
         problems = [str(error)]
     if problems:
         dense = not target.merged and subject.update.dense and not subject.update.other
-        enough = rank_enough(subject, options.prompts, progress) if dense else ""
-        raise LorafoldError(f"{options.to}: {as_one(problems)}{enough}")
+        enough = sufficient_rank_note(subject, options.prompts, progress) if dense else ""
+        raise LorafoldError(f"{options.to}: {join_problems(problems)}{enough}")
 
 
-def _into(base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None) -> Into:
+def _merge_target(
+    base: Base, adapters: Sequence[SavedAdapter], target: Target, into: str | None
+) -> MergeTarget:
     in_files = stored_in_files(base.source)
-    expected = ("trained", "original", *ALIAS) if target.merged else ("original",)
+    expected = ("trained", "original", *ALIASES) if target.merged else ("original",)
     if into is not None and into not in expected:
         raise LorafoldError(
             f"--into: found {into} for {target.name}, expected {' or '.join(expected[:2])}"
         )
     if not target.merged and in_files is None:
         into = "original"
-    return choose_into(into, adapters, base.storage, in_files)
+    return choose_merge_target(into, adapters, base.storage, in_files)
 
 
-def _proof(
+def _prove(
     of: ReferenceAnswers,
     needs: Mapping[str, Any],
     directory: Path,
@@ -255,11 +258,11 @@ def _proof(
     options: ExportOptions,
 ) -> tuple[Proof, Tensor]:
     """The figures, and the engine's log-probabilities (prompts, vocabulary)."""
-    answers = ask(engine, of.job(needs, directory), options.engine_python)
-    return proof(of.answers, answers, of.margin, of.exchanged_experts), answers.adapted
+    answers = run_engine(engine, of.job(needs, directory), options.engine_python)
+    return compare(of.answers, answers, of.margin, of.exchanged_experts), answers.adapted
 
 
-def _tensors(target: Target, tensors: str | None) -> str | None:
+def _tensor_type(target: Target, tensors: str | None) -> str | None:
     if tensors is not None and tensors not in target.tensors:
         expected = ", ".join(target.tensors) or "none, because the target has a single type"
         raise LorafoldError(f"--tensors: found {tensors!r} for {target.name}, expected {expected}")
@@ -279,7 +282,7 @@ def _engine(target: Target, options: ExportOptions) -> str | None:
     return target.server
 
 
-def _unproved(target: Target, options: ExportOptions) -> str:
+def _reason_unproved(target: Target, options: ExportOptions) -> str:
     if not options.prove:
         return "--no-proof was given"
     if target.engine is None:
@@ -290,22 +293,22 @@ def _unproved(target: Target, options: ExportOptions) -> str:
     return ""
 
 
-def _check(proof: Proof, target: Target, tensors: str | None) -> None:
-    allowed = target.tolerance.get(tensors or "", SHARE)
+def _check_proof(proof: Proof, target: Target, tensors: str | None) -> None:
+    allowed = target.tolerance.get(tensors or "", MAX_LOST)
     start = f"{proof.engine} {proof.version} does not reproduce lorafold's outputs"
     if proof.unused:
-        raise LorafoldError(f"{start}: the engine ignored {as_one(proof.unused)}")
+        raise LorafoldError(f"{start}: the engine ignored {join_problems(proof.unused)}")
     if proof.distance and proof.changed == 0:
         raise LorafoldError(f"{start}: the adapter has no effect in the engine")
-    if not proof.distance and allowed == SHARE and proof.kl > ALONE:
+    if not proof.distance and allowed == MAX_LOST and proof.kl > MAX_BASE_KL:
         raise LorafoldError(
-            f"{start}: KL {proof.kl:.1e} nats, expected at most {ALONE}; nothing was written"
+            f"{start}: KL {proof.kl:.1e} nats, expected at most {MAX_BASE_KL}; nothing was written"
         )
     lost = proof.share is not None and allowed is not None and proof.share > allowed
-    if lost and proof.alone is not None and proof.alone > ALONE:
+    if lost and proof.alone is not None and proof.alone > MAX_BASE_KL:
         raise LorafoldError(
-            f"{start}: KL {proof.alone:.1e} nats even without adapters, expected at most {ALONE},"
-            " so the engine computes the base differently; nothing was written"
+            f"{start}: KL {proof.alone:.1e} nats even without adapters, expected at most"
+            f" {MAX_BASE_KL}, so the engine computes the base differently; nothing was written"
         )
     if lost and not proof.rounding:
         raise LorafoldError(

@@ -22,33 +22,33 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafold.errors import LorafoldError, as_one
+from lorafold.core.anatomy import last_part
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.exporting.plain_lora import (
     ADAPTER,
-    FORM,
+    FORMAT,
     HEADS,
     OTHER_TEMPLATE,
     TEMPLATE,
-    leaf_of,
     tied_heads,
-    write_files,
-    zeros,
+    write_adapter,
+    zero_factors,
 )
 from lorafold.exporting.target import (
     DOWN,
     GATE_UP,
+    ExportedFiles,
     Factors,
     Line,
     Progress,
     SiteFactors,
     Subject,
     Target,
-    Written,
-    only_products,
+    lora_problems,
     split_experts,
 )
 from lorafold.files.atomic import read_object, write_json
-from lorafold.inspecting.updates import padded
+from lorafold.inspecting.updates import pad_rank
 from lorafold.peft.config import CONFIG, WEIGHTS
 
 
@@ -57,10 +57,10 @@ class ToPeft(Target):
     engine = "peft"
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        return only_products(subject.update, "a plain LoRA")
+        return lora_problems(subject.update, "a plain LoRA")
 
-    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        base, files, _, notes = write_files(subject, subject.update.factors, directory)
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
+        base, files, _, notes = write_adapter(subject, subject.update.factors, directory)
         at = f", revision={base.revision!r}" if base.revision else ""
         launch = (
             "from peft import PeftModel",
@@ -70,18 +70,18 @@ class ToPeft(Target):
         )
         notes += [OTHER_TEMPLATE] * (TEMPLATE in files)
         job = {"adapter": f"{{out}}/{ADAPTER}", "base": str(subject.base.source.path)}
-        return Written(files, launch, notes, job)
+        return ExportedFiles(files, launch, notes, job)
 
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 EXPERTS = re.compile(rf"(.+\.experts)\.({GATE_UP}|{DOWN})")
 STACKED = ("gpt_oss",)  # families that accept stacked factors of experts
 SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # and families that need is_3d_lora_weight
-OWN = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # vLLM's names
+RENAMED = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # vLLM's names
 # families without LoRA in vLLM (SupportsLoRA)
-WITHOUT = ("bloom", "falcon", "gpt2", "gptj", "stablelm")
+VLLM_WITHOUT_LORA = ("bloom", "falcon", "gpt2", "gptj", "stablelm")
 # families with adapters for embedding and head in vLLM (embedding_modules)
-WITH_HEADS = (
+VLLM_WITH_HEADS = (
     "apertus", "cohere", "exaone", "exaone4", "granite", "granitemoe", "llama", "mistral",
     "mixtral", "nemotron", "phimoe", "qwen3", "qwen3_moe", "solar",
 )  # fmt: skip
@@ -94,15 +94,15 @@ class ToVllm(Target):
 
     def problems(self, subject: Subject) -> Sequence[str]:
         update, kind = subject.update, subject.config.model_type
-        reasons = only_products(update, FORM)
-        if kind in WITHOUT:
+        reasons = lora_problems(update, FORMAT)
+        if kind in VLLM_WITHOUT_LORA:
             reasons.append(f"vLLM supports no LoRA for models of type {kind}; merge the adapter")
         if update.rank > RANKS[-1]:
             reasons.append(
                 f"rank {update.rank}: vLLM supports at most {RANKS[-1]}; use --as-lora {RANKS[-1]}"
             )
-        heads = [path for path in update.factors if leaf_of(path) in HEADS]
-        if heads and kind not in WITH_HEADS:
+        heads = [path for path in update.factors if last_part(path) in HEADS]
+        if heads and kind not in VLLM_WITH_HEADS:
             reasons.append(f"{heads[0]}: vLLM supports no LoRA on the embedding or head of {kind}")
         elif tied := tied_heads(subject):
             reasons.append(f"{tied[0]}: vLLM can't adapt a tied embedding and head separately")
@@ -115,18 +115,19 @@ class ToVllm(Target):
             )
         return reasons
 
-    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
         kind, update = subject.config.model_type, subject.update
         experts = [match for path in update.factors if (match := EXPERTS.fullmatch(path))]
         # vLLM expects both parameters of experts
         parameters = [f"{match[1]}.{name}" for match in experts for name in (GATE_UP, DOWN)]
         factors = with_zeros(subject, update.factors, parameters)
-        base, files, options, notes = write_files(subject, factors, directory)
-        if kind in OWN and experts:
+        base, files, options, notes = write_adapter(subject, factors, directory)
+        if kind in RENAMED and experts:
             file = directory / ADAPTER / WEIGHTS
-            named = {key.replace(*OWN[kind]): tensor for key, tensor in load_file(file).items()}
+            named = {key.replace(*RENAMED[kind]): tensor for key, tensor in load_file(file).items()}
             save_file(named, file, metadata={"format": "pt"})
-            notes.append(f"experts have vLLM's names ({OWN[kind][1].strip('.')}) instead of PEFT's")
+            name = RENAMED[kind][1].strip('.')
+            notes.append(f"experts have vLLM's names ({name}) instead of PEFT's")
         most = next(rank for rank in RANKS if rank >= update.rank)
         engine: dict[str, object] = {"max_lora_rank": most}
         request: dict[str, object] = {}
@@ -135,7 +136,7 @@ class ToVllm(Target):
             engine["enable_mixed_moe_lora_format"] = request["is_3d_lora_weight"] = True
             options.append("--enable-mixed-moe-lora-format")
         line = ("vllm", "serve", base.model, "--enable-lora", "--max-lora-rank", str(most))
-        module = partial(module_of, name, request)
+        module = partial(lora_module_option, name, request)
         launch: Line = (*line, "--lora-modules", module, *options)
         job = {
             "adapter": f"{{out}}/{ADAPTER}",
@@ -143,10 +144,10 @@ class ToVllm(Target):
             "lora": {"engine": engine, "request": request},
         }
         notes.append(f"the model name in requests is {name}")
-        return Written(files, (launch,), notes, job)
+        return ExportedFiles(files, (launch,), notes, job)
 
 
-def module_of(name: str, request: Mapping[str, object], out: str) -> str:
+def lora_module_option(name: str, request: Mapping[str, object], out: str) -> str:
     path = f"{out}/{ADAPTER}"
     if request or "=" in name or "," in name + path:
         return json.dumps({"name": name, "path": path, **request}, ensure_ascii=False)
@@ -156,20 +157,21 @@ def module_of(name: str, request: Mapping[str, object], out: str) -> str:
 def with_zeros(
     subject: Subject, factors: SiteFactors, paths: Iterable[str]
 ) -> dict[str, Factors]:
-    return {**factors, **{path: zeros(subject, path) for path in paths if path not in factors}}
+    unchanged = [path for path in paths if path not in factors]
+    return {**factors, **{path: zero_factors(subject, path) for path in unchanged}}
 
 
-PACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-KNOWN = frozenset(
+SGLANG_PACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SGLANG_MODULES = frozenset(
     {
-        *(name for pack in PACKS for name in pack), "o_proj", "down_proj", "qkv_proj",
+        *(name for pack in SGLANG_PACKS for name in pack), "o_proj", "down_proj", "qkv_proj",
         "gate_up_proj", "embed_tokens", "lm_head",
     }
 )  # fmt: skip
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # experts are gate, then up
+SGLANG_FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # experts are gate, then up
 ROOT = "base_model.model."
 PROBES = 4  # random inputs, or rows, on which factors are compared
-EXACT = 1e-5  # relative, in fp32
+MAX_DIFFERENCE = 1e-5  # relative, in fp32
 
 
 class ToSglang(Target):
@@ -177,53 +179,53 @@ class ToSglang(Target):
 
     def problems(self, subject: Subject) -> Sequence[str]:
         update, kind = subject.update, subject.config.model_type
-        reasons = only_products(update, FORM)
+        reasons = lora_problems(update, FORMAT)
         experts = [path for path in update.factors if EXPERTS.fullmatch(path)]
-        if experts and kind not in FAMILIES:
-            known = ", ".join(FAMILIES)
+        if experts and kind not in SGLANG_FAMILIES:
+            known = ", ".join(SGLANG_FAMILIES)
             reasons.append(
                 f"{experts[0]}: SGLang's order of gate and up is known for {known}, not for {kind}"
             )
-        other = [p for p in update.factors if leaf_of(p) not in KNOWN]
+        other = [p for p in update.factors if last_part(p) not in SGLANG_MODULES]
         if other:
             reasons.append(f"{other[0]}: SGLang supports no LoRA on modules of this name")
         if tied := tied_heads(subject):
             reasons.append(f"{tied[0]}: SGLang can't adapt a tied embedding and head separately")
         return reasons
 
-    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        factors, rank = packed(subject, subject.update.factors), subject.update.rank
-        base, files, options, notes = write_files(subject, factors, directory)
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
+        factors, rank = with_packed_modules(subject, subject.update.factors), subject.update.rank
+        base, files, options, notes = write_adapter(subject, factors, directory)
         if added := len(factors) - len(subject.update.factors):
             notes.append(f"{added} unchanged modules are zeros: SGLang packs them with others")
         if any(map(EXPERTS.fullmatch, factors)):
-            _split(directory / ADAPTER, subject.config.model_type, factors, rank)
+            _write_per_expert(directory / ADAPTER, subject.config.model_type, factors, rank)
             notes.append("each expert has its own A and B, for SGLang; PEFT can't load them")
         name = str(subject.called)
         line = (
             "python", "-m", "sglang.launch_server", "--model-path", base.model, "--enable-lora",
-            "--lora-paths", partial(path_of, name), "--max-lora-rank", str(rank),
+            "--lora-paths", partial(lora_path_option, name), "--max-lora-rank", str(rank),
             "--lora-strict-loading",
         )  # fmt: skip
         notes.append(f"the model name in requests is {base.model}:{name}")
-        return Written(files, ((*line, *options),), notes)
+        return ExportedFiles(files, ((*line, *options),), notes)
 
     def read_back(self, subject: Subject, directory: Path) -> str:
         tensors = load_file(directory / ADAPTER / WEIGHTS)
         config = read_object(directory / ADAPTER / CONFIG)
         scale = config["lora_alpha"] / config["r"]
-        named = {leaf_of(path) for path in config["target_modules"]} & KNOWN
+        named = {last_part(path) for path in config["target_modules"]} & SGLANG_MODULES
         largest, kind = 0.0, subject.config.model_type
-        expected = dict(_single(kind, packed(subject, subject.update.factors)))
+        expected = dict(_per_expert(kind, with_packed_modules(subject, subject.update.factors)))
         for path, (up, down) in expected.items():
-            if leaf_of(path) not in named:
+            if last_part(path) not in named:
                 raise LorafoldError(f"sglang: {path} is missing in the written target_modules")
-            a, b = (_taken(tensors, path, half) for half in "AB")
-            largest = max(largest, _difference((scale * b, a), (up, down)))
+            a, b = (_pop_factor(tensors, path, half) for half in "AB")
+            largest = max(largest, _relative_difference((scale * b, a), (up, down)))
         if tensors:
-            over = as_one(sorted(tensors))
+            over = join_problems(sorted(tensors))
             raise LorafoldError(f"sglang: found written tensors that match no module: {over}")
-        if largest > EXACT:
+        if largest > MAX_DIFFERENCE:
             raise LorafoldError(
                 f"sglang: the written factors differ by {largest:.1e} from the update"
             )
@@ -233,27 +235,27 @@ class ToSglang(Target):
         )
 
 
-def path_of(name: str, out: str) -> str:
+def lora_path_option(name: str, out: str) -> str:
     path = f"{out}/{ADAPTER}"
     if "=" in name:
         return json.dumps({"lora_name": name, "lora_path": path}, ensure_ascii=False)
     return f"{name}={path}"
 
 
-def packed(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
+def with_packed_modules(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
     modules = {path for path, _ in subject.model.named_modules()}
     places = [path.rpartition(".") for path in factors]
     packs = [
         f"{parent}.{other}"
         for parent, _, name in places
-        for pack in PACKS
+        for pack in SGLANG_PACKS
         if name in pack
         for other in pack
     ]
     return with_zeros(subject, factors, [path for path in packs if path in modules])
 
 
-def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
+def _per_expert(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
     for path, pair in factors.items():
         if (match := EXPERTS.fullmatch(path)) is None:
             yield path, pair
@@ -263,22 +265,22 @@ def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
                 yield f"{match[1]}.{e}.{name}", (up[e], down[e])
 
 
-def _split(adapter: Path, kind: str, factors: SiteFactors, rank: int) -> None:
+def _write_per_expert(adapter: Path, kind: str, factors: SiteFactors, rank: int) -> None:
     tensors = {k: t for k, t in load_file(adapter / WEIGHTS).items() if ".experts." not in k}
-    experts = {path: pair for path, pair in _single(kind, factors) if ".experts." in path}
+    experts = {path: pair for path, pair in _per_expert(kind, factors) if ".experts." in path}
     for path, pair in experts.items():
-        up, down = padded(pair, rank)
+        up, down = pad_rank(pair, rank)
         tensors[f"{ROOT}{path}.lora_A.weight"] = down
         tensors[f"{ROOT}{path}.lora_B.weight"] = up.contiguous()
     config = read_object(adapter / CONFIG)
     config.pop("target_parameters", None)
-    names = {*(config["target_modules"] or ()), *map(leaf_of, experts)}
+    names = {*(config["target_modules"] or ()), *map(last_part, experts)}
     config["target_modules"] = sorted(names)
     save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
     write_json(adapter / CONFIG, config)
 
 
-def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
+def _pop_factor(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
     """Pop a factor, (r, in) for A and (out, r) for B, from the file's tensors."""
     for key in (f"{ROOT}{path}.lora_{half}.weight", f"{ROOT}{path}.lora_embedding_{half}"):
         if key in tensors:
@@ -286,7 +288,7 @@ def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
     raise LorafoldError(f"sglang: {path}.lora_{half} is missing in the written file")
 
 
-def _difference(written: Factors, other: Factors) -> float:
+def _relative_difference(written: Factors, other: Factors) -> float:
     (up, down), (b, a) = written, other
     x = torch.randn(a.shape[-1], PROBES, generator=torch.Generator().manual_seed(0))
     product, expected = b @ (a @ x), up.float() @ (down.float() @ x)

@@ -28,20 +28,20 @@ from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import Delta, on_meta
 from lorafold.core.layer import BaseLayer
 from lorafold.errors import NotMergeable
-from lorafold.fold.as_trained import attach_round_trip
 from lorafold.fold.plan import deltas_of
+from lorafold.fold.quantization_round_trip import attach_round_trip
 from lorafold.inspecting.updates import (
     Factors,
     SiteFactors,
     Svd,
     matrix_names,
-    of_dense,
-    of_factors,
     stacked,
+    svd_of_dense,
+    svd_of_factors,
     unstacked,
 )
 from lorafold.layers import layer_of
-from lorafold.merging.merge_target import Into
+from lorafold.merging.merge_target import MergeTarget
 from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
 from lorafold.peft.adapter_directory import SavedAdapter
@@ -97,7 +97,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
                 lost[name] = float(squares[rank:].sum()), float(squares.sum())
                 cut.append(svd.factors(rank))
             factors[path] = stacked(cut, layer.matrices)
-        elif pair := _product(deltas):
+        elif pair := _stacked_factors(deltas):
             factors[path] = pair
         else:
             parts = [p for delta in deltas for p in delta.parts() if p.factors() is None]
@@ -124,7 +124,7 @@ def _other_change(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
     return "" if w.dim() > 1 else "a vector"
 
 
-def _product(deltas: Sequence[Delta]) -> Factors | None:
+def _stacked_factors(deltas: Sequence[Delta]) -> Factors | None:
     pairs = [pair for delta in deltas if (pair := delta.factors()) is not None]
     if len(pairs) < len(deltas):
         return None
@@ -133,13 +133,13 @@ def _product(deltas: Sequence[Delta]) -> Factors | None:
 
 
 def _svds(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
-    if pair := _product(deltas):
-        return map(of_factors, *map(unstacked, pair))
+    if pair := _stacked_factors(deltas):
+        return map(svd_of_factors, *map(unstacked, pair))
     w, b = layer.dense()
     changed = w.float()
     for delta in deltas:
         changed, b = delta.fold(changed, b)
-    return map(of_dense, unstacked(changed - w.float()))
+    return map(svd_of_dense, unstacked(changed - w.float()))
 
 
 def split_experts(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
@@ -153,28 +153,28 @@ def split_experts(kind: str, name: str, factors: Factors) -> Iterator[tuple[str,
 
 
 OUT = "{out}"  # placeholder for the export's directory
-CONTENT = "$(cat "  # prefix of a word that is a file's content; the path follows
+FILE_CONTENT = "$(cat "  # prefix of a word that is a file's content; the path follows
 LITERAL = re.compile(r'"\{out\}([^"]*)"')
 
 Word = str | Callable[[str], str]  # or a function of the directory
 Line = str | tuple[Word, ...]  # text, Python code, or the words of a command
-FULL = "full_attention"
+FULL_ATTENTION = "full_attention"
 Progress = Callable[[int, int], None]  # done, of
-ORIGINAL = Into("original", None)
+ORIGINAL = MergeTarget("original", None)
 
 
-def placed(line: Line, out: str) -> str:
+def show_line(line: Line, out: str) -> str:
     """A line with the directory inserted, quoted for a shell or as a Python string."""
     if isinstance(line, tuple):
-        return " ".join(_word(word, out) for word in line)
+        return " ".join(_quote_word(word, out) for word in line)
     return LITERAL.sub(lambda match: json.dumps(out + match[1], ensure_ascii=False), line)
 
 
-def _word(word: Word, out: str) -> str:
+def _quote_word(word: Word, out: str) -> str:
     if callable(word):
         return quote(word(out))
-    if word.startswith(CONTENT):
-        return f'"$(cat {quote(word.removeprefix(CONTENT).replace(OUT, out))})"'
+    if word.startswith(FILE_CONTENT):
+        return f'"$(cat {quote(word.removeprefix(FILE_CONTENT).replace(OUT, out))})"'
     return quote(word.replace(OUT, out))
 
 
@@ -190,13 +190,13 @@ def window_notes(engine: str, config: Any) -> tuple[str, ...]:
     )
 
 
-def period_of(kinds: Sequence[str]) -> int | None:
+def full_attention_period(kinds: Sequence[str]) -> int | None:
     """Every how many layers one attends to all positions; None if they aren't regular."""
-    if FULL not in kinds:
+    if FULL_ATTENTION not in kinds:
         return None
-    period = kinds.index(FULL) + 1
+    period = kinds.index(FULL_ATTENTION) + 1
     regular = [(n + 1) % period == 0 for n in range(len(kinds))]
-    return period if regular == [kind == FULL for kind in kinds] else None
+    return period if regular == [kind == FULL_ATTENTION for kind in kinds] else None
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Subject:
     adapters: tuple[SavedAdapter, ...]
     tensors: str | None = None
     original: tuple[SavedAdapter, ...] = ()
-    into: Into = ORIGINAL
+    into: MergeTarget = ORIGINAL
 
     @property
     def stored(self) -> str:
@@ -252,7 +252,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportedFiles:
     """The written files, the most important first; `launch`, lines that use them; notes; and the
     inputs of the engine's job, with paths as {out}/NAME.
     """
@@ -289,7 +289,7 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
         """Write the files into the directory, which appears when it is complete."""
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
@@ -307,7 +307,7 @@ class Target(ABC):
         return ""
 
 
-def only_products(update: Update, name: str) -> list[str]:
+def lora_problems(update: Update, name: str) -> list[str]:
     reasons = [f"{p}: {kind}, which {name} can't represent" for p, kind in update.other.items()]
     if not (reasons or update.factors or update.dense):
         return ["the adapters change no weight"]

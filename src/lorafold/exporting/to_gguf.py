@@ -19,26 +19,26 @@ from typing import Any
 
 import gguf
 
-from lorafold.errors import LorafoldError, shortened
+from lorafold.errors import LorafoldError, truncate_middle
 from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import (
     FILE_TYPES,
-    PLAIN,
-    Described,
+    FLOAT_TYPES,
+    GgufContent,
     MergedParameter,
-    described,
-    tensors_of_update,
-    write_described,
+    adapter_tensors,
+    gguf_content,
+    write_content,
     write_gguf,
     write_model,
 )
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
-from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
+from lorafold.exporting.target import ExportedFiles, Line, Progress, Subject, Target, lora_problems
 from lorafold.models.loading import stored_in_files
 
-FILE = "adapter.gguf"
-BASE = "base-gguf"  # the directory of the base in launch lines
-JOB = {"adapter": f"{{out}}/{FILE}"}
+ADAPTER_FILE = "adapter.gguf"
+BASE_DIR = "base-gguf"  # the directory of the base in launch lines
+JOB = {"adapter": f"{{out}}/{ADAPTER_FILE}"}
 ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
 
@@ -54,32 +54,33 @@ class GgufAdapter(Target):
     def problems(self, subject: Subject) -> Sequence[str]:
         if not subject.adapters:
             return ["found no adapter, expected one; use --to gguf-model for a whole model"]
-        row, update = architecture_of(subject.config), subject.update
-        reasons = tensors_of_update(update.factors, subject.config, row)[1]
-        return [*only_products(update, "a GGUF adapter"), *reasons]
+        arch, update = architecture_of(subject.config), subject.update
+        reasons = adapter_tensors(update.factors, subject.config, arch)[1]
+        return [*lora_problems(update, "a GGUF adapter"), *reasons]
 
-    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        row = architecture_of(subject.config)
-        tensors, _ = tensors_of_update(subject.update.factors, subject.config, row)
-        writer = gguf.GGUFWriter(None, row.name)
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
+        arch = architecture_of(subject.config)
+        tensors, _ = adapter_tensors(subject.update.factors, subject.config, arch)
+        writer = gguf.GGUFWriter(None, arch.name)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
         placed = [MergedParameter.known(name, tensor) for name, tensor in tensors.items()]
-        content = Described(writer, placed, ())
-        notes = [*write_described(content, directory / FILE, str(subject.tensors), progress)]
-        source, options, files = subject.base.source.gguf, ["--jinja"], [FILE]
+        content = GgufContent(writer, placed, ())
+        notes = [*write_content(content, directory / ADAPTER_FILE, str(subject.tensors), progress)]
+        source, options, files = subject.base.source.gguf, ["--jinja"], [ADAPTER_FILE]
         if write_template(subject, directory):
             notes.append(OTHER_TEMPLATE)
             options += ["--chat-template-file", f"{{out}}/{TEMPLATE}"]
             files.append(TEMPLATE)
         if source is not None:
-            return Written(files, self.use(str(source), options), notes, JOB)
+            return ExportedFiles(files, self.use(str(source), options), notes, JOB)
         revision = base_reference(subject.base).revision
         at = f" --revision {revision}" if revision else ""
-        model, file = quote(subject.base.name) + at, f"{BASE}/model-F16.gguf"
-        made_by = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"
-        return Written(files, (made_by, *self.use(file, options)), notes, JOB)
+        model, file = quote(subject.base.name) + at, f"{BASE_DIR}/model-F16.gguf"
+        command = f"lorafold export --model {model} --to gguf-model --out {BASE_DIR}"
+        launch = (f"{command}  # writes {file}", *self.use(file, options))
+        return ExportedFiles(files, launch, notes, JOB)
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
@@ -100,7 +101,7 @@ class ToGguf(GgufAdapter):
     name = "gguf"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
-        return (("llama-cli", "-m", base, "--lora", listed_path, *options),)
+        return (("llama-cli", "-m", base, "--lora", lora_option, *options),)
 
 
 class ToLlamaCpp(GgufAdapter):
@@ -108,49 +109,50 @@ class ToLlamaCpp(GgufAdapter):
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
         return (
-            ("llama-server", "-m", base, "--lora", listed_path, *options),
+            ("llama-server", "-m", base, "--lora", lora_option, *options),
             'send "lora": [{"id": 0, "scale": 0.0}] with a request to query the base model',
         )
 
 
-def listed_path(out: str) -> str:
+def lora_option(out: str) -> str:
     """The path for --lora, which takes a list: quoted as in CSV if it has a comma or quote."""
-    path = f"{out}/{FILE}"
+    path = f"{out}/{ADAPTER_FILE}"
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
 
 
 QUANTIZER = "llama-quantize"
-MIXED = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")
+MIXED_TYPES = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")
 # for other types, the share is only reported
 TOLERANCE: Mapping[str, float | None] = {
-    **dict.fromkeys((*FILE_TYPES, *MIXED)), **dict.fromkeys(PLAIN, 0.01), "Q8_0": 0.02
+    **dict.fromkeys((*FILE_TYPES, *MIXED_TYPES)), **dict.fromkeys(FLOAT_TYPES, 0.01), "Q8_0": 0.02
 }  # fmt: skip
 
 
-def file_of(tensors: str | None) -> str:
+def model_file(tensors: str | None) -> str:
     return f"model-{tensors}.gguf"
 
 
 def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
     tensors = str(subject.tensors)
-    if tensors not in MIXED:
-        return write_gguf(subject, directory / file_of(tensors), tensors, progress)
-    plain = directory / file_of("F32")
+    if tensors not in MIXED_TYPES:
+        return write_gguf(subject, directory / model_file(tensors), tensors, progress)
+    plain = directory / model_file("F32")
     notes = write_gguf(subject, plain, "F32", progress)
-    command = [QUANTIZER, str(plain), str(directory / file_of(tensors)), tensors]
+    command = [QUANTIZER, str(plain), str(directory / model_file(tensors)), tensors]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
         plain.unlink()
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {shortened(lines[-1], 160)}")
+        last = truncate_middle(lines[-1], 160)
+        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {last}")
     return notes
 
 
 class GgufModel(Target):
     engine = "llamacpp"
-    tensors = (*FILE_TYPES, *MIXED)
+    tensors = (*FILE_TYPES, *MIXED_TYPES)
     merged = True
     tolerance = TOLERANCE
 
@@ -160,21 +162,21 @@ class GgufModel(Target):
                 f"the model's files have {held} weights; run lorafold merge first, or pass the"
                 " unquantized model as --model"
             ]
-        if subject.tensors in MIXED and shutil.which(QUANTIZER) is None:
+        if subject.tensors in MIXED_TYPES and shutil.which(QUANTIZER) is None:
             return [
                 f"{subject.tensors} requires llama.cpp's {QUANTIZER}, which is not on PATH; install"
-                f" it, or export F16 and run: {QUANTIZER} {file_of('F16')}"
-                f" {file_of(subject.tensors)} {subject.tensors}"
+                f" it, or export F16 and run: {QUANTIZER} {model_file('F16')}"
+                f" {model_file(subject.tensors)} {subject.tensors}"
             ]
-        described(subject, "F16")
+        gguf_content(subject, "F16")
         return []
 
 
 class ToGgufModel(GgufModel):
     name = "gguf-model"
 
-    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        file = file_of(subject.tensors)
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
+        file = model_file(subject.tensors)
         notes = write_file(subject, directory, progress)
         launch = (("llama-server", "-m", f"{{out}}/{file}", "--jinja"),)
-        return Written((file,), launch, notes, {"base": f"{{out}}/{file}"})
+        return ExportedFiles((file,), launch, notes, {"base": f"{{out}}/{file}"})

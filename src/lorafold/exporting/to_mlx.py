@@ -25,28 +25,28 @@ from torch import Tensor
 from lorafold.core.attach import adapted_modules
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
 from lorafold.exporting.target import (
-    CONTENT,
+    FILE_CONTENT,
+    ExportedFiles,
     Factors,
     Progress,
     Subject,
     Target,
     Update,
-    Written,
-    only_products,
-    period_of,
+    full_attention_period,
+    lora_problems,
     split_experts,
     window_notes,
 )
 from lorafold.files.atomic import read_object, write_json
 from lorafold.fold.plan import deltas_of
-from lorafold.inspecting.updates import padded
+from lorafold.inspecting.updates import pad_rank
 from lorafold.layers import is_linear, layer_of
 from lorafold.methods.dora import DoRADelta
 
 MODEL_CONFIG, MANIFEST = "config.json", "manifest.json"
 THETA = "rope_theta"
 # mlx-lm reads the full-attention layers of Gemma 3 from this key, not from layer_types
-GEMMA, PATTERN, USUAL = "gemma3_text", "sliding_window_pattern", 6
+GEMMA, PATTERN, DEFAULT_PERIOD = "gemma3_text", "sliding_window_pattern", 6
 PARTIAL = "partial_rotary_factor"
 KINDS = ("full_attention", "sliding_attention")  # layer types with their own positions
 WEIGHTS, CONFIG, BASE = "adapters.safetensors", "adapter_config.json", "base"
@@ -58,7 +58,7 @@ NO_WINDOWS = (
     "gemma2", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
 )  # fmt: skip
 # mlx-lm's path of a block's experts, by model type
-SWITCH = {
+EXPERT_PATHS = {
     "gpt_oss": "mlp.experts",
     "mixtral": "block_sparse_moe.switch_mlp",
     "olmoe": "mlp.switch_mlp",
@@ -67,7 +67,7 @@ SWITCH = {
 }
 
 
-def older_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def legacy_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     more = {**_positions(config), **_pattern(config)}
     if "num_local_experts" in config and "num_experts" not in config:
         more["num_experts"] = config["num_local_experts"]
@@ -78,8 +78,8 @@ def _pattern(config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = config.get("layer_types")
     if config.get("model_type") != GEMMA or PATTERN in config or not isinstance(kinds, list):
         return {}
-    period = period_of(kinds)
-    return {} if period in (None, USUAL) else {PATTERN: period}
+    period = full_attention_period(kinds)
+    return {} if period in (None, DEFAULT_PERIOD) else {PATTERN: period}
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,8 +100,8 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
     return more
 
 
-def write_older(source: Path, directory: Path) -> bool:
-    config = older_config(read_object(source / MODEL_CONFIG))
+def write_legacy_base(source: Path, directory: Path) -> bool:
+    config = legacy_config(read_object(source / MODEL_CONFIG))
     if config is None:
         return False
     directory.mkdir()
@@ -123,24 +123,24 @@ class ToMlx(Target):
 
     def problems(self, subject: Subject) -> Sequence[str]:
         update = subject.update
-        if doras := _doras(subject):
+        if doras := _dora_factors(subject):
             update = Update({path: pair for path, (pair, _) in doras.items()})
-        reasons = only_products(update, "an mlx-lm adapter")
+        reasons = lora_problems(update, "an mlx-lm adapter")
         config = subject.config
-        if config.model_type == GEMMA and period_of(config.layer_types) is None:
+        if config.model_type == GEMMA and full_attention_period(config.layer_types) is None:
             reasons.append(
                 "the base: mlx-lm supports Gemma 3 only with full attention in every Nth layer,"
                 " but this model's layer_types are irregular"
             )
-        return reasons + [line for path in update.factors if (line := _unnamed(subject, path))]
+        return [*reasons, *filter(None, (_naming_problem(subject, p) for p in update.factors))]
 
-    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        doras, kind = _doras(subject), subject.config.model_type
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
+        doras, kind = _dora_factors(subject), subject.config.model_type
         factors = {path: pair for path, (pair, _) in doras.items()} or subject.update.factors
         rank = max(down.shape[-2] for _, down in factors.values())
         tensors = {}
         for path, pair in factors.items():
-            for name, (up, down) in _named(kind, path, padded(pair, rank)):
+            for name, (up, down) in _mlx_factors(kind, path, pad_rank(pair, rank)):
                 turned = up.dim() == 2
                 tensors[f"{name}.lora_a"] = down.t() if turned else down
                 tensors[f"{name}.lora_b"] = up.t() if turned else up
@@ -150,7 +150,7 @@ class ToMlx(Target):
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         save_file(contiguous, out / WEIGHTS, metadata={"format": "mlx"})
         layers = subject.config.get_text_config().num_hidden_layers
-        keys = keys_of({key.rsplit(".", 1)[0] for key in tensors}, layers)
+        keys = adapter_keys({key.rsplit(".", 1)[0] for key in tensors}, layers)
         config = {
             "fine_tune_type": "dora" if doras else "lora",
             "num_layers": layers,
@@ -159,11 +159,11 @@ class ToMlx(Target):
         write_json(out / CONFIG, config)
         return self._written(subject, directory, rank)
 
-    def _written(self, subject: Subject, directory: Path, rank: int) -> Written:
+    def _written(self, subject: Subject, directory: Path, rank: int) -> ExportedFiles:
         base, template = base_reference(subject.base), write_template(subject, directory)
         source = subject.base.source.path
         notes, model, path = [f"rank {rank} in every module, scale 1"], base.model, str(source)
-        if write_older(source, directory / BASE):
+        if write_legacy_base(source, directory / BASE):
             model = path = f"{{out}}/{BASE}"
             notes.append(
                 "base/ is a copy of the base with older config keys such as rope_theta, because"
@@ -181,13 +181,13 @@ class ToMlx(Target):
         options = ("--model", model, "--adapter-path", "{out}/adapter")
         launch = [("mlx_lm.generate", *options, "--prompt", "Hello"), ("mlx_lm.server", *options)]
         if template:
-            launch = [(*launch[1], "--chat-template", f"{CONTENT}{{out}}/{TEMPLATE}")]
+            launch = [(*launch[1], "--chat-template", f"{FILE_CONTENT}{{out}}/{TEMPLATE}")]
             notes.append(OTHER_TEMPLATE)
         files = (f"adapter/{WEIGHTS}", f"adapter/{CONFIG}", *[TEMPLATE] * template)
-        return Written(files, launch, notes, {"adapter": "{out}/adapter", "base": path})
+        return ExportedFiles(files, launch, notes, {"adapter": "{out}/adapter", "base": path})
 
 
-def keys_of(paths: Iterable[str], layers: int) -> list[str]:
+def adapter_keys(paths: Iterable[str], layers: int) -> list[str]:
     """The `keys` for these modules: relative to a block if all blocks have the same."""
     matches = {path: BLOCK.fullmatch(path) for path in paths}
     inside = Counter(match[2] for match in matches.values() if match)
@@ -196,7 +196,7 @@ def keys_of(paths: Iterable[str], layers: int) -> list[str]:
     return sorted([*inside, *(path for path, match in matches.items() if not match)])
 
 
-def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
+def _dora_factors(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
     """Factors and magnitude (out,) of each module, if every change is DoRA on linear layers."""
     doras = {}
     for path, module in adapted_modules(subject.model):
@@ -213,7 +213,7 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
     return doras
 
 
-def _unnamed(subject: Subject, path: str) -> str:
+def _naming_problem(subject: Subject, path: str) -> str:
     block, kind = BLOCK.fullmatch(path), subject.config.model_type
     if path in (EMBEDDING, HEAD):
         if getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
@@ -221,17 +221,17 @@ def _unnamed(subject: Subject, path: str) -> str:
         return ""
     if block is None:
         return f"{path}: mlx-lm has no such module; expected modules in model.layers"
-    if EXPERTS.fullmatch(block[2]) and kind not in SWITCH:
-        known = ", ".join(SWITCH)
+    if EXPERTS.fullmatch(block[2]) and kind not in EXPERT_PATHS:
+        known = ", ".join(EXPERT_PATHS)
         return f"{path}: mlx-lm's names of experts are known for {known}, not for {kind}"
     return ""
 
 
-def _named(kind: str, path: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
+def _mlx_factors(kind: str, path: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
     block = BLOCK.fullmatch(path)
     experts = EXPERTS.fullmatch(block[2]) if block else None
     if block is None or experts is None:
         yield path, factors
         return
     for name, each in split_experts(kind, experts[1], factors):
-        yield f"{block[1]}.{SWITCH[kind]}.{name}", each
+        yield f"{block[1]}.{EXPERT_PATHS[kind]}.{name}", each

@@ -9,8 +9,8 @@ assistant):
     none given       start            u a_open a u_open u ... end
 
 The marks are read from three renderings; then they are checked against the template on every
-conversation of `CHATS`. `late` means that the template writes the system message into the last user
-turn.
+conversation of `PROBE_CHATS`. `system_last` means that the template writes the system message into
+the last user turn.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lorafold.data.chat_template import template_of
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
-from lorafold.data.templates import template_of
-from lorafold.engine.kv_cache import common
-from lorafold.errors import LorafoldError, shortened
-from lorafold.exporting.target import Progress, Subject, Written
-from lorafold.exporting.to_gguf import GgufModel, file_of, write_file
+from lorafold.engine.kv_cache import common_length
+from lorafold.errors import LorafoldError, truncate_middle
+from lorafold.exporting.target import ExportedFiles, Progress, Subject
+from lorafold.exporting.to_gguf import GgufModel, model_file, write_file
 
 S, U, A, V = "probe rule", "probe question", "probe answer", "probe second"
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
-CHATS = ("u", "su", "uau", "suau", "uauau", "suauau")
-SAID = (
+PROBE_CHATS = ("u", "su", "uau", "suau", "uauau", "suauau")
+PROBE_CONTENTS = (
     "Line one.\nLine two: {{ 3 }} \"x\" 'y' <b>",
     "Grüße, 世界 🚀 & 100%",
     "What is 12 + 30?",
@@ -53,40 +53,40 @@ class Turns:
     a_open: str
     u_open: str
     end: str
-    late: bool = False
+    system_last: bool = False
 
     def text(self, messages: Sequence[Message]) -> str:
         first = messages[0]["content"] if messages[0]["role"] == "system" else None
         texts = [str(m["content"]) for m in messages if m["role"] != "system"]
         before, between = self.system or ("", "")
-        if self.late and first is not None:
+        if self.system_last and first is not None:
             texts[-1] = f"{before}{first}{between}{texts[-1]}"
-        opening = self.start if self.late or first is None else f"{before}{first}{between}"
+        opening = self.start if self.system_last or first is None else f"{before}{first}{between}"
         parts = [opening, texts[0]]
         for n, text in enumerate(texts[1:], 1):
             parts += [self.a_open if n % 2 else self.u_open, text]
         return "".join([*parts, self.end])
 
 
-def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
-    def written(messages: Sequence[Message]) -> str:
+def detect_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
+    def rendered(messages: Sequence[Message]) -> str:
         return render(messages, tokenizer, for_generation=True)
 
-    start, end = _around(written(_chat("u", [U])), [U])
-    _, a_open, u_open, _ = _around(written(_chat("uau", [U, A, V])), [U, A, V])
+    start, end = _split_around(rendered(_chat("u", [U])), [U])
+    _, a_open, u_open, _ = _split_around(rendered(_chat("uau", [U, A, V])), [U, A, V])
     plain = Turns(start, None, a_open, u_open, end)
-    with_system, tried = "", [plain]
+    with_system, candidates = "", [plain]
     with suppress(LorafoldError):  # templates may reject system messages
-        with_system = written(_chat("su", [S, U]))
+        with_system = rendered(_chat("su", [S, U]))
     if S in with_system:
-        before, between, _ = _around(with_system, [S, U])
-        tried = [Turns(start, (before, between), a_open, u_open, end)]
+        before, between, _ = _split_around(with_system, [S, U])
+        candidates = [Turns(start, (before, between), a_open, u_open, end)]
         if before.startswith(start):
             late = (before.removeprefix(start), between)
-            tried.append(Turns(start, late, a_open, u_open, end, late=True))
+            candidates.append(Turns(start, late, a_open, u_open, end, system_last=True))
     wrong = []
-    for turns in tried:
-        wrong.append(_first_wrong(turns, written))
+    for turns in candidates:
+        wrong.append(_first_difference(turns, rendered))
         if not wrong[-1]:
             return turns
     raise LorafoldError(
@@ -95,13 +95,13 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
     )
 
 
-def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def lost_feature_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     template = str(tokenizer.chat_template)
     notes = []
-    if lacking := [feature for feature, word in BESIDE.items() if re.search(word, template)]:
+    if lost := [feature for feature, word in EXTRA_FEATURES.items() if re.search(word, template)]:
         notes.append(
             "the Ollama template supports plain chat only; the model's own also supports"
-            f" {' and '.join(lacking)}"
+            f" {' and '.join(lost)}"
         )
     spaced = f" {U} "
     if spaced not in render(_chat("u", [spaced]), tokenizer, for_generation=True):
@@ -111,14 +111,14 @@ def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return notes
 
 
-BESIDE = {"tools": r"\btools\b", "reasoning": r"reasoning_content|enable_thinking|<think>"}
+EXTRA_FEATURES = {"tools": r"\btools\b", "reasoning": r"reasoning_content|enable_thinking|<think>"}
 
 
 def _chat(roles: str, contents: Sequence[str]) -> list[Message]:
     return [{"role": ROLES[r], "content": text} for r, text in zip(roles, contents, strict=True)]
 
 
-def _around(text: str, contents: Sequence[str]) -> list[str]:
+def _split_around(text: str, contents: Sequence[str]) -> list[str]:
     parts = []
     for content in contents:
         before, mark, text = text.partition(content)
@@ -131,16 +131,16 @@ def _around(text: str, contents: Sequence[str]) -> list[str]:
     return [*parts, text]
 
 
-def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> str:
+def _first_difference(turns: Turns, rendered: Callable[[Sequence[Message]], str]) -> str:
     """The first conversation that the template renders differently from the marks, or ""."""
-    for roles in CHATS:
+    for roles in PROBE_CHATS:
         if roles.startswith("s") and turns.system is None:
             continue
-        chat = _chat(roles, SAID[: len(roles)])
+        chat = _chat(roles, PROBE_CONTENTS[: len(roles)])
         by_marks = turns.text(chat)
-        if (text := written(chat)) != by_marks:
-            at, chat_of_roles = common(text, by_marks), "-".join(ROLES[r] for r in roles)
-            part = shortened(repr(text[max(at - 20, 0) : at + 20]), 60)
+        if (text := rendered(chat)) != by_marks:
+            at, chat_of_roles = common_length(text, by_marks), "-".join(ROLES[r] for r in roles)
+            part = truncate_middle(repr(text[max(at - 20, 0) : at + 20]), 60)
             return f"{part} in a {chat_of_roles} chat"
     return ""
 
@@ -163,8 +163,8 @@ def go_template(turns: Turns) -> str:
     # in Go templates, only the opening of an action needs escaping
     marks |= {"before": before, "between": between}
     marks = {name: mark.replace("{{", '{{ "{{" }}') for name, mark in marks.items()}
-    late, start = (LATE if turns.late else ""), "%(start)s"
-    if turns.system is not None and not turns.late:
+    late, start = (LATE if turns.system_last else ""), "%(start)s"
+    if turns.system is not None and not turns.system_last:
         start = f"{{{{ if .System }}}}{SYSTEM}{{{{ else }}}}%(start)s{{{{ end }}}}"
     return (start + MESSAGES.replace("LATE", late)) % marks
 
@@ -181,9 +181,9 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
     return f"FROM ./{weights}\nTEMPLATE {QUOTES}{template}{QUOTES}\n{ends}"
 
 
-def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:
+def convert_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:
     ensure_chat_template(tokenizer)
-    turns, notes = turns_of(tokenizer), adds(tokenizer)
+    turns, notes = detect_turns(tokenizer), lost_feature_notes(tokenizer)
     if turns.system is None:
         notes.append("the model's chat template has no system message, so Ollama's ignores it")
     bos = str(tokenizer.bos_token or "")
@@ -204,13 +204,13 @@ class ToOllama(GgufModel):
     def problems(self, subject: Subject) -> Sequence[str]:
         if reasons := super().problems(subject):
             return reasons
-        template, stops, _ = chat_of(subject.tokenizer)
-        modelfile(file_of(subject.tensors), template, stops)
+        template, stops, _ = convert_template(subject.tokenizer)
+        modelfile(model_file(subject.tensors), template, stops)
         return []
 
-    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        template, stops, notes = chat_of(subject.tokenizer)
-        file = file_of(subject.tensors)
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
+        template, stops, notes = convert_template(subject.tokenizer)
+        file = model_file(subject.tensors)
         text = modelfile(file, template, stops)
         notes = [*write_file(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
@@ -226,4 +226,4 @@ class ToOllama(GgufModel):
                 "the adapters are merged into the model, because Ollama since 0.34.1 rejects"
                 " ADAPTER in a Modelfile",
             )
-        return Written((MODELFILE, file), launch, notes, {"base": f"{{out}}/{file}"})
+        return ExportedFiles((MODELFILE, file), launch, notes, {"base": f"{{out}}/{file}"})

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.files.paths import check_name
 
 MANIFEST = "manifest.json"
@@ -284,6 +284,6 @@ def check_intact(
     """Raises if files differ from lorafold's manifest, if any (`verify`)."""
     if problems := verify(directory, patterns, manifest, read, required=False):
         raise LorafoldError(
-            f"{directory}: {as_one(problems)}: the files were damaged or edited; restore them, or"
-            f" delete {MANIFEST} if you edited them"
+            f"{directory}: {join_problems(problems)}: the files were damaged or edited; restore"
+            f" them, or delete {MANIFEST} if you edited them"
         )

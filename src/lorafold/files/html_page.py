@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lorafold.errors import cut
+from lorafold.errors import truncate_end
 from lorafold.files.atomic import write_text
 from lorafold.files.templates import as_text, environment, within
 
@@ -95,7 +95,7 @@ def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return "" if value is None else cut(as_text(value), 200)
+        return "" if value is None else truncate_end(as_text(value), 200)
     if len(value) > 4 and all(isinstance(one, int | float) for one in value):
         return f"{_text(value[0])} ... {_text(value[-1])} ({len(value):,})"
     if len(value) > ENTRIES:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorafold.errors import LorafoldError, both_names
+from lorafold.errors import LorafoldError, two_names_message
 
 RECORD = "lorafold.json"
 BASE = "base"  # the base's fingerprint
@@ -23,5 +23,5 @@ def named_as_now(fields: Mapping[str, Any], names: Mapping[str, str] = NAMES) ->
     for name, now in names.items():
         same = [n for n in (now, *names) if n != name and n in fields and names.get(n, n) == now]
         if name in fields and same:
-            raise LorafoldError(both_names(name, same[0]))
+            raise LorafoldError(two_names_message(name, same[0]))
     return {names.get(name, name): value for name, value in fields.items()}

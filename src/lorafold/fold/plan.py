@@ -3,8 +3,9 @@ quantization needs special code.
 
     W' = round(fold(W))         summed in fp32, rounded once to the stored dtype
 
-`carry_out` executes it in memory, one module at a time; `merging` tensor by tensor. A config switch
-for biases (Llama: attention_bias, mlp_bias) affects several linears; unadapted ones get zeros.
+`execute_fold` executes it in memory, one module at a time; `merging` tensor by tensor. A config
+switch for biases (Llama: attention_bias, mlp_bias) affects several linears; unadapted ones get
+zeros.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta, alike, on_meta
 from lorafold.core.expert_matrices import module_at, parameter_path
 from lorafold.core.layer import bare
-from lorafold.errors import NotMergeable, as_one, listed
+from lorafold.errors import NotMergeable, join_problems, listed
 from lorafold.layers import layer_of
 
 TensorShape = tuple[int, ...]
-WHOLE = "the model as a whole"
-NAMES = ("weight", "bias")
+WHOLE_MODEL = "the model as a whole"
+PARAMETER_NAMES = ("weight", "bias")
 # config switch -> path of each module that gets a bias by it -> the shape of that bias
 Switches = dict[str, dict[str, torch.Size]]
 
@@ -70,11 +71,11 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
             problems.append((path, f"adapter {lowest!r} is attached below; merge that first"))
             continue
         try:
-            for name, shape in changes(module, names).items():
+            for name, shape in changed_shapes(module, names).items():
                 parameter = parameter_path(module, path, name)
                 shapes[parameter], sites[parameter] = shape, (path, name)
         except NotMergeable as e:
-            problems.append((path or WHOLE, str(e)))
+            problems.append((path or WHOLE_MODEL, str(e)))
     shared = {name: others for name, others in tied_parameters(model).items() if name in shapes}
     tied = {}
     for name, others in shared.items():  # stays tied if all its modules change alike
@@ -87,12 +88,12 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
     try:
         biased = [path for path, name in sites.values() if name == "bias"]
         lacking = [p for p in biased if not layer_of(module_at(model, p)).has_bias]
-        switches = gained_with(model, lacking)
+        switches = switches_adding_biases(model, lacking)
     except NotMergeable as e:
         problems.append(("added biases", str(e)))
     try:
         rows = {module_of(n): shape[0] for n, shape in shapes.items() if n.endswith("weight")}
-        vocabulary = grown(model, rows)
+        vocabulary = grown_vocabulary(model, rows)
     except NotMergeable as e:
         problems.append(("new tokens", str(e)))
     return FoldPlan(shapes, sites, tied, untied, switches, vocabulary, tuple(problems))
@@ -113,7 +114,7 @@ def fold(
     return w, b
 
 
-def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
+def changed_shapes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
     layer = layer_of(module)
     try:
         before = layer.dense_like()
@@ -125,31 +126,32 @@ def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
     for delta in deltas_of(module, names):
         w, b = on_meta(delta).fold(w, b)
     stored = layer.plain().encode(w, b)
-    changed = [n for n, old, new in zip(NAMES, before, (w, b), strict=True) if new is not old]
-    return {name: tuple(stored[name].shape) for name in changed}
+    values = zip(PARAMETER_NAMES, before, (w, b), strict=True)
+    return {name: tuple(stored[name].shape) for name, old, new in values if new is not old}
 
 
-def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
+def switches_adding_biases(model: nn.Module, paths: Collection[str]) -> Switches:
     """The config switches that give these modules a bias, each with all modules that get one; none
     are needed for models outside transformers.
     """
     config: Any = getattr(model, "config", None)
     if not paths or not hasattr(type(model), "_from_config"):
         return {}
-    switches, left = {}, set(paths)
+    switches, lacking = {}, set(paths)
     for name, value in config.get_text_config().to_dict().items():
-        if value is False and "bias" in name and left & (gained := _gained(model, name)).keys():
-            switches[name] = gained
-            left -= gained.keys()
-    if left:
+        biases = _biases_added_by(model, name) if value is False and "bias" in name else {}
+        if lacking & biases.keys():
+            switches[name] = biases
+            lacking -= biases.keys()
+    if lacking:
         raise NotMergeable(
-            f"{listed(sorted(left))}: the adapter adds a bias, but {type(model).__name__}"
+            f"{listed(sorted(lacking))}: the adapter adds a bias, but {type(model).__name__}"
             " can't have one in this module; keep the adapter separate"
         )
     return switches
 
 
-def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
+def _biases_added_by(model: Any, switch: str) -> dict[str, torch.Size]:
     config = copy.deepcopy(model.config)
     setattr(config.get_text_config(), switch, True)
     with torch.device("meta"):
@@ -164,7 +166,7 @@ def has_bias(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def switch_on(model: Any, switches: Switches) -> None:
+def enable_switches(model: Any, switches: Switches) -> None:
     """Turn on these config switches, and give the modules zero biases."""
     for switch, shapes in switches.items():
         setattr(model.config.get_text_config(), switch, True)
@@ -177,7 +179,7 @@ def switch_on(model: Any, switches: Switches) -> None:
             module.bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
 
 
-def grown(model: Any, rows: Mapping[str, int]) -> int | None:
+def grown_vocabulary(model: Any, rows: Mapping[str, int]) -> int | None:
     """The size of the vocabulary with these numbers of rows by module; None if unchanged or
     unknown.
     """
@@ -197,7 +199,7 @@ def grown(model: Any, rows: Mapping[str, int]) -> int | None:
     return max(after.values())
 
 
-def declare(model: Any, size: int) -> None:
+def set_vocabulary_size(model: Any, size: int) -> None:
     config = model.config.get_text_config()
     for part in model.modules():
         if getattr(part, "vocab_size", None) == config.vocab_size:
@@ -205,7 +207,7 @@ def declare(model: Any, size: int) -> None:
     config.vocab_size = size
 
 
-def untie_others(model: nn.Module) -> None:
+def untie_remaining(model: nn.Module) -> None:
     """Record in the config that weights are not tied, and copy the ones that still are."""
     config = getattr(model, "config", None)
     parts = (config, getattr(config, "text_config", None))
@@ -218,15 +220,15 @@ def untie_others(model: nn.Module) -> None:
     for _, module in Anatomy.of(model).modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in seen:
-                setattr(module, name, _copy(parameter))
+                setattr(module, name, _copy_parameter(parameter))
             seen.add(id(parameter))
 
 
-def _copy(parameter: nn.Parameter) -> nn.Parameter:
+def _copy_parameter(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
-def carry_out(
+def execute_fold(
     model: nn.Module, plan: FoldPlan, names: Sequence[str], *, untie_weights: bool = False
 ) -> None:
     """Write the folded weights into the model; the deltas stay attached."""
@@ -238,18 +240,18 @@ def carry_out(
             for name, others in plan.untied.items()
         ]
     if problems:
-        raise NotMergeable(as_one(problems))
-    switch_on(model, plan.switches)
+        raise NotMergeable(join_problems(problems))
+    enable_switches(model, plan.switches)
     if plan.vocabulary is not None:
-        declare(model, plan.vocabulary)
-    sharing = {module_of(name) for name in plan.tied}
+        set_vocabulary_size(model, plan.vocabulary)
+    tied_modules = {module_of(name) for name in plan.tied}
     # all modules of a tied weight must be folded before the weight changes
-    ahead = {path: _folded(model, path, names) for path in plan.paths if path in sharing}
+    folded = {path: _fold_module(model, path, names) for path in plan.paths if path in tied_modules}
     for path in plan.paths:
-        w, b = ahead[path] if path in ahead else _folded(model, path, names)
+        w, b = folded[path] if path in folded else _fold_module(model, path, names)
         module = module_at(model, path)
         if f"{path}.weight" in plan.untied:
-            module.weight = _copy(bare(module).weight)  # type: ignore[arg-type]
+            module.weight = _copy_parameter(bare(module).weight)  # type: ignore[arg-type]
         layer_of(module).dequantize()
         layer_of(module).write(w, b)
     for name, others in plan.tied.items():  # a grown weight is a new parameter
@@ -258,11 +260,11 @@ def carry_out(
             path, _, leaf = other.rpartition(".")
             setattr(module_at(model, path), leaf, getattr(merged, leaf))
     if plan.untied:
-        untie_others(model)
+        untie_remaining(model)
 
 
 @torch.no_grad()
-def _folded(model: nn.Module, path: str, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+def _fold_module(model: nn.Module, path: str, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     module = module_at(model, path)
     wide = [
         None if t is None else t.detach().to(torch.promote_types(t.dtype, torch.float32))

@@ -16,86 +16,86 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from lorafold.errors import LorafoldError, printable
+from lorafold.errors import LorafoldError, escape_unprintable
 from lorafold.files.atomic import check_intact, read_object
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import RECORD
 from lorafold.files.templates import in_words, within
 
 Values = Sequence[float | None]
-RATE = "learning rate"
+LEARNING_RATE = "learning rate"
 PEFT_CONFIG = "adapter_config.json"
-SIZES = {"r": "r", "alpha": "lora_alpha"}
-FEWEST = 3  # steps at an end
-COLLAPSED = 0.1  # share of the initial entropy
-CUT_OFF = 0.5  # share of the completions
-LONGER = 2.0  # ratio of mean lengths
-SILENT = 0.8  # share of the groups
-SHARED = "reward "  # prefix of the name of one reward of several
+PEFT_SIZES = {"r": "r", "alpha": "lora_alpha"}
+MIN_STEPS = 3  # steps at an end
+ENTROPY_COLLAPSE = 0.1  # share of the initial entropy
+CUT_OFF_SHARE = 0.5  # share of the completions
+LENGTH_RATIO = 2.0  # ratio of mean lengths
+NO_SIGNAL_SHARE = 0.8  # share of the groups
+REWARD_PREFIX = "reward "  # prefix of the name of one reward of several
 
 
-def ends(values: Values) -> tuple[list[float], list[float]] | None:
+def first_and_last(values: Values) -> tuple[list[float], list[float]] | None:
     """The first and the last tenth of the values (three at least); None if there are too few."""
-    found = [value for value in values if value is not None]
-    n = max(FEWEST, len(found) // 10)
-    return None if len(found) < 2 * n else (found[:n], found[-n:])
+    known = [value for value in values if value is not None]
+    n = max(MIN_STEPS, len(known) // 10)
+    return None if len(known) < 2 * n else (known[:n], known[-n:])
 
 
-def moved(values: Values) -> tuple[float, float] | None:
+def significant_change(values: Values) -> tuple[float, float] | None:
     """The means of both ends, or None if they differ by less than two standard errors."""
-    if (both := ends(values)) is None:
+    if (ends := first_and_last(values)) is None:
         return None
-    error = sqrt(sum(variance(part) / len(part) for part in both))
-    first, last = map(fmean, both)
+    error = sqrt(sum(variance(end) / len(end) for end in ends))
+    first, last = map(fmean, ends)
     return None if first == last or abs(last - first) < 2 * error else (first, last)
 
 
-def observed(
+def observations_of(
     steps: Mapping[str, Values],
     held_out: Mapping[str, Sequence[Any]],
     options: Mapping[str, Any],
-    own: int | None = None,
+    saved_at: int | None = None,
 ) -> list[str]:
-    """The observations as sentences; `own` is the step whose weights this adapter has."""
-    return [*_of_steps(steps, options), *_of_held_out(held_out, own)]
+    """The observations as sentences; `saved_at` is the step whose weights this adapter has."""
+    return [*_observe_steps(steps, options), *_observe_held_out(held_out, saved_at)]
 
 
-def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterator[str]:
+def _observe_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterator[str]:
     names = ("entropy", "cut off", "groups without signal")
-    each = [ends(steps.get(name, ())) or ([0.0], [0.0]) for name in names]
-    (first, last), (_, cut_off), (_, silent) = ((fmean(a), fmean(b)) for a, b in each)
-    _, when, also_when = (f"of the last {len(end)} steps" for _, end in each)
-    if last < COLLAPSED * first:
+    tenths = [first_and_last(steps.get(name, ())) or ([0.0], [0.0]) for name in names]
+    (first, last), (_, cut_off), (_, silent) = ((fmean(a), fmean(b)) for a, b in tenths)
+    _, cut_off_steps, silent_steps = (f"of the last {len(end)} steps" for _, end in tenths)
+    if last < ENTROPY_COLLAPSE * first:
         yield (
             f"Entropy fell from {first:.3g} to {last:.3g} nats per token, {last / first:.0%} of"
             " its initial value: the policy hardly explores any more."
         )
-    if cut_off > CUT_OFF:
-        most = options.get("max_new_tokens")
+    if cut_off > CUT_OFF_SHARE:
+        limit = options.get("max_new_tokens")
         yield (
-            f"{cut_off:.0%} of the completions {when} were cut off at max_new_tokens"
-            f"{'' if most is None else f'={most}'}: the reward judged incomplete texts."
+            f"{cut_off:.0%} of the completions {cut_off_steps} were cut off at max_new_tokens"
+            f"{'' if limit is None else f'={limit}'}: the reward judged incomplete texts."
         )
-    if silent > SILENT:
+    if silent > NO_SIGNAL_SHARE:
         yield (
-            f"{silent:.0%} of the groups {also_when} had the same reward for all completions, so"
+            f"{silent:.0%} of the groups {silent_steps} had the same reward for all completions, so"
             " nothing is learned from them: prompts are too hard, too easy or already solved."
         )
-    first, last = moved(steps.get("reward", ())) or (0.0, 0.0)
+    first, last = significant_change(steps.get("reward", ())) or (0.0, 0.0)
     if first >= last:
         return
-    rose = f"While the reward rose from {first:.3g} to {last:.3g}"
+    beginning = f"While the reward rose from {first:.3g} to {last:.3g}"
     for name, values in steps.items():
-        first, last = (name.startswith(SHARED) and moved(values)) or (0.0, 0.0)
+        first, last = (name.startswith(REWARD_PREFIX) and significant_change(values)) or (0.0, 0.0)
         if last < first:
-            yield f"{rose}, {name} fell from {first:.3g} to {last:.3g}."
-    first, last = moved(steps.get("tokens a completion", ())) or (0.0, 0.0)
-    if max(first, last) > LONGER * min(first, last):
-        went = "grew" if last > first else "shrank"
-        yield f"{rose}, completions {went} from {first:.3g} to {last:.3g} tokens."
+            yield f"{beginning}, {name} fell from {first:.3g} to {last:.3g}."
+    first, last = significant_change(steps.get("tokens a completion", ())) or (0.0, 0.0)
+    if max(first, last) > LENGTH_RATIO * min(first, last):
+        verb = "grew" if last > first else "shrank"
+        yield f"{beginning}, completions {verb} from {first:.3g} to {last:.3g} tokens."
 
 
-def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iterator[str]:
+def _observe_held_out(held_out: Mapping[str, Sequence[Any]], saved_at: int | None) -> Iterator[str]:
     columns = (held_out.get(name, ()) for name in ("step", "reward", "reward_interval"))
     known = [row for row in zip(*columns, strict=False) if row[1] is not None]
     if len(known) < 2:
@@ -105,35 +105,36 @@ def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iter
         when = "before the first step" if start == 0 else f"after step {start}"
         yield f"The held-out reward fell from {first:.4g} {when} to {last:.4g} after step {end}."
     trained = [row for row in known if row[0]]  # step 0 is before training
-    best, most, _ = max(trained, key=lambda row: row[1], default=known[-1])
-    if most > last:
-        where = "is in the directory next to this one whose name ends with .best"
+    best, top, _ = max(trained, key=lambda row: row[1], default=known[-1])
+    if top > last:
+        place = "is in the directory next to this one whose name ends with .best"
+        place = "is this one" if best == saved_at else place
         yield (
-            f"The held-out reward was highest after step {best} ({most:.4g}) and {last:.4g} after"
-            f" step {end}: the adapter of step {best} {'is this one' if own == best else where}."
+            f"The held-out reward was highest after step {best} ({top:.4g}) and {last:.4g} after"
+            f" step {end}: the adapter of step {best} {place}."
         )
 
 
 INTERVAL = "_interval"  # suffix of the interval of a held-out metric
-MOST = 1e150  # so that means and squares are finite
+MAX_VALUE = 1e150  # so that means and squares are finite
 
 
-def bounded(value: float) -> float:
-    if abs(value) > MOST:
-        raise ValueError(f"found {value:g}, expected a value from -{MOST:g} to {MOST:g}")
+def check_bounded(value: float) -> float:
+    if abs(value) > MAX_VALUE:
+        raise ValueError(f"found {value:g}, expected a value from -{MAX_VALUE:g} to {MAX_VALUE:g}")
     return value
 
 
-Figure = Annotated[float, Field(allow_inf_nan=False), AfterValidator(bounded)]
+Metric = Annotated[float, Field(allow_inf_nan=False), AfterValidator(check_bounded)]
 
 
 class RecordedCompletion(BaseModel):
     where: str
     prompt: str
     completion: str
-    reward: Figure
+    reward: Metric
     ended: bool
-    each: dict[str, Figure] = {}
+    each: dict[str, Metric] = {}
 
 
 class SampleSet(BaseModel):
@@ -145,12 +146,12 @@ class RunRecord(BaseModel):
     """The part of a record that describes the run. Records may come from untrusted sources."""
 
     recipe: dict[str, Any]
-    losses: list[Figure | None] = Field(min_length=1)
-    evals: dict[int, Figure] = {}
+    losses: list[Metric | None] = Field(min_length=1)
+    evals: dict[int, Metric] = {}
     step: int | None = None
-    steps: dict[str, list[Figure | None]] = {}
-    held_out: dict[str, list[int | Figure | tuple[Figure, Figure] | None]] = {}
-    judged_by: dict[str, Figure] = {}
+    steps: dict[str, list[Metric | None]] = {}
+    held_out: dict[str, list[int | Metric | tuple[Metric, Metric] | None]] = {}
+    judged_by: dict[str, Metric] = {}
     samples: dict[Literal["first", "last"], SampleSet] = {}
     data: dict[str, Any] = {}
     trained_on: dict[str, Any] | None = None
@@ -159,21 +160,21 @@ class RunRecord(BaseModel):
     def _agrees(self) -> Self:
         if not isinstance(self.recipe.get("objective_options") or {}, dict):
             raise ValueError("recipe.objective_options: expected an object")
-        measures = len(self.held_out.get("step", ()))
+        num_evaluations = len(self.held_out.get("step", ()))
         for name, figures in self.steps.items():
             if len(figures) != len(self.losses):
                 raise ValueError(f"steps.{name}: {len(figures)} for {len(self.losses)} steps")
         for name, measured in self.held_out.items():
-            kind: Any = int | float | None
+            expected_type: Any = int | float | None
             expected = "numbers"
             if name == "step":
-                kind, expected = int, "integers"
+                expected_type, expected = int, "integers"
             elif name.endswith(INTERVAL):
-                kind, expected = tuple | None, "pairs"
-            if not all(isinstance(value, kind) for value in measured):
+                expected_type, expected = tuple | None, "pairs"
+            if not all(isinstance(value, expected_type) for value in measured):
                 raise ValueError(f"held_out.{name}: expected {expected}")
-            if len(measured) != measures:
-                raise ValueError(f"held_out.{name}: {len(measured)} for {measures} steps")
+            if len(measured) != num_evaluations:
+                raise ValueError(f"held_out.{name}: {len(measured)} for {num_evaluations} steps")
         return self
 
 
@@ -217,7 +218,7 @@ class History(ShownInNotebooks):
         """(step, value, interval or None) of a held-out metric, without missing values."""
         if name == "loss":
             return [(step, loss, None) for step, loss in sorted(self.evals.items())]
-        steps, values = (self.held_out.get(which, ()) for which in ("step", name))
+        steps, values = (self.held_out.get(column, ()) for column in ("step", name))
         intervals = self.held_out.get(name + INTERVAL) or [None] * len(values)
         rows = zip(steps, values, intervals, strict=False)
         return [(n, float(v), interval) for n, v, interval in rows if isinstance(v, int | float)]
@@ -243,11 +244,11 @@ class History(ShownInNotebooks):
         return text if start == end else f"{text}, {last:.4g}{within(high)} after step {end}"
 
     def __str__(self) -> str:
-        figures = {name: both for name, v in self.by_step.items() if (both := ends(v))}
-        names = ["means of steps", *self.configuration, *map(printable, figures)]
+        figures = {n: ends for n, v in self.by_step.items() if (ends := first_and_last(v))}
+        names = ["means of steps", *self.configuration, *map(escape_unprintable, figures)]
         return in_words(
-            "inspecting/history.jinja", found=self, figures=figures, mean=fmean, line=printable,
-            wide=max(map(len, names)), n=max(FEWEST, len(self.losses) // 10),
+            "inspecting/history.jinja", history=self, figures=figures, line=escape_unprintable,
+            mean=fmean, wide=max(map(len, names)), n=max(MIN_STEPS, len(self.losses) // 10),
         )  # fmt: skip
 
 
@@ -259,15 +260,15 @@ def read_history(path: str | Path) -> History:
     try:
         record = RunRecord.model_validate(read_object(path / RECORD))
     except ValidationError as error:
-        wrong = []
-        for one in error.errors()[:3]:
-            place = f"{'.'.join(map(str, one['loc']))}: " * bool(one["loc"])
-            wrong.append(place + one["msg"].removeprefix("Value error, "))
+        problems = []
+        for problem in error.errors()[:3]:
+            location = f"{'.'.join(map(str, problem['loc']))}: " * bool(problem["loc"])
+            problems.append(location + problem["msg"].removeprefix("Value error, "))
         raise LorafoldError(
-            f"{path / RECORD}: not a valid record of lorafold train: {'; '.join(wrong)}"
+            f"{path / RECORD}: not a valid record of lorafold train: {'; '.join(problems)}"
         ) from None
     options = record.recipe.get("objective_options") or {}
-    observations = observed(record.steps, record.held_out, options, record.step)
+    observations = observations_of(record.steps, record.held_out, options, record.step)
     return History(
         adapter=str(path),
         configuration=dict(configuration(path, record)),
@@ -279,26 +280,26 @@ def read_history(path: str | Path) -> History:
 def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """Yield the settings of the run for the page, without unknown ones."""
     peft = read_object(path / PEFT_CONFIG) if (path / PEFT_CONFIG).is_file() else {}
-    recipe, data, on = record.recipe, record.data, record.trained_on or {}
-    base = [peft.get("base_model_name_or_path"), on.get("storage") or recipe.get("storage")]
+    recipe, data, trained_on = record.recipe, record.data, record.trained_on or {}
+    base = [peft.get("base_model_name_or_path"), trained_on.get("storage") or recipe.get("storage")]
     method = [recipe.get("method")]
-    method += [f"{name} = {peft[key]}" for name, key in SIZES.items() if peft.get(key)]
-    rates = [rate for rate in record.steps.get(RATE, ()) if rate is not None]
+    method += [f"{name} = {peft[key]}" for name, key in PEFT_SIZES.items() if peft.get(key)]
+    rates = [rate for rate in record.steps.get(LEARNING_RATE, ()) if rate is not None]
     peak = max(rates, default=None)
-    batch, parts = recipe.get("batch"), recipe.get("accumulate", 1)
+    batch, splits = recipe.get("batch"), recipe.get("accumulate", 1)
     rows = f"{data['rows']:,} rows" if isinstance(data.get("rows"), int) else None
-    written = date.fromtimestamp((path / RECORD).stat().st_mtime)
-    each = {
+    modified = date.fromtimestamp((path / RECORD).stat().st_mtime)
+    settings = {
         "base model": base,
         "method": method,
         "objective": [recipe.get("objective", "sft")],
         "learning rate": [f"{peak:g} (peak)", recipe.get("schedule")] if peak else [],
         "steps": [f"{len(record.losses):,}"],
-        "batch size": [batch, f"{parts} micro-batches" if parts != 1 else None],
+        "batch size": [batch, f"{splits} micro-batches" if splits != 1 else None],
         "training data": [data.get("source"), rows],
         "seed": [recipe.get("seed")],
-        "file date": [f"{written:%Y-%m-%d}"],
+        "file date": [f"{modified:%Y-%m-%d}"],
     }
-    for name, parts in each.items():
-        if text := ", ".join(str(part) for part in parts if part is not None):
+    for name, splits in settings.items():
+        if text := ", ".join(str(part) for part in splits if part is not None):
             yield name, text

@@ -13,12 +13,12 @@ from typing import Any
 from lorafold.files.html_page import rendered, write_page
 from lorafold.files.plots import brief, number
 from lorafold.files.templates import within
-from lorafold.inspecting.history import SHARED, History, ends
-from lorafold.inspecting.plots import curves
+from lorafold.inspecting.history import REWARD_PREFIX, History, first_and_last
+from lorafold.inspecting.page_plots import curves
 
-TOGETHER = {"largest mismatch": "mismatch"}  # metrics that share another metric's plot
-TOLD = 4  # rewards per plot
-SCALES = {  # axis titles
+SHARED_PLOTS = {"largest mismatch": "mismatch"}  # metrics that share another metric's plot
+MAX_REWARDS_PER_PLOT = 4  # rewards per plot
+AXIS_TITLES = {  # axis titles
     "tokens a completion": "tokens a completion",
     "cut off": "cut off, share of completions",
     "entropy": "entropy, nats per token",
@@ -27,7 +27,7 @@ SCALES = {  # axis titles
     "clipped": "clipped, share of tokens",
     "KL": "KL to the reference, nats per token",
 }
-SOUGHT = (
+NO_PROBLEMS = (
     "No problems found (checked for a collapse of the entropy, completions that are cut"
     " off, grow or shrink, groups without signal, one reward that falls while the sum rises, a"
     " held-out reward that falls). Read the completions anyway."
@@ -40,25 +40,25 @@ def page(history: History, path: str | Path) -> None:
 
 def sections(history: History) -> str:
     samples = history.samples
-    both = {"first", "last"} <= samples.keys()
-    still = (f"{clean(name)} {plain(value)}" for name, value in constant(history).items())
+    paired = {"first", "last"} <= samples.keys()
+    constants = (f"{clean(name)} {rounded(x)}" for name, x in constant_metrics(history).items())
     return rendered(
         "inspecting/history.html",
-        found=history,
+        history=history,
         clean=clean,
-        plain=plain,
+        rounded=rounded,
         configuration=[(name, clean(text)) for name, text in history.configuration.items()],
-        observations=map(clean, [*history.observations] or [SOUGHT] * bool(history.judged_by)),
-        figures=dict(figures(history)),
-        judges=judges(history),
+        observations=map(clean, history.observations or [NO_PROBLEMS] * bool(history.judged_by)),
+        figures=dict(summary_figures(history)),
+        reward_rows=reward_rows(history),
         held_out=any(map(history.measured, history.names)),
-        plots=plotted(history),
-        constant="; ".join(still),
-        rows=[*zip_longest(*(samples[n]["samples"] for n in ("first", "last")))] if both else (),
+        plots=render_plots(history),
+        constant="; ".join(constants),
+        rows=[*zip_longest(*(samples[n]["samples"] for n in ("first", "last")))] if paired else (),
     )
 
 
-def figures(history: History) -> Iterator[tuple[str, str]]:
+def summary_figures(history: History) -> Iterator[tuple[str, str]]:
     key = "reward" if history.judged_by else "loss"
     measured = {step: (value, interval) for step, value, interval in history.measured(key)}
     for step in dict.fromkeys((min(measured), max(measured)) if measured else ()):
@@ -66,25 +66,25 @@ def figures(history: History) -> Iterator[tuple[str, str]]:
         when = "before the first step" if step == 0 else f"after step {step}"
         yield f"held-out {key} {when}{within(interval)}", number(value, digits=3)
     for name in (key, "entropy", "tokens a completion"):
-        if both := ends(history.by_step.get(name, ())):
-            first, last = map(fmean, both)
+        if ends := first_and_last(history.by_step.get(name, ())):
+            first, last = map(fmean, ends)
             yield (
-                f"{name}, first and last {len(both[0])} steps",
+                f"{name}, first and last {len(ends[0])} steps",
                 f"{number(first, digits=3)} → {number(last, digits=3)}",
             )
 
 
-def judges(history: History) -> Iterator[list[str]]:
+def reward_rows(history: History) -> Iterator[list[str]]:
     for name, weight in history.judged_by.items():
-        values = history.by_step.get(f"{SHARED}{name}")
+        values = history.by_step.get(f"{REWARD_PREFIX}{name}")
         # a single reward is only recorded as the weighted total
-        both = ends(history.by_step.get("reward", ()) if values is None else values)
-        weighs = weight if values is None else 1
-        means = [plain(fmean(part) / weighs) for part in both] if both and weighs else ["–", "–"]
+        ends = first_and_last(history.by_step.get("reward", ()) if values is None else values)
+        scale = weight if values is None else 1
+        means = [rounded(fmean(end) / scale) for end in ends] if ends and scale else ["–", "–"]
         yield [clean(name), f"{weight:g}", *means]
 
 
-def constant(history: History) -> dict[str, float]:
+def constant_metrics(history: History) -> dict[str, float]:
     values = {
         name: {v for v in history.by_step.get(name, ()) if v is not None}
         | {v for _, v, _ in history.measured(name)}
@@ -93,14 +93,14 @@ def constant(history: History) -> dict[str, float]:
     return {name: seen.pop() for name, seen in values.items() if len(seen) == 1 and name != "loss"}
 
 
-def together(history: History) -> dict[str, list[str]]:
-    """The metrics of each plot by its title: up to `TOLD` rewards, or one other metric."""
-    names = [name for name in history.names if name not in constant(history)]
-    each = [name for name in names if name.startswith(SHARED)]
-    size = -(-len(each) // -(-len(each) // TOLD)) if each else 1
+def metrics_by_plot(history: History) -> dict[str, list[str]]:
+    """The metrics of each plot by its title: `MAX_REWARDS_PER_PLOT` rewards, or another metric."""
+    names = [name for name in history.names if name not in constant_metrics(history)]
+    each = [name for name in names if name.startswith(REWARD_PREFIX)]
+    size = -(-len(each) // -(-len(each) // MAX_REWARDS_PER_PLOT)) if each else 1
     plots: dict[str, list[str]] = {}
     for name in names:
-        title = TOGETHER.get(name, name)
+        title = SHARED_PLOTS.get(name, name)
         if name in each:
             first = each.index(name) // size * size
             last = min(first + size, len(each))
@@ -109,12 +109,12 @@ def together(history: History) -> dict[str, list[str]]:
     return plots
 
 
-def plotted(history: History) -> Iterator[str]:
+def render_plots(history: History) -> Iterator[str]:
     """Yield the curves. A single reward that changes has none, because it equals the total's."""
-    plots = together(history)
-    rewards = [name for name in history.names if name.startswith(SHARED)]
+    plots = metrics_by_plot(history)
+    rewards = [name for name in history.names if name.startswith(REWARD_PREFIX)]
     labels_of = dict(
-        zip(rewards, brief([clean(n.removeprefix(SHARED)) for n in rewards]), strict=True)
+        zip(rewards, brief([clean(n.removeprefix(REWARD_PREFIX)) for n in rewards]), strict=True)
     )
     [alone, *more] = plots.get("each reward", ()) or ("",)
     alone = alone if not more and "reward" in plots else ""
@@ -123,15 +123,15 @@ def plotted(history: History) -> Iterator[str]:
             continue
         # a policy's held-out loss is minus its reward
         held_out = [name for name in names if not (name == "loss" and history.judged_by)]
-        changes = {n: changed(history, n, n in held_out) for n in names}
+        changes = {n: change_text(history, n, n in held_out) for n in names}
         labels = {n: f"{labels_of.get(n, clean(n))} " * (len(names) > 1) for n in names}
         caption = "; ".join(labels[n] + change for n, change in changes.items())
         if alone and title == "reward":
             caption += (
-                f". Of the rewards, only {labels_of[alone]} changes, {changed(history, alone)}"
+                f". Of the rewards, only {labels_of[alone]} changes, {change_text(history, alone)}"
             )
         yield curves(
-            SCALES.get(title, title),
+            AXIS_TITLES.get(title, title),
             f"{caption[:1].upper()}{caption[1:]}.",
             {labels_of.get(n, clean(n)): history.by_step[n] for n in names if n in history.by_step},
             {
@@ -142,18 +142,18 @@ def plotted(history: History) -> Iterator[str]:
         )
 
 
-def changed(history: History, name: str, held_out: bool = True) -> str:
-    known = [plain(v) for v in history.by_step.get(name, ()) if v is not None]
-    steps = f"from {known[0]} to {known[-1]}" if len(known) > 1 else "".join(known)
-    measured = history.in_words(name) if held_out else ""
-    return ", ".join(filter(None, (steps, measured and f"held out {measured}")))
+def change_text(history: History, name: str, held_out: bool = True) -> str:
+    values = [rounded(v) for v in history.by_step.get(name, ()) if v is not None]
+    steps = f"from {values[0]} to {values[-1]}" if len(values) > 1 else "".join(values)
+    held_out_text = history.in_words(name) if held_out else ""
+    return ", ".join(filter(None, (steps, held_out_text and f"held out {held_out_text}")))
 
 
-def plain(value: float) -> str:
+def rounded(value: float) -> str:
     return number(value, digits=4)
 
 
 def clean(text: Any) -> str:
     """The text without surrogates and control characters, which HTML can't contain."""
-    whole = str(text).encode("utf-8", "replace").decode()
-    return "".join(c if c in "\n\t" or ord(c) >= 32 else "\N{REPLACEMENT CHARACTER}" for c in whole)
+    valid = str(text).encode("utf-8", "replace").decode()
+    return "".join(c if c in "\n\t" or ord(c) >= 32 else "\N{REPLACEMENT CHARACTER}" for c in valid)

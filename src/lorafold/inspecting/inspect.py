@@ -20,7 +20,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import NoTokenizer
 from lorafold.files.templates import as_text
 from lorafold.files.terminal import Progress, silent
-from lorafold.inspecting.residual_stream import ResidualStream, gain, heads_of, stream_of
+from lorafold.inspecting.residual_stream import ResidualStream, find_stream, gain, heads_in
 from lorafold.inspecting.result import AdapterFigures, Inspection, MatrixFigures, Sites
 from lorafold.inspecting.spectra import (
     advice,
@@ -31,17 +31,17 @@ from lorafold.inspecting.spectra import (
     pooled,
     stable_rank,
 )
-from lorafold.inspecting.subspaces import SHOWN, across_experts, across_layers, compared
+from lorafold.inspecting.subspaces import NUM_SHOWN, across_experts, across_layers, compare_updates
 from lorafold.inspecting.summary import sentences
 from lorafold.inspecting.token_directions import (
     Directions,
+    find_sides,
     largest_shares,
     mean_nearest,
+    nearest_to,
     read_vectors,
-    sides_of,
-    tables,
 )
-from lorafold.inspecting.updates import AdaptedModule, Svd, Svds, largest, load_below, sites
+from lorafold.inspecting.updates import AdaptedModule, Svd, Svds, largest_of, load_below, modules_of
 from lorafold.layers import layer_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Vocabulary = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # by verb: (V, d), (d,)
-EXPERTS = "Among the experts of a block, tokens are shown for the one with the largest update."
-FUSED = (
+EXPERTS_NOTE = "Among the experts of a block, tokens are shown for the one with the largest update."
+FUSED_NOTE = (
     "Fused projections of queries, keys and values are left out, because it is unknown which of"
     " their rows belong to which head."
 )
@@ -85,56 +85,56 @@ def inspect(
     if against is not None:
         with only(model, *below):
             other = load(model, against, "against", allow_other_base=allowed)
-    stream = stream_of(model)
-    heads, fused = heads_of(model, stream)
-    changed, figures, svds = list(sites(adapter, below)), {}, {}
-    for done, site in enumerate(changed, 1):
+    stream = find_stream(model)
+    heads, fused = heads_in(model, stream)
+    modules, figures, svds = list(modules_of(adapter, below)), {}, {}
+    for number, site in enumerate(modules, 1):
         weights = site.weights()
         for name, svd in site.parts():
             figures[name] = matrix_figures(site, svd, weights[name].float(), full)
             if name in heads:
                 figures[name] = replace(figures[name], heads=heads[name].shares(svd))
-            svds[name] = in_memory(site, svd)
-        progress(done, len(changed))
+            svds[name] = truncated(site, svd)
+        progress(number, len(modules))
     vocabulary = vocabulary_of(model, stream)
     vectors = None if directions is None else read_vectors(directions, stream.size)
-    shown = {name: svds[name] for name in largest(figures)}
-    named = named_directions(sides_of(model, stream, shown), shown, vocabulary, tokenizer, vectors)
-    measured = {name: replace(of, **named[name]) for name, of in figures.items()}
-    experts, whole = across_experts(svds, stream), adapter_figures(measured)
+    top = {name: svds[name] for name in largest_of(figures)}
+    named = named_directions(find_sides(model, stream, top), top, vocabulary, tokenizer, vectors)
+    complete = {name: replace(of, **named[name]) for name, of in figures.items()}
+    experts, whole = across_experts(svds, stream), adapter_figures(complete)
     overlap = None
     if against is not None and other is not None:
-        others = sites(other, below if other.over else ())
-        theirs = {n: in_memory(site, svd) for site in others for n, svd in site.parts()}
-        overlap = compared(str(against), svds, theirs)
+        other_modules = modules_of(other, below if other.over else ())
+        other_svds = {n: truncated(site, svd) for site in other_modules for n, svd in site.parts()}
+        overlap = compare_updates(str(against), svds, other_svds)
     chance = {verb: mean_nearest(*ends) for verb, ends in vocabulary.items()}
     return Inspection(
         adapter=str(saved),
         model=base.name,
-        method=described(adapter.spec),
-        beside=not_measured(adapter),
+        method=describe_method(adapter.spec),
+        beside=count_unmeasured(adapter),
         whole=whole,
-        sites=measured,
+        sites=complete,
         layers=across_layers(svds, stream),
         chance_cosine=chance,
         tokens_left_out=tokens_left_out,
-        advice=sentences(whole, measured, chance, overlap),
+        advice=sentences(whole, complete, chance, overlap),
         over=[*map(str, over)] or None,
         against=overlap,
         experts=experts or None,
-        experts_left_out=EXPERTS if experts else None,
-        heads_left_out=FUSED if measured.keys() & set(fused) else None,
+        experts_left_out=EXPERTS_NOTE if experts else None,
+        heads_left_out=FUSED_NOTE if complete.keys() & set(fused) else None,
     )
 
 
-def described(spec: Spec) -> str:
+def describe_method(spec: Spec) -> str:
     """The method with its rank, alpha, and whatever is not its default."""
     parts = [type(spec).__name__]
     for f in fields(spec):  # type: ignore[arg-type]
         value = getattr(spec, f.name)
-        usual = f.default if f.default_factory is MISSING else f.default_factory()
-        if value is not None and (value != usual or f.name in ("rank", "alpha")):
-            text = described(value) if isinstance(value, Spec) else as_text(value)
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if value is not None and (value != default or f.name in ("rank", "alpha")):
+            text = describe_method(value) if isinstance(value, Spec) else as_text(value)
             parts.append(f"{f.name.replace('_', ' ')} {text}")
     return ", ".join(parts)
 
@@ -145,8 +145,8 @@ def vocabulary_of(model: PreTrainedModel, stream: ResidualStream) -> Vocabulary:
         for end in (model.get_input_embeddings(), model.get_output_embeddings())
     )
     norm = stream.final_norm
-    through = gain(model.get_submodule(norm), stream.size) if norm else None
-    return {"reads": (embedding.t(), None), "writes": (unembedding, through)}
+    norm_gain = gain(model.get_submodule(norm), stream.size) if norm else None
+    return {"reads": (embedding.t(), None), "writes": (unembedding, norm_gain)}
 
 
 def named_directions(
@@ -159,12 +159,13 @@ def named_directions(
     fields = defaultdict[str, dict[str, Any]](dict)
     for verb, of in sides.items():
         if tokenizer is not None:
-            named = tables(of, *vocabulary[verb], lambda n: str(tokenizer.decode([n])))
+            named = nearest_to(of, *vocabulary[verb], lambda n: str(tokenizer.decode([n])))
             for name, table in named.items():
                 fields[name][verb] = table
         if vectors is not None:
+            names, matrix = vectors
             streams = {name: side for name, side in of.items() if not side.of_tokens}
-            for name, table in tables(streams, vectors[1], None, vectors[0].__getitem__).items():
+            for name, table in nearest_to(streams, matrix, None, names.__getitem__).items():
                 shares = largest_shares(streams[name], svds[name].s, *vectors)
                 fields[name] |= {f"{verb}_vectors": table, f"{verb}_shares": shares}
     return fields
@@ -219,15 +220,15 @@ def adapter_figures(sites: Sites) -> AdapterFigures:
     )
 
 
-def in_memory(site: AdaptedModule, svd: Svd) -> Svd:
+def truncated(site: AdaptedModule, svd: Svd) -> Svd:
     """The SVD of a dense update, cut to its top directions because all modules stay in memory."""
     if site.rank is not None:
         return svd
-    top = svd.top(SHOWN)
+    top = svd.top(NUM_SHOWN)
     return Svd(top.u.clone(), top.s.clone(), top.v.clone())
 
 
-def not_measured(adapter: Adapter) -> dict[str, int]:
+def count_unmeasured(adapter: Adapter) -> dict[str, int]:
     """The number of deltas without figures, by class: biases, whole modules, tokens."""
     measured = {id(delta) for delta in adapter.own_deltas.values()}
     kinds = Counter(type(p).__name__ for _, p in adapter.parts() if id(p) not in measured)

@@ -19,16 +19,16 @@ from typing import Any
 
 from rich.console import Console
 
+from lorafold.data.chat_template import with_date
 from lorafold.data.row_store import Rows
-from lorafold.data.templates import on_day
-from lorafold.errors import Interrupted, LorafoldError, differing
+from lorafold.errors import Interrupted, LorafoldError, differing_keys
 from lorafold.files.atomic import read_object, write_json
 from lorafold.files.claims import TOKEN, measured, shared, silent
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
-from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import with_method
 from lorafold.training.checkpoint import FILES, RunDirectory
 from lorafold.training.inputs import RunRequest, objective_of, prepare_tokenizer, tokenize_rows
 from lorafold.training.run import train
@@ -59,8 +59,8 @@ class Intrinsic(ShownInNotebooks):
     points: list[SubspaceRun]
 
     def __str__(self) -> str:
-        most = f"more than {self.points[-1].dimension}"
-        dimension = most if self.dimension is None else f"{self.dimension}, within a factor of 2"
+        bound = f"more than {self.points[-1].dimension}"
+        dimension = bound if self.dimension is None else f"{self.dimension}, within a factor of 2"
         return (
             f"held-out loss: {self.base_loss:.4f} before, {self.full_loss:.4f} after full"
             f" training\nintrinsic dimension: {dimension}"
@@ -89,13 +89,13 @@ def search(
     if day and (out / SEARCH).is_file():  # a continued search keeps its date
         day = str(read_object(out / SEARCH).get("day") or day)
     request = replace(request, base=stored, day=day)
-    check(out, identity_of(request, recipe))
+    check_search(out, identity_of(request, recipe))
     # the recipe's learning rate is for full training and heads; a subspace has its own
-    inside = recipe.model_copy(update={"lr": None})
-    heads = {"head_lr": recipe.lr} if recipe.lr else {}
+    no_lr = recipe.model_copy(update={"lr": None})
+    head_options = {"head_lr": recipe.lr} if recipe.lr else {}
     losses = {}
 
-    def there(file: Path, cell: HeldOutLoss) -> None:
+    def record_loss(file: Path, cell: HeldOutLoss) -> None:
         losses[file.stem] = cell.loss
         base, full = losses.get("base"), losses.get("full")
         if base is not None and full is not None and full >= base:
@@ -106,21 +106,21 @@ def search(
             )
 
     def in_subspace(d: int) -> dict[Path, Callable[[], HeldOutLoss]]:
-        options, at = {"dimension": d, **heads}, out / str(d)
-        return {at.with_suffix(".json"): lambda: run(request, inside, at, "fastfood", **options)}
+        options, path = {"dimension": d, **head_options}, out / str(d)
+        return {path.with_suffix(".json"): lambda: run(request, no_lr, path, "fastfood", **options)}
 
     low, high = (smallest - 1).bit_length(), largest.bit_length() - 1
-    first = {
-        out / "base.json": lambda: bare_loss(request, recipe),
+    fixed_runs = {
+        out / "base.json": lambda: base_model_loss(request, recipe),
         out / "full.json": lambda: run(request, recipe, out / "full", "full"),
     }
-    measured(HeldOutLoss, first | in_subspace(2**high), there, say)
+    measured(HeldOutLoss, fixed_runs | in_subspace(2**high), record_loss, say)
     base, full = losses["base"], losses["full"]
     points = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
-        measured(HeldOutLoss, in_subspace(d), there, say)
+        measured(HeldOutLoss, in_subspace(d), record_loss, say)
         loss = losses[str(d)]
         points[d] = SubspaceRun(d, loss, (base - loss) / (base - full))
         tell(points[d])
@@ -149,22 +149,22 @@ def identity_of(request: RunRequest, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def check(out: Path, identity: dict[str, Any]) -> None:
+def check_search(out: Path, identity: dict[str, Any]) -> None:
     file = out / SEARCH
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
     if others and not file.exists():
         raise LorafoldError(f"{out}: found files that are not from a search; choose another --out")
     shared({file: lambda: write_json(file, identity)})
-    recorded = read_object(file)
-    if FILES not in recorded:
+    recorded_identity = read_object(file)
+    if FILES not in recorded_identity:
         raise LorafoldError(
             f"{out}: found a search of an earlier lorafold, which does not record the"
             " files of its model; choose another --out"
         )
-    if names := differing(recorded, json.loads(json.dumps(identity))):
+    if changed := differing_keys(recorded_identity, json.loads(json.dumps(identity))):
         raise LorafoldError(
-            f"{out}: found another search with other values of {', '.join(names)}; choose"
+            f"{out}: found another search with other values of {', '.join(changed)}; choose"
             " another --out"
         )
 
@@ -173,7 +173,7 @@ def run(
     request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float
 ) -> HeldOutLoss:
     """The held-out loss of a run, which is resumed if it was stopped; its files are removed."""
-    recipe = fitting(recipe, method).model_copy(update={"options": options})
+    recipe = with_method(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:
         trained = train(
@@ -192,11 +192,11 @@ def run(
     return HeldOutLoss(trained.eval_loss)
 
 
-def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
+def base_model_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = prepare_tokenizer(request, objective, quiet)
-    _, held_out, _ = tokenize_rows(request, on_day(tokenizer, request.day), objective, quiet)
+    _, held_out, _ = tokenize_rows(request, with_date(tokenizer, request.day), objective, quiet)
     model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
         return HeldOutLoss(objective.measure(loss, held_out).loss)

@@ -14,7 +14,7 @@ from typing import Any
 from lorafold.files.html_page import rendered, write_page
 from lorafold.files.plots import mixed
 from lorafold.files.terminal import NOTHING, mean_of, spread, text_table, values_of
-from lorafold.inspecting import plots
+from lorafold.inspecting import page_plots as plots
 from lorafold.inspecting.result import (
     ExpertOverlap,
     Grid,
@@ -25,16 +25,16 @@ from lorafold.inspecting.result import (
     Sites,
 )
 from lorafold.inspecting.subspaces import by_kind, kind_and_block
-from lorafold.inspecting.updates import largest, of_experts, site_of
+from lorafold.inspecting.updates import group_experts, largest_of, module_path
 
-LEAST = 0.1  # at the end of a scale of phi
-MAPS = {  # heading: figure of a matrix, format
+MIN_PHI_SCALE = 0.1  # at the end of a scale of phi
+HEAT_MAPS = {  # heading: figure of a matrix, format
     "Effective rank: directions for 95% of the energy": ("effective_rank_95", ".0f"),
     "Size: |dW| over |W0|": ("base.relative_norm", ".1%"),
     "Amplification: |dW| over |Uᵀ W0 V|": ("base.amplification", ".2f"),
     "Intruder dimensions in the top 10": ("intruders", ".0f"),
 }
-RANGED = {  # heading: figure of a matrix, format; experts have a range
+RANGES = {  # heading: figure of a matrix, format; experts have a range
     "stable": ("stable_rank", ".2f"),
     "|dW|/|W0|": ("base.relative_norm", ".2%"),
     "amplified": ("base.amplification", ".2f"),
@@ -46,11 +46,11 @@ def table(inspection: Inspection) -> str:
     for kind, paths in by_kind(inspection.sites).items():
         sites = [inspection.sites[path] for path in paths]
         ranks = (fmean(values_of(sites, f"effective_rank_{share}")) for share in (90, 95, 99))
-        ranged = site_of(paths[0]) != paths[0]
-        means = (spread(values_of(sites, name), form, ranged) for name, form in RANGED.values())
+        ranged = module_path(paths[0]) != paths[0]
+        means = (spread(values_of(sites, name), form, ranged) for name, form in RANGES.values())
         shares = ", ".join(f"{rank:.1f}" for rank in ranks)
         lines.append([kind, f"{fmean(m.rank for m in sites):.3g}", shares, *means])
-    return text_table(("module", "rank", "for 90, 95, 99%", *RANGED), lines)
+    return text_table(("module", "rank", "for 90, 95, 99%", *RANGES), lines)
 
 
 def page(inspection: Inspection, path: str | Path) -> None:
@@ -61,10 +61,10 @@ def sections(inspection: Inspection) -> str:
     sites = inspection.sites
     return rendered(
         "inspecting/inspect.html",
-        found=inspection,
+        inspection=inspection,
         maps=[
             layer_map(sites, heading, name, form)
-            for heading, (name, form) in MAPS.items()
+            for heading, (name, form) in HEAT_MAPS.items()
             if any(value is not None for value in values_of(sites.values(), name))
         ],
         spectra=spectra(sites),
@@ -72,7 +72,7 @@ def sections(inspection: Inspection) -> str:
         against=against,
         positions=[*positions(sites)],
         alike=[
-            plots.heat(f"{kind}, {of.side}", alike(of.phi), *apart(of.phi))
+            plots.heat_map(f"{kind}, {of.side}", overlap_caption(of.phi), *off_diagonal(of.phi))
             for kind, of in inspection.layers.items()
         ],
         heads=[*heads(sites)],
@@ -83,17 +83,17 @@ def sections(inspection: Inspection) -> str:
 
 def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any]:
     kinds = by_kind(sites)
-    by_place = defaultdict(list)
+    by_cell = defaultdict(list)
     for path, value in zip(sites, values_of(sites.values(), name), strict=True):
-        by_place[kind_and_block(path)].append(value)
-    values = {at: mean_of(of) for at, of in by_place.items()}
-    most = max((value for value in values.values() if value is not None), default=0) or 1
+        by_cell[kind_and_block(path)].append(value)
+    values = {at: mean_of(of) for at, of in by_cell.items()}
+    largest = max((value for value in values.values() if value is not None), default=0) or 1
     layers = sorted({layer for _, layer in values}, key=lambda layer: (layer is None, layer))
 
     def cell(value: float | None) -> tuple[str, str]:
         if value is None:
             return "", ""
-        return f"{value:{form}}", mixed("raised", "heat", 100 * min(max(value / most, 0.0), 1.0))
+        return f"{value:{form}}", mixed("raised", "heat", 100 * min(max(value / largest, 0.0), 1.0))
 
     lines = [(layer, [cell(values.get((kind, layer))) for kind in kinds]) for layer in layers]
     return {"heading": heading, "kinds": kinds, "lines": lines}
@@ -101,7 +101,7 @@ def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any
 
 def spectra(sites: Sites) -> Iterator[str]:
     depth = max((kind_and_block(path)[1] or 0 for path in sites), default=0)
-    for kind, paths in by_kind(largest(sites)).items():
+    for kind, paths in by_kind(largest_of(sites)).items():
         if lines := {path: s for path in paths if (s := sites[path].singular_values)}:
             yield plots.spectra(kind, lines, depth)
 
@@ -124,7 +124,7 @@ def against(kinds: Mapping[str, KindOverlap], name: str) -> Iterator[str]:
     for kind, grids in kinds.items():
         phi = getattr(grids, name)
         caption = f"{phi[0][0]:.2f} for both strongest directions, {phi[-1][-1]:.2f} for all."
-        yield plots.heat(kind, caption, phi, "i, this adapter", "j, the other")
+        yield plots.heat_map(kind, caption, phi, "i, this adapter", "j, the other")
 
 
 def positions(sites: Sites) -> Iterator[str]:
@@ -137,14 +137,14 @@ def positions(sites: Sites) -> Iterator[str]:
         yield plots.position(kind, read, written, sites[paths[0]].shape)
 
 
-def apart(phi: Grid) -> tuple[Grid, str, str, int, float]:
+def off_diagonal(phi: Grid) -> tuple[Grid, str, str, int, float]:
     """The grid without its diagonal, where every block is itself, and how a heat map shows it."""
     grid = [[nan if i == j else phi[i][j] for j in range(len(phi))] for i in range(len(phi))]
-    most = max((x for line in grid for x in line if x == x), default=1.0)
-    return grid, "block", "block", 0, max(LEAST, ceil(10 * most) / 10)
+    largest = max((x for line in grid for x in line if x == x), default=1.0)
+    return grid, "block", "block", 0, max(MIN_PHI_SCALE, ceil(10 * largest) / 10)
 
 
-def alike(phi: Grid) -> str:
+def overlap_caption(phi: Grid) -> str:
     pairs = {(i, j): phi[i][j] for i in range(len(phi)) for j in range(i)}
     if not pairs:
         return "There is only one block."
@@ -156,8 +156,8 @@ def alike(phi: Grid) -> str:
 def heads(sites: Sites) -> Iterator[str]:
     known = {path: site.heads for path, site in sites.items() if site.heads is not None}
     for kind, paths in by_kind(known).items():
-        most = max(max(known[path]) for path in paths) or 1
-        shares = [[share / most for share in known[path]] for path in paths]
+        largest = max(max(known[path]) for path in paths) or 1
+        shares = [[share / largest for share in known[path]] for path in paths]
         block, head = max(
             ((p, h) for p in range(len(paths)) for h in range(len(shares[p]))),
             key=lambda at: shares[at[0]][at[1]],
@@ -165,13 +165,13 @@ def heads(sites: Sites) -> Iterator[str]:
         even = 1 / len(known[paths[0]])
         caption = (
             f"Head {head} of block {kind_and_block(paths[block])[1] or 0} has the largest share,"
-            f" {most:.0%}; an even share would be {even:.0%}."
+            f" {largest:.0%}; an even share would be {even:.0%}."
         )
-        yield plots.heat(kind, caption, shares, "block", "head", 0)
+        yield plots.heat_map(kind, caption, shares, "block", "head", 0)
 
 
 def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tuple[str, ...]]:
-    for path, of in of_experts(sites).items():
+    for path, of in group_experts(sites).items():
         phi = overlaps.get(path)
         yield (
             path,
@@ -190,17 +190,17 @@ def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
             tables = {path: table for path, of in sites.items() if (table := getattr(of, name))}
             for kind, paths in by_kind(tables).items():
                 lines = [
-                    line(path, i, sites[path].singular_values, ends)
+                    token_row(path, i, sites[path].singular_values, ends)
                     for path in paths
                     for i, ends in enumerate(tables[path])
                 ]
                 yield kind, sign, near, lines
 
 
-def line(
+def token_row(
     path: str, i: int, s: Sequence[float], ends: NearestNeighbours
 ) -> tuple[str, str, NearestNeighbours]:
-    block, expert = kind_and_block(path)[1], path.removeprefix(site_of(path)).strip("[]")
-    place = ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
+    block, expert = kind_and_block(path)[1], path.removeprefix(module_path(path)).strip("[]")
+    location = ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
     share = s[i] ** 2 / sum(value**2 for value in s)
-    return place, f"{i + 1}: {share:.0%} of the energy", ends
+    return location, f"{i + 1}: {share:.0%} of the energy", ends

@@ -17,7 +17,6 @@ has num_attention_heads or num_key_value_heads of them; fused projections have n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +34,7 @@ from lorafold.layers import layer_of
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.quantizations import Storage
 
-OWN_CODE = "transformers_modules"  # the package of a model's own Python files
+REMOTE_CODE_PACKAGE = "transformers_modules"  # the package of a model's own Python files
 
 
 @dataclass(frozen=True)
@@ -55,56 +54,56 @@ class ResidualStream:
         return self.readers.get(self.head) or None
 
 
-def stream_of(model: PreTrainedModel) -> ResidualStream:
+def find_stream(model: PreTrainedModel) -> ResidualStream:
     """Find the modules of the residual stream by running a fake model on four tokens."""
     config = model.config
     # by the address of a tensor's storage: the norm that computed it ("" for a block's input), and
     # the tensor, so that its storage isn't freed and reused
     outputs = {}
     readers = {}
-    seen: set[str] = set()
+    modules_run: set[str] = set()
     with without_values(), torch.no_grad():
         # in bf16, which mixtures of experts require
-        twin = fake_model(
+        fake = fake_model(
             config,
             Storage(torch.bfloat16),
             config.get_text_config().num_hidden_layers,
-            trust_remote_code=OWN_CODE in type(model).__module__,
+            trust_remote_code=REMOTE_CODE_PACKAGE in type(model).__module__,
         ).eval()
-        names = {id(module): path for path, module in twin.named_modules()}
-        ends = twin.get_input_embeddings(), twin.get_output_embeddings()
+        names = {id(module): path for path, module in fake.named_modules()}
+        ends = fake.get_input_embeddings(), fake.get_output_embeddings()
         embedding, head = (names[id(end)] for end in ends)
         size = ends[0].weight.shape[1]
 
-        def normed(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        def on_norm(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
             outputs[output.untyped_storage()._cdata] = path, output
 
-        def entered(module: nn.Module, args: Any) -> None:
+        def on_input(module: nn.Module, args: Any) -> None:
             outputs[args[0].untyped_storage()._cdata] = "", args[0]
 
-        def read(reads: Sequence[str], writes: Sequence[str], module: nn.Module, args: Any) -> None:
-            seen.update(writes)
+        def on_run(reads: list[str], writes: list[str], module: nn.Module, args: Any) -> None:
+            modules_run.update(writes)
             if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
                 readers.update(dict.fromkeys(reads, norm[0]))
 
-        for path, module in twin.named_modules():
+        for path, module in fake.named_modules():
             shapes = {tuple(parameter.shape) for parameter in module.parameters()}
             if shapes == {(size,)} and not [*module.children()]:  # a norm
-                module.register_forward_hook(partial(normed, path))
+                module.register_forward_hook(partial(on_norm, path))
             elif _shape(module):
-                module.register_forward_pre_hook(partial(read, [path], [path]))
+                module.register_forward_pre_hook(partial(on_run, [path], [path]))
             elif parameters := expert_parameters(module):
                 *firsts, last = (f"{path}.{name}" for name in parameters)
                 writes = [last] * (not getattr(module, "has_post_expert_norm", False))
-                module.register_forward_pre_hook(partial(read, firsts, writes))
-        for path in Anatomy.of(twin).blocks:
-            twin.get_submodule(path).register_forward_pre_hook(entered)
+                module.register_forward_pre_hook(partial(on_run, firsts, writes))
+        for path in Anatomy.of(fake).blocks:
+            fake.get_submodule(path).register_forward_pre_hook(on_input)
         with suppress(RuntimeError):  # code that needs values fails on fake tensors
-            twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+            fake(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
         writers = {
             path
-            for path in seen - readers.keys() - {head}
-            if layer_of(module_at(twin, path)).shape[0] == size
+            for path in modules_run - readers.keys() - {head}
+            if layer_of(module_at(fake, path)).shape[0] == size
         }
     return ResidualStream(readers, frozenset(writers), embedding, head, size)
 
@@ -129,11 +128,11 @@ class Heads:
         """The share of the update's energy at each head; zeros for a zero update."""
         side = svd.u if self.out else svd.v  # (n * size, k)
         energy = ((side * svd.s) ** 2).sum(1).reshape(self.n, self.size).sum(1)
-        whole = float(energy.sum())
-        return [float(e) / whole if whole else 0.0 for e in energy]
+        total = float(energy.sum())
+        return [float(e) / total if total else 0.0 for e in energy]
 
 
-def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, Heads], list[str]]:
+def heads_in(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, Heads], list[str]]:
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None)
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}
@@ -145,10 +144,10 @@ def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, 
         if path not in stream.readers and path not in stream.writers:
             continue
         out = path in stream.readers
-        n, rest = divmod(shape[0 if out else 1], size)
-        if not rest and n in counts:
+        n, remainder = divmod(shape[0 if out else 1], size)
+        if not remainder and n in counts:
             heads[path] = Heads(n, size, out)
-        elif not rest and out and n > max(c for c in counts if c):
+        elif not remainder and out and n > max(c for c in counts if c):
             fused.append(path)
     return heads, fused
 

@@ -24,7 +24,7 @@ from lorafold.core.combine import Stack
 from lorafold.core.delta import Additive
 from lorafold.core.expert_matrices import module_at, parameter_path
 from lorafold.core.targets import match
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.files.atomic import check_out
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
@@ -34,11 +34,11 @@ from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
     Factors,
     SiteFactors,
+    add_lora,
     load_below,
-    lora_of,
     matrix_names,
+    modules_of,
     put_factors,
-    sites,
     stacked,
     unstacked,
 )
@@ -51,7 +51,7 @@ from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 
 NAME = "resized"
-Cuts = dict[str, tuple[int, float, float]]  # rank, squared norms of the error and of the update
+RankErrors = dict[str, tuple[int, float, float]]  # rank, squared norms of error, update
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ class Resized(ShownInNotebooks):
         return in_words("inspecting/resized.jinja", resized=self, worst=worst)
 
 
-def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resized:
+def build_result(cuts: RankErrors, out: str | Path, left_out: Mapping[str, float]) -> Resized:
     sites = {
-        path: {"rank": rank, "error": _root(lost, whole)}
-        for path, (rank, lost, whole) in cuts.items()
+        path: {"rank": rank, "error": _root(lost, total)}
+        for path, (rank, lost, total) in cuts.items()
     }
-    _, lost, whole = map(sum, zip(*cuts.values(), strict=True))
-    return Resized(sites, _root(lost, whole), str(out), dict(left_out))
+    _, lost, total = map(sum, zip(*cuts.values(), strict=True))
+    return Resized(sites, _root(lost, total), str(out), dict(left_out))
 
 
-def check_request(rank: int | None, energy: float | None) -> None:
+def check_rank_or_energy(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         found = "neither" if rank is None else "both"
         raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
@@ -101,16 +101,16 @@ def resize(
     energy: float | None = None,
     overwrite: bool = False,
 ) -> Resized:
-    check_request(rank, energy)
+    check_rank_or_energy(rank, energy)
     check_out(out, overwrite)
     check_not_replaced(out, [one.path for one in stack])
     check_language_model(base, stack)
     saved = stack[-1]
-    model, allowed = base.mapped().model, base.allow_other_base
-    below = load_below(model, base, stack)
-    adapter = load(model, saved, NAME, allow_other_base=allowed)
-    factors, cuts = {}, Cuts()
-    for site in sites(adapter, below):
+    model, allow_other_base = base.mapped().model, base.allow_other_base
+    base_adapters = load_below(model, base, stack)
+    adapter = load(model, saved, NAME, allow_other_base=allow_other_base)
+    factors, cuts = {}, RankErrors()
+    for site in modules_of(adapter, base_adapters):
         if site.changes_bias:
             raise LorafoldError(
                 f"{saved}: {type(site.delta).__name__} changes the bias of {site.path} together"
@@ -123,14 +123,14 @@ def resize(
             parts.append(svd.factors(r))
             cuts[name] = len(s[:r]), _squares(s[r:]), _squares(s)
         factors[site.path] = stacked(parts, site.layer.matrices)
-    result = resized(cuts, out, {})
+    result = build_result(cuts, out, {})
     record = {TRAINED_ON: None, **saved.record}
     record = {key: value for key, value in record.items() if key not in (BASE, "lorafold")}
     if adapter.other_base:
         # an additive update does not depend on the base
-        added = all(isinstance(delta, Additive) for delta in adapter.own_deltas.values())
-        other = {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
-        record |= {BASE: saved.own_base.fingerprint} if added else other
+        is_additive = all(isinstance(delta, Additive) for delta in adapter.own_deltas.values())
+        other_base = {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
+        record |= {BASE: saved.own_base.fingerprint} if is_additive else other_base
     record["resized"] = {"from": str(saved), "rank": rank, "energy": energy, "error": result.error}
     tokenizer = base.tokenizer([saved]) if saved.own_tokenizer else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
@@ -153,9 +153,9 @@ def extract(
     ]:
         raise LorafoldError(
             f"{tuned.name}: not a fine-tuned version of {base.name}, because the modules differ:"
-            f" {as_one(problems)}"
+            f" {join_problems(problems)}"
         )
-    factors, cuts = {}, Cuts()
+    factors, cuts = {}, RankErrors()
     for path in paths:
         layers = [layer_of(module_at(model, path)) for model in models]
         names = matrix_names(path, layers[0].matrices)
@@ -175,19 +175,19 @@ def extract(
         if name not in extracted
         and (change := _root(_squares(after[name].float() - p.float()), _squares(p)))
     }
-    result = resized(cuts, out, left_out)
+    result = build_result(cuts, out, left_out)
     about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
-    lora_of(models[0], factors, NAME).save(out, overwrite=overwrite, record={"extracted": about})
+    add_lora(models[0], factors, NAME).save(out, overwrite=overwrite, record={"extracted": about})
     return result
 
 
-def _difference(cuts: Cuts, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
+def _difference(cuts: RankErrors, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
     """The best factors of one matrix, (out, r) and (r, in); r = 0 if nothing changed."""
     dw = tuned.float() - w.float()
-    if not (whole := _squares(dw)):
+    if not (total := _squares(dw)):
         return dw.new_zeros(len(dw), 0), dw.new_zeros(0, dw.shape[1])
     b, a = best_of_rank(dw, min(rank, *dw.shape))
-    cuts[name] = len(a), _squares(dw.addmm_(b, a, alpha=-1)), whole
+    cuts[name] = len(a), _squares(dw.addmm_(b, a, alpha=-1)), total
     return b, a
 
 
@@ -211,5 +211,5 @@ def _squares(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64).square())
 
 
-def _root(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole else math.sqrt(part)
+def _root(part: float, total: float) -> float:
+    return math.sqrt(part / total) if total else math.sqrt(part)

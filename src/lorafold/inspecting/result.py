@@ -1,5 +1,5 @@
 """The result of `lf.inspect`. The fields are the keys of `lorafold inspect --json`, but the objects
-in `FLAT` are merged into their parents, and optional fields that are None are left out.
+in `FLATTENED` are merged into their parents, and optional fields that are None are left out.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 
 from lorafold.files.html_page import ShownInNotebooks
 
-Point = tuple[float, float]  # t, loss in nats a labelled token
+LossPoint = tuple[float, float]  # t, loss in nats a labelled token
 Grid = list[list[float]]
-FLAT = ("base", "positions", "pooled")
+FLATTENED = ("base", "positions", "pooled")
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class AdapterOverlap:
 @dataclass(frozen=True)
 class LossPaths:
     rows: int
-    scaling: Sequence[Point]
-    between: Sequence[Point] | None = None
+    scaling: Sequence[LossPoint]
+    between: Sequence[LossPoint] | None = None
     barrier: float | None = None
 
 
@@ -208,7 +208,7 @@ OPTIONAL = frozenset(
 def _flat(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
-        if name in FLAT and value is not None:
+        if name in FLATTENED and value is not None:
             content |= value
         elif value is not None or name not in OPTIONAL:
             content[name] = value

@@ -39,9 +39,9 @@ from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.cache import cache_directory
 from lorafold.identity import of_code
 from lorafold.inspecting.result import BaseFigures, PooledRank, SpectrumPositions
-from lorafold.inspecting.updates import Svd, of_dense
+from lorafold.inspecting.updates import Svd, svd_of_dense
 
-ENOUGH = 0.95
+ENERGY_SHARE = 0.95
 
 
 def effective_rank(s: Tensor, share: float) -> int:  # (k,)
@@ -74,7 +74,7 @@ def pooled(s: Sequence[Tensor]) -> PooledRank:  # (k,) for each site
         return float(energies[rank:].sum()) / total if total else 0.0
 
     def enough(ranks: Iterable[int]) -> int:
-        return next(rank for rank in ranks if loss(rank) <= 1 - ENOUGH)
+        return next(rank for rank in ranks if loss(rank) <= 1 - ENERGY_SHARE)
 
     advised = enough(chain((0, 1, 2), count(4, 4)))
     return PooledRank(enough(count()), advised, loss(advised))
@@ -133,21 +133,21 @@ def _ratio(a: Tensor, b: Tensor) -> float | None:
 
 
 BINS = 10
-TOP, COSINE = 10, 0.5
+NUM_TOP, MAX_INTRUDER_COSINE = 10, 0.5
 FILE = "svd.safetensors"
-DIGITS = 32
-CODE = ("inspecting/spectra", "inspecting/updates")  # cached SVDs depend on this code
+DIGEST_LENGTH = 32
+CODE_FILES = ("inspecting/spectra", "inspecting/updates")  # cached SVDs depend on this code
 
 
 def cached_svd(w: Tensor) -> Svd:  # (out, in)
     """The SVD of a base weight in fp32, cached; vectors are stored in fp16."""
     digest = sha256(f"{tuple(w.shape)} {w.dtype}\n".encode())
     digest.update(w.flatten().numpy().data)
-    made_by = cache_directory() / "svd" / of_code(*CODE)[:DIGITS]
-    directory = made_by / digest.hexdigest()[:DIGITS]
+    made_by = cache_directory() / "svd" / of_code(*CODE_FILES)[:DIGEST_LENGTH]
+    directory = made_by / digest.hexdigest()[:DIGEST_LENGTH]
     if not verify(directory):
         return Svd(**{name: tensor.float() for name, tensor in load_file(directory / FILE).items()})
-    svd = of_dense(w)
+    svd = svd_of_dense(w)
     tensors = {"u": svd.u.half().contiguous(), "s": svd.s, "v": svd.v.half().contiguous()}
     with atomic_directory(directory, overwrite=True) as tmp:
         save_file(tensors, tmp / FILE)
@@ -165,8 +165,8 @@ def intruders(base: Svd, w: Tensor, update: Svd) -> int:  # w (out, in)
     """The number of intruder dimensions: top singular vectors of w + dW that are similar to none of
     w.
     """
-    tuned = of_dense(w + update.dense()).top(TOP)
-    return int(((base.u.t() @ tuned.u).abs().amax(0) < COSINE).sum())
+    tuned = svd_of_dense(w + update.dense()).top(NUM_TOP)
+    return int(((base.u.t() @ tuned.u).abs().amax(0) < MAX_INTRUDER_COSINE).sum())
 
 
 def in_base_spectrum(
@@ -177,7 +177,7 @@ def in_base_spectrum(
     if not len(update.s):
         return 0, None
     written, read = (
-        position(own, update.s, theirs) for own, theirs in ((update.u, base.u), (update.v, base.v))
+        position(x, update.s, basis) for x, basis in ((update.u, base.u), (update.v, base.v))
     )
     positions = SpectrumPositions(written, read, float(base.s[:directions].norm()))
     return intruders(base, w, update), positions

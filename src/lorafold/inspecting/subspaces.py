@@ -21,15 +21,15 @@ from lorafold.inspecting.result import (
     UpdateOverlap,
 )
 from lorafold.inspecting.spectra import phi
-from lorafold.inspecting.updates import Svds, of_experts, site_of
+from lorafold.inspecting.updates import Svds, group_experts, module_path
 
-SHOWN = 64  # directions of each adapter in a heat map, at most
-TOP = 4  # directions of each block or expert that are compared
+NUM_SHOWN = 64  # directions of each adapter in a heat map, at most
+NUM_TOP = 4  # directions of each block or expert that are compared
 
 
 def kind_and_block(path: str) -> tuple[str, int | None]:
     """A module's path within its block and the block's number, or the whole path and None."""
-    path = site_of(path)
+    path = module_path(path)
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
     return (match[2], int(match[1])) if match else (path, None)
 
@@ -41,8 +41,8 @@ def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
     return dict(kinds)
 
 
-def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
-    sites, by_kind = {}, defaultdict(list)
+def compare_updates(name: str, a: Svds, b: Svds) -> AdapterOverlap:
+    sites, phis = {}, defaultdict(list)
     for path, x in a.items():
         if path not in b or not (len(x.s) and len((y := b[path]).s)):
             continue
@@ -57,9 +57,10 @@ def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
             max(reads.shape) / len(x.v),
             max(writes.shape) / len(x.u),
         )
-        by_kind[kind_and_block(path)[0]].append((reads[:SHOWN, :SHOWN], writes[:SHOWN, :SHOWN]))
+        grids = tuple(grid[:NUM_SHOWN, :NUM_SHOWN] for grid in (reads, writes))
+        phis[kind_and_block(path)[0]].append(grids)
     kinds = {
-        kind: KindOverlap(*map(_mean, zip(*pairs, strict=True))) for kind, pairs in by_kind.items()
+        kind: KindOverlap(*map(_mean, zip(*pairs, strict=True))) for kind, pairs in phis.items()
     }
     only = (sorted(one.keys() - other.keys()) for one, other in ((a, b), (b, a)))
     return AdapterOverlap(name, sites, kinds, *only)
@@ -71,11 +72,11 @@ SIDES = {"read": ("readers", "v"), "written": ("writers", "u")}
 
 def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]:
     overlaps = {}
-    single = [path for path, svd in svds.items() if len(svd.s) and site_of(path) == path]
+    single = [path for path, svd in svds.items() if len(svd.s) and module_path(path) == path]
     for kind, paths in by_kind(single).items():
         for side, (modules, vectors) in SIDES.items():
             if len(paths) > 1 and {*paths} <= {*getattr(stream, modules)}:
-                top = [getattr(svds[path], vectors)[:, :TOP] for path in paths]
+                top = [getattr(svds[path], vectors)[:, :NUM_TOP] for path in paths]
                 grid = [[round(float(phi(a, b)[-1, -1]), 4) for b in top] for a in top]
                 overlaps[kind] = LayerOverlap(side, paths, grid)
     return overlaps
@@ -85,10 +86,10 @@ def across_experts(svds: Svds, stream: ResidualStream) -> dict[str, ExpertOverla
     """phi of the top directions of every two experts; near 1 if they change the same directions."""
     overlaps = {}
     changed = {name: svd for name, svd in svds.items() if len(svd.s)}
-    for site, experts in of_experts(changed).items():
+    for site, experts in group_experts(changed).items():
         for side, (modules, vectors) in SIDES.items():
             if len(experts) > 1 and site in getattr(stream, modules):
-                phis = _pairs([getattr(svd, vectors)[:, :TOP] for svd in experts])
+                phis = _pairs([getattr(svd, vectors)[:, :NUM_TOP] for svd in experts])
                 low, high = (float(phi) for phi in phis.aminmax())
                 overlaps[site] = ExpertOverlap(side, len(experts), float(phis.mean()), low, high)
     return overlaps
@@ -98,8 +99,8 @@ def _pairs(top: Sequence[Tensor]) -> Tensor:
     """phi of all directions of every two of these (n, k), each pair once."""
     ranks = torch.tensor([directions.shape[1] for directions in top])
     owner = torch.arange(len(top)).repeat_interleave(ranks)
-    together = torch.cat(list(top), 1)
-    overlap = (together.t() @ together).double().square()
+    columns = torch.cat(list(top), 1)
+    overlap = (columns.t() @ columns).double().square()
     sums = overlap.new_zeros(len(top), len(overlap)).index_add(0, owner, overlap)
     shared = overlap.new_zeros(len(top), len(top)).index_add(1, owner, sums)
     i, j = torch.triu_indices(len(top), len(top), 1)

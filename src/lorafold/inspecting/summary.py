@@ -12,10 +12,10 @@ from lorafold.inspecting.result import (
     MatrixFigures,
     Sites,
 )
-from lorafold.inspecting.spectra import COSINE, TOP, advice
-from lorafold.inspecting.updates import of_experts
+from lorafold.inspecting.spectra import MAX_INTRUDER_COSINE, NUM_TOP, advice
+from lorafold.inspecting.updates import group_experts
 
-INDIFFERENT = 0.1  # strengths within 1 +- this count as no preference
+NEUTRAL_MARGIN = 0.1  # strengths within 1 +- this count as no preference
 
 
 def sentences(
@@ -24,22 +24,22 @@ def sentences(
     changed = [site for site in sites.values() if site.numerical_rank]
     if not changed:
         return ["The update is zero everywhere: this adapter changes nothing."]
-    parts = [
+    result = [
         f"For all modules together, {advice(whole.rank, whole.pooled)}. On average, a single module"
         f" needs {whole.effective_rank_95:.1f} directions for 95%.",
-        of_base(whole, changed),
-        of_strength(changed),
-        of_tokens(changed, chance),
-        of_evenness(sites),
-        of_heads(sites),
-        of_position(changed),
-        of_intruders([site.intruders for site in changed if site.intruders is not None]),
-        of_other(against),
+        base_sentence(whole, changed),
+        strength_sentence(changed),
+        token_sentence(changed, chance),
+        expert_sentence(sites),
+        head_sentence(sites),
+        position_sentence(changed),
+        intruder_sentence([site.intruders for site in changed if site.intruders is not None]),
+        overlap_sentence(against),
     ]
-    return [part for part in parts if part]
+    return [sentence for sentence in result if sentence]
 
 
-def of_base(whole: AdapterFigures, sites: Sequence[MatrixFigures]) -> str:
+def base_sentence(whole: AdapterFigures, sites: Sequence[MatrixFigures]) -> str:
     bases = [site.base for site in sites]
     known = [b.projection / b.random_projection for b in bases if b.random_projection]
     if not known or whole.amplification is None:
@@ -52,14 +52,14 @@ def of_base(whole: AdapterFigures, sites: Sequence[MatrixFigures]) -> str:
     )
 
 
-def of_strength(sites: Sequence[MatrixFigures]) -> str:
-    both = [(site.base.strength_read, site.base.strength_written) for site in sites]
-    known = [[one for one in side if one is not None] for side in zip(*both, strict=True)]
+def strength_sentence(sites: Sequence[MatrixFigures]) -> str:
+    strengths = [(site.base.strength_read, site.base.strength_written) for site in sites]
+    known = [[one for one in side if one is not None] for side in zip(*strengths, strict=True)]
     if not all(known):
         return ""
 
     def kind(strength: float) -> str:
-        if abs(strength - 1) < INDIFFERENT:
+        if abs(strength - 1) < NEUTRAL_MARGIN:
             return "no preference"
         return "weak directions" if strength < 1 else "strong directions"
 
@@ -71,7 +71,7 @@ def of_strength(sites: Sequence[MatrixFigures]) -> str:
     )
 
 
-def of_tokens(sites: Sequence[MatrixFigures], chance: Mapping[str, float]) -> str:
+def token_sentence(sites: Sequence[MatrixFigures], chance: Mapping[str, float]) -> str:
     parts = []
     for verb, side in (("reads", "read"), ("writes", "written")):
         strongest = [tables[0] for site in sites if (tables := getattr(site, verb))]
@@ -87,12 +87,12 @@ def of_tokens(sites: Sequence[MatrixFigures], chance: Mapping[str, float]) -> st
     ) * bool(parts)
 
 
-def of_evenness(sites: Sites) -> str:
-    by_site = [[figures.base.norm for figures in of] for of in of_experts(sites).values()]
-    norms = [norm for of in by_site for norm in of]
+def expert_sentence(sites: Sites) -> str:
+    expert_norms = [[figures.base.norm for figures in of] for of in group_experts(sites).values()]
+    norms = [norm for of in expert_norms for norm in of]
     if not any(norms):
         return ""
-    uneven = median(max(of) / fmean(of) for of in by_site if any(of))
+    uneven = median(max(of) / fmean(of) for of in expert_norms if any(of))
     return (
         f"Of {len(norms)} matrices of experts, {sum(norm > 0 for norm in norms)} changed; the"
         f" largest update in a module is {uneven:.1f} times as large as the mean of its experts"
@@ -100,7 +100,7 @@ def of_evenness(sites: Sites) -> str:
     )
 
 
-def of_heads(sites: Sites) -> str:
+def head_sentence(sites: Sites) -> str:
     heads = {path: site.heads for path, site in sites.items() if site.heads}
     known = [(max(shares), path, shares) for path, shares in heads.items() if any(shares)]
     if not known:
@@ -113,7 +113,7 @@ def of_heads(sites: Sites) -> str:
     )
 
 
-def of_position(sites: Sequence[MatrixFigures]) -> str:
+def position_sentence(sites: Sequence[MatrixFigures]) -> str:
     known = [(site.base.projection, site.shape, at) for site in sites if (at := site.positions)]
     if not known:
         return ""
@@ -131,17 +131,17 @@ def of_position(sites: Sequence[MatrixFigures]) -> str:
     )
 
 
-def of_intruders(counts: Sequence[int]) -> str:
+def intruder_sentence(counts: Sequence[int]) -> str:
     if not counts:
         return ""
     return (
         f"{sum(map(bool, counts))} of {len(counts)} modules have intruder dimensions ({sum(counts)}"
-        f" in all): top {TOP} singular vectors of the changed weight whose cosine to every singular"
-        f" vector of the base is below {COSINE}."
+        f" in all): top {NUM_TOP} singular vectors of the changed weight whose cosine to every"
+        f" singular vector of the base is below {MAX_INTRUDER_COSINE}."
     )
 
 
-def of_other(against: AdapterOverlap | None) -> str:
+def overlap_sentence(against: AdapterOverlap | None) -> str:
     if against is None:
         return ""
     sites = against.sites.values()
@@ -162,19 +162,19 @@ def of_other(against: AdapterOverlap | None) -> str:
     )
 
 
-def of_paths(paths: LossPaths) -> list[str]:
+def path_sentences(paths: LossPaths) -> list[str]:
     losses = dict(paths.scaling)
     best, lowest = min(paths.scaling, key=lambda point: point[1])
     size = "smaller" if best < 1 else "larger"
-    better = f": a {size} update would be better" * (abs(best - 1) >= 0.3)
+    advice = f": a {size} update would be better" * (abs(best - 1) >= 0.3)
     conclusions = [
         f"Along base + t dW, the loss is {losses[0.0]:.4f} at t = 0 and {losses[1.0]:.4f} at t = 1;"
-        f" the lowest loss is {lowest:.4f} at t = {best:g}{better}."
+        f" the lowest loss is {lowest:.4f} at t = {best:g}{advice}."
     ]
     if paths.barrier is not None:
-        how = "connected without" if paths.barrier < 0.01 else "separated by"
+        verb = "connected without" if paths.barrier < 0.01 else "separated by"
         conclusions.append(
-            f"The two adapters are {how} a barrier: between them, the loss rises at most"
+            f"The two adapters are {verb} a barrier: between them, the loss rises at most"
             f" {paths.barrier:.4f} nats per token above the straight line."
         )
     return conclusions

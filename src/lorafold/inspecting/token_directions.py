@@ -26,19 +26,19 @@ from transformers import PreTrainedModel
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.residual_stream import ResidualStream, gain
 from lorafold.inspecting.result import NearestNeighbours, Neighbour
-from lorafold.inspecting.updates import Svds, site_of
+from lorafold.inspecting.updates import Svds, module_path
 from lorafold.models.weights import FileWeights
 
-DIRECTIONS = 3  # the strongest directions of a module that are shown
-RANDOM = 64  # random directions to compare with
-SHOWN = 6  # tokens at each end of a direction
-VECTORS = 10  # the user's vectors with the largest shares of a module's update
-CHUNK = 8192  # vectors of the vocabulary that are converted to fp32 at a time
+NUM_DIRECTIONS = 3  # the strongest directions of a module that are shown
+SAMPLES = 64  # random directions to compare with
+NUM_TOKENS = 6  # tokens at each end of a direction
+NUM_VECTORS = 10  # the user's vectors with the largest shares of a module's update
+CHUNK_SIZE = 8192  # vectors of the vocabulary that are converted to fp32 at a time
 
 
 @dataclass(frozen=True)
-class Near:
-    """(values, indices) of the largest and smallest along each direction, (SHOWN, n) each."""
+class Extremes:
+    """(values, indices) of the largest and smallest along each direction, (NUM_TOKENS, n) each."""
 
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
@@ -51,38 +51,38 @@ class Near:
         return [*map(NearestNeighbours, end(*self.top), end(*self.bottom))]
 
 
-def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:  # (V, d), (d, n)
-    """The vectors with the largest and smallest cosine to each direction, CHUNK at a time."""
+def nearest(vectors: Tensor, directions: Tensor, k: int = NUM_TOKENS) -> Extremes:  # (V, d), (d, n)
+    """The vectors with the largest and smallest cosine to each direction, CHUNK_SIZE at a time."""
     unit = F.normalize(directions, dim=0)
     near = [
-        extremes(F.normalize(part.float(), dim=1) @ unit, shown, i * CHUNK)
-        for i, part in enumerate(vectors.split(CHUNK))
+        extremes(F.normalize(part.float(), dim=1) @ unit, k, i * CHUNK_SIZE)
+        for i, part in enumerate(vectors.split(CHUNK_SIZE))
     ]
 
     def merged(ends: Sequence[tuple[Tensor, Tensor]], largest: bool) -> tuple[Tensor, Tensor]:
         values, indices = map(torch.cat, zip(*ends, strict=True))
-        values, best = values.topk(min(shown, len(values)), 0, largest)
+        values, best = values.topk(min(k, len(values)), 0, largest)
         return values, indices.gather(0, best)
 
-    return Near(merged([n.top for n in near], True), merged([n.bottom for n in near], False))
+    return Extremes(merged([n.top for n in near], True), merged([n.bottom for n in near], False))
 
 
-def mean_nearest(vectors: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
+def mean_nearest(vectors: Tensor, norm_gain: Tensor | None) -> float:  # (n, d), (d,)
     """The mean cosine of random directions to the nearest vector, as a baseline."""
-    directions = torch.randn(vectors.shape[1], RANDOM, generator=torch.Generator().manual_seed(0))
-    return float(nearest(vectors, scaled(directions, through), 1).top[0].mean())
+    directions = torch.randn(vectors.shape[1], SAMPLES, generator=torch.Generator().manual_seed(0))
+    return float(nearest(vectors, after_norm(directions, norm_gain), 1).top[0].mean())
 
 
-def scaled(directions: Tensor, through: Tensor | None) -> Tensor:  # (d, n), (d,) -> (d, n)
-    """The directions after a norm with the gain `through`; None means no norm."""
-    return directions if through is None else through[:, None] * directions
+def after_norm(directions: Tensor, norm_gain: Tensor | None) -> Tensor:  # (d, n), (d,) -> (d, n)
+    """The directions after a norm with the gain `norm_gain`; None means no norm."""
+    return directions if norm_gain is None else norm_gain[:, None] * directions
 
 
-def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:  # (V, n)
+def extremes(values: Tensor, shown: int = NUM_TOKENS, first: int = 0) -> Extremes:  # (V, n)
     """The largest and the smallest values of each column; `first` is added to the indices."""
     k = min(shown, len(values))
     (top, at_top), (bottom, at_bottom) = (values.topk(k, 0, largest) for largest in (True, False))
-    return Near((top, at_top + first), (bottom, at_bottom + first))
+    return Extremes((top, at_top + first), (bottom, at_bottom + first))
 
 
 @dataclass(frozen=True)
@@ -93,38 +93,38 @@ class Directions:
     of_tokens: bool
 
 
-def sides_of(
+def find_sides(
     model: PreTrainedModel, stream: ResidualStream, svds: Svds
 ) -> dict[str, dict[str, Directions]]:
     reads, writes = {}, {}
     for path, svd in svds.items():
-        norm = stream.readers.get(site_of(path))
+        norm = stream.readers.get(module_path(path))
         if not len(svd.s):
             continue
         if path == stream.embedding:
             reads[path] = Directions(svd.v, True)
         elif norm is not None:
             g = gain(model.get_submodule(norm), stream.size) if norm else None
-            reads[path] = Directions(scaled(svd.v, g), False)
-        if path == stream.head or site_of(path) in stream.writers:
+            reads[path] = Directions(after_norm(svd.v, g), False)
+        if path == stream.head or module_path(path) in stream.writers:
             writes[path] = Directions(svd.u, path == stream.head)
     return {"reads": reads, "writes": writes}
 
 
-def tables(
+def nearest_to(
     sides: Mapping[str, Directions],
     vectors: Tensor,  # (n, d)
-    through: Tensor | None,  # (d,)
+    norm_gain: Tensor | None,  # (d,)
     name: Callable[[int], str],
 ) -> dict[str, list[NearestNeighbours]]:
-    top = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items()}
+    tops = {path: side.directions[:, :NUM_DIRECTIONS] for path, side in sides.items()}
     named_by_path = {
-        path: extremes(top[path]).named(name) for path, side in sides.items() if side.of_tokens
+        path: extremes(tops[path]).named(name) for path, side in sides.items() if side.of_tokens
     }
-    streams = {path: directions for path, directions in top.items() if path not in named_by_path}
+    streams = {path: directions for path, directions in tops.items() if path not in named_by_path}
     if streams:
-        together = scaled(torch.cat(list(streams.values()), 1), through)
-        named = iter(nearest(vectors, together).named(name))
+        directions_after_norm = after_norm(torch.cat(list(streams.values()), 1), norm_gain)
+        named = iter(nearest(vectors, directions_after_norm).named(name))
         named_by_path |= {
             path: list(islice(named, directions.shape[1])) for path, directions in streams.items()
         }
@@ -152,8 +152,8 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
 
 def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
     """The share of an update's energy on each vector: |dW f|^2 / |dW|^2; 1 / d if random."""
-    along = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
-    return (along * s).square().sum(1) / s.square().sum()
+    cosines = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
+    return (cosines * s).square().sum(1) / s.square().sum()
 
 
 def largest_shares(
@@ -161,5 +161,5 @@ def largest_shares(
 ) -> dict[str, float]:
     """The vectors (n, d) with the largest shares, in descending order."""
     all_shares = shares(side, s, vectors)
-    values, indices = all_shares.topk(min(VECTORS, len(all_shares)))
+    values, indices = all_shares.topk(min(NUM_VECTORS, len(all_shares)))
     return {names[i]: value for i, value in zip(indices.tolist(), values.tolist(), strict=True)}

@@ -25,7 +25,7 @@ from lorafold.core.delta import Delta, set_tensor
 from lorafold.core.layer import Layer
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
+from lorafold.fold.quantization_round_trip import ROUND_TRIP, attach_training_round_trip
 from lorafold.inspecting.result import Sites
 from lorafold.methods.lora import lora_with_ranks
 from lorafold.ops.svd import svd_of_product
@@ -67,26 +67,26 @@ def matrix_names(path: str, matrices: Sequence[int]) -> list[str]:
     return [f"{path}[{e}]" for e in range(matrices[0])] if matrices else [path]
 
 
-def site_of(name: str) -> str:
+def module_path(name: str) -> str:
     return name.partition("[")[0]
 
 
-def by_site(names: Iterable[str]) -> dict[str, list[str]]:
+def by_module(names: Iterable[str]) -> dict[str, list[str]]:
     sites = defaultdict(list)
     for name in names:
-        sites[site_of(name)].append(name)
+        sites[module_path(name)].append(name)
     return dict(sites)
 
 
-def of_experts(values: Mapping[str, T]) -> dict[str, list[T]]:
+def group_experts(values: Mapping[str, T]) -> dict[str, list[T]]:
     """The values of experts' matrices by module; modules without experts are left out."""
-    sites = {site: names for site, names in by_site(values).items() if names != [site]}
+    sites = {site: names for site, names in by_module(values).items() if names != [site]}
     return {site: [values[name] for name in names] for site, names in sites.items()}
 
 
-def largest(figures: Sites) -> list[str]:
+def largest_of(figures: Sites) -> list[str]:
     """The name of one matrix per module; for experts, the one with the largest update."""
-    return [max(names, key=lambda n: figures[n].base.norm) for names in by_site(figures).values()]
+    return [max(names, key=lambda n: figures[n].base.norm) for names in by_module(figures).values()]
 
 
 @dataclass(frozen=True)
@@ -121,16 +121,16 @@ class AdaptedModule:
     def parts(self) -> Iterator[tuple[str, Svd]]:
         """The name and the SVD of each matrix's update, computed on each call."""
         if (factors := self.delta.factors()) is not None:
-            svds = map(of_factors, *(unstacked(factor.detach()) for factor in factors))
+            svds = map(svd_of_factors, *(unstacked(factor.detach()) for factor in factors))
             return zip(self.names, svds, strict=True)
         try:
             changes = unstacked(self.delta.change(self.layer.dense()[0].float()))
         except NotMergeable as e:
             raise LorafoldError(f"{self.path}: {e}") from None
-        return zip(self.names, map(of_dense, changes), strict=True)
+        return zip(self.names, map(svd_of_dense, changes), strict=True)
 
 
-def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
+def modules_of(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
     """Yield the modules with deltas of the adapter's method, without biases and tokens."""
     modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
@@ -147,7 +147,7 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
 
 def load_below(model: nn.Module, base: Base, stack: Sequence[SavedAdapter]) -> tuple[str, ...]:
     """Load all adapters of the stack but the last; returns their names on the model."""
-    attach_as_trained(model, base.source, base.storage, stack)
+    attach_training_round_trip(model, base.source, base.storage, stack)
     below = load_all(model, stack[:-1], "over", allow_other_base=base.allow_other_base)
     return tuple(adapter.name for adapter in below)
 
@@ -157,7 +157,7 @@ def unstacked(w: Tensor) -> Sequence[Tensor]:
     return w.unbind() if w.dim() == 3 else (w,)
 
 
-def padded(factors: Factors, rank: int) -> Factors:
+def pad_rank(factors: Factors, rank: int) -> Factors:
     up, down = factors
     return F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2]))
 
@@ -167,12 +167,12 @@ def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
     if not matrices:
         return factors[0]
     rank = max(len(down) for _, down in factors)
-    ups, downs = zip(*(padded(pair, rank) for pair in factors), strict=True)
+    ups, downs = zip(*(pad_rank(pair, rank) for pair in factors), strict=True)
     return torch.stack(ups), torch.stack(downs)
 
 
 @torch.no_grad()
-def lora_of(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
+def add_lora(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
     """A new LoRA of scale 1 with these factors; rank 0 changes nothing."""
     spec = lora_with_ranks({path: max(down.shape[-2], 1) for path, (_, down) in factors.items()})
     adapter = attach(model, spec, Matches({path: (path,) for path in factors}), name)
@@ -187,7 +187,7 @@ def put_factors(delta: Delta, factors: Factors) -> None:
             set_tensor(delta, leaf, value)
 
 
-def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
+def svd_of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
     """The SVD of up @ down, without computing the product."""
     with one_thread():
         u, s, vt = svd_of_product(up, down)
@@ -207,7 +207,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def of_dense(dw: Tensor) -> Svd:  # (out, in)
+def svd_of_dense(dw: Tensor) -> Svd:  # (out, in)
     """The SVD of a matrix; a matrix on MPS is moved to the CPU first."""
     dw = dw.cpu() if dw.device.type == "mps" else dw
     u, s, vt = torch.linalg.svd(dw, full_matrices=False)

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.ops import attention, cross_entropy, decoding, dropout, elementwise, scale
+from lorafold.ops import attention, cross_entropy, decoding, dropout, elementwise, scale_and_add
 from lorafold.ops.operators import Operation
 
 FORMS = {
@@ -26,15 +26,17 @@ FORMS = {
     dropout.MASKED: {"cuda": "triton_kernels._TritonDropout"},
     dropout.EMPTY: {"cpu": "training._CppTraining"},
     cross_entropy.LOSSES: {"cpu": "training._CppTraining"},
-    scale.SCALE: {"cpu": "training._CppTraining", "cuda": "triton_kernels._TritonScale"},
-    scale.BACKWARD: {"cpu": "training._CppTraining", "cuda": "triton_kernels._TritonScale"},
+    scale_and_add.SCALE: {"cpu": "training._CppTraining", "cuda": "triton_kernels._TritonScale"},
+    scale_and_add.BACKWARD: {"cpu": "training._CppTraining", "cuda": "triton_kernels._TritonScale"},
     decoding.STORED: {"cpu": "decoding._CppDecoding"},
     decoding.LOW_RANK: {"cpu": "decoding._CppDecoding"},
     decoding.ATTEND: {"cpu": "decoding._CppDecoding"},
     decoding.WRITE: {"cpu": "decoding._CppDecoding"},
 }
 OF_PASSES = (decoding.STORED, decoding.LOW_RANK, decoding.ATTEND, decoding.WRITE)
-DECODING = (*OF_PASSES, elementwise.NORM, elementwise.ROTARY, elementwise.GATED, scale.SCALE)
+DECODING = (
+    *OF_PASSES, elementwise.NORM, elementwise.ROTARY, elementwise.GATED, scale_and_add.SCALE
+)  # fmt: skip
 TRAINING = tuple(operation for operation in FORMS if operation not in OF_PASSES)
 
 

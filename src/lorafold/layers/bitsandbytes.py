@@ -34,10 +34,10 @@ from lorafold.layers.dense import Linear, Matrix
 from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS, levels
 
 OPERATION = "bitsandbytes::quantize_4bit"
-PART = 1 << 18  # weights: 1 MB in fp32
+CHUNK = 1 << 18  # weights: 1 MB in fp32
 
 
-def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantize_nf4(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """NF4 codes (n / 2, 1) in uint8, two per byte, the first in the high nibble, and constants c (n
     / block,) in fp32, equal to bitsandbytes' but faster on a CPU: code = 15 - #{k : w / c <= m_k},
     m_k the middle of levels k and k + 1.
@@ -46,7 +46,7 @@ def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
     middles = ((level[:-1] + level[1:]) / 2).tolist()
     packed = torch.empty(len(flat) // 2, dtype=torch.uint8)
     constants = torch.empty(len(flat) // block)
-    part = PART // block * block
+    part = CHUNK // block * block
     below = torch.empty(min(part, len(flat)), dtype=torch.bool)
     count = torch.empty_like(below, dtype=torch.uint8)
     parts = (flat.split(part), packed.split(part // 2), constants.split(part // block))
@@ -63,37 +63,37 @@ def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return packed[:, None], constants
 
 
-def _quantize(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple[Tensor, Tensor]:
+def _cpu_kernel(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple[Tensor, Tensor]:
     """bitsandbytes' quantization operation for the CPU: codes and constants of w, of any shape."""
     if kind == "nf4" and stored_as == torch.uint8 and w.numel() % block == 0:
-        return codes(w, block)
+        return quantize_nf4(w, block)
     return torch.ops.bitsandbytes.quantize_4bit.default.redispatch(
         torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd),
         w, block, kind, stored_as,
     )  # fmt: skip
 
 
-def bitsandbytes() -> ModuleType:
-    """Import bitsandbytes quietly, and register `codes` as its CPU kernel unless there is one.
-    Raises ImportError if it is not installed.
+def import_bitsandbytes() -> ModuleType:
+    """Import bitsandbytes quietly, and register `quantize_nf4` as its CPU kernel unless
+    there is one. Raises ImportError if it is not installed.
     """
     if (module := sys.modules.get("bitsandbytes")) is None:
-        with quietly():
+        with quiet_import():
             module = importlib.import_module("bitsandbytes")
     if not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATION, "CPU"):
-        torch.library.register_kernel(OPERATION, "cpu", _quantize)
+        torch.library.register_kernel(OPERATION, "cpu", _cpu_kernel)
     return module
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def quiet_import() -> Iterator[None]:
     """Context for imports of bitsandbytes: without warnings that recommend kernels, and without
     torch's compiler, which takes 1.5 s to import.
     """
     logger = logging.getLogger("bitsandbytes")
     level, compiler = logger.level, torch.compile
     logger.setLevel(logging.ERROR)
-    torch.compile = partial(_when_called, compiler)
+    torch.compile = partial(_compile_when_called, compiler)
     try:
         yield
     finally:
@@ -101,15 +101,15 @@ def quietly() -> Iterator[None]:
         torch.compile = compiler
 
 
-def _when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:
+def _compile_when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:
     """torch.compile, delayed until the function is first called."""
     if function is None:
-        return partial(_when_called, compiler, **options)
+        return partial(_compile_when_called, compiler, **options)
     compiled = cache(partial(compiler, function, **options))
     return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
 
-def constants_of(state: Any, blocks: slice = slice(None)) -> Tensor:
+def block_constants(state: Any, blocks: slice = slice(None)) -> Tensor:
     """The constant of each block (blocks,) of 4-bit codes."""
     if not state.nested:
         return state.absmax[blocks]
@@ -227,7 +227,7 @@ class Linear4bit(Quantized):
         """
         weight = self.bare.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            back = bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
+            back = import_bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
             weight.data, weight.quant_state = back(weight.data, weight.quant_state)
             self.module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         return weight.quant_state
@@ -238,7 +238,7 @@ class Linear4bit(Quantized):
 
     def dequantized(self) -> Tensor:
         state = self._state
-        return dequantized_4bit(self.bare.weight.data, constants_of(state), state, self.shape)
+        return dequantized_4bit(self.bare.weight.data, block_constants(state), state, self.shape)
 
 
 class Linear8bit(Quantized):
@@ -253,41 +253,41 @@ class Linear8bit(Quantized):
 
 def nf4(w: Tensor) -> nn.Module:  # (out, in)
     """A linear without bias that stores w (out, in), in bf16, as NF4 with quantized constants."""
-    module: Any = _empty("LinearNF4", w)
+    module: Any = _empty_linear("LinearNF4", w)
     # with the code order of this CPU kernel there are no gradients, and it is not faster
     module.support_avx512bf16_for_cpu = False
     if not is_fake(w):
-        return _quantized(module, w)
-    functional = bitsandbytes().functional
+        return _quantize_module(module, w)
+    functional = import_bitsandbytes().functional
     with unset_fake_temporarily():
         functional.quantize_blockwise(torch.zeros(1))  # creates its table, which needs real values
     codes, state = functional.quantize_nf4(w.bfloat16(), compress_statistics=True)
-    return _with(module, codes, quant_state=state)
+    return _with_fake_codes(module, codes, quant_state=state)
 
 
 def int8(w: Tensor) -> nn.Module:  # (out, in)
     """A linear without bias that stores w (out, in), in bf16, as int8."""
-    module = _empty("Linear8bitLt", w, has_fp16_weights=False)
+    module = _empty_linear("Linear8bitLt", w, has_fp16_weights=False)
     if not is_fake(w):
-        return _quantized(module, w)
-    codes, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(w.half())
-    return _with(module, codes, CB=codes, SCB=scales)
+        return _quantize_module(module, w)
+    codes, scales, _ = import_bitsandbytes().functional.int8_vectorwise_quant(w.half())
+    return _with_fake_codes(module, codes, CB=codes, SCB=scales)
 
 
-def _empty(cls: str, w: Tensor, **options: Any) -> nn.Module:
+def _empty_linear(cls: str, w: Tensor, **options: Any) -> nn.Module:
     with unset_fake_temporarily():
-        return getattr(bitsandbytes().nn, cls)(
+        return getattr(import_bitsandbytes().nn, cls)(
             w.shape[1], w.shape[0], bias=False, device="meta", **options
         )
 
 
-def _quantized(module: nn.Module, w: Tensor) -> nn.Module:
+def _quantize_module(module: nn.Module, w: Tensor) -> nn.Module:
     old: Any = module.weight
     module.weight = type(old)(w.detach().bfloat16().cpu(), requires_grad=False, **old.__dict__)
     return module.to(w.device)
 
 
-def _with(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
+def _with_fake_codes(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
     """Give the module a weight of fake codes, which bitsandbytes' parameter class can't hold."""
     weight = nn.Parameter(codes, requires_grad=False)
     vars(weight).update(attributes)
@@ -300,7 +300,7 @@ def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
     effect on other modules.
     """
     settings: Any = module
-    if "codes" in vars(module) or expert_parameters(module):
+    if "fmt" in vars(module) or expert_parameters(module):
         settings.compute_dtype = dtype
     elif isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
         (

@@ -32,12 +32,12 @@ WORD = 32  # bits of an int32
 class QuantizationFormat:
     """How a matrix is stored.
 
-    kind: float or int.
+    code_type: float or int.
     rows, columns: the block that shares a scale; 0 for all.
     scale: the name of the scales' parameter.
     """
 
-    kind: str
+    code_type: str
     rows: int
     columns: int
     bits: int = 8
@@ -51,30 +51,30 @@ class QuantizationFormat:
 
     def parameters(self, out: int, inn: int, scales: torch.dtype) -> dict[str, Tensor]:
         """The uninitialized parameters that store a matrix (out, in), by name."""
-        high, wide = self.blocks(out, inn)
-        shape = (1,) if (self.rows, self.columns) == (0, 0) else (high, wide)
+        blocks = self.blocks(out, inn)
+        shape = (1,) if (self.rows, self.columns) == (0, 0) else blocks
         tensors = {self.scale: torch.empty(shape, dtype=scales)}
         if self.packed:
-            tensors["weight_packed"] = torch.empty(out, words(inn, self.bits), dtype=torch.int32)
+            tensors["weight_packed"] = torch.empty(out, num_ints(inn, self.bits), dtype=torch.int32)
             tensors["weight_shape"] = torch.empty(2, dtype=torch.int64)
         else:
-            dtype = torch.float8_e4m3fn if self.kind == "float" else torch.int8
+            dtype = torch.float8_e4m3fn if self.code_type == "float" else torch.int8
             tensors["weight"] = torch.empty(out, inn, dtype=dtype)
         if not self.symmetric:
             tensors["weight_zero_point"] = (
-                torch.empty(words(high, self.bits), wide, dtype=torch.int32)
+                torch.empty(num_ints(blocks[0], self.bits), blocks[1], dtype=torch.int32)
                 if self.packed
                 else torch.empty(shape, dtype=torch.int8)
             )
         return tensors
 
 
-def words(n: int, bits: int) -> int:
+def num_ints(n: int, bits: int) -> int:
     """The number of int32 that contain n codes."""
     return -(-n * bits // WORD)
 
 
-def unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """The first n codes of each row, int8 (rows, n)."""
     codes = packed.contiguous().view(torch.uint8)
     if bits == 4:  # both codes of a byte, each in a byte of an int16
@@ -88,14 +88,14 @@ class CompressedLinear(nn.Module):
     files.
     """
 
-    def __init__(self, linear: nn.Linear, codes: QuantizationFormat, scales: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, fmt: QuantizationFormat, scales: torch.dtype) -> None:
         """Make the uninitialized module for a linear, with its bias, on its device."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.codes = codes
+        self.fmt = fmt
         self.compute_dtype: torch.dtype | None = None
         with linear.weight.device:
-            tensors = codes.parameters(self.out_features, self.in_features, scales)
+            tensors = fmt.parameters(self.out_features, self.in_features, scales)
         for name, value in tensors.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self.register_parameter("bias", linear.bias)
@@ -104,11 +104,11 @@ class CompressedLinear(nn.Module):
         """Like any module, but codes and scales keep their dtypes."""
         quantized = {id(p) for name, p in self._parameters.items() if name != "bias"}
 
-        def apart(t: Tensor) -> Tensor:
+        def keep_dtype(t: Tensor) -> Tensor:
             moved = fn(t)
             return moved if id(t) not in quantized or moved.dtype == t.dtype else t.to(moved.device)
 
-        return super()._apply(apart, recurse)
+        return super()._apply(keep_dtype, recurse)
 
     def freeze(self) -> None:
         """Disable gradients of codes and scales, which loading turns into ordinary parameters."""
@@ -121,50 +121,51 @@ class CompressedLinear(nn.Module):
         return Compressed(self)(x)
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, {self.codes.kind}{self.codes.bits}"
+        fmt = f"{self.fmt.code_type}{self.fmt.bits}"
+        return f"in={self.in_features}, out={self.out_features}, {fmt}"
 
 
 class Compressed(Quantized):
     @property
     def dtype(self) -> torch.dtype:
-        scale = getattr(self.bare, self.bare.codes.scale)
+        scale = getattr(self.bare, self.bare.fmt.scale)
         return scale.dtype
 
     def dequantized(self) -> Tensor:  # (out, in)
-        module, codes = self.bare, self.bare.codes
-        scale = getattr(module, codes.scale)
-        if codes.packed:
-            integers = unpacked(module.weight_packed, codes.bits, self.shape[1])
+        module, fmt = self.bare, self.bare.fmt
+        scale = getattr(module, fmt.scale)
+        if fmt.packed:
+            integers = unpack(module.weight_packed, fmt.bits, self.shape[1])
         else:
-            integers = values(module.weight) if codes.kind == "float" else module.weight
+            integers = values(module.weight) if fmt.code_type == "float" else module.weight
         w = integers.to(scale.dtype)
-        if not codes.symmetric:
+        if not fmt.symmetric:
             zero = module.weight_zero_point  # the shape of the scales, packed along the rows
-            if codes.packed:
-                zero = unpacked(zero.t(), codes.bits, codes.blocks(*self.shape)[0]).t()
-            w = _by_block(w, zero.to(scale.dtype), codes, torch.sub)
-        return _by_block(w, scale, codes, torch.mul)
+            if fmt.packed:
+                zero = unpack(zero.t(), fmt.bits, fmt.blocks(*self.shape)[0]).t()
+            w = _apply_by_block(w, zero.to(scale.dtype), fmt, torch.sub)
+        return _apply_by_block(w, scale, fmt, torch.mul)
 
     def dequantize(self) -> None:
         module, weight, bias = self.module, self.weight(), self.bias
         module._parameters.clear()
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         module._parameters["bias"] = bias  # type: ignore[assignment]
-        for attribute in ("codes", "compute_dtype"):
+        for attribute in ("fmt", "compute_dtype"):
             module.__dict__.pop(attribute)
         make_linear(module)
 
 
-def _by_block(w: Tensor, by: Tensor, codes: QuantizationFormat, operation: Any) -> Tensor:
+def _apply_by_block(w: Tensor, values: Tensor, fmt: QuantizationFormat, operation: Any) -> Tensor:
     """w (out, in), in place, with the value of its block applied to each element."""
     out, inn = w.shape
-    rows, columns = codes.rows or out, codes.columns or inn
-    high, wide = codes.blocks(out, inn)
-    by = by.view(high, wide)
+    rows, columns = fmt.rows or out, fmt.columns or inn
+    row_blocks, column_blocks = fmt.blocks(out, inn)
+    values = values.view(row_blocks, column_blocks)
     if out % rows or inn % columns:  # the last blocks are smaller
-        spread = by.repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :inn]
+        spread = values.repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :inn]
         operation(w, spread, out=w)
         return w
-    blocks = w.view(high, rows, wide, columns)
-    operation(blocks, by[:, None, :, None], out=blocks)
+    blocks = w.view(row_blocks, rows, column_blocks, columns)
+    operation(blocks, values[:, None, :, None], out=blocks)
     return w

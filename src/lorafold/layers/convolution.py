@@ -21,7 +21,7 @@ from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 from lorafold.ops.autocast import autocasting, lowered
 from lorafold.ops.dropout import dropout
-from lorafold.ops.scale import scaled
+from lorafold.ops.scale_and_add import plain_scale_and_add
 
 # by the number of spatial dimensions
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -88,7 +88,7 @@ class Convolution(BaseLayer):
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        return scaled(y, self.each(g), None if c is None else self.each(c), onto)
+        return plain_scale_and_add(y, self.each(g), None if c is None else self.each(c), onto)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.kernel.flatten(1), self.bias

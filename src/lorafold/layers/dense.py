@@ -19,7 +19,7 @@ from lorafold.ops.autocast import autocasting, lowered
 from lorafold.ops.checkpoint_segments import once
 from lorafold.ops.dropout import dropout, shared
 from lorafold.ops.frozen import frozen_linear, low_rank_linear, sparse_linear
-from lorafold.ops.scale import scale
+from lorafold.ops.scale_and_add import scale_and_add
 
 
 class Vectors(BaseLayer):
@@ -28,7 +28,7 @@ class Vectors(BaseLayer):
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        return scale(y, g, c, onto)
+        return scale_and_add(y, g, c, onto)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p, self.site(x)) if p else x

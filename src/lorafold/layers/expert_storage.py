@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.expert_matrices import Matrices
-from lorafold.layers.bitsandbytes import constants_of, dequantized_4bit
+from lorafold.layers.bitsandbytes import block_constants, dequantized_4bit
 from lorafold.ops.mxfp4 import dequantize
 
 BLOCKS, SCALES = "_blocks", "_scales"  # suffixes of MXFP4's parameters
-GROUP = 32  # weights that share a scale of MXFP4
+MXFP4_GROUP = 32  # weights that share a scale of MXFP4
 
 
 class ExpertMatrices(ABC):
@@ -79,7 +79,7 @@ class ExpertMatrices(ABC):
         return self.turned(torch.empty(self.number, *self.sides, dtype=self.dtype, device="meta"))
 
 
-class Floats(ExpertMatrices):
+class FloatExperts(ExpertMatrices):
     @property
     def dtype(self) -> torch.dtype:
         return self.parameter.dtype
@@ -129,13 +129,13 @@ class NF4(QuantizedMatrices):
 
     def dense(self) -> Tensor:
         state = self.parameter.quant_state
-        w = dequantized_4bit(self._codes, constants_of(state), state, tuple(state.shape))
+        w = dequantized_4bit(self._codes, block_constants(state), state, tuple(state.shape))
         return self.turned(w.view(self.number, *self.sides).to(self.dtype))
 
     def stored(self, e: int) -> Tensor:
         state, size = self.parameter.quant_state, prod(self.sides)
         blocks = size // state.blocksize
-        constants = constants_of(state, slice(e * blocks, (e + 1) * blocks))
+        constants = block_constants(state, slice(e * blocks, (e + 1) * blocks))
         codes = self._codes[e * size // 2 : (e + 1) * size // 2]
         return dequantized_4bit(codes, constants, state, self.sides)
 
@@ -167,7 +167,7 @@ class MXFP4(QuantizedMatrices):
     @property
     def sides(self) -> tuple[int, int]:
         _, out, groups, _ = self.parameter.shape
-        inn = groups * GROUP
+        inn = groups * MXFP4_GROUP
         return (inn, out) if self.transposed else (out, inn)
 
     def stored(self, e: int) -> Tensor:
@@ -180,26 +180,26 @@ def stored_matrices(matrices: Matrices) -> ExpertMatrices:
     parameter: nn.Parameter = matrices.owner._parameters[matrices.name]  # type: ignore[assignment]
     if hasattr(parameter, "quant_state"):
         return NF4(matrices)
-    return Int8(matrices) if parameter.dtype is torch.int8 else Floats(matrices)
+    return Int8(matrices) if parameter.dtype is torch.int8 else FloatExperts(matrices)
 
 
 def mxfp4_parameters(matrices: Matrices) -> dict[str, nn.Parameter]:
     """The uninitialized parameters (E, out, in / 32, 16) and (E, out, in / 32) that would store
     floating-point matrices in MXFP4, by name; in / 32 is rounded down.
     """
-    floats = Floats(matrices)
+    floats = FloatExperts(matrices)
     number, out, inn = floats.shape
-    shape = (number, out, inn // GROUP)
+    shape = (number, out, inn // MXFP4_GROUP)
     return {
         matrices.name + ending: nn.Parameter(
             torch.empty(full, dtype=torch.uint8, device=floats.parameter.device),
             requires_grad=False,
         )
-        for ending, full in ((BLOCKS, (*shape, GROUP // 2)), (SCALES, shape))
+        for ending, full in ((BLOCKS, (*shape, MXFP4_GROUP // 2)), (SCALES, shape))
     }
 
 
-def quantized(w: Tensor, pack: Callable[[Tensor], nn.Module]) -> nn.Parameter:
+def quantize_experts(w: Tensor, pack: Callable[[Tensor], nn.Module]) -> nn.Parameter:
     """The parameter of codes for w (E, a, b), in bf16."""
     linear: Any = pack(w.flatten(0, -2))
     return linear.weight

@@ -41,7 +41,7 @@ from lorafold.ops.grouped import (
     low_rank_product,
     product,
 )
-from lorafold.ops.scale import scale
+from lorafold.ops.scale_and_add import scale_and_add
 
 
 class Experts(BaseLayer):
@@ -63,14 +63,14 @@ class Experts(BaseLayer):
     @classmethod
     def entered(cls, module: nn.Module) -> None:
         assert isinstance(module, Matrices)
-        route(module.routed)
+        run_over_layers(module.routed)
         module.owner._modules[module.name] = module
 
     @classmethod
     def left(cls, module: nn.Module) -> None:
         assert isinstance(module, Matrices)
         del module.owner._modules[module.name]
-        leave(module.routed)
+        restore_forward(module.routed)
 
     @property
     def rows(self) -> Groups:
@@ -148,10 +148,10 @@ class Experts(BaseLayer):
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        parts = [
-            scale(y[at], g[e], None if c is None else c[e], None if onto is None else onto[at])
-            for e, at in self.rows.spans()
-        ]
+        parts = []
+        for e, at in self.rows.spans():
+            residual = None if onto is None else onto[at]
+            parts.append(scale_and_add(y[at], g[e], None if c is None else c[e], residual))
         return torch.cat(parts) if parts else y
 
     def low_rank(
@@ -191,7 +191,7 @@ class Experts(BaseLayer):
                 del self.owner._parameters[name]
             self.owner._parameters[self.name] = nn.Parameter(dense, requires_grad=False)
             self.held, self.quantized = stored_matrices(self.module), False  # type: ignore[arg-type]
-            leave(self.module.routed)  # type: ignore[arg-type]
+            restore_forward(self.module.routed)  # type: ignore[arg-type]
 
 
 class Routed(nn.Module):
@@ -225,13 +225,13 @@ def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
     return next((f"{name}.", m) for name, m in children if m and expert_parameters(m))
 
 
-def route(routed: nn.Module) -> None:
+def run_over_layers(routed: nn.Module) -> None:
     """Run the module's forward over `Experts`, as deltas and quantized matrices need."""
     if not isinstance(routed, Routed):
         routed.__class__ = routed_class(type(routed))  # type: ignore[arg-type]
 
 
-def leave(routed: nn.Module) -> None:
+def restore_forward(routed: nn.Module) -> None:
     """Restore the module's own forward, if possible."""
     matrices = matrices_of(_holder(routed)[1], routed).values()
     needed = any(isinstance(m, Adapted) or stored_matrices(m).quantized for m in matrices)
@@ -260,7 +260,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             result.append(matrices.layer(*names, base=base) if over else base)  # type: ignore
         return result
 
-    called = CALLED[next(iter(parameters.values())).form.called]
+    called = FORWARDS[next(iter(parameters.values())).form.called]
     return called(self, holder, layers, *args, **kwargs)
 
 
@@ -269,7 +269,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 Layers = Callable[[Groups, Tensor | None, tuple[int, int]], list[Layer]]
 
 
-def chosen(
+def run_selected(
     routed: Any, holder: nn.Module, layers: Layers, hidden: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """The experts' outputs, weighted and summed for each token, in the input's shape; `hidden` has
@@ -277,11 +277,11 @@ def chosen(
     """
     index, weights = (*args, *kwargs.values())
     tokens = hidden.reshape(-1, hidden.shape[-1])
-    mixed = lowered(functools.partial(_mixed, holder, layers, index), tokens)
+    mixed = lowered(functools.partial(_expert_outputs, holder, layers, index), tokens)
     return (mixed * weights[..., None]).sum(1).to(hidden.dtype).view(hidden.shape)
 
 
-def weighed(
+def run_scaled(
     routed: Any, holder: nn.Module, layers: Layers, hidden: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output (T, hidden) of the experts plus the shared expert, and the router's logits. Scores
@@ -290,12 +290,12 @@ def weighed(
     tokens = hidden.reshape(-1, hidden.shape[-1])
     scores, logits = routed.router(tokens)
     weights, index = scores.topk(routed.top_k, 1)
-    mixed = lowered(functools.partial(_mixed, holder, layers, index), tokens, weights)
+    mixed = lowered(functools.partial(_expert_outputs, holder, layers, index), tokens, weights)
     shared = routed.shared_expert(tokens)
     return shared + mixed.sum(1).to(shared.dtype), logits
 
 
-def in_order(
+def run_sorted(
     routed: Any, holder: nn.Module, layers: Layers, rows: Tensor, sizes: Sequence[int]
 ) -> Tensor:
     """The rows (S, in), each times the matrix of its expert: (S, out)."""
@@ -306,10 +306,10 @@ def in_order(
     return lowered(lambda x: layer(x[taken]).index_select(0, places), rows)
 
 
-CALLED: dict[str, Callable[..., Any]] = {BY_INDEX: chosen, BY_SCORE: weighed, SORTED_ROWS: in_order}
+FORWARDS: dict[str, Any] = {BY_INDEX: run_selected, BY_SCORE: run_scaled, SORTED_ROWS: run_sorted}
 
 
-def _mixed(
+def _expert_outputs(
     holder: Any, layers: Layers, index: Tensor, hidden: Tensor, weights: Tensor | None = None
 ) -> Tensor:  # (T, k, hidden)
     """The output of each expert of each token, with inputs scaled by `weights` (T, k); experts

@@ -17,7 +17,7 @@ from lorafold.errors import NotMergeable
 from lorafold.layers.dense import Vectors
 from lorafold.ops.arithmetic import linear
 from lorafold.ops.autocast import autocasting, lowered
-from lorafold.ops.scale import scaled
+from lorafold.ops.scale_and_add import plain_scale_and_add
 
 
 class GroupedLinear(Vectors):
@@ -75,7 +75,7 @@ class GroupedLinear(Vectors):
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        return scaled(y, self.each(g), None if c is None else self.each(c), onto)
+        return plain_scale_and_add(y, self.each(g), None if c is None else self.each(c), onto)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.bare.weight, None

@@ -21,7 +21,7 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
     settings: Any = getattr(config, "quantization_config", None)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(settings, dict):
-        if not any(map(_quantized, model.modules())):
+        if not any(map(_is_quantized, model.modules())):
             del config.quantization_config
             return
         # the list of unquantized modules
@@ -31,7 +31,7 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
         plain = [
             p.rpartition(".")[0] if isinstance(m, Matrices) else p
             for p, m in sites
-            if not (isinstance(m, Matrices) and _quantized(m.owner))
+            if not (isinstance(m, Matrices) and _is_quantized(m.owner))
         ]
         settings[name] = list(dict.fromkeys([*(settings.get(name) or []), *plain]))
     elif quantizer is not None:
@@ -44,7 +44,7 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
             model.__dict__.pop(flag, None)
 
 
-def _quantized(module: nn.Module) -> bool:
+def _is_quantized(module: nn.Module) -> bool:
     return isinstance(module, CompressedLinear) or any(
         stored_matrices(matrices).quantized for matrices in matrices_of(module).values()
     )

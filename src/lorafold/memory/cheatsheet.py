@@ -9,8 +9,8 @@ from typing import Any
 from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import estimate
 from lorafold.memory.presets import llama, memory_setting
-from lorafold.ops.kernel_requirements import DeviceKind
 from lorafold.recipe.recipe import Recipe
+from lorafold.runtime.assumed_device import DeviceKind
 
 # rules of thumb: parameters times bytes; 2 x blocks x heads x width x tokens x bytes; 16 bytes for
 # a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8 and 4
@@ -87,7 +87,7 @@ def table() -> Iterator[tuple[str, ...]]:
     yield "model", "mode", "batch x tokens", "the rule", "estimate", "estimate / rule", "why"
     for case in CASES:
         setting = memory_setting(case.mode, Recipe(**case.recipe), case.batch, case.length)
-        total = estimate(llama(case.size), replace(setting, place=DeviceKind("cuda"))).total
+        total = estimate(llama(case.size), replace(setting, device_kind=DeviceKind("cuda"))).total
         yield (
             case.size.upper(),
             case.mode + ", checkpointing" * bool(case.recipe),

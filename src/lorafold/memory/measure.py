@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.memory.trace import Ledger, MemorySetting, attach_below, distinct_bytes
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
@@ -108,7 +108,7 @@ def examples(model: PreTrainedModel, setting: MemorySetting) -> list[Any]:
     rows = [tuple(torch.randint(1, vocabulary, (n,)).tolist()) for n in setting.rows]
     if setting.classes and setting.packed:  # pairs of documents that share nothing
         whole = [Example(row, row) for row in rows]
-        return [Branched((), pair) for pair in zip(whole[::2], whole[1::2], strict=True)]
+        return [BranchedRow((), pair) for pair in zip(whole[::2], whole[1::2], strict=True)]
     if setting.classes:
         return [LabelledExample(row, 0) for row in rows]
     num_labelled, found = sum(setting.rows) if setting.labelled is None else setting.labelled, []

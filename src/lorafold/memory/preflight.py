@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from lorafold.data.batches import PAYS, BatchFeed, alike, forest, labelled, micro_batches
-from lorafold.data.branches import Branched
+from lorafold.data.batches import BatchFeed, micro_batches, num_targets
+from lorafold.data.preference_examples import BranchedRow
+from lorafold.data.prefix_forest import MAX_SIZE, batches_by_prefix, prefix_forest
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.files.terminal import format_bytes, print_lines
 from lorafold.memory.estimate import changes_of, estimate
@@ -25,8 +26,8 @@ from lorafold.memory.trace import MemorySetting
 from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective, OnPolicy
 from lorafold.ops.arithmetic import CPU, widens
-from lorafold.ops.kernel_requirements import place_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.runtime.assumed_device import kind_of_device
 
 NUM_CHECKED_STEPS = 64  # of the first steps, those with the most tokens
 USABLE_SHARE = 0.9  # of the free memory: the rest is for memory outside the estimate
@@ -51,18 +52,19 @@ def largest_batch(
     capacity = recipe.max_length if packed else None
     steps: Iterable[Sequence[Any]] = (
         [objective.trained(example) for example in examples[::processes]]
-        for examples in islice(feed.after(0), feed.foreseen)
+        for examples in islice(feed.after(0), feed.num_previewed)
     )
     if shares:  # finding shared prefixes takes a millisecond or more per step
         steps = nlargest(NUM_CHECKED_STEPS, steps, key=lambda examples: sum(documents(examples)))
     n = recipe.accumulate
     for examples in steps:
         # shared prefixes are only used if they save enough tokens
-        if shared := shares and sum(documents(examples, True)) <= PAYS * sum(documents(examples)):
+        total = sum(documents(examples))
+        if shared := shares and sum(documents(examples, True)) <= MAX_SIZE * total:
             # a prompt, or a whole row, may be shared
-            parts = alike(
+            parts = batches_by_prefix(
                 examples, n, recipe.max_length,
-                lambda e: e.shared if isinstance(e, Branched) else e.ids, lambda e: len(e.ids),
+                lambda e: e.shared if isinstance(e, BranchedRow) else e.ids, lambda e: len(e.ids),
             )  # fmt: skip
         else:
             parts = micro_batches(examples, n, capacity)
@@ -72,7 +74,7 @@ def largest_batch(
             size = sum(lengths) if packed else len(part) * max(lengths)  # with padding
             if size > max_size:
                 max_size, largest = size, documents(part, shared)
-                num_labelled = sum(map(labelled, part))
+                num_labelled = sum(map(num_targets, part))
         max_tokens = max(max_tokens, sum(documents(examples, shared)))
     rows = tuple(largest)
     # shorter completions leave room for more of them
@@ -88,7 +90,7 @@ def largest_batch(
         accumulating=accumulating,
         draws=draws,
         widened=widens(setting.base.dtype, device),
-        place=place_of(device),
+        device_kind=kind_of_device(device),
         processes=processes,
         strategy=recipe.strategy,
         resident=device.type == "cpu",
@@ -105,14 +107,14 @@ def documents(examples: Sequence[Any], shared: bool = False) -> tuple[int, ...]:
             for e in examples
             for pair in (
                 [(document, len(e.shared)) for document in e.documents()]
-                if isinstance(e, Branched)
+                if isinstance(e, BranchedRow)
                 else [(e, len(e.ids))]
             )
         ]
-        tree = forest([d for d, _ in pairs], [n for _, n in pairs])
+        tree = prefix_forest([d for d, _ in pairs], [n for _, n in pairs])
         return tuple(n - start for n, start in zip(tree.lens, tree.starts, strict=True))
     return tuple(
-        n for e in examples for n in (e.lengths if isinstance(e, Branched) else (len(e.ids),))
+        n for e in examples for n in (e.lengths if isinstance(e, BranchedRow) else (len(e.ids),))
     )
 
 

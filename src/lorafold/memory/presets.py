@@ -13,9 +13,9 @@ from lorafold.errors import LorafoldError
 from lorafold.memory.trace import MemorySetting
 from lorafold.models.quantizations import DEFAULT, IN_FILES, QUANTIZED, Storage
 from lorafold.models.quantize_on_load import quantization_of
-from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
-from lorafold.recipe.fitting import spec_of, trainable_storage
+from lorafold.recipe.fields import MEMORY_FIELDS, ROW_FIELDS
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import spec_of, trainable_storage
 from lorafold.training_step.adamw import check_rounding
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def memory_setting(
     mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None
 ) -> MemorySetting:
     """The setting for a mode and a recipe, whose fields override the mode's."""
-    check_fields(recipe, OF_MEMORY)
+    check_fields(recipe, MEMORY_FIELDS)
     if labelled is not None and labelled > batch * (length - 1):
         raise LorafoldError(
             f"--labelled {labelled}: expected at most {batch * (length - 1)}, the number of"
@@ -56,7 +56,7 @@ def memory_setting(
 
 def check_fields(recipe: Recipe, supported: set[str]) -> None:
     if unread := sorted(recipe.model_fields_set - supported):
-        more = sorted(OF_ROWS - supported)
+        more = sorted(ROW_FIELDS - supported)
         rows = f"; with --data also {', '.join(more)}" if more else ""
         raise LorafoldError(
             f"estimate: found {', '.join(unread)}, which the estimate does not use; expected only"

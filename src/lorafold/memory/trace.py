@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_iter
 from lorafold.adapter import attach
 from lorafold.core.attach import selection_of
 from lorafold.core.spec import Spec
-from lorafold.engine.adapters import attached
+from lorafold.engine.adapters import deltas_of
 from lorafold.engine.fast_path import packed_bytes
-from lorafold.engine.kv_cache import columns
+from lorafold.engine.kv_cache import round_up
 from lorafold.engine.request import EngineSettings
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
@@ -33,9 +33,9 @@ from lorafold.models.load_errors import one_line
 from lorafold.models.quantizations import Storage
 from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
-from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.ops.packed_documents import Documents, Tile
-from lorafold.runtime.process_tuning import existing_set_aside
+from lorafold.runtime.assumed_device import DeviceKind, assume_device
+from lorafold.runtime.process_tuning import existing_frozen
 from lorafold.training_step.adamw import state_bytes
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
@@ -165,7 +165,7 @@ class MemorySetting:
     accumulating: gradients of an earlier micro-batch exist.
     below: the frozen adapters below, lowest first: method, and further `attach` arguments.
     draws: the completions sampled before a step, if any.
-    place: the kind of device, whose dropout and attention are modelled.
+    device_kind: the kind of device, whose dropout and attention are modelled.
     widened: 16-bit matrices are multiplied in fp32 (`ops.arithmetic.widens`).
     processes: the number that train together, each on such rows.
     resident: include the memory of a CPU run's process besides tensors.
@@ -185,7 +185,7 @@ class MemorySetting:
     accumulating: bool = False
     draws: RolloutSize | None = None
     widened: bool = False
-    place: DeviceKind = ON_CPU
+    device_kind: DeviceKind = ON_CPU
     below: tuple[tuple[Spec, Callable[[PreTrainedModel], Mapping[str, Any]]], ...] = ()
     trust_remote_code: bool = False
     processes: int = 1
@@ -215,10 +215,10 @@ class MemorySetting:
 def trace(config: PreTrainedConfig, setting: MemorySetting, blocks: int) -> StepTrace:
     """Trace a step of a model with embedding, head and its first blocks."""
     with (
-        existing_set_aside(),
+        existing_frozen(),
         without_values(),
         multiplying(widened=setting.widened),
-        as_on(setting.place),
+        assume_device(setting.device_kind),
         Ledger() as ledger,
     ):
         step = inference if setting.spec is None else training
@@ -393,13 +393,13 @@ def trace_engine(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> t
     state = few - PROBE_TOKENS[0] * token_bytes
     # models with a state besides the KV cache compute one completion at a time
     slots = size.slots if state <= 0 else 1
-    kv_cache = slots * (max(0, state) + columns(size.prompt + size.max_new_tokens) * token_bytes)
+    kv_cache = slots * (max(0, state) + round_up(size.prompt + size.max_new_tokens) * token_bytes)
     config = model.config.get_text_config()
     logits = LOGIT_COPIES * slots * config.vocab_size * model.dtype.itemsize
     chunk, prompts = min(size.prompt, ENGINE_SETTINGS.chunk), -(-slots // size.group)
     rows = max(1, min(prompts, ENGINE_SETTINGS.budget // chunk))
     passes = max(_pass_bytes(model, rows, chunk, ledger), _pass_bytes(model, slots, 1, ledger))
-    pairs = [delta.factors() for delta in attached(model, selection_of(model).names).values()]
+    pairs = [delta.factors() for delta in deltas_of(model, selection_of(model).names).values()]
     factors = sum(t.numel() for pair in pairs for t in pair or ())
     engine = packed_bytes(model) + FACTOR_COPIES * factors * model.dtype.itemsize
     return engine, kv_cache, kv_cache + max(passes, logits)

@@ -20,13 +20,13 @@ from torch import nn
 from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.templates import in_words
-from lorafold.models.quantizations import MADE, PLAIN
-from lorafold.models.quantize_on_load import packable
-from lorafold.peft.adapter_directory import SavedAdapter, trained_on
-from lorafold.peft.provenance import TrainedOn
+from lorafold.models.quantizations import ON_LOAD, UNQUANTIZED
+from lorafold.models.quantize_on_load import quantizable_paths
+from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
+from lorafold.peft.provenance import TrainingStorage
 
-TARGETS = ("trained", "original", *MADE)
-ALIAS = {"dequantized": "trained"}
+TARGETS = ("trained", "original", *ON_LOAD)
+ALIASES = {"dequantized": "trained"}
 
 
 @dataclass(frozen=True)
@@ -41,103 +41,104 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Into:
+class MergeTarget:
     """The target of a merge.
 
-    trained_on: The quantization of the base in training, or None. in_files: The base's files are
-    quantized. asked: The storage named by the user. recorded: Other storages in the adapters'
-    records.
+    trained_on: The quantization of the base in training, or None. prequantized: The base's files
+    are quantized. requested_storage: The storage named by the user. recorded_storages: Other
+    storages in the adapters' records. base: The storage of the base in training, if known.
     """
 
     target: str
     trained_on: str | None
-    in_files: bool = False
-    asked: str | None = None
-    recorded: tuple[str, ...] = ()
-    base: TrainedOn | None = None
+    prequantized: bool = False
+    requested_storage: str | None = None
+    recorded_storages: tuple[str, ...] = ()
+    base: TrainingStorage | None = None
 
     @property
     def round_trip(self) -> str | None:
         """The quantization to which W is quantized and back before adapters are merged."""
-        return self.trained_on if (self.target == "trained" and not self.in_files) else None
+        return self.trained_on if (self.target == "trained" and not self.prequantized) else None
 
     @property
-    def stored(self) -> str:
+    def training_storage(self) -> str:
         """The storage of the base in training, fp32 if unknown."""
         known = self.base.storage if self.base else "fp32"
-        return self.trained_on or (known if known in PLAIN else "fp32")
+        return self.trained_on or (known if known in UNQUANTIZED else "fp32")
 
     @property
-    def unmade(self) -> str:
+    def unsupported_storage(self) -> str:
         """The storage in training, if it is a quantization that lorafold does not make."""
-        known = "" if self.base is None or self.in_files else self.base.storage
-        return "" if known in ("", "auto", "float16", *PLAIN, *MADE) else known
+        known = "" if self.base is None or self.prequantized else self.base.storage
+        return "" if known in ("", "auto", "float16", *UNQUANTIZED, *ON_LOAD) else known
 
     @property
     def quantized(self) -> str | None:
         """The quantization of the merged model."""
-        return self.target if self.target in MADE else None
+        return self.target if self.target in ON_LOAD else None
 
-    def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
-        """A sentence on the base in training, and the distances from files and original weights."""
-        return in_words(
-            "merging/distances.jinja", into=self, name=name, here=here, file=file, other=other
-        )
+    def describe_distances(
+        self, base: str, files: str, distance: Distance | None, from_original: Distance | None
+    ) -> str:
+        """A sentence on the base in training, and the distances of files and original weights."""
+        values = {"base": base, "files": files, "distance": distance, "original": from_original}
+        return in_words("merging/distances.jinja", into=self, **values)
 
     def __str__(self) -> str:
         return in_words("merging/target.jinja", into=self)
 
 
-def choose_into(
-    asked: str | None,
+def choose_merge_target(
+    requested: str | None,
     adapters: Sequence[SavedAdapter],
     base: str = "auto",
     in_files: str | None = None,
-) -> Into:
+) -> MergeTarget:
     """The requested target, else trained for a quantized base, else original."""
-    known = trained_on(adapters) if base == "auto" else TrainedOn(base)
-    given, asked = asked, ALIAS.get(asked or "", asked)
+    known = training_storage_of(adapters) if base == "auto" else TrainingStorage(base)
+    target = ALIASES.get(requested or "", requested)
     storage = known.storage if known else "auto"
     if in_files is not None:
         if base not in ("auto", in_files):
             raise LorafoldError(
                 f"storage {base}: the model's files are stored as {in_files}; expected {in_files}"
             )
-        if asked not in (None, "trained"):
-            lost = ", in which the update would be rounded away" * (asked == in_files)
+        if target not in (None, "trained"):
+            lost = ", in which the update would be rounded away" * (target == in_files)
             raise LorafoldError(
-                f"into {asked}: the model's files have {in_files} weights{lost}, and no original"
-                " weights; merge into trained, or pass the unquantized model as --model"
+                f"into {target}: the model's files have {in_files} weights{lost}, and no"
+                " original weights; merge into trained, or pass the unquantized model as --model"
             )
-        return Into("trained", in_files, in_files=True, base=known)
-    made_on = storage if storage in MADE else None
-    if asked is not None and asked not in TARGETS:
-        raise LorafoldError(f"into: found {asked}, expected one of {', '.join(TARGETS)}")
-    if asked == "trained" and storage == "auto":
+        return MergeTarget("trained", in_files, prequantized=True, base=known)
+    trained_on = storage if storage in ON_LOAD else None
+    if target is not None and target not in TARGETS:
+        raise LorafoldError(f"into: found {target}, expected one of {', '.join(TARGETS)}")
+    if target == "trained" and storage == "auto":
         raise LorafoldError(
-            f"into {given}: the adapters do not record how their base was quantized; merge into"
-            f" original, or set --storage to one of {', '.join((*MADE, *PLAIN))}"
+            f"into {requested}: the adapters do not record how their base was quantized; merge into"
+            f" original, or set --storage to one of {', '.join((*ON_LOAD, *UNQUANTIZED))}"
         )
-    if asked == "trained" and storage not in (*PLAIN, *MADE, "float16"):
+    if target == "trained" and storage not in (*UNQUANTIZED, *ON_LOAD, "float16"):
         raise LorafoldError(
-            f"into {given}: the adapter was trained on {storage} weights, which these files do not"
-            " have and lorafold can't make; merge into original, or pass as --model a model whose"
-            f" files are stored as {storage}"
+            f"into {requested}: the adapter was trained on {storage} weights, which these files"
+            " do not have and lorafold can't make; merge into original, or pass as --model a model"
+            f" whose files are stored as {storage}"
         )
     records = [one.own_base.trained_on for one in adapters]
     recorded = sorted({one.storage for one in records if one} - {"auto", storage})
-    target = asked or "trained"
-    if target == "trained" and made_on is None:
+    target = target or "trained"
+    if target == "trained" and trained_on is None:
         target = "original"  # the same weights
-    named_storage = None if base == "auto" else base
-    return Into(target, made_on, asked=named_storage, recorded=tuple(recorded), base=known)
+    named = None if base == "auto" else base
+    return MergeTarget(target, trained_on, False, named, tuple(recorded), known)
 
 
-def check_saved(model: nn.Module, quantization: str) -> None:
+def check_savable(model: nn.Module, quantization: str) -> None:
     """Raise LorafoldError for quantized experts, which transformers can't save."""
     experts = [
         path
-        for path in packable(model)  # type: ignore[arg-type]
+        for path in quantizable_paths(model)  # type: ignore[arg-type]
         if isinstance(module_at(model, path), Matrices)
     ]
     if experts:

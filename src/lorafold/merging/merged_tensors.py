@@ -27,20 +27,20 @@ from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.terminal import Progress, silent
-from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import deltas_of, fold
-from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
+from lorafold.fold.quantization_round_trip import ROUND_TRIP
 from lorafold.layers import layer_of
 from lorafold.merging.plan import MergePlan
+from lorafold.merging.rounding import RoundedTensor, Rounding, RoundingStats, round_to
 from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import INDEX, write_container
 
 # two parameters of a block's experts, and two whose tensors are split between two files
-CACHED = 4
+MAX_CACHED = 4
 
 
 @torch.no_grad()
-def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+def encode_wide(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
     """The parameters that store W (out, in) in a module, in fp32 or wider, as new tensors."""
     layer = layer_of(module)
     stored = {}
@@ -53,21 +53,22 @@ def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tenso
     return stored
 
 
-def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Tensor, Tensor]:
+def equate_rows(target: Tensor, original: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(target, original), both (n', k), made equal in rows that adapters replace or append, which
     are neither update nor noise.
     """
-    at = torch.tensor(
-        [*(i for i in values if i < len(original)), *range(len(original), len(target))],
+    replaced = torch.tensor(
+        [*(i for i in rows if i < len(original)), *range(len(original), len(target))],
         dtype=torch.long,
     )
-    if not len(at):
+    if not len(replaced):
         return target, original
-    nearest = target[at].to(original.dtype)
+    nearest = target[replaced].to(original.dtype)
     original = torch.cat(
         [original, original.new_empty(len(target) - len(original), *original.shape[1:])]
     )
-    return target.index_copy_(0, at, nearest.to(target.dtype)), original.index_copy_(0, at, nearest)
+    original.index_copy_(0, replaced, nearest)
+    return target.index_copy_(0, replaced, nearest.to(target.dtype)), original
 
 
 class MergedValues:
@@ -75,17 +76,17 @@ class MergedValues:
 
     def __init__(self, plan: MergePlan, rounding: Rounding, seed: int) -> None:
         self.plan, self.rounding, self.seed = plan, rounding, seed
-        self.sums, self.rounded = Sums(), Counter[str]()
-        self._cache: dict[Conversion, dict[str, Rounded]] = {}
+        self.stats, self.rounded = RoundingStats(), Counter[str]()
+        self._cache: dict[Conversion, dict[str, RoundedTensor]] = {}
 
     def new_values(self, name: str) -> Tensor | None:
         """The new values of a tensor (any shape) in its dtype; None if it does not change."""
         if (conversion := self.plan.converted.get(name)) is not None:
             tensors = self._cache.pop(conversion, {})
             if name not in tensors:
-                while len(self._cache) >= CACHED:
+                while len(self._cache) >= MAX_CACHED:
                     del self._cache[next(iter(self._cache))]  # the least recently used
-                tensors = self._all(conversion)
+                tensors = self._convert(conversion)
             result = tensors.pop(name)
             if tensors:
                 self._cache[conversion] = tensors
@@ -96,8 +97,8 @@ class MergedValues:
             return layer.plain().encode(*layer.dense())["weight"]
         else:
             return self.plan.zeros.get(name)
-        self.sums += result.sums
-        self.rounded[result.how] += 1
+        self.stats += result.stats
+        self.rounded[result.mode] += 1
         return result.tensor
 
     def _folded(self, parameter: str) -> tuple[Tensor, Tensor]:
@@ -105,22 +106,22 @@ class MergedValues:
         path, leaf = self.plan.sites[parameter]
         module: Adapted = module_at(self.plan.model, path)  # type: ignore[assignment]
         before, after = before_and_after(module, self.plan.adapters, leaf)
-        values = [
+        replaced = [
             i
             for delta in deltas_of(module, self.plan.adapters)
             for part in delta.parts()
             for i in part.values_at()
         ]
-        return settled(after, before, values if leaf == "weight" else ())
+        return equate_rows(after, before, replaced if leaf == "weight" else ())
 
-    def _rounded(self, name: str, target: Tensor, original: Tensor) -> Rounded:
+    def _rounded(self, name: str, target: Tensor, original: Tensor) -> RoundedTensor:
         try:
             return round_to(target, original, self.rounding, generator_of(self.seed, name))
         except LorafoldError as e:
             raise LorafoldError(f"{name}: {e}") from None
 
     @torch.no_grad()
-    def _all(self, conversion: Conversion) -> dict[str, Rounded]:
+    def _convert(self, conversion: Conversion) -> dict[str, RoundedTensor]:
         """The merged tensors, by name, that a conversion makes parameters from."""
         targets, originals = {}, {}
         with conversion.made() as values:
@@ -147,15 +148,15 @@ def before_and_after(
     )
     if ROUND_TRIP in module.deltas:
         w, b = fold(module, [ROUND_TRIP], w, b)
-        before = as_stored(module, w, b)[parameter].to(before.dtype)
-    return before, as_stored(module, *fold(module, adapters, w, b))[parameter]
+        before = encode_wide(module, w, b)[parameter].to(before.dtype)
+    return before, encode_wide(module, *fold(module, adapters, w, b))[parameter]
 
 
-Values = Callable[[str], Tensor | None]  # new values by name; None: the plan's entry is unchanged
-Written = Callable[[str, int], None]  # name and bytes of a tensor, after it was written
+NewValues = Callable[[str], Tensor | None]  # by name; None: the plan's entry is unchanged
+OnWritten = Callable[[str, int], None]  # name and bytes of a tensor, after it was written
 # A format of merged models. It writes the tensors of `MergePlan.layout`, requesting each once, and
 # the other files of its format: `plan.config`, `plan.checkpoint.other_files()`.
-Writer = Callable[[MergePlan, Values, Written], None]
+Writer = Callable[[MergePlan, NewValues, OnWritten], None]
 
 
 @dataclass(frozen=True)
@@ -164,14 +165,14 @@ class MergeResult:
     vocabulary.
     """
 
-    sums: Sums
+    stats: RoundingStats
     rounded: dict[str, int]
     untied: tuple[str, ...]
     biases: tuple[str, ...]
     vocabulary: int | None
 
 
-def execute(
+def write_merged(
     plan: MergePlan,
     writer: Writer,
     rounding: Rounding = "auto",
@@ -189,31 +190,31 @@ def execute(
     writer(plan, values.new_values, written)
     biases = tuple(name for name, like in plan.added.items() if like.name == name)
     untied = tuple(name for name in plan.added if name not in biases)
-    return MergeResult(values.sums, dict(values.rounded), untied, biases, plan.vocabulary)
+    return MergeResult(values.stats, dict(values.rounded), untied, biases, plan.vocabulary)
 
 
-def write_shards(out: Path, plan: MergePlan, values: Values, written: Written) -> None:
+def write_shards(out: Path, plan: MergePlan, values: NewValues, on_written: OnWritten) -> None:
     """A `Writer`, apart from `out`, of a transformers model directory."""
-    carried = plan.checkpoint.other_files()
+    other_files = plan.checkpoint.other_files()
     total = plan.weight_bytes
-    besides = sum((plan.checkpoint.path / path).stat().st_size for path in carried)
-    need_space(out.parent, total + besides, "the merged model")
-    for path in carried:
+    other_bytes = sum((plan.checkpoint.path / path).stat().st_size for path in other_files)
+    check_disk_space(out.parent, total + other_bytes, "the merged model")
+    for path in other_files:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.checkpoint.path / path, out / path)
     write_json(out / "config.json", plan.config)
     for file, container in plan.checkpoint.files.items():
-        write_container(out / file, plan.layout(file), container.metadata, values, written)
+        write_container(out / file, plan.layout(file), container.metadata, values, on_written)
     if plan.checkpoint.index is not None:
-        where = {name: file for file in plan.checkpoint.files for name, _ in plan.layout(file)}
+        weight_map = {name: file for file in plan.checkpoint.files for name, _ in plan.layout(file)}
         metadata = {**plan.checkpoint.index.get("metadata", {}), "total_size": total}
-        write_json(out / INDEX, {"metadata": metadata, "weight_map": where})
+        write_json(out / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
-def need_space(directory: Path, size: int, what: str) -> None:
+def check_disk_space(directory: Path, size: int, content: str) -> None:
     """Raise LorafoldError unless the disk of `directory` has `size` bytes left."""
     if (free := shutil.disk_usage(directory).free) < size:
         raise LorafoldError(
-            f"{directory}: the disk has {free / 1e9:.1f} GB left, {what} needs"
+            f"{directory}: the disk has {free / 1e9:.1f} GB left, {content} needs"
             f" {size / 1e9:.1f} GB; free some space or choose another --out"
         )

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from lorafold.adapter import load_all
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable, listed
-from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
 from lorafold.fold.plan import (
-    WHOLE,
+    WHOLE_MODEL,
     FoldPlan,
     Switches,
     TensorShape,
+    enable_switches,
     module_of,
     plan_fold,
-    switch_on,
 )
+from lorafold.fold.quantization_round_trip import ROUND_TRIP, attach_round_trip
 from lorafold.models.checkpoint import (
     Checkpoint,
     MappedModel,
@@ -76,7 +76,7 @@ def _without_ties(config: dict[str, Any], declare: bool) -> dict[str, Any]:
     return written
 
 
-def _of_language_model(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _with_text_config(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     if "text_config" not in config:
         return {**config, **values}
     return {**config, "text_config": {**config["text_config"], **values}}
@@ -89,7 +89,7 @@ def with_biases(
     zero.
     """
     model = mapped.model
-    switch_on(model, switches)
+    enable_switches(model, switches)
     entries = {}
     for path in chain(*switches.values()):
         if (like := mapped.entries.get(f"{path}.weight")) is None:
@@ -103,12 +103,12 @@ def with_biases(
             like, name=name, shape=tuple(bias.shape), size=bias.nbytes
         )
     mapped.entries.update(entries)
-    return _of_language_model(config, dict.fromkeys(switches, True)), entries
+    return _with_text_config(config, dict.fromkeys(switches, True)), entries
 
 
-def declared(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+def with_vocabulary_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The config for a vocabulary of this size."""
-    written = _of_language_model(config, {"vocab_size": size})
+    written = _with_text_config(config, {"vocab_size": size})
     return written | ({"vocab_size": size} if "vocab_size" in config else {})
 
 
@@ -154,7 +154,7 @@ class MergePlan:
         return sum(entry.size for file in self.checkpoint.files for _, entry in self.layout(file))
 
 
-def plan(
+def plan_merge(
     base: Base, adapters: Sequence[SavedAdapter], *, round_trip: str | None = None
 ) -> MergePlan:
     """Attach the adapters to the model and find the tensors that change, without computing or
@@ -175,23 +175,23 @@ def plan(
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     biases: dict[str, TensorEntry] = {}
-    with _refusals_in(problems, "added biases"):
+    with _collecting_problems(problems, "added biases"):
         config, biases = with_biases(config, mapped, planned.switches)
     untied: list[str] = []
     if planned.untied:
-        with _refusals_in(problems, "tied weights"):
+        with _collecting_problems(problems, "tied weights"):
             config, untied = untied_config(config, mapped, planned.untied, base.trust_remote_code)
-    changed, converted = _tensors(mapped, planned, untied, problems)
+    changed, converted = _changed_tensors(mapped, planned, untied, problems)
     added = {entry.name: entry for entry in biases.values()}
     for name in untied:
-        with _refusals_in(problems, name):
+        with _collecting_problems(problems, name):
             added[name] = _entry(mapped, name)[1]
     if planned.vocabulary is not None:
-        config = declared(config, planned.vocabulary)
+        config = with_vocabulary_size(config, planned.vocabulary)
     if not (changed or converted or problems):
         problems["the adapters change no weight"].append(str(checkpoint.path))
     if problems:
-        reasons = (f"{listed(paths, room=80)}: {reason}" for reason, paths in problems.items())
+        reasons = (f"{listed(paths, max_chars=80)}: {reason}" for reason, paths in problems.items())
         raise NotMergeable(listed(reasons, "; "))
     zeros = {
         entry.name: mapped.model.get_parameter(name).data
@@ -215,7 +215,7 @@ def plan(
     )
 
 
-def _tensors(
+def _changed_tensors(
     mapped: MappedModel, planned: FoldPlan, untied: Sequence[str], problems: Problems
 ) -> tuple[dict[str, str], dict[str, Conversion]]:
     """The changed tensors' parameters and conversions; errors are added to the problems."""
@@ -227,7 +227,7 @@ def _tensors(
             continue  # the files contain this tied weight under another name
         if parameter not in known:
             continue  # a bias that the architecture can't have, already among the problems
-        with _refusals_in(problems, module_of(parameter) or WHOLE):
+        with _collecting_problems(problems, module_of(parameter) or WHOLE_MODEL):
             if (conversion := mapped.converted.get(parameter)) is not None:
                 _check_dtypes(conversion.entries)
                 if shape != (before := tuple(conversion.like[parameter].shape)):
@@ -240,13 +240,13 @@ def _tensors(
             changed[_entry(mapped, parameter)[0]] = parameter
     # one parameter per converter shows whether it can be reversed
     for conversion in {id(c.converter): c for c in reversed(converted.values())}.values():
-        with _refusals_in(problems, conversion.name):
+        with _collecting_problems(problems, conversion.name):
             conversion.check_reversible()
     return changed, converted
 
 
 @contextmanager
-def _refusals_in(problems: Problems, path: str) -> Iterator[None]:
+def _collecting_problems(problems: Problems, path: str) -> Iterator[None]:
     """Add errors inside the `with` block to the problems of this path."""
     try:
         yield

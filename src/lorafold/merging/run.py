@@ -35,10 +35,10 @@ from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.templates import in_words
 from lorafold.files.terminal import Progress, progress_bars, silent
-from lorafold.fold.rounding import Rounding
-from lorafold.merging.merge_target import Distance, Into, check_saved, choose_into
-from lorafold.merging.merged_tensors import MergeResult, execute, write_shards
-from lorafold.merging.plan import plan
+from lorafold.merging.merge_target import Distance, MergeTarget, check_savable, choose_merge_target
+from lorafold.merging.merged_tensors import MergeResult, write_merged, write_shards
+from lorafold.merging.plan import plan_merge
+from lorafold.merging.rounding import Rounding
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model, stored_in_files
 from lorafold.models.quantizations import Storage
@@ -66,8 +66,8 @@ class Gap:
         return Distance(self.kl, self.argmax_agreement)
 
 
-def compare(
-    adapted: Callable[[], PreTrainedModel],
+def compare_logits(
+    load_adapted: Callable[[], PreTrainedModel],
     others: Sequence[Callable[[], PreTrainedModel]],
     texts: Sequence[tuple[int, ...]],
     scratch: Path,
@@ -76,18 +76,18 @@ def compare(
     """The differences between a model and others, which are loaded one after the other."""
     done, total = count(1), (1 + len(others)) * len(texts)
 
-    def counted(logits: Iterator[Tensor]) -> Iterator[Tensor]:
-        for of_text in logits:
-            yield of_text
+    def with_progress(logits: Iterator[Tensor]) -> Iterator[Tensor]:
+        for text_logits in logits:
+            yield text_logits
             progress(next(done), total)
 
     with tempfile.TemporaryFile(dir=scratch) as file:
-        for logits in counted(_logits(adapted, texts)):
+        for logits in with_progress(_logits(load_adapted, texts)):
             file.write(logits.numpy().data)
         gaps = []
         for other in others:
             file.seek(0)
-            gaps.append(_gap(file, counted(_logits(other, texts))))
+            gaps.append(_gap(file, with_progress(_logits(other, texts))))
         return gaps
 
 
@@ -118,9 +118,9 @@ def _logits(
     """The logits of each text, (T, vocabulary) in fp32, on the CPU."""
     model = build()
     for ids in texts:
-        given = torch.tensor([ids], device=model.device)
+        input_ids = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
-            logits = model(input_ids=given, use_cache=False).logits[0].float().cpu()
+            logits = model(input_ids=input_ids, use_cache=False).logits[0].float().cpu()
         if not logits.isfinite().all():
             raise LorafoldError(
                 "certificate: the model's logits on a probe text are not finite, so they can't be"
@@ -131,8 +131,8 @@ def _logits(
     gc.collect()
 
 
-CERTIFICATE = "merge.json"
-INSTEAD = "; merge other models in Python with adapter.merge() and model.save_pretrained(out)"
+REPORT_FILE = "merge.json"
+ADVICE = "; merge other models in Python with adapter.merge() and model.save_pretrained(out)"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Merged(ShownInNotebooks):
 
     gap: Gap | None
     folded: MergeResult
-    into: Into
+    into: MergeTarget
     rounding: Rounding
     seed: int
     model: str
@@ -174,8 +174,8 @@ class Merged(ShownInNotebooks):
         gap, folded, into = self.gap, self.folded, self.into
         return {
             **(asdict(gap) if gap else dict.fromkeys(f.name for f in fields(Gap))),
-            "update_survival": folded.sums.survival,
-            "rounding_noise": folded.sums.noise,
+            "update_survival": folded.stats.survival,
+            "rounding_noise": folded.stats.noise,
             "rounded": folded.rounded,
             "untied": list(folded.untied),
             "biases": list(folded.biases),
@@ -183,7 +183,7 @@ class Merged(ShownInNotebooks):
             "into": into.target,
             "trained_on": into.trained_on,
             "computed_in": into.base and into.base.dtype,
-            "recorded": list(into.recorded),
+            "recorded": list(into.recorded_storages),
             "from_original": self.from_original and asdict(self.from_original),
             "rounding": self.rounding,
             "seed": self.seed,
@@ -211,43 +211,43 @@ def merge(
     source, _ = base.source, base.loaded_as  # fails early for a wrong name or device
     check_not_replaced(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
-        target = choose_into(options.into, adapters, storage, stored_in_files(source))
-        if console is not None and (target.trained_on or target.asked or target.unmade):
+        target = choose_merge_target(options.into, adapters, storage, stored_in_files(source))
+        training = target.trained_on or target.requested_storage or target.unsupported_storage
+        if console is not None and training:
             console.print(f"merging into {target}", highlight=False)
-        check_language_model(base, adapters, INSTEAD)
+        check_language_model(base, adapters, ADVICE)
         has_tokenizer = any(one.own_tokenizer for one in adapters)
         tokenizer = base.tokenizer(adapters) if has_tokenizer or options.certificate else None
         compared = tokenizer if options.certificate else None
         texts = [] if compared is None else probe_ids(compared, options.probe)
         shards, rounding = partial(write_shards, tmp), (options.rounding, options.seed)
-        changes = plan(base, adapters, round_trip=target.round_trip)
+        plan = plan_merge(base, adapters, round_trip=target.round_trip)
         if target.quantized is not None:
-            check_saved(changes.model, target.quantized)
-        folded = execute(changes, shards, *rounding, bar("folding"))
+            check_savable(plan.model, target.quantized)
+        folded = write_merged(plan, shards, *rounding, bar("folding"))
         if has_tokenizer and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
         merged = replace(base, model=tmp, revision=None)
         if target.quantized is not None:
-            quantize(merged, target.quantized)
+            quantize_in_place(merged, target.quantized)
         gap = from_original = None
         if options.certificate:
             merged = replace(merged, storage=target.quantized or "fp32", dtype="fp32")
             after = [merged.load]
-            if target.trained_on and not target.in_files:
-                after.append(partial(adapted, base, adapters, "fp32"))
-            gap, *rest = compare(
-                partial(adapted, base, adapters, target.stored), after, texts, tmp, bar("comparing")
-            )
+            if target.trained_on and not target.prequantized:
+                after.append(partial(load_adapted, base, adapters, "fp32"))
+            before = partial(load_adapted, base, adapters, target.training_storage)
+            gap, *rest = compare_logits(before, after, texts, tmp, bar("comparing"))
             from_original = rest[0].distance if rest else None
-        names, others = tuple(map(str, adapters)), changes.other_base
+        names, others = tuple(map(str, adapters)), plan.other_base
         result = Merged(
             gap, folded, target, *rounding, base.name, names, str(out), others, from_original
         )
-        write_json(tmp / CERTIFICATE, result.as_json())
+        write_json(tmp / REPORT_FILE, result.as_json())
     return result
 
 
-def adapted(base: Base, adapters: Sequence[SavedAdapter], storage: str) -> PreTrainedModel:
+def load_adapted(base: Base, adapters: Sequence[SavedAdapter], storage: str) -> PreTrainedModel:
     """The base in a storage, computed in fp32, with the adapters."""
     base = replace(base.stored(storage), dtype="fp32")
     model, other = base.load(), base.allow_other_base
@@ -255,7 +255,7 @@ def adapted(base: Base, adapters: Sequence[SavedAdapter], storage: str) -> PreTr
     return model
 
 
-def quantize(plain: Base, quantization: str) -> None:
+def quantize_in_place(plain: Base, quantization: str) -> None:
     """Replace the weights of a plain model by quantized ones, one tensor at a time."""
     directory = plain.source.path
     model = load_model(plain.source, Storage(torch.bfloat16, quantization))

@@ -125,7 +125,7 @@ def make_spec(method: str, **options: Any) -> "Spec":
         given = {option: options.pop(option) for option in lower.options() if option in options}
         options["over"] = make_spec(over, **given) if over else type(lower)(**given)
     if not options.keys() <= {*known}:
-        from lorafold.advice import unknown_names
+        from lorafold.foreign_options import unknown_names
 
         raise unknown_names(f"method {method}", options, known)
     try:

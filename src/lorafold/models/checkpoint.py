@@ -33,13 +33,13 @@ from transformers.core_model_loading import (
 
 from lorafold.core.anatomy import Anatomy, tied_parameters
 from lorafold.core.expert_matrices import Matrices
-from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.atomic import MANIFEST, read_object
 from lorafold.layers.compressed import CompressedLinear
 from lorafold.layers.expert_storage import BLOCKS, stored_matrices
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading, one_line
-from lorafold.models.quantized_files import as_in_files, check_quantized, make_quantized, readable
+from lorafold.models.prequantized import can_read, check_codes, make_quantized, match_scale_dtypes
 from lorafold.models.sources import ModelSource, remember_source
 from lorafold.models.weight_conversion import Conversion, SourceTensor
 from lorafold.models.weights import (
@@ -138,7 +138,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
         config = checkpoint.source.hf_config()
     settings = getattr(config, "quantization_config", None)
     if settings is not None:
-        if not isinstance(settings, dict) or not readable(settings):
+        if not isinstance(settings, dict) or not can_read(settings):
             named = isinstance(settings, dict)
             method = settings.get("quant_method", "unknown") if named else settings
             raise LorafoldError(
@@ -151,7 +151,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
         make_quantized(model, settings, what)
     entries, parts = by_parameter(model, checkpoint.entries)
     if settings is not None:
-        as_in_files(model, entries, what)
+        match_scale_dtypes(model, entries, what)
     tensors, converted, failed = conversions(model, parts, checkpoint.entries.values())
     tied, problems = tied_parameters(model), list(failed.values())
     known = {*entries, *converted, *failed}
@@ -167,9 +167,9 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
         elif known.isdisjoint((name, *tied.get(name, ()))):
             problems.append(f"{name}: missing in the weight files")
     if problems:
-        raise LorafoldError(f"{checkpoint.path}: {as_one(problems)}")
+        raise LorafoldError(f"{checkpoint.path}: {join_problems(problems)}")
     _place(model, _parameters(entries, tensors, converted, tied), tied)
-    check_quantized(model, what)
+    check_codes(model, what)
     return MappedModel(model, entries, tied, converted)
 
 
@@ -343,7 +343,7 @@ def _quantized(
         by_module[name.rpartition(".")[0]].append(name)
     for path, module in Anatomy.of(mapped.model).modules:
         if isinstance(module, CompressedLinear):
-            codes = f"{path}.{'weight_packed' if module.codes.packed else 'weight'}"
+            codes = f"{path}.{'weight_packed' if module.fmt.packed else 'weight'}"
             others = [n for n in by_module[path] if n not in (codes, f"{path}.bias")]
             shape = (module.out_features, module.in_features)
             yield path, module, f"{path}.weight", [codes, *others], shape

@@ -24,13 +24,13 @@ from lorafold.core.expert_matrices import expert_parameters
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of
 from lorafold.layers.bitsandbytes import set_compute_dtype
-from lorafold.layers.expert_storage import quantized
+from lorafold.layers.expert_storage import quantize_experts
 from lorafold.models.architecture import auto_class
 from lorafold.models.classifier import expect_poolers, widen_heads
 from lorafold.models.load_errors import loading
+from lorafold.models.prequantized import can_read, make_quantized
 from lorafold.models.quantizations import IN_FILES, STORAGES, Storage
-from lorafold.models.quantize_on_load import packable, route_quantized
-from lorafold.models.quantized_files import make_quantized, readable
+from lorafold.models.quantize_on_load import quantizable_paths, use_quantized_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -109,29 +109,29 @@ def fake_model(
             expect_poolers(model)
             widen_heads(model)
     settings = getattr(config, "quantization_config", None) or {}
-    if storage.quantization is not None and readable(settings):
+    if storage.quantization is not None and can_read(settings):
         make_quantized(model, settings, what)
-        route_quantized(model)
+        use_quantized_experts(model)
         for module in model.modules():
             set_compute_dtype(module, storage.dtype)
     elif storage.quantization in IN_FILES:
         raise LorafoldError(
             f"storage {storage.quantization}: the {what} is not quantized, expected a model"
-            f" whose files are stored as {storage.quantization}"
+            " whose files are stored that way"
         )
     elif storage.quantization is not None:
         pack = STORAGES[storage.quantization].pack
-        for path in packable(model):
+        for path in quantizable_paths(model):
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
             if name in expert_parameters(owner):
-                owner._parameters[name] = quantized(owner._parameters[name], pack)
+                owner._parameters[name] = quantize_experts(owner._parameters[name], pack)
                 continue
             w, b = layer_of(owner.get_submodule(name)).dense()
             linear: Any = pack(w)
             linear.bias = b
             setattr(owner, name, linear)
-        route_quantized(model)
+        use_quantized_experts(model)
     return model
 
 

@@ -19,9 +19,9 @@ from lorafold.core.contexts import disable_rescaling
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import check_complete, loading, warn_unread
-from lorafold.models.quantizations import MADE, PLAIN_OF, QUANTIZED, STORAGES, Storage
-from lorafold.models.quantize_on_load import compute_in, quantization_of, read_quantized
-from lorafold.models.quantized_files import readable, storage_in_files
+from lorafold.models.prequantized import can_read, storage_in_files
+from lorafold.models.quantizations import NAME_OF_DTYPE, ON_LOAD, QUANTIZED, STORAGES, Storage
+from lorafold.models.quantize_on_load import quantization_of, read_quantized, set_model_dtype
 from lorafold.models.sources import ModelSource, remember_source, resolve_model
 from lorafold.models.weights import MODEL_FILES, SHARDS, Weights, model_files
 
@@ -125,7 +125,7 @@ def read_weights(
         model.to(device)
     else:
         model, info = read_quantized(auto, source, wanted, torch.device(device), **config)
-        compute_in(model, wanted.dtype)
+        set_model_dtype(model, wanted.dtype)
     disable_rescaling(model)
     remember_source(model, source)
     # adapters record this name as their base
@@ -144,7 +144,7 @@ def recorded_storage(model: nn.Module) -> dict[str, str] | None:
         weight = getattr(find() if config and find else None, "weight", None)
     if weight is None:
         return None
-    dtype = PLAIN_OF.get(str(weight.dtype), str(weight.dtype).removeprefix("torch."))
+    dtype = NAME_OF_DTYPE.get(str(weight.dtype), str(weight.dtype).removeprefix("torch."))
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return {"storage": dtype, "dtype": dtype}
@@ -152,8 +152,9 @@ def recorded_storage(model: nn.Module) -> dict[str, str] | None:
     storage = str(settings.get("quant_method", "unknown"))
     with suppress(LorafoldError):  # a quantization unknown to lorafold keeps its files' name
         storage = quantization_of(settings, "model")
-    made = STORAGES[storage].made if storage in MADE else {}
-    if any(settings.get(key) != made[key] for key in made.keys() & {"bnb_4bit_use_double_quant"}):
+    options = STORAGES[storage].bnb_options if storage in ON_LOAD else {}
+    double = "bnb_4bit_use_double_quant"
+    if double in options and settings.get(double) != options[double]:
         storage += " without double quantization"
     return {"storage": storage, "dtype": dtype}
 
@@ -168,7 +169,7 @@ def default_storage(source: ModelSource) -> str:
 def stored_in_files(source: ModelSource) -> str | None:
     """The quantization of files whose weights are dequantized for merging; None for others."""
     settings = source.config().get("quantization_config") or {}
-    return storage_in_files(settings, f"model {source.name}") if readable(settings) else None
+    return storage_in_files(settings, f"model {source.name}") if can_read(settings) else None
 
 
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:

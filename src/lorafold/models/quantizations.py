@@ -27,8 +27,8 @@ class StorageRow:
 
     bits: Per weight, without shared constants.
     dtype: torch's name of the dtype, for unquantized weights.
-    made: The arguments of `BitsAndBytesConfig` to quantize a model on load; empty if bitsandbytes
-        does not support it.
+    bnb_options: The arguments of `BitsAndBytesConfig` to quantize a model on load; empty if
+        bitsandbytes does not support it.
     packer: The function that quantizes a matrix, `module:function`.
     codes: The type of codes in files of compressed-tensors, and their possible formats.
     method: The `quant_method` that identifies such files by itself.
@@ -36,7 +36,7 @@ class StorageRow:
 
     bits: int
     dtype: str = ""
-    made: dict[str, Any] = field(default_factory=dict)
+    bnb_options: dict[str, Any] = field(default_factory=dict)
     packer: str = ""
     codes: tuple[str, tuple[str, ...]] = ("", ())
     method: str = ""
@@ -51,7 +51,7 @@ STORAGES = {
     # NormalFloat with constants in 8 bits (QLoRA: Dettmers et al. 2023, arXiv 2305.14314)
     "nf4": StorageRow(
         4,
-        made={
+        bnb_options={
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
@@ -62,7 +62,7 @@ STORAGES = {
     # a scale for each output (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339)
     "int8": StorageRow(
         8,
-        made={"load_in_8bit": True},
+        bnb_options={"load_in_8bit": True},
         packer="lorafold.layers.bitsandbytes:int8",
         codes=("int", ("int-quantized", "naive-quantized", "pack-quantized")),
     ),
@@ -75,32 +75,34 @@ STORAGES = {
     "bf16": StorageRow(16, dtype="bfloat16"),
     "fp32": StorageRow(32, dtype="float32"),
 }
-PLAIN = tuple(name for name, row in STORAGES.items() if row.dtype)
-PLAIN_OF = {f"torch.{STORAGES[name].dtype}": name for name in PLAIN}
-MADE = tuple(name for name, row in STORAGES.items() if row.made)  # quantized on load
-IN_FILES = tuple(name for name in STORAGES if name not in (*PLAIN, *MADE))  # only as in the files
-QUANTIZED = (*MADE, *IN_FILES)
-IN_CODES = tuple(name for name, row in STORAGES.items() if row.codes[0])  # of compressed-tensors
-DEFAULT: StorageName = "nf4"  # QLoRA's, and the smallest of MADE
-LISTED = f"{', '.join((*MADE, *PLAIN))} (only if the files are stored so: {', '.join(IN_FILES)})"
+UNQUANTIZED = tuple(name for name, row in STORAGES.items() if row.dtype)
+NAME_OF_DTYPE = {f"torch.{STORAGES[name].dtype}": name for name in UNQUANTIZED}
+# quantized on load; only if the files are stored so; in files of compressed-tensors
+ON_LOAD = tuple(name for name, row in STORAGES.items() if row.bnb_options)
+IN_FILES = tuple(name for name in STORAGES if name not in (*UNQUANTIZED, *ON_LOAD))
+COMPRESSED_NAMES = tuple(name for name, row in STORAGES.items() if row.codes[0])
+QUANTIZED = (*ON_LOAD, *IN_FILES)
+DEFAULT: StorageName = "nf4"  # QLoRA's, and the smallest of ON_LOAD
+_IF_STORED = f"only if the files are stored so: {', '.join(IN_FILES)}"
+STORAGE_NAMES = f"{', '.join((*ON_LOAD, *UNQUANTIZED))} ({_IF_STORED})"
 
 
-def made_of(bits: int) -> str | None:
+def bnb_storage(bits: int) -> str | None:
     """The quantization with this many bits that bitsandbytes makes, if there is one."""
-    return next((name for name in MADE if STORAGES[name].bits == bits), None)
+    return next((name for name in ON_LOAD if STORAGES[name].bits == bits), None)
 
 
-def of_method(method: Any) -> str | None:
+def method_storage(method: Any) -> str | None:
     """The quantization that a `quant_method` implies, if it implies one."""
     names = (name for name, row in STORAGES.items() if row.method == method)
     return next(names, None) if method else None
 
 
-def of_codes(kind: str, bits: int) -> str | None:
+def codes_storage(code_type: str, bits: int) -> str | None:
     """The quantization of compressed-tensors' codes of this type (float or int) and number of bits.
     """
     rows = STORAGES.items()
-    return next((n for n, row in rows if (row.codes[0], row.bits) == (kind, bits)), None)
+    return next((n for n, row in rows if (row.codes[0], row.bits) == (code_type, bits)), None)
 
 
 class Storage(NamedTuple):
@@ -110,20 +112,21 @@ class Storage(NamedTuple):
 
     dtype: torch.dtype
     quantization: str | None = None  # one of QUANTIZED
-    why: str = ""
+    reason: str = ""
 
     @property
     def name(self) -> str:
         """The name that `choose_storage` accepts."""
-        return self.quantization or PLAIN_OF.get(str(self.dtype), PLAIN[-1])
+        return self.quantization or NAME_OF_DTYPE.get(str(self.dtype), UNQUANTIZED[-1])
 
 
 def check_storage(name: str) -> None:
     """Raise LorafoldError unless the name is auto or in STORAGES."""
-    if name not in ("auto", *PLAIN, *QUANTIZED):
+    if name not in ("auto", *UNQUANTIZED, *QUANTIZED):
         raise LorafoldError(
-            f"storage {name}: unknown; expected auto, {', '.join(PLAIN)}, {' or '.join(MADE)}, or"
-            f" {' or '.join(IN_FILES)} if the model's files are stored that way"
+            f"storage {name}: unknown; expected auto, {', '.join(UNQUANTIZED)},"
+            f" {' or '.join(ON_LOAD)}, or {' or '.join(IN_FILES)} if the"
+            " model's files are stored that way"
         )
 
 
@@ -135,11 +138,11 @@ def choose_storage(base: str, device: torch.device | str) -> Storage:
     import torch
 
     check_storage(base)
-    dtypes = {name: getattr(torch, STORAGES[name].dtype) for name in PLAIN}
-    native, why = native_bf16(torch.device(device))
+    dtypes = {name: getattr(torch, STORAGES[name].dtype) for name in UNQUANTIZED}
+    native, reason = native_bf16(torch.device(device))
     best = "bf16" if native else "fp32"
     if base in QUANTIZED:
-        return Storage(dtypes[best], base, f"{base}, computed in {best}: {why}")
+        return Storage(dtypes[best], base, f"{base}, computed in {best}: {reason}")
     if base == "auto":
-        return Storage(dtypes[best], None, f"{best}: {why}")
-    return Storage(dtypes[base], None, f"{base}: as requested" + f"; {why}" * (base == "bf16"))
+        return Storage(dtypes[best], None, f"{best}: {reason}")
+    return Storage(dtypes[base], None, f"{base}: as requested" + f"; {reason}" * (base == "bf16"))

@@ -22,24 +22,24 @@ from lorafold.core.expert_matrices import Matrices, experts_layout, module_at
 from lorafold.core.targets import block_linears
 from lorafold.errors import LorafoldError
 from lorafold.layers import is_linear, layer_of
-from lorafold.layers.bitsandbytes import bitsandbytes, set_compute_dtype
+from lorafold.layers.bitsandbytes import import_bitsandbytes, set_compute_dtype
 from lorafold.layers.compressed import CompressedLinear
-from lorafold.layers.expert_storage import Floats, quantized, stored_matrices
-from lorafold.layers.experts import route
-from lorafold.models.quantizations import IN_CODES, IN_FILES, MADE, STORAGES, made_of
-from lorafold.models.quantized_files import (
-    as_in_files,
-    check_quantized,
-    make_mxfp4,
+from lorafold.layers.expert_storage import FloatExperts, quantize_experts, stored_matrices
+from lorafold.layers.experts import run_over_layers
+from lorafold.models.prequantized import (
+    can_read,
+    check_codes,
+    has_mxfp4_experts,
+    ignored_quantization_note,
+    make_mxfp4_experts,
     make_quantized,
-    readable,
-    remark,
+    match_scale_dtypes,
     storage_in_files,
-    stored_mxfp4,
 )
+from lorafold.models.quantizations import COMPRESSED_NAMES, IN_FILES, ON_LOAD, STORAGES, bnb_storage
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.ops.nf4 import BLOCK
-from lorafold.runtime.memory import RETURNED, freed_blocks
+from lorafold.runtime.memory import RETURN_FREED, malloc_policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # quant_method -> the package that transformers needs to read it
-READ_BY = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
+READER_PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
 
 
 def quantization_of(settings: Mapping[str, Any], what: str) -> str:
@@ -60,18 +60,18 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
     if settings.get("load_in_8bit"):
-        return str(made_of(8))
-    if readable(settings):
+        return str(bnb_storage(8))
+    if can_read(settings):
         return storage_in_files(settings, what)
     method = str(settings.get("quant_method", "unknown"))
     advice = "use the unquantized model instead"
-    package = READ_BY.get(method)
+    package = READER_PACKAGES.get(method)
     if package is None:
         methods = (row.method for row in STORAGES.values())
         raise LorafoldError(
             f"{what}: unsupported quantization {method}; supported: compressed-tensors"
-            f" ({', '.join(IN_CODES)}), {', '.join(filter(None, methods))}, bitsandbytes"
-            f" ({', '.join(MADE)}); {advice}"
+            f" ({', '.join(COMPRESSED_NAMES)}), {', '.join(filter(None, methods))}, bitsandbytes"
+            f" ({', '.join(ON_LOAD)}); {advice}"
         )
     absent = importlib.util.find_spec(package) is None
     raise LorafoldError(
@@ -80,7 +80,7 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
     )
 
 
-def packable(model: PreTrainedModel) -> list[str]:
+def quantizable_paths(model: PreTrainedModel) -> list[str]:
     """The paths of the matrices in blocks whose number of inputs is divisible by 64: for others,
     bitsandbytes' own forward is wrong on some CPUs.
     """
@@ -110,33 +110,33 @@ def read_quantized(
     if stored is None and quantization in IN_FILES:
         raise LorafoldError(
             f"{what}: the files are not quantized; lorafold can quantize them to"
-            f" {' or '.join(MADE)}, not to {quantization}"
+            f" {' or '.join(ON_LOAD)}, not to {quantization}"
         )
     if stored not in (None, quantization):
         raise LorafoldError(
             f"{what}: the weights are stored as {stored}, so they can't be loaded as"
             f" {quantization}; expected storage {stored}"
         )
-    codes_in_files = stored is not None and readable(settings)
-    if codes_in_files:
+    is_prequantized = stored is not None and can_read(settings)
+    if is_prequantized:
         # transformers would round scales to `dtype`, and dequantize every weight on the first call
         del configuration.quantization_config
     else:
-        bitsandbytes()
+        import_bitsandbytes()
     with torch.device("meta"):
         empty = auto.from_config(configuration, trust_remote_code=trusted)
     cls, options = type(empty), dict[str, Any](dtype=torch.bfloat16)
     quantizing: AbstractContextManager[Any] = nullcontext()
-    if codes_in_files:
-        cls, options = _with_codes(empty, settings, path, what), {"dtype": storage.dtype}
+    if is_prequantized:
+        cls, options = _prepared_class(empty, settings, path, what), {"dtype": storage.dtype}
     elif stored is None:
-        packed = set(packable(empty))
+        packed = set(quantizable_paths(empty))
         plain = [p for p, m in Anatomy.of(empty).modules if is_linear(m) and p not in packed]
-        made = STORAGES[str(quantization)].made
-        options["quantization_config"] = BitsAndBytesConfig(**made, llm_int8_skip_modules=plain)
-        quantizing = experts_quantized(str(quantization))
+        bnb = STORAGES[str(quantization)].bnb_options
+        options["quantization_config"] = BitsAndBytesConfig(**bnb, llm_int8_skip_modules=plain)
+        quantizing = quantizing_experts(str(quantization))
     weights = FileWeights(model_files(path), mapped=False)
-    with freed_blocks(RETURNED), quantizing:
+    with malloc_policy(RETURN_FREED), quantizing:
         model, info = cls.from_pretrained(
             None,
             config=configuration,
@@ -145,24 +145,24 @@ def read_quantized(
             output_loading_info=True,
             **options,
         )
-    route_quantized(model)
-    if codes_in_files:
+    use_quantized_experts(model)
+    if is_prequantized:
         model.__class__ = type(empty)
         model.config.quantization_config = settings
-        check_quantized(model, what)
-        if line := remark(settings, what):
-            log.warning(line)
+        check_codes(model, what)
+        if note := ignored_quantization_note(settings, what):
+            log.warning(note)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval(), info
 
 
-def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
+def _prepared_class(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
     """A subclass of a model's class, built with the files' quantized layers."""
     from lorafold.models.checkpoint import by_parameter, entries_of
 
     make_quantized(model, settings, what)
-    as_in_files(model, by_parameter(model, entries_of(path))[0], what)
+    match_scale_dtypes(model, by_parameter(model, entries_of(path))[0], what)
     linears = {p: m for p, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear)}
 
     class Prepared(type(model)):  # type: ignore[misc]
@@ -171,14 +171,14 @@ def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, wh
             for at, module in linears.items():
                 module._parameters["bias"] = self.get_submodule(at).bias
                 self.set_submodule(at, module)
-            if stored_mxfp4(settings):
-                make_mxfp4(self, settings, what)
+            if has_mxfp4_experts(settings):
+                make_mxfp4_experts(self, settings, what)
 
     return Prepared
 
 
 @contextmanager
-def experts_quantized(quantization: str) -> Iterator[None]:
+def quantizing_experts(quantization: str) -> Iterator[None]:
     """Quantize parameters of experts as modules get them, so that only one is in 16 bits at a time.
     """
     pack = STORAGES[quantization].pack
@@ -188,9 +188,11 @@ def experts_quantized(quantization: str) -> Iterator[None]:
         stored = None if form is None else form.parameters.get(name)
         if stored is None or parameter.is_meta or parameter.dim() != 3 - stored.flat:
             return None
-        if not parameter.is_floating_point() or Floats(Matrices(module, name)).shape[2] % BLOCK:
+        if not parameter.is_floating_point():
             return None
-        codes: Any = quantized(parameter, pack)
+        if FloatExperts(Matrices(module, name)).shape[2] % BLOCK:
+            return None
+        codes: Any = quantize_experts(parameter, pack)
         codes._is_hf_initialized = True  # otherwise transformers fills it with random values
         return codes
 
@@ -198,14 +200,14 @@ def experts_quantized(quantization: str) -> Iterator[None]:
         yield
 
 
-def route_quantized(model: torch.nn.Module) -> None:
+def use_quantized_experts(model: torch.nn.Module) -> None:
     """Make modules of experts compute with their quantized matrices."""
     for _, module in Anatomy.of(model).modules:
         if isinstance(module, Matrices) and stored_matrices(module).quantized:
-            route(module.routed)
+            run_over_layers(module.routed)
 
 
-def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def set_model_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Make a quantized model dequantize to this dtype, and convert its other weights."""
     for module in model.modules():
         set_compute_dtype(module, dtype)

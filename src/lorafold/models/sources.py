@@ -4,7 +4,8 @@ directory, a GGUF file, or a model on the Hugging Face Hub.
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,7 +28,6 @@ from lorafold.models.gguf import (
     unpacked,
 )
 from lorafold.models.load_errors import loading, one_line
-from lorafold.runtime.hub_offline import asked_once, cache
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +40,7 @@ ACCEPTED = (
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 CONFIGS = ("config.json", "adapter_config.json")  # a repository with one is not a GGUF model
+HUB_TIMEOUT = 5.0  # seconds
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -102,12 +103,12 @@ def resolve_model(
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HTTPError
 
-        with asked_once() as away:
+        with offline_if_unreachable() as offline:
             try:
                 path = Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
             except (OSError, ValueError, HTTPError) as error:
                 where = text if revision is None else f"{text} at {revision}"
-                raise unavailable(where, away, error) from error
+                raise unavailable(where, offline, error) from error
             if not any((path / name).is_file() for name in CONFIGS):
                 files = gguf_on_hub(text, revision)
     if files:
@@ -140,13 +141,13 @@ def configuration(
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         if path.exists():
             return AutoConfig.from_pretrained(path, **options)
-        with asked_once() as away:
+        with offline_if_unreachable() as offline:
             try:
                 return AutoConfig.from_pretrained(name, **options)
             except OSError as error:
                 if files := gguf_on_hub(name, revision):
                     return of_gguf(files)
-                raise unavailable(name, away, error) from error
+                raise unavailable(name, offline, error) from error
 
 
 def suggestion(name: str) -> str:
@@ -218,10 +219,12 @@ def _embedded_gguf() -> Path:
     )
 
 
-def unavailable(name: str, away: str, error: Exception) -> LorafoldError:
-    """The error for a model that can't be loaded from the Hub; `away`: why the Hub was not asked.
-    """
-    reason = f"{away}, and the model is not in {cache()}" if away else one_line(error, 120)
+def unavailable(name: str, offline: str, error: Exception) -> LorafoldError:
+    """The error for a model that can't be loaded; `offline`: why the Hub was not asked."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    local = f"{offline}, and the model is not in {HF_HUB_CACHE}"
+    reason = local if offline else one_line(error, 120)
     return LorafoldError(
         f"model {name}: not on this machine, and can't be loaded from the hub: {reason};"
         f" {suggestion(name) or ACCEPTED}"
@@ -265,3 +268,30 @@ def forget_source(model: "nn.Module") -> None:
 def name_of_base(model: "nn.Module") -> str:
     """The name or path by which a model was opened; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[str]:
+    """Makes hub libraries use only local files in the block if the hub doesn't answer soon (they
+    would retry for half a minute). Yields the reason, or an empty text.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    offline = "HF_HUB_OFFLINE is set" if before else _unreachable(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = bool(offline)
+    try:
+        yield offline
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _unreachable(address: str) -> str:
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(address, timeout=HUB_TIMEOUT)
+    except (OSError, HTTPError):
+        return f"{address} does not answer"
+    return ""

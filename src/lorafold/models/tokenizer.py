@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError, NoTokenizer, listed, why_unread
+from lorafold.errors import LorafoldError, NoTokenizer, listed, read_failure
 from lorafold.models.built_in_templates import NONE, TOOLS, joined, with_tools
 from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource, resolve_model
@@ -85,7 +85,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LorafoldError(
-            f"chat template {path}: can't be read: {why_unread(error)};"
+            f"chat template {path}: can't be read: {read_failure(error)};"
             f" expected a file with a Jinja template, or {NONE} to join texts unchanged, or {TOOLS}"
             " for ChatML with tools"
         ) from error

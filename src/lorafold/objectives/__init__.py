@@ -123,7 +123,7 @@ def check_formats(formats: Iterable[RowFormat | None], objective: str) -> None:
     for row_format in formats:
         if row_format is None or takes not in row_format.provides:
             known = [str(one) for one in formats_for(takes) if takes in one.provides]
-            expected = " or ".join(known) if len(known) < 4 else listed(known, room=90)
+            expected = " or ".join(known) if len(known) < 4 else listed(known, max_chars=90)
             provided = row_format.provides if row_format else ()
             fitting = [name for name, other in OBJECTIVES.items() if other.takes in provided]
             # if rows have completions, suggest objectives that learn them first

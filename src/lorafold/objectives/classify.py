@@ -15,10 +15,10 @@ from lorafold.core.expert_matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import match
 from lorafold.data.classification import (
+    LabelEncoder,
     LabelledExample,
-    Labels,
+    class_data,
     classes_of,
-    labelled,
     preview_labelled,
 )
 from lorafold.data.examples import WHOLE
@@ -65,8 +65,8 @@ class Classify(Objective):
         classes = known_classes(request.base, request.adapters) or labels
         if strange := [name for name in labels if name not in classes]:
             raise LorafoldError(
-                f"data: found labels {listed(strange, room=100)}, expected the classes of"
-                f" {request.start}: {listed(classes, room=100)}"
+                f"data: found labels {listed(strange, max_chars=100)}, expected the classes of"
+                f" {request.start}: {listed(classes, max_chars=100)}"
             )
         return cls(classes)
 
@@ -79,10 +79,10 @@ class Classify(Objective):
         return None  # a text has no turns
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
-        return Labels(tokenizer, self.classes)
+        return LabelEncoder(tokenizer, self.classes)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-        return labelled(table, rows, max_length, self.classes)
+        return class_data(table, rows, max_length, self.classes)
 
     def preview(self, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview_labelled(example, tokenizer, self.classes)

@@ -23,11 +23,11 @@ from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.examples import WHOLE
 from lorafold.data.formats import PROMPTS
+from lorafold.data.json_input import Row
 from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import as_checked
-from lorafold.data.sources import Row
+from lorafold.data.rows import to_rows
 from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
@@ -44,7 +44,7 @@ from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import RewardName, Rewards
 from lorafold.rewards.reward import REWARDS
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step import policy_algorithms
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.policy_algorithms import PolicyAlgorithm
@@ -84,7 +84,7 @@ class RolloutLoss(Policy):
     ) -> None:
         super().__init__(model, algorithm, support, pad_id, rollouts.max_new_tokens, rollouts.exact)
         self.rollouts, self.rewards = (rollouts,), rewards  # a tuple, so not a submodule
-        self.processes: Processes = ALONE  # set by `refer`
+        self.processes: Processes = SINGLE_PROCESS  # set by `refer`
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class PolicyObjective(OnPolicy):
         max_new_tokens, k = self.sampling.max_new_tokens, self.sampling.group
         config = RewardSettings(max_length, max_new_tokens, k, seed=self.seed)
         with self._rewards(model, "auto", Console(quiet=True)) as rewards:
-            result = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, config)
+            result = evaluate_rewards(model, tokenizer, to_rows(rows, PROMPTS), rewards, config)
         if None in result.prompt_rewards:
             row = result.prompt_rewards.index(None) + 1
             raise LorafoldError(f"held-out row {row}: all rewards returned None, expected a number")

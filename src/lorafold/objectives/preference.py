@@ -24,9 +24,14 @@ from torch import nn
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.arrow import Array, Items
 from lorafold.data.batches import BatchFeed, StoredFeed
-from lorafold.data.branches import Branched, BranchedExamples, Branches, preferred
 from lorafold.data.examples import WHOLE, preview
 from lorafold.data.formats import PAIRS
+from lorafold.data.preference_examples import (
+    BranchedExamples,
+    BranchedRow,
+    PreferenceEncoder,
+    preference_data,
+)
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoded, Encoder
@@ -68,15 +73,15 @@ class PreferenceObjective(Objective):
         return {field.name: field.default for field in fields(algorithm)}
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
-        return Branches(tokenizer, self.algorithm.kind, rendering)
+        return PreferenceEncoder(tokenizer, self.algorithm.kind, rendering)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-        return preferred(table, rows, max_length, self.algorithm.kind)
+        return preference_data(table, rows, max_length, self.algorithm.kind)
 
-    def trained(self, example: Branched) -> Branched:
+    def trained(self, example: BranchedRow) -> BranchedRow:
         return example.some(slice(self.algorithm.trained))
 
-    def preview(self, example: Branched, tokenizer: PreTrainedTokenizerBase) -> Text:
+    def preview(self, example: BranchedRow, tokenizer: PreTrainedTokenizerBase) -> Text:
         from rich.text import Text
 
         label = "desirable" if example.desirable else "undesirable"
@@ -110,16 +115,16 @@ class PreferenceObjective(Objective):
         return tokenizer.pad_token_id or 0
 
 
-class ReferencedExamples(Items[Branched]):
+class ReferencedExamples(Items[BranchedRow]):
     """Examples with the reference log-probabilities of their completions, (n, k)."""
 
-    def __init__(self, examples: Sequence[Branched], logps: Array) -> None:
+    def __init__(self, examples: Sequence[BranchedRow], logps: Array) -> None:
         self.examples, self.logps = examples, logps
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def item(self, index: int) -> Branched:
+    def item(self, index: int) -> BranchedRow:
         return replace(self.examples[index], reference=tuple(self.logps[index].tolist()))
 
 
@@ -205,7 +210,9 @@ class Preference(PreferenceObjective):
     ) -> tuple[BatchFeed, Any]:
         if not self.algorithm.has_reference:
             return feed, held_out
-        if isinstance(feed, StoredFeed) and (trains_base_weights(loss.model) or feed.passes >= 1):
+        if isinstance(feed, StoredFeed) and (
+            trains_base_weights(loss.model) or feed.num_epochs >= 1
+        ):
             refer = partial(with_reference, loss, below=below, console=console, layout=layout)
             feed = feed.with_examples(refer)
         else:

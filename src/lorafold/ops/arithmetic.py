@@ -26,9 +26,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorafold.core.contexts import UnchangedScope, in_backward, scope
 from lorafold.ops.autocast import Exact
-from lorafold.ops.kernel_requirements import HALF
 
 CPU = torch.device("cpu")
+HALF = (torch.float16, torch.bfloat16)
 # with fewer input vectors, most of the time goes into reading W, which is half as large in 16 bits
 ROWS = 64
 # kernels may sum fewer rows than this in a different order

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.arithmetic import arithmetic, multiplying
+from lorafold.ops.arithmetic import HALF, arithmetic, multiplying
 from lorafold.ops.autocast import Exact, at_least_fp32, lower
 from lorafold.ops.checkpoint_segments import kept
-from lorafold.ops.kernel_requirements import FLASH, takes
 from lorafold.ops.operators import Operation, operator
 from lorafold.ops.packed_documents import Documents
+from lorafold.runtime.assumed_device import cuda_capability, device_type
+from lorafold.runtime.devices import AMPERE
 
 # From this document length on, checkpointing keeps the output of attention: it is no larger than a
 # block's input, but the time to recompute it grows with the square of the length.
 LONG = 4096
+# requirements of FlashAttention as torch builds it: a multiple of FLASH_HEAD_UNIT
+FLASH_MAX_HEAD_SIZE, FLASH_HEAD_UNIT, FLASH_CAPABILITY = 256, 8, AMPERE
 
 
 class Scores(NamedTuple):
@@ -137,6 +140,17 @@ class _DocumentAttention(Exact):
         return *gradients, None, None
 
 
+def flash_supports(q: Tensor, v: Tensor) -> bool:
+    """Whether FlashAttention supports q (..., D) and v (..., Dv) of one dtype and device."""
+    return (
+        device_type(q) == "cuda"
+        and q.dtype in HALF
+        and q.shape[-1] == v.shape[-1] <= FLASH_MAX_HEAD_SIZE
+        and q.shape[-1] % FLASH_HEAD_UNIT == 0
+        and cuda_capability(q) >= FLASH_CAPABILITY
+    )
+
+
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None
 ) -> Tensor:
@@ -144,6 +158,6 @@ def document_attention(
     (T, Hk, Dv). Differentiable once.
     """
     q, k, v = (lower(x) for x in (q, k, v))
-    if softcap is None and takes(FLASH, q, v):
+    if softcap is None and flash_supports(q, v):
         return docs.flash(q, docs.gathered(k), docs.gathered(v), scale)
     return _DocumentAttention.apply(q, k, v, docs, Scores(scale, softcap))

@@ -22,8 +22,8 @@ from torch.autograd import Function
 
 from lorafold.core.active_adapters import DropoutSite
 from lorafold.ops.checkpoint_segments import running_segment
-from lorafold.ops.kernel_requirements import kind_of
 from lorafold.ops.operators import operator
+from lorafold.runtime.assumed_device import device_type
 
 AT_ONCE = 1 << 16  # Philox calls whose words are in memory at a time
 
@@ -49,7 +49,7 @@ def dropped(x: Tensor, p: float, site: DropoutSite | None = None) -> tuple[Tenso
     if not p or not x.numel():
         return x, torch.empty(0, dtype=torch.int32, device=x.device)
     key, names, number = (0, None, 0) if site is None else site
-    if kind_of(x) == "cpu":
+    if device_type(x) == "cpu":
         where = PLACES(x, p, names, key, number)
         EMPTY(masked := x.clone(memory_format=torch.contiguous_format), where)
         return masked, where

@@ -1,8 +1,8 @@
 """Frozen linear layers that read their matrix again in the backward pass, and trained updates on
 them.
 
-    y  = addmm(onto, x, W^T)        x (T, in), W (out, in), onto (T, out) or (out,): one sum in the
-    gx = g W,  gonto = g            GEMM's fp32 accumulator, rounded once
+    y  = addmm(residual, x, W^T)    x (T, in), W (out, in), residual (T, out) or (out,): one sum in
+    gx = g W,  gresidual = g        the GEMM's fp32 accumulator, rounded once
 
 `read` returns W in a dtype. A quantized W is dequantized for each use, so that a step never holds
 more than one dequantized matrix.
@@ -41,26 +41,26 @@ Read = Callable[[torch.dtype], Tensor]  # dtype -> W (out, in)
 
 class _FrozenLinear(Exact):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, onto: Tensor | None, read: Read) -> Tensor:
-        ctx.read, ctx.onto = read, None if onto is None else (onto.shape, onto.dtype)
-        ctx.dtype = dtype = arithmetic(x)
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, read: Read) -> Tensor:
+        ctx.read, ctx.dtype = read, (dtype := arithmetic(x))
+        ctx.residual = None if residual is None else (residual.shape, residual.dtype)
         wide, w = x.to(dtype), read(dtype)
-        y = wide @ w.t() if onto is None else torch.addmm(onto.to(dtype), wide, w.t())
+        y = wide @ w.t() if residual is None else torch.addmm(residual.to(dtype), wide, w.t())
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        need_x, need_onto, _ = ctx.needs_input_grad
+        need_x, need_residual, _ = ctx.needs_input_grad
         gx = (g.to(ctx.dtype) @ ctx.read(ctx.dtype)).to(g.dtype) if need_x else None
-        if not need_onto:
+        if not need_residual:
             return gx, None, None
-        shape, dtype = ctx.onto
+        shape, dtype = ctx.residual
         return gx, g.sum_to_size(shape).to(dtype), None
 
 
-# x W^T + onto (T, out), in x's dtype, for x (T, in) and onto (T, out), (out,) or None; `Read`
-# returns W (out, in). Differentiable once.
+# x W^T + residual (T, out), in x's dtype, for x (T, in) and residual (T, out), (out,) or None;
+# `Read` returns W (out, in). Differentiable once.
 frozen_linear: Callable[[Tensor, Tensor | None, Read], Tensor] = _FrozenLinear.apply
 
 

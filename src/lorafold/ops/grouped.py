@@ -31,8 +31,20 @@ from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import EMPTY, Dropped
 from lorafold.ops.frozen import low_rank_parts
 from lorafold.ops.host_tensors import sent
-from lorafold.ops.kernel_requirements import GROUPED_UNIT, groups_at_once
-from lorafold.ops.scale import SCALE
+from lorafold.ops.scale_and_add import SCALE
+from lorafold.runtime.assumed_device import cuda_capability, device_type
+
+# major versions for which torch has a grouped matmul kernel that reads the sizes on the device; on
+# others it loops, and waits for the sizes
+GROUPED_MM_MAJORS = (9, 10)
+GROUPED_UNIT = 8  # the sides of its 16-bit matrices must be multiples of this
+
+
+def groups_at_once(x: Tensor) -> bool:
+    """Whether one kernel multiplies all groups of rows on the device of x (any shape), so that the
+    host need not know their sizes.
+    """
+    return device_type(x) == "cuda" and cuda_capability(x)[0] in GROUPED_MM_MAJORS
 
 
 @dataclass(frozen=True)
@@ -134,26 +146,26 @@ class FrozenMatrices(NamedTuple):
         return x.shape[1] % GROUPED_UNIT == 0 == width % GROUPED_UNIT
 
     def matmul(
-        self, x: Tensor, width: int, back: bool, onto: Tensor | None, out: Tensor | None = None
+        self, x: Tensor, width: int, back: bool, residual: Tensor | None, out: Tensor | None = None
     ) -> Tensor:
         """W_e x_s + onto_s (S, width) of all rows x (S, in), rounded once; with `back`, the
-        transposed W_e. `out` (S, width), which may be `onto`, is overwritten.
+        transposed W_e. `out` (S, width), which may be `residual`, is overwritten.
 
-        `torch._grouped_mm` can't start from an accumulator, so its sum with `onto` is rounded with
-        a dither, which preserves small updates on average.
+        `torch._grouped_mm` can't start from an accumulator, so its sum with `residual` is rounded
+        with a dither, which preserves small updates on average.
         """
         if self.at_once(x, width):
             every = self.read_all(x.dtype)
             y = torch._grouped_mm(x, every if back else every.mT, self.groups.ends)
             ones = (torch.ones if is_fake(y) else _ones)(width, device=y.device)
-            return y if onto is None else SCALE(y, ones, None, onto)
+            return y if residual is None else SCALE(y, ones, None, residual)
         out = x.new_empty(len(x), width) if out is None else out
         for e, at in self.groups.spans():
             w = self.read(e, x.dtype) if back else self.read(e, x.dtype).t()
-            if onto is None:
+            if residual is None:
                 torch.mm(x[at], w, out=out[at])
             else:
-                torch.addmm(onto[at].to(x.dtype), x[at], w, out=out[at])
+                torch.addmm(residual[at].to(x.dtype), x[at], w, out=out[at])
         return out
 
 
@@ -202,23 +214,22 @@ def product(x: Tensor, m: Tensor, groups: Groups) -> Tensor:
 
 class _Frozen(Exact):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, onto: Tensor | None, w: FrozenMatrices, out: int) -> Tensor:
-        ctx.w, ctx.width = w, x.shape[1]
-        ctx.onto = None if onto is None else onto.dtype
-        ctx.dtype = arithmetic(x)
-        return w.matmul(x.to(ctx.dtype), out, False, onto).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, w: FrozenMatrices, out: int) -> Any:
+        ctx.w, ctx.width, ctx.dtype = w, x.shape[1], arithmetic(x)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return w.matmul(x.to(ctx.dtype), out, False, residual).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        need_x, need_onto, *_ = ctx.needs_input_grad
+        need_x, need_residual, *_ = ctx.needs_input_grad
         wide = g.to(ctx.dtype)
         gx = ctx.w.matmul(wide, ctx.width, True, None).to(g.dtype) if need_x else None
-        return gx, g.to(ctx.onto) if need_onto else None, None, None
+        return gx, g.to(ctx.residual_dtype) if need_residual else None, None, None
 
 
-# x (S, in) times the frozen matrix of its group, plus onto (S, out) or None before the rounding:
-# (S, out), in x's dtype; the last argument is `out`. Differentiable once.
+# x (S, in) times the frozen matrix of its group, plus residual (S, out) or None before the
+# rounding: (S, out), in x's dtype; the last argument is `out`. Differentiable once.
 frozen_product: Callable[[Tensor, Tensor | None, FrozenMatrices, int], Tensor] = _Frozen.apply
 
 

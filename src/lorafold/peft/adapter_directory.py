@@ -29,7 +29,7 @@ from lorafold.core.attach import Origin
 from lorafold.core.expert_matrices import Matrices
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.files.atomic import MANIFEST, atomic_directory, write_json
 from lorafold.files.contents import Contents
 from lorafold.files.model_card import (
@@ -46,7 +46,7 @@ from lorafold.methods.common.biases_and_modules import Bias, ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name, whole_of
 from lorafold.models.classifier import new_heads
-from lorafold.models.quantizations import PLAIN
+from lorafold.models.quantizations import UNQUANTIZED
 from lorafold.models.tokenizer import CONFIG as TOKENIZER
 from lorafold.models.weights import InMemory, Weights
 from lorafold.peft import tokens
@@ -55,20 +55,20 @@ from lorafold.peft.config import (
     WEIGHTS,
     PeftSelection,
     buffers_beneath,
-    no_adapter,
+    missing_config_error,
     read_config,
-    simplest_selection,
+    select_exactly,
     write_config,
 )
-from lorafold.peft.convolution import CORES, in_matrix_form
-from lorafold.peft.form import DROPOUT, PER_EXPERT, form_of, warn_limits, with_dropout
-from lorafold.peft.provenance import COMPUTED, OwnBase, TrainedOn, parse_over
+from lorafold.peft.convolution import multiply_tucker_cores
+from lorafold.peft.form import DROPOUT, PER_EXPERT, format_of, warn_limits, with_dropout
+from lorafold.peft.provenance import DIGEST_FILES, RecordedBase, TrainingStorage, parse_over
 from lorafold.peft.table_types import ROOT
-from lorafold.peft.tensors import Parts, misfit, not_finite, saved_tensors, sites_of, stray
+from lorafold.peft.tensors import Parts, key_problem, nonfinite_problem, saved_tensors, sites_of
 
 FILES = (CONFIG, WEIGHTS, RECORD)
-HEADS = (".score.weight", ".classifier.weight")  # in the files of PEFT's classifiers
-START = f"{ROOT}."
+HEAD_SUFFIXES = (".score.weight", ".classifier.weight")  # in the files of PEFT's classifiers
+KEY_PREFIX = f"{ROOT}."
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ class SavedAdapter:
     bias: Bias
     selection: PeftSelection
     weights: InMemory
-    own_base: OwnBase  # the base that it was trained on
+    own_base: RecordedBase  # the base that it was trained on
     over: tuple[Origin, ...]  # the adapters that it was trained on top of
     record: Mapping[str, Any]  # how it was made; empty if PEFT wrote it
     task: str | None  # PEFT's type of task
@@ -107,22 +107,22 @@ class SavedAdapter:
         """Read an adapter directory, or parse contents that were already read."""
         contents = path if isinstance(path, Contents) else Contents(path, FILES)
         if CONFIG not in contents.files:
-            raise no_adapter(contents.path)
+            raise missing_config_error(contents.path)
         problems: list[str] = []
-        written = _attempt(problems, lambda: contents.object(CONFIG))
+        written = _collect_problem(problems, lambda: contents.object(CONFIG))
         config = None
         if written is not None:
-            config = _attempt(problems, partial(read_config, written))
-        weights = _attempt(problems, lambda: _weights(contents))
-        record = _attempt(problems, lambda: contents.record) or {}
+            config = _collect_problem(problems, partial(read_config, written))
+        weights = _collect_problem(problems, lambda: _weights(contents))
+        record = _collect_problem(problems, lambda: contents.record) or {}
         try:
-            own_base = OwnBase.of(contents.path, written or {}, record)
+            own_base = RecordedBase.of(contents.path, written or {}, record)
             over = parse_over(record) if OVER in record else ()
         except LorafoldError as e:
             problems.append(f"{RECORD}: {e}")
         contents.check_intact()  # first, because damaged files cause the other problems
         if problems or written is None or config is None or weights is None:
-            raise LorafoldError(f"{contents.path}: {as_one(problems)}")
+            raise LorafoldError(f"{contents.path}: {join_problems(problems)}")
         spec, selection, bias = config
         # missing or damaged tokenizer files are reported when the tokenizer is loaded
         named = contents.object(MANIFEST).get("files", ()) if MANIFEST in contents.files else ()
@@ -137,7 +137,7 @@ class SavedAdapter:
             record,
             written.get("task_type"),
             contents.entries,
-            contents.digest_of(COMPUTED),
+            contents.digest_of(DIGEST_FILES),
             TOKENIZER in named or (contents.path / TOKENIZER).is_file(),
         )
 
@@ -162,24 +162,24 @@ class SavedAdapter:
         return tuple(names)
 
     @property
-    def scores(self) -> bool:
+    def is_reward_model(self) -> bool:
         """Whether it is a reward model's adapter. One written by PEFT is, if its head has one
         output.
         """
         if self.record or self.task != "SEQ_CLS":
             return self.record.get(REWARD) is True
-        heads = [name for name in self.weights.names if name.endswith(HEADS)]
+        heads = [name for name in self.weights.names if name.endswith(HEAD_SUFFIXES)]
         return bool(heads) and self.weights.shape(heads[0])[0] == 1
 
-    def within(self, model: nn.Module) -> SavedAdapter:
+    def for_model(self, model: nn.Module) -> SavedAdapter:
         """The adapter with the module paths of this model."""
         modules = {path for path, _ in Anatomy.of(model).modules}
-        own = [name.removeprefix(START) for name in self.weights.names if name.startswith(START)]
-        roots = {".".join(path.split(".")[:2]) for path in own}
+        keys = (name for name in self.weights.names if name.startswith(KEY_PREFIX))
+        roots = {".".join(key.removeprefix(KEY_PREFIX).split(".")[:2]) for key in keys}
         whole = None if roots <= modules else whole_of(model)
         if whole is None:
             return self
-        names = {old: renamed(old, whole.inward) for old in self.weights.names}
+        names = {old: map_key(old, whole.inward) for old in self.weights.names}
         names = {old: new for old, new in names.items() if new != old}
         moved = {new: self.weights.get(old) for old, new in names.items()}
         weights = self.weights.with_others(names, moved)
@@ -207,10 +207,10 @@ class SavedAdapter:
     def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, SavedAdapter]:
         """The ids of trained tokens by module path, and the adapter with exactly their rows."""
         resolved = tokens.resolve(model, self.selection.tokens)
-        ids, weights = tokens.completed(model, resolved, self.weights, base)
+        ids, weights = tokens.with_resized_rows(model, resolved, self.weights, base)
         return ids, replace(self, weights=weights)
 
-    def fill(
+    def load_into(
         self,
         model: nn.Module,
         parts: Parts,
@@ -224,17 +224,17 @@ class SavedAdapter:
         loaded = {key: self.weights.get(key) for key in sorted(keys & expected.keys())}
         wrong = [
             *problems,
-            *(stray(key, self.weights, base) for key in sorted(keys - expected.keys())),
+            *(key_problem(key, self.weights, base) for key in sorted(keys - expected.keys())),
             *(f"missing key {key}" for key in sorted(expected.keys() - keys)),
-            *(misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items()),
+            *(expected[key].problem(key, tensor, loaded) for key, tensor in loaded.items()),
         ]
         if wrong := [*filter(None, wrong)]:
-            raise LorafoldError(as_one(wrong))
+            raise LorafoldError(join_problems(wrong))
         for key, saved in expected.items():
             saved.assign(loaded[key])
 
 
-def write(
+def write_adapter(
     path: str | Path,
     model: nn.Module,
     chosen: AdapterConfig,
@@ -245,10 +245,10 @@ def write(
     """Write the directory atomically."""
     spec, matches, targets = chosen.spec, chosen.matches, chosen.matches.paths
     replaced = [p for p, (first, *_) in parts.items() if isinstance(first, ReplaceDelta)]
-    form, whole = form_of(model, spec, targets), whole_of(model)
+    form, whole = format_of(model, spec, targets), whole_of(model)
     named = whole.outward if whole else str
     of_parameters = {named(p): named(parameter) for p, parameter in form.parameters.items()}
-    selection = simplest_selection(
+    selection = select_exactly(
         whole.model if whole else model, [named(p) for p in targets if p],
         tuple(matches.by_pattern), [named(p) for p in replaced if p not in targets],
         chosen.modules_to_save, replace(form, parameters=of_parameters),
@@ -258,17 +258,17 @@ def write(
     saved = {key: one.encoded() for key, one in saved_tensors(sites).items()}
     if names := selection.modules_to_save:  # PEFT also reads their buffers
         buffers = buffers_beneath(model, names)
-        saved = {f"{START}{name}": buffer for name, buffer in buffers.items()} | saved
+        saved = {f"{KEY_PREFIX}{name}": buffer for name, buffer in buffers.items()} | saved
     tensors = {
-        renamed(key, named) if whole else key: t.contiguous().cpu() for key, t in saved.items()
+        map_key(key, named) if whole else key: t.contiguous().cpu() for key, t in saved.items()
     }
-    if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
-        raise LorafoldError(f"{path} was not written: {as_one(wrong)}")
+    if wrong := [text for key, t in tensors.items() if (text := nonfinite_problem(key, t))]:
+        raise LorafoldError(f"{path} was not written: {join_problems(wrong)}")
     record = {k: v for k, v in beside.record.items() if k != DROPOUT}
     if form.dropout:
         record[DROPOUT] = form.dropout
-    beneath = new_heads(model) if OVER in record else ()  # the base adapters replaced these
-    known = record.get(BASE) or fingerprint.of(base, [*replaced, *beneath])
+    replaced_heads = new_heads(model) if OVER in record else ()  # the base adapters replaced these
+    known = record.get(BASE) or fingerprint.of(base, [*replaced, *replaced_heads])
     shown = {k: record[k] for k in (OVER, VOCABULARY) if k in record}
     card = beside.card or training_card(
         config["base_model_name_or_path"] or "",
@@ -291,20 +291,20 @@ def write(
 def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
     """Read the adapters in these directories."""
     problems: list[str] = []
-    adapters = [_attempt(problems, partial(SavedAdapter.open, path)) for path in paths]
+    adapters = [_collect_problem(problems, partial(SavedAdapter.open, path)) for path in paths]
     if problems:
-        raise LorafoldError(as_one(problems))
+        raise LorafoldError(join_problems(problems))
     return tuple(one for one in adapters if one is not None)
 
 
-def trained_on(adapters: Sequence[SavedAdapter | OwnBase]) -> TrainedOn | None:
+def training_storage_of(adapters: Sequence[SavedAdapter | RecordedBase]) -> TrainingStorage | None:
     """The base's storage in training; None if unknown, or if the adapters had different unquantized
     dtypes.
     """
     own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
     records = {str(one.adapter): one.trained_on for one in own if one.trained_on}
     storages = {one.storage for one in records.values()}
-    if len(storages) > 1 and not storages <= {*PLAIN, "auto"}:
+    if len(storages) > 1 and not storages <= {*UNQUANTIZED, "auto"}:
         listed = ", ".join(f"{path} on {one.storage}" for path, one in records.items())
         raise LorafoldError(
             f"these adapters were trained on bases with different quantization ({listed});"
@@ -313,15 +313,15 @@ def trained_on(adapters: Sequence[SavedAdapter | OwnBase]) -> TrainedOn | None:
     if len(storages) != 1:
         return None
     dtypes = {one.dtype for one in records.values()}
-    return TrainedOn(storages.pop(), dtypes.pop() if len(dtypes) == 1 else None)
+    return TrainingStorage(storages.pop(), dtypes.pop() if len(dtypes) == 1 else None)
 
 
-def renamed(key: str, path: Callable[[str], str]) -> str:
+def map_key(key: str, path: Callable[[str], str]) -> str:
     """A tensor's key in a file, with its module path mapped by `path`."""
-    return START + path(key.removeprefix(START)) if key.startswith(START) else key
+    return KEY_PREFIX + path(key.removeprefix(KEY_PREFIX)) if key.startswith(KEY_PREFIX) else key
 
 
-def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
+def _collect_problem(problems: list[str], do: Callable[[], T]) -> T | None:
     try:
         return do()
     except LorafoldError as e:
@@ -332,7 +332,7 @@ def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
 def _weights(contents: Contents) -> InMemory:
     if WEIGHTS in contents.files:
         file = InMemory.read(contents.files[WEIGHTS], contents.path / WEIGHTS)
-        return in_matrix_form(file) if any(n.endswith(CORES) for n in file.names) else file
+        return multiply_tucker_cores(file)
     pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (
         f"found {', '.join(pickles)}, which can run code when loaded; convert it to safetensors"

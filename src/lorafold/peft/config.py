@@ -27,20 +27,20 @@ from lorafold.core.attach import base_state
 from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError, as_one, listed, shortened
+from lorafold.errors import LorafoldError, join_problems, listed, truncate_middle
 from lorafold.files.paths import nearest_name
 from lorafold.layers import is_linear
 from lorafold.methods.common.biases_and_modules import Bias
 from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.models.sources import name_of_base
 from lorafold.peft.derived import PREFIX
-from lorafold.peft.form import WrittenForm, renamed_patterns, selected, shortest
-from lorafold.peft.table import METHODS, more_methods
+from lorafold.peft.form import AdapterFormat, rename_patterns, select, shortest_names
+from lorafold.peft.table import METHODS, unlisted_methods
 from lorafold.peft.table_types import Field, Method, Regex, TargetModule
-from lorafold.peft.tokens import INDICES, Ids, describe
+from lorafold.peft.tokens import INDICES, TokenIds, config_entry
 
 CONFIG = "adapter_config.json"
-ANYTHING = TypeAdapter(Any)
+ANY_VALUE = TypeAdapter(Any)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -56,7 +56,7 @@ def as_patterns(value: str | list[str]) -> Patterns:
     return value.lower() if value.lower() == "all-linear" else value
 
 
-def as_ids(value: list[int] | dict[str, list[int]]) -> Ids:
+def as_ids(value: list[int] | dict[str, list[int]]) -> TokenIds:
     """Token ids as a tuple, or as a tuple per module name."""
     return (
         {name: tuple(ids) for name, ids in value.items()}
@@ -83,7 +83,7 @@ PARAMETERS = Field(
 )
 BIAS = Field("bias", "bias", Bias, "none")
 # fields about an adapter's origin, which do not affect its outputs
-ABOUT = frozenset(
+ORIGIN_FIELDS = frozenset(
     {
         "peft_type",
         "task_type",
@@ -96,10 +96,10 @@ ABOUT = frozenset(
     }
 )
 # names that a method's options must not have
-SHARED = ABOUT | {BIAS.key, PARAMETERS.key} | {field.key for field in SELECTION}
+RESERVED_FIELDS = ORIGIN_FIELDS | {BIAS.key, PARAMETERS.key} | {field.key for field in SELECTION}
 
 
-def no_adapter(path: Path) -> LorafoldError:
+def missing_config_error(path: Path) -> LorafoldError:
     """The error for a path without an adapter_config.json, with a hint."""
     if path.is_file():
         own = (path.parent / CONFIG).is_file()
@@ -117,11 +117,11 @@ def no_adapter(path: Path) -> LorafoldError:
 
 def write_config(
     model: nn.Module, spec: Spec, sites: Sequence[TargetModule], selection: PeftSelection,
-    bias: Bias, form: WrittenForm,
+    bias: Bias, form: AdapterFormat,
 ) -> dict[str, Any]:  # fmt: skip
     """The config of an adapter on `model`, ready for JSON."""
     method = form.method
-    if taken := sorted({f.key for f in method.fields} & SHARED):
+    if taken := sorted({f.key for f in method.fields} & RESERVED_FIELDS):
         raise LorafoldError(
             f"{method.spec.__name__}: {', '.join(taken)}: the name is reserved in adapter"
             " configs; rename the option"
@@ -145,12 +145,12 @@ def write_config(
         config[PARAMETERS.key] = list(selection.target_parameters)
         for key in ("rank_pattern", "alpha_pattern"):
             if values := config.get(key):
-                config[key] = renamed_patterns(values, form.parameters.items())
+                config[key] = rename_patterns(values, form.parameters.items())
     if method.biases or bias != BIAS.default:
         config[BIAS.key] = bias
     rows = [(s.path, s.delta) for s in sites if isinstance(s.delta, TokenRows)]
     if own := {path: list(delta.ids) for path, delta in rows if delta.twin is None}:
-        config |= describe(model, own)
+        config |= config_entry(model, own)
     if form.dropout:
         config["lora_dropout"] = 0.0
     return dict(sorted(config.items()))
@@ -176,14 +176,14 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
         except LorafoldError as e:
             problems.append(str(e))
     marked = {key for key, mark in method.marks.items() if config.get(key) == mark}
-    known = ABOUT | {f.key for f in fields} | method.known | marked
+    known = ORIGIN_FIELDS | {f.key for f in fields} | method.known | marked
     unknown = {
         k: v for k, v in sorted(config.items()) if k not in known and not is_neutral(v)
     }
-    texts = {k: ANYTHING.dump_json(v).decode() for k, v in unknown.items()}
-    problems += [f"{k}={shortened(text, 80)} is not supported" for k, text in texts.items()]
+    texts = {k: ANY_VALUE.dump_json(v).decode() for k, v in unknown.items()}
+    problems += [f"{k}={truncate_middle(text, 80)} is not supported" for k, text in texts.items()]
     if problems or spec is None:
-        raise LorafoldError(f"{CONFIG}: {as_one(problems)}")
+        raise LorafoldError(f"{CONFIG}: {join_problems(problems)}")
     bias = shared.pop("bias")
     return spec, PeftSelection(**shared), bias
 
@@ -192,9 +192,9 @@ def method_of(config: Mapping[str, Any]) -> Method:
     """The table row for a config."""
     kind = config.get("peft_type")
     of_kind = [m for m in METHODS if m.peft_type == kind]
-    of_kind = of_kind or [m for m in more_methods() if m.peft_type == kind]
+    of_kind = of_kind or [m for m in unlisted_methods() if m.peft_type == kind]
     if not of_kind:
-        expected = ", ".join(sorted({m.peft_type for m in (*METHODS, *more_methods())}))
+        expected = ", ".join(sorted({m.peft_type for m in (*METHODS, *unlisted_methods())}))
         own = str(kind).removeprefix("DORA_").startswith(PREFIX)
         hint = "; the code that registers this method must be imported first" * own
         raise LorafoldError(
@@ -231,7 +231,7 @@ class PeftSelection:
     exclude_modules: Patterns = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
-    tokens: Ids = ()
+    tokens: TokenIds = ()
     target_parameters: tuple[str, ...] = ()
     preset: str | None = None  # the fixed targets of the method, instead of target_modules
     experts: bool = False  # target_modules may match matrices of experts, unlike in PEFT
@@ -268,12 +268,12 @@ class PeftSelection:
                     hits[first].append(p)
             matches = {pattern: tuple(paths) for pattern, paths in hits.items()}
         if self.target_parameters:
-            for name, sites in selected(model, self.target_parameters).items():
+            for name, sites in select(model, self.target_parameters).items():
                 matches[name] = tuple(dict.fromkeys((*matches.get(name, ()), *sites)))
         if not any(matches.values()):
             named = {"target_modules": self.target_modules} if self.target_modules else {}
             named |= {"target_parameters": self.target_parameters} if self.target_parameters else {}
-            shown = " and ".join(f"{key} {_shown(names)}" for key, names in named.items())
+            shown = " and ".join(f"{key} {_in_text(names)}" for key, names in named.items())
             raise LorafoldError(f"{shown or 'target_modules'} match no module of this model")
         return Matches({pattern: hits for pattern, hits in matches.items() if hits})
 
@@ -283,10 +283,10 @@ class PeftSelection:
         """
         if not self.target_parameters:
             return spec
-        sites = [p for hits in selected(model, self.target_parameters).values() for p in hits]
+        sites = [p for hits in select(model, self.target_parameters).values() for p in hits]
         pairs = [(f"{p}.weight", p) for p in sites if not isinstance(module_at(model, p), Matrices)]
         ranks, alphas = (
-            renamed_patterns(values, pairs)
+            rename_patterns(values, pairs)
             for values in (spec.rank_pattern, spec.alpha_pattern)  # type: ignore[attr-defined]
         )
         return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)  # type: ignore[type-var]
@@ -318,19 +318,19 @@ class PeftSelection:
         named = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
         return replace(self, **{name: inner(getattr(self, name)) for name in (*named, "tokens")})
 
-def simplest_selection(
+def select_exactly(
     model: nn.Module,
     targets: Sequence[str],
     patterns: Sequence[str],
     saved: Sequence[str],
     names: Sequence[str],
-    form: WrittenForm,
+    form: AdapterFormat,
 ) -> PeftSelection:
     """The simplest selection of exactly these modules."""
     whole: tuple[str, ...] | None = ()
     if saved or names:
         ends = tuple(sorted({last_part(path) for path in saved}))
-        tried = (_with_heads(model, names), tuple(names), ends, tuple(saved))
+        tried = (_with_whole_heads(model, names), tuple(names), ends, tuple(saved))
         same = (s for s in tried if set(saved_leaves(model, s)) == set(saved))
         whole = next(same, None)
     if whole is None:
@@ -341,7 +341,7 @@ def simplest_selection(
         )
     like = PeftSelection((), whole, experts=not form.method.of_peft)
     chosen = form.parameters.values()
-    parameters = shortest(model, chosen) if chosen else ()
+    parameters = shortest_names(model, chosen) if chosen else ()
     modules = [path for path in targets if path not in form.parameters]
     if not modules:
         return replace(like, target_parameters=parameters)
@@ -368,7 +368,7 @@ def task_of(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
     return next(((task, heads) for end, task, heads in TASKS if name.endswith(end)), (None, ()))
 
 
-def _with_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+def _with_whole_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """The names, with a whole head instead of its parts: PEFT would wrap both, and has no key for
     the inner one.
     """
@@ -407,5 +407,5 @@ def _matches(patterns: Patterns, path: str) -> bool:
     return any(ends_in(path, p) for p in patterns)
 
 
-def _shown(patterns: Patterns) -> str:
+def _in_text(patterns: Patterns) -> str:
     return repr(patterns) if isinstance(patterns, str) else ", ".join(patterns)

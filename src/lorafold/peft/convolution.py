@@ -23,54 +23,54 @@ from torch import Tensor
 from lorafold.models.weights import InMemory
 from lorafold.peft.table_types import TargetModule
 
-CORES = (".hada_t1", ".hada_t2", ".lokr_t2")
+TUCKER_CORES = (".hada_t1", ".hada_t2", ".lokr_t2")
 
 
-def as_kernel(m: Tensor, site: TargetModule) -> Tensor:
+def to_kernel(m: Tensor, site: TargetModule) -> Tensor:
     """A matrix (k, c * prod(window)) as a kernel (k, c, *window)."""
     return m.unflatten(1, (-1, *site.window))
 
 
-def as_channels(v: Tensor, site: TargetModule) -> Tensor:
+def to_channels(v: Tensor, site: TargetModule) -> Tensor:
     """A vector (out,) as (1, out, 1, ...), which broadcasts to outputs."""
     return v.view(1, -1, *(1,) * len(site.window))
 
 
-def flat(kernel: Tensor, site: TargetModule) -> Tensor:
+def from_kernel(kernel: Tensor, site: TargetModule) -> Tensor:
     """A kernel (k, ...) as a matrix (k, columns)."""
     return kernel.flatten(1)
 
 
-def all_flat(v: Tensor, site: TargetModule) -> Tensor:
+def from_channels(v: Tensor, site: TargetModule) -> Tensor:
     """A vector (out,) from any shape."""
     return v.flatten()
 
 
-def not_down(a: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def lora_a_problem(a: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """The problem with a lora_A (r, channels, ...) of a file, or None. With all input channels of a
     grouped convolution, the update mixes groups, which the weight can't represent.
     """
-    expected = as_kernel(site.delta.A, site).shape  # type: ignore[arg-type]
+    expected = to_kernel(site.delta.A, site).shape  # type: ignore[arg-type]
     mixes = a.dim() == len(expected) and a.shape[1] > expected[1]
     hint = "; an update that mixes the groups of a convolution is not supported" * mixes
-    return _misfit(a, expected, hint)
+    return _shape_problem(a, expected, hint)
 
 
-def _misfit(found: Tensor, expected: torch.Size, hint: str) -> str | None:
+def _shape_problem(found: Tensor, expected: torch.Size, hint: str) -> str | None:
     if found.shape == expected and found.is_floating_point():
         return None
     shape = f"{found.dtype}, shape {list(found.shape)}"
     return f"{shape}, expected floating-point values of shape {list(expected)}{hint}"
 
 
-def whole(w2: Tensor, site: TargetModule) -> Tensor:
+def full_w2(w2: Tensor, site: TargetModule) -> Tensor:
     """LoKr's full D, a matrix (o2, i2 * prod(window)), in the file's shape: (o2, i2, *window), or
     unchanged over a Conv1d.
     """
-    return w2 if len(site.window) == 1 else as_kernel(w2, site)
+    return w2 if len(site.window) == 1 else to_kernel(w2, site)
 
 
-def not_whole(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def w2_problem(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """The problem with a lokr_w2 (any shape) of a file, or None.
 
     For a Conv1d, PEFT 0.21 multiplies a w2 (o2, i2, k) in another order, kron(w2, w1), than its own
@@ -81,13 +81,13 @@ def not_whole(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str
         "; a full lokr_w2 of a Conv1d is not supported: PEFT's order differs from LyCORIS's; a"
         " rank below half the larger side of w2 gives lokr_w2_a and lokr_w2_b" * other
     )
-    return _misfit(w2, whole(site.delta.w2, site).shape, hint)  # type: ignore[arg-type]
+    return _shape_problem(w2, full_w2(site.delta.w2, site).shape, hint)  # type: ignore[arg-type]
 
 
-def in_matrix_form(file: InMemory) -> InMemory:
+def multiply_tucker_cores(file: InMemory) -> InMemory:
     """The tensors of a file with Tucker cores multiplied into their factors."""
     hidden, factors = set[str](), dict[str, Tensor]()
-    for core in [name for name in file.names if name.endswith(CORES)]:
+    for core in [name for name in file.names if name.endswith(TUCKER_CORES)]:
         stem = f"{core[:-2]}w{core[-1]}"
         names = core, f"{stem}_a", f"{stem}_b"
         if not set(names) <= set(file.names):

@@ -33,18 +33,18 @@ from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.linear_probe import LinearProbe
 from lorafold.methods.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
-from lorafold.peft.table_types import Field, FileTensor, Method, Misfit, TargetModule, fixed, named
+from lorafold.peft.table_types import Check, Field, FileTensor, Method, TargetModule, fixed, named
 
 PREFIX = "LORAFOLD_"
 
 
-def method(spec: type[Spec], peft_type: str) -> Method:
+def derived_method(spec: type[Spec], peft_type: str) -> Method:
     """The row of a spec class, from its fields."""
     own = (_field(spec, field) for field in fields(spec) if field.init)  # type: ignore[arg-type]
     return Method(spec, peft_type, tuple(own))
 
 
-def methods(known: Collection[type[Spec]]) -> list[Method]:
+def derived_methods(known: Collection[type[Spec]]) -> list[Method]:
     """The rows of the registered methods that are not `known`. Methods that train the base have
     none, because they are saved as models.
     """
@@ -61,11 +61,11 @@ def methods(known: Collection[type[Spec]]) -> list[Method]:
                 f"the methods {rows[peft_type][0]!r} and {name!r} would both have the peft_type"
                 f" {peft_type}; rename one of them"
             )
-        rows[peft_type] = name, method(cls, peft_type)
+        rows[peft_type] = name, derived_method(cls, peft_type)
     return [row for _, row in rows.values()]
 
 
-def entries(site: TargetModule) -> list[FileTensor]:
+def derived_tensors(site: TargetModule) -> list[FileTensor]:
     """The tensors of a delta without a row."""
     delta = site.delta
     prefix = type(delta).__name__.lower().removesuffix("delta")
@@ -99,7 +99,7 @@ def _field(spec: type[Spec], field: OfSpec[Any]) -> Field:
     return Field(field.name, field.name, Any, default, to_file, from_file)
 
 
-def not_positions(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def positions_problem(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """The problem with the positions (k,) of a sparse delta in a row-major weight, or None. The
     file determines k.
     """
@@ -110,7 +110,7 @@ def not_positions(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]) ->
     return f"expected ascending int64 positions in a weight of {' x '.join(map(str, shape))}"
 
 
-def not_values(values: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def values_problem(values: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """The problem with the values (k,) of a sparse delta, or None."""
     at = file.get(f"{site.at}.sparse_at")
     if values.is_floating_point() and at is not None and values.shape == at.shape:
@@ -118,32 +118,32 @@ def not_values(values: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -
     return f"shape {list(values.shape)}, expected one value for each position in sparse_at"
 
 
-def subspace(site: TargetModule) -> list[FileTensor]:
+def fastfood_tensors(site: TargetModule) -> list[FileTensor]:
     """The tensors of a Fastfood delta: its scale and, at the first module, the shared vector."""
     own = isinstance(site.delta.subspace, Subspace)
     vector = [FileTensor("subspace.vector", "{at}.fastfood_vector")] * own
     return [FileTensor("scale", "{at}.fastfood_scale"), *vector]
 
 
-def not_owners(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def owner_problem(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """The problem with the adapter numbers (R,) of a mixture's columns, or None. The file
     determines R.
     """
     n: Any = site.delta.n
     if owner.dim() == 1 and owner.dtype == torch.int64 and bool(((owner >= 0) & (owner < n)).all()):
         return None
-    return f"expected int64 adapter indices from 0 to {n - 1}"
+    return f"expected int64 adapter indices from 0 and below {n}"
 
 
-def not_frozen(dim: int) -> Misfit:
+def factor_problem(dim: int) -> Check:
     """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in), whose
     dimension `dim` is R.
     """
 
-    def misfit(factor: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+    def problem(factor: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
         owner = file.get(f"{site.at}.mixture_owner")
-        laid: Any = site.delta
-        expected = list((laid.up if dim == -1 else laid.down).shape)
+        delta: Any = site.delta
+        expected = list((delta.up if dim == -1 else delta.down).shape)
         expected[dim] = -1 if owner is None else owner.numel()
         if factor.is_floating_point() and list(factor.shape) == expected:
             return None
@@ -155,32 +155,32 @@ def not_frozen(dim: int) -> Misfit:
             " the number of owners in the other"
         )
 
-    return misfit
+    return problem
 
 
 # the frozen factors of a mixture, and the adapter of each column
-MIXTURE = (
-    FileTensor("up", "{at}.mixture_up", misfit=not_frozen(-1)),
-    FileTensor("down", "{at}.mixture_down", misfit=not_frozen(-2)),
-    FileTensor("owner", "{at}.mixture_owner", misfit=not_owners),
+MIXTURE_TENSORS = (
+    FileTensor("up", "{at}.mixture_up", check=factor_problem(-1)),
+    FileTensor("down", "{at}.mixture_down", check=factor_problem(-2)),
+    FileTensor("owner", "{at}.mixture_owner", check=owner_problem),
 )
 
 
-def gated(site: TargetModule) -> list[FileTensor]:
+def mixture_tensors(site: TargetModule) -> list[FileTensor]:
     """The tensors of a mixture with gates; shared gates are in the file once."""
     delta = site.delta
     key = GATES if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
-    return [*MIXTURE, *[FileTensor("gates.values", key)] * ("gates" in delta._modules)]
+    return [*MIXTURE_TENSORS, *[FileTensor("gates.values", key)] * ("gates" in delta._modules)]
 
 
-OWN = (
-    method(Bottleneck, "BOTTLENECK"),
-    method(LTSFT, "LT_SFT"),
-    method(FishMask, "FISH_MASK"),
-    method(Fastfood, "FASTFOOD"),
-    method(Mixture, "MIXTURE"),
-    method(BitFit, "BITFIT"),
-    method(LinearProbe, "LINEAR_PROBE"),
+METHODS_WITHOUT_PREFIX = (
+    derived_method(Bottleneck, "BOTTLENECK"),
+    derived_method(LTSFT, "LT_SFT"),
+    derived_method(FishMask, "FISH_MASK"),
+    derived_method(Fastfood, "FASTFOOD"),
+    derived_method(Mixture, "MIXTURE"),
+    derived_method(BitFit, "BITFIT"),
+    derived_method(LinearProbe, "LINEAR_PROBE"),
 )
 
 TENSORS = {
@@ -189,10 +189,10 @@ TENSORS = {
         up="{at}.bottleneck_up.weight", up_bias="{at}.bottleneck_up.bias",
     ),
     SparseDelta: fixed(
-        FileTensor("at", "{at}.sparse_at", misfit=not_positions),
-        FileTensor("values", "{at}.sparse_values", misfit=not_values),
+        FileTensor("at", "{at}.sparse_at", check=positions_problem),
+        FileTensor("values", "{at}.sparse_values", check=values_problem),
     ),
-    FastfoodDelta: subspace,
-    MixtureDelta: gated,
-    RoutedDelta: fixed(*MIXTURE, FileTensor("router", "{at}.mixture_router")),
+    FastfoodDelta: fastfood_tensors,
+    MixtureDelta: mixture_tensors,
+    RoutedDelta: fixed(*MIXTURE_TENSORS, FileTensor("router", "{at}.mixture_router")),
 }  # fmt: skip

@@ -40,18 +40,18 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.layers import is_linear, layer_class
 from lorafold.layers.dense import Conv1D
 from lorafold.layers.grouped import GroupedLinear
-from lorafold.peft.table import METHODS, more_methods, over_experts
+from lorafold.peft.table import METHODS, expert_method, unlisted_methods
 from lorafold.peft.table_types import Method
-from lorafold.peft.tokens import ends
+from lorafold.peft.tokens import path_ends
 
 log = logging.getLogger(__name__)
 # PEFT rejects these targets of LoRA and AdaLoRA in models of these types, whose kernels may read
 # the weights directly
-REFUSED = frozenset({"out_proj", "conv1d"})
-REFUSING = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+UNSUPPORTED_TARGETS = frozenset({"out_proj", "conv1d"})
+UNSUPPORTING_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 # the modules whose weights models of these types access without the modules' forward, always or in
 # their fast kernels
-PAST = {
+BYPASSED_TARGETS = {
     **dict.fromkeys(("falcon_mamba", "mamba"), ("dt_proj", "out_proj", "x_proj")),
     **dict.fromkeys(
         ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"), ("out_proj",)
@@ -62,15 +62,15 @@ PAST = {
 }
 DROPOUT = "dropout"  # in lorafold.json: the dropout of an adapter whose config can't contain it
 # the model families whose target modules PEFT renames, and the last parts of these modules' paths
-FAMILIES = ("mixtral", "qwen2_moe")
-RENAMED = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+RENAMING_FAMILIES = ("mixtral", "qwen2_moe")
+RENAMED_TARGETS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 PER_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 V = TypeVar("V")
 
 
 @dataclass(frozen=True)
-class WrittenForm:
+class AdapterFormat:
     """The format of a written adapter.
 
     parameters: Target module -> parameter, for modules that PEFT adapts as parameters. renamed:
@@ -94,40 +94,40 @@ class WrittenForm:
         return self.method.of_peft and not self.refused
 
 
-def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenForm:
+def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> AdapterFormat:
     """The format for an adapter."""
     method = next((m for m in METHODS if m.holds(spec)), None)
-    method = method or next((m for m in more_methods() if m.holds(spec)), None)
+    method = method or next((m for m in unlisted_methods() if m.holds(spec)), None)
     if method is None:
         raise LorafoldError(
             f"{type(spec).__name__} is not registered in lorafold.methods.METHODS, so a saved"
             " adapter could not be loaded; register the method there"
         )
     experts = Anatomy.of(model).experts
-    renamed = bool(experts) and method.peft_type == "LORA" and renames(model)
+    renamed = bool(experts) and method.peft_type == "LORA" and renames_targets(model)
     parameters, modules = dict[str, str](), [module_at(model, path) for path in targets]
     for path, module in zip(targets, modules, strict=True):
         alone = isinstance(module, Matrices) or layer_class(module) is GroupedLinear
-        if alone or (renamed and last_part(path) in RENAMED):
+        if alone or (renamed and last_part(path) in RENAMED_TARGETS):
             parameters[path] = parameter_path(module, path, "weight")
     kind: Any = getattr(getattr(model, "config", None), "model_type", None)
     ends = {last_part(path) for path in targets if path not in parameters}
-    refusing = kind in REFUSING and method.peft_type in ("LORA", "ADALORA")
-    refused = tuple(sorted(REFUSED & ends)) if refusing else ()
-    past = tuple(sorted(ends.intersection(PAST.get(kind, ())).difference(refused)))
+    refusing = kind in UNSUPPORTING_TYPES and method.peft_type in ("LORA", "ADALORA")
+    refused = tuple(sorted(UNSUPPORTED_TARGETS & ends)) if refusing else ()
+    past = tuple(sorted(ends.intersection(BYPASSED_TARGETS.get(kind, ())).difference(refused)))
     if not method.of_peft:
         parameters, refused, past = {}, (), ()
     if not parameters:
-        return WrittenForm(method, {}, renamed, refused=refused, past=past)
+        return AdapterFormat(method, {}, renamed, refused=refused, past=past)
     # PEFT would mistake these for a single matrix
     flat = any(isinstance(module, Matrices) and module.stored.flat for module in modules)
     if flat or not method.parameters:
-        return WrittenForm(over_experts(method), {}, own_format=True)
+        return AdapterFormat(expert_method(method), {}, own_format=True)
     dropout = spec.dropout  # type: ignore[attr-defined]
-    return WrittenForm(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
+    return AdapterFormat(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
 
 
-def warn_limits(form: WrittenForm, path: object) -> None:
+def warn_limits(form: AdapterFormat, path: object) -> None:
     """Log the limits of the format for users of PEFT."""
     if form.own_format:
         log.warning(
@@ -137,9 +137,8 @@ def warn_limits(form: WrittenForm, path: object) -> None:
         )
     if form.refused:
         log.warning(
-            f"{path}: PEFT can't load this adapter, because it does not support the targets"
-            f" {', '.join(form.refused)} in models of this type; lorafold can load it. For PEFT,"
-            " use only the other targets"
+            f"{path}: PEFT supports no targets {', '.join(form.refused)} in models of this type, so"
+            " it can't load this adapter; lorafold can. For PEFT, use only the other targets"
         )
     if form.past:
         log.warning(
@@ -163,7 +162,7 @@ def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
     return replace(spec, dropout=value)  # type: ignore[type-var]
 
 
-def renames(model: nn.Module) -> bool:
+def renames_targets(model: nn.Module) -> bool:
     """Whether PEFT treats some LoRA targets in this model with experts as parameters, by the model
     type's family.
     """
@@ -171,10 +170,10 @@ def renames(model: nn.Module) -> bool:
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     table = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-    return kind == "mixtral" or table.get(kind) in FAMILIES
+    return kind == "mixtral" or table.get(kind) in RENAMING_FAMILIES
 
 
-def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
+def count_wrappers(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
     """The number of other parameters' wrappers that PEFT puts over each target in experts."""
     owned: dict[nn.Module, dict[str, str]] = defaultdict(dict)
     for path in targets:
@@ -187,22 +186,22 @@ def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
     }
 
 
-def turned(module: nn.Module) -> bool:
+def exchanges_sides(module: nn.Module) -> bool:
     """Whether PEFT exchanges inputs and outputs of a module's matrices."""
     if not isinstance(module, Matrices):
         return False
     return module.stored.transposed != bool(getattr(module.owner, "is_transposed", False))
 
 
-def shortest(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
+def shortest_names(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
     """The shortest path ends that name exactly the chosen parameters."""
-    every = Counter(end for path, *_ in _parameters(model) for end in ends(path))
-    own = Counter(end for path in chosen for end in ends(path))
-    names = (next(e for e in ends(p) if own[e] == every[e] or e == p) for p in chosen)
+    every = Counter(end for path, *_ in _parameters(model) for end in path_ends(path))
+    own = Counter(end for path in chosen for end in path_ends(path))
+    names = (next(e for e in path_ends(p) if own[e] == every[e] or e == p) for p in chosen)
     return tuple(sorted(set(names)))
 
 
-def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def select(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The modules that PEFT's `target_parameters` select, by name; empty for a name without a
     match.
     """
@@ -228,7 +227,7 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
     return {name: tuple(sites) for name, sites in found.items()}
 
 
-def renamed_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) -> dict[str, V]:
+def rename_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) -> dict[str, V]:
     """Ranks or alphas by regular expression, with entries for new names of (old, new) paths that
     would get other values.
     """

@@ -18,27 +18,27 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.core.attach import Origin
-from lorafold.errors import LorafoldError, shortened
+from lorafold.errors import LorafoldError, truncate_middle
 from lorafold.files.contents import Contents
 from lorafold.files.model_card import OVER
 from lorafold.files.record import BASE, RECORD, TRAINED_ON, named_as_now
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import Weights
-from lorafold.peft.config import CONFIG, WEIGHTS, no_adapter
+from lorafold.peft.config import CONFIG, WEIGHTS, missing_config_error
 
-COMPUTED = (CONFIG, WEIGHTS)  # the files that an adapter's digest covers
-SHOWN = 12  # digits of a digest in messages
+DIGEST_FILES = (CONFIG, WEIGHTS)  # the files that an adapter's digest covers
+DIGEST_DIGITS = 12  # digits of a digest in messages
 BASE_IDENTITY = "base_identity"  # in lorafold.json: `identity.of_model` of the base's files
-ALLOWED = "--allow-other-base"
-OTHER = "the adapter was trained on another base"
-MOST = 290  # maximum characters of a message that names an adapter and two bases
-BYTES = 8 << 20  # maximum size of both files
-SHORT = 30  # maximum characters of a name in a message
+ALLOW_OPTION = "--allow-other-base"
+OTHER_BASE_MESSAGE = "the adapter was trained on another base"
+MAX_MESSAGE = 290  # maximum characters of a message that names an adapter and two bases
+MAX_BYTES = 8 << 20  # maximum size of both files
+MAX_NAME = 30  # maximum characters of a name in a message
 
 
 @dataclass(frozen=True)
-class TrainedOn:
+class TrainingStorage:
     """The storage and compute dtype of a base in training; no dtype in records of earlier versions.
     """
 
@@ -46,7 +46,7 @@ class TrainedOn:
     dtype: str | None = None
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> TrainedOn | None:
+    def of(cls, record: Mapping[str, Any]) -> TrainingStorage | None:
         """Parse lorafold.json."""
         names = record.get(TRAINED_ON)
         if names is None:
@@ -66,7 +66,7 @@ class TrainedOn:
 
 
 @dataclass(frozen=True)
-class OwnBase:
+class RecordedBase:
     """The base recorded in an adapter (a directory): its name or path, Hub revision, fingerprint
     and identity, and its storage in training. Unknown fields are empty.
     """
@@ -76,10 +76,12 @@ class OwnBase:
     revision: str | None
     fingerprint: Fingerprint
     identity: str
-    trained_on: TrainedOn | None = None
+    trained_on: TrainingStorage | None = None
 
     @classmethod
-    def of(cls, adapter: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> OwnBase:
+    def of(
+        cls, adapter: Path, config: Mapping[str, Any], record: Mapping[str, Any]
+    ) -> RecordedBase:
         """From the contents of both files."""
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
         return cls(
@@ -88,15 +90,15 @@ class OwnBase:
             revision if isinstance(revision, str) and revision else None,
             fingerprint.parse(record.get(BASE, {})),
             str(record.get(BASE_IDENTITY, "")),
-            TrainedOn.of(record),
+            TrainingStorage.of(record),
         )
 
     @classmethod
-    def read(cls, adapter: Path) -> OwnBase:
+    def read(cls, adapter: Path) -> RecordedBase:
         """From the files of an adapter that is not opened."""
         if not (adapter / CONFIG).exists():
-            raise no_adapter(adapter)
-        contents = Contents(adapter, (CONFIG, RECORD), BYTES)
+            raise missing_config_error(adapter)
+        contents = Contents(adapter, (CONFIG, RECORD), MAX_BYTES)
         return cls.of(adapter, contents.object(CONFIG), contents.record)
 
     @property
@@ -109,7 +111,7 @@ class OwnBase:
         """Whether there is any information to find the base."""
         return bool(self.name or self.fingerprint)
 
-    def same_as(self, other: OwnBase) -> bool:
+    def same_as(self, other: RecordedBase) -> bool:
         """Whether both are the same base, by identity, fingerprint, or else name."""
         if self.identity and self.identity == other.identity:
             return True
@@ -117,7 +119,7 @@ class OwnBase:
             return fingerprint.agree(self.fingerprint, other.fingerprint)
         return self.name == other.name
 
-    def without(self, paths: Sequence[str]) -> OwnBase:
+    def without(self, paths: Sequence[str]) -> RecordedBase:
         """A copy whose fingerprint omits these modules, which are not part of the base."""
         inside = tuple(f"{path}." for path in paths)
         samples = {n: one for n, one in self.fingerprint.items() if not n.startswith(inside)}
@@ -127,14 +129,15 @@ class OwnBase:
         """A message if `base` is another one; none for an adapter without a fingerprint."""
         if not (differences := fingerprint.differences(self.fingerprint, base)):
             return []
-        message = OTHER
+        message = OTHER_BASE_MESSAGE
         if self.name not in ("", called):
-            that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
+            names = (self.name, called or "nameless")
+            that, this = (truncate_middle(name, MAX_NAME) for name in names)
             message += f": {that}, not {this}"
             differences = [differences[0].partition(":")[0]]
         return [
-            f"{message} ({shortened(differences[0], 110)}); load that base, or allow this one with"
-            f" {ALLOWED} (allow_other_base=True)"
+            f"{message} ({truncate_middle(differences[0], 110)}); load that base, or allow this one"
+            f" with {ALLOW_OPTION} (allow_other_base=True)"
         ]
 
     def check(self, base: Weights, called: str) -> None:
@@ -143,24 +146,24 @@ class OwnBase:
         """
         known = any(base.find(name) for name in self.fingerprint)
         if known and (problems := self.problems(base, called)):
-            path = shortened(str(self.adapter), max(SHORT, MOST - len(problems[0])))
+            path = truncate_middle(str(self.adapter), max(MAX_NAME, MAX_MESSAGE - len(problems[0])))
             raise LorafoldError(f"{path}: {problems[0]}")
 
     def hint(self, called: str) -> str:
         """The end of a message about a base that does not fit, if the adapter names another one."""
         if self.fingerprint or self.name in ("", called):
             return ""
-        that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
+        that, this = (truncate_middle(n, MAX_NAME) for n in (self.name, called or "nameless"))
         return f"; the base in {self.named_in} is {that}, but this base is {this}"
 
     def other(self, base: Weights) -> str:
         """A warning if an adapter is loaded on another base anyway; else empty."""
         differences = fingerprint.differences(self.fingerprint, base)
         message = f"adapter {self.adapter} was trained on another base ({'; '.join(differences)})"
-        return f"{message}; loaded anyway ({ALLOWED})" if differences else ""
+        return f"{message}; loaded anyway ({ALLOW_OPTION})" if differences else ""
 
 
-def recorded(over: Sequence[Origin]) -> dict[str, Any]:
+def over_record(over: Sequence[Origin]) -> dict[str, Any]:
     """The adapters below, as an entry for lorafold.json; empty if their files are unknown."""
     entries = [{"adapter": o.path, "sha256": o.sha256} for o in over if o.sha256]
     return {OVER: entries} if entries else {}
@@ -187,10 +190,10 @@ def expected_path(origin: Origin, over: Path) -> Path:
     return over.resolve().parent / Path(origin.path).name
 
 
-def not_found(origin: Origin, over: Path) -> str:
+def missing_message(origin: Origin, over: Path) -> str:
     """The error message if no adapter, or another than the recorded one, is at `over`."""
     return (
-        f"{over}: trained on top of {listed([origin])}, which was not found in"
+        f"{over}: trained on top of {describe_adapters([origin])}, which was not found in"
         f" {expected_path(origin, over)}; copy that adapter there, or merge both"
     )
 
@@ -202,11 +205,11 @@ def same_adapters(needed: Sequence[Origin], below: Sequence[Origin]) -> bool:
     return not needed or [o.sha256 for o in needed] == [o.sha256 for o in below]
 
 
-def mismatch(needed: Sequence[Origin], below: Sequence[Origin]) -> str:
+def mismatch_message(needed: Sequence[Origin], below: Sequence[Origin]) -> str:
     """The error message if they are not."""
     return (
-        f"trained on top of {listed(needed)}, but loaded on top of"
-        f" {listed(below) or 'the base alone'}"
+        f"trained on top of {describe_adapters(needed)}, but loaded on top of"
+        f" {describe_adapters(below) or 'the base alone'}"
     )
 
 
@@ -220,8 +223,9 @@ def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
     )
 
 
-def listed(origins: Sequence[Origin]) -> str:
+def describe_adapters(origins: Sequence[Origin]) -> str:
     """The adapters in a line, lowest first: directory and start of the digest."""
     return ", then ".join(
-        f"{o.path} ({o.sha256[:SHOWN]})" if o.sha256 else f"{o.name!r} (not saved)" for o in origins
+        f"{o.path} ({o.sha256[:DIGEST_DIGITS]})" if o.sha256 else f"{o.name!r} (not saved)"
+        for o in origins
     )

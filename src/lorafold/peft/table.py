@@ -22,79 +22,79 @@ from lorafold.methods.common.trainable_tokens import EmbeddingRows, HeadRows
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
 from lorafold.peft import derived, table_lora, table_others
-from lorafold.peft.convolution import all_flat, as_channels
+from lorafold.peft.convolution import from_channels, to_channels
 from lorafold.peft.table_types import FileTensor, Method, TargetModule, TensorConversion
 from lorafold.peft.tokens import ROWS
 
-PLAIN = (*table_lora.METHODS, *table_others.METHODS)
+BASIC = (*table_lora.METHODS, *table_others.METHODS)
 
 
-def inside(site: TargetModule) -> TargetModule:
+def inner_site(site: TargetModule) -> TargetModule:
     """The site with the delta inside DoRA, if its delta is DoRA."""
     return replace(site, delta=site.delta.inner) if isinstance(site.delta, DoRADelta) else site
 
 
-def dora_over(method: Method) -> Method:
+def dora_method(method: Method) -> Method:
     """The row of DoRA on top of a method: PEFT has a flag for DoRA over LoRA; others get an own
     peft_type.
     """
     of_peft = "use_dora" in method.marks
     return replace(
-        method, outer=DoRA, derived=lambda sites: method.derived([inside(site) for site in sites]),
+        method, outer=DoRA, derived=lambda sites: method.derived([inner_site(s) for s in sites]),
         peft_type=method.peft_type if of_peft else f"DORA_{method.peft_type}",
         parameters=False,
         marks={**method.marks, "use_dora": True} if of_peft else method.marks,
     )  # fmt: skip
 
 
-def over_experts(method: Method) -> Method:
+def expert_method(method: Method) -> Method:
     """The row of a method on experts, which PEFT lacks: the same layout under an own peft_type."""
     kind = f"{derived.PREFIX}EXPERTS_{method.peft_type}"
     return replace(method, peft_type=kind, parameters=False)
 
 
-OF_PEFT = (*PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not IA3))
+PEFT_METHODS = (*BASIC, *(dora_method(m) for m in BASIC if m.spec is not IA3))
 METHODS = (
-    *OF_PEFT,
-    *(over_experts(method) for method in OF_PEFT if method.of_peft),
-    *table_others.VIRTUAL,
-    *derived.OWN,
+    *PEFT_METHODS,
+    *(expert_method(method) for method in PEFT_METHODS if method.of_peft),
+    *table_others.VIRTUAL_TOKEN_METHODS,
+    *derived.METHODS_WITHOUT_PREFIX,
 )
 
 
-def more_methods() -> tuple[Method, ...]:
+def unlisted_methods() -> tuple[Method, ...]:
     """The derived rows of the other registered methods."""
-    more = derived.methods({method.spec for method in METHODS} | {DoRA})
-    return (*more, *map(dora_over, more))
+    more = derived.derived_methods({method.spec for method in METHODS} | {DoRA})
+    return (*more, *map(dora_method, more))
 
 
-def dora(site: TargetModule) -> list[FileTensor]:
+def dora_tensors(site: TargetModule) -> list[FileTensor]:
     """The tensors of DoRA: its magnitudes and the inner delta's."""
     def of_inner(change: Any) -> TensorConversion | None:
-        return change and (lambda tensor, site: change(tensor, inside(site)))
+        return change and (lambda tensor, site: change(tensor, inner_site(site)))
 
-    within = inside(site)
-    entries = TENSORS.get(type(within.delta), derived.entries)(within)
-    of_channels = (as_channels, all_flat) if site.window else ()
+    within = inner_site(site)
+    entries = TENSORS.get(type(within.delta), derived.derived_tensors)(within)
+    of_channels = (to_channels, from_channels) if site.window else ()
     return [FileTensor("magnitude", "{at}.lora_magnitude_vector", *of_channels)] + [
         FileTensor(f"inner.{e.attribute}", e.template, of_inner(e.to_file), of_inner(e.from_file))
         for e in entries
     ]
 
 
-def with_bias(offset: Tensor, site: TargetModule) -> Tensor:
+def add_bias(offset: Tensor, site: TargetModule) -> Tensor:
     """The bias (out,), from the trained offset (out,)."""
     own = site.base_parameter("bias")
     return offset if own is None else offset + own.to(offset)
 
 
-def without_bias(bias: Tensor, site: TargetModule) -> Tensor:
+def subtract_bias(bias: Tensor, site: TargetModule) -> Tensor:
     """The offset (out,), from the bias (out,) in a file."""
     own = site.base_parameter("bias")
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
 
-def unlike_base(
+def buffer_problem(
     name: str, found: Tensor, site: TargetModule, file: Mapping[str, Tensor]
 ) -> str | None:
     """The problem with a buffer (any shape) of a module to save, or None. It must equal the base's,
@@ -106,7 +106,7 @@ def unlike_base(
     return f"a buffer that differs from this base's buffer of shape {list(own.shape)}"
 
 
-def token_rows(site: TargetModule) -> list[FileTensor]:
+def token_row_tensors(site: TargetModule) -> list[FileTensor]:
     """The token rows of an embedding or head; tied ones are in the file once."""
     return [FileTensor("rows", f"{{at}}.{ROWS}")] * (site.delta.twin is None)
 
@@ -115,15 +115,15 @@ TENSORS = {
     **table_lora.TENSORS,
     **table_others.TENSORS,
     **derived.TENSORS,
-    DoRADelta: dora,
+    DoRADelta: dora_tensors,
     # the file contains the bias itself
-    BiasDelta: lambda site: [FileTensor("offset", "{under}.bias", with_bias, without_bias)],
+    BiasDelta: lambda site: [FileTensor("offset", "{under}.bias", add_bias, subtract_bias)],
     ReplaceDelta: lambda site: [
-        FileTensor(n, f"{{at}}.{own}", misfit=None if n in trained else partial(unlike_base, own))
+        FileTensor(n, f"{{at}}.{own}", check=None if n in trained else partial(buffer_problem, own))
         for trained in [dict(site.delta.named_parameters())]
         for n in site.delta.state_dict()
         for own in [n.removeprefix("copy.")]
     ],
-    EmbeddingRows: token_rows,
-    HeadRows: token_rows,
+    EmbeddingRows: token_row_tensors,
+    HeadRows: token_row_tensors,
 }

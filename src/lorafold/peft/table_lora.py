@@ -28,34 +28,34 @@ from lorafold.methods.adalora import AdaLoRA, AdaLoRADelta
 from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.lora_inits import OffsetDelta, OLoRA, PiSSA
 from lorafold.methods.vera import VeRA, VeRADelta
-from lorafold.peft.convolution import as_kernel, flat, not_down
+from lorafold.peft.convolution import from_kernel, lora_a_problem, to_kernel
 from lorafold.peft.table_types import Field, FileTensor, Method, Regex, TargetModule
 
 
-def _side(factors: Tensor, site: TargetModule) -> Tensor:
+def _exchange_sides(factors: Tensor, site: TargetModule) -> Tensor:
     return factors.mT if site.turned else factors
 
 
 def as_rows(factors: Tensor, site: TargetModule) -> Tensor:
     """PEFT's A (E r, in) of all experts, from factors (E, r, in), or (E, in, r) if turned."""
-    return _side(factors, site).flatten(0, 1)
+    return _exchange_sides(factors, site).flatten(0, 1)
 
 
 def as_columns(factors: Tensor, site: TargetModule) -> Tensor:
     """PEFT's B (out, r E) of all experts, from factors (E, out, r), or (E, r, out) if turned."""
-    return _side(factors, site).permute(1, 2, 0).flatten(1)
+    return _exchange_sides(factors, site).permute(1, 2, 0).flatten(1)
 
 
 def from_rows(a: Tensor, site: TargetModule) -> Tensor:
     """The inverse of `as_rows`: (E, r, in), or (E, in, r)."""
     experts = len(site.delta.B)  # type: ignore[arg-type]
-    return _side(a.unflatten(0, (experts, -1)), site).contiguous()
+    return _exchange_sides(a.unflatten(0, (experts, -1)), site).contiguous()
 
 
 def from_columns(b: Tensor, site: TargetModule) -> Tensor:
     """The inverse of `as_columns`: (E, out, r), or (E, r, out)."""
     experts = len(site.delta.B)  # type: ignore[arg-type]
-    return _side(b.unflatten(1, (-1, experts)).permute(2, 0, 1), site).contiguous()
+    return _exchange_sides(b.unflatten(1, (-1, experts)).permute(2, 0, 1), site).contiguous()
 
 
 # initializations that leave the base unchanged, so they don't matter for a trained adapter
@@ -69,7 +69,7 @@ INITS = {
 }
 
 
-def number(value: float) -> int | float:
+def as_peft_number(value: float) -> int | float:
     """A whole number as int, as PEFT writes it."""
     return int(value) if value == int(value) else value
 
@@ -108,7 +108,7 @@ LORA = Method(
     LoRA, "LORA",
     (
         Field("r", "rank", int, 8),
-        Field("lora_alpha", "alpha", float, 8, number),
+        Field("lora_alpha", "alpha", float, 8, as_peft_number),
         Field("lora_dropout", "dropout", float, 0.0),
         Field("use_rslora", "rslora", bool, False),
         Field(
@@ -119,7 +119,7 @@ LORA = Method(
         Field("rank_pattern", "rank_pattern", dict[Regex, int] | None, {}, dict, empty={}),
         Field(
             "alpha_pattern", "alpha_pattern", dict[Regex, float] | None, {},
-            lambda values: {key: number(value) for key, value in values.items()}, empty={},
+            lambda values: {key: as_peft_number(value) for key, value in values.items()}, empty={},
         ),
     ),
     marks={"use_dora": False},
@@ -129,15 +129,15 @@ LORA = Method(
 )  # fmt: skip
 
 
-def lora(site: TargetModule) -> list[FileTensor]:
+def lora_tensors(site: TargetModule) -> list[FileTensor]:
     """The factors of LoRA, with special cases for embeddings, convolutions and experts."""
     if site.layer.takes_ids:
         return [FileTensor("A", "{at}.lora_embedding_A"), FileTensor("B", "{at}.lora_embedding_B")]
     down, up = "{at}.lora_A.weight", "{at}.lora_B.weight"
     if site.window:
-        a = FileTensor("A", down, as_kernel, flat, not_down)
+        a = FileTensor("A", down, to_kernel, from_kernel, lora_a_problem)
         ones = (1,) * len(site.window)  # a kernel of window 1: (out, r, 1, ...)
-        return [a, FileTensor("B", up, lambda b, site: b.view(*b.shape, *ones), flat)]
+        return [a, FileTensor("B", up, lambda b, site: b.view(*b.shape, *ones), from_kernel)]
     if site.wrappers is None:
         return [FileTensor("A", down), FileTensor("B", up)]
     rows, columns = (down, as_rows, from_rows), (up, as_columns, from_columns)
@@ -145,13 +145,13 @@ def lora(site: TargetModule) -> list[FileTensor]:
     return [FileTensor("A", *of_a), FileTensor("B", *of_b)]
 
 
-def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
+def written_as_lora(spec: type[PiSSA] | type[OLoRA]) -> Method:
     """The row of PiSSA or OLoRA, which are written as LoRA and read as LoRA."""
     return Method(
         spec, "LORA",
         (
             Field("r", "rank", int, 8, lambda rank: 2 * rank),
-            Field("lora_alpha", "alpha", float, 8, lambda alpha: number(2 * alpha)),
+            Field("lora_alpha", "alpha", float, 8, lambda alpha: as_peft_number(2 * alpha)),
             Field("lora_dropout", "dropout", float, 0.0),
         ),
         marks={"use_dora": False, "use_rslora": False, "init_lora_weights": True},
@@ -160,9 +160,9 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
     )  # fmt: skip
 
 
-def offset(site: TargetModule) -> list[FileTensor]:
+def offset_tensors(site: TargetModule) -> list[FileTensor]:
     """An offset from initial factors, as the factors of one LoRA of twice the rank."""
-    a, b = lora(site)
+    a, b = lora_tensors(site)
 
     def up(_: Tensor, site: TargetModule) -> Tensor:  # (*matrices, out, 2 r)
         delta: Any = site.delta
@@ -176,7 +176,7 @@ def offset(site: TargetModule) -> list[FileTensor]:
     return [replace(a, to_file=down), replace(b, to_file=up)]
 
 
-def adalora_derived(sites: Sequence[TargetModule]) -> dict[str, Any]:
+def adalora_config(sites: Sequence[TargetModule]) -> dict[str, Any]:
     """Keys that PEFT requires: a schedule, and each module's kept triplets in a list of the initial
     rank.
     """
@@ -202,7 +202,7 @@ ADALORA = Method(
     (
         Field("target_r", "rank", int, 8),
         Field("init_r", "init_rank", int, 12),
-        Field("lora_alpha", "alpha", float, 8, number),
+        Field("lora_alpha", "alpha", float, 8, as_peft_number),
         Field("lora_dropout", "dropout", float, 0.0),
         Field("deltaT", "delta_t", int, 1),
         Field("beta1", "beta1", float, 0.85),
@@ -217,11 +217,11 @@ ADALORA = Method(
         ),
     ),
     irrelevant=LORA_IRRELEVANT | {"r", "tinit", "tfinal", "total_step", "init_lora_weights"},
-    derived=adalora_derived,
+    derived=adalora_config,
 )  # fmt: skip
 
 
-def adalora(site: TargetModule) -> list[FileTensor]:
+def adalora_tensors(site: TargetModule) -> list[FileTensor]:
     """The kept triplets of AdaLoRA; for experts all of them, since each expert keeps others."""
     kept: Any = site.delta.kept
     if kept.dim() > 1:
@@ -250,7 +250,7 @@ VERA = Method(
 )  # fmt: skip
 
 
-def vera(site: TargetModule) -> list[FileTensor]:
+def vera_tensors(site: TargetModule) -> list[FileTensor]:
     """VeRA's vectors and, if saved, its shared projections."""
     names = {"b": "{at}.vera_lambda_b", "d": "{at}.vera_lambda_d"}
     if site.delta.projections.saved:  # type: ignore[union-attr]
@@ -259,12 +259,12 @@ def vera(site: TargetModule) -> list[FileTensor]:
 
 
 # the deltas that PEFT supports for parameters too
-WRAPPED = (LoRADelta, OffsetDelta)
-METHODS = (LORA, from_weight(PiSSA), from_weight(OLoRA), ADALORA, VERA)
+PARAMETER_DELTAS = (LoRADelta, OffsetDelta)
+METHODS = (LORA, written_as_lora(PiSSA), written_as_lora(OLoRA), ADALORA, VERA)
 
 TENSORS = {
-    LoRADelta: lora,
-    OffsetDelta: offset,
-    AdaLoRADelta: adalora,
-    VeRADelta: vera,
+    LoRADelta: lora_tensors,
+    OffsetDelta: offset_tensors,
+    AdaLoRADelta: adalora_tensors,
+    VeRADelta: vera_tensors,
 }

@@ -24,8 +24,8 @@ from lorafold.methods.loha import LoHa, LoHaDelta
 from lorafold.methods.lokr import LoKr, LoKrDelta
 from lorafold.methods.prefix_tuning import Prefix, PrefixDelta
 from lorafold.methods.prompt_tuning import Prompt, PromptDelta
-from lorafold.peft.convolution import all_flat, as_channels, flat, not_whole, whole
-from lorafold.peft.table_lora import fan_in_fan_out, number
+from lorafold.peft.convolution import from_channels, from_kernel, full_w2, to_channels, w2_problem
+from lorafold.peft.table_lora import as_peft_number, fan_in_fan_out
 from lorafold.peft.table_types import Entries, Field, FileTensor, Method, Regex, TargetModule, named
 
 # keys for convolutions (redundant), initialization, and dropouts that only act in training
@@ -35,7 +35,7 @@ LYCORIS_IRRELEVANT = frozenset(
 
 LOHA = Method(
     LoHa, "LOHA",
-    (Field("r", "rank", int, 8), Field("alpha", "alpha", float, 8, number)),
+    (Field("r", "rank", int, 8), Field("alpha", "alpha", float, 8, as_peft_number)),
     irrelevant=LYCORIS_IRRELEVANT,
     biases=False,
 )  # fmt: skip
@@ -44,7 +44,7 @@ LOKR = Method(
     LoKr, "LOKR",
     (
         Field("r", "rank", int, 8),
-        Field("alpha", "alpha", float, 8, number),
+        Field("alpha", "alpha", float, 8, as_peft_number),
         Field("decompose_both", "decompose_both", bool, False),
         Field("decompose_factor", "decompose_factor", int, -1),
     ),
@@ -70,22 +70,20 @@ IRRELEVANT = frozenset(
 )
 
 
-def prefixed(prefix: str) -> Entries:
+def prefixed_tensors(prefix: str) -> Entries:
     """The entries of a delta whose keys are its parameters' names with a prefix."""
     return lambda site: [
         FileTensor(name, f"{{at}}.{prefix}_{name}") for name, _ in site.delta.named_parameters()
     ]
 
 
-def lokr(site: TargetModule) -> list[FileTensor]:
+def lokr_tensors(site: TargetModule) -> list[FileTensor]:
     """The factors of LoKr; on a convolution a full D is a kernel."""
-    entries = prefixed("lokr")(site)
+    entries = prefixed_tensors("lokr")(site)
     if not site.window:
         return entries
-    return [
-        replace(e, to_file=whole, from_file=flat, misfit=not_whole) if e.attribute == "w2" else e
-        for e in entries
-    ]
+    w2 = {"to_file": full_w2, "from_file": from_kernel, "check": w2_problem}
+    return [replace(e, **w2) if e.attribute == "w2" else e for e in entries]  # type: ignore
 
 
 def feedforward_modules(sites: Sequence[TargetModule]) -> dict[str, Any]:
@@ -122,23 +120,23 @@ IA3_ROW = Method(
 )
 
 
-def ia3(site: TargetModule) -> list[FileTensor]:
+def ia3_tensors(site: TargetModule) -> list[FileTensor]:
     """IA3's vector, which PEFT stores as a matrix, or in the shape of a convolution's output."""
     if site.window:
-        return [FileTensor("l", "{at}.ia3_l", as_channels, all_flat)]
+        return [FileTensor("l", "{at}.ia3_l", to_channels, from_channels)]
     if site.delta.l.dim() > 1:  # type: ignore[operator]
         return [FileTensor("l", "{at}.ia3_l")]
 
     def to_file(v: Tensor, site: TargetModule) -> Tensor:
         return v[None, :] if site.delta.of_input else v[:, None]
 
-    return [FileTensor("l", "{at}.ia3_l", to_file, all_flat)]
+    return [FileTensor("l", "{at}.ia3_l", to_file, from_channels)]
 
 
 METHODS = (LOHA, LOKR, IA3_ROW)
 
 
-def virtual_sizes(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
+def virtual_token_config(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
     """The sizes in PEFT's config of a prompt or a prefix."""
     deltas = (site.delta for site in sites)
     delta: Any = next(delta for delta in deltas if isinstance(delta, PrefixDelta | PromptDelta))
@@ -160,7 +158,7 @@ def read_as_random(_: Any) -> str:
 
 TOKENS = Field("num_virtual_tokens", "tokens", int, None)
 
-VIRTUAL = (
+VIRTUAL_TOKEN_METHODS = (
     Method(
         Prompt,
         "PROMPT_TUNING",
@@ -176,7 +174,7 @@ VIRTUAL = (
             ),
         ),
         irrelevant=IRRELEVANT,
-        derived=virtual_sizes,
+        derived=virtual_token_config,
         biases=False,
         preset=Prompt.targets,
     ),
@@ -188,16 +186,16 @@ VIRTUAL = (
             Field("init_weights", "init", str | None, None, lambda init: None, read_as_random),
         ),
         irrelevant=IRRELEVANT,
-        derived=virtual_sizes,
+        derived=virtual_token_config,
         biases=False,
         preset=Prefix.targets,
     ),
 )
 
 TENSORS = {
-    LoHaDelta: prefixed("hada"),
-    LoKrDelta: lokr,
-    IA3Delta: ia3,
+    LoHaDelta: prefixed_tensors("hada"),
+    LoKrDelta: lokr_tensors,
+    IA3Delta: ia3_tensors,
     PromptDelta: named(embeddings="prompt_embeddings"),
     PrefixDelta: named(prefix="prompt_embeddings"),
 }

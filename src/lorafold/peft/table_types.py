@@ -29,7 +29,7 @@ PEFT_TYPES = frozenset(
 )
 
 
-def compiles(pattern: str) -> str:
+def check_regex(pattern: str) -> str:
     """The pattern; raises ValueError if it is not a regular expression."""
     try:
         re.compile(pattern)
@@ -38,7 +38,7 @@ def compiles(pattern: str) -> str:
     return pattern
 
 
-Regex = Annotated[str, AfterValidator(compiles)]
+Regex = Annotated[str, AfterValidator(check_regex)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Field:
 
 TensorConversion = Callable[[Tensor, TargetModule], Tensor]
 # (tensor of the file, site, all tensors of the file) -> the problem with the tensor, or None
-Misfit = Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]
+Check = Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,15 @@ class FileTensor:
     """A tensor of a delta (a dotted name) and its key in the file: a template with `at` and
     `under`, the path of the module with the base's weights.
 
-    `to_file` and `from_file` convert between them. `misfit` checks a tensor whose shape depends on
-    the file.
+    `to_file` and `from_file` convert between them. `check` checks a tensor whose shape
+    depends on the file.
     """
 
     attribute: str
     template: str
     to_file: TensorConversion | None = None
     from_file: TensorConversion | None = None
-    misfit: Misfit | None = None
+    check: Check | None = None
 
 
 Entries = Callable[[TargetModule], list[FileTensor]]  # the entries of the site's delta

@@ -21,11 +21,11 @@ from lorafold.layers.convolution import Convolution
 from lorafold.models import fingerprint
 from lorafold.models.weights import Weights
 from lorafold.peft import derived
-from lorafold.peft.form import turned, wrappers_over
+from lorafold.peft.form import count_wrappers, exchanges_sides
 from lorafold.peft.table import TENSORS
-from lorafold.peft.table_lora import WRAPPED
+from lorafold.peft.table_lora import PARAMETER_DELTAS
 from lorafold.peft.table_types import ROOT, FileTensor, TargetModule
-from lorafold.peft.tokens import plain as plainly
+from lorafold.peft.tokens import base_key
 
 Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached there
 
@@ -56,17 +56,31 @@ class SavedTensor:
         path, _, name = self.entry.attribute.rpartition(".")
         setattr(self.site.delta.get_submodule(path), name, value)
 
+    def problem(self, key: str, tensor: Tensor, file: Mapping[str, Tensor]) -> str | None:
+        """The problem with the file's tensor (any shape), or None."""
+        if self.entry.check is not None:
+            wrong = self.entry.check(tensor, self.site, file)
+            return nonfinite_problem(key, tensor) if wrong is None else f"{key}: {wrong}"
+        own = self.encoded()
+        floating = tensor.is_floating_point() and own.is_floating_point()
+        if tensor.shape != own.shape:
+            return f"{key}: shape {list(tensor.shape)}, expected {list(own.shape)}"
+        if tensor.dtype != own.dtype and not floating:
+            wanted = "a floating-point dtype" if own.is_floating_point() else own.dtype
+            return f"{key}: dtype {tensor.dtype}, expected {wanted}"
+        return nonfinite_problem(key, tensor)
+
 
 def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
     """Every tensor of the deltas by its key in the file; shared tensors have one key."""
     tensors = {}
     for site in sites:
-        delta, entries = site.delta, TENSORS.get(type(site.delta), derived.entries)(site)
-        placed = {entry.attribute for entry in entries}
-        if homeless := delta.state_dict().keys() - placed - set(delta.run_names):
+        delta, entries = site.delta, TENSORS.get(type(site.delta), derived.derived_tensors)(site)
+        stored = {entry.attribute for entry in entries}
+        if missing := delta.state_dict().keys() - stored - set(delta.run_names):
             raise LorafoldError(
                 f"{site.path}: PEFT's format can't store"
-                f" {', '.join(sorted(homeless))} of {type(delta).__name__}"
+                f" {', '.join(sorted(missing))} of {type(delta).__name__}"
             )
         under = f"{site.at}.base_layer" if site.target else site.at
         for entry in entries:
@@ -79,41 +93,25 @@ def sites_of(
     model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
 ) -> list[TargetModule]:
     """Every delta of the adapter with its module."""
-    sites, aimed, above = [], set(targets), wrappers_over(model, targets)
+    sites, num_wrappers = [], count_wrappers(model, targets)
     for path, deltas in parts.items():
         module: Any = module_at(model, path)
         layer = layer_class(module)
         window = module.kernel_size if issubclass(layer, Convolution) else ()
         for delta in deltas:
-            wrappers = above.get(path) if isinstance(delta, WRAPPED) else None
+            wrappers = num_wrappers.get(path) if isinstance(delta, PARAMETER_DELTAS) else None
             at, exchanged = f"{ROOT}.{path}", False
             if wrappers is not None:
                 at = f"{ROOT}.{path.rpartition('.')[0]}{'.base_layer' * wrappers}"
-                exchanged = turned(module)
-            target = path in aimed
+                exchanged = exchanges_sides(module)
+            target = path in targets
             sites.append(
                 TargetModule(path, delta, layer, target, base, at, wrappers, window, exchanged)
             )
     return sites
 
 
-def misfit(
-    key: str, tensor: Tensor, saved: SavedTensor, file: Mapping[str, Tensor]
-) -> str | None:
-    """The problem with a tensor of the file (any shape), or None."""
-    if saved.entry.misfit is not None:
-        wrong = saved.entry.misfit(tensor, saved.site, file)
-        return not_finite(key, tensor) if wrong is None else f"{key}: {wrong}"
-    own = saved.encoded()
-    if tensor.shape != own.shape:
-        return f"{key}: shape {list(tensor.shape)}, expected {list(own.shape)}"
-    if tensor.dtype != own.dtype and not (tensor.is_floating_point() and own.is_floating_point()):
-        wanted = "a floating-point dtype" if own.is_floating_point() else own.dtype
-        return f"{key}: dtype {tensor.dtype}, expected {wanted}"
-    return not_finite(key, tensor)
-
-
-def not_finite(key: str, tensor: Tensor) -> str | None:
+def nonfinite_problem(key: str, tensor: Tensor) -> str | None:
     """The message about non-finite values in a tensor (any shape), or None."""
     if math.isfinite(tensor.detach().sum()):
         return None
@@ -121,7 +119,7 @@ def not_finite(key: str, tensor: Tensor) -> str | None:
     return f"{key}: {count} of {tensor.numel()} values are not finite" if count else None
 
 
-def stray(key: str, stored: Weights, base: Weights) -> str | None:
+def key_problem(key: str, stored: Weights, base: Weights) -> str | None:
     """The problem with a tensor of no delta, or None if it is a copy of a base weight or of another
     tensor, which PEFT sometimes saves. Of a replaced module, rows at the end may differ: new rows
     start at random.
@@ -129,7 +127,7 @@ def stray(key: str, stored: Weights, base: Weights) -> str | None:
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):
         return None
-    own = base.find(plainly(key).removeprefix(f"{ROOT}."))
+    own = base.find(base_key(key).removeprefix(f"{ROOT}."))
     if own is None or not tensor.is_floating_point():
         return f"unknown key {key}"
     replaced = key.replace(".original_module.", ".modules_to_save.")

@@ -29,10 +29,10 @@ INDICES = "trainable_token_indices"
 ROWS = "token_adapter.trainable_tokens_delta"
 
 ByPath = Mapping[str, tuple[int, ...]]
-Ids = tuple[int, ...] | ByPath
+TokenIds = tuple[int, ...] | ByPath
 
 
-def describe(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
+def config_entry(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
     """The config's key for these ids by module path: a list for the input embedding alone, else
     lists by shortest unique path end.
     """
@@ -41,13 +41,13 @@ def describe(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
     paths = [p for p, _ in Anatomy.of(model).modules]
 
     def shortest(path: str) -> str:
-        alone = (end for end in ends(path) if sum(p.endswith(end) for p in paths) == 1)
+        alone = (end for end in path_ends(path) if sum(p.endswith(end) for p in paths) == 1)
         return next(alone, path)
 
     return {INDICES: {shortest(path): ids for path, ids in own.items()}}
 
 
-def resolve(model: nn.Module, ids: Ids) -> ByPath:
+def resolve(model: nn.Module, ids: TokenIds) -> ByPath:
     """The config's ids by module path."""
     if not isinstance(ids, Mapping):
         # PEFT looks for embed_tokens if the model does not name its embedding
@@ -60,7 +60,7 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
     return {path: ids[name] for name, hits in matches.items() for path in hits}
 
 
-def completed(
+def with_resized_rows(
     model: nn.Module, ids: ByPath, file: InMemory, base: Weights
 ) -> tuple[ByPath, InMemory]:
     """The ids by module path and the file's tensors, with the token rows of resized matrices added
@@ -73,7 +73,7 @@ def completed(
         given = [file.get(key)] if key in file.names else []
         if owner and given and given[0].equal(file.get(f"{ROOT}.{owner}.{ROWS}")):
             hidden.add(key)
-        matrix = next((n for n in file.names if plain(n) == f"{ROOT}.{path}.weight"), None)
+        matrix = next((n for n in file.names if base_key(n) == f"{ROOT}.{path}.weight"), None)
         own = base.find(f"{path}.weight") or (base.find(f"{owner}.weight") if owner else None)
         if matrix is None or own is None:
             continue
@@ -110,12 +110,12 @@ def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | Non
     return new if not new or (new[0] in trained and 2 * len(new) < len(matrix)) else None
 
 
-def plain(key: str) -> str:
+def base_key(key: str) -> str:
     """The key of a base weight without the names of PEFT's wrapper modules."""
     return re.sub(r"\.(token_adapter|base_layer|original_module)(?=\.)", "", key)
 
 
-def ends(path: str) -> Iterator[str]:
+def path_ends(path: str) -> Iterator[str]:
     """Yield the ends of a path in whole parts, the shortest first."""
     parts = path.split(".")
     return (".".join(parts[-n:]) for n in range(1, len(parts) + 1))

@@ -100,20 +100,20 @@ NUMBERS = _words("one two three four five six seven eight nine")
 DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
-def part(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
+def words_of_split(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
     """A split's words of a list: about a fifth for test, the same words in every list."""
     is_test = {word: zlib.crc32(word.lower().encode()) % 5 == 0 for word in words}
     return tuple(word for word in words if is_test[word] == (split == "test"))
 
 
-def composed(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
+def pattern_slot(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
     """A slot that is copied verbatim: a random pattern, with a random word of each list for each
     `%s`.
     """
 
     def draw(rng: random.Random, split: Split) -> tuple[str, str]:
         pattern, lists = rng.choice(patterns)
-        value = pattern % tuple(rng.choice(part(words, split)) for words in lists)
+        value = pattern % tuple(rng.choice(words_of_split(words, split)) for words in lists)
         return value, value
 
     return draw
@@ -141,33 +141,33 @@ def clock(rng: random.Random, split: Split) -> tuple[str, str]:
     "8:00 pm", "8:30 pm".
     """
     hour = rng.choice((6, 7, 8, 9))
-    minutes, half = rng.choice((("00", "am"), ("30", "am"), ("00", "pm"), ("30", "pm")))
+    minutes, am_pm = rng.choice((("00", "am"), ("30", "am"), ("00", "pm"), ("30", "pm")))
     past = minutes == "30"
-    spoken = f"{hour}{':30' * past}{half}"
+    spoken = f"{hour}{':30' * past}{am_pm}"
     if rng.random() < 0.3:
-        when = "morning" if half == "am" else "evening"
+        when = "morning" if am_pm == "am" else "evening"
         spoken = f"{'half past ' * past}{NUMBERS[hour - 1]} in the {when}"
-    return spoken, f"{hour}:{minutes} {half}"
+    return spoken, f"{hour}:{minutes} {am_pm}"
 
 
 LAST = (NAME_START, NAME_END)
-PERSON = composed(
+PERSON = pattern_slot(
     *((f"{title} %s", (FIRST,)) for title in ("Aunt", "Uncle", "Coach")),
     *((f"{title} %s%s", LAST) for title in ("Mr", "Ms", "Dr")),
 )
-PLACE = composed(
+PLACE = pattern_slot(  # "The" stands twice, so it is sampled as often as the other two together
     ("The %s %s", (ADJECTIVE, NOUN)),
     ("The %s %s", (ADJECTIVE, NOUN)),
     ("Cafe %s", (FIRST,)),
     ("Chez %s", (FIRST,)),
 )
-CITY = composed(*((f"{kind} %s%s", LAST) for kind in ("Port", "Lake", "New", "Mount", "Fort")))
-TITLE = composed(
+CITY = pattern_slot(*((f"{kind} %s%s", LAST) for kind in ("Port", "Lake", "New", "Mount", "Fort")))
+TITLE = pattern_slot(
     ("My %s %s", (ADJECTIVE, NOUN)), ("Your %s %s", (ADJECTIVE, NOUN)), ("No %s", (NOUN,))
 )
-BAND = composed(("The %s %s Band", (ADJECTIVE, NOUN)), ("DJ %s", (FIRST,)))
-TASK = composed(("%s the %s", (CHORE, THING)), ("%s the %s %s", (CHORE, SIZE, THING)))
-NEWS = composed(("the %s will be %s", (THING, STATE)), ("I have to %s the %s", (CHORE, THING)))
+BAND = pattern_slot(("The %s %s Band", (ADJECTIVE, NOUN)), ("DJ %s", (FIRST,)))
+TASK = pattern_slot(("%s the %s", (CHORE, THING)), ("%s the %s %s", (CHORE, SIZE, THING)))
+NEWS = pattern_slot(("the %s will be %s", (THING, STATE)), ("I have to %s the %s", (CHORE, THING)))
 
 
 @dataclass(frozen=True)
@@ -238,17 +238,17 @@ INTENTS = {
 def rows(split: Split, n: int, seed: int) -> list[Row]:
     """`n` different rows of prompt and completion, balanced over the intents."""
     rng = random.Random(f"{split} {seed}")
-    drawn: dict[str, Row] = {}
+    rows_by_request: dict[str, Row] = {}
     names = list(INTENTS)
-    while len(drawn) < n:
-        request, completion = _draw(names[len(drawn) % len(names)], rng, split)
-        drawn[request] = {
+    while len(rows_by_request) < n:
+        request, completion = _draw(names[len(rows_by_request) % len(names)], rng, split)
+        rows_by_request[request] = {
             "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request}],
             "completion": [{"role": "assistant", "content": completion}],
         }
-    order = list(drawn.values())
-    rng.shuffle(order)
-    return order
+    result = list(rows_by_request.values())
+    rng.shuffle(result)
+    return result
 
 
 def _draw(name: str, rng: random.Random, split: Split) -> tuple[str, str]:

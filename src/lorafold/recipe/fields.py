@@ -12,23 +12,26 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 # Fields that are options of methods, that an initial adapter sets, that affect a step's memory.
-OF_METHOD = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
-OF_ADAPTER = {*OF_METHOD, "method", "options", "targets", "bias", "modules_to_save", "new_tokens"}
-OF_MEMORY = {
-    *(*OF_METHOD, "method", "options", "targets", "storage", "optimizer", "gradient_checkpointing")
+METHOD_FIELDS = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
+ADAPTER_FIELDS = {
+    *(*METHOD_FIELDS, "method", "options", "targets", "bias", "modules_to_save", "new_tokens")
+}
+MEMORY_FIELDS = {
+    *(*METHOD_FIELDS, "method", "options", "targets", "storage", "optimizer"),
+    "gradient_checkpointing",
 }
 # Further fields that affect it through the rows.
-OF_ROWS = {
+ROW_FIELDS = {
     *("objective", "beta", "objective_options", "accumulate", "packing", "chat_template"),
     *("template_kwargs", "train_on", "mask_reasoning"),
 }
 # Fields that affect training but not evaluation.
-OF_TRAINING = {
-    *(*OF_MEMORY - {"method"}, "bias", "modules_to_save", "beta", "lr", "lr_b", "schedule"),
+TRAINING_FIELDS = {
+    *(*MEMORY_FIELDS - {"method"}, "bias", "modules_to_save", "beta", "lr", "lr_b", "schedule"),
     *("warmup", "warmup_steps", "weight_decay", "clip", "betas", "eps", "epochs", "steps", "batch"),
     *("accumulate", "packing"),
 }
@@ -65,7 +68,7 @@ class Fields(BaseModel):
     alpha: Positive | None = described(
         None, "The update is scaled by alpha / r. Default for LoRA: 2r."
     )
-    dropout: Decay | None = described(
+    dropout: Share | None = described(
         None, "Dropout on the input of the update. Default for LoRA: 0.05."
     )
     options: dict[str, Any] = described(
@@ -128,7 +131,7 @@ class Fields(BaseModel):
     storage: quantizations.StorageName = described(
         quantizations.DEFAULT,
         "The quantization or dtype of the base model during training:"
-        f" {quantizations.LISTED}. auto is bf16 if the device supports it natively, else"
+        f" {quantizations.STORAGE_NAMES}. auto is bf16 if the device supports it natively, else"
         " fp32. You can also write --quantization.",
     )
 
@@ -155,7 +158,7 @@ class Fields(BaseModel):
     clip: NonNegative = described(
         1.0, "Clip the gradient norm at this value. 0 turns clipping off."
     )
-    betas: tuple[Decay, Decay] = described((0.9, 0.999), "The decay rates of AdamW's two moments.")
+    betas: tuple[Share, Share] = described((0.9, 0.999), "The decay rates of AdamW's two moments.")
     eps: Positive = described(1e-8, "AdamW's epsilon.")
     optimizer: Literal["auto", "adamw", "adamw8bit", "paged-adamw8bit"] = described(
         "auto",
@@ -205,7 +208,7 @@ class Fields(BaseModel):
         " gathers one block at a time.",
     )
 
-    eval_fraction: Decay = described(
+    eval_fraction: Share = described(
         0.0, "The share of the rows to hold out if you give no held-out rows."
     )
     eval_every: Count | None = described(

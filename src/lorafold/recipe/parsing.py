@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lorafold.errors import LorafoldError, both_names, called_now, listed, why_unread
+from lorafold.errors import LorafoldError, listed, read_failure, renamed_warning, two_names_message
 from lorafold.files.record import NAMES, RENAMED, named_as_now
-from lorafold.recipe.recipe import UNWORDED, Recipe, explain
+from lorafold.recipe.recipe import RAW_ERRORS, Recipe, explain
 
 log = logging.getLogger(__name__)
-TRANSLATES = "to convert another tool's file, run lorafold recipe --from {}"
+CONVERT_HINT = "to convert another tool's file, run lorafold recipe --from {}"
 ALL = "all"  # accelerate's name for all installed trackers
 PACKAGES = {"comet_ml": "comet-ml"}  # trackers with another package name
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
@@ -44,12 +44,12 @@ def load_recipe(
     given = {} if config is None else _read(config)
     values |= given
     sources |= dict.fromkeys(given, str(config))
-    named = {pair.partition("=")[0].strip() for pair in sets}
+    set_names = {pair.partition("=")[0].strip() for pair in sets}
     for old, now in NAMES.items():
-        if {old, now} <= named:
-            problems.append(both_names(f"--set {old}", f"--set {now}"))
-        if old in RENAMED and old in named:
-            log.warning(called_now(f"--set {old}", f"--set {now}"))
+        if {old, now} <= set_names:
+            problems.append(two_names_message(f"--set {old}", f"--set {now}"))
+        if old in RENAMED and old in set_names:
+            log.warning(renamed_warning(f"--set {old}", f"--set {now}"))
     for pair in sets:
         key, equals, text = pair.partition("=")
         field, dot, inner = key.strip().partition(".")
@@ -65,16 +65,16 @@ def load_recipe(
             )
             continue
         if dot:
-            below = values.get(field)
-            value = (below if isinstance(below, dict) else {}) | {inner: value}
-            if below and sources[field] not in ("--set", "the defaults"):
+            entries = values.get(field)
+            value = (entries if isinstance(entries, dict) else {}) | {inner: value}
+            if entries and sources[field] not in ("--set", "the defaults"):
                 source = f"{sources[field]} and --set"
         values[field], sources[field] = value, source
     given = {field: value for field, value in flags.items() if value is not None}
     values |= given
     sources |= {field: "--" + field.replace("_", "-") for field in given}
     try:
-        recipe = Recipe.model_validate(values, context=UNWORDED)
+        recipe = Recipe.model_validate(values, context=RAW_ERRORS)
     except ValidationError as error:
         problems += explain(error, values, sources)
     if problems:
@@ -82,11 +82,11 @@ def load_recipe(
     return recipe
 
 
-def text_of(path: Path, what: str) -> str:
+def read_text(path: Path, what: str) -> str:
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = why_unread(error)
+        reason = read_failure(error)
         raise LorafoldError(f"{path}: can't be read as {what}: {reason}") from error
 
 
@@ -117,20 +117,20 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _read(config: Path) -> Mapping[str, Any]:
-    fields = parse_yaml(text_of(config, "a recipe"), str(config))
+    fields = parse_yaml(read_text(config, "a recipe"), str(config))
     if fields is None:
         log.warning("%s: the file is empty, so the defaults apply", config)
         return {}
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise LorafoldError(
             f"{config}: found {yaml_type(fields)}, expected recipe fields as `name: value` lines;"
-            f" {TRANSLATES.format(config)}"
+            f" {CONVERT_HINT.format(config)}"
         )
-    theirs = [name for name in fields if name not in {*Recipe.model_fields, *RENAMED}]
-    if 2 * len(theirs) > len(fields) and len(theirs) > 1:
+    unknown = [name for name in fields if name not in {*Recipe.model_fields, *RENAMED}]
+    if 2 * len(unknown) > len(fields) and len(unknown) > 1:
         raise LorafoldError(
-            f"{config}: found {listed(theirs, room=100)}, which are not recipe fields;"
-            f" {TRANSLATES.format(config)}"
+            f"{config}: found {listed(unknown, max_chars=100)}, which are not recipe fields;"
+            f" {CONVERT_HINT.format(config)}"
         )
     try:
         return named_as_now(fields)

@@ -15,22 +15,22 @@ from pydantic import (
     model_validator,
 )
 
-from lorafold.advice import advice
-from lorafold.errors import LorafoldError, called_now, cut, listed
+from lorafold.errors import LorafoldError, listed, renamed_warning, truncate_end
 from lorafold.files.record import RENAMED, named_as_now
+from lorafold.foreign_options import advice
 from lorafold.objectives import OBJECTIVES
-from lorafold.recipe.fields import OF_METHOD, Fields
+from lorafold.recipe.fields import METHOD_FIELDS, Fields
 
-WORDS = {
+EXPECTATIONS = {
     "missing": "one more value",
     **dict.fromkeys(("int_parsing", "int_from_float"), "a whole number"),
     "float_parsing": "a number",
 }
-NOWHERE: Mapping[str, str] = MappingProxyType({})
+NO_SOURCES: Mapping[str, str] = MappingProxyType({})
 
 
 def explain(
-    error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str] = NOWHERE
+    error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str] = NO_SOURCES
 ) -> Iterator[str]:
     """Yield the problems of a recipe's values by field: value found and value expected. `sources`
     are the origins of fields; fields from a call have none.
@@ -41,26 +41,26 @@ def explain(
 
     # (field, key of its entry) -> failed expectations, in order, without duplicates
     expected: dict[tuple[str, str], dict[str, None]] = {}
-    strange: dict[str, list[str]] = {}  # unknown fields by origin
+    unknown: dict[str, list[str]] = {}  # unknown fields by origin
     for problem in error.errors(include_url=False):
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if not problem["loc"]:
             yield message
             continue
         kind = problem["type"]
-        message = "on or off" if kind.startswith("bool_") else WORDS.get(kind, message)
+        message = "on or off" if kind.startswith("bool_") else EXPECTATIONS.get(kind, message)
         field, *inner = map(str, problem["loc"])
         if kind != "extra_forbidden":
-            deep = isinstance(values[field], dict) and inner and inner[0] in values[field]
-            expected.setdefault((field, inner[0] if deep else ""), {})[message] = None
+            is_entry = isinstance(values[field], dict) and inner and inner[0] in values[field]
+            expected.setdefault((field, inner[0] if is_entry else ""), {})[message] = None
         elif hint := advice(field, values, Fields.model_fields):
             yield f"{field}{origin(field)} is not a field of a recipe: {hint}"
         else:
-            strange.setdefault(origin(field), []).append(field)
-    for place, names in strange.items():
+            unknown.setdefault(origin(field), []).append(field)
+    for place, names in unknown.items():
         what = "is not a field" if len(names) == 1 else "are not fields"
-        known = listed(Fields.model_fields, room=60)
-        yield f"{listed(names, room=60)}{place} {what} of a recipe: expected one of {known}"
+        known = listed(Fields.model_fields, max_chars=60)
+        yield f"{listed(names, max_chars=60)}{place} {what} of a recipe: expected one of {known}"
     for (field, key), messages in expected.items():
         value, name = values[field], field
         if key:
@@ -70,7 +70,7 @@ def explain(
 
 STEPS = 100  # minimum of `epochs="auto"`
 FEW = 30  # steps that are too few to learn much
-UNWORDED = "unworded"  # validation context of callers with their own error messages
+RAW_ERRORS = "unworded"  # validation context of callers with their own error messages
 
 
 class Recipe(Fields):
@@ -90,7 +90,7 @@ class Recipe(Fields):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _reject_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             # Python treats it as 1 or 0
@@ -98,7 +98,7 @@ class Recipe(Fields):
         return value
 
     @model_validator(mode="after")
-    def _fields_fit(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.batch % self.accumulate:
             raise ValueError(
                 f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
@@ -117,7 +117,7 @@ class Recipe(Fields):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _in_one_line(
+    def _explain_errors(
         cls, given: Any, check: ModelWrapValidatorHandler[Self], info: ValidationInfo
     ) -> Self:
         if isinstance(given, dict):
@@ -127,11 +127,11 @@ class Recipe(Fields):
             except LorafoldError as error:
                 raise LorafoldError(f"recipe: {error}") from None
             for old in old_names:  # stacklevel 3 is the caller of `Recipe`
-                warnings.warn(called_now(old, RENAMED[old]), DeprecationWarning, stacklevel=3)
+                warnings.warn(renamed_warning(old, RENAMED[old]), DeprecationWarning, stacklevel=3)
         try:
             return check(given)
         except ValidationError as error:
-            if info.context == UNWORDED:
+            if info.context == RAW_ERRORS:
                 raise
             raise LorafoldError(f"recipe: {'; '.join(explain(error, given))}") from None
 
@@ -140,7 +140,7 @@ class Recipe(Fields):
         def __setattr__(self, name: str, value: Any) -> NoReturn:
             raise LorafoldError(
                 f"recipe: {name}: can't be set, because a recipe is frozen; create a new recipe, as"
-                f" in lf.Recipe({name}={cut(repr(value), 80)})"
+                f" in lf.Recipe({name}={truncate_end(repr(value), 80)})"
             )
 
     @property
@@ -150,7 +150,7 @@ class Recipe(Fields):
 
     def for_method(self) -> dict[str, Any]:
         """The fields that are set and are options of methods; `options` contains the others."""
-        values = {name: getattr(self, name) for name in OF_METHOD}
+        values = {name: getattr(self, name) for name in METHOD_FIELDS}
         return {name: value for name, value in values.items() if value not in (None, {})}
 
     def total_steps(self, n_rows: int) -> int:

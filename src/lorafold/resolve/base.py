@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafold.data.control_tokens import allow
-from lorafold.data.templates import day_of
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.data.chat_template import date_used
+from lorafold.data.control_tokens import allow_tokens
+from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.contents import file_digest
 from lorafold.files.model_card import EMBEDDED
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code, of_model
@@ -26,9 +26,9 @@ from lorafold.models import fingerprint
 from lorafold.models.classifier import outputs_of_model
 from lorafold.models.loading import default_storage, load_model, weights_of
 from lorafold.models.quantizations import (
-    MADE,
-    PLAIN,
+    ON_LOAD,
     STORAGES,
+    UNQUANTIZED,
     Storage,
     check_storage,
     choose_storage,
@@ -36,10 +36,9 @@ from lorafold.models.quantizations import (
 from lorafold.models.sources import HUB_ID, ModelSource, configuration, gguf_at, resolve_model
 from lorafold.models.tokenizer import BUILT_IN, read_tokenizer, set_template, tokenizer_of
 from lorafold.models.weights import FileWeights, model_files
-from lorafold.peft.adapter_directory import SavedAdapter, trained_on
-from lorafold.peft.provenance import ALLOWED, OwnBase
+from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
+from lorafold.peft.provenance import ALLOW_OPTION, RecordedBase
 from lorafold.runtime.devices import choose_device, native_bf16
-from lorafold.runtime.hub_offline import cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +75,7 @@ class Base:
     def __post_init__(self) -> None:
         """Raise LorafoldError for an invalid model, storage or device."""
         if not isinstance(self.model, (str, Path, ModelSource)):
-            shown = shortened(repr(self.model), 80)
+            shown = truncate_middle(repr(self.model), 80)
             raise LorafoldError(f"model: found {shown}, expected a name or a path")
         check_storage(self.storage)
         object.__setattr__(self, "where", choose_device(self.device))
@@ -98,7 +97,7 @@ class Base:
             return storage
         name = f"{storage.quantization}, computed in " if storage.quantization else ""
         dtype = getattr(torch, STORAGES[self.dtype].dtype)
-        return storage._replace(dtype=dtype, why=f"{name}{self.dtype}: as in training")
+        return storage._replace(dtype=dtype, reason=f"{name}{self.dtype}: as in training")
 
     @cached_property
     def identity(self) -> str:
@@ -125,12 +124,12 @@ class Base:
         tokenizer = self.tokenizer(saved)
         if template is not None:
             set_template(tokenizer, template)
-        return day_of(tokenizer)
+        return date_used(tokenizer)
 
     def stored(self, storage: str) -> Base:
         return replace(self, model=self.source, storage=storage)
 
-    def stored_as_trained(self, adapters: Sequence[SavedAdapter | OwnBase] = ()) -> Base:
+    def stored_as_trained(self, adapters: Sequence[SavedAdapter | RecordedBase] = ()) -> Base:
         """The same model; if its storage is auto, with the quantization of its files or of the
         adapters' training, and the training's dtype (fp32 instead of bf16 if the device has no
         native bf16).
@@ -139,20 +138,20 @@ class Base:
             return self
         if (in_files := default_storage(self.source)) != "auto":
             return self.stored(in_files)
-        own, made_on = self.with_files_for(adapters), trained_on(adapters)
+        own, made_on = self.with_files_for(adapters), training_storage_of(adapters)
         if made_on is None:
             return own.stored(in_files)
-        storage = made_on.storage if made_on.storage in (*MADE, *PLAIN) else in_files
-        dtype = made_on.dtype if made_on.dtype in PLAIN else None
+        storage = made_on.storage if made_on.storage in (*ON_LOAD, *UNQUANTIZED) else in_files
+        dtype = made_on.dtype if made_on.dtype in UNQUANTIZED else None
         if dtype == "bf16" and not native_bf16(self.where)[0]:
-            storage, dtype = "auto" if storage in PLAIN else storage, None
+            storage, dtype = "auto" if storage in UNQUANTIZED else storage, None
         return replace(own.stored(storage), dtype=dtype)
 
-    def with_files_for(self, adapters: Sequence[SavedAdapter | OwnBase]) -> Base:
+    def with_files_for(self, adapters: Sequence[SavedAdapter | RecordedBase]) -> Base:
         """The same model; for a quantized GGUF file and adapters trained in fp32, with storage
         fp32, so that bf16 does not round its values.
         """
-        made_on = trained_on(adapters) if self.storage == "auto" else None
+        made_on = training_storage_of(adapters) if self.storage == "auto" else None
         if made_on is None or made_on.storage != "fp32" or self.source.gguf is None:
             return self
         return replace(self, storage="fp32")
@@ -167,7 +166,7 @@ class Base:
         """A language model in evaluation mode, with weights rounded to its storage whatever the
         compute dtype.
         """
-        if self.storage in PLAIN and self.dtype not in (None, self.storage):
+        if self.storage in UNQUANTIZED and self.dtype not in (None, self.storage):
             rounded = choose_storage(self.storage, self.where)
             return load_model(self.source, rounded, self.where).float()
         return load_model(self.source, self.loaded_as, self.where)
@@ -183,7 +182,7 @@ class Base:
             i for some in ids for i in (some if isinstance(some, tuple) else chain(*some.values()))
         }
         if trained:
-            allow(tokenizer, map(str, tokenizer.convert_ids_to_tokens(sorted(trained))))
+            allow_tokens(tokenizer, map(str, tokenizer.convert_ids_to_tokens(sorted(trained))))
         return tokenizer
 
     def mapped(self) -> MappedModel:
@@ -221,9 +220,10 @@ def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ..
 def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
     """A language model, a reward model, or a classifier of its classes, in words."""
     if classes := known_classes(base, adapters):
-        return f"a classifier of {listed(classes, room=60)}"
-    scores = any(one.scores for one in adapters) or len(outputs_of_model(base.source) or ()) == 1
-    return REWARD_MODEL if scores else LANGUAGE_MODEL
+        return f"a classifier of {listed(classes, max_chars=60)}"
+    if any(one.is_reward_model for one in adapters):
+        return REWARD_MODEL
+    return REWARD_MODEL if len(outputs_of_model(base.source) or ()) == 1 else LANGUAGE_MODEL
 
 
 def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: str = "") -> None:
@@ -243,7 +243,7 @@ SHORT = 44  # characters of a name or path, so that messages stay below 300
 
 def base_for(
     model: str | Path | ModelSource | None,
-    adapters: Sequence[SavedAdapter | OwnBase],
+    adapters: Sequence[SavedAdapter | RecordedBase],
     console: Console | None = None,
     **how: Any,
 ) -> Base:
@@ -259,34 +259,34 @@ def base_for(
     return base
 
 
-def _agreed(own: Sequence[OwnBase]) -> OwnBase:
+def _agreed(own: Sequence[RecordedBase]) -> RecordedBase:
     """The common base of all adapters, from the record with the most information. Adapters without
     a record fit every base.
     """
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
         raise LorafoldError(
-            f"{shortened(str(own[0].adapter), SHORT)}: its config does not contain the base model;"
-            " pass --model PATH (model)"
+            f"{truncate_middle(str(own[0].adapter), SHORT)}: its config does not contain the base"
+            " model; pass --model PATH (model)"
         )
     first = known[0]
     if other := next((one for one in known if not first.same_as(one)), None):
         one, another = (
-            f"{shortened(str(each.adapter), SHORT)} on {shortened(_name(each), SHORT)}"
+            f"{truncate_middle(str(each.adapter), SHORT)} on {truncate_middle(_name(each), SHORT)}"
             for each in (first, other)
         )
         raise LorafoldError(
             f"adapters of different bases: {one}, and {another}; use adapters of one base, or pass"
-            f" --model (model) and {ALLOWED}"
+            f" --model (model) and {ALLOW_OPTION}"
         )
     return first
 
 
-def _name(own: OwnBase) -> str:
+def _name(own: RecordedBase) -> str:
     return own.name or "a base without a name"
 
 
-def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
+def _opened(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
     def line(path: str, found_by: str = "") -> str:
         if path == own.name:
             return f"{path}, from {own.named_in}"
@@ -316,21 +316,28 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
                 return Base(source, **how), line(name, ", found by its fingerprint")
     if named:  # with other weights: loading reports the difference
         return Base(str(named[0]), **how), line(str(named[0]))
-    place, name = (shortened(str(p), SHORT) for p in (own.adapter.absolute().parent, _name(own)))
+    paths = (own.adapter, _name(own), own.adapter.absolute().parent, hub_cache())
+    adapter, name, directory, cache = (truncate_middle(str(p), SHORT) for p in paths)
     missing = (
-        f"{shortened(str(own.adapter), SHORT)}: its base {name} was found neither at its path, next"
-        f" to the adapter in {place}, nor in {shortened(cache(), SHORT)}; pass --model PATH (model)"
+        f"{adapter}: its base {name} was found neither at its path, next to the adapter in"
+        f" {directory}, nor in {cache}; pass --model PATH (model)"
     )
     if of_hub is None:
         raise LorafoldError(missing)
     try:
         return replace(of_hub, model=of_hub.source), line(own.name)
     except LorafoldError as error:
-        reason = shortened(str(error).rpartition(" the hub: ")[2].partition(";")[0], 60)
+        reason = truncate_middle(str(error).rpartition(" the hub: ")[2].partition(";")[0], 60)
         raise LorafoldError(f"{missing}; downloading it from the hub failed: {reason}") from error
 
 
-def fits(path: Path, own: OwnBase) -> bool:
+def hub_cache() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
+
+
+def fits(path: Path, own: RecordedBase) -> bool:
     """Whether a directory has a model whose weights have the fingerprint."""
     try:
         return fingerprint.fits(own.fingerprint, FileWeights(model_files(path)))
@@ -338,7 +345,7 @@ def fits(path: Path, own: OwnBase) -> bool:
         return False
 
 
-def _named(own: OwnBase) -> Iterator[Path]:
+def _named(own: RecordedBase) -> Iterator[Path]:
     """The models at the paths that the name may mean, the most literal first."""
     if not own.name:
         return
@@ -350,7 +357,7 @@ def _named(own: OwnBase) -> Iterator[Path]:
                 yield place
 
 
-def _elsewhere(own: OwnBase) -> Iterator[tuple[Path, str]]:
+def _elsewhere(own: RecordedBase) -> Iterator[tuple[Path, str]]:
     """All models next to the adapter, in the name's directory, and in the hub's cache, with their
     names.
     """
@@ -363,7 +370,7 @@ def _elsewhere(own: OwnBase) -> Iterator[tuple[Path, str]]:
         for path in _inside(parent):
             if (path / "config.json").is_file():
                 yield path, str(path)
-    for repo in _inside(Path(cache())):
+    for repo in _inside(Path(hub_cache())):
         if repo.name.startswith(HUB):
             name = repo.name.removeprefix(HUB).replace("--", "/")
             yield from ((path, name) for path in _inside(repo / "snapshots"))

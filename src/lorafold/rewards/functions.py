@@ -22,7 +22,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from lorafold.errors import cut
+from lorafold.errors import truncate_end
 
 J = TypeVar("J")
 ONE, ALL = {"prompt", "completion"}, {"prompts", "completions"}
@@ -66,8 +66,8 @@ class Function:
         if self.batched == bool(names & ONE):
             given = ", ".join(map(str, parameters)) or "none"
             raise Wrong(
-                f"found the parameters {cut(given, SHOWN)}; expected prompt or completion or both,"
-                " or for batches prompts or completions or both"
+                f"found the parameters {truncate_end(given, SHOWN)}; expected prompt or completion"
+                " or both, or for batches prompts or completions or both"
             )
 
     def rewards(self, items: Sequence[Item]) -> Iterator[list[float | None]]:
@@ -137,7 +137,7 @@ def number(value: Any, at: int | None) -> float | None:
 
 def raised(error: BaseException, file: str | None) -> str:
     """The type, message and line of an error; the line in `file` if it was involved."""
-    message = cut(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
+    message = truncate_end(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
         name = Path(error.filename or "").name
         return f"SyntaxError: {error.msg} (line {error.lineno} of {name})"
@@ -145,18 +145,18 @@ def raised(error: BaseException, file: str | None) -> str:
     if not (own := [f for f in frames if f.filename == file] or frames):
         return message
     last = own[-1]
-    line = f": {cut(last.line, SHOWN)}" if last.line else ""
+    line = f": {truncate_end(last.line, SHOWN)}" if last.line else ""
     return f"{message} (line {last.lineno} of {Path(last.filename).name}{line})"
 
 
 def _lacks(names: Sequence[str], fields: Iterable[str], at: int | None) -> Wrong:
-    names_of = ", ".join(sorted(fields)) or "none"
-    return Wrong(f"needs the fields {', '.join(names)}; the row has {cut(names_of, SHOWN)}", at)
+    present = truncate_end(", ".join(sorted(fields)) or "none", SHOWN)
+    return Wrong(f"needs the fields {', '.join(names)}; the row has {present}", at)
 
 
 def _shown(value: Any) -> str:
     try:
-        text = cut(repr(value), 80)
+        text = truncate_end(repr(value), 80)
     except Exception:  # for example, an integer with too many digits
         return f"a value of type {type(value).__name__}"
     return f"{text} ({type(value).__name__})"
@@ -213,10 +213,11 @@ def schema(text: str) -> Function:
             LLTokenizer("byte"), LLMatcher.grammar_from_json_schema(content), log_level=0
         )
     except BaseException as error:  # a library's panic is not an Exception
-        raise Wrong(f"the file is not a supported JSON schema: {cut(str(error), SHOWN)}") from None
+        message = truncate_end(str(error), SHOWN)
+        raise Wrong(f"the file is not a supported JSON schema: {message}") from None
     if fresh.is_error():
         message = " ".join(fresh.get_error().partition("<state>")[0].split())
-        raise Wrong(f"the file is not a supported JSON schema: {cut(message, SHOWN)}")
+        raise Wrong(f"the file is not a supported JSON schema: {truncate_end(message, SHOWN)}")
 
     def fits(completion: str) -> bool:
         matcher, tokens = fresh.deep_copy(), list(completion.strip().encode("utf-8", "replace"))
@@ -270,7 +271,8 @@ def as_object(name: str, value: Any) -> dict[str, Any]:
     except ValueError:
         found = value
     if not isinstance(found, Mapping):
-        raise Wrong(f"{name}: found {cut(repr(value), 80)}, expected an object or its JSON text")
+        shown = truncate_end(repr(value), 80)
+        raise Wrong(f"{name}: found {shown}, expected an object or its JSON text")
     return dict(found)
 
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from lorafold.data.formats import Conversation
-from lorafold.errors import LorafoldError, RewardFailed, printable
+from lorafold.errors import LorafoldError, RewardFailed, escape_unprintable
 from lorafold.files.paths import nearest_name
 from lorafold.rewards.functions import LARGEST, Function, Item, Wrong, number, pattern
-from lorafold.runtime.killable_process import Died, Killable, Late, packed
+from lorafold.runtime.killable_process import Exited, KillableProcess, TimedOut, framed
 
 LIMIT = 30.0  # seconds of a call
 OPENING = 120.0  # seconds for loading a reward and its imports
@@ -81,7 +81,7 @@ class Reward(Protocol):
 def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFailed:
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
-    return RewardFailed(printable(f"reward {name}: {where}{message}"))
+    return RewardFailed(escape_unprintable(f"reward {name}: {where}{message}"))
 
 
 class SeparateReward:
@@ -99,8 +99,8 @@ class SeparateReward:
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
         if not judged:
             return []
-        message = packed(pickle.dumps([self._sent(one) for one in judged]))
-        if not self._process.lives:
+        message = framed(pickle.dumps([self._sent(one) for one in judged]))
+        if not self._process.is_alive:
             self.close()
             self._process = self._started()
         rewards: list[float | None] = []
@@ -113,12 +113,12 @@ class SeparateReward:
                     wrong = Wrong(answer["wrong"], answer["at"])
                     raise failure(self.name, wrong.message, wrong.of(judged))
                 rewards += answer
-        except (Late, Died, KeyboardInterrupt) as error:
+        except (TimedOut, Exited, KeyboardInterrupt) as error:
             self.close()
             if isinstance(error, KeyboardInterrupt):
                 raise
             at_work = judged if self._batched else judged[len(rewards) : len(rewards) + 1]
-            if isinstance(error, Died):
+            if isinstance(error, Exited):
                 raise failure(self.name, _end(error.code), at_work) from None
             done = "" if self._batched else f"{len(rewards)} done of "
             why = (
@@ -131,19 +131,19 @@ class SeparateReward:
     def close(self) -> None:
         self._process.kill()
 
-    def _started(self) -> Killable:
-        process = Killable("lorafold.rewards.worker", ENVIRONMENT)
+    def _started(self) -> KillableProcess:
+        process = KillableProcess("lorafold.rewards.worker", ENVIRONMENT)
         until = time.monotonic() + OPENING
         try:
-            process.write(packed(self._opening), until)
+            process.write(framed(self._opening), until)
             answer = json.loads(process.read(until))
             if "wrong" in answer:
                 raise failure(self.name, answer["wrong"])
         except BaseException as error:
             process.kill()
-            if isinstance(error, Late):
+            if isinstance(error, TimedOut):
                 raise failure(self.name, f"loading took more than {OPENING:g} s") from None
-            if isinstance(error, Died):
+            if isinstance(error, Exited):
                 raise failure(self.name, f"while loading, {_end(error.code)}") from None
             raise
         self._batched: bool = answer["batched"]

@@ -22,7 +22,7 @@ from threading import Thread
 from typing import Any, BinaryIO
 
 from lorafold.rewards.functions import KINDS, Function, Item, Wrong
-from lorafold.runtime.killable_process import packed, read
+from lorafold.runtime.killable_process import framed, read_message
 
 GRACE = 1.0  # seconds that a call may go on after the parent is gone
 
@@ -39,7 +39,7 @@ def main() -> None:
     Thread(target=_receive, args=(messages, inbox), daemon=True).start()
 
     def answer(content: Any) -> None:
-        answers.write(packed(json.dumps(content).encode()))
+        answers.write(framed(json.dumps(content).encode()))
         answers.flush()
 
     opening = json.loads(inbox.get() or sys.exit())
@@ -57,7 +57,7 @@ def _receive(messages: BinaryIO, inbox: SimpleQueue[bytes | None]) -> None:
     """Read messages while the function runs, to notice that the parent is gone: then this process
     and all that it started are killed, even during a call.
     """
-    while (message := read(messages)) is not None:
+    while (message := read_message(messages)) is not None:
         inbox.put(message)
     inbox.put(None)
     time.sleep(GRACE)

@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.runtime.processes import Launched
+from lorafold.runtime.processes import Launch
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,7 @@ def choose_device(name: str | None = None, absent: bool = False) -> "torch.devic
     return torch.device(name)
 
 
-def own_device(name: str | None, here: Launched) -> str | None:
+def device_of_rank(name: str | None, launch: Launch) -> str | None:
     """Returns the device of one of several processes: the GPU with its local rank."""
     import torch
 
@@ -68,18 +68,18 @@ def own_device(name: str | None, here: Launched) -> str | None:
         return device.type
     if device.index is not None:
         raise LorafoldError(
-            f"device {name}: found {here.world} processes, each of which needs its own GPU; use"
+            f"device {name}: found {launch.world} processes, each of which needs its own GPU; use"
             " cuda, and select GPUs with CUDA_VISIBLE_DEVICES"
         )
     count = torch.cuda.device_count()
-    if here.by == "srun" and count == 1:
+    if launch.by == "srun" and count == 1:
         return "cuda:0"  # SLURM may show each process only its own GPU
-    if here.local_rank >= count:
+    if launch.local_rank >= count:
         raise LorafoldError(
             f"device cuda: found {count} GPUs, expected one for each process on this machine (rank"
-            f" {here.rank}, local rank {here.local_rank}); start fewer, or use --device cpu"
+            f" {launch.rank}, local rank {launch.local_rank}); start fewer, or use --device cpu"
         )
-    return f"cuda:{here.local_rank}"
+    return f"cuda:{launch.local_rank}"
 
 
 def native_bf16(device: "torch.device") -> tuple[bool, str]:

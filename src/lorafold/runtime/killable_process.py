@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import BinaryIO
 
-SIZE = 8  # bytes of a message's length
+LENGTH_BYTES = 8  # bytes of a message's length
 
 
-class Late(Exception):
+class TimedOut(Exception):
     """The process took too long."""
 
 
-class Large(Exception):
+class TooLarge(Exception):
     """A message exceeds the limit; `size` is in bytes."""
 
     def __init__(self, size: int) -> None:
@@ -32,7 +32,7 @@ class Large(Exception):
         self.size = size
 
 
-class Died(Exception):
+class Exited(Exception):
     """The process has ended; `code` is its exit code, or a negative signal number."""
 
     def __init__(self, code: int) -> None:
@@ -40,18 +40,18 @@ class Died(Exception):
         self.code = code
 
 
-def packed(content: bytes) -> bytes:
+def framed(content: bytes) -> bytes:
     """Prepends the length."""
-    return len(content).to_bytes(SIZE, "big") + content
+    return len(content).to_bytes(LENGTH_BYTES, "big") + content
 
 
-def read(source: BinaryIO) -> bytes | None:
+def read_message(source: BinaryIO) -> bytes | None:
     """Read the next message in the worker process; returns None at the end of the stream."""
-    head = source.read(SIZE)
-    return source.read(int.from_bytes(head, "big")) if len(head) == SIZE else None
+    head = source.read(LENGTH_BYTES)
+    return source.read(int.from_bytes(head, "big")) if len(head) == LENGTH_BYTES else None
 
 
-class Killable:
+class KillableProcess:
     """After any exception, the process should be killed."""
 
     def __init__(
@@ -69,29 +69,29 @@ class Killable:
         return self._process.pid
 
     @property
-    def lives(self) -> bool:
+    def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def write(self, content: bytes, until: float) -> None:
-        """Raises Late and Died."""
+    def write(self, content: bytes, deadline: float) -> None:
+        """Raises TimedOut and Exited."""
         assert self._process.stdin is not None
-        left, pipe = memoryview(content), self._process.stdin.fileno()
+        remaining, pipe = memoryview(content), self._process.stdin.fileno()
         os.set_blocking(pipe, False)
-        while left:
-            self._wait(pipe, select.POLLOUT, until)
+        while remaining:
+            self._wait(pipe, select.POLLOUT, deadline)
             try:
-                left = left[os.write(pipe, left) :]
+                remaining = remaining[os.write(pipe, remaining) :]
             except BlockingIOError:
                 continue
             except BrokenPipeError:
-                raise Died(self._process.wait()) from None
+                raise Exited(self._process.wait()) from None
 
-    def read(self, until: float, most: int | None = None) -> bytes:
-        """Returns the next message. Raises Late, Large and Died."""
-        size = int.from_bytes(self._read(SIZE, until), "big")
-        if most is not None and size > most:
-            raise Large(size)
-        return self._read(size, until)
+    def read(self, deadline: float, max_bytes: int | None = None) -> bytes:
+        """Returns the next message. Raises TimedOut, TooLarge and Exited."""
+        size = int.from_bytes(self._read(LENGTH_BYTES, deadline), "big")
+        if max_bytes is not None and size > max_bytes:
+            raise TooLarge(size)
+        return self._read(size, deadline)
 
     def end(self) -> None:
         """Kills it, even while another thread waits for a message."""
@@ -107,19 +107,19 @@ class Killable:
                 with suppress(OSError):
                     pipe.close()
 
-    def _read(self, size: int, until: float) -> bytes:
+    def _read(self, size: int, deadline: float) -> bytes:
         assert self._process.stdout is not None
         content, pipe = bytearray(), self._process.stdout.fileno()
         while len(content) < size:
-            self._wait(pipe, select.POLLIN, until)
+            self._wait(pipe, select.POLLIN, deadline)
             part = os.read(pipe, min(size - len(content), 1 << 20))
             if not part:
-                raise Died(self._process.wait())
+                raise Exited(self._process.wait())
             content += part
         return bytes(content)
 
-    def _wait(self, pipe: int, event: int, until: float) -> None:
+    def _wait(self, pipe: int, event: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(pipe, event)
-        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            raise Late
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimedOut

@@ -1,9 +1,9 @@
 """Free and peak memory, and glibc's handling of freed blocks.
 
 glibc returns freed blocks above its mmap threshold to the system, and keeps smaller ones.
-`freed_blocks(RETURNED)` is for loading, a single pass over large tensors with small ones in
-between, and `freed_blocks(KEPT)` for training, whose steps reallocate the same large blocks. Both
-set both thresholds, because setting one disables glibc's dynamic adjustment of the other.
+`malloc_policy(RETURN_FREED)` is for loading, a single pass over large tensors with small ones in
+between, and `malloc_policy(KEEP_FREED)` for training, whose steps reallocate the same large blocks.
+Both set both thresholds, because setting one disables glibc's dynamic adjustment of the other.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from lorafold.runtime.processor import CONTROL_GROUP
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt
-LARGEST = 32 << 20  # glibc's maximum of MMAP_THRESHOLD
-KEPT = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: 1 << 30}
-RETURNED = {MMAP_THRESHOLD: 1 << 20, TRIM_THRESHOLD: 1 << 20}
-ADAPTED = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: 2 * LARGEST}
+MAX_MMAP_THRESHOLD = 32 << 20  # glibc's maximum of MMAP_THRESHOLD
+KEEP_FREED = {MMAP_THRESHOLD: MAX_MMAP_THRESHOLD, TRIM_THRESHOLD: 1 << 30}
+RETURN_FREED = {MMAP_THRESHOLD: 1 << 20, TRIM_THRESHOLD: 1 << 20}
+DEFAULTS = {MMAP_THRESHOLD: MAX_MMAP_THRESHOLD, TRIM_THRESHOLD: 2 * MAX_MMAP_THRESHOLD}
 
 
 def free_bytes(device: torch.device, group: Path = CONTROL_GROUP) -> int:
@@ -55,7 +55,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def freed_blocks(thresholds: Mapping[int, int]) -> Iterator[bool]:
+def malloc_policy(thresholds: Mapping[int, int]) -> Iterator[bool]:
     """Keeps or returns freed blocks in the block. Yields whether this system supports it."""
     if platform.libc_ver()[0] != "glibc":
         yield False
@@ -66,11 +66,11 @@ def freed_blocks(thresholds: Mapping[int, int]) -> Iterator[bool]:
         yield all(libc.mallopt(*one) for one in thresholds.items())
     finally:
         libc.malloc_trim(0)
-        for one in ADAPTED.items():
+        for one in DEFAULTS.items():
             libc.mallopt(*one)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Returns freed blocks to the system now."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

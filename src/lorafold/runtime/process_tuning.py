@@ -3,7 +3,7 @@
 `restart_tuned` restarts the process with variables that libraries only read at start-up (huge pages
 for the heap, fewer cached matmul kernels of 0.7 MB each); LORAFOLD_TUNE=off disables this. torch
 and transformers create a million objects that are never garbage, which full collections traverse;
-`gc.freeze` excludes them. Excluded garbage is never freed, so `imports_set_aside` is for processes
+`gc.freeze` excludes them. Excluded garbage is never freed, so `imports_frozen` is for processes
 with a single task.
 """
 
@@ -19,17 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SWITCH = "LORAFOLD_TUNE"
-WISHES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+VARIABLES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-SOON = 0.02  # seconds until the interrupt is repeated
-MANY = 1.1  # growth of the number of modules that triggers another freeze
+REPEAT_SECONDS = 0.02  # seconds until the interrupt is repeated
+MODULE_GROWTH = 1.1  # growth of the number of modules that triggers another freeze
 
 
-def wishes() -> dict[str, str]:
+def unset_variables() -> dict[str, str]:
     if os.environ.get(SWITCH) == "off" or platform.libc_ver()[0] != "glibc":
         return {}
     pages = HUGE_PAGES if huge_pages() == "madvise" else {}
-    return {name: value for name, value in (WISHES | pages).items() if name not in os.environ}
+    return {name: value for name, value in (VARIABLES | pages).items() if name not in os.environ}
 
 
 def huge_pages() -> str | None:
@@ -41,25 +41,25 @@ def huge_pages() -> str | None:
 
 def restart_tuned() -> None:
     """Restarts this process with the same arguments if a variable is missing. Call it first."""
-    if missing := wishes():
+    if missing := unset_variables():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
 
 
 @contextmanager
-def imports_set_aside() -> Iterator[None]:
+def imports_frozen() -> Iterator[None]:
     """Freezes objects of imported modules during the block, and once at its end."""
     modules = len(sys.modules)
 
     def before(phase: str, about: Mapping[str, int]) -> None:
         nonlocal modules
         full = phase == "start" and about["generation"] == 2
-        if full and len(sys.modules) > MANY * modules:
+        if full and len(sys.modules) > MODULE_GROWTH * modules:
             modules = len(sys.modules)
             gc.freeze()
 
     gc.callbacks.append(before)
     try:
-        with _interrupts_kept():
+        with _interrupts_repeated():
             yield
     finally:
         gc.callbacks.remove(before)
@@ -67,19 +67,19 @@ def imports_set_aside() -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts_kept() -> Iterator[None]:
+def _interrupts_repeated() -> Iterator[None]:
     """Repeats an interrupt by Ctrl-C during a callback of the garbage collector: Python only prints
     the exception there, and imports trigger these callbacks all the time.
     """
     usual = sys.unraisablehook
 
-    def kept(lost: "sys.UnraisableHookArgs") -> None:
+    def hook(lost: "sys.UnraisableHookArgs") -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Timer(SOON, _thread.interrupt_main).start()
+            threading.Timer(REPEAT_SECONDS, _thread.interrupt_main).start()
         else:
             usual(lost)
 
-    sys.unraisablehook = kept
+    sys.unraisablehook = hook
     try:
         yield
     finally:
@@ -87,7 +87,7 @@ def _interrupts_kept() -> Iterator[None]:
 
 
 @contextmanager
-def all_set_aside() -> Iterator[None]:
+def all_frozen() -> Iterator[None]:
     """Collects once and freezes all objects until the block ends: a full collection of a server's
     objects would stop its threads for 0.3 s.
     """
@@ -100,7 +100,7 @@ def all_set_aside() -> Iterator[None]:
 
 
 @contextmanager
-def existing_set_aside() -> Iterator[None]:
+def existing_frozen() -> Iterator[None]:
     """Freezes existing objects until the block ends, unless a command has frozen some: with torch
     imported, each collection would take 0.15 s.
     """

@@ -1,6 +1,6 @@
 """Data-parallel processes of one run, and their communication.
 
-    with together(launched(), device) as processes:        a single process: ALONE
+    with process_group(detect_launch(), device) as processes:    a single one: SINGLE_PROCESS
         processes.add([p.grad for p in parameters])        all-reduce, in place
         found = processes.once(measure)                    rank 0 computes, all receive
 
@@ -32,36 +32,36 @@ from lorafold.errors import Interrupted, LorafoldError
 if TYPE_CHECKING:
     import torch
 
-PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # fails after 20 seconds
-GRACE = 2.0  # seconds in which rank 0 may raise the same error as another
-LAST = 15.0  # seconds for which a process waits for rank 0 to end
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # fails after 20 seconds
+SAME_ERROR_SECONDS = 2.0  # seconds in which rank 0 may raise the same error as another
+EXIT_SECONDS = 15.0  # seconds for which a process waits for rank 0 to end
 
 
 class Lifeline:
-    """A process's connections, established through the common store. `place` describes its
+    """A process's connections, established through the common store. `progress` describes its
     progress, for the message on another's death.
     """
 
     def __init__(self, rank: int, world: int, address: str, store: Any) -> None:
         self.rank, self.host = rank, socket.gethostname()
-        self.place: Callable[[], str] = lambda: "at the start"
+        self.progress: Callable[[], str] = lambda: "at the start"
         self._lock = threading.Lock()
-        self._over, self._gone = threading.Event(), threading.Event()  # of this process, of rank 0
+        self._ending, self._main_gone = threading.Event(), threading.Event()  # _main: rank 0
         self._code: int | None = None  # rank 0's exit code
-        self._left = set[int]()  # processes that are done
+        self._finished = set[int]()  # processes that are done
         self._peers: dict[int, socket.socket] = {}
-        self._heard: dict[int, TextIO] = {}
+        self._readers: dict[int, TextIO] = {}
         self._hosts: dict[int, str] = {}
         if rank == 0:
             self._accept(world, address, store)
         else:
             port, token, host = store.get("lifeline").decode().split(" ", 2)
-            first = socket.create_connection((address, int(port)), LAST)
+            first = socket.create_connection((address, int(port)), EXIT_SECONDS)
             self._add(0, host, first, first.makefile())
-            self._tell(0, token=token, rank=rank, host=self.host)
-        os.register_at_fork(after_in_child=self._forget)  # a child must not keep them open
+            self._send(0, token=token, rank=rank, host=self.host)
+        os.register_at_fork(after_in_child=self._close_peers)  # a child must not keep them open
         for peer in self._peers:
-            threading.Thread(target=self._hear, args=(peer,), name="lifeline", daemon=True).start()
+            threading.Thread(None, self._listen, "lifeline", (peer,), daemon=True).start()
 
     def _accept(self, world: int, address: str, store: Any) -> None:
         token = secrets.token_hex(16)
@@ -71,25 +71,25 @@ class Lifeline:
             while len(self._peers) < world - 1:
                 peer, _ = server.accept()
                 with suppress(ValueError, KeyError, OSError):  # not a process of this run
-                    peer.settimeout(LAST)
-                    heard = peer.makefile()
-                    hello = json.loads(heard.readline())
+                    peer.settimeout(EXIT_SECONDS)
+                    reader = peer.makefile()
+                    hello = json.loads(reader.readline())
                     if hello["token"] == token:
-                        self._add(hello["rank"], hello["host"], peer, heard)
+                        self._add(hello["rank"], hello["host"], peer, reader)
 
-    def _add(self, rank: int, host: str, peer: socket.socket, heard: TextIO) -> None:
-        self._peers[rank], self._hosts[rank], self._heard[rank] = peer, host, heard
+    def _add(self, rank: int, host: str, peer: socket.socket, reader: TextIO) -> None:
+        self._peers[rank], self._hosts[rank], self._readers[rank] = peer, host, reader
         peer.settimeout(None)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in PROBES.items():
+        for name, value in KEEPALIVE.items():
             if (option := getattr(socket, name, None)) is not None:
                 peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
-    def failed(self, code: int, message: str) -> None:
+    def announce_failure(self, code: int, message: str) -> None:
         """Announces an error and lets rank 0 print the message, unless it fails in the same way,
         before others end: a launcher that sees one process end may kill the others first.
         """
-        self._over.set()
+        self._ending.set()
         if self.rank == 0:
             with self._lock:
                 self._end_others(code)
@@ -97,38 +97,38 @@ class Lifeline:
         if threading.current_thread() is threading.main_thread():
             # sent by a launcher that saw rank 0 end
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
-        self._tell(0, failed=code, told=message)
-        self._gone.wait(LAST)
+        self._send(0, failed=code, told=message)
+        self._main_gone.wait(EXIT_SECONDS)
 
     def wait(self, seconds: float) -> None:
         """Waits for a message, which may end this process."""
-        self._over.wait(seconds)
+        self._ending.wait(seconds)
 
-    def left(self) -> None:
+    def announce_end(self) -> None:
         """Announces that this process is done."""
-        self._over.set()
+        self._ending.set()
         for peer in self._peers:
-            self._tell(peer, left=True)
+            self._send(peer, left=True)
 
-    def _hear(self, peer: int) -> None:
+    def _listen(self, peer: int) -> None:
         with suppress(OSError):
-            for line in self._heard[peer]:
+            for line in self._readers[peer]:
                 message = json.loads(line)
                 if "left" in message:
-                    self._left.add(peer)
+                    self._finished.add(peer)
                 elif "over" in message:
                     self._code = message["over"]
-                    self._peers[peer].settimeout(LAST)
-                elif not self._over.wait(GRACE):
+                    self._peers[peer].settimeout(EXIT_SECONDS)
+                elif not self._ending.wait(SAME_ERROR_SECONDS):
                     self._end(message["failed"], peer, f": {message['told']}")
         if peer == 0:
-            self._gone.set()
-        if peer in self._left or self._over.is_set():
+            self._main_gone.set()
+        if peer in self._finished or self._ending.is_set():
             return
         if self._code is not None:
             os._exit(self._code)
         how = "it printed no error; it may have been killed for lack of memory"
-        self._end(1, peer, f" died {self.place()}; {how}" if self.rank <= 1 else "")
+        self._end(1, peer, f" died {self.progress()}; {how}" if self.rank <= 1 else "")
 
     def _end(self, code: int, peer: int, problem: str) -> NoReturn:
         with self._lock:
@@ -141,24 +141,24 @@ class Lifeline:
     def _end_others(self, code: int) -> None:
         if self.rank == 0:
             for peer in self._peers:
-                self._tell(peer, over=code)
+                self._send(peer, over=code)
 
-    def _tell(self, peer: int, **message: Any) -> None:
+    def _send(self, peer: int, **message: Any) -> None:
         with suppress(OSError):
             self._peers[peer].sendall(json.dumps(message).encode() + b"\n")
 
-    def _forget(self) -> None:
+    def _close_peers(self) -> None:
         for peer in self._peers.values():
             peer.close()
 
 
 T = TypeVar("T")
-TOGETHER = timedelta(minutes=5)  # for all processes to start
-PATIENT = timedelta(days=7)  # `Lifeline` detects failures, so collectives need no timeout
-BUCKET = 1 << 26  # bytes per collective call
-CAUSE = 3.0  # seconds after which a broken connection is known to be another's death
-PORT = 29500  # torch's default
-ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
+START_TIMEOUT = timedelta(minutes=5)  # for all processes to start
+NO_TIMEOUT = timedelta(days=7)  # `Lifeline` detects failures
+BUCKET_BYTES = 1 << 26  # bytes per collective call
+CAUSE_SECONDS = 3.0  # seconds after which a broken connection is known to be another's death
+DEFAULT_PORT = 29500  # torch's default
+ACCELERATE_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
 
 @dataclass(eq=False)
@@ -177,7 +177,7 @@ class Processes:
         import torch.distributed as dist
 
         if self.count > 1:
-            _at_once(tensors, dist.all_reduce)
+            _apply_flat(tensors, dist.all_reduce)
 
     def largest(self, number: int) -> int:
         import torch
@@ -194,7 +194,7 @@ class Processes:
         import torch.distributed as dist
 
         if self.count > 1:
-            _at_once(tensors, lambda flat: dist.broadcast(flat, source))
+            _apply_flat(tensors, lambda flat: dist.broadcast(flat, source))
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all processes; a barrier."""
@@ -216,16 +216,16 @@ class Processes:
         return result[0]  # type: ignore[return-value]
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 @contextmanager
-def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
+def process_group(launch: Launch, device: str | None = None) -> Iterator[Processes]:
     """Joins the launched processes until the block ends. An error in the block ends all with its
     exit code, which is 2 for LorafoldError.
     """
-    if here.world == 1:
-        yield ALONE
+    if launch.world == 1:
+        yield SINGLE_PROCESS
         return
     import torch
     import torch.distributed as dist
@@ -233,59 +233,60 @@ def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
     cuda = device is not None and device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)
-    store, made = _met(here), not dist.is_initialized()
-    lifeline = Lifeline(here.rank, here.world, here.address, store)
-    if made:
+    store, created = _rendezvous(launch), not dist.is_initialized()
+    lifeline = Lifeline(launch.rank, launch.world, launch.address, store)
+    if created:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=here.rank, world_size=here.world, timeout=PATIENT
+            backend, store=store, rank=launch.rank, world_size=launch.world, timeout=NO_TIMEOUT
         )
     try:
-        yield Processes(here.rank, here.world, lifeline)
+        yield Processes(launch.rank, launch.world, lifeline)
     except BaseException as error:
         codes = {LorafoldError: 2, KeyboardInterrupt: 130}
         code = next((n for kind, n in codes.items() if isinstance(error, kind)), 1)
         code = error.code if isinstance(error, Interrupted) else code
         if code == 1:  # another process's death may be the cause
-            lifeline.wait(CAUSE)
-        lifeline.failed(code, f"{type(error).__name__}: {error}" if code == 1 else str(error))
+            lifeline.wait(CAUSE_SECONDS)
+        kind = f"{type(error).__name__}: " * (code == 1)
+        lifeline.announce_failure(code, f"{kind}{error}")
         raise
-    lifeline.left()
-    if made:
+    lifeline.announce_end()
+    if created:
         dist.destroy_process_group()
 
 
-def _met(here: Launched) -> Any:
+def _rendezvous(launch: Launch) -> Any:
     import torch.distributed as dist
 
     os.environ |= {
-        "RANK": str(here.rank), "WORLD_SIZE": str(here.world), "LOCAL_RANK": str(here.local_rank),
-        "MASTER_ADDR": here.address, "MASTER_PORT": str(here.port),
+        "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world), "MASTER_ADDR": launch.address,
+        "LOCAL_RANK": str(launch.local_rank), "MASTER_PORT": str(launch.port),
     }  # fmt: skip
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=TOGETHER))
-        number = store.add(f"runs of {here.rank}", 1)
-        store.set_timeout(TOGETHER)
+        store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        number = store.add(f"runs of {launch.rank}", 1)
+        store.set_timeout(START_TIMEOUT)
         return dist.PrefixStore(f"lorafold {number}", store)
     except (dist.DistError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:100]
         raise LorafoldError(
-            f"process {here.rank} of {here.world}, started by {here.by}: can't connect to process 0"
-            f" at {here.address}:{here.port} ({first}); start all processes within"
-            f" {TOGETHER.seconds // 60} minutes"
+            f"process {launch.rank} of {launch.world}, started by {launch.by}: can't connect to"
+            f" process 0 at {launch.address}:{launch.port} ({first}); start all processes within"
+            f" {START_TIMEOUT.seconds // 60} minutes"
         ) from None
 
 
-def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any]) -> None:
+def _apply_flat(tensors: Sequence[torch.Tensor], function: Callable[[torch.Tensor], Any]) -> None:
     """Applies an operation to tensors of any shapes in place, many per call."""
     import torch
 
     for bucket in _buckets(tensors):
         if len(bucket) == 1 and bucket[0].is_contiguous():  # no copy needed
-            do(bucket[0].view(-1))
+            function(bucket[0].view(-1))
             continue
         flat = torch.cat([t.reshape(-1) for t in bucket])
-        do(flat)
+        function(flat)
         for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             t.copy_(part.view_as(t))
 
@@ -293,7 +294,7 @@ def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any])
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     bucket: list[torch.Tensor] = []
     for t in tensors:
-        full = bucket and sum(b.nbytes for b in bucket) + t.nbytes > BUCKET
+        full = bucket and sum(b.nbytes for b in bucket) + t.nbytes > BUCKET_BYTES
         if full or (bucket and bucket[0].dtype != t.dtype):
             yield bucket
             bucket = []
@@ -303,7 +304,7 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 @dataclass(frozen=True)
-class Launched:
+class Launch:
     """One of `world` processes; `rank` and `local_rank` (on its machine) count from 0, and rank 0
     is at `address`. `by` is the launcher, empty for a single process.
     """
@@ -313,10 +314,10 @@ class Launched:
     world: int = 1
     local_rank: int = 0
     address: str = "127.0.0.1"
-    port: int = PORT
+    port: int = DEFAULT_PORT
 
     @property
-    def speaks(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
 
@@ -335,7 +336,7 @@ LAUNCHERS = (
 )
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> Launched:
+def detect_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Reads this process's rank from the launcher's environment."""
     number = partial(_number, environment)
     for name, rank_name, world_name, local_name in LAUNCHERS:
@@ -352,29 +353,29 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
                 f"{rank_name}: found {rank}, expected 0 to {world - 1} ({world_name} is {world})"
             )
         if world == 1:
-            return Launched()
+            return Launch()
         local = number(local_name, given, rank if name == "mpirun" else None)
-        address, port = environment.get("MASTER_ADDR", ""), PORT
+        address, port = environment.get("MASTER_ADDR", ""), DEFAULT_PORT
         if name == "srun":
             nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
             address = address or first_node(nodes or "")
             job, step = (number(f"SLURM_{of}_ID", default=0) for of in ("JOB", "STEP"))
             port = 20000 + (31 * job + step) % 20000
         elif name == "torchrun":
-            name = "accelerate launch" if ACCELERATE in environment else name
+            name = "accelerate launch" if ACCELERATE_VARIABLE in environment else name
             if not address:
                 raise LorafoldError(
                     f"MASTER_ADDR: not set, but RANK={rank} is; set it to the address of process 0"
                 )
         port = number("MASTER_PORT", default=port)
-        return Launched(name, rank, world, local, address or "127.0.0.1", port)
-    if ACCELERATE in environment and "MASTER_PORT" in environment:
+        return Launch(name, rank, world, local, address or "127.0.0.1", port)
+    if ACCELERATE_VARIABLE in environment and "MASTER_PORT" in environment:
         raise LorafoldError(
             "accelerate launch started only one process, because on CPUs it uses --num_processes"
             " only with mpirun; use torchrun --nproc_per_node N -m lorafold ..., or accelerate"
             " launch with --num_processes 1"
         )
-    return Launched()
+    return Launch()
 
 
 def first_node(nodes: str) -> str:

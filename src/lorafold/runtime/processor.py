@@ -1,9 +1,9 @@
 """The CPU: its name, usable cores, load by others, instruction sets, and OpenMP threads.
 
 Threads that spin while waiting slow down busy machines; sleeping ones wake slowly on idle ones.
-GCC's OpenMP doesn't spin while a process has more threads than cores, so `considerate` creates an
+GCC's OpenMP doesn't spin while a process has more threads than cores, so `sleep_if_busy` creates an
 extra team of threads while others are busy. For the same reason, threads that don't need
-parallelism compute `alone`.
+parallelism call `use_one_thread`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 import psutil
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits
-BUSY, QUIET = 0.3, 0.1  # thresholds for the number of cores used by others
-PAUSE = 1.0  # seconds between two measurements
-GRAIN = 1 << 16  # elements per thread that make torch use another thread
-SOFT = 1  # omp_pause_soft: threads are created again on demand
-STACK = 32 << 20  # bytes of a stack; unused pages take no memory
-LOOKS = 3  # consecutive quiet measurements that count as quiet
+BUSY_CORES, QUIET_CORES = 0.3, 0.1  # thresholds for the number of cores used by others
+CHECK_SECONDS = 1.0  # seconds between two measurements
+ELEMENTS_PER_THREAD = 1 << 16  # elements per thread that make torch use another thread
+OMP_PAUSE_SOFT = 1  # omp_pause_soft: threads are created again on demand
+STACK_BYTES = 32 << 20  # bytes of a stack; unused pages take no memory
+QUIET_CHECKS = 3  # consecutive quiet measurements that count as quiet
 _lock = threading.Lock()
 _users = 0
 _ended = threading.Event()
@@ -42,10 +42,10 @@ def processor_name() -> str:
 def usable_cores(group: Path = CONTROL_GROUP) -> int:
     """Cores that this process may use, also limited by a container's quota."""
     if hasattr(os, "sched_getaffinity"):
-        there = len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     else:
-        there = os.cpu_count() or 1
-    return min(there, ceil(quota(group)) if quota(group) < there else there)
+        cores = os.cpu_count() or 1
+    return min(cores, ceil(quota(group)) if quota(group) < cores else cores)
 
 
 def quota(group: Path) -> float:
@@ -57,14 +57,14 @@ def quota(group: Path) -> float:
     return float("inf") if most == "max" else int(most) / int(period)
 
 
-class Neighbours:
+class OtherLoad:
     """Measures the load by other processes on this process's cores."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._before = self._times()
 
-    def look(self) -> float:
+    def cores_used(self) -> float:
         """Cores used by others since the last call, on average."""
         before, self._before = self._before, self._times()
         passed, everyone, here = (x - y for x, y in zip(self._before, before, strict=True))
@@ -81,10 +81,10 @@ class Neighbours:
         return time.perf_counter(), busy, process.user + process.system
 
 
-def busy_elsewhere(seconds: float) -> float:
-    neighbours = Neighbours()
+def cores_used_by_others(seconds: float) -> float:
+    neighbours = OtherLoad()
     time.sleep(seconds)
-    return neighbours.look()
+    return neighbours.cores_used()
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -101,12 +101,12 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 @contextmanager
-def considerate() -> Iterator[None]:
+def sleep_if_busy() -> Iterator[None]:
     """Makes waiting threads sleep whenever others are busy. No effect with one thread, or without
     GCC's OpenMP.
     """
     global _users, _ended
-    import torch  # not at the top, because processes without torch use `stacks`
+    import torch  # not at the top, because processes without torch use `stack_size`
 
     if torch.get_num_threads() == 1:
         yield
@@ -115,7 +115,7 @@ def considerate() -> Iterator[None]:
         _users += 1
         if _users == 1:
             _ended = threading.Event()
-            threading.Thread(target=_watch, args=(_ended,), name="load", daemon=True).start()
+            threading.Thread(target=_adapt_team, args=(_ended,), name="load", daemon=True).start()
     try:
         yield
     finally:
@@ -125,21 +125,21 @@ def considerate() -> Iterator[None]:
                 _ended.set()
 
 
-def _watch(ended: threading.Event) -> None:
-    neighbours, together, quiet = Neighbours(), False, 0
-    while not ended.wait(PAUSE):
-        busy = neighbours.look()
-        quiet = quiet + 1 if busy < QUIET else 0
-        if busy > BUSY and not together:
-            together = gather(max(2, usable_cores()))
-        elif together and quiet >= LOOKS:
-            disband()
-            together = False
-    disband()
+def _adapt_team(ended: threading.Event) -> None:
+    neighbours, has_team, quiet_checks = OtherLoad(), False, 0
+    while not ended.wait(CHECK_SECONDS):
+        busy = neighbours.cores_used()
+        quiet_checks = quiet_checks + 1 if busy < QUIET_CORES else 0
+        if busy > BUSY_CORES and not has_team:
+            has_team = create_team(max(2, usable_cores()))
+        elif has_team and quiet_checks >= QUIET_CHECKS:
+            end_team()
+            has_team = False
+    end_team()
 
 
 @contextmanager
-def stacks(size: int = STACK) -> Iterator[None]:
+def stack_size(size: int = STACK_BYTES) -> Iterator[None]:
     """Sets the stack size of threads started in the block, because native code that parses requests
     recurses.
     """
@@ -150,7 +150,7 @@ def stacks(size: int = STACK) -> Iterator[None]:
         threading.stack_size(before)
 
 
-def alone() -> None:
+def use_one_thread() -> None:
     """Makes the calling thread compute without an OpenMP team."""
     import torch
 
@@ -158,7 +158,7 @@ def alone() -> None:
     _call("omp_set_num_threads", 1)
 
 
-def gather(n: int) -> bool:
+def create_team(n: int) -> bool:
     """Creates a sleeping team of n threads for the calling thread. False without GCC's OpenMP."""
     import torch
 
@@ -166,13 +166,13 @@ def gather(n: int) -> bool:
         return False
     torch.get_num_threads()
     _call("omp_set_num_threads", n)
-    torch.ones(n * GRAIN).add_(1)
+    torch.ones(n * ELEMENTS_PER_THREAD).add_(1)
     return True
 
 
-def disband() -> None:
+def end_team() -> None:
     """Ends the calling thread's team; its next parallel region creates a new one."""
-    _call("omp_pause_resource_all", SOFT)
+    _call("omp_pause_resource_all", OMP_PAUSE_SOFT)
 
 
 def _call(name: str, argument: int) -> None:

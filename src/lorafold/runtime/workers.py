@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # tokenizers' threads don't survive a fork
-AHEAD = 3  # queued calls per process
+QUEUED_PER_PROCESS = 3  # queued calls per process
 
 
 def end_with_parent() -> None:
@@ -71,7 +71,7 @@ def workers(
             waiting: deque[Future[T]] = deque()
             for arguments in calls:
                 waiting.append(threads.submit(work, *arguments))
-                if len(waiting) > AHEAD * count:
+                if len(waiting) > QUEUED_PER_PROCESS * count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

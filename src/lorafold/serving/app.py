@@ -28,26 +28,26 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from lorafold.errors import STOPS, LorafoldError, cut
-from lorafold.runtime.memory import give_back
+from lorafold.errors import EXITS, LorafoldError, truncate_end
+from lorafold.runtime.memory import trim_heap
 from lorafold.serving import logs
-from lorafold.serving.backend import while_open
+from lorafold.serving.backend import running
 from lorafold.serving.chat import ChatBody
-from lorafold.serving.errors import Refusal, wrong
+from lorafold.serving.refusals import Refusal, invalid
 from lorafold.serving.request_body import Body
 from lorafold.serving.routes import completions, messages, models, page, responses
 from lorafold.serving.server import (
-    Record,
+    RequestRecord,
     Server,
-    answer,
     authorization,
-    defect,
+    error_response,
+    internal_error,
+    json_response,
     record_of,
-    refused,
 )
 from lorafold.serving.settings import Limits
 
-BODIES: dict[str, type[Body]] = {
+REQUEST_BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": completions.CompletionsBody,
     "/v1/responses": responses.ResponsesBody,
@@ -60,37 +60,37 @@ BODIES: dict[str, type[Body]] = {
     "/v1/unload_lora_adapter": models.UnloadBody,
     "/admin/aliases/{name}": models.AliasBody,
 }
-KEY = {"key": {"type": "http", "scheme": "bearer"}}
-UNLOGGED = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
-COMPLETIONS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-POLLED = ("/v1/models", "/v1/models/events")  # polled by the page; only errors are logged
+SECURITY_SCHEMES = {"key": {"type": "http", "scheme": "bearer"}}
+UNLOGGED_PATHS = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
+COMPLETION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+POLLED_PATHS = ("/v1/models", "/v1/models/events")  # polled by the page; only errors are logged
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 ORIGIN = re.compile(r"^[^/?]*://[^/]*")
-HEAD = 1 << 16  # bytes of an address and headers
+MAX_HEAD_BYTES = 1 << 16  # bytes of an address and headers
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def application(server: Server) -> FastAPI:
     @asynccontextmanager
-    async def running(app: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_exception_handler(logs.unhandled)
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(logs.log_loop_error)
         try:
-            async with server.host.computing(), while_open(server.usage.keep_saving()):
+            async with server.host.computing(), running(server.usage.keep_saving()):
                 yield
         finally:
             await server.usage.save()
 
-    app = FastAPI(title="lorafold", lifespan=running, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(title="lorafold", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     for routes in (
         completions.routes, responses.routes, messages.routes, models.routes,
-        completions.tokens, models.administration, operations, page.routes,
+        completions.tokens, models.administration, operation_routes, page.routes,
     ):  # fmt: skip
         routes(app, server)
 
     @app.get("/openapi.json")
     async def schema(request: Request) -> Response:
         """Returns the OpenAPI description, without authentication."""
-        return answer(described(app.routes))
+        return json_response(openapi_description(app.routes))
 
     for kind in (Refusal, LorafoldError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refused)
@@ -104,18 +104,18 @@ def application(server: Server) -> FastAPI:
     return app
 
 
-def operations(app: FastAPI, server: Server) -> None:
+def operation_routes(app: FastAPI, server: Server) -> None:
     @app.get("/livez")
     async def live() -> Response:
         """Returns 200 while the process answers requests."""
-        return answer({"status": "alive"})
+        return json_response({"status": "alive"})
 
     @app.get("/readyz")
     @app.get("/health")
     async def ready() -> Response:
         """Returns 200 if requests are computed, or 503 with the reason."""
         why = server.host.ready
-        return answer({"status": why or "ready"}, 503 if why else 200)
+        return json_response({"status": why or "ready"}, 503 if why else 200)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -124,15 +124,16 @@ def operations(app: FastAPI, server: Server) -> None:
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def described(routes: list[Any]) -> dict[str, Any]:
+def openapi_description(routes: list[Any]) -> dict[str, Any]:
     openapi = get_openapi(title="lorafold", version="1", routes=routes)
-    kinds: Any = [(kind, "validation") for kind in dict.fromkeys(BODIES.values())]
+    kinds: Any = [(kind, "validation") for kind in dict.fromkeys(REQUEST_BODIES.values())]
     names, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
-    for path, kind in BODIES.items():
+    for path, kind in REQUEST_BODIES.items():
         content = {"application/json": {"schema": names[kind, "validation"]}}
         for method in openapi["paths"][path].keys() & {"post", "put"}:
             openapi["paths"][path][method]["requestBody"] = {"required": True, "content": content}
-    openapi["components"] = {"schemas": schemas.get("$defs", {}), "securitySchemes": KEY}
+    components = schemas.get("$defs", {})
+    openapi["components"] = {"schemas": components, "securitySchemes": SECURITY_SCHEMES}
     return openapi | {"security": [{"key": []}]}
 
 
@@ -148,14 +149,14 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        sent = ORIGIN.sub("", scope.get("raw_path", b"").decode("ascii", "replace"))
+        raw_path = ORIGIN.sub("", scope.get("raw_path", b"").decode("ascii", "replace"))
         method = scope["method"] if scope["method"] in METHODS else "other"
         path = scope["path"].rstrip("/") or "/"
-        record = Record(f"req-{secrets.token_hex(8)}", method, path, sent)
+        record = RequestRecord(f"req-{secrets.token_hex(8)}", method, path, raw_path)
         # HEAD is routed as GET; uvicorn leaves out the body of the answer
         method = "GET" if method == "HEAD" else scope["method"]
         scope = {**scope, "record": record, "path": path, "method": method}
-        read, begun = 0, False
+        read, response_started = 0, False
 
         async def bounded() -> Message:
             nonlocal read
@@ -164,10 +165,10 @@ class Gate:
             self._check_size(read)
             return message
 
-        async def named(message: Message) -> None:
-            nonlocal begun
+        async def send_with_id(message: Message) -> None:
+            nonlocal response_started
             if message["type"] == "http.response.start":
-                begun = True
+                response_started = True
                 record.status = record.status or message["status"]
                 message["headers"] = [
                     *message.get("headers", []), (b"x-request-id", record.id.encode()),
@@ -178,9 +179,9 @@ class Gate:
             try:
                 self._check(Headers(scope=scope), record)
             except Refusal as refusal:
-                await refused(record, refusal)(scope, receive, named)
+                await error_response(record, refusal)(scope, receive, send_with_id)
             else:
-                await self.app(scope, bounded, named)
+                await self.app(scope, bounded, send_with_id)
         except ClientDisconnect:  # while sending the body
             record.outcome, record.status = "client_left", 499
         except SendTimeoutError:
@@ -188,19 +189,19 @@ class Gate:
         except asyncio.CancelledError:  # the server's shutdown timed out
             record.outcome, record.status = "not_ready", record.status or 503
             raise
-        except STOPS:
+        except EXITS:
             raise
         except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
-            failed = defect(record, error)
-            if not begun:
-                await refused(record, failed)(scope, receive, named)
+            failed = internal_error(record, error)
+            if not response_started:
+                await error_response(record, failed)(scope, receive, send_with_id)
         finally:
-            self._ended(record)
+            self._count_and_log(record)
 
-    def _check(self, headers: Headers, record: Record) -> None:
+    def _check(self, headers: Headers, record: RequestRecord) -> None:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 20:  # int() raises for very long numbers
-            raise wrong("content-length", f"found {length!r:.40}, expected a number of bytes")
+            raise invalid("content-length", f"found {length!r:.40}, expected a number of bytes")
         self._check_size(int(length))
         try:
             host = urlsplit(f"//{headers.get('host', '')}").hostname
@@ -212,41 +213,41 @@ class Gate:
         if keys.file is None and host not in (*LOOPBACK, self.server.settings.host):
             expected = f"expected one of {', '.join(LOOPBACK)}, because the server has no API keys"
             raise Refusal(403, "wrong_host", f"host: found {host!r:.80}, {expected}")
-        if record.path in COMPLETIONS and record.method == "POST":
+        if record.path in COMPLETION_PATHS and record.method == "POST":
             # refuse before reading the body
             caller = keys.caller(authorization(headers))
             record.tenant = caller.tenant
             self.server.admission.check_caller(caller, 1)
 
     def _check_size(self, nbytes: int) -> None:
-        most = self.server.settings.limits.body_bytes
-        if nbytes > most:
-            raise Refusal(413, "body_too_large", f"body: expected at most {most:,} bytes")
+        max_bytes = self.server.settings.limits.body_bytes
+        if nbytes > max_bytes:
+            raise Refusal(413, "body_too_large", f"body: expected at most {max_bytes:,} bytes")
 
-    def _ended(self, record: Record) -> None:
-        if record.path in UNLOGGED or (record.path in POLLED and record.status < 400):
+    def _count_and_log(self, record: RequestRecord) -> None:
+        if record.path in UNLOGGED_PATHS or (record.path in POLLED_PATHS and record.status < 400):
             return
         if record.status >= 400 and record.outcome == "ok":
             record.outcome = f"status_{record.status}"
-        if record.path in COMPLETIONS:
+        if record.path in COMPLETION_PATHS:
             metrics = self.server.metrics
-            metrics.ended(record.tenant or "none", record.adapter or "none", record.outcome)
-        logs.write(record)
+            metrics.count_request(record.tenant or "none", record.adapter or "none", record.outcome)
+        logs.log_request(record)
 
 
 async def _refused(request: Request, error: Any) -> Response:
     if isinstance(error, LorafoldError):
-        error = Refusal(400, "invalid_value", cut(str(error), 2000))
+        error = Refusal(400, "invalid_value", truncate_end(str(error), 2000))
     elif not isinstance(error, Refusal):  # raised by FastAPI's router
         detail = str(getattr(error, "detail", "not found")).lower()
         message = f"{request.method} {request.url.path[:200]!a}: {detail}"
         error = Refusal(getattr(error, "status_code", 404), "no_route", message)
-    return refused(record_of(request), error)
+    return error_response(record_of(request), error)
 
 
 def bounded(limits: Limits) -> type[HttpToolsProtocol]:
     arriving: dict[Bounded, asyncio.TimerHandle] = {}  # incomplete requests, oldest first
-    trims: list[asyncio.TimerHandle] = []  # at most one pending
+    pending_trims: list[asyncio.TimerHandle] = []  # at most one pending
 
     class Bounded(HttpToolsProtocol):
         """A connection, with a deadline for its first request, and for each one from its first
@@ -257,26 +258,26 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._wait()
+            self._start_timer()
             if len(self.connections) > limits.connections:
                 message = "too many connections; try again later"
                 next(iter(arriving))._refuse(503, "too_many_connections", message)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._arrived()
+            self._stop_timer()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self.read += len(data)  # includes chunk headers and trailers
-            most = HEAD + (0 if self.head else 2 * limits.body_bytes)
-            if self in arriving and self.read > most:
+            max_bytes = MAX_HEAD_BYTES + (0 if self.head else 2 * limits.body_bytes)
+            if self in arriving and self.read > max_bytes:
                 status = 431 if self.head else 413
-                self._refuse(status, "request_too_large", f"expected at most {most:,} bytes")
+                self._refuse(status, "request_too_large", f"expected at most {max_bytes:,} bytes")
 
         def on_message_begin(self) -> None:
             self.read, self.head = 0, True
-            self._wait()
+            self._start_timer()
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
@@ -284,13 +285,13 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
-            self._arrived()
+            self._stop_timer()
             super().on_message_complete()
 
         def on_response_complete(self) -> None:
             # free the unread part of a body, and the memory of a large one
-            if self.read > HEAD:
-                self._trim()
+            if self.read > MAX_HEAD_BYTES:
+                self._trim_later()
             if not self.pipeline:
                 self.cycle.body = bytearray()
             super().on_response_complete()
@@ -299,30 +300,31 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
         def _busy(self) -> bool:
             return self.head and self.cycle is not None and not self.cycle.response_complete
 
-        def _wait(self) -> None:
-            self._arrived()
-            arriving[self] = self.loop.call_later(limits.receive_seconds, self._late)
+        def _start_timer(self) -> None:
+            self._stop_timer()
+            arriving[self] = self.loop.call_later(limits.receive_seconds, self._on_timeout)
 
-        def _arrived(self) -> None:
+        def _stop_timer(self) -> None:
             if (timer := arriving.pop(self, None)) is not None:
                 timer.cancel()
 
-        def _late(self) -> None:
+        def _on_timeout(self) -> None:
             if self.flow.read_paused or self._busy:  # reading is paused by the server
-                self._wait()
+                self._start_timer()
             else:
                 message = f"expected the whole request within {limits.receive_seconds:g} s"
                 self._refuse(408, "request_timeout", message)
-                self._trim()
+                self._trim_later()
 
-        def _trim(self) -> None:
-            if not trims or trims[-1].when() < self.loop.time():
-                trims[:] = [self.loop.call_later(1, self.loop.run_in_executor, None, give_back)]
+        def _trim_later(self) -> None:
+            if not pending_trims or pending_trims[-1].when() < self.loop.time():
+                loop = self.loop
+                pending_trims[:] = [loop.call_later(1, loop.run_in_executor, None, trim_heap)]
 
         def _refuse(self, status: int, code: str, message: str) -> None:
             """Closes the connection; sends an error if a request has begun and has no answer yet.
             """
-            self._arrived()
+            self._stop_timer()
             if self.read and not self._busy and (self.head or not self.cycle.response_started):
                 content = to_json(Refusal(status, code, f"request: {message}").body)
                 headers = (

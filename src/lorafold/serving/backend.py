@@ -15,16 +15,16 @@ from typing import Any, Literal
 from lorafold.engine import Ended, Request, Sampling, Token
 from lorafold.engine.request import NUMBERS
 from lorafold.engine.sampler import NOT_FINITE, guidance
-from lorafold.engine.sequence import Text, may_begin
+from lorafold.engine.sequence import Detokenizer, overlap
 from lorafold.serving.settings import Strict
 
 __all__ = [
-    "LOST", "NOT_FINITE", "NUMBERS", "AdapterFiles", "Backend", "Ended", "News", "Request",
-    "Sampling", "States", "Text", "Token", "Until", "guidance", "may_begin", "while_open",
+    "CRASHED", "NOT_FINITE", "NUMBERS", "AdapterFiles", "Backend", "Detokenizer", "Ended", "Output",
+    "Request", "Sampling", "Stage", "States", "Token", "guidance", "overlap", "running",
 ]  # fmt: skip
 
-LOST = "the engine stopped"  # a message of `Ended`, like NOT_FINITE
-Until = Literal["checked", "known", "begun", "resident"]
+CRASHED = "the engine stopped"  # a message of `Ended`, like NOT_FINITE
+Stage = Literal["checked", "known", "begun", "resident"]
 
 
 class AdapterFiles(Strict):
@@ -54,7 +54,7 @@ class AdapterFiles(Strict):
 
 
 @dataclass(frozen=True)
-class News:
+class Output:
     id: str
     events: Sequence[Token | Ended]
     began: float | None  # time.monotonic() when it got a slot; None while it waits
@@ -72,7 +72,7 @@ class States:
     damaged: int  # adapters whose memory was corrupted
     alone: str  # the reason for running one request at a time; empty if they are batched
 
-    def refuses(self, name: str) -> bool:
+    def is_quarantined(self, name: str) -> bool:
         return self.adapters.get(name, ("", 0))[0] == "quarantined"
 
 
@@ -90,10 +90,12 @@ class Backend(ABC):
         """The reason for which nothing is computed, or an empty text."""
 
     @abstractmethod
-    def events(self, take: Callable[[Sequence[News]], None]) -> AbstractAsyncContextManager[None]:
-        """Computes while the context is open; at its end, all requests end. `take` is called on the
-        event loop with the news since its last call. Every request gets one `Ended`, with the
-        message LOST if the backend failed.
+    def events(
+        self, notify: Callable[[Sequence[Output]], None]
+    ) -> AbstractAsyncContextManager[None]:
+        """Computes while the context is open; at its end, all requests end. `notify` is called on
+        the event loop with the updates since its last call. Every request gets one `Ended`, with
+        the message CRASHED if the backend failed.
         """
 
     @abstractmethod
@@ -105,7 +107,7 @@ class Backend(ABC):
         """Ends a request within a step, if it exists."""
 
     @abstractmethod
-    def load(self, adapter: AdapterFiles, until: Until) -> None:
+    def load(self, adapter: AdapterFiles, until: Stage) -> None:
         """Registers an adapter under its key, also after a restart of the engine. Running requests
         keep their version. The files must have these digests whenever they are read.
 
@@ -128,9 +130,9 @@ class Backend(ABC):
 
 
 @asynccontextmanager
-async def while_open(doing: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Runs a coroutine during the block, and cancels it at the end."""
-    task = asyncio.create_task(doing)
+    task = asyncio.create_task(work)
     try:
         yield
     finally:

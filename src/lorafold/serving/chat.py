@@ -19,16 +19,16 @@ from lorafold.data.messages import (
     Tool,
     call_problems,
     message_problems,
-    normalized,
+    normalize,
+    openai_tools,
     tool_problems,
-    tools_of,
 )
 from lorafold.serving.backend import Ended, Token
-from lorafold.serving.completion_job import DialectRequest, PartReader, Prompted, Prompts, Reply
-from lorafold.serving.errors import check_number, naming, unsupported, wrong
+from lorafold.serving.completion_job import DialectRequest, PartReader, Prompts, Reply, Resolved
+from lorafold.serving.refusals import check_count, client_names, invalid, unsupported_field
 from lorafold.serving.rendering import Renderer, ServedModel
-from lorafold.serving.request_body import Body, Completing, Listed, new_id
-from lorafold.serving.schema import check_founded, schema_of
+from lorafold.serving.request_body import Body, Generation, ListOf, new_id
+from lorafold.serving.schema import check_recursion, schema_of
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Limits
 
@@ -36,16 +36,16 @@ FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "annotations"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-class ChatBody(Completing):
+class ChatBody(Generation):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Listed[dict[str, Any]]
+    messages: ListOf[dict[str, Any]]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
     response_format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
-    tools: Listed[dict[str, Any]] = Field(default_factory=list)
+    tools: ListOf[dict[str, Any]] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -66,35 +66,35 @@ class ChatBody(Completing):
         return {k: v for k, v in named.items() if v is not None} | self.chat_template_kwargs
 
     def conversation(self, limits: Limits) -> list[Message]:
-        check_number("messages", len(self.messages), limits.messages)
+        check_count("messages", len(self.messages), limits.messages)
         _check(message_problems("messages", self.messages))
         for i, message in enumerate(self.messages):
             role, name = message["role"], message.get("name") or ""
             for unknown in message.keys() - FIELDS:
                 if message[unknown] is not None:
-                    raise unsupported(f"messages[{i}].{unknown[:80]}")
+                    raise unsupported_field(f"messages[{i}].{unknown[:80]}")
             if not isinstance(name, str):
-                raise wrong(f"messages[{i}].name", f"found {name!r:.80}, expected a string")
+                raise invalid(f"messages[{i}].name", f"found {name!r:.80}, expected a string")
             if role not in ROLES:
                 expected = f"expected one of {', '.join(ROLES)}"
-                raise wrong(f"messages[{i}].role", f"found {role[:40]!r}, {expected}")
-        return normalized(
+                raise invalid(f"messages[{i}].role", f"found {role[:40]!r}, {expected}")
+        return normalize(
             [m | {"role": "system"} if m["role"] == "developer" else m for m in self.messages]
         )
 
-    def offered(self, limits: Limits) -> tuple[tuple[Tool, ...], list[str] | None]:
+    def offered_tools(self, limits: Limits) -> tuple[tuple[Tool, ...], list[str] | None]:
         """Returns the allowed tools, and the names of those of which one must be called, or None.
         """
-        check_number("tools", len(self.tools), limits.tools)
+        check_count("tools", len(self.tools), limits.tools)
         _check(tool_problems(self.tools))
         for i, tool in enumerate(self.tools):
             if tool.get("type", "function") != "function":
-                raise wrong(f"tools[{i}].type", f"found {tool['type']!r}, expected function")
-        tools = tools_of(self.tools)
-        allowed, forced = self._choice([tool["function"]["name"] for tool in tools])
+                raise invalid(f"tools[{i}].type", f"found {tool['type']!r}, expected function")
+        tools = openai_tools(self.tools)
+        allowed, forced = self._tool_choice([tool["function"]["name"] for tool in tools])
         return tuple(tool for tool in tools if tool["function"]["name"] in allowed), forced
 
-    def _choice(self, names: list[str]) -> tuple[list[str], list[str] | None]:
+    def _tool_choice(self, names: list[str]) -> tuple[list[str], list[str] | None]:
         choice = self.tool_choice
         if choice in ("auto", "none"):
             return (names if choice == "auto" else []), None
@@ -102,16 +102,16 @@ class ChatBody(Completing):
             return names, names
         if not isinstance(choice, Mapping):
             expected = "auto, none, required or a function" if names else "auto, without tools"
-            raise wrong("tool_choice", f"found {choice!r}, expected {expected}")
+            raise invalid("tool_choice", f"found {choice!r}, expected {expected}")
         if choice.get("type") != "allowed_tools":
             return names, [_tool_name(choice, names)]
         inner = choice.get("allowed_tools", choice)  # flat in the responses API
         tools = inner.get("tools") if isinstance(inner, Mapping) else None
         if not isinstance(tools, list) or inner.get("mode") not in ("auto", "required"):
             message = "expected allowed_tools with a list of tools and the mode auto or required"
-            raise wrong("tool_choice", message)
+            raise invalid("tool_choice", message)
         if not tools:
-            raise wrong("tool_choice", "found an empty list of tools, expected at least one")
+            raise invalid("tool_choice", "found an empty list of tools, expected at least one")
         allowed = [_tool_name(tool, names) for tool in tools]
         return allowed, allowed if inner["mode"] == "required" else None
 
@@ -120,17 +120,17 @@ def _tool_name(choice: Any, names: Collection[str]) -> str:
     function = choice.get("function", choice) if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if function is None or choice.get("type") != "function" or name not in names:
-        raise wrong("tool_choice", f"found {name!r:.80}, expected the name of a tool")
+        raise invalid("tool_choice", f"found {name!r:.80}, expected the name of a tool")
     return str(name)
 
 
 def _check(problems: Iterator[str]) -> None:
     for problem in problems:
         field, _, message = problem.removeprefix("field ").partition(": ")
-        raise wrong(field, message)
+        raise invalid(field, message)
 
 
-def chat_of(
+def as_chat(
     body: Body,
     messages: Sequence[tuple[str, dict[str, Any]]],
     tools: Sequence[dict[str, Any]],
@@ -141,8 +141,8 @@ def chat_of(
     Also returns that API's names of fields.
     """
     chat = {name: getattr(body, name) for name in ChatBody.model_fields if hasattr(body, name)}
-    for name, sent_as in names.items():
-        outer, _, key = sent_as.partition(".")
+    for name, with_client_names in names.items():
+        outer, _, key = with_client_names.partition(".")
         value = getattr(body, outer, None)
         chat[name] = (value or {}).get(key) if key else value
     chat["response_format"] = chat.get("response_format") or None
@@ -156,32 +156,32 @@ def chat_of(
         return ChatBody(**{name: value for name, value in chat.items() if value is not None}), names
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        refusal = wrong(".".join(map(str, first["loc"])), first["msg"].lower())
-        raise refusal.sent_as(names) from None
+        refusal = invalid(".".join(map(str, first["loc"])), first["msg"].lower())
+        raise refusal.with_client_names(names) from None
 
 
-def call_of(
+def as_call(
     id: Any, name: Any, arguments: Any, where: str, field: str = "arguments"
 ) -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
     for problem in call_problems("calls", [function]):
         wrong_field, _, message = problem.removeprefix("field calls[0].").partition(": ")
-        raise wrong(f"{where}.{field if wrong_field == 'arguments' else wrong_field}", message)
+        raise invalid(f"{where}.{field if wrong_field == 'arguments' else wrong_field}", message)
     return {"id": str(id), "type": "function", "function": function}
 
 
-def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, message: str) -> str:
+def join_text(parts: Sequence[Any], kinds: Collection[str], where: str, message: str) -> str:
     """Joins text parts; refuses other parts with `where` and `message`, in which `{}` stands for
     index and type.
     """
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in kinds or not isinstance(part.get("text"), str):
-            raise wrong(where.format(i), message.format(f"{kind!r:.80}"))
+            raise invalid(where.format(i), message.format(f"{kind!r:.80}"))
     return "".join(part["text"] for part in parts)
 
 
-def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
+def drop_oldest(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
     """Drops the fewest oldest exchanges that make the rest fit."""
     units = _units(messages)
 
@@ -256,19 +256,19 @@ class NextTurn(DialectRequest):
     ) -> None:
         newer, names = body.max_completion_tokens, body.names if names is None else names
         if newer is not None and body.max_tokens not in (None, newer):
-            raise wrong("max_tokens", "differs from max_completion_tokens; set only one of them")
+            raise invalid("max_tokens", "differs from max_completion_tokens; set only one of them")
         super().__init__(body, names, field, body.max_tokens if newer is None else newer)
         verbosity = {} if body.verbosity is None else {"verbosity": body.verbosity}
-        self._wishes, self._shorten = {**verbosity, **(wishes or {})}, shorten
+        self._optional_variables, self._shorten = {**verbosity, **(wishes or {})}, shorten
         self._length, limits = server.host.backend.length, server.settings.limits
-        self._compiles = server.admission.compiles
-        with naming(names):
+        self._check_grammar = server.admission.check_grammar
+        with client_names(names):
             server.admission.check(body)
             self.messages = body.conversation(limits)
-            self.tools, self._forced = body.offered(limits)
+            self.tools, self._forced = body.offered_tools(limits)
             self._schema = schema_of(body.response_format, "response_format")
             if body.top_logprobs is not None and not body.logprobs:
-                raise wrong("top_logprobs", "this field requires logprobs: true")
+                raise invalid("top_logprobs", "this field requires logprobs: true")
             # with tools, the schema is part of their grammar
             alone = self._forced is None and not self.tools
             self._sampling = body.sampling(
@@ -276,8 +276,8 @@ class NextTurn(DialectRequest):
                 schema=self._schema if alone else None,
             )
 
-    def rendered(self, renderer: Renderer) -> tuple[str, Prompts]:
-        wishes = {k: v for k, v in self._wishes.items() if k in renderer.variables}
+    def render_prompts(self, renderer: Renderer) -> tuple[str, Prompts]:
+        wishes = {k: v for k, v in self._optional_variables.items() if k in renderer.variables}
         variables = wishes | self.body.variables
 
         def render(messages: list[dict[str, Any]]) -> tuple[str, tuple[int, ...]]:
@@ -287,21 +287,21 @@ class NextTurn(DialectRequest):
         messages = self.messages
         if self._shorten:
             room = self._length - (self.max_new_tokens or self._length // 4)
-            messages = shortened(messages, lambda rest: len(render(rest)[1]) <= room)
+            messages = drop_oldest(messages, lambda rest: len(render(rest)[1]) <= room)
         text, tokens = render(messages)
         return text, (tokens,)
 
-    def prompted(self, chosen: ServedModel) -> Prompted:
+    def resolve(self, chosen: ServedModel) -> Resolved:
         renderer = chosen.renderer
-        text, prompts = self.rendered(renderer)
+        text, prompts = self.render_prompts(renderer)
         lark = self._grammar(renderer)
         sampling = self._sampling if lark is None else replace(self._sampling, lark=lark)
         # slow, so not on the event loop: it probes the template
         reader = PartReader(renderer.tokenizer, text, self.tools)
-        return Prompted(chosen, text, prompts, sampling, reader)
+        return Resolved(chosen, text, prompts, sampling, reader)
 
     async def deltas(self, reply: Reply) -> AsyncIterator[MessageDelta]:
-        readers = [copy(reply.prompted.reader) for _ in reply.jobs]
+        readers = [copy(reply.resolved.reader) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
                 texts = dict(readers[i].add(event.text))
@@ -313,7 +313,7 @@ class NextTurn(DialectRequest):
                 texts[field] = texts.get(field, "") + text
             yield MessageDelta(i, texts, end=event, calls=self._calls(calls))
 
-    async def messages_of(self, reply: Reply) -> list[GeneratedMessage]:
+    async def collect_messages(self, reply: Reply) -> list[GeneratedMessage]:
         messages = [GeneratedMessage() for _ in reply.jobs]
         async for delta in self.deltas(reply):
             messages[delta.index].add(delta)
@@ -322,12 +322,12 @@ class NextTurn(DialectRequest):
     def _grammar(self, renderer: Renderer) -> str | None:
         if self._forced is None and (self._schema is None or not self.tools):
             if self._schema is not None:
-                check_founded(self._schema, "response_format")
+                check_recursion(self._schema, "response_format")
             return None
         names, schema = self._forced, None
         if names is None:
             names, schema = [tool["function"]["name"] for tool in self.tools], self._schema
-        return renderer.call_grammar(self.tools, names, self._compiles, schema)
+        return renderer.call_grammar(self.tools, names, self._check_grammar, schema)
 
     def _calls(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         functions = [call["function"] for call in calls]

@@ -17,14 +17,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafold.data.calls import grammar_of, parse_calls, special_words
+from lorafold.data.chat_template import template_of
 from lorafold.data.messages import Tool
-from lorafold.data.templates import template_of
+from lorafold.data.tool_calls import grammar_of, parse_calls, special_tokens
 from lorafold.errors import LorafoldError
-from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token, may_begin
-from lorafold.serving.errors import FIELDS, Refusal, wrong
+from lorafold.serving.backend import CRASHED, NOT_FINITE, Ended, Request, Sampling, Token, overlap
+from lorafold.serving.refusals import FIELD_BY_SETTING, Refusal, invalid
 from lorafold.serving.rendering import Renderer, ServedModel
-from lorafold.serving.request_body import Completing
+from lorafold.serving.request_body import Generation
 from lorafold.serving.settings import Limits
 
 REASONING, CONTENT = "reasoning_content", "content"
@@ -33,7 +33,7 @@ Prompts = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Prompted:
+class Resolved:
     """A request to the engine, with its adapter chosen."""
 
     chosen: ServedModel
@@ -50,17 +50,17 @@ class DialectRequest(ABC):
     """
 
     def __init__(
-        self, body: Completing, names: Mapping[str, str], field: str, max_new_tokens: int | None
+        self, body: Generation, names: Mapping[str, str], field: str, max_new_tokens: int | None
     ) -> None:
         self.body, self.names, self.field = body, names, field
         self.max_new_tokens = max_new_tokens
 
     @abstractmethod
-    def rendered(self, renderer: Renderer) -> tuple[object, Prompts]:
+    def render_prompts(self, renderer: Renderer) -> tuple[object, Prompts]:
         """Returns the prompts as text and as tokens. Slow."""
 
     @abstractmethod
-    def prompted(self, chosen: ServedModel) -> Prompted:
+    def resolve(self, chosen: ServedModel) -> Resolved:
         """Returns the request for a model. Slow."""
 
 
@@ -83,21 +83,21 @@ class CompletionJob:
     before: float | None = None  # the arrival of the previous events
     times: Sequence[float] = ()  # the first and the last token's
 
-    def put(self, events: Sequence[Token | Ended]) -> None:
+    def add_events(self, events: Sequence[Token | Ended]) -> None:
         now, new = time.monotonic(), sum(isinstance(event, Token) for event in events)
         self.events.extend(events)
         self.tokens += new
         self.count(new)
         last = events[-1]
         self.end = last if isinstance(last, Ended) else None
-        if self.end is not None and self.end.message == LOST:
-            self.why = Refusal(503, "engine_restarted", f"{LOST}; try again", retry_after=1)
+        if self.end is not None and self.end.message == CRASHED:
+            self.why = Refusal(503, "engine_restarted", f"{CRASHED}; try again", retry_after=1)
         self.before = self.times[-1] if self.times else None
         if isinstance(events[0], Token):
             self.times = [*self.times[:1], now]
         self.arrived.set()
 
-    def late(self, now: float, limits: Limits) -> Refusal | None:
+    def timeout_refusal(self, now: float, limits: Limits) -> Refusal | None:
         queue, first = limits.queue_seconds, limits.first_token_seconds
         waited = now - self.submitted
         if self.began is None and waited > queue:
@@ -116,8 +116,8 @@ class CompletionJob:
         if self.why is not None:
             return self.why
         if self.end.setting:
-            field = FIELDS.get(self.end.setting, self.end.setting)
-            return wrong(field, self.end.message.partition(": ")[2])
+            field = FIELD_BY_SETTING.get(self.end.setting, self.end.setting)
+            return invalid(field, self.end.message.partition(": ")[2])
         if self.end.message == NOT_FINITE:
             message = f"{self.adapter}: the model's logits are NaN or infinite"
             return Refusal(500, "adapter_numerics", message, "model")
@@ -151,31 +151,31 @@ class Reply:
     def __init__(self, id: str) -> None:
         self.id, self.created = id, int(time.time())
         self.arrived = asyncio.Event()
-        self.prompted: Prompted  # set on admission
+        self.resolved: Resolved  # set on admission
         self.jobs: list[CompletionJob] = []  # equally many for each prompt
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
-        left = len(self.jobs)
-        while left:
+        unfinished = len(self.jobs)
+        while unfinished:
             await self.arrived.wait()
             self.arrived.clear()
             for i, job in enumerate(self.jobs):
                 while job.events:
                     event = job.events.popleft()
                     if isinstance(event, Ended):
-                        left -= 1
+                        unfinished -= 1
                         if job.failed is not None:
                             raise job.failed
                     yield i, event
 
     @property
     def usage(self) -> Usage:
-        each = len(self.jobs) // len(self.prompted.prompts)
+        per_prompt = len(self.jobs) // len(self.resolved.prompts)
         ends = [job.end for job in self.jobs if job.end]
         return Usage(
-            sum(map(len, self.prompted.prompts)),
+            sum(map(len, self.resolved.prompts)),
             sum(len(end.tokens) for end in ends),
-            sum(end.cached for end in ends[::each]),
+            sum(end.cached for end in ends[::per_prompt]),
         )
 
 
@@ -185,16 +185,17 @@ class PartReader:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: str, tools: Sequence[Tool]
     ) -> None:
-        self._tokenizer, self._tools, self._held = tokenizer, tools, ""
+        self._tokenizer, self._tools, self._buffer = tokenizer, tools, ""
         self.length = 0  # of the text so far
         block = template_of(tokenizer).block
         self._opening, self._closing = block.opening, block.closing
         opened = prompt.rstrip().endswith(block.opening)
         self._state = "thinking" if opened else "start" if block.shown else "saying"
         grammar = grammar_of(tokenizer) if tools else None
-        words = special_words(tokenizer)
-        self._call = grammar.without(words).before.strip() if grammar else ""
-        self._all = bool(grammar) and not self._call  # calls without a tag: any text may be one
+        words = special_tokens(tokenizer)
+        self._call_tag = grammar.without(words).before.strip() if grammar else ""
+        # calls without a tag: any text may be one
+        self._untagged_calls = bool(grammar) and not self._call_tag
 
     @property
     def field(self) -> str:
@@ -204,45 +205,45 @@ class PartReader:
         return REASONING if self._state == "thinking" else CONTENT
 
     def add(self, piece: str) -> list[Part]:
-        self._held += piece
+        self._buffer += piece
         self.length += len(piece)
         parts = []
         if self._state == "start":
-            text = self._held.lstrip()
+            text = self._buffer.lstrip()
             if text.startswith(self._opening):
-                self._state, self._held = "thinking", text[len(self._opening) :].lstrip()
+                self._state, self._buffer = "thinking", text[len(self._opening) :].lstrip()
             elif text and not self._opening.startswith(text):
                 self._state = "saying"
         if self._state == "thinking":
-            before, mark, after = self._held.partition(self._closing)
+            before, mark, after = self._buffer.partition(self._closing)
             if mark:
                 parts.append((REASONING, before.rstrip()))
-                self._state, self._held = "saying", after.lstrip()
+                self._state, self._buffer = "saying", after.lstrip()
             else:
-                parts.append((REASONING, self._take(self._closing)))
-        if self._state == "saying" and not self._all:
-            at = self._held.find(self._call) if self._call else -1
+                parts.append((REASONING, self._release(self._closing)))
+        if self._state == "saying" and not self._untagged_calls:
+            at = self._buffer.find(self._call_tag) if self._call_tag else -1
             if at >= 0:
-                parts.append((CONTENT, self._held[:at].rstrip()))
-                self._state, self._held = "calling", self._held[at:]
+                parts.append((CONTENT, self._buffer[:at].rstrip()))
+                self._state, self._buffer = "calling", self._buffer[at:]
             else:
-                parts.append((CONTENT, self._take(self._call)))
+                parts.append((CONTENT, self._release(self._call_tag)))
         return [part for part in parts if part[1]]
 
     def finish(self) -> tuple[list[Part], list[dict[str, Any]]]:
         """Returns the remaining parts, and the calls in OpenAI's format with arguments as objects.
         """
         calls = []
-        if self._state == "calling" or self._all:
+        if self._state == "calling" or self._untagged_calls:
             with suppress(LorafoldError, RecursionError, MemoryError):  # endless nesting
-                calls = parse_calls(self._held, self._tokenizer, self._tools)
-        if calls or not self._held:
+                calls = parse_calls(self._buffer, self._tokenizer, self._tools)
+        if calls or not self._buffer:
             return [], calls
-        return [(REASONING if self._state == "thinking" else CONTENT, self._held)], []
+        return [(REASONING if self._state == "thinking" else CONTENT, self._buffer)], []
 
-    def _take(self, mark: str) -> str:
+    def _release(self, mark: str) -> str:
         """Releases the text before a possible start of the tag and white space before it."""
-        text = self._held
-        taken = text[: len(text) - may_begin(text, [mark])].rstrip() if mark else text
-        self._held = text[len(taken) :]
+        text = self._buffer
+        taken = text[: len(text) - overlap(text, [mark])].rstrip() if mark else text
+        self._buffer = text[len(taken) :]
         return taken

@@ -30,11 +30,11 @@ from lorafold.peft.config import CONFIG
 from lorafold.peft.provenance import expected_path
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-MOST, PAGE = 4 << 30, 32 << 20  # maximum bytes of an adapter's file, and of its page
-TOKENIZERS, ENTRIES = 64 << 20, 1000  # maximum bytes of a tokenizer, and files of an adapter
+MAX_FILE_BYTES, MAX_PAGE_BYTES = 4 << 30, 32 << 20  # of an adapter
+MAX_TOKENIZER_BYTES, MAX_FILES = 64 << 20, 1000  # of an adapter
 # seconds between listings of a directory that changed just now, whose next change may have the
 # same mtime, and of others
-PAUSE, AGAIN = 0.25, 2.0
+FRESH_INTERVAL, LISTING_INTERVAL = 0.25, 2.0
 
 
 class Directory:
@@ -55,74 +55,74 @@ class Directory:
         changed = self.path.stat().st_mtime_ns
         (when, listed), now = self._listed, time.monotonic()
         fresh = abs(time.time() - changed / 1e9) < FRESH
-        if changed != listed or now - when > (PAUSE if fresh else AGAIN):
+        if changed != listed or now - when > (FRESH_INTERVAL if fresh else LISTING_INTERVAL):
             entries = [name for name in os.listdir(self.path) if not name.startswith(".")]
             self._names = frozenset(_utf8(n) for n in entries if _has_config(self.path / n))
             self._listed = now, changed  # last, so that a failed listing is repeated
         return self._names
 
     @property
-    def beside(self) -> Path:
+    def pages_directory(self) -> Path:
         return self.path.parent if self._single else self.path
 
-    def others(self) -> list[str]:
+    def without_config(self) -> list[str]:
         if self._single:
             return []
         entries = os.listdir(self.path)
-        others = {n for n in entries if not n.startswith(".") and (self.path / n).is_dir()}
-        return sorted(others - self.names())
+        without_config = {n for n in entries if not n.startswith(".") and (self.path / n).is_dir()}
+        return sorted(without_config - self.names())
 
-    def marks(self, path: Path) -> dict[str, FileStamp]:
-        marks = dict[str, FileStamp]()
+    def stamps(self, path: Path) -> dict[str, FileStamp]:
+        stamps = dict[str, FileStamp]()
         for place in (path, path / TEMPLATES):
             if not place.is_dir():
                 continue
             with os.scandir(place) as listing:
-                entries = list(islice(listing, ENTRIES + 1))
-            if len(entries) > ENTRIES:  # changes of the others would be missed
-                raise LorafoldError(f"found more than {ENTRIES:,} files, too many for an adapter")
+                entries = list(islice(listing, MAX_FILES + 1))
+            if len(entries) > MAX_FILES:  # changes of the others would be missed
+                raise LorafoldError(f"found more than {MAX_FILES:,} files, too many for an adapter")
             for entry in entries:
                 with suppress(OSError):  # a dangling link or a deleted file
                     status = entry.stat()
                     if stat.S_ISREG(status.st_mode):
                         where = Path(entry.path).relative_to(path)
-                        marks[_utf8(f"{path.name}/{where}")] = FileStamp.of(status)
-        return marks
+                        stamps[_utf8(f"{path.name}/{where}")] = FileStamp.of(status)
+        return stamps
 
-    def touch(self, name: str) -> object:
+    def stamps_or_none(self, name: str) -> object:
         try:
-            return self.marks(self.locate(name))
+            return self.stamps(self.locate(name))
         except (LorafoldError, OSError):
             return None
 
-    def linked(self, path: Path, names: Iterable[str]) -> list[str]:
+    def hard_linked(self, path: Path, names: Iterable[str]) -> list[str]:
         return [n for n in names if not self._single and (path / n).stat().st_nlink > 1]
 
-    def words(self, path: Path) -> list[str]:
+    def tokenizer_files(self, path: Path) -> list[str]:
         """Returns the names of present and possible files of an adapter's tokenizer."""
-        marks = {name.partition("/")[2]: mark for name, mark in self.marks(path).items()}
-        present = [name for name in marks if any(fnmatchcase(name, p) for p in WORDS)]
+        stamps = {name.partition("/")[2]: mark for name, mark in self.stamps(path).items()}
+        present = [name for name in stamps if any(fnmatchcase(name, p) for p in WORDS)]
         self._check_own(*(path / name for name in {*present, *TOKENIZER}))
-        if (size := sum(marks[name].size for name in present)) > TOKENIZERS:
+        if (size := sum(stamps[name].size for name in present)) > MAX_TOKENIZER_BYTES:
             raise LorafoldError(
                 f"tokenizer: found {len(present):,} files of {size:,} bytes in total, expected at"
-                f" most {TOKENIZERS:,} bytes"
+                f" most {MAX_TOKENIZER_BYTES:,} bytes"
             )
         return sorted({*present, *TOKENIZER})
 
     def tokenizer(self, path: Path) -> Contents:
-        contents = Contents(path, self.words(path), 2 * TOKENIZERS)
+        contents = Contents(path, self.tokenizer_files(path), 2 * MAX_TOKENIZER_BYTES)
         contents.check_intact()
         return contents
 
-    def page(self, name: str) -> Path | None:
-        file = f"{self.beside}/{name}.html"
+    def page_file(self, name: str) -> Path | None:
+        file = f"{self.pages_directory}/{name}.html"
         try:
             status = os.lstat(file)
         except OSError:
             return None
         regular = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-        return Path(file) if regular and status.st_size <= PAGE else None
+        return Path(file) if regular and status.st_size <= MAX_PAGE_BYTES else None
 
     def locate(self, name: str) -> Path:
         if not NAME.fullmatch(name):
@@ -137,7 +137,7 @@ class Directory:
         self._check_own(path, *(path / each for each in (*FILES, MANIFEST)))
         return path
 
-    def below(self, origin: Origin, path: Path) -> Path:
+    def base_adapter_path(self, origin: Origin, path: Path) -> Path:
         if not self._single:
             self.locate(Path(origin.path).name)
         return expected_path(origin, path)
@@ -153,8 +153,8 @@ class Directory:
                 continue
             if root not in file.resolve().parents:
                 raise LorafoldError(f"{file.name} is a link that leads outside of {self.path}")
-            if file.is_file() and (size := file.stat().st_size) > MOST:
-                most = f"expected at most {MOST:,}"
+            if file.is_file() and (size := file.stat().st_size) > MAX_FILE_BYTES:
+                most = f"expected at most {MAX_FILE_BYTES:,}"
                 raise LorafoldError(f"{file.name}: found {size:,} bytes, {most}")
 
 

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.engine import Ended, Engine, EngineSettings, EventStream, Request, Token
 from lorafold.engine.adapters import KnownAdapter, VerifiedAdapter
-from lorafold.serving.backend import LOST, AdapterFiles, Backend, News, States, Until, while_open
+from lorafold.serving.backend import CRASHED, AdapterFiles, Backend, Output, Stage, States, running
 from lorafold.serving.settings import Settings
 
 log = logging.getLogger(__name__)
-WATCH = 0.25  # seconds between two checks of the thread
+CHECK_INTERVAL = 0.25  # seconds between two checks of the thread
 BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the next restart after failures
-LASTS = 60.0  # seconds after which a start counts as successful
+STABLE_SECONDS = 60.0  # seconds after which a start counts as successful
 
 
 @dataclass
@@ -33,19 +33,20 @@ class ActiveRequest:
     delivered: int = 0
     began: float | None = None
 
-    def news(self) -> News | None:
+    def update(self) -> Output | None:
         if self.stream is None:
             return None
         events, began = self.stream.so_far(self.delivered), self.stream.began
         if not events and began == self.began:
             return None
         self.delivered, self.began = self.delivered + len(events), began
-        return News(self.id, events, began, self.stream.prompt)
+        return Output(self.id, events, began, self.stream.prompt)
 
-    def lost(self) -> News:
+    def lost_update(self) -> Output:
         events = self.stream.so_far()[: self.delivered] if self.stream else []
         tokens = tuple(event.token for event in events if isinstance(event, Token))
-        return News(self.id, [Ended(self.id, "failed", tokens, message=LOST)], self.began)
+        end = Ended(self.id, "failed", tokens, message=CRASHED)
+        return Output(self.id, [end], self.began)
 
 
 class EngineBackend(Backend):
@@ -68,15 +69,15 @@ class EngineBackend(Backend):
             prefix_reuse=settings.prefix_reuse, strikes=settings.strikes, tenant_slots=tenant_slots,
             weights=settings.weights, allow_other_base=allow_other_base,
         )  # fmt: skip
-        self._open = partial(Engine, model, tokenizer, engine_settings)
-        self.engine, self._restarted = self._open(), restarted
-        self._late = settings.heartbeat_seconds
+        self._new_engine = partial(Engine, model, tokenizer, engine_settings)
+        self.engine, self._restarted = self._new_engine(), restarted
+        self._heartbeat_seconds = settings.heartbeat_seconds
         self._lock = threading.Lock()
         self._requests: dict[str, ActiveRequest] = {}
         self._known: dict[str, AdapterFiles] = {}
         self._pinned: set[str] = set()
         self._resident: set[str] = set()
-        self._silent = 0.0  # seconds without a step, excluding pauses of the process
+        self._idle_seconds = 0.0  # seconds without a step, excluding pauses of the process
         self._started = time.monotonic()
         self._failures, self._restarting = 0, False
 
@@ -88,15 +89,16 @@ class EngineBackend(Backend):
     def ready(self) -> str:
         if self._restarting or not self.engine.alive:
             return "the engine is restarting"
-        late = self._silent > self._late
-        return f"the engine has not completed a step for {self._silent:.0f} s" if late else ""
+        is_late = self._idle_seconds > self._heartbeat_seconds
+        message = f"the engine has not completed a step for {self._idle_seconds:.0f} s"
+        return message if is_late else ""
 
     @asynccontextmanager
-    async def events(self, take: Callable[[Sequence[News]], None]) -> AsyncIterator[None]:
-        self._loop, self._take = asyncio.get_running_loop(), take
-        self.engine.start(self._hand_over)
+    async def events(self, notify: Callable[[Sequence[Output]], None]) -> AsyncIterator[None]:
+        self._loop, self._notify = asyncio.get_running_loop(), notify
+        self.engine.start(self._collect_updates)
         try:
-            async with while_open(self._watch()):
+            async with running(self._watch()):
                 yield
         finally:
             await asyncio.to_thread(self.engine.close)
@@ -116,21 +118,21 @@ class EngineBackend(Backend):
     def cancel(self, id: str) -> None:
         self.engine.cancel(id)
 
-    def load(self, adapter: AdapterFiles, until: Until) -> None:
+    def load(self, adapter: AdapterFiles, until: Stage) -> None:
         key, path, stack = adapter.key, adapter.path, _stack(adapter)
         if until == "checked":
             self.engine.verify(KnownAdapter(key, path, stack, 0))
             return
         with self._lock:
-            engine, before = self.engine, self._known.get(key)
+            engine, previous = self.engine, self._known.get(key)
             self._known[key] = adapter
             if until == "known":
-                engine.adapters.know(key, path, stack)
+                engine.adapters.register(key, path, stack)
                 return
         try:
             engine.load(key, path, stack=stack, wait=until == "resident")
         except BaseException:
-            if before is None:
+            if previous is None:
                 with self._lock:
                     self._known.pop(key, None)
             raise
@@ -149,68 +151,68 @@ class EngineBackend(Backend):
     def states(self) -> States:
         adapters = self.engine.adapters
         return States(
-            adapters.warm(), dict(adapters.seconds), adapters.nbytes, adapters.reads,
-            adapters.evictions, adapters.damaged, self.engine.structure.why,
+            adapters.statuses(), dict(adapters.seconds), adapters.nbytes, adapters.reads,
+            adapters.evictions, adapters.damaged, self.engine.structure.unbatched_reason,
         )  # fmt: skip
 
-    def _hand_over(self) -> None:
+    def _collect_updates(self) -> None:
         """Called by the engine's thread after every step."""
         with self._lock:
-            all_news = [news for active in self._requests.values() if (news := active.news())]
-        self._silent = 0.0
-        if all_news:
-            self._loop.call_soon_threadsafe(self._deliver, all_news)
+            updates = [update for active in self._requests.values() if (update := active.update())]
+        self._idle_seconds = 0.0
+        if updates:
+            self._loop.call_soon_threadsafe(self._deliver, updates)
 
-    def _deliver(self, all_news: Sequence[News]) -> None:
-        # removed here, not in `_hand_over`, so that undelivered ends are reported as lost
+    def _deliver(self, updates: Sequence[Output]) -> None:
+        # removed here, not in `_collect_updates`, so that undelivered ends are reported as lost
         with self._lock:
-            for news in all_news:
-                if news.events and isinstance(news.events[-1], Ended):
-                    self._requests.pop(news.id, None)
-        self._take(all_news)
+            for update in updates:
+                if update.events and isinstance(update.events[-1], Ended):
+                    self._requests.pop(update.id, None)
+        self._notify(updates)
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(WATCH)
-            self._silent += WATCH
+            await asyncio.sleep(CHECK_INTERVAL)
+            self._idle_seconds += CHECK_INTERVAL
             if not self.engine.alive:
                 await self._restart()
-            warm = self.engine.adapters.warm().items()
-            self._resident = {k for k, (state, _) in warm if state in ("resident", "loading")}
+            statuses = self.engine.adapters.statuses().items()
+            self._resident = {k for k, (state, _) in statuses if state in ("resident", "loading")}
 
     async def _restart(self) -> None:
         self._restarting = True
         with self._lock:
             requests, self._requests = self._requests, {}
-        self._take([active.lost() for active in requests.values()])
-        lasted = time.monotonic() - self._started > LASTS
-        self._failures = 0 if lasted else min(self._failures + 1, len(BACKOFF) - 1)
+        self._notify([active.lost_update() for active in requests.values()])
+        was_stable = time.monotonic() - self._started > STABLE_SECONDS
+        self._failures = 0 if was_stable else min(self._failures + 1, len(BACKOFF) - 1)
         log.error("the engine's thread stopped; %d requests were lost", len(requests))
         self._restarted()
         while True:
             await asyncio.sleep(BACKOFF[self._failures])
             try:
-                await self._loop.run_in_executor(None, self._reopen)
+                await self._loop.run_in_executor(None, self._replace_engine)
                 break
             except Exception:
                 self._failures = min(self._failures + 1, len(BACKOFF) - 1)
                 log.exception("the engine can't be restarted")
-        self._silent, self._started = 0.0, time.monotonic()
+        self._idle_seconds, self._started = 0.0, time.monotonic()
         self._restarting = False
         log.info("the engine is running again")
 
-    def _reopen(self) -> None:
+    def _replace_engine(self) -> None:
         with suppress(Exception):  # restores the model in any state
             self.engine.close()
-        engine = self._open()
+        engine = self._new_engine()
         with self._lock:
             for key, adapter in self._known.items():
-                engine.adapters.know(key, adapter.path, _stack(adapter))
+                engine.adapters.register(key, adapter.path, _stack(adapter))
                 engine.adapters.pin(key, key in self._pinned)
                 if key in self._resident:
                     engine.load(key, adapter.path, stack=_stack(adapter), wait=False)
             self.engine = engine
-        engine.start(self._hand_over)
+        engine.start(self._collect_updates)
 
 
 def _stack(adapter: AdapterFiles) -> tuple[VerifiedAdapter, ...]:

@@ -1,7 +1,7 @@
 """Admission, queue and deadlines of completions on the event loop.
 
-Verification, tokenization and grammars run in threads (`Host.think`), so that they block neither
-the engine nor the event loop.
+Verification, tokenization and grammars run in threads (`Host.in_thread`), so that they block
+neither the engine nor the event loop.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from lorafold.errors import LorafoldError, passes, place
-from lorafold.runtime.processor import alone, stacks
-from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance, while_open
-from lorafold.serving.completion_job import CompletionJob, DialectRequest, Prompted, Reply
-from lorafold.serving.errors import FIELDS, Refusal, check_number, wrong
+from lorafold.errors import LorafoldError, error_location, is_transient
+from lorafold.runtime.processor import stack_size, use_one_thread
+from lorafold.serving.backend import NOT_FINITE, Backend, Ended, Output, Request, guidance, running
+from lorafold.serving.completion_job import CompletionJob, DialectRequest, Reply, Resolved
 from lorafold.serving.keys import Caller, TokenUsage
 from lorafold.serving.metrics import Metrics
+from lorafold.serving.refusals import FIELD_BY_SETTING, Refusal, check_count, invalid
 from lorafold.serving.registry import Registry
 from lorafold.serving.rendering import ServedModel
-from lorafold.serving.request_body import Completing
+from lorafold.serving.request_body import Generation
 from lorafold.serving.settings import Settings
 from lorafold.verification.checks import Sandbox
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-THREADS, TURNS = 4, 2  # threads of `think`, in total and per tenant
-LEAVING = 4  # limit of cancelled jobs relative to waiting ones; they end with the next step
-RETRIES = 3  # an adapter's version may be replaced between its choice and its use
-WATCH = 0.25  # seconds between two checks of deadlines
+THREADS, THREADS_PER_TENANT = 4, 2  # threads of `in_thread`, in total and per tenant
+CANCELLED_RATIO = 4  # limit of cancelled jobs relative to waiting ones
+MAX_TRIES = 3  # an adapter's version may be replaced between its choice and its use
+CHECK_INTERVAL = 0.25  # seconds between two checks of deadlines
 
 
 class Host:
@@ -47,19 +47,19 @@ class Host:
         self.settings, self.metrics = settings, metrics
         self.jobs: dict[str, CompletionJob] = {}
         self.draining = False
-        self.pool = ThreadPoolExecutor(THREADS, "lorafold-requests", initializer=alone)
-        self._turns: dict[str, asyncio.Semaphore] = {}
-        self._thinking: Counter[str] = Counter()
-        self._ends: deque[float] = deque(maxlen=64)
+        self.pool = ThreadPoolExecutor(THREADS, "lorafold-requests", initializer=use_one_thread)
+        self._tenant_semaphores: dict[str, asyncio.Semaphore] = {}
+        self._in_admission: Counter[str] = Counter()
+        self._end_times: deque[float] = deque(maxlen=64)
 
     @asynccontextmanager
     async def computing(self) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
-        with stacks(), self.pool:
+        with stack_size(), self.pool:
             async with self.backend.events(self._deliver):
                 self._registry.watcher.begin()
                 try:
-                    async with while_open(self._watch()):
+                    async with running(self._watch()):
                         yield
                 finally:
                     await asyncio.to_thread(self._registry.close)
@@ -78,37 +78,39 @@ class Host:
             self.jobs.pop(job.request.id, None)
             raise
 
-    async def think(self, do: Callable[[], T], tenant: str) -> T:
-        """Runs a slow function in a thread, TURNS at a time for each tenant."""
-        turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
-        with self.counted(tenant):
-            async with turn:
-                doing = self._loop.run_in_executor(self.pool, do)
+    async def in_thread(self, function: Callable[[], T], tenant: str) -> T:
+        """Runs a slow function in a thread, THREADS_PER_TENANT at a time for each tenant."""
+        free = asyncio.Semaphore(THREADS_PER_TENANT)
+        semaphore = self._tenant_semaphores.setdefault(tenant, free)
+        with self.count_in_admission(tenant):
+            async with semaphore:
+                future = self._loop.run_in_executor(self.pool, function)
                 try:
-                    return await asyncio.shield(doing)
+                    return await asyncio.shield(future)
                 except asyncio.CancelledError:  # keeps the turn until the thread is done
-                    await asyncio.wait({doing})
+                    await asyncio.wait({future})
                     raise
                 except Exception as error:
-                    if not passes(error):
+                    if not is_transient(error):
                         raise
-                    log.warning("rejected a request, the machine is busy: %s", place(error))
+                    location = error_location(error)
+                    log.warning("rejected a request, the machine is busy: %s", location)
                     message = "the server is busy; try again later"
                     raise Refusal(503, "machine_busy", message, retry_after=5) from None
 
     @contextmanager
-    def counted(self, tenant: str) -> Iterator[None]:
-        self._thinking[tenant] += 1
+    def count_in_admission(self, tenant: str) -> Iterator[None]:
+        self._in_admission[tenant] += 1
         try:
             yield
         finally:
-            self._thinking[tenant] -= 1
+            self._in_admission[tenant] -= 1
 
     @property
     def seconds_to_wait(self) -> int:
-        if len(self._ends) < 2:
+        if len(self._end_times) < 2:
             return 1
-        each = (time.monotonic() - self._ends[0]) / len(self._ends)
+        each = (time.monotonic() - self._end_times[0]) / len(self._end_times)
         return max(1, min(60, round(each * self.waiting())))
 
     def cancel(self, job: CompletionJob, why: Refusal | None = None) -> None:
@@ -118,38 +120,38 @@ class Host:
 
     def waiting(self, tenant: str | None = None) -> int:
         """Counts requests in admission or waiting for a slot, for one tenant or all."""
-        thinking = self._thinking.total() if tenant is None else self._thinking[tenant]
+        thinking = self._in_admission.total() if tenant is None else self._in_admission[tenant]
         return thinking + sum(
             job.admitted and not (job.began or job.why) and tenant in (None, job.request.tenant)
             for job in list(self.jobs.values())
         )
 
-    def leaving(self, tenant: str) -> int:
+    def cancelled(self, tenant: str) -> int:
         return sum(j.request.tenant == tenant for j in list(self.jobs.values()) if j.why)
 
     def running(self) -> int:
         return sum(job.began is not None for job in list(self.jobs.values()))
 
-    def _deliver(self, all_news: Sequence[News]) -> None:
-        for news in all_news:
-            job = self.jobs.get(news.id)
+    def _deliver(self, updates: Sequence[Output]) -> None:
+        for update in updates:
+            job = self.jobs.get(update.id)
             if job is None:  # it has ended
                 continue
-            job.began = news.began
-            if not news.events:
+            job.began = update.began
+            if not update.events:
                 continue
-            job.prompt = news.prompt or job.prompt
-            job.put(news.events)
-            self.metrics.arrived(job, news.events)
+            job.prompt = update.prompt or job.prompt
+            job.add_events(update.events)
+            self.metrics.observe_events(job, update.events)
             if (n := len(job.events)) > self.settings.limits.unread_tokens:
                 message = f"the client reads too slowly: {n} tokens are unread"
                 self.cancel(job, Refusal(408, "slow_reader", message))
             if job.end is not None:
-                self._ended(job, job.end)
+                self._on_end(job, job.end)
 
-    def _ended(self, job: CompletionJob, end: Ended) -> None:
+    def _on_end(self, job: CompletionJob, end: Ended) -> None:
         del self.jobs[job.request.id]
-        self._ends.append(time.monotonic())
+        self._end_times.append(time.monotonic())
         message = " ".join(end.message.split()) if self.settings.log_texts else end.fault
         if message:  # only logged, because it may contain paths
             log.error("%s failed: %s", job.request.id, message)
@@ -159,7 +161,7 @@ class Host:
     def _check_quarantine(self, job: CompletionJob) -> None:
         key = job.request.adapter
         with suppress(LorafoldError, Refusal):
-            if key and self.backend.states().refuses(key):
+            if key and self.backend.states().is_quarantined(key):
                 why = f"{self.settings.strikes} requests for it had NaN or infinite logits"
                 self.metrics.quarantines.inc()
                 log.error("%s was put in quarantine: %s", key, why)
@@ -167,10 +169,11 @@ class Host:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(WATCH)
+            await asyncio.sleep(CHECK_INTERVAL)
             now = time.monotonic()
             for job in list(self.jobs.values()):
-                if job.why is None and (why := job.late(now, self.settings.limits)) is not None:
+                why = job.why or job.timeout_refusal(now, self.settings.limits)
+                if job.why is None and why is not None:
                     self.cancel(job, why)
 
 
@@ -179,106 +182,107 @@ class Admission:
         self.host, self.registry, self.usage, self._sandbox = host, registry, usage, sandbox
         self.limits = host.settings.limits
 
-    def check(self, body: Completing) -> None:
+    def check(self, body: Generation) -> None:
         if not 1 <= body.n <= self.limits.choices:
-            raise wrong("n", f"found {body.n}, expected 1 to {self.limits.choices}")
-        check_number("stop", len(body.stops), self.limits.stops)
-        check_number("logit_bias", len(body.logit_bias), self.limits.biases)
+            raise invalid("n", f"found {body.n}, expected 1 to {self.limits.choices}")
+        check_count("stop", len(body.stops), self.limits.stops)
+        check_count("logit_bias", len(body.logit_bias), self.limits.biases)
 
     async def admit(
-        self, caller: Caller, id: str, since: float, request: DialectRequest
+        self, caller: Caller, id: str, received_at: float, request: DialectRequest
     ) -> Reply:
-        """Submits all completions of a request or none; `since` is its arrival."""
+        """Submits all completions of a request or none; it arrived at `received_at`."""
         self.check_caller(caller, request.body.n)
         reply = Reply(id)
-        submit = partial(self._submit, caller, since, request, reply)
+        submit = partial(self._submit, caller, received_at, request, reply)
         try:
-            reply.prompted = await self.host.think(submit, caller.tenant)
+            reply.resolved = await self.host.in_thread(submit, caller.tenant)
         except BaseException:
-            self.drop(reply)
+            self.cancel_unfinished(reply)
             raise
         for job in reply.jobs:
             job.admitted = True
-        self.usage.add(caller.tenant, sum(map(len, reply.prompted.prompts)))
+        self.usage.add(caller.tenant, sum(map(len, reply.resolved.prompts)))
         return reply
 
     def _submit(
-        self, caller: Caller, since: float, request: DialectRequest, reply: Reply
-    ) -> Prompted:
+        self, caller: Caller, received_at: float, request: DialectRequest, reply: Reply
+    ) -> Resolved:
         """Chooses the model, renders and submits. Slow; runs in a thread."""
-        count, most = partial(self.usage.add, caller.tenant), self.limits.choices
-        for _ in range(RETRIES):
+        count, max_choices = partial(self.usage.add, caller.tenant), self.limits.choices
+        for _ in range(MAX_TRIES):
             chosen = self.registry.choose(caller, request.body.model)
-            prompted = request.prompted(chosen)
-            n = request.body.n * len(prompted.prompts)
-            if n > most:
-                prompts = f"found {len(prompted.prompts)} prompts and n = {request.body.n}"
-                raise wrong(request.field, f"{prompts}, expected at most {most} completions")
-            self.check_room(caller.tenant, n - 1)  # `think` already counts one
-            if grammar := prompted.sampling.grammar:
+            resolved = request.resolve(chosen)
+            n = request.body.n * len(resolved.prompts)
+            if n > max_choices:
+                found = f"found {len(resolved.prompts)} prompts and n = {request.body.n}"
+                expected = f"expected at most {max_choices} completions"
+                raise invalid(request.field, f"{found}, {expected}")
+            self.check_queue(caller.tenant, n - 1)  # `in_thread` already counts one
+            if grammar := resolved.sampling.grammar:
                 try:
-                    self.compiles(grammar)
+                    self.check_grammar(grammar)
                 except LorafoldError as error:
-                    refusal = wrong(grammar[0], f"can't be compiled to a grammar ({error})")
-                    raise refusal.sent_as(FIELDS) from None
+                    refusal = invalid(grammar[0], f"can't be compiled to a grammar ({error})")
+                    raise refusal.with_client_names(FIELD_BY_SETTING) from None
             try:
-                for each in self._requests(reply.id, caller.tenant, request, prompted):
-                    job = CompletionJob(each, chosen.name, since, reply.arrived, count)
+                for each in self._requests(reply.id, caller.tenant, request, resolved):
+                    job = CompletionJob(each, chosen.name, received_at, reply.arrived, count)
                     self.host.submit(job)
                     reply.jobs.append(job)
-                return prompted
+                return resolved
             except LorafoldError as error:
-                self.drop(reply)
+                self.cancel_unfinished(reply)
                 reply.jobs.clear()
-                if self.registry.serves(chosen):
+                if self.registry.is_current(chosen):
                     raise self._refusal(error, request, chosen) from None
         message = f"{request.body.model} is being replaced; try again"
         raise Refusal(503, "adapter_changed", message, retry_after=1)
 
     def _requests(
-        self, id: str, tenant: str, request: DialectRequest, prompted: Prompted
+        self, id: str, tenant: str, request: DialectRequest, resolved: Resolved
     ) -> Iterator[Request]:
-        body, renderer, scores = request.body, prompted.chosen.renderer, prompted.prompt_logprobs
+        body, renderer, scores = request.body, resolved.chosen.renderer, resolved.prompt_logprobs
         seed = secrets.randbits(48) if body.seed is None else body.seed
         ends = frozenset[int]() if body.ignore_eos else renderer.ends
-        for i, prompt in enumerate(p for p in prompted.prompts for _ in range(body.n)):
+        for i, prompt in enumerate(p for p in resolved.prompts for _ in range(body.n)):
             yield Request(
                 f"{id}.{i}", prompt, self._new_tokens(request, prompt, 1 if scores is None else 0),
-                prompted.chosen.key, replace(prompted.sampling, seed=(seed + i) % (1 << 63)),
+                resolved.chosen.key, replace(resolved.sampling, seed=(seed + i) % (1 << 63)),
                 ends, tenant, renderer.tokenizer, prompt_logprobs=scores,
             )  # fmt: skip
 
-    def compiles(self, grammar: tuple[str, str]) -> None:
+    def check_grammar(self, grammar: tuple[str, str]) -> None:
         self._sandbox.compile(guidance(grammar))
 
     async def count(self, caller: Caller, request: DialectRequest) -> int:
-        self.check_room(caller.tenant, 1)
+        self.check_queue(caller.tenant, 1)
 
         def counted() -> int:
             renderer = self.registry.choose(caller, request.body.model).renderer
-            return sum(map(len, request.rendered(renderer)[1]))
+            return sum(map(len, request.render_prompts(renderer)[1]))
 
-        return await self.host.think(counted, caller.tenant)
+        return await self.host.in_thread(counted, caller.tenant)
 
-    def drop(self, reply: Reply) -> None:
+    def cancel_unfinished(self, reply: Reply) -> None:
         for job in reply.jobs:
             if job.end is None:
                 self.host.cancel(job, Refusal(499, "client_left", "the client disconnected"))
 
     def check_caller(self, caller: Caller, n: int) -> None:
-        """Like `check_room`, and refuses a tenant that has used up its key's limits."""
-        self.check_room(caller.tenant, n)
+        """Like `check_queue`, and refuses a tenant that has used up its key's limits."""
+        self.check_queue(caller.tenant, n)
         self.usage.check(caller)
 
-    def check_room(self, tenant: str, n: int) -> None:
+    def check_queue(self, tenant: str, n: int) -> None:
         """Refuses if the queue has no room for n completions, or nothing is computed."""
         if why := self.host.ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
-        host, most, of_tenant = self.host, self.limits.queue, self.limits.tenant_queue
+        host, queue, tenant_queue = self.host, self.limits.queue, self.limits.tenant_queue
         for limit, present, verb, code in (
-            (most, host.waiting(), "waiting", "queue_full"),
-            (of_tenant, host.waiting(tenant), "waiting", "tenant_queue_full"),
-            (LEAVING * of_tenant, host.leaving(tenant), "ending", "tenant_queue_full"),
+            (queue, host.waiting(), "waiting", "queue_full"),
+            (tenant_queue, host.waiting(tenant), "waiting", "tenant_queue_full"),
+            (CANCELLED_RATIO * tenant_queue, host.cancelled(tenant), "ending", "tenant_queue_full"),
         ):
             if present + n > limit:
                 message = f"{present} completions are already {verb}, and the limit is {limit}"
@@ -288,11 +292,11 @@ class Admission:
     def _new_tokens(self, request: DialectRequest, prompt: Sequence[int], least: int) -> int:
         length = self.host.backend.length
         if not prompt:
-            raise wrong(request.field, "found no tokens, expected at least one")
+            raise invalid(request.field, "found no tokens, expected at least one")
         left = length - len(prompt)
         new = left if request.max_new_tokens is None else request.max_new_tokens
         if new < least <= left:
-            raise wrong("max_tokens", f"found {new}, expected {least} or more")
+            raise invalid("max_tokens", f"found {new}, expected {least} or more")
         if left < least or new > left:
             wanted = max(new, least)  # clients match the first words of this message
             message = (
@@ -309,7 +313,7 @@ class Admission:
         if why := self.host.ready:
             return Refusal(503, "not_ready", why, retry_after=1)
         message = str(error).partition(": ")[2]  # without the request's name
-        if chosen.key and self.host.backend.states().refuses(chosen.key):
+        if chosen.key and self.host.backend.states().is_quarantined(chosen.key):
             return Refusal(423, "adapter_quarantined", message, "model")
         refusal = Refusal(400, "invalid_value", message, message.partition(":")[0])
-        return refusal.sent_as(FIELDS | {"prompt": request.field})
+        return refusal.with_client_names(FIELD_BY_SETTING | {"prompt": request.field})

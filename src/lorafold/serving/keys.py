@@ -28,8 +28,8 @@ from pydantic import AwareDatetime, BeforeValidator, Field, NonNegativeInt, Posi
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.recipe.parsing import text_of
-from lorafold.serving.errors import Refusal
+from lorafold.recipe.parsing import read_text
+from lorafold.serving.refusals import Refusal
 from lorafold.serving.settings import Strict, content_of, parsed, read, read_if_exists
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LOCAL = "local"  # the tenant of all requests without a key file
 ADMIN = "admin"
 HINT = "create key files with lorafold serve new-key"
-DAY = 86400
-PERIODS: dict[Literal["day", "minute"], int] = {"day": DAY, "minute": 60}
+DAY_SECONDS = 86400
+PERIODS: dict[Literal["day", "minute"], int] = {"day": DAY_SECONDS, "minute": 60}
 
 
 class TokenLimits(Strict):
@@ -81,7 +81,7 @@ class Caller:
     base: bool = True
     limits: TokenLimits = UNLIMITED
 
-    def may(self, name: str) -> bool:
+    def may_use(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
@@ -106,12 +106,12 @@ class Keys:
         return tuple(named) if self.file else (LOCAL,)
 
     @property
-    def limited(self) -> bool:
+    def has_limits(self) -> bool:
         return any(key.limits != UNLIMITED for key in self._keys)
 
     def caller(self, authorization: str | None) -> Caller:
         sent = _sent_hash(authorization)
-        if _same(self._admin, sent):
+        if _hashes_equal(self._admin, sent):
             return Caller(ADMIN)
         if self.file is None:
             return Caller(LOCAL)
@@ -130,7 +130,7 @@ class Keys:
         if not self._admin:
             message = "administration is off: the server was started without --admin-key-file"
             raise Refusal(403, "admin_closed", message)
-        if not _same(self._admin, _sent_hash(authorization)):
+        if not _hashes_equal(self._admin, _sent_hash(authorization)):
             message = "found no valid administrator key; send it as Authorization: Bearer KEY"
             raise Refusal(401, "invalid_api_key", message)
         return Caller(ADMIN)
@@ -142,12 +142,12 @@ class Keys:
         if self.file is None and not self._metrics:
             return
         sent = _sent_hash(authorization)
-        if _same(self._metrics, sent):
+        if _hashes_equal(self._metrics, sent):
             return
         if not (self._admin or self._metrics):
             message = "metrics are off: the server was started without --metrics-key-file"
             raise Refusal(403, "admin_closed", message)
-        if not _same(self._admin, sent):
+        if not _hashes_equal(self._admin, sent):
             message = "found no valid key for metrics; send it as Authorization: Bearer KEY"
             raise Refusal(401, "invalid_api_key", message)
 
@@ -187,7 +187,7 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
     return key
 
 
-def until(text: str) -> datetime:
+def parse_expiry(text: str) -> datetime:
     """Parses an expiry: a duration (`30d`, `12h`) or a last day (`2026-12-31`)."""
     now = datetime.now(UTC).replace(microsecond=0)
     end = _end_of_day(text)
@@ -208,7 +208,7 @@ def _hash(key: str) -> str:
 def _hash_in(file: Path | None) -> str:
     if file is None:
         return ""
-    key = text_of(file, "a key").strip()
+    key = read_text(file, "a key").strip()
     if len(key) < 16:
         raise LorafoldError(f"{file}: found a key of {len(key)} characters, expected at least 16")
     return _hash(key)
@@ -219,7 +219,7 @@ def _sent_hash(authorization: str | None) -> str:
     return _hash(key.strip() if scheme.lower() == "bearer" else "")
 
 
-def _same(hashed: str, sent: str) -> bool:
+def _hashes_equal(hashed: str, sent: str) -> bool:
     """Compares hashes; `hashed` may be empty."""
     return hmac.compare_digest(hashed or "-" * 64, sent)
 
@@ -235,13 +235,13 @@ class UsageFile(Strict):
 
 class TokenUsage:
     """Tokens per tenant in this UTC minute and day. Used on the event loop only. Saved to a file if
-    a key has a limit (`needed`), so a restart doesn't reset limits.
+    a key has a limit (`must_save`), so a restart doesn't reset limits.
     """
 
     def __init__(
-        self, file: Path, needed: Callable[[], bool], now: Callable[[], float] = time.time
+        self, file: Path, must_save: Callable[[], bool], now: Callable[[], float] = time.time
     ) -> None:
-        self._file, self._needed, self._now = file, needed, now
+        self._file, self._must_save, self._now = file, must_save, now
         self._tenants = read_if_exists(file, UsageFile).tenants
         self._changed = self._failed = False
 
@@ -257,12 +257,12 @@ class TokenUsage:
     def check(self, caller: Caller) -> None:
         counts, now = self._tenants.get(caller.tenant, {}), self._now()
         for period, seconds in PERIODS.items():
-            most = getattr(caller.limits, f"tokens_per_{period}")
+            limit = getattr(caller.limits, f"tokens_per_{period}")
             count = counts.get(period, Tally())
-            if most is not None and count.at == now // seconds and count.tokens >= most:
+            if limit is not None and count.at == now // seconds and count.tokens >= limit:
                 used = f"{count.tokens:,} tokens were used this {period}"
                 left = max(1, math.ceil((count.at + 1) * seconds - now))
-                message = f"{used}, and the key's limit is {most:,}"
+                message = f"{used}, and the key's limit is {limit:,}"
                 code = "token_limit_day" if period == "day" else "token_limit_minute"
                 raise Refusal(429, code, message, retry_after=left)
 
@@ -272,9 +272,9 @@ class TokenUsage:
             await self.save()
 
     async def save(self) -> None:
-        if not (self._changed and self._needed()):
+        if not (self._changed and self._must_save()):
             return
-        today = int(self._now()) // DAY
+        today = int(self._now()) // DAY_SECONDS
         tenants = {n: u for n, u in self._tenants.items() if u.get("day", Tally()).at == today}
         content, self._changed = UsageFile(tenants=tenants).model_dump_json() + "\n", False
         try:

@@ -15,41 +15,42 @@ import time
 import traceback
 from typing import Any, TextIO
 
-from lorafold.errors import cut
-from lorafold.serving.server import Record
+from lorafold.errors import truncate_end
+from lorafold.serving.server import RequestRecord
 
 log = logging.getLogger(__name__)
-MOST = 4000  # characters of a message without `log_texts`
-EACH = 5.0  # seconds in which a repeated line is suppressed
+MAX_MESSAGE = 4000  # characters of a message without `log_texts`
+REPEAT_SECONDS = 5.0  # seconds in which a repeated line is suppressed
 
 
-class Lines(logging.Formatter):
+class LineFormatter(logging.Formatter):
     def __init__(self, as_json: bool, texts: bool) -> None:
         super().__init__()
         self._json, self._texts = as_json, texts
 
     def format(self, record: logging.LogRecord) -> str:
-        error, places = record.exc_info[1] if record.exc_info else None, ""
-        message = record.getMessage() if self._texts else cut(record.getMessage(), MOST)
+        error, stack = record.exc_info[1] if record.exc_info else None, ""
+        message = record.getMessage()
+        message = message if self._texts else truncate_end(message, MAX_MESSAGE)
         if error is not None and self._texts:
-            places = "".join(traceback.format_exception(error)).rstrip()
+            stack = "".join(traceback.format_exception(error)).rstrip()
         elif error is not None:
-            places = "\n".join(places_of(error))
+            stack = "\n".join(stack_of(error))
         if not self._json:
             line = f"{self.formatTime(record, '%H:%M:%S')} {message}"
-            return f"{line}\n{places}" if places else line
+            return f"{line}\n{stack}" if stack else line
         fields = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "message": message,
             **getattr(record, "fields", {}),
-            **({"error": places} if places else {}),
+            **({"error": stack} if stack else {}),
         }
         return json.dumps(fields, ensure_ascii=False, default=str)
 
 
 class RepeatFilter(logging.StreamHandler[TextIO]):
-    """Counts repetitions within EACH seconds, except of lines on requests."""
+    """Counts repetitions within REPEAT_SECONDS, except of lines on requests."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -57,7 +58,7 @@ class RepeatFilter(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         for key, (first, n) in [*self._written.items()]:
-            if abs(record.created - first.created) > EACH:
+            if abs(record.created - first.created) > REPEAT_SECONDS:
                 del self._written[key]
                 if n:
                     repeated = f"{first.getMessage()} (repeated {n:,} times)"
@@ -71,9 +72,9 @@ class RepeatFilter(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
-def set_up(as_json: bool, texts: bool = False) -> None:
+def configure(as_json: bool, texts: bool = False) -> None:
     handler = RepeatFilter()
-    handler.setFormatter(Lines(as_json, texts))
+    handler.setFormatter(LineFormatter(as_json, texts))
     for name in ("lorafold", "uvicorn", "asyncio", "sse_starlette"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
@@ -82,21 +83,21 @@ def set_up(as_json: bool, texts: bool = False) -> None:
     sys.unraisablehook = _unraisable
 
 
-def unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Logs an unawaited error of the event loop, without the objects involved."""
     log.error("event loop error: %s", context["message"], exc_info=context.get("exception"))
 
 
-def places_of(error: BaseException) -> list[str]:
+def stack_of(error: BaseException) -> list[str]:
     lines = [type(error).__name__]
     lines += [
         f"  {frame.filename}:{frame.lineno} in {frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)
     ]
     for inner in getattr(error, "exceptions", ()):  # an exception group
-        lines += [f"  {line}" for line in places_of(inner)]
+        lines += [f"  {line}" for line in stack_of(inner)]
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return lines if before is None else [*places_of(before), "and then", *lines]
+    return lines if before is None else [*stack_of(before), "and then", *lines]
 
 
 def _thread_ended(args: threading.ExceptHookArgs) -> None:
@@ -108,7 +109,7 @@ def _unraisable(args: Any) -> None:
     log.error("an object's cleanup failed", exc_info=args.exc_value)
 
 
-def write(record: Record) -> None:
+def log_request(record: RequestRecord) -> None:
     reply = record.reply
     jobs = reply.jobs if reply else []
     fields = {
@@ -124,8 +125,8 @@ def write(record: Record) -> None:
     if reply is not None and jobs:
         new = sum(len(job.end.tokens) if job.end else job.tokens for job in jobs)
         fields |= {"prompt_tokens": reply.usage.prompt, "tokens": new}
-        if firsts := [job.times[0] - job.submitted for job in jobs if job.times]:
-            fields["first_token"] = round(min(firsts), 4)
+        if first_token_times := [job.times[0] - job.submitted for job in jobs if job.times]:
+            fields["first_token"] = round(min(first_token_times), 4)
         if waits := [job.began - job.submitted for job in jobs if job.began is not None]:
             fields["queue"] = round(max(waits), 4)
         if record.texts:

@@ -1,8 +1,8 @@
 """Metrics in Prometheus format, and for the page.
 
-Labels are tenants, adapters and codes of refusals, so clients can't create any; more than MOST
-share the label `other`. `Gauges` also has the vLLM metrics that routers use, such as the Kubernetes
-gateway API inference extension.
+Labels are tenants, adapters and codes of refusals, so clients can't create any; more than
+MAX_LABELS share the label `other`. `Gauges` also has the vLLM metrics that routers use, such as the
+Kubernetes gateway API inference extension.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from lorafold.serving.host import Host
     from lorafold.serving.registry import Registry
 
-MOST = 200
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-FEW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)  # for each adapter
-BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+MAX_LABELS = 200
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+ADAPTER_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)  # for each adapter
+TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
 
-class Use:
+class AdapterUse:
     def __init__(self) -> None:
         self.requests = self.tokens = 0
-        self.firsts: deque[float] = deque(maxlen=64)  # recent seconds to the first token
+        self.first_token_times: deque[float] = deque(maxlen=64)  # recent seconds to the first token
 
     @property
     def first_token_ms(self) -> float | None:
-        return round(1000 * median(self.firsts), 1) if self.firsts else None
+        return round(1000 * median(self.first_token_times), 1) if self.first_token_times else None
 
 
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._names: dict[str, set[str]] = {"tenant": set(), "adapter": set()}
-        self.uses: dict[str, Use] = {}
+        self.uses: dict[str, AdapterUse] = {}
         count = partial(Count, registry=self.registry)
-        seconds = partial(Histogram, registry=self.registry, buckets=SECONDS)
+        seconds = partial(Histogram, registry=self.registry, buckets=BUCKETS)
         self.requests = count(
             "lorafold_requests", "Requests by outcome", ("tenant", "adapter", "outcome")
         )
@@ -59,34 +59,37 @@ class Metrics:
         )
         self.restarts = count("lorafold_engine_restarts", "Restarts of the engine")
         self.quarantines = count("lorafold_quarantines", "Adapters put in quarantine")
-        self.queue = seconds("lorafold_queue_seconds", "Seconds from arrival to a slot")
-        self.first = seconds(
+        self.queue_seconds = seconds("lorafold_queue_seconds", "Seconds from arrival to a slot")
+        self.first_token_seconds = seconds(
             "lorafold_first_token_seconds", "Seconds from arrival to the first token"
         )
-        self.adapter_first = seconds(
+        self.adapter_first_token_seconds = seconds(
             "lorafold_adapter_first_token_seconds",
-            "Seconds from arrival to the first token, by adapter", ("adapter",), buckets=FEW,
+            "Seconds from arrival to the first token, by adapter", ("adapter",),
+            buckets=ADAPTER_BUCKETS,
         )  # fmt: skip
-        self.between = seconds(
-            "lorafold_between_tokens_seconds", "Seconds between two tokens", buckets=BETWEEN
+        self.between_tokens_seconds = seconds(
+            "lorafold_between_tokens_seconds", "Seconds between two tokens", buckets=TOKEN_BUCKETS
         )
-        self.whole = seconds("lorafold_request_seconds", "Seconds from arrival to the end")
+        self.request_seconds = seconds(
+            "lorafold_request_seconds", "Seconds from arrival to the end"
+        )
 
-    def arrived(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
-        use = self.uses.setdefault(job.adapter, Use())
+    def observe_events(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
+        use = self.uses.setdefault(job.adapter, AdapterUse())
         adapter = self.label("adapter", job.adapter)
         new = sum(isinstance(event, Token) for event in events)
         now = time.monotonic()
         waited = now - job.submitted
         if new and job.before is None:
-            self.first.observe(waited)
-            self.adapter_first.labels(adapter).observe(waited)
-            use.firsts.append(waited)
+            self.first_token_seconds.observe(waited)
+            self.adapter_first_token_seconds.labels(adapter).observe(waited)
+            use.first_token_times.append(waited)
             if job.began is not None:
-                self.queue.observe(job.began - job.submitted)
+                self.queue_seconds.observe(job.began - job.submitted)
         elif job.before is not None:
             for _ in range(new):
-                self.between.observe((now - job.before) / new)
+                self.between_tokens_seconds.observe((now - job.before) / new)
         use.tokens += new
         if job.end is not None:
             tenant = self.label("tenant", job.request.tenant)
@@ -95,22 +98,22 @@ class Metrics:
             for kind, n in (("prompt", prompt), ("completion", new), ("cached", job.end.cached)):
                 self.tokens.labels(tenant, kind).inc(n)
                 self.adapter_tokens.labels(adapter, kind).inc(n)
-            self.whole.observe(waited)
+            self.request_seconds.observe(waited)
 
-    def ended(self, tenant: str, adapter: str, outcome: str) -> None:
+    def count_request(self, tenant: str, adapter: str, outcome: str) -> None:
         labels = self.label("tenant", tenant), self.label("adapter", adapter)
         self.requests.labels(*labels, outcome).inc()
 
     def label(self, kind: str, name: str) -> str:
         names = self._names[kind]
-        if len(names) < MOST:
+        if len(names) < MAX_LABELS:
             names.add(name)
         return name if name in names else "other"
 
     def labels(self, kind: str, names: Sequence[str]) -> dict[str, str]:
-        taken = self._names[kind]
-        free = [name for name in names if name not in taken][: max(0, MOST - len(taken))]
-        return {name: name if name in taken.union(free) else "other" for name in names}
+        used = self._names[kind]
+        free = [name for name in names if name not in used][: max(0, MAX_LABELS - len(used))]
+        return {name: name if name in used.union(free) else "other" for name in names}
 
 
 class Gauges(Collector):
@@ -150,7 +153,7 @@ class Gauges(Collector):
         values = [str(slots)]  # any slot can run any adapter
         for runs in (True, False):
             names = {job.adapter for job in jobs if bool(job.began) == runs} - {self._registry.base}
-            values.append(",".join(sorted(names)[:MOST]))
+            values.append(",".join(sorted(names)[:MAX_LABELS]))
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         about = "Unix time, labelled with the adapters of running and waiting requests"
         yield _labelled("vllm:lora_requests_info", about, labels, {tuple(values): time.time()})
@@ -162,8 +165,8 @@ class Gauges(Collector):
         for adapter in adapters:
             name = labels[adapter.name]
             states[name, state_of(self._registry, adapter, now)[0]] += 1
-            if (took := now.seconds.get(adapter.key)) is not None:
-                seconds[name,] = max(took, seconds.get((name,), 0.0))
+            if (seconds_to_load := now.seconds.get(adapter.key)) is not None:
+                seconds[name,] = max(seconds_to_load, seconds.get((name,), 0.0))
         about = "Adapters in this state: 1 for an adapter with its own label"
         yield _labelled("lorafold_adapter_state", about, ("adapter", "state"), states)
         about = "Seconds of the adapter's last load, including checks"

@@ -21,24 +21,24 @@ from typing import TypeVar
 
 from pydantic import Field
 
-from lorafold.errors import Busy, LorafoldError, cut, printable
+from lorafold.errors import Busy, LorafoldError, escape_unprintable, truncate_end
 from lorafold.files.atomic import write_text
-from lorafold.peft.provenance import OwnBase
-from lorafold.runtime.processor import alone
+from lorafold.peft.provenance import RecordedBase
+from lorafold.runtime.processor import use_one_thread
 from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import NAME, Directory
-from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import Caller
+from lorafold.serving.refusals import Refusal, invalid
 from lorafold.serving.rendering import ServedModel
 from lorafold.serving.settings import Strict, read_if_exists
 from lorafold.serving.verifier import Verifier
 
 V = TypeVar("V")
 log = logging.getLogger(__name__)
-STATE = ".lorafold-serve.json"  # next to the adapters by default
-LOOK, SAVE = 1.0, 5.0  # seconds between scans of the directory, and between writes
-WARM = 16  # adapters that are loaded before a request needs them
-REASON = 2000  # characters of the reason for a rejection
+STATE_FILE = ".lorafold-serve.json"  # next to the adapters by default
+SCAN_INTERVAL, SAVE_INTERVAL = 1.0, 5.0  # seconds
+NUM_PRELOADED = 16  # adapters that are loaded before a request needs them
+MAX_REASON = 2000  # characters of the reason for a rejection
 
 
 class AliasTarget(Strict, strict=True):
@@ -58,7 +58,7 @@ class ServerState(Strict):
     unloaded: tuple[str, ...] = ()
     quarantined: dict[str, tuple[str, str]] = Field({})  # (digest, reason)
     digests: dict[str, str] = Field({})  # the last seen digest of each adapter
-    base: OwnBase | None = None  # the base derived by a start without `--model`
+    base: RecordedBase | None = None  # the base derived by a start without `--model`
 
 
 class Registry:
@@ -66,23 +66,24 @@ class Registry:
 
     def __init__(
         self,
-        plain: ServedModel,
+        base_model: ServedModel,
         directory: Directory,
         file: Path,
         verifier: Verifier,
         backend: Backend,
     ) -> None:
-        self.plain, self.base, self.directory, self.file = plain, plain.name, directory, file
-        self.verifier, self._backend = verifier, backend
+        self.base_model, self.base = base_model, base_model.name
+        self.directory, self.file, self.verifier = directory, file, verifier
+        self._backend = backend
         self.state = read_if_exists(file, ServerState)
         self._warned: set[str] = set()  # versions that were requested by an old digest
         self.created = int(time.time())
         self.adapters: dict[str, AdapterFiles] = {}
         self.rejected: dict[str, str] = {}  # reasons
-        self._marks: dict[str, object] = {}  # stamps of rejected adapters' files
+        self._rejected_stamps: dict[str, object] = {}  # stamps of rejected adapters' files
         self.watcher = DirectoryWatcher(self)
         self.lock = threading.RLock()
-        self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+        self._name_locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
     def close(self) -> None:
         """Stops verification, without waiting for files that are being read."""
@@ -95,8 +96,8 @@ class Registry:
         return sorted(self.names() - self.adapters.keys() - self.rejected.keys())
 
     def to_verify(self) -> list[str]:
-        for name, marks in [*self._marks.items()]:  # a copy, because threads add to it
-            if name in self.rejected and self.directory.touch(name) != marks:
+        for name, stamps in [*self._rejected_stamps.items()]:  # a copy, because threads add to it
+            if name in self.rejected and self.directory.stamps_or_none(name) != stamps:
                 self.rejected.pop(name, None)
         return self.unverified
 
@@ -110,16 +111,16 @@ class Registry:
             return self.adapters[name]
         if name not in self.directory.names():  # made-up names must not create locks
             return None
-        with self._turns[name]:
+        with self._name_locks[name]:
             if name in self.adapters or name in self.rejected:
                 return self.adapters.get(name)
-            marks = self.directory.touch(name)
+            stamps = self.directory.stamps_or_none(name)
             try:
-                return self._serve(self._verified(name))
+                return self._serve(self._verify(name))
             except LorafoldError as error:
-                why = printable(cut(str(error), REASON))
-                self._marks[name], self.rejected[name] = marks, why
-                log.warning("adapter %s is not served: %s", printable(name), why)
+                why = escape_unprintable(truncate_end(str(error), MAX_REASON))
+                self._rejected_stamps[name], self.rejected[name] = stamps, why
+                log.warning("adapter %s is not served: %s", escape_unprintable(name), why)
                 return None
 
     def choose(self, caller: Caller, model: str) -> ServedModel:
@@ -127,11 +128,11 @@ class Registry:
         models, so names are not disclosed.
         """
         if model == self.base and caller.base:
-            return self.plain
-        alias = self.state.aliases.get(model) if caller.may(model) else None
+            return self.base_model
+        alias = self.state.aliases.get(model) if caller.may_use(model) else None
         adapter: AdapterFiles | None
         if alias is None:
-            adapter = self.version(caller, model)
+            adapter = self.find_version(caller, model)
         else:
             weights = [target.weight for target in alias.targets]
             target = random.choices(alias.targets, weights)[0]
@@ -144,22 +145,23 @@ class Registry:
             why = self.state.quarantined[name][1]
             raise Refusal(423, "adapter_quarantined", f"{name} is in quarantine: {why}", "model")
         try:
-            return ServedModel(name, adapter.key, self.verifier.renderer(adapter), self.plain.base)
+            renderer = self.verifier.renderer(adapter)
+            return ServedModel(name, adapter.key, renderer, self.base_model.base)
         except LorafoldError as error:
             log.error("%s", error)
             message = f"{name} can't be loaded; see the server's log"
             raise Refusal(503, "adapter_unavailable", message, "model") from None
 
-    def version(self, caller: Caller, model: str) -> AdapterFiles:
+    def find_version(self, caller: Caller, model: str) -> AdapterFiles:
         name, at, digest = model.partition("@")
-        adapter = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
+        adapter = self.ready(name) if caller.may_use(name) and NAME.fullmatch(name) else None
         if adapter is None or (at and len(digest) < 8) or not self.matches(adapter, digest):
             message = f"model: {model[:200]!r} does not exist, or your key may not use it"
             raise Refusal(404, "model_not_found", message, "model")
         return adapter
 
-    def matches(self, adapter: AdapterFiles, digits: str, unsure: bool = False) -> bool:
-        """Whether a digest or its prefix is a version's; `unsure` accepts an ambiguous one."""
+    def matches(self, adapter: AdapterFiles, digits: str, allow_ambiguous: bool = False) -> bool:
+        """Whether a digest or its prefix is a version's."""
         if adapter.digest.startswith(digits):
             return True
         if not adapter.old.startswith(digits):
@@ -173,16 +175,16 @@ class Registry:
                 "%s@%s is a digest in the old format, which %s; use %s",
                 adapter.name, digits[:12], why, adapter.key,
             )  # fmt: skip
-        return adapter.manifest or unsure
+        return adapter.manifest or allow_ambiguous
 
-    def serves(self, chosen: ServedModel) -> bool:
+    def is_current(self, chosen: ServedModel) -> bool:
         adapter = self.adapters.get(chosen.name)
         return chosen.key is None or (adapter is not None and adapter.key == chosen.key)
 
     def load(self, name: str) -> AdapterFiles:
         """Loads a new or changed adapter and lifts its quarantine; an error changes nothing."""
-        with self._turns[name]:
-            adapter = self._verified(name, afresh=True)
+        with self._name_locks[name]:
+            adapter = self._verify(name, afresh=True)
             with self.lock:
                 if name in self.state.quarantined:  # reset its strikes
                     self._backend.load(adapter, "known")
@@ -197,7 +199,7 @@ class Registry:
             return adapter
 
     def unload(self, name: str) -> None:
-        with self._changing(name) as [adapter]:
+        with self._lock_adapters(name) as [adapter]:
             self.save(
                 unloaded=(*self.state.unloaded, name),
                 pinned=tuple(n for n in self.state.pinned if n != name),
@@ -206,7 +208,7 @@ class Registry:
             self._forget(adapter)
 
     def pin(self, name: str, pinned: bool) -> None:
-        with self._changing(name) as [adapter]:
+        with self._lock_adapters(name) as [adapter]:
             others = tuple(n for n in self.state.pinned if n != name)
             self.save(pinned=(*others, name) if pinned else others)
             self._backend.pin(adapter.key, pinned)
@@ -214,7 +216,7 @@ class Registry:
                 self._backend.load(adapter, "begun")
 
     def quarantine(self, name: str, why: str) -> None:
-        with self._changing(name) as [adapter]:
+        with self._lock_adapters(name) as [adapter]:
             quarantined = self.state.quarantined | {name: (adapter.digest, why)}
             try:
                 self.save(quarantined=quarantined)
@@ -222,37 +224,37 @@ class Registry:
                 self.state = self.state.model_copy(update={"quarantined": quarantined})
                 log.error("the quarantine of %s can't be saved: %s", name, error)
 
-    def point(self, name: str, targets: tuple[AliasTarget, ...]) -> Alias:
-        with self._changing(*(target.adapter for target in targets)) as adapters:
+    def set_alias(self, name: str, targets: tuple[AliasTarget, ...]) -> Alias:
+        with self._lock_adapters(*(target.adapter for target in targets)) as adapters:
             if not NAME.fullmatch(name) or name in {self.base, *self.names()}:
-                raise wrong("name", f"found {name[:80]!r}, expected a name that no model has")
+                raise invalid("name", f"found {name[:80]!r}, expected a name that no model has")
             for target, adapter in zip(targets, adapters, strict=True):
                 if target.digest and not self.matches(adapter, target.digest):
                     message = f"found digest {target.digest}, expected {adapter.digest[:12]}"
-                    raise wrong("targets", f"{target.adapter}: {message}")
+                    raise invalid("targets", f"{target.adapter}: {message}")
             before = self.state.aliases.get(name)
             alias = Alias(targets=targets, previous=before.targets if before else ())
             self.save(aliases=self.state.aliases | {name: alias})
             return alias
 
     def roll_back(self, name: str) -> Alias:
-        alias = self.alias(name)
+        alias = self.get_alias(name)
         if not alias.previous:
             raise Refusal(409, "nothing_before", f"{name} has no earlier targets to restore")
-        return self.point(name, alias.previous)
+        return self.set_alias(name, alias.previous)
 
-    def drop_alias(self, name: str) -> None:
+    def delete_alias(self, name: str) -> None:
         with self.lock:
-            self.alias(name)
+            self.get_alias(name)
             self.save(aliases=without(self.state.aliases, name))
 
-    def alias(self, name: str) -> Alias:
+    def get_alias(self, name: str) -> Alias:
         if name not in self.state.aliases:
             raise Refusal(404, "alias_not_found", f"alias {name[:80]!r} does not exist", "name")
         return self.state.aliases[name]
 
     @contextmanager
-    def _changing(self, *names: str) -> Iterator[list[AdapterFiles]]:
+    def _lock_adapters(self, *names: str) -> Iterator[list[AdapterFiles]]:
         for name in filter(NAME.fullmatch, names):
             self.ready(name)
         with self.lock:
@@ -265,7 +267,7 @@ class Registry:
     def names(self) -> frozenset[str]:
         return self.directory.names() - set(self.state.unloaded)
 
-    def _verified(self, name: str, afresh: bool = False) -> AdapterFiles:
+    def _verify(self, name: str, afresh: bool = False) -> AdapterFiles:
         if name == self.base or name in self.state.aliases:
             raise LorafoldError(f"the base or an alias has the name {name!r} too; rename one")
         return self.verifier.find(name, afresh)
@@ -278,14 +280,14 @@ class Registry:
                 self._backend.load(adapter, "known")
             pinned = name in self.state.pinned
             self._backend.pin(adapter.key, pinned)
-            if pinned or len(self.adapters) < WARM:
+            if pinned or len(self.adapters) < NUM_PRELOADED:
                 self._backend.load(adapter, "begun")
             self.adapters[name] = adapter
             if before is not None and before.key != adapter.key:
                 self._forget(before)
             quarantined = self.state.quarantined.get(name)
             # a quarantine ends with a change of the files
-            if quarantined and not self.matches(adapter, quarantined[0], unsure=True):
+            if quarantined and not self.matches(adapter, quarantined[0], allow_ambiguous=True):
                 with suppress(LorafoldError):
                     self.save(quarantined=without(self.state.quarantined, name))
         if self.verifier.cache.digests.get(name, adapter.digest) != adapter.digest:
@@ -318,7 +320,7 @@ class DirectoryWatcher:
         self._registry = registry
         self.closing, self._idle = threading.Event(), threading.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(2, "lorafold-verifying", initializer=alone)
+        self._pool = ThreadPoolExecutor(2, "lorafold-verifying", initializer=use_one_thread)
         self._thread = threading.Thread(None, self._run, "lorafold-watcher", daemon=True)
 
     def begin(self) -> None:
@@ -345,18 +347,18 @@ class DirectoryWatcher:
                 log.exception("the directory of adapters can't be read")
             if names:
                 self._idle.clear()
-            if n := sum(self._pool.map(self._verified, names)):
+            if n := sum(self._pool.map(self._verify, names)):
                 log.info("checked %d adapters in %.1f s", n, time.monotonic() - begun)
             self._idle.set()
-            if n or time.monotonic() - saved > SAVE:
+            if n or time.monotonic() - saved > SAVE_INTERVAL:
                 saved = time.monotonic()
                 try:
                     self._registry.verifier.cache.save()
                 except Exception:
                     log.exception("the cache of verified adapters can't be saved")
-            self.closing.wait(LOOK)
+            self.closing.wait(SCAN_INTERVAL)
 
-    def _verified(self, name: str) -> bool:
+    def _verify(self, name: str) -> bool:
         try:
             if self.closing.is_set():
                 return False

@@ -13,25 +13,25 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lorafold.data.calls import grammar_of, parse_calls, special_words
-from lorafold.data.control_tokens import as_text, ids_of, tokens_of
+from lorafold.data.chat_template import PROBE_TEXT, PROBE_TOOL, TOOL_CALL, USER, template_of
+from lorafold.data.control_tokens import mark_as_text, rendered_ids, token_ids
 from lorafold.data.formats import Conversation
 from lorafold.data.messages import Message, Tool
-from lorafold.data.render import HELP, check_able, prompt_of
-from lorafold.data.templates import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call, template_of
+from lorafold.data.render import HELP, check_supported, prompt_of
+from lorafold.data.tool_calls import grammar_of, parse_calls, special_tokens
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
-from lorafold.serving.backend import Text, Token
-from lorafold.serving.errors import Refusal, wrong
-from lorafold.serving.schema import Compiles, check, compact
+from lorafold.serving.backend import Detokenizer, Token
+from lorafold.serving.refusals import Refusal, invalid
+from lorafold.serving.schema import CheckGrammar, check, compact
 from lorafold.verification.checks import Sandbox
 from lorafold.verification.tokenizer_files import variables_of
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # marks an incomplete character
-BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte token of SentencePiece
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE
-MARKS = 2048  # maximum length of a template's tags, which every completion is searched for
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # a byte token of SentencePiece
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE
+MAX_TAG_CHARACTERS = 2048  # of a template's tags, which every completion is searched for
 
 
 class TokenTexts:
@@ -49,12 +49,12 @@ class TokenTexts:
         text, piece = self.text(token), str(self._tokenizer.convert_ids_to_tokens(token))
         if INCOMPLETE not in text:
             return text.encode()
-        if hexadecimal := BYTE.fullmatch(piece):
+        if hexadecimal := BYTE_TOKEN.fullmatch(piece):
             return bytes.fromhex(hexadecimal[1])
-        known = all(character in BYTES for character in piece)
-        return bytes(BYTES[character] for character in piece) if known else text.encode()
+        known = all(character in BYTE_OF for character in piece)
+        return bytes(BYTE_OF[character] for character in piece) if known else text.encode()
 
-    def unique(self, token: int) -> str:
+    def unique_text(self, token: int) -> str:
         """Returns a token's text, or its bytes for an incomplete character, so that texts are
         unique.
         """
@@ -64,7 +64,7 @@ class TokenTexts:
     def pieces(self, tokens: Sequence[int], text: str | None) -> list[str]:
         """Splits a prompt's text by tokens; tokens that the tokenizer added before `text` get none.
         """
-        reader = Text(self._tokenizer, special=True)
+        reader = Detokenizer(self._tokenizer, special=True)
         pieces = [reader.add(token) for token in tokens]
         pieces[-1] += reader.finish()
         added = len(reader.text) - len(text) if text and reader.text.endswith(text) else 0
@@ -73,13 +73,13 @@ class TokenTexts:
         return pieces
 
     def chat_logprobs(self, tokens: Sequence[Token], top: int) -> list[dict[str, Any]]:
-        def one(token: int, logprob: float) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
             return {
                 "token": self.text(token), "logprob": logprob, "bytes": list(self.bytes(token)),
             }  # fmt: skip
 
         return [
-            one(t.token, t.logprob or 0.0) | {"top_logprobs": [one(*x) for x in t.top[:top]]}
+            entry(t.token, t.logprob or 0.0) | {"top_logprobs": [entry(*x) for x in t.top[:top]]}
             for t in tokens
         ]
 
@@ -87,10 +87,10 @@ class TokenTexts:
         """In the format of plain completions, whose text begins at `offset`."""
         offsets = [*accumulate((len(t.text) for t in tokens), initial=offset)]
         return {
-            "tokens": [self.unique(t.token) for t in tokens],
+            "tokens": [self.unique_text(t.token) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [
-                None if t.logprob is None else {self.unique(i): p for i, p in t.top[:top]}
+                None if t.logprob is None else {self.unique_text(i): p for i, p in t.top[:top]}
                 for t in tokens
             ],
             "text_offset": offsets[:-1],
@@ -102,13 +102,12 @@ class Renderer:
         self.tokenizer, self.ends, self.variables = tokenizer, ends, variables
         self.texts = TokenTexts(tokenizer)
         # fill the caches of template analysis, so that no request waits for it
-        called = {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE})]}
-        conversation = Conversation([ASKED, called], 0, (PROBE_TOOL,))
+        conversation = Conversation([USER, TOOL_CALL], 0, (PROBE_TOOL,))
         for probe in (
-            lambda: check_able(conversation, tokenizer),
+            lambda: check_supported(conversation, tokenizer),
             lambda: template_of(tokenizer).block,
-            lambda: as_text(conversation, tokenizer),
-            lambda: parse_calls(VALUE, tokenizer),
+            lambda: mark_as_text(conversation, tokenizer),
+            lambda: parse_calls(PROBE_TEXT, tokenizer),
         ):
             with suppress(LorafoldError):
                 probe()
@@ -119,7 +118,7 @@ class Renderer:
         """Renders the prompt of the next turn; refuses if the template hides a part."""
         for name in variables:
             if name not in self.variables:
-                raise wrong(name, "the model's chat template has no such variable")
+                raise invalid(name, "the model's chat template has no such variable")
         try:
             conversation = Conversation(list(messages), 0, tuple(tools))
             return prompt_of(conversation, self.tokenizer, variables)
@@ -130,24 +129,25 @@ class Renderer:
 
     def prompt_tokens(self, text: str) -> tuple[int, ...]:
         try:
-            return tuple(ids_of(text, self.tokenizer))
+            return tuple(rendered_ids(text, self.tokenizer))
         except LorafoldError as error:
             raise Refusal(400, "template_refuses", f"messages: {error}", "messages") from None
 
     def tokens(self, text: str, special: bool) -> tuple[int, ...]:
-        return tuple(tokens_of(text, self.tokenizer, special))
+        return tuple(token_ids(text, self.tokenizer, special))
 
     def text(self, tokens: Sequence[int]) -> str:
         """Decodes tokens; refuses ids outside of the vocabulary."""
         size = len(self.tokenizer)
         for token in tokens:
             if not 0 <= token < size:
-                raise wrong("tokens", f"found {token}, expected 0 to {size - 1}")
+                raise invalid("tokens", f"found {token}, expected 0 to {size - 1}")
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def call_grammar(
-        self, tools: Sequence[Tool], names: Sequence[str], compiles: Compiles, schema: str | None
-    ) -> str:
+        self, tools: Sequence[Tool], names: Sequence[str], check_grammar: CheckGrammar,
+        schema: str | None,
+    ) -> str:  # fmt: skip
         """Builds a grammar for one call of a named tool in the template's syntax, or for the
         schema.
         """
@@ -155,10 +155,10 @@ class Renderer:
         if calls_of is None or calls_of.pairs is not None:
             why = "the model's chat template does not format tool calls as JSON, so"
             if schema is None:
-                raise wrong("tool_choice", f"{why} a call can't be forced; use auto")
+                raise invalid("tool_choice", f"{why} a call can't be forced; use auto")
             hint = "set tool_choice to none, or remove the schema"
-            raise wrong("response_format", f"{why} a schema can't be used with tools; {hint}")
-        form = calls_of.without(special_words(self.tokenizer))
+            raise invalid("response_format", f"{why} a schema can't be used with tools; {hint}")
+        form = calls_of.without(special_tokens(self.tokenizer))
         calls, rules = [], []
         for i, tool in enumerate(tools):
             function = tool["function"]
@@ -167,15 +167,15 @@ class Renderer:
             field = f"tools[{i}].function.parameters"
             parameters = function.get("parameters") or {"type": "object"}
             if not isinstance(parameters, Mapping):
-                raise wrong(field, f"found {parameters!r:.80}, expected a JSON schema")
+                raise invalid(field, f"found {parameters!r:.80}, expected a JSON schema")
             arguments = compact(parameters)
-            check(arguments, field, compiles)
-            calls.append(f"{json.dumps(function['name'] + form.named)} arguments{i}")
+            check(arguments, field, check_grammar)
+            calls.append(f"{json.dumps(function['name'] + form.after_name)} arguments{i}")
             rules.append(f"arguments{i}: %json {arguments}")
         before, after = json.dumps(form.before.lstrip()), json.dumps(form.closing)
         literal = [part for part in (before, "(" + " | ".join(calls) + ")", after) if part != '""']
         if schema is not None:
-            check(schema, "response_format", compiles)
+            check(schema, "response_format", check_grammar)
             literal.append("| answer")
             rules.append(f"answer: %json {schema}")
         return "\n".join([f"start: {' '.join(literal)}", *rules])
@@ -196,22 +196,22 @@ class Renderers:
         self._model, self._sandbox = model, sandbox
         ends = end_tokens(model, tokenizer)
         self.base = Renderer(tokenizer, ends, variables_of(tokenizer))
-        self.known: dict[str, Renderer] = {}  # by digest of the files
+        self.by_digest: dict[str, Renderer] = {}  # by digest of the files
 
-    def of(self, files: Contents) -> Renderer:
+    def of_files(self, files: Contents) -> Renderer:
         """Returns the renderer of a tokenizer's files, without executing code from them."""
-        if files.named in self.known:
-            return self.known[files.named]
+        if files.named in self.by_digest:
+            return self.by_digest[files.named]
         tokenizer: Any = self._sandbox.open(files)
         if tokenizer is None:
-            return self.known.setdefault(files.named, self.base)
+            return self.by_digest.setdefault(files.named, self.base)
         renderer = Renderer(tokenizer, end_tokens(self._model, tokenizer), tokenizer.variables)
         tokenizer.probed()
         block, grammar = template_of(tokenizer).block, grammar_of(tokenizer)
         size = len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
-        if size > MARKS:
+        if size > MAX_TAG_CHARACTERS:
             raise LorafoldError(
                 f"{files.path}: the chat template's tags around reasoning and tool calls have"
-                f" {size:,} characters, expected at most {MARKS:,}"
+                f" {size:,} characters, expected at most {MAX_TAG_CHARACTERS:,}"
             )
-        return self.known.setdefault(files.named, renderer)
+        return self.by_digest.setdefault(files.named, renderer)

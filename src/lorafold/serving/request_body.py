@@ -1,5 +1,5 @@
-"""Bodies of requests. Unknown fields are refused, because they may change the answer; HARMLESS ones
-are ignored, and NEUTRAL ones accepted with a value that has no effect.
+"""Bodies of requests. Unknown fields are refused, because they may change the answer; some are
+ignored, and others accepted with a value that has no effect.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pydantic import FailFast, Field, ValidationError
 from pydantic_core import from_json, to_json
 
 from lorafold.errors import LorafoldError
-from lorafold.serving.backend import NUMBERS, Ended, Sampling
-from lorafold.serving.errors import Refusal, unsupported, wrong
+from lorafold.serving.backend import NUMBERS, Sampling
+from lorafold.serving.refusals import Refusal, invalid, unsupported_field
 from lorafold.serving.settings import Strict
 
-HARMLESS = {
+IGNORED_FIELDS = {
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "prediction", "cache_control", "max_tool_calls",
 }  # fmt: skip
-NEUTRAL = {
+NEUTRAL_VALUES = {
     "store": (False,), "modalities": (["text"],), "echo": (False,), "best_of": (1,),
     "background": (False,), "functions": ([],),
 }  # fmt: skip
 DONE = b"data: [DONE]\n\n"
-PIECE = 16384  # elements of a list serialized at a time
-ENTRIES = 8192  # maximum entries of an object, since each may cause an error
+PIECE_ITEMS = 16384  # elements of a list serialized at a time
+MAX_ENTRIES = 8192  # maximum entries of an object, since each may cause an error
 E = TypeVar("E")
 
 
@@ -36,7 +36,7 @@ class FirstError(FailFast):
     __hash__ = object.__hash__  # for unions
 
 
-Listed = Annotated[list[E], FirstError()]
+ListOf = Annotated[list[E], FirstError()]
 
 
 class Body(Strict, strict=True):
@@ -48,7 +48,7 @@ class StreamOptions(Body):
     include_obfuscation: bool = False  # ignored: events are never padded
 
 
-class Completing(Body):
+class Generation(Body):
     model: str
     temperature: float = 1.0
     top_p: float = 1.0
@@ -58,7 +58,7 @@ class Completing(Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] = Field(default_factory=dict)
-    stop: str | Listed[str] = Field(default_factory=list)
+    stop: str | ListOf[str] = Field(default_factory=list)
     seed: int | None = None
     n: int = 1
     stream: bool = False
@@ -74,7 +74,7 @@ class Completing(Body):
         try:
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
-            raise wrong("logit_bias", "found a key that is not a token id") from None
+            raise invalid("logit_bias", "found a key that is not a token id") from None
         penalties = {name: getattr(self, name) for name in NUMBERS}
         try:
             return Sampling(
@@ -83,7 +83,7 @@ class Completing(Body):
         except LorafoldError as error:
             refusal = Refusal(400, "invalid_value", str(error), str(error).partition(":")[0])
             chat = "top_logprobs" in type(self).model_fields
-            raise refusal.sent_as({"logprobs": "top_logprobs"} if chat else {}) from None
+            raise refusal.with_client_names({"logprobs": "top_logprobs"} if chat else {}) from None
 
 
 B = TypeVar("B", bound=Body)
@@ -100,12 +100,13 @@ def read_body(kind: type[B], content: bytes) -> B:
     known_fields = {}
     for name, value in fields.items():
         known = name in kind.model_fields
-        if value is None or (not known and (name in HARMLESS or value in NEUTRAL.get(name, ()))):
+        ignored = name in IGNORED_FIELDS or value in NEUTRAL_VALUES.get(name, ())
+        if value is None or (not known and ignored):
             continue
         if not known:
-            raise unsupported(name[:80], ", and ignoring it could change the answer")
-        if isinstance(value, dict) and len(value) > ENTRIES:
-            raise wrong(name, f"found {len(value)} entries, expected at most {ENTRIES}")
+            raise unsupported_field(name[:80], ", and ignoring it could change the answer")
+        if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+            raise invalid(name, f"found {len(value)} entries, expected at most {MAX_ENTRIES}")
         known_fields[name] = value
     try:
         return kind.model_validate(known_fields)
@@ -115,7 +116,7 @@ def read_body(kind: type[B], content: bytes) -> B:
         if first["type"] == "missing":
             message = f"{where}: this field is required"
             raise Refusal(400, "missing_parameter", message, where) from None
-        raise wrong(where, f"{first['msg'][:1].lower()}{first['msg'][1:]}") from None
+        raise invalid(where, f"{first['msg'][:1].lower()}{first['msg'][1:]}") from None
 
 
 def new_id(kind: str) -> str:
@@ -130,14 +131,11 @@ def as_json(value: Mapping[str, Any]) -> bytes:
     """Serializes long lists in pieces, because serialization blocks other threads."""
 
     def written(field: Any) -> bytes:
-        if not isinstance(field, list | tuple) or len(field) <= PIECE:
+        if not isinstance(field, list | tuple) or len(field) <= PIECE_ITEMS:
             return to_json(field)
-        pieces = [to_json(field[i : i + PIECE])[1:-1] for i in range(0, len(field), PIECE)]
+        starts = range(0, len(field), PIECE_ITEMS)
+        pieces = [to_json(field[i : i + PIECE_ITEMS])[1:-1] for i in starts]
         return b"[" + b",".join(pieces) + b"]"
 
     fields = [to_json(name) + b":" + written(field) for name, field in value.items()]
     return b"{" + b",".join(fields) + b"}"
-
-
-def finish(end: Ended) -> str:
-    return "stop" if end.reason == "end" else end.reason

@@ -25,24 +25,24 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.data.control_tokens import allow
+from lorafold.data.control_tokens import allow_tokens
 from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
 from lorafold.models.loading import recorded_storage
 from lorafold.models.weights import InMemory
-from lorafold.peft.provenance import OwnBase
+from lorafold.peft.provenance import RecordedBase
 from lorafold.resolve import Base
 from lorafold.runtime.memory import free_bytes
-from lorafold.runtime.process_tuning import all_set_aside
+from lorafold.runtime.process_tuning import all_frozen
 from lorafold.serving import logs
 from lorafold.serving.app import application, bounded
 from lorafold.serving.directory import Directory
 from lorafold.serving.engine_backend import EngineBackend
-from lorafold.serving.errors import Refusal
 from lorafold.serving.host import Admission, Host
 from lorafold.serving.keys import Keys, TokenUsage
 from lorafold.serving.metrics import Gauges, Metrics
-from lorafold.serving.registry import STATE, Registry
+from lorafold.serving.refusals import Refusal
+from lorafold.serving.registry import STATE_FILE, Registry
 from lorafold.serving.rendering import Renderers, ServedModel
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
@@ -50,18 +50,18 @@ from lorafold.serving.verifier import VerifiedCache, Verifier
 from lorafold.verification.checks import Sandbox
 
 # code that affects verification: if it changes, all adapters are verified again
-CODE = (
+VERIFYING_CODE = (
     "adapter", "layers", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
     "peft", "verification", "serving",
 )  # fmt: skip
-PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
+VERIFYING_PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
 # seconds until a thread yields the GIL to the event loop, which releases it at each system call
-SWITCH = 5e-4
+SWITCH_INTERVAL = 5e-4
 BACKLOG = 4096  # connections waiting to be accepted; others retry after a second
 Load = Callable[[Base], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
-def listening(settings: Settings) -> socket.socket:
+def bound_socket(settings: Settings) -> socket.socket:
     """Binds a socket; without keys, only to a loopback address."""
     host, port, loopback = settings.host, settings.port, settings.host == "localhost"
     with contextlib.suppress(ValueError):
@@ -92,7 +92,7 @@ def serve(
     settings: Settings,
     console: Console,
     open_page: bool = False,
-    derived_base: OwnBase | None = None,
+    derived_base: RecordedBase | None = None,
 ) -> None:
     """Serves until a signal. `derived_base` is the base that the adapters name, if no option did;
     it is saved for the next start.
@@ -102,8 +102,8 @@ def serve(
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):  # macOS reports unlimited and rejects it
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with listening(settings) as at:
-        server = server_of(base, load, directory, keys, settings)
+    with bound_socket(settings) as at:
+        server = build_server(base, load, directory, keys, settings)
         if derived_base is not None:
             try:
                 server.registry.save(base=derived_base)
@@ -112,14 +112,14 @@ def serve(
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{at.getsockname()[1]}"
         _print_summary(server, address, console)
-        logs.set_up(settings.json_logs, settings.log_texts)
+        logs.configure(settings.json_logs, settings.log_texts)
         if open_page:
             webbrowser.open(f"http://{address}/")  # the socket listens already
-        with all_set_aside():
+        with all_frozen():
             asyncio.run(_run(server, at))
 
 
-def server_of(
+def build_server(
     base: Base, load: Load, directory: Directory, keys: Keys, settings: Settings
 ) -> Server:
     """Loads the model and builds the server; verification starts once it runs. The base's name in
@@ -129,11 +129,11 @@ def server_of(
     name = at.resolve().name if at.exists() else base.name
     model, tokenizer = load(base)
     if settings.allow_control_tokens:
-        allow(tokenizer)
+        allow_tokens(tokenizer)
     # the files don't determine the tensors' dtypes
     tensors = [[path, list(p.shape), str(p.dtype)] for path, p in model.named_parameters()]
     identity = joined([files, sha256(json.dumps(tensors).encode()).hexdigest()])
-    state = settings.state or directory.beside / STATE
+    state = settings.state or directory.pages_directory / STATE_FILE
 
     room = settings.adapter_bytes or free_bytes(model.device) // 2
     settings = settings.model_copy(update={"adapter_bytes": room})
@@ -143,23 +143,24 @@ def server_of(
         tokenizer, settings.allow_control_tokens, most,
     )  # fmt: skip
     renderers = Renderers(model, tokenizer, sandbox)
-    plain = ServedModel(name, None, renderers.base, identity)
-    verified_for = joined([identity, of_code(*CODE, packages=PACKAGES), *["any base"] * allowed])
+    base_model = ServedModel(name, None, renderers.base, identity)
+    code = of_code(*VERIFYING_CODE, packages=VERIFYING_PACKAGES)
+    verified_for = joined([identity, code, *["any base"] * allowed])
     cache = VerifiedCache(state.with_name(f"{state.stem}-verified.json"), verified_for)
     metrics, weights = Metrics(), InMemory.of_model(model) if allowed else None
     backend = EngineBackend(model, tokenizer, settings, metrics.restarts.inc, allowed)
     stored = (recorded_storage(model) or {}).get("storage", "auto")
     verifier = Verifier(directory, sandbox, renderers, cache, name, backend, weights, stored)
-    registry = Registry(plain, directory, state, verifier, backend)
+    registry = Registry(base_model, directory, state, verifier, backend)
     host = Host(backend, registry, settings, metrics)
-    usage = TokenUsage(state.with_name(f"{state.stem}-tokens.json"), lambda: keys.limited)
+    usage = TokenUsage(state.with_name(f"{state.stem}-tokens.json"), lambda: keys.has_limits)
     metrics.registry.register(Gauges(metrics, host, registry, keys))
     admission = Admission(host, registry, usage, sandbox)
     return Server(settings, keys, registry, host, admission, metrics, usage)
 
 
-def over_http(server: Server) -> uvicorn.Config:
-    sys.setswitchinterval(SWITCH)
+def uvicorn_config(server: Server) -> uvicorn.Config:
+    sys.setswitchinterval(SWITCH_INTERVAL)
     return uvicorn.Config(
         application(server), log_config=None, access_log=False, lifespan="on", ws="none",
         http=bounded(server.settings.limits), timeout_graceful_shutdown=2, server_header=False,
@@ -168,17 +169,17 @@ def over_http(server: Server) -> uvicorn.Config:
 
 
 async def _run(server: Server, at: socket.socket) -> None:
-    http = Http(over_http(server))
+    http = Http(uvicorn_config(server))
     loop, drains = asyncio.get_running_loop(), list[asyncio.Task[None]]()
 
-    def ask() -> None:
+    def start_drain() -> None:
         if drains:
             os._exit(128 + signal.SIGTERM)
         server.host.draining = True
         drains.append(loop.create_task(_drain(server, http)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ask)
+        loop.add_signal_handler(number, start_drain)
     await http.serve(sockets=[at])
 
 
@@ -216,8 +217,8 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
     names, state, lines = registry.unverified, registry.state, list[str]()
     several = "adapter" if len(names) == 1 else "adapters"
     lines.append(f"base {registry.base}, {len(names)} {several}: {listed(names) or 'none'}")
-    if others := registry.directory.others():
-        lines.append(f"ignored (no adapter_config.json): {', '.join(others)}")
+    if without_config := registry.directory.without_config():
+        lines.append(f"ignored (no adapter_config.json): {', '.join(without_config)}")
     if state.unloaded:
         lines.append(f"unloaded by the administrator: {', '.join(state.unloaded)}")
     lines += [f"in quarantine: {name}: {why}" for name, (_, why) in state.quarantined.items()]

@@ -12,33 +12,33 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.serving.errors import Refusal, wrong
+from lorafold.serving.refusals import Refusal, invalid
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-VALUES = {"const", "enum", "default", "examples"}  # don't contain schemas
+NOT_SCHEMAS = {"const", "enum", "default", "examples"}  # don't contain schemas
 DEFINITIONS = {"$defs", "definitions"}  # only relevant as targets of $ref
 # levels of nesting and $ref; each takes up to 5.6 kB of the compiling thread's stack
-DEEPEST = 2000
+MAX_DEPTH = 2000
 
 # raises LorafoldError for a (setting, text) that can't be compiled to a grammar
-Compiles = Callable[[tuple[str, str]], None]
+CheckGrammar = Callable[[tuple[str, str]], None]
 
 
-def schema_of(form: Mapping[str, Any], field: str) -> str | None:
-    kind = form.get("type")
+def schema_of(response_format: Mapping[str, Any], field: str) -> str | None:
+    kind = response_format.get("type")
     known = {"json_schema", "name", "schema", "strict", "description"}
-    for name in form.keys() - {"type", *(known if kind == "json_schema" else ())}:
+    for name in response_format.keys() - {"type", *(known if kind == "json_schema" else ())}:
         message = f"{field}.{name[:80]}: this field is not supported; remove it"
         raise Refusal(400, "unsupported_parameter", message, field)
     if kind == "text":
         return None
     if kind == "json_object":
         return compact({"type": "object"})
-    inner = form.get("json_schema", form)
+    inner = response_format.get("json_schema", response_format)
     schema = inner.get("schema") if isinstance(inner, Mapping) else None
     if kind != "json_schema" or not isinstance(schema, Mapping):
         expected = "text, json_object, or json_schema with a schema"
-        raise wrong(field, f"found {kind!r}, expected {expected}")
+        raise invalid(field, f"found {kind!r}, expected {expected}")
     return compact(schema)
 
 
@@ -46,48 +46,49 @@ def compact(schema: Mapping[str, Any]) -> str:
     return json.dumps({"x-guidance": COMPACT} | dict(schema))
 
 
-def check_founded(schema: str, field: str) -> None:
+def check_recursion(schema: str, field: str) -> None:
     """Refuses a schema that requires itself or is nested too deeply."""
     whole = json.loads(schema)
     graph = {}
-    for part, depth in _parts(whole):
-        if depth > DEEPEST:
-            message = f"schemas nested more than {DEEPEST:,} levels deep, directly or by $ref"
-            raise wrong(field, f"found {message}")
-        graph[id(part)] = [id(inner) for inner in _required(part, whole)]
+    for subschema, depth in _subschemas(whole):
+        if depth > MAX_DEPTH:
+            message = f"schemas nested more than {MAX_DEPTH:,} levels deep, directly or by $ref"
+            raise invalid(field, f"found {message}")
+        graph[id(subschema)] = [id(inner) for inner in _required(subschema, whole)]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError:
         message = "a schema that requires itself (by allOf or $ref), so no text can match it"
-        raise wrong(field, f"found {message}") from None
+        raise invalid(field, f"found {message}") from None
 
 
-def check(schema: str, field: str, compiles: Compiles) -> None:
+def check(schema: str, field: str, check_grammar: CheckGrammar) -> None:
     """Refuses a schema that can't be compiled. Slow for large ones."""
-    check_founded(schema, field)
+    check_recursion(schema, field)
     try:
-        compiles(("schema", schema))
+        check_grammar(("schema", schema))
     except LorafoldError as error:
-        raise wrong(field, f"the schema can't be compiled to a grammar ({error})") from None
+        raise invalid(field, f"the schema can't be compiled to a grammar ({error})") from None
 
 
-def _parts(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
+def _subschemas(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
     """Yields all schemas once, with their depth in a traversal that follows $ref first."""
-    left, seen = [(whole, 1)], set[int]()
-    while left:
-        part, depth = left.pop()
-        if isinstance(part, list):
-            left += [(value, depth) for value in reversed(part)]
-        elif isinstance(part, Mapping) and id(part) not in seen:
-            seen.add(id(part))
-            yield part, depth
-            below = [value for key, value in part.items() if key not in VALUES | DEFINITIONS]
-            left += [(value, depth + 1) for value in reversed([*below, *_required(part, whole)])]
+    pending, seen = [(whole, 1)], set[int]()
+    while pending:
+        subschema, depth = pending.pop()
+        if isinstance(subschema, list):
+            pending += [(value, depth) for value in reversed(subschema)]
+        elif isinstance(subschema, Mapping) and id(subschema) not in seen:
+            seen.add(id(subschema))
+            yield subschema, depth
+            below = [v for key, v in subschema.items() if key not in NOT_SCHEMAS | DEFINITIONS]
+            below += _required(subschema, whole)
+            pending += [(value, depth + 1) for value in reversed(below)]
 
 
-def _required(part: Mapping[str, Any], whole: Any) -> list[Mapping[str, Any]]:
+def _required(subschema: Mapping[str, Any], whole: Any) -> list[Mapping[str, Any]]:
     """Returns the schemas that a value must also fit, by allOf and $ref."""
-    every, ref = part.get("allOf"), part.get("$ref")
+    every, ref = subschema.get("allOf"), subschema.get("$ref")
     required = list(every) if isinstance(every, list) else []
     if isinstance(ref, str) and ref.startswith("#"):
         for step in filter(None, ref[1:].split("/")):

@@ -18,23 +18,23 @@ from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 
-from lorafold.errors import STOPS
+from lorafold.errors import EXITS
 from lorafold.serving.completion_job import DialectRequest, Reply
-from lorafold.serving.errors import MESSAGES, Refusal, naming
 from lorafold.serving.host import Admission, Host
 from lorafold.serving.keys import Caller, Keys, TokenUsage
 from lorafold.serving.metrics import Metrics
+from lorafold.serving.refusals import MESSAGES_PATH, Refusal, client_names
 from lorafold.serving.registry import Registry
 from lorafold.serving.request_body import B, new_id, read_body, sse_event
 from lorafold.serving.settings import Settings
 
 T = TypeVar("T")
-SMALL = 8192  # bytes; larger bodies are parsed in a thread
+MAX_INLINE_BYTES = 8192  # bytes; larger bodies are parsed in a thread
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Record:
+class RequestRecord:
     id: str
     method: str
     path: str
@@ -57,7 +57,7 @@ class Dialect(ABC):
     request: Any  # the body as a DialectRequest
 
     @abstractmethod
-    async def whole(self, reply: Reply) -> dict[str, Any]:
+    async def full_answer(self, reply: Reply) -> dict[str, Any]:
         """Returns the whole answer."""
 
     @abstractmethod
@@ -88,32 +88,32 @@ class Server:
         return caller
 
     async def body(
-        self, request: Request, caller: Caller, kind: type[B], then: Callable[[B], T]
+        self, request: Request, caller: Caller, kind: type[B], use: Callable[[B], T]
     ) -> T:
-        """Reads a body and calls `then` with it, in a thread if it is large."""
+        """Reads a body and calls `use` with it, in a thread if it is large."""
         sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if sent != "application/json":
             message = f"content-type: found {sent[:80]!r}, expected application/json"
             raise Refusal(415, "unsupported_media_type", message)
-        with self.host.counted(caller.tenant):  # partial bodies take memory too
+        with self.host.count_in_admission(caller.tenant):  # partial bodies take memory too
             content = await request.body()
 
         def parsed() -> T:
             with self.parsing:
                 body = read_body(kind, content)
-            return then(body)
+            return use(body)
 
-        if len(content) <= SMALL:
+        if len(content) <= MAX_INLINE_BYTES:
             return parsed()
-        return await unless_left(request, self.host.think(parsed, caller.tenant))
+        return await until_disconnect(request, self.host.in_thread(parsed, caller.tenant))
 
     async def count(
         self, request: Request, kind: type[B], read: Callable[[Server, B], DialectRequest]
     ) -> int:
         caller = self.caller(request)
-        counted = await self.body(request, caller, kind, partial(read, self))
-        with naming(counted.names):
-            return await self.admission.count(caller, counted)
+        dialect_request = await self.body(request, caller, kind, partial(read, self))
+        with client_names(dialect_request.names):
+            return await self.admission.count(caller, dialect_request)
 
     async def complete(
         self,
@@ -129,23 +129,23 @@ class Server:
             request, caller, kind, lambda body: dialect_of(body, read(self, body))
         )
         admitted = self.admission.admit(caller, new_id(id), record.started, dialect.request)
-        with naming(dialect.request.names):
-            reply = await unless_left(request, admitted)
-            chosen = reply.prompted.chosen
+        with client_names(dialect.request.names):
+            reply = await until_disconnect(request, admitted)
+            chosen = reply.resolved.chosen
             record.reply, record.adapter = reply, chosen.name
             record.version = chosen.key or chosen.name
             if self.settings.log_texts:
-                record.texts["prompt"] = reply.prompted.text
+                record.texts["prompt"] = reply.resolved.text
             if dialect.body.stream:
                 return self._stream(request, reply, dialect.events(reply))
             try:
-                return answer(await unless_left(request, dialect.whole(reply)))
+                return json_response(await until_disconnect(request, dialect.full_answer(reply)))
             finally:  # the client may have left
-                self.admission.drop(reply)
+                self.admission.cancel_unfinished(reply)
 
     def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
         """Streams events; the completions end if the client leaves or reads too slowly."""
-        record, gone, complete = record_of(request), False, False
+        record, disconnected, complete = record_of(request), False, False
 
         async def guarded() -> AsyncIterator[bytes]:
             nonlocal complete
@@ -156,41 +156,40 @@ class Server:
                 record.outcome = refusal.code
                 yield sse_event(*error_event(record, refusal))
             except asyncio.CancelledError:
-                if not gone and record.outcome == "ok":
+                if not disconnected and record.outcome == "ok":
                     record.outcome = "not_ready"  # the server's shutdown timed out
                 raise
-            except (*STOPS, GeneratorExit):
+            except (*EXITS, GeneratorExit):
                 raise
             except BaseException as error:  # a Rust panic of a tokenizer is not an Exception
-                yield sse_event(*error_event(record, defect(record, error)))
+                yield sse_event(*error_event(record, internal_error(record, error)))
             finally:
                 reasons = [why for job in reply.jobs if (why := job.failed or job.why)]
                 if reasons and record.outcome in ("ok", "client_left"):
                     record.outcome = reasons[0].code
-                self.admission.drop(reply)
+                self.admission.cancel_unfinished(reply)
                 complete = True
 
-        async def left(_: object) -> None:  # may precede the first event or follow the last
-            nonlocal gone
-            gone = True
+        async def on_disconnect(_: object) -> None:  # maybe before the first event
+            nonlocal disconnected
+            disconnected = True
             if not complete and any(job.events or job.end is None for job in reply.jobs):
                 record.outcome = "client_left"
-            self.admission.drop(reply)
+            self.admission.cancel_unfinished(reply)
 
-        return self.streaming(guarded(), left)
+        return self.streaming(guarded(), on_disconnect)
 
     def streaming(
-        self, events: AsyncIterator[bytes], left: Callable[[object], Awaitable[None]]
+        self, events: AsyncIterator[bytes], on_disconnect: Callable[[object], Awaitable[None]]
     ) -> Response:
-        """Returns a streaming response; `left` is called if the client leaves or reads too slowly.
-        """
+        """Returns a streaming response; `on_disconnect` is also called for a slow reader."""
         return EventSourceResponse(
             events, ping=15, sep="\n", send_timeout=self.settings.limits.send_seconds,
-            client_close_handler_callable=left,
+            client_close_handler_callable=on_disconnect,
         )  # fmt: skip
 
 
-def record_of(request: Request) -> Record:
+def record_of(request: Request) -> RequestRecord:
     return request.scope["record"]
 
 
@@ -200,45 +199,47 @@ def authorization(headers: Headers) -> str | None:
     return headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
-def error_event(record: Record, refusal: Refusal) -> tuple[dict[str, Any], str | None]:
+def error_event(record: RequestRecord, refusal: Refusal) -> tuple[dict[str, Any], str | None]:
     """Returns a refusal in the route's format, and its event type in a stream."""
-    if f"{record.path}/".startswith(f"{MESSAGES}/"):
+    if f"{record.path}/".startswith(f"{MESSAGES_PATH}/"):
         return refusal.anthropic(record.id), "error"
     return refusal.body, None
 
 
-def refused(record: Record, refusal: Refusal) -> Response:
+def error_response(record: RequestRecord, refusal: Refusal) -> Response:
     record.outcome, record.status = refusal.code, refusal.status
-    return answer(error_event(record, refusal)[0], refusal.status, refusal.headers)
+    return json_response(error_event(record, refusal)[0], refusal.status, refusal.headers)
 
 
-def answer(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(
+    value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     return Response(to_json(value), status, headers, "application/json")
 
 
-def defect(record: Record, error: BaseException) -> Refusal:
+def internal_error(record: RequestRecord, error: BaseException) -> Refusal:
     log.error("%s failed", record.id, exc_info=error)
     message = f"internal error; see {record.id} in the server's log"
     record.outcome, record.status = "internal_error", record.status or 500
     return Refusal(500, "internal_error", message)
 
 
-async def unless_left(request: Request, doing: Coroutine[Any, Any, T]) -> T:
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Awaits work for a client; cancels it if the client leaves."""
-    waiting = asyncio.create_task(doing)
-    leaving = asyncio.create_task(_left(request))
+    work_task = asyncio.create_task(work)
+    disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
+        await asyncio.wait({work_task, disconnect_task}, return_when=asyncio.FIRST_COMPLETED)
+        if not work_task.done():
             raise Refusal(499, "client_left", "the client disconnected")
-        return waiting.result()
+        return work_task.result()
     finally:
-        for task in (waiting, leaving):
+        for task in (work_task, disconnect_task):
             task.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await task
 
 
-async def _left(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

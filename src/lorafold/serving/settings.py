@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import open_regular
-from lorafold.recipe.parsing import parse_yaml, text_of
+from lorafold.recipe.parsing import parse_yaml, read_text
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -72,7 +72,7 @@ class Settings(Strict):
 def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
     settings: Any = {}
     if file is not None:
-        settings = parse_yaml(text_of(file, "settings"), str(file)) or {}
+        settings = parse_yaml(read_text(file, "settings"), str(file)) or {}
         if not isinstance(settings, dict):
             kind = type(settings).__name__
             raise LorafoldError(f"{file}: found {kind}, expected a mapping of settings to values")

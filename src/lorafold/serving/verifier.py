@@ -15,20 +15,20 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
+from lorafold.errors import EXITS, Busy, LorafoldError, error_location, is_transient, truncate_end
 from lorafold.files.atomic import MANIFEST, write_text
 from lorafold.files.contents import Contents, FileStamp
 from lorafold.files.model_card import OVER, VOCABULARY
 from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
 from lorafold.methods import name_of
-from lorafold.models.quantizations import MADE
+from lorafold.models.quantizations import ON_LOAD
 from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.weights import Weights
 from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
-from lorafold.peft.provenance import OwnBase, TrainedOn, not_found, parse_over
+from lorafold.peft.provenance import RecordedBase, TrainingStorage, missing_message, parse_over
 from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import Directory
 from lorafold.serving.rendering import Renderer, Renderers
@@ -36,9 +36,9 @@ from lorafold.serving.settings import Strict, read
 from lorafold.verification.checks import Sandbox, VerifiedFiles
 
 log = logging.getLogger(__name__)
-BELOW = 16  # maximum number of base adapters
+MAX_BASE_ADAPTERS = 16  # maximum number of base adapters
 # fields of the record that affect loading
-READ_BY = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
+RECORD_FIELDS = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
 
 
 class CachedAdapter(Strict):
@@ -117,20 +117,20 @@ class Verifier:
         """
         try:
             return self._find(name, afresh)
-        except STOPS:
+        except EXITS:
             raise
         except BaseException as error:  # a Rust panic is not an Exception
-            if passes(error):
+            if is_transient(error):
                 raise Busy(f"{name} can't be verified now: {error}") from None
             if isinstance(error, LorafoldError):
                 raise
             log.exception("%s can't be read", name)
-            raise LorafoldError(f"the adapter can't be read ({place(error)})") from None
+            raise LorafoldError(f"the adapter can't be read ({error_location(error)})") from None
 
     def _find(self, name: str, afresh: bool) -> AdapterFiles:
         path, marks = self.directory.locate(name), dict[str, FileStamp]()
         cached = None if afresh else self.cache.adapters.get(name)
-        if cached is not None and self._marks(path, *cached.found.over) == cached.marks:
+        if cached is not None and self._stamps(path, *cached.found.over) == cached.marks:
             return self._with_note(cached.found)
         adapter = self._read(name, path, marks)
         if afresh or adapter.form not in self._forms:
@@ -142,24 +142,24 @@ class Verifier:
     def renderer(self, adapter: AdapterFiles) -> Renderer:
         if adapter.words is None:
             return self._renderers.base
-        if (renderer := self._renderers.known.get(adapter.tokenizer)) is not None:
+        if (renderer := self._renderers.by_digest.get(adapter.tokenizer)) is not None:
             return renderer
         files = self.directory.tokenizer(adapter.words)
         if files.named != adapter.tokenizer:
             raise LorafoldError(f"{adapter.name}: its tokenizer changed; load the adapter again")
-        return self._renderers.of(files)
+        return self._renderers.of_files(files)
 
     def close(self) -> None:
         self._sandbox.close()
         self.cache.save()
 
-    def _marks(self, *paths: Path) -> dict[str, FileStamp]:
-        return {name: mark for path in paths for name, mark in self.directory.marks(path).items()}
+    def _stamps(self, *paths: Path) -> dict[str, FileStamp]:
+        return {name: mark for path in paths for name, mark in self.directory.stamps(path).items()}
 
     def _verified(self, path: Path, marks: dict[str, FileStamp]) -> VerifiedFiles:
-        marks |= self._marks(path)
-        files = (*FILES, *self.directory.words(path))
-        return self._sandbox.verify(path, files, CONFIG, RECORD, READ_BY)
+        marks |= self._stamps(path)
+        files = (*FILES, *self.directory.tokenizer_files(path))
+        return self._sandbox.verify(path, files, CONFIG, RECORD, RECORD_FIELDS)
 
     def _read(self, name: str, path: Path, marks: dict[str, FileStamp]) -> AdapterFiles:
         """Verifies an adapter and reads its record. Adds to `marks` the stamps that its files had
@@ -177,15 +177,15 @@ class Verifier:
                 " model"
             )
         over = parse_over(small.record)
-        if len(over) > BELOW:
-            message = f"found {len(over):,} base adapters, expected at most {BELOW}"
+        if len(over) > MAX_BASE_ADAPTERS:
+            message = f"found {len(over):,} base adapters, expected at most {MAX_BASE_ADAPTERS}"
             raise LorafoldError(f"{OVER}: {message}")
-        below = [self.directory.below(origin, path) for origin in over]
+        below = [self.directory.base_adapter_path(origin, path) for origin in over]
         # base adapters are loaded with it, so they are verified here in any case
         stack = {at: self._verified(at, marks) for at in below} | {path: verified}
         for at, origin in zip(below, over, strict=True):
             if stack[at].digest_of((CONFIG, WEIGHTS)) != origin.sha256:
-                raise LorafoldError(not_found(origin, path))
+                raise LorafoldError(missing_message(origin, path))
         spec = read_config(config)[0]
         ranked = getattr(spec, "over", spec)  # the spec with the rank
         ranks = [getattr(ranked, "rank", 0), *getattr(ranked, "rank_pattern", {}).values()]
@@ -207,12 +207,13 @@ class Verifier:
             stack=tuple(files.digest_of(FILES) for files in each),
             sizes=tuple(files.bytes_of(FILES) for files in each),
             method=name_of(spec), rank=getattr(ranked, "rank", None),
-            base=cut(str(base or ""), 300), words=words,
+            base=truncate_end(str(base or ""), 300), words=words,
             other_base=other_base, other_storage=other_storage,
             tokenizer="" if words is None else self._open_tokenizer(words, stack[words]),
             form=joined([files.form for files in each]),
         )  # fmt: skip
-        linked = [n for at, files in stack.items() for n in self.directory.linked(at, files.files)]
+        hard_linked = self.directory.hard_linked
+        linked = [n for at, files in stack.items() for n in hard_linked(at, files.files)]
         cached = self.cache.adapters.get(name)
         if linked and (cached is None or cached.found.digest != adapter.digest):
             raise LorafoldError(f"{linked[0]}: found several hard links, expected one; copy it")
@@ -221,19 +222,20 @@ class Verifier:
     def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:
         base, served = "", self._storage
         if self._weights is not None:
-            base = OwnBase.of(path, files.object(CONFIG), files.record).other(self._weights)
-        trained_on, storage = TrainedOn.of(files.record), ""
-        if trained_on and trained_on.storage != served and {trained_on.storage, served} & {*MADE}:
-            trained = cut(trained_on.storage, 20)
+            base = RecordedBase.of(path, files.object(CONFIG), files.record).other(self._weights)
+        trained_on, storage = TrainingStorage.of(files.record), ""
+        trained = trained_on.storage if trained_on else served
+        if trained != served and {trained, served} & {*ON_LOAD}:
+            trained = truncate_end(trained, 20)
             storage = f"trained on {trained} weights but served on {served} ones, so outputs differ"
             log.warning("%s: %s", name, storage)
-        return cut(base, 1000), storage
+        return truncate_end(base, 1000), storage
 
     def _open_tokenizer(self, path: Path, verified: VerifiedFiles) -> str:
         words = self.directory.tokenizer(path)
         if words.named != verified.digest_of(verified.files.keys() - {*FILES, MANIFEST}):
             raise LorafoldError(f"{path}: changed while it was read; load the adapter again")
-        self._renderers.of(words)
+        self._renderers.of_files(words)
         return words.named
 
     def _with_note(self, adapter: AdapterFiles) -> AdapterFiles:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorafold.errors import LorafoldError, as_one, differing, listed, shortened
+from lorafold.errors import LorafoldError, differing_keys, join_problems, listed, truncate_middle
 from lorafold.files.atomic import (
     MANIFEST,
     atomic_directory,
@@ -176,9 +176,9 @@ class RunDirectory:
             raise LorafoldError(f"{self.path}: found no run to resume; start one without --resume")
         files = stored.pop(FILES, {})
         changes = [
-            f"{k}: was {shortened(repr(stored.get(k)), 80)}, now"
-            f" {shortened(repr(identity.get(k)), 80)}"
-            for k in differing(stored, identity)
+            f"{k}: was {truncate_middle(repr(stored.get(k)), 80)}, now"
+            f" {truncate_middle(repr(identity.get(k)), 80)}"
+            for k in differing_keys(stored, identity)
             if k != FILES
         ]
         edited = [
@@ -243,7 +243,7 @@ class RunDirectory:
         """(progress, adapter tensors, optimizer tensors), of any shapes."""
         if problems := verify(path):
             raise LorafoldError(
-                f"{path}: damaged checkpoint: {as_one(problems)}; remove it to resume from"
+                f"{path}: damaged checkpoint: {join_problems(problems)}; remove it to resume from"
                 " the previous checkpoint"
             )
         state = json.loads((path / "state.json").read_text())

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.adapter.coverage import unreached
 from lorafold.core.attach import base_state
-from lorafold.errors import LorafoldError, differing, listed, shortened
+from lorafold.errors import LorafoldError, differing_keys, listed, truncate_middle
 from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
@@ -28,12 +28,12 @@ from lorafold.identity import of_adapter
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
-from lorafold.peft.form import form_of
-from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
+from lorafold.peft.form import format_of
+from lorafold.peft.provenance import BASE_IDENTITY, over_record, parse_over
 from lorafold.peft.tensors import saved_tensors, sites_of
-from lorafold.recipe.fields import OF_METHOD
+from lorafold.recipe.fields import METHOD_FIELDS
 from lorafold.recipe.recipe import Recipe
-from lorafold.runtime.memory import RETURNED, freed_blocks, peak_bytes
+from lorafold.runtime.memory import RETURN_FREED, malloc_policy, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.inputs import RunRequest, fields_free_on_resume, input_identity, objective_of
 from lorafold.training.loop import Plan, guessing_warning
@@ -140,7 +140,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     plan.optimizer.state.clear()  # frees memory for writing and verifying
     record, run = record_of(setup, plan, progress), plan.run
     write = partial(write_adapter, setup, plan, progress, result, base)
-    with freed_blocks(RETURNED):
+    with malloc_policy(RETURN_FREED):
         if saved_step == progress.step:
             write(request.out, record)
         if better is not None:
@@ -181,7 +181,7 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         **({INIT_ADAPTER: files[INIT_ADAPTER]} if INIT_ADAPTER in files else {}),
         DEPENDS_ON: input_identity(request, setup.objective),
         BASE_IDENTITY: files["model"]["sha256"],
-        **(recorded(over) if (over := plan.adapter.over) else {}),
+        **(over_record(over) if (over := plan.adapter.over) else {}),
         **({} if vocabulary_size is None else {VOCABULARY: vocabulary_size}),
     }
 
@@ -197,7 +197,7 @@ def write_adapter(
         record = record | {"figures": figures}
     targets = adapter.matches.paths
     # in the card, fields that are None show the value that the run used
-    used = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
+    used = {name: getattr(spec, name, None) for name in (*METHOD_FIELDS, "targets")}
     names = {"": "lr", UP: "lr_b"}
     groups = plan.optimizer.param_groups
     used |= {names[group["of"]]: group["peak"] for group in groups if group["of"] in names}
@@ -208,7 +208,7 @@ def write_adapter(
         asdict(result) | result.pace | {"eval_loss": progress.evals.get(step)},
         whole=spec.trains_base,
         opened_by=opened_by_name(adapter.model),
-        in_peft=not spec.trains_base and form_of(adapter.model, spec, targets).in_peft,
+        in_peft=not spec.trains_base and format_of(adapter.model, spec, targets).in_peft,
     )
     adapter.save(
         path,
@@ -250,8 +250,8 @@ def check_learned(adapter: Adapter, optimizer: Optimizer) -> None:
     if zero_paths:
         raise LorafoldError(
             f"nothing was written: the up factors of {len(zero_paths)} modules are still zero after"
-            f" training, although they had gradients ({listed(zero_paths, room=80)}); try a higher"
-            " learning rate (lr, lr_b)"
+            f" training, although they had gradients ({listed(zero_paths, max_chars=80)}); try a"
+            " higher learning rate (lr, lr_b)"
         )
 
 
@@ -264,7 +264,7 @@ def compare_with_files(adapter: Adapter, path: Path, base: Weights | None) -> No
         different = [key for key in shared if not written.get(key).equal(state[key].cpu())]
     else:
         base = base or InMemory.of_model(model)
-        saved = SavedAdapter.open(path).within(model)
+        saved = SavedAdapter.open(path).for_model(model)
         if saved.selection.tokens:
             _, saved = saved.token_rows(model, base)
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
@@ -276,7 +276,7 @@ def compare_with_files(adapter: Adapter, path: Path, base: Weights | None) -> No
     if different:
         raise LorafoldError(
             f"{path}: the written files differ from the trained values in"
-            f" {listed(different, room=120)}; the checkpoints of the run are kept"
+            f" {listed(different, max_chars=120)}; the checkpoints of the run are kept"
         )
 
 
@@ -319,7 +319,7 @@ def _differences(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str
     ignored |= {"storage"} if recipe.storage == "auto" else set()
     for name in sorted(fields.keys() - ignored - fields_free_on_resume(recipe)):
         if fields[name] != old_fields[name]:
-            old, new = (shortened(repr(values[name]), 40) for values in (old_fields, fields))
+            old, new = (truncate_middle(repr(values[name]), 40) for values in (old_fields, fields))
             yield f"{name} was {old}, now {new}"
     base = record.get(BASE_IDENTITY)  # absent from earlier versions' records
     if base and base != request.base.identity:
@@ -332,7 +332,7 @@ def _differences(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str
         yield "the adapters of --over have changed"
     if DEPENDS_ON in record:  # absent from earlier versions' records
         inputs = input_identity(request, objective_of(request, open_all(request.adapters)))
-        yield from (f"{name} has changed" for name in differing(inputs, record[DEPENDS_ON]))
+        yield from (f"{name} has changed" for name in differing_keys(inputs, record[DEPENDS_ON]))
     init_adapter = request.init_adapter and of_adapter(SavedAdapter.open(request.init_adapter))
     if record.get(INIT_ADAPTER, {}).get("sha256") != init_adapter:
         yield "the adapter of --init-adapter has changed"

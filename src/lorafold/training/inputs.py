@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorafold.data.batches import BatchFeed, StoredFeed, epoch_size, split
-from lorafold.data.checks import STREAMED, Findings, find_problems
-from lorafold.data.control_tokens import ALL, allow
+from lorafold.data.control_tokens import ALL_TOKENS, allow_tokens
+from lorafold.data.json_input import Row
 from lorafold.data.render import Rendering
+from lorafold.data.row_checks import STREAMED, Findings, find_problems
 from lorafold.data.row_store import Rows
-from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.files.contents import file_digest
 from lorafold.files.terminal import print_lines
@@ -25,8 +25,8 @@ from lorafold.models.tokenizer import Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_formats
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
 from lorafold.peft.adapter_directory import SavedAdapter
-from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.resolve_settings import resolve_length, spec_of
 from lorafold.resolve import Base
 from lorafold.training.checkpoint import RunDirectory
 
@@ -107,7 +107,7 @@ def with_max_length(
     request: RunRequest, saved: Sequence[SavedAdapter], console: Console
 ) -> RunRequest:
     """The request with `max_length` set: the resumed run's, if the recipe does not set it, else
-    from `settled_length`.
+    from `resolve_length`.
     """
     recipe = request.recipe
     if request.resume and "max_length" not in recipe.model_fields_set:
@@ -116,7 +116,7 @@ def with_max_length(
             return replace(request, recipe=recipe.model_copy(update={"max_length": recorded}))
     num_virtual = sum(adapter.spec.positions for adapter in saved)
     num_virtual += 0 if request.init_adapter else spec_of(recipe).positions
-    return replace(request, recipe=settled_length(recipe, request.base, num_virtual, console))
+    return replace(request, recipe=resolve_length(recipe, request.base, num_virtual, console))
 
 
 def prepare_tokenizer(
@@ -134,7 +134,7 @@ def prepare_tokenizer(
     added = add_words(tokenizer, new_tokens) if new_tokens else Words({}, frozenset())
     print_lines(console, added if new_tokens else "", objective.set_up(tokenizer))
     if request.recipe.allow_control_tokens or added.ids:
-        allow(tokenizer, ALL if request.recipe.allow_control_tokens else added.ids)
+        allow_tokens(tokenizer, ALL_TOKENS if request.recipe.allow_control_tokens else added.ids)
     return tokenizer, added
 
 

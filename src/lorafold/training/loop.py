@@ -31,7 +31,7 @@ from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.runtime.processor import considerate
+from lorafold.runtime.processor import sleep_if_busy
 from lorafold.training.checkpoint import GRADIENT, RATE, Progress, RunDirectory
 from lorafold.training.progress_display import Display
 from lorafold.training_step.data_parallel import Replicated
@@ -68,7 +68,7 @@ class Plan:
     layout: Replicated
 
 
-@considerate()
+@sleep_if_busy()
 def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     """Train from `progress.step` to the last step, and write checkpoints. A step with a non-finite
     loss or gradient is skipped.
@@ -77,7 +77,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     first_rows = next(plan.feed.after(0)) if plan.guessing is None else ()
     rows = plan.feed.after(progress.step)
     if processes.lifeline is not None:
-        processes.lifeline.place = lambda: f"in step {progress.step + 1}; {plan.run.resume_hint}"
+        processes.lifeline.progress = lambda: f"in step {progress.step + 1}; {plan.run.resume_hint}"
     save_every = recipe.checkpoint_interval(plan.feed.steps)
     eval_every = recipe.eval_every or save_every
     evaluates_first = progress.step or isinstance(objective, OnPolicy)

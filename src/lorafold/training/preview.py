@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 
-from lorafold.data.checks import Findings, describe_template
 from lorafold.data.examples import NO_LOSS, EncodingReport, Example, encode_row
 from lorafold.data.formats import CONVERSATIONS, Conversation
+from lorafold.data.json_input import Row
 from lorafold.data.messages import Message, Tool
+from lorafold.data.row_checks import Findings, describe_template
 from lorafold.data.row_store import Rows
-from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream
 from lorafold.files.html_page import html_table, notes, section, write_page
 from lorafold.files.terminal import print_lines
@@ -114,7 +114,7 @@ def _findings(
 
 
 def _first_rows(rows: Sequence[Row]) -> Sequence[Row]:
-    n = max(1, len(rows) * MAX_CHECKED_BYTES // max(1, Rows.of(rows).measured[1]))
+    n = max(1, len(rows) * MAX_CHECKED_BYTES // max(1, Rows.of(rows).digest_and_size[1]))
     if n >= len(rows):
         return rows
     return rows.select(np.arange(n)) if isinstance(rows, Rows) else rows[:n]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorafold.adapter import Adapter
 from lorafold.core.delta import set_tensor
 from lorafold.data.batches import BatchFeed
-from lorafold.data.control_tokens import NOTE
+from lorafold.data.control_tokens import EXCEPTIONS
 from lorafold.errors import LorafoldError
 from lorafold.files.paths import check_name
 from lorafold.files.terminal import format_bytes, print_lines
@@ -23,8 +23,8 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Data, OnPolicy
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
 from lorafold.rewards.reward import ADAPTER, REWARDS, WEIGHTED
-from lorafold.runtime.memory import KEPT, RETURNED, freed_blocks
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.memory import KEEP_FREED, RETURN_FREED, malloc_policy
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.finish import Trained, finish, finished_result
 from lorafold.training.inputs import RunRequest, fields_free_on_resume, input_identity
@@ -47,7 +47,7 @@ from lorafold.training_step.sharded_data_parallel import Sharded
 NUM_PREFIX_STEPS = 8  # steps whose rows are searched for shared prefixes
 
 
-def train(request: RunRequest, console: Console, processes: Processes = ALONE) -> Trained:
+def train(request: RunRequest, console: Console, processes: Processes = SINGLE_PROCESS) -> Trained:
     """Train one adapter and write it to `request.out`; every process has the same request. A
     finished run is left unchanged on resume. Raises Interrupted after SIGINT or SIGTERM, with a
     checkpoint.
@@ -79,7 +79,7 @@ def _train(setup: Setup, console: Console) -> Trained:
     else:
         sharding, notice = nullcontext(), "one process has all weights; start several to shard them"
         print_lines(console, f"strategy fsdp: {notice}" * (recipe.strategy == "fsdp"))
-    with freed_blocks(KEPT), sharding:
+    with malloc_policy(KEEP_FREED), sharding:
         with (
             # first, because a policy's sampler copies the modules before they are fused
             objective.loss(model, tokenizer, recipe.packing, console) as loss,
@@ -110,7 +110,7 @@ def _train(setup: Setup, console: Console) -> Trained:
 def sharded_model(layout: Sharded, model: nn.Module, console: Console) -> Iterator[None]:
     """Context: the model is sharded; prints the sizes."""
     # memory of temporarily gathered tensors must be returned
-    with freed_blocks(RETURNED), layout.sharding(model):
+    with malloc_policy(RETURN_FREED), layout.sharding(model):
         total, own, largest = map(format_bytes, layout.sizes())
         print_lines(
             console,
@@ -222,7 +222,7 @@ def shared_prefix_line(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
     computed, each, recipe = 0, 0, setup.request.recipe
     if isinstance(setup.objective, OnPolicy):
         return None
-    for examples in islice(feed.after(0), min(NUM_PREFIX_STEPS, feed.foreseen)):
+    for examples in islice(feed.after(0), min(NUM_PREFIX_STEPS, feed.num_previewed)):
         each += sum(loss.computed([example]) for example in examples)
         for indices in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
             computed += loss.computed([examples[i] for i in indices])
@@ -250,7 +250,7 @@ def run_identity(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         # the template's text, because the file that the recipe names may have changed
         template = setup.tokenizer.chat_template
         templates = template if isinstance(template, dict) else {"": str(template)}
-        plain = {name: NOTE.sub("", text) for name, text in templates.items()}
+        plain = {name: EXCEPTIONS.sub("", text) for name, text in templates.items()}
         identity["chat_template"] = str(plain.get("", plain))
     if setup.day:
         identity["day"] = setup.day
@@ -269,6 +269,6 @@ def sample_losses(
             f" {recipe.objective} lacks; use another objective, and set asks_losses in the spec"
         )
     loss.train()
-    for examples in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
+    for examples in feed.random_batches(n, rows or recipe.batch, recipe.seed + 1):
         inputs = loss.collate(examples, loss.device)
         yield loss(**inputs, **loss.of_step(examples)) / max(1, sum(map(loss.count, examples)))

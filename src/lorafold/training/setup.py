@@ -21,10 +21,10 @@ from lorafold.core.attach import Adapted, Origin
 from lorafold.core.expert_matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
-from lorafold.data.branches import Branched
-from lorafold.data.checks import Findings
-from lorafold.data.templates import day_of, on_day
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.data.chat_template import date_used, with_date
+from lorafold.data.preference_examples import BranchedRow
+from lorafold.data.row_checks import Findings
+from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
@@ -36,12 +36,12 @@ from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
-from lorafold.peft.provenance import mismatch, same_adapters
-from lorafold.recipe.fields import OF_ADAPTER
-from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
+from lorafold.peft.provenance import mismatch_message, same_adapters
+from lorafold.recipe.fields import ADAPTER_FIELDS
+from lorafold.recipe.resolve_settings import ignored_fields, ignored_note, resolve_storage, spec_of
 from lorafold.resolve.base import check_language_model
 from lorafold.runtime.memory import free_bytes
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.inputs import (
     RunRequest,
@@ -105,9 +105,9 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
     if request.recipe.optimizer not in ("auto", "adamw"):
         bitsandbytes_optimizers(request.recipe.optimizer)
     spec = spec_of(request.recipe)
-    if left_out(request.recipe):
-        print_lines(console, without(request.recipe))
-    fixed = sorted(OF_ADAPTER & request.recipe.model_fields_set)
+    if ignored_fields(request.recipe):
+        print_lines(console, ignored_note(request.recipe))
+    fixed = sorted(ADAPTER_FIELDS & request.recipe.model_fields_set)
     if request.init_adapter and fixed:
         raise LorafoldError(
             f"{', '.join(fixed)}: the adapter of --init-adapter fixes these fields; remove them"
@@ -143,14 +143,15 @@ def open_adapters(request: RunRequest) -> list[SavedAdapter]:
     for n, adapter in enumerate(saved):
         if not (request.base.allow_other_base or same_adapters(adapter.over, origins[:n])):
             options = " ".join(f"--over {origin.path}" for origin in adapter.over)
-            raise LorafoldError(f"{adapter}: {mismatch(adapter.over, origins[:n])}; pass {options}")
+            found = mismatch_message(adapter.over, origins[:n])
+            raise LorafoldError(f"{adapter}: {found}; pass {options}")
     if not request.base.allow_other_base and (base := request.base.in_files()):
         for adapter in saved:
             adapter.own_base.check(base, request.base.name)
     return saved
 
 
-def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) -> Setup:
+def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_PROCESS) -> Setup:
     """Check the request, choose device and dtype, and tokenize the rows."""
     spec = check_request(request, console, processes)
     saved = open_adapters(request) if request.over or request.init_adapter else []
@@ -159,7 +160,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         check_paths_disjoint(request, objective.reads)
     if saved and not objective.outputs:
         check_language_model(request.base, saved)
-    storage = settled_base(request.recipe, spec, request.base.source, saved)
+    storage = resolve_storage(request.recipe, spec, request.base.source, saved)
     request = with_max_length(request, saved, console)
     recipe = request.recipe.model_copy(update={"storage": storage})
     base = request.base.stored(storage)
@@ -173,16 +174,16 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
     tokenizer, added = prepare_tokenizer(request, objective, console, saved)
     changes = added.ids, recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
     own_tokenizer = any(changes) or bool(request.init_adapter and saved[-1].own_tokenizer)
-    day, dated_tokenizer = day_of(tokenizer), tokenizer
+    day, dated_tokenizer = date_used(tokenizer), tokenizer
     if day:
         recorded_day = RunDirectory(request.out).recorded("day") if request.resume else None
         day = str(recorded_day or request.day or day)
-        dated_tokenizer = on_day(tokenizer, day)
-        fixed = "" if day_of(dated_tokenizer) else f"{day} throughout this run"
+        dated_tokenizer = with_date(tokenizer, day)
+        fixed = "" if date_used(dated_tokenizer) else f"{day} throughout this run"
         date = fixed or "the date of each rendering"
         print_lines(console, f"the chat template inserts the date: {date}")
     feed, held_out, findings = tokenize_rows(request, dated_tokenizer, objective, console)
-    print_lines(console, f"base: {base.loaded_as.why}")
+    print_lines(console, f"base: {base.loaded_as.reason}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
             f"strategy fsdp: found objective {recipe.objective}, which samples completions;"
@@ -216,14 +217,14 @@ def check_processes_agree(setup: Setup) -> None:
     (host, first), *others = processes.gather((socket.gethostname(), own_inputs))
     for number, (other_host, other) in enumerate(others, 1):
         if differences := [
-            f"{name}: {shortened(other.get(name, 'none'), MAX_SHOWN_CHARS)} (process 0:"
-            f" {shortened(first.get(name, 'none'), MAX_SHOWN_CHARS)})"
+            f"{name}: {truncate_middle(other.get(name, 'none'), MAX_SHOWN_CHARS)} (process 0:"
+            f" {truncate_middle(first.get(name, 'none'), MAX_SHOWN_CHARS)})"
             for name in {**first, **other}  # causes come before their effects
             if other.get(name) != first.get(name)
         ]:
             hosts = other_host if other_host == host else f"{other_host}, process 0 on {host}"
             raise LorafoldError(
-                f"process {number} on {hosts}: found {listed(differences, '; ', room=140)};"
+                f"process {number} on {hosts}: found {listed(differences, '; ', max_chars=140)};"
                 " expected the same in all processes"
             )
 
@@ -298,12 +299,12 @@ def largest_memory_setting(setup: Setup) -> MemorySetting:
 
 def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
     """Raise for a row with more tokens than the model has positions."""
-    known = (e for rows in islice(setup.feed.after(0), setup.feed.foreseen) for e in rows)
+    known = (e for rows in islice(setup.feed.after(0), setup.feed.num_previewed) for e in rows)
     held_out = setup.held_out.examples if setup.held_out else ()
     longest = max(
         len(document.ids)
         for e in chain(known, held_out)
-        for document in (e.documents() if isinstance(e, Branched) else (e,))
+        for document in (e.documents() if isinstance(e, BranchedRow) else (e,))
     )
     if longest > limit:
         raise LorafoldError(

@@ -24,15 +24,15 @@ from lorafold.adapter import Adapter
 from lorafold.adapter.reference import below
 from lorafold.core.attach import base_state, selection_of
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.atomic import atomic_directory, check_out, read_object, verify, write_json
-from lorafold.layers.bitsandbytes import quietly
+from lorafold.layers.bitsandbytes import quiet_import
 from lorafold.models.sources import name_of_base
 from lorafold.models.weights import SINGLE, InMemory
 from lorafold.peft.adapter_directory import SavedAdapter
-from lorafold.peft.provenance import mismatch, same_adapters
+from lorafold.peft.provenance import mismatch_message, same_adapters
 
-with quietly():  # transformers imports PEFT here, which imports bitsandbytes
+with quiet_import():  # transformers imports PEFT here, which imports bitsandbytes
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 ADAPTER, STATE = "adapter", "adapter-state"
@@ -221,13 +221,13 @@ class AdapterCallback(TrainerCallback):
                 last = f"the last complete checkpoint is {complete}" * bool(complete)
                 raise LorafoldError(
                     f"{checkpoint / part}: the adapter can't be resumed:"
-                    f" {as_one(problems)}; {last or 'there is no complete checkpoint'}"
+                    f" {join_problems(problems)}; {last or 'there is no complete checkpoint'}"
                 )
         saved = SavedAdapter.open(checkpoint / ADAPTER)
         model = self.adapter.model
         problems = saved.own_base.problems(InMemory.of_model(model), name_of_base(model))
         if not same_adapters(saved.over, self.adapter.over):
-            problems.append(mismatch(saved.over, self.adapter.over))
+            problems.append(mismatch_message(saved.over, self.adapter.over))
         metadata, spec = read_object(checkpoint / STATE / STATE_METADATA), repr(self.adapter.spec)
         if metadata.get("spec") != spec:
             problems.append(f"found {metadata.get('spec')}, expected {spec}")
@@ -238,7 +238,8 @@ class AdapterCallback(TrainerCallback):
             if key in stored and stored[key].shape != tensor.shape
         ]
         if problems:
-            raise LorafoldError(f"{checkpoint / STATE}: not of this adapter: {as_one(problems)}")
+            listing = join_problems(problems)
+            raise LorafoldError(f"{checkpoint / STATE}: not of this adapter: {listing}")
         self.adapter.load_state_dict(stored)
         logger.info(f"The adapter was restored from {checkpoint}.")
 

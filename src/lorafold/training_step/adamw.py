@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 from lorafold.core.rounding import generator_of, turn_rounded
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
-from lorafold.layers.bitsandbytes import bitsandbytes
+from lorafold.layers.bitsandbytes import import_bitsandbytes
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import Processes
 from lorafold.training_step.optim import parameters
@@ -104,7 +104,7 @@ def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
 
 def bitsandbytes_optimizers(name: str) -> Any:
     try:
-        return bitsandbytes().optim
+        return import_bitsandbytes().optim
     except ImportError as error:
         raise LorafoldError(
             f"optimizer {name} needs bitsandbytes, which can't be imported ({error});"

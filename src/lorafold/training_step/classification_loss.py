@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.data.batches import forest
 from lorafold.data.classification import LabelledExample
+from lorafold.data.prefix_forest import prefix_forest
 from lorafold.ops.host_tensors import all_sent
 from lorafold.training_step.losses import PrefixSharingLoss
 from lorafold.training_step.score_head import run_to_head
@@ -37,7 +37,7 @@ class Classification(PrefixSharingLoss):
         each text.
         """
         if self.shares_prefixes(examples):
-            tree, ends = forest(examples), []
+            tree, ends = prefix_forest(examples), []
             for e, place in zip(examples, tree.places, strict=True):
                 # like transformers, at the last token that is not padding
                 texts = (i for i, token in enumerate(e.ids) if token != self.pad_id)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lorafold.core.active_adapters import token_names
 from lorafold.data.arrow import Array
-from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leaders, micro_batches
+from lorafold.data.batches import collate, micro_batches, num_targets
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.prefix_forest import MAX_SIZE, batches_by_prefix, owners, prefix_forest
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host_tensors import all_sent, on_host, sent
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step.lm_head_loss import (
     document_losses,
     has_balancing_loss,
@@ -78,7 +79,7 @@ class Loss(nn.Module, ABC):
         """
         return {}
 
-    def figures(self, processes: Processes = ALONE) -> Mapping[str, float]:
+    def figures(self, processes: Processes = SINGLE_PROCESS) -> Mapping[str, float]:
         """Metrics of the last step besides the loss, over all processes; called once per step."""
         return {}
 
@@ -131,33 +132,33 @@ class PrefixSharingLoss(Loss):
         lengths, support = [len(e.ids) for e in examples], self.support
         if support is None or not support.shares or max(lengths) > (support.max_tokens or inf):
             return False
-        return len(forest(examples).ids) <= PAYS * sum(lengths)
+        return len(prefix_forest(examples).ids) <= MAX_SIZE * sum(lengths)
 
     def computed(self, examples: Sequence[Any]) -> int:
         once = self.shares_prefixes(examples)
-        return len(forest(examples).ids) if once else sum(len(e.ids) for e in examples)
+        return len(prefix_forest(examples).ids) if once else sum(len(e.ids) for e in examples)
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
         ids = [example.ids for example in examples]
         rows = range(len(ids))
         capacity = min(tokens, sequence_of(self.model) or tokens)
         if self.shares_prefixes(examples):
-            return alike(rows, n, capacity, ids.__getitem__)
+            return batches_by_prefix(rows, n, capacity, ids.__getitem__)
         return micro_batches(rows, n, capacity if self.packed else None, lambda i: len(ids[i]))
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
-        return leaders([e.ids for e in examples]) if self.support else super().rows_of(examples)
+        return owners([e.ids for e in examples]) if self.support else super().rows_of(examples)
 
 
 class CompletionLoss(PrefixSharingLoss):
     """The next-token loss at labelled positions, in nats; on packed or padded sequences."""
 
     def count(self, example: Example) -> int:
-        return labelled(example)
+        return num_targets(example)
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         if self.shares_prefixes(examples):
-            shared = forest(examples)
+            shared = prefix_forest(examples)
             tensors = shared.tensors() | ({"rows": shared.rows()} if self.balanced else {})
         else:
             tensors = collate(examples, self.packed, self.pad_id)
@@ -184,7 +185,7 @@ class CompletionLoss(PrefixSharingLoss):
         with document_layout(self.support, lens, labels.device):
             losses = token_losses(self.model, labels, inputs)
         place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # index among the labelled tokens
-        trained = forest(examples).trained
+        trained = prefix_forest(examples).trained
         return torch.stack([losses[place[torch.from_numpy(of)]].sum() for of in trained])
 
 

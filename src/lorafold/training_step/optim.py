@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.core.delta import Delta
-from lorafold.errors import LorafoldError, differing, listed
+from lorafold.errors import LorafoldError, differing_keys, listed
 
 SHARED = {"qmap1", "qmap2"}  # 8-bit optimizers: constants shared by all parameters
 # labels of the parameters that may have their own learning rate
@@ -132,7 +132,7 @@ def restore_optimizer(
     )
     if mismatches := [
         f"{key}: expected {expected.get(key, 'none')}, found {found.get(key, 'none')}"
-        for key in differing(expected, found)
+        for key in differing_keys(expected, found)
     ]:
         raise LorafoldError(
             f"the optimizer state in the checkpoint is of another optimizer:"

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lorafold.core.contexts import evaluating
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import LorafoldError, truncate_end
 from lorafold.ops.attention import document_attention
 from lorafold.ops.host_tensors import on_host
 from lorafold.ops.packed_documents import Documents
@@ -67,7 +67,7 @@ def isolates(model: PreTrainedModel) -> bool:
                 changed = packed_logits(model, torch.cat([other, second]), documents)
     except (AttributeError, TypeError, LorafoldError) as error:
         # the decoder computes with its masks, or has no head that covers every position
-        reason = f"{type(error).__name__}: {cut(str(error), 200)}"
+        reason = f"{type(error).__name__}: {truncate_end(str(error), 200)}"
         log.warning("this model does not support packed rows (%s)", reason)
         return False
     unmoved = near(model, changed[-m:], together[-m:], units=1)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.errors import LorafoldError
 from lorafold.ops.host_tensors import all_sent, sent
-from lorafold.runtime.processes import ALONE, Processes
+from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step.lm_head_loss import at_labels, token_losses
 from lorafold.training_step.policy_algorithms import PolicyAlgorithm, SampledTokens
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
@@ -29,7 +29,7 @@ MAX_LOGPROB_DIFFERENCE = {4: 1e-3, 2: 0.2}
 
 
 @dataclass(frozen=True)
-class Rollout(Branched):
+class Rollout(BranchedRow):
     """The completions of one prompt; for each, its tokens' sampling `logprobs` (b,), its advantage,
     and whether it is `counted` in the loss.
     """
@@ -178,7 +178,7 @@ class Policy(BranchedLoss):
             self.statistics.kl += float(tokens.kl.detach().sum())
         return (self.algorithm.loss(tokens) * weights[of]).sum()
 
-    def figures(self, processes: Processes = ALONE) -> dict[str, float]:
+    def figures(self, processes: Processes = SINGLE_PROCESS) -> dict[str, float]:
         own, self.statistics = self.statistics, StepStatistics()
         return StepStatistics.of(processes.gather(own)).figures(bool(self.algorithm.beta))
 

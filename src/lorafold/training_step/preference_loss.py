@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.contexts import evaluating
-from lorafold.data.branches import Branched
+from lorafold.data.preference_examples import BranchedRow
 from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
 from lorafold.ops.host_tensors import all_sent, on_host, sent
@@ -57,17 +57,17 @@ class Preferences(BranchedLoss):
         super().__init__(model, support, pad_id, tokens)
         self.algorithm, self.pace = algorithm, algorithm.pace
 
-    def trained(self, example: Branched) -> Branched:
+    def trained(self, example: BranchedRow) -> BranchedRow:
         return example.some(slice(self.algorithm.trained))
 
-    def count(self, example: Branched) -> int:
+    def count(self, example: BranchedRow) -> int:
         return 1
 
-    def collate(self, examples: Sequence[Branched], device: torch.device) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[BranchedRow], device: torch.device) -> dict[str, Tensor]:
         """The `tensors`, each (B, T) or (n, k), of the completions that have gradients."""
         return self.tensors([self.trained(example) for example in examples], device)
 
-    def tensors(self, examples: Sequence[Branched], device: torch.device) -> dict[str, Tensor]:
+    def tensors(self, examples: Sequence[BranchedRow], device: torch.device) -> dict[str, Tensor]:
         """The tensors of `layout_tensors`, with `reference` (n, k) and `desirable` (n,)."""
         tensors = self.layout_tensors(examples)
         tensors["desirable"] = torch.tensor([e.desirable for e in examples])
@@ -85,8 +85,8 @@ class Preferences(BranchedLoss):
 
     def of_step(
         self,
-        examples: Sequence[Branched],
-        idle: Sequence[Branched] = (),
+        examples: Sequence[BranchedRow],
+        idle: Sequence[BranchedRow] = (),
         passes: Callable[[int], int] = int,
     ) -> dict[str, Tensor]:
         """`mismatched` (2,) for `Scored`, if rows have completions without gradients; computed
@@ -133,18 +133,18 @@ class Preferences(BranchedLoss):
                 scores = -losses
         return scores.view(n, -1), counts.view(n, -1)
 
-    def references(self, examples: Sequence[Branched]) -> Iterator[tuple[int, list[float]]]:
+    def references(self, examples: Sequence[BranchedRow]) -> Iterator[tuple[int, list[float]]]:
         """Yield the index and the reference log-probabilities of each example."""
         for group in self.groups(examples):
             with evaluating(self), self.below():
                 logps = self.scored([examples[i] for i in group]).logps
             yield from zip(group, logps.tolist(), strict=True)
 
-    def scored(self, examples: Sequence[Branched]) -> Scored:
+    def scored(self, examples: Sequence[BranchedRow]) -> Scored:
         """The log-probabilities of the examples under the current model, with their references."""
         return self._scored(False, **self.tensors(examples, self.device))
 
-    def against_reference(self, examples: Sequence[Branched]) -> tuple[Scored, float]:
+    def against_reference(self, examples: Sequence[BranchedRow]) -> tuple[Scored, float]:
         """The log-probabilities under the model and its reference, and the summed KL between them
         in nats.
         """

@@ -24,7 +24,7 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.files.cache import cached, found_in_cache
 from lorafold.models.loading import each_registered, loaded_in_turn
 from lorafold.models.weights import PendingTensor
-from lorafold.runtime.memory import RETURNED, freed_blocks
+from lorafold.runtime.memory import RETURN_FREED, malloc_policy
 from lorafold.runtime.processes import Processes
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.tensor_shards import (
@@ -74,7 +74,7 @@ class Sharded(Replicated):
             if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # it has its values
                 shard_tensor(t, self.shards_by_storage, self.processes, device)
 
-        with freed_blocks(RETURNED), loaded_in_turn(), each_registered(keep_part):
+        with malloc_policy(RETURN_FREED), loaded_in_turn(), each_registered(keep_part):
             yield
 
     @contextmanager

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from lorafold.core.active_adapters import token_names
 from lorafold.core.attach import only, selection_of
 from lorafold.data.arrow import Array
-from lorafold.data.batches import (
-    PAYS,
-    WINDOW,
-    Forest,
-    alike,
-    collate,
-    forest,
-    leaders,
-    micro_batches,
-)
-from lorafold.data.branches import Branched
+from lorafold.data.batches import collate, micro_batches
 from lorafold.data.examples import NO_LOSS
+from lorafold.data.preference_examples import BranchedRow
+from lorafold.data.prefix_forest import (
+    MAX_SIZE,
+    WINDOW,
+    PrefixForest,
+    batches_by_prefix,
+    owners,
+    prefix_forest,
+)
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host_tensors import on_host, sent
 from lorafold.training_step.losses import Loss, row_at, similar_lengths
@@ -44,7 +43,7 @@ class BranchedLoss(Loss):
         self.support = support if support is not None and support.packs else None
 
     def micro_batches(
-        self, examples: Sequence[Branched], n: int, tokens: int
+        self, examples: Sequence[BranchedRow], n: int, tokens: int
     ) -> list[Sequence[int]]:
         rows, sizes = range(len(examples)), [*map(self._own_size, examples)]
         if self.support is None:
@@ -52,40 +51,40 @@ class BranchedLoss(Loss):
         capacity = min(tokens, sequence_of(self.model) or tokens)
         if self.shares_across_rows(examples):
             prompts = [example.shared for example in examples]
-            return alike(rows, n, capacity, prompts.__getitem__, sizes.__getitem__)
+            return batches_by_prefix(rows, n, capacity, prompts.__getitem__, sizes.__getitem__)
         return micro_batches(rows, n, capacity, sizes.__getitem__)
 
-    def shares_across_rows(self, examples: Sequence[Branched]) -> bool:
+    def shares_across_rows(self, examples: Sequence[BranchedRow]) -> bool:
         """Whether computing the examples' shared prefixes in one micro-batch saves tokens."""
         if self.support is None or not self.support.across or not self.shares_prefixes(examples):
             return False
         each = sum(map(self._own_size, examples))
-        return len(self._forest([self.trained(e) for e in examples]).ids) <= PAYS * each
+        return len(self._forest([self.trained(e) for e in examples]).ids) <= MAX_SIZE * each
 
-    def _own_size(self, example: Branched) -> int:
+    def _own_size(self, example: BranchedRow) -> int:
         return self.size(self.trained(example))
 
-    def trained(self, example: Branched) -> Branched:
+    def trained(self, example: BranchedRow) -> BranchedRow:
         """The example with the branches that have gradients: all."""
         return example
 
-    def size(self, example: Branched) -> int:
+    def size(self, example: BranchedRow) -> int:
         """The tokens that are computed for an example."""
         prompts = 1 if self.shares_prefixes([example]) else len(example.branches)
         return sum(len(branch.ids) for branch in example.branches) + len(example.shared) * prompts
 
-    def shares_prefixes(self, examples: Sequence[Branched]) -> bool:
+    def shares_prefixes(self, examples: Sequence[BranchedRow]) -> bool:
         """Whether the prompts of a batch of these examples are computed once."""
         longest = max(len(e.shared) + len(b.ids) for e in examples for b in e.branches)
         support = self.support
         return support is not None and support.shares and longest <= (support.max_tokens or inf)
 
-    def computed(self, examples: Sequence[Branched]) -> int:
+    def computed(self, examples: Sequence[BranchedRow]) -> int:
         if self.shares_prefixes(examples):
             return len(self._forest(examples).ids)
         return sum(map(self.size, examples))
 
-    def layout_tensors(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
+    def layout_tensors(self, examples: Sequence[BranchedRow]) -> dict[str, Tensor]:
         """input_ids and labels (B, T) with positions or a mask; `document` (B, T), the branch of
         each position; with shared prefixes `lens` (n, 2): each document's tokens, and how many it
         shares with the previous one.
@@ -104,28 +103,28 @@ class BranchedLoss(Loss):
             tensors["document"] = number.repeat_interleave(lengths)[None]
         return tensors
 
-    def order(self, examples: Sequence[Branched]) -> Tensor:
+    def order(self, examples: Sequence[BranchedRow]) -> Tensor:
         """The trained tokens (n,) in the order of `layout_tensors`, by index in the documents."""
         if not self.shares_prefixes(examples):
             return torch.arange(sum(label != NO_LOSS for e in examples for label in e.labels))
         return torch.from_numpy(np.concatenate(self._forest(examples).trained)).argsort()
 
-    def _forest(self, examples: Sequence[Branched]) -> Forest:
+    def _forest(self, examples: Sequence[BranchedRow]) -> PrefixForest:
         limits = [len(e.shared) for e in examples for _ in e.branches]
         documents = [document for e in examples for document in e.documents()]
         rows = [row for row, e in enumerate(examples) for _ in e.branches]
         across = self.support is not None and self.support.across
-        return forest(documents, limits, None if across else rows)
+        return prefix_forest(documents, limits, None if across else rows)
 
-    def rows_of(self, examples: Sequence[Branched]) -> list[Array]:
+    def rows_of(self, examples: Sequence[BranchedRow]) -> list[Array]:
         rows = super().rows_of(examples)
         if self.support is None or not self.support.across:
             return rows
-        prompts = leaders([e.shared for e in examples])
+        prompts = owners([e.shared for e in examples])
         return [np.append(*pair) for pair in zip(prompts, rows, strict=True)]
 
     def names(
-        self, examples: Sequence[Branched], rows: Sequence[Array], inputs: Mapping[str, Tensor]
+        self, examples: Sequence[BranchedRow], rows: Sequence[Array], inputs: Mapping[str, Tensor]
     ) -> Tensor:
         document, device = on_host(inputs["document"]), inputs["document"].device
         documents = [
@@ -148,7 +147,7 @@ class BranchedLoss(Loss):
         with only(self.model, *selection_of(self.model).names[:-1]):
             yield
 
-    def groups(self, examples: Sequence[Branched]) -> list[list[int]]:
+    def groups(self, examples: Sequence[BranchedRow]) -> list[list[int]]:
         """Indices of examples in batches of at most `tokens`, by shared prefixes or by length."""
         batches, unshared = list[list[int]](), list[int]()
         for first in range(0, len(examples), WINDOW):
@@ -156,7 +155,7 @@ class BranchedLoss(Loss):
             some = [examples[i] for i in window]
             if self.shares_across_rows(some):
                 prompt, size = lambda i: examples[i].shared, lambda i: self.size(examples[i])
-                batches += map(list, alike(window, 1, self.tokens, prompt, size))
+                batches += map(list, batches_by_prefix(window, 1, self.tokens, prompt, size))
             else:
                 unshared += window
         sizes = {i: self.size(examples[i]) for i in unshared}

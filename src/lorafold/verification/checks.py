@@ -12,7 +12,7 @@ from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import LorafoldError, truncate_end
 from lorafold.files.contents import Contents, digest
 from lorafold.verification.adapter_tokenizer import AdapterTokenizer
 from lorafold.verification.tokenizer_files import backend_of, write
@@ -115,7 +115,7 @@ class Sandbox:
                 if not (why := str(error) if error.kind else ""):
                     limits = f"{seconds:g} s, {memory >> 20} MiB of memory or a thread's stack"
                     why = f"compiling the grammar takes more than {limits}"
-            self._verdicts[key] = why = cut(" ".join(why.split()), 300)
+            self._verdicts[key] = why = truncate_end(" ".join(why.split()), 300)
             if len(self._verdicts) > VERDICTS:
                 self._verdicts.popitem(last=False)
         if why:

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from jinja2 import Environment, TemplateError, meta
 
-from lorafold.data.control_tokens import ALL, allow, ids_of
+from lorafold.data.control_tokens import ALL_TOKENS, allow_tokens, rendered_ids
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
@@ -103,7 +103,7 @@ class AdapterTokenizers:
     def tokens(self, files: TokenizerFiles, text: str, special: bool, marked: bool) -> list[int]:
         tokenizer = self.opened(files)
         if marked:
-            ids = ids_of(text, tokenizer)
+            ids = rendered_ids(text, tokenizer)
         else:
             ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         if len(ids) > TOKENS:
@@ -122,7 +122,7 @@ class AdapterTokenizers:
         tokenizer = _read(contents)
         ensure_chat_template(tokenizer)
         new = (word for word, n in tokenizer.get_vocab().items() if n not in self._words)
-        allow(tokenizer, ALL if self._allow else new)
+        allow_tokens(tokenizer, ALL_TOKENS if self._allow else new)
         self._cache[digest] = tokenizer
         if len(self._cache) > 8:
             self._cache.popitem(last=False)

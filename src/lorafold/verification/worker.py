@@ -21,14 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorafold.runtime.killable_process import packed, read
-from lorafold.runtime.processor import STACK, stacks
+from lorafold.runtime.killable_process import framed, read_message
+from lorafold.runtime.processor import STACK_BYTES, stack_size
 
 
 def as_message(message: Any) -> bytes:
     """A message as JSON, prefixed with its length."""
     # lone surrogates become question marks
-    return packed(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"))
+    return framed(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def main() -> None:
@@ -39,10 +39,10 @@ def main() -> None:
     with suppress(OSError):  # Linux schedules a session as a group; niceness only counts inside
         Path("/proc/self/autogroup").write_text("5")
     messages = os.fdopen(0, "rb")
-    if (base := read(messages)) is None:
+    if (base := read_message(messages)) is None:
         return
     acts = _acts(json.loads(base))
-    while (message := read(messages)) is not None:
+    while (message := read_message(messages)) is not None:
         answers.write(as_message(_answer(acts, json.loads(message))))
         answers.flush()
 
@@ -67,7 +67,7 @@ def _compiler(tokenizer: str, end: int) -> Callable[[str], str]:
 
     def compiled(grammar: str) -> str:
         # half of the engine's stack, because it compiles the grammar again deeper in the stack
-        with stacks(STACK // 2), ThreadPoolExecutor(1) as pool:
+        with stack_size(STACK_BYTES // 2), ThreadPoolExecutor(1) as pool:
             matcher = pool.submit(LLMatcher, tokens, grammar, log_level=0).result()
             pool.submit(matcher.compute_bitmask).result()
         return matcher.get_error().partition("<state>")[0] if matcher.is_error() else ""

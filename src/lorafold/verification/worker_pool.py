@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lorafold.errors import Busy, LorafoldError
-from lorafold.runtime.killable_process import Died, Killable, Large, Late
+from lorafold.runtime.killable_process import Exited, KillableProcess, TimedOut, TooLarge
 from lorafold.verification.worker import as_message
 
 ANSWER = 8 << 20  # bytes of an answer, because parsing it blocks the server
@@ -33,7 +33,7 @@ class CheckFailed(LorafoldError):
         self.kind = kind
 
 
-class Process(Killable):
+class Process(KillableProcess):
     """A worker process; the first message describes the base."""
 
     def __init__(self, base: bytes) -> None:
@@ -50,11 +50,11 @@ class Process(Killable):
             content = self.read(until, ANSWER)
         except BaseException as error:
             self.kill()
-            if isinstance(error, Late):
+            if isinstance(error, TimedOut):
                 raise Busy(f"the machine is busy: no answer within {seconds:.0f} s") from None
-            if isinstance(error, Large):
+            if isinstance(error, TooLarge):
                 raise CheckFailed(f"the result is too large ({error.size:,} bytes)") from None
-            if isinstance(error, Died):
+            if isinstance(error, Exited):
                 late = error.code == -signal.SIGPROF
                 why = "time limit exceeded" if late else "the process crashed"
                 raise CheckFailed(why) from None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorafold.errors import LorafoldError, shortened
+from lorafold.errors import LorafoldError, truncate_middle
 from lorafold.exporting.proof import EngineAnswers
 
 
@@ -42,7 +42,7 @@ ENGINES: dict[str, ExternalEngine] = {
 }
 
 
-def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineAnswers:
+def run_engine(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineAnswers:
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
         file, out = Path(scratch, "job.json"), Path(scratch, "answers.npz")
         file.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")
@@ -58,7 +58,7 @@ def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineA
             log.seek(0)
             lines = log.read().decode("utf-8", "replace").strip().splitlines()
             ended = f"the engine exited with code {code} without answers"
-            last = shortened(lines[-1], 160) if code and lines else ended
+            last = truncate_middle(lines[-1], 160) if code and lines else ended
             if last == ended or last.startswith("ModuleNotFoundError"):
                 last += f"; use a Python environment with {engine.module}"
             raise LorafoldError(f"{option and option + ': '}{engine.title}: {last}")

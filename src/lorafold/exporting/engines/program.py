@@ -43,9 +43,9 @@ import numpy as np
 Job = dict[str, Any]  # or the answers
 NAME = "lorafold-export"
 SLOTS = 8  # concurrent requests to llama.cpp, and prompts without the adapter
-UNIT = 256  # llama.cpp's context sizes are multiples of it
+CONTEXT_UNIT = 256  # llama.cpp's context sizes are multiples of it
 ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
-NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprobs -1"
+VLLM_OPTIONS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprobs -1"
 
 
 def llamacpp(job: Job) -> Job:
@@ -56,27 +56,27 @@ def llamacpp(job: Job) -> Job:
     prompts are sent at once. Its prompt cache does not distinguish adapters, so only greedy texts
     use it.
     """
-    server, version = started(job)
+    server, version = start_llamacpp(job)
     address, adapter = server.listening_address, job.get("adapter")
 
     def ask(path: str, body: Job | None = None) -> bytes:
         try:
             return post(address + path, body)
         except HTTPError as error:
-            raise SystemExit(reason(error)) from None
+            raise SystemExit(error_message(error)) from None
 
     def tokens(text: str) -> list[int]:
         body = {"content": text, "add_special": False, "parse_special": True}
         return list(json.loads(ask("/tokenize", body))["tokens"])
 
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
-    harmless = tokens("a")[-1:]  # a whole character, because part of one has no probabilities
+    allowed = tokens("a")[-1:]  # a whole character, because part of one has no probabilities
 
-    def following(ids: Sequence[int], slot: int, scale: float) -> np.ndarray:
+    def next_logprobs(ids: Sequence[int], slot: int, scale: float) -> np.ndarray:
         body = {
             "prompt": ids, "n_predict": 1, "n_probs": size, "cache_prompt": False,
             "lora": [{"id": 0, "scale": scale}] if adapter else [], "id_slot": slot,
-            "temperature": 0, "logit_bias": [[token, 1e6] for token in harmless],
+            "temperature": 0, "logit_bias": [[token, 1e6] for token in allowed],
         }  # fmt: skip
         reply = ask("/completion", body)
         reply = reply[reply.index(b'"top_logprobs"') :]
@@ -87,24 +87,25 @@ def llamacpp(job: Job) -> Job:
         return row
 
     def greedy(ids: Sequence[int], slot: int) -> list[int]:
-        made: list[int] = []
-        while len(made) < job["greedy"]:  # it also stops at tokens that are not in `ends`
+        completion: list[int] = []
+        while len(completion) < job["greedy"]:  # it also stops at tokens that are not in `ends`
             body = {
-                "prompt": [*ids, *made], "n_predict": job["greedy"] - len(made), "id_slot": slot,
-                "temperature": 0, "cache_prompt": True, "return_tokens": True,
+                "prompt": [*ids, *completion], "n_predict": job["greedy"] - len(completion),
+                "id_slot": slot, "temperature": 0, "cache_prompt": True, "return_tokens": True,
             }  # fmt: skip
-            made += (more := json.loads(ask("/completion", body))["tokens"])
+            completion += (more := json.loads(ask("/completion", body))["tokens"])
             if not more:
                 break
-            if ended := [n for n, token in enumerate(made) if token in job["ends"]]:
-                return made[: ended[0]]
-        return made
+            if ends := [n for n, token in enumerate(completion) if token in job["ends"]]:
+                return completion[: ends[0]]
+        return completion
 
-    def in_slot(slot: int) -> list[tuple[np.ndarray, list[int]]]:
-        return [(following(ids, slot, 1.0), greedy(ids, slot)) for ids in job["ids"][slot::SLOTS]]
+    def run_slot(slot: int) -> list[tuple[np.ndarray, list[int]]]:
+        prompts = job["ids"][slot::SLOTS]
+        return [(next_logprobs(ids, slot, 1.0), greedy(ids, slot)) for ids in prompts]
 
     with ThreadPoolExecutor(SLOTS) as pool:
-        slots = [*pool.map(in_slot, range(SLOTS))]
+        slots = [*pool.map(run_slot, range(SLOTS))]
         each = [slots[n % SLOTS][n // SLOTS] for n in range(len(job["ids"]))]
         texts_and_ids = enumerate(zip(job["texts"], job["ids"], strict=True))
         answers = {
@@ -114,15 +115,15 @@ def llamacpp(job: Job) -> Job:
             "other_tokens": [n for n, (text, ids) in texts_and_ids if tokens(text) != ids],
         }
         if adapter:
-            bare = partial(following, scale=0.0)
+            bare = partial(next_logprobs, scale=0.0)
             answers["base"] = [*pool.map(bare, job["ids"][:SLOTS], range(SLOTS))]
         else:
             bos = json.loads(ask("/props"))["bos_token"]
-            answers["other_texts"] = other_texts(job, address, bos)
+            answers["other_texts"] = differing_texts(job, address, bos)
     return answers
 
 
-def started(job: Job) -> tuple[Any, str]:
+def start_llamacpp(job: Job) -> tuple[Any, str]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the library is loaded
     import xllamacpp
 
@@ -131,7 +132,7 @@ def started(job: Job) -> tuple[Any, str]:
     params.model.path = job["base"]
     if job.get("adapter"):
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
-    params.n_parallel, params.n_ctx = SLOTS, SLOTS * UNIT * -(-longest // UNIT)
+    params.n_parallel, params.n_ctx = SLOTS, SLOTS * CONTEXT_UNIT * -(-longest // CONTEXT_UNIT)
     params.cache_ram_mib, params.cache_prompt, params.fit_params = 0, False, False
     params.warmup, params.verbosity, params.ui = False, 1, False
     for each in (params.cpuparams, params.cpuparams_batch):
@@ -150,7 +151,7 @@ def started(job: Job) -> tuple[Any, str]:
             raise SystemExit(why) from None
 
 
-def other_texts(job: Job, address: str, bos: str) -> list[int]:
+def differing_texts(job: Job, address: str, bos: str) -> list[int]:
     differing = []
     for n, (chat, text) in enumerate(zip(job["chats"], job["texts"], strict=True)):
         try:
@@ -228,8 +229,8 @@ def mlx(job: Job) -> Job:
             model(mx.array([ids]), cache=cache)
             mx.eval([layer.state for layer in cache])
 
-    def answers_of(model: Any, most: int) -> tuple[Any, Any]:
-        """For each prompt, log-probabilities (vocabulary,) and at most `most` greedy tokens."""
+    def answers_of(model: Any, max_tokens: int) -> tuple[Any, Any]:
+        """For each prompt, log-probabilities (vocabulary,) and up to `max_tokens` greedy tokens."""
         model.set_dtype(mx.float32)
         start = make_prompt_cache(model)
         read(model, job["ids"][0][:common], start)
@@ -239,14 +240,16 @@ def mlx(job: Job) -> Job:
             read(model, ids[common:-1], cache)
             logits = model(mx.array([ids[-1:]]), cache=cache)[0, -1]
             logprobs.append(np.array(logits - mx.logsumexp(logits)))
-            while len(completion) < most and (token := int(logits.argmax())) not in job["ends"]:
+            while len(completion) < max_tokens:
+                if (token := int(logits.argmax())) in job["ends"]:
+                    break
                 completion.append(token)
                 logits = model(mx.array([[token]]), cache=cache)[0, -1]
             greedy.append(completion)
         return logprobs, greedy
 
     mx.set_default_device(mx.cpu)
-    before, _ = answers_of(load(job["base"])[0], 0)
+    base, _ = answers_of(load(job["base"])[0], 0)
     model, tokenizer = load(job["base"], adapter_path=job["adapter"])
     adapted, greedy = answers_of(model, job["greedy"])
     file = mx.load(str(Path(job["adapter"]) / "adapters.safetensors"))
@@ -259,11 +262,11 @@ def mlx(job: Job) -> Job:
     wrong = {name for name in shared if not bool(mx.array_equal(loaded[name], file[name]))}
     return {
         "adapted": adapted,
-        "base": before,
+        "base": base,
         "greedy": greedy,
         "version": f"{__version__} (mlx {mx.__version__})",
         "unused": sorted((loaded.keys() ^ file.keys()) | wrong),
-        "other_tokens": other_tokens(job, tokenizer),
+        "other_tokens": differing_tokens(job, tokenizer),
     }
 
 
@@ -282,16 +285,16 @@ def vllm(job: Job) -> Job:
     )  # fmt: skip
     lora = LoRARequest("exported", 1, job["adapter"], **job["lora"]["request"])
 
-    def completions(prompts: list[list[int]], over: Any, **params: Any) -> list[Any]:
+    def completions(prompts: list[list[int]], adapter: Any, **params: Any) -> list[Any]:
         sampling = vllm.SamplingParams(temperature=0, detokenize=False, **params)
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        rows = llm.generate(inputs, sampling, lora_request=over, use_tqdm=False)
+        rows = llm.generate(inputs, sampling, lora_request=adapter, use_tqdm=False)
         return [row.outputs[0] for row in rows]
 
-    def distribution(ids: list[int], over: Any) -> np.ndarray:
+    def distribution(ids: list[int], adapter: Any) -> np.ndarray:
         """The log-probabilities (vocabulary,) of the next token."""
-        entries = completions([ids], over, max_tokens=1, logprobs=-1)[0].logprobs[0]
-        return row_of({token: entry.logprob for token, entry in entries.items()})
+        entries = completions([ids], adapter, max_tokens=1, logprobs=-1)[0].logprobs[0]
+        return logprob_row({token: entry.logprob for token, entry in entries.items()})
 
     texts = completions(job["ids"], lora, max_tokens=job["greedy"], stop_token_ids=job["ends"])
     return {
@@ -299,12 +302,12 @@ def vllm(job: Job) -> Job:
         "adapted": [distribution(ids, lora) for ids in job["ids"]],
         "greedy": [[t for t in output.token_ids if t not in job["ends"]] for output in texts],
         "version": vllm.__version__,
-        "unused": sorted({name for names in llm.collective_rpc(unused) for name in names}),
-        "other_tokens": other_tokens(job, llm.get_tokenizer()),
+        "unused": sorted({name for names in llm.collective_rpc(unused_modules) for name in names}),
+        "other_tokens": differing_tokens(job, llm.get_tokenizer()),
     }
 
 
-def unused(worker: Any) -> list[str]:
+def unused_modules(worker: Any) -> list[str]:
     manager = worker.model_runner.lora_manager._adapter_manager
     loras = [lora.loras.keys() for lora in manager.list_adapters().values()]
     return sorted(set().union(*loras) - manager.modules.keys())
@@ -315,19 +318,19 @@ def vllm_url(job: Job) -> Job:
     VLLM_ALLOW_RUNTIME_LORA_UPDATING and --max-logprobs -1, and access to the files.
     """
     url, name = job["url"].rstrip("/").removesuffix("/v1"), f"{NAME}-{os.getpid()}"
-    version = json.loads(sent(url, "/version"))["version"]
-    models = json.loads(sent(url, "/v1/models"))["data"]
+    version = json.loads(post_to_vllm(url, "/version"))["version"]
+    models = json.loads(post_to_vllm(url, "/v1/models"))["data"]
     base = next(model["id"] for model in models if not model.get("parent"))
 
     def completion(model: str, ids: list[int], **fields: Any) -> Any:
         body = {"model": model, "prompt": ids, "temperature": 0, **fields}
-        return json.loads(sent(url, "/v1/completions", body))["choices"][0]
+        return json.loads(post_to_vllm(url, "/v1/completions", body))["choices"][0]
 
     def distribution(model: str, ids: list[int]) -> np.ndarray:
         """The log-probabilities (vocabulary,) of the next token."""
         choice = completion(model, ids, max_tokens=1, logprobs=-1, return_tokens_as_token_ids=True)
         logprobs = choice["logprobs"]["top_logprobs"][0]
-        return row_of({int(token.removeprefix("token_id:")): p for token, p in logprobs.items()})
+        return logprob_row({int(t.removeprefix("token_id:")): p for t, p in logprobs.items()})
 
     def greedy(ids: list[int]) -> list[int]:
         limits = {"max_tokens": job["greedy"], "stop_token_ids": job["ends"]}
@@ -335,7 +338,7 @@ def vllm_url(job: Job) -> Job:
         return [token for token in choice["token_ids"] if token not in job["ends"]]
 
     loaded = {"lora_name": name, "lora_path": job["adapter"], **job["lora"]["request"]}
-    sent(url, "/v1/load_lora_adapter", loaded)
+    post_to_vllm(url, "/v1/load_lora_adapter", loaded)
     try:
         return {
             "base": [distribution(base, ids) for ids in job["ids"]],
@@ -344,16 +347,15 @@ def vllm_url(job: Job) -> Job:
             "version": f"{version} at {url}",
         }
     finally:
-        sent(url, "/v1/unload_lora_adapter", {"lora_name": name})
+        post_to_vllm(url, "/v1/unload_lora_adapter", {"lora_name": name})
 
 
-def sent(url: str, path: str, body: Job | None = None) -> bytes:
+def post_to_vllm(url: str, path: str, body: Job | None = None) -> bytes:
     try:
         return post(url + path, body)
     except HTTPError as error:
-        if error.code == 404:
-            raise SystemExit(f"{url}{path}: not found; start vLLM with {NEEDED}") from None
-        raise SystemExit(f"{url}{path}: {reason(error)}; start vLLM with {NEEDED}") from None
+        reason = "not found" if error.code == 404 else error_message(error)
+        raise SystemExit(f"{url}{path}: {reason}; start vLLM with {VLLM_OPTIONS}") from None
     except (URLError, ValueError) as error:
         why = str(getattr(error, "reason", error))
         raise SystemExit(f"{url}: {why}; expected the URL of vLLM's server") from None
@@ -365,21 +367,21 @@ def post(url: str, body: Job | None = None) -> bytes:
         return bytes(reply.read())
 
 
-def reason(error: HTTPError) -> str:
+def error_message(error: HTTPError) -> str:
     try:
         return str(json.loads(error.read())["error"]["message"]).strip()
     except (ValueError, KeyError, TypeError):
         return str(error)
 
 
-def row_of(logprobs: dict[int, float]) -> np.ndarray:
+def logprob_row(logprobs: dict[int, float]) -> np.ndarray:
     """Log-probabilities (vocabulary,) from a mapping by token."""
     row = np.full(max(logprobs) + 1, -np.inf, np.float32)
     row[[*logprobs]] = [*logprobs.values()]
     return row
 
 
-def other_tokens(job: Job, tokenizer: Any) -> list[int]:
+def differing_tokens(job: Job, tokenizer: Any) -> list[int]:
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in job["texts"]]
     return [n for n, ids in enumerate(job["ids"]) if list(ids) != texts[n]]
 

@@ -24,7 +24,7 @@ from lorafold.core.expert_matrices import module_at
 from lorafold.core.layer import Layer, add, bare
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.layers import layer_of
 from lorafold.layers.dense import Plain
 from lorafold.methods.common.trainable_tokens import TokenRows, TrainableTokens, token_rows_on
@@ -70,7 +70,7 @@ def add_token_rows(
             )
         deltas.setdefault(path, []).append(delta)
     if problems:
-        raise LorafoldError(as_one(problems))
+        raise LorafoldError(join_problems(problems))
 
 
 def vocabulary(model: nn.Module, parts: Iterable[tuple[str, Delta]]) -> int | None:

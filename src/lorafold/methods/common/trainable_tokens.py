@@ -31,7 +31,7 @@ from lorafold.core.attach import Adapted
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add, bare
 from lorafold.core.targets import no_match
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.layers import is_linear, layer_class, layer_of
 
 
@@ -185,7 +185,7 @@ class TrainableTokens:
                 rows = next(tied, None) or self._initial_rows(w, ids)
                 deltas[path] = (EmbeddingRows if of_embedding else HeadRows)(ids, rows)
         if problems := problems or self._vocabulary_mismatch(model, deltas):
-            raise LorafoldError(as_one(problems))
+            raise LorafoldError(join_problems(problems))
         return deltas
 
     def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:

@@ -11,16 +11,16 @@ from typing import Annotated, Any, cast
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.serving.backend import Token
+from lorafold.serving.backend import Ended, Token
 from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn
-from lorafold.serving.completion_job import CompletionJob, DialectRequest, Prompted, Prompts, Reply
-from lorafold.serving.errors import Refusal, check_number, wrong
+from lorafold.serving.completion_job import CompletionJob, DialectRequest, Prompts, Reply, Resolved
 from lorafold.serving.keys import Caller
+from lorafold.serving.refusals import Refusal, check_count, invalid
 from lorafold.serving.rendering import Renderer, ServedModel
-from lorafold.serving.request_body import DONE, Body, Completing, Listed, as_json, finish, sse_event
-from lorafold.serving.server import Dialect, Server, answer, unless_left
+from lorafold.serving.request_body import DONE, Body, Generation, ListOf, as_json, sse_event
+from lorafold.serving.server import Dialect, Server, json_response, until_disconnect
 
-Ids = Listed[int]
+Ids = ListOf[int]
 
 
 def routes(app: FastAPI, server: Server) -> None:
@@ -55,7 +55,7 @@ def tokens(app: FastAPI, server: Server) -> None:
         caller = admitted(request)
         body = await server.body(request, caller, Tokenize, lambda body: body)
         if (body.prompt is None) == (body.messages is None):
-            raise wrong("prompt", "expected exactly one of prompt and messages")
+            raise invalid("prompt", "expected exactly one of prompt and messages")
 
         def tokens() -> bytes:
             renderer = renderer_of(caller, body.model)
@@ -64,7 +64,7 @@ def tokens(app: FastAPI, server: Server) -> None:
             else:
                 chat = ChatBody(model="", messages=body.messages or [], tools=body.tools)
                 limits = server.settings.limits
-                text = renderer.chat(chat.conversation(limits), chat.offered(limits)[0], {})
+                text = renderer.chat(chat.conversation(limits), chat.offered_tools(limits)[0], {})
                 ids = renderer.prompt_tokens(text)
             server.usage.add(caller.tenant, len(ids))
             content = {
@@ -74,7 +74,7 @@ def tokens(app: FastAPI, server: Server) -> None:
                 content["token_strs"] = [renderer.texts.text(token) for token in ids]
             return as_json(content)
 
-        content = await unless_left(request, server.host.think(tokens, caller.tenant))
+        content = await until_disconnect(request, server.host.in_thread(tokens, caller.tenant))
         return Response(content, media_type="application/json")
 
     @app.post("/detokenize")
@@ -87,14 +87,14 @@ def tokens(app: FastAPI, server: Server) -> None:
         def text() -> str:
             return renderer_of(caller, body.model).text(body.tokens)
 
-        prompt = await unless_left(request, server.host.think(text, caller.tenant))
-        return answer({"prompt": prompt})
+        prompt = await until_disconnect(request, server.host.in_thread(text, caller.tenant))
+        return json_response({"prompt": prompt})
 
 
-class CompletionsBody(Completing):
+class CompletionsBody(Generation):
     """The body of `POST /v1/completions`."""
 
-    prompt: str | Ids | Listed[str] | Listed[Ids]
+    prompt: str | Ids | ListOf[str] | ListOf[Ids]
     max_tokens: int | None = 16
     logprobs: int | None = None
     echo: bool = False
@@ -106,8 +106,8 @@ class Tokenize(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Listed[dict[str, object]] | None = None
-    tools: Listed[dict[str, object]] = Field(default_factory=list)
+    messages: ListOf[dict[str, object]] | None = None
+    tools: ListOf[dict[str, object]] = Field(default_factory=list)
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -128,26 +128,26 @@ class PlainPrompts(DialectRequest):
         prompt = body.prompt
         single = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
         self.prompts = cast(list[str | Ids], [prompt] if single else prompt)
-        check_number("prompt", len(self.prompts), server.settings.limits.choices)
+        check_count("prompt", len(self.prompts), server.settings.limits.choices)
         self._sampling = body.sampling(logprobs=body.logprobs)
 
-    def rendered(self, renderer: Renderer) -> tuple[object, Prompts]:
+    def render_prompts(self, renderer: Renderer) -> tuple[object, Prompts]:
         special = self.body.add_special_tokens
         return self.body.prompt, tuple(
             renderer.tokens(prompt, special) if isinstance(prompt, str) else tuple(prompt)
             for prompt in self.prompts
         )
 
-    def prompted(self, chosen: ServedModel) -> Prompted:
+    def resolve(self, chosen: ServedModel) -> Resolved:
         scores = self.body.logprobs if self.body.echo else None
-        text, prompts = self.rendered(chosen.renderer)
-        return Prompted(chosen, text, prompts, self._sampling, prompt_logprobs=scores)
+        text, prompts = self.render_prompts(chosen.renderer)
+        return Resolved(chosen, text, prompts, self._sampling, prompt_logprobs=scores)
 
 
 class Choices(Dialect):
     """An answer with a list of choices, whole or in chunks."""
 
-    body: Completing
+    body: Generation
     whole_kind = chunk_kind = "text_completion"
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Choices(Dialect):
     def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
         """Yields parts of choices as they are generated."""
 
-    async def whole(self, reply: Reply) -> dict[str, Any]:
+    async def full_answer(self, reply: Reply) -> dict[str, Any]:
         choices = await self.choices(reply)
         head, usage = self._head(reply, self.whole_kind), reply.usage.openai
         return head | {"choices": choices, "usage": usage}
@@ -173,7 +173,7 @@ class Choices(Dialect):
         yield DONE
 
     def _head(self, reply: Reply, kind: str) -> dict[str, Any]:
-        chosen = reply.prompted.chosen
+        chosen = reply.resolved.chosen
         return {
             "id": reply.id,
             "object": kind,
@@ -196,7 +196,7 @@ class CompletionsReply(Choices):
         for i, job in enumerate(reply.jobs):
             assert job.end is not None
             echo, logprobs = await asyncio.to_thread(self._echo, reply, i, tokens[i])
-            choice = _choice(i, echo + job.end.text, logprobs, finish(job.end))
+            choice = _choice(i, echo + job.end.text, logprobs, finish_reason(job.end))
             if self.body.return_token_ids:
                 choice["token_ids"] = job.end.tokens
                 choice["prompt_token_ids"] = job.request.prompt
@@ -217,7 +217,7 @@ class CompletionsReply(Choices):
                 lengths[i] += len(event.text)
                 yield _choice(i, event.text, scores) | ids
             else:
-                yield _choice(i, event.text[lengths[i] :], None, finish(event))
+                yield _choice(i, event.text[lengths[i] :], None, finish_reason(event))
 
     def _echo(self, reply: Reply, i: int, tokens: list[Token]) -> tuple[str, dict[str, Any] | None]:
         """Returns the prompt's text if echo is set, and log probabilities of it and the completion.
@@ -227,18 +227,22 @@ class CompletionsReply(Choices):
         if self.body.echo:
             request, prompt = reply.jobs[i].request, self.request.prompts[i // self.body.n]
             text = prompt if isinstance(prompt, str) else None
-            pieces = reply.prompted.chosen.renderer.texts.pieces(request.prompt, text)
+            pieces = reply.resolved.chosen.renderer.texts.pieces(request.prompt, text)
             scored = reply.jobs[i].prompt or [Token(request.id, id) for id in request.prompt]
             echo = [replace(t, text=piece) for t, piece in zip(scored, pieces, strict=True)]
         return "".join(token.text for token in echo), self._logprobs(reply, echo + tokens, 0)
 
     def _logprobs(self, reply: Reply, tokens: list[Token], offset: int) -> dict[str, Any] | None:
-        top, texts = self.body.logprobs, reply.prompted.chosen.renderer.texts
+        top, texts = self.body.logprobs, reply.resolved.chosen.renderer.texts
         return None if top is None else texts.legacy_logprobs(tokens, top, offset)
 
 
-def _choice(i: int, text: str, logprobs: object, finish: str | None = None) -> dict[str, Any]:
-    return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}
+def finish_reason(end: Ended) -> str:
+    return "stop" if end.reason == "end" else end.reason
+
+
+def _choice(i: int, text: str, logprobs: object, reason: str | None = None) -> dict[str, Any]:
+    return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 class ChatAnswer(Choices):
@@ -246,14 +250,14 @@ class ChatAnswer(Choices):
     request: NextTurn
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    async def whole(self, reply: Reply) -> dict[str, Any]:
-        return await super().whole(reply) | self._prompt_ids(reply.jobs[0])
+    async def full_answer(self, reply: Reply) -> dict[str, Any]:
+        return await super().full_answer(reply) | self._prompt_ids(reply.jobs[0])
 
     def _prompt_ids(self, job: CompletionJob) -> dict[str, Any]:
         return {"prompt_token_ids": job.request.prompt} if self.body.return_token_ids else {}
 
     async def choices(self, reply: Reply) -> list[dict[str, Any]]:
-        messages = await self.request.messages_of(reply)
+        messages = await self.request.collect_messages(reply)
         return [await asyncio.to_thread(self._choice, reply, i, m) for i, m in enumerate(messages)]
 
     async def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
@@ -273,7 +277,8 @@ class ChatAnswer(Choices):
             for k, call in enumerate(delta.calls):
                 yield chunk(i, {"tool_calls": [{"index": k} | call]})
             if delta.end is not None:
-                yield chunk(i, {}, finish_reason="tool_calls" if delta.calls else finish(delta.end))
+                reason = "tool_calls" if delta.calls else finish_reason(delta.end)
+                yield chunk(i, {}, finish_reason=reason)
 
     def _choice(self, reply: Reply, i: int, generated: GeneratedMessage) -> dict[str, Any]:
         calls = {"tool_calls": generated.calls} if generated.calls else {}
@@ -282,10 +287,10 @@ class ChatAnswer(Choices):
             "index": i,
             "message": {"role": "assistant"} | empty | generated.texts | calls,
             "logprobs": self._logprobs(reply, [token for _, token in generated.tokens]),
-            "finish_reason": "tool_calls" if calls else finish(generated.end),
+            "finish_reason": "tool_calls" if calls else finish_reason(generated.end),
         }
         return choice | ({"token_ids": generated.end.tokens} if self.body.return_token_ids else {})
 
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> dict[str, Any] | None:
-        top, texts = self.body.top_logprobs or 0, reply.prompted.chosen.renderer.texts
+        top, texts = self.body.top_logprobs or 0, reply.resolved.chosen.renderer.texts
         return {"content": texts.chat_logprobs(tokens, top)} if self.body.logprobs else None

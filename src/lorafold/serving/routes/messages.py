@@ -11,26 +11,28 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn, call_of, chat_of, text_of
+from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn, as_call, as_chat, join_text
 from lorafold.serving.completion_job import REASONING, Reply, Usage
-from lorafold.serving.errors import MESSAGES, unsupported, wrong
-from lorafold.serving.request_body import Body, Listed, sse_event
-from lorafold.serving.server import Dialect, Server, answer
+from lorafold.serving.refusals import MESSAGES_PATH, invalid, unsupported_field
+from lorafold.serving.request_body import Body, ListOf, sse_event
+from lorafold.serving.server import Dialect, Server, json_response
 
 Block = dict[str, Any]
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-HINTS = {"type", "cache_control"}  # in tools and blocks
-TOOL = {"name", "description", "input_schema", "strict", "eager_input_streaming"} | HINTS
+IGNORED_KEYS = {"type", "cache_control"}  # in tools and blocks
+TOOL_KEYS = IGNORED_KEYS | {
+    "name", "description", "input_schema", "strict", "eager_input_streaming",
+}  # fmt: skip
 ROLES = ("user", "assistant", "system")
-BLOCKS = {
-    "text": {"text"} | HINTS,
-    "tool_use": {"id", "name", "input", "caller"} | HINTS,
-    "tool_result": {"tool_use_id", "content", "is_error"} | HINTS,
-    "thinking": {"thinking", "signature"} | HINTS,
+BLOCK_KEYS = {
+    "text": {"text"} | IGNORED_KEYS,
+    "tool_use": {"id", "name", "input", "caller"} | IGNORED_KEYS,
+    "tool_result": {"tool_use_id", "content", "is_error"} | IGNORED_KEYS,
+    "thinking": {"thinking", "signature"} | IGNORED_KEYS,
 }
-NO_TEXT = "found a block of type {}, expected text"
-STOPS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
+NOT_TEXT_MESSAGE = "found a block of type {}, expected text"
+STOP_REASONS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
 # by kind of block: (type of its deltas, field)
 DELTAS = {
     "text": ("text_delta", "text"),
@@ -40,24 +42,24 @@ DELTAS = {
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    @app.post(MESSAGES)
+    @app.post(MESSAGES_PATH)
     async def messages(request: Request) -> Response:
         """Generates the next message of a conversation, in Anthropic's format."""
-        return await server.complete(request, MessagesBody, turn_of, MessagesReply, "msg")
+        return await server.complete(request, MessagesBody, next_turn, MessagesReply, "msg")
 
-    @app.post(f"{MESSAGES}/count_tokens")
+    @app.post(f"{MESSAGES_PATH}/count_tokens")
     async def count(request: Request) -> Response:
         """Counts the tokens of a conversation."""
-        return answer({"input_tokens": await server.count(request, CountTokens, turn_of)})
+        return json_response({"input_tokens": await server.count(request, CountTokens, next_turn)})
 
 
 class CountTokens(Body):
     """The body of `POST /v1/messages/count_tokens`."""
 
     model: str
-    messages: Listed[dict[str, Any]]
-    system: str | Listed[dict[str, Any]] = ""
-    tools: Listed[dict[str, Any]] = Field(default_factory=list)
+    messages: ListOf[dict[str, Any]]
+    system: str | ListOf[dict[str, Any]] = ""
+    tools: ListOf[dict[str, Any]] = Field(default_factory=list)
     tool_choice: dict[str, Any] = Field(default_factory=lambda: {"type": "auto"})
     thinking: dict[str, Any] = Field(default_factory=dict)
     output_config: dict[str, Any] = Field(default_factory=dict)
@@ -65,13 +67,13 @@ class CountTokens(Body):
     def chat(self) -> tuple[ChatBody, dict[str, str]]:
         """Converts to a chat completion; also returns the names of its fields here."""
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
-            raise wrong("thinking", f"found {kind!r:.80}, expected disabled; or remove the field")
+            raise invalid("thinking", f"found {kind!r:.80}, expected disabled; or remove the field")
         conversation = list(self._conversation())
         tools, names = [], dict(NAMES)
         for i, tool in enumerate(self.tools):
             if (tool.get("type") or "custom") != "custom":
-                raise wrong(f"tools[{i}].type", f"found {tool['type']!r:.80}, expected custom")
-            _check_keys(tool, TOOL, f"tools[{i}]")
+                raise invalid(f"tools[{i}].type", f"found {tool['type']!r:.80}, expected custom")
+            _check_keys(tool, TOOL_KEYS, f"tools[{i}]")
             names[f"tools[{i}].function.parameters"] = f"tools[{i}].input_schema"
             function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
             if tool.get("description") is not None:
@@ -80,7 +82,7 @@ class CountTokens(Body):
         choice = self._choice()
         _check_keys(self.output_config, {"format"}, "output_config")
         parallel = not self.tool_choice.get("disable_parallel_tool_use")
-        return chat_of(
+        return as_chat(
             self, conversation, tools, names,
             tool_choice=choice, parallel_tool_calls=parallel,
         )  # fmt: skip
@@ -93,20 +95,21 @@ class CountTokens(Body):
             where, role = f"messages[{i}]", message.get("role")
             if role not in ROLES:
                 expected = f"expected one of {', '.join(ROLES)}"
-                raise wrong(f"{where}.role", f"found {role!r:.80}, {expected}")
+                raise invalid(f"{where}.role", f"found {role!r:.80}, {expected}")
             _check_keys(message, {"role", "content"}, where)
             for part in _turn(role, message.get("content"), f"{where}.content", names):
                 yield where, part
         if self.messages and self.messages[-1]["role"] == "assistant":
             expected = "expected a user message, since answers can't be prefilled"
-            raise wrong("messages", f"found an assistant message at the end, {expected}")
+            raise invalid("messages", f"found an assistant message at the end, {expected}")
 
     def _choice(self) -> str | dict[str, Any]:
         kind = self.tool_choice.get("type")
         if kind == "tool":
             return {"type": "function", "function": {"name": self.tool_choice.get("name")}}
         if not isinstance(kind, str) or kind not in CHOICES:
-            raise wrong("tool_choice.type", f"found {kind!r:.80}, expected auto, any, tool or none")
+            expected = "expected auto, any, tool or none"
+            raise invalid("tool_choice.type", f"found {kind!r:.80}, {expected}")
         return CHOICES[kind]
 
 
@@ -114,14 +117,14 @@ class MessagesBody(CountTokens):
     """The body of `POST /v1/messages`."""
 
     max_tokens: int
-    stop_sequences: Listed[str] = Field(default_factory=list)
+    stop_sequences: ListOf[str] = Field(default_factory=list)
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     stream: bool = False
 
 
-def turn_of(server: Server, body: CountTokens) -> NextTurn:
+def next_turn(server: Server, body: CountTokens) -> NextTurn:
     # `thinking` is disabled; only for templates that have the variable
     wishes = {"enable_thinking": False} if body.thinking else None
     return NextTurn(server, *body.chat(), wishes=wishes)
@@ -131,8 +134,8 @@ class MessagesReply(Dialect):
     body: MessagesBody
     request: NextTurn
 
-    async def whole(self, reply: Reply) -> dict[str, Any]:
-        [message] = await self.request.messages_of(reply)
+    async def full_answer(self, reply: Reply) -> dict[str, Any]:
+        [message] = await self.request.collect_messages(reply)
         content = [_text_block(field, text) for field, text in message.texts.items()]
         content += [_call_block(call) for call in message.calls]
         return self._message(reply, content) | self._end(reply, message)
@@ -180,10 +183,10 @@ class MessagesReply(Dialect):
     def _end(self, reply: Reply, message: GeneratedMessage) -> dict[str, Any]:
         end, stop = message.end, None
         if end.reason == "stop":  # find the stop sequence in the text after the completion
-            after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
+            after = reply.resolved.chosen.renderer.text(end.tokens)[len(end.text) :]
             stop = next((text for text in self.body.stop_sequences if after.startswith(text)), None)
         return {
-            "stop_reason": "tool_use" if message.calls else STOPS[end.reason],
+            "stop_reason": "tool_use" if message.calls else STOP_REASONS[end.reason],
             "stop_sequence": stop,
             "usage": _usage(reply.usage),
         }
@@ -219,14 +222,14 @@ def _usage(usage: Usage) -> dict[str, int]:
 def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterator[dict[str, Any]]:
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list) or not blocks:
-        raise wrong(where, "expected a string or a list of content blocks")
+        raise invalid(where, "expected a string or a list of content blocks")
     message: dict[str, Any] = {}
     for i, block in enumerate(blocks):
         kind, at = block.get("type") if isinstance(block, Mapping) else None, f"{where}[{i}]"
-        if isinstance(kind, str) and kind in BLOCKS:
-            _check_keys(block, BLOCKS[kind], at)
+        if isinstance(kind, str) and kind in BLOCK_KEYS:
+            _check_keys(block, BLOCK_KEYS[kind], at)
         if kind == "text":
-            text = text_of([block], ("text",), at, NO_TEXT)
+            text = join_text([block], ("text",), at, NOT_TEXT_MESSAGE)
             message["content"] = message.get("content", "") + text
         elif kind == "tool_result" and role == "user":
             if message:
@@ -237,13 +240,13 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
             yield {"role": "tool"} | result
         elif kind == "tool_use" and role == "assistant":
             name = block.get("name")
-            call = call_of(block.get("id"), name, block.get("input"), at, "input")
+            call = as_call(block.get("id"), name, block.get("input"), at, "input")
             names[call["id"]] = str(name)
             message.setdefault("tool_calls", []).append(call)
         elif kind == "thinking" and role == "assistant":
             message["reasoning_content"] = block.get("thinking")
         else:
-            raise wrong(f"{at}.type", f"{kind!r:.80} is not supported in {role} messages")
+            raise invalid(f"{at}.type", f"{kind!r:.80} is not supported in {role} messages")
     if message:
         yield {"role": role} | message
 
@@ -252,12 +255,12 @@ def _text(content: Any, where: str) -> str:
     if not content or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise wrong(where, "expected a string or a list of content blocks")
-    return text_of(content, ("text",), where + "[{}]", NO_TEXT)
+        raise invalid(where, "expected a string or a list of content blocks")
+    return join_text(content, ("text",), where + "[{}]", NOT_TEXT_MESSAGE)
 
 
 def _check_keys(fields: Mapping[str, Any], known: set[str], where: str) -> None:
     """Refuses unknown keys, unless their value has no effect."""
     for key in fields.keys() - known:
         if fields[key] not in (None, False, []):
-            raise unsupported(f"{where}.{key[:80]}")
+            raise unsupported_field(f"{where}.{key[:80]}")

@@ -14,27 +14,27 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import LorafoldError, truncate_end
 from lorafold.serving.backend import AdapterFiles
-from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import ADMIN, Caller
 from lorafold.serving.metrics import state_of
-from lorafold.serving.registry import REASON, AliasTarget, Registry
+from lorafold.serving.refusals import Refusal, invalid
+from lorafold.serving.registry import MAX_REASON, AliasTarget, Registry
 from lorafold.serving.request_body import Body, sse_event
-from lorafold.serving.server import Server, answer, authorization, record_of
+from lorafold.serving.server import Server, authorization, json_response, record_of
 
 K = TypeVar("K")
 T = TypeVar("T")
-EACH = 1.0  # seconds between two snapshots
-ACTS = ("pin", "unpin", "quarantine")
+SNAPSHOT_INTERVAL = 1.0  # seconds between two snapshots
+ACTIONS = ("pin", "unpin", "quarantine")
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    feed, registry = ModelChanges(server), server.registry
+    changes, registry = ModelChanges(server), server.registry
     streams = defaultdict[str, set[str]](set)  # open ones, by tenant
-    most = server.settings.limits.tenant_streams
+    limit = server.settings.limits.tenant_streams
 
-    def may_listen(request: Request) -> tuple[Caller, bool]:
+    def caller_and_admin(request: Request) -> tuple[Caller, bool]:
         header = authorization(request.headers)
         try:
             return server.keys.admin(header), True
@@ -44,13 +44,13 @@ def routes(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models/events")  # before /v1/models/{model}, which would match too
     async def events(request: Request) -> Response:
         """Streams all models that the caller may use, then changes, at most once a second."""
-        who = may_listen(request)
-        caller, record = who[0], record_of(request)
+        access = caller_and_admin(request)
+        caller, record = access[0], record_of(request)
         record.tenant = caller.tenant
         if server.host.draining:
             raise Refusal(503, "not_ready", server.host.ready, retry_after=1)
-        if (n := len(streams[caller.tenant])) >= most:
-            message = f"{n} event streams are already open, and the limit is {most}; close one"
+        if (n := len(streams[caller.tenant])) >= limit:
+            message = f"{n} event streams are already open, and the limit is {limit}; close one"
             raise Refusal(429, "too_many_streams", message)
         if record.method == "HEAD":
             return Response(media_type="text/event-stream")
@@ -59,11 +59,11 @@ def routes(app: FastAPI, server: Server) -> None:
         async def end(_: object = None) -> None:  # may precede the first event
             streams[caller.tenant].discard(record.id)
 
-        async def following() -> AsyncIterator[bytes]:
-            stream = feed.events(*who)
+        async def until_access_changes() -> AsyncIterator[bytes]:
+            stream = changes.events(*access)
             try:
                 async for data in stream:
-                    if may_listen(request) != who:  # the key was revoked or changed
+                    if caller_and_admin(request) != access:  # the key was revoked or changed
                         break
                     yield data
             except Refusal as refusal:
@@ -72,14 +72,14 @@ def routes(app: FastAPI, server: Server) -> None:
                 await stream.aclose()
                 await end()
 
-        return server.streaming(following(), end)
+        return server.streaming(until_access_changes(), end)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         """Lists the models that the caller may use."""
         caller = server.caller(request)
-        models = await server.host.think(lambda: Snapshot(server).models(caller), caller.tenant)
-        return answer({"object": "list", "data": models})
+        models = await server.host.in_thread(lambda: Snapshot(server).models(caller), caller.tenant)
+        return json_response({"object": "list", "data": models})
 
     @app.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
@@ -89,12 +89,12 @@ def routes(app: FastAPI, server: Server) -> None:
         def described() -> dict[str, Any]:
             if model == registry.base and caller.base:
                 return Snapshot(server).base()
-            if model in registry.state.aliases and caller.may(model):
+            if model in registry.state.aliases and caller.may_use(model):
                 return Snapshot(server).alias(model)
-            adapter = registry.version(caller, model)
+            adapter = registry.find_version(caller, model)
             return Snapshot(server).adapter(adapter)
 
-        return answer(await server.host.think(described, caller.tenant))
+        return json_response(await server.host.in_thread(described, caller.tenant))
 
 
 class Snapshot:
@@ -107,7 +107,7 @@ class Snapshot:
         self.states, self.ready = server.host.backend.states(), server.host.ready
         self.load = Counter((job.adapter, job.began is not None) for job in jobs)
         self.uses = {name: (use.requests, use.tokens) for name, use in uses}
-        self.taken, self.draining = time.monotonic(), server.host.draining
+        self.taken_at, self.draining = time.monotonic(), server.host.draining
         self._changed: dict[float, list[str]] = {}
         self._events: dict[object, bytes] = {}
 
@@ -115,7 +115,7 @@ class Snapshot:
         """Returns a caller's models, or their difference from an earlier snapshot, which may be
         empty. Cached for callers with the same rights.
         """
-        key = caller.adapters, caller.base, admin, before and before.taken
+        key = caller.adapters, caller.base, admin, before and before.taken_at
         if key not in self._events:
             self._events[key] = self._event(before, caller, admin)
         return self._events[key]
@@ -124,9 +124,9 @@ class Snapshot:
         if before is None:
             head = {"object": "list", "data": self.models(caller, admin)}
             return sse_event(head | {"status": self.ready, "administrator": admin})
-        if before.taken not in self._changed:
-            self._changed[before.taken] = sorted(self._differing_from(before))
-        names = [name for name in self._changed[before.taken] if self._sees(caller, name)]
+        if before.taken_at not in self._changed:
+            self._changed[before.taken_at] = sorted(self._changed_names(before))
+        names = [name for name in self._changed[before.taken_at] if self._sees(caller, name)]
         models = {name: self._described(name, admin) for name in names}
         new = [model for model in models.values() if model]
         gone = [n for n, model in models.items() if not model and before._described(n, admin)]
@@ -134,17 +134,17 @@ class Snapshot:
         changes = {"object": "changes", "data": new, "removed": gone}
         return sse_event(changes | status) if new or gone or status else b""
 
-    def _differing_from(self, before: Snapshot) -> set[str]:
+    def _changed_names(self, before: Snapshot) -> set[str]:
         old, a, b = before.adapters, before.state, self.state
         names = {name for name, adapter in self.adapters.items() if old.get(name) is not adapter}
         names |= old.keys() - self.adapters.keys() | (before.unverified ^ self.unverified)
-        keys = _differing(before.states.adapters, self.states.adapters)
+        keys = _changed(before.states.adapters, self.states.adapters)
         names |= {key.partition("@")[0] for key in keys}
-        names |= {name for name, _ in _differing(before.load, self.load)}
-        names |= _differing(before.rejected, self.rejected) | _differing(before.uses, self.uses)
+        names |= {name for name, _ in _changed(before.load, self.load)}
+        names |= _changed(before.rejected, self.rejected) | _changed(before.uses, self.uses)
         if a is not b:
             names |= {*a.pinned} ^ {*b.pinned} | {*a.unloaded} ^ {*b.unloaded}
-            names |= _differing(a.quarantined, b.quarantined) | _differing(a.aliases, b.aliases)
+            names |= _changed(a.quarantined, b.quarantined) | _changed(a.aliases, b.aliases)
         return names
 
     def models(self, caller: Caller, admin: bool = False) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ class Snapshot:
         return [model for model in models if model]
 
     def _sees(self, caller: Caller, name: str) -> bool:
-        return caller.base if name == self.registry.base else caller.may(name)
+        return caller.base if name == self.registry.base else caller.may_use(name)
 
     def _described(self, name: str, admin: bool) -> dict[str, Any] | None:
         if name == self.registry.base:
@@ -191,7 +191,7 @@ class Snapshot:
             method=adapter.method,
             rank=adapter.rank,
             bytes=nbytes,
-            page=self.registry.directory.page(adapter.name) is not None,
+            page=self.registry.directory.page_file(adapter.name) is not None,
         )
         return model | self._use(adapter.name)
 
@@ -217,33 +217,33 @@ class Snapshot:
         }
 
 
-def _differing(a: Mapping[K, object], b: Mapping[K, object]) -> set[K]:
+def _changed(a: Mapping[K, object], b: Mapping[K, object]) -> set[K]:
     return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
 
 
 class ModelChanges:
     def __init__(self, server: Server) -> None:
         self._server, self._snapshot = server, Snapshot(server)
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def events(self, caller: Caller, admin: bool) -> AsyncGenerator[bytes, None]:
         before = None
         while True:
-            async with self._turn:
+            async with self._lock:
                 changes = partial(self._changes, before, caller, admin)
-                now, data = await self._server.host.think(changes, tenant="")
+                now, data = await self._server.host.in_thread(changes, tenant="")
             if data:
                 yield data
             if now.draining:
                 return
             before = now
-            await asyncio.sleep(now.taken + EACH - time.monotonic())
+            await asyncio.sleep(now.taken_at + SNAPSHOT_INTERVAL - time.monotonic())
 
     def _changes(
         self, before: Snapshot | None, caller: Caller, admin: bool
     ) -> tuple[Snapshot, bytes]:
         now = self._snapshot
-        if before is None or time.monotonic() - now.taken >= EACH:
+        if before is None or time.monotonic() - now.taken_at >= SNAPSHOT_INTERVAL:
             now = self._snapshot = Snapshot(self._server)
         return now, now.event(before, caller, admin)
 
@@ -273,10 +273,10 @@ class LoadBody(UnloadBody):
                 same = Path(path).resolve() == entry.resolve()
         if not same:
             expected = f"expected the path of {name} in the directory of adapters, or no path"
-            raise wrong("lora_path", f"found {path!r:.200}, {expected}")
+            raise invalid("lora_path", f"found {path!r:.200}, {expected}")
         if name in registry.adapters and not self.load_inplace:
             message = f"found false, but {name} is already loaded; set true to replace it"
-            raise wrong("load_inplace", message)
+            raise invalid("load_inplace", message)
         return registry.load(name)
 
 
@@ -289,39 +289,39 @@ class AliasBody(Body):
 
     def read(self) -> tuple[AliasTarget, ...]:
         if (self.target is None) == (not self.targets):
-            raise wrong("target", "expected exactly one of target, targets and rollback")
+            raise invalid("target", "expected exactly one of target, targets and rollback")
         name, _, digest = (self.target or "").partition("@")
         targets = self.targets or [{"adapter": name, "digest": digest or None}]
         try:
             return tuple(AliasTarget(**target) for target in targets)
         except (ValueError, TypeError) as error:
-            raise wrong("targets", " ".join(str(error).split())) from None
+            raise invalid("targets", " ".join(str(error).split())) from None
 
 
 def administration(app: FastAPI, server: Server) -> None:
     registry = server.registry
 
-    async def done(change: Callable[[], T]) -> T:
+    async def run_change(change: Callable[[], T]) -> T:
         try:
-            return await server.host.think(change, ADMIN)
+            return await server.host.in_thread(change, ADMIN)
         except LorafoldError as error:
-            raise Refusal(400, "adapter_refused", cut(str(error), REASON)) from None
+            raise Refusal(400, "adapter_refused", truncate_end(str(error), MAX_REASON)) from None
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
         """Loads a new or changed adapter from the directory."""
         caller = server.admin(request)
         body = await server.body(request, caller, LoadBody, lambda body: body)
-        adapter = await done(lambda: body.load(registry))
-        return answer({"id": adapter.name, "digest": adapter.digest, "status": "loaded"})
+        adapter = await run_change(lambda: body.load(registry))
+        return json_response({"id": adapter.name, "digest": adapter.digest, "status": "loaded"})
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
         """Removes an adapter until it is loaded again. Running requests finish."""
         caller = server.admin(request)
         name = await server.body(request, caller, UnloadBody, lambda body: body.lora_name)
-        await done(lambda: registry.unload(name))
-        return answer({"id": name, "status": "unloaded"})
+        await run_change(lambda: registry.unload(name))
+        return json_response({"id": name, "status": "unloaded"})
 
     @app.get("/admin/adapters")
     async def adapters(request: Request) -> Response:
@@ -330,7 +330,7 @@ def administration(app: FastAPI, server: Server) -> None:
 
         def listed() -> Response:
             now = Snapshot(server)
-            return answer(
+            return json_response(
                 {
                     "adapters": [now.adapter(a) for a in now.adapters.values()],
                     "unverified": registry.unverified,  # may read the directory
@@ -342,21 +342,21 @@ def administration(app: FastAPI, server: Server) -> None:
                 }
             )
 
-        return await done(listed)
+        return await run_change(listed)
 
     @app.post("/admin/adapters/{name}:{act}")
     async def manage(request: Request, name: str, act: str) -> Response:
         """Pins an adapter in memory, unpins it, or puts it in quarantine."""
         server.admin(request)
-        if act not in ACTS:
-            message = f"found {act[:40]!r}, expected one of {', '.join(ACTS)}"
+        if act not in ACTIONS:
+            message = f"found {act[:40]!r}, expected one of {', '.join(ACTIONS)}"
             raise Refusal(404, "no_route", message)
         if act == "quarantine":
-            await done(lambda: registry.quarantine(name, "quarantined by the administrator"))
+            await run_change(lambda: registry.quarantine(name, "quarantined by the administrator"))
             server.metrics.quarantines.inc()
         else:
-            await done(lambda: registry.pin(name, act == "pin"))
-        return answer(Snapshot(server).adapter(registry.adapters[name]))
+            await run_change(lambda: registry.pin(name, act == "pin"))
+        return json_response(Snapshot(server).adapter(registry.adapters[name]))
 
     @app.put("/admin/aliases/{name}")
     async def point(request: Request, name: str) -> Response:
@@ -364,15 +364,15 @@ def administration(app: FastAPI, server: Server) -> None:
         caller = server.admin(request)
         body = await server.body(request, caller, AliasBody, lambda body: body)
         if body.rollback:
-            alias = await done(lambda: registry.roll_back(name))
+            alias = await run_change(lambda: registry.roll_back(name))
         else:
             targets = body.read()
-            alias = await done(lambda: registry.point(name, targets))
-        return answer({"id": name} | alias.model_dump(exclude_none=True))
+            alias = await run_change(lambda: registry.set_alias(name, targets))
+        return json_response({"id": name} | alias.model_dump(exclude_none=True))
 
     @app.delete("/admin/aliases/{name}")
     async def drop(request: Request, name: str) -> Response:
         """Deletes an alias."""
         server.admin(request)
-        await done(lambda: registry.drop_alias(name))
-        return answer({"id": name, "status": "deleted"})
+        await run_change(lambda: registry.delete_alias(name))
+        return json_response({"id": name, "status": "deleted"})

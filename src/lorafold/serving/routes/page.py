@@ -8,28 +8,28 @@ from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request, Response
 
-from lorafold.serving.errors import Refusal
 from lorafold.serving.keys import Caller
+from lorafold.serving.refusals import Refusal
 from lorafold.serving.server import Server
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-OWN = (
+PAGE_FILES = (
     "page.css", "page.js", "api.js", "chat.js", "answer.js", "markdown.js", "difference.js",
     "table.js", "manage.js",
 )  # fmt: skip
 FILES = {  # by path; /look.css is shared by all pages
     "/": "serving/page/index.html",
     "/look.css": "files/look.css",
-    **{f"/{name}": f"serving/page/{name}" for name in OWN},
+    **{f"/{name}": f"serving/page/{name}" for name in PAGE_FILES},
 }
 # only this origin, no frames
-POLICY = (
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
 # an adapter's page is untrusted: it may not run, send or load anything
-SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-FORM = 4096  # bytes of a form, which is read before the key is checked
+ADAPTER_PAGE_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+MAX_FORM_BYTES = 4096  # bytes of a form, which is read before the key is checked
 
 
 def routes(app: FastAPI, server: Server) -> None:
@@ -40,7 +40,7 @@ def routes(app: FastAPI, server: Server) -> None:
         """Returns the web page and its files."""
         path = request.url.path
         headers = {
-            "Content-Security-Policy": POLICY,
+            "Content-Security-Policy": CONTENT_SECURITY_POLICY,
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-cache",
@@ -51,23 +51,24 @@ def routes(app: FastAPI, server: Server) -> None:
     for path in FILES:
         app.add_api_route(path, page)
 
-    async def shown(caller: Caller, name: str) -> Response:
+    async def adapter_page(caller: Caller, name: str) -> Response:
         def content() -> bytes:
-            known = name in registry.adapters and caller.may(name)
-            file = registry.directory.page(name) if known else None
+            known = name in registry.adapters and caller.may_use(name)
+            file = registry.directory.page_file(name) if known else None
             if file is None:
                 message = f"adapter: {name[:80]!r} has no page, or your key may not use it"
                 raise Refusal(404, "model_not_found", message, "model")
             return file.read_bytes()
 
-        headers = {"Content-Security-Policy": SANDBOX, "X-Content-Type-Options": "nosniff"}
-        html = await server.host.think(content, caller.tenant)
+        policy = {"Content-Security-Policy": ADAPTER_PAGE_POLICY}
+        headers = policy | {"X-Content-Type-Options": "nosniff"}
+        html = await server.host.in_thread(content, caller.tenant)
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/v1/adapters/{name}/page")
     async def inspected(request: Request, name: str) -> Response:
         """Returns the page that `lorafold inspect` wrote for an adapter."""
-        return await shown(server.caller(request), name)
+        return await adapter_page(server.caller(request), name)
 
     @app.post("/v1/adapters/{name}/page")
     async def opened(request: Request, name: str) -> Response:
@@ -76,7 +77,9 @@ def routes(app: FastAPI, server: Server) -> None:
         """
         content = b""
         async for part in request.stream():
-            if len(content := content + part) > FORM:
-                raise Refusal(413, "body_too_large", f"body: expected at most {FORM:,} bytes")
+            if len(content := content + part) > MAX_FORM_BYTES:
+                message = f"body: expected at most {MAX_FORM_BYTES:,} bytes"
+                raise Refusal(413, "body_too_large", message)
         form = parse_qs(content.decode("ascii", "replace"))
-        return await shown(server.caller(request, f"Bearer {form.get('key', [''])[0]}"), name)
+        caller = server.caller(request, f"Bearer {form.get('key', [''])[0]}")
+        return await adapter_page(caller, name)

@@ -10,51 +10,51 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.data.messages import without_nulls
+from lorafold.data.messages import drop_nulls
 from lorafold.serving.backend import Token
-from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn, call_of, chat_of, text_of
+from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn, as_call, as_chat, join_text
 from lorafold.serving.completion_job import CONTENT, REASONING, Reply
-from lorafold.serving.errors import wrong
-from lorafold.serving.request_body import Body, Listed, StreamOptions, new_id, sse_event
-from lorafold.serving.server import Dialect, Server, answer
+from lorafold.serving.refusals import invalid
+from lorafold.serving.request_body import Body, ListOf, StreamOptions, new_id, sse_event
+from lorafold.serving.server import Dialect, Server, json_response
 
 Item = dict[str, Any]
 PARTS = ("input_text", "output_text", "text", "reasoning_text")
 LOGPROBS = "message.output_text.logprobs"
-INCLUDED = (LOGPROBS, "reasoning.encrypted_content")  # the second has no effect
-PAIRS, KEY, VALUE = 16, 64, 512  # OpenAI's limits on metadata
+INCLUDABLE = (LOGPROBS, "reasoning.encrypted_content")  # the second has no effect
+MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512  # OpenAI's limits on metadata
 NAMES = {
     "messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",
     "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
 }  # fmt: skip
-RETURNED = {  # fields of the request in the answer
+RETURNED_FIELDS = {  # fields of the request in the answer
     "instructions", "max_output_tokens", "metadata", "model", "parallel_tool_calls", "temperature",
     "tool_choice", "tools", "top_logprobs", "top_p", "truncation",
 }  # fmt: skip
-KINDS = {REASONING: "reasoning", CONTENT: "message"}
-TEXTS = {"reasoning": "reasoning_text", "message": "output_text"}  # events by kind of item
+ITEM_BY_FIELD = {REASONING: "reasoning", CONTENT: "message"}
+EVENT_BY_ITEM = {"reasoning": "reasoning_text", "message": "output_text"}  # events by kind of item
 
 
 def routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
         """Generates the next message and calls of a conversation given as items."""
-        return await server.complete(request, ResponsesBody, turn_of, ResponsesReply, "resp")
+        return await server.complete(request, ResponsesBody, next_turn, ResponsesReply, "resp")
 
     @app.post("/v1/responses/input_tokens")
     async def count(request: Request) -> Response:
         """Counts the tokens of a conversation."""
-        tokens = await server.count(request, InputTokens, turn_of)
-        return answer({"object": "response.input_tokens", "input_tokens": tokens})
+        tokens = await server.count(request, InputTokens, next_turn)
+        return json_response({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 class InputTokens(Body):
     """The body of `POST /v1/responses/input_tokens`."""
 
     model: str
-    input: str | Listed[dict[str, Any]]
+    input: str | ListOf[dict[str, Any]]
     instructions: str | None = None
-    tools: Listed[dict[str, Any]] = Field(default_factory=list)
+    tools: ListOf[dict[str, Any]] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     text: dict[str, Any] = Field(default_factory=dict)
@@ -73,21 +73,21 @@ class InputTokens(Body):
             conversation += _messages(self.input)
         if (summary := self.reasoning.get("summary")) not in (None, "auto"):
             message = f"found {summary!r:.80}, expected auto, since no summary is generated"
-            raise wrong("reasoning.summary", message)
+            raise invalid("reasoning.summary", message)
         for name, values, known in (
             ("text", self.text, ("format", "verbosity")),
             ("reasoning", self.reasoning, ("effort", "summary")),
         ):
             for key in (k for k, v in values.items() if v is not None and k not in known):
-                raise wrong(f"{name}.{key}", "this field is not supported; remove it")
+                raise invalid(f"{name}.{key}", "this field is not supported; remove it")
         tools = []
         for i, tool in enumerate(self.tools):
             if tool.get("type") != "function":
-                raise wrong(f"tools[{i}].type", f"found {tool.get('type')!r}, expected function")
+                raise invalid(f"tools[{i}].type", f"found {tool.get('type')!r}, expected function")
             fields = ("name", "description", "parameters", "strict")
             function = {name: tool[name] for name in fields if name in tool}
             tools.append({"type": "function", "function": function})
-        return chat_of(self, conversation, tools, NAMES, **more)
+        return as_chat(self, conversation, tools, NAMES, **more)
 
 
 class ResponsesBody(InputTokens):
@@ -98,7 +98,7 @@ class ResponsesBody(InputTokens):
     top_p: float = 1.0
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    include: Listed[str] = Field(default_factory=list)
+    include: ListOf[str] = Field(default_factory=list)
     top_logprobs: int = 0
     metadata: dict[str, str] = Field(default_factory=dict)
 
@@ -108,21 +108,22 @@ class ResponsesBody(InputTokens):
 
     def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
         for i, name in enumerate(self.include):
-            if name not in INCLUDED:
-                expected = " or ".join(INCLUDED)
-                raise wrong(f"include[{i}]", f"found {name[:80]!r}, expected {expected}")
+            if name not in INCLUDABLE:
+                expected = " or ".join(INCLUDABLE)
+                raise invalid(f"include[{i}]", f"found {name[:80]!r}, expected {expected}")
         if self.top_logprobs and not self.logprobs:
-            raise wrong("top_logprobs", f"this field requires {LOGPROBS} in include")
-        if len(self.metadata) > PAIRS:
-            raise wrong("metadata", f"found {len(self.metadata)} pairs, expected at most {PAIRS}")
+            raise invalid("top_logprobs", f"this field requires {LOGPROBS} in include")
+        if len(self.metadata) > MAX_PAIRS:
+            pairs = len(self.metadata)
+            raise invalid("metadata", f"found {pairs} pairs, expected at most {MAX_PAIRS}")
         for key, value in self.metadata.items():
-            if len(key) > KEY or len(value) > VALUE:
-                most = f"a key of at most {KEY} characters and a value of at most {VALUE}"
-                raise wrong(f"metadata.{key[:KEY]}", f"expected {most}")
+            if len(key) > MAX_KEY or len(value) > MAX_VALUE:
+                most = f"a key of at most {MAX_KEY} characters and a value of at most {MAX_VALUE}"
+                raise invalid(f"metadata.{key[:MAX_KEY]}", f"expected {most}")
         return super().chat(top_logprobs=self.top_logprobs if self.logprobs else None)
 
 
-def turn_of(server: Server, body: InputTokens) -> NextTurn:
+def next_turn(server: Server, body: InputTokens) -> NextTurn:
     return NextTurn(server, *body.chat(), "input", shorten=body.truncation == "auto")
 
 
@@ -137,7 +138,7 @@ class ResponsesReply(Dialect):
         self._items: list[Item] = []  # started so far
         self._pending: list[Token] = []  # tokens whose text is still held back
 
-    async def whole(self, reply: Reply) -> dict[str, Any]:
+    async def full_answer(self, reply: Reply) -> dict[str, Any]:
         async for event in self._events(reply):
             last = event
         return last["response"]
@@ -158,7 +159,7 @@ class ResponsesReply(Dialect):
             if delta.token is not None and delta.field == CONTENT:
                 self._pending.append(delta.token)
             for field, text in delta.texts.items():
-                for event in self._text_events(reply, KINDS[field], text):
+                for event in self._text_events(reply, ITEM_BY_FIELD[field], text):
                     yield event
         if not items and not message.calls:  # an empty answer
             for event in self._begin_text("message"):
@@ -180,7 +181,7 @@ class ResponsesReply(Dialect):
         part = self._items[-1]["content"][0]
         part["text"] += text
         more = {"logprobs": self._add_logprobs(reply, part)} if "logprobs" in part else {}
-        yield _event(f"response.{TEXTS[kind]}.delta", **self._place, delta=text, **more)
+        yield _event(f"response.{EVENT_BY_ITEM[kind]}.delta", **self._place, delta=text, **more)
 
     def _begin_text(self, kind: str) -> Iterator[Item]:
         item = _text_item(kind)
@@ -193,13 +194,14 @@ class ResponsesReply(Dialect):
         if "logprobs" in part:
             self._add_logprobs(reply, part)
             more["logprobs"] = part["logprobs"]
-        yield _event(f"response.{TEXTS[item['type']]}.done", **place, text=part["text"], **more)
+        kind = EVENT_BY_ITEM[item["type"]]
+        yield _event(f"response.{kind}.done", **place, text=part["text"], **more)
         yield _event("response.content_part.done", **place, part=part)
         yield self._end()
 
     def _add_logprobs(self, reply: Reply, part: Item) -> list[Any]:
         """Moves the log probabilities of pending tokens into a message's part."""
-        texts, new = reply.prompted.chosen.renderer.texts, list[Any]()
+        texts, new = reply.resolved.chosen.renderer.texts, list[Any]()
         if self.body.logprobs:
             new = texts.chat_logprobs(self._pending, self.body.top_logprobs)
         part["logprobs"] += new
@@ -258,9 +260,9 @@ class ResponsesReply(Dialect):
             "output": items,
             "previous_response_id": None,
             "store": False,
-            "text": {"format": {"type": "text"}} | without_nulls(self.body.text),
+            "text": {"format": {"type": "text"}} | drop_nulls(self.body.text),
             "usage": None,
-        } | self.body.model_dump(include=RETURNED)
+        } | self.body.model_dump(include=RETURNED_FIELDS)
 
 
 def _event(kind: str, **fields: Any) -> Item:
@@ -301,7 +303,7 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
                 yield where, {"role": item.get("role"), "content": text}
         elif kind == "function_call":
             name, id = item.get("name"), item.get("call_id")
-            call = call_of(id, name, item.get("arguments"), where)
+            call = as_call(id, name, item.get("arguments"), where)
             names[call["id"]] = str(name)
             turn.setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
@@ -311,10 +313,11 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
             yield where, {"role": "tool"} | result
         elif kind == "reasoning":
             if item.get("encrypted_content"):
-                raise wrong(f"{where}.encrypted_content", "this field is not supported; remove it")
+                where += ".encrypted_content"
+                raise invalid(where, "this field is not supported; remove it")
             turn["reasoning_content"] = _text(item.get("content") or [], f"{where}.content")
         else:
-            raise wrong(f"{where}.type", f"found {kind!r}, which is not supported")
+            raise invalid(f"{where}.type", f"found {kind!r}, which is not supported")
     if turn:
         yield begun, turn
 
@@ -322,4 +325,4 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
 def _text(content: Any, where: str) -> Any:
     if not isinstance(content, list):
         return content
-    return text_of(content, PARTS, where + "[{}]", "found a part of type {}, expected only text")
+    return join_text(content, PARTS, where + "[{}]", "found a part of type {}, expected only text")

@@ -1,6 +1,6 @@
 """Checks before training: a summary of the chat template, and problems of tokenized rows.
 
-Rows are compared by digests of their tokens (`TableExamples`). `SAID` lists the checks; labels
+Rows are compared by digests of their tokens (`TableExamples`). `PROBLEMS` lists the checks; labels
 without rows and files without trained turns are reported too.
 """
 
@@ -16,34 +16,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import TURNS, Array, TableExamples, column, digests
+from lorafold.data.arrow import TURNS, Array, TableExamples, column, hash_rows
+from lorafold.data.chat_template import (
+    ASSISTANT,
+    NOWHERE,
+    PROBE_KEY,
+    PROBE_NAME,
+    PROBE_TEXT,
+    PROBE_TOOL,
+    SYSTEM,
+    TOOL_CALL,
+    USER,
+    WITH_TURN,
+    date_used,
+    template_of,
+    tool_call,
+    try_apply,
+)
 from lorafold.data.examples import EMPTY, TRAINED
 from lorafold.data.formats import Conversation
 from lorafold.data.render import render_trained
-from lorafold.data.row_store import RowPlace, Rows, named
-from lorafold.data.templates import (
-    ASKED,
-    KEY,
-    NAME,
-    NOWHERE,
-    PROBE_TOOL,
-    SYSTEM,
-    VALUE,
-    WITH_TURN,
-    attempt,
-    call,
-    day_of,
-    template_of,
-)
+from lorafold.data.row_store import RowPlace, Rows, row_names
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import set_variables, variables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 5  # rows named in one line
+MAX_SHOWN = 5  # rows named in one line
 HELD_OUT = "held_out_in_training"
-SAID = {
+PROBLEMS = {
     "duplicates": "are identical to an earlier row",
     HELD_OUT: "are also in the training data, so held-out results look better than they are",
     "empty_answers": "have an empty answer to train on",
@@ -56,12 +58,12 @@ STREAMED = (
     " answers, contradictions or truncated answers"
 )
 UNKNOWN = "these examples are not in a table, so lorafold does not check them"
-BESIDE, OTHER = "probe beside", "probe other value"
-CALLS = [call(NAME, {KEY: v}) | {"id": f"probe000{n}"} for n, v in enumerate((VALUE, OTHER))]
+TEXT_BESIDE_CALL, OTHER = "probe beside", "probe other value"
+CALLS = [*TOOL_CALL["tool_calls"], tool_call(PROBE_NAME, {PROBE_KEY: OTHER}) | {"id": "probe0001"}]
 ROLES = {"", "system", "user", "assistant", "model", "human"}
 WORDS = re.compile(r"[^\W\d_]{2,}")
-LEFT_OUT = "turns without reasoning are left out, because at generation they begin differently"
-QUOTED = 60  # characters shown of the template's system prompt
+NO_REASONING = "turns without reasoning are left out, because at generation they begin differently"
+MAX_QUOTED = 60  # characters shown of the template's system prompt
 
 
 @dataclass(frozen=True)
@@ -101,58 +103,58 @@ class TemplateSummary:
 
 def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     template, block = template_of(tokenizer), template_of(tokenizer).block
-    bare = attempt([ASKED], tokenizer)
-    added = attempt([ASKED], tokenizer, for_generation=True)
-    added, prompt = added.removeprefix(bare.rstrip()).strip(), ""
+    without_prompt = try_apply([USER], tokenizer)
+    added = try_apply([USER], tokenizer, for_generation=True)
+    added, prompt = added.removeprefix(without_prompt.rstrip()).strip(), ""
     if added.endswith(block.opening):
         prompt = f"opens a reasoning block ({block.opening})"
     elif block.opening in added and block.closing in added:
         prompt = f"has an empty reasoning block ({block.opening}{block.closing})"
     # words before the first message, except role names
-    before = template.specials.sub("\n", bare.partition(str(ASKED["content"]))[0])
+    before = template.specials.sub("\n", without_prompt.partition(str(USER["content"]))[0])
     lines = (line.strip() for line in before.splitlines())
-    said = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
-    if len(WORDS.findall(said)) < 3:
-        said = ""
-    elif len(said) > QUOTED:
-        said = f"{said[:QUOTED].rstrip()}..."
-    beside, several = (
-        attempt([ASKED, {"role": "assistant", "content": content, "tool_calls": calls}], tokenizer)
-        for content, calls in ((BESIDE, CALLS[:1]), ("", CALLS))
+    system = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
+    if len(WORDS.findall(system)) < 3:
+        system = ""
+    elif len(system) > MAX_QUOTED:
+        system = f"{system[:MAX_QUOTED].rstrip()}..."
+    beside, two_calls = (
+        try_apply([USER, ASSISTANT | {"content": content, "tool_calls": calls}], tokenizer)
+        for content, calls in ((TEXT_BESIDE_CALL, CALLS[:1]), ("", CALLS))
     )
     shows = {
-        "system messages": VALUE in attempt([SYSTEM, ASKED], tokenizer),
+        "system messages": PROBE_TEXT in try_apply([SYSTEM, USER], tokenizer),
         "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,
         "tool calls": template.shows_calls,
-        "text next to a tool call": BESIDE in beside or not template.shows_calls,
-        "a second tool call": OTHER in several or not template.shows_calls,
+        "text next to a tool call": TEXT_BESIDE_CALL in beside or not template.shows_calls,
+        "a second tool call": OTHER in two_calls or not template.shows_calls,
         "reasoning": block.shown,
     }
-    plain = _untrained(tokenizer)
+    plain = _untrained_reason(tokenizer)
     if plain:
         with suppress(LorafoldError):
-            plain += _helps(tokenizer)
+            plain += _helpful_variable(tokenizer)
     hides = tuple(part for part, is_shown in shows.items() if not is_shown)
     end = template.ending
     return TemplateSummary(
-        end.text.strip(), end.written, prompt, said, bool(day_of(tokenizer)), hides, plain
+        end.text.strip(), end.written, prompt, system, bool(date_used(tokenizer)), hides, plain
     )
 
 
-def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
+def _helpful_variable(tokenizer: PreTrainedTokenizerBase) -> str:
     for name in sorted(variables_of(tokenizer)):
         for value in (False, True):
             with_value = copy.copy(tokenizer)
             set_variables(with_value, {name: value})
-            if not _untrained(with_value):
+            if not _untrained_reason(with_value):
                 return f"; --template-kwargs {name}={str(value).lower()} helps"
     return ""
 
 
-def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
-    said = {"role": "assistant", "content": VALUE}
+def _untrained_reason(tokenizer: PreTrainedTokenizerBase) -> str:
+    said = {"role": "assistant", "content": PROBE_TEXT}
     try:
-        return LEFT_OUT * render_trained(Conversation([ASKED, said]), tokenizer).left_out
+        return NO_REASONING * render_trained(Conversation([USER, said]), tokenizer).left_out
     except LorafoldError as error:
         return f"the template rejects a plain conversation ({error})"
 
@@ -161,20 +163,20 @@ def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
 class DataFinding:
     count: int
     of: int
-    said: str
+    text: str
     first: tuple[tuple[RowPlace, RowPlace | None], ...] = ()
 
     def __str__(self) -> str:
         more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
         rows = []
-        for name, (one, other) in zip(named(p for p, _ in self.first), self.first, strict=True):
-            rows.append(name if other is None else f"{name} (see {[*named([one, other])][1]})")
-        return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(rows)}{more}"
+        for name, (one, other) in zip(row_names(p for p, _ in self.first), self.first, strict=True):
+            rows.append(name if other is None else f"{name} (see {[*row_names([one, other])][1]})")
+        return f"{self.count:,} of {self.of:,} rows {self.text}: {', '.join(rows)}{more}"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Findings by name in SAID, examples per label, (turns, trained turns) per role, files with
+    """Findings by name in PROBLEMS, examples per label, (turns, trained turns) per role, files with
     assistant turns of which none is trained, and the checks that were skipped.
     """
 
@@ -205,7 +207,7 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """Null stands for skipped checks."""
-        results = dict.fromkeys(SAID)
+        results = dict.fromkeys(PROBLEMS)
         for name, of in self.found.items():
             first = [
                 one._asdict() | ({"as": other._asdict()} if other else {})
@@ -230,41 +232,41 @@ def find_problems(
 ) -> Findings:
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
-    of, own = _compared(examples)
-    each, at, which = np.unique(own, return_index=True, return_inverse=True)
+    of, digests = _row_digests(examples)
+    unique, at, which = np.unique(digests, return_index=True, return_inverse=True)
     first = at[which]  # the first equal row
     later = first != np.arange(len(first))
     results = {"duplicates": _finding("duplicates", rows, of[later], of[first[later]])}
     if held_out is not None and isinstance(held_out[0], TableExamples):
-        theirs, others = _compared(held_out[0])
-        near = np.minimum(np.searchsorted(each, others), len(each) - 1)
-        there = each[near] == others
-        shared = of[at[near[there]]]
-        results[HELD_OUT] = _finding(HELD_OUT, held_out[1], theirs[there], shared, like=rows)
+        held_rows, held_digests = _row_digests(held_out[0])
+        near = np.minimum(np.searchsorted(unique, held_digests), len(unique) - 1)
+        is_known = unique[near] == held_digests
+        shared = of[at[near[is_known]]]
+        results[HELD_OUT] = _finding(HELD_OUT, held_out[1], held_rows[is_known], shared, like=rows)
     roles, silent, empty = turns_of(examples, rows)
     if roles:
         results["empty_answers"] = _finding("empty_answers", rows, empty)
-    if judged := examples.judged:
+    if judgements := examples.judgements:
         # rows whose verdict differs from the first one on the same subject
-        _, at, which = np.unique(judged.subjects, return_index=True, return_inverse=True)
-        other = judged.verdicts != judged.verdicts[at[which]]
-        contrary = examples.rows[other], examples.rows[at[which][other]]
+        _, at, which = np.unique(judgements.subjects, return_index=True, return_inverse=True)
+        other = judgements.verdicts != judgements.verdicts[at[which]]
+        contradiction = examples.rows[other], examples.rows[at[which][other]]
         results["contradictions"] = _finding(
-            "contradictions", rows, *contrary, about=judged.contrary
+            "contradictions", rows, *contradiction, about=judgements.contradiction
         )
     if examples.ends_lost is not None:
         cut = examples.rows[examples.ends_lost]
         results["ends_lost"] = _finding("ends_lost", rows, cut, about=max_length)
     results["untrained"] = _finding("untrained", rows, np.setdiff1d(np.arange(len(rows)), of))
-    return Findings(len(rows), results, judged.labels if judged else {}, roles, silent)
+    return Findings(len(rows), results, judgements.labels if judgements else {}, roles, silent)
 
 
-def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
+def _row_digests(examples: TableExamples[Any]) -> tuple[Array, Array]:
     """Returns ascending indices of the rows with examples (n,), and their digests (n,)."""
     starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
-    place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
-    own = digests(*examples.compared_by)[examples.chosen]
-    weighted = own.astype(np.uint64) * (2 * place + 1).astype(np.uint64)
+    position = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
+    hashes = hash_rows(*examples.compared_by)[examples.indices]
+    weighted = hashes.astype(np.uint64) * (2 * position + 1).astype(np.uint64)
     return examples.rows[starts], np.add.reduceat(weighted, starts)
 
 
@@ -276,15 +278,15 @@ def _finding(
     like: Rows | None = None,
     about: Any = "",
 ) -> DataFinding:
-    said = SAID[name].format(about)
+    text = PROBLEMS[name].format(about)
     chosen, at = np.unique(indices, return_index=True)
     if not len(chosen):
-        return DataFinding(0, len(rows), said)
-    first = rows.origins.places(chosen[:SHOWN])
+        return DataFinding(0, len(rows), text)
+    first = rows.origins.places(chosen[:MAX_SHOWN])
     compared: list[Any] = [None] * len(first)
     if others is not None:
-        compared = (like or rows).origins.places(others[at[:SHOWN]])
-    return DataFinding(len(chosen), len(rows), said, tuple(zip(first, compared, strict=True)))
+        compared = (like or rows).origins.places(others[at[:MAX_SHOWN]])
+    return DataFinding(len(chosen), len(rows), text, tuple(zip(first, compared, strict=True)))
 
 
 def turns_of(
@@ -303,15 +305,15 @@ def turns_of(
     answers, learned = Counter[int](), Counter[int]()  # of the assistant, by file
     for (text, number), count in Counter(zip(texts, file[of].tolist(), strict=True)).items():
         for line in text.splitlines():
-            became = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
-            role = line.removesuffix(became)
+            suffix = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
+            role = line.removesuffix(suffix)
             turns[role] += count
-            trained[role] += count * bool(became)
-            if became == EMPTY:
+            trained[role] += count * bool(suffix)
+            if suffix == EMPTY:
                 empty.add(text)
             if role == "assistant":
                 answers[number] += count
-                learned[number] += count * bool(became)
+                learned[number] += count * bool(suffix)
     roles = {role: (n, trained[role]) for role, n in turns.items()}
     silent = {names[n]: answers[n] for n in sorted(answers) if not learned[n] and len(names) > 1}
     return roles, silent, of[[text in empty for text in texts]]

@@ -5,7 +5,7 @@
     written             sum |U^T dW|^2 / sum |dW|^2, over the modules
     read                sum |dW V|^2 / sum |dW|^2
     by chance           sum (r / out) |dW|^2 / sum |dW|^2, and with r / in
-    off                 (I - U U^T) dW (I - V V^T), exact in the factors of dW
+    outside_alignment   (I - U U^T) dW (I - V V^T), exact in the factors of dW
 
 Modules are weighted by the tuning's energy, so a direction with almost no change counts for almost
 nothing, unlike in phi (Hu et al. 2021, arXiv 2106.09685, sec. 7). A module that the alignment does
@@ -28,9 +28,9 @@ from lorafold.inspecting.updates import (
     SiteFactors,
     Svd,
     Svds,
-    lora_of,
-    site_of,
-    sites,
+    add_lora,
+    module_path,
+    modules_of,
     stacked,
 )
 
@@ -51,7 +51,7 @@ def updates_of(adapter: Adapter) -> Svds | None:
     """The update of each matrix; None if a part is not added to a weight."""
     if not all(isinstance(part, Additive) for _, part in adapter.parts()):
         return None
-    return {name: svd for site in sites(adapter) for name, svd in site.parts()}
+    return {name: svd for site in modules_of(adapter) for name, svd in site.parts()}
 
 
 def overlap(update: Svds, alignment: Svds) -> Overlap | None:
@@ -65,8 +65,8 @@ def overlap(update: Svds, alignment: Svds) -> Overlap | None:
         if (aligned := alignment.get(path)) is None:
             continue
         shares = [
-            ((theirs.t() @ mine).cpu().double() * strengths).square().sum()
-            for theirs, mine in ((aligned.u, tuned.u), (aligned.v, tuned.v))
+            ((basis.t() @ vectors).cpu().double() * strengths).square().sum()
+            for basis, vectors in ((aligned.u, tuned.u), (aligned.v, tuned.v))
         ]
         chance = [size * len(aligned.s) / len(side) for side in (tuned.u, tuned.v)]
         sums += torch.stack([*shares, *chance])
@@ -77,7 +77,7 @@ def factors_of(update: Svd) -> Factors:  # (out, r), (r, in)
     return update.u * update.s, update.v.t()
 
 
-def off(update: Svd, alignment: Svd | None) -> Factors:  # (out, r), (r, in)
+def outside_alignment(update: Svd, alignment: Svd | None) -> Factors:  # (out, r), (r, in)
     """The update without the alignment's directions, on both sides."""
     up, down = factors_of(update)
     if alignment is None:
@@ -86,21 +86,18 @@ def off(update: Svd, alignment: Svd | None) -> Factors:  # (out, r), (r, in)
     return up - u @ (u.t() @ up), down - (down @ v) @ v.t()
 
 
-NAME = "laid"
-
-
 @dataclass(frozen=True)
 class Defence:
     """A defence: its description, and the function that changes the tuning, or mixed rows."""
 
     about: str
-    lay: Callable[[Svds, Svds], SiteFactors] | None = None
+    transform_update: Callable[[Svds, Svds], SiteFactors] | None = None
     mixed: bool = False
 
 
 def projected(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
     """The tuning without the alignment's directions: up (out, r), down (r, in) by module."""
-    return {path: off(update, alignment.get(path)) for path, update in tuning.items()}
+    return {path: outside_alignment(update, alignment.get(path)) for path, update in tuning.items()}
 
 
 def halved(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
@@ -110,11 +107,11 @@ def halved(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
 
 def readded(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
     """The tuning plus the alignment's update: up (out, r + r'), down (r + r', in) by module."""
-    one, other = _all_factors(tuning), _all_factors(alignment)
-    both = {path: [all_[path] for all_ in (one, other) if path in all_] for path in one | other}
+    tuned, aligned = _all_factors(tuning), _all_factors(alignment)
+    pairs = {path: [f[path] for f in (tuned, aligned) if path in f] for path in tuned | aligned}
     return {
-        path: (torch.cat([up for up, _ in parts], 1), torch.cat([down for _, down in parts]))
-        for path, parts in both.items()
+        path: (torch.cat([up for up, _ in summands], 1), torch.cat([down for _, down in summands]))
+        for path, summands in pairs.items()
     }
 
 
@@ -132,18 +129,20 @@ DEFENCES = {
 
 
 @contextmanager
-def laid(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
+def attached(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
+    """Attach factors as a LoRA adapter, by module or matrix of experts."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():
-        sites.setdefault(site_of(name), []).append(pair)
-    every = {
-        path: stacked(own, () if path in factors else (len(own),)) for path, own in sites.items()
+        sites.setdefault(module_path(name), []).append(pair)
+    by_module = {
+        path: stacked(pairs, () if path in factors else (len(pairs),))
+        for path, pairs in sites.items()
     }
-    there = {path: pair for path, pair in every.items() if pair[1].shape[-2]}
-    if not there:
+    nonzero = {path: pair for path, pair in by_module.items() if pair[1].shape[-2]}
+    if not nonzero:
         yield
         return
-    adapter = lora_of(model, there, NAME)
+    adapter = add_lora(model, nonzero, "defended")
     try:
         yield
     finally:

@@ -35,9 +35,9 @@ from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.algorithm_options import policy_options, preference_algorithm
 from lorafold.peft.config import CONFIG
-from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
-from lorafold.recipe.parsing import parse_yaml, text_of, yaml_type
-from lorafold.recipe.recipe import UNWORDED, Recipe
+from lorafold.recipe.parsing import parse_yaml, read_text, yaml_type
+from lorafold.recipe.recipe import RAW_ERRORS, Recipe
+from lorafold.recipe.resolve_settings import ignored_fields, spec_of, trainable_storage
 
 WIDTH = 100
 HEADS = {
@@ -262,7 +262,7 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
             trainable_storage(recipe)
     except LorafoldError as error:
         raise LorafoldError(f"{source}: {error}") from None
-    absent = left_out(recipe)
+    absent = ignored_fields(recipe)
     entries = tuple(_without(entry, absent, recipe.method) for entry in entries)
     by_outcome = {how: tuple(e for e in entries if e.outcome.how == how) for how in HEADS}
     return Translation(source, tool.name, _recipe(entries), **by_outcome, note=tool.note)
@@ -281,7 +281,7 @@ def check_free(out: str | Path, overwrite: bool) -> None:
 
 
 def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
-    text = text_of(path, "a training configuration")
+    text = read_text(path, "a training configuration")
     if not text.strip():
         raise LorafoldError(f"{path}: found an empty file, expected a training configuration")
     if path.suffix == ".py" or kind == "unsloth":
@@ -307,7 +307,7 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
         return ", ".join(e.key for e in entries if {*names} & e.outcome.fields.keys())
 
     try:
-        recipe = Recipe.model_validate(values, context=UNWORDED)
+        recipe = Recipe.model_validate(values, context=RAW_ERRORS)
     except ValidationError as error:
         problems = {}
         for problem in error.errors(include_url=False):

@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, batch_of, digests
+from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, hash_rows, to_batch
+from lorafold.data.chat_template import prefix_of
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
-from lorafold.data.formats import JUDGED, PAIRS, Compared, Conversation
-from lorafold.data.json_input import json_type
+from lorafold.data.formats import JUDGED, PAIRS, Comparison, Conversation
+from lorafold.data.json_input import Row, json_type
 from lorafold.data.render import Rendering
-from lorafold.data.row_store import Rows, named, parts_of
-from lorafold.data.rows import as_checked
-from lorafold.data.sources import Row
-from lorafold.data.templates import common
-from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
-from lorafold.errors import LISTED, LorafoldError, listed
+from lorafold.data.row_store import Rows, parts_of, row_names
+from lorafold.data.rows import to_rows
+from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenize_rows
+from lorafold.errors import MAX_ITEMS, LorafoldError, listed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
-class Branched:
+class BranchedRow:
     """A tokenized row: shared ids (s,), branches, the label of a single branch, and the branches'
     log-probabilities under the reference model.
     """
@@ -61,7 +60,7 @@ class Branched:
         first, *others = (len(branch.ids) for branch in self.branches)
         return (len(self.shared) + first, *others)
 
-    def some(self, chosen: slice) -> Branched:
+    def some(self, chosen: slice) -> BranchedRow:
         return replace(self, branches=self.branches[chosen], reference=self.reference[chosen])
 
     def documents(self) -> list[Example]:
@@ -69,21 +68,21 @@ class Branched:
         return [Example(self.shared + b.ids, before + b.labels) for b in self.branches]
 
 
-def continued(example: Example) -> Branched:
+def split_completion(example: Example) -> BranchedRow:
     """Splits off a branch, which begins with the token before the first trained one."""
     trained = (place for place, label in enumerate(example.labels) if label != NO_LOSS)
     at = max(0, next(trained, 0) - 1)
-    return Branched(example.ids[:at], (Example(example.ids[at:], example.labels[at:]),))
+    return BranchedRow(example.ids[:at], (Example(example.ids[at:], example.labels[at:]),))
 
 
 @dataclass(eq=False)
-class Branches(Encoder):
+class PreferenceEncoder(Encoder):
     """Columns: `row`, `ids` (T,), `starts` (k,) of the branches, `spans` (2n,) that are trained,
     `desirable`, `marked`, `turns`, `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    takes: str
+    row_content: str
     rendering: Rendering = field(default_factory=Rendering)
 
     def __post_init__(self) -> None:
@@ -91,9 +90,9 @@ class Branches(Encoder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**self._completions.identity, "kind": self.takes}
+        return {**self._completions.identity, "kind": self.row_content}
 
-    def encode(self, given: Sequence[Sequence[Compared]], first: int) -> pa.RecordBatch:
+    def encode(self, given: Sequence[Sequence[Comparison]], first: int) -> pa.RecordBatch:
         documents = [
             Conversation([*one.prompt, *said], len(one.prompt), one.tools)
             for row in given
@@ -103,14 +102,14 @@ class Branches(Encoder):
         encoded = self._completions.encode(documents, 0).to_pylist()
         by_document = (list(of) for _, of in groupby(encoded, key=lambda entry: entry["row"]))
         entries = [
-            {"row": n} | self._made(one, list(islice(by_document, len(one.completions))))
+            {"row": n} | self._entry(one, list(islice(by_document, len(one.completions))))
             for n, row in enumerate(given, first)
             for one in row
         ]
         lists, flags = ("ids", "starts", "spans"), ("desirable", "marked")
-        return batch_of(entries, ("row",), lists, flags, (TURNS, "problem"))
+        return to_batch(entries, ("row",), lists, flags, (TURNS, "problem"))
 
-    def _made(self, one: Compared, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    def _entry(self, one: Comparison, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
         firsts = [entries[0] for entries in documents]
         ids = [entry["ids"] for entry in firsts]
         problem = self._problem(one, documents)
@@ -123,7 +122,7 @@ class Branches(Encoder):
         }
         if problem:
             return {"ids": [], "starts": [], "spans": [], TURNS: "", **columns}
-        shared = max(0, min(len(common(*ids)), *(entry["spans"][0] for entry in firsts)) - 1)
+        shared = max(0, min(len(prefix_of(*ids)), *(entry["spans"][0] for entry in firsts)) - 1)
         together, starts, spans = ids[0][:shared], [], []
         for entry in firsts:
             start = len(together)
@@ -135,7 +134,7 @@ class Branches(Encoder):
         lines = "\n".join([firsts[0][TURNS], *own])
         return {"ids": together, "starts": starts, "spans": spans, TURNS: lines, **columns}
 
-    def _problem(self, one: Compared, documents: list[list[dict[str, Any]]]) -> str:
+    def _problem(self, one: Comparison, documents: list[list[dict[str, Any]]]) -> str:
         if not isinstance(one.desirable, bool):
             return f"field label: found {json_type(one.desirable)}, expected true or false"
         for name, entries in zip(one.completions, documents, strict=True):
@@ -154,14 +153,14 @@ class Branches(Encoder):
         return ""
 
 
-class BranchedExamples(TableExamples[Branched]):
+class BranchedExamples(TableExamples[BranchedRow]):
     """Computed tokens of each example, `lengths` (n,), and branch, `tails` (n, k); untruncated
-    tokens of each document, `whole` (n, k).
+    tokens of each document, `full_lengths` (n, k).
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
-        self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
+        self._starts, self._spans = (Lists(table.column(name)) for name in ("starts", "spans"))
         self._desirable: list[bool] = table.column("desirable").to_pylist()
         self.compared_by = self._ids, self._starts, self._spans, self._desirable
         pairs = zip(self._starts, self._ids.lengths.tolist(), strict=True)
@@ -169,12 +168,12 @@ class BranchedExamples(TableExamples[Branched]):
         shared, tails = borders[:, 0], np.diff(borders)  # (n,), and of the branches (n, k)
         self.shared = np.minimum(shared, max_length)
         self.tails = np.minimum(tails, max_length - self.shared[:, None])  # cut
-        self.whole: Array = shared[:, None] + tails
+        self.full_lengths: Array = shared[:, None] + tails
         self.lengths = self.shared + self.tails.sum(1)
 
     @cached_property
     def ends_lost(self) -> Array:  # type: ignore[override]
-        lost = np.any(self.whole > self._max_length, axis=1)
+        lost = np.any(self.full_lengths > self._max_length, axis=1)
         for n in np.flatnonzero(lost).tolist():
             starts, tails, spans = self._starts[n], self.tails[n], self._spans[n].reshape(-1, 2)
             of = np.searchsorted(starts, spans[:, 0], "right") - 1  # branch of each span
@@ -182,12 +181,13 @@ class BranchedExamples(TableExamples[Branched]):
         return lost
 
     @cached_property
-    def judged(self) -> Judgements:  # type: ignore[override]
+    def judgements(self) -> Judgements:  # type: ignore[override]
         """The subject is the unordered pair of answers; the verdict is the chosen one."""
-        chosen, rejected = (digests(self._documents(n)) for n in (0, 1))
+        chosen, rejected = (hash_rows(self._documents(n)) for n in (0, 1))
         ordered = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
-        contrary = "swap the chosen and the rejected answer of an earlier row"
-        return Judgements(digests(*(of.tolist() for of in ordered)), chosen < rejected, contrary)
+        contradiction = "swap the chosen and the rejected answer of an earlier row"
+        subjects = hash_rows(*(of.tolist() for of in ordered))
+        return Judgements(subjects, chosen < rejected, contradiction)
 
     def _documents(self, branch: int) -> Iterator[bytes]:
         for ids, starts in zip(self._ids, self._starts, strict=True):
@@ -203,7 +203,7 @@ class BranchedExamples(TableExamples[Branched]):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def item(self, index: int) -> Branched:
+    def item(self, index: int) -> BranchedRow:
         ids, starts = self._ids[index].tolist(), self._starts[index].tolist()
         spans, lengths = self._spans[index].reshape(-1, 2), self.tails[index].tolist()
         branches = []
@@ -211,7 +211,7 @@ class BranchedExamples(TableExamples[Branched]):
             own = spans[(spans[:, 0] >= start) & (spans[:, 1] <= end)] - start
             branches.append(example_of(ids[start : start + length], own.flatten().tolist()))
         shared = tuple(ids[: int(self.shared[index])])
-        return Branched(shared, tuple(branches), self._desirable[index])
+        return BranchedRow(shared, tuple(branches), self._desirable[index])
 
 
 class MismatchedExamples(BranchedExamples):
@@ -226,23 +226,23 @@ class MismatchedExamples(BranchedExamples):
         self.lengths = self.shared + self.tails.sum(1)
 
     @cached_property
-    def judged(self) -> Judgements:  # type: ignore[override]
-        contrary = "repeat the prompt and the completion of an earlier row with the opposite label"
+    def judgements(self) -> Judgements:  # type: ignore[override]
+        text = "repeat the prompt and the completion of an earlier row with the opposite label"
         true = sum(self._desirable)
         labels = {"true": true, "false": len(self) - true}
-        return Judgements(digests(self._ids), np.array(self._desirable), contrary, labels)
+        return Judgements(hash_rows(self._ids), np.array(self._desirable), text, labels)
 
-    def item(self, index: int) -> Branched:
+    def item(self, index: int) -> BranchedRow:
         own, other = super().item(index), super().item((index or len(self)) - 1)
-        [branch], [strange], length = own.branches, other.branches, int(self.tails[index, 1])
-        ids = (branch.ids[:1] + strange.ids[1:])[:length]
-        return replace(own, branches=(branch, Example(ids, strange.labels[:length])))
+        [branch], [other_branch], length = own.branches, other.branches, int(self.tails[index, 1])
+        ids = (branch.ids[:1] + other_branch.ids[1:])[:length]
+        return replace(own, branches=(branch, Example(ids, other_branch.labels[:length])))
 
 
 EXAMPLES: dict[str, type[BranchedExamples]] = {PAIRS: BranchedExamples, JUDGED: MismatchedExamples}
 
 
-def encode_preferred(
+def encode_preferences(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -250,16 +250,16 @@ def encode_preferred(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    rows = as_checked(rows, kind)
-    table = tokenized(rows, Branches(tokenizer, kind, rendering), console)
-    return preferred(table, rows, max_length, kind)
+    rows = to_rows(rows, kind)
+    table = tokenize_rows(rows, PreferenceEncoder(tokenizer, kind, rendering), console)
+    return preference_data(table, rows, max_length, kind)
 
 
-def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encoded:
+def preference_data(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encoded:
     examples = EXAMPLES[kind](table, max_length)
-    cut = np.any(examples.whole > max_length, axis=1)
-    refuse_cut(rows, examples, max_length, cut)
-    tails = examples.tails[:, : examples.whole.shape[1]]
+    cut = np.any(examples.full_lengths > max_length, axis=1)
+    check_truncated(rows, examples, max_length, cut)
+    tails = examples.tails[:, : examples.full_lengths.shape[1]]
     columns = {"chosen": tails[:, 0], "rejected": tails[:, -1]}
     if tails.shape[1] == 1:
         good = np.array(table.column("desirable").to_pylist())
@@ -270,24 +270,24 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encode
         f"{len(rows)} rows, {examples.lengths.sum()} tokens"
         f" ({(examples.shared[:, None] + examples.tails).sum()} if each completion had its own"
         f" prompt); mean completion length: {', '.join(means)} tokens; the longest sequence has"
-        f" {examples.whole.max()}"
+        f" {examples.full_lengths.max()}"
     )
     truncated = len(np.unique(examples.rows[cut]))
     report = Report(line, max_length, truncated, examples.marked)
     return Encoded(examples, report, parts_of(np.unique(examples.rows), rows.parts))
 
 
-def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
+def check_truncated(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
     """Raises if truncation leaves nothing to compare in any of the `cut` (n,) examples."""
     bad = {}
     for n in np.flatnonzero(cut).tolist():
-        row, own = int(examples.rows[n]), examples[n].branches[: examples.whole.shape[1]]
+        row, own = int(examples.rows[n]), examples[n].branches[: examples.full_lengths.shape[1]]
         if any(set(branch.labels) == {NO_LOSS} for branch in own):
             bad[row] = "no token of a completion remains"
         elif len(own) == 2 and own[0] == own[1]:
             bad[row] = "chosen and rejected become equal"
     if bad:
-        first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
+        first = zip(row_names(rows.origins.places([*bad][:MAX_ITEMS])), bad.values(), strict=False)
         lines = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
         raise LorafoldError(
             f"data: truncation to max_length {max_length} leaves nothing to compare: {lines};"

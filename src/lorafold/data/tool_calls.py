@@ -15,19 +15,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorafold.data.chat_template import USER, Template, prefix_of, template_of, tool_call, try_apply
 from lorafold.data.messages import Tool, tool_problems
-from lorafold.data.templates import ASKED, KNOWN, Template, attempt, call, common, template_of
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAMES = ("probe_first", "probe_second")
-KEYS = ("probe_key", "probe_other")
-TEXTS = ("probe value", "probe text")
-NUMBERS = (7131, 8242)
+PROBE_NAMES = ("probe_first", "probe_second")
+PROBE_TEXTS = {"probe_key": "probe value", "probe_other": "probe text"}
+PROBE_NUMBERS = {"probe_key": 7131, "probe_other": 8242}
 # the bound keeps matching linear on a text in which no name ends
-NAME = r"(?P<name>[\w.:-]{1,256}?)"
+NAME_PATTERN = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 class Pairs(NamedTuple):
@@ -42,26 +41,26 @@ class Pairs(NamedTuple):
 
 class Grammar(NamedTuple):
     """The text before the first name; between calls (None if a turn has at most one); before
-    arguments; after a name without arguments; the syntax of pairs, or None for JSON; and the text
-    after JSON. NAMES[0] stands for a repeated name.
+    arguments; after a name without arguments; the syntax of pairs, or None for JSON; and
+    the text after JSON. PROBE_NAMES[0] stands for a repeated name.
     """
 
     before: str
     between: str | None
-    named: str
-    bare: str
+    after_name: str
+    without_arguments: str
     pairs: Pairs | None
     closing: str = ""
 
     def without(self, words: Sequence[str]) -> Grammar:
-        def bare(part: Any) -> Any:
+        def remove(part: Any) -> Any:
             if isinstance(part, Pairs):
-                return Pairs(*map(bare, part))
+                return Pairs(*map(remove, part))
             for word in words if part else ():
                 part = part.replace(word, "")
             return part
 
-        return Grammar(*map(bare, self))
+        return Grammar(*map(remove, self))
 
 
 def grammar_of(tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
@@ -69,75 +68,74 @@ def grammar_of(tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
     return _grammar_of(template_of(tokenizer))
 
 
-@lru_cache(maxsize=KNOWN)
+@lru_cache(maxsize=16)
 def _grammar_of(template: Template) -> Grammar | None:
     tokenizer = template.tokenizer
-    texts, numbers = dict(zip(KEYS, TEXTS, strict=True)), dict(zip(KEYS, NUMBERS, strict=True))
-    one, two = _said([texts], tokenizer), _said([texts, texts], tokenizer)
-    before, name, rest = one.partition(NAMES[0])
+    one, two = (_render_calls([PROBE_TEXTS] * n, tokenizer) for n in (1, 2))
+    before, name, rest = one.partition(PROBE_NAMES[0])
     if not name:
         return None
-    special, between = special_words(tokenizer), None
-    if NAMES[1] in two and _after(one, texts)[-1] is not None:
-        head = two.partition(NAMES[1])[0]
-        _, between = _json_at(head, texts) or (0, "")
-        between = between or str(_after(head, texts)[-1])
-    if as_json := _json_at(rest, texts):
-        after, follows = as_json
+    special, between = special_tokens(tokenizer), None
+    if PROBE_NAMES[1] in two and _split_arguments(one, PROBE_TEXTS)[-1] is not None:
+        head = two.partition(PROBE_NAMES[1])[0]
+        _, between = _json_at(head, PROBE_TEXTS) or (0, "")
+        between = between or str(_split_arguments(head, PROBE_TEXTS)[-1])
+    if json_arguments := _json_at(rest, PROBE_TEXTS):
+        after, follows = json_arguments
         ends = [follows.find(word) for word in special if word in follows]
         alone = follows[: min(ends, default=len(follows))]
-        closes = (alone if between is None else common(follows, between)).rstrip()
+        closes = (alone if between is None else prefix_of(follows, between)).rstrip()
         return Grammar(before, between, rest[:after], "", None, closes)
-    named, equals, comma, closing = _after(rest, texts)
-    plain_rest = _said([numbers], tokenizer).partition(NAMES[0])[2]
-    _, plain, plain_comma, plain_end = _after(plain_rest, numbers)
-    if None in (named, equals, comma, plain, closing):
+    after_name, equals, comma, closing = _split_arguments(rest, PROBE_TEXTS)
+    plain_rest = _render_calls([PROBE_NUMBERS], tokenizer).partition(PROBE_NAMES[0])[2]
+    _, plain, plain_comma, plain_end = _split_arguments(plain_rest, PROBE_NUMBERS)
+    if None in (after_name, equals, comma, plain, closing):
         return None
     opening = equals[len(plain) :] if equals.startswith(plain) else ""
     ending = comma[: len(comma) - len(plain_comma)] if opening else ""
     if between is not None:
-        two_numbers = _said([numbers, numbers], tokenizer).partition(NAMES[1])[0]
-        shared = common(str(_after(two_numbers, numbers)[-1]), plain_end)
+        two_numbers = _render_calls([PROBE_NUMBERS] * 2, tokenizer).partition(PROBE_NAMES[1])[0]
+        shared = prefix_of(str(_split_arguments(two_numbers, PROBE_NUMBERS)[-1]), plain_end)
         plain_end = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # drop half a tag
         between = between.removeprefix(ending).removeprefix(plain_end)
     elif at := min((plain_end.find(word) for word in special if word in plain_end), default=0):
         plain_end = plain_end[:at]
-    bare = _said([{}], tokenizer).partition(NAMES[0])[2].rstrip()
+    bare = _render_calls([{}], tokenizer).partition(PROBE_NAMES[0])[2].rstrip()
     pairs = Pairs(plain, plain_comma, plain_end, opening, ending)
-    return Grammar(before, between, named, bare, pairs)
+    return Grammar(before, between, after_name, bare, pairs)
 
 
-def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
-def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+def _render_calls(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
     """Renders a turn of calls, without the generation prompt and reasoning."""
-    calls = list(map(call, NAMES, arguments))
-    prompt = attempt([ASKED], tokenizer, for_generation=True)
-    text = attempt([ASKED, {"role": "assistant", "tool_calls": calls}], tokenizer)
-    said = text[len(common(prompt, text)) :]
-    return said[template_of(tokenizer).block.end(said, prompt) :]
+    calls = list(map(tool_call, PROBE_NAMES, arguments))
+    prompt = try_apply([USER], tokenizer, for_generation=True)
+    text = try_apply([USER, {"role": "assistant", "tool_calls": calls}], tokenizer)
+    turn = text[len(prefix_of(prompt, text)) :]
+    return turn[template_of(tokenizer).block.end(turn, prompt) :]
 
 
-def _after(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+def _split_arguments(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     """Returns the texts before keys, between key and value, between pairs, and after."""
-    wanted = [str(part) for pair in arguments.items() for part in pair]
-    parts = re.split("({})".format("|".join(map(re.escape, wanted))), text)
-    if parts[1::2][-4:] != wanted:
+    pieces = [str(part) for pair in arguments.items() for part in pair]
+    parts = re.split("({})".format("|".join(map(re.escape, pieces))), text)
+    if parts[1::2][-4:] != pieces:
         return None, None, None, None
     before, equals, comma, _, after = parts[0::2][-5:]
     return before, equals, comma, after
 
 
-def _json_at(text: str, wanted: dict[str, Any]) -> tuple[int, str] | None:
-    """Returns the position of the wanted object and the text after it."""
+def _json_at(text: str, arguments: dict[str, Any]) -> tuple[int, str] | None:
+    """Returns the position of the arguments and the text after it."""
     for at in (i for i, character in enumerate(text) if character == "{"):
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
         except json.JSONDecodeError:
             continue
-        if value == wanted:
+        if value == arguments:
             return at, text[end:]
     return None
 
@@ -162,10 +160,10 @@ def parse_calls(
         raise LorafoldError(
             "the chat template does not render tool calls (tool_calls), so they can't be parsed"
         )
-    prompt = attempt([ASKED], tokenizer, for_generation=True)
+    prompt = try_apply([USER], tokenizer, for_generation=True)
     text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
-    for form in (grammar, grammar.without(special_words(tokenizer))):
-        if calls := list(_calls(text, form, tools)):
+    for syntax in (grammar, grammar.without(special_tokens(tokenizer))):
+        if calls := list(_parse_calls(text, syntax, tools)):
             return calls
     return []
 
@@ -178,17 +176,18 @@ def read_tools(path: Path) -> list[Tool]:
     except ValueError as error:
         raise LorafoldError(f"{path}: not JSON: {error}") from error
     if problems := list(tool_problems(tools)):
-        raise LorafoldError(f"{path}: {as_one(problems)}")
+        raise LorafoldError(f"{path}: {join_problems(problems)}")
     return list(tools)
 
 
-def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[str, Any]]:
-    named, pairs = f"(?:{_regex(grammar.named)})", grammar.pairs
-    if grammar.bare.strip() and pairs is not None:
-        named = f"(?:{_regex(grammar.named)}|(?P<bare>{_regex(grammar.bare)}))"
+def _parse_calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[str, Any]]:
+    name_end, pairs = _regex(grammar.after_name), grammar.pairs
+    if grammar.without_arguments.strip() and pairs is not None:
+        name_end += f"|(?P<bare>{_regex(grammar.without_arguments)})"
+    name_re = f"{NAME_PATTERN}(?:{name_end})"
     # if nothing precedes a name, only a whole text can be a call
-    begin = re.compile((_regex(grammar.before.lstrip()) or r"\A\s*") + NAME + named)
-    further = re.compile(_regex(grammar.between) + NAME + named) if grammar.between else None
+    begin = re.compile((_regex(grammar.before.lstrip()) or r"\A\s*") + name_re)
+    further = re.compile(_regex(grammar.between) + name_re) if grammar.between else None
     at, match = 0, begin.search(text)
     while match is not None:
         name, at = match["name"], match.end()
@@ -203,8 +202,8 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
         elif match.groupdict().get("bare") is not None:
             arguments = {}
         else:
-            arguments, at = _pairs(text, at, pairs, _types(tools, name))
-        yield call(name, arguments)
+            arguments, at = _pairs(text, at, pairs, _argument_types(tools, name))
+        yield tool_call(name, arguments)
         match = (further.match(text, at) if further else None) or begin.search(text, at)
 
 
@@ -220,38 +219,38 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
         ends = [] if quoted else list(after_re.finditer(text, key.end()))
         values = (text[key.end() : end.start()] for end in ends)
         # a list or an object ends where its brackets are balanced
-        whole = next((n for n, value in enumerate(values) if _closed(value)), 0)
+        whole = next((n for n, value in enumerate(values) if _is_balanced(value)), 0)
         match = quoted or (ends[whole] if ends else None)
         if match is None:
             break
         value = match["value"] if quoted else text[key.end() : match.start()]
         is_text = quoted is not None or types.get(key[1].strip()) == "string"
-        arguments[key[1].strip()] = value if is_text else _value(value, pairs)
+        arguments[key[1].strip()] = value if is_text else _parse_value(value, pairs)
         at = match.end()
         if match["more"] is None:
             break
     return arguments, at
 
 
-def _closed(value: str) -> bool:
+def _is_balanced(value: str) -> bool:
     """Whether the brackets of a list or an object are balanced."""
     if not value.lstrip().startswith(("[", "{")):
         return True
     return all(value.count(a) == value.count(b) for a, b in ("[]", "{}"))
 
 
-def _value(text: str, pairs: Pairs) -> Any:
+def _parse_value(text: str, pairs: Pairs) -> Any:
     plain = text
     for quote in filter(None, (pairs.opening, pairs.ending)):
         plain = plain.replace(quote, '"')
-    named = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', plain)  # keys without quotes
-    for read, given in ((json.loads, plain), (ast.literal_eval, text), (json.loads, named)):
+    after_name = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', plain)  # keys without quotes
+    for read, source in ((json.loads, plain), (ast.literal_eval, text), (json.loads, after_name)):
         with suppress(ValueError, SyntaxError):
-            return read(given)
+            return read(source)
     return text
 
 
-def _types(tools: Sequence[Tool], name: str) -> dict[str, str]:
+def _argument_types(tools: Sequence[Tool], name: str) -> dict[str, str]:
     for tool in tools:
         function = tool.get("function", tool)
         if function["name"] == name:
@@ -262,4 +261,4 @@ def _types(tools: Sequence[Tool], name: str) -> dict[str, str]:
 
 def _regex(literal: str) -> str:
     pattern = r"\s*".join(map(re.escape, re.split(r"\s+", literal)))
-    return pattern.replace(re.escape(NAMES[0]), "(?P=name)")
+    return pattern.replace(re.escape(PROBE_NAMES[0]), "(?P=name)")

@@ -14,23 +14,24 @@ from typing import Any
 import numpy as np
 
 from lorafold.composing.updates import names
+from lorafold.data.json_input import Row
 from lorafold.data.prompts import questions_in
 from lorafold.data.row_store import Rows, SourcePart
-from lorafold.data.sources import Row
-from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.errors import LorafoldError, join_problems, listed
 from lorafold.files.claims import digest_of
+from lorafold.fragility_study.defences import DEFENCES
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
 from lorafold.objectives import DEFAULT
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.robustness.defences import DEFENCES
 
-HELD_OUT = 32  # benign rows for the held-out loss, at most
-OWN = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
+MAX_HELD_OUT_ROWS = 32  # benign rows for the held-out loss, at most
+FIELDS_OF_RUNS = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
 RECIPE = Recipe(epochs=5, batch=4)
-ROOMS = ("composing", "inspecting", "robustness")  # packages whose code the figures depend on
+# the packages whose code the figures depend on
+CODE_PACKAGES = ("composing", "fragility_study", "inspecting")
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class FragilityTask:
     controls: Sequence[Row]
     rows: Rows
     source: str  # of the benign rows, for the record
-    refusal: tuple[str, ...]
-    compliance: tuple[str, ...]
+    refusal_prefixes: tuple[str, ...]
+    compliance_prefixes: tuple[str, ...]
     examples: tuple[int, ...]
     ranks: tuple[int, ...]
     rates: tuple[float, ...]
@@ -80,56 +81,56 @@ class FragilityTask:
     max_new_tokens: int = 32
 
     @cached_property
-    def grounds(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """The identity of the model, of its quantization and device, and of the code."""
-        return self.base.cache_key(self.recipe.chat_template, *ROOMS)
+        return self.base.cache_key(self.recipe.chat_template, *CODE_PACKAGES)
 
     @cached_property
     def day(self) -> str:
         """The date for chat templates that print it, the same in all figures; otherwise empty."""
         templates = {None, self.recipe.chat_template}  # measured and trained
-        each = product(templates, (stack.adapters for stack in self.stacks))
-        return next(filter(None, (self.base.date(*one) for one in each)), "")
+        inputs = product(templates, (stack.adapters for stack in self.stacks))
+        return next(filter(None, (self.base.date(*one) for one in inputs)), "")
 
     @property
     def probe_identity(self) -> list[Any]:
         """Everything that the figures depend on besides the adapters."""
-        asked = [Rows.of(list(rows)).sha256 for rows in (self.refuse, self.controls)]
+        prompts = [Rows.of(list(rows)).sha256 for rows in (self.refuse, self.controls)]
         held_out = Rows.of(list(self.held_out)).sha256 if self.rows else ""
-        beginnings = [self.refusal, self.compliance, self.max_new_tokens]
+        beginnings = [self.refusal_prefixes, self.compliance_prefixes, self.max_new_tokens]
         recipe = self.recipe.model_dump(mode="json")
-        return [self.grounds, self.day, recipe, *asked, held_out, *beginnings]
+        return [self.cache_key, self.day, recipe, *prompts, held_out, *beginnings]
 
     @cached_property
-    def _order(self) -> list[int]:
+    def _row_order(self) -> list[int]:
         return _shuffled("held out", range(len(self.rows)))
 
     @property
     def held_out(self) -> Rows:
-        """The benign rows that no run trains on, at most HELD_OUT."""
-        n = min(HELD_OUT, len(self.rows) - max(self.examples, default=0))
-        return _selected(self.rows, self._order[:n])
+        """The benign rows that no run trains on, at most MAX_HELD_OUT_ROWS."""
+        n = min(MAX_HELD_OUT_ROWS, len(self.rows) - max(self.examples, default=0))
+        return _selected(self.rows, self._row_order[:n])
 
-    def benign(self, examples: int, seed: int) -> Rows:
+    def benign_rows(self, examples: int, seed: int) -> Rows:
         """The first rows in the seed's order, so that larger numbers of examples contain the
         smaller.
         """
-        rest = self._order[len(self.held_out) :]
+        rest = self._row_order[len(self.held_out) :]
         return _selected(self.rows, _shuffled(f"{seed}/benign", rest)[:examples])
 
-    def runs(self, stack: AdapterStack) -> Iterator[Run]:
+    def runs(self, stack: AdapterStack) -> Iterator[TuningRun]:
         """Yield every run on a stack, first without mixed refusals and then with them."""
-        kinds = [kind for kind in (False, True) if any(self.of_kind(kind))]
-        varied = product(kinds, self.ranks, self.rates, self.seeds, self.examples)
-        for mixed, rank, lr, seed, examples in varied:
-            yield Run(self, stack, mixed, rank, lr, seed, examples)
+        kinds = [kind for kind in (False, True) if any(self.defences_with(kind))]
+        grid = product(kinds, self.ranks, self.rates, self.seeds, self.examples)
+        for mixed, rank, lr, seed, examples in grid:
+            yield TuningRun(self, stack, mixed, rank, lr, seed, examples)
 
-    def of_kind(self, mixed: bool) -> list[str]:
+    def defences_with(self, mixed: bool) -> list[str]:
         return [name for name in self.defences if DEFENCES[name].mixed is mixed]
 
 
 @dataclass(frozen=True)
-class Run:
+class TuningRun:
     task: FragilityTask
     stack: AdapterStack
     mixed: bool
@@ -149,20 +150,20 @@ class Run:
         """The training rows; mixed ones have as many refusals as benign examples, if there are
         enough.
         """
-        benign, mix = self.task.benign(self.examples, self.seed), self.task.mix
+        benign, mix = self.task.benign_rows(self.examples, self.seed), self.task.mix
         if not self.mixed or mix is None:
             return benign
-        more = _selected(mix, _shuffled(f"{self.seed}/mix", range(len(mix)))[: self.examples])
-        return Rows([*benign, *more], (SourcePart(len(benign)), SourcePart(len(more))))
+        refusals = _selected(mix, _shuffled(f"{self.seed}/mix", range(len(mix)))[: self.examples])
+        return Rows([*benign, *refusals], (SourcePart(len(benign)), SourcePart(len(refusals))))
 
     @property
     def recipe(self) -> Recipe:
         """The recipe of the run. Mixed refusals make batches larger and don't add steps, so that
         runs with and without them differ in nothing else.
         """
-        own, benign = self.task.recipe, self.examples
-        batch = min(own.batch, benign)
-        accumulate = own.accumulate if batch == own.batch else 1
+        recipe, benign = self.task.recipe, self.examples
+        batch = min(recipe.batch, benign)
+        accumulate = recipe.accumulate if batch == recipe.batch else 1
         changes = {
             "rank": self.rank,
             "lr": self.lr,
@@ -172,30 +173,29 @@ class Run:
             "accumulate": accumulate,
         }
         # short runs are cheaper to repeat than to save
-        steps = changes["save_every"] = own.model_copy(update=changes).total_steps(benign)
+        steps = changes["save_every"] = recipe.model_copy(update=changes).total_steps(benign)
         if self.mixed:
             batch = round(batch * len(self.rows) / benign)
             accumulate = accumulate if batch % accumulate == 0 else 1
             changes |= {"steps": steps, "batch": batch, "accumulate": accumulate}
-        return own.model_copy(update=changes)
+        return recipe.model_copy(update=changes)
 
     @cached_property
     def name(self) -> str:
         """The name of its files, with a digest of everything that the tuning depends on."""
         task, recipe = self.task, self.recipe.model_dump(mode="json")
-        all_ = [task.grounds, task.day, self.stack.identity, self.rows.identity, recipe]
+        inputs = [task.cache_key, task.day, self.stack.identity, self.rows.identity, recipe]
         kind = "mixed-" if self.mixed else ""
-        return f"{kind}r{self.rank}-lr{self.lr:g}-s{self.seed}-k{self.examples}-{digest_of(all_)}"
+        return f"{kind}r{self.rank}-lr{self.lr:g}-s{self.seed}-k{self.examples}-{digest_of(inputs)}"
 
 
 def check(task: FragilityTask) -> None:
-    prefixes = {"refusal-prefix": task.refusal, "compliance-prefix": task.compliance}
     problems = [
         f"--{option}: found none, expected at least one"
-        for option, given in prefixes.items()
-        if not given
+        for option, texts in _prefixes(task).items()
+        if not texts
     ]
-    problems += [*_overlapping(task), *_asked_and_trained(task)]
+    problems += [*_prefix_problems(task), *_leaked_prompts(task)]
     for option, values in {"examples": task.examples, "rank": task.ranks, "lr": task.rates}.items():
         if wrong := [f"{v:g}" for v in values if v <= 0]:
             problems.append(f"--{option}: found {', '.join(wrong)}, expected numbers above 0")
@@ -210,15 +210,17 @@ def check(task: FragilityTask) -> None:
         if name not in DEFENCES
     ]
     known = [name for name in task.defences if name in DEFENCES]
-    if (needing := [n for n in known if DEFENCES[n].lay]) and not all(
+    if (transforming := [n for n in known if DEFENCES[n].transform_update]) and not all(
         stack.adapters for stack in task.stacks
     ):
-        problems.append(f"--defence {needing[0]}: needs an adapter: the last one is the alignment")
-    if (needing := [n for n in known if DEFENCES[n].mixed]) and task.mix is None:
-        problems.append(f"--defence {needing[0]}: needs --mix, rows with refusals")
-    if fixed := [name for name in OWN if name in task.recipe.model_fields_set]:
         problems.append(
-            f"recipe: found {', '.join(fixed)}, expected none of them: the tuning uses LoRA"
+            f"--defence {transforming[0]}: needs an adapter: the last one is the alignment"
+        )
+    if (mixed := [n for n in known if DEFENCES[n].mixed]) and task.mix is None:
+        problems.append(f"--defence {mixed[0]}: needs --mix, rows with refusals")
+    if reserved := [name for name in FIELDS_OF_RUNS if name in task.recipe.model_fields_set]:
+        problems.append(
+            f"recipe: found {', '.join(reserved)}, expected none of them: the tuning uses LoRA"
             " with --rank, --lr and --seeds"
         )
     if task.recipe.streaming or task.recipe.new_tokens or task.recipe.objective != DEFAULT:
@@ -226,26 +228,32 @@ def check(task: FragilityTask) -> None:
             f"recipe: only the objective {DEFAULT} is supported, without streaming and new_tokens"
         )
     if problems:
-        raise LorafoldError(as_one(problems))
+        raise LorafoldError(join_problems(problems))
 
 
-def _overlapping(task: FragilityTask) -> Iterator[str]:
+def _prefixes(task: FragilityTask) -> dict[str, tuple[str, ...]]:
+    """The beginnings of refusals and of compliance, by their option."""
+    refusal, compliance = task.refusal_prefixes, task.compliance_prefixes
+    return {"refusal-prefix": refusal, "compliance-prefix": compliance}
+
+
+def _prefix_problems(task: FragilityTask) -> Iterator[str]:
     """Yield beginnings that include each other, because the sum of their probabilities would exceed
     1.
     """
-    named = [("refusal-prefix", text) for text in task.refusal]
-    named += [("compliance-prefix", text) for text in task.compliance]
-    for option, text in named:
+    prefixes = [(option, text) for option, texts in _prefixes(task).items() for text in texts]
+    for option, text in prefixes:
         if not text.strip():
             yield f"--{option}: found {text!r}, expected text"
-    for i, (option, text) in enumerate(named):
-        for j, (_, other) in enumerate(named):
+    for i, (option, text) in enumerate(prefixes):
+        for j, (_, other) in enumerate(prefixes):
             if i != j and text.strip() and other.startswith(text) and (text != other or i < j):
                 yield f"--{option} {text!r}: a prefix of {other!r}; remove one of the two"
 
 
-def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
-    asked = {
+def _leaked_prompts(task: FragilityTask) -> Iterator[str]:
+    """Yield the training rows with prompts that are measured."""
+    measured = {
         prompt: f"row {number} of --{option}"
         for option, rows in (("controls", task.controls), ("refuse", task.refuse))
         for number, row in enumerate(rows, 1)
@@ -253,10 +261,10 @@ def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
     }
     for name, rows in (("--mix", task.mix or ()), (task.source, task.rows)):
         repeated = [
-            f"row {number} has the same prompt as {asked[prompt]}"
+            f"row {number} has the same prompt as {measured[prompt]}"
             for number, row in enumerate(rows, 1)
             for prompt in questions_in(row)
-            if prompt in asked
+            if prompt in measured
         ]
         if repeated:
             yield (

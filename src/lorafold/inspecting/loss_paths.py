@@ -23,10 +23,10 @@ from lorafold.core.attach import adapted_modules, attach_delta, detach_delta, on
 from lorafold.core.combine import Mix, Stack
 from lorafold.core.delta import Delta
 from lorafold.data.examples import encode
-from lorafold.data.sources import Row
+from lorafold.data.json_input import Row
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
-from lorafold.inspecting.result import LossPaths, Point
+from lorafold.inspecting.result import LossPaths, LossPoint
 from lorafold.layers import layer_class
 from lorafold.methods.common.trainable_tokens import TokenRows
 from lorafold.training_step.losses import CompletionLoss
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def loss_on(
+def loss_function(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
 ) -> Callable[[], float]:
     data = encode(rows, tokenizer, max_length)
     return partial(held_out_loss, CompletionLoss(model, packed=False, pad_id=0), data.examples)
 
 
-def losses_of(
+def compare_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
@@ -52,7 +52,7 @@ def losses_of(
     """`loss_before` of the first adapter and `loss_after` of the second, each active alone on top
     of the `below` lowest ones.
     """
-    loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
+    loss, names = loss_function(model, tokenizer, rows, max_length), selection_of(model).names
     losses = {}
     for key, name in zip(("loss_before", "loss_after"), names[below:], strict=True):
         with only(model, *names[:below], name):
@@ -61,12 +61,12 @@ def losses_of(
 
 
 SCALES = tuple(i / 4 for i in range(-2, 7))
-BETWEEN = tuple(i / 10 for i in range(11))
+WEIGHTS = tuple(i / 10 for i in range(11))
 LINE = "line"  # the name under which the weighted sum of adapters is attached
 
 
 @contextmanager
-def mixed(
+def weighted_sum(
     model: nn.Module, names: Sequence[str], loss: Callable[[], float], below: Sequence[str] = ()
 ) -> Iterator[Callable[[Sequence[float]], float]]:
     """Activate only a weighted sum of adapters on top of `below`, and yield the loss as a function
@@ -87,18 +87,18 @@ def mixed(
                 "the loss between two adapters: both have new tokens, expected them in at most one"
             )
         changes = {i: delta for i, (delta, _) in by_adapter.items() if delta is not None}
-        here = list(changes)
+        keys = list(changes)
         mix = Mix(
-            list(changes.values()), torch.ones(len(here), device=next(module.parameters()).device)
+            list(changes.values()), torch.ones(len(keys), device=next(module.parameters()).device)
         )
-        line = Stack([*([mix] if here else []), *rows]) if rows else mix
+        line = Stack([*([mix] if keys else []), *rows]) if rows else mix
         attach_delta(module, layer_class(module), LINE, line, selection)
-        mixes.append((module, mix, here))
+        mixes.append((module, mix, keys))
 
     def loss_at(weights: Sequence[float]) -> float:
         with torch.no_grad():
-            for _, mix, here in mixes:
-                mix.gates.copy_(torch.tensor([weights[i] for i in here]))
+            for _, mix, keys in mixes:
+                mix.gates.copy_(torch.tensor([weights[i] for i in keys]))
         return loss()
 
     try:
@@ -121,45 +121,45 @@ def _without_new_tokens(module: Any, name: str) -> tuple[Delta | None, list[Toke
     return Stack(others) if others else None, new
 
 
-def scaling(
+def loss_by_scale(
     model: nn.Module,
     name: str,
     loss: Callable[[], float],
     points: Sequence[float] = SCALES,
     below: Sequence[str] = (),
-) -> list[Point]:
-    with mixed(model, [name], loss, below) as loss_at:
+) -> list[LossPoint]:
+    with weighted_sum(model, [name], loss, below) as loss_at:
         return [(t, loss_at([t])) for t in points]
 
 
-def between(
+def loss_between(
     model: nn.Module,
     first: str,
     second: str,
     loss: Callable[[], float],
-    points: Sequence[float] = BETWEEN,
-) -> list[Point]:
-    with mixed(model, [first, second], loss) as loss_at:
+    points: Sequence[float] = WEIGHTS,
+) -> list[LossPoint]:
+    with weighted_sum(model, [first, second], loss) as loss_at:
         return [(t, loss_at([1 - t, t])) for t in points]
 
 
-def barrier(points: Sequence[Point]) -> float:
+def barrier(points: Sequence[LossPoint]) -> float:
     """The maximum of the loss minus the line between both ends, in nats; points ascend in t."""
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
 
 
-def measured_paths(
+def measure_paths(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     max_length: int,
     below: int = 0,
 ) -> LossPaths:
-    loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
+    loss, names = loss_function(model, tokenizer, rows, max_length), selection_of(model).names
     first, *others = names[below:]
-    line = scaling(model, first, loss, below=names[:below])
+    scale_losses = loss_by_scale(model, first, loss, below=names[:below])
     if not others:
-        return LossPaths(len(rows), line)
-    across = between(model, first, others[0], loss)
-    return LossPaths(len(rows), line, across, barrier(across))
+        return LossPaths(len(rows), scale_losses)
+    between_losses = loss_between(model, first, others[0], loss)
+    return LossPaths(len(rows), scale_losses, between_losses, barrier(between_losses))

@@ -40,15 +40,15 @@ from lorafold.training.run import train
 
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
-UNSEEN = 200  # rows of the test split
-ABROAD = 8  # rows for llama.cpp, which takes seconds for each
+TEST_ROWS = 200  # rows of the test split
+EXPORT_ROWS = 8  # rows for llama.cpp, which takes seconds for each
 UNCOMPILED = "torch's own operations give the same results, but a step may take longer"
 # fp32 on every machine, so that commands with this recipe have comparable figures
 RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
 
 
 @dataclass(frozen=True)
-class Story:
+class QuickstartResult:
     """The figures of the quickstart: shares of held-out rows, `kl` in nats per token, and `lost`,
     the share of the adapter's effect that is lost in llama.cpp; None if it is not installed.
     """
@@ -67,8 +67,8 @@ class Story:
     base: str
 
     def meaning(self) -> list[str]:
-        text = in_words("quickstart/meaning.jinja", story=self, n=UNSEEN, allowed=exporting.SHARE)
-        return text.splitlines()
+        options = {"n": TEST_ROWS, "allowed": exporting.MAX_LOST}
+        return in_words("quickstart/meaning.jinja", run=self, **options).splitlines()
 
 
 def fastest(device: torch.device) -> Storage:
@@ -77,13 +77,13 @@ def fastest(device: torch.device) -> Storage:
     if not widens(best.dtype, device):
         return best
     return Storage(
-        torch.float32, None, f"fp32: {best.why.partition(': ')[2]}, but fp32 is faster"
+        torch.float32, None, f"fp32: {best.reason.partition(': ')[2]}, but fp32 is faster"
     )
 
 
 def quickstart(
     out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
-) -> Story:
+) -> QuickstartResult:
     """Run all steps and write `train.jsonl`, `test.jsonl`, `asked.jsonl`, `adapter/`,
     `adapter.html`, `merged/` and `gguf/`.
     """
@@ -92,54 +92,54 @@ def quickstart(
         raise LorafoldError(
             f"{out} exists; pass --overwrite to replace the output of an earlier quickstart"
         )
-    adapter, merged_to, exported_to = parts = [out / p for p in ("adapter", "merged", "gguf")]
-    for part in parts:
-        check_out(part, overwrite)
-    where = choose_device(device)
+    adapter, merged_to, exported_to = outputs = [out / p for p in ("adapter", "merged", "gguf")]
+    for output in outputs:
+        check_out(output, overwrite)
+    torch_device = choose_device(device)
     out.mkdir(parents=True, exist_ok=True)
-    storage = fastest(where)
-    base = "bf16" if storage.dtype is torch.bfloat16 else "fp32"
+    storage = fastest(torch_device)
+    dtype = "bf16" if storage.dtype is torch.bfloat16 else "fp32"
 
-    print_lines(console, *computing(where, storage))
+    print_lines(console, *describe_hardware(torch_device, storage))
     train_rows = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0)
-    test_rows = rows("test", UNSEEN, seed=0)
-    asked = [{"prompt": row["prompt"]} for row in test_rows[:ABROAD]]
-    for name, data in (("train", train_rows), ("test", test_rows), ("asked", asked)):
+    test_rows = rows("test", TEST_ROWS, seed=0)
+    prompts = [{"prompt": row["prompt"]} for row in test_rows[:EXPORT_ROWS]]
+    for name, data in (("train", train_rows), ("test", test_rows), ("asked", prompts)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
 
     console.rule("1  before: the base without an adapter")
-    before = measure(test_rows, None, storage, where, console)
+    before = measure(test_rows, None, storage, torch_device, console)
     console.rule("2  training: LoRA on every linear layer of the blocks")
     request = RunRequest(
         Base(MODEL, device=device),
         adapter,
-        RECIPE.model_copy(update={"storage": base}),
+        RECIPE.model_copy(update={"storage": dtype}),
         train_rows,
         str(out / "train.jsonl"),
         overwrite=overwrite,
     )
     trained = train(request, console)
     console.rule("3  after: the same held-out rows")
-    after = measure(test_rows, adapter, storage, where, console)
-    side_by_side(before, after, console)
+    after = measure(test_rows, adapter, storage, torch_device, console)
+    print_answers(before, after, console)
     console.rule("4  inspect: the changes made by the adapter")
     adapters = open_all([adapter])
-    found = inspect(Base(MODEL), adapters)
-    page(found, out / "adapter.html")
-    for sentence in (*found.advice, f"all figures: {out / 'adapter.html'}"):
+    inspection = inspect(Base(MODEL), adapters)
+    page(inspection, out / "adapter.html")
+    for sentence in (*inspection.advice, f"all figures: {out / 'adapter.html'}"):
         console.print(sentence, highlight=False, markup=False)
     console.rule("5  merge: a plain model without an adapter")
     merged = merge(Base(MODEL), adapters, merged_to, MergeOptions(overwrite=overwrite), console)
     console.print(merged.summary(), highlight=False)
     console.rule("6  export: the adapter for llama.cpp, verified there")
-    wanted = exporting.ExportOptions("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
-    exported = exporting.export(Base(MODEL), adapters, exported_to, wanted, console)
+    options = exporting.ExportOptions("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
+    exported = exporting.export(Base(MODEL), adapters, exported_to, options, console)
     print_lines(console, exported.summary())
 
     adapter_bytes, model_bytes = (
         sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (adapter, merged_to)
     )
-    return Story(
+    return QuickstartResult(
         before.exact_match or 0.0,
         after.exact_match or 0.0,
         trained.seconds,
@@ -151,36 +151,36 @@ def quickstart(
         merged.kl,
         str(exported_to),
         None if exported.proof is None else exported.proof.share,
-        base,
+        dtype,
     )
 
 
-def computing(where: torch.device, storage: Storage) -> Iterator[str]:
+def describe_hardware(device: torch.device, storage: Storage) -> Iterator[str]:
     """Yield lines on the processor or GPU, its dtype, and whether operations were compiled."""
-    if where.type != "cpu":
-        [name] = [gpu.name for gpu in gpus() if gpu.device == str(where)] or [str(where)]
-        yield f"computing on {where}: {name}"
-        yield f"base: {storage.why}"
+    if device.type != "cpu":
+        [name] = [gpu.name for gpu in gpus() if gpu.device == str(device)] or [str(device)]
+        yield f"computing on {device}: {name}"
+        yield f"base: {storage.reason}"
         return
     threads, cores = torch.get_num_threads(), usable_cores()
-    what = "fp32" if storage.dtype is torch.float32 else "bf16"
+    dtype = "fp32" if storage.dtype is torch.float32 else "bf16"
     yield (
         f"processor: {processor_name()}, {threads} {'thread' if threads == 1 else 'threads'} on"
-        f" {cores} usable {'core' if cores == 1 else 'cores'}, matmuls in {what}"
+        f" {cores} usable {'core' if cores == 1 else 'cores'}, matmuls in {dtype}"
     )
-    yield f"base: {storage.why}"
-    why = use(TRAINING)
-    yield f"C++ operations: {why}; {UNCOMPILED}" if why else "C++ operations: compiled"
+    yield f"base: {storage.reason}"
+    reason = use(TRAINING)
+    yield f"C++ operations: {reason}; {UNCOMPILED}" if reason else "C++ operations: compiled"
 
 
 def measure(
     test_rows: list[dict],
     adapter: Path | None,
     storage: Storage,
-    where: torch.device,
+    device: torch.device,
     console: Console,
 ) -> Evaluation:
-    model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)
+    model, tokenizer = load_model(MODEL, storage, device=device), load_tokenizer(MODEL)
     if adapter is not None:
         load(model, adapter)
     result = evaluate(model, tokenizer, test_rows, RECIPE.max_length, console=console)
@@ -188,12 +188,9 @@ def measure(
     return result
 
 
-def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
+def print_answers(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
     columns = (Column(name, overflow="fold") for name in ("prompt", "before", "after"))
     table = Table(*columns, show_lines=True)
     for first, second in list(zip(before.rows, after.rows, strict=True))[:shown]:
         table.add_row(first.prompt, first.answer, second.answer)
     console.print(table)
-
-
-__all__ = ["RECIPE", "Story", "quickstart"]

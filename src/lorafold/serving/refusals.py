@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-TYPES = {
+ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     429: "rate_limit_error",
 }  # fmt: skip
-MESSAGES = "/v1/messages"  # answers in Anthropic's format
-ANTHROPIC = TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
+MESSAGES_PATH = "/v1/messages"  # answers in Anthropic's format
+ANTHROPIC_ERROR_TYPES = ERROR_TYPES | {
+    413: "request_too_large", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 # the request's fields by the engine's settings
-FIELDS = {"lark": "tools", "schema": "response_format", "prompt_logprobs": "echo"}
+FIELD_BY_SETTING = {"lark": "tools", "schema": "response_format", "prompt_logprobs": "echo"}
 
 
 @dataclass(eq=False)
@@ -32,7 +34,7 @@ class Refusal(Exception):
     def __str__(self) -> str:
         return self.message
 
-    def sent_as(self, names: Mapping[str, str]) -> Refusal:
+    def with_client_names(self, names: Mapping[str, str]) -> Refusal:
         """Renames the field to the client's name (`names`: ours to theirs)."""
         param = self.param or ""
         above = [n for n in names if param == n or param.startswith((f"{n}.", f"{n}["))]
@@ -46,7 +48,7 @@ class Refusal(Exception):
     @property
     def body(self) -> dict[str, Any]:
         other = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = TYPES.get(self.status, other)
+        kind = ERROR_TYPES.get(self.status, other)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -54,7 +56,7 @@ class Refusal(Exception):
         other = "api_error" if self.status >= 500 else "invalid_request_error"
         long = self.code == "context_length_exceeded"  # clients match these words
         error: dict[str, Any] = {
-            "type": ANTHROPIC.get(self.status, other),
+            "type": ANTHROPIC_ERROR_TYPES.get(self.status, other),
             "message": "prompt is too long: " * long + self.message,
         }
         if self.param == "thread":  # clients then send the whole conversation
@@ -69,23 +71,23 @@ class Refusal(Exception):
         return later | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
-def wrong(param: str, message: str) -> Refusal:
+def invalid(param: str, message: str) -> Refusal:
     return Refusal(400, "invalid_value", f"{param}: {message}", param)
 
 
-def unsupported(param: str, more: str = "") -> Refusal:
+def unsupported_field(param: str, more: str = "") -> Refusal:
     message = f"{param}: this field is not supported{more}; remove it"
     return Refusal(400, "unsupported_parameter", message, param)
 
 
-def check_number(param: str, n: int, most: int) -> None:
+def check_count(param: str, n: int, most: int) -> None:
     if n > most:
-        raise wrong(param, f"found {n} items, expected at most {most}")
+        raise invalid(param, f"found {n} items, expected at most {most}")
 
 
 @contextmanager
-def naming(names: Mapping[str, str]) -> Iterator[None]:
+def client_names(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        raise refusal.sent_as(names) from None
+        raise refusal.with_client_names(names) from None

@@ -21,13 +21,13 @@ from torch import nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.expert_matrices import expert_parameters, matrices_of
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, join_problems
 from lorafold.layers import layer_class
 from lorafold.layers.compressed import CompressedLinear, QuantizationFormat
 from lorafold.layers.dense import Linear
-from lorafold.layers.expert_storage import BLOCKS, GROUP, SCALES, mxfp4_parameters
+from lorafold.layers.expert_storage import BLOCKS, MXFP4_GROUP, SCALES, mxfp4_parameters
 from lorafold.models.load_errors import one_line
-from lorafold.models.quantizations import IN_CODES, STORAGES, of_codes, of_method
+from lorafold.models.quantizations import COMPRESSED_NAMES, STORAGES, codes_storage, method_storage
 from lorafold.models.weights import DTYPES, NAMES, TensorEntry
 from lorafold.ops.float8 import is_nan
 from lorafold.ops.mxfp4 import NAN
@@ -35,58 +35,59 @@ from lorafold.ops.mxfp4 import NAN
 COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"  # a quant_method, and a format of it
 FLOATS = ("F32", "F16", "BF16")
 # endings of tensor names that only quantized weights have
-PARTS = (
+QUANTIZED_SUFFIXES = (
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx"),
     *(f"_proj{BLOCKS}", f"_proj{SCALES}"),
 )
 
 
-def _codes_by_method(settings: Mapping[str, Any]) -> str | None:
+def _code_type_of_method(settings: Mapping[str, Any]) -> str | None:
     """The type of codes that the `quant_method` implies: float for fine-grained FP8, empty for
     MXFP4; else None.
     """
-    name = of_method(settings.get("quant_method"))
+    name = method_storage(settings.get("quant_method"))
     return None if name is None else STORAGES[name].codes[0]
 
 
 def _fine_grained(settings: Mapping[str, Any]) -> bool:
-    return _codes_by_method(settings) == "float"
+    return _code_type_of_method(settings) == "float"
 
 
-def stored_mxfp4(settings: Mapping[str, Any]) -> bool:
+def has_mxfp4_experts(settings: Mapping[str, Any]) -> bool:
     """Whether a `quantization_config` describes experts in MXFP4."""
-    return _codes_by_method(settings) == ""
+    return _code_type_of_method(settings) == ""
 
 
-def readable(settings: Mapping[str, Any]) -> bool:
+def can_read(settings: Mapping[str, Any]) -> bool:
     """Whether lorafold itself reads files with this `quantization_config`."""
-    return settings.get("quant_method") == COMPRESSED or _codes_by_method(settings) is not None
+    return settings.get("quant_method") == COMPRESSED or _code_type_of_method(settings) is not None
 
 
 def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
     """The quantization in a readable `quantization_config`."""
-    if stored_mxfp4(settings):
-        return str(of_method(settings["quant_method"]))
-    names = sorted({str(of_codes(c.kind, c.bits)) for c, _ in _groups(settings, what)})
+    if has_mxfp4_experts(settings):
+        return str(method_storage(settings["quant_method"]))
+    formats = _formats(settings, what)
+    names = sorted({str(codes_storage(fmt.code_type, fmt.bits)) for fmt, _ in formats})
     if len(names) != 1:
         raise LorafoldError(
             f"{what}: the weights are stored in {len(names)} quantizations ({', '.join(names)}),"
-            f" expected only one of {', '.join(IN_CODES)}"
+            f" expected only one of {', '.join(COMPRESSED_NAMES)}"
         )
     return names[0]
 
 
 def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
     """Replace the linear layers or experts of a model without values by quantized ones."""
-    if stored_mxfp4(settings):
-        return make_mxfp4(model, settings, what)
+    if has_mxfp4_experts(settings):
+        return make_mxfp4_experts(model, settings, what)
     formats: dict[str, QuantizationFormat] = {}
-    for codes, targets in _groups(settings, what):
-        formats = dict.fromkeys(_matched(model, settings, targets), codes) | formats
+    for fmt, targets in _formats(settings, what):
+        formats = dict.fromkeys(_matched_modules(model, settings, targets), fmt) | formats
     if not formats:
         raise LorafoldError(f"{what}: quantization_config matches no linear layer of the model")
     head = model.get_output_embeddings()
-    for path, codes in formats.items():
+    for path, fmt in formats.items():
         module = model.get_submodule(path)
         if layer_class(module) is not Linear or module is head:
             kind = "the head" if module is head else f"of class {type(module).__name__}"
@@ -94,64 +95,63 @@ def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
                 f"{what}: quantization_config includes {path}, {kind}; expected only linear layers"
                 " of the transformer blocks"
             )
-        model.set_submodule(path, CompressedLinear(module, codes, torch.bfloat16))
+        model.set_submodule(path, CompressedLinear(module, fmt, torch.bfloat16))
 
 
-def as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry], what: str) -> None:
+def match_scale_dtypes(model: nn.Module, entries: Mapping[str, TensorEntry], what: str) -> None:
     """Give the scales of a model on the meta device, after `make_quantized`, the files' dtypes."""
-    problems = [*misfits(model, entries)]
+    problems = [*tensor_problems(model, entries)]
     if problems:
-        raise LorafoldError(f"{what}: {as_one(problems)}")
+        raise LorafoldError(f"{what}: {join_problems(problems)}")
     for path, module in _compressed(model):
-        entry = entries[f"{path}.{module.codes.scale}"]
+        entry = entries[f"{path}.{module.fmt.scale}"]
         empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-        module._parameters[module.codes.scale] = nn.Parameter(empty, requires_grad=False)
+        module._parameters[module.fmt.scale] = nn.Parameter(empty, requires_grad=False)
 
 
-def check_quantized(model: nn.Module, what: str) -> None:
+def check_codes(model: nn.Module, what: str) -> None:
     """Check scales (finite, not zero), codes (not NaN) and recorded shapes."""
     for path, module in _compressed(model):
-        name, codes, own = module.codes.scale, module.codes, module._parameters
-        scale: Any = own[name]
+        name, parameters = module.fmt.scale, module._parameters
+        scale: Any = parameters[name]
         wrong = scale.detach()[~(scale.isfinite() & (scale != 0))]
         if len(wrong):
             raise LorafoldError(
                 f"{what}: {path}.{name}: found {wrong[0].item():g} ({len(wrong)} such scales),"
                 " expected finite numbers other than 0"
             )
-        if codes.kind == "float" and (lost := int(is_nan(own["weight"]).sum())):  # type: ignore
-            raise LorafoldError(
-                f"{what}: {path}.weight: found {lost} NaN values, expected none"
-            )
-        recorded, shape = own.get("weight_shape"), [module.out_features, module.in_features]
+        codes: Any = parameters.get("weight")
+        if module.fmt.code_type == "float" and (num_nan := int(is_nan(codes).sum())):
+            raise LorafoldError(f"{what}: {path}.weight: found {num_nan} NaN values, expected none")
+        recorded, shape = parameters.get("weight_shape"), [module.out_features, module.in_features]
         if recorded is not None and recorded.tolist() != shape:
             raise LorafoldError(
                 f"{what}: {path}.weight_shape: found {recorded.tolist()}, expected {shape}"
             )
     for name, parameter in _mxfp4_parameters(model):
-        if name.endswith(SCALES) and (lost := int((parameter == NAN).sum())):
+        if name.endswith(SCALES) and (num_nan := int((parameter == NAN).sum())):
             raise LorafoldError(
-                f"{what}: {name}: found {NAN}, which encodes NaN ({lost} such scales),"
+                f"{what}: {name}: found {NAN}, which encodes NaN ({num_nan} such scales),"
                 f" expected at most {NAN - 1}"
             )
 
 
-def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
+def make_mxfp4_experts(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
     """Give experts parameters for blocks and scales, without values."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    plain, quantized = settings.get("modules_to_not_convert"), 0
+    unconverted, quantized = settings.get("modules_to_not_convert"), 0
     for path, module in Anatomy.of(model).modules:
-        if not expert_parameters(module) or not should_convert_module(path, plain):
+        if not expert_parameters(module) or not should_convert_module(path, unconverted):
             continue
         for name, matrices in matrices_of(module).items():
             parameters = mxfp4_parameters(matrices)
             floats: Any = module._parameters.pop(name)
             inn = floats.shape[1 if matrices.stored.transposed else 2]
-            if inn % GROUP:
+            if inn % MXFP4_GROUP:
                 raise LorafoldError(
                     f"{what}: {path}.{name}: found rows of {inn} weights, expected a multiple of"
-                    f" {GROUP}, the block size of MXFP4"
+                    f" {MXFP4_GROUP}, the block size of MXFP4"
                 )
             module._parameters.update(parameters)
         # its own initialization would need the removed parameters
@@ -169,7 +169,7 @@ def _mxfp4_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield f"{path}.{name}", parameter
 
 
-def remark(settings: Mapping[str, Any], what: str) -> str | None:
+def ignored_quantization_note(settings: Mapping[str, Any], what: str) -> str | None:
     """A message that begins with `what` about quantization that lorafold does not apply, or None.
     """
     groups = (settings.get("config_groups") or {}).values()
@@ -177,38 +177,38 @@ def remark(settings: Mapping[str, Any], what: str) -> str | None:
     activations = _fine_grained(settings) or any(
         not isinstance(group, Mapping) or any(map(group.get, sides)) for group in groups
     )
-    left_out = [
+    ignored = [
         *["activations"] * activations,
         *["the KV cache"] * bool(settings.get("kv_cache_scheme")),
     ]
-    if not left_out:
+    if not ignored:
         return None
     return (
-        f"{what}: quantization_config also quantizes {' and '.join(left_out)}, which lorafold"
+        f"{what}: quantization_config also quantizes {' and '.join(ignored)}, which lorafold"
         " leaves unquantized, because a merged adapter would give other outputs otherwise"
     )
 
 
-def misfits(model: nn.Module, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+def tensor_problems(model: nn.Module, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
     """Yield a message for each tensor of a quantized weight that is missing or misshapen."""
     known = dict(model.named_parameters(remove_duplicate=False))
     expected = [(name, p, ["U8"], False) for name, p in _mxfp4_parameters(model)]
     for path, module in _compressed(model):
         for name, p in module._parameters.items():
             if name != "bias" and p is not None:
-                scales = name == module.codes.scale
-                kinds = [*FLOATS] if scales else [NAMES[p.dtype]]
-                expected.append((f"{path}.{name}", p, kinds, scales and p.numel() == 1))
-    for name, p, kinds, one in expected:
-        entry, wanted = entries.get(name), f"{' or '.join(kinds)} {list(p.shape)}"
+                scales = name == module.fmt.scale
+                dtypes = [*FLOATS] if scales else [NAMES[p.dtype]]
+                expected.append((f"{path}.{name}", p, dtypes, scales and p.numel() == 1))
+    for name, p, dtypes, is_scalar in expected:
+        entry, wanted = entries.get(name), f"{' or '.join(dtypes)} {list(p.shape)}"
         if entry is None:
             yield f"{name}: missing in the weight files, expected {wanted}"
             continue
-        fits = entry.shape == tuple(p.shape) or (one and entry.shape in ((), (1,), (1, 1)))
-        if entry.dtype not in kinds or not fits:
+        fits = entry.shape == tuple(p.shape) or (is_scalar and entry.shape in ((), (1,), (1, 1)))
+        if entry.dtype not in dtypes or not fits:
             yield f"{entry.name}: found {entry.dtype} {list(entry.shape)}, expected {wanted}"
     for name, entry in entries.items():
-        if name.endswith(PARTS) and name not in known:
+        if name.endswith(QUANTIZED_SUFFIXES) and name not in known:
             yield f"{entry.name}: found in the files, but not expected by quantization_config"
 
 
@@ -216,7 +216,7 @@ def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
     return ((path, m) for path, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear))
 
 
-def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFormat, list[str]]]:
+def _formats(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFormat, list[str]]]:
     """The formats of the weights, each with the patterns of its modules."""
     if _fine_grained(settings):
         rows, columns = settings.get("weight_block_size", (128, 128)) or (0, 0)
@@ -242,48 +242,49 @@ def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFo
                 f"{what}: {field}: found {str(value)[:60]}, expected only compressed weights"
             )
     return [
-        (_codes(group, config.format, what), list(group.targets))
+        (_format_of_group(group, config.format, what), list(group.targets))
         for group in config.config_groups.values()
         if group.weights is not None
     ]
 
 
-def _codes(group: Any, form: str, what: str) -> QuantizationFormat:
-    weights, form = group.weights, str(getattr(group.format or form, "value", group.format or form))
+def _format_of_group(group: Any, default: str, what: str) -> QuantizationFormat:
+    weights, named = group.weights, group.format or default
+    name = str(getattr(named, "value", named))
     blocks = {
         "tensor": (0, 0),
         "channel": (1, 0),
         "group": (1, weights.group_size),
         "block": tuple(weights.block_structure or ()),
     }
-    stored, strategy = of_codes(weights.type, weights.num_bits), str(weights.strategy)
-    known = stored is not None and form in STORAGES[stored].codes[1] and strategy in blocks
+    stored, strategy = codes_storage(weights.type, weights.num_bits), str(weights.strategy)
+    known = stored is not None and name in STORAGES[stored].codes[1] and strategy in blocks
     zero_points = not weights.symmetric
     if not known or (zero_points and (weights.type == "float" or strategy == "tensor")):
         raise LorafoldError(
-            f"{what}: found weights in the format {form} ({weights.num_bits}-bit {weights.type}, a"
+            f"{what}: found weights in the format {name} ({weights.num_bits}-bit {weights.type}, a"
             f" scale for each {strategy}{', zero points' * zero_points}), expected"
             " float-quantized, int-quantized or pack-quantized weights of 8 or 4 bits with a scale"
             f" for each {' or '.join(blocks)}"
         )
     rows, columns = blocks[strategy]
     return QuantizationFormat(
-        weights.type, rows, columns, weights.num_bits, form == PACKED, weights.symmetric
+        weights.type, rows, columns, weights.num_bits, name == PACKED, weights.symmetric
     )
 
 
-def _matched(model: Any, settings: Mapping[str, Any], targets: list[str]) -> list[str]:
+def _matched_modules(model: Any, settings: Mapping[str, Any], targets: list[str]) -> list[str]:
     if _fine_grained(settings):
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        plain = HfQuantizer.get_modules_to_not_convert(
+        unconverted = HfQuantizer.get_modules_to_not_convert(
             model,
             settings.get("modules_to_not_convert") or settings.get("ignored_layers"),
             model._keep_in_fp32_modules,
         )
         linears = [path for path, m in Anatomy.of(model).modules if isinstance(m, nn.Linear)]
-        return [path for path in linears if should_convert_module(path, plain)]
+        return [path for path in linears if should_convert_module(path, unconverted)]
     from compressed_tensors.utils.match import match_named_modules
 
     return [path for path, _ in match_named_modules(model, targets, settings.get("ignore") or [])]

@@ -31,46 +31,45 @@ from lorafold.models.built_in_templates import rewrite_templates
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NONE: Mapping[str, Any] = MappingProxyType({})
-KNOWN = 16  # cached templates
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 DATE = "strftime_now"  # transformers' function for templates
-DATED = re.compile(rf"{DATE}\s*\(")
-ASKING = re.compile(rf"""{DATE}\s*\(\s*(["'])(.*?)\1\s*\)""")
-NAME, KEY, VALUE = "probe_function", "probe_key", "probe value"
-THOUGHT, WORD, NEXT = "probe thought", "probe answer", "probe next"
+USES_DATE = re.compile(rf"{DATE}\s*\(")
+DATE_CALL = re.compile(rf"""{DATE}\s*\(\s*(["'])(.*?)\1\s*\)""")
+PROBE_NAME, PROBE_KEY, PROBE_TEXT = "probe_function", "probe_key", "probe value"
+THOUGHT, PROBE_ANSWER, NEXT = "probe thought", "probe answer", "probe next"
 PROBE_TOOL: Tool = {
     "type": "function",
     "function": {
-        "name": NAME,
+        "name": PROBE_NAME,
         "description": "A probe.",
         "parameters": {
             "type": "object",
-            "properties": {KEY: {"type": "string", "description": "Some text."}},
-            "required": [KEY],
+            "properties": {PROBE_KEY: {"type": "string", "description": "Some text."}},
+            "required": [PROBE_KEY],
         },
     },
 }
-ASKED: Message = {"role": "user", "content": "probe question"}
-SAID: Message = {"role": "assistant", "content": WORD}
-SYSTEM: Message = {"role": "system", "content": VALUE}
-OWN_SPANS = re.compile(r"\{%[-+]?\s*generation\b")
-OPENED = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # an open tag at the end of a prompt
-CUT = re.compile(r"[<\[][^>\]\s]*\Z")  # an incomplete tag at the end of a common prefix
+USER: Message = {"role": "user", "content": "probe question"}
+ASSISTANT: Message = {"role": "assistant", "content": PROBE_ANSWER}
+SYSTEM: Message = {"role": "system", "content": PROBE_TEXT}
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+OPEN_TAG = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # an open tag at the end of a prompt
+PARTIAL_TAG = re.compile(r"[<\[][^>\]\s]*\Z")  # an incomplete tag at the end of a common prefix
 WITH_TURN: Final = "with the turn"
 WITH_NEXT: Final = "with the next message"
 NOWHERE: Final = "not at all"
 Written = Literal["with the turn", "with the next message", "not at all"]
 
 
-def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def tool_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-CALLED: Message = {
+TOOL_CALL: Message = {
     "role": "assistant",
-    "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}],
+    "tool_calls": [tool_call(PROBE_NAME, {PROBE_KEY: PROBE_TEXT}) | {"id": "probe0000"}],
 }
-RESULT: Message = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": "probe0000"}
+RESULT: Message = {"role": "tool", "content": NEXT, "name": PROBE_NAME, "tool_call_id": "probe0000"}
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,22 @@ class MessageForm:
     parts: bool = False
 
     def of(self, messages: Sequence[Message]) -> list[Message]:
-        formed = []
+        formatted = []
         for message in messages:
             if calls := message.get("tool_calls"):
                 message = dict(message)
                 if self.empty:
                     message.setdefault("content", "")
                 if self.text:
-                    message["tool_calls"] = [_with_text(call) for call in calls]
+                    message["tool_calls"] = [_with_text(tool_call) for tool_call in calls]
             if self.parts and isinstance(message.get("content"), str):
                 message = message | {"content": [{"type": "text", "text": message["content"]}]}
-            formed.append(message)
-        return formed
+            formatted.append(message)
+        return formatted
 
 
 @dataclass(frozen=True)
-class Block:
+class ReasoningBlock:
     """The stripped texts around reasoning; `lead` and `between` include whitespace. `shown`: the
     template shows the last turn's reasoning. `spaced`: whitespace after the closing belongs to the
     block.
@@ -111,7 +110,7 @@ class Block:
     between: str
 
     @classmethod
-    def of_tags(cls, opening: str, closing: str) -> Block:
+    def of_tags(cls, opening: str, closing: str) -> ReasoningBlock:
         """For a template that shows no reasoning; tags are on their own lines."""
         return cls(opening, closing, False, True, "\n", f"\n{closing}\n\n")
 
@@ -131,7 +130,7 @@ class Block:
         return end + (len(text[end:]) - len(text[end:].lstrip())) * self.spaced
 
 
-USUAL = Block.of_tags("<think>", "</think>")
+DEFAULT_BLOCK = ReasoningBlock.of_tags("<think>", "</think>")
 
 
 @dataclass(frozen=True)
@@ -158,53 +157,53 @@ class Template:
         self.eos = str(self.tokenizer.special_tokens_map.get("eos_token") or "")
         known = sorted(filter(None, {*named, self.eos}), key=len, reverse=True)
         self.specials = re.compile("|".join(map(re.escape, known)) or r"(?!)")
-        self.marks_own = bool(OWN_SPANS.search(self.text))  # it has {% generation %} blocks
+        self.has_generation = bool(GENERATION.search(self.text))  # it has {% generation %} blocks
 
     @cached_property
     def form(self) -> MessageForm:
-        question = str(ASKED["content"])
+        question = str(USER["content"])
         shown = [
-            question in attempt([ASKED], self.tokenizer, form=MessageForm(parts=p))
+            question in try_apply([USER], self.tokenizer, form=MessageForm(parts=p))
             for p in (False, True)
         ]
         parts = shown == [False, True]
         if "tool_calls" in self.text:
-            arguments = {KEY: VALUE}
-            message = {"role": "assistant", "tool_calls": [call(NAME, arguments)]}
+            arguments = {PROBE_KEY: PROBE_TEXT}
+            message = {"role": "assistant", "tool_calls": [tool_call(PROBE_NAME, arguments)]}
             quoted = json.dumps(json.dumps(arguments))[1:-1]
             for form in (MessageForm(n > 1, n % 2 > 0, parts) for n in range(4)):
-                text = attempt([ASKED, message], self.tokenizer, [PROBE_TOOL], form=form)
-                after = text.rpartition(NAME)[2]
+                text = try_apply([USER, message], self.tokenizer, [PROBE_TOOL], form=form)
+                after = text.rpartition(PROBE_NAME)[2]
                 odd = quoted in after or str(arguments) in after
-                if KEY in after and VALUE in after and not odd:
+                if PROBE_KEY in after and PROBE_TEXT in after and not odd:
                     return form
         return MessageForm(parts=parts)
 
     @cached_property
-    def block(self) -> Block:
-        turns = (SAID | {"reasoning_content": THOUGHT}, SAID)
-        texts = [attempt([ASKED, turn], self.tokenizer) for turn in turns]
-        prompt = attempt([ASKED], self.tokenizer, for_generation=True)
-        if THOUGHT not in texts[0] or WORD not in texts[0]:
-            return USUAL
-        header = CUT.sub("", common(*texts, prompt))
+    def block(self) -> ReasoningBlock:
+        turns = (ASSISTANT | {"reasoning_content": THOUGHT}, ASSISTANT)
+        texts = [try_apply([USER, turn], self.tokenizer) for turn in turns]
+        prompt = try_apply([USER], self.tokenizer, for_generation=True)
+        if THOUGHT not in texts[0] or PROBE_ANSWER not in texts[0]:
+            return DEFAULT_BLOCK
+        header = PARTIAL_TAG.sub("", prefix_of(*texts, prompt))
         # an open tag at the end of the prompt is part of the block
-        if opened := OPENED.search(header):
+        if opened := OPEN_TAG.search(header):
             header = header[: opened.start()]
         thoughtful, plain = (text[len(header) :] for text in texts)
         # a header before the answer doesn't belong to the block
         without = thoughtful.removesuffix(plain) if plain else thoughtful
-        for block in (without, thoughtful.partition(WORD)[0]):
+        for block in (without, thoughtful.partition(PROBE_ANSWER)[0]):
             opening, _, closing = block.partition(THOUGHT)
-            if opening.strip() and closing.strip() and WORD not in block:
+            if opening.strip() and closing.strip() and PROBE_ANSWER not in block:
                 lead = opening[len(opening.rstrip()) :]
                 spaced = closing != closing.rstrip()
-                return Block(opening.strip(), closing.strip(), True, spaced, lead, closing)
-        return USUAL
+                return ReasoningBlock(opening.strip(), closing.strip(), True, spaced, lead, closing)
+        return DEFAULT_BLOCK
 
     @cached_property
     def ending(self) -> Ending:
-        behind = attempt([ASKED, SAID], self.tokenizer).rpartition(WORD)[2]
+        behind = try_apply([USER, ASSISTANT], self.tokenizer).rpartition(PROBE_ANSWER)[2]
         at = 0
         for special in self.specials.finditer(behind):
             if at and behind[at : special.start()].strip():
@@ -213,43 +212,43 @@ class Template:
         written: Written = WITH_TURN
         ends = [behind[:at]]
         if not at:
-            following = attempt([ASKED, SAID, {"role": "user", "content": NEXT}], self.tokenizer)
-            between = following.rpartition(NEXT)[0].rpartition(WORD)[2]
+            following = try_apply([USER, ASSISTANT, USER | {"content": NEXT}], self.tokenizer)
+            between = following.rpartition(NEXT)[0].rpartition(PROBE_ANSWER)[2]
             written, ends = NOWHERE, [self.eos]
             if end := self.through_special(between):
-                written, ends = WITH_NEXT, [end, self._before_result()]
+                written, ends = WITH_NEXT, [end, self._end_before_result()]
         each = [self.tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
         return Ending(written, ends[0], frozenset(int(ids[-1]) for ids in each if len(ids)))
 
     @cached_property
     def shows_tools(self) -> bool:
-        conversations = ([ASKED], [SYSTEM, ASKED])
-        return any(KEY in attempt(c, self.tokenizer, [PROBE_TOOL], True) for c in conversations)
+        probes = ([USER], [SYSTEM, USER])
+        return any(PROBE_KEY in try_apply(c, self.tokenizer, [PROBE_TOOL], True) for c in probes)
 
     @cached_property
     def shows_calls(self) -> bool:
-        after = [RESULT | {"content": VALUE}, {"role": "assistant", "content": VALUE}]
-        texts = (attempt([ASKED, CALLED, *after[:n]], self.tokenizer) for n in (0, 2))
-        return any(NAME in text.replace(VALUE, "") for text in texts)
+        after = [RESULT | {"content": PROBE_TEXT}, ASSISTANT | {"content": PROBE_TEXT}]
+        texts = (try_apply([USER, TOOL_CALL, *after[:n]], self.tokenizer) for n in (0, 2))
+        return any(PROBE_NAME in text.replace(PROBE_TEXT, "") for text in texts)
 
     def through_special(self, text: str) -> str:
         """Returns the text through its first special token, or an empty text."""
         special = self.specials.search(text)
         return text[: special.end()] if special else ""
 
-    def _before_result(self) -> str:
-        text = attempt([ASKED, CALLED], self.tokenizer, [PROBE_TOOL]).rstrip()
-        longer = attempt([ASKED, CALLED, RESULT], self.tokenizer, [PROBE_TOOL])
+    def _end_before_result(self) -> str:
+        text = try_apply([USER, TOOL_CALL], self.tokenizer, [PROBE_TOOL]).rstrip()
+        longer = try_apply([USER, TOOL_CALL, RESULT], self.tokenizer, [PROBE_TOOL])
         follows = longer[len(text) :] if longer.startswith(text) and text else ""
         return self.through_special(follows.partition(NEXT)[0])
 
 
-_known = lru_cache(maxsize=KNOWN)(Template)
+_cached_template = lru_cache(maxsize=16)(Template)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) -> Template:
     text = str(tokenizer.get_chat_template(tools=list(tools) or None))
-    return _known(text, tokenizer, len(tokenizer))
+    return _cached_template(text, tokenizer, len(tokenizer))
 
 
 def _with_text(given: dict[str, Any]) -> dict[str, Any]:
@@ -258,12 +257,12 @@ def _with_text(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"function": function | {"arguments": text}}
 
 
-def apply(
+def apply_template(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[Tool] = (),
     for_generation: bool = False,
-    variables: Mapping[str, Any] = NONE,
+    variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> str:
     given: Any = list(tools) or None
     prompt: Any = {"tools": given, "add_generation_prompt": for_generation}
@@ -290,7 +289,7 @@ def apply(
         ) from error
 
 
-def attempt(
+def try_apply(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[Tool] = (),
@@ -300,24 +299,24 @@ def attempt(
     """Renders messages in the form of `data.messages`; empty on errors."""
     form = form or template_of(tokenizer, tools).form
     try:
-        return apply(form.of(messages), tokenizer, tools, for_generation)
+        return apply_template(form.of(messages), tokenizer, tools, for_generation)
     except LorafoldError:
         return ""
 
 
-def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def date_used(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns today's ISO date if the template uses it, or an empty text."""
-    return date.today().isoformat() if DATED.search(str(tokenizer.chat_template)) else ""
+    return date.today().isoformat() if USES_DATE.search(str(tokenizer.chat_template)) else ""
 
 
-def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
+def with_date(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
     """Fixes the date that the template writes; no change for an empty date."""
     if not day:
         return tokenizer
     fixed, form = copy.copy(tokenizer), datetime.fromisoformat(day).strftime
-    rewrite_templates(fixed, partial(ASKING.sub, lambda match: json.dumps(form(match[2]))))
+    rewrite_templates(fixed, partial(DATE_CALL.sub, lambda match: json.dumps(form(match[2]))))
     return fixed
 
 
-def common(*parts: Any) -> Any:
+def prefix_of(*parts: Any) -> Any:
     return commonprefix(parts)  # noqa: RUF071  (by characters, as is wanted)

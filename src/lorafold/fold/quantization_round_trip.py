@@ -16,11 +16,11 @@ from lorafold.core.expert_matrices import Matrices, module_at
 from lorafold.core.layer import Layer, add
 from lorafold.layers import layer_class, layer_of
 from lorafold.models.loading import stored_in_files
-from lorafold.models.quantizations import MADE, STORAGES
-from lorafold.models.quantize_on_load import packable
+from lorafold.models.quantizations import ON_LOAD, STORAGES
+from lorafold.models.quantize_on_load import quantizable_paths
 from lorafold.models.sources import ModelSource
-from lorafold.peft.adapter_directory import SavedAdapter, trained_on
-from lorafold.peft.provenance import TrainedOn
+from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
+from lorafold.peft.provenance import TrainingStorage
 
 ROUND_TRIP = "round-trip"  # the name of the delta below the adapters
 
@@ -30,9 +30,9 @@ class RoundTrip(Delta):
     fp32 or wider.
     """
 
-    def __init__(self, quantization: str, turned: bool = False) -> None:
+    def __init__(self, quantization: str, transposed: bool = False) -> None:
         super().__init__()
-        self.quantization, self.turned = quantization, turned
+        self.quantization, self.transposed = quantization, transposed
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
         """The output (n, out) of the layer with q(W) for an input x (n, in)."""
@@ -44,27 +44,27 @@ class RoundTrip(Delta):
         wide = torch.promote_types(w.dtype, torch.float32)
         if w.is_meta:
             return torch.empty_like(w, dtype=wide), b
-        stored = w.mT if self.turned else w
+        stored = w.mT if self.transposed else w
         # expert weights are quantized as one matrix
         q = layer_of(STORAGES[self.quantization].pack(stored.flatten(0, -2))).dense()[0]
         q = q.view(stored.shape).to(wide)
-        return q.mT if self.turned else q, b
+        return q.mT if self.transposed else q, b
 
 
 def attach_round_trip(model: nn.Module, quantization: str) -> None:
     """Attach the round trip to every module that was quantized in training, for folding only."""
     selection = selection_of(model)
-    for path in packable(model):  # type: ignore[arg-type]
+    for path in quantizable_paths(model):  # type: ignore[arg-type]
         module = module_at(model, path)
-        turned = isinstance(module, Matrices) and module.stored.transposed
-        delta = RoundTrip(quantization, turned)
+        transposed = isinstance(module, Matrices) and module.stored.transposed
+        delta = RoundTrip(quantization, transposed)
         attach_delta(module, layer_class(module), ROUND_TRIP, delta, selection, path)
 
 
-def attach_as_trained(
+def attach_training_round_trip(
     model: nn.Module, source: ModelSource, storage: str, adapters: Sequence[SavedAdapter]
 ) -> None:
     """Attach the round trip of the adapters' quantization, unless the files are quantized."""
-    made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)
-    if made_on and made_on.storage in MADE and stored_in_files(source) is None:
-        attach_round_trip(model, made_on.storage)
+    training = training_storage_of(adapters) if storage == "auto" else TrainingStorage(storage)
+    if training and training.storage in ON_LOAD and stored_in_files(source) is None:
+        attach_round_trip(model, training.storage)

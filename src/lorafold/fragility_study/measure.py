@@ -27,29 +27,33 @@ from torch import Tensor
 from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only, selection_of
 from lorafold.core.contexts import evaluating
+from lorafold.data.chat_template import with_date
 from lorafold.data.examples import NO_LOSS, Example, encode
 from lorafold.data.prompts import PromptRow, prompts_of
-from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.batched_losses import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
+from lorafold.fragility_study.defences import DEFENCES, Overlap, attached, overlap, updates_of
+from lorafold.fragility_study.task import AdapterStack, FragilityTask
 from lorafold.generation import complete, tokens_of
-from lorafold.inspecting.updates import Svds, of_factors
+from lorafold.inspecting.updates import Svds, svd_of_factors
 from lorafold.peft.adapter_directory import SavedAdapter
-from lorafold.robustness.defences import DEFENCES, Overlap, laid, overlap, updates_of
-from lorafold.robustness.task import AdapterStack, FragilityTask
 from lorafold.training.inputs import rendering_of
 from lorafold.training_step.losses import CompletionLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-GROUP = 8  # texts
-LEADING = 2  # tokens of whitespace before a refusal
+BATCH_SIZE = 8  # texts
+MAX_LEADING = 2  # tokens of whitespace before a refusal
+MAX_CACHED_BYTES = 1e9  # bytes of distributions in memory, at most
+TUNED = "tuned"  # the name of a tuned adapter on the model
+ModelAndTokenizer = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+LoadModel = Callable[[Sequence[SavedAdapter]], ModelAndTokenizer]
 
 
 @dataclass(frozen=True)
-class State:
+class RefusalMetrics:
     """Figures of one model, with 95% intervals: `log_odds` of refusal over compliance, averaged
     over the prompts; the shares of refused prompts (`refusals`) and controls (`control_refusals`);
     `kl` on the controls and held-out `loss`, in nats per token (`loss` is None without held-out
@@ -67,11 +71,11 @@ class State:
 
 
 @dataclass(frozen=True)
-class Before:
+class StackMetrics:
     """The figures of a stack before tuning, and of the model without the alignment, if any."""
 
-    before: State
-    without: State | None
+    before: RefusalMetrics
+    without: RefusalMetrics | None
 
     @property
     def reference(self) -> float:
@@ -85,27 +89,27 @@ class Before:
 
 
 @dataclass(frozen=True)
-class After:
-    measured: State
+class TunedMetrics:
+    measured: RefusalMetrics
     overlap: Overlap | None
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Prompts to be refused, controls, beginnings, and examples: `odds` are prompts with each
-    beginning, `controls` are controls with completions, `benign` the held-out rows.
+    """Prompts, beginnings, and examples: `scored_continuations` are prompts to be refused with each
+    beginning, `control_examples` controls with completions, `benign_examples` the held-out rows.
     """
 
-    refuse: tuple[str, ...]
-    answer: tuple[str, ...]
-    refusal: tuple[str, ...]
-    compliance: tuple[str, ...]
-    odds: tuple[Example, ...]
-    controls: tuple[Example, ...]
-    benign: Sequence[Example] = ()
+    refused_prompts: tuple[str, ...]
+    control_prompts: tuple[str, ...]
+    refusal_prefixes: tuple[str, ...]
+    compliance_prefixes: tuple[str, ...]
+    scored_continuations: tuple[Example, ...]
+    control_examples: tuple[Example, ...]
+    benign_examples: Sequence[Example] = ()
 
 
-def completed(
+def complete_controls(
     controls: Sequence[PromptRow],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,36 +121,36 @@ def completed(
     return [(p.text, next(generated) if p.reference is None else p.reference) for p in controls]
 
 
-def probe_of(
-    refuse: Sequence[PromptRow],
+def build_probe(
+    refused_prompts: Sequence[PromptRow],
     controls: Sequence[tuple[str, str]],
-    refusal: Sequence[str],
-    compliance: Sequence[str],
+    refusal_prefixes: Sequence[str],
+    compliance_prefixes: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
-    benign: Sequence[Example] = (),
+    benign_examples: Sequence[Example] = (),
 ) -> Probe:
-    continued = [
+    control_examples = [
         continuation(tokenizer, prompt, text)
         for prompt, text in controls
         if tokenizer(text, add_special_tokens=False).input_ids
     ]
-    if not continued:
+    if not control_examples:
         raise LorafoldError(
             "controls: the completions of all controls are empty, so there are no tokens to measure"
             " the KL divergence on; use rows with completions"
         )
     return Probe(
-        tuple(prompt.text for prompt in refuse),
+        tuple(prompt.text for prompt in refused_prompts),
         tuple(prompt for prompt, _ in controls),
-        tuple(refusal),
-        tuple(compliance),
+        tuple(refusal_prefixes),
+        tuple(compliance_prefixes),
         tuple(
             continuation(tokenizer, prompt.text, beginning)
-            for prompt in refuse
-            for beginning in (*refusal, *compliance)
+            for prompt in refused_prompts
+            for beginning in (*refusal_prefixes, *compliance_prefixes)
         ),
-        tuple(continued),
-        benign,
+        tuple(control_examples),
+        benign_examples,
     )
 
 
@@ -161,13 +165,13 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     probe: Probe,
     before: Iterable[Tensor],
-) -> State:
+) -> RefusalMetrics:
     """Measure the model with its active adapters; `before`: log-probabilities (n, vocabulary)."""
-    loss = CompletionLoss(model, packed=False, pad_id=0)
-    scores = torch.zeros(len(probe.odds), dtype=torch.float64)  # log-probabilities
+    loss, examples = CompletionLoss(model, packed=False, pad_id=0), probe.scored_continuations
+    scores = torch.zeros(len(examples), dtype=torch.float64)  # log-probabilities
     with evaluating(loss):
-        for group in batches(probe.odds):
-            scores[group] = -loss.by_row([probe.odds[i] for i in group]).cpu().double()
+        for batch in batches(examples):
+            scores[batch] = -loss.by_row([examples[i] for i in batch]).cpu().double()
     odds = log_odds(scores, probe)
     mean = odds.mean().item()
     if not math.isfinite(mean):
@@ -175,24 +179,24 @@ def measure(
             f"log-odds: found {mean}, expected a finite number; check the weights of the model and"
             " its adapters"
         )
-    refused, n = refusals(model, tokenizer, probe), len(probe.refuse)
+    refused, n = refusals(model, tokenizer, probe), len(probe.refused_prompts)
     shares: dict[str, Any] = {}
-    for name, each in {"refusals": refused[:n], "control_refusals": refused[n:]}.items():
-        shares[name] = sum(each) / len(each)
-        shares[f"{name}_interval"] = wilson(sum(each), len(each))
-    return State(
+    for name, group in {"refusals": refused[:n], "control_refusals": refused[n:]}.items():
+        shares[name] = sum(group) / len(group)
+        shares[f"{name}_interval"] = wilson(sum(group), len(group))
+    return RefusalMetrics(
         log_odds=mean,
         log_odds_interval=mean_interval(odds.tolist()),
         **shares,
-        kl=divergence(before, distributions(model, probe.controls)),
-        loss=held_out_loss(loss, probe.benign) if len(probe.benign) else None,
+        kl=divergence(before, distributions(model, probe.control_examples)),
+        loss=held_out_loss(loss, probe.benign_examples) if len(probe.benign_examples) else None,
     )
 
 
 def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,) -> (prompts,)
     """The log-odds of each prompt, from the log-probabilities of the beginnings after it."""
-    n = len(probe.refusal)
-    by_prompt = scores.view(len(probe.refuse), n + len(probe.compliance))
+    n = len(probe.refusal_prefixes)
+    by_prompt = scores.view(len(probe.refused_prompts), n + len(probe.compliance_prefixes))
     return by_prompt[:, :n].logsumexp(1) - by_prompt[:, n:].logsumexp(1)
 
 
@@ -200,17 +204,17 @@ def refusals(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe
 ) -> list[bool]:
     """Whether each greedy completion, of prompts to refuse and of controls, is a refusal."""
-    longest = max(len(tokens_of(tokenizer, text)) for text in probe.refusal)
-    texts = complete(model, tokenizer, [*probe.refuse, *probe.answer], longest + LEADING)
-    return [begins(text, probe.refusal) for text in texts]
+    limit = MAX_LEADING + max(len(tokens_of(tokenizer, text)) for text in probe.refusal_prefixes)
+    texts = complete(model, tokenizer, [*probe.refused_prompts, *probe.control_prompts], limit)
+    return [begins_with_any(text, probe.refusal_prefixes) for text in texts]
 
 
-def begins(text: str, beginnings: Sequence[str]) -> bool:
+def begins_with_any(text: str, beginnings: Sequence[str]) -> bool:
     """Whether a text begins with one of these, ignoring case and the kind of apostrophe."""
-    return plain(text).startswith(tuple(map(plain, beginnings)))
+    return normalized(text).startswith(tuple(map(normalized, beginnings)))
 
 
-def plain(text: str) -> str:
+def normalized(text: str) -> str:
     return text.lstrip().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").casefold()
 
 
@@ -224,50 +228,45 @@ def divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:  # e
 
 
 def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[Tensor]:
-    """Yield log-probabilities (n, vocabulary) in fp32 at labelled positions, GROUP examples at a
-    time.
+    """Yield log-probabilities (n, vocabulary) in fp32 at labelled positions, BATCH_SIZE examples at
+    a time.
     """
     loss = CompletionLoss(model, packed=False, pad_id=0)
     ordered = sorted(examples, key=lambda example: len(example.ids))
-    for i in range(0, len(ordered), GROUP):
-        inputs = loss.collate(ordered[i : i + GROUP], loss.device)
+    for i in range(0, len(ordered), BATCH_SIZE):
+        inputs = loss.collate(ordered[i : i + BATCH_SIZE], loss.device)
         chosen = inputs.pop("labels") != NO_LOSS  # (B, T)
         with evaluating(model):
             logits = model(**inputs, use_cache=False).logits
         yield logits[chosen].float().log_softmax(-1)
 
 
-TUNED = "tuned"
-KEPT = 1e9  # bytes of distributions in memory, at most
-Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
-Opening = Callable[[Sequence[SavedAdapter]], Opened]  # loads the model with these adapters
+class StackEvaluator:
+    """A loaded adapter stack, measured alone and with tuned adapters on top of it."""
 
-
-class Bench:
-    def __init__(self, task: FragilityTask, stack: AdapterStack, opening: Opening) -> None:
+    def __init__(self, task: FragilityTask, stack: AdapterStack, load_model: LoadModel) -> None:
         self.task, self.stack = task, stack
-        self.model, tokenizer = opening(stack.adapters)
-        self.tokenizer = on_day(tokenizer, task.day)
+        self.model, tokenizer = load_model(stack.adapters)
+        self.tokenizer = with_date(tokenizer, task.day)
         self.names = selection_of(self.model).names
 
     @cached_property
     def probe(self) -> Probe:
         """The probe; generated completions of the controls are the stack's."""
-        task = self.task
+        task, tokenizer = self.task, self.tokenizer
         held_out = task.held_out if len(task.rows) else []
         rendering, length = rendering_of(task.recipe), task.recipe.max_length
         benign = (
-            encode(held_out, self.tokenizer, length, None, rendering).examples
-            if len(held_out)
-            else ()
+            encode(held_out, tokenizer, length, None, rendering).examples if len(held_out) else ()
         )
-        refuse, controls = (
-            prompts_of(rows, self.tokenizer, name)
+        refused, controls = (
+            prompts_of(rows, tokenizer, name)
             for rows, name in ((task.refuse, "refuse"), (task.controls, "controls"))
         )
         with only(self.model, *self.names):  # not the adapters on top of the stack
-            asked = completed(controls, self.model, self.tokenizer, task.max_new_tokens)
-        return probe_of(refuse, asked, task.refusal, task.compliance, self.tokenizer, benign)
+            completed = complete_controls(controls, self.model, tokenizer, task.max_new_tokens)
+        prefixes = task.refusal_prefixes, task.compliance_prefixes
+        return build_probe(refused, completed, *prefixes, tokenizer, benign)
 
     @cached_property
     def alignment(self) -> Svds | None:
@@ -276,77 +275,77 @@ class Bench:
             return None
         with only(self.model, *self.names[:-1]):
             adapter = self._load(self.stack.adapters[-1], "alignment")
-        found = updates_of(adapter)
+        update = updates_of(adapter)
         adapter.detach()
-        return found
+        return update
 
-    def check(self) -> None:
-        needing = [name for name in self.task.defences if DEFENCES[name].lay]
-        if needing and self.alignment is None:
+    def check_defences(self) -> None:
+        defences = [name for name in self.task.defences if DEFENCES[name].transform_update]
+        if defences and self.alignment is None:
             raise LorafoldError(
                 f"{self.stack.adapters[-1]}: not all changes are updates added to weights, which"
-                f" --defence {', '.join(needing)} requires; choose other defences"
+                f" --defence {', '.join(defences)} requires; choose other defences"
             )
 
     @cached_property
     def _weights(self) -> Any:
         return self.task.base.weights()
 
-    def before(self) -> Before:
-        before = self._measured()
+    def measure_stack(self) -> StackMetrics:
+        before = self._measure()
         if not self.names:
-            return Before(before, None)
+            return StackMetrics(before, None)
         with only(self.model, *self.names[:-1]):
-            return Before(before, self._measured())
+            return StackMetrics(before, self._measure())
 
-    def _measured(self) -> State:
-        return measure(self.model, self.tokenizer, self.probe, self._before or self._anew())
+    def _measure(self) -> RefusalMetrics:
+        return measure(self.model, self.tokenizer, self.probe, self._reference or self._recompute())
 
     @cached_property
-    def _before(self) -> list[Tensor] | None:
+    def _reference(self) -> list[Tensor] | None:
         """The stack's distributions on the controls, (n, vocabulary) each; None if they are too
         large.
         """
-        labels = sum(label != NO_LOSS for one in self.probe.controls for label in one.labels)
-        small = 4 * labels * self.model.get_output_embeddings().weight.shape[0] <= KEPT
-        return list(self._anew()) if small else None
+        labels = sum(label != NO_LOSS for e in self.probe.control_examples for label in e.labels)
+        small = 4 * labels * self.model.get_output_embeddings().weight.shape[0] <= MAX_CACHED_BYTES
+        return list(self._recompute()) if small else None
 
-    def _anew(self) -> Iterator[Tensor]:
-        groups = distributions(self.model, self.probe.controls)
+    def _recompute(self) -> Iterator[Tensor]:
+        batches = distributions(self.model, self.probe.control_examples)
         while True:
             with only(self.model, *self.names):
-                group = next(groups, None)
-            if group is None:
+                batch = next(batches, None)
+            if batch is None:
                 return
-            yield group
+            yield batch
 
     def _load(self, saved: Path | SavedAdapter, name: str) -> Adapter:
         allowed = self.task.base.allow_other_base
         return load(self.model, saved, name, base=self._weights, allow_other_base=allowed)
 
-    def after(self, path: Path, defence: str) -> After:
-        lay = DEFENCES[defence].lay
-        if lay is None:
-            return self.alone(path, False)
+    def measure_defended(self, path: Path, defence: str) -> TunedMetrics:
+        transform_update = DEFENCES[defence].transform_update
+        if transform_update is None:
+            return self.measure_adapter(path, False)
         adapter = self._load(path, TUNED)
         tuning = updates_of(adapter)
         adapter.detach()
         assert tuning is not None  # a run trains LoRA
         assert self.alignment is not None  # checked
-        factors = lay(tuning, self.alignment)
-        with laid(self.model, factors):
-            return self._after({at: of_factors(*pair) for at, pair in factors.items()})
+        factors = transform_update(tuning, self.alignment)
+        with attached(self.model, factors):
+            return self._measure_tuned({at: svd_of_factors(*pair) for at, pair in factors.items()})
 
-    def alone(self, path: Path, instead: bool) -> After:
+    def measure_adapter(self, path: Path, instead: bool) -> TunedMetrics:
         """The figures of a finished adapter on top of the stack, or `instead` of it without an
         overlap.
         """
         with only(self.model, *(() if instead else self.names)):
             adapter = self._load(path, TUNED)
-            after = self._after(None if instead else updates_of(adapter))
+            metrics = self._measure_tuned(None if instead else updates_of(adapter))
             adapter.detach()
-        return after
+        return metrics
 
-    def _after(self, tuning: Svds | None) -> After:
-        lies = tuning and self.alignment and overlap(tuning, self.alignment)
-        return After(self._measured(), lies or None)
+    def _measure_tuned(self, tuning: Svds | None) -> TunedMetrics:
+        shares = tuning and self.alignment and overlap(tuning, self.alignment)
+        return TunedMetrics(self._measure(), shares or None)

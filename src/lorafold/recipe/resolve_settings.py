@@ -15,30 +15,30 @@ from lorafold.errors import LorafoldError
 from lorafold.methods import known_options, make_spec
 from lorafold.models.loading import default_storage
 from lorafold.models.positions import Positions, positions_in
-from lorafold.models.quantizations import MADE, PLAIN, QUANTIZED
+from lorafold.models.quantizations import ON_LOAD, QUANTIZED, UNQUANTIZED
 from lorafold.models.sources import ModelSource
 from lorafold.objectives import OBJECTIVES
-from lorafold.peft.adapter_directory import SavedAdapter, trained_on
+from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 
-LENGTH: int = Recipe.model_fields["max_length"].default
+DEFAULT_MAX_LENGTH: int = Recipe.model_fields["max_length"].default
 
 
-def left_out(recipe: Recipe) -> list[str]:
+def ignored_fields(recipe: Recipe) -> list[str]:
     """The fields that the recipe sets but its method has no option for."""
     known = known_options(recipe.method, recipe.options.get("over"))
     return [name for name in recipe.for_method() if name not in known]
 
 
-def without(recipe: Recipe) -> str | None:
-    names, over = left_out(recipe), recipe.options.get("over")
+def ignored_note(recipe: Recipe) -> str | None:
+    names, over = ignored_fields(recipe), recipe.options.get("over")
     method = recipe.method if over is None else f"{recipe.method} over {over}"
     return f"{', '.join(names)} ignored: {method} has no such option" if names else None
 
 
 def spec_of(recipe: Recipe) -> Spec:
-    """The spec of the recipe's method, without the fields that are `left_out`."""
+    """The spec of the recipe's method, without the fields that are `ignored_fields`."""
     known = known_options(recipe.method, recipe.options.get("over"))
     fields = {name: value for name, value in recipe.for_method().items() if name in known}
     samples = OBJECTIVES[recipe.objective].draws
@@ -58,7 +58,7 @@ def spec_of(recipe: Recipe) -> Spec:
     return spec
 
 
-def fitting(recipe: Recipe, method: str) -> Recipe:
+def with_method(recipe: Recipe, method: str) -> Recipe:
     """The recipe for another method, without options that the method lacks and, if it trains the
     base's own weights, without quantization.
     """
@@ -82,7 +82,7 @@ def trainable_storage(recipe: Recipe) -> str:
     return "fp32" if storage in (*QUANTIZED, "auto") else storage
 
 
-def settled_base(
+def resolve_storage(
     recipe: Recipe, spec: Spec, source: ModelSource, adapters: Sequence[SavedAdapter] = ()
 ) -> str:
     """The quantization or dtype in which to load the base.
@@ -95,12 +95,12 @@ def settled_base(
     if spec.trains_base:
         return trainable_storage(recipe)
     if not is_set:
-        in_files, made_on = default_storage(source), trained_on(adapters)
+        in_files, made_on = default_storage(source), training_storage_of(adapters)
         if in_files != "auto":
             storage = in_files
-        elif made_on is not None and made_on.storage in (*MADE, *PLAIN):
+        elif made_on is not None and made_on.storage in (*ON_LOAD, *UNQUANTIZED):
             storage = made_on.storage
-    if storage not in MADE or importlib.util.find_spec("bitsandbytes") is not None:
+    if storage not in ON_LOAD or importlib.util.find_spec("bitsandbytes") is not None:
         return storage
     if is_set:
         raise LorafoldError(
@@ -110,19 +110,19 @@ def settled_base(
     return "auto"
 
 
-def settled_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
+def resolve_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
     """The recipe with its maximum length in tokens: as set, or the default within the base's
     positions, of which adapters take `before`.
     """
-    asked = recipe.max_length if "max_length" in recipe.model_fields_set else None
+    requested = recipe.max_length if "max_length" in recipe.model_fields_set else None
     head = OBJECTIVES[recipe.objective].head
     positions = positions_in(base.config(), head, base.trust_remote_code)
-    length = fitted_length(positions, asked, before, console)
+    length = fit_length(positions, requested, before, console)
     return recipe.model_copy(update={"max_length": length} if length != recipe.max_length else {})
 
 
-def fitted_length(positions: Positions, asked: int | None, before: int, console: Console) -> int:
-    length, remark = positions.after(before).fitted(asked, LENGTH)
+def fit_length(positions: Positions, requested: int | None, before: int, console: Console) -> int:
+    length, remark = positions.after(before).fitted(requested, DEFAULT_MAX_LENGTH)
     if remark:
         console.print(remark, highlight=False, markup=False, soft_wrap=True)
     return length

@@ -16,24 +16,20 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafold.data.json_input import Row
-from lorafold.data.readers import AS_CSV, KINDS, Numbered, Tell, kind_of_file, numbered
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.data.readers import CSV_HINT, SUPPORTED, Numbered, Warn, file_format, read_numbered
+from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.paths import nearest_name
-from lorafold.runtime.hub_offline import asked_once
-
-__all__ = ["DataSource", "Row", "source_from"]
 
 log = logging.getLogger(__name__)
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
-SHOWN = 10  # files listed in one line
+MAX_LISTED = 10  # files listed in one line
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-ABOUT = ("dataset_info.json", "dataset_infos.json")  # written by `datasets`
+METADATA = ("dataset_info.json", "dataset_infos.json")  # written by `datasets`
 
 
 class RowFiles(NamedTuple):
@@ -44,14 +40,14 @@ class RowFiles(NamedTuple):
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)
-        return "; ".join(f"{shown(names)} ({reason})" for reason, names in by_reason.items())
+        return "; ".join(f"{list_names(names)} ({reason})" for reason, names in by_reason.items())
 
 
 def is_pattern(name: str) -> bool:
     return has_magic(name) and not Path(name).exists()
 
 
-def files_of(name: str) -> RowFiles:
+def find_files(name: str) -> RowFiles:
     """Lists a directory's or a pattern's files; of several splits in a directory, the training
     split.
     """
@@ -61,7 +57,7 @@ def files_of(name: str) -> RowFiles:
     else:
         names = {path: path.relative_to(directory).as_posix() for path in directory.rglob("*")}
         # hidden files, such as in .git, are only reported if they could be rows
-        names = {p: n for p, n in names.items() if not _hidden(n) or kind_of_file(p)}
+        names = {p: n for p, n in names.items() if not _hidden(n) or file_format(p)}
     splits = {}
     directories = [n for path, n in names.items() if path.is_dir() and matched and "**" not in name]
     left_out = dict.fromkeys(directories, "a directory")
@@ -69,9 +65,9 @@ def files_of(name: str) -> RowFiles:
         file = names[path]
         if not matched and _hidden(file):
             left_out[file] = "hidden"
-        elif path.name in ABOUT:
+        elif path.name in METADATA:
             left_out[file] = "metadata of a dataset"
-        elif not kind_of_file(path):
+        elif not file_format(path):
             left_out[file] = "unsupported format"
         else:
             words = () if matched else re.split(r"[^a-z]+", file.lower())
@@ -90,14 +86,14 @@ def files_of(name: str) -> RowFiles:
     if not splits:
         others_found = f" ({RowFiles([], left_out)})" if left_out else ""
         what = "no file that matches" if matched else "no file of rows"
-        raise LorafoldError(f"{name}: found {what}{others_found}, expected {KINDS}")
+        raise LorafoldError(f"{name}: found {what}{others_found}, expected {SUPPORTED}")
     return RowFiles([*splits], left_out)
 
 
-def shown(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
     first = list(names)
-    more = f" and {len(first) - SHOWN:,} more" if len(first) > SHOWN else ""
-    return ", ".join(first[:SHOWN]) + more
+    more = f" and {len(first) - MAX_LISTED:,} more" if len(first) > MAX_LISTED else ""
+    return ", ".join(first[:MAX_LISTED]) + more
 
 
 def _hidden(name: str) -> bool:
@@ -120,7 +116,7 @@ class DataSource:
         return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
 
     @property
-    def several(self) -> bool:
+    def is_multiple(self) -> bool:
         saved = ("state.json", "dataset_dict.json")  # written by `save_to_disk`
         return is_pattern(self.name) or (
             self._path.is_dir() and not any((self._path / name).exists() for name in saved)
@@ -128,22 +124,22 @@ class DataSource:
 
     @cached_property
     def files(self) -> tuple[DataSource, ...]:
-        if not self.several:
+        if not self.is_multiple:
             return (self,)
         return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
 
-    def described(self, counts: Mapping[str, int] | None = None) -> str:
+    def describe(self, counts: Mapping[str, int] | None = None) -> str:
         names = [Path(file.name) for file in self.files]
         if self._path.is_dir():
             names = [name.relative_to(self._path) for name in names]
         numbers = [f" {n:,} rows" for n in counts.values()] if counts else [""] * len(names)
-        files = shown(f"{name}{number}" for name, number in zip(names, numbers, strict=True))
+        files = list_names(f"{name}{number}" for name, number in zip(names, numbers, strict=True))
         out = f"; left out: {self._files}" if self._files.left_out else ""
         return f"{len(names):,} files: {files}{out}"
 
     @property
     def size(self) -> int:
-        if self.several:
+        if self.is_multiple:
             return sum(file.size for file in self.files)
         if not self._is_file:
             return int(self._dataset.data.nbytes)
@@ -155,19 +151,19 @@ class DataSource:
         # not needed by `--help`, which reads this file
         from lorafold.files.contents import file_digest
 
-        if self.several:
+        if self.is_multiple:
             return " ".join(file.identity for file in self.files)
         kind = "".join(self._path.suffixes[-2:]).lower()
         if not self._is_file:
             return str(self._dataset._fingerprint)
         return f"{kind} {file_digest(self._path)[1]}"
 
-    def numbered(self, tell: Tell = log.warning, streaming: bool = False) -> Numbered:
-        """Yields numbered, unchecked rows; `streaming` makes no copy of a dataset. `tell` receives
+    def numbered_rows(self, warn: Warn = log.warning, streaming: bool = False) -> Numbered:
+        """Yields numbered, unchecked rows; `streaming` makes no copy of a dataset. `warn` receives
         a guessed encoding.
         """
         if self._is_file:
-            return numbered(self._path, lambda text: tell(f"{self.name}: {text}"))
+            return read_numbered(self._path, lambda text: warn(f"{self.name}: {text}"))
         return enumerate(_dataset(self.name, self._path, True) if streaming else self._dataset, 1)
 
     @property
@@ -176,18 +172,18 @@ class DataSource:
 
     @property
     def _is_file(self) -> bool:
-        return not self._path.is_dir() and kind_of_file(self._path) is not None
+        return not self._path.is_dir() and file_format(self._path) is not None
 
     @cached_property
     def _files(self) -> RowFiles:
-        return files_of(self.name)
+        return find_files(self.name)
 
     @cached_property
     def _dataset(self) -> Any:
         return _dataset(self.name, self._path)
 
 
-def source_from(text: str) -> DataSource:
+def parse_source(text: str) -> DataSource:
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
@@ -201,25 +197,27 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
     near = "" if local else nearest_name(path)
     if path.is_file() and path.suffix.lower() in SPREADSHEETS:
-        raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {AS_CSV}")
+        raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {CSV_HINT}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
         kind = f"a {path.suffix or 'suffixless'} file" if local else "no such file or directory"
-        expected = near or f", expected {KINDS}, a directory or a hub dataset"
+        expected = near or f", expected {SUPPORTED}, a directory or a hub dataset"
         raise LorafoldError(f"{source}: found {kind}{expected}")
     from datasets import load_dataset, load_from_disk
     from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetsError
 
-    away = ""
+    from lorafold.models.sources import offline_if_unreachable
+
+    offline = ""
     try:
         if local:
             dataset = load_from_disk(source)
         else:
-            with asked_once() as away:
+            with offline_if_unreachable() as offline:
                 dataset = load_dataset(source, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = shortened((str(error) or type(error).__name__).splitlines()[0], 150)
-        reason = f"{away}, and the dataset is not in {HF_DATASETS_CACHE}" if away else reason
+        reason = truncate_middle((str(error) or type(error).__name__).splitlines()[0], 150)
+        reason = f"{offline}, and the dataset is not in {HF_DATASETS_CACHE}" if offline else reason
         what = "there is no such file, and loading a hub dataset of this name fails"
         what = "can't be read" if local else what
         raise LorafoldError(f"{source}: {what}: {reason}{near}") from error

@@ -18,11 +18,11 @@ from lorafold.evaluation.intervals import Interval
 from lorafold.files.html_page import markdown_table, rendered, write_page
 from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
 from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table, values_of
-from lorafold.robustness.defences import DEFENCES
-from lorafold.robustness.measure import After, State
-from lorafold.robustness.result import Curve, Fragility, Point, Way
+from lorafold.fragility_study.defences import DEFENCES
+from lorafold.fragility_study.measure import RefusalMetrics, TunedMetrics
+from lorafold.fragility_study.result import Curve, Fragility, Point, TuningSetting
 
-FIGURES = {  # heading: figure of a point, format
+METRICS = {  # heading: figure of a point, format
     "log-odds": ("measured.log_odds", "+.2f"),
     "kept": ("kept", ".2f"),
     "refusals": ("measured.refusals", ".0%"),
@@ -34,34 +34,34 @@ FIGURES = {  # heading: figure of a point, format
     "read overlap": ("overlap.read", ".1%"),
     "by chance ": ("overlap.read_by_chance", ".1%"),
 }
-WAY = ("stack", "defence", "rank", "rate")
+SETTING = ("stack", "defence", "rank", "rate")
 
 
-def line(points: Sequence[Point]) -> list[str]:
-    figures = (spread(values_of(points, figure), form) for figure, form in FIGURES.values())
-    return [*ids(points[0].way), shown(points[0].examples, "d"), *figures]
+def table_row(points: Sequence[Point]) -> list[str]:
+    figures = (spread(values_of(points, figure), form) for figure, form in METRICS.values())
+    return [*setting_cells(points[0].way), shown(points[0].examples, "d"), *figures]
 
 
-def ids(way: Way) -> list[str]:
-    return [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
+def setting_cells(setting: TuningSetting) -> list[str]:
+    return [setting.stack, setting.defence, shown(setting.rank, "d"), shown(setting.lr, "g")]
 
 
 def last_points(study: Fragility) -> list[list[Point]]:
     before = [
-        [Point.of(Way(name, what, None, None), None, 0, stack, After(state, None))]
+        [Point.of(TuningSetting(name, label), None, 0, stack, TunedMetrics(metrics, None))]
         for name, stack in study.stacks.items()
-        for what, state in (("no alignment", stack.without), ("before", stack.before))
-        if state is not None
+        for label, metrics in (("no alignment", stack.without), ("before", stack.before))
+        if metrics is not None
     ]
     if not study.curves:
         return [*before, [*study.points]]
     return [*before, *([*curve.by_examples.values()][-1] for curve in study.curves)]
 
 
-HEAD = (*WAY, "examples", *FIGURES)
+HEADINGS = (*SETTING, "examples", *METRICS)
 
 
-SHORT = ("kept", "refusals", "refusals of controls", "KL on controls", "benign loss")
+SHORT_COLUMNS = ("kept", "refusals", "refusals of controls", "KL on controls", "benign loss")
 LEGEND = (
     "log-odds: of refusal over compliance, with its 95% interval; above 0, refusal is more likely."
     " kept: the share of the alignment's effect that is left; 1 is all, 0 is none. refusals of"
@@ -70,75 +70,76 @@ LEGEND = (
 )
 
 
-def deciding(study: Fragility) -> str:
+def short_report(study: Fragility) -> str:
     """The main figures, in a table of at most 80 columns with a legend."""
-    every = last_points(study)
-    ways = [_parts(points[0]) for points in every]
-    parts = [[*dict.fromkeys(filter(None, of))] for of in zip(*ways, strict=True)]
-    varied = [len(of) > 1 for of in parts]
-    common = [of[0] for of in parts if len(of) == 1]
-    figures = [FIGURES[name] for name in SHORT]
+    rows = last_points(study)
+    labels = [_label_parts(points[0]) for points in rows]
+    columns = [[*dict.fromkeys(filter(None, column))] for column in zip(*labels, strict=True)]
+    varied = [len(column) > 1 for column in columns]
+    common = [column[0] for column in columns if len(column) == 1]
+    figures = [METRICS[name] for name in SHORT_COLUMNS]
     cells = [
         [
-            " ".join(part for part, differs in zip(way, varied, strict=True) if part and differs),
+            " ".join(part for part, differs in zip(label, varied, strict=True) if part and differs),
             _log_odds(points),
             *(spread(values_of(points, figure), form, False) for figure, form in figures),
         ]
-        for way, points in zip(ways, every, strict=True)
+        for label, points in zip(labels, rows, strict=True)
     ]
-    seeds = max(map(len, every))
+    seeds = max(map(len, rows))
     about = f"Means over {seeds} seeds. {LEGEND}" if seeds > 1 else LEGEND
     above = paragraph(f"{', '.join(common)}:") if common else []
-    return "\n".join([*above, text_table(("tuning", "log-odds", *SHORT), cells), *paragraph(about)])
+    table = text_table(("tuning", "log-odds", *SHORT_COLUMNS), cells)
+    return "\n".join([*above, table, *paragraph(about)])
 
 
-def _parts(one: Point) -> tuple[str, ...]:
-    stack, defence, *numbers = ids(one.way)
+def _label_parts(point: Point) -> tuple[str, ...]:
+    stack, defence, *numbers = setting_cells(point.way)
     named = zip(("rank ", "rate "), numbers, strict=True)
-    settings = ["" if value == NOTHING else what + value for what, value in named]
-    return stack, defence, *settings, f"{one.examples} examples" * bool(one.examples)
+    settings = ["" if value == NOTHING else name + value for name, value in named]
+    return stack, defence, *settings, f"{point.examples} examples" * bool(point.examples)
 
 
 def _log_odds(points: Sequence[Point]) -> str:
-    figure, form = FIGURES["log-odds"]
+    figure, form = METRICS["log-odds"]
     if len(points) > 1:
         return spread(values_of(points, figure), form, False)
-    one = points[0].measured
-    return plus_minus(Difference(one.log_odds, one.log_odds_interval), form)
+    metrics = points[0].measured
+    return plus_minus(Difference(metrics.log_odds, metrics.log_odds_interval), form)
 
 
 def markdown(study: Fragility) -> str:
-    halved = [[*ids(curve.way), curve.halved] for curve in study.curves]
-    tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
-    return "\n".join([*tables, markdown_table(HEAD, [*map(line, last_points(study))])])
+    halved = [[*setting_cells(curve.way), curve.halved] for curve in study.curves]
+    tables = [markdown_table((*SETTING, "log-odds"), halved)] if halved else []
+    return "\n".join([*tables, markdown_table(HEADINGS, [*map(table_row, last_points(study))])])
 
 
 def page(study: Fragility, path: str | Path) -> None:
     curves = study.curves
-    used = dict.fromkeys(curve.way.defence for curve in curves)
+    defences = dict.fromkeys(curve.way.defence for curve in curves)
     content = rendered(
-        "robustness/fragility.html",
-        found=study,
+        "fragility_study/fragility.html",
+        study=study,
         curves=[*map(str, curves)],
-        plots=drawings(curves),
-        defences={name: DEFENCES[name].about for name in used},
-        head=HEAD,
-        last=[*map(line, last_points(study))],
-        every=[line(points) for curve in curves for points in curve.by_examples.values()],
+        plots=plots_of(curves),
+        defences={name: DEFENCES[name].about for name in defences},
+        head=HEADINGS,
+        last=[*map(table_row, last_points(study))],
+        every=[table_row(points) for curve in curves for points in curve.by_examples.values()],
     )
     write_page(f"Fragility of {', '.join(study.stacks)}", content, path)
 
 
-def drawings(curves: Sequence[Curve]) -> Iterator[str]:
+def plots_of(curves: Sequence[Curve]) -> Iterator[str]:
     """Yield two plots for each stack, rank and rate: log-odds and refusals, with one line per
     defence.
     """
 
-    def together(curve: Curve) -> tuple:
+    def group(curve: Curve) -> tuple:
         return curve.way.stack, curve.way.rank, curve.way.lr
 
-    for (stack, rank, lr), of in groupby(sorted(curves, key=together), key=together):
-        chosen = sorted(of, key=lambda curve: list(DEFENCES).index(curve.way.defence))
+    for (stack, rank, lr), same in groupby(sorted(curves, key=group), key=group):
+        chosen = sorted(same, key=lambda curve: list(DEFENCES).index(curve.way.defence))
         title = f"{stack}: rank {rank}, rate {lr:g}"
         before, reference = chosen[0].stack.before, chosen[0].stack.reference
         halfway = (before.log_odds + reference) / 2
@@ -160,9 +161,9 @@ def plot(
     means, bands = {}, {}
     for curve in curves:
         after = [[p.measured for p in points] for points in curve.by_examples.values()]
-        states = [[curve.stack.before], *after]
-        means[curve.way.defence] = [fmean(values_of(seeds, figure)) for seeds in states]
-        bands[curve.way.defence] = [band(seeds, figure) for seeds in states]
+        metrics = [[curve.stack.before], *after]
+        means[curve.way.defence] = [fmean(values_of(seeds, figure)) for seeds in metrics]
+        bands[curve.way.defence] = [band(seeds, figure) for seeds in metrics]
 
     def draw(axes: Any) -> None:
         ends = [End(height, name, FAINT) for name, height in levels.items()]
@@ -180,14 +181,14 @@ def plot(
         scaled(axes, y="linear")
         at_ends(axes, ends)
 
-    most = max(max(curve.by_examples) for curve in curves)
+    largest = max(max(curve.by_examples) for curve in curves)
     ended = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
-    caption = f"After {most} benign examples: {ended}; {levels['before']:{form}} before."
+    caption = f"After {largest} benign examples: {ended}; {levels['before']:{form}} before."
     return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", caption)
 
 
-def band(seeds: Sequence[State], figure: str) -> Interval:
+def band(seeds: Sequence[RefusalMetrics], figure: str) -> Interval:
     """The interval of a figure for a single seed, or the range over several."""
     values = values_of(seeds, figure)
-    own = getattr(seeds[0], f"{figure}_interval") if len(seeds) == 1 else None
-    return own or (min(values), max(values))
+    interval = getattr(seeds[0], f"{figure}_interval") if len(seeds) == 1 else None
+    return interval or (min(values), max(values))

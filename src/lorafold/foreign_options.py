@@ -1,6 +1,6 @@
 """Suggestions for unknown names: the nearest name, and lorafold's names for other tools' options.
-`ELSEWHERE` is the only table of these, for command lines, recipes, specs, `attach` and other tools'
-files.
+`FOREIGN_OPTIONS` is the only table of these, for command lines, recipes, specs, `attach` and other
+tools' files.
 
     lora_r: 8            rank=8
     learning_rate: 1e-4  lr=0.0001, lr_b=0.0001
@@ -23,8 +23,8 @@ from lorafold.errors import LorafoldError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ALIKE = 0.6  # similarity for a suggestion
-SPELT = 0.8  # similarity of a misspelling
+SIMILARITY = 0.6  # similarity for a suggestion
+TYPO = 0.8  # similarity of a misspelling
 
 
 class UnknownName(LorafoldError, TypeError):
@@ -73,36 +73,36 @@ def product(a: Any, b: Any) -> float:
 Fields = dict[str, Any]
 
 
-class KnownName(NamedTuple):
+class ForeignOption(NamedTuple):
     """A name of other tools.
 
-    names: The fields that it may set.
+    fields: The fields that it may set.
     read: A function of its value and the other given names that returns the fields to set.
     remark: A note for the user.
-    like: An example value for a command line.
+    example: An example value for a command line.
     """
 
-    names: tuple[str, ...]
+    fields: tuple[str, ...]
     read: Callable[[Any, Mapping[str, Any]], Fields]
     remark: str = ""
-    like: str = ""
+    example: str = ""
 
 
 def _field(
     name: str, read: Callable[[Any], Any] = lambda value: value, remark: str = ""
-) -> KnownName:
-    return KnownName((name,), lambda value, given: {name: read(value)}, remark)
+) -> ForeignOption:
+    return ForeignOption((name,), lambda value, given: {name: read(value)}, remark)
 
 
-def _switch(name: str, on: str, remark: str = "") -> KnownName:
-    return KnownName((name,), lambda value, given: {name: on} if boolean(value) else {}, remark)
+def _switch(name: str, on: str, remark: str = "") -> ForeignOption:
+    return ForeignOption((name,), lambda value, given: {name: on} if boolean(value) else {}, remark)
 
 
-def _one_of(name: str, ours: Mapping[str, str]) -> KnownName:
+def _one_of(name: str, choices: Mapping[str, str]) -> ForeignOption:
     def read(value: Any) -> str:
-        if str(value) not in ours:
-            raise LorafoldError(f"found {value!r}, expected {' or '.join(ours)}")
-        return ours[str(value)]
+        if str(value) not in choices:
+            raise LorafoldError(f"found {value!r}, expected {' or '.join(choices)}")
+        return choices[str(value)]
 
     return _field(name, read)
 
@@ -143,7 +143,7 @@ OPTIMIZERS = {
     "paged_adamw_8bit": "paged-adamw8bit",
 }
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32", "auto": "auto"}
-NAMED = {
+TRAINING_OPTIONS = {
     "r lora_r lora_rank": _field("rank", integer),
     "lora_alpha": _field("alpha", number),
     "lora_dropout": _field("dropout", number),
@@ -160,18 +160,18 @@ NAMED = {
     "bf16 bfloat16": _switch("storage", "bf16"),
     "fp16 float16": _switch("storage", "bf16", NO_FP16),
     "dtype torch_dtype": _one_of("storage", DTYPES),
-    "learning_rate": KnownName(
+    "learning_rate": ForeignOption(
         ("lr", "lr_b"), lambda value, given: dict.fromkeys(("lr", "lr_b"), number(value)), ONE_RATE
     ),
     "lr_scheduler_type lr_scheduler": _one_of("schedule", SCHEDULES | {"constant": "constant"}),
     "warmup_ratio": _field("warmup", number),
     "optim": _one_of("optimizer", OPTIMIZERS),
     "max_grad_norm": _field("clip", lambda value: max(0.0, number(value))),
-    "adam_beta1 adam_beta2": KnownName(("betas",), _betas),
+    "adam_beta1 adam_beta2": ForeignOption(("betas",), _betas),
     "adam_epsilon": _field("eps", number),
     "num_train_epochs num_epochs": _field("epochs", number),
     "max_steps iters": _field("steps", integer),
-    "per_device_train_batch_size micro_batch_size batch_size": KnownName(
+    "per_device_train_batch_size micro_batch_size batch_size": ForeignOption(
         ("batch",), _rows, "micro-batch times gradient accumulation, for one process"
     ),
     "gradient_accumulation_steps grad_accumulation_steps": _field("accumulate", integer),
@@ -191,15 +191,17 @@ NAMED = {
     "eval_dataset test_datasets": _field("eval_data"),
 }
 # of the servers vLLM, SGLang and llama.cpp, of converters and of mergers
-SERVED = {
-    "lora_modules lora_paths lora": _field("adapters")._replace(like="DIR"),
-    "api_key": _field("keys", remark="a file of lorafold serve new-key")._replace(like="FILE"),
+SERVER_OPTIONS = {
+    "lora_modules lora_paths lora": _field("adapters")._replace(example="DIR"),
+    "api_key": _field("keys", remark="a file of lorafold serve new-key")._replace(example="FILE"),
     "quantization_method outtype quantize": _field("tensors"),
     "format output_format": _field("to"),
     "save_path": _field("out"),
 }
-ELSEWHERE = {key: one for keys, one in {**NAMED, **SERVED}.items() for key in keys.split()}
-OF_SERVERS = {key for keys in SERVED for key in keys.split()}
+FOREIGN_OPTIONS = {
+    key: one for keys, one in (TRAINING_OPTIONS | SERVER_OPTIONS).items() for key in keys.split()
+}
+SERVER_OPTION_NAMES = {key for keys in SERVER_OPTIONS for key in keys.split()}
 # whose option a name is, where it is not the recipe's
 OWNERS = {
     **dict.fromkeys(("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern"), "lf.LoRA"),
@@ -210,26 +212,26 @@ OWNERS = {
 }
 
 
-def near(name: str, known: Collection[str], cutoff: float = ALIKE, most: int = 1) -> str:
-    matches = get_close_matches(name, known, most, cutoff)
+def did_you_mean(name: str, known: Collection[str], cutoff: float = SIMILARITY, n: int = 1) -> str:
+    matches = get_close_matches(name, known, n, cutoff)
     return f"did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
     """The replacement for an unknown name, in words; empty if there is none."""
-    option, other = ELSEWHERE.get(name), ""
+    option, other = FOREIGN_OPTIONS.get(name), ""
     if option is not None:
         try:
             fields = option.read(given[name], given)
         except LorafoldError:  # invalid value
             fields = {}
-        shown = ", ".join(f"{key}={v!r}" for key, v in fields.items()) or " and ".join(option.names)
+        shown = ", ".join(f"{k}={v!r}" for k, v in fields.items()) or " and ".join(option.fields)
         remark = f" ({option.remark})" if option.remark else ""
-        if {*known} >= {*option.names}:
+        if {*known} >= {*option.fields}:
             return f"use {shown}{remark}"
-        other = f"use {shown} of {OWNERS.get(option.names[0], 'lf.Recipe')}{remark}"
+        other = f"use {shown} of {OWNERS.get(option.fields[0], 'lf.Recipe')}{remark}"
     ending = next((f"did you mean {one}?" for one in known if name.endswith(f"_{one}")), "")
-    return near(name, known, SPELT, 3) or ending or other or near(name, known, ALIKE, 3)
+    return did_you_mean(name, known, TYPO, 3) or ending or other or did_you_mean(name, known, n=3)
 
 
 def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -> UnknownName:
@@ -241,7 +243,7 @@ def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -
     return UnknownName("; ".join(f"{what} has no option {line}" for line in lines))
 
 
-def advised(function: Callable[P, T]) -> Callable[P, T]:
+def with_suggestions(function: Callable[P, T]) -> Callable[P, T]:
     """Add suggestions to a function's error for unknown keyword arguments."""
     known = inspect.signature(function).parameters.keys()
 

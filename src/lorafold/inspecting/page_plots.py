@@ -8,9 +8,9 @@ from typing import Any
 from lorafold.files import plots
 from lorafold.inspecting.subspaces import kind_and_block
 
-POINTS = 300  # of a curve
-FALLING, FAR = ("loss", "gradient norm"), 20  # ratio from which they get a logarithmic axis
-SCALE = "viridis"  # lightness increases with the value
+MAX_POINTS = 300  # of a curve
+LOG_METRICS, LOG_RATIO = ("loss", "gradient norm"), 20  # ratio that makes an axis logarithmic
+COLORMAP = "viridis"  # lightness increases with the value
 
 Grid = Sequence[Sequence[float]]
 
@@ -19,9 +19,9 @@ def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: in
     lines = sorted(
         (kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra_by_path.items()
     )
-    lowest, falling = min(lines, key=lambda line: line[1][-1])
-    least = f"{falling[-1]:.2g} times the largest"
-    caption = f"Block {lowest} decays most: the smallest of its {len(falling)} values is {least}."
+    steepest, spectrum = min(lines, key=lambda line: line[1][-1])
+    last = f"{spectrum[-1]:.2g} times the largest"
+    caption = f"Block {steepest} decays most: the smallest of its {len(spectrum)} values is {last}."
 
     def colour(block: int) -> str:
         return plots.between(block / max(depth, 1))
@@ -37,7 +37,7 @@ def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: in
     return plots.drawing(draw, kind, caption, plots.SMALL)
 
 
-def heat(
+def heat_map(
     title: str, caption: str, grid: Grid, down: str, across: str, first: int = 1, most: float = 1
 ) -> str:
     """A heat map of values from 0 to `most`; NaN cells are empty."""
@@ -46,7 +46,7 @@ def heat(
         lines, columns = len(grid), len(grid[0])
         extent = (first - 0.5, first + columns - 0.5, first + lines - 0.5, first - 0.5)
         shown = axes.imshow(
-            grid, vmin=0, vmax=most, cmap=SCALE, extent=extent, aspect="auto",
+            grid, vmin=0, vmax=most, cmap=COLORMAP, extent=extent, aspect="auto",
             interpolation="nearest",
         )  # fmt: skip
         axes.grid(False)
@@ -83,9 +83,9 @@ def curves(
     steps: Mapping[str, Sequence[float | None]],
     measured: Mapping[str, Sequence[tuple[int, float, Any]]],
 ) -> str:
-    lines = {name: line for name, values in steps.items() if (line := means(values))}
+    lines = {name: line for name, values in steps.items() if (line := downsample(values))}
     heights = [y for one in (*lines.values(), *measured.values()) for _, y, *_ in one]
-    far = title in FALLING and min(heights) > 0 and max(heights) > FAR * min(heights)
+    is_log = title in LOG_METRICS and min(heights) > 0 and max(heights) > LOG_RATIO * min(heights)
 
     def draw(axes: Any) -> None:
         ends = []
@@ -97,12 +97,12 @@ def curves(
         names = [*dict.fromkeys([*lines, *measured])]
         for name, points in measured.items():  # several figures keep the colours of their lines
             style = plots.series(names.index(name) if len(names) > 1 else len(lines))
-            at, values, intervals = zip(*points, strict=True)
-            axes.errorbar(at, values, plots.spread(values, intervals), **style | {"linestyle": ":"})
+            x, values, intervals = zip(*points, strict=True)
+            axes.errorbar(x, values, plots.spread(values, intervals), **style | {"linestyle": ":"})
             ends.append(plots.End(values[-1], f"{name}, held out", style["color"]))
         axes.set(xlabel="step")
         axes.margins(x=0.03)
-        plots.scaled(axes, x="linear", y="log" if far else "linear")
+        plots.scaled(axes, x="linear", y="log" if is_log else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         plots.at_ends(axes, ends if len(ends) > 1 else [])
 
@@ -110,8 +110,8 @@ def curves(
     return plots.drawing(draw, title, caption, size)
 
 
-def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
-    size = max(1, -(-len(values) // POINTS))
+def downsample(values: Sequence[float | None]) -> list[tuple[float, float]]:
+    size = max(1, -(-len(values) // MAX_POINTS))
     points = []
     for start in range(0, len(values), size):
         some = [v for v in values[start : start + size] if v is not None]
@@ -124,7 +124,7 @@ def position(
     title: str, read: Sequence[float], written: Sequence[float], shape: Sequence[int]
 ) -> str:
     sides = {"read": (read, shape[1]), "written": (written, shape[0])}
-    evenly = {name: min(shape) / size / (len(read) - 1) for name, (_, size) in sides.items()}
+    even_shares = {name: min(shape) / size / (len(read) - 1) for name, (_, size) in sides.items()}
 
     def draw(axes: Any) -> None:
         bins, ends = range(len(read)), []
@@ -132,15 +132,15 @@ def position(
             style = plots.series(n)
             for tenths, share in ((bins[:-1], heights[:-1]), (bins[-1:], heights[-1:])):
                 axes.plot(tenths, share, **style)
-            axes.axhline(evenly[name], **style | {"marker": "", "linewidth": 0.6})
+            axes.axhline(even_shares[name], **style | {"marker": "", "linewidth": 0.6})
             ends.append(plots.End(heights[-1], name, style["color"]))
         axes.set_xticks(list(bins), [*(str(i + 1) for i in bins[:-1]), "out"])
         axes.set(xlabel="tenth of W0's directions, strongest first", ylabel="share of the energy")
         plots.scaled(axes, y="linear")
-        plots.at_ends(axes, [*ends, plots.End(evenly["read"], "even", plots.FAINT)])
+        plots.at_ends(axes, [*ends, plots.End(even_shares["read"], "even", plots.FAINT)])
 
-    of = " and ".join(
-        f"{heights[0]:.0%} of the energy {name} ({evenly[name]:.0%} if even)"
+    shares_text = " and ".join(
+        f"{heights[0]:.0%} of the energy {name} ({even_shares[name]:.0%} if even)"
         for name, (heights, _) in sides.items()
     )
-    return plots.drawing(draw, title, f"The strongest tenth contains {of}.")
+    return plots.drawing(draw, title, f"The strongest tenth contains {shares_text}.")

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import torch
@@ -22,24 +22,25 @@ from lorafold.errors import LorafoldError
 
 Rounding = Literal["auto", "nearest", "stochastic"]
 CHUNK = 1 << 20  # elements
-SURVIVES = 0.98  # the smallest survival at which auto rounds to nearest
+MIN_SURVIVAL = 0.98  # the smallest survival at which auto rounds to nearest
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Sums over tensors: kept is <W' - W, dW>, update <dW, dW>, error |W' - T|^2."""
+class RoundingStats:
+    """Sums over tensors: surviving is <W' - W, dW>, update <dW, dW>, error |W' - T|^2."""
 
-    kept: float = 0.0
+    surviving: float = 0.0
     update: float = 0.0
     error: float = 0.0
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(self.kept + other.kept, self.update + other.update, self.error + other.error)
+    def __add__(self, other: RoundingStats) -> RoundingStats:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return RoundingStats(*(a + b for a, b in pairs))
 
     @property
     def survival(self) -> float:
         """The share of the update that remains after rounding; 1 without an update."""
-        return self.kept / self.update if self.update else 1.0
+        return self.surviving / self.update if self.update else 1.0
 
     @property
     def noise(self) -> float:
@@ -48,38 +49,36 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """The rounded weight, its sums, and how: nearest, stochastic, or exact (not rounded)."""
+class RoundedTensor:
+    """The rounded weight, statistics, and the mode: nearest, stochastic, or exact (not rounded)."""
 
     tensor: Tensor
-    sums: Sums
-    how: str
+    stats: RoundingStats
+    mode: str
 
 
 def round_to(
-    target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator
-) -> Rounded:
+    target: Tensor, original: Tensor, mode: Rounding, generator: torch.Generator
+) -> RoundedTensor:
     """Round a merged weight, of any shape, to the dtype of the original weight."""
-    if how != "auto":
-        return _rounded(target, original, how, generator)
-    nearest = _rounded(target, original, "nearest", generator)
-    return (
-        nearest
-        if nearest.sums.survival >= SURVIVES
-        else _rounded(target, original, "stochastic", generator)
-    )
+    if mode == "auto":
+        nearest = _round(target, original, "nearest", generator)
+        if nearest.stats.survival >= MIN_SURVIVAL:
+            return nearest
+        mode = "stochastic"
+    return _round(target, original, mode, generator)
 
 
-def _rounded(
-    target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator
-) -> Rounded:
+def _round(
+    target: Tensor, original: Tensor, mode: Rounding, generator: torch.Generator
+) -> RoundedTensor:
     dtype = original.dtype
     narrower = torch.finfo(dtype).bits < torch.finfo(target.dtype).bits
     out = torch.empty(target.shape, dtype=dtype)
-    sums = Sums()
+    stats = RoundingStats()
     size = max(1, CHUNK * len(target) // max(1, target.numel()))
     for t, w, o in zip(target.split(size), original.split(size), out.split(size), strict=True):
-        o.copy_(stochastic(t, dtype, generator) if narrower and how == "stochastic" else t)
+        o.copy_(stochastic(t, dtype, generator) if narrower and mode == "stochastic" else t)
         wide = o.to(t.dtype)
         if not wide.isfinite().all():
             raise LorafoldError(
@@ -88,9 +87,9 @@ def _rounded(
                 " wider dtype"
             )
         change, update = wide - w, t - w
-        sums += Sums(
+        stats += RoundingStats(
             torch.sum(change * update).item(),
             torch.sum(update * update).item(),
             torch.sum((wide - t) ** 2).item(),
         )
-    return Rounded(out, sums, how if narrower else "exact")
+    return RoundedTensor(out, stats, mode if narrower else "exact")
