@@ -407,7 +407,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a group of one": ({"options": {"group": 1}}, {}, "group: found 1, expected greater than or"),
     "no such option": ({"options": {"grup": 4}}, {}, "grup: .*; it has: beta, .*, group, max_new"),
     "dropout": ({"dropout": 0.1}, {}, "dropout: found 0.1, expected 0"),
-    "a method that asks for losses": ({"method": "fish"}, {}, "method: found fish, which chooses"),
+    "a method that asks for losses": ({"method": "fish"}, {}, "method: fish chooses the weights"),
     "no function": ({}, {"rewards": 3}, "rewards: found 3, expected functions or names"),
     "a huge reward": ({"objective": "rloo"}, {"rewards": huge}, "advantage of .* at most 1e"),
     "a long prompt": ({"max_length": 12}, {}, r"row 3: found a prompt of \d+ tokens, expected"),
