@@ -81,8 +81,8 @@ def told(expected):
 print("ready", flush=True)
 input()
 before = threads()
-with waiting.considerate():
-    with waiting.considerate():
+with waiting.sleep_if_busy():
+    with waiting.sleep_if_busy():
         told(2)  # the one that looks, and its team
     told(2)
 told(0)

@@ -88,7 +88,7 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
 
 SET_ASIDE = """
 import gc, sys, types, weakref
-from lorafold.runtime.process_tuning import existing_set_aside, imports_set_aside
+from lorafold.runtime.process_tuning import existing_frozen, imports_frozen
 
 class Cycle:
     def __init__(self):
@@ -104,10 +104,10 @@ def many(prefix):
     sys.modules.update({f"{prefix}{n}": types.ModuleType(prefix) for n in range(len(sys.modules))})
 
 calls = list(gc.callbacks)
-with existing_set_aside():
+with existing_frozen():
     print(gc.get_freeze_count() > 0, dies(Cycle()))
 print(gc.get_freeze_count())
-with imports_set_aside():
+with imports_frozen():
     many("first")
     gc.collect()
     aside = gc.get_freeze_count()
@@ -115,7 +115,7 @@ with imports_set_aside():
     many("second")
     gc.collect()
     print(gc.get_freeze_count() > aside)
-with existing_set_aside():
+with existing_frozen():
     pass
 print(gc.callbacks == calls, gc.isenabled(), len(gc.get_objects()) < gc.get_freeze_count())
 """
@@ -131,12 +131,12 @@ def test_an_interrupt_that_comes_in_a_callback_of_the_collector_is_not_lost():
     """While a command imports, every third Ctrl-C was told and passed over."""
     assert said("""
 import gc, signal, time
-from lorafold.runtime.process_tuning import imports_set_aside
+from lorafold.runtime.process_tuning import imports_frozen
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
 def late(phase, about):
     gc.callbacks.remove(late)
     raise KeyboardInterrupt
-with imports_set_aside():
+with imports_frozen():
     gc.callbacks.append(late)
     try:
         gc.collect()

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from lorafold.files import claims
 
-folder, claims.LEASE, claims.PAUSE = Path(sys.argv[1]), float(sys.argv[2]), 0.02
+folder, claims.LEASE, claims.POLL_SECONDS = Path(sys.argv[1]), float(sys.argv[2]), 0.02
 
 def make(name):
     with (folder / "log").open("a") as log:
@@ -45,7 +45,7 @@ def make(name):
     partial_.rename(folder / name)
 
 say = partial(print, file=sys.stderr, flush=True)
-claims.shared({folder / name: partial(make, name) for name in sys.argv[3:]}, say=say)
+claims.share_work({folder / name: partial(make, name) for name in sys.argv[3:]}, say=say)
 """
 LONG = 60.0
 
