@@ -257,7 +257,7 @@ def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(llama, tmp_path) -
 def test_auto_keeps_to_its_choice_in_a_resumed_run(llama, tmp_path, monkeypatch, capsys) -> None:
     straight = trained(llama, tmp_path / "straight", optimizer="adamw8bit")
     with monkeypatch.context() as patch:  # memory is short now, and is not when the run goes on
-        patch.setattr(adamw, "choose", lambda *_: adamw.OptimizerChoice("adamw8bit", "short"))
+        patch.setattr(adamw, "choose_adamw", lambda *_: adamw.OptimizerChoice("adamw8bit", "short"))
         with stopping(6), pytest.raises(KeyboardInterrupt):
             trained(llama, tmp_path / "a")
     asked = request(llama, tmp_path / "a", resume=True)

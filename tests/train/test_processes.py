@@ -121,12 +121,12 @@ def test_a_process_that_rounds_otherwise_trains_what_the_first_one_chose(command
     """As on GPUs, where scores that are all but equal may come in another order."""
 
     def before() -> None:
-        choose = sparse.largest
+        choose = sparse.largest_positions
 
         def otherwise(scores: list[torch.Tensor], density: float) -> list[torch.Tensor]:
             return choose([s * (1 + 0.2 * (i % 2)) for i, s in enumerate(scores)], density)
 
-        sparse.largest = otherwise
+        sparse.largest_positions = otherwise
 
     asked = (*command, "--method", "fish", "--set", "options={samples: 8}")
     outs = [tmp_path / str(n) for n in (1, 2)]

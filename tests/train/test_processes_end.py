@@ -93,7 +93,7 @@ def reading(folder: Path) -> Callable[[int], dict]:
 
     def own(rank: int) -> dict:
         def before() -> None:
-            put, file, read = handle.put, folder / f"read {rank}", 0
+            put, file, read = handle.set_tensor, folder / f"read {rank}", 0
 
             def noted(delta: Delta, name: str, value: Tensor) -> None:
                 nonlocal read
@@ -101,7 +101,7 @@ def reading(folder: Path) -> Callable[[int], dict]:
                 file.write_text(str(read))
                 put(delta, name, value)
 
-            handle.put = noted
+            handle.set_tensor = noted
 
         return {"before": before}
 
