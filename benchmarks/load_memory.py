@@ -29,9 +29,9 @@ print(sum(kept.values()))
 """
 IMPORTS = """
 from lorafold.models.loading import Storage, load_model
-from lorafold.layers.bitsandbytes import bitsandbytes
+from lorafold.layers.bitsandbytes import import_bitsandbytes
 from transformers.models.llama import modeling_llama
-bitsandbytes()
+import_bitsandbytes()
 """
 
 

@@ -25,10 +25,10 @@ from lib.short import parsed
 WORDS = ["quick", "brown", "foxes", "jump", "over", "lazy", "dogs", "while", "seven", "watch"]
 IMPORTS = """
 import pyarrow, tokenizers, lorafold.cli.command_handlers, lorafold.api.train, lorafold.training.run
-from lorafold.layers.bitsandbytes import bitsandbytes
+from lorafold.layers.bitsandbytes import import_bitsandbytes
 from transformers.models.llama import modeling_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-bitsandbytes()
+import_bitsandbytes()
 print(open("/proc/self/status").read().split("RssAnon:")[1].split()[0], flush=True)
 """
 STEPS = ["--steps", "2"]

@@ -311,7 +311,7 @@ def test_a_tokenizer_without_template_gets_a_plain_one(plain):
 
 def test_no_template_and_no_end_of_sequence_is_an_error(plain):
     plain.eos_token = None
-    assert "end-of-sequence" in refused(ensure_chat_template, plain)
+    assert "nor an EOS token" in refused(ensure_chat_template, plain)
 
 
 def test_turns_that_the_template_rewrites_have_examples_of_their_own(plain):

@@ -400,7 +400,7 @@ def kill(*args, **fields):
     import time; time.sleep(1)
 parent = os.getpid()
 if where == "tokenizing":
-    from lorafold.data.examples import CompletionEncoder, in_pieces
+    from lorafold.data.examples import CompletionEncoder
     whole = CompletionEncoder.encode
     def encode(self, rows, first):
         open(os.path.join(pids, str(os.getpid())), "w").close()

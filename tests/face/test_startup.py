@@ -32,8 +32,8 @@ def test_a_quantized_base_needs_no_compiler_and_its_import_leaves_the_compiler_a
     assert said("""
 import sys, torch
 before = torch.compile
-from lorafold.layers.bitsandbytes import bitsandbytes
-bitsandbytes()
+from lorafold.layers.bitsandbytes import import_bitsandbytes
+import_bitsandbytes()
 print("torch._inductor.compile_fx" in sys.modules, torch.compile is before)
 """) == "False True"
 
@@ -50,13 +50,13 @@ def test_what_other_libraries_import_on_the_way_says_nothing():
 def test_what_bitsandbytes_would_compile_is_compiled_by_its_first_call():
     assert said("""
 import torch
-from lorafold.layers.bitsandbytes import bitsandbytes
+from lorafold.layers.bitsandbytes import import_bitsandbytes
 made, real = [], torch.compile
 def compiler(function, **options):
     made.append((function.__name__, options))
     return real(function, **options, backend="eager")
 torch.compile = compiler
-bitsandbytes()
+import_bitsandbytes()
 assert not made and torch.compile is compiler
 from bitsandbytes.backends.default.ops import _dequantize_blockwise_compute as compute
 codes, code = torch.arange(8, dtype=torch.uint8), torch.arange(8.0)

@@ -310,8 +310,9 @@ def test_an_adapter_that_peft_refuses_says_so(name: str, tmp_path: Path, caplog)
     with caplog.at_level(logging.WARNING):
         adapter.save(tmp_path / "all")
     [told] = caplog.messages
-    assert "PEFT supports no targets out_proj in models of this type" in told
-    assert "lorafold alone reads them" in (tmp_path / "all" / "README.md").read_text()
+    assert "does not support the targets out_proj in models of this type" in told
+    card = (tmp_path / "all" / "README.md").read_text()
+    assert "PEFT does not support this type of adapter" in card
     with pytest.raises(ValueError, match="out_proj"):
         peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "all")
     again = cls.from_pretrained(tmp_path / "base")

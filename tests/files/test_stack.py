@@ -267,7 +267,7 @@ def test_an_output_that_is_an_input_is_refused(where, option, base, sft, tmp_pat
     if where != "around":
         shutil.copytree(sft, given)
     adapters = {"over": (given,)} if option == "over" else {"init_adapter": given}
-    with pytest.raises(LorafoldError, match=f"--{option.replace('_', '-')} {given}; expected"):
+    with pytest.raises(LorafoldError, match=f"--{option.replace('_', '-')} {given}; choose"):
         trained(base, out, overwrite=True, **adapters)
 
 
