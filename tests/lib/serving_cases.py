@@ -177,7 +177,7 @@ def running(
     with bound_socket(chosen) as at:
         port = at.getsockname()[1]
         known = Keys(chosen.keys, chosen.admin_key, chosen.metrics_key)
-        with mock.patch.multiple(checks, VERIFYING=processes, RENDERING=processes):
+        with mock.patch.multiple(checks, MAX_VERIFIERS=processes, MAX_RENDERERS=processes):
             parts = build_server(base, load_with_adapters, Directory(folder), known, chosen)
         http = Http(uvicorn_config(parts))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))

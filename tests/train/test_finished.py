@@ -87,7 +87,7 @@ def test_what_no_run_wrote_is_not_resumed(run: list[str], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("tensorbord", "expected tensorboard"), ("aim", "aim is not installed; pip install aim")],
+    [("tensorbord", "expected tensorboard"), ("aim", "aim is not installed; run pip install aim")],
 )
 @pytest.mark.parametrize("command", ["train", "compare", "intrinsic"])
 def test_a_tracker_that_is_not_there_is_told_first(command, name: str, told: str, tmp_path) -> None:
