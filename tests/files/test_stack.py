@@ -106,9 +106,9 @@ def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(base, sft: Path
 def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(base, sft, tmp_path) -> None:
     asked = setup.set_up(request(base, tmp_path / "dpo", (sft,)), quiet())
     model, adapter, _ = setup.load_adapted_model(asked, quiet())
-    assert asked.request.below == ("over1",)
+    assert asked.request.over_names == ("over1",)
     assert selection_of(model).names == ("over1", "default")
-    with lf.only(model, *asked.request.below):
+    with lf.only(model, *asked.request.over_names):
         assert torch.equal(logits(model), logits(stacked(base, sft)))
     assert f"over: {sft} (" in repr(adapter)
     trains = {id(p) for p in adapter.parameters()}
@@ -461,7 +461,7 @@ def test_a_server_reads_what_is_below_from_its_own_directory_only(base, sft, dpo
     (origin,) = parse_over(SavedAdapter.open(dpo).record)
 
     def below() -> Path:
-        return Directory(adapters).below(origin, adapters / "dpo")
+        return Directory(adapters).base_adapter_path(origin, adapters / "dpo")
 
     with pytest.raises(LorafoldError, match="the directory of adapters has no adapter sft"):
         below()
