@@ -107,12 +107,12 @@ FIGURES: dict[str, tuple[tuple[Box | str, ...], str]] = {
         (step("layer"), "→", trained("down", 52, 26), "→", "f", "→", trained("up", 52, 26), "→"),
         "A small network of two matrices follows the layer, and its output is added.",
     ),
-    "prompt": (
+    "prompt_tuning": (
         (trained("P", 24, 30), trained("P", 24, 30), trained("P", 24, 30),
          *(frozen(w, 24, 30) for w in "xyz"), "→", step("model")),
         "Trained embeddings precede the tokens of the text.",
     ),
-    "prefix": (
+    "prefix_tuning": (
         (step("attention"), "over", trained("P", 24, 30), trained("P", 24, 30),
          *(frozen(w, 24, 30) for w in "xyz")),
         "Each attention layer reads trained keys and values in front of its own.",
@@ -208,11 +208,11 @@ EQUATIONS: dict[str, tuple[str, str]] = {
         r"y = z + U f(D z + d) + u, \qquad z = \text{sublayer}(x)",
         r"$D$ ($m \times d$), $U$ ($d \times m$) zero at start; $f$ is GELU or ReLU.",
     ),
-    "prompt": (
+    "prompt_tuning": (
         r"\text{model}([E,\ \text{embed}(\text{ids})])",
         r"$E$ ($n \times d$) holds the trained embeddings.",
     ),
-    "prefix": (
+    "prefix_tuning": (
         r"\text{attention}(q,\ [P_K, K],\ [P_V, V])",
         r"$P$ has $n$ keys and $n$ values for each head of keys and values of every layer.",
     ),

@@ -216,7 +216,7 @@ def expected_step(model: Any, given: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 def found_step(
     model: Any, given: Batch, branches: PrefixSupport
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    with branches.over(given.docs):
+    with branches.document_layout(given.docs):
         losses, counts = document_losses(
             model, given.labels, given.inputs, given.document, len(given.alone)
         )
@@ -275,7 +275,7 @@ def test_attention_dropout_takes_the_general_path() -> None:
     model, given = build("gpt2", attn_pdrop=0.5), batch()
     with sharing_prefixes(model) as branches, torch.no_grad():
         assert branches.shares
-        with branches.over(given.docs):
+        with branches.document_layout(given.docs):
             first, second = (model(**given.inputs, use_cache=False).logits for _ in range(2))
             assert not torch.equal(first, second)
             model.eval()
@@ -308,7 +308,7 @@ def test_a_model_may_pack_and_not_share() -> None:
         assert not branches.shares
         flat = Documents(tuple(ids.shape[1] for ids, _ in given.alone))
         ids = torch.cat([ids for ids, _ in given.alone], 1)
-        with branches.over(flat), torch.no_grad():
+        with branches.document_layout(flat), torch.no_grad():
             found = model(input_ids=ids, position_ids=flat.positions(), use_cache=False).logits[0]
         with torch.no_grad():
             expected = torch.cat([model(input_ids=i, use_cache=False).logits[0]
@@ -322,12 +322,12 @@ def test_a_batch_that_is_not_the_layout_is_an_error() -> None:
     with sharing_prefixes(model) as branches, torch.no_grad():
         with (
             pytest.raises(LorafoldError, match=r"found .*, expected documents of"),
-            branches.over(other),
+            branches.document_layout(other),
         ):
             model(**given.inputs, use_cache=False)
         with (
             pytest.raises(LorafoldError, match="no attention of the model received the layout"),
-            branches.over(given.docs),
+            branches.document_layout(given.docs),
         ):
             model(input_ids=given.inputs["input_ids"][:, :7], use_cache=False)
         # nothing of it stays
@@ -349,7 +349,7 @@ def test_chunked_attention_is_refused_where_a_chunk_ends_in_a_document() -> None
         assert branches.shares
         with (
             pytest.raises(LorafoldError, match=r"found .*; set packing to false"),
-            branches.over(docs),
+            branches.document_layout(docs),
         ):
             model(**inputs, use_cache=False)
 
@@ -488,7 +488,7 @@ def test_the_embedded_model_in_bf16_errs_no_more_than_its_branches_alone(smollm2
             of = labels[None], inputs, each[None], len(places)
             with sharing_prefixes(model) as branches:
                 assert branches.shares
-                with branches.over(docs):
+                with branches.document_layout(docs):
                     losses, _ = document_losses(model, *of)
                 (losses * weights).sum().backward()
         else:
