@@ -250,8 +250,8 @@ def load_adapted_model(
     torch.manual_seed(recipe.seed)
     weights, other = base.weights(), base.allow_other_base
     setup.saved.clear()
-    for name, saved in zip(request.over_names, over_adapters, strict=True):
-        load(model, saved, name, allow_other_base=other, base=weights)
+    for n, saved in enumerate(over_adapters):
+        load(model, saved, request.over_names[n], allow_other_base=other, base=weights)
     if init_adapter is not None:
         adapter = load(model, init_adapter, trainable=True, allow_other_base=other, base=weights)
     print_lines(console, no_estimate_line)
