@@ -140,7 +140,7 @@ def test_processes_import_no_torch_and_end_with_the_screen(sandbox, adapter) -> 
         others.call("verify", (5, 1 << 29), **given)
     own = others._idle[0]
     others.close()
-    assert not own.lives
+    assert not own.is_alive
 
 
 def test_a_template_renders_as_it_would_here(sandbox, base, tmp_path) -> None:
