@@ -259,7 +259,7 @@ def test_what_can_not_be_divided_is_refused(processes: int, command, tmp_path) -
     asked = (*command[:4], str(data), *command[5:], "--strategy", "fsdp", *SHARED["grpo"][1:])
     done = together(processes, tmp_path, *asked, "--out", str(out))
     assert [p.code for p in done] == [2] * processes
-    assert "strategy fsdp: found objective grpo, which samples completions" in done[0].stderr
+    assert "strategy fsdp does not support the objective grpo" in done[0].stderr
     assert not out.exists()
 
 

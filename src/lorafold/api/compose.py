@@ -27,7 +27,8 @@ class Learning:
     Args:
         gates: The gates of a mixture: one per adapter (global), one per adapter and layer (layer),
             or computed from each token (token).
-        examples: Rows of a task for lorahub and mixture to learn from; repeat it for each task.
+        examples: Rows of one task, from which lorahub and mixture learn; repeat the option for each
+            task.
             Default: half of the rows of each `data`.
         evaluations: The number of combinations of weights that lorahub tries.
         recipe: The recipe for training a mixture's gates.

@@ -47,8 +47,9 @@ class Tuning:
     """The fine-tuning runs on top of a stack: one for each number of examples, rank, rate and seed.
 
     Args:
-        examples: A number of benign examples.
-        rank: A LoRA rank for tuning.
+        examples: The number of benign examples of a fine-tuning run; repeat the option to test
+            several.
+        rank: The LoRA rank of a fine-tuning run; repeat the option to test several.
         lr: A learning rate for A; the rate for B is 15 times as high.
         seeds: The number of seeds for each run; a seed also samples the examples.
     """

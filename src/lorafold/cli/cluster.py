@@ -1,5 +1,6 @@
 """`--on ray`: run a command on a Ray cluster, whose workers share the work in a directory
-(`files.claims`). Each worker ends with the complete table.
+(`files.claims`). Each worker prints the complete table; the command returns the table of the
+first one that succeeds.
 """
 
 import os

@@ -189,8 +189,8 @@ def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def per_epoch(name: str) -> Reader:
-    """Read `evals_per_epoch` or `saves_per_epoch` as an interval in steps (recipe field `name`),
-    from the share of the run that axolotl computes.
+    """Convert `evals_per_epoch` or `saves_per_epoch` to an interval in steps (recipe field
+    `name`), as axolotl does: the fraction 1 / (value x epochs) of the run.
     """
     read = trainer.interval(name)
 

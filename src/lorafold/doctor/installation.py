@@ -1,4 +1,4 @@
-"""Findings on the declared packages, the embedded model, the caches, and the environment of
+"""Checks of the declared dependencies, the embedded model, the caches, and the environment of
 training processes.
 """
 

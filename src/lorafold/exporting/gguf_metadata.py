@@ -282,7 +282,7 @@ def add_tokenizer(
         )
     if len(tokenizer) > rows:
         raise LorafoldError(
-            f"the tokenizer has {len(tokenizer):,} tokens, but the model's embedding has"
+            f"the tokenizer has {len(tokenizer):,} tokens, but the model's embedding has only"
             f" {rows:,} rows"
         )
     added = {token["id"]: token for token in content["added_tokens"]}

@@ -35,8 +35,8 @@ SCALED_ROPE_TYPES = ("linear", "dynamic", "yarn")
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a model of class `owner`: in its `table`, and those it was `trained` on;
-    None if unlimited.
+    """How many positions a model of class `owner` supports: `table` is the size of its position
+    table, and `trained` the number that it was trained on; None if unlimited.
     """
 
     owner: str

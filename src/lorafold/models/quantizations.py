@@ -77,13 +77,13 @@ STORAGES = {
 }
 UNQUANTIZED = tuple(name for name, row in STORAGES.items() if row.dtype)
 NAME_OF_DTYPE = {f"torch.{STORAGES[name].dtype}": name for name in UNQUANTIZED}
-# quantized on load; only if the files are stored so; in files of compressed-tensors
+# quantized on load; only if the files already use it; in files of compressed-tensors
 ON_LOAD = tuple(name for name, row in STORAGES.items() if row.bnb_options)
 IN_FILES = tuple(name for name in STORAGES if name not in (*UNQUANTIZED, *ON_LOAD))
 COMPRESSED_NAMES = tuple(name for name, row in STORAGES.items() if row.codes[0])
 QUANTIZED = (*ON_LOAD, *IN_FILES)
 DEFAULT: StorageName = "nf4"  # QLoRA's, and the smallest of ON_LOAD
-_IF_STORED = f"only if the files are stored so: {', '.join(IN_FILES)}"
+_IF_STORED = f"only if the model's files already use it: {', '.join(IN_FILES)}"
 STORAGE_NAMES = f"{', '.join((*ON_LOAD, *UNQUANTIZED))} ({_IF_STORED})"
 
 

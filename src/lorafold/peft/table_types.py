@@ -109,7 +109,7 @@ class FileTensor:
     `under`, the path of the module with the base's weights.
 
     `to_file` and `from_file` convert between them. `check` checks a tensor whose shape
-    depends on the file.
+    depends on other tensors of the file.
     """
 
     attribute: str

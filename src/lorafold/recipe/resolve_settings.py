@@ -88,8 +88,8 @@ def resolve_storage(
     """The quantization or dtype in which to load the base.
 
     In decreasing order of precedence: the recipe's, the model files' if they are quantized, the
-    adapters' during training, the recipe's default. It is not quantized if bitsandbytes is not
-    installed, or if the method trains the base's own weights.
+    adapters' during training, the recipe's default. The base is not quantized if bitsandbytes is
+    not installed, or if the method trains the base's own weights.
     """
     storage, is_set = str(recipe.storage), "storage" in recipe.model_fields_set
     if spec.trains_base:

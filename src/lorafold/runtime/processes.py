@@ -221,8 +221,8 @@ SINGLE_PROCESS = Processes()
 
 @contextmanager
 def process_group(launch: Launch, device: str | None = None) -> Iterator[Processes]:
-    """Joins the launched processes until the block ends. An error in the block ends all with its
-    exit code, which is 2 for LorafoldError.
+    """Connects the launched processes in a process group until the block ends. An error in the
+    block ends all of them with its exit code, which is 2 for LorafoldError.
     """
     if launch.world == 1:
         yield SINGLE_PROCESS

@@ -186,8 +186,8 @@ def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_
     print_lines(console, f"base: {base.loaded_as.reason}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
-            f"strategy fsdp: found objective {recipe.objective}, which samples completions;"
-            " expected another objective, or strategy ddp"
+            f"strategy fsdp does not support the objective {recipe.objective}, which samples"
+            " completions; use strategy ddp or another objective"
         )
     is_sharded = recipe.strategy == "fsdp" and processes.count > 1
     setup = Setup(

@@ -16,8 +16,8 @@ from lorafold.runtime.processes import Processes
 
 
 class Replicated:
-    """Each process has all tensors; until gradients are summed, they belong to its share of the
-    batch.
+    """Each process holds all tensors; until gradients are summed, each has only the gradients of
+    its share of the batch.
     """
 
     is_sharded = False  # whether all processes must run each pass together

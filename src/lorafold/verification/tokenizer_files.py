@@ -70,7 +70,7 @@ class AdapterTokenizers:
         special = tokenizer.special_tokens_map
         if len(json.dumps(special)) > MAX_NEW_CHARACTERS:
             raise LorafoldError(
-                f"found special tokens of more than {MAX_NEW_CHARACTERS:,} characters"
+                f"special tokens: found more than {MAX_NEW_CHARACTERS:,} characters in total"
             )
         return {
             "template": texts,

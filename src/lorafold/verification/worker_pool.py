@@ -54,7 +54,7 @@ class Process(KillableProcess):
             if isinstance(error, TimedOut):
                 raise Busy(f"the machine is busy: no answer within {seconds:.0f} s") from None
             if isinstance(error, TooLarge):
-                raise CheckFailed(f"the result is too large ({error.size:,} bytes)") from None
+                raise CheckFailed(f"the process returned {error.size:,} bytes, too many") from None
             if isinstance(error, Exited):
                 late = error.code == -signal.SIGPROF
                 why = "time limit exceeded" if late else "the process crashed"
