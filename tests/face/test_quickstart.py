@@ -71,7 +71,7 @@ def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_processor_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "use", lambda _: "found no C++ compiler")
+    monkeypatch.setattr(module, "enable", lambda _: "found no C++ compiler")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     told = [*describe_hardware(CPU, Storage(torch.float32, None, "fp32: as requested"))]
     assert ", 1 thread on " in told[0]
