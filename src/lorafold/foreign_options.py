@@ -42,10 +42,10 @@ def number(value: Any) -> float:
 
 
 def integer(value: Any) -> int:
-    """A whole number, also given as text or as 3.0."""
+    """An integer, also given as text or as 3.0."""
     result = number(value)
     if result != int(result):
-        raise LorafoldError(f"found {value!r}, expected a whole number")
+        raise LorafoldError(f"found {value!r}, expected an integer")
     return int(result)
 
 

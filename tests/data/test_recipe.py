@@ -199,7 +199,7 @@ def test_the_module_imports_no_torch():
     [
         ({"rnak": 8}, "rnak is not a field of a recipe: did you mean rank?"),
         ({"rank": "x", "batch": 0},
-         "rank: found 'x', expected a whole number; batch: found 0, expected greater than or equal"
+         "rank: found 'x', expected an integer; batch: found 0, expected greater than or equal"
          " to 1"),
         ({"accumulate": 3}, "accumulate: found 3, expected a divisor of batch, which is 8"),
     ],

@@ -1,7 +1,7 @@
 """One-line errors for wrong or missing values, repeated options, and words that belong to no
 option.
 
-    --rank: found '8.5', expected a whole number
+    --rank: found '8.5', expected an integer
     --rank: found 8 and 16, expected only one of them; see lorafold train --help
     found rows.jsonl without an option, expected --data rows.jsonl --out PATH; see ...
 """
@@ -20,7 +20,7 @@ from lorafold.errors import LorafoldError, truncate_middle, two_names_message
 SWITCH_VALUES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # an editor may replace "--" by these
 TEXT_OPTIONS = {"prompt", "system"}  # options whose values may have several words
-WHOLE, FRACTION = "a whole number", "a number"
+WHOLE, FRACTION = "an integer", "a number"
 BOUNDS = {
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",

@@ -70,7 +70,7 @@ INITS = {
 
 
 def as_peft_number(value: float) -> int | float:
-    """A whole number as int, as PEFT writes it."""
+    """An integral float as int, as PEFT writes it."""
     return int(value) if value == int(value) else value
 
 

@@ -23,7 +23,7 @@ from lorafold.recipe.fields import METHOD_FIELDS, Fields
 
 EXPECTATIONS = {
     "missing": "one more value",
-    **dict.fromkeys(("int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("int_parsing", "int_from_float"), "an integer"),
     "float_parsing": "a number",
 }
 NO_SOURCES: Mapping[str, str] = MappingProxyType({})
