@@ -53,7 +53,7 @@ def answers(
         ]
         for _ in range(60):
             running = engine._scheduler.running
-            decodes = len(running) == len(methods) and all(row.pending == 1 for row in running)
+            decodes = len(running) == len(methods) and all(row.num_pending == 1 for row in running)
             decoded += decodes
             with ExitStack() as step:
                 if device is not None and decodes and decoded == 2:

@@ -73,6 +73,6 @@ def test_bytes_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     there(monkeypatch)
     found = trace(config, setting, 2)
-    for term in ("kept", "forward", "backward", "gradients", "optimizer", "adapter"):
+    for term in ("activations", "forward", "backward", "gradients", "optimizer", "adapter"):
         ours, theirs = getattr(expected, term), getattr(found, term)
         assert abs(ours - theirs) <= max(0.03 * theirs, 2 * MIB), (term, ours / MIB, theirs / MIB)
