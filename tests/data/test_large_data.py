@@ -273,7 +273,7 @@ def test_weights_are_read_after_the_last_colon_before_a_number(tmp_path: Path) -
     (tmp_path / "a:3").write_text("")
     assert parse_source(str(tmp_path / "a:3")).weight == 1, "a file of that name is meant"
     for wrong in ("a.jsonl:0", "a.jsonl:-1", "a.jsonl:inf", "a.jsonl:nan"):
-        with pytest.raises(LorafoldError, match=r"--data a.jsonl:.*expected a finite one"):
+        with pytest.raises(LorafoldError, match=r"--data a.jsonl:.*expected a finite number"):
             parse_source(wrong)
 
 

@@ -188,7 +188,9 @@ def parse_source(text: str) -> DataSource:
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
         return DataSource(text)
     if not 0 < float(weight) < float("inf"):
-        raise LorafoldError(f"--data {text}: found weight {weight}, expected a finite one above 0")
+        raise LorafoldError(
+            f"--data {text}: found weight {weight}, expected a finite number above 0"
+        )
     return DataSource(name, float(weight))
 
 

@@ -42,8 +42,13 @@ def table_row(points: Sequence[Point]) -> list[str]:
     return [*setting_cells(points[0].way), formatted(points[0].examples, "d"), *figures]
 
 
-def setting_cells(at: TuningSetting) -> list[str]:
-    return [at.stack, at.defence, formatted(at.rank, "d"), formatted(at.lr, "g")]
+def setting_cells(setting: TuningSetting) -> list[str]:
+    return [
+        setting.stack,
+        setting.defence,
+        formatted(setting.rank, "d"),
+        formatted(setting.lr, "g"),
+    ]
 
 
 def last_points(study: Fragility) -> list[list[Point]]:

@@ -132,8 +132,8 @@ class RecordedBase:
         message = OTHER_BASE_MESSAGE
         if self.name not in ("", called):
             names = (self.name, called or "nameless")
-            that, this = (truncate_middle(name, MAX_NAME) for name in names)
-            message += f": {that}, not {this}"
+            recorded, found = (truncate_middle(name, MAX_NAME) for name in names)
+            message += f": {recorded}, not {found}"
             differences = [differences[0].partition(":")[0]]
         return [
             f"{message} ({truncate_middle(differences[0], 110)}); load that base, or allow this one"
@@ -153,8 +153,8 @@ class RecordedBase:
         """The end of a message about a base that does not fit, if the adapter names another one."""
         if self.fingerprint or self.name in ("", called):
             return ""
-        that, this = (truncate_middle(n, MAX_NAME) for n in (self.name, called or "nameless"))
-        return f"; the base in {self.named_in} is {that}, but this base is {this}"
+        recorded, found = (truncate_middle(n, MAX_NAME) for n in (self.name, called or "nameless"))
+        return f"; the base in {self.named_in} is {recorded}, but this base is {found}"
 
     def other_base_warning(self, base: Weights) -> str:
         """A warning if an adapter is loaded on another base anyway; else empty."""

@@ -84,7 +84,7 @@ def fastest(device: torch.device) -> Storage:
 def quickstart(
     out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
 ) -> QuickstartResult:
-    """Run all steps and write `train.jsonl`, `test.jsonl`, `asked.jsonl`, `adapter/`,
+    """Run all steps and write `train.jsonl`, `test.jsonl`, `prompts.jsonl`, `adapter/`,
     `adapter.html`, `merged/` and `gguf/`.
     """
     start = time.perf_counter()
@@ -104,7 +104,7 @@ def quickstart(
     train_rows = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0)
     test_rows = rows("test", TEST_ROWS, seed=0)
     prompts = [{"prompt": row["prompt"]} for row in test_rows[:EXPORT_ROWS]]
-    for name, data in (("train", train_rows), ("test", test_rows), ("asked", prompts)):
+    for name, data in (("train", train_rows), ("test", test_rows), ("prompts", prompts)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
 
     console.rule("1  before: the base without an adapter")
@@ -132,7 +132,7 @@ def quickstart(
     merged = merge(Base(MODEL), adapters, merged_to, MergeOptions(overwrite=overwrite), console)
     console.print(merged.summary(), highlight=False)
     console.rule("6  export: the adapter for llama.cpp, verified there")
-    options = exporting.ExportOptions("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
+    options = exporting.ExportOptions("gguf", prompts=out / "prompts.jsonl", overwrite=overwrite)
     exported = exporting.export(Base(MODEL), adapters, exported_to, options, console)
     print_lines(console, exported.summary())
 

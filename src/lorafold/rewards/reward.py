@@ -288,7 +288,9 @@ class Rewards(AbstractContextManager["Rewards"]):
         if not isinstance(limit, int | float) or isinstance(limit, bool):
             raise LorafoldError(f"rewards: found a time limit of {limit!r}, expected seconds")
         if not 0 < limit < math.inf:
-            raise LorafoldError(f"rewards: found a time limit of {limit} s, expected above 0")
+            raise LorafoldError(
+                f"rewards: found a time limit of {limit} s, expected a finite number above 0"
+            )
         self._rewards = tuple(rewards)
         for reward in self._rewards:
             if isinstance(reward, SeparateReward):

@@ -54,11 +54,14 @@ class Process(KillableProcess):
             if isinstance(error, TimedOut):
                 raise Busy(f"the machine is busy: no answer within {seconds:.0f} s") from None
             if isinstance(error, TooLarge):
-                raise CheckFailed(f"the process returned {error.size:,} bytes, too many") from None
+                raise CheckFailed(
+                    f"the process returned {error.size:,} bytes, expected at most"
+                    f" {MAX_ANSWER_BYTES:,}"
+                ) from None
             if isinstance(error, Exited):
-                late = error.code == -signal.SIGPROF
-                why = "time limit exceeded" if late else "the process crashed"
-                raise CheckFailed(why) from None
+                if error.code == -signal.SIGPROF:
+                    raise CheckFailed("time limit exceeded") from None
+                raise CheckFailed("the process crashed") from None
             raise
         return json.loads(content)
 
