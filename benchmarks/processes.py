@@ -143,7 +143,7 @@ def run(count: int, threads: int, *command: str) -> tuple[dict[str, Any], Watche
             text = (Path(where) / "said").read_text()
             if child.returncode:
                 raise SystemExit(text)
-            told = re.search(LOADED + r": of ([\d.]+) (\w)B of weights", " ".join(text.split()))
+            told = re.search(r"keeps .*? of ([\d.]+) (\w)B of weights", " ".join(text.split()))
             if told is not None:
                 watched.stored = float(told[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}[told[2]]
             lines = [json.loads(line) for line in (Path(where) / "json").read_text().splitlines()]
