@@ -153,7 +153,7 @@ class Anatomy:
             if _is_text_model(part):
                 config = part.config
                 decodes = getattr(config, "is_decoder", False) or not config.is_encoder_decoder
-                half = model.config.is_encoder_decoder and decodes  # of an encoder-decoder
+                half = model.config.is_encoder_decoder and decodes  # an encoder-decoder's
                 # a language model's layers have cache indices, and are causal or have an output
                 # embedding on top; neither holds for one of two encoders side by side
                 numbered = [m for m in part.modules() if hasattr(m, "layer_idx")]

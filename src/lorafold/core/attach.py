@@ -33,7 +33,7 @@ class Deltas(nn.ModuleDict):
     def __init__(self, selection: Selection) -> None:
         super().__init__()
         self.selection = selection
-        self._state_adapters: tuple[str, set[str]] = "", set()  # of the state being loaded
+        self._state_adapters: tuple[str, set[str]] = "", set()  # of the loaded state dict
         self.register_load_state_dict_post_hook(self._drop_missing_keys)
 
     def train(self, mode: bool = True) -> Self:

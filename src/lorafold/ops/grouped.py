@@ -34,8 +34,8 @@ from lorafold.ops.host_tensors import send
 from lorafold.ops.scale_and_add import SCALE
 from lorafold.runtime.assumed_device import cuda_capability, device_type
 
-# major versions for which torch has a grouped matmul kernel that reads the sizes on the device; on
-# others it loops, and waits for the sizes
+# major versions for which torch has a grouped matmul kernel that reads the sizes on the device; for
+# others, torch loops over the groups and waits for the sizes
 GROUPED_MM_MAJORS = (9, 10)
 GROUPED_UNIT = 8  # the sides of its 16-bit matrices must be multiples of this
 
@@ -151,7 +151,7 @@ class FrozenMatrices(NamedTuple):
         self, x: Tensor, width: int, back: bool, residual: Tensor | None, out: Tensor | None = None
     ) -> Tensor:
         """Returns W_e x_s + residual_s (S, width) for all rows x (S, in), rounded once; with
-        `back`, the transposed W_e. `out` (S, width), which may be `residual`, is overwritten.
+        `back`, W_e is transposed. `out` (S, width), which may be `residual`, is overwritten.
 
         `torch._grouped_mm` can't start from an accumulator, so its sum with `residual` is rounded
         with a dither, which preserves small updates on average.

@@ -50,7 +50,7 @@ class Tile(NamedTuple):
 
     @property
     def seen(self) -> slice:
-        """The tile's keys among the keys of a document."""
+        """The slice of a document's keys that the tile's queries attend to."""
         return slice(self.first, self.hi)
 
     def _every(self, x_SHD: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents in a batch: `lens` holds their lengths in tokens, sequence after sequence, with
-    sum B * T.
+    """The documents in a batch: `lens` holds their lengths in tokens, sequence after sequence;
+    without shared prefixes, their sum is B * T.
 
     With shared prefixes, document i adds only its tokens starts[i]:lens[i] to one packed sequence
     of T tokens, and `keys` (S,), S = sum(lens), maps each key of each document to one of these
@@ -143,8 +143,8 @@ class Documents:
 
     @cached_property
     def table(self) -> Tensor:
-        """The number of queries and of keys before each document, its first own key and its length:
-        int64 (documents, 4), on the CPU.
+        """The number of queries and of keys before each document, the length of its shared prefix
+        and its whole length: int64 (documents, 4), on the CPU.
         """
         lens, own = torch.tensor(self.lens), torch.tensor(self.own)
         return torch.stack([own.cumsum(0) - own, lens.cumsum(0) - lens, lens - own, lens], 1)
@@ -245,14 +245,13 @@ class Documents:
         seen = (document[i, None] == document) & (i[:, None] >= j)
         if self.window is not None:
             seen &= i[:, None] - self.window < j
-        # a token is a key of several documents, but a query sees only one of them
+        # a token is a key of several documents, but a query attends to only one of them
         mask = seen.new_zeros(len(i), len(i), dtype=torch.uint8)
         return mask.index_add_(1, keys, seen.byte()).bool()[None, None]
 
 
 def with_prefix_keys(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
-    """Returns the documents with n more keys in front of each: the tokens at the front of its
-    sequence.
+    """Returns the documents with n more keys in front of each: the first n tokens of its sequence.
     """
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
     keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
