@@ -135,8 +135,6 @@ def blank(make_class: Any, *args: Any) -> Any:
 
 @functools.cache
 def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Adapted]:
-    """Returns the subclass of `cls` that replaces it on adapted modules."""
-
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer(*self.selection.names_for_call(self.training))
         if isinstance(layer, BaseLayer):

@@ -313,9 +313,6 @@ SHOWN = 200  # characters of a value in a message
 
 
 def encoded_settings(delta: Delta) -> Tensor | None:  # (bytes,)
-    """Returns the settings of a delta and its parts as JSON (bytes,) in uint8, or None if there are
-    none.
-    """
     settings = {
         f"{path}.{name}".removeprefix("."): getattr(module, name)
         for path, module in delta.named_modules()

@@ -35,12 +35,10 @@ class RoundTrip(Delta):
         self.quantization, self.transposed = quantization, transposed
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
-        """Returns the output (n, out) of the layer with q(W) for an input x (n, in)."""
         w, b = self.fold(*layer.dense())
         return add(add(layer.op(x, w), onto), b)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns q(W) (*matrices, out, in), and the unchanged bias (*matrices, out)."""
         wide = torch.promote_types(w.dtype, torch.float32)
         if w.is_meta:
             return torch.empty_like(w, dtype=wide), b

@@ -63,8 +63,8 @@ class Functions:
 
 
 def supported(*tensors: Tensor, dense: bool = False) -> bool:
-    """Returns whether tensors of any shape are on the CPU, of the same one of DTYPES, and, if
-    `dense`, contiguous.
+    """Returns whether tensors of any shape are on the CPU, have the same dtype of DTYPES, and are
+    contiguous if `dense`.
     """
     dtype = tensors[0].dtype
     if dtype not in DTYPES:

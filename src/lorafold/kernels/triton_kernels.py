@@ -24,7 +24,6 @@ tl: Any = None  # Triton's language, once it is imported
 
 
 def jit(kernel: Any, *unspecialized: str) -> Any:
-    """Returns a kernel that Triton compiles on its first call."""
     global tl
     try:
         import triton

@@ -89,7 +89,6 @@ class CompressedLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, fmt: QuantizationFormat, scales: torch.dtype) -> None:
-        """Takes size, bias and device from a linear, and leaves codes and scales uninitialized."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.fmt = fmt

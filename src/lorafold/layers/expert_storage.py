@@ -42,7 +42,7 @@ class ExpertMatrices(ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """The dtype of all matrices, dequantized if they are quantized."""
+        """The dtype of the matrices, after dequantization if they are quantized."""
 
     @property
     @abstractmethod
@@ -121,8 +121,6 @@ class QuantizedMatrices(ExpertMatrices):
 
 
 class NF4(QuantizedMatrices):
-    """Matrices in bitsandbytes' 4-bit codes, with the constants of all experts in one list."""
-
     @property
     def stored_shape(self) -> tuple[int, int]:
         rows, b = self.parameter.quant_state.shape
@@ -146,8 +144,6 @@ class NF4(QuantizedMatrices):
 
 
 class Int8(QuantizedMatrices):
-    """Matrices in int8, with a scale for each stored row."""
-
     @property
     def stored_shape(self) -> tuple[int, int]:
         rows, b = self.parameter.shape
@@ -160,10 +156,6 @@ class Int8(QuantizedMatrices):
 
 
 class MXFP4(QuantizedMatrices):
-    """Matrices (out, in) in 4-bit floating point, with a power-of-two scale for every 32 weights of
-    a row.
-    """
-
     suffixes = (BLOCKS, SCALES)
 
     def __init__(self, matrices: Matrices) -> None:

@@ -219,7 +219,6 @@ class Routed(nn.Module):
 
 @functools.cache
 def routed_class(cls: type[nn.Module]) -> type[Routed]:
-    """Returns the subclass of a class, with its name, whose forward runs over `Experts` layers."""
     return renamed_subclass(Routed, cls, forward, base_class=cls)
 
 

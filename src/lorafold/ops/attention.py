@@ -35,8 +35,6 @@ FLASH_MAX_HEAD_SIZE, FLASH_HEAD_UNIT, FLASH_CAPABILITY = 256, 8, AMPERE
 
 
 class Scores(NamedTuple):
-    """The parameters of the scores cap tanh(scale q k / cap), or scale q k without a cap."""
-
     scale: float
     cap: float | None
 
