@@ -1,1 +1,1 @@
-"""The core: layers, deltas and specs, and code that attaches, combines and selects them."""
+"""Base classes (layer, delta, spec) and the code that attaches, combines and activates adapters."""

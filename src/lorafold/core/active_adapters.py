@@ -1,8 +1,9 @@
-"""The active adapters of a model, and the source of its random numbers in training.
+"""The active adapters of a model, and the random numbers of its dropout.
 
-A block recomputed in a backward must run under the adapters of its forward, so modules record the
-names in the frame of `torch.utils.checkpoint`. Reentrant and nested checkpoints have no frame; such
-a replay is refused if modules ran under other names since the last backward.
+Gradient checkpointing recomputes a block in the backward pass, when other adapters may be active.
+Each module call therefore records the active adapters in the frame of `torch.utils.checkpoint`, and
+the recomputation uses them. Reentrant and nested checkpoints have no such frame; their
+recomputation is refused if modules ran with other adapters since the last backward pass.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from lorafold.core.contexts import in_backward
 from lorafold.errors import LorafoldError
 
 Names = tuple[str, ...]
-# the `only` blocks that this thread or task is inside
+# the `only` blocks that this thread or task has entered
 _open_blocks: ContextVar[frozenset[OnlyBlock]] = ContextVar("inside", default=frozenset())
 
 
 @dataclass(eq=False)
 class Origin:
-    """The files of an adapter: the directory last loaded from or saved to, and their digest (empty
-    if there are none, or the adapter was merged since).
+    """The directory that an adapter was last loaded from or saved to, and the SHA-256 digest of its
+    files. The digest is empty for an adapter that has no files or was merged.
     """
 
     name: str = ""
@@ -39,8 +40,8 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class RandomSource:
-    """The source of random numbers: a 63-bit key, and a name for each token, int64 (B, T), from its
-    row and position, so that dropout is the same for a packed, padded or single row.
+    """The seed of dropout: a 63-bit key, and an int64 name (B, T) for each token. The name consists
+    of the token's row and position, so that packed, padded and single rows drop the same elements.
     """
 
     key: int
@@ -49,7 +50,7 @@ class RandomSource:
 
 @dataclass(eq=False)
 class OnlyBlock:
-    """One `with only(...)` block: the names it sets, and the previously active ones."""
+    """An open `with only(...)` block; `before` holds the adapters that were active outside it."""
 
     names: Names
     before: Names
@@ -57,16 +58,16 @@ class OnlyBlock:
 
 @dataclass(eq=False)
 class CheckpointRecord:
-    """The active names at each module call in a checkpointed segment, and the position of the
-    replay.
-    """
+    """The active adapters at each module call of a checkpointed segment."""
 
     names: list[Names] = field(default_factory=list)
     hook: Any = None
     at: int = 0
 
     def next_replayed(self, hook: Any) -> Names | None:
-        """The names for the next module in this hook's replay; None at the end."""
+        """Returns the adapters of the next module call when `hook` recomputes the segment; None at
+        the end.
+        """
         if hook is not self.hook:
             self.hook, self.at = hook, 0
         self.at += 1
@@ -75,7 +76,9 @@ class CheckpointRecord:
 
 @dataclass(eq=False)
 class StateDictLoading:
-    """One `load_state_dict`: the adapters in the state, and the removed missing keys of others."""
+    """One `load_state_dict` call: the adapters in the state dict, and the missing keys of other
+    adapters, which are not reported.
+    """
 
     missing: list[str]
     given: set[str] = field(default_factory=set)
@@ -94,7 +97,8 @@ class StateDictLoading:
 
 @dataclass(eq=False)
 class Selection:
-    """The active adapters of one model, lowest first, and other state that they share."""
+    """The active adapters of a model, lowest first, and the state that its adapted modules share.
+    """
 
     names: Names = ()
     origins: dict[str, Origin] = field(default_factory=dict)
@@ -104,8 +108,8 @@ class Selection:
     reference_names: Names | None = None  # the adapters of the model's last reference
     _lock: Lock = field(default_factory=Lock)
     _entries: list[OnlyBlock] = field(default_factory=list)
-    # the names under which modules ran that may be replayed without a record, since the last such
-    # replay, and whether one has happened since
+    # the adapters of module calls that may be recomputed without a record, since the last such
+    # recomputation, and whether one has happened since
     _ran_names: set[Names] = field(default_factory=set)
     _replayed: bool = False
 
@@ -121,7 +125,7 @@ class Selection:
         return tuple(self.origins.setdefault(name, Origin(name)) for name in self.names)
 
     def enter(self, names: Names) -> OnlyBlock:
-        """Make these names active until `leave` is called with the returned block."""
+        """Activates these adapters until `leave` is called with the returned block."""
         with self._lock:
             if self._entries and self._entries[-1] not in _open_blocks.get():
                 other = ", ".join(map(repr, self._entries[-1].names)) or "no adapter"
@@ -137,8 +141,8 @@ class Selection:
         return entry
 
     def leave(self, entry: OnlyBlock) -> None:
-        """Restore the names that were active before the block; blocks may be left in any order or
-        thread.
+        """Restores the adapters that were active before the block. Blocks may be left in any order
+        and from any thread.
         """
         with self._lock:
             at = self._entries.index(entry)
@@ -150,7 +154,7 @@ class Selection:
         _open_blocks.set(_open_blocks.get() - {entry})
 
     def add(self, name: str) -> None:
-        """Activate an adapter on top of the active ones, also after the current blocks end."""
+        """Activates an adapter on top of the active ones, also after the open `only` blocks end."""
         with self._lock:
             self.names += (name,)
             for entry in self._entries:
@@ -164,7 +168,9 @@ class Selection:
             self.origins.pop(name, None)
 
     def names_for_call(self, training: bool) -> Names:
-        """The adapters of a module call: the active ones, or in a replay the forward's."""
+        """Returns the adapters of a module call: the active ones, or, if a checkpoint is
+        recomputed, those of its forward pass.
+        """
         if torch.compiler.is_compiling():
             return self.names
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -172,7 +178,7 @@ class Selection:
             if torch.is_grad_enabled():
                 if in_backward():
                     self._check_replay()
-            elif training:  # may be the forward of a reentrant checkpoint
+            elif training:  # this may be the forward pass of a reentrant checkpoint
                 self._note()
             return self.names
         recorded, replaying = _record_of(self, hooks[0])
@@ -182,7 +188,7 @@ class Selection:
                 return replayed
         if in_backward():
             self._check_replay()
-        else:  # also with a record: a segment inside another one has a new frame in the replay
+        else:  # also with a record: a nested segment gets a new frame when it is recomputed
             self._note()
         if recorded is not None and not replaying:
             recorded.names.append(self.names)
@@ -205,7 +211,9 @@ class Selection:
 
 
 def _record_of(selection: Selection, hook: Any) -> tuple[CheckpointRecord | None, bool]:
-    """The record of the checkpointed segment of a hook, and whether the hook replays it."""
+    """Returns the record of the checkpointed segment that a saved-tensors hook belongs to, and
+    whether the segment is being recomputed.
+    """
     own = getattr(hook, "_torchdynamo_orig_callable", hook)
     code = getattr(own, "__code__", None)
     for name, replaying in (("frame", False), ("target_frame_ref", True)):
@@ -223,7 +231,9 @@ BRANCH_BIT, SLOT_BIT = 32, 24  # the bits of a name: 23 row, 8 branch, 8 slot, 2
 
 
 class DropoutSite(NamedTuple):
-    """The source of one dropout's random numbers: key, token names (T,), the module's number."""
+    """The inputs of one dropout's random numbers: the step's key, the token names (T,) and the
+    module's number.
+    """
 
     key: int
     names: Tensor
@@ -232,7 +242,8 @@ class DropoutSite(NamedTuple):
 
 @contextmanager
 def seeded_dropout(selection: Selection, random_source: RandomSource) -> Iterator[None]:
-    """Context: random numbers in the selection's model come from this source."""
+    """Context manager: dropout in the selection's model takes its random numbers from this source.
+    """
     previous, selection.random_source = selection.random_source, random_source
     try:
         yield
@@ -241,21 +252,23 @@ def seeded_dropout(selection: Selection, random_source: RandomSource) -> Iterato
 
 
 def token_names(rows: Tensor, positions: Tensor, branches: Tensor | int = 0) -> Tensor:
-    """The names of tokens (B, T), int64; the arguments broadcast to that shape."""
+    """Returns the int64 names (B, T) of tokens; the arguments broadcast to that shape."""
     return (rows.long() << (BRANCH_BIT + 8)) + (torch.as_tensor(branches) << BRANCH_BIT) + positions
 
 
 def expert_token_names(names: Tensor, at: Tensor, k: int) -> Tensor:
-    """The names (S,) of rows that experts compute; each row is a token and one of its k experts."""
+    """Returns the names (S,) of the rows that experts compute. `at` (S,) holds token * k + i for a
+    row of the i-th of a token's k experts.
+    """
     return names[at // k] + (at % k << SLOT_BIT)
 
 
 def dropout_site(
     module: nn.Module, tokens: int, of: Callable[[Tensor], Tensor] | None = None
 ) -> DropoutSite | None:
-    """The source of dropout's random numbers in a module; `of` maps the tokens' names (T,) to its
-    rows' (S,). None outside `seeded_dropout`,
-    and if the inputs are not the batch's tokens.
+    """Returns the inputs of dropout's random numbers in a module; `of` maps the names (T,) of the
+    tokens to those of the module's rows (S,). Returns None outside `seeded_dropout`, and if the
+    module's inputs are not the batch's tokens.
     """
     selection = vars(module).get("selection")
     if not isinstance(selection, Selection) or (random_source := selection.random_source) is None:

@@ -1,5 +1,5 @@
-"""The structure of a model (blocks, decoder, experts, encoders) as module paths, derived from its
-modules, embeddings and configuration, never from its name.
+"""Finds the parts of a model (blocks, decoder, experts, encoders) from its modules, embeddings and
+configuration, never from the model's name.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _anatomies: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 
 
 class Anatomy:
-    """Paths of the modules of a model, by role.
+    """The module paths of a model, by role.
 
     blocks: the elements of the outermost ModuleLists.
     experts: the modules that hold expert weights, with their numbers of experts.
-    indexers: the modules that choose the positions for sparse attention, without gradients.
+    indexers: the modules that select positions for sparse attention, and get no gradients.
     attentions: the causal self-attentions.
-    embedding, head: the input and output embedding, or None if undefined.
+    embedding, head: the input and the output embedding, or None if the model has none.
     """
 
     def __init__(self, model: nn.Module, tree: Tree) -> None:
@@ -60,7 +60,7 @@ class Anatomy:
 
     @staticmethod
     def of(model: nn.Module) -> Anatomy:
-        """The model's current anatomy: cached, and computed again after modules changed."""
+        """Returns the model's anatomy, which is cached until modules change."""
         visited, tree = set(), []
         pending = [("", model)]
         while pending:
@@ -79,7 +79,9 @@ class Anatomy:
 
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:
-        """Each module outside deltas, once, under its first path; expert weights as `Matrices`."""
+        """Each module outside deltas once, under its first path; expert weights appear as
+        `Matrices`.
+        """
         modules: dict[str, nn.Module] = {}
         for path, module_ref in self._tree:
             module: Any = module_ref()
@@ -93,10 +95,10 @@ class Anatomy:
 
     @cached_property
     def routers(self) -> frozenset[str]:
-        """The matrices beside E experts that have E outputs (a router) or one (a shared expert's
-        gate).
+        """The weight matrices next to E experts that have E outputs (a router) or one (the gate of
+        a shared expert).
         """
-        # for each module that contains experts: its children with experts inside, and the counts
+        # module that contains experts -> its children with experts inside -> numbers of experts
         inside: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for path, counts in self.experts.items():
             for outer, child in _ancestors(path):
@@ -114,7 +116,7 @@ class Anatomy:
 
     @cached_property
     def vocabulary_ends(self) -> list[str]:
-        """The input and the output embedding, if they have a weight of their own."""
+        """The input and the output embedding, if they have a `weight` parameter."""
         ends = [path for path in (self.embedding, self.head) if path is not None]
         modules = map(self._model().get_submodule, ends)
         weights = [module._parameters.get("weight") for module in modules]
@@ -122,7 +124,7 @@ class Anatomy:
 
     @cached_property
     def decoder(self) -> str:
-        """The module between token ids and head; "", the model itself, if there is none."""
+        """The module between token ids and LM head, or "", the model itself, if there is none."""
         model = self._model()
         part = model.get_decoder() if hasattr(model, "get_decoder") else model
         if part is model and self.embedding and self.head is not None:
@@ -132,7 +134,9 @@ class Anatomy:
 
     @cached_property
     def heads(self) -> list[str]:
-        """The modules on top of the base model, or else the output embedding."""
+        """The modules on top of the base model, or the output embedding if the model is its own
+        base model.
+        """
         base = getattr(self._model(), "base_model", self._model())
         if base is not self._model():
             return [name for name, child in self._model().named_children() if child is not base]
@@ -149,7 +153,7 @@ class Anatomy:
             if _is_text_model(part):
                 config = part.config
                 decodes = getattr(config, "is_decoder", False) or not config.is_encoder_decoder
-                half = model.config.is_encoder_decoder and decodes  # of an encoder-decoder
+                half = model.config.is_encoder_decoder and decodes  # an encoder-decoder's
                 # a language model's layers have cache indices, and are causal or have an output
                 # embedding on top; neither holds for one of two encoders side by side
                 numbered = [m for m in part.modules() if hasattr(m, "layer_idx")]
@@ -160,9 +164,9 @@ class Anatomy:
 
     @cached_property
     def encoders(self) -> dict[str, str]:
-        """The encoders beside the language model, and the modality of each: "vision" or "audio"."""
+        """The encoders next to the language model, with their modality: "vision" or "audio"."""
         config: Any = getattr(self._model(), "config", None)
-        # an encoder may lie inside a language model whose own configuration has a part for it
+        # an encoder may be part of a language model, whose config then has a sub-config for it
         may_contain = _is_text_model(self._model()) and getattr(config, "sub_configs", None)
         if not self.language and (not may_contain or config.is_encoder_decoder):
             return {}
@@ -177,7 +181,7 @@ class Anatomy:
 
     @cached_property
     def encoders_and_connectors(self) -> tuple[str, ...]:
-        """The encoders and the connectors between them and the language model; not the heads."""
+        """The encoders, and the connectors between them and the language model, without heads."""
         if not self.language:
             return tuple(self.encoders)
         ancestors = [outer for outer, _ in _ancestors(self.language)]
@@ -196,13 +200,12 @@ class Anatomy:
 
     @property
     def language_modules(self) -> list[tuple[str, nn.Module]]:
-        """The path and module of each module outside encoders and connectors."""
+        """The modules outside encoders and connectors, with their paths."""
         is_outside = beneath(self.encoders_and_connectors)
         return [(path, module) for path, module in self.modules if not is_outside(path)]
 
 
 def joined(path: str, name: str) -> str:
-    """The dotted name of a child or tensor of the module at `path`."""
     return f"{path}.{name}" if path else name
 
 
@@ -211,23 +214,20 @@ def last_part(path: str) -> str:
 
 
 def ends_in(path: str, name: str) -> bool:
-    """Whether the path's last parts are the name."""
     return f".{path}".endswith(f".{name}")
 
 
 def beneath(roots: Iterable[str]) -> Callable[[str], bool]:
-    """A function that returns whether a module path is one of these or lies inside one."""
+    """Returns a function that tests whether a module path is one of the roots or lies below one."""
     prefixes = tuple(f"{root}." if root else "" for root in roots)
     return lambda path: f"{path}.".startswith(prefixes)
 
 
 def of_attention(path: str) -> bool:
-    """Whether the path contains `attn` or `attention`, in any case."""
     return re.search(r"attn|attention", path, re.IGNORECASE) is not None
 
 
 def tied_modules(model: nn.Module, module: nn.Module) -> list[str]:
-    """The paths of the other modules that have the same Parameter as their `weight`."""
     weight = module._parameters.get("weight")
     return [
         path
@@ -237,7 +237,7 @@ def tied_modules(model: nn.Module, module: nn.Module) -> list[str]:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Map each parameter name that is an alias to its other names."""
+    """Maps each name of a shared parameter to its other names."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -250,7 +250,7 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _ancestors(path: str) -> list[tuple[str, str]]:
-    """Each module on the way to a path, with its next child."""
+    """Returns the modules on the way to `path`, each with its next child."""
     parts = path.split(".") if path else []
     return [(".".join(parts[:n]), ".".join(parts[: n + 1])) for n in range(len(parts))]
 
@@ -263,7 +263,6 @@ def _is_text_model(module: nn.Module) -> bool:
 
 
 def _modalities(module: nn.Module) -> list[str]:
-    """The non-text modalities that the module takes: "vision", "audio"."""
     inputs = getattr(module, "input_modalities", ())
     names = [inputs] if isinstance(inputs, str) else inputs
     return list(dict.fromkeys(MODALITIES[name] for name in names if name in MODALITIES))

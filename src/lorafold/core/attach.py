@@ -1,7 +1,7 @@
 """Attaches deltas by replacing a module's class with a subclass that runs the active deltas.
 
-The module's keys, `isinstance` and kernel stay. The deltas' tensors are in the state dict as
-`<module path>.deltas.<adapter>.<tensor>`.
+The module keeps its state-dict keys, its `isinstance` checks and its kernel. The state dict also
+contains the deltas' tensors, as `<module path>.deltas.<adapter>.<tensor>`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ _without_deltas: ContextVar[bool] = ContextVar("base_alone", default=False)
 
 
 class Deltas(nn.ModuleDict):
-    """The deltas attached to one module, by adapter name.
+    """The deltas of one module, by adapter name.
 
-    Frozen ones stay in evaluation mode: their dropout must not affect an adapter trained on top.
+    Frozen deltas stay in evaluation mode, because their dropout would affect an adapter that is
+    trained on top of them.
     """
 
     def __init__(self, selection: Selection) -> None:
         super().__init__()
         self.selection = selection
-        self._state_adapters: tuple[str, set[str]] = "", set()  # of the state being loaded
+        self._state_adapters: tuple[str, set[str]] = "", set()  # of the loaded state dict
         self.register_load_state_dict_post_hook(self._drop_missing_keys)
 
     def train(self, mode: bool = True) -> Self:
-        """Put the deltas with trainable parameters in training mode."""
+        """Sets the mode; only deltas with trainable parameters enter training mode."""
         super().train(mode)
         delta: Any
         for delta in self.values() if mode else ():
@@ -48,7 +49,9 @@ class Deltas(nn.ModuleDict):
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """The deltas' tensors, without the base's, which the state dict already contains."""
+        """Returns the deltas' tensors, without parameters of the base, which the model's state dict
+        already contains.
+        """
         if _without_deltas.get():
             return {} if destination is None else destination
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -77,8 +80,8 @@ class Deltas(nn.ModuleDict):
         self._state_adapters = prefix, set(names.values()) & set(self)
 
     def _drop_missing_keys(self, _: nn.Module, incompatible: Any) -> None:
-        """Don't report keys of adapters that are absent from the state as missing: a base state can
-        be loaded.
+        """Removes keys of adapters that are absent from the state dict from the missing keys, so
+        that a base model's state dict can be loaded.
         """
         missing, (prefix, names) = incompatible.missing_keys, self._state_adapters
         for key in self._keys_of_base(prefix, missing):
@@ -101,7 +104,9 @@ class Adapted(nn.Module):
     site = ""
 
     def layer(self, *names: str, base: BaseLayer | None = None) -> Layer:
-        """The module as a layer, with the named deltas that are attached to it on top."""
+        """Returns the module as a layer, with those of the named deltas that are attached to it on
+        top.
+        """
         layer: Layer = base or self.layer_class(self)
         for name in names:
             if name in self.deltas:
@@ -113,7 +118,8 @@ class Adapted(nn.Module):
 
 
 def renamed_subclass(mixin: type, cls: type[nn.Module], forward: Any, **body: Any) -> Any:
-    """A subclass of `cls` with another forward, and with its name, because model files record it.
+    """Returns a subclass of `cls` with another forward. It has the name of `cls`, because model
+    files record the class name.
     """
     body["forward"] = functools.wraps(cls.forward)(forward)
     subclass = type(cls.__name__, (mixin, cls), body)
@@ -122,15 +128,13 @@ def renamed_subclass(mixin: type, cls: type[nn.Module], forward: Any, **body: An
 
 
 def blank(make_class: Any, *args: Any) -> Any:
-    """An uninitialized object of the class that `make_class` returns; for pickle."""
+    """Creates an uninitialized object of the class that `make_class` returns; pickle calls this."""
     cls = make_class(*args)
     return cls.__new__(cls)
 
 
 @functools.cache
 def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Adapted]:
-    """The subclass of `cls` that replaces it on adapted modules."""
-
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer(*self.selection.names_for_call(self.training))
         if isinstance(layer, BaseLayer):
@@ -143,7 +147,7 @@ def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Ad
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model (tensors of any shape) without its adapters."""
+    """Returns the state dict of a model (tensors of any shape) without its adapters."""
     token = _without_deltas.set(True)
     try:
         state = model.state_dict()
@@ -163,7 +167,9 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """The model's selection, merged if parts of the model were adapted before they were joined."""
+    """Returns the model's selection. If parts of the model were adapted before they were joined,
+    their selections are merged.
+    """
     selections = list({id(m.selection): m.selection for _, m in adapted_modules(model)}.values())
     first, *others = selections or [Selection()]
     for other in others:
@@ -185,7 +191,7 @@ def attach_delta(
     module: nn.Module, layer_class: type[BaseLayer], name: str, delta: Delta, selection: Selection,
     site: str = "",
 ) -> None:  # fmt: skip
-    """Attach a delta to the module at `site`, on top of those it has."""
+    """Attaches a delta to the module at path `site`, on top of the module's other deltas."""
     if not isinstance(module, Adapted):
         if hasattr(module, "deltas"):
             raise LorafoldError(
@@ -201,7 +207,7 @@ def attach_delta(
 
 
 def detach_delta(module: Adapted, name: str) -> None:
-    """Detach a delta from a module; without deltas, the module gets its original class back."""
+    """Detaches a delta. A module without deltas gets its original class back."""
     del module.deltas[name]
     if not len(module.deltas):
         del module.deltas, module.selection
@@ -212,8 +218,8 @@ def detach_delta(module: Adapted, name: str) -> None:
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
-    """Freeze the base. The selection records the trainable parameters, so that detaching restores
-    them.
+    """Freezes the base. The selection records the parameters that were trainable, so that detaching
+    can unfreeze them.
     """
     of_deltas = {id(p) for m in model.modules() if isinstance(m, Deltas) for p in m.parameters()}
     for p in model.parameters():
@@ -223,16 +229,17 @@ def freeze(model: nn.Module, selection: Selection) -> None:
 
 
 class only:
-    """Context manager: only the named adapters are active, the first one lowest in the stack.
+    """Context manager: only the named adapters are active, stacked in the given order.
 
-    `with only(model, "sft"): ...`; `only(model)` gives the base model, bit for bit.
+    For example, `with only(model, "sft"): ...`. Under `only(model)`, the outputs equal those of the
+    base model bit for bit.
 
-    Active adapters belong to the model, so every thread that uses it sees them. A block that
-    gradient checkpointing recomputes in the backward pass runs with the adapters of its forward
-    pass.
+    The active adapters are a property of the model, so every thread that uses the model sees them.
+    A block that gradient checkpointing recomputes in the backward pass runs with the adapters of
+    its forward pass.
 
-    Raises LorafoldError for an adapter that is not attached, and on entering while another thread
-    or task is inside such a block on the same model.
+    Raises LorafoldError for an adapter that is not attached, and on entry while another thread or
+    task is inside such a block on the same model.
     """
 
     def __init__(self, model: nn.Module, *names: str) -> None:

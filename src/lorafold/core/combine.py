@@ -1,4 +1,4 @@
-"""Combinators: deltas made of deltas, of any methods and on any quantization."""
+"""Combinators: deltas that consist of other deltas, of any method and on any quantization."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lorafold.core.layer import Layer, add
 
 
 class Stack(Delta):
-    """Several deltas of one adapter at one layer (LoRA and a trained bias), lowest first: W ->
-    fold2(fold1(W)).
+    """Several deltas of one adapter at one layer, such as LoRA and a trained bias, applied in
+    order: W -> fold2(fold1(W)).
     """
 
     def __init__(self, deltas: Iterable[Delta]) -> None:
@@ -47,22 +47,25 @@ class Stack(Delta):
 
 @dataclass(eq=False)
 class Slots:
-    """The delta of each element of the next batch: `at` (batch,), 0 for none, i for the i-th."""
+    """Assigns a delta to each element of the next batch: `at` (batch,) holds 0 for none, i for the
+    i-th.
+    """
 
     at: Tensor
 
 
 def up_names_in(combinator: nn.Module) -> tuple[str, ...]:
-    """The names, relative to the combinator, of the up factors of all deltas inside it."""
+    """Returns the names, relative to the combinator, of the up factors of all deltas inside it."""
     inside = [(path, m) for path, m in combinator.named_modules() if path and isinstance(m, Delta)]
     return tuple(f"{path}.{name}" for path, m in inside for name in type(m).up_names)
 
 
 class Mix(Delta):
-    """y + sum_i g_i (d_i(x) - y), y the output of the layer below, with learned gates g (n,), fp32.
+    """Adds the changes of several deltas d_i, weighted by learned gates g (n,) in fp32.
 
-    If `gates` is a Parameter, it is used itself, so layers can share it. Folding gives W + sum_i
-    g_i (fold_i(W) - W), and raises NotMergeable if one of the deltas does.
+    The output is y + sum_i g_i (d_i(x) - y), with the output y of the layer below. A Parameter that
+    is passed as `gates` is not copied, so layers can share it. Folding gives W + sum_i g_i
+    (fold_i(W) - W), and raises NotMergeable if folding one of the deltas does.
     """
 
     def __init__(self, deltas: Sequence[Delta], gates: Tensor) -> None:
@@ -100,8 +103,8 @@ class Mix(Delta):
 class PerExample(Opaque):
     """One delta, of any method, for each element of a batch.
 
-    In eager mode, each delta computes only its own elements. In compiled code it computes the whole
-    batch, so that one graph serves any assignment.
+    In eager mode, each delta computes only the elements that are assigned to it. In compiled code,
+    each delta computes the whole batch, so that one graph serves any assignment.
     """
 
     def __init__(self, deltas: Sequence[Delta], slots: Slots) -> None:
@@ -126,9 +129,10 @@ class PerExample(Opaque):
 
 
 class Bank(Opaque):
-    """`PerExample` for low-rank deltas: frozen copies up (n + 1, out, r) and down (n + 1, r, in),
-    padded to the largest rank r, slot 0 all zeros; two batched matmuls for any assignment, no
-    dropout.
+    """`PerExample` for low-rank deltas without dropout: two batched matmuls for any assignment.
+
+    It holds frozen copies of the factors, up (n + 1, out, r) and down (n + 1, r, in), padded to the
+    largest rank r; slot 0 contains zeros.
     """
 
     def __init__(self, deltas: Sequence[LowRank], slots: Slots) -> None:
@@ -150,7 +154,7 @@ class Bank(Opaque):
 @dataclass(eq=False)
 class Given(Upon):
     """A layer with a known output y for the input x, so that a combinator runs the layer below only
-    once. Another input (a delta may change it) runs the layer again.
+    once. Any other input, which a delta may have changed, runs the layer again.
     """
 
     under: Layer

@@ -18,8 +18,8 @@ from lorafold.errors import LorafoldError
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Context: evaluation mode, without gradients by default. Each module's mode is restored
-    afterwards.
+    """Context manager: evaluation mode, by default without gradients. Each module's mode is
+    restored at the end.
     """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -33,7 +33,9 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[float]:
-    """Context: dropout is 0 in the model and its adapters. Yields the largest previous rate."""
+    """Context manager: dropout is 0 in the model and its adapters. Yields the largest previous
+    rate.
+    """
 
     rates = [
         (module, name, p)
@@ -53,7 +55,7 @@ def without_dropout(model: nn.Module) -> Iterator[float]:
 
 
 def replace_attribute(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set owner.name to a value until the stack unwinds."""
+    """Sets owner.name to a value until the stack unwinds."""
     before = getattr(owner, name)
     undo = (setattr, owner, name, before) if name in vars(owner) else (delattr, owner, name)
     stack.callback(*undo)
@@ -61,8 +63,8 @@ def replace_attribute(stack: ExitStack, owner: Any, name: str, value: Any) -> No
 
 
 def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """run(*args), a tensor of any shape, recomputed in the backward. `run` must not use random
-    numbers.
+    """Returns run(*args), a tensor of any shape, and runs it again in the backward pass. `run` must
+    not use random numbers, because the generator's state is not restored.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return run(*args)
@@ -71,8 +73,6 @@ def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
 
 @dataclass(eq=False)
 class UnchangedScope:
-    """One `unchanged` block, and the values cached for it."""
-
     open: bool = True
     cache: dict[Any, Any] = field(default_factory=dict)
 
@@ -82,8 +82,9 @@ _scope: ContextVar[UnchangedScope | None] = ContextVar("unchanged", default=None
 
 @contextmanager
 def unchanged() -> Iterator[None]:
-    """Context: parameters don't change in this thread or task, so values that depend only on them
-    are computed once (fused optimizers don't change a parameter's version).
+    """Context manager: parameters don't change in this thread or task, so values that depend only
+    on them are computed once. Version counters could not show this, because fused optimizers don't
+    increment them.
     """
     token = _scope.set(made := UnchangedScope())
     try:
@@ -98,17 +99,21 @@ def scope() -> UnchangedScope | None:
 
 
 def in_backward() -> bool:
-    """Whether this runs inside a backward, as when a checkpointed block is recomputed."""
+    """Returns whether this runs inside a backward pass, such as when a checkpointed block is
+    recomputed.
+    """
     return torch._C._current_graph_task_id() != -1
 
 
 def is_fake(x: Tensor) -> bool:
-    """Whether x (any shape) is a fake tensor, which has no values (memory estimates use them)."""
+    """Returns whether x (any shape) is a fake tensor, which has no values; memory estimates use
+    them.
+    """
     return isinstance(x, FakeTensor)
 
 
 def disable_rescaling(model: nn.Module) -> None:
-    """Undo and disable RWKV's in-place rescaling of weights for inference: a delta would not be
+    """Undoes and disables RWKV's in-place rescaling of weights for inference: a delta would not be
     rescaled with its matrix, so merged weights would be wrong by a power of two.
     """
     for module in model.modules():

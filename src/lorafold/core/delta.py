@@ -1,11 +1,12 @@
 """A delta changes one layer; `fold` makes the same change to the layer's weight.
 
-Invariant: the folded layer gives the same output as the layer with its delta. If a layer has
+Invariant: the folded layer gives the same output as the layer with its delta. For a layer with
 several matrices (`Layer.matrices`), every tensor has a leading dimension (E,).
 
-Attributes that affect a delta's output, such as a scale, are saved in its state as one uint8 tensor
-of JSON, `<module path>.deltas.<adapter>.settings`, because some files hold only tensors. Loading a
-state with different settings is an error; states without settings (earlier versions) are loaded.
+Attributes that affect a delta's output, such as a scale, are saved in the state dict as `<module
+path>.deltas.<adapter>.settings`, one uint8 tensor of JSON, because some file formats hold only
+tensors. Loading a state dict with different settings is an error; state dicts without settings,
+which earlier versions wrote, are loaded.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from lorafold.errors import LorafoldError, NotMergeable, differing_keys, listed,
 
 
 class Gained(NamedTuple):
-    """An output as g z + c: z the output of `under` on the layer, or of the layer if None; g and c
-    (*matrices, out), fp32 or wider, c may be None.
+    """An output of the form g z + c. z is the output of `under` on the layer, or of the layer if
+    `under` is None; g and c (*matrices, out) are fp32 or wider, and c may be None.
     """
 
     under: Delta | None
@@ -40,7 +41,7 @@ class Gained(NamedTuple):
 class Delta(nn.Module, ABC):
     """Abstract: a trainable change of one layer.
 
-    Parameters are fp32, on the layer's device.
+    The parameters are fp32, on the layer's device.
     """
 
     up_names: tuple[str, ...] = ()  # parameters that train at the up factor's learning rate (LoRA+)
@@ -57,45 +58,48 @@ class Delta(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        """Compute the output of the adapted layer.
+        """Computes the output of the adapted layer.
 
-        For a linear layer: x (..., in) -> (..., out), with `onto` (..., out) added before the
-        single rounding. Otherwise: the inputs and outputs of the module.
+        For a linear layer: x (..., in) -> (..., out); `onto` (..., out) is added before the sum is
+        rounded once. For any other layer: the inputs and outputs of the module.
 
         Args:
             layer: the layer below; calling it runs the module and the deltas below this one.
             *args: the inputs of the module's forward.
-            **kwargs: its keyword inputs.
+            **kwargs: the keyword inputs of the module's forward.
         """
 
     @abstractmethod
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the changed weight (out, in) and bias (out,) or None, in the wider of the weight's
-        and the delta's dtype.
+        """Returns the changed weight (out, in) and bias (out,) or None, in the wider of the
+        weight's and the delta's dtype.
 
         Raises NotMergeable if the change can't be expressed in the weight.
         """
 
     def factors(self) -> Factors | None:
-        """up (out, r), including every scale, and down (r, in) if folding gives W + up @ down; None
-        if the change has no such factors.
+        """Returns up (out, r), including every scale, and down (r, in) if folding gives W + up @
+        down; None if the change has no such factors.
         """
         return None
 
     def gained(self, layer: Layer) -> Gained | None:
-        """The delta's output as gains and offsets, or None if it does not have that form."""
+        """Returns the delta's output as gains and offsets, or None if the output does not have that
+        form.
+        """
         return None
 
     def change(self, w: Tensor) -> Tensor:  # (out, in)
-        """The update dW (out, in) that folding adds to W. Raises NotMergeable like `fold`."""
+        """Returns the update dW (out, in) that folding adds to W. Raises NotMergeable like `fold`.
+        """
         return self.fold(w, None)[0] - w
 
     def parts(self) -> Iterable[Delta]:
-        """The deltas inside a combinator, lowest first; any other delta returns itself."""
+        """Returns the deltas inside a combinator, lowest first; any other delta returns itself."""
         return (self,)
 
     def borrowed(self) -> Iterable[nn.Parameter]:
-        """Parameters of other deltas that this delta uses."""
+        """Returns the parameters of other deltas that this delta uses."""
         return ()
 
     @property
@@ -106,7 +110,8 @@ class Delta(nn.Module, ABC):
         return None
 
     def values_at(self) -> Sequence[int]:
-        """The indices, in the stored weight's first dimension, that folding overwrites."""
+        """Returns the indices that folding overwrites in the first dimension of the stored weight.
+        """
         return ()
 
 
@@ -128,7 +133,7 @@ class Additive(Delta):
 
     @abstractmethod
     def delta(self) -> Tensor:  # (out, in)
-        """dW (out, in), including every scale."""
+        """Returns dW (out, in), including every scale."""
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w + self.delta(), b
@@ -137,8 +142,9 @@ class Additive(Delta):
         return self.delta()
 
     def row_squares(self, layer: Layer, own: Tensor) -> Tensor:  # (*matrices, out)
-        """The squared norm of each row of W + dW (*matrices, out, in); rounding can make it
-        negative. `own` (*matrices, out) holds the squared norms of the rows of W.
+        """Returns the squared norm (*matrices, out) of each row of W + dW (*matrices, out, in);
+        rounding can make it negative. `own` (*matrices, out) holds the squared norms of the rows of
+        W.
         """
         return torch.linalg.vector_norm(layer.dense()[0] + self.delta(), dim=-1).square()
 
@@ -146,20 +152,21 @@ class Additive(Delta):
 class Dense(Additive):
     """Abstract: dW is computed explicitly and added to W, so the layer is one matmul.
 
-    The sum is rounded with a dither in bf16, which preserves changes below half a unit on average,
-    and recomputed in the backward, so that a step holds only one such matrix at a time.
+    In bf16, the sum is rounded with a dither, which preserves changes below half a unit in the last
+    place on average. The backward pass computes it again, so that a step holds only one such matrix
+    at a time.
     """
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         return layer.built(x, self.added, onto)
 
     def added(self, w: Tensor) -> Tensor:  # (out, in)
-        """W + dW (out, in), rounded once to W's dtype, for the current forward pass."""
+        """Returns W + dW (out, in), rounded once to W's dtype, for the current forward pass."""
         return rounded(w + self.delta(), w.dtype)
 
 
 class LowRank(Additive):
-    """Abstract: a product of two factors, with dropout on the branch only."""
+    """Abstract: dW is a product of two factors, with dropout on this branch only."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -167,10 +174,12 @@ class LowRank(Additive):
 
     @abstractmethod
     def factors(self) -> Factors:
-        """up (out, r), including every scale, and down (r, in): dW = up @ down."""
+        """Returns up (out, r), including every scale, and down (r, in): dW = up @ down."""
 
     def scaled(self) -> tuple[Tensor, Tensor, float]:
-        """up (out, r), down (r, in) and a factor k that the layer applies: dW = k up @ down."""
+        """Returns up (out, r), down (r, in) and a factor k that the layer applies: dW = k up @
+        down.
+        """
         return *self.factors(), 1.0
 
     def delta(self) -> Tensor:  # (out, in)
@@ -194,7 +203,7 @@ class LowRank(Additive):
 
 
 def alike(a: Delta, b: Delta) -> bool:
-    """Whether the deltas of two modules with a tied weight change it in the same way."""
+    """Returns whether the deltas of two modules with a tied weight change it in the same way."""
     pairs = zip_longest(a.parts(), b.parts())
     return all(x is not None and y is not None and (x.twin is y or y.twin is x) for x, y in pairs)
 
@@ -207,7 +216,9 @@ def on_meta(delta: Delta) -> Delta:
 
 
 def set_tensor(delta: Delta, name: str, value: Tensor) -> None:
-    """Set a delta's tensor by its dotted name, in place if `value` (any shape) has its shape."""
+    """Sets a delta's tensor by its dotted name; a value (any shape) of the same shape is copied in
+    place.
+    """
     owner, _, leaf = name.rpartition(".")
     module = delta.get_submodule(owner)
     old = getattr(module, leaf)
@@ -221,7 +232,7 @@ def set_tensor(delta: Delta, name: str, value: Tensor) -> None:
 
 
 class Upon(Layer):
-    """Abstract: a layer on top of another."""
+    """Abstract: a layer on top of another layer, `under`."""
 
     under: Layer
 
@@ -250,12 +261,10 @@ class Upon(Layer):
 
     @property
     def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The number of matrices of the layer below."""
         return self.under.matrices
 
     @property
     def window(self) -> int:  # type: ignore[override]
-        """The window of the layer below."""
         return self.under.window
 
     @property
@@ -264,7 +273,6 @@ class Upon(Layer):
 
     @property
     def takes_ids(self) -> bool:  # type: ignore[override]
-        """Whether the layer below takes ids."""
         return self.under.takes_ids
 
     @property
@@ -277,7 +285,6 @@ class Upon(Layer):
 
     @property
     def module(self) -> nn.Module:  # type: ignore[override]
-        """The module at the bottom."""
         return self.under.module
 
 
@@ -306,7 +313,6 @@ SHOWN = 200  # characters of a value in a message
 
 
 def encoded_settings(delta: Delta) -> Tensor | None:  # (bytes,)
-    """The settings of a delta and its parts as JSON (bytes,) in uint8; None if it has none."""
     settings = {
         f"{path}.{name}".removeprefix("."): getattr(module, name)
         for path, module in delta.named_modules()
@@ -318,7 +324,7 @@ def encoded_settings(delta: Delta) -> Tensor | None:  # (bytes,)
 
 
 def check_settings(delta: Delta, given: Tensor, what: str) -> None:
-    """Raise if the settings `given` (bytes,) in a state differ from the delta's."""
+    """Raises if the settings `given` (bytes,) in a state dict differ from the delta's."""
     both = encoded_settings(delta), given
     expected, found = ({} if t is None else json.loads(bytes(t.tolist())) for t in both)
     if expected != found:

@@ -1,7 +1,8 @@
 """Expert weights as modules, so that deltas can be attached to them.
 
-transformers stores experts in parameters like `experts.gate_up_proj` (E, 2 I, H); the target path
-is the parameter's path. Ways in which a forward assigns rows to experts:
+transformers stores the weights of all experts in parameters such as `experts.gate_up_proj` (E, 2 I,
+H); the path of the parameter is the target path. A forward assigns rows to experts in one of three
+ways:
 
     BY_INDEX     forward(x, experts, weights)   the experts of each token (T, k), and their weights
     BY_SCORE     forward(x)                     its `router` scores (T, E) scale the experts' inputs
@@ -24,8 +25,11 @@ BY_INDEX, BY_SCORE, SORTED_ROWS = "chosen", "weighed", "sorted"
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter stores matrices: their number is the module's attribute `number`; each is
-    (in, out) if `transposed`; if `flat`, they are concatenated in 2-D.
+    """How a parameter stores matrices.
+
+    number: the name of the module's attribute with the number of matrices.
+    transposed: whether each matrix is stored as (in, out).
+    flat: whether the matrices are concatenated in a 2-D parameter.
     """
 
     number: str = "num_experts"
@@ -37,10 +41,10 @@ class Layout:
 class ExpertsLayout:
     """How a module holds expert weights.
 
-    parameters: in the order of use. If the last has fewer matrices, extra experts return their
+    parameters: in the order of use. If the last one has fewer matrices, extra experts return their
         input.
     called: how the forward assigns rows to experts.
-    in_parent: that forward belongs to the parent of this module.
+    in_parent: whether that forward belongs to the parent of this module.
     activation: the attribute applied to the gates; empty for transformers' experts interface.
     """
 
@@ -88,7 +92,9 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
 
 
 class Matrices(nn.Module):
-    """The matrices of `owner`'s parameter `name`, a child of `parent`; it has no parameters."""
+    """A module without parameters that represents the matrices in the parameter `name` of `owner`,
+    a child of `parent`.
+    """
 
     owner: nn.Module
     parent: nn.Module | None
@@ -115,7 +121,7 @@ class Matrices(nn.Module):
 
     @property
     def routed(self) -> nn.Module:
-        """The module whose forward receives the assignment of rows to experts."""
+        """The module whose forward assigns rows to experts."""
         if not self.form.in_parent:
             return self.owner
         if self.parent is None:
@@ -131,21 +137,22 @@ class Matrices(nn.Module):
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """The deltas' tensors, under the parameter's name and an underscore: transformers would
-        split tensors under the name itself by expert.
+        """Returns the deltas' tensors, under the parameter's name and an underscore, because
+        transformers would split tensors under the name itself by expert.
         """
         stored = f"{prefix.removesuffix('.')}{STORED}." if prefix else prefix
         return super().state_dict(destination=destination, prefix=stored, keep_vars=keep_vars)
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of the module's parameters with expert weights, in the order of use, if any."""
     form = experts_layout(module)
     return () if form is None else tuple(form.parameters)
 
 
 def expert_counts(module: nn.Module) -> set[int]:
-    """The numbers of experts that a module declares, if its own parameters hold expert weights."""
+    """Returns the numbers of experts that a module declares, or none if its own parameters are not
+    expert weights.
+    """
     counts = {n for name, n in vars(module).items() if name.endswith("experts") and type(n) is int}
     own = [(name, p) for name, p in module._parameters.items() if p is not None] if counts else []
     if not counts or any(p.dim() > 2 or (p.dim() == 2 and name != "weight") for name, p in own):
@@ -163,9 +170,8 @@ def matrices_of(module: nn.Module, parent: nn.Module | None = None) -> dict[str,
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a target path, which may be the path of an expert parameter.
-
-    Raises AttributeError if there is none.
+    """Returns the module at a target path, which may be the path of an expert parameter. Raises
+    AttributeError if there is none.
     """
     parent, module = None, model
     for name in path.split(".") if path else ():

@@ -2,9 +2,9 @@
 (`nn.MultiheadAttention`, Mamba's `dt_proj`).
 
 While a delta is active, `module.weight` and `module.bias` are stand-ins with shape, dtype and
-device, through which gradients reach the deltas. Other torch functions receive the folded tensor,
-summed in fp32 or wider and dithered to the stored dtype; each use costs a fold. Writes go to the
-stored parameter. There is no dropout.
+device, and gradients reach the deltas through them. Other torch functions receive the folded
+tensor, summed in fp32 or wider and dithered to the stored dtype; each use folds again. Writes
+change the stored parameter. Dropout is not applied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorafold.errors import NotMergeable
 if TYPE_CHECKING:
     from lorafold.core.attach import Adapted
 
-# the functions that need no values, which run on the stand-in itself
+# functions that need no values, so they run on the stand-in itself
 METADATA_FUNCTIONS = frozenset(
     [
         *(
@@ -53,7 +53,7 @@ METADATA_FUNCTIONS = frozenset(
         torch.numel,
     ]
 )  # fmt: skip
-# the functions that receive the stored parameter instead of the stand-in
+# functions that receive the stored parameter instead of the stand-in
 STORED = frozenset(getattr(Tensor, name).__get__ for name in ("data", "grad", "grad_fn", "is_leaf"))
 # functions that write in place, besides those whose name ends in an underscore
 IN_PLACE = frozenset(
@@ -63,7 +63,7 @@ IN_PLACE = frozenset(
 
 
 class StandIn(Tensor):
-    """The stand-in for a folded tensor, without values."""
+    """A tensor without values that stands for a folded weight or bias."""
 
     read: FoldedRead
     parameter_name: str
@@ -81,7 +81,6 @@ class StandIn(Tensor):
 
     @property
     def stored(self) -> Any:
-        """The module's stored parameter, or the folded tensor if there is none."""
         own = self.read.stored(self.parameter_name)
         return self.read.folded()(self.parameter_name) if own is None else own
 
@@ -120,7 +119,7 @@ class StandIn(Tensor):
 
 
 class _Folded:
-    """The folded tensors for one call; weight and bias are folded together."""
+    """The folded tensors for one call of a torch function; weight and bias are folded together."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[Any, ...], Callable[[str], Tensor | None]] = {}
@@ -133,7 +132,7 @@ class _Folded:
 
 
 def _to_stored(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of an in-place function, with the stored parameter as the first one."""
+    """Returns the arguments of an in-place function, with the stored parameter as the first one."""
 
     def stored(first: Any) -> Any:
         return tree_map_only(StandIn, lambda served: served.stored, first)
@@ -144,7 +143,7 @@ def _to_stored(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 class _Deferred(Function):
-    """The stand-in as a differentiable function of the deltas' parameters, for computations that
+    """Makes the stand-in a differentiable function of the deltas' parameters, for computations that
     bypass `__torch_function__`.
     """
 
@@ -205,7 +204,7 @@ class WeightDescriptor:
 
 @cache
 def _register_ties() -> None:
-    """Register the stored parameter, not the stand-in, if another module is tied to it."""
+    """If another module is tied to a stand-in, registers the stored parameter there instead."""
 
     def tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
         return parameter.stored if isinstance(parameter, StandIn) else None
@@ -225,17 +224,17 @@ class FoldedRead:
     site: str
 
     def stored(self, name: str) -> Tensor | None:  # own shape
-        """The module's stored parameter of that name, or None."""
         return self.base.parameter(name)
 
     def like(self, name: str) -> Tensor:
-        """A tensor, of any shape, with the dtype and device of the parameter of that name."""
+        """Returns a tensor, of any shape, with the dtype and device of the parameter of that name.
+        """
         own = self.stored(name)
         return self.base.bare.weight if own is None else own
 
     def folded(self) -> Callable[[str], Tensor | None]:
-        """Fold the deltas, and return a function from "weight" or "bias" to the folded tensor, in
-        the stored layout (own shape) and dtype.
+        """Folds the deltas, and returns a function that maps "weight" or "bias" to the folded
+        tensor, in the stored layout (own shape) and dtype.
         """
         try:
             w, b = self.base.dense()
@@ -278,7 +277,7 @@ class FoldedRead:
         )
 
     def leaves(self) -> list[Tensor]:
-        """The trainable parameters, of any shape, that the folded tensors depend on."""
+        """Returns the trainable parameters, of any shape, that the folded tensors depend on."""
         parts = [part for delta in self.deltas.values() for part in (delta, *delta.parts())]
         parameters = [
             *(p for part in parts for p in (*part.parameters(), *part.borrowed())),
@@ -287,8 +286,8 @@ class FoldedRead:
         return [p for p in {id(p): p for p in parameters}.values() if p.requires_grad]
 
     def added_bias(self) -> Tensor | None:
-        """The bias (out,), on the meta device, that the deltas add to a module without one, or
-        None.
+        """Returns the bias (out,), on the meta device, that the deltas add to a module without one,
+        or None.
         """
         try:
             w, _ = self.base.dense()
@@ -297,7 +296,9 @@ class FoldedRead:
             return None
 
     def shape(self, name: str) -> torch.Size:
-        """The shape of the folded tensor: the stored shape plus rows that the deltas append."""
+        """Returns the shape of the folded tensor: the stored shape plus rows that the deltas
+        append.
+        """
         like = self.stored(name) if self.stored(name) is not None else self.added_bias()
         assert like is not None
         parts = (part for delta in self.deltas.values() for part in delta.parts())

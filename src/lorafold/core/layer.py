@@ -1,9 +1,8 @@
 """A layer is a delta's view of a module: it can be run and, if it is linear, read as a matrix.
 
-A layer of experts has several matrices of one shape, W (E, out, in), and each row of its input is
-multiplied by one of them. A layer with a delta is a layer again (`delta.Over`). The bottom layer is
-the frozen module (`BaseLayer`); only its subclasses in `lorafold.layers` depend on the weight
-format.
+A layer of experts has several matrices of one shape, W (E, out, in), and multiplies each row of its
+input by one of them. A layer with a delta is again a layer (`delta.Over`). The bottom layer is the
+frozen module (`BaseLayer`); only its subclasses in `lorafold.layers` depend on the weight format.
 """
 
 from __future__ import annotations
@@ -24,34 +23,36 @@ from lorafold.errors import LorafoldError
 
 
 def add(a: Tensor, b: Tensor | None) -> Tensor:
-    """a + b, of any shapes that broadcast; a if b is None."""
+    """Returns a + b, of any shapes that broadcast, or a if b is None."""
     return a if b is None else a + b
 
 
 class Layer(ABC):
     """Abstract: anything that a delta can be attached to.
 
-    Calling a linear layer with x (..., in) gives (..., out); `onto` (..., out) is added before the
-    single rounding, and a bias after it.
+    Calling a linear layer with x (..., in) gives (..., out). `onto` (..., out) is added before the
+    sum is rounded once, and a bias after that.
     """
 
     __call__: Callable[..., Any]  # (x, onto=None) if linear, else the module's own signature
     module: nn.Module  # the module at the bottom
     matrices: tuple[int, ...] = ()  # the number of matrices, (E,), or () for one
-    # the columns of W for one input channel: the kernel positions of a convolution
+    # the number of columns of W per input channel: the kernel positions of a convolution
     window: int = 1
     takes_ids: bool = False  # whether its inputs are ids (an embedding)
 
     @abstractmethod
     def op(self, x: Tensor, m: Tensor) -> Tensor:
-        """The product of this layer's input x (..., in) and m (k, in): (..., k), without a bias.
+        """Returns the product of this layer's input x (..., in) and m (k, in), without a bias:
+        (..., k).
 
-        For an embedding, x holds ids (...), and the product is a look-up. Raises NotMergeable if
-        the layer is not linear.
+        For an embedding, x holds ids (...), and the product is a lookup. Raises NotMergeable if the
+        layer is not linear.
         """
 
     def op_once(self, x: Tensor, m: Tensor) -> Tensor:
-        """`op` of x (..., in) and the first `in` columns of a frozen m (k, in or more): (..., k).
+        """Returns `op` of x (..., in) and the first `in` columns of a frozen m (k, in or more):
+        (..., k).
 
         Layers that read the same x with the same m may share the result.
         """
@@ -59,11 +60,13 @@ class Layer(ABC):
 
     @abstractmethod
     def drop(self, x: Tensor, p: float) -> Tensor:
-        """x (..., in) after dropout with probability p; ids (...) are returned unchanged."""
+        """Returns x (..., in) after dropout with probability p; ids (...) are returned unchanged.
+        """
 
     @abstractmethod
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """W (out, in) in the compute dtype and b (out,) or None, with the deltas below folded in.
+        """Returns W (out, in) in the compute dtype and b (out,) or None, with the deltas below
+        folded in.
 
         Raises NotMergeable if there is no weight, or if a delta below can't be folded.
         """
@@ -72,7 +75,7 @@ class Layer(ABC):
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        """g * y + c + onto (..., k), summed in fp32 and rounded once.
+        """Returns g * y + c + onto (..., k), summed in fp32 and rounded once.
 
         Args:
             y: an input or an output (..., k) of the layer.
@@ -82,8 +85,8 @@ class Layer(ABC):
         """
 
     def each(self, v: Tensor) -> Tensor:
-        """Vectors v (*matrices, k), one for each matrix, in a form that broadcasts to outputs (...,
-        k).
+        """Returns vectors v (*matrices, k), one for each matrix, in a form that broadcasts to
+        outputs (..., k).
         """
         return v
 
@@ -93,17 +96,17 @@ class Layer(ABC):
         return self.dense()[1]
 
     def reading_once(self) -> AbstractContextManager[object]:
-        """Context: a quantized W is dequantized only once."""
+        """Context manager: a quantized W is dequantized only once."""
         return nullcontext()
 
     def weight_times(self, m: Tensor) -> Tensor:  # (*matrices, out, k)
-        """W m^T (*matrices, out, k) for a factor m (*matrices, k, in), in m's dtype."""
+        """Returns W m^T (*matrices, out, k) for a factor m (*matrices, k, in), in m's dtype."""
         w = self.dense()[0]
         return (w @ m.to(w.dtype).mT).to(m.dtype)
 
     def original(self) -> Tensor:  # (out, in)
-        """W (out, in) before quantization, with the deltas below folded in; equal to `dense` if W
-        was never quantized.
+        """Returns W (out, in) before quantization, with the deltas below folded in; it equals
+        `dense` if W was never quantized.
 
         Raises LorafoldError if the original is not available.
         """
@@ -112,7 +115,7 @@ class Layer(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """(out, in). Raises NotMergeable if the layer is not linear."""
+        """The shape (out, in) of W. Raises NotMergeable if the layer is not linear."""
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +133,7 @@ class Layer(ABC):
 
     @property
     def takes_vectors(self) -> bool:
-        """Whether its inputs are vectors (..., in), whose components a method may change."""
+        """Whether the inputs are vectors (..., in), whose components a method may change."""
         return not self.takes_ids
 
     @property
@@ -140,12 +143,15 @@ class Layer(ABC):
 
     @abstractmethod
     def sources(self) -> list[Tensor] | None:
-        """The tensors, of any shape, that determine `dense`; None if it depends on a delta."""
+        """Returns the tensors, of any shape, that determine `dense`, or None if it depends on a
+        delta.
+        """
 
     def low_rank(
         self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None, k: float = 1.0
     ) -> Tensor:
-        """self(x) + k up down drop(x), the small matmul first: (..., in) -> (..., out).
+        """Returns self(x) + k up (down drop(x)), without computing up @ down: (..., in) -> (...,
+        out).
 
         Args:
             x: the input (..., in).
@@ -158,7 +164,7 @@ class Layer(ABC):
         return self(x, onto=add(self.branch(x, down, up if k == 1.0 else k * up, p), onto))
 
     def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
-        """up down drop(x), the small matmul first: (..., in) -> (..., out).
+        """Returns up (down drop(x)), without computing up @ down: (..., in) -> (..., out).
 
         Args:
             x: the input (..., in).
@@ -171,8 +177,8 @@ class Layer(ABC):
     def built(
         self, x: Tensor, build: Callable[[Tensor], Tensor], onto: Tensor | None = None
     ) -> Tensor:
-        """The output (..., out) with a matrix built from W, which is built again in the backward,
-        so that a step holds only one such matrix at a time.
+        """Returns the output (..., out) with a matrix built from W. The backward pass builds it
+        again, so that a step holds only one such matrix at a time.
 
         Args:
             x: the input (..., in).
@@ -191,7 +197,7 @@ class Layer(ABC):
         return recomputed(run, x, onto)
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
-        """The output (..., out) with values added to some entries of W.
+        """Returns the output (..., out) with values added to some entries of W.
 
         Args:
             x: the input (..., in).
@@ -203,7 +209,8 @@ class Layer(ABC):
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The module without its deltas: an object of its original class with the same state."""
+    """Returns the module without its deltas: an object of its original class that shares its state.
+    """
     cls = getattr(type(module), "base_class", None)
     if cls is None or not ("weight" in module._parameters or "bias" in module._parameters):
         return module
@@ -242,52 +249,52 @@ class BaseLayer(Layer):
         return [tensor for tensor in own if tensor is not None]
 
     def parameter(self, name: str) -> Any:
-        """The stored "weight" or "bias", of any shape, or None."""
+        """Returns the stored "weight" or "bias", of any shape, or None."""
         return self.module._parameters.get(name)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's original forward, without deltas."""
+        """Runs the module's original forward, without deltas."""
         cls = type(self.module)
         return getattr(cls, "base_class", cls).forward(self.bare, *args, **kwargs)
 
     @staticmethod
     def called(layer: Layer, /, *args: Any, **kwargs: Any) -> Any:
-        """Run a layer on top of this one with the arguments of the module's call.
+        """Runs a layer on top of this one with the arguments of the module's call.
 
         Args:
             *args: the inputs of the module's forward.
-            **kwargs: its keyword inputs.
+            **kwargs: the keyword inputs of the module's forward.
         """
         return layer(*args, **kwargs)
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        """The parameters, by name, that would store W (out, in) and b (out,) in the module, in the
-        given dtypes. Does not change the module. Raises NotMergeable if the module can't store
-        them.
+        """Returns the parameters, by name, that would store W (out, in) and b (out,) in the module,
+        in the given dtypes; the module does not change. Raises NotMergeable if the module can't
+        store them.
         """
         return {"weight": w} if b is None else {"weight": w, "bias": b}
 
     @classmethod
     def entered(cls, module: nn.Module) -> None:
-        """Prepare a module for its first delta."""
+        """Prepares a module for its first delta."""
         return None
 
     @classmethod
     def left(cls, module: nn.Module) -> None:
-        """Undo `entered`, after the last delta is detached."""
+        """Undoes `entered` after the last delta is detached."""
         return None
 
     def dense_like(self) -> tuple[Tensor, Tensor | None]:
-        """W (out, in) and b (out,) or None as returned by `dense`, on the meta device."""
+        """Returns W (out, in) and b (out,) or None like `dense`, on the meta device."""
         w, b = self.dense()
         return w.to("meta"), None if b is None else b.to("meta")
 
     def plain(self) -> BaseLayer:
-        """The layer that `dequantize` turns this one into."""
+        """Returns the layer that this one becomes after `dequantize`."""
         return self
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
-        """Store W (out, in) and b (out,) in the module, rounded once to its dtype, in place if
+        """Stores W (out, in) and b (out,) in the module, rounded once to its dtype, in place if
         possible.
 
         Raises NotMergeable if the module can't store them.
@@ -303,5 +310,5 @@ class BaseLayer(Layer):
             setattr(self.module, name, new)
 
     def dequantize(self) -> None:
-        """Convert a quantized module's matrix to floating point, so that `write` works."""
+        """Converts a quantized module's matrix to floating point, so that `write` works."""
         return None

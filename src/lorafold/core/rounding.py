@@ -1,5 +1,5 @@
-"""Rounding to 16 bits that keeps small changes: v is rounded up with frequency (v - below) / (above
-- below), where below and above are its two neighbours in the 16-bit dtype.
+"""Rounding to 16 bits that preserves small changes on average. A value v is rounded up with
+frequency (v - below) / (above - below); below and above are its two neighbours in the 16-bit dtype.
 
     dithered      the value's own bits decide: for sums and products that are recomputed
     stochastic    fp32 random numbers: for a weight that is folded once (Gupta et al. 2015, arXiv
@@ -7,12 +7,13 @@
     turn_rounded  16 random bits, shifted at every step: for weights stored at every step
 
 **dithered.** The dither is the value's upper half times an odd constant, so a value always rounds
-the same way: in a replayed checkpoint, elsewhere in the batch, in decoding and in prefill.
+in the same way: when a checkpoint is recomputed, at another place in the batch, in decoding and in
+prefill.
 
-**turn_rounded.** A weight with an update of p units is rounded up if u + t ODD / 2^16 (mod 1) lies
-in an interval of length p, u its random number and t the step: a Kronecker sequence of the golden
-ratio (Niederreiter 1992, ch. 3). The error of T equal updates is O(log T) units instead of sqrt(T p
-(1 - p)) with independent random numbers.
+**turn_rounded.** A weight with an update of p units in the last place is rounded up if u + t ODD /
+2^16 (mod 1) lies in an interval of length p, with its random number u and the step t: a Kronecker
+sequence of the golden ratio (Niederreiter 1992, ch. 3). The error of T equal updates is O(log T)
+units instead of sqrt(T p (1 - p)) with independent random numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ODD = 0x9E37  # near 65536 / golden ratio: consecutive multiples are far apart m
 
 
 def dithered(v: Tensor) -> Tensor:
-    """Round v, fp32 of any shape, to bf16 with its own bits as the dither; not differentiable."""
+    """Rounds v, fp32 of any shape, to bf16 with its own bits as the dither; not differentiable."""
     bits = v.view(torch.int32)
     dither = (bits >> 16).mul_(ODD).bitwise_and_(0xFFFF)
     return dither.add_(bits).bitwise_and_(-65536).view(torch.float32).bfloat16()
@@ -45,9 +46,9 @@ class _Dithered(Function):
 
 
 def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round v, of any shape, to dtype: dithered from fp32 to bf16, to the nearest otherwise.
+    """Rounds v, of any shape, to dtype: with a dither from fp32 to bf16, to the nearest otherwise.
 
-    The gradient passes straight through.
+    The backward pass treats the rounding as the identity.
     """
     return (
         _Dithered.apply(v) if (v.dtype, dtype) == (torch.float32, torch.bfloat16) else v.to(dtype)
@@ -55,18 +56,19 @@ def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random generator of one tensor, independent of the file that contains the tensor."""
+    """Returns the random generator of one tensor, independent of the file that contains the tensor.
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round x (fp32 or fp64, finite, any shape) to one of its neighbours, with expectation x."""
+    """Rounds x (fp32 or fp64, finite, any shape) to one of its neighbours, with expectation x."""
     return _round_up_below(x.float(), dtype, torch.rand(x.shape, generator=generator))
 
 
 def _round_up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
-    """Round x, fp32, away from zero if u (same shape, in [0, 1)) is below the remainder."""
+    """Rounds x, fp32, away from zero if u (same shape, in [0, 1)) is below the remainder."""
     info = torch.finfo(dtype)
     # the power of two at or under |x|
     binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -77,9 +79,9 @@ def _round_up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
 
 
 def turn_rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int) -> Tensor:
-    """Round x (fp32, any shape) to a neighbour in bf16 or fp16, with expectation x over the
-    generator's seed (exact in bf16; 2^-16 too large among fp16's subnormals). Non-finite values
-    become NaN.
+    """Rounds x (fp32, any shape) to a neighbour in bf16 or fp16, with expectation x over the
+    generator's seed (exact in bf16; up to 2^-16 of a unit too large among fp16's subnormals).
+    Non-finite values become NaN.
     """
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     u = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
@@ -113,7 +115,7 @@ class _Scattered(Function):
 
 
 def scatter_added(w: Tensor, values: Tensor, at: Tensor) -> Tensor:
-    """w (any shape) plus `values` (k,) at the ascending flat positions `at` (k,), `rounded` to w's
-    dtype.
+    """Returns w (any shape) plus `values` (k,) at the ascending flat positions `at` (k,), `rounded`
+    to w's dtype.
     """
     return _Scattered.apply(w, values, at)

@@ -17,8 +17,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def twin(model: M) -> M:
-    """A copy of the model that shares its tensors. Trainable ones get their own version counters,
-    so that the twin's in-place operations don't disturb the model's autograd.
+    """Returns a copy of the model that shares its tensors. Trainable tensors get separate version
+    counters, so that in-place operations on the copy don't disturb the model's autograd.
     """
     memo = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(tensor): tensor for module in model.modules() for tensor in _tensors_of(module)}
@@ -28,7 +28,9 @@ def twin(model: M) -> M:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """The tensors in a module's other attributes, such as the codes of a quantized matrix."""
+    """Yields the tensors inside objects that a module has as attributes, such as a quantization
+    state.
+    """
     pending, visited = [*vars(module).values()], set[int]()
     while pending:
         value = pending.pop()
@@ -47,8 +49,8 @@ INITIALIZERS = (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_)
 
 
 class skip_init(TorchFunctionMode):
-    """Context: init functions without a generator leave tensors uninitialized in this thread.
-    Raises LorafoldError if tensors of more than `most` numbers in all are created.
+    """Context manager: init functions without a generator leave tensors uninitialized in this
+    thread. Creating tensors with more than `most` elements in total raises LorafoldError.
     """
 
     def __init__(self, most: int) -> None:

@@ -27,16 +27,17 @@ class Spec(ABC):
     Attributes:
         targets: the modules that the method adapts by default.
         lr: the default learning rate.
-        lr_b: the learning rate of its up factors; None means `lr`.
-        lr_whole: the learning rate of modules that are fully trained beside it; None means `lr`.
-        positions: the number of positions that it adds before the first token of a row.
-        asks_losses: `prepare` uses losses of rows, which do not exist in reinforcement learning
-            before the first completions are sampled.
-        head_alone: it adapts the language model's head only.
-        diagnostic: it measures a task, and is not meant for learning it.
-        trains_base: it trains the base weights, which therefore can't be quantized.
-        modifies_architecture: it adds modules to the forward pass.
-        rank_is_dimension: its rank, if it has one, is a dimension of one of its tensors.
+        lr_b: the default learning rate of the up factors; None means `lr`.
+        lr_whole: the default learning rate of modules that are trained in full next to the adapter;
+            None means `lr`.
+        positions: the number of virtual tokens that the method adds before a row.
+        asks_losses: whether `prepare` uses losses of rows, which reinforcement learning has only
+            after the first completions are sampled.
+        head_alone: whether the method adapts only the LM head.
+        diagnostic: whether the method measures a task, and is not meant for learning it.
+        trains_base: whether the method trains the base weights, which therefore can't be quantized.
+        modifies_architecture: whether the method adds modules to the forward pass.
+        rank_is_dimension: whether the rank, if there is one, is a dimension of one of the tensors.
     """
 
     targets: ClassVar[str] = "all-linear"
@@ -52,7 +53,8 @@ class Spec(ABC):
     rank_is_dimension: ClassVar[bool] = True
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Create the spec. Raises UnknownName for an unknown option, with the known ones."""
+        """Creates the spec. Raises UnknownName, which lists the known options, for an unknown one.
+        """
         known = getattr(cls, "__dataclass_fields__", options)
         if not options.keys() <= known.keys():
             from lorafold.foreign_options import unknown_names
@@ -62,35 +64,35 @@ class Spec(ABC):
 
     @abstractmethod
     def build(self, layer: Layer) -> Delta:
-        """Make the delta for one layer. Raises LorafoldError if the method can't adapt it."""
+        """Builds the delta for one layer. Raises LorafoldError if the method can't adapt it."""
 
     def options(self) -> tuple[str, ...]:
-        """The names of the options, including a wrapped spec's."""
+        """Returns the names of the options, including those of a wrapped spec."""
         return tuple(field.name for field in fields(self))  # type: ignore[arg-type]
 
     def at(self, path: str) -> Self:
-        """The spec for one module path, with overrides by pattern applied."""
+        """Returns the spec for one module path, with overrides by pattern applied."""
         return self
 
     def join(self, deltas: DeltasByPath) -> None:
-        """Set up state that deltas share; `attach` calls it after all deltas of an adapter, by
-        module path, are built.
+        """Sets up state that deltas share. `attach` calls it once all deltas of an adapter, which
+        it passes by module path, are built.
         """
         return None
 
     def prepare(self, deltas: DeltasByPath, losses: Losses) -> None:
-        """Prepare the deltas for training; called once, before the first step of a run.
+        """Prepares the deltas for training; called once, before the first step of a run.
 
         `losses` yields scalars to call `backward()` on; a spec that uses it sets `asks_losses`.
         """
         return None
 
     def penalty(self, deltas: DeltasByPath) -> Tensor | None:
-        """A scalar that is added to the training loss at each step, or None."""
+        """Returns a scalar that is added to the training loss at each step, or None."""
         return None
 
     def after_step(self, deltas: DeltasByPath, step: int, total: int) -> None:
-        """Update the deltas after an optimizer step, while its gradients still exist.
+        """Updates the deltas after an optimizer step, while its gradients still exist.
 
         Args:
             step: the number of the step, from 1.
@@ -99,7 +101,7 @@ class Spec(ABC):
         return None
 
     def report(self, deltas: DeltasByPath) -> str:
-        """A text about the method's decisions during the run, such as ranks, which is printed at
-        the end of the run; empty for none.
+        """Returns a text about the method's decisions during the run, such as ranks, which is
+        printed at the end of the run; empty for none.
         """
         return ""

@@ -1,23 +1,23 @@
 """Targets: the modules that an adapter is attached to.
 
-    "all-linear"            a preset, found by the model's structure (`lorafold.core.anatomy`)
+    "all-linear"            a preset, resolved from the model's structure (`lorafold.core.anatomy`)
     ["q_proj", "h.0.fc"]    the modules with these names, or whose path ends in them
-    "regex"                 the modules whose whole path it matches
+    "regex"                 the modules whose whole path matches the expression
 
 The presets:
 
     all-linear      the linear layers and expert weights of the blocks
-    attention, mlp  those inside an attention, and the others
+    attention, mlp  the modules of all-linear inside an attention, and the others
     sublayers       the attention and the MLP of each block, as whole modules
-    mlp-sublayers   the MLPs only
+    mlp-sublayers   the MLP of each block
     biases          every module that has a bias; all-linear if the blocks have no bias
-    parameters      every module that has parameters of its own, tied ones once
+    parameters      every module that directly holds parameters, tied ones once
     decoder         the module between token ids and head, and the causal self-attentions inside it
     head            the linear layers on top of the base model, or the output embedding
     vision-linear   the linear layers of the vision encoders' blocks
     audio-linear    the linear layers of the audio encoders' blocks
 
-In a multimodal model, all but the last two cover only the language model and its head.
+In a multimodal model, all presets but the last two cover only the language model and its head.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ NAMEABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Matches:
-    """Module paths by the pattern that matched them; each under its first pattern only."""
+    """Module paths by the pattern that matched them; each path is listed under its first pattern
+    only.
+    """
 
     by_pattern: dict[str, tuple[str, ...]]
 
@@ -55,15 +57,17 @@ class Matches:
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
-    """Whether the path, or its end after a dot, matches: PEFT's rule for `rank_pattern`."""
+    """Returns whether the path, or its end after a dot, matches the pattern: PEFT's rule for
+    `rank_pattern`.
+    """
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def match(
     model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: IsLinear
 ) -> Matches:
-    """Resolve targets (preset, regular expression, names or matches) to module paths. Raises
-    NoTarget for every pattern without a match, with similar names.
+    """Resolves targets (preset, regular expression, names or matches) to module paths. Raises
+    NoTarget, which lists similar names, for patterns without a match.
     """
     if isinstance(targets, Matches):
         return targets
@@ -106,7 +110,8 @@ def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
 
 
 def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules inside the blocks (of the whole model if it has none), without routers."""
+    """Returns the linear modules inside the blocks, or of a model without blocks, except routers.
+    """
     anatomy = Anatomy.of(model)
     inside = beneath(anatomy.language_blocks or [""])
     linears = (path for path, m in anatomy.language_modules if is_linear(m))
@@ -114,15 +119,14 @@ def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules of the blocks that can be trained: an indexer gets no gradient."""
+    """Returns the linear modules of the blocks that can be trained; indexers can't, because they
+    get no gradient.
+    """
     is_indexer = beneath(Anatomy.of(model).indexers)
     return [path for path in block_linears(model, is_linear) if not is_indexer(path)]
 
 
 def encoder_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules of the blocks of one kind of encoder; all of them if an encoder has no
-    blocks.
-    """
     return [
         f"{path}.{inner}"
         for path, takes in Anatomy.of(model).encoders.items()
@@ -136,8 +140,7 @@ def by_attention(inside: bool, model: nn.Module, is_linear: IsLinear) -> list[st
 
 
 def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The attention and the MLP of each block: its children that have children. Empty if a block
-    does not have both.
+    """Returns the children of each block that have children, if they are an attention and an MLP.
     """
     anatomy, paths = Anatomy.of(model), list[str]()
     for block in filter(beneath([anatomy.decoder]), anatomy.language_blocks):
@@ -150,7 +153,6 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """Every module with a bias, except routers; the linears of all-linear if no block has one."""
     anatomy = Anatomy.of(model)
     modules = anatomy.language_modules
     biased = [path for path, m in modules if m._parameters.get("bias") is not None]
@@ -161,7 +163,6 @@ def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """Every module with parameters of its own; tied parameters count for the first module only."""
     counted, paths = set[int](), list[str]()
     for path, module in Anatomy.of(model).language_modules:
         own = {id(p) for p in module._parameters.values() if p is not None}
@@ -171,7 +172,6 @@ def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The decoder and the causal self-attentions inside it; empty if there are none."""
     anatomy = Anatomy.of(model)
     path = anatomy.decoder
     inside = [p for p in filter(beneath([path]), anatomy.attentions) if p != path]

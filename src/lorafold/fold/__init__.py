@@ -1,1 +1,1 @@
-"""Merging adapters into the base's weights: the plan, its execution in memory, and rounding."""
+"""Merges adapters into the base weights: the plan, its execution in memory, and quantization."""

@@ -3,9 +3,9 @@ quantization needs special code.
 
     W' = round(fold(W))         summed in fp32, rounded once to the stored dtype
 
-`execute_fold` executes it in memory, one module at a time; `merging` tensor by tensor. A config
-switch for biases (Llama: attention_bias, mlp_bias) affects several linears; unadapted ones get
-zeros.
+`execute_fold` executes the plan in memory, one module at a time; `lorafold.merging` executes it on
+files, tensor by tensor. A config switch for biases (Llama: attention_bias, mlp_bias) affects
+several linear layers; those without an adapter get zeros.
 """
 
 from __future__ import annotations
@@ -35,9 +35,14 @@ Switches = dict[str, dict[str, torch.Size]]
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """The changes of a merge: shapes of changed and added parameters, as stored; the target path
-    and name of each; tied parameters that stay tied (`tied`) or can't (`untied`), with their other
-    names; config switches; the vocabulary's size if it grows; and problems by module path.
+    """The changes of a merge.
+
+    shapes: the stored shapes of changed and added parameters.
+    sites: the target path of each of these parameters, and its name there (weight or bias).
+    tied, untied: the tied parameters that stay tied, or can't, with their other names.
+    switches: the config switches that add biases.
+    vocabulary: the new size of the vocabulary, or None if it does not grow.
+    problems: module paths, with the reasons why a merge is impossible.
     """
 
     shapes: dict[str, TensorShape]
@@ -58,7 +63,7 @@ def module_of(parameter: str) -> str:
 
 
 def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
-    """Plan the folding of these adapters, lowest first; the model is not changed."""
+    """Plans the merge of these adapters, lowest first; the model is not changed."""
     problems = []
     shapes = {}
     sites = {}
@@ -100,7 +105,6 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
 
 
 def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:
-    """Yield the named deltas that are attached to the module, in the names' order."""
     deltas: Any = module.deltas if isinstance(module, Adapted) else {}
     return (deltas[name] for name in names if name in deltas)
 
@@ -108,7 +112,7 @@ def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:
 def fold(
     module: Adapted, names: Sequence[str], w: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight (out, in) and bias (out,) or None with the named deltas folded in."""
+    """Returns the weight (out, in) and bias (out,) or None with the named deltas folded in."""
     for delta in deltas_of(module, names):
         w, b = delta.fold(w, b)
     return w, b
@@ -131,8 +135,8 @@ def changed_shapes(module: Adapted, names: Sequence[str]) -> dict[str, TensorSha
 
 
 def switches_adding_biases(model: nn.Module, paths: Collection[str]) -> Switches:
-    """The config switches that give these modules a bias, each with all modules that get one; none
-    are needed for models outside transformers.
+    """Returns the config switches that give these modules a bias, each with all modules that get
+    one. Models outside transformers need none.
     """
     config: Any = getattr(model, "config", None)
     if not paths or not hasattr(type(model), "_from_config"):
@@ -167,7 +171,7 @@ def has_bias(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def enable_switches(model: Any, switches: Switches) -> None:
-    """Turn on these config switches, and give the modules zero biases."""
+    """Turns on these config switches, and gives the modules zero biases."""
     for switch, shapes in switches.items():
         setattr(model.config.get_text_config(), switch, True)
         for path, shape in shapes.items():
@@ -180,8 +184,8 @@ def enable_switches(model: Any, switches: Switches) -> None:
 
 
 def grown_vocabulary(model: Any, rows: Mapping[str, int]) -> int | None:
-    """The size of the vocabulary with these numbers of rows by module; None if unchanged or
-    unknown.
+    """Returns the size of the vocabulary if the modules have these numbers of rows; None if it is
+    unchanged or unknown.
     """
     embeddings: dict[str, Any] = {
         path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends
@@ -208,7 +212,7 @@ def set_vocabulary_size(model: Any, size: int) -> None:
 
 
 def untie_remaining(model: nn.Module) -> None:
-    """Record in the config that weights are not tied, and copy the ones that still are."""
+    """Records in the config that weights are not tied, and copies weights that still are."""
     config = getattr(model, "config", None)
     parts = (config, getattr(config, "text_config", None))
     tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
@@ -231,7 +235,7 @@ def _copy_parameter(parameter: nn.Parameter) -> nn.Parameter:
 def execute_fold(
     model: nn.Module, plan: FoldPlan, names: Sequence[str], *, untie_weights: bool = False
 ) -> None:
-    """Write the folded weights into the model; the deltas stay attached."""
+    """Writes the folded weights into the model; the deltas stay attached."""
     problems = [f"{path}: {reason}" for path, reason in plan.problems]
     if not untie_weights:
         problems += [

@@ -1,5 +1,5 @@
-"""Quantization as a delta below adapters that were trained on a quantized base, for merging them
-into original weights.
+"""Merges adapters that were trained on a quantized base into the original weights, by a delta below
+them that quantizes and dequantizes the weight.
 """
 
 from __future__ import annotations
@@ -35,12 +35,10 @@ class RoundTrip(Delta):
         self.quantization, self.transposed = quantization, transposed
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
-        """The output (n, out) of the layer with q(W) for an input x (n, in)."""
         w, b = self.fold(*layer.dense())
         return add(add(layer.op(x, w), onto), b)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """q(W) (*matrices, out, in), and the unchanged bias (*matrices, out)."""
         wide = torch.promote_types(w.dtype, torch.float32)
         if w.is_meta:
             return torch.empty_like(w, dtype=wide), b
@@ -52,7 +50,7 @@ class RoundTrip(Delta):
 
 
 def attach_round_trip(model: nn.Module, quantization: str) -> None:
-    """Attach the round trip to every module that was quantized in training, for folding only."""
+    """Attaches the round trip to every module that was quantized in training, for folding only."""
     selection = selection_of(model)
     for path in quantizable_paths(model):  # type: ignore[arg-type]
         module = module_at(model, path)
@@ -63,7 +61,9 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
 def attach_training_round_trip(
     model: nn.Module, source: ModelSource, storage: str, adapters: Sequence[SavedAdapter]
 ) -> None:
-    """Attach the round trip of the adapters' quantization, unless the files are quantized."""
+    """Attaches the round trip of the adapters' quantization, unless the model's files are
+    quantized.
+    """
     training = training_storage_of(adapters) if storage == "auto" else TrainingStorage(storage)
     if training and training.storage in ON_LOAD and prequantized_storage(source) is None:
         attach_round_trip(model, training.storage)

@@ -1,3 +1,3 @@
-"""Faster implementations of operations by kind of device (`registry`). C++ ones are compiled on
-first use and cached; without a compiler, torch computes the same.
+"""Faster implementations of operations, by kind of device (`registry`). C++ code is compiled on
+first use and cached; without a compiler, the operations run in torch.
 """

@@ -21,8 +21,6 @@ SIGNATURES = {"attend": [*[P] * 4, *SIZES], "attend_backward": [*[P] * 9, *SIZES
 
 
 class _CppAttention:
-    """Attention's operations by name, with the parameters of the plain versions."""
-
     def __init__(self) -> None:
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES)
 
@@ -66,6 +64,8 @@ class _CppAttention:
 
 
 def _parts(docs: Documents, q: Tensor, k: Tensor) -> int:
-    """Returns into how many parts the queries of a key head are divided to occupy all threads."""
+    """Returns the number of parts into which the queries of a key head are divided, so that all
+    threads have work.
+    """
     few = len(docs.lens) * k.shape[1] < 2 * torch.get_num_threads()
     return q.shape[1] // k.shape[1] if few else 1

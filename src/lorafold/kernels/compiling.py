@@ -26,18 +26,19 @@ log = logging.getLogger(__name__)
 HEADERS = Path(__file__).parent
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno",
          "-fno-trapping-math")  # fmt: skip
-TIMEOUT = 120  # to compile
+TIMEOUT = 120  # seconds, to compile
 P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class Unavailable(LorafoldError):
-    """Operations can't be compiled or loaded here."""
+    """Raised if operations can't be compiled or loaded on this machine."""
 
 
 class Functions:
-    """C++ functions with a suffix per dtype. `signatures` are types of parameters by name; `half`
-    are functions for bfloat16 only. Raises Unavailable if compilation fails.
+    """The functions of a C++ file, with a suffix for the dtype. `signatures` maps their names to
+    the types of their parameters; functions in `half` exist only for bfloat16. Raises Unavailable
+    if compilation fails.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Functions:
                 self._found[name, dtype] = function, pointers
 
     def __call__(self, name: str, dtype: torch.dtype, *parts: Any) -> None:
-        """Calls a function with numbers and the addresses of tensors, or None."""
+        """Calls a function; tensors are passed by address."""
         function, pointers = self._found[name, dtype]
         arguments = [*parts]
         for i in pointers:
@@ -62,7 +63,8 @@ class Functions:
 
 
 def supported(*tensors: Tensor, dense: bool = False) -> bool:
-    """Whether tensors of any shape are on the CPU and of one of DTYPES, and contiguous if `dense`.
+    """Returns whether tensors of any shape are on the CPU, have the same dtype of DTYPES, and are
+    contiguous if `dense`.
     """
     dtype = tensors[0].dtype
     if dtype not in DTYPES:
@@ -74,8 +76,8 @@ def supported(*tensors: Tensor, dense: bool = False) -> bool:
 
 
 def load_library(source: Path) -> ctypes.PyDLL:
-    """Loads a C++ file's library, compiled if it is not cached. Calls keep the GIL, since they take
-    microseconds. Raises Unavailable without a C++ compiler, OpenMP or a writable cache.
+    """Loads a C++ file's library, compiled if it is not cached. Calls keep the GIL, because they
+    take microseconds. Raises Unavailable without a C++ compiler, OpenMP or a writable cache.
     """
     library = _compile_cached(source)
     try:
@@ -104,7 +106,7 @@ def _compile_cached(source: Path) -> Path:
 
 
 def processor() -> str:
-    """Identifies the kind of processor: architecture, model and instructions."""
+    """Identifies the kind of processor by architecture, model and instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

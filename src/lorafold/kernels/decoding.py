@@ -1,5 +1,6 @@
-"""Operations of the engine's passes (`ops.decoding`) in C++ (`decoding.cpp`), for fp32 and bf16 on
-the CPU. A row's results are bit-identical for any other rows in the batch.
+"""Operations of the engine's forward pass (`ops.decoding`) in C++ (`decoding.cpp`), for fp32 and
+bf16 on the CPU. They are batch-invariant: a row's results do not depend on the other rows of the
+batch, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ SIGNATURES = {
 
 
 class _CppDecoding:
-    """The engine's operations by name, with the parameters of the plain versions."""
-
     def __init__(self) -> None:
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES)
 

@@ -1,4 +1,4 @@
-"""The table *operation x kind of device*: the class of this package with a faster implementation.
+"""A table *operation x kind of device* of the classes in this package with faster implementations.
 To add one, name a class in a row and give it a method with the operation's name.
 """
 
@@ -43,7 +43,7 @@ TRAINING = tuple(operation for operation in IMPLEMENTATIONS if operation not in 
 @cache
 def enable(operations: tuple[Operation, ...], device: str = "cpu") -> str:
     """Compiles operations for a kind of device and uses them in this process from now on. Returns
-    the reason if they are unavailable.
+    the reason if they are unavailable, otherwise "".
     """
     places = {of: IMPLEMENTATIONS[of][device] for of in operations if device in IMPLEMENTATIONS[of]}
     forms = {place: _load(place) for place in dict.fromkeys(places.values())}
@@ -57,7 +57,6 @@ def enable(operations: tuple[Operation, ...], device: str = "cpu") -> str:
 
 @cache
 def _load(place: str) -> Any:
-    """Returns the object with the operations, created once per process, or the error."""
     module, _, name = place.partition(".")
     try:
         return getattr(import_module(f"{__package__}.{module}"), name)()

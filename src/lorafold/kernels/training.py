@@ -1,6 +1,6 @@
-"""Operators of training steps in C++ (`training.cpp`), for fp32 and bf16 on the CPU, with one pass
-over memory each. For other dtypes or layouts they return NotImplemented, and the plain version,
-which is the specification, is used.
+"""Operators of training steps in C++ (`training.cpp`), for fp32 and bf16 on the CPU. Each makes one
+pass over memory. For other dtypes or layouts it returns NotImplemented, and the reference
+implementation in torch runs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ threads = torch.get_num_threads
 
 
 class _CppTraining:
-    """Training's operations by name, with the parameters of the plain versions."""
-
     def __init__(self) -> None:
         half = "scale", "scale_backward"
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES, half)
@@ -67,7 +65,7 @@ class _CppTraining:
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         n = out.shape[-1]
         flat = [t.reshape(-1, n) for t in (gate, up)]
-        # copies inputs without a constant row stride
+        # inputs without a constant row stride are copied
         rows = [t if t.stride(1) == 1 else t.contiguous() for t in flat]
         parts = (*rows, out, len(rows[0]), n, *(t.stride(0) for t in rows))
         self._call(f"gated_{act}", gate.dtype, *parts, threads())
@@ -83,8 +81,8 @@ class _CppTraining:
         return gradients
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Any:
-        """Takes x (B, H, T, D) or (B, T, H, D), and cos and sin (B or 1, 1, T, D) or
-        (B or 1, T, 1, D).
+        """Takes x (B, H, T, D) or (B, T, H, D), and cos and sin (B or 1, 1, T, D) or (B or 1, T, 1,
+        D).
         """
         alike = cos.shape == sin.shape and cos.stride() == sin.stride()
         if x.dim() != 4 or cos.dim() != 4 or not alike or not supported(x, cos, sin):

@@ -24,7 +24,6 @@ tl: Any = None  # Triton's language, once it is imported
 
 
 def jit(kernel: Any, *unspecialized: str) -> Any:
-    """Returns a kernel that Triton compiles on its first call."""
     global tl
     try:
         import triton
@@ -53,7 +52,7 @@ def _masked(  # type: ignore[no-untyped-def]
     names, x, out, where, width, limit, low, high, site, FIRST: tl.constexpr, SECOND: tl.constexpr,
     STEP: tl.constexpr, OTHER: tl.constexpr, ROUNDS: tl.constexpr, CALLS: tl.constexpr,
 ):  # fmt: skip
-    """A program computes CALLS calls of Philox for one row (`ops.dropout`)."""
+    """Each program computes CALLS calls of Philox for one row (`ops.dropout`)."""
     row = tl.program_id(0).to(tl.int64)
     calls = tl.program_id(1) * CALLS + tl.arange(0, CALLS)
     name = tl.load(names + row)
@@ -138,7 +137,7 @@ def _backward(  # type: ignore[no-untyped-def]
     z, y, g, scaled, parts, size, width, OFFSET: tl.constexpr, FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Computes g z for ROWS rows, and their sums of z y and of z."""
+    """Computes g z for ROWS rows, and the sums of z y and of z over these rows."""
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     known = feature < width
     gain = tl.load(g + feature, mask=known)

@@ -1,5 +1,5 @@
-"""Layers for each weight format: a table from the class that defines a module's forward to the
-layer class that reads its weight.
+"""Layers for each weight format. A table maps the class that defines a module's forward to the
+layer class that reads the module's weight.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ LAYERS = {
 
 
 def layer_class(module: nn.Module) -> type[BaseLayer]:
-    """The layer class for this module; `Plain` for a module without a matrix."""
+    """Returns the layer class for this module; `Plain` for a module without a matrix."""
     cls = module.base_class if isinstance(module, Adapted) else type(module)
     definer = next(c for c in cls.__mro__ if "forward" in vars(c))
     if issubclass(cls, nn.Embedding) and hasattr(module, "embed_scale"):
@@ -46,26 +46,28 @@ def layer_class(module: nn.Module) -> type[BaseLayer]:
 
 
 def layer_of(module: nn.Module, stored: Callable[[], Tensor] | None = None) -> BaseLayer:
-    """The module as a layer. `stored` reads the original weight (out, in) of a quantized module
-    from files.
+    """Returns the module as a layer. `stored` reads the original weight (out, in) of a quantized
+    module from files.
     """
     return layer_class(module)(module, stored)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module multiplies activations by a matrix, in any format."""
+    """Returns whether the module multiplies activations by a matrix, in any format."""
     return layer_class(module).linear
 
 
 def parameter_count(model: nn.Module) -> int:
-    """The number of the base's parameters, tied ones once; a quantized weight (out, in) counts out
-    * in.
+    """Returns the number of the base's parameters. Tied parameters count once, a quantized weight
+    (out, in) as out * in.
     """
     return sum(n for sizes in parameter_sizes(model).values() for n in sizes.values())
 
 
 def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """The sizes of the base's parameters by module path and name, like `parameter_count`."""
+    """Returns the sizes of the base's parameters by module path and name, counted like
+    `parameter_count`.
+    """
     by_path: dict[str, dict[str, int]] = {}
     seen = set()
     for path, module in Anatomy.of(model).modules:
@@ -84,8 +86,8 @@ def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def output_width(module: nn.Module) -> int:
-    """The output size of a part of a block: its config's hidden size, or its first linear's input
-    size.
+    """Returns the output size of a part of a block: its config's hidden size, or its first linear's
+    input size.
     """
     for m in module.modules():
         if hasattr(m, "config"):

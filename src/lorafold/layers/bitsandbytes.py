@@ -5,8 +5,8 @@
     Linear8bit      int8 with one scale for each output (Dettmers et al. 2022, LLM.int8, arXiv
                     2208.07339)
 
-bitsandbytes' forwards do not run under a delta: int8 rounds activations, and 4-bit converts the
-weights on some CPUs.
+Adapted modules do not run bitsandbytes' forward, because int8 rounds activations, and 4-bit
+converts the weights on some CPUs.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ CHUNK = 1 << 18  # weights: 1 MB in fp32
 
 
 def quantize_nf4(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """NF4 codes (n / 2, 1) in uint8, two per byte, the first in the high nibble, and constants c (n
-    / block,) in fp32, equal to bitsandbytes' but faster on a CPU: code = 15 - #{k : w / c <= m_k},
-    m_k the middle of levels k and k + 1.
+    """Returns NF4 codes (n / 2, 1) in uint8, two per byte, the first in the high nibble, and
+    constants c (n / block,) in fp32. They equal bitsandbytes', but are computed faster on a CPU:
+    code = 15 - #{k : w / c <= m_k}, with m_k in the middle of levels k and k + 1.
     """
     flat, level = w.detach().reshape(-1), levels()
     middles = ((level[:-1] + level[1:]) / 2).tolist()
@@ -64,7 +64,8 @@ def quantize_nf4(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _cpu_kernel(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' quantization operation for the CPU: codes and constants of w, of any shape."""
+    """Returns codes and constants of w, of any shape, as bitsandbytes' quantization operation does.
+    """
     if kind == "nf4" and stored_as == torch.uint8 and w.numel() % block == 0:
         return quantize_nf4(w, block)
     return torch.ops.bitsandbytes.quantize_4bit.default.redispatch(
@@ -74,8 +75,8 @@ def _cpu_kernel(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tup
 
 
 def import_bitsandbytes() -> ModuleType:
-    """Import bitsandbytes quietly, and register `quantize_nf4` as its CPU kernel unless
-    there is one. Raises ImportError if it is not installed.
+    """Imports bitsandbytes quietly, and registers `quantize_nf4` as its CPU kernel unless there is
+    one. Raises ImportError if it is not installed.
     """
     if (module := sys.modules.get("bitsandbytes")) is None:
         with quiet_import():
@@ -87,8 +88,8 @@ def import_bitsandbytes() -> ModuleType:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Context for imports of bitsandbytes: without warnings that recommend kernels, and without
-    torch's compiler, which takes 1.5 s to import.
+    """Context manager for imports of bitsandbytes: without warnings that recommend kernels, and
+    without torch's compiler, which takes 1.5 s to import.
     """
     logger = logging.getLogger("bitsandbytes")
     level, compiler = logger.level, torch.compile
@@ -102,7 +103,7 @@ def quiet_import() -> Iterator[None]:
 
 
 def _compile_when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:
-    """torch.compile, delayed until the function is first called."""
+    """Delays torch.compile until the function is first called."""
     if function is None:
         return partial(_compile_when_called, compiler, **options)
     compiled = cache(partial(compiler, function, **options))
@@ -110,7 +111,7 @@ def _compile_when_called(compiler: Callable[..., Any], function: Any = None, **o
 
 
 def block_constants(state: Any, blocks: slice = slice(None)) -> Tensor:
-    """The constant of each block (blocks,) of 4-bit codes."""
+    """Returns the constant of each block (blocks,) of 4-bit codes."""
     if not state.nested:
         return state.absmax[blocks]
     nested, skipped = state.state2, (blocks.start or 0) % BLOCK_OF_CONSTANTS
@@ -125,7 +126,9 @@ def block_constants(state: Any, blocks: slice = slice(None)) -> Tensor:
 def dequantized_4bit(
     codes: Tensor, constants: Tensor, state: Any, shape: tuple[int, ...]
 ) -> Tensor:
-    """The matrix of the given shape from 4-bit codes (..., 1), which may be stored in any dtype."""
+    """Returns the matrix of the given shape from 4-bit codes (..., 1), which may be stored in any
+    dtype.
+    """
     # flattened if the input size is not a multiple of the block size, because the CPU's AVX512
     # kernel would use the wrong constants
     flat = shape if shape[-1] % state.blocksize == 0 else (prod(shape),)
@@ -135,7 +138,7 @@ def dequantized_4bit(
 
 
 def make_linear(module: nn.Module) -> None:
-    """Turn a module whose weight is no longer quantized into a plain linear."""
+    """Turns a module whose weight is no longer quantized into a plain linear."""
     adapted = isinstance(module, Adapted)
     module.__class__ = adapted_class(nn.Linear, Linear) if adapted else nn.Linear
 
@@ -162,7 +165,7 @@ class Quantized(Matrix):
 
     @abstractmethod
     def dequantized(self) -> Tensor:  # (out, in)
-        """W (out, in) in `dtype`."""
+        """Returns W (out, in) in `dtype`."""
 
     def read(self, dtype: torch.dtype) -> Tensor:
         known = self._read
@@ -221,8 +224,8 @@ class Linear4bit(Quantized):
 
     @property
     def _state(self) -> Any:
-        """The quantization state, with the original order of codes: the module reorders them for
-        inference on a CPU, and then computes no gradients.
+        """The quantization state, with the codes in their original order. For inference on a CPU,
+        the module reorders them, and then computes no gradients.
         """
         weight = self.bare.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
@@ -251,7 +254,9 @@ class Linear8bit(Quantized):
 
 
 def nf4(w: Tensor) -> nn.Module:  # (out, in)
-    """A linear without bias that stores w (out, in), in bf16, as NF4 with quantized constants."""
+    """Returns a linear without bias that stores w (out, in), rounded to bf16, as NF4 with quantized
+    constants.
+    """
     module: Any = _empty_linear("LinearNF4", w)
     # with the code order of this CPU kernel there are no gradients, and it is not faster
     module.support_avx512bf16_for_cpu = False
@@ -265,7 +270,7 @@ def nf4(w: Tensor) -> nn.Module:  # (out, in)
 
 
 def int8(w: Tensor) -> nn.Module:  # (out, in)
-    """A linear without bias that stores w (out, in), in bf16, as int8."""
+    """Returns a linear without bias that stores w (out, in), rounded to bf16, as int8."""
     module = _empty_linear("Linear8bitLt", w, has_fp16_weights=False)
     if not is_fake(w):
         return _quantize_module(module, w)
@@ -287,7 +292,7 @@ def _quantize_module(module: nn.Module, w: Tensor) -> nn.Module:
 
 
 def _with_fake_codes(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
-    """Give the module a weight of fake codes, which bitsandbytes' parameter class can't hold."""
+    """Gives the module a weight of fake codes, which bitsandbytes' parameter class can't hold."""
     weight = nn.Parameter(codes, requires_grad=False)
     vars(weight).update(attributes)
     module._parameters["weight"] = weight
@@ -295,8 +300,8 @@ def _with_fake_codes(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.
 
 
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Set the compute dtype of a quantized module (bitsandbytes' keep the order of their codes); no
-    effect on other modules.
+    """Sets the compute dtype of a quantized module; has no effect on other modules. bitsandbytes'
+    modules keep the order of their codes.
     """
     settings: Any = module
     if "fmt" in vars(module) or expert_parameters(module):

@@ -3,14 +3,15 @@
     W[i, j] = (codes[i, j] - z[i // r, j // c]) s[i // r, j // c]        W (out, in)
 
     codes   float8_e4m3fn (out, in); int8 (out, in); or 4 or 8 bits each, packed into int32
-            (out, ceil(in bits / 32)) from the low bits on, each plus half its range
+            (out, ceil(in bits / 32)) from the low bits on, with half the range added
     s       the scales (ceil(out / r), ceil(in / c)) of blocks of r rows and c columns
-    z       the zero points of asymmetric codes, of the same shape; packed along the rows
+    z       the zero points of asymmetric codes, of the same shape; packed along the rows if
+            the codes are
 
 The formats are float-quantized, int-quantized and pack-quantized of compressed-tensors (vLLM
 project), and DeepSeek-V3's fine-grained FP8 (arXiv 2412.19437, section 3.3), with scales
-`weight_scale_inv`. Activations are never quantized, because a folded delta would then differ from
-the delta itself.
+`weight_scale_inv`. Activations are never quantized, because a merged layer would then differ from
+the layer with its delta.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ WORD = 32  # bits of an int32
 
 @dataclass(frozen=True)
 class QuantizationFormat:
-    """How a matrix is stored.
+    """The storage format of a quantized matrix.
 
     code_type: float or int.
-    rows, columns: the block that shares a scale; 0 for all.
-    scale: the name of the scales' parameter.
+    rows, columns: the size of the blocks that share a scale; 0 for all rows or columns.
+    scale: the name of the parameter with the scales.
     """
 
     code_type: str
@@ -46,11 +47,11 @@ class QuantizationFormat:
     scale: str = "weight_scale"
 
     def blocks(self, out: int, inn: int) -> tuple[int, int]:
-        """The shape of the scales of a matrix (out, in)."""
+        """Returns the shape of the scales of a matrix (out, in)."""
         return -(-out // (self.rows or out)), -(-inn // (self.columns or inn))
 
     def parameters(self, out: int, inn: int, scales: torch.dtype) -> dict[str, Tensor]:
-        """The uninitialized parameters that store a matrix (out, in), by name."""
+        """Returns the uninitialized parameters, by name, that store a matrix (out, in)."""
         blocks = self.blocks(out, inn)
         shape = (1,) if (self.rows, self.columns) == (0, 0) else blocks
         tensors = {self.scale: torch.empty(shape, dtype=scales)}
@@ -70,12 +71,11 @@ class QuantizationFormat:
 
 
 def num_ints(n: int, bits: int) -> int:
-    """The number of int32 that contain n codes."""
     return -(-n * bits // WORD)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The first n codes of each row, int8 (rows, n)."""
+    """Returns the first n codes of each row, int8 (rows, n)."""
     codes = packed.contiguous().view(torch.uint8)
     if bits == 4:  # both codes of a byte, each in a byte of an int16
         pairs = codes.to(torch.int16)
@@ -84,12 +84,11 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 class CompressedLinear(nn.Module):
-    """A linear whose weight is stored in a `QuantizationFormat`, with the parameter names of the
-    files.
+    """A linear whose weight is stored in a `QuantizationFormat`, with the parameter names of
+    checkpoint files.
     """
 
     def __init__(self, linear: nn.Linear, fmt: QuantizationFormat, scales: torch.dtype) -> None:
-        """Make the uninitialized module for a linear, with its bias, on its device."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.fmt = fmt
@@ -101,7 +100,7 @@ class CompressedLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Like any module, but codes and scales keep their dtypes."""
+        """Applies `fn` as in any module, except that codes and scales keep their dtypes."""
         quantized = {id(p) for name, p in self._parameters.items() if name != "bias"}
 
         def keep_dtype(t: Tensor) -> Tensor:
@@ -111,13 +110,13 @@ class CompressedLinear(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def freeze(self) -> None:
-        """Disable gradients of codes and scales, which loading turns into ordinary parameters."""
+        """Disables gradients of codes and scales, which loading turns into ordinary parameters."""
         for name, parameter in self._parameters.items():
             if name != "bias" and parameter is not None:
                 parameter.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) W^T + b: (..., out)."""
+        """Returns x (..., in) W^T + b: (..., out)."""
         return Compressed(self)(x)
 
     def extra_repr(self) -> str:
@@ -157,7 +156,7 @@ class Compressed(Quantized):
 
 
 def _apply_by_block(w: Tensor, values: Tensor, fmt: QuantizationFormat, operation: Any) -> Tensor:
-    """w (out, in), in place, with the value of its block applied to each element."""
+    """Applies the operation in place to each element of w (out, in) and the value of its block."""
     out, inn = w.shape
     rows, columns = fmt.rows or out, fmt.columns or inn
     row_blocks, column_blocks = fmt.blocks(out, inn)

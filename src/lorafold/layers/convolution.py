@@ -4,8 +4,8 @@
     x (N, in, *places), W (out, in / groups, *window), y (N, out, *places')
 
 As a matrix, W is (out, in / groups * prod(window)). A low-rank update is a convolution to r
-channels and one with window 1 to the outputs; with groups, up @ down is computed instead. A delta's
-output is added in fp32 and rounded with a dither (`core.rounding`).
+channels followed by one with window 1; with groups, it is a single convolution with up @ down. A
+delta's output is added in fp32 and rounded with a dither (`core.rounding`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Convolution(BaseLayer):
 
     @property
     def kernel(self) -> Tensor:  # (out, in / groups, *window)
-        """The stored weight. Raises NotMergeable if the module computes it from others."""
+        """The stored weight. Raises NotMergeable if the module computes it from other parameters.
+        """
         if "weight" not in self.module._parameters:
             raise NotMergeable(
                 f"{type(self.module).__name__}: the weight is computed from other parameters"
@@ -66,8 +67,8 @@ class Convolution(BaseLayer):
         return rounded(y.to(torch.promote_types(y.dtype, torch.float32)) + onto, y.dtype)
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
-        """x (N, in, *places) convolved with m (k, in / groups * prod(window)): (N, k, *places').
-        With groups, k must be out.
+        """Returns x (N, in, *places) convolved with m (k, in / groups * prod(window)): (N, k,
+        *places'). With groups, k must be out.
         """
         kernel = m.to(x.dtype).reshape(len(m), -1, *self.bare.kernel_size)
         return self.bare._conv_forward(x, kernel, None)

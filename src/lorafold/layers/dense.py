@@ -34,7 +34,9 @@ class Vectors(BaseLayer):
         return dropout(x, p, self.site(x)) if p else x
 
     def site(self, x: Tensor) -> DropoutSite | None:
-        """The source of random numbers for dropout of x (..., k); None: torch's generator."""
+        """Returns the inputs of dropout's random numbers for x (..., k), or None for torch's
+        generator.
+        """
         return dropout_site(self.module, x.shape[:-1].numel())
 
 
@@ -46,10 +48,10 @@ class Matrix(Vectors):
 
     @abstractmethod
     def weight(self) -> Tensor:  # (out, in)
-        """W (out, in), a view of the stored parameter if possible."""
+        """Returns W (out, in), if possible a view of the stored parameter."""
 
     def read(self, dtype: torch.dtype) -> Tensor:  # (out, in)
-        """W (out, in) for a product with activations of that dtype."""
+        """Returns W (out, in) for a matmul with activations of that dtype."""
         return self.weight().to(dtype)
 
     @property
@@ -63,11 +65,11 @@ class Matrix(Vectors):
         return out, inn
 
     def as_is(self, x: Tensor) -> bool:
-        """Whether the module's own forward may compute W x + b for x (..., in)."""
+        """Returns whether the module's own forward may compute W x + b for x (..., in)."""
         return matmul_dtype(x) is x.dtype is self.weight().dtype or autocasting(x)
 
     def biased(self, y: Tensor) -> Tensor:
-        """y + b (..., out), in y's dtype."""
+        """Returns y + b (..., out), in y's dtype."""
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -143,8 +145,8 @@ class Conv1D(Matrix):
 
 
 class _Lookup(Function):
-    """Rows of a 16-bit W (V, d) with an fp32 gradient: on a CPU, torch would round the sum after
-    each repetition of a token.
+    """Looks up rows of a 16-bit W (V, d) with an fp32 gradient, because on a CPU torch would round
+    the sum after each repetition of a token.
     """
 
     @staticmethod
@@ -162,7 +164,7 @@ class _Lookup(Function):
 
 
 def lookup(ids: Tensor, w: Tensor, padding: int | None = None) -> Tensor:
-    """Rows of W (V, d): ids (...) -> (..., d). The row `padding` has no gradient."""
+    """Looks up rows of W (V, d): ids (...) -> (..., d). The row `padding` has no gradient."""
     rounds = w.requires_grad and w.itemsize == 2 and w.device.type == "cpu"
     if not rounds or torch.compiler.is_compiling():
         return F.embedding(ids, w, padding)
@@ -170,8 +172,8 @@ def lookup(ids: Tensor, w: Tensor, padding: int | None = None) -> Tensor:
 
 
 class Embedding(Vectors):
-    """An embedding: weight (in, out), with `in` the size of the vocabulary; its product is a
-    look-up.
+    """An embedding: weight (in, out), with the vocabulary size as `in`; its product with ids is a
+    lookup.
     """
 
     takes_ids = True

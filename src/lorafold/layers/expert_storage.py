@@ -1,9 +1,10 @@
-"""Storage of expert weights; quantized matrices are dequantized one at a time, for each use.
+"""Storage formats of expert weights. Quantized matrices are dequantized one at a time, for each
+use.
 
-    Floats      a parameter (E, out, in), or (E, in, out) if transposed, or 2-D if flat
-    NF4         the same in bitsandbytes' 4-bit codes, 4.13 bits per weight
-    Int8        the same in 8 bits, with one scale for each stored row
-    MXFP4       parameters `..._blocks` and `..._scales`, 4.25 bits per weight (`ops.mxfp4`)
+    FloatExperts    a parameter (E, out, in), or (E, in, out) if transposed, or 2-D if flat
+    NF4             the same in bitsandbytes' 4-bit codes, 4.13 bits per weight
+    Int8            the same in 8 bits, with one scale for each stored row
+    MXFP4           parameters `..._blocks` and `..._scales`, 4.25 bits per weight (`ops.mxfp4`)
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ExpertMatrices(ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """The dtype of all matrices."""
+        """The dtype of the matrices, after dequantization if they are quantized."""
 
     @property
     @abstractmethod
@@ -50,32 +51,32 @@ class ExpertMatrices(ABC):
 
     @abstractmethod
     def stored(self, e: int) -> Tensor:
-        """The matrix of expert e as stored, (out, in) or (in, out)."""
+        """Returns the matrix of expert e as stored, (out, in) or (in, out)."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(E, out, in)."""
+        """The shape (E, out, in)."""
         a, b = self.stored_shape
         return (self.number, b, a) if self.transposed else (self.number, a, b)
 
     def transpose(self, w: Tensor) -> Tensor:
-        """Convert stored matrices to (..., out, in) or back, a view of any shape."""
+        """Converts stored matrices to (..., out, in) or back, as a view."""
         return w.mT if self.transposed else w
 
     def as_stored(self, w: Tensor) -> Tensor:
-        """All matrices (E, out, in) in the shape of the parameter."""
+        """Returns all matrices (E, out, in) in the shape of the parameter."""
         return self.transpose(w).flatten(0, 1) if self.flat else self.transpose(w)
 
     def matrix(self, e: int) -> Tensor:
-        """The matrix (out, in) of expert e."""
+        """Returns the matrix (out, in) of expert e."""
         return self.transpose(self.stored(e))
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """All matrices (E, out, in), in `dtype`."""
+        """Returns all matrices (E, out, in), in `dtype`."""
 
     def dense_like(self) -> Tensor:
-        """All matrices (E, out, in) on the meta device."""
+        """Returns a tensor like `dense` (E, out, in) on the meta device."""
         return self.transpose(
             torch.empty(self.number, *self.stored_shape, dtype=self.dtype, device="meta")
         )
@@ -120,8 +121,6 @@ class QuantizedMatrices(ExpertMatrices):
 
 
 class NF4(QuantizedMatrices):
-    """Matrices in bitsandbytes' 4-bit codes, with the constants of all experts in one list."""
-
     @property
     def stored_shape(self) -> tuple[int, int]:
         rows, b = self.parameter.quant_state.shape
@@ -145,8 +144,6 @@ class NF4(QuantizedMatrices):
 
 
 class Int8(QuantizedMatrices):
-    """Matrices in int8, with a scale for each stored row."""
-
     @property
     def stored_shape(self) -> tuple[int, int]:
         rows, b = self.parameter.shape
@@ -159,8 +156,6 @@ class Int8(QuantizedMatrices):
 
 
 class MXFP4(QuantizedMatrices):
-    """Matrices (out, in) in 4-bit floating point, with a power of two for 32 weights of a row."""
-
     suffixes = (BLOCKS, SCALES)
 
     def __init__(self, matrices: Matrices) -> None:
@@ -187,8 +182,8 @@ def stored_matrices(matrices: Matrices) -> ExpertMatrices:
 
 
 def mxfp4_parameters(matrices: Matrices) -> dict[str, nn.Parameter]:
-    """The uninitialized parameters (E, out, in / 32, 16) and (E, out, in / 32) that would store
-    floating-point matrices in MXFP4, by name; in / 32 is rounded down.
+    """Returns the uninitialized parameters (E, out, in / 32, 16) and (E, out, in / 32), by name,
+    that would store floating-point matrices in MXFP4; in / 32 is rounded down.
     """
     floats = FloatExperts(matrices)
     number, out, inn = floats.shape
@@ -203,6 +198,6 @@ def mxfp4_parameters(matrices: Matrices) -> dict[str, nn.Parameter]:
 
 
 def quantize_experts(w: Tensor, pack: Callable[[Tensor], nn.Module]) -> nn.Parameter:
-    """The parameter of codes for w (E, a, b), in bf16."""
+    """Returns the parameter with the quantized codes of w (E, a, b)."""
     linear: Any = pack(w.flatten(0, -2))
     return linear.weight

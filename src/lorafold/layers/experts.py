@@ -1,4 +1,4 @@
-"""Expert weights as a layer, and the forward of a module of experts over such layers.
+"""Expert weights as layers, and the forward of a mixture-of-experts module over these layers.
 
     for a token x, its experts e_1 .. e_k and their weights p_1 .. p_k (from the router):
     y = sum_i p_i down_{e_i} act(gate_up_{e_i} x)
@@ -82,7 +82,7 @@ class Experts(BaseLayer):
         return self.groups
 
     def frozen_matrices(self) -> FrozenMatrices:
-        """The experts' matrices (out, in), for a product with the current rows."""
+        """Returns the experts' matrices (out, in), for a matmul with the current rows."""
         matrix, every = self.storage.matrix, self.storage.dense
         return FrozenMatrices(
             lambda e, dtype: matrix(e).to(dtype), lambda dtype: every().to(dtype), self.rows
@@ -136,7 +136,9 @@ class Experts(BaseLayer):
         return dropout(x, p, self.site()) if p else x
 
     def site(self) -> DropoutSite | None:
-        """The source of random numbers for dropout of its rows; None: torch's generator."""
+        """Returns the inputs of dropout's random numbers for the rows, or None for torch's
+        generator.
+        """
         (tokens, k), at = self.experts, self.at
         if at is None:
             return None
@@ -197,7 +199,9 @@ class Experts(BaseLayer):
 
 
 class Routed(nn.Module):
-    """Mixin: a module whose forward runs over `Experts`, its own or a child's."""
+    """Mixin: a module whose forward runs over the `Experts` layers of its own parameters or a
+    child's.
+    """
 
     base_class: ClassVar[type[nn.Module]]
 
@@ -215,12 +219,13 @@ class Routed(nn.Module):
 
 @functools.cache
 def routed_class(cls: type[nn.Module]) -> type[Routed]:
-    """The subclass of a class, with its name, whose forward runs over `Experts`."""
     return renamed_subclass(Routed, cls, forward, base_class=cls)
 
 
 def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
-    """The module that holds the matrices of a routed module, and the prefix of its paths."""
+    """Returns the module that holds the expert parameters, `routed` or a child, after its path as a
+    prefix.
+    """
     if expert_parameters(routed):
         return "", routed
     children = routed._modules.items()
@@ -228,13 +233,15 @@ def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
 
 
 def run_over_layers(routed: nn.Module) -> None:
-    """Run the module's forward over `Experts`, as deltas and quantized matrices need."""
+    """Makes the module's forward run over `Experts` layers, which deltas and quantized matrices
+    need.
+    """
     if not isinstance(routed, Routed):
         routed.__class__ = routed_class(type(routed))  # type: ignore[arg-type]
 
 
 def restore_forward(routed: nn.Module) -> None:
-    """Restore the module's own forward, if possible."""
+    """Restores the module's own forward, unless a delta or a quantized matrix is left."""
     matrices = matrices_of(_holder(routed)[1], routed).values()
     needed = any(isinstance(m, Adapted) or stored_matrices(m).quantized for m in matrices)
     if isinstance(routed, Routed) and not needed:
@@ -242,8 +249,8 @@ def restore_forward(routed: nn.Module) -> None:
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The output of a module of experts: by its own forward if no delta is active and nothing is
-    quantized, else over layers.
+    """Runs the module's own forward if no delta is active and nothing is quantized, else the
+    `Experts` layers.
     """
     _, holder = _holder(self)
     parameters = matrices_of(holder, self)
@@ -274,8 +281,8 @@ Layers = Callable[[Groups, Tensor | None, tuple[int, int]], list[Layer]]
 def run_selected(
     routed: Any, holder: nn.Module, layers: Layers, hidden: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """The experts' outputs, weighted and summed for each token, in the input's shape; `hidden` has
-    T tokens, then come their experts (T, k) and weights (T, k).
+    """Returns the experts' outputs, weighted and summed for each token, in the shape of `hidden`,
+    which has T tokens. The other arguments are the tokens' experts (T, k) and weights (T, k).
     """
     index, weights = (*args, *kwargs.values())
     tokens = hidden.reshape(-1, hidden.shape[-1])
@@ -286,8 +293,8 @@ def run_selected(
 def run_scaled(
     routed: Any, holder: nn.Module, layers: Layers, hidden: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The output (T, hidden) of the experts plus the shared expert, and the router's logits. Scores
-    scale the inputs.
+    """Returns the output (T, hidden) of the experts plus the shared expert, and the router's
+    logits. The router's scores scale the inputs.
     """
     tokens = hidden.reshape(-1, hidden.shape[-1])
     scores, logits = routed.router(tokens)
@@ -300,7 +307,7 @@ def run_scaled(
 def run_sorted(
     routed: Any, holder: nn.Module, layers: Layers, rows: Tensor, sizes: Sequence[int]
 ) -> Tensor:
-    """The rows (S, in), each times the matrix of its expert: (S, out)."""
+    """Multiplies each row (S, in) by the matrix of its expert: (S, out)."""
     each, count = torch.tensor(sizes), len(rows)  # the sum, which fake tensors don't have
     of = torch.arange(len(sizes)).repeat_interleave(each, output_size=count).to(rows.device)
     groups, taken, places = sort_into_groups(of, len(sizes))
@@ -314,8 +321,8 @@ FORWARDS: dict[str, Any] = {BY_INDEX: run_selected, BY_SCORE: run_scaled, SORTED
 def _expert_outputs(
     holder: Any, layers: Layers, index: Tensor, hidden: Tensor, weights: Tensor | None = None
 ) -> Tensor:  # (T, k, hidden)
-    """The output of each expert of each token, with inputs scaled by `weights` (T, k); experts
-    without a matrix return their input.
+    """Returns the output of each expert of each token, with inputs scaled by `weights` (T, k).
+    Experts without a matrix return their input.
     """
     form = experts_layout(holder)
     assert form is not None

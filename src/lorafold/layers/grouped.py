@@ -1,4 +1,5 @@
-"""Grouped linear layers (DeepSeek-V4's attention heads): each group of outputs has its own input.
+"""Grouped linear layers (DeepSeek-V4's attention heads): each group of outputs has a separate
+input.
 
     y_j = W_j x_j,  j = 1 .. g      x (..., g, in), W (out, in) = (W_1; ..; W_g),
                                     y (..., g, out / g)
@@ -29,7 +30,6 @@ class GroupedLinear(Vectors):
 
     @property
     def groups(self) -> int:
-        """The number of groups, g."""
         return int(self.bare.n_groups)
 
     @property
@@ -44,8 +44,8 @@ class GroupedLinear(Vectors):
         return self.op(x, w, onto)
 
     def op(self, x: Tensor, m: Tensor, onto: Tensor | None = None) -> Tensor:
-        """The product of each group of x (..., g, in) and its rows of m (k, in), k a multiple of g,
-        plus `onto`: (..., g, k / g).
+        """Returns the product of each group of x (..., g, in) and its rows of m (k, in), k a
+        multiple of g, plus `onto`: (..., g, k / g).
         """
         rows = m.to(x.dtype).unflatten(0, (self.groups, -1)).mT  # (g, in, k / g)
         shape = (*x.shape[:-1], rows.shape[-1])
@@ -61,7 +61,6 @@ class GroupedLinear(Vectors):
         return self.op(linear(self.drop(x, p), down), up)
 
     def site(self, x: Tensor) -> DropoutSite | None:
-        """The source of random numbers for dropout of x (..., g, in); None: torch's generator."""
         g, tokens = self.groups, x.shape[:-2].numel()
 
         def of(names: Tensor) -> Tensor:

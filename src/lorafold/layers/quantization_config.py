@@ -14,8 +14,8 @@ from lorafold.layers.expert_storage import stored_matrices
 
 
 def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
-    """Record in the config that these modules are no longer quantized; remove its quantization
-    config if no other is.
+    """Removes the quantization config if no module is quantized any more, else lists these modules
+    in it.
     """
     config: Any = getattr(model, "config", None)
     settings: Any = getattr(config, "quantization_config", None)

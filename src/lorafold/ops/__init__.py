@@ -1,2 +1,3 @@
-"""Fused tensor operations, independent of any model; `tests/lib/reference_ops.py` specifies them.
+"""Fused tensor operations, independent of any model. Their reference implementations are in
+`tests/lib/reference_ops.py`.
 """

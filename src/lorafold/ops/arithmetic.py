@@ -1,10 +1,10 @@
-"""The choice between multiplying 16-bit matrices in 16 bits and widening them to fp32 on a CPU.
+"""Chooses whether a CPU multiplies 16-bit matrices in 16 bits or converts them to fp32.
 
     x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; both ways sum in fp32
 
-x86 processors with AMX, and AMD's with AVX512-BF16, multiply bf16 at least twice as fast as fp32;
-others are faster in fp32. The processor's features decide, not a measurement, so that runs are
-reproducible. A backward pass uses the dtype of its forward pass.
+x86 processors with AMX, and AMD processors with AVX512-BF16, multiply bf16 at least twice as fast
+as fp32; other CPUs are faster in fp32. The choice depends on the processor's features and not on a
+measurement, so that runs are reproducible. A backward pass uses the dtype of its forward pass.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ CPU = torch.device("cpu")
 HALF = (torch.float16, torch.bfloat16)
 # with fewer input vectors, most of the time goes into reading W, which is half as large in 16 bits
 MIN_ROWS = 64
-# kernels may sum fewer rows than this in a different order
+# kernels may sum in a different order if there are fewer rows than this
 FEW = 16
-# whether to widen (None: the processor decides), and from how many input vectors on
+# whether to convert to fp32 (None: the processor decides), and from how many input vectors on
 _override: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, MIN_ROWS))
 
 
 @contextmanager
 def override_widening(*, widened: bool, rows: int = MIN_ROWS) -> Iterator[None]:
-    """Override whether 16-bit matrices are widened, in this thread or task, for the `with` block.
+    """Context manager: overrides whether 16-bit matrices are converted to fp32, in this thread or
+    task.
     """
     token = _override.set((widened, rows))
     try:
@@ -49,7 +50,9 @@ def override_widening(*, widened: bool, rows: int = MIN_ROWS) -> Iterator[None]:
 
 
 def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
-    """Whether 16-bit matrices are widened on this device; always False except on the CPU."""
+    """Returns whether 16-bit matrices are converted to fp32 on this device; False on all devices
+    but the CPU.
+    """
     if dtype not in HALF or device.type != "cpu":
         return False
     chosen, _ = _override.get()
@@ -57,8 +60,8 @@ def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which x (..., in) is multiplied. Widening to fp32 pays only from a number of
-    rows on.
+    """Returns the dtype in which x (..., in) is multiplied. Converting to fp32 pays only from a
+    number of rows on.
     """
     if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
@@ -67,7 +70,6 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 @cache
 def is_fp32_faster(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a 16-bit dtype faster in fp32."""
     if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
         return False
     info = Path("/proc/cpuinfo")
@@ -79,7 +81,7 @@ def is_fp32_faster(dtype: torch.dtype) -> bool:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether oneDNN multiplies bf16 matrices on this processor."""
+    """Returns whether oneDNN multiplies bf16 matrices on this processor."""
     available = torch.backends.mkldnn.is_available()
     return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -103,7 +105,8 @@ class _Widened(Exact):
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
-    """k a b (n, m) in `dtype`, for a (n, l) and b (l, m); on CUDA without rounding the fp32 sums.
+    """Returns k a b (n, m) in `dtype`, for a (n, l) and b (l, m). On CUDA, fp32 results are not
+    rounded to 16 bits first.
     """
     if not a.is_cuda:
         y = (a @ b).to(dtype)
@@ -116,13 +119,15 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
 
 
 def out_dtype(a: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """The keyword argument that makes CUDA return the fp32 sums of 16-bit matrices (any shape)."""
+    """Returns the keyword argument for matmuls with fp32 results, for 16-bit matrices a (any shape)
+    on CUDA.
+    """
     widens_sums = a.is_cuda and a.dtype in HALF and dtype is torch.float32
     return {"out_dtype": dtype} if widens_sums else {}
 
 
 def transposed_matmul(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
-    """k (a b)^T (m, n), contiguous, in `dtype`, for a (n, l) and b (l, m)."""
+    """Returns k (a b)^T (m, n), contiguous, in `dtype`, for a (n, l) and b (l, m)."""
     if a.is_cuda:
         return matmul(b.t(), a.t(), dtype, k)
     # a CPU multiplies (r, T) with (T, out) faster than (out, T) with (T, r)
@@ -131,7 +136,7 @@ def transposed_matmul(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) 
 
 
 def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
-    """x m^T + b (..., k) in x's dtype, for x (..., in), m (k, in), b (k,) or None."""
+    """Returns x m^T + b (..., k) in x's dtype, for x (..., in), m (k, in), b (k,) or None."""
     if matmul_dtype(x) is x.dtype:
         return F.linear(x, m.to(x.dtype), None if b is None else b.to(x.dtype))
     return _Widened.over_rows(x, m, b)
@@ -141,7 +146,8 @@ ScaleAndDtype = tuple[float, torch.dtype]
 
 
 class _Copy:
-    """k x in a dtype, and the scopes in which it was computed and last used."""
+    """A cached copy k x in another dtype, with the scopes in which it was computed and last used.
+    """
 
     def __init__(self, x: Tensor, form: ScaleAndDtype, family: _Family) -> None:
         self.factor, self.form, self.family = weakref.ref(x), form, family
@@ -151,14 +157,15 @@ class _Copy:
 
 
 class _Family:
-    """Copies used in one step, which are renewed together."""
+    """The copies used in one training step, which are recomputed together."""
 
     def __init__(self, during: UnchangedScope) -> None:
         self.during = during
         self.copies: list[weakref.ref[_Copy]] = []
 
     def renew(self, during: UnchangedScope) -> None:
-        """Recompute the copies that the previous scope used, in a few kernels, and drop the rest.
+        """Recomputes the copies that the previous scope used, in a few kernels, and drops the
+        others.
         """
         copies = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
         used = [(c, x) for c, x in copies if c.asked is self.during]
@@ -180,7 +187,8 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # factor -> {form:
 
 
 def scaled_as(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
-    """k x (any shape), rounded once to `dtype`; x itself if nothing changes. Not differentiable.
+    """Returns k x (any shape), rounded once to `dtype`, or x itself if nothing changes. Not
+    differentiable.
 
     On CUDA, copies of parameters are cached for a training step (`core.contexts`), because each
     would cost two kernel launches per layer and micro-batch.

@@ -4,10 +4,10 @@
                             i - window < j <= i
 
 q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk)
-(grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Computed in tiles of at most TILE
-queries, so no tensor has size T x T; the backward pass recomputes the probabilities. Gradients of
-keys in shared prefixes are accumulated in fp32. On CUDA, torch's FlashAttention
-(Dao 2023, arXiv 2307.08691) is used if it supports the inputs.
+(grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). The attention is computed in tiles
+of at most TILE queries, so no tensor has size T x T, and the backward pass recomputes the
+probabilities. Gradients of keys in shared prefixes are accumulated in fp32. On CUDA, torch's
+FlashAttention (Dao 2023, arXiv 2307.08691) is used if it supports the inputs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ from lorafold.ops.packed_documents import Documents
 from lorafold.runtime.assumed_device import cuda_capability, device_type
 from lorafold.runtime.devices import AMPERE
 
-# From this document length on, checkpointing keeps the output of attention: it is no larger than a
-# block's input, but the time to recompute it grows with the square of the length.
+# From this document length on, checkpointing keeps the output of attention, because it is no larger
+# than a block's input, but the time to recompute it grows with the square of the length.
 SAVE_FROM_LENGTH = 4096
-# requirements of FlashAttention as torch builds it: a multiple of FLASH_HEAD_UNIT
+# requirements of torch's FlashAttention; head sizes must be multiples of FLASH_HEAD_UNIT
 FLASH_MAX_HEAD_SIZE, FLASH_HEAD_UNIT, FLASH_CAPABILITY = 256, 8, AMPERE
 
 
 class Scores(NamedTuple):
-    """The scores: cap tanh(scale q k / cap), or scale q k without a cap."""
-
     scale: float
     cap: float | None
 
@@ -61,7 +59,7 @@ BACKWARD = operator(
 def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor | None]:
-    """The probabilities (b, G * t, s), and the tanh for the backward pass of a cap."""
+    """Returns the probabilities (b, G * t, s) and, for the backward pass of a cap, the tanh."""
     p, (scale, cap) = torch.bmm(q, k.mT), scores
     if cap is None:
         SOFTMAX(p, mask, scale)
@@ -94,7 +92,6 @@ def _attend_backward(
     wide, tokens = at_least_fp32(k), len(k)
     k, v = docs.gather(k), docs.gather(v)
     gq = torch.empty_like(q)
-    # gradients of shared keys are accumulated in fp32 or wider
     gk, gv = (torch.empty_like(x, dtype=x.dtype if docs.keys is None else wide) for x in (k, v))
     for tiles in docs.groups():
         ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
@@ -141,7 +138,8 @@ class _DocumentAttention(Exact):
 
 
 def flash_supports(q: Tensor, v: Tensor) -> bool:
-    """Whether FlashAttention supports q (..., D) and v (..., Dv) of one dtype and device."""
+    """Returns whether FlashAttention supports q (..., D) and v (..., Dv) of one dtype and device.
+    """
     return (
         device_type(q) == "cuda"
         and q.dtype in HALF
@@ -154,8 +152,8 @@ def flash_supports(q: Tensor, v: Tensor) -> bool:
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Causal attention (T, H, Dv) within each document, for q (T, H, D), k (T, Hk, D), v
-    (T, Hk, Dv). Differentiable once.
+    """Returns causal attention (T, H, Dv) within each document, for q (T, H, D), k (T, Hk, D), v
+    (T, Hk, Dv).
     """
     q, k, v = (lower(x) for x in (q, k, v))
     if softcap is None and flash_supports(q, v):

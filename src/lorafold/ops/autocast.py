@@ -1,7 +1,7 @@
 """Fused operations under `torch.autocast`, which casts only the operands of single matmuls.
 
 `lowered` casts the activations of a fused operation once and runs it without autocast, so that sums
-between its matmuls are not cast. `Exact` does the same for autograd functions called directly.
+between its matmuls are not cast. `Exact` runs autograd functions without autocast.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from lorafold.ops.checkpoint_segments import computed_once
 
 
 def at_least_fp32(x: Tensor) -> torch.dtype:
-    """The dtype of x (any shape), or fp32 if that is wider."""
+    """Returns the dtype of x (any shape), or fp32 if that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def autocasting(x: Tensor) -> bool:
-    """Whether autocast is enabled for the device of x (any shape)."""
+    """Returns whether autocast is enabled for the device of x (any shape)."""
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def lower(x: Tensor) -> Tensor:
-    """x (any shape) in autocast's dtype, shared by all layers that read x; unchanged if autocast is
-    off or does not cast it (integers, fp64).
+    """Returns x (any shape) in autocast's dtype, as a copy that all layers that read x share; x
+    itself if autocast is off or does not cast it (integers, fp64).
     """
     if not autocasting(x) or not x.is_floating_point() or x.dtype is torch.float64:
         return x
@@ -43,7 +43,7 @@ def lower(x: Tensor) -> Tensor:
 
 
 def lowered(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """run(*args, **kwargs) with its tensors cast by `lower`, outside of autocast."""
+    """Returns run(*args, **kwargs) with tensors cast by `lower`, outside of autocast."""
     x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if x is None or not autocasting(x):
         return run(*args, **kwargs)
@@ -63,7 +63,7 @@ class Exact(Function):
 
     @classmethod
     def over_rows(cls, x: Tensor, *args: Any) -> Tensor:
-        """`apply` to the rows of x (..., in), which returns (..., out)."""
+        """Applies the function to the rows of x (..., in), and returns (..., out)."""
         y = cls.apply(x.reshape(-1, x.shape[-1]), *args)
         return y.view(*x.shape[:-1], y.shape[-1])
 

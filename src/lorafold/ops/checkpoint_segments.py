@@ -1,13 +1,13 @@
-"""Outputs kept for the replay of checkpointed segments, and tensors shared by layers within one.
+"""Outputs that a recomputed checkpoint reuses, and tensors that the layers of a segment share.
 
     checkpoint(segment, x, use_reentrant=False, context_fn=save_outputs)
-    y = saved_for_replay(make)    inside: make() in the forward pass; in the replay, its output
+    y = saved_for_replay(make)    in the segment: make(); when it is recomputed: the same output
     computed_once(x, (A,), make)  make() for the first layer that reads x with A; its result for all
 
-`saved_for_replay` recomputes an output that was modified in place. `computed_once`, for layers such
-as q, k and v, recomputes the value if x or A was modified in place, in another segment (which must
-be able to replay alone), and if grad mode changed. The value is cached on x, so its graph must not
-reference x, which would keep itself alive.
+`saved_for_replay` computes an output again if it was modified in place. `computed_once`, for layers
+such as q, k and v, computes the value again if x or A was modified in place, in another segment
+(because each must be recomputable alone), and if grad mode changed. The value is cached on x, so
+its graph must not reference x: such a cycle would keep x alive.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ _output_of: ContextVar[OutputOf] = ContextVar("output_of", default=lambda make: 
 
 
 def saved_for_replay(make: Make) -> Tensor:
-    """The output of `make` (any shape); in the replay of a segment, the output of its forward pass.
+    """Returns `make()` (any shape), or, while a segment is recomputed, the output of its forward
+    pass.
     """
     return _output_of.get()(make)
 
 
 class _UsingOutputs(AbstractContextManager[None]):
-    """Uses the `saved_for_replay` implementation that `start()` returns, in the `with` block."""
+    """Context manager: `saved_for_replay` calls the function that `start()` returns."""
 
     def __init__(self, start: Callable[[], OutputOf]) -> None:
         self._start = start
@@ -48,7 +49,9 @@ class _UsingOutputs(AbstractContextManager[None]):
 
 
 def save_outputs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a segment's forward pass and of its replays, for torch's `context_fn`."""
+    """Returns the contexts of a segment's forward pass and of its recomputation, for torch's
+    `context_fn`.
+    """
     outputs = []
 
     def forward(make: Make) -> Tensor:
@@ -69,7 +72,9 @@ def save_outputs() -> tuple[AbstractContextManager[None], AbstractContextManager
 
 
 def computed_once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
-    """The tensor (any shape) that `make` computes from x and the frozen tensors, cached on x."""
+    """Returns the tensor (any shape) that `make` computes from x and the frozen tensors, cached on
+    x.
+    """
     # inference tensors have no version counter
     if torch.compiler.is_compiling() or any(t.is_inference() for t in (x, *frozen)):
         return make()
@@ -83,6 +88,6 @@ def computed_once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tens
 
 
 def running_segment() -> ReferenceType[Any] | None:
-    """The running checkpointed segment, identified by its saved-tensor hooks, or None."""
+    """Returns the running checkpointed segment, identified by its saved-tensor hooks, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else ref(hooks[0])

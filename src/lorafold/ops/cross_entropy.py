@@ -2,11 +2,11 @@
 
     loss_i = -log softmax(f(h_i))[y_i],   h (n, d) hidden states, f a head, y (n,) targets
 
-- `linear_cross_entropy`: per position, under a frozen linear head. The gradient in h_i depends on
-  loss_i alone, so it is computed in the forward pass.
-- `head_cross_entropy`: the sum, under any head f. All gradients are computed in the forward pass.
-- `head_losses`: per position, under any head. The weights of the positions are known only in the
-  backward pass, which therefore computes each chunk again.
+- `linear_cross_entropy` returns the loss of each position under a frozen linear head. The gradient
+  in h_i depends on loss_i alone, so the forward pass computes it.
+- `head_cross_entropy` returns the sum under any head f. The forward pass computes all gradients.
+- `head_losses` returns the loss of each position under any head. The weights of the positions are
+  known only in the backward pass, which therefore computes each chunk again.
 
 The gradient of a chunk's logits z (m, V) overwrites them:
 
@@ -37,13 +37,12 @@ SLAB_ELEMENTS = 2**22  # elements of W that are converted at a time: 16 MB
 
 
 def chunks(n: int) -> list[slice]:
-    """Slices that divide positions 0 to n - 1 into chunks of CHUNK."""
     return [slice(at, at + CHUNK) for at in range(0, n, CHUNK)]
 
 
 def _scaled(gradient: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * g in g's precision: in bf16, the factor 1 / n of a mean would be off by up to
-    0.4%.
+    """Returns gradient * g, computed in g's precision: in bf16, the factor 1 / n of a mean would be
+    off by up to 0.4%.
     """
     return (gradient.to(g.dtype) * g).to(dtype)
 
@@ -90,8 +89,8 @@ class _HeadCrossEntropy(Function):
 
 
 def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """The cross-entropy of each position, (n,) in fp32 or wider, for h (n, d) and targets (n,).
-    Differentiable in h and in the tensors of the head.
+    """Returns the cross-entropy of each position, (n,) in fp32 or wider, for h (n, d) and targets
+    (n,). h and the tensors of the head get gradients.
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
@@ -112,15 +111,15 @@ def head_cross_entropy(
     leaves: Sequence[Tensor],
     runs: Sequence[slice],
 ) -> Tensor:
-    """The summed cross-entropy, a scalar in fp32 or wider, for h (n, d) and targets (n,).
-    Differentiable once, in h and `leaves`.
+    """Returns the summed cross-entropy, a scalar in fp32 or wider, for h (n, d) and targets (n,).
+    Only h and `leaves` get gradients.
     """
     return _HeadCrossEntropy.apply(h, targets, head, runs, *leaves)
 
 
 class LinearHead(NamedTuple):
-    """f(h) = cap * tanh(scale * (W h + b) / cap) with frozen W (V, d) and b (V,); no tanh if cap is
-    None.
+    """f(h) = cap * tanh(scale * (W h + b) / cap) with frozen W (V, d) and b (V,), and without the
+    tanh if cap is None.
     """
 
     w: Tensor
@@ -129,8 +128,8 @@ class LinearHead(NamedTuple):
     cap: float | None
 
     def logits(self, h: Tensor, out: Tensor | None = None, slab: Tensor | None = None) -> Tensor:
-        """The logits (n, V) of h (n, d), in the dtype of the matmul; written to `out`
-        (at least n rows, V) if given.
+        """Returns the logits (n, V) of h (n, d), in the dtype of the matmul; written to `out` (at
+        least n rows, V) if given.
         """
         wide = h.to(matmul_dtype(h) if out is None else out.dtype)
         z = wide.new_empty(len(h), len(self.w)) if out is None else out[: len(h)]
@@ -144,15 +143,14 @@ class LinearHead(NamedTuple):
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
     def new_slab(self, like: Tensor) -> Tensor:
-        """A buffer (m, d) for rows of W converted to the dtype of `like`; m is 0 if W has that
-        dtype.
+        """Returns a buffer (m, d) for rows of W in the dtype of `like`; m is 0 if W has that dtype.
         """
         size = 0 if like.dtype is self.w.dtype else max(1, SLAB_ELEMENTS // self.w.shape[1])
         return like.new_empty(size, self.w.shape[1])
 
     def slabs(self, slab: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield row slices of W, each with its rows (m, d) in the slab's dtype. Each overwrites the
-        previous one in the slab; with an empty slab, W is a single part.
+        """Yields slices of the rows of W, each with these rows (m, d) in the slab's dtype. Each
+        part overwrites the previous one in the slab; with an empty slab, W is a single part.
         """
         if not len(slab):
             yield slice(0, len(self.w)), self.w
@@ -174,11 +172,11 @@ def _kernel(
     block: Tensor,
     slab: Tensor,
 ) -> Tensor:
-    """Return the losses (n,), and write the gradient of h to `gradient` (n, d), unless it is
-    (0, d).
+    """Returns the losses (n,), and writes the gradient of h to `gradient` (n, d), unless it is (0,
+    d).
 
-    The working memory is passed in, so that an estimate on fake tensors counts it: logits
-    (CHUNK, V), block (BLOCK, V) in fp32 or wider, and slab.
+    The working memory is passed in, so that an estimate on fake tensors counts it: logits (CHUNK,
+    V), block (BLOCK, V) in fp32 or wider, and slab.
     """
     linear = LinearHead(w, b, scale, cap)
     losses = h.new_empty(len(h), dtype=block.dtype)
@@ -220,8 +218,8 @@ class _LinearCrossEntropy(Exact):
         return (gradient.to(g.dtype) * g[:, None]).to(gradient.dtype), None, None  # as `_scaled`
 
 
-# The cross-entropy of each position, (n,) in fp32 or wider, for hidden states (n, d) and targets
-# (n,). Differentiable once, in the hidden states.
+# the cross-entropy of each position, (n,) in fp32 or wider, for hidden states (n, d), which get
+# gradients, and targets (n,)
 linear_cross_entropy: Callable[[Tensor, Tensor, LinearHead], Tensor] = _LinearCrossEntropy.apply
 
 
@@ -237,7 +235,8 @@ def _losses(
     cap: float | None,
     gradient: bool,
 ) -> None:
-    """Write the losses (m,) of logits z (m, V), and with `gradient` the gradient of W h + b over z.
+    """Writes the losses (m,) of logits z (m, V). With `gradient`, the gradient of W h + b
+    overwrites z.
     """
     blocks = (x.split(BLOCK) for x in (z, targets[:, None], losses))
     for z_block, y, loss in zip(*blocks, strict=True):

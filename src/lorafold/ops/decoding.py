@@ -6,8 +6,8 @@
                                                         K, Dv), m (B, 1, T, K) -> (B, T, H, Dv)
     write       buffer_s(b), start_b + t = x_bt         x (B, Hk, T, D) -> buffer (slots, Hk, L, D)
 
-Stacked factors are fp32 on a CPU, where batched matmuls with one row are three times as fast as in
-bf16.
+On a CPU, stacked factors are fp32, because batched matmuls with one row are three times as fast as
+in bf16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorafold.ops.operators import Operation
 
 
 class SlotFactors(NamedTuple):
-    """Stacked factors down (slots, r, in) and up (slots, r, width), or None, with their ranks
+    """The stacked factors down (slots, r, in) and up (slots, r, width), or None, and their ranks
     (slots,), int64 on the CPU.
     """
 
@@ -38,13 +38,13 @@ Product = Callable[[Tensor], Tensor]  # (B, T, in) -> (B, T, out)
 
 
 def stored_dtype(factors: Tensor) -> torch.dtype:
-    """The dtype in which `low_rank` expects stacks of factors like these (n, r, in)."""
+    """Returns the dtype in which `low_rank` expects stacks of factors like these (n, r, in)."""
     return torch.float32 if factors.device.type == "cpu" else factors.dtype
 
 
 def low_rank(parts: Sequence[SlotFactors], slots: Tensor) -> Product:
-    """A function of x that multiplies each of B rows with the factors of its slot (B,), and
-    concatenates the parts.
+    """Returns a function that multiplies each row of x (B, T, in) by the factors of its slot (B,),
+    and concatenates the results of the parts.
     """
     products = [_low_rank(part, slots) for part in parts]
 
@@ -75,8 +75,8 @@ def _low_rank(part: SlotFactors, slots: Tensor) -> Product:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:  # (B, T, H, Dv)
-    """Attention of T queries per row, for q (B, H, T, D), k (B, Hk, K, D), v (B, Hk, K, Dv) and
-    mask (B, 1, T, K).
+    """Returns the attention of T queries per row, for q (B, H, T, D), k (B, Hk, K, D), v (B, Hk, K,
+    Dv) and mask (B, 1, T, K).
     """
     (b, heads, t, d), kv = q.shape, k.shape[1]
     groups = heads // kv
@@ -90,7 +90,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
 
 
 def _mask_of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
-    """The mask (B, 1, T, K) for B * kv heads, (B kv, groups T, K), cached on the mask for all
+    """Returns the mask (B, 1, T, K) for all heads, (B kv, groups T, K), cached on the mask for all
     layers.
     """
     known = vars(mask).setdefault("_lorafold_of_heads", {})
@@ -102,8 +102,8 @@ def _mask_of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
 
 
 def write(buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
-    """Write the tokens x (B, Hk, T, D) to buffer (slots, Hk, L, D) at slots (B,), from position
-    starts (B,).
+    """Writes the tokens x (B, Hk, T, D) to buffer (slots, Hk, L, D) at slots (B,), from position
+    starts (B,) on.
     """
     known = vars(starts).setdefault("_lorafold_places", {})  # shared by the KV caches of all layers
     if (tokens := x.shape[2]) not in known:

@@ -6,9 +6,10 @@
 
 One call of Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") covers
 8 neighbouring elements: the low and the high half of each of its four words. Tokens are identified
-by names (`core.active_adapters`), so a resumed run or a replay drops the same elements; without
-names, each call takes a key from torch's default CPU generator. The backward pass keeps the indices
-of the dropped elements on a CPU, and elsewhere a mask, whose size is not random.
+by names (`core.active_adapters`), so a resumed run or a recomputed checkpoint drops the same
+elements; without names, each call takes a key from torch's default CPU generator. For the backward
+pass, a CPU keeps the indices of the dropped elements; other devices keep a mask, because its size
+does not depend on random numbers.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ MAX_CALLS = 1 << 16  # Philox calls whose words are in memory at a time
 
 
 def keep_scale(p: float) -> float:
-    """1 / (1 - p). Raises ValueError for p outside [0, 1)."""
+    """Returns 1 / (1 - p). Raises ValueError for p outside [0, 1)."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability: found {p!r}, expected 0 or more and below 1")
     return 1 / (1 - p)
 
 
 def threshold(p: float) -> int:
-    """The number of 16-bit values for which an element is dropped."""
+    """Returns the number of 16-bit values for which an element is dropped."""
     return min(round(p * (1 << 16)), (1 << 16) - 1)
 
 
 def drop_elements(x: Tensor, p: float, site: DropoutSite | None = None) -> tuple[Tensor, Tensor]:
-    """x (..., in) with zeros at the dropped elements, and their places: ascending int32 indices
-    (m,) into the flattened x, or a boolean mask. Not differentiable.
+    """Returns x (..., in) with zeros at the dropped elements, and their places: ascending int32
+    indices (m,) into the flattened x, or a boolean mask. Not differentiable.
     """
     keep_scale(p)
     x = x.detach()
@@ -57,7 +58,8 @@ def drop_elements(x: Tensor, p: float, site: DropoutSite | None = None) -> tuple
 
 
 def names_and_key(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
-    """The flattened names of the rows of x (..., in), and the key; made up if there are no names.
+    """Returns the flattened names of the rows of x (..., in), and the key; without names, row
+    numbers and a random key.
     """
     if names is not None:
         return names.flatten(), key
@@ -88,7 +90,7 @@ def _places(x: Tensor, *draw: Any) -> Tensor:
 
 
 DRAW = "(Tensor x, float p, Tensor? names, int key, int site) -> Tensor"
-# the expected number of places
+# for fake tensors, the expected number of dropped elements
 PLACES = operator(
     f"dropped_places{DRAW}",
     _places,
@@ -102,7 +104,7 @@ MASKED = operator(
 
 
 def zero_dropped(x: Tensor, where: Tensor) -> Tensor:
-    """A copy of x (any shape) with zeros at the elements that `drop_elements` returned."""
+    """Returns a copy of x (any shape) with zeros at the places that `drop_elements` returned."""
     if where.dtype is torch.bool:
         return x.masked_fill(where, 0)
     copy = x.clone(memory_format=torch.contiguous_format)
@@ -135,8 +137,8 @@ class _Kept(Function):
 
 
 class Dropped(NamedTuple):
-    """An input (..., in) with dropped elements, their places and the factor of the kept ones; the
-    version of the input, the checkpointed segment and the readers of this sample.
+    """An input (..., in) with dropped elements, the places of these, and the scale of the other
+    elements. The version, the segment and the readers determine which layers may share the sample.
     """
 
     x: Tensor
@@ -148,10 +150,12 @@ class Dropped(NamedTuple):
 
 
 def shared_dropout(x: Tensor, p: float, reader: int, site: DropoutSite | None = None) -> Dropped:
-    """x (any shape) with elements dropped once for all layers that read it, such as q, k and v.
+    """Returns x (any shape) with elements dropped once for all layers that read it, such as q, k
+    and v.
 
-    Cached on x. A reader that asks again gets a new sample. Checkpointed segments do not share
-    samples, because each must drop the same elements when it is replayed alone. Not differentiable.
+    The sample is cached on x; a reader that calls again gets a new one. Checkpointed segments do
+    not share samples, because each must drop the same elements when it is recomputed alone. Not
+    differentiable.
     """
     # inference tensors have no version counter
     segment, version = running_segment(), None if x.is_inference() else x._version
@@ -166,8 +170,8 @@ def shared_dropout(x: Tensor, p: float, reader: int, site: DropoutSite | None = 
 
 
 def dropout(x: Tensor, p: float, site: DropoutSite | None = None) -> Tensor:
-    """Dropout of x (any shape). The backward pass keeps the places of the dropped elements and not
-    x.
+    """Returns x (any shape) after dropout. The places of the dropped elements are saved for the
+    backward pass, and not x.
     """
     if torch.compiler.is_compiling():
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)
@@ -181,7 +185,7 @@ ROUNDS = 10
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, ...]:
-    """The four words for a counter under a 64-bit key."""
+    """Returns the four 32-bit words of Philox4x32-10 for a counter under a 64-bit key."""
     a, b, c, d = counter
     k, m = key & WORD, key >> 32 & WORD
     for _ in range(ROUNDS):
@@ -194,6 +198,6 @@ def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, ...]:
 
 
 def key_of(seed: int, step: int) -> int:
-    """The 63-bit key of a training step, for a run's seed."""
+    """Returns the 63-bit key of a training step, for a run's seed."""
     low, high, *_ = philox((step & WORD, step >> 32 & WORD, 0, 0), seed)
     return (high << 32 | low) >> 1

@@ -66,17 +66,13 @@ class _RMSNorm(Exact):
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x (..., d) normalized and multiplied by the gain (d,), in x's dtype. Differentiable once, in
-    x.
-    """
+    """Returns x (..., d), normalized and multiplied by the frozen gain (d,), in x's dtype."""
     if x.is_cuda and x.dtype is gain.dtype:
         return F.rms_norm(x, gain.shape, gain, eps)  # one kernel, which also saves only x
     return _RMSNorm.apply(x, gain, eps)
 
 
 class Activation(NamedTuple):
-    """An elementwise function and its derivative."""
-
     forward: Callable[[Tensor], Tensor]
     # (gradient of the output, input) -> gradient of the input
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -122,7 +118,7 @@ class _Gated(Exact):
         return *GATED_BACKWARD(gy, *ctx.saved_tensors, ctx.act), None
 
 
-# act(gate) * up, both (..., k) and of one dtype; act is a key of ACTIVATIONS. Differentiable once.
+# act(gate) * up, both (..., k) and of one dtype; act is a key of ACTIVATIONS
 gated: Callable[[Tensor, Tensor, str], Tensor] = _Gated.apply
 
 
@@ -153,6 +149,6 @@ class _Rotary(Exact):
         return ROTARY(gy, *ctx.saved_tensors, True), None, None
 
 
-# x cos + rotate(x) sin, in the shape, dtype and layout of x (..., T, D), with D even; cos and sin
-# broadcast to x. Differentiable once, in x.
+# x cos + rotate(x) sin, in the shape, dtype and layout of x (..., T, D), with D even; cos and sin,
+# which get no gradients, broadcast to x
 rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotary.apply

@@ -1,5 +1,5 @@
-"""Frozen linear layers that read their matrix again in the backward pass, and trained updates on
-them.
+"""Linear layers that read a frozen matrix again in the backward pass instead of saving it, and
+trained updates on them.
 
     y  = addmm(residual, x, W^T)    x (T, in), W (out, in), residual (T, out) or (out,): one sum in
     gx = g W,  gresidual = g        the GEMM's fp32 accumulator, rounded once
@@ -19,7 +19,7 @@ k is the update's scale times 1 / (1 - p).
     y = u (diag(b) M diag(d))^T             M (out, r) frozen, gains b (out,) and d (r,) (VeRA)
     gu = g (diag(b) M diag(d)),  H = g^T u * M,  gb = H d,  gd = b H
 
-The gains are multiplied into M in fp32, which is rounded once.
+The gains are multiplied into M in fp32, and the product is rounded once.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class _FrozenLinear(Exact):
 
 
 # x W^T + residual (T, out), in x's dtype, for x (T, in) and residual (T, out), (out,) or None;
-# `Read` returns W (out, in). Differentiable once.
+# `Read` returns W (out, in)
 frozen_linear: Callable[[Tensor, Tensor | None, Read], Tensor] = _FrozenLinear.apply
 
 
 def low_rank_parts(
     x: Tensor, down: Tensor, up: Tensor, drop: Dropped | None, k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, float]:
-    """x (T, in) and the factors, down (..., r, in) and scaled up (..., out, r), in the dtype of
-    their matmuls; drop(x); the places of the dropped elements, or None; the scale.
+    """Returns x (T, in), down (..., r, in) and scaled up (..., out, r) in the dtype of their
+    matmuls, drop(x), the places of the dropped elements or None, and the scale.
     """
     dtype, xd, where, scale = matmul_dtype(x), x, None, k
     if drop is not None:
@@ -108,13 +108,13 @@ class _LowRankLinear(Exact):
 
 
 # x W^T + k drop(x) down^T up^T (..., out), in x's dtype, for x (..., in), down (r, in) and
-# up (out, r). Differentiable once.
+# up (out, r)
 low_rank_linear: Callable[[Tensor, Read, Tensor, Tensor, Dropped | None, float], Tensor] = (
     _LowRankLinear.over_rows
 )
 
 
-# with more than one entry in FEW, the whole matmul is faster
+# if more than 1 in FEW entries is needed, the whole matmul is faster
 FEW = 128
 # elements of g and of x that are gathered at a time, so that they fit in a processor's cache
 BLOCK = 1 << 18
@@ -141,8 +141,8 @@ class _SparseLinear(Exact):
 
 
 def product_at(g: Tensor, x: Tensor, at: Tensor) -> Tensor:
-    """The entries (k,) of g^T x at the flat indices `at` (k,), in fp32 or wider if they are few. g
-    (T, out); x (T, in).
+    """Returns the entries (k,) of g^T x at the flat indices `at` (k,), for g (T, out) and x (T,
+    in). On a CPU, a few entries are summed in fp32 or wider.
     """
     dtype = matmul_dtype(x)
     if g.device.type != "cpu" or FEW * len(at) > g.shape[1] * x.shape[1]:
@@ -156,7 +156,7 @@ def product_at(g: Tensor, x: Tensor, at: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
-# x W'^T (..., out), in x's dtype, for x (..., in), values (k,) and at (k,). Differentiable once.
+# x W'^T (..., out), in x's dtype, for x (..., in), values (k,) and at (k,)
 sparse_linear: Callable[[Tensor, Read, Tensor, Tensor], Tensor] = _SparseLinear.over_rows
 
 
@@ -182,13 +182,13 @@ class _ScaledProduct(Exact):
 
 
 def scaled_matrix(m: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """diag(b) m diag(d), (..., out, r), for m (out, r), b (..., out), d (..., r)."""
+    """Returns diag(b) m diag(d), (..., out, r), for m (out, r), b (..., out), d (..., r)."""
     return (b[..., None] * m).mul_(d[..., None, :])
 
 
 def scaled_product(u: Tensor, m: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """u (diag(b) m diag(d))^T, (..., out), in u's dtype, for u (..., r), m (out, r), b (out,), d
-    (r,). Differentiable once.
+    """Returns u (diag(b) m diag(d))^T, (..., out), in u's dtype, for u (..., r), a frozen m (out,
+    r), b (out,), d (r,).
     """
     if torch.compiler.is_compiling():
         return u @ (b[:, None] * m * d).to(u.dtype).t()

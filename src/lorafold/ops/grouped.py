@@ -9,7 +9,7 @@ Only groups with rows are computed, so a quantized W is dequantized one expert a
 compiles a kernel for every new matmul shape, so groups are padded to multiples of `Groups.step`
 rows, and the low-rank factors are multiplied with tiles of that many rows.
 
-GPUs of compute capability 9 and 10 use `torch._grouped_mm` in bf16: it keeps the group sizes on the
+GPUs of compute capability 9 and 10 use `torch._grouped_mm` in bf16: it reads the group sizes on the
 device, so the host never waits.
 """
 
@@ -34,15 +34,15 @@ from lorafold.ops.host_tensors import send
 from lorafold.ops.scale_and_add import SCALE
 from lorafold.runtime.assumed_device import cuda_capability, device_type
 
-# major versions for which torch has a grouped matmul kernel that reads the sizes on the device; on
-# others it loops, and waits for the sizes
+# major versions for which torch has a grouped matmul kernel that reads the sizes on the device; for
+# others, torch loops over the groups and waits for the sizes
 GROUPED_MM_MAJORS = (9, 10)
 GROUPED_UNIT = 8  # the sides of its 16-bit matrices must be multiples of this
 
 
 def groups_at_once(x: Tensor) -> bool:
-    """Whether one kernel multiplies all groups of rows on the device of x (any shape), so that the
-    host need not know their sizes.
+    """Returns whether one kernel multiplies all groups of rows on the device of x (any shape), so
+    that the host does not need their sizes.
     """
     return device_type(x) == "cuda" and cuda_capability(x)[0] in GROUPED_MM_MAJORS
 
@@ -52,8 +52,8 @@ class Groups:
     """S sorted rows in groups, each padded to a multiple of `step` rows. `of_row` (S,) is the group
     of each row.
 
-    `known` are the group sizes, or None if only the device has them; then `ends` (E,), int32, is
-    the end of each group.
+    `known` holds the group sizes, or None if only the device has them; then `ends` (E,), int32,
+    holds the end of each group.
     """
 
     of_row: Tensor
@@ -75,7 +75,7 @@ class Groups:
         return self.of_row[:: self.step]
 
     def spans(self, times: int = 1) -> Iterator[tuple[int, slice]]:
-        """Yield the number and rows of each group that has rows, with each row counted `times`
+        """Yields the number and the rows of each group that has rows, with each row counted `times`
         times.
         """
         start = 0
@@ -86,7 +86,7 @@ class Groups:
 
 
 def sort_into_groups(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
-    """Sort S rows into `number` groups by `of_row` (S,), padded with copies of the first row to P
+    """Sorts S rows into `number` groups by `of_row` (S,), padded with copies of the first row to P
     rows.
 
     Returns the groups, the source row of each of the P places (P,) and the place of each row (S,).
@@ -140,7 +140,9 @@ class FrozenMatrices(NamedTuple):
     groups: Groups
 
     def at_once(self, x: Tensor, width: int) -> bool:
-        """Whether one matmul handles all rows x (S, in), to or from `width` features."""
+        """Returns whether one `torch._grouped_mm` handles all rows x (S, in), for outputs of
+        `width` features.
+        """
         if self.groups.ends is None or x.dtype is not torch.bfloat16:
             return False
         return x.shape[1] % GROUPED_UNIT == 0 == width % GROUPED_UNIT
@@ -148,8 +150,8 @@ class FrozenMatrices(NamedTuple):
     def matmul(
         self, x: Tensor, width: int, back: bool, residual: Tensor | None, out: Tensor | None = None
     ) -> Tensor:
-        """W_e x_s + onto_s (S, width) of all rows x (S, in), rounded once; with `back`, the
-        transposed W_e. `out` (S, width), which may be `residual`, is overwritten.
+        """Returns W_e x_s + residual_s (S, width) for all rows x (S, in), rounded once; with
+        `back`, W_e is transposed. `out` (S, width), which may be `residual`, is overwritten.
 
         `torch._grouped_mm` can't start from an accumulator, so its sum with `residual` is rounded
         with a dither, which preserves small updates on average.
@@ -206,8 +208,8 @@ class _Product(Exact):
 
 
 def product(x: Tensor, m: Tensor, groups: Groups) -> Tensor:
-    """x (S, ..., in) times the matrix of its group, m (E, k, in): (S, ..., k), in x's dtype.
-    Differentiable once.
+    """Returns x (S, ..., in) times the matrix of its group, m (E, k, in): (S, ..., k), in x's
+    dtype.
     """
     return _Product.over_rows(x, m, list(groups.spans(prod(x.shape[1:-1]))))
 
@@ -229,7 +231,7 @@ class _Frozen(Exact):
 
 
 # x (S, in) times the frozen matrix of its group, plus residual (S, out) or None before the
-# rounding: (S, out), in x's dtype; the last argument is `out`. Differentiable once.
+# rounding: (S, out), in x's dtype; the last argument is `out`
 frozen_product: Callable[[Tensor, Tensor | None, FrozenMatrices, int], Tensor] = _Frozen.apply
 
 
@@ -272,13 +274,15 @@ class _LowRank(Exact):
 def _summed(
     a: Tensor, b: Tensor, tiles: Tensor, shape: torch.Size, dtype: torch.dtype, k: float = 1.0
 ) -> Tensor:
-    """k times the sums of a (n, r, l) b (n, l, m) over the tiles (n,) of each group, (E, r, m)."""
+    """Returns k times the sums of a (n, r, l) b (n, l, m) over the tiles (n,) of each group, (E, r,
+    m).
+    """
     parts = torch.bmm(a, b, **out_dtype(a, dtype)).to(dtype)
     return parts.new_zeros(shape).index_add_(0, tiles, parts, alpha=k)
 
 
 # W_e x + k up_e down_e drop(x), (S, out), in x's dtype; e is the group of each row of x (S, in);
-# down (E, r, in), up (E, out, r). Differentiable once.
+# down (E, r, in), up (E, out, r)
 low_rank_product: Callable[
     [Tensor, FrozenMatrices, Tensor, Tensor, Dropped | None, float], Tensor
 ] = _LowRank.apply

@@ -1,4 +1,5 @@
-"""The elementwise (Hadamard) product of two low-rank matrices, saving only the factors.
+"""The elementwise (Hadamard) product of two low-rank matrices, of which only the factors are saved
+for the backward pass.
 
     P = s (A1 B1) * (A2 B2)         A (..., out, r), B (..., r, in)
 """
@@ -30,5 +31,5 @@ class _Hadamard(Exact):
         return g1 @ b1.mT, a1.mT @ g1, g2 @ b2.mT, a2.mT @ g2, None
 
 
-# s (a1 b1) * (a2 b2), (..., out, in), for a1, b1, a2, b2 and s. Differentiable once.
+# (a1, b1, a2, b2, s) -> s (a1 b1) * (a2 b2), (..., out, in)
 hadamard: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = _Hadamard.apply

@@ -1,4 +1,4 @@
-"""Tensors sent from the host to a device, with the values that the host still has.
+"""Copies tensors from the host to a device, and keeps their values on the host.
 
     x = send(ids, device)       on a GPU, an asynchronous copy
     on_host(x)                  the values on the CPU; no wait if x was sent and is unchanged
@@ -18,7 +18,7 @@ ON_HOST = "_lorafold_on_host"
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """x (any shape) copied from the CPU to a device; x itself if it is already there."""
+    """Returns x (any shape) copied from the CPU to a device; x itself if it is already there."""
     if x.device.type != "cpu" or device.type == "cpu":
         return x.to(device)
     cuda = device.type == "cuda"
@@ -26,12 +26,12 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 def send_all(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of any shapes, by name, on a device."""
+    """Sends tensors of any shapes, by name, to a device."""
     return {name: send(x, device) for name, x in tensors.items()}
 
 
 def on_host(x: Tensor) -> Tensor:
-    """x (any shape) on the CPU. Waits for the device unless x was sent and is unchanged."""
+    """Returns x (any shape) on the CPU. Waits for the device unless x was sent and is unchanged."""
     if x.device.type == "cpu":
         return x
     known = _host_copy(x)
@@ -56,13 +56,14 @@ def _version(x: Tensor) -> int | None:
 
 
 def add_int(x: Tensor, n: int) -> Tensor:
-    """x + n (any shape); the host knows the result if it knows x."""
+    """Returns x + n (any shape), with its value on the host if the value of x is there."""
     known = _host_copy(x)
     return x + n if known is None else _with_host_copy(x + n, known + n)
 
 
 def select_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows (m, ...) of x (n, ...) with these numbers; x itself if these are all rows in order.
+    """Returns the rows (m, ...) of x (n, ...) with these numbers; x itself if these are all rows in
+    order.
     """
     if len(rows) == len(x) and all(i == b for i, b in enumerate(rows)):
         return x
@@ -82,5 +83,6 @@ class _Rows(Exact):
         return g.new_zeros(ctx.shape).index_copy_(0, at, g), None
 
 
-# the rows (m, ...) of x (n, ...) at places (m,), which must be distinct
+# the rows (m, ...) of x (n, ...) at places (m,), which must be distinct, because the backward pass
+# does not sum gradients
 rows_at: Callable[[Tensor, Tensor], Tensor] = _Rows.apply

@@ -22,8 +22,8 @@ PAIR_DTYPES = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
 
 
 def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The values (..., 32 G), in the order of their codes, for blocks (..., G, 16) and scales
-    (..., G).
+    """Returns the values (..., 32 G), in the order of their codes, for blocks (..., G, 16) and
+    scales (..., G).
     """
     device = blocks.device
     exact = torch.bfloat16 if dtype is torch.float16 else dtype  # fp16 lacks most of the scales

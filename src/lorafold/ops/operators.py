@@ -1,12 +1,12 @@
-"""Operations with a plain form in torch, which specifies them, and faster forms per kind of device
-(`lorafold.kernels.registry`).
+"""Operations with a reference implementation in torch, and faster implementations per kind of
+device (`lorafold.kernels.registry`).
 
     NORM = operator("rms_norm(...) -> Tensor", plain, fake)     with tensor arguments
     FORWARD = Operation("document_attention", plain)            with any arguments
-    with plain_implementations(): ...       computes the plain forms, to test the faster ones
+    with plain_implementations(): ...       runs the reference implementations, to test the others
 
-`operator` registers torch.ops.lorafold.NAME, with a fake form so that estimates count its memory.
-torch.library.custom_op would add 20 us to each call.
+`operator` registers torch.ops.lorafold.NAME, with a fake implementation so that estimates count its
+memory. torch.library.custom_op would add 20 us to each call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LIBRARY = torch.library.Library("lorafold", "FRAGMENT")
 
 @contextmanager
 def plain_implementations() -> Iterator[None]:
-    """Compute every operation with its plain form, in this thread, until the `with` block ends."""
+    """Context manager: every operation runs its reference implementation, in this thread."""
     token = _use_plain.set(True)
     try:
         yield
@@ -33,7 +33,7 @@ def plain_implementations() -> Iterator[None]:
 
 
 class Operation:
-    """Final: calls the form for the device of its first input, a tensor."""
+    """Final: calls the implementation for the device of its first input, a tensor."""
 
     def __init__(
         self, name: str, plain: Callable[..., Any], dispatched: Callable[..., Any] | None = None
@@ -47,12 +47,14 @@ class Operation:
         return self._forms.get(inputs[0].device.type, self.plain)(*inputs)
 
     def on(self, device: str) -> Callable[..., Any]:
-        """The form for a kind of device, without torch's dispatcher."""
+        """Returns the implementation for a kind of device, which then runs without torch's
+        dispatcher.
+        """
         return self._forms.get(device, self.plain)
 
     def implement(self, device: str, fast: Callable[..., Any]) -> None:
-        """Register a form for a kind of device, unless there is one. A form that returns
-        NotImplemented falls back to the plain one.
+        """Registers an implementation for a kind of device, unless there is one. If it returns
+        NotImplemented, the reference implementation runs.
         """
         if device in self._forms:
             return
@@ -68,7 +70,7 @@ class Operation:
 
 
 def operator(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
-    """Define an operator in torch's dispatcher and return the operation."""
+    """Defines an operator in torch's dispatcher and returns the operation."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")

@@ -2,10 +2,10 @@
 
     document i: keys key_at(i) + [0, lens[i]), queries at(i) + [0, lens[i] - starts[i])
 
-The j-th query of a document sees its keys (j - window, j]. Without shared prefixes, starts is 0 and
-every token is one query and one key. Tokens of a shared prefix are queries of the first document
-only, and keys of all of them. Documents of `with_prefix_keys` have keys in front without queries
-(the virtual tokens of prompt and prefix tuning).
+The j-th query of a document attends to its keys (j - window, j]. Without shared prefixes, starts is
+0 and every token is one query and one key. Tokens of a shared prefix are queries of the first
+document only, and keys of all documents with the prefix. `with_prefix_keys` adds keys without
+queries in front of documents (the virtual tokens of prompt and prefix tuning).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TILE = 128
 
 
 class Tile(NamedTuple):
-    """Queries lo:hi against keys first:hi of each of n consecutive documents of one length.
+    """The queries lo:hi and the keys first:hi of each of n consecutive documents of one length.
 
-    Each document's own queries begin at position `start`; the first document's are at token `at`,
-    its keys at key `key_at`.
+    The queries of each document begin at its position `start`. In the batch, the queries of the
+    first document begin at token `at`, and its keys at key `key_at`.
     """
 
     at: int
@@ -43,52 +43,54 @@ class Tile(NamedTuple):
     first: int
 
     def own(self, x_THD: Tensor) -> Tensor:
-        """The view (n, hi - lo, H, D) of the tile's queries in a tensor of all queries."""
+        """Returns the view (n, hi - lo, H, D) of the tile's queries in a tensor of all queries."""
         each = self.length - self.start
         by_document = x_THD[self.at : self.at + self.n * each].unflatten(0, (self.n, each))
         return by_document[:, self.lo - self.start : self.hi - self.start]
 
     @property
     def seen(self) -> slice:
-        """The tile's keys among the keys of a document."""
+        """The slice of a document's keys that the tile's queries attend to."""
         return slice(self.first, self.hi)
 
     def _every(self, x_SHD: Tensor) -> Tensor:
-        """The view (n, Hk, length, D) of the documents' keys in a tensor of all keys."""
+        """Returns the view (n, Hk, length, D) of the documents' keys in a tensor of all keys."""
         end = self.key_at + self.n * self.length
         return x_SHD[self.key_at : end].unflatten(0, (self.n, self.length)).transpose(1, 2)
 
     def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """A copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key head are
-        adjacent.
+        """Returns a copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key
+        head are adjacent.
         """
         by_group = self.own(x_THD).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
         copy = by_group.to(dtype, memory_format=torch.contiguous_format)
         return copy.reshape(self.n * kv_heads, -1, x_THD.shape[-1])
 
     def keys(self, x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy (n * Hk, length, D), in `dtype`, of all keys or values of the tile's documents."""
+        """Returns a copy (n * Hk, length, D), in `dtype`, of all keys or values of the tile's
+        documents.
+        """
         return self._every(x_SHD).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
     def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
-        """Write part (n * Hk, G * t, D), in the layout of `queries`, to its place in x_THD."""
+        """Writes part (n * Hk, G * t, D), in the layout of `queries`, to its place in x_THD."""
         t, (heads, width) = self.hi - self.lo, x_THD.shape[1:]
         by_group = part.view(self.n, -1, heads * self.n // len(part), t, width)
         self.own(x_THD).copy_(by_group.permute(0, 3, 1, 2, 4).reshape(self.n, t, heads, width))
 
     def put_keys(self, x_SHD: Tensor, every: Tensor) -> None:
-        """Write every (n * Hk, length, D), in the layout of `keys`, to its place in x_SHD."""
+        """Writes every (n * Hk, length, D), in the layout of `keys`, to its place in x_SHD."""
         self._every(x_SHD).copy_(every.unflatten(0, (self.n, -1)))
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents in a batch: `lens` are their lengths in tokens, sequence after sequence, with
-    sum B * T.
+    """The documents in a batch: `lens` holds their lengths in tokens, sequence after sequence;
+    without shared prefixes, their sum is B * T.
 
-    With shared prefixes, the own tokens of document i are starts[i]:lens[i], packed into one
-    sequence of T tokens, and `keys` (S,), S = sum(lens), maps each key of each document to one of
-    the T tokens.
+    With shared prefixes, document i adds only its tokens starts[i]:lens[i] to one packed sequence
+    of T tokens, and `keys` (S,), S = sum(lens), maps each key of each document to one of these
+    tokens.
     """
 
     lens: tuple[int, ...]
@@ -111,7 +113,9 @@ class Documents:
     def with_shared_prefixes(
         cls, lens: Sequence[int], starts: Sequence[int], device: torch.device
     ) -> Documents:
-        """Packed rows, each of which shares its first starts[i] tokens with the row before it."""
+        """Returns the documents of packed rows, each of which shares its first starts[i] tokens
+        with the row before it.
+        """
         if not any(starts):
             return cls(tuple(lens))
         keys, at, path = list[Tensor](), 0, torch.arange(0)
@@ -126,38 +130,41 @@ class Documents:
         return cls(tuple(lens), None, tuple(starts), send(torch.cat(keys), device))
 
     def positions(self) -> Tensor:
-        """The position of each token in its document, (1, T), on the CPU."""
+        """Returns the position of each token in its document, (1, T), on the CPU."""
         ranges = [torch.arange(*ends) for ends in zip(self.starts, self.lens, strict=True)]
         return torch.cat(ranges)[None]
 
     @property
     def own(self) -> tuple[int, ...]:
-        """The number of each document's own tokens; they sum to the number of queries."""
+        """The number of tokens that each document adds to the packed sequence; they sum to the
+        number of queries.
+        """
         return tuple(n - start for n, start in zip(self.lens, self.starts, strict=True))
 
     @cached_property
     def table(self) -> Tensor:
-        """Per document, the number of queries and of keys before it, its first own key and its
-        length: int64 (documents, 4), on the CPU.
+        """The number of queries and of keys before each document, the length of its shared prefix
+        and its whole length: int64 (documents, 4), on the CPU.
         """
         lens, own = torch.tensor(self.lens), torch.tensor(self.own)
         return torch.stack([own.cumsum(0) - own, lens.cumsum(0) - lens, lens - own, lens], 1)
 
     def gather(self, x_THD: Tensor) -> Tensor:
-        """The keys or values (S, Hk, D), document after document; x_THD itself without shared
-        prefixes.
+        """Returns the keys or values (S, Hk, D), document after document; x_THD itself without
+        shared prefixes.
         """
         return x_THD if self.keys is None else x_THD.index_select(0, self.keys)
 
     def scatter(self, x_SHD: Tensor, tokens: int) -> Tensor:
-        """The transpose of `gather`: for each token, the sum over its keys, (tokens, Hk, D)."""
+        """Returns the sum (tokens, Hk, D) over the keys of each token, the transpose of `gather`.
+        """
         if self.keys is None:
             return x_SHD
         return x_SHD.new_zeros(tokens, *x_SHD.shape[1:]).index_add_(0, self.keys, x_SHD)
 
     def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention (T, H, D) by FlashAttention, in fp16 or bf16 on CUDA. q (T, H, D); k, v
-        (S, Hk, D).
+        """Returns attention (T, H, D) by FlashAttention, in fp16 or bf16 on CUDA, for q (T, H, D)
+        and k, v (S, Hk, D).
         """
         # the import takes over a second, and only GPUs need it
         from torch.nn.attention.varlen import varlen_attn
@@ -170,7 +177,9 @@ class Documents:
         )  # fmt: skip
 
     def _borders(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The offsets of each document's keys and of its queries: int32 (documents + 1,) each."""
+        """Returns the offsets of each document's keys and of its queries: int32 (documents + 1,)
+        each.
+        """
         if device not in self._ends:
             borders = {
                 lens: send(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
@@ -180,8 +189,8 @@ class Documents:
         return self._ends[device]
 
     def tiles(self) -> Iterator[Tile]:
-        """Yield tiles that contain every query once. Consecutive documents with the same length and
-        start share their tiles, so that a batch of equal documents is one batched matmul.
+        """Yields tiles that contain every query once. Consecutive documents with the same length
+        and start share their tiles, so that a batch of equal documents is one batched matmul.
         """
         at = key_at = 0
         for (length, start), equal in groupby(zip(self.lens, self.starts, strict=True)):
@@ -192,12 +201,13 @@ class Documents:
             at, key_at = at + n * (length - start), key_at + n * length
 
     def groups(self) -> Iterator[list[Tile]]:
-        """Yield the tiles of the same documents together."""
+        """Yields lists of the tiles that belong to the same documents."""
         return (list(tiles) for _, tiles in groupby(self.tiles(), lambda tile: tile.key_at))
 
     def mask(self, tile: Tile, groups: int, like: Tensor) -> Tensor:
-        """The mask (G * t, s), 0 or -inf, added to the scores of a tile's t queries and s keys.
-        Only the widest mask is cached: aligned at the last key, the others are its last columns.
+        """Returns the mask (G * t, s), 0 or -inf, added to the scores of a tile's t queries and s
+        keys. Only the widest mask is cached, because the others are its last columns: they are
+        aligned at the last key.
         """
         t, columns = tile.hi - tile.lo, tile.hi - tile.first
         key = t, groups, like.dtype, like.device
@@ -211,8 +221,8 @@ class Documents:
         return self._masks[key][:, -columns:]
 
     def dense(self, batch: int, device: torch.device) -> Tensor:
-        """The whole mask, boolean (B, 1, T, T), True if a query sees a token; (B, 1, T, n + T) with
-        n tokens in front.
+        """Returns the whole mask, boolean (B, 1, T, T), True if a query attends to a token; (B, 1,
+        T, n + T) with n prefix keys in front.
         """
         if self.without_prefix is not None:
             documents, front = self.without_prefix
@@ -229,20 +239,20 @@ class Documents:
         return seen if self.window is None else seen & (i[:, None] - self.window < i)
 
     def _dense_shared(self, document: Tensor, begins: Tensor, keys: Tensor) -> Tensor:
-        """The whole mask (1, 1, T, T) of documents with shared prefixes."""
         j = torch.arange(len(document), device=document.device)
         # (T,), each token's key in its own document
         i = j[j >= (begins + torch.tensor(self.starts, device=document.device))[document]]
         seen = (document[i, None] == document) & (i[:, None] >= j)
         if self.window is not None:
             seen &= i[:, None] - self.window < j
-        # a token is a key of several documents, but a query sees only one of them
+        # a token is a key of several documents, but a query attends to only one of them
         mask = seen.new_zeros(len(i), len(i), dtype=torch.uint8)
         return mask.index_add_(1, keys, seen.byte()).bool()[None, None]
 
 
 def with_prefix_keys(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
-    """The documents with n more keys in front of each: the tokens at the front of its sequence."""
+    """Returns the documents with n more keys in front of each: the first n tokens of its sequence.
+    """
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
     keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
     sequence = keys // length

@@ -1,4 +1,4 @@
-"""A gain on every feature and a sum, in fp32, rounded once.
+"""Multiplies features by gains and adds offsets and a residual, in fp32, rounded once.
 
     z = g * y + c + residual        y, residual (..., k); g, c (k,) fp32
 
@@ -19,13 +19,13 @@ from lorafold.core.rounding import dithered, rounded
 from lorafold.ops.autocast import Exact
 from lorafold.ops.operators import operator
 
-# elements in fp32 at a time; with smaller blocks, the overhead of calls exceeds the gain by caches
+# elements in fp32 at a time; smaller blocks would fit in caches, but their calls cost more
 BLOCK = 1 << 21
 
 
 def plain_scale_and_add(y: Tensor, g: Tensor, c: Tensor | None, residual: Tensor | None) -> Tensor:
-    """`scale_and_add` in plain torch, its specification: g * y + c + residual (..., k). y (..., k);
-    g (k,); c (k,) or None.
+    """Returns g * y + c + residual (..., k) in plain torch, the reference for `scale_and_add`, for
+    y (..., k), g (k,), c (k,) or None.
     """
     return rounded(add(add(g * y, c), residual), y.dtype)
 
@@ -89,8 +89,7 @@ class _ScaleAndAdd(Exact):
 def scale_and_add(
     y: Tensor, g: Tensor, c: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """g * y + c + residual (..., k), in y's dtype. Differentiable once in bf16. y (..., k); g
-    (k,); c (k,) or None.
+    """Returns g * y + c + residual (..., k), in y's dtype, for y (..., k), g (k,), c (k,) or None.
     """
     dithers = y.dtype is torch.bfloat16 and g.dtype is torch.float32
     fused = dithers and not torch.compiler.is_compiling()

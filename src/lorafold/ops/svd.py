@@ -15,9 +15,9 @@ from torch import Tensor
 def best_of_rank(
     w: Tensor, rank: int, scale: float = 1.0, niter: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """The factors B (..., out, rank) and A (..., rank, in) of the best approximation of w
-    (..., out, in). For small ranks, by subspace iteration: 16 iterations leave a residual within
-    5e-5 of the optimum.
+    """Returns the factors B (..., out, rank) and A (..., rank, in) of the best approximation of w
+    (..., out, in). Small ranks use subspace iteration; 16 iterations leave a residual within 5e-5
+    of the optimum.
     """
     if niter and 2 * rank < min(w.shape[-2:]):
         u, s, v = torch.svd_lowrank(w, q=2 * rank, niter=niter)
@@ -29,9 +29,9 @@ def best_of_rank(
 
 
 def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of up (..., out, r) @ down (..., r, in), in fp64: U (..., out, k), S (..., k)
-    descending, V^T (..., k, in), k = min(out, r, in). On the CPU for MPS tensors, because MPS has
-    no fp64.
+    """Returns the SVD of up (..., out, r) @ down (..., r, in), in fp64: U (..., out, k), S (..., k)
+    descending, V^T (..., k, in), k = min(out, r, in). MPS tensors are moved to the CPU, because MPS
+    has no fp64.
     """
     up, down = (x.cpu() if x.device.type == "mps" else x for x in (up, down))
     left, r_up = torch.linalg.qr(up.double())

@@ -3,7 +3,7 @@
     y = H x / sqrt(n),  H[i, j] = (-1)^(number of ones that i and j share in binary),  n a power of
                         2; the transform of y is x
 
-H of n = a b is the Kronecker product of H_a and H_b, so for x reshaped to a matrix X (a, b) the
+For n = a b, H is the Kronecker product of H_a and H_b, so for x reshaped to a matrix X (a, b) the
 transform is H_a X H_b, which is faster than the n log n additions of the fast transform.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def hadamard_matrix(n: int) -> Tensor:
-    """H / sqrt(n), (n, n) in fp32, for n a power of 2 (Sylvester's construction)."""
+    """Returns H / sqrt(n), (n, n) in fp32, for n a power of 2 (Sylvester's construction)."""
     h = torch.ones(1, 1)
     while len(h) < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -22,14 +22,15 @@ def hadamard_matrix(n: int) -> Tensor:
 
 
 def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
-    """H_a (a, a) and H_b (b, b) for `walsh` of n = a b values, with a and b as close as possible.
+    """Returns H_a (a, a) and H_b (b, b) for `walsh` of n = a b values, with a and b as close as
+    possible.
     """
     a = 1 << (n.bit_length() - 1) // 2
     return hadamard_matrix(a), hadamard_matrix(n // a)
 
 
 def walsh(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The transform of x (..., a b), which is orthonormal and its own inverse. left (a, a), right
-    (b, b).
+    """Returns the transform of x (..., a b), which is orthonormal and its own inverse, for left (a,
+    a) and right (b, b).
     """
     return (left @ (x.unflatten(-1, (len(left), len(right))) @ right)).flatten(-2)
