@@ -62,7 +62,9 @@ class PreviewExample:
 def show(
     request: RunRequest, console: Console, rows: int = 3, html: Path | None = None
 ) -> Findings:
-    """Print the first rows with trained tokens marked, and return the findings about the data."""
+    """Prints the first rows with the trained tokens marked, and returns the findings about the
+    data.
+    """
     saved = open_all(request.adapters)
     request = with_max_length(request, saved, console)
     objective = objective_of(request, saved)
@@ -98,7 +100,8 @@ def show(
 def _findings(
     request: RunRequest, objective: Objective, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Findings:
-    """The findings about the rows, or about the first ones if tokenizing all would take long."""
+    """The findings about all rows, or only about the first ones if tokenizing all would take long.
+    """
     limit = ""
     if not isinstance(request.rows, RowStream):
         train, held_out = train_and_eval_rows(request)

@@ -247,7 +247,7 @@ class _HostDocumentSearch:
         }
 
     def use(self, more: int) -> None:
-        """Count a `with` block that begins (1) or ends (-1)."""
+        """Counts a `with` block that begins (1) or ends (-1)."""
         if not self.users:
             self.originals = {name: vars(masking_utils).get(name) for name in self.replacements}
         self.users += more
