@@ -76,7 +76,6 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """The sum of the terms."""
         return sum(self.terms.values())
 
     @property
@@ -86,7 +85,7 @@ class Estimate:
 
 
 def estimate(config: PreTrainedConfig, setting: MemorySetting) -> Estimate:
-    """Estimates the memory at the peak, of each process if there are several."""
+    """Estimates the peak memory of each process."""
     text = config.get_text_config()
     few, blocks = max(2, period(config)), text.num_hidden_layers
     traced, sent = trace(config, setting, few), None

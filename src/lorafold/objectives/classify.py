@@ -76,7 +76,6 @@ class Classify(Objective):
 
     @property
     def outputs(self) -> int:  # type: ignore[override]
-        """The number of classes."""
         return len(self.classes)
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -76,7 +76,8 @@ class ObjectiveRequest:
         return ", ".join(map(str, self.adapters)) or self.base.name
 
     def refuse_options(self) -> None:
-        """Raises LorafoldError if options are given; for objectives without options."""
+        """Raises LorafoldError if any option is given. Objectives without options call this method.
+        """
         if self.options or self.beta is not None:
             given = ", ".join(given_options(self.beta, self.options))
             raise LorafoldError(f"{given}: the objective {self.name} has no such option")

@@ -40,8 +40,9 @@ def gpus() -> list[Gpu]:
 
 
 def choose_device(name: str | None = None, absent: bool = False) -> "torch.device":
-    """Returns the named device (cpu, cuda, cuda:1, mps), or without a name CUDA, MPS or the CPU, in
-    this order. `absent` allows a device that this machine lacks.
+    """Returns the named device (cpu, cuda, cuda:1, mps). Without a name, returns CUDA, MPS or the
+    CPU, whichever is available first in this order. `absent` allows a device that this machine
+    lacks.
     """
     named = isinstance(name, str) and re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name, re.ASCII)
     if name is not None and not named:

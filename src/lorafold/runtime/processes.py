@@ -87,9 +87,9 @@ class Lifeline:
                 peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def announce_failure(self, code: int, message: str) -> None:
-        """Announces an error, and waits until rank 0 has printed the message (unless rank 0 has the
-        same error). Processes must not end earlier, because a launcher that sees one process end
-        may kill the others first.
+        """Announces an error. Rank 0 prints the message, unless it fails in the same way, and the
+        other processes wait for it to end, because a launcher that sees one process end may kill
+        the others first.
         """
         self._ending.set()
         if self.rank == 0:
@@ -107,7 +107,6 @@ class Lifeline:
         self._ending.wait(seconds)
 
     def announce_end(self) -> None:
-        """Announces that this process is done."""
         self._ending.set()
         for peer in self._peers:
             self._send(peer, left=True)

@@ -59,12 +59,14 @@ class Trained(ShownInNotebooks):
     shares of parameters that the adapter does not reach, by kind: `blocks` are shares of the
     parameters of the transformer blocks, and `beside` (encoders and connectors of a multimodal
     model) are shares of all parameters. `files` contains the number of rows of each file of a
-    directory or pattern, and `data` problems in the rows, such as duplicates. `skipped` lists the
-    steps without an update, because their loss or gradient was not finite. `pace` contains the
+    directory or pattern. `data` contains problems in the rows, such as duplicates. `skipped` lists
+    the steps without an update, because their loss or gradient was not finite. `pace` contains the
     tokens and seconds of sampling, rewards and training in reinforcement learning. `guessing`
-    contains the `loss`, the loss of `guessing` (a model that only guesses), and whether the first
-    is `better`. If a finished run is resumed, the result comes from the adapter's record, without
-    times (nan), memory and parameter counts (None).
+    contains the `loss`, the loss of a model that only guesses (`guessing`), and whether the first
+    is `better`.
+
+    If a finished run is resumed, the result comes from the adapter's record, without times (nan),
+    memory and parameter counts (None).
     """
 
     train_loss: float
@@ -100,9 +102,10 @@ class Trained(ShownInNotebooks):
 
 
 def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -> Trained:
-    """Writes the last adapter to `request.out`, and an earlier better one to `<out>.best`; if the
-    run ended early, only the better one, to `request.out`. Verifies the files and removes the
-    checkpoints. Only rank 0 writes. `base` has the original weights of a quantized model.
+    """Writes the last adapter to `request.out`, and the adapter of an earlier, better step to
+    `<out>.best`. If the run ended early, only the better adapter is written, to `request.out`.
+    Verifies the files and removes the checkpoints. Only rank 0 writes. `base` has the original
+    weights of a quantized model.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
     if plan.layout.is_sharded:
@@ -289,8 +292,8 @@ def _had_gradients(optimizer: Optimizer, p: Tensor) -> bool:
 
 
 def finished_result(request: RunRequest, console: Console) -> Trained | None:
-    """The recorded result of a resumed run that was already finished (clusters restart jobs), or
-    None for other runs. Raises if another run wrote the adapter.
+    """The recorded result if the run to resume is already finished, for example because a cluster
+    restarted its job; otherwise None. Raises if another run wrote the adapter.
     """
     out, starts_anew = request.out, request.overwrite or not request.resume
     if starts_anew or RunDirectory(out).path.exists() or not (out / RECORD).is_file():

@@ -188,8 +188,8 @@ def report_no_signal(plan: Plan, progress: Progress, display: Display, reason: s
 
 @contextmanager
 def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
-    """Context that adds the place to errors. If a reward fails, rank 0 saves the last complete
-    step.
+    """Context that adds `place` to error messages. If a reward fails, rank 0 saves a checkpoint of
+    the last complete step.
     """
     try:
         yield

@@ -3,7 +3,7 @@
 
     OUTPUT_DIR/checkpoint-N/adapter/         the adapter in PEFT's format
     OUTPUT_DIR/checkpoint-N/adapter-state/   every tensor of the adapter as it is in memory
-    OUTPUT_DIR/checkpoint-N/...              Trainer's own: optimizer, schedule, random numbers
+    OUTPUT_DIR/checkpoint-N/...              Trainer's files: optimizer, schedule, random numbers
     OUTPUT_DIR/adapter/                      the adapter at the end
 
 The adapter's directories are written atomically, with a manifest that is checked on resume.
@@ -301,7 +301,7 @@ def check_reference(adapter: Adapter, args: Any) -> None:
 
 
 class BaseWeightsExcluder:
-    """Makes `save_pretrained` omit the model's own weights while they are excluded, by listing all
+    """Makes `save_pretrained` omit the model's own weights while they are excluded, by listing them
     in `_keys_to_ignore_on_save`. Until `end`, a state dict without tensors can be loaded without a
     warning, because on resume Trainer loads the empty `model.safetensors`.
     """

@@ -67,7 +67,7 @@ class Replicated:
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
         """The tensors (any shapes) of a state dict, for rank 0 to write. All processes must call
-        `get` on each, in the same order, because sharded tensors are sent to rank 0.
+        `get` on each tensor, in the same order, because sharded tensors are sent to rank 0.
         """
         return {
             name: PendingTensor(tuple(t.shape), t.dtype, t.detach)

@@ -84,7 +84,7 @@ def labelled_loss(
     rows: Tensor | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """Returns the next-token loss in nats, summed over the n labelled positions of labels (B, T),
-    and n. Unlabelled positions are -100.
+    and n. The label of all other positions is -100.
 
     With `counts` (B, T), positions are weighted, and n is the sum of the weights. `rows` (B, T) is
     the number of rows that share each position; it weights tokens in the load-balancing loss, which
@@ -254,8 +254,8 @@ def has_balancing_loss(model: Any) -> bool:
 
 
 def weights_balancing(model: Any) -> bool:
-    """Whether the load-balancing loss can weight tokens, for which transformers' function is
-    needed.
+    """Whether the load-balancing loss can weight tokens, which needs transformers' function for
+    this loss.
     """
     return _balancing_function(model) is not None and hasattr(model, "num_experts_per_tok")
 

@@ -31,10 +31,10 @@ from lorafold.training_step.shared_prefixes import PrefixSupport, document_layou
 
 class Loss(nn.Module, ABC):
     """Base class of losses, which are sums instead of means, so that the losses of micro-batches
-    add up exactly to the batch's.
+    add up exactly to the loss of the batch.
 
-    `pace` multiplies a method's learning rates, and `pace_up` those of its up factors (LoRA+).
-    `counts` are saved in checkpoints.
+    `pace` multiplies a method's learning rates, and `pace_up` the learning rates of its up factors
+    (LoRA+). `counts` are saved in checkpoints.
     """
 
     pace = 1.0
@@ -79,8 +79,8 @@ class Loss(nn.Module, ABC):
         self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
     ) -> dict[str, Tensor]:
         """The arguments of `forward` that all micro-batches of a step share: sums (k,) over the
-        step's examples, which the caller adds over processes. A process with n passes must make
-        `passes(n)`; the additional ones use `idle`.
+        step's examples, which the caller adds over processes. A process that needs n forward passes
+        must run `passes(n)`, the additional ones on the examples `idle`.
         """
         return {}
 

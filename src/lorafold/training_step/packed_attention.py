@@ -53,8 +53,8 @@ def packed(model: PreTrainedModel) -> Iterator[bool]:
 
 
 def isolates(model: PreTrainedModel) -> bool:
-    """Whether a document has the same outputs packed with another one as alone, tested with two
-    documents.
+    """Whether a document has the same outputs alone and packed with another document, tested with
+    two documents.
     """
     n, m = 11, 13
     first, other, second = random_ids(model, 2 * n + m).split([n, n, m])

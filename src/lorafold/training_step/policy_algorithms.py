@@ -71,8 +71,8 @@ def deviation(x: Tensor) -> Tensor:
 class PolicyAlgorithm(ABC):
     """Base class of policy gradient algorithms.
 
-    With beta > 0, beta w_t KL_t is added to the loss of each token. Because of the factor w_t, the
-    gradient is the KL's even if w_t is 1 (DeepSeek-V3.2 2025, arXiv 2512.02556, eq. 7).
+    With beta > 0, beta w_t KL_t is added to the loss of each token. Because of the factor w_t, this
+    term has the gradient of the KL, even if w_t is 1 (DeepSeek-V3.2 2025, arXiv 2512.02556, eq. 7).
     """
 
     pace: ClassVar[float] = 0.25  # factor on a method's learning rates

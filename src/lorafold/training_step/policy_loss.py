@@ -136,8 +136,8 @@ class Policy(BranchedLoss):
         return any(counts and (advantage or self.algorithm.beta > 0) for advantage, counts in pairs)
 
     def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of `layout_tensors`, and `sampled_logps` (n,), the sampling log-probability
-        of each token, and `advantages` and `weights` (k,) of each completion.
+        """The tensors of `layout_tensors`; `sampled_logps` (n,), the sampling log-probability of
+        each token; and `advantages` and `weights` (k,) of the completions.
         """
         inputs = self.layout_tensors(examples)
         logprobs = torch.tensor([p for e in examples for own in e.logprobs for p in own])

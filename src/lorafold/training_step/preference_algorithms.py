@@ -34,8 +34,8 @@ class Scored(NamedTuple):
     """The inputs of a preference loss for n rows: log-probabilities (n, 2) in nats under the model
     and the reference, the number of tokens (n, 2) of each completion, and whether single
     completions are desirable (n,). For losses that read a head, `logps` are its scores.
-    `mismatched` is the step's `ratio_sums` of mismatched completions; if it is given, their column
-    may be absent.
+    `mismatched` is the step's `ratio_sums` of mismatched completions; if it is given, column 1,
+    which has these completions, may be absent.
     """
 
     logps: Tensor

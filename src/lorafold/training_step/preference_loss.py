@@ -1,4 +1,4 @@
-"""The module of preference losses, and the KL divergence between a model and its reference."""
+"""Preference losses as an `nn.Module`, and the KL divergence between a model and its reference."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class Preferences(BranchedLoss):
         return 1
 
     def collate(self, examples: Sequence[BranchedRow], device: torch.device) -> dict[str, Tensor]:
-        """`tensors`, (B, T) or (n, k) each, of the completions that have gradients."""
+        """The result of `tensors`, (B, T) or (n, k) each, for the completions that have gradients.
+        """
         return self.tensors([self.trained(example) for example in examples], device)
 
     def tensors(self, examples: Sequence[BranchedRow], device: torch.device) -> dict[str, Tensor]:
@@ -76,8 +77,8 @@ class Preferences(BranchedLoss):
         return send_all(tensors, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """The loss in nats, (), summed over the rows of the tensors from `collate`. Reference
-        log-probabilities that are not among them are computed.
+        """The loss in nats, (), summed over the rows of the tensors from `collate`. If these lack
+        reference log-probabilities, the forward pass computes them.
         """
         mismatched = inputs.pop("mismatched", None)
         scored = self._scored(True, labels, **inputs)
@@ -89,8 +90,8 @@ class Preferences(BranchedLoss):
         idle: Sequence[BranchedRow] = (),
         passes: Callable[[int], int] = int,
     ) -> dict[str, Tensor]:
-        """`mismatched` (2,) for `Scored`, if the rows have completions without gradients. Dropout
-        is off, as for the reference.
+        """Returns `mismatched` (2,) for `Scored`, or nothing if all completions have gradients.
+        Dropout is off, as for the reference.
         """
         others = [one.some(slice(self.algorithm.trained, None)) for one in (*examples, *idle)]
         if not all(one.branches for one in others):

@@ -129,7 +129,7 @@ def document_layout(
 
 
 def shares_prefixes(model: PreTrainedModel) -> bool:
-    """Whether rows with shared prefixes have the same outputs as alone, tested with rows that
+    """Whether rows have the same outputs with shared prefixes as alone, tested with rows that
     branch at two depths.
     """
     lens, starts = (16, 17, 17, 9, 11), (0, 9, 13, 0, 5)

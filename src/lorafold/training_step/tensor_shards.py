@@ -23,8 +23,8 @@ ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 class Moments:
-    """Which process updates each replicated parameter and keeps its moments. All processes update a
-    parameter that is not assigned.
+    """The assignment of replicated parameters to the processes that update them and keep their
+    moments. All processes update a parameter that is not assigned.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -35,7 +35,6 @@ class Moments:
         self._of = balanced(parameters, self.processes.count)
 
     def is_owner(self, p: nn.Parameter) -> bool:
-        """Whether this process updates the parameter."""
         return self._of.get(p, self.processes.index) == self.processes.index
 
     @contextmanager
@@ -287,8 +286,8 @@ def copy_mapped(module: nn.Module) -> None:
 
 
 def gather_around(stack: ExitStack, part: nn.Module, gather_part: Callable[[], None]) -> None:
-    """Gathers a part of the model before any of its modules runs, and when the backward pass
-    reaches an output of any of them, because it may begin inside the part.
+    """Gathers a part of the model before any of its modules runs, and when the backward pass, which
+    may begin inside the part, reaches an output of any of them.
     """
 
     def before(*_: Any) -> None:
