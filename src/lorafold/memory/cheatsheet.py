@@ -28,8 +28,8 @@ EXAMPLES: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table: a model, its use (`mode`), the result of the rule of thumb (GB), the
-    reason for the difference from the estimate, and recipe fields in addition to the mode's.
+    """A row of the table. `rule` is the result of the rule of thumb (GB), `reason` explains the
+    difference from the estimate, and `recipe` has fields in addition to the mode's.
     """
 
     size: str

@@ -195,7 +195,6 @@ class MemorySetting:
     resident: bool = False
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Attaches the trained adapter. Raises the errors of `lf.attach`."""
         beside = {"targets": self.targets, **self.beside(model)}
         attach(model, self.spec, **beside)  # type: ignore[arg-type]
 
@@ -294,8 +293,8 @@ def training(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> 
 
 
 class LastTiles(Documents):
-    """Documents whose attention is computed only for the last three tiles. These determine the
-    peak, because tiles grow.
+    """Documents with only the last three attention tiles, which contain the peak, because tiles
+    grow.
     """
 
     def tiles(self) -> Iterator[Tile]:
@@ -332,8 +331,8 @@ def shard_gradients(
 
 def reset_peak_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[int]:
     """Resets the ledger's peak when half of the parameters have gradients. Returns a list to which
-    the peak of the first half is added. The peaks of the halves are extrapolated separately,
-    because they grow differently with the number of blocks.
+    the first half's peak is added. The halves are extrapolated separately, because their peaks grow
+    differently with the number of blocks.
     """
     peaks, remaining = list[int](), (len(trained) + 1) // 2
 

@@ -57,14 +57,13 @@ class Declared:
 
     @property
     def kind(self) -> "type[Objective]":
-        """The objective's class, which is imported if necessary."""
         if not isinstance(self.maker, str):
             return self.maker
         module, _, name = self.maker.partition(".")
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
     def options(self) -> Mapping[str, Any]:
-        """The objective's options by name, with their defaults, including `beta` if it has one."""
+        """The options by name, with their defaults, including `beta` if the objective has it."""
         return self.kind.options(self)
 
     def notices(self, formats: Iterable[RowFormat | None]) -> list[str]:

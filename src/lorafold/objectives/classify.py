@@ -1,4 +1,4 @@
-"""Classification of texts by a head on the decoder."""
+"""Classification of texts by a head on the decoder, which is trained in full with every method."""
 
 from __future__ import annotations
 
@@ -52,18 +52,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classify(Objective):
-    """Classification of texts by a head on the decoder. The head is trained in full with every
-    method.
-    """
-
     packs = False
     classes: tuple[str, ...]
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        """The objective with the classes of the model or an adapter, or else with the classes of
-        the rows.
-        """
+        """The objective with the classes of the model or an adapter, or else of the rows."""
         request.refuse_options()
         labels = classes_of(request.rows)
         classes = known_classes(request.base, request.adapters) or labels

@@ -89,8 +89,6 @@ class RolloutLoss(Policy):
 
 @dataclass(frozen=True)
 class PolicyObjective(OnPolicy):
-    """Reinforcement learning from rewards."""
-
     algorithm: PolicyAlgorithm
     sampling: SamplingOptions
     functions: tuple[Callable[..., Any], ...] = ()  # rewards in Python
@@ -120,7 +118,6 @@ class PolicyObjective(OnPolicy):
 
     @property
     def reads(self) -> Sequence[tuple[str, Path]]:  # type: ignore[override]
-        """The adapters of reward models."""
         adapters = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
         return [(f"for --reward {name}", saved.path) for name, saved in adapters]
 
@@ -219,8 +216,8 @@ class PolicyObjective(OnPolicy):
         self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
         """Samples a group of completions for each planned prompt. As in TRL, groups with equal
-        rewards count in the mean. Rank 0 computes all rewards, because other processes might get
-        different ones.
+        rewards count in the mean. Rank 0 computes all rewards, because they may differ between
+        processes.
         """
         return loss.processes.once(partial(self._rollouts, step, planned, loss))
 

@@ -161,8 +161,8 @@ def with_reference(
 
 
 def digest(model: nn.Module) -> str:
-    """The SHA-256 of all tensors of a model except those of its topmost adapter. If this adapter
-    trains the base weights, its tensors are included.
+    """The SHA-256 of all tensors of a model except its topmost adapter's, unless that adapter
+    trains the base weights.
     """
     name = selection_of(model).names[-1]
     above = [] if trains_base_weights(model) else adapted_modules(model)
@@ -183,7 +183,7 @@ def digest(model: nn.Module) -> str:
 
 
 def trains_base_weights(model: nn.Module) -> bool:
-    """Whether the topmost adapter trains the base weights. If so, the model without this adapter is
+    """Whether the topmost adapter trains the base weights. Then, the model without this adapter is
     the reference only before the first step.
     """
     names = selection_of(model).names

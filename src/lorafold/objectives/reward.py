@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewardModel(PreferenceObjective):
-    """A head that scores texts, and is trained in full with every method."""
-
     outputs = 1
     algorithm: BradleyTerry
 

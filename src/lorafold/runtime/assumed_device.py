@@ -25,7 +25,6 @@ class DeviceKind(NamedTuple):
 
 
 def kind_of_device(device: torch.device) -> DeviceKind:
-    """The kind of a device of this machine, with its compute capability if it is a CUDA GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return DeviceKind(device.type)
     return DeviceKind("cuda", torch.cuda.get_device_capability(device))

@@ -41,7 +41,6 @@ class Exited(Exception):
 
 
 def framed(content: bytes) -> bytes:
-    """Prepends the length to the content of a message."""
     return len(content).to_bytes(LENGTH_BYTES, "big") + content
 
 
@@ -52,7 +51,7 @@ def read_message(source: BinaryIO) -> bytes | None:
 
 
 class KillableProcess:
-    """A process that runs a Python module. After any exception, it should be killed, because a
+    """A process that runs a Python module. It should be killed after any exception, because a
     message may have been cut off.
     """
 

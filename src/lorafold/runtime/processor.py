@@ -65,7 +65,7 @@ class OtherLoad:
         self._before = self._times()
 
     def cores_used(self) -> float:
-        """The average number of cores that other processes have used since the last call."""
+        """The average number of cores used by other processes since the last call."""
         before, self._before = self._before, self._times()
         passed, everyone, here = (x - y for x, y in zip(self._before, before, strict=True))
         return max(0.0, (everyone - here) / passed) if passed else 0.0

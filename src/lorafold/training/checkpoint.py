@@ -76,7 +76,6 @@ class Progress:
 
     @property
     def stalled(self) -> bool:
-        """Whether the last EARLY_STOPPING_PATIENCE evaluations did not improve."""
         return sum(step > (self.best or 0) for step in self.evals) >= EARLY_STOPPING_PATIENCE
 
     def add_figures(self, figures: Mapping[str, float]) -> None:
@@ -208,9 +207,7 @@ class RunDirectory:
         return f"the last good checkpoint is {checkpoints[max(checkpoints)]}"
 
     def checkpoint_label(self) -> str:
-        """A text that identifies the last checkpoint, so that processes on several machines can
-        compare it.
-        """
+        """A text by which processes on several machines compare their last checkpoints."""
         if not self.path.exists():
             return "none"
         if not (checkpoints := self.checkpoints()):

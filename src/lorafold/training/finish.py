@@ -194,7 +194,6 @@ def write_adapter(
     setup: Setup, plan: Plan, progress: Progress, result: Trained, base: Weights | None,
     path: Path, record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Writes the adapter with its model card and record, and verifies the files."""
     request, adapter, spec = setup.request, plan.adapter, plan.adapter.spec
     step = record.get("step", progress.step)
     if figures := progress.measured.get(step):
@@ -241,8 +240,8 @@ def _rounded(value: Any) -> Any:
 
 
 def check_learned(adapter: Adapter, optimizer: Optimizer) -> None:
-    """Raises if a tensor is not finite, or if an up factor that had gradients is zero, because the
-    adapter would have no effect.
+    """Raises if a tensor is not finite, or if an up factor that had gradients is zero, so that the
+    adapter has no effect.
     """
     for name, t in adapter.state_dict().items():
         check_finite(name, t)
@@ -344,7 +343,6 @@ def _differences(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str
 
 
 def _recorded_result(record: Mapping[str, Any], out: Path) -> Trained:
-    """The result from a record, which contains no times, memory and parameter counts."""
     losses = [math.nan if loss is None else loss for loss in record["losses"]]
     return Trained(
         train_loss=mean_of_last(losses),

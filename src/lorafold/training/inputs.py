@@ -106,8 +106,8 @@ def objective_of(request: RunRequest, saved: Sequence[SavedAdapter] = ()) -> Obj
 def with_max_length(
     request: RunRequest, saved: Sequence[SavedAdapter], console: Console
 ) -> RunRequest:
-    """The request with `max_length` set. If the recipe does not set it, a resumed run keeps its
-    value, and other runs use `resolve_length`.
+    """The request with `max_length` set: the recipe's, a resumed run's, or the result of
+    `resolve_length`.
     """
     recipe = request.recipe
     if request.resume and "max_length" not in recipe.model_fields_set:
@@ -122,9 +122,7 @@ def with_max_length(
 def prepare_tokenizer(
     request: RunRequest, objective: Objective, console: Console, saved: Sequence[SavedAdapter] = ()
 ) -> tuple[PreTrainedTokenizerBase, AddedTokens]:
-    """The tokenizer of the model or an adapter, with the recipe's template and new tokens; and the
-    ids of the new tokens.
-    """
+    """The tokenizer of the model or an adapter, with the recipe's template and new tokens."""
     tokenizer = request.base.tokenizer(saved)
     if request.recipe.chat_template is not None:
         set_template(tokenizer, request.recipe.chat_template)
@@ -139,7 +137,6 @@ def prepare_tokenizer(
 
 
 def train_and_eval_rows(request: RunRequest) -> tuple[Sequence[Row], Sequence[Row] | None]:
-    """The training rows, and the held-out rows or None. Streams are not supported."""
     assert not isinstance(request.rows, RowStream)
     held_out, recipe = request.eval_rows, request.recipe
     if held_out is None and recipe.eval_fraction:

@@ -256,7 +256,6 @@ def compare_with_chance(plan: Plan, progress: Progress, first: Sequence[Any]) ->
 
 
 def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
-    """The mean loss of examples, in nats, with the current weights."""
     loss, recipe = plan.loss, plan.recipe
     parts = loss.micro_batches(examples, recipe.accumulate, recipe.max_length)
     with evaluating(loss):
@@ -277,8 +276,8 @@ def guessing_warning(guessing: Mapping[str, Any]) -> str:
 
 
 def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, float]:
-    """Runs one optimizer step, or skips the update if the loss or the gradient is not finite.
-    Returns the mean loss, in nats, and the gradient norm before clipping.
+    """Runs an optimizer step; skips the update if loss or gradient are not finite. Returns the mean
+    loss, in nats, and the gradient norm before clipping.
     """
     recipe, optimizer, layout = plan.recipe, plan.optimizer, plan.layout
     adapter, steps = plan.adapter, plan.feed.steps

@@ -50,9 +50,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class PreviewExample:
-    """One example of a row: its heading, the row's conversation, and its text, with the trained
-    parts bold.
-    """
+    """One example of a row. The trained parts of `text` are bold."""
 
     heading: str
     conversation: Conversation

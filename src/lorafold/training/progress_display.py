@@ -89,7 +89,6 @@ class Display:
             self.note((line + "".join(clauses)).rstrip())
 
     def update_cell(self, step: int, figures: str) -> None:
-        """Updates a notebook's bar, at most every MIN_UPDATE_SECONDS."""
         time = monotonic()
         if step == self.steps or time - self.updated >= MIN_UPDATE_SECONDS:
             from IPython.display import HTML
@@ -105,7 +104,6 @@ class Display:
 
 
 def start_trackers(recipe: Recipe, logs: Path) -> list[Any]:
-    """Starts the recipe's trackers, which are implemented by accelerate."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 

@@ -128,8 +128,6 @@ def make_plan(
     held_out: Data | None,
     console: Console,
 ) -> tuple[Plan, Progress]:
-    """The inputs of the training loop, and the progress, which is new or from the last checkpoint.
-    """
     request, layout, spec = setup.request, setup.layout, adapter.spec
     recipe, where, processes = request.recipe, request.base.where, layout.processes
     progress, state = start_or_resume(setup, adapter, loss, feed, console)
@@ -205,7 +203,7 @@ def start_or_resume(
 
 def copy_from_rank0(adapter: Adapter, processes: Processes) -> None:
     """Copies rank 0's prepared adapter to all processes, because rounding differences can make a
-    method choose other entries in each.
+    method choose other entries.
     """
     states = {path: delta.state_dict() for path, delta in adapter.deltas.items()}
     shapes = {path: {name: t.shape for name, t in of.items()} for path, of in states.items()}
@@ -261,8 +259,8 @@ def run_identity(setup: Setup, adapter: Adapter) -> dict[str, Any]:
 def sample_losses(
     loss: Loss, feed: BatchFeed, recipe: Recipe, n: int, rows: int | None = None
 ) -> Iterator[Tensor]:
-    """The mean losses of n batches, each a scalar in nats. The batches are sampled as in training,
-    but with another seed.
+    """The mean losses of n batches, each a scalar in nats, sampled with another seed than in
+    training.
     """
     if issubclass(OBJECTIVES[recipe.objective].kind, OnPolicy):
         raise LorafoldError(

@@ -87,8 +87,7 @@ class Setup:
 
 
 def check_request(request: RunRequest, console: Console, processes: Processes) -> Spec:
-    """Checks the request, prints the fields that the method ignores, and returns the method's spec.
-    """
+    """Checks the request, prints the fields that the method ignores, and returns the spec."""
     if request.over or request.init_adapter:
         check_paths_disjoint(request)
     run, replaces = RunDirectory(request.out), request.overwrite or request.resume

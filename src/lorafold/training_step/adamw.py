@@ -40,9 +40,7 @@ DEVICES = {"cpu": "the CPU", "mps": "MPS"}
 
 
 class OptimizerChoice(NamedTuple):
-    """An optimizer's name and the reason for choosing it; the reason is empty if the recipe names
-    the optimizer.
-    """
+    """An optimizer's name, and the reason for choosing it (empty if the recipe names it)."""
 
     name: str
     why: str
@@ -62,9 +60,8 @@ def choose_optimizer(
     name: str, before: str, groups: list[dict], where: torch.device, processes: Processes,
     parts: int = 1,
 ) -> OptimizerChoice:  # fmt: skip
-    """Chooses a run's optimizer. `auto` depends on the free memory, so a resumed run keeps the
-    optimizer it began with. `parts` is the number of processes that the optimizer's state is
-    sharded over.
+    """Chooses a run's optimizer. `auto` depends on free memory, so a resumed run keeps its
+    optimizer. `parts` is the number of processes over which the optimizer's state is sharded.
     """
     device, trained = where.type, parameters(groups)
     if name != "auto":
@@ -98,8 +95,8 @@ def make_optimizer(name: str, groups: list[dict], recipe: Any) -> Optimizer:
 
 
 def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
-    """Rejects 8-bit optimizers for 16-bit parameters, because they round to nearest, which loses
-    small updates.
+    """Rejects 8-bit optimizers for 16-bit parameters, because rounding to nearest loses small
+    updates.
     """
     narrow = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
     if name not in ("auto", "adamw") and narrow:
@@ -120,9 +117,6 @@ def bitsandbytes_optimizers(name: str) -> Any:
 
 
 def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
-    """A log line with the optimizer, the dtype and size of its state, and the reason for the
-    choice.
-    """
     trained, is_8bit = parameters(groups), choice.name != "adamw"
     is_small = is_8bit and all(p.numel() < MIN_8BIT_SIZE for p in trained)
     size = f"no tensor has {MIN_8BIT_SIZE:,} elements" * is_small
@@ -222,8 +216,7 @@ def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:
 
 
 def _update(group: dict[str, Any], number: int, parts: tuple[Tensor, ...]) -> None:
-    """Updates a 16-bit parameter in chunks along its first axis; `parts` is a tuple as in `_adamw`.
-    """
+    """Updates a 16-bit parameter in chunks along its first axis."""
     p, g, m, v, step = parts
     generator = generator_of(group["seed"], str(number), p.device)
     tensors = [torch.atleast_1d(t) for t in (p, g, m, v)]

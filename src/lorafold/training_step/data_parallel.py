@@ -18,8 +18,8 @@ from lorafold.runtime.processes import Processes
 
 
 class Replicated:
-    """Data parallelism in which each process holds all tensors. A backward pass computes only the
-    gradients of the process's share of the batch; `add_gradients` sums them.
+    """Data parallelism in which each process holds all tensors. Each has only the gradients of its
+    share of the batch, until `add_gradients` sums them.
     """
 
     is_sharded = False  # whether all processes must run each forward and backward pass together
@@ -57,8 +57,6 @@ class Replicated:
         self.processes.add([p.grad for p in used if p.grad is not None])
 
     def nonzero_gradients(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
-        """For each parameter that has a gradient, whether any element of the gradient is nonzero.
-        """
         return {p: bool(p.grad.any()) for p in parameters if p.grad is not None}
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -67,7 +65,7 @@ class Replicated:
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
         """The tensors (any shapes) of a state dict, for rank 0 to write. All processes must call
-        `get` on each tensor, in the same order, because sharded tensors are sent to rank 0.
+        `get` on each tensor, in the same order, because rank 0 may receive them from others.
         """
         return {
             name: PendingTensor(tuple(t.shape), t.dtype, t.detach)

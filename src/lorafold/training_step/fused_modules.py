@@ -115,7 +115,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
-    """Whether both functions give the same outputs up to rounding; always true for fake tensors."""
+    """Whether the outputs are equal up to rounding; always true for fake tensors."""
     if is_fake(inputs[0]):
         return True
     outputs = (f(*inputs) for f in (forward, plain))

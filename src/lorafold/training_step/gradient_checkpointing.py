@@ -11,9 +11,7 @@ from lorafold.ops.checkpoint_segments import save_outputs
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Turns on gradient checkpointing. Gradients stay bit-identical, because random states are
-    replayed.
-    """
+    """Gradients stay bit-identical with checkpointing, because random states are replayed."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": save_outputs})
     except ValueError as error:

@@ -114,8 +114,7 @@ def token_losses(
 ) -> Tensor:
     """The next-token loss in nats of each labelled position, (n,), without second derivatives. The
     backward pass recomputes the logits of a trained or adapted head, so the same adapters must be
-    active. With `own`, the model computes all logits in passes of at least `FEW` rows, which makes
-    them bit-identical to those of sampling.
+    active. `own` makes logits bit-identical to those of sampling.
     """
     h, targets, linear, _ = run_decoder(model, labels, inputs)
     if linear is not None and not own:
@@ -175,8 +174,7 @@ def at_labels(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _chunks(h: Tensor) -> list[slice]:
-    """The chunks of positions; for fake tensors only the last three, which suffice to find the
-    memory peak.
+    """The chunks of positions; for fake tensors only the last three, which contain the memory peak.
     """
     return chunks(len(h))[-3:] if is_fake(h) else chunks(len(h))
 
@@ -254,9 +252,7 @@ def has_balancing_loss(model: Any) -> bool:
 
 
 def weights_balancing(model: Any) -> bool:
-    """Whether the load-balancing loss can weight tokens, which needs transformers' function for
-    this loss.
-    """
+    """Whether transformers has a function for the load-balancing loss that can weight tokens."""
     return _balancing_function(model) is not None and hasattr(model, "num_experts_per_tok")
 
 

@@ -30,8 +30,7 @@ from lorafold.training_step.shared_prefixes import PrefixSupport, document_layou
 
 
 class Loss(nn.Module, ABC):
-    """Base class of losses, which are sums instead of means, so that the losses of micro-batches
-    add up exactly to the loss of the batch.
+    """Base class of losses, which are sums instead of means, so that micro-batches add up exactly.
 
     `pace` multiplies a method's learning rates, and `pace_up` the learning rates of its up factors
     (LoRA+). `counts` are saved in checkpoints.
@@ -60,7 +59,7 @@ class Loss(nn.Module, ABC):
         return True
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
-        """Divides the indices of a step's examples into n micro-batches, or into more if packed
+        """Divides the indices of a step's examples into n micro-batches, or more if packed
         micro-batches would exceed `tokens` tokens.
         """
         return micro_batches(range(len(examples)), n)

@@ -114,8 +114,8 @@ def restore_optimizer(
     updates: Callable[[nn.Parameter], bool] = lambda p: True,
 ) -> None:
     """Restores `optimizer_tensors` (any shapes) in an optimizer that has made no step. A step with
-    zero gradients creates the state, into which the tensors are copied, because load_state_dict
-    would not preserve dtypes and paged memory.
+    zero gradients creates the state, because load_state_dict would not preserve dtypes and paged
+    memory.
     """
     trained = parameters(optimizer.param_groups)
     others = {str(i) for i, p in enumerate(trained) if not updates(p)}

@@ -91,8 +91,8 @@ def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tenso
 
 
 def near(model: PreTrainedModel, logits: Tensor, expected: Tensor, units: int) -> bool:
-    """Whether logits (T, V) agree by norm, up to `units` of the dtype's epsilon. Bit-identity can't
-    be expected, because MoE experts group the tokens of all documents, which changes rounding.
+    """Whether logits (T, V) agree by norm, up to `units` of the dtype's epsilon. They are not
+    bit-identical, because MoE experts group the tokens of all documents.
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
     return bool((logits - expected).norm() <= allowed * expected.norm())
@@ -105,7 +105,6 @@ def attending(
     attention: Callable[..., Any] | None = None,
     name: str = NAME,
 ) -> Iterator[None]:
-    """Context in which the model uses the given mask and attention functions."""
     AttentionInterface.register(name, attention or attend)
     AttentionMaskInterface.register(name, mask)
     implementations = _implementations(model.config)
@@ -223,7 +222,7 @@ def attend(
 
 @dataclass
 class _HostValues:
-    """Values (B, T) on the host that can be indexed by tensors on the host or the device."""
+    """Values (B, T) on the host that tensors on the host or the device can index."""
 
     here: Tensor
     device: torch.device

@@ -94,8 +94,7 @@ class StepStatistics:
         return cls(**(sums | {"largest": max(part.largest for part in parts)}))
 
     def figures(self, kl: bool) -> dict[str, float]:
-        """The metrics as means over the tokens, and the largest difference; empty without tokens.
-        """
+        """Means over the tokens, and the largest difference; empty without tokens."""
         if not (n := self.tokens):
             return {}
         mismatch = {"mismatch": self.difference / self.compared, "largest mismatch": self.largest}
@@ -190,7 +189,7 @@ class Policy(BranchedLoss):
 
     def _compare(self, logps: Tensor, sampled: Tensor, reference: Callable[[], Tensor]) -> None:
         """Raises if sampling and training log-probabilities differ by more than rounding error,
-        because then other weights sampled the completions.
+        which means that other weights sampled the completions.
         """
         if not len(logps):
             return

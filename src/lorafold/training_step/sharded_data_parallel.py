@@ -169,7 +169,7 @@ class Sharded(Replicated):
         return self.owns(p) and self._moments.is_owner(p)
 
     def assign_owners(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Decides which process updates each of the unsharded parameters (any shapes)."""
+        """Decides which process updates each of the unsharded parameters."""
         self._moments.assign_owners(p for p in parameters if p not in self._owned)
 
     @contextmanager

@@ -1,6 +1,4 @@
-"""Base class of losses over rows whose documents share a prefix, such as the completions of one
-prompt.
-"""
+"""Losses over rows whose documents share a prefix, such as the completions of one prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ from lorafold.training_step.shared_prefixes import PrefixSupport
 
 
 class BranchedLoss(Loss):
-    """Base class of losses over rows of branches. The prefix of a row is computed once if the model
+    """Base class of losses over rows of branches. A row's prefix is computed once if the model
     supports it.
     """
 
@@ -69,7 +67,7 @@ class BranchedLoss(Loss):
         return self.size(self.trained(example))
 
     def trained(self, example: BranchedRow) -> BranchedRow:
-        """The example with only the branches that have gradients; by default, these are all."""
+        """The example with only the branches that have gradients (default: all)."""
         return example
 
     def size(self, example: BranchedRow) -> int:
@@ -145,8 +143,8 @@ class BranchedLoss(Loss):
 
     @contextmanager
     def below(self) -> Iterator[None]:
-        """Context in which the model is the reference, because its topmost adapter, which is
-        trained, is inactive.
+        """Context in which the model is the reference, without its topmost adapter (which is
+        trained).
         """
         with only(self.model, *selection_of(self.model).names[:-1]):
             yield

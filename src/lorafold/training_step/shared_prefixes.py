@@ -117,8 +117,8 @@ def may_share(config: PreTrainedConfig) -> bool:
 def document_layout(
     support: PrefixSupport | None, lens: Tensor | None, device: torch.device
 ) -> Iterator[None]:
-    """Context in which the model's attention uses the documents of a batch, given by lens (n, 2):
-    the number of tokens of each, and how many it shares with the previous document.
+    """Context in which the model's attention uses the documents of a batch. lens (n, 2) contains
+    the tokens of each document, and how many it shares with the previous one.
     """
     if lens is None or support is None:
         yield

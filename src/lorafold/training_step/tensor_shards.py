@@ -23,8 +23,8 @@ ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 class Moments:
-    """The assignment of replicated parameters to the processes that update them and keep their
-    moments. All processes update a parameter that is not assigned.
+    """The process that updates each replicated parameter and keeps its moments. All processes
+    update a parameter that is not assigned to one.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -104,7 +104,7 @@ class ByteShard:
         self.whole = self.written = False
 
     def restore(self) -> None:
-        """Gathers all bytes, and removes the padding of the storage."""
+        """Gathers all bytes, and removes the padding."""
         if not self.whole:
             self.fill()
         self.storage.resize_(self.size)
@@ -149,8 +149,8 @@ class OwnedParameter:
         dist.broadcast(_bytes(self.storage), self.owner)
 
     def empty(self) -> None:
-        """Frees the storage, unless this process is the owner. Writes are not sent to the owner,
-        because all processes make the same writes.
+        """Frees the storage, unless this process is the owner, which already has all writes,
+        because all processes make them.
         """
         if not self.is_owner:
             self.storage.resize_(0)
@@ -312,7 +312,6 @@ def _frozen(part: nn.Module) -> Iterator[Tensor]:
 
 
 def storage_ids(model: nn.Module) -> set[int]:
-    """The ids of all storages of a model and its adapters."""
     tensors = (t for module in model.modules() for t in _of(module))
     return {one.untyped_storage()._cdata for t in tensors for one in _with_state(t)}
 
