@@ -1,6 +1,7 @@
-"""Completions by the engine: `complete` for many prompts, `stream` for one, token by token.
+"""Completions from the engine: `complete` for many prompts, `stream` for one prompt, token by
+token.
 
-Prompts are rendered by the chat template, so no special tokens are added.
+Prompts are already rendered with the chat template, so no special tokens are added.
 """
 
 import logging
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MAX_RUNNING = 32  # prompts computed at a time
 GREEDY = Sampling()
-ACTIVE = "active"  # the engine's name of the model's active adapters
-FAST_PATH_PASSES = 24  # passes from which on the fast path saves more time than its setup takes
+ACTIVE = "active"  # the name of the model's active adapters in the engine
+FAST_PATH_PASSES = 24  # with at least this many passes, the fast path saves more than its setup
 
 
 def complete(
@@ -88,9 +89,9 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
 ) -> Generator[str, None, Ended | None]:
-    """Yields pieces of one completion, one per token (empty while a character is incomplete), and
-    the rest; returns the end. The engine holds the model until the end or until the iterator is
-    closed.
+    """Yields the text of one completion, in one piece per token (empty while a character is
+    incomplete), and the remaining text; returns the `Ended` event. The engine holds the model until
+    the end or until the generator is closed.
     """
     ids, ends = prompt_ids(tokenizer, prompt), end_tokens(model, tokenizer)
     if max_new_tokens < 1:
@@ -110,8 +111,9 @@ def open_engine(
     length: int,
     passes: int,
 ) -> Iterator[tuple[Engine, str | None]]:
-    """Yields an engine, and its name of the model's active adapters or None. Uses the fast path if
-    about `passes` passes are worth it, and memory suffices to copy the matrices.
+    """Yields an engine, and the name of the model's active adapters in it, or None without
+    adapters. Uses the fast path if about `passes` forward passes justify its setup, and if memory
+    suffices to copy the weight matrices.
     """
     active = selection_of(model).names
     nbytes = sum(p.nbytes for p in model.parameters())
@@ -126,7 +128,9 @@ def open_engine(
 
 
 def text_pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
-    """Yields the text of each token; returns the end. Closing it cancels the request."""
+    """Yields the text of each token; returns the `Ended` event. Closing the generator cancels the
+    request.
+    """
     events, read, shown = engine.submit(request), 0, 0
     try:
         while True:
@@ -145,7 +149,7 @@ def text_pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, ...]:
-    """Returns the ids of a rendered prompt, at least one."""
+    """Returns the token ids of a rendered prompt, of which there must be at least one."""
     ids = rendered_ids(prompt, tokenizer)
     if not ids:
         raise LorafoldError(f"prompt {prompt!r}: found no tokens, expected at least one")
@@ -153,7 +157,9 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, 
 
 
 def positions_left(model: "PreTrainedModel") -> int | None:
-    """The positions that the model's table leaves after virtual tokens; None without a table."""
+    """Returns the number of positions that virtual tokens leave in the model's position table; None
+    without a table.
+    """
     active = delta_parts(deltas_of(model, selection_of(model).names))
     before = sum(part.positions for _, part in active if isinstance(part, VirtualTokenDelta))
     return positions_of(model).after(before).table
@@ -162,7 +168,9 @@ def positions_left(model: "PreTrainedModel") -> int | None:
 def new_token_limits(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
-    """Returns the maximum new tokens for each prompt; warns if a table of positions limits them."""
+    """Returns the maximum number of new tokens for each prompt; warns if the model's position table
+    limits them.
+    """
     limit = positions_left(model)
     if limit is None:
         return [max_new_tokens] * len(prompts)
@@ -193,7 +201,7 @@ def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Returns the tokens that end a completion: of the generation config, the tokenizer, and the
+    """Returns the tokens that end a completion, from the generation config, the tokenizer, and the
     chat template's end of turn.
     """
     named = model.generation_config.eos_token_id

@@ -1,4 +1,4 @@
-"""Identities: digests of all files of a model or an adapter that affect answers, and of source
+"""Digests of all files of a model or an adapter that affect its outputs, and of lorafold's source
 code.
 """
 
@@ -24,7 +24,7 @@ WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
 CODE = "**/*.py"
 ROOT = Path(__file__).parent
 SOURCES = (".py", ".cpp", ".h")
-# the packages for training and evaluation, with their imports
+# the packages that training and evaluation import
 TRAINING = (
     *("adapter", "layers", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
     *("runtime", "memory", "methods", "models", "objectives", "resolve", "ops", "peft", "recipe"),
@@ -35,8 +35,8 @@ COMPUTED_WITH = ("torch", "transformers")
 
 def of_model(source: ModelSource) -> str:
     """Hashes a model's configuration, weights and tokenizer, and its Python files if they are
-    executed. For an unpacked model, its GGUF files, because the copy's bytes depend on the version
-    of transformers.
+    executed. For a model converted from GGUF, hashes the GGUF files instead, because the bytes of
+    the converted copy depend on the version of transformers.
     """
     if source.gguf is not None:
         return source.gguf.identity
@@ -49,7 +49,7 @@ def of_model(source: ModelSource) -> str:
 
 
 def _code_elsewhere(path: Path) -> list[str]:
-    """Hashes cached Python files of other repositories that `auto_map` names, as
+    """Hashes the cached Python files of other repositories, which `auto_map` names as
     "owner/name--module.Class".
     """
     folders = set[Path]()
@@ -74,7 +74,7 @@ def of_adapter(adapter: str | Path | SavedAdapter, words: bool = True) -> str:
 
 
 def joined(identities: Sequence[str]) -> str:
-    """Hashes several identities in order; a single one is unchanged."""
+    """Hashes several digests in order; a single digest is returned unchanged."""
     if len(identities) == 1:
         return identities[0]
     return sha256("\n".join(identities).encode()).hexdigest()
@@ -82,7 +82,9 @@ def joined(identities: Sequence[str]) -> str:
 
 @cache
 def of_code(*rooms: str, packages: tuple[str, ...] = ()) -> str:
-    """Hashes all sources of packages or modules of lorafold, and versions of installed packages."""
+    """Hashes the source files of lorafold's packages or modules `rooms`, and the versions of
+    installed `packages`.
+    """
     digest = sha256()
     for room in sorted(rooms):
         path = ROOT / room

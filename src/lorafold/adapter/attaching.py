@@ -1,5 +1,5 @@
-"""Attaches new and saved adapters to a model. `build_adapter` and `read_adapter` only make the
-deltas and leave the model unchanged, for the engine, which reads adapters while the model computes.
+"""Attaches new and saved adapters to a model. `build_adapter` and `read_adapter` only create the
+deltas and leave the model unchanged, because the engine reads adapters while the model runs.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def attach(
     tokens: Sequence[int] | Mapping[str, Sequence[int]] | TrainableTokens = (),
     base: Weights | None = None,
 ) -> Adapter:
-    """Attach an adapter to a model, on top of the active ones, freeze the base and activate the
-    adapter.
+    """Attaches an adapter to a model, on top of the active adapters, freezes the base and activates
+    the adapter.
 
     Raises LorafoldError, and leaves the model unchanged, for a pattern that matches no module, a
     module that can't be adapted, or a name that is in use.
@@ -81,7 +81,8 @@ def attach(
             excluded from the targets.
         tokens: token ids whose embedding and head rows are trained, or ids by module name. Ids
             beyond the vocabulary are new tokens: the logits get a column for each while the
-            adapter is active. `config.vocab_size` stays the base's, so leave the loss to lorafold.
+            adapter is active. `config.vocab_size` does not change, so compute the loss with
+            lorafold.
         base: the base's original weights, if the model does not have them (see `load`); loftq needs
             them.
     """
@@ -94,8 +95,8 @@ def load(
     model: nn.Module, path: str | Path | SavedAdapter, name: str = "default",
     *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
-    """Attach a saved adapter, like `lf.load`. A LorafoldError lists every problem, and the model is
-    left unchanged.
+    """Attaches a saved adapter (see `lf.load`). If it does not fit the model, raises a
+    LorafoldError that lists every problem, and leaves the model unchanged.
     """
     built = read_adapter(model, path, allow_other_base=allow_other_base, base=base)
     source = None if allow_other_base else source_of(model)
@@ -117,7 +118,7 @@ def load_all(
     allow_other_base: bool = False,
     base: Weights | None = None,
 ) -> list[Adapter]:
-    """Attach saved adapters, the lowest first, named `name` with a number from 1 on."""
+    """Attaches saved adapters, the lowest first, with the names `name` + "1", `name` + "2", ..."""
     return [
         load(model, saved, f"{name}{number}", allow_other_base=allow_other_base, base=base)
         for number, saved in enumerate(adapters, 1)
@@ -142,15 +143,15 @@ def _attach_built(model: nn.Module, built: BuiltAdapter, name: str, trainable: b
     return Adapter(model, name, built.chosen, built.over, built.other_base)
 
 
-MAX_VALUES = 1 << 26  # the number of values that any adapter may have
+MAX_VALUES = 1 << 26  # an adapter may have this many values, even on a smaller model
 
 
 @dataclass(frozen=True)
 class BuiltAdapter:
-    """An adapter for one model: the parts of its deltas by module path, lowest first; the adapters
-    below it (`over`); the directory it was read from and its digest (`files`); the recorded
-    identity of the files of the base it was trained on; and `other_base`, a note if the model is
-    another one.
+    """An adapter built for one model. `parts` are the parts of its deltas by module path, lowest
+    first; `over` are the adapters below it; `files` are the directory that it was read from and its
+    digest; `base_identity` identifies the files of the base that it was trained on; `other_base` is
+    a note if the model is another base.
     """
 
     chosen: AdapterConfig
@@ -171,7 +172,7 @@ def build_adapter(
     tokens: Sequence[int] | Mapping[str, Sequence[int]] | TrainableTokens = (),
     base: Weights | None = None,
 ) -> BuiltAdapter:
-    """Build a new adapter from the arguments of `attach`."""
+    """Builds a new adapter without attaching it. The arguments are those of `attach`."""
     disable_rescaling(model)
     selection = selection_of(model)
     saved = match(model, modules_to_save, is_linear)
@@ -224,12 +225,12 @@ def read_adapter(
     base: Weights | None = None,
     below: Sequence[Origin] | None = None,
 ) -> BuiltAdapter:
-    """Read a saved adapter from the arguments of `load`; `below` are the adapters below it (None:
-    the model's active ones).
+    """Reads a saved adapter without attaching it. The arguments are those of `load`; `below` are
+    the adapters below it (None: the model's active adapters).
     """
     disable_rescaling(model)
     saved = (path if isinstance(path, SavedAdapter) else SavedAdapter.open(path)).for_model(model)
-    if saved.over:  # one of those replaces the randomly initialized head of this model
+    if saved.over:  # one of these adapters replaces the model's randomly initialized head
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
     base, problems = base or InMemory.of_model(model), []
     below = selection_of(model).active if below is None else tuple(below)
@@ -266,7 +267,9 @@ def read_adapter(
 
 
 def _load_error(saved: SavedAdapter, model: nn.Module, reason: str) -> LorafoldError:
-    """The error for an adapter that does not fit a model; its path is cut if the base differs."""
+    """The error for an adapter that does not fit a model; its path is shortened if the base
+    differs.
+    """
     path, hint = str(saved), saved.own_base.hint(name_of_base(model))
     if reason.startswith(provenance.OTHER_BASE_MESSAGE):
         path = truncate_middle(path, max(40, provenance.MAX_MESSAGE - len(reason)))

@@ -31,8 +31,9 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Unreached:
-    """The numbers of parameters without a delta, by kind: of `of_blocks` in the language model's
-    blocks, and of the model's `of_model` in encoders and connectors (`beside`).
+    """The numbers of parameters without a delta, by kind: `blocks` are in the language model's
+    blocks, which have `of_blocks` parameters, and `beside` in encoders and connectors. The whole
+    model has `of_model` parameters.
     """
 
     blocks: dict[str, int]
@@ -41,7 +42,9 @@ class Unreached:
     of_model: int
 
     def as_json(self) -> dict[str, dict[str, float]]:
-        """The shares: `blocks` of the blocks' parameters, `beside` of the model's."""
+        """The shares of parameters without a delta: `blocks` of the blocks' parameters, and
+        `beside` of all parameters.
+        """
         return {
             "blocks": {kind: n / self.of_blocks for kind, n in self.blocks.items()},
             "beside": {what: n / self.of_model for what, n in self.beside.items()},
@@ -52,7 +55,7 @@ class Unreached:
 
 
 def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
-    """Count the parameters without a delta, in the blocks and beside them."""
+    """Counts the parameters without a delta, in the blocks, and in encoders and connectors."""
     anatomy, sizes = Anatomy.of(model), parameter_sizes(model)
     in_block = beneath(anatomy.language_blocks or [""])
     outside = beneath(anatomy.encoders_and_connectors)
@@ -87,7 +90,8 @@ def count_modules(model: nn.Module, paths: Collection[str]) -> str:
 
 
 def encoder_targets_note(model: nn.Module, matches: Matches) -> str | None:
-    """A line about targets that match modules of an encoder without naming it, or None."""
+    """A line about targets that match modules of an encoder although they do not name it, or None.
+    """
     anatomy = Anatomy.of(model)
     roots, language = anatomy.encoders, anatomy.language
     named = {last_part(root) for root in roots} | {f"{k}-linear" for k in roots.values()}
@@ -117,7 +121,7 @@ def _kind_of_module(path: str, module: nn.Module, anatomy: Anatomy) -> str:
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
     if isinstance(module, _ConvNd):
         return "convolutions"
-    if path in anatomy.experts:  # also forms other than transformers' interface
+    if path in anatomy.experts:  # also experts that do not use transformers' interface
         return "experts"
     if path in anatomy.routers:
         return "router"
@@ -131,7 +135,7 @@ def _kind_of_module(path: str, module: nn.Module, anatomy: Anatomy) -> str:
 
 
 def text_only_note(model: nn.Module, sites: Collection[str]) -> str | None:
-    """A line about the encoders, which get no input because rows are text only, or None."""
+    """A line about the encoders, which get no input because all rows are text, or None."""
     anatomy = Anatomy.of(model)
     kinds = list(dict.fromkeys(anatomy.encoders.values()))
     if not kinds:

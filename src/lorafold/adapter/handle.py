@@ -1,4 +1,4 @@
-"""The handle of an adapter on a model, to save, merge and detach it."""
+"""The handle of an adapter on a model, to save, merge and detach the adapter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from lorafold.peft.provenance import BASE_IDENTITY, DIGEST_FILES, describe_adapt
 
 class Adapter:
     """A named adapter on a model. `over` are the adapters below it, lowest first. `other_base` is a
-    note if it was loaded on another base than the one it was trained on.
+    note if the adapter was trained on another base.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Adapter:
 
     @property
     def sites(self) -> dict[str, Adapted]:
-        """The modules with a delta of the adapter, by module path."""
+        """The modules that have a delta of this adapter, by module path."""
         return {path: m for path, m in adapted_modules(self.model) if self.name in m.deltas}
 
     @property
@@ -71,13 +71,13 @@ class Adapter:
         return {path: m.deltas[self.name] for path, m in self.sites.items()}  # type: ignore[misc]
 
     def parts(self) -> Iterator[tuple[str, Delta]]:
-        """Yield the module path and the delta of every part of every delta."""
+        """Yields the module path and the delta of every part of every delta."""
         return ((path, part) for path, delta in self.deltas.items() for part in delta.parts())
 
     @property
     def own_deltas(self) -> dict[str, Delta]:
-        """The deltas that the spec built, by module path, without trained biases, modules to save
-        and token rows.
+        """The deltas of the adapter's method, by module path, without trained biases, modules to
+        save and token rows.
         """
         deltas = self.deltas  # once, because it walks over the model
         return {path: next(iter(deltas[path].parts())) for path in self.matches.paths}
@@ -94,25 +94,29 @@ class Adapter:
 
     @property
     def unreached(self) -> Unreached:
-        """The parameters without a delta of the adapter, by kind; `str` gives one line."""
+        """The numbers of parameters without a delta of this adapter, by kind; `str` formats them as
+        one line.
+        """
         return unreached(self.model, self.sites)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the name, `<module path>.<name>`, and the parameter, for each of the adapter's."""
+        """Yields the name, `<module path>.<name>`, and the parameter, for each parameter of the
+        adapter.
+        """
         own = ((path, delta.named_parameters()) for path, delta in self.deltas.items())
         return ((joined(path, name), p) for path, named in own for name, p in named)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the adapter's parameters."""
+        """Yields the adapter's parameters."""
         return (p for delta in self.deltas.values() for p in delta.parameters())
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield every parameter and buffer of the adapter, each in its own shape."""
+        """Yields every parameter and buffer of the adapter, each in its own shape."""
         return chain.from_iterable(chain(d.parameters(), d.buffers()) for d in self.deltas.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor of the adapter, in its own shape, by `<module path>.<name>`, as in
-        checkpoints; with the settings of each delta (`core.delta`).
+        """The tensors of the adapter (any shapes) by `<module path>.<name>`, as in checkpoints, and
+        the settings of each delta (`core.delta`).
         """
         state, settings = dict[str, Tensor](), dict[str, Tensor]()
         for path, delta in self.deltas.items():
@@ -125,11 +129,12 @@ class Adapter:
     def load_state_dict(
         self, state: dict[str, Tensor], owns: Callable[[nn.Parameter], bool] = lambda p: True
     ) -> None:
-        """Load a `state_dict` into the tensors for which `owns` is true.
+        """Loads a `state_dict` into the adapter's buffers, and into the parameters for which `owns`
+        is true.
 
-        A tensor of any shape other than the adapter's (a pruned rank) becomes a new parameter, so
-        create optimizers afterwards. Raises LorafoldError, and loads nothing, for missing and
-        unknown keys or different settings (a scale, a seed).
+        A tensor of any shape other than the adapter's (for example, of a pruned rank) becomes a new
+        parameter, so create optimizers afterwards. Raises LorafoldError, and loads nothing, for
+        missing and unknown keys or different settings (a scale, a seed).
         """
         deltas, own = self.deltas, set(self.state_dict())
         settings = {joined(path, SETTINGS): path for path in deltas}
@@ -147,9 +152,9 @@ class Adapter:
                     set_tensor(delta, name, state[joined(path, name)].to(old.device))
 
     def requires_grad_(self, trainable: bool = True) -> Adapter:
-        """Make the adapter's parameters trainable, or freeze them; return the adapter.
+        """Makes the adapter's parameters trainable, or freezes them; returns the adapter.
 
-        While frozen, its dropout is off, even if the model is in training mode.
+        While the adapter is frozen, its dropout is off, even if the model is in training mode.
         """
         for p in self.parameters():
             p.requires_grad_(trainable)
@@ -167,20 +172,19 @@ class Adapter:
         tokenizer: Any = None,
         base: Weights | None = None,
     ) -> Path:
-        """Write the adapter in PEFT's format, or a full model if it trained the base weights. The
-        directory is written atomically.
+        """Writes the adapter in PEFT's format, or a full model if the adapter trained the base
+        weights. The directory is written atomically.
 
-        Its record contains the base's weight format, and identifies the adapters below by the files
-        they were last loaded from or saved to; so save those first. Raises LorafoldError if `path`
-        exists and `overwrite` is off.
+        The record contains the base's weight format, and identifies the adapters below by the files
+        that they were last loaded from or saved to, so save them first. Raises LorafoldError if
+        `path` exists and `overwrite` is off.
 
         Args:
-            path: the directory.
+            path: the directory to write.
             overwrite: replace a directory that lorafold wrote.
-            card: the text of its README.md.
-            record: the contents of `lorafold.json` besides the base's fingerprint, or with `base`
-                instead of it.
-            tokenizer: a tokenizer to write with it: of a full model, or with new tokens.
+            card: the text of the model card, README.md.
+            record: further contents of `lorafold.json`; a `base` replaces the base's fingerprint.
+            tokenizer: a tokenizer to write to the directory, for a full model or new tokens.
             base: the base's original weights, if the model does not have them (see `load`).
         """
         path = Path(path).expanduser()
@@ -204,12 +208,12 @@ class Adapter:
         return written
 
     def merge(self, *, untie_weights: bool = False) -> None:
-        """Merge the adapter into the model's weights, summed in fp32 and rounded once, and detach
-        it. New tokens grow the vocabulary. A quantized weight (NF4, int8) is dequantized to its
-        compute dtype.
+        """Merges the adapter into the model's weights, summed in fp32 and rounded once, and
+        detaches it. New tokens grow the vocabulary. A quantized weight (NF4, int8) is dequantized
+        to its compute dtype.
 
         Raises NotMergeable, before anything is changed, if a delta can't be expressed in the
-        weight, is on top of another adapter's, adds a bias that the model can't store, gives
+        weight, is on top of another adapter's delta, adds a bias that the model can't store, gives
         embedding and head different vocabularies, or changes only one of two tied weights
         (`untie_weights=True` gives that module its own weight). Weights that change in the same way
         stay tied.
@@ -223,7 +227,7 @@ class Adapter:
         record_dequantized(self.model, plan.paths)
 
     def detach(self) -> None:
-        """Detach the adapter; without adapters, the model is in its original state."""
+        """Detaches the adapter. Without adapters, the model is in its original state."""
         selection = selection_of(self.model)
         for m in self.sites.values():
             detach_delta(m, self.name)
@@ -248,7 +252,7 @@ class Adapter:
 
 
 def _write_model(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Path:
-    """Atomically write a model whose base weights were trained."""
+    """Writes a model whose base weights were trained, atomically."""
     if not hasattr(model, "save_pretrained"):
         raise LorafoldError(
             f"{path} was not written: found a {type(model).__name__}, but {type(spec).__name__}"
@@ -258,7 +262,7 @@ def _write_model(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Pat
     name, opened_by = name_of_base(model), auto_class_name(model)
     card = beside.card or training_card(name, shown, {}, whole=True, opened_by=opened_by)
     with atomic_directory(path, beside.overwrite) as directory:
-        model.save_pretrained(directory, state_dict=base_state(model))  # without its adapters
+        model.save_pretrained(directory, state_dict=base_state(model))  # without adapters
         if beside.tokenizer is not None:
             beside.tokenizer.save_pretrained(directory)
         write_json(directory / RECORD, {**beside.record, "lorafold": version("lorafold")})

@@ -1,7 +1,8 @@
 """The reference of a preference or policy loss: the model without the trained adapters.
 
-DPO, KTO and GRPO compare the model with a frozen copy. TRL loads it by the model's name, without
-the frozen adapters below the trained one. This reference includes them and takes no memory.
+DPO, KTO and GRPO compare the model with a frozen copy. TRL loads this copy by the model's name,
+without the frozen adapters below the trained one. `reference` includes these adapters and takes no
+memory.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from lorafold.core.contexts import evaluating
 from lorafold.errors import LorafoldError
 
 Model = TypeVar("Model", bound=nn.Module)
-# attributes that a trainer sets on the model and that its twin must not copy
+# attributes that a trainer sets on the model, and that the reference must not copy
 TRAINER_ATTRIBUTES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def reference(model: Model) -> Model:
-    """The model without the adapters that train, for TRL's `ref_model`: an object of the model's
-    class that shares its weights, so it takes no memory.
+    """The model without its trainable adapters, for TRL's `ref_model`: an object of the model's
+    class that shares the model's weights, so it takes no memory.
 
-    Calling it, its forward or a part of it (`reference(model).model`) runs the model in evaluation
-    mode, without gradients, with the frozen active adapters only. Training mode and gradients can't
-    be switched on. Raises LorafoldError if no active adapter trains, or if one trains the base
-    weights.
+    Calling the reference, its forward or a part of it (`reference(model).model`) runs the model in
+    evaluation mode, without gradients, with only the frozen active adapters. Training mode and
+    gradients can't be switched on. Raises LorafoldError if no active adapter is trainable, or if
+    one trains the base weights.
 
     Args:
-        model: the model, with an adapter that trains.
+        model: the model, with a trainable adapter attached.
     """
     under = frozen_adapters(model)
     selection_of(model).reference_names = under
@@ -40,7 +41,7 @@ def reference(model: Model) -> Model:
 def frozen_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the active frozen adapters, lowest first.
 
-    Raises LorafoldError if none trains, or if one trains the base weights.
+    Raises LorafoldError if no active adapter is trainable, or if one trains the base weights.
     """
     names = selection_of(model).names
     deltas: list[tuple[str, Any]] = [
@@ -62,7 +63,9 @@ def frozen_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def _reference_to(module: nn.Module, model: nn.Module, under: tuple[str, ...]) -> Any:
-    """A module of a model, or the model, as it runs with these adapters."""
+    """The reference of a module of the model (or of the model itself), which runs with the adapters
+    `under`.
+    """
     twin = object.__new__(_reference_class(type(module)))  # type: ignore[arg-type]
     state = {name: value for name, value in vars(module).items() if name not in TRAINER_ATTRIBUTES}
     twin.__dict__.update(state, _reference_of=(module,), _model=(model,), _under=under, _parts={})
@@ -70,9 +73,9 @@ def _reference_to(module: nn.Module, model: nn.Module, under: tuple[str, ...]) -
 
 
 class _Reference(nn.Module):
-    """Mixin for a module's class: the module with the adapters `_under`."""
+    """Mixin for the class of a module, which makes it run with only the adapters `_under`."""
 
-    _reference_of: tuple[Any]  # a tuple, so not a submodule
+    _reference_of: tuple[Any]  # a tuple, so that it is not a submodule
     _model: tuple[Any]
     _under: tuple[str, ...]
     _parts: dict[str, Any]
@@ -110,6 +113,6 @@ def _reference_class(cls: type[nn.Module]) -> type[_Reference]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         [module], [model] = self._reference_of, self._model
         with only(model, *self._under), evaluating(module):
-            return module.forward(*args, **kwargs)  # perhaps replaced by a trainer
+            return module.forward(*args, **kwargs)  # a trainer may have replaced it
 
     return renamed_subclass(_Reference, cls, forward)

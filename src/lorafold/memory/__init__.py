@@ -1,1 +1,1 @@
-"""Estimates the memory of a training step or of inference, by running it on fake tensors."""
+"""Estimates of the memory of a training step or of inference, which is run on fake tensors."""

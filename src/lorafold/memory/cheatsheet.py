@@ -1,4 +1,6 @@
-"""The memory cheatsheet: rules of thumb beside our estimates for Llama's shapes."""
+"""The memory cheatsheet, which compares rules of thumb with lorafold's estimates for Llama's
+shapes.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ EXAMPLES: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table: a model in a mode, the rule's value (GB), the reason for the difference,
-    and recipe fields besides the mode's.
+    """A row of the table. `rule` is the result of the rule of thumb (GB), `reason` explains the
+    difference from the estimate, and `recipe` has fields in addition to the mode's.
     """
 
     size: str

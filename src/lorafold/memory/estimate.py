@@ -1,4 +1,4 @@
-"""Estimates the bytes of each term at the peak of memory, from a model's configuration.
+"""Estimates peak memory, in bytes by term, from a model's configuration.
 
 The terms come from a trace (`memory.trace`). Each of n processes holds and sends in a step:
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PROCESS_BYTES, HEAP_GAPS = 120 * 10**6, 0.05
 
 
-# the explanations on an estimate's page
+# the explanations on the HTML page of an estimate
 TERMS = {
     "weights": "All parameters and buffers of the base as stored, and of frozen adapters on top of"
     " it. Quantized weights consist of codes and constants; NF4 quantizes the constants again"
@@ -67,24 +67,25 @@ SPEED = 4e14  # operations per second: 40% of an H100's peak in bf16
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by term. `sent` is the traffic of one of several processes."""
+    """The memory at the peak, in bytes by term. With several processes, `sent` is the traffic of
+    one.
+    """
 
     terms: dict[str, int]
     sent: Traffic | None = None
 
     @property
     def total(self) -> int:
-        """The sum of the terms."""
         return sum(self.terms.values())
 
     @property
     def shown(self) -> dict[str, int]:
-        """The nonzero terms, with readable names."""
+        """The nonzero terms, by readable names."""
         return {name.replace("_", " "): n for name, n in self.terms.items() if n}
 
 
 def estimate(config: PreTrainedConfig, setting: MemorySetting) -> Estimate:
-    """Estimate the bytes at the peak, in each process if there are several."""
+    """Estimates the peak memory of each process."""
     text = config.get_text_config()
     few, blocks = max(2, period(config)), text.num_hidden_layers
     traced, sent = trace(config, setting, few), None
@@ -106,7 +107,7 @@ def estimate(config: PreTrainedConfig, setting: MemorySetting) -> Estimate:
 def terms_of(traced: StepTrace) -> dict[str, int]:
     in_backward = max(traced.backward, traced.second_half)
     within = max(traced.forward, in_backward)
-    sampling = traced.sampling_peak > within  # the peak is while completions are sampled
+    sampling = traced.sampling_peak > within  # the peak occurs during sampling
     backward = in_backward > traced.forward and not sampling
     peak = max(within, traced.sampling_peak)
     gradients = 0 if sampling else traced.gradients if backward else traced.initial_gradients
@@ -131,7 +132,7 @@ def terms_of(traced: StepTrace) -> dict[str, int]:
 @dataclass(frozen=True)
 class Traffic:
     """The bytes that a process sends (and receives) in a step of one micro-batch, and the
-    multiplications and additions it computes.
+    multiplications and additions that it computes.
     """
 
     bytes: int
@@ -145,8 +146,8 @@ class Traffic:
 def per_process(
     step: StepTrace, block: StepTrace, blocks: int, setting: MemorySetting, tied: bool
 ) -> tuple[StepTrace, Traffic]:
-    """The bytes and traffic of one of several processes, from a single process's step (if the base
-    is trained, with sharded gradients). Embedding and head may be `tied`.
+    """The memory and traffic of one of several processes, from the step of a single process. If the
+    base is trained, that step must have sharded gradients. Embedding and head may be `tied`.
     """
     n, trains_base = setting.processes, setting.trains_base
     part = (n - 1) / n
@@ -172,17 +173,18 @@ def per_process(
 
 
 MAX_BATCH = 4096  # the largest batch to try
-MAX_TRACED = 2**14  # tokens up to which a setting is traced; beyond, its bytes are extrapolated
+MAX_TRACED = 2**14  # tokens; the memory of larger settings is extrapolated
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Whether a setting fits, with how many bytes to spare (negative: missing).
+    """Whether a setting fits in memory. `spare` is the number of bytes left, or missing if
+    negative.
 
     `batch` is the largest batch that fits at the setting's length, up to 4096, and `length` the
-    largest length at its batch, up to the model's context; 0 if not even 1 fits, None for the rows
-    of a run. `changes` are single changes that would make it fit, the least harmful first, with the
-    bytes needed.
+    largest length at its batch, up to the model's context. They are 0 if not even 1 fits, and None
+    for the rows of a run. `changes` are single changes with which the setting would fit, the least
+    harmful first, with the bytes needed.
     """
 
     fits: bool
@@ -193,7 +195,9 @@ class Advice:
 
 
 def advise(config: PreTrainedConfig, setting: MemorySetting, memory: int) -> Advice:
-    """Whether a setting fits in a device's memory, and what would fit."""
+    """Advice on a setting for a device's memory: whether it fits, and which other settings would
+    fit.
+    """
 
     @cache
     def total(batch: int, length: int) -> int:
@@ -225,8 +229,8 @@ def _advice(config: PreTrainedConfig, setting: MemorySetting, memory: int, total
 
 
 def changes_of(setting: MemorySetting) -> Iterator[tuple[str, MemorySetting]]:
-    """Yield (name, changed setting) for changes that keep batch and length, the least harmful
-    first.
+    """Yields changes that keep batch and length, the least harmful first, each as its name and the
+    changed setting.
     """
     spec: Any = setting.spec
     in_place = spec is not None and spec.trains_base
@@ -252,8 +256,9 @@ def changes_of(setting: MemorySetting) -> Iterator[tuple[str, MemorySetting]]:
 
 
 def max_fit(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
-    """The largest n up to `most` whose total fits in memory, or 0, found on the line through two
-    totals, which are nearly affine; only an n of at most four times a traced one is verified.
+    """The largest n, up to `most`, for which `total(n)` fits in memory, or 0. Totals are nearly
+    affine in n, so n is extrapolated from two totals; it is verified only if it is at most four
+    times a traced n.
     """
     low, high = (start // 2, start) if start > 3 else (2, 4)
     while True:

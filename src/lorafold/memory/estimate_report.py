@@ -17,8 +17,8 @@ WIDTH = 40  # characters of the longest bar
 
 
 def verdict(advice: Advice, setting: MemorySetting) -> list[str]:
-    """Lines: whether the setting fits, the largest batch and length that do, and changes that would
-    help.
+    """Lines about a setting: whether it fits, the largest batch and length that fit, and changes
+    that would help.
     """
     spare = format_bytes(abs(advice.spare))
     fits = f"fits, with {spare} to spare" if advice.fits else f"does not fit: {spare} short"
@@ -83,10 +83,10 @@ def terms_plot(estimate: Estimate, memory: int | None, counted: str) -> str:
 class Forecast(ShownInNotebooks):
     """The memory of a setting at its peak, in bytes by term.
 
-    If a device's memory was given, `advice` states whether the setting fits and what would.
-    `measured` is the peak of a real step, if one was run. `of_this_cpu` is set if the estimate is
-    for this machine's CPU instead of a GPU. With several processes, the bytes are per process;
-    `speed` is a device's operations per second.
+    If a device's memory was given, `advice` contains whether the setting fits, and other settings
+    that would fit. `measured` is the peak of a real step, if one was run. `of_this_cpu` is set if
+    the estimate is for this machine's CPU instead of a GPU. With several processes, the bytes are
+    per process; `speed` is a device's operations per second.
     """
 
     estimate: Estimate
@@ -98,16 +98,17 @@ class Forecast(ShownInNotebooks):
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """The bytes at the peak."""
         return self.estimate.total
 
     @property
     def terms(self) -> dict[str, int]:
-        """Bytes by term; their sum is the total."""
+        """The bytes by term, whose sum is `total`."""
         return self.estimate.terms
 
     def remarks(self) -> list[str]:
-        """The lines below the terms: the device, whether it fits, and the measured bytes."""
+        """The lines below the terms: the device, whether the setting fits, and the measured bytes.
+        """
         lines, setting, sent = [], self.setting, self.estimate.sent
         if self.of_this_cpu:
             how = "in fp32" if setting.widened else "in 16 bits"

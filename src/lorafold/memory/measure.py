@@ -35,7 +35,7 @@ def measure(
     load: Callable[[], PreTrainedModel], setting: MemorySetting, device: torch.device
 ) -> int:
     """The peak bytes of the second of two training steps, or of inference, including the model."""
-    # keeps existing tensors alive: freeing them meanwhile would change the difference
+    # keeps existing tensors alive, because freeing them would change the difference
     existing, start = _live_tensors(), allocated(device)
     model = load()
     run = inference if setting.spec is None else training
@@ -47,7 +47,7 @@ def measure(
 
 @contextmanager
 def training(model: PreTrainedModel, setting: MemorySetting) -> Iterator[Callable[[], Any]]:
-    """Yield a training step with every feature of a run, after one step that creates the optimizer
+    """Yields a training step with every feature of a run, after one step that creates the optimizer
     state.
     """
     attach_below(model, setting)
@@ -103,10 +103,11 @@ def loss_of(model: PreTrainedModel, setting: MemorySetting) -> Iterator[Loss]:
 
 
 def examples(model: PreTrainedModel, setting: MemorySetting) -> list[Any]:
-    """Examples of random tokens with the setting's lengths; the last tokens are labelled."""
+    """Examples of random tokens with the setting's lengths. The last tokens of each are labelled.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     rows = [tuple(torch.randint(1, vocabulary, (n,)).tolist()) for n in setting.rows]
-    if setting.classes and setting.packed:  # pairs of documents that share nothing
+    if setting.classes and setting.packed:  # pairs of documents without a shared prefix
         whole = [Example(row, row) for row in rows]
         return [BranchedRow((), pair) for pair in zip(whole[::2], whole[1::2], strict=True)]
     if setting.classes:
@@ -137,7 +138,9 @@ def _live_tensors() -> list[Tensor]:
 
 
 def peak_of(step: Callable[[], Any], device: torch.device) -> int:
-    """Run the step and return the peak bytes of tensors, including existing ones."""
+    """Runs the step, and returns the peak bytes of all tensors, including those that existed
+    before.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()

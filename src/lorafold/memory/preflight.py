@@ -1,4 +1,4 @@
-"""Estimates the memory of a training run before it starts, and decides about gradient
+"""Estimates the memory of a training run before it starts, and decides whether to use gradient
 checkpointing.
 
 If a step does not fit, the run only warns, because the estimate may be wrong.
@@ -29,7 +29,7 @@ from lorafold.ops.arithmetic import CPU, widens
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.assumed_device import kind_of_device
 
-NUM_CHECKED_STEPS = 64  # of the first steps, those with the most tokens
+NUM_CHECKED_STEPS = 64  # the steps with the most tokens, of those inspected in advance
 USABLE_SHARE = 0.9  # of the free memory: the rest is for memory outside the estimate
 
 
@@ -43,7 +43,7 @@ def largest_batch(
     held_out: Any = None,
     shares: bool = False,
 ) -> MemorySetting:
-    """The setting of the largest micro-batch of the run's first steps."""
+    """The setting of the largest micro-batch in the run's first steps."""
     packed, outputs = bool(recipe.packing) and objective.packs, objective.outputs
     shares = shares and packed and recipe.packing == "auto"
     draws = objective.draws(feed, held_out) if isinstance(objective, OnPolicy) else None
@@ -98,8 +98,8 @@ def largest_batch(
 
 
 def documents(examples: Sequence[Any], shared: bool = False) -> tuple[int, ...]:
-    """The tokens computed for each document of a micro-batch, with shared prefixes once if
-    `shared`.
+    """The number of tokens computed for each document of a micro-batch. If `shared`, the tokens of
+    a shared prefix count once.
     """
     if shared:
         pairs = [
@@ -125,8 +125,9 @@ def choose_checkpointing(
     free: int,
     console: Console,
 ) -> tuple[bool, str]:
-    """Print the memory estimate; return whether to use gradient checkpointing, and a line to print
-    later without an estimate, because loading may raise a better error.
+    """Prints the memory estimate. Returns whether to use gradient checkpointing, and, if no
+    estimate was possible, a line to print after the model is loaded, because loading may raise a
+    better error.
     """
     setting = replace(setting, checkpointing=checkpointing is True)
     limit, reason = USABLE_SHARE * free, ""
@@ -161,14 +162,14 @@ def choose_checkpointing(
 
 
 def check_targets(config: PreTrainedConfig, setting: MemorySetting) -> None:
-    """Raise NoTarget if the full model has no module for the run's targets; the few blocks of an
-    estimate need not contain them.
+    """Raises NoTarget if the full model has no module that matches the run's targets. The model of
+    an estimate can't decide this, because it has only a few blocks.
     """
     blocks, trusted = config.get_text_config().num_hidden_layers, setting.trust_remote_code
     with without_values():
         model = fake_model(config, setting.base, blocks, setting.classes, trusted)
         try:
             setting.attach(model)
-        except LorafoldError as error:  # the run reports others, if they happen there too
+        except LorafoldError as error:  # other errors are left to the run
             if isinstance(error, NoTarget):
                 raise

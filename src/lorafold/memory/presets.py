@@ -1,5 +1,5 @@
-"""Settings by name: the modes of using a model, and the shapes of Llama 2 (7b, 13b, 70b; Touvron et
-al. 2023, arXiv 2307.09288) and Llama (33b, 65b; arXiv 2302.13971, table 2).
+"""Settings by name: the ways to use a model (modes), and the shapes of Llama 2 (7b, 13b, 70b;
+Touvron et al. 2023, arXiv 2307.09288) and Llama (33b, 65b; arXiv 2302.13971, table 2).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def recipe_for_mode(mode: str, recipe: Recipe) -> Recipe:
 
 
 def stored(base: str) -> Storage:
-    """The storage of that name, with compute dtype bf16 unless fp32; auto is bf16."""
+    """The storage with this name. Its compute dtype is bf16, or fp32 for `fp32`; `auto` is bf16."""
     dtype = torch.float32 if base == "fp32" else torch.bfloat16
     return Storage(dtype, base if base in QUANTIZED else None)
 
@@ -79,7 +79,7 @@ def stored(base: str) -> Storage:
 def with_file_quantization(
     setting: MemorySetting, config: PreTrainedConfig, name: str, explicit: bool
 ) -> MemorySetting:
-    """The setting with the quantization of the model's files, if any."""
+    """The setting with the quantization of the model's files, if they are quantized."""
     settings, base = getattr(config, "quantization_config", None), setting.base
     stored_as = None if settings is None else quantization_of(settings, f"model {name}")
     if stored_as is None and base.quantization not in IN_FILES:

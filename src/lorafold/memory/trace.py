@@ -1,7 +1,7 @@
-"""Traces the bytes of one step, by running the training code on a fake model with few blocks.
+"""Traces the memory of one step, by running the training code on a fake model with few blocks.
 
-All blocks take the same memory, so every value is linear in the number of blocks n: two short
-models give a + (b - a) (n - n_a) / (n_b - n_a) for any n.
+All blocks take the same memory, so every value is linear in the number of blocks n. The values a
+and b of two short models, with n_a and n_b blocks, give a + (b - a) (n - n_a) / (n_b - n_a).
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ MATMULS = {
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of tensors of any shapes; shared memory counts once."""
+    """The bytes of tensors of any shapes; memory that they share counts once."""
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of tensors, fake or real, in its `with` block (`now`, `peak`), and the
-    operations of matmuls, but no memory that a kernel frees within one operation.
+    """Counts the bytes of fake or real tensors in its `with` block (`now`, `peak`), and the
+    operations of matmuls. Memory that a kernel frees within one operation is not counted.
     """
 
     def __init__(self) -> None:
@@ -103,16 +103,16 @@ class Ledger(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepTrace:
-    """The bytes of a step; `forward_operations` and `backward_operations` count matmuls'
-    multiplications and additions.
+    """The memory of a step in bytes. `forward_operations` and `backward_operations` are the
+    multiplications and additions of its matmuls.
 
     initial_gradients: gradients that exist before the forward pass.
-    activations: those that exist after the forward pass.
+    activations: tensors that exist after the forward pass.
     engine: the engine that samples completions, without its KV cache (`slots`).
-    sampling_peak: the peak while it samples, beyond weights, adapter, optimizer and engine.
-    forward, backward: the peak in either pass beyond weights, adapter and optimizer; for inference,
-        in the passes of the prompt and of the next token.
-    second_half: the same in the second half of the backward pass.
+    sampling_peak: the peak during sampling, without weights, adapter, optimizer and engine.
+    forward, backward: the peak in either pass, without weights, adapter and optimizer; for
+        inference, in the passes of the prompt and of the next token.
+    second_half: the peak in the second half of the backward pass.
     exchanged: tensors gathered from and sent to other processes.
     """
 
@@ -134,7 +134,8 @@ class StepTrace:
     backward_operations: int = 0
 
     def extrapolated(self, other: StepTrace, blocks: tuple[int, int, int]) -> StepTrace:
-        """Extrapolate to blocks[2] blocks, from this trace (blocks[0]) and the other (blocks[1]).
+        """Extrapolates to blocks[2] blocks, from this trace with blocks[0] and the other with
+        blocks[1].
         """
         a, b, n = blocks
         pairs = zip(astuple(self), astuple(other), strict=True)
@@ -145,9 +146,9 @@ ON_CPU = DeviceKind("cpu")
 DDP, FSDP = "ddp", "fsdp"
 STRATEGIES = (FSDP, DDP)
 ENGINE_SETTINGS = EngineSettings()  # for the number of prompt tokens in one pass
-LOGIT_COPIES = 3  # of a pass's logits: the head's, the reordered and the selected ones
-FACTOR_COPIES = 3  # of an adapter's factors: stored, as passes read them, and zeros for other rows
-PROBE_TOKENS = 4, 8  # below any window of attention
+LOGIT_COPIES = 3  # copies of a pass's logits: from the head, reordered, and selected
+FACTOR_COPIES = 3  # of an adapter: stored, in the layout of passes, and zeros for other rows
+PROBE_TOKENS = 4, 8  # shorter than any attention window
 
 
 @dataclass(frozen=True)
@@ -155,20 +156,21 @@ class MemorySetting:
     """The input of an estimate: a base, a method, and the rows of a micro-batch.
 
     spec: the trained method; None for inference.
-    beside: returns the arguments of `attach` besides targets, for a model.
-    rows: the lengths in tokens of the rows. Inference computes all but the last token of each as a
-        prompt, then the last token.
-    labelled: the tokens that count in the loss; None: all that can be predicted.
-    packed: rows are packed into one sequence; else padded to the longest.
-    classes: the outputs of a classification head; 0 for a language model.
-    loss: the loss of a model, its inputs and the number of labelled tokens; None: the default.
-    accumulating: gradients of an earlier micro-batch exist.
-    below: the frozen adapters below, lowest first: method, and further `attach` arguments.
-    draws: the completions sampled before a step, if any.
-    device_kind: the kind of device, whose dropout and attention are modelled.
-    widened: 16-bit matrices are multiplied in fp32 (`ops.arithmetic.widens`).
-    processes: the number that train together, each on such rows.
-    resident: include the memory of a CPU run's process besides tensors.
+    beside: returns the arguments of `attach`, other than targets, for a model.
+    rows: the lengths of the rows in tokens. Inference computes all but the last token of each row
+        as a prompt, then the last token.
+    labelled: the number of tokens that count in the loss; None: all that can be predicted.
+    packed: whether rows are packed into one sequence, instead of padded to the longest.
+    classes: the number of outputs of a classification head; 0 for a language model.
+    loss: computes the loss from a model, its inputs and the number of labelled tokens; None: the
+        default.
+    accumulating: whether gradients of an earlier micro-batch exist.
+    below: the frozen adapters below, lowest first: the method, and further `attach` arguments.
+    draws: the completions that are sampled before a step, if any.
+    device_kind: the kind of device whose dropout and attention are modelled.
+    widened: whether 16-bit matrices are multiplied in fp32 (`ops.arithmetic.widens`).
+    processes: the number of processes that train together, each on rows of these lengths.
+    resident: whether to include the memory of a CPU run's process besides tensors.
     """
 
     base: Storage
@@ -193,13 +195,11 @@ class MemorySetting:
     resident: bool = False
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Attach the trained adapter. Raises like `lf.attach`."""
         beside = {"targets": self.targets, **self.beside(model)}
         attach(model, self.spec, **beside)  # type: ignore[arg-type]
 
     @property
     def trains_base(self) -> bool:
-        """Whether the base weights are trained."""
         return self.spec is not None and self.spec.trains_base
 
     @property
@@ -213,7 +213,7 @@ class MemorySetting:
 
 
 def trace(config: PreTrainedConfig, setting: MemorySetting, blocks: int) -> StepTrace:
-    """Trace a step of a model with embedding, head and its first blocks."""
+    """Traces a step of a model with embedding, head and only `blocks` blocks."""
     with (
         existing_frozen(),
         without_values(),
@@ -237,7 +237,7 @@ def trace(config: PreTrainedConfig, setting: MemorySetting, blocks: int) -> Step
 
 
 def training(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> StepTrace:
-    """Trace a training step with every feature of a run."""
+    """Traces a training step with every feature of a run."""
     # packed rows do not support attention sinks (gpt-oss)
     sinks = any("sinks" in module._parameters for module in model.modules())
     setting = replace(setting, packed=setting.packed and not sinks)
@@ -258,7 +258,7 @@ def training(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> 
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
     initial_gradients = ledger.now - start
     model.train()
-    # the longest row last
+    # the longest row last, because only the last tiles are computed
     documents = partial(_last_tiles_mask, tuple(sorted(setting.rows)))
     with fused(model), attending(model, documents) if setting.packed else nullcontext():
         ledger.peak = live_bytes(ledger)
@@ -293,7 +293,7 @@ def training(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> 
 
 
 class LastTiles(Documents):
-    """Documents of which only the last three tiles are computed: enough for the peak, because tiles
+    """Documents with only the last three attention tiles, which contain the peak, because tiles
     grow.
     """
 
@@ -304,15 +304,16 @@ class LastTiles(Documents):
 def _last_tiles_mask(
     lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
 ) -> Documents:
-    """Documents of these lengths, or a single one if a soft prompt makes the sequence longer."""
+    """Documents of these lengths, or a single document if a soft prompt makes the sequence longer.
+    """
     return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)
 
 
 def shard_gradients(
     trained: Sequence[nn.Parameter], setting: MemorySetting
 ) -> dict[nn.Parameter, Tensor]:
-    """Replace each gradient by one process's part of it (n,) as soon as it exists; returns these
-    parts.
+    """Replaces each gradient by one process's part of it, (n,), as soon as the gradient exists.
+    Returns these parts.
     """
     parts = {}
 
@@ -329,8 +330,9 @@ def shard_gradients(
 
 
 def reset_peak_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[int]:
-    """Reset the ledger's peak when half of the parameters have gradients, and return a list for the
-    first half's peak, because each half depends on the number of blocks in its own way.
+    """Resets the ledger's peak when half of the parameters have gradients. Returns a list to which
+    the first half's peak is added. The halves are extrapolated separately, because their peaks grow
+    differently with the number of blocks.
     """
     peaks, remaining = list[int](), (len(trained) + 1) // 2
 
@@ -352,8 +354,8 @@ def attach_below(model: PreTrainedModel, setting: MemorySetting) -> None:
 
 
 def loss_of(model: PreTrainedModel, setting: MemorySetting) -> Tensor:
-    """The loss of the setting, (), on fake ids with positions (1, T) if packed, or with a mask (B,
-    T).
+    """The loss () of the setting on fake ids, with positions (1, T) if packed, otherwise with a
+    mask (B, T).
     """
     shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
     where = "position_ids" if setting.packed else "attention_mask"
@@ -366,7 +368,7 @@ def loss_of(model: PreTrainedModel, setting: MemorySetting) -> Tensor:
 
 @torch.no_grad()
 def inference(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) -> StepTrace:
-    """Trace the forward pass of a prompt, then of one more token."""
+    """Traces the forward pass of a prompt, then of one more token."""
     weights = live_bytes(ledger)
     prompt, token = (token_ids(setting.batch, n) for n in (setting.length - 1, 1))
     ledger.peak = start = live_bytes(ledger)
@@ -380,14 +382,16 @@ def inference(model: PreTrainedModel, setting: MemorySetting, ledger: Ledger) ->
 
 
 def live_bytes(ledger: Ledger) -> int:
-    """The bytes that exist after a garbage collection."""
+    """The bytes of tensors that exist after a garbage collection."""
     gc.collect()
     return ledger.now
 
 
 @torch.no_grad()
 def trace_engine(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
-    """Trace the sampling of completions: the bytes of an engine, its KV cache, and its peak."""
+    """Traces the sampling of completions. Returns the bytes of an engine, of its KV cache, and of
+    the peak, which includes the KV cache.
+    """
     few, more = (_kv_cache_bytes(model, n, ledger) for n in PROBE_TOKENS)
     token_bytes = (more - few) // (PROBE_TOKENS[1] - PROBE_TOKENS[0])
     state = few - PROBE_TOKENS[0] * token_bytes

@@ -1,7 +1,7 @@
-"""The objectives by name, and their properties that are known without torch.
+"""The objectives by name, with the properties that are needed before torch is imported.
 
-A new objective is a file and a row of `OBJECTIVES`; recipes, help, runs and estimates use the
-table.
+A new objective is a module and a row of `OBJECTIVES`, which recipes, help texts, runs and estimates
+use.
 """
 
 import importlib
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Declared:
-    """One row of the table.
+    """One row of `OBJECTIVES`.
 
     maker: `module.Class` in this package, imported on first use, or a subclass of `Objective`.
     about: the description in the help.
-    takes: the content that it needs from rows, one of the formats' `provides`.
+    takes: the content that rows must have, one of the `provides` of `RowFormat`.
     law: for an objective on completions, its class in `training_step.preference_algorithms` or
-        `training_step.policy_algorithms`, by name or itself.
-    keys: further keys that it reads in rows.
+        `training_step.policy_algorithms`, as a name or a class.
+    keys: further keys of rows that it uses.
     unread: a notice if the rows are pairs and one completion of each is not used.
     streams: whether its rows can be streamed.
     head: whether it replaces the language model's head.
@@ -57,18 +57,17 @@ class Declared:
 
     @property
     def kind(self) -> "type[Objective]":
-        """The objective's class."""
         if not isinstance(self.maker, str):
             return self.maker
         module, _, name = self.maker.partition(".")
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
     def options(self) -> Mapping[str, Any]:
-        """Its options by name, with their defaults, including `beta` if it has one."""
+        """The options by name, with their defaults, including `beta` if the objective has it."""
         return self.kind.options(self)
 
     def notices(self, formats: Iterable[RowFormat | None]) -> list[str]:
-        """Notices for rows of these formats."""
+        """The notices to print for rows of these formats."""
         pairs = any(of_source is not None and PAIRS in of_source.provides for of_source in formats)
         return [self.unread] if self.unread and pairs else []
 
@@ -110,7 +109,9 @@ OBJECTIVES: dict[str, Declared] = {
 
 
 def descriptions() -> str:
-    """The descriptions of all objectives for the help, grouped if equal."""
+    """The descriptions of all objectives, for the help. Objectives with the same description are
+    listed together.
+    """
     names: dict[str, list[str]] = {}
     for name, declared in OBJECTIVES.items():
         names.setdefault(declared.about, []).append(name)
@@ -118,7 +119,7 @@ def descriptions() -> str:
 
 
 def check_formats(formats: Iterable[RowFormat | None], objective: str) -> None:
-    """Raise if the objective does not train on rows of one of these formats."""
+    """Raises unless the objective can train on rows of each of these formats."""
     takes = OBJECTIVES[objective].takes
     for row_format in formats:
         if row_format is None or takes not in row_format.provides:
@@ -126,7 +127,7 @@ def check_formats(formats: Iterable[RowFormat | None], objective: str) -> None:
             expected = " or ".join(known) if len(known) < 4 else listed(known, max_chars=90)
             provided = row_format.provides if row_format else ()
             fitting = [name for name, other in OBJECTIVES.items() if other.takes in provided]
-            # if rows have completions, suggest objectives that learn them first
+            # if rows have completions, suggest objectives that train on them first
             others = [n for n in fitting if not OBJECTIVES[n].draws] or fitting
             other = f", which are for --objective {' or '.join(others)}" if others else ""
             raise LorafoldError(

@@ -26,7 +26,7 @@ def algorithm_class(declared: Declared, laws: ModuleType) -> Any:
 def checked_options(
     kind: type[L], options: Mapping[str, Any], objective: str, other_names: Sequence[str] = ()
 ) -> L:
-    """Validated options; `other_names` are further valid names, for the message."""
+    """Validates options. `other_names` are further valid names, which the error message lists."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in options if name not in names]:
         field = "objective_options: " * (unknown != ["beta"])
@@ -48,14 +48,14 @@ def checked_options(
 class SamplingOptions:
     """Options of sampling and rewards.
 
-    group: completions per prompt.
-    max_new_tokens: the most tokens of one.
-    fill: how often a group without a signal is sampled again.
-    updates: updates of the weights per step.
+    group: the number of completions per prompt.
+    max_new_tokens: the maximum number of tokens of a completion.
+    fill: how many times a group without a learning signal is sampled again.
+    updates: the number of weight updates per step.
     truncated: whether completions cut off at `max_new_tokens` count in the loss.
     exact: make sampling and training log-probabilities bit-identical, which is slower.
     rewards: names for `lorafold.rewards.reward_of`.
-    reward_seconds: the time limit of a call of a reward.
+    reward_seconds: the time limit of each call of a reward.
     """
 
     group: Annotated[int, Field(ge=2)] = 8

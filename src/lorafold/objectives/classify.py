@@ -1,4 +1,4 @@
-"""Classification of texts by a head on the decoder."""
+"""Classification of texts by a head on the decoder, which is trained in full with every method."""
 
 from __future__ import annotations
 
@@ -52,14 +52,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classify(Objective):
-    """Classification of texts by a head on the decoder, which every method trains in full."""
-
     packs = False
     classes: tuple[str, ...]
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        """With the classes of the model or an adapter, else of the rows."""
+        """The objective with the classes of the model or an adapter, or else of the rows."""
         request.refuse_options()
         labels = classes_of(request.rows)
         classes = known_classes(request.base, request.adapters) or labels
@@ -72,11 +70,10 @@ class Classify(Objective):
 
     @property
     def outputs(self) -> int:  # type: ignore[override]
-        """The number of classes."""
         return len(self.classes)
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        return None  # a text has no turns
+        return None  # texts need no chat template
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return LabelEncoder(tokenizer, self.classes)
@@ -121,8 +118,8 @@ class Classify(Objective):
 
 
 def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
-    """The paths of the head's modules, to be trained in full; if the method already trains them,
-    only a new pooler's outside its targets.
+    """The paths of the head's modules, which are trained in full. If the method already trains
+    them, only the paths of new poolers outside its targets.
     """
     heads = set(head_paths(model))
     adapted = set(match(model, spec.targets if targets is None else targets, is_linear).paths)

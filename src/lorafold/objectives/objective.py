@@ -47,7 +47,7 @@ class Data(Protocol):
 
     @property
     def report(self) -> Any:
-        """A report on the rows; `str` gives it as lines of text."""
+        """A report on the rows; `str(report)` is printed."""
 
     @property
     def parts(self) -> tuple[SourcePart, ...]:
@@ -76,20 +76,21 @@ class ObjectiveRequest:
         return ", ".join(map(str, self.adapters)) or self.base.name
 
     def refuse_options(self) -> None:
-        """Raise LorafoldError if options are given, for an objective without any."""
+        """Raises LorafoldError if any option is given. Objectives without options call this method.
+        """
         if self.options or self.beta is not None:
             given = ", ".join(given_options(self.beta, self.options))
             raise LorafoldError(f"{given}: the objective {self.name} has no such option")
 
 
 class Objective(ABC):
-    """Abstract: one objective, from rows to a loss."""
+    """Base class of objectives, which turn rows into examples and provide the loss."""
 
     packs: ClassVar[bool] = True  # whether its examples can be packed
     outputs: int = 0  # the size of the classification head; 0: a language model
-    # further directories that are read, each with the option that sets it
+    # further directories that the run reads, each with the option that sets it
     reads: Sequence[tuple[str, Path]] = ()
-    # other inputs of a run, besides recipe, rows and models, as JSON
+    # inputs of the run besides recipe, rows and models, as JSON
     identity: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
@@ -110,7 +111,7 @@ class Objective(ABC):
         """The encoder that tokenizes the rows.
 
         Args:
-            tokenizer: after `set_up`.
+            tokenizer: the tokenizer, after `set_up`.
             rendering: the parts of a conversation that are trained.
         """
 
@@ -119,29 +120,31 @@ class Objective(ABC):
         """The examples of a table from the encoder, with a report.
 
         Args:
-            rows: the rows of the table.
-            max_length: longer examples are cut to this many tokens.
+            rows: the rows that the table was encoded from.
+            max_length: longer examples are truncated to this many tokens.
 
         Raises LorafoldError if nothing is left to train on.
         """
 
     def examples(self, step: int, planned: Sequence[Any], loss: Any) -> Sequence[Any]:
-        """The examples of a step: the planned ones, unless they depend on the current weights. They
-        are the same in every process.
+        """The examples of a step, the same in every process. By default, these are the planned
+        examples; objectives whose examples depend on the current weights override this method.
 
         Args:
             step: the number of the step, from 0.
-            planned: examples of the rows of this step.
-            loss: from `loss`, with the model.
+            planned: the examples of this step's rows.
+            loss: the loss from `loss`, with the model.
         """
         return planned
 
     def updates(self, examples: Sequence[Any], loss: Any) -> Iterator[Sequence[Any]]:
-        """The examples of each update of the weights in a step: all, once."""
+        """Yields the examples of each weight update in a step; by default, one update uses all
+        examples.
+        """
         yield examples
 
     def trained(self, example: Any) -> Any:
-        """The part of an example that is computed with gradients."""
+        """The part of an example that is computed with gradients; by default, all of it."""
         return example
 
     @abstractmethod
@@ -151,11 +154,11 @@ class Objective(ABC):
     def load(
         self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
     ) -> PreTrainedModel:
-        """The model with the head that this objective needs, without adapters.
+        """The model without adapters, with the head that this objective needs.
 
         Args:
-            tokenizer: defines the padding token.
-            seed: for the initialization of new parts.
+            tokenizer: the tokenizer, which defines the padding token.
+            seed: the seed for the initialization of new parts.
         """
         return base.load()
 
@@ -170,11 +173,11 @@ class Objective(ABC):
         """A context manager that yields the `Loss` of this model.
 
         Args:
-            model: from `load`, with adapters attached.
-            tokenizer: defines the padding token.
+            model: the model from `load`, with adapters attached.
+            tokenizer: the tokenizer, which defines the padding token.
             packing: pack the examples of a micro-batch, if the model supports it; auto: also share
                 prefixes, if that saves tokens.
-            console: for a notice if the model does not support it.
+            console: prints a notice if the model does not support packing.
         """
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
@@ -182,25 +185,24 @@ class Objective(ABC):
         next-token loss.
 
         Args:
-            model: from `load`, on fake tensors.
+            model: the model from `load`, on fake tensors.
             inputs: input_ids with positions (1, T), or with a mask (B, T).
             labelled: the number of labelled tokens, divided evenly among padded rows.
         """
         return next_token_loss(model, inputs, labelled)
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """Add whatever the tokenizer lacks for this objective, such as a chat template. Returns a
-        notice.
+        """Adds missing parts to the tokenizer, such as a chat template. Returns a notice or None.
         """
         plain = ensure_chat_template(tokenizer)
         return plain or f"chat template: {'; '.join(describe_template(tokenizer).lines)}"
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
-        """Paths of the modules that must be trained in full, whatever the method adapts.
+        """The paths of the modules that must be trained in full with every method.
 
         Args:
-            model: from `load`.
-            targets: the recipe's; None: the method's default.
+            model: the model from `load`.
+            targets: the targets of the recipe (None: the method's default).
         """
         return ()
 
@@ -214,19 +216,20 @@ class Objective(ABC):
         self, loss: Any, feed: BatchFeed, held_out: Any, below: Sequence[str], console: Console,
         layout: Replicated,
     ) -> tuple[BatchFeed, Any]:
-        """The same examples with reference values from the untrained model.
+        """The same examples, with log-probabilities of the untrained model if the objective needs
+        them.
 
         Args:
-            loss: from `loss`.
+            loss: the loss from `loss`.
             held_out: the `Data` for evaluation, or None.
-            below: identities of the untrained model's inputs besides its tensors.
-            layout: the placement of the model's tensors among the processes.
+            below: identities of the untrained model: its files, dtype and device.
+            layout: the placement of the model's tensors on processes.
         """
         return feed, held_out
 
     def guessing(self, labels: Mapping[str, int]) -> float | None:
-        """The mean loss in nats of a model that only guesses, for a warning. None: the untrained
-        model's loss on the first step's rows; inf: no warning.
+        """The mean loss in nats of a model that only guesses; a run warns if its loss is not lower.
+        None stands for the untrained model's loss on the first step's rows, and inf for no warning.
 
         Args:
             labels: the number of training rows of each label, if any.
@@ -247,23 +250,23 @@ class Objective(ABC):
         """The metrics by which methods are compared on held-out rows: the loss and exact match.
 
         Args:
-            model: from `load`, with or without adapters.
-            tokenizer: after `set_up`.
-            max_length: longer rows are cut to this many tokens, or refused.
+            model: the model from `load`, with or without adapters.
+            tokenizer: the tokenizer, after `set_up`.
+            max_length: longer rows are truncated to this many tokens, or rejected.
         """
         return evaluate(model, tokenizer, rows, max_length)
 
 
 class OnPolicy(Objective):
-    """Abstract: an objective that samples completions from the model in each step.
+    """Base class of objectives that sample completions from the model in each step.
 
-    A model can't be sharded, because the sampling engine runs its own forward passes. Held-out rows
-    are also evaluated before the first step.
+    The model can't be sharded, because the sampling engine runs its own forward passes. Held-out
+    rows are also evaluated before the first step.
     """
 
     @abstractmethod
     def draws(self, feed: BatchFeed, held_out: Any) -> RolloutSize:
-        """The completions that a step samples at a time, for the memory estimate.
+        """The number and length of completions that are sampled at a time, for the memory estimate.
 
         Args:
             held_out: the `Data` for evaluation, or None.
@@ -285,8 +288,8 @@ def examples_of(
     rendering: Rendering = WHOLE,
     called: str = "data",
 ) -> Data:
-    """Tokenized rows, with a printed report if there is a console. Longer examples are cut to
-    `max_length`.
+    """Tokenizes rows, and prints a report if there is a console. Longer examples are truncated to
+    `max_length` tokens.
     """
     encoder = objective.encoder(tokenizer, rendering)
     rows = to_rows(rows, encoder.row_content)

@@ -1,6 +1,6 @@
 """Policy objectives: the model generates completions and learns from their rewards.
 
-The samples depend only on the weights, the run's seed and the step, so a resumed run is exact.
+Samples depend only on the weights, the run's seed and the step, so a resumed run is exact.
 """
 
 from __future__ import annotations
@@ -58,20 +58,20 @@ if TYPE_CHECKING:
 
 
 HIGHEST, LOWEST = "highest reward", "lowest reward"  # of all completions so far
-LOWEST_SINCE_SIGNAL = "lowest reward since a signal"  # since the last step with one
+LOWEST_SINCE_SIGNAL = "lowest reward since a signal"  # since the last step with a signal
 MAX_ADVANTAGE = 1e12  # squared gradients must not overflow fp32
-COLLAPSED_ENTROPY = 0.1  # nats per token: below it nearly all completions of a prompt are the same
+COLLAPSED_ENTROPY = 0.1  # nats per token; at less, nearly all completions of a prompt are equal
 SOLVED_HINT = "the rows are solved, unless the reward can be higher; try harder rows"
 NO_SIGNAL_HINTS = (
     "the prompts are too hard or too easy for the model; try easier rows, a reward with partial"
     " credit, or more completions per prompt (group, fill)",
     "the policy has collapsed; try a lower learning rate, beta, or more prompts per step (batch)"
     " and completions per prompt (group)",
-)  # by whether it has collapsed
+)  # indexed by whether the policy has collapsed
 
 
 class RolloutLoss(Policy):
-    """The loss of a policy, with its sampling engine and rewards."""
+    """The policy gradient loss, with the sampling engine and the rewards."""
 
     def __init__(
         self,
@@ -83,14 +83,12 @@ class RolloutLoss(Policy):
         rewards: Rewards,
     ) -> None:
         super().__init__(model, algorithm, support, pad_id, rollouts.max_new_tokens, rollouts.exact)
-        self.rollouts, self.rewards = (rollouts,), rewards  # a tuple, so not a submodule
+        self.rollouts, self.rewards = (rollouts,), rewards  # a tuple hides submodules
         self.processes: Processes = SINGLE_PROCESS  # set by `refer`
 
 
 @dataclass(frozen=True)
 class PolicyObjective(OnPolicy):
-    """Reinforcement learning from rewards."""
-
     algorithm: PolicyAlgorithm
     sampling: SamplingOptions
     functions: tuple[Callable[..., Any], ...] = ()  # rewards in Python
@@ -120,7 +118,6 @@ class PolicyObjective(OnPolicy):
 
     @property
     def reads(self) -> Sequence[tuple[str, Path]]:  # type: ignore[override]
-        """The adapters of reward models."""
         adapters = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
         return [(f"for --reward {name}", saved.path) for name, saved in adapters]
 
@@ -160,7 +157,9 @@ class PolicyObjective(OnPolicy):
         return RolloutSize(slots, self.sampling.group, max(lengths), self.sampling.max_new_tokens)
 
     def trained(self, example: TokenizedPrompt) -> Rollout:
-        """A group of completions of that prompt, with the maximum length."""
+        """A group of completions of the prompt that all have the maximum length, for the memory
+        estimate.
+        """
         ids, k = (0,) * self.sampling.max_new_tokens, self.sampling.group
         return Rollout.of(example.ids, [ids] * k, [()] * k, [0.0] * k, [True] * k)
 
@@ -196,7 +195,7 @@ class PolicyObjective(OnPolicy):
                     "exact: found padded sequences, expected packed ones, as in sampling; turn"
                     " packing on, or train without exact"
                 )
-            if sampling.exact:  # also in the backward, for recomputed checkpoints
+            if sampling.exact:  # also in the backward pass, which recomputes checkpoints
                 stack.enter_context(override_widening(widened=widens(model.dtype), rows=1))
             pad_id = tokenizer.pad_token_id or 0
             yield RolloutLoss(model, self.algorithm, support, pad_id, rollouts, rewards)
@@ -205,7 +204,7 @@ class PolicyObjective(OnPolicy):
         self, loss: RolloutLoss, feed: BatchFeed, held_out: Any, below: Sequence[str],
         console: Console, layout: Replicated,
     ) -> tuple[BatchFeed, Any]:
-        """Open the engine for the longest prompt."""
+        """Opens the sampling engine, with a KV cache for the longest prompt."""
         loss.processes = layout.processes
         size = self.draws(feed, held_out)
         if loss.rollouts[0].open(size.prompt, size.slots):
@@ -216,8 +215,9 @@ class PolicyObjective(OnPolicy):
     def examples(
         self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
-        """The sampled groups for the planned prompts. As in TRL, groups with equal rewards count in
-        the mean. Rank 0 computes all rewards, because other processes might get different ones.
+        """Samples a group of completions for each planned prompt. As in TRL, groups with equal
+        rewards count in the mean. Rank 0 computes all rewards, because they may differ between
+        processes.
         """
         return loss.processes.once(partial(self._rollouts, step, planned, loss))
 
@@ -253,14 +253,14 @@ class PolicyObjective(OnPolicy):
         return StepRollouts(rollouts, reason, figures, tokens, dict(seconds), first.samples_json)
 
     def measure(self, loss: RolloutLoss, held_out: Encoded) -> Measured:
-        """The mean reward of one completion of each prompt, always with the same random numbers,
-        with its confidence interval; the loss is its negative.
+        """The mean reward of one completion per prompt, with its confidence interval. All
+        evaluations use the same random numbers. The loss is the negative mean reward.
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
         groups = rollouts.sample([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
         scored = RewardedRollouts.of(prompts, groups, loss.rewards, at_once=SLOTS)
         reward, interval = scored.figures["reward"], scored.interval
-        # a group of one never has a signal
+        # a group of one completion never has a signal
         figures = {k: v for k, v in scored.figures.items() if k != "groups without signal"}
         text = f", reward {reward:.3f}{interval_text(interval, '.3f')}"
         return Measured(-reward, figures | {"reward_interval": interval}, text, scored.samples_json)
@@ -269,7 +269,9 @@ class PolicyObjective(OnPolicy):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
         max_length: int,
     ) -> RewardEvaluation:  # fmt: skip
-        """The rewards of completions, as many per prompt as in training, under the run's seed."""
+        """The rewards of completions sampled with the run's seed, as many per prompt as in
+        training.
+        """
         max_new_tokens, k = self.sampling.max_new_tokens, self.sampling.group
         config = RewardSettings(max_length, max_new_tokens, k, seed=self.seed)
         with self._rewards(model, "auto", Console(quiet=True)) as rewards:
@@ -300,7 +302,7 @@ class PolicyObjective(OnPolicy):
         return scored
 
     def _advantages(self, scored: RewardedRollouts) -> tuple[torch.Tensor, torch.Tensor]:
-        """The advantages (n, k), and whether each group has a signal, (n,)."""
+        """The advantages (n, k), and whether each group has a learning signal, (n,)."""
         # the mean of equal rewards may differ from them by rounding
         advantages = self.algorithm.advantages(scored.rewards).where(~scored.alike[:, None], 0.0)
         if not bool((advantages.abs() <= MAX_ADVANTAGE).all()):

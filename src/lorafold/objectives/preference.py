@@ -1,7 +1,7 @@
 """Preference objectives, on pairs or single judged completions.
 
-The reference never changes, so its log-probabilities are cached, under the identity of the
-examples, the model's files, its tensors except the trained adapter's, and the code.
+The reference never changes, so its log-probabilities are cached. The cache key contains the digests
+of the examples, the model's files, the tensors below the trained adapter, and the code.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ FILE = "reference.npy"
 
 @dataclass(frozen=True)
 class PreferenceObjective(Objective):
-    """Abstract: an objective on preferences."""
+    """Base class of objectives on preferences."""
 
     algorithm: Law
 
@@ -111,7 +111,7 @@ class PreferenceObjective(Objective):
             yield Preferences(model, self.algorithm, support, self.padding(tokenizer))
 
     def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The padding token, which the mask hides."""
+        """The id of the padding token, which the attention mask hides."""
         return tokenizer.pad_token_id or 0
 
 
@@ -135,7 +135,7 @@ def with_reference(
     console: Console,
     layout: Replicated,
 ) -> ReferencedExamples:
-    """The examples with their reference log-probabilities, from the cache or computed."""
+    """The examples with their reference log-probabilities, which are cached."""
     from rich.progress import Progress
 
     source, start = "read from the cache", time.perf_counter()
@@ -161,7 +161,7 @@ def with_reference(
 
 
 def digest(model: nn.Module) -> str:
-    """The SHA-256 of every tensor of a model except its highest adapter's, unless that adapter
+    """The SHA-256 of all tensors of a model except its topmost adapter's, unless that adapter
     trains the base weights.
     """
     name = selection_of(model).names[-1]
@@ -176,15 +176,15 @@ def digest(model: nn.Module) -> str:
     for path, tensor in chain(model.named_parameters(), model.named_buffers()):
         if id(tensor) not in adapter:
             sha.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            # a copy, because a sharded tensor is whole for operations but not for numpy
+            # a copy, because operations gather a sharded tensor, but numpy does not
             content = tensor.detach().to("cpu", copy=True).contiguous().flatten()
             sha.update(content.view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
 def trains_base_weights(model: nn.Module) -> bool:
-    """Whether the highest adapter trains the base weights, so that the model below it is the
-    reference only before the first step.
+    """Whether the topmost adapter trains the base weights. Then, the model without this adapter is
+    the reference only before the first step.
     """
     names = selection_of(model).names
     return any(
@@ -197,7 +197,7 @@ def trains_base_weights(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Preference(PreferenceObjective):
-    """Preference learning; the reference is the model without the trained adapter."""
+    """Preference learning. The reference is the model without the trained adapter."""
 
     def refer(
         self,

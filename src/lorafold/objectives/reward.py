@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewardModel(PreferenceObjective):
-    """A head that scores texts, which every method trains in full."""
-
     outputs = 1
     algorithm: BradleyTerry
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 
 class Sft(Objective):
-    """Supervised fine-tuning: next-token prediction on completions."""
-
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return CompletionEncoder(tokenizer, rendering)
 

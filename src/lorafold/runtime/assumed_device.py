@@ -1,4 +1,5 @@
-"""The kind of device for which tensors are computed: their own, or an assumed one for estimates.
+"""The kind of device whose code paths are used: that of the tensors, or an assumed one in
+estimates.
 
     with assume_device(DeviceKind("cuda")): ...     as if tensors were on such a GPU
 """
@@ -24,7 +25,6 @@ class DeviceKind(NamedTuple):
 
 
 def kind_of_device(device: torch.device) -> DeviceKind:
-    """The kind of a device of this machine, with its compute capability if it is a CUDA GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return DeviceKind(device.type)
     return DeviceKind("cuda", torch.cuda.get_device_capability(device))
@@ -35,8 +35,8 @@ _assumed: ContextVar[DeviceKind | None] = ContextVar("assumed_device", default=N
 
 @contextmanager
 def assume_device(kind: DeviceKind) -> Iterator[None]:
-    """Compute tensors as if they were on another device, in this thread, in the `with` block.
-    Estimates use it for devices that this machine lacks.
+    """Context in which this thread computes as if tensors were on another kind of device. Estimates
+    use it for devices that this machine lacks.
     """
     token = _assumed.set(kind)
     try:
@@ -46,12 +46,12 @@ def assume_device(kind: DeviceKind) -> Iterator[None]:
 
 
 def device_type(x: Tensor) -> str:
-    """The type of device, such as cpu or cuda, whose code paths apply to x (any shape)."""
+    """The type of the device, such as cpu or cuda, whose code paths apply to x (any shape)."""
     kind = _assumed.get()
     return x.device.type if kind is None else kind.type
 
 
 def cuda_capability(x: Tensor) -> tuple[int, int]:
-    """The compute capability of the GPU, its own or the assumed one, of x (any shape)."""
+    """The compute capability of the GPU of x (any shape), or of the assumed GPU."""
     kind = _assumed.get()
     return kind.capability if kind else torch.cuda.get_device_capability(x.device)

@@ -1,4 +1,4 @@
-"""The device for a model, and native bf16."""
+"""The choice of a model's device, and the devices with native bf16."""
 
 import re
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,8 +14,8 @@ AMPERE = (8, 0)  # the first compute capability with native bf16
 
 
 class Gpu(NamedTuple):
-    """A GPU, and its memory in bytes (None if shared with the host); CUDA devices have a compute
-    capability.
+    """A GPU, and its memory in bytes (None if it is shared with the host). Only CUDA devices have a
+    compute capability.
     """
 
     device: str
@@ -40,8 +40,9 @@ def gpus() -> list[Gpu]:
 
 
 def choose_device(name: str | None = None, absent: bool = False) -> "torch.device":
-    """Returns the named device (cpu, cuda, cuda:1, mps), or else CUDA, MPS or CPU, in this order.
-    `absent` allows one that this machine lacks.
+    """Returns the named device (cpu, cuda, cuda:1, mps). Without a name, returns CUDA, MPS or the
+    CPU, whichever is available first in this order. `absent` allows a device that this machine
+    lacks.
     """
     named = isinstance(name, str) and re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name, re.ASCII)
     if name is not None and not named:
@@ -61,7 +62,9 @@ def choose_device(name: str | None = None, absent: bool = False) -> "torch.devic
 
 
 def device_of_rank(name: str | None, launch: Launch) -> str | None:
-    """Returns the device of one of several processes: the GPU with its local rank."""
+    """Returns the device of one of several processes; with CUDA, the GPU whose index is the local
+    rank.
+    """
     import torch
 
     if (device := choose_device(name)).type != "cuda":
@@ -83,7 +86,7 @@ def device_of_rank(name: str | None, launch: Launch) -> str | None:
 
 
 def native_bf16(device: "torch.device") -> tuple[bool, str]:
-    """Whether the device has native bf16, and an explanation."""
+    """Returns whether the device has native bf16, and an explanation."""
     import torch
 
     if device.type == "cuda":

@@ -1,8 +1,8 @@
 """A process that can be killed at any time, with messages in both directions.
 
-A message is its length in eight bytes, and the content. Deadlines are times of time.monotonic().
-The process leads its own session, so its children are killed with it and terminal signals don't
-reach it.
+A message consists of its length in eight bytes, and its content. Deadlines are times of
+time.monotonic(). The process leads its own session, so its children are killed with it, and signals
+from the terminal don't reach it.
 """
 
 from __future__ import annotations
@@ -41,18 +41,19 @@ class Exited(Exception):
 
 
 def framed(content: bytes) -> bytes:
-    """Prepends the length."""
     return len(content).to_bytes(LENGTH_BYTES, "big") + content
 
 
 def read_message(source: BinaryIO) -> bytes | None:
-    """Read the next message in the worker process; returns None at the end of the stream."""
+    """Reads the next message in the worker process; returns None at the end of the stream."""
     head = source.read(LENGTH_BYTES)
     return source.read(int.from_bytes(head, "big")) if len(head) == LENGTH_BYTES else None
 
 
 class KillableProcess:
-    """After any exception, the process should be killed."""
+    """A process that runs a Python module. It should be killed after any exception, because a
+    message may have been cut off.
+    """
 
     def __init__(
         self, module: str, environment: Mapping[str, str] | None = None, quiet: bool = False
@@ -73,7 +74,7 @@ class KillableProcess:
         return self._process.poll() is None
 
     def write(self, content: bytes, deadline: float) -> None:
-        """Raises TimedOut and Exited."""
+        """Writes a framed message. Raises TimedOut or Exited."""
         assert self._process.stdin is not None
         remaining, pipe = memoryview(content), self._process.stdin.fileno()
         os.set_blocking(pipe, False)
@@ -87,19 +88,21 @@ class KillableProcess:
                 raise Exited(self._process.wait()) from None
 
     def read(self, deadline: float, max_bytes: int | None = None) -> bytes:
-        """Returns the next message. Raises TimedOut, TooLarge and Exited."""
+        """Returns the content of the next message. Raises TimedOut, TooLarge or Exited."""
         size = int.from_bytes(self._read(LENGTH_BYTES, deadline), "big")
         if max_bytes is not None and size > max_bytes:
             raise TooLarge(size)
         return self._read(size, deadline)
 
     def end(self) -> None:
-        """Kills it, even while another thread waits for a message."""
+        """Kills the process, even while another thread waits for a message."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.id, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kills it and its children, and closes the pipes; no thread may be waiting."""
+        """Kills the process and its children, and closes the pipes; no thread may be waiting for a
+        message.
+        """
         self.end()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

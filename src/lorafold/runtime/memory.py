@@ -29,9 +29,9 @@ DEFAULTS = {MMAP_THRESHOLD: MAX_MMAP_THRESHOLD, TRIM_THRESHOLD: 2 * MAX_MMAP_THR
 
 
 def free_bytes(device: torch.device, group: Path = CONTROL_GROUP) -> int:
-    """Bytes that tensors can still use: on CUDA the driver's free memory and unused reserved
-    memory; else the host's available memory, or the rest of a cgroup's limit (version 2), not
-    counting the file cache.
+    """The bytes that tensors can still use. On CUDA, these are the driver's free memory and unused
+    reserved memory; otherwise, the host's available memory, or the rest of a cgroup's limit
+    (version 2), not counting the file cache.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -47,7 +47,7 @@ def free_bytes(device: torch.device, group: Path = CONTROL_GROUP) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The peak: allocated on CUDA, else resident on the host."""
+    """The peak of allocated memory on CUDA, otherwise the peak of the host's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -56,7 +56,8 @@ def peak_bytes(device: torch.device) -> int:
 
 @contextmanager
 def malloc_policy(thresholds: Mapping[int, int]) -> Iterator[bool]:
-    """Keeps or returns freed blocks in the block. Yields whether this system supports it."""
+    """Context in which glibc keeps or returns freed blocks. Yields whether this system supports it.
+    """
     if platform.libc_ver()[0] != "glibc":
         yield False
         return

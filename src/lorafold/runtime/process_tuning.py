@@ -33,21 +33,25 @@ def unset_variables() -> dict[str, str]:
 
 
 def huge_pages() -> str | None:
-    """The kernel's setting: always, madvise, never, or None."""
+    """The kernel's setting for transparent huge pages: always, madvise, never, or None."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
     return chosen and chosen[1]
 
 
 def restart_tuned() -> None:
-    """Restarts this process with the same arguments if a variable is missing. Call it first."""
+    """Restarts this process with the same arguments if a variable is missing. Call it before
+    anything else.
+    """
     if missing := unset_variables():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
 
 
 @contextmanager
 def imports_frozen() -> Iterator[None]:
-    """Freezes objects of imported modules during the block, and once at its end."""
+    """Context that excludes objects of imported modules from garbage collection, during the block
+    and once at its end.
+    """
     modules = len(sys.modules)
 
     def before(phase: str, about: Mapping[str, int]) -> None:
@@ -68,8 +72,8 @@ def imports_frozen() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_repeated() -> Iterator[None]:
-    """Repeats an interrupt by Ctrl-C during a callback of the garbage collector: Python only prints
-    the exception there, and imports trigger these callbacks all the time.
+    """Context that repeats a Ctrl-C that arrives in a callback of the garbage collector. Python
+    only prints the exception there, and imports trigger these callbacks all the time.
     """
     usual = sys.unraisablehook
 
@@ -88,8 +92,8 @@ def _interrupts_repeated() -> Iterator[None]:
 
 @contextmanager
 def all_frozen() -> Iterator[None]:
-    """Collects once and freezes all objects until the block ends: a full collection of a server's
-    objects would stop its threads for 0.3 s.
+    """Collects once, and freezes all objects until the block ends, because a full collection of a
+    server's objects would stop its threads for 0.3 s.
     """
     gc.collect()
     gc.freeze()
@@ -101,8 +105,8 @@ def all_frozen() -> Iterator[None]:
 
 @contextmanager
 def existing_frozen() -> Iterator[None]:
-    """Freezes existing objects until the block ends, unless a command has frozen some: with torch
-    imported, each collection would take 0.15 s.
+    """Freezes existing objects until the block ends, because with torch imported each collection
+    would take 0.15 s. Does nothing if a command has already frozen objects.
     """
     if gc.get_freeze_count():
         yield

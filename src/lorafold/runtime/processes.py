@@ -1,13 +1,14 @@
 """Data-parallel processes of one run, and their communication.
 
-    with process_group(detect_launch(), device) as processes:    a single one: SINGLE_PROCESS
+    with process_group(detect_launch(), device) as processes:    for one process: SINGLE_PROCESS
         processes.add([p.grad for p in parameters])        all-reduce, in place
         found = processes.once(measure)                    rank 0 computes, all receive
 
-Decisions that depend on a clock, disk or memory are made by rank 0, or agreed on. An error in one
-process ends all (`Lifeline`): each keeps a connection to rank 0, which the system closes when a
-process dies, and probes in case the machine is gone, so a long computation is not taken for a
-failure. Rank 0 then reports the failed process; if it is rank 0, rank 1 does.
+Rank 0 makes the decisions that depend on a clock, disk or memory, or all processes agree on them.
+An error in one process ends all: through its `Lifeline`, each process keeps a connection to rank 0,
+which the system closes when a process dies. Keepalive probes detect that a machine is gone, so a
+long computation is not taken for a failure. Rank 0 reports the failed process; if rank 0 failed,
+rank 1 does.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from lorafold.errors import Interrupted, LorafoldError
 if TYPE_CHECKING:
     import torch
 
-KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # fails after 20 seconds
-SAME_ERROR_SECONDS = 2.0  # seconds in which rank 0 may raise the same error as another
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # 20 seconds in all
+SAME_ERROR_SECONDS = 2.0  # seconds in which rank 0 may raise the same error as another process
 EXIT_SECONDS = 15.0  # seconds for which a process waits for rank 0 to end
 
 
 class Lifeline:
-    """A process's connections, established through the common store. `progress` describes its
-    progress, for the message on another's death.
+    """The connections of a process to rank 0, or of rank 0 to all others. `progress` describes the
+    run's progress, for the message if another process dies.
     """
 
     def __init__(self, rank: int, world: int, address: str, store: Any) -> None:
         self.rank, self.host = rank, socket.gethostname()
         self.progress: Callable[[], str] = lambda: "at the start"
         self._lock = threading.Lock()
-        self._ending, self._main_gone = threading.Event(), threading.Event()  # _main: rank 0
+        self._ending, self._main_gone = threading.Event(), threading.Event()  # main: rank 0
         self._code: int | None = None  # rank 0's exit code
         self._finished = set[int]()  # processes that are done
         self._peers: dict[int, socket.socket] = {}
@@ -59,7 +60,7 @@ class Lifeline:
             first = socket.create_connection((address, int(port)), EXIT_SECONDS)
             self._add(0, host, first, first.makefile())
             self._send(0, token=token, rank=rank, host=self.host)
-        os.register_at_fork(after_in_child=self._close_peers)  # a child must not keep them open
+        os.register_at_fork(after_in_child=self._close_peers)  # children must not keep them open
         for peer in self._peers:
             threading.Thread(None, self._listen, "lifeline", (peer,), daemon=True).start()
 
@@ -70,7 +71,7 @@ class Lifeline:
             store.set("lifeline", f"{server.getsockname()[1]} {token} {self.host}")
             while len(self._peers) < world - 1:
                 peer, _ = server.accept()
-                with suppress(ValueError, KeyError, OSError):  # not a process of this run
+                with suppress(ValueError, KeyError, OSError):  # not a peer of this run
                     peer.settimeout(EXIT_SECONDS)
                     reader = peer.makefile()
                     hello = json.loads(reader.readline())
@@ -86,8 +87,9 @@ class Lifeline:
                 peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def announce_failure(self, code: int, message: str) -> None:
-        """Announces an error and lets rank 0 print the message, unless it fails in the same way,
-        before others end: a launcher that sees one process end may kill the others first.
+        """Announces an error. Rank 0 prints the message, unless it fails in the same way, and the
+        other processes wait for it to end, because a launcher that sees one process end may kill
+        the others first.
         """
         self._ending.set()
         if self.rank == 0:
@@ -95,17 +97,16 @@ class Lifeline:
                 self._end_others(code)
             return
         if threading.current_thread() is threading.main_thread():
-            # sent by a launcher that saw rank 0 end
+            # a launcher sends SIGTERM after rank 0 has ended
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
         self._send(0, failed=code, told=message)
         self._main_gone.wait(EXIT_SECONDS)
 
     def wait(self, seconds: float) -> None:
-        """Waits for a message, which may end this process."""
+        """Waits for a message from another process, which may end this process."""
         self._ending.wait(seconds)
 
     def announce_end(self) -> None:
-        """Announces that this process is done."""
         self._ending.set()
         for peer in self._peers:
             self._send(peer, left=True)
@@ -156,14 +157,16 @@ T = TypeVar("T")
 START_TIMEOUT = timedelta(minutes=5)  # for all processes to start
 NO_TIMEOUT = timedelta(days=7)  # `Lifeline` detects failures
 BUCKET_BYTES = 1 << 26  # bytes per collective call
-CAUSE_SECONDS = 3.0  # seconds after which a broken connection is known to be another's death
+CAUSE_SECONDS = 3.0  # seconds in which `Lifeline` reports a death that broke a connection
 DEFAULT_PORT = 29500  # torch's default
 ACCELERATE_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
 
 @dataclass(eq=False)
 class Processes:
-    """This process of a run; `index` is its rank, and only the `first` writes and prints."""
+    """This process among the `count` processes of a run. `index` is its rank; only the `first`,
+    rank 0, writes and prints.
+    """
 
     index: int = 0
     count: int = 1
@@ -190,14 +193,14 @@ class Processes:
         return int(largest)
 
     def same(self, tensors: Sequence[torch.Tensor], source: int = 0) -> None:
-        """Replaces tensors, of any shapes and on one device, by one process's."""
+        """Replaces tensors, of any shapes and on one device, by those of the process `source`."""
         import torch.distributed as dist
 
         if self.count > 1:
             _apply_flat(tensors, lambda flat: dist.broadcast(flat, source))
 
     def gather(self, value: T) -> list[T]:
-        """Returns the values of all processes; a barrier."""
+        """Returns the values of all processes by rank. This is also a barrier."""
         import torch.distributed as dist
 
         if self.count == 1:
@@ -207,7 +210,7 @@ class Processes:
         return values
 
     def once(self, compute: Callable[[], T]) -> T:
-        """Returns rank 0's result to all."""
+        """Calls `compute` in rank 0 only, and returns its result in all processes."""
         import torch.distributed as dist
 
         result = [compute() if self.first else None]
@@ -222,7 +225,7 @@ SINGLE_PROCESS = Processes()
 @contextmanager
 def process_group(launch: Launch, device: str | None = None) -> Iterator[Processes]:
     """Connects the launched processes in a process group until the block ends. An error in the
-    block ends all of them with its exit code, which is 2 for LorafoldError.
+    block ends all processes with its exit code, which is 2 for LorafoldError.
     """
     if launch.world == 1:
         yield SINGLE_PROCESS
@@ -246,7 +249,7 @@ def process_group(launch: Launch, device: str | None = None) -> Iterator[Process
         codes = {LorafoldError: 2, KeyboardInterrupt: 130}
         code = next((n for kind, n in codes.items() if isinstance(error, kind)), 1)
         code = error.code if isinstance(error, Interrupted) else code
-        if code == 1:  # another process's death may be the cause
+        if code == 1:  # the death of another process may be the cause
             lifeline.wait(CAUSE_SECONDS)
         kind = f"{type(error).__name__}: " * (code == 1)
         lifeline.announce_failure(code, f"{kind}{error}")
@@ -305,8 +308,8 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One of `world` processes; `rank` and `local_rank` (on its machine) count from 0, and rank 0
-    is at `address`. `by` is the launcher, empty for a single process.
+    """The launch of one of `world` processes. `rank` and `local_rank` (on its machine) count from
+    0, and rank 0 is at `address`. `by` is the launcher, empty for a single process.
     """
 
     by: str = ""
@@ -337,7 +340,7 @@ LAUNCHERS = (
 
 
 def detect_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Reads this process's rank from the launcher's environment."""
+    """Reads this process's rank from the launcher's environment variables."""
     number = partial(_number, environment)
     for name, rank_name, world_name, local_name in LAUNCHERS:
         given = rank_name if rank_name in environment else world_name

@@ -1,9 +1,9 @@
-"""The CPU: its name, usable cores, load by others, instruction sets, and OpenMP threads.
+"""The CPU: its name, usable cores, load by other processes, instruction sets, and OpenMP threads.
 
-Threads that spin while waiting slow down busy machines; sleeping ones wake slowly on idle ones.
-GCC's OpenMP doesn't spin while a process has more threads than cores, so `sleep_if_busy` creates an
-extra team of threads while others are busy. For the same reason, threads that don't need
-parallelism call `use_one_thread`.
+Threads that spin while waiting slow down busy machines, and sleeping threads wake slowly on idle
+machines. GCC's OpenMP doesn't spin while a process has more threads than cores, so `sleep_if_busy`
+creates an extra team of threads while other processes are busy. For the same reason, threads that
+don't need parallelism call `use_one_thread`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits
-BUSY_CORES, QUIET_CORES = 0.3, 0.1  # thresholds for the number of cores used by others
+BUSY_CORES, QUIET_CORES = 0.3, 0.1  # thresholds for the number of cores used by other processes
 CHECK_SECONDS = 1.0  # seconds between two measurements
 ELEMENTS_PER_THREAD = 1 << 16  # elements per thread that make torch use another thread
 OMP_PAUSE_SOFT = 1  # omp_pause_soft: threads are created again on demand
@@ -40,7 +40,7 @@ def processor_name() -> str:
 
 
 def usable_cores(group: Path = CONTROL_GROUP) -> int:
-    """Cores that this process may use, also limited by a container's quota."""
+    """The number of cores that this process may use, which a container's quota may limit."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -65,13 +65,15 @@ class OtherLoad:
         self._before = self._times()
 
     def cores_used(self) -> float:
-        """Cores used by others since the last call, on average."""
+        """The average number of cores used by other processes since the last call."""
         before, self._before = self._before, self._times()
         passed, everyone, here = (x - y for x, y in zip(self._before, before, strict=True))
         return max(0.0, (everyone - here) / passed) if passed else 0.0
 
     def _times(self) -> tuple[float, float, float]:
-        """(time, CPU seconds of all processes on these cores, CPU seconds of this process)."""
+        """The time, the CPU seconds of all processes on these cores, and the CPU seconds of this
+        process.
+        """
         every = psutil.cpu_times(percpu=True)
         here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(every))
         # user time already includes guest time
@@ -88,7 +90,7 @@ def cores_used_by_others(seconds: float) -> float:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """x86 instruction sets that determine the speed of matmuls; empty on others."""
+    """The x86 instruction sets that determine the speed of matmuls; empty on other processors."""
     import torch
 
     known = {
@@ -102,8 +104,8 @@ def instruction_sets() -> tuple[str, ...]:
 
 @contextmanager
 def sleep_if_busy() -> Iterator[None]:
-    """Makes waiting threads sleep whenever others are busy. No effect with one thread, or without
-    GCC's OpenMP.
+    """Context in which waiting threads sleep whenever other processes are busy. It has no effect
+    with one thread, or without GCC's OpenMP.
     """
     global _users, _ended
     import torch  # not at the top, because processes without torch use `stack_size`
@@ -140,8 +142,8 @@ def _adapt_team(ended: threading.Event) -> None:
 
 @contextmanager
 def stack_size(size: int = STACK_BYTES) -> Iterator[None]:
-    """Sets the stack size of threads started in the block, because native code that parses requests
-    recurses.
+    """Context that sets the stack size of threads started in the block, because native code that
+    parses requests recurses.
     """
     before = threading.stack_size(size)
     try:
@@ -159,7 +161,9 @@ def use_one_thread() -> None:
 
 
 def create_team(n: int) -> bool:
-    """Creates a sleeping team of n threads for the calling thread. False without GCC's OpenMP."""
+    """Creates a team of n sleeping threads for the calling thread. Returns False without GCC's
+    OpenMP.
+    """
     import torch
 
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
@@ -171,11 +175,11 @@ def create_team(n: int) -> bool:
 
 
 def end_team() -> None:
-    """Ends the calling thread's team; its next parallel region creates a new one."""
+    """Ends the calling thread's team; the thread's next parallel region creates a new team."""
     _call("omp_pause_resource_all", OMP_PAUSE_SOFT)
 
 
 def _call(name: str, argument: int) -> None:
-    function = getattr(ctypes.CDLL(None), name, None)  # none without OpenMP
+    function = getattr(ctypes.CDLL(None), name, None)  # None without OpenMP
     if function is not None:
         function(argument)

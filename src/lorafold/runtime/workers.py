@@ -1,5 +1,5 @@
-"""Worker processes, forked so that they start at once and share memory. They end when their pipe
-closes, so none is left behind if this process is killed.
+"""Worker processes, which are forked so that they start at once and share memory. They end when
+their pipe closes, so no worker is left behind if this process is killed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def end_with_parent() -> None:
 def workers(
     function: Callable[..., T],
 ) -> Iterator[Callable[[Iterator[tuple[Any, ...]]], Iterator[T]]]:
-    """Starts a process per core; yields a function that maps tuples of arguments to results, in
-    order. With one core, or on systems other than Linux, it runs in this process. Raises the
-    function's exceptions.
+    """Starts one process per core, and yields a function that maps tuples of arguments to results,
+    in order. With one core, or on systems other than Linux, it runs in this process. Exceptions of
+    `function` are raised here.
     """
     count = usable_cores()
     if count == 1 or sys.platform != "linux":

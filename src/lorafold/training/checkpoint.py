@@ -1,4 +1,4 @@
-"""Checkpoints, from which a run resumes exactly, in safetensors and JSON.
+"""Checkpoints in safetensors and JSON, from which a run resumes exactly.
 
     RUN/step-000020/{adapter,optimizer}.safetensors, state.json     RUN is `<out>.run`
 
@@ -38,24 +38,24 @@ from lorafold.models.weights import PendingTensor, write_tensors
 from lorafold.training_step.policy_loss import StepRollouts
 
 EARLY_STOPPING_PATIENCE = 3  # evaluations in a row without improvement
-GRADIENT = "gradient norm"  # of a step, before it is clipped
-RATE = "learning rate"  # of a step, of the first parameter group
+GRADIENT = "gradient norm"  # the metric of a step, before clipping
+RATE = "learning rate"  # the metric of a step, for the first parameter group
 HOLDER = "process "  # start of the lock file's text
-FILES = "files"  # in an identity: the files that the run reads, each by `name` and `sha256`
+FILES = "files"  # in a run's identity: the files that it reads, each by `name` and `sha256`
 
 
 @dataclass
 class Progress:
-    """The progress of a run. Losses are means in nats over labelled tokens, one for each step;
-    `seconds` and `tokens` exclude evaluations. Evaluations before the first step have step 0.
+    """The progress of a run. Losses are means in nats over labelled tokens, one per step. `seconds`
+    and `tokens` exclude evaluations. An evaluation before the first step has step 0.
     """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     evals: dict[int, float] = field(default_factory=dict)  # step -> held-out loss
-    shown: dict[str, list[float | None]] = field(default_factory=dict)  # of each step, by name
-    measured: dict[int, dict[str, Any]] = field(default_factory=dict)  # further held-out figures
-    samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # the first, and the last
+    shown: dict[str, list[float | None]] = field(default_factory=dict)  # metrics of each step
+    measured: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> held-out metrics
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # the first and the last
     tokens: int = 0
     seconds: float = 0.0
     # tokens, seconds and rates of sampling, rewards and training
@@ -66,21 +66,20 @@ class Progress:
     optimizer: str = ""
     counts: dict[str, float] = field(default_factory=dict)  # `Loss.counts`
     skipped: list[int] = field(default_factory=list)  # steps without an update
-    quiet: int = 0  # the number of last steps without an example that has a signal
+    quiet: int = 0  # consecutive steps without a learning signal, up to now
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest held-out loss, the earliest of equals, or None."""
+        """The step with the lowest held-out loss, the earliest if several are equal, or None."""
         steps = self.evals.keys() - {0}
         return min(steps, key=lambda s: (self.evals[s], s)) if steps else None
 
     @property
     def stalled(self) -> bool:
-        """Whether the last EARLY_STOPPING_PATIENCE evaluations did not improve."""
         return sum(step > (self.best or 0) for step in self.evals) >= EARLY_STOPPING_PATIENCE
 
     def add_figures(self, figures: Mapping[str, float]) -> None:
-        """Add metrics of the last step; a missing or non-finite one becomes None."""
+        """Adds the metrics of the last step; a missing or non-finite metric becomes None."""
         for name in {**self.shown, **figures}:
             values = self.shown.setdefault(name, [])
             values += [None] * (self.step - 1 - len(values))  # a new metric
@@ -90,9 +89,8 @@ class Progress:
     def add_rollouts(
         self, rollouts: StepRollouts, tokens: int, seconds: float, with_samples: bool
     ) -> dict[str, float]:
-        """Add the seconds and tokens of sampling and training in a step, and its samples
-        if `with_samples`.
-        Returns the rates so far.
+        """Adds a step's tokens and seconds of sampling and training, and its samples if
+        `with_samples`. Returns the rates of all steps so far, in tokens per second.
         """
         self.quiet = self.quiet + 1 if rollouts.no_signal_reason else 0
         times = {f"{name} seconds": s for name, s in rollouts.seconds.items()}
@@ -118,12 +116,14 @@ class RunDirectory:
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, out.with_name(out.name + ".run")
-        # the adapter with the lowest held-out loss, if it is not the last
+        # the adapter with the lowest held-out loss, unless it is the last one
         self.best = out.with_name(out.name + ".best")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Context: no other run uses this directory. The lock of a killed process is released."""
+        """Context in which no other run can use this directory. The system releases the lock of a
+        killed process.
+        """
         check_out(self.out, overwrite=True)
         target = self.path.expanduser().resolve()
         new_folders = [folder for folder in target.parents if not folder.exists()]
@@ -170,7 +170,7 @@ class RunDirectory:
         return (self.identity or {}).get(name)
 
     def check(self, identity: dict) -> None:
-        """Raise if the stored run had another recipe, model or data, or other files."""
+        """Raises if the stored run had another recipe, model or data, or other files."""
         check_intact(self.path, ["run.json"])
         if (stored := self.identity) is None:
             raise LorafoldError(f"{self.path}: found no run to resume; start one without --resume")
@@ -207,7 +207,7 @@ class RunDirectory:
         return f"the last good checkpoint is {checkpoints[max(checkpoints)]}"
 
     def checkpoint_label(self) -> str:
-        """The last checkpoint as a text that processes on several machines compare."""
+        """A text by which processes on several machines compare their last checkpoints."""
         if not self.path.exists():
             return "none"
         if not (checkpoints := self.checkpoints()):
@@ -240,7 +240,9 @@ class RunDirectory:
         return path
 
     def load(self, path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-        """(progress, adapter tensors, optimizer tensors), of any shapes."""
+        """The progress, the adapter's tensors and the optimizer's tensors (any shapes) of a
+        checkpoint.
+        """
         if problems := verify(path):
             raise LorafoldError(
                 f"{path}: damaged checkpoint: {join_problems(problems)}; remove it to resume from"

@@ -1,5 +1,5 @@
-"""Writes and verifies the result of a run: the last adapter, the best one if an earlier step was
-better, and their records.
+"""Writes and verifies the result of a run: the last adapter, the best adapter if an earlier step
+was better, and their records.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lorafold.training.loop import Plan, guessing_warning
 from lorafold.training.setup import Setup
 from lorafold.training_step.optim import UP
 
-NUM_LAST_STEPS = 10  # steps, whose mean loss is reported
+NUM_LAST_STEPS = 10  # steps whose mean loss is reported
 SKIPPED = "skipped"  # in a record: the steps without an update
 GUESSING = "guessing"  # in a record: as in `Trained`
 INIT_ADAPTER = "init_adapter"  # in a record: the adapter that the run started from
@@ -56,14 +56,17 @@ class Trained(ShownInNotebooks):
     Losses are means in nats over labelled tokens (for a classifier, over texts); `train_loss` is
     the mean of the last ten steps. `adapter` is the directory of the adapter, and `figures` are
     further metrics of the held-out rows, such as the accuracy of preferences. `frozen` contains the
-    shares of parameters that the adapter does not reach, by kind: of the parameters of the blocks,
-    and in a multimodal model of its encoders and connectors. `files` contains the number of rows of
-    each file of a directory or pattern, and `data` problems in the rows, such as duplicates.
-    `skipped` lists the steps without an update, because their loss or gradient was not finite.
-    `pace` contains the tokens and seconds of sampling, rewards and training in reinforcement
-    learning. `guessing` contains the `loss`, the loss of a model that only guesses, and whether the
-    first is `better`. If a finished run is resumed, the result comes from the adapter's record,
-    without times (nan), memory and parameter counts (None).
+    shares of parameters that the adapter does not reach, by kind: `blocks` are shares of the
+    parameters of the transformer blocks, and `beside` (encoders and connectors of a multimodal
+    model) are shares of all parameters. `files` contains the number of rows of each file of a
+    directory or pattern. `data` contains problems in the rows, such as duplicates. `skipped` lists
+    the steps without an update, because their loss or gradient was not finite. `pace` contains the
+    tokens and seconds of sampling, rewards and training in reinforcement learning. `guessing`
+    contains the `loss`, the loss of a model that only guesses (`guessing`), and whether the first
+    is `better`.
+
+    If a finished run is resumed, the result comes from the adapter's record, without times (nan),
+    memory and parameter counts (None).
     """
 
     train_loss: float
@@ -99,9 +102,10 @@ class Trained(ShownInNotebooks):
 
 
 def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -> Trained:
-    """Write the last adapter to `request.out`, and an earlier best one to `<out>.best` (or
-    `request.out` if the recipe stops early); verify them and remove the checkpoints. Only rank 0
-    writes. `base` has the original weights of a quantized model.
+    """Writes the last adapter to `request.out`, and the adapter of an earlier, better step to
+    `<out>.best`. If the run ended early, only the better adapter is written, to `request.out`.
+    Verifies the files and removes the checkpoints. Only rank 0 writes. `base` has the original
+    weights of a quantized model.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
     if plan.layout.is_sharded:
@@ -155,7 +159,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
 
 
 def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """The adapter's record, without times, so that a resumed run has the same record."""
+    """The adapter's record. It contains no times, so that a resumed run writes the same record."""
     request, files, vocabulary_size = setup.request, setup.files, plan.adapter.vocabulary
     steps = sorted(progress.evals)
     names = dict.fromkeys(name for of_step in progress.measured.values() for name in of_step)
@@ -190,7 +194,6 @@ def write_adapter(
     setup: Setup, plan: Plan, progress: Progress, result: Trained, base: Weights | None,
     path: Path, record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write the adapter with its card and record, and verify it."""
     request, adapter, spec = setup.request, plan.adapter, plan.adapter.spec
     step = record.get("step", progress.step)
     if figures := progress.measured.get(step):
@@ -222,7 +225,7 @@ def write_adapter(
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
-    """The mean loss of the last ten steps, in nats, without skipped ones."""
+    """The mean loss of the last ten steps, in nats, without skipped steps."""
     tail = [loss for loss in losses[-NUM_LAST_STEPS:] if math.isfinite(loss)] or [math.nan]
     return sum(tail) / len(tail)
 
@@ -237,7 +240,8 @@ def _rounded(value: Any) -> Any:
 
 
 def check_learned(adapter: Adapter, optimizer: Optimizer) -> None:
-    """Raise if a tensor is not finite, or an up factor with gradients is zero (so is the update).
+    """Raises if a tensor is not finite, or if an up factor that had gradients is zero, so that the
+    adapter has no effect.
     """
     for name, t in adapter.state_dict().items():
         check_finite(name, t)
@@ -256,7 +260,7 @@ def check_learned(adapter: Adapter, optimizer: Optimizer) -> None:
 
 
 def compare_with_files(adapter: Adapter, path: Path, base: Weights | None) -> None:
-    """Compare the files that were just written with the adapter."""
+    """Raises if the files that were just written differ from the adapter in memory."""
     model = adapter.model
     if adapter.spec.trains_base:  # a full model, in whose files some tensors have other names
         written, state = FileWeights(model_files(path)), base_state(model)
@@ -287,8 +291,8 @@ def _had_gradients(optimizer: Optimizer, p: Tensor) -> bool:
 
 
 def finished_result(request: RunRequest, console: Console) -> Trained | None:
-    """The result of a complete run that is resumed (clusters restart jobs), or None if there is a
-    run to do. Raises if another run wrote the adapter.
+    """The recorded result if the run to resume is already finished, for example because a cluster
+    restarted its job; otherwise None. Raises if another run wrote the adapter.
     """
     out, starts_anew = request.out, request.overwrite or not request.resume
     if starts_anew or RunDirectory(out).path.exists() or not (out / RECORD).is_file():
@@ -339,7 +343,6 @@ def _differences(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str
 
 
 def _recorded_result(record: Mapping[str, Any], out: Path) -> Trained:
-    """The result from a record, without times, memory and counts."""
     losses = [math.nan if loss is None else loss for loss in record["losses"]]
     return Trained(
         train_loss=mean_of_last(losses),

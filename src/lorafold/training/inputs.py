@@ -40,10 +40,10 @@ HELD_OUT = "eval_data"
 class RunRequest:
     """The inputs of a training run, and the path of its adapter.
 
-    `out` must not exist unless `overwrite` or `resume` is set; without `eval_rows` the recipe's
+    `out` must not exist unless `overwrite` or `resume` is set. Without `eval_rows`, the recipe's
     `eval_fraction` of `rows` is held out. The adapters of `over` are loaded frozen, in this order,
     below the trained one. `day` is the date in chat templates, by default the day the run begins.
-    `rewards` are Python functions in addition to the recipe's rewards.
+    `rewards` are Python functions that are used in addition to the recipe's rewards.
     """
 
     base: Base
@@ -70,11 +70,11 @@ class RunRequest:
 
     @property
     def data(self) -> Rows | RowStream:
-        """The rows as an object that has an identity."""
+        """The rows as an object that has a digest (`identity`)."""
         return self.rows if isinstance(self.rows, RowStream) else Rows.of(self.rows)
 
     def first_rows(self, n: int) -> Sequence[Row]:
-        """The first rows; of a stream, the first training rows."""
+        """The first n rows; for a stream, the first n rows that are trained on."""
         if not isinstance(self.rows, RowStream):
             return self.rows[:n]
         rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
@@ -106,8 +106,8 @@ def objective_of(request: RunRequest, saved: Sequence[SavedAdapter] = ()) -> Obj
 def with_max_length(
     request: RunRequest, saved: Sequence[SavedAdapter], console: Console
 ) -> RunRequest:
-    """The request with `max_length` set: the resumed run's, if the recipe does not set it, else
-    from `resolve_length`.
+    """The request with `max_length` set: the recipe's, a resumed run's, or the result of
+    `resolve_length`.
     """
     recipe = request.recipe
     if request.resume and "max_length" not in recipe.model_fields_set:
@@ -122,9 +122,7 @@ def with_max_length(
 def prepare_tokenizer(
     request: RunRequest, objective: Objective, console: Console, saved: Sequence[SavedAdapter] = ()
 ) -> tuple[PreTrainedTokenizerBase, AddedTokens]:
-    """The tokenizer of the model or an adapter, with the recipe's template and new tokens, and
-    their ids.
-    """
+    """The tokenizer of the model or an adapter, with the recipe's template and new tokens."""
     tokenizer = request.base.tokenizer(saved)
     if request.recipe.chat_template is not None:
         set_template(tokenizer, request.recipe.chat_template)
@@ -139,7 +137,6 @@ def prepare_tokenizer(
 
 
 def train_and_eval_rows(request: RunRequest) -> tuple[Sequence[Row], Sequence[Row] | None]:
-    """The training rows and the held-out rows, if any; not for streams."""
     assert not isinstance(request.rows, RowStream)
     held_out, recipe = request.eval_rows, request.recipe
     if held_out is None and recipe.eval_fraction:
@@ -150,7 +147,7 @@ def train_and_eval_rows(request: RunRequest) -> tuple[Sequence[Row], Sequence[Ro
 def tokenize_rows(
     request: RunRequest, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
 ) -> tuple[BatchFeed, Data | None, Findings]:
-    """The feed of the run, the held-out examples or None, and the findings about the rows, which
+    """The batches of the run, the held-out examples or None, and the findings about the rows, which
     are printed.
     """
     recipe, rendering = request.recipe, rendering_of(request.recipe)
@@ -185,7 +182,9 @@ def tokenize_rows(
 
 
 def input_identity(request: RunRequest, objective: Objective) -> dict[str, Any]:
-    """The other inputs of a run: held-out rows, the chat template file, and the objective's."""
+    """The identity of further inputs of a run: held-out rows, the chat template file, and inputs of
+    the objective.
+    """
     held_out = Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
     identity = {HELD_OUT: held_out, **objective.identity}
     template = request.recipe.chat_template

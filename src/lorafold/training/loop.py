@@ -1,7 +1,7 @@
 """The training loop, for any method and objective.
 
 The examples, learning rates and random numbers of step i depend only on the recipe, i and the
-checkpoint, so a resumed run produces the same bytes.
+checkpoint, so a resumed run produces a byte-identical adapter.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ NO_SIGNAL_WARNING_STEPS, NO_SIGNAL_STEPS, NO_SIGNAL_EXAMPLES = 3, 10, 32
 
 @dataclass(frozen=True)
 class Plan:
-    """All inputs of a run's steps. `feed` yields the rows of each step, `guessing` is
-    `Objective.guessing`, and `layout` the placement of tensors among the processes.
+    """The inputs of the training loop. `feed` yields the rows of each step, `guessing` is
+    `Objective.guessing`, and `layout` places tensors on processes.
     """
 
     recipe: Recipe
@@ -70,8 +70,8 @@ class Plan:
 
 @sleep_if_busy()
 def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
-    """Train from `progress.step` to the last step, and write checkpoints. A step with a non-finite
-    loss or gradient is skipped.
+    """Trains from `progress.step` to the last step, and writes checkpoints. A step with a
+    non-finite loss or gradient is skipped.
     """
     recipe, objective, processes = plan.recipe, plan.objective, plan.layout.processes
     first_rows = next(plan.feed.after(0)) if plan.guessing is None else ()
@@ -126,8 +126,8 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield the received stop signals; on SIGTERM or the first Ctrl-C the run finishes its step and
-    saves a checkpoint, on a second Ctrl-C it ends at once.
+    """Yields the stop signals received so far. After SIGTERM or the first Ctrl-C, the run finishes
+    its step and saves a checkpoint; a second Ctrl-C ends it at once.
     """
     stops: list[int] = []
 
@@ -188,7 +188,9 @@ def report_no_signal(plan: Plan, progress: Progress, display: Display, reason: s
 
 @contextmanager
 def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
-    """Context: errors contain the place; if a reward fails, rank 0 saves the last complete step."""
+    """Context that adds `place` to error messages. If a reward fails, rank 0 saves a checkpoint of
+    the last complete step.
+    """
     try:
         yield
     except LorafoldError as error:
@@ -231,11 +233,12 @@ def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> 
 
 
 def compare_with_chance(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
-    """The `loss`, the one of `guessing`, and whether the first is `better`; empty if not
-    comparable.
+    """The `loss` of the run, the loss of `guessing`, and whether the first is `better`; empty if
+    they are not comparable.
 
-    The mean of the last NUM_RECENT_STEPS must be lower by two standard errors. If guessing is the
-    untrained model, both are on the rows of the first step, with a tolerance of a thousandth.
+    To be better, the mean of the last NUM_RECENT_STEPS losses must be lower than guessing by two
+    standard errors. If guessing means the untrained model, both losses are of the rows of the first
+    step, and the difference must exceed a thousandth.
     """
     last = progress.best if is_over(plan, progress) and plan.recipe.stops else None
     tail = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-NUM_RECENT_STEPS:]
@@ -253,7 +256,6 @@ def compare_with_chance(plan: Plan, progress: Progress, first: Sequence[Any]) ->
 
 
 def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
-    """The mean loss of examples, in nats, with the current weights."""
     loss, recipe = plan.loss, plan.recipe
     parts = loss.micro_batches(examples, recipe.accumulate, recipe.max_length)
     with evaluating(loss):
@@ -274,8 +276,8 @@ def guessing_warning(guessing: Mapping[str, Any]) -> str:
 
 
 def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, float]:
-    """One optimizer step, skipped if the loss or the gradient is not finite. Returns the mean loss,
-    in nats, and the gradient norm before clipping.
+    """Runs an optimizer step; skips the update if loss or gradient are not finite. Returns the mean
+    loss, in nats, and the gradient norm before clipping.
     """
     recipe, optimizer, layout = plan.recipe, plan.optimizer, plan.layout
     adapter, steps = plan.adapter, plan.feed.steps
@@ -288,7 +290,7 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
     trained = [*dict.fromkeys(adapter.parameters())]
     layout.add_gradients(trained)
     layout.processes.add([summed])
-    if step == 0 and not optimizer.state:  # in later updates all ratios may be clipped
+    if step == 0 and not optimizer.state:  # in later updates, all importance ratios may be clipped
         idle = check_gradients(adapter, layout.nonzero_gradients(trained))
         if idle and layout.processes.first:
             log.warning(
@@ -299,20 +301,20 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
     norm = layout.norm(trained)
     if recipe.clip:
         nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
-    # the only synchronisation with a GPU, which then updates the weights while this continues
+    # the only synchronization with a GPU, which then updates the weights asynchronously
     loss, size = torch.stack([summed, norm.to(summed)]).tolist()
     if math.isfinite(loss) and math.isfinite(size):
         with layout.updating():
             optimizer.step()
     else:
-        optimizer.zero_grad()  # so that the method's hook does not see them
+        optimizer.zero_grad()  # so that `after_step` does not see the gradients
     adapter.spec.after_step(adapter.own_deltas, step + 1, steps)
     optimizer.zero_grad()
     return loss / total, size
 
 
 def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tensor:
-    """Compute the gradients of this process's examples, in micro-batches, and of the method's
+    """Computes the gradients of this process's examples, in micro-batches, and of the method's
     penalty. Returns the summed loss (), in nats.
     """
     loss, recipe, processes = plan.loss, plan.recipe, plan.layout.processes
@@ -322,7 +324,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
     # with a sharded model, all processes must make the same number of passes
     passes = processes.largest if plan.layout.is_sharded else int
     idle = passes(len(parts)) - len(parts)
-    if processes.count > 1:  # each uses different random numbers
+    if processes.count > 1:  # each process uses different random numbers
         torch.manual_seed((key + processes.index) % (1 << 63))
     loss.train()
     summed = torch.zeros((), device=plan.device)
@@ -341,7 +343,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
                 else:
                     summed += value.detach()
                     value = value * (1 / total)
-                # once in the sum over processes
+                # the penalty must be added once in the sum over processes
                 if i == len(parts) - 1 and processes.first:
                     penalty = plan.adapter.spec.penalty(plan.adapter.own_deltas)
                     value = value if penalty is None else value + penalty
@@ -350,15 +352,15 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
 
 
 def check_gradients(adapter: Adapter, nonzero: Mapping[nn.Parameter, bool]) -> list[str]:
-    """The paths of adapted modules on which the loss does not depend (cross-attention on text
-    only). Raises if there is no gradient at all.
+    """The paths of adapted modules on which the loss does not depend, such as cross-attention if
+    all rows are text. Raises if no module has a gradient.
     """
     grads = {}
     for path, delta in adapter.deltas.items():
         own = {name: p for name, p in delta.named_parameters() if p.numel()}
-        if own:  # a twin has no own parameters, and a mask may be empty
+        if own:  # a delta may share the parameters of another, and a mask may be empty
             grads[path] = {name: nonzero[p] for name, p in own.items() if p in nonzero}
-    # a scale of a vector that starts at zero, as in Fastfood, has zero gradient at first
+    # the scale of a vector that starts at zero, as in Fastfood, has zero gradient at first
     learning = {name for grad in grads.values() for name, is_nonzero in grad.items() if is_nonzero}
     if learning:
         return [
@@ -382,7 +384,7 @@ def check_gradients(adapter: Adapter, nonzero: Mapping[nn.Parameter, bool]) -> l
 
 
 def save(plan: Plan, progress: Progress) -> None:
-    """Write a checkpoint in rank 0; the other processes send their pieces."""
+    """Writes a checkpoint in rank 0; the other processes send it the tensors that they own."""
     state = optimizer_tensors(plan.optimizer) | {"rng.cpu": torch.get_rng_state()}
     state |= {f"rng.cuda.{i}": t for i, t in enumerate(torch.cuda.get_rng_state_all())}
     adapter, optimizer = map(plan.layout.pieces, (plan.adapter.state_dict(), state))

@@ -50,9 +50,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class PreviewExample:
-    """One example of a row: its heading, the row's conversation, and its text, with the trained
-    parts bold.
-    """
+    """One example of a row. The trained parts of `text` are bold."""
 
     heading: str
     conversation: Conversation
@@ -62,7 +60,9 @@ class PreviewExample:
 def show(
     request: RunRequest, console: Console, rows: int = 3, html: Path | None = None
 ) -> Findings:
-    """Print the first rows with trained tokens marked, and return the findings about the data."""
+    """Prints the first rows with the trained tokens marked, and returns the findings about the
+    data.
+    """
     saved = open_all(request.adapters)
     request = with_max_length(request, saved, console)
     objective = objective_of(request, saved)
@@ -98,7 +98,8 @@ def show(
 def _findings(
     request: RunRequest, objective: Objective, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Findings:
-    """The findings about the rows, or about the first ones if tokenizing all would take long."""
+    """The findings about all rows, or only about the first ones if tokenizing all would take long.
+    """
     limit = ""
     if not isinstance(request.rows, RowStream):
         train, held_out = train_and_eval_rows(request)

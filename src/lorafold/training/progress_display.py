@@ -21,11 +21,13 @@ from lorafold.files.terminal import print_lines
 from lorafold.recipe.recipe import Recipe
 
 MIN_UPDATE_SECONDS = 0.5  # least seconds between updates of a notebook's bar
-MAX_INLINE_METRICS = 2  # figures of a step in a sentence; more stand in columns
+MAX_INLINE_METRICS = 2  # metrics of a step in one sentence; more are printed in columns
 
 
 class Display:
-    """Context: shows loss, tokens per second and time left, and reports them to trackers."""
+    """Context manager that shows loss, tokens per second and time left, and reports metrics to
+    trackers.
+    """
 
     def __init__(
         self, console: Console, steps: int, done: int = 0, trackers: Sequence[Any] = ()
@@ -87,7 +89,6 @@ class Display:
             self.note((line + "".join(clauses)).rstrip())
 
     def update_cell(self, step: int, figures: str) -> None:
-        """Update a notebook's bar, at most every MIN_UPDATE_SECONDS."""
         time = monotonic()
         if step == self.steps or time - self.updated >= MIN_UPDATE_SECONDS:
             from IPython.display import HTML
@@ -103,7 +104,6 @@ class Display:
 
 
 def start_trackers(recipe: Recipe, logs: Path) -> list[Any]:
-    """The recipe's trackers (of accelerate), started."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 

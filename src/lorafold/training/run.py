@@ -48,9 +48,9 @@ NUM_PREFIX_STEPS = 8  # steps whose rows are searched for shared prefixes
 
 
 def train(request: RunRequest, console: Console, processes: Processes = SINGLE_PROCESS) -> Trained:
-    """Train one adapter and write it to `request.out`; every process has the same request. A
-    finished run is left unchanged on resume. Raises Interrupted after SIGINT or SIGTERM, with a
-    checkpoint.
+    """Trains one adapter and writes it to `request.out`. Every process has the same request.
+    Resuming a finished run changes nothing. After SIGINT or SIGTERM, the run writes a checkpoint
+    and raises Interrupted.
     """
     check_name(request.out)
     if (request.over or request.init_adapter) and not request.resume:
@@ -67,7 +67,7 @@ def train(request: RunRequest, console: Console, processes: Processes = SINGLE_P
 def _train(setup: Setup, console: Console) -> Trained:
     request, recipe, objective = setup.request, setup.request.recipe, setup.objective
     layout, tokenizer, base = setup.layout, setup.tokenizer, request.base
-    # of the model without the trained adapter: its files, dtype and device
+    # identities of the model without the trained adapter: its files, dtype and device
     identities = [of["sha256"] for name, of in setup.files.items() if name != "init_adapter"]
     identities += [base.loaded_as.name, str(base.loaded_as.dtype), base.where.type]
 
@@ -108,8 +108,8 @@ def _train(setup: Setup, console: Console) -> Trained:
 
 @contextmanager
 def sharded_model(layout: Sharded, model: nn.Module, console: Console) -> Iterator[None]:
-    """Context: the model is sharded; prints the sizes."""
-    # memory of temporarily gathered tensors must be returned
+    """Context in which the model is sharded; prints the sizes of the shards."""
+    # the memory of temporarily gathered tensors must be returned to the system
     with malloc_policy(RETURN_FREED), layout.sharding(model):
         total, own, largest = map(format_bytes, layout.sizes())
         print_lines(
@@ -128,7 +128,6 @@ def make_plan(
     held_out: Data | None,
     console: Console,
 ) -> tuple[Plan, Progress]:
-    """The plan of the steps, and the progress: fresh or from the last checkpoint."""
     request, layout, spec = setup.request, setup.layout, adapter.spec
     recipe, where, processes = request.recipe, request.base.where, layout.processes
     progress, state = start_or_resume(setup, adapter, loss, feed, console)
@@ -170,9 +169,9 @@ def make_plan(
 def start_or_resume(
     setup: Setup, adapter: Adapter, loss: Loss, feed: BatchFeed, console: Console
 ) -> tuple[Progress, dict[str, Tensor] | None]:
-    """Load the last checkpoint of a resumed run, or let the method prepare a fresh adapter. Returns
-    the progress and the optimizer's tensors: of any shapes, {} before the first checkpoint, None if
-    fresh.
+    """Loads the last checkpoint of a resumed run, or lets the method prepare a new adapter. Returns
+    the progress and the optimizer's tensors (any shapes): {} if the resumed run has no checkpoint
+    yet, None for a new run.
     """
     request, layout, spec = setup.request, setup.layout, adapter.spec
     run, identity = RunDirectory(request.out), run_identity(setup, adapter)
@@ -203,8 +202,8 @@ def start_or_resume(
 
 
 def copy_from_rank0(adapter: Adapter, processes: Processes) -> None:
-    """Copy rank 0's prepared adapter to all: rounding differences can make a method choose other
-    entries.
+    """Copies rank 0's prepared adapter to all processes, because rounding differences can make a
+    method choose other entries.
     """
     states = {path: delta.state_dict() for path, delta in adapter.deltas.items()}
     shapes = {path: {name: t.shape for name, t in of.items()} for path, of in states.items()}
@@ -216,8 +215,8 @@ def copy_from_rank0(adapter: Adapter, processes: Processes) -> None:
 
 
 def shared_prefix_line(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
-    """A line about shared prefixes in the first steps; None if there are few or the rows are not
-    known.
+    """A log line about shared prefixes in the first steps; None if there are few, or if completions
+    are sampled.
     """
     computed, each, recipe = 0, 0, setup.request.recipe
     if isinstance(setup.objective, OnPolicy):
@@ -260,8 +259,8 @@ def run_identity(setup: Setup, adapter: Adapter) -> dict[str, Any]:
 def sample_losses(
     loss: Loss, feed: BatchFeed, recipe: Recipe, n: int, rows: int | None = None
 ) -> Iterator[Tensor]:
-    """Mean losses of n batches, each a scalar in nats, sampled as in training but with another
-    seed.
+    """The mean losses of n batches, each a scalar in nats, sampled with another seed than in
+    training.
     """
     if issubclass(OBJECTIVES[recipe.objective].kind, OnPolicy):
         raise LorafoldError(

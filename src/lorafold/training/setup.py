@@ -1,4 +1,6 @@
-"""The setup of a run: checks of its request (before anything is loaded), choices, and the model."""
+"""The setup of a run: checks of its request (before anything is loaded), its settings, and the
+model.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +67,8 @@ MAX_SHOWN_CHARS = 40  # characters of a value
 
 @dataclass(frozen=True)
 class Setup:
-    """The choices of a run that need no model; `request` has the base's chosen dtype or
-    quantization.
+    """The settings of a run that are chosen before the model is loaded; `request.base` has the
+    chosen dtype or quantization.
     """
 
     request: RunRequest
@@ -85,12 +87,12 @@ class Setup:
 
 
 def check_request(request: RunRequest, console: Console, processes: Processes) -> Spec:
-    """Check the request, print the fields that the method ignores, and return the method's spec."""
+    """Checks the request, prints the fields that the method ignores, and returns the spec."""
     if request.over or request.init_adapter:
         check_paths_disjoint(request)
     run, replaces = RunDirectory(request.out), request.overwrite or request.resume
     count = processes.count
-    if processes.first:  # only it writes
+    if processes.first:  # only rank 0 writes
         for path in (run.out, run.best):
             check_out(path, replaces)
         if run.checkpoints() and not replaces:
@@ -122,7 +124,7 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
 
 
 def check_paths_disjoint(request: RunRequest, others: Iterable[tuple[str, Path]] = ()) -> None:
-    """Raise if a path that the run writes is, contains or lies in one that it reads."""
+    """Raises if a path that the run writes contains a path that it reads, or lies in one."""
     run = RunDirectory(request.out)
     inputs = [*(("--over", path) for path in request.over), *others]
     if request.init_adapter:
@@ -152,7 +154,7 @@ def open_adapters(request: RunRequest) -> list[SavedAdapter]:
 
 
 def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_PROCESS) -> Setup:
-    """Check the request, choose device and dtype, and tokenize the rows."""
+    """Checks the request, chooses device and dtype, and tokenizes the rows."""
     spec = check_request(request, console, processes)
     saved = open_adapters(request) if request.over or request.init_adapter else []
     objective = objective_of(request, saved)
@@ -200,7 +202,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_
 
 
 def check_processes_agree(setup: Setup) -> None:
-    """Raise, in all processes, unless they have the same code, files, rows, recipe and device."""
+    """Raises, in all processes, unless they have the same code, files, rows, recipe and device."""
     request, processes = setup.request, setup.layout.processes
     recipe = request.recipe.model_dump(mode="json")
     own_inputs = {
@@ -232,8 +234,8 @@ def check_processes_agree(setup: Setup) -> None:
 def load_adapted_model(
     setup: Setup, console: Console
 ) -> tuple[PreTrainedModel, Adapter, Weights | None]:
-    """(model, adapter, the base's original weights). Prints the memory estimate before it loads the
-    model; the adapter is new, or `init_adapter`.
+    """The model, the adapter (new, or `init_adapter`), and the base's original weights or None.
+    Prints the memory estimate before it loads the model.
     """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     over_adapters, objective = setup.saved[: len(request.over)], setup.objective
@@ -282,7 +284,9 @@ def load_adapted_model(
 
 
 def largest_memory_setting(setup: Setup) -> MemorySetting:
-    """The run's largest micro-batch, for a memory estimate before anything is loaded."""
+    """The setting of the run's largest micro-batch, for a memory estimate before anything is
+    loaded.
+    """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     init_adapter = setup.saved[-1] if request.init_adapter else None
     options = init_adapter.attach_options if init_adapter else partial(extra_attach_options, setup)
@@ -298,7 +302,7 @@ def largest_memory_setting(setup: Setup) -> MemorySetting:
 
 
 def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
-    """Raise for a row with more tokens than the model has positions."""
+    """Raises if a row has more tokens than the model has positions."""
     known = (e for rows in islice(setup.feed.after(0), setup.feed.num_previewed) for e in rows)
     held_out = setup.held_out.examples if setup.held_out else ()
     longest = max(
@@ -315,8 +319,8 @@ def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
 
 
 def extra_attach_options(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `attach` for modules trained in addition to the method: biases, full modules,
-    and embeddings of tokens.
+    """The arguments of `attach` for parameters that are trained in addition to the method: biases,
+    full modules, and token embeddings.
     """
     recipe, added = setup.request.recipe, setup.added_tokens
     needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)

@@ -3,7 +3,7 @@
 
     OUTPUT_DIR/checkpoint-N/adapter/         the adapter in PEFT's format
     OUTPUT_DIR/checkpoint-N/adapter-state/   every tensor of the adapter as it is in memory
-    OUTPUT_DIR/checkpoint-N/...              Trainer's own: optimizer, schedule, random numbers
+    OUTPUT_DIR/checkpoint-N/...              Trainer's files: optimizer, schedule, random numbers
     OUTPUT_DIR/adapter/                      the adapter at the end
 
 The adapter's directories are written atomically, with a manifest that is checked on resume.
@@ -50,10 +50,10 @@ class AdapterCallback(TrainerCallback):
     Trainer itself saves the optimizer, learning rates, random numbers and the position in the data.
     With `load_best_model_at_end`, the adapter of the best checkpoint is written at the end.
 
-    Checkpoints usually leave the base out. However, Trainer writes it into them if the model is not
-    a `PreTrainedModel`, or with `save_strategy="best"`, which decides too late.
-    `trainer.save_model()` writes the base without the adapter. Trainer only accepts a quantized
-    base with PEFT's adapters.
+    Checkpoints usually do not contain the base. However, Trainer writes it into them if the model
+    is not a `PreTrainedModel`, or with `save_strategy="best"`, because Trainer then decides to save
+    after the callbacks ran. `trainer.save_model()` writes the base without the adapter. Trainer
+    only accepts a quantized base with PEFT's adapters.
 
     Args:
         adapter: the adapter from `attach` or `load`, on the trainer's model.
@@ -65,10 +65,10 @@ class AdapterCallback(TrainerCallback):
             `lorafold.reference`.
 
     Every method raises LorafoldError if the adapter is not on the trainer's model, if TRL's
-    reference lacks the adapters below this one, if other parameters are trained as well (they would
+    reference lacks the adapters below this one, if other parameters are also trained (they would
     not be saved), if the method needs more than a trainer's steps (a selection before the first
-    step, rank pruning, a penalty, training of the base), and if the checkpoint to resume has no
-    adapter, a damaged one or another one.
+    step, rank pruning, a penalty, training of the base), or if the checkpoint to resume has no
+    adapter, a damaged adapter or another one.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class AdapterCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the adapter before the trainer writes its files and removes older checkpoints."""
+        """Writes the adapter before the trainer writes its files and removes older checkpoints."""
         if control.should_save:
             # only for as long as needed, because an evaluation may be interrupted
             self._exclude_base(not control.should_evaluate)
@@ -214,7 +214,7 @@ class AdapterCallback(TrainerCallback):
         return path
 
     def _restore(self, checkpoint: Path) -> None:
-        """Load a checkpoint's tensors in place, because the optimizer refers to them."""
+        """Loads a checkpoint's tensors in place, because the optimizer refers to them."""
         for part in (ADAPTER, STATE):
             if problems := verify(checkpoint / part):
                 complete = self.last_checkpoint(checkpoint.parent)
@@ -245,7 +245,7 @@ class AdapterCallback(TrainerCallback):
 
 
 def _check_no_hooks(adapter: Adapter) -> None:
-    """Raise for a method with hooks that only lorafold's own loop calls."""
+    """Raises if the method has hooks that only lorafold's own loop calls."""
     spec, name = adapter.spec, type(adapter.spec).__name__
     if spec.trains_base:
         raise LorafoldError(
@@ -276,7 +276,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def check_reference(adapter: Adapter, args: Any) -> None:
-    """Raise if TRL's reference lacks adapters; log a warning if it loads the base a second time.
+    """Raises if TRL's reference lacks adapters; logs a warning if it loads the base a second time.
 
         DPOTrainer(model, lf.reference(model), ...)     the model with the adapters below
         DPOTrainer(model, ...)                          a second model, by its name: only the base
@@ -301,9 +301,9 @@ def check_reference(adapter: Adapter, args: Any) -> None:
 
 
 class BaseWeightsExcluder:
-    """While excluded, `save_pretrained` leaves out the model's own weights (all are listed in
-    `_keys_to_ignore_on_save`). Until `end`, a state without tensors can be loaded without a
-    warning, because on resume Trainer loads a `model.safetensors`, which is empty.
+    """Makes `save_pretrained` omit the model's own weights while they are excluded, by listing them
+    in `_keys_to_ignore_on_save`. Until `end`, a state dict without tensors can be loaded without a
+    warning, because on resume Trainer loads the empty `model.safetensors`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -327,7 +327,9 @@ class BaseWeightsExcluder:
 
 
 def write_empty_weights(checkpoint: Path) -> None:
-    """Write a `model.safetensors` without tensors, unless there is one."""
+    """Writes a `model.safetensors` without tensors, which Trainer loads on resume, unless the file
+    exists.
+    """
     path, partial = checkpoint / SINGLE_FILE, checkpoint / f".{SINGLE_FILE}.partial"
     if not path.exists():
         save_file({}, partial, metadata={"format": "pt"})

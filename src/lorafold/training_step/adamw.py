@@ -1,10 +1,12 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with fp32 or 8-bit moments, and with
 stochastic rounding of 16-bit parameters.
 
-    adamw             fp32 moments, 8 bytes per parameter: torch's, or `RoundedAdamW` for 16 bits
-    adamw8bit         bitsandbytes: 8-bit moments, an fp32 scale for every 256 of them, 2.03 bytes
-                      per parameter (tensors under 4,096 elements: fp32)
-    paged-adamw8bit   the same in paged memory (tensors from 100,000 elements)
+    adamw             fp32 moments, 8 bytes per parameter: torch's AdamW, or `RoundedAdamW` for
+                      16-bit parameters
+    adamw8bit         bitsandbytes: 8-bit moments with an fp32 scale per block of 256, 2.03 bytes
+                      per parameter (fp32 moments for tensors under 4,096 elements)
+    paged-adamw8bit   adamw8bit with moments in paged memory (for tensors of 100,000 or more
+                      elements)
 
 Dettmers et al. 2022, arXiv 2110.02861 (8 bits); Dettmers et al. 2023, arXiv 2305.14314, sec. 3
 (paging).
@@ -31,14 +33,14 @@ from lorafold.training_step.optim import parameters
 
 PAGED = "paged-adamw8bit"
 MIN_8BIT_SIZE = 4096  # bitsandbytes stores the moments of smaller tensors in fp32
-# fp32 moments may take a third of the free memory: gradients take half as much, and the other half
-# is left for activations
+# fp32 moments may take a third of the free memory: gradients take another sixth, and half of the
+# memory is left for activations
 MEMORY_SHARE = 3
 DEVICES = {"cpu": "the CPU", "mps": "MPS"}
 
 
 class OptimizerChoice(NamedTuple):
-    """The name of an optimizer and the reason for the choice (empty: set in the recipe)."""
+    """An optimizer's name, and the reason for choosing it (empty if the recipe names it)."""
 
     name: str
     why: str
@@ -58,8 +60,8 @@ def choose_optimizer(
     name: str, before: str, groups: list[dict], where: torch.device, processes: Processes,
     parts: int = 1,
 ) -> OptimizerChoice:  # fmt: skip
-    """Choose the optimizer of a run, its state divided into `parts`; a resumed `auto` run keeps its
-    own.
+    """Chooses a run's optimizer. `auto` depends on free memory, so a resumed run keeps its
+    optimizer. `parts` is the number of processes over which the optimizer's state is sharded.
     """
     device, trained = where.type, parameters(groups)
     if name != "auto":
@@ -69,7 +71,7 @@ def choose_optimizer(
     elif any(p.itemsize == 2 for p in trained):
         choice = OptimizerChoice("adamw", "16-bit weights are trained")
     else:
-        # the smallest free memory decides, so that all processes choose the same
+        # the smallest free memory decides, so that all processes choose the same optimizer
         free = min(processes.gather(free_bytes(where)))
         choice = choose_adamw(sum(p.numel() for p in trained) // parts, device, free)
     if choice.name == PAGED and device != "cuda":
@@ -87,13 +89,15 @@ def make_optimizer(name: str, groups: list[dict], recipe: Any) -> Optimizer:
             return RoundedAdamW(groups, seed=recipe.seed, **options)
         return AdamW(groups, **options)
     optim = bitsandbytes_optimizers(name)
-    # on other devices bitsandbytes would warn, and not page either
+    # on other devices, bitsandbytes warns and does not page
     paged = name == PAGED and all(p.is_cuda for p in trained)
     return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **options)
 
 
 def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
-    """Raise if an 8-bit optimizer would train 16-bit parameters."""
+    """Rejects 8-bit optimizers for 16-bit parameters, because rounding to nearest loses small
+    updates.
+    """
     narrow = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
     if name not in ("auto", "adamw") and narrow:
         raise LorafoldError(
@@ -113,7 +117,6 @@ def bitsandbytes_optimizers(name: str) -> Any:
 
 
 def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
-    """A line with the optimizer, its state's dtype and size, and the reason for the choice."""
     trained, is_8bit = parameters(groups), choice.name != "adamw"
     is_small = is_8bit and all(p.numel() < MIN_8BIT_SIZE for p in trained)
     size = f"no tensor has {MIN_8BIT_SIZE:,} elements" * is_small
@@ -128,24 +131,24 @@ def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts
 
 
 def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
-    """The bytes of AdamW's two moments, for parameters of any shapes."""
+    """The size in bytes of AdamW's two moments, for parameters of any shapes."""
     sizes = [p.numel() for p in parameters]
     whole = name == "adamw"
     return sum(8 * n if whole or n < MIN_8BIT_SIZE else 2 * n + 8 * ceil(n / 256) for n in sizes)
 
 
-MOMENTS = "exp_avg", "exp_avg_sq"  # torch's names
+MOMENTS = "exp_avg", "exp_avg_sq"  # the keys in torch's optimizer state
 # elements updated at a time, about 20 bytes each: on the CPU they fit into a core's cache
 CHUNKS = {"cpu": 1 << 16}
 CHUNK = 1 << 22
 
 
 class RoundedAdamW(Optimizer):
-    """AdamW that computes updates of 16-bit parameters in fp32 and rounds them with
-    `core.rounding.turn_rounded`: at a learning rate of 1e-5 nearly every update of a bf16 weight is
-    below half a unit in the last place and would be lost. Options and state are named as in torch's
-    AdamW. The random numbers depend only on `seed`, the parameter's index and the step, so a
-    checkpoint stores no random state.
+    """AdamW for 16-bit parameters, which computes updates in fp32 and rounds the parameters
+    stochastically with `core.rounding.turn_rounded`. At a learning rate of 1e-5, nearly every
+    update of a bf16 weight is below half a unit in the last place, so rounding to nearest would
+    lose it. Options and state have the same names as in torch's AdamW. The random numbers depend
+    only on `seed`, the parameter's index and the step, so checkpoints contain no random state.
     """
 
     def __init__(
@@ -179,8 +182,8 @@ class RoundedAdamW(Optimizer):
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         state, narrow = self.state[p], p.itemsize == 2
         if not state:
-            # for 16-bit parameters the number of steps is read, so it is on the CPU, and moments
-            # are contiguous like the chunks
+            # for 16-bit parameters, Python reads the step count, so it stays on the CPU; their
+            # moments are contiguous, like the chunks
             on_device = group["fused"] and not narrow
             state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
             for name in MOMENTS:
@@ -189,9 +192,8 @@ class RoundedAdamW(Optimizer):
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer; moments keep their dtypes."""
         super().load_state_dict(state_dict)
-        # torch has cast the moments to the dtype of their parameter
+        # torch has cast the fp32 moments to the dtype of their parameter, so copy them again
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         for p, key in zip(parameters(self.param_groups), keys, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
@@ -199,7 +201,9 @@ class RoundedAdamW(Optimizer):
 
 
 def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:
-    """Update (parameter, gradient, moment, moment, steps) tuples in place, like torch."""
+    """Runs torch's AdamW in place on tuples (parameter, gradient, first moment, second moment, step
+    count).
+    """
     if not parts:
         return
     params, grads, first, second, steps = map(list, zip(*parts, strict=True))
@@ -212,7 +216,7 @@ def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:
 
 
 def _update(group: dict[str, Any], number: int, parts: tuple[Tensor, ...]) -> None:
-    """Update one such tuple of a 16-bit parameter in chunks along its first axis."""
+    """Updates a 16-bit parameter in chunks along its first axis."""
     p, g, m, v, step = parts
     generator = generator_of(group["seed"], str(number), p.device)
     tensors = [torch.atleast_1d(t) for t in (p, g, m, v)]

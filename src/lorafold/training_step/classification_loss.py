@@ -1,4 +1,4 @@
-"""The cross entropy of sequence classification, from the logits at the last token of a text."""
+"""The cross-entropy loss of sequence classification, from the logits at each text's last token."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lorafold.training_step.shared_prefixes import PrefixSupport, document_layou
 
 
 class Classification(PrefixSharingLoss):
-    """The cross entropy of the class, in nats, for a model with `.logits` (B, classes)."""
+    """The cross entropy of each text's class, in nats, for a model with `.logits` (B, classes)."""
 
-    # A text has only one label, so gradients are noisy: at LoRA+'s full rate the last hidden states
-    # of all texts become the same before the classes are learned.
+    # A text has only one label, so gradients are noisy: at LoRA+'s full learning rate, the last
+    # hidden states of all texts become equal before the model learns the classes.
     pace_up = 2 / 15
 
     def __init__(self, model: nn.Module, pad_id: int, support: PrefixSupport | None = None) -> None:
@@ -32,14 +32,14 @@ class Classification(PrefixSharingLoss):
     def collate(
         self, examples: Sequence[LabelledExample], device: torch.device
     ) -> dict[str, Tensor]:
-        """labels (n,) and input_ids, attention_mask (n, T), padded at the right; or, with shared
-        prefixes, input_ids, position_ids, document (1, T), lens, and `ends` (n,), the last token of
-        each text.
+        """Returns labels (n,), and right-padded input_ids and attention_mask (n, T). If prefixes
+        are shared, the inputs are input_ids, position_ids and document (1, T), lens (n, 2), and
+        `ends` (n,), the index of each text's last token.
         """
         if self.shares_prefixes(examples):
             tree, ends = prefix_forest(examples), []
             for e, place in zip(examples, tree.places, strict=True):
-                # like transformers, at the last token that is not padding
+                # transformers classifies at the last token that is not padding
                 texts = (i for i, token in enumerate(e.ids) if token != self.pad_id)
                 ends.append(int(place[max(texts, default=0)]))
             names, tensors = ("input_ids", "position_ids", "document", "lens"), tree.tensors()

@@ -1,4 +1,6 @@
-"""Data parallelism with replicated tensors (DDP); for sharded ones, `sharded_data_parallel.py`."""
+"""Data parallelism with replicated tensors (DDP); `sharded_data_parallel.py` has the sharded
+variant.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +18,25 @@ from lorafold.runtime.processes import Processes
 
 
 class Replicated:
-    """Each process holds all tensors; until gradients are summed, each has only the gradients of
-    its share of the batch.
+    """Data parallelism in which each process holds all tensors. Each has only the gradients of its
+    share of the batch, until `add_gradients` sums them.
     """
 
-    is_sharded = False  # whether all processes must run each pass together
-    # contexts in which an optimizer updates the parameters, in all processes;
+    is_sharded = False  # whether all processes must run each forward and backward pass together
+    # the context of an optimizer step, which all processes enter
     updating: Callable[[], AbstractContextManager[Any]] = nullcontext
-    # a model is loaded for a device, and this process keeps its share;
+    # the context in which a model is loaded for a device; this process keeps its shards
     loading: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext
-    # operations see full tensors, in all processes at once;
+    # the context in which operations see full tensors; all processes must run the same operations
     gathering: Callable[[], AbstractContextManager[Any]] = nullcontext
-    # each process works on its own tensors, without the others.
+    # the context in which a process uses the tensors that it holds, without the other processes
     uncoordinated: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
 
     def owns(self, p: nn.Parameter) -> bool:
-        """Whether this process has the parameter (any shape)."""
+        """Whether this process holds the parameter (any shape)."""
         return True
 
     def updates(self, p: nn.Parameter) -> bool:
@@ -42,7 +44,7 @@ class Replicated:
         return True
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients over processes. A parameter without a gradient in any process keeps
+        """Sums the gradients over processes. A parameter without a gradient in any process gets
         none.
         """
         if self.processes.count == 1:
@@ -55,16 +57,15 @@ class Replicated:
         self.processes.add([p.grad for p in used if p.grad is not None])
 
     def nonzero_gradients(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
-        """The parameters that have a gradient, and whether any of its elements is nonzero."""
         return {p: bool(p.grad.any()) for p in parameters if p.grad is not None}
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The norm () of all gradients, the same in all processes."""
+        """The L2 norm () of all gradients, the same in all processes."""
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
-        """The tensors of a state, of any shapes, for rank 0 to write; all processes must get each
-        in turn.
+        """The tensors (any shapes) of a state dict, for rank 0 to write. All processes must call
+        `get` on each tensor, in the same order, because rank 0 may receive them from others.
         """
         return {
             name: PendingTensor(tuple(t.shape), t.dtype, t.detach)
@@ -74,8 +75,8 @@ class Replicated:
     def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
     ) -> Path:
-        """`files.cache.cache_entry` for results that all processes compute together."""
+        """Calls `files.cache.cache_entry` for a result that all processes compute together."""
         return cache_entry(kind, key, write, notice)
 
     def gather_to_first(self) -> None:
-        """Gather all tensors in rank 0, which writes them."""
+        """Gathers all tensors in rank 0, which writes them to files."""

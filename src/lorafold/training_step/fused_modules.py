@@ -1,5 +1,5 @@
-"""Replaces norms, rotary embeddings, gated MLPs and frozen linear layers by fused operations in
-training.
+"""Replaces norms, rotary embeddings, gated MLPs and frozen linear layers by fused operations
+during training.
 
 A module is replaced if it has the expected structure and gives the same output as the fused
 operation on random inputs. Modules with a delta or a trained weight keep their own code.
@@ -32,9 +32,9 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class FastPath:
-    """The coverage of `fused`: `fast` of `blocks` blocks (without encoders) are fully fused;
-    `plain` lists the unfused parts of the others; `in_torch` is the reason why lorafold's kernels
-    are not used, if any.
+    """The coverage of `fused`: `fast` of `blocks` transformer blocks (not counting those of vision
+    and audio encoders) are fully fused. `plain` lists the unfused parts of the others. `in_torch`
+    is the reason why PyTorch operators are used instead of lorafold's kernels, or empty.
     """
 
     fast: int
@@ -56,15 +56,15 @@ def fused(
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary,
     gate: Callable[[Tensor, Tensor, str], Tensor] = gated,
 ) -> Iterator[FastPath]:
-    """Context manager: fuses all modules that can be fused.
+    """Context manager that replaces all modules that can be fused, and yields the coverage.
 
     Args:
         linears: whether to fuse frozen linear layers and the head.
-        norm: the implementation of `lorafold.ops.elementwise.rms_norm` (..., d).
-        rotate: the implementation of `lorafold.ops.elementwise.rotary` (B, H, T, D).
-        gate: the implementation of `lorafold.ops.elementwise.gated` (..., k).
+        norm: a replacement for `lorafold.ops.elementwise.rms_norm`, on inputs (..., d).
+        rotate: a replacement for `lorafold.ops.elementwise.rotary`, on inputs (B, H, T, D).
+        gate: a replacement for `lorafold.ops.elementwise.gated`, on inputs (..., k).
     """
-    rotation = cache(partial(_fused_rotary, rotate))  # for each of transformers' functions
+    rotation = cache(partial(_fused_rotary, rotate))  # one result per function of transformers
     # the part's name, the replaced attribute, whether the module must be frozen and unadapted, and
     # a function that returns the fused form or None
     parts: tuple[tuple[str, str, bool, Callable[[nn.Module], Forward | None]], ...] = (
@@ -94,10 +94,10 @@ def fused(
                 plain = [m for block in blocks.values() for m in block if _is_plain(m)]
                 head: Any = getattr(model, "get_output_embeddings", lambda: None)()
                 adapted = head is None or isinstance(head, Adapted)
-                if not adapted and "forward" not in vars(head):  # trained or not
+                if not adapted and "forward" not in vars(head):  # whether it is trained or not
                     plain.append(head)
                 for module in filter(is_linear, plain):
-                    # computes in the fastest dtype of this processor, for any weight format
+                    # `called` uses the fastest dtype of this processor, for any weight format
                     layer = layer_of(module)
                     replace_attribute(stack, module, "forward", partial(layer.called, layer))
         counted = [*filter(beneath(anatomy.language_blocks), blocks)]
@@ -110,12 +110,12 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether the module is frozen and unadapted, and runs its class's forward on one input."""
     trained = any(p is not None and p.requires_grad for p in module._parameters.values())
     unchanged = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
-    # one input: some norms take a gate as well, which the fused norm does not
+    # one input, because some norms also take a gate, which the fused norm does not support
     return unchanged and len(inspect.signature(module.forward).parameters) == 1
 
 
 def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
-    """Whether both give the same outputs up to rounding; always true for fake tensors."""
+    """Whether the outputs are equal up to rounding; always true for fake tensors."""
     if is_fake(inputs[0]):
         return True
     outputs = (f(*inputs) for f in (forward, plain))
@@ -125,7 +125,8 @@ def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
 
 
 def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
-    """The fused forward of an RMS norm with gain `weight` or 1 + `weight`, or None."""
+    """The fused forward of an RMS norm with gain `weight` or 1 + `weight`; None for other modules.
+    """
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     alone = len(module._parameters) == 1 and weight is not None and weight.dim() == 1
@@ -145,7 +146,7 @@ def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
 
 
 def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
-    """The fused forward of down(act(gate(x)) * up(x)), or None."""
+    """The fused forward of an MLP down(act(gate(x)) * up(x)); None for other modules."""
     parts, names = dict(module.named_children()), ("gate_proj", "up_proj", "down_proj", "act_fn")
     if parts.keys() != {*names}:
         return None
@@ -159,7 +160,7 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
     def forward(x: Tensor) -> Tensor:
         return down(gating(gate(x), up(x), activation))
 
-    # a quantized MLP may have no floating-point parameter: its activations have 16 bits
+    # a quantized MLP may have no floating-point parameter; its activations are 16-bit
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)
     x = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0))
     x = x.to(next(module.parameters()).device, dtype)
@@ -167,7 +168,9 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
 
 
 def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
-    """The fused act(gate) * up of experts, the halves of u (S, 2 k), or None."""
+    """The fused act(gate) * up of an MoE experts module, in which gate and up are the halves of u
+    (S, 2 k); None for other modules.
+    """
     plain: Any = getattr(module, "_apply_gate", None)
     known_gate = plain is not None and plain.__func__.__name__ == "_default_apply_gate"
     if not known_gate or not expert_parameters(module):
@@ -185,7 +188,7 @@ def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
 
 
 def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -> Forward | None:
-    """A copy of the attention's forward that calls the fused rotation, or None."""
+    """A copy of an attention module's forward that calls the fused rotary embedding, or None."""
     if isinstance(module, Adapted) or "forward" in vars(module):
         return None
     own = inspect.unwrap(type(module).forward)  # without wrappers for deprecated arguments
@@ -199,8 +202,8 @@ def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -
 
 
 def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
-    """The fused rotation of queries and keys, (B, H, T, D) or (B, T, H, D), by the halves of D, or
-    None.
+    """The fused rotary embedding of queries and keys, (B, H, T, D) or (B, T, H, D); None if `plain`
+    does not rotate the two halves of D.
     """
     if [*inspect.signature(plain).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return None
@@ -214,7 +217,7 @@ def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     q = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
-    with suppress(RuntimeError):  # cos and sin have another size
+    with suppress(RuntimeError):  # `plain` expects another size of cos and sin
         if _agree(forward, plain, q[None], q[None], q + 1, q + 2):
             return forward
     return None

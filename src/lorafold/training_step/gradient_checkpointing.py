@@ -1,5 +1,5 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): the backward recomputes a block's
-activations, except the output of attention over long documents (`ops.attention`, LONG).
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): the backward pass recomputes each
+block's activations, except the attention output of long documents (`ops.attention.LONG`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from lorafold.ops.checkpoint_segments import save_outputs
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Turn gradient checkpointing on; gradients stay bit-identical, because random states are
-    replayed.
-    """
+    """Gradients stay bit-identical with checkpointing, because random states are replayed."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": save_outputs})
     except ValueError as error:
@@ -21,7 +19,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
             f"gradient_checkpointing: not supported by this model: {error}; set it to off"
         ) from None
     if any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules()):
-        # transformers makes the embeddings require gradients, because reentrant checkpointing needs
-        # them. Here they would only make the backward run through every frozen block below the
-        # lowest trained one.
+        # transformers makes the embeddings' outputs require gradients for reentrant checkpointing.
+        # Here, that would only run the backward pass through every frozen block before the first
+        # trained one.
         model.disable_input_require_grads()

@@ -3,9 +3,10 @@
     loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) the hidden states of the n labelled
                                               positions, f the model's head, y (n,)
 
-The model computes f (caps, scales): a hook catches the decoder's hidden states and passes only the
-last position on; then the model runs for each chunk, with the chunk as its decoder's output. A
-frozen linear head is computed directly if its logits agree with the model's.
+The model itself computes f, including soft caps and scales: a hook captures the decoder's hidden
+states and passes on only the last position; then the model runs once per chunk, with the chunk as
+its decoder's output. A frozen linear head is computed directly if its logits agree with the
+model's.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from lorafold.ops.host_tensors import on_host, rows_at, send
 
 
 class _HeadAgreement(NamedTuple):
-    """Whether a head's linear form agrees with the model, for one state of the head."""
+    """The result of comparing a head's linear form with the model, for one state of the head."""
 
     model: ref[Any]
     weight: ref[Tensor]
@@ -50,8 +51,8 @@ _head_agreements: WeakKeyDictionary[nn.Module, _HeadAgreement] = WeakKeyDictiona
 
 
 def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
-    """The head's linear form if it is frozen and gives the model's `logits` for h (1, d), else
-    None.
+    """The head's linear form, if the head is frozen and the form gives the model's `logits` for h
+    (1, d); otherwise None.
     """
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     plain = type(layer) is nn.Linear and isinstance(w := layer.weight, nn.Parameter)
@@ -64,7 +65,7 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
     with torch.no_grad():
         if is_fake(h):
             return linear if logits.shape == linear.logits(h).shape else None
-        # cached, because reading the result waits for the device
+        # cached, because reading the result synchronizes with the device
         key, known = (w._version, linear.scale, linear.cap), _head_agreements.get(layer)
         is_cached = known is not None and known.model() is model and known.weight() is w
         if known is None or not is_cached or known.key != key:
@@ -82,12 +83,15 @@ def labelled_loss(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """The loss in nats summed over the labelled positions of labels (B, T), targets or -100, and
-    their number n. `counts` (B, T) weights positions; `rows` (B, T) is the number of rows with
-    each, for the load-balancing loss, which is added times n.
+    """Returns the next-token loss in nats, summed over the n labelled positions of labels (B, T),
+    and n. The label of all other positions is -100.
 
-    Differentiable once: each chunk's gradients are computed with its logits. For DDP or FSDP, wrap
-    a module whose forward calls this function.
+    With `counts` (B, T), positions are weighted, and n is the sum of the weights. `rows` (B, T) is
+    the number of rows that share each position; it weights tokens in the load-balancing loss, which
+    is multiplied by n and added.
+
+    The forward pass computes each chunk's gradients with its logits, so there is no second
+    derivative. For DDP or FSDP, wrap a module whose forward calls this function.
     """
     h, targets, linear, output = run_decoder(model, labels, inputs)
     if linear is not None:
@@ -108,8 +112,9 @@ def labelled_loss(
 def token_losses(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], own: bool = False
 ) -> Tensor:
-    """The loss in nats of each labelled position, (n,); differentiable once. A trained or adapted
-    head is recomputed in the backward, under the adapters active then.
+    """The next-token loss in nats of each labelled position, (n,), without second derivatives. The
+    backward pass recomputes the logits of a trained or adapted head, so the same adapters must be
+    active. `own` makes logits bit-identical to those of sampling.
     """
     h, targets, linear, _ = run_decoder(model, labels, inputs)
     if linear is not None and not own:
@@ -120,8 +125,8 @@ def token_losses(
 def document_losses(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
-    """The summed `token_losses` and labelled positions of each document, (n,) each. document (B,
-    T).
+    """The sum of `token_losses` and the number of labelled positions of each of n documents, (n,)
+    each. document (B, T) is the document index of each position; negative ones do not count.
     """
     if is_fake(labels):
         losses, of = token_losses(model, labels, inputs), document.flatten()
@@ -138,8 +143,8 @@ def document_losses(
 def run_decoder(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
-    """The hidden states (n, d) and targets (n,) at labelled positions, the head's linear form if
-    any, and the model's output.
+    """The hidden states (n, d) and targets (n,) at labelled positions, the head's linear form or
+    None, and the model's output.
     """
     captured: list[Tensor] = []
 
@@ -154,7 +159,7 @@ def run_decoder(
         output = model(**inputs, use_cache=False)
     h, last, *_ = captured
     h = h[:, -labels.shape[1] :].flatten(0, 1)
-    if is_fake(labels):  # without values, all positions count as labelled
+    if is_fake(labels):  # fake tensors have no values, so all positions count as labelled
         targets = labels.flatten()
     else:
         targets = on_host(labels).flatten()
@@ -169,8 +174,7 @@ def at_labels(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _chunks(h: Tensor) -> list[slice]:
-    """The chunks of positions whose logits exist at a time; for fake tensors, enough to find the
-    peak.
+    """The chunks of positions; for fake tensors only the last three, which contain the memory peak.
     """
     return chunks(len(h))[-3:] if is_fake(h) else chunks(len(h))
 
@@ -203,13 +207,13 @@ class _DecoderOutput:
 
 @contextmanager
 def _decoder_bypassed(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yield f: hidden states (n, d) -> logits (n, V), exactly as the model computes them."""
+    """Yields f: hidden states (n, d) -> logits (n, V), computed by the model itself."""
     hidden_states: list[Tensor] = []
     decoder = _decoder(model)
 
     def forward(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> _DecoderOutput:
         h = hidden_states.pop()
-        # a model with soft prompts before its input may cut as many positions from its output
+        # a model with soft prompts may remove as many positions from its output
         prompts = 0 if inputs_embeds is None else inputs_embeds.shape[1] - len(h)
         return _DecoderOutput(F.pad(h, (0, 0, prompts, 0))[None])
 
@@ -223,7 +227,7 @@ def _decoder_bypassed(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def head_logits(model: Any, h: Tensor, least: int = 0) -> Tensor:
-    """The logits (n, V) of hidden states h (n, d), computed with at least `least` rows."""
+    """The logits (n, V) of hidden states h (n, d), padded to at least `least` rows."""
     with _decoder_bypassed(model) as head:
         return head(F.pad(h, (0, 0, 0, max(0, least - len(h)))))[: len(h)]
 
@@ -243,18 +247,19 @@ def _leaves(y: Tensor) -> list[Tensor]:
 
 
 def has_balancing_loss(model: Any) -> bool:
-    """Whether the model adds a load-balancing loss."""
     config = getattr(model, "config", None)
     return config is not None and getattr(config.get_text_config(), "output_router_logits", False)
 
 
 def weights_balancing(model: Any) -> bool:
-    """Whether the load-balancing loss can weight tokens: transformers' function for it exists."""
+    """Whether transformers has a function for the load-balancing loss that can weight tokens."""
     return _balancing_function(model) is not None and hasattr(model, "num_experts_per_tok")
 
 
 def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tensor | float:
-    """The load-balancing loss () times its coefficient; 0 if the model has none. rows (B, T)."""
+    """The load-balancing loss () times its coefficient, or 0 if the model has none. rows (B, T)
+    weights the tokens.
+    """
     if not has_balancing_loss(model):
         return 0.0
     config = model.config.get_text_config()

@@ -1,4 +1,4 @@
-"""Losses as modules, which return the sum over a micro-batch."""
+"""Loss modules, which return the loss summed over a micro-batch."""
 
 from __future__ import annotations
 
@@ -30,15 +30,14 @@ from lorafold.training_step.shared_prefixes import PrefixSupport, document_layou
 
 
 class Loss(nn.Module, ABC):
-    """Abstract: a loss that is summed, not averaged, so that micro-batches add up to the batch
-    exactly.
+    """Base class of losses, which are sums instead of means, so that micro-batches add up exactly.
 
-    `pace` is a factor on a method's learning rates, `pace_up` on its up factors'; `counts` are
-    saved.
+    `pace` multiplies a method's learning rates, and `pace_up` the learning rates of its up factors
+    (LoRA+). `counts` are saved in checkpoints.
     """
 
     pace = 1.0
-    pace_up: float | None = None  # pace
+    pace_up: float | None = None  # None: `pace`
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -54,45 +53,51 @@ class Loss(nn.Module, ABC):
         """The weight of the example in the mean loss: its tokens, or 1 for a text."""
 
     def learns(self, example: Any) -> bool:
-        """Whether the example's loss has a gradient; without one it only counts in the mean."""
+        """Whether the example's loss has a gradient; an example without one only counts in the
+        mean.
+        """
         return True
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
-        """Divide the indices of a step's examples into n micro-batches, or more, of at most
-        `tokens` if packed.
+        """Divides the indices of a step's examples into n micro-batches, or more if packed
+        micro-batches would exceed `tokens` tokens.
         """
         return micro_batches(range(len(examples)), n)
 
     def computed(self, examples: Sequence[Any]) -> int:
-        """The tokens that are computed for a micro-batch, without padding."""
+        """The number of tokens in the forward pass of a micro-batch, without padding."""
         return sum(len(e.ids) for e in examples)
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
-        """The arguments of `forward` on the device: each (B, T), or labels (B,) to classify."""
+        """The arguments of `forward`, on the device: (B, T) each, with labels (B,) for
+        classification.
+        """
 
     def of_step(
         self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
     ) -> dict[str, Tensor]:
-        """Arguments of `forward` shared by a step's micro-batches: sums over its examples, (k,),
-        additive over processes, which all make `passes(n)` passes (of `idle` if necessary).
+        """The arguments of `forward` that all micro-batches of a step share: sums (k,) over the
+        step's examples, which the caller adds over processes. A process that needs n forward passes
+        must run `passes(n)`, the additional ones on the examples `idle`.
         """
         return {}
 
     def figures(self, processes: Processes = SINGLE_PROCESS) -> Mapping[str, float]:
-        """Metrics of the last step besides the loss, over all processes; called once per step."""
+        """The last step's metrics over all processes, without the loss; called once per step."""
         return {}
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
-        """For each token of each example, a row index (t,): its own row's, or within a shared
-        prefix that of the first row with this prefix.
+        """The row index (t,) that identifies each token of each example: the example's own row or,
+        in a shared prefix, the first row with this prefix.
         """
         return [np.full(1, row) for row in range(len(examples))]
 
     def names(
         self, examples: Sequence[Any], rows: Sequence[Array], inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """The names (B, T) of the tokens of a micro-batch, which dropout depends on."""
+        """Integers (B, T) that identify the tokens of a micro-batch; dropout masks depend on them.
+        """
         ids, position_ids = inputs["input_ids"], inputs.get("position_ids")
         if position_ids is None:
             document = torch.arange(len(ids))[:, None]
@@ -109,14 +114,15 @@ class Loss(nn.Module, ABC):
 
 
 def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor:
-    """The rows (B, T) that name the tokens. document, positions (B, T)."""
+    """The row index (B, T) of each token, from `Loss.rows_of`. document and positions are (B, T).
+    """
     longest = max(map(len, rows))
     table = np.stack([np.pad(row, (0, longest - len(row)), "edge") for row in rows])
     return torch.from_numpy(table)[document, positions.clamp(max=longest - 1)]
 
 
 class PrefixSharingLoss(Loss):
-    """Abstract: a loss that computes shared prefixes once if it saves tokens."""
+    """Base class of losses that compute shared prefixes once if that saves tokens."""
 
     def __init__(
         self, model: nn.Module, packed: bool, pad_id: int, support: PrefixSupport | None = None
@@ -128,7 +134,7 @@ class PrefixSharingLoss(Loss):
         self.support = support if shares else None
 
     def shares_prefixes(self, examples: Sequence[Any]) -> bool:
-        """Whether shared prefixes of these rows are computed once."""
+        """Whether the shared prefixes of these examples are computed once."""
         lengths, support = [len(e.ids) for e in examples], self.support
         if support is None or not support.shares or max(lengths) > (support.max_tokens or inf):
             return False
@@ -151,7 +157,9 @@ class PrefixSharingLoss(Loss):
 
 
 class CompletionLoss(PrefixSharingLoss):
-    """The next-token loss at labelled positions, in nats; on packed or padded sequences."""
+    """The next-token loss in nats, summed over the labelled positions of packed or padded
+    sequences.
+    """
 
     def count(self, example: Example) -> int:
         return num_targets(example)
@@ -184,7 +192,7 @@ class CompletionLoss(PrefixSharingLoss):
             inputs.pop(name, None)
         with document_layout(self.support, lens, labels.device):
             losses = token_losses(self.model, labels, inputs)
-        place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # index among the labelled tokens
+        place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # the index among labelled tokens
         trained = prefix_forest(examples).trained
         return torch.stack([losses[place[torch.from_numpy(of)]].sum() for of in trained])
 
@@ -192,7 +200,7 @@ class CompletionLoss(PrefixSharingLoss):
 def similar_lengths(
     rows: Iterable[int], length: Callable[[int], int], tokens: int
 ) -> list[list[int]]:
-    """Batches of rows of similar length, each of at most `tokens` tokens with padding."""
+    """Batches of rows of similar length, each of at most `tokens` tokens including padding."""
     batches: list[list[int]] = []
     for i in sorted(rows, key=length):
         if not batches or (len(batches[-1]) + 1) * length(i) > tokens:
@@ -202,7 +210,7 @@ def similar_lengths(
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
-    """The next-token loss (), for fake tensors. inputs (1, T) or (B, T)."""
+    """The next-token loss () of `labelled` positions, for fake tensors. inputs (1, T) or (B, T)."""
     ids = inputs["input_ids"]
     labels = ids.new_zeros((len(ids), ceil(labelled / len(ids))))
     return labelled_loss(model, labels, inputs)[0]

@@ -28,9 +28,10 @@ def param_groups(
     decay_vectors: bool = True,
     lr_whole: float | None = None,
 ) -> list[dict]:
-    """Parameter groups: up factors, fully trained modules if they have their own rate, and all
-    others, each with and without weight decay. Weights that act by their size, such as norm gains,
-    IA3's l and DoRA's magnitude, must not decay to 0.
+    """The parameter groups of up factors, of fully trained modules (if they have their own learning
+    rate), and of all others, each with and without weight decay. `decay_vectors=False` exempts
+    weights that act by their magnitude, such as norm gains, IA3's l and DoRA's magnitude: they must
+    not decay to 0.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {
         (kind, decays): {"params": list[nn.Parameter](), "lr": rate, "peak": rate, "of": kind}
@@ -62,8 +63,8 @@ def matrices_in(delta: nn.Module) -> set[nn.Parameter]:
 
 
 def sum_in_fp32(model: nn.Module) -> None:
-    """Accumulate the gradients of trained 16-bit embeddings in fp32, to avoid errors of several
-    units.
+    """Accumulates the gradients of trained 16-bit embeddings in fp32, because 16-bit sums are wrong
+    by several units in the last place.
     """
     for module in model.modules():
         w = module._parameters.get("weight") if isinstance(module, nn.Embedding) else None
@@ -72,7 +73,7 @@ def sum_in_fp32(model: nn.Module) -> None:
 
 
 def rates(groups: list[dict], lr: float) -> str:
-    """A line with the peak learning rates: "learning rate: 2e-4; up factors (LoRA+) 3e-3"."""
+    """A log line with the peak learning rates: "learning rate: 2e-4; up factors (LoRA+) 3e-3"."""
     texts = dict[str, None]()
     for group in groups:
         digits, _, power = f"{group['peak']:e}".partition("e")
@@ -86,7 +87,7 @@ def warm_steps(recipe: Any, steps: int) -> int:
 
 
 def set_learning_rates(optimizer: Optimizer, recipe: Any, step: int, steps: int) -> None:
-    """Set each group's learning rate: linear warmup, then cosine or linear decay to zero, or
+    """Sets each group's learning rate: linear warmup, then cosine decay, linear decay, or a
     constant.
     """
     warm = warm_steps(recipe, steps)
@@ -98,8 +99,8 @@ def set_learning_rates(optimizer: Optimizer, recipe: Any, step: int, steps: int)
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as tensors of any shapes, by `<parameter's index>.<name>`."""
-    tensors: dict[int, tuple[str, Tensor]] = {}  # by the identity of the value
+    """The optimizer's state as tensors (any shapes) with keys `<parameter index>.<name>`."""
+    tensors: dict[int, tuple[str, Tensor]] = {}  # by id, to store shared values once
     for i, p in enumerate(parameters(optimizer.param_groups)):
         for name, value in optimizer.state.get(p, {}).items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
@@ -112,9 +113,9 @@ def restore_optimizer(
     tensors: dict[str, Tensor],
     updates: Callable[[nn.Parameter], bool] = lambda p: True,
 ) -> None:
-    """Restore `optimizer_tensors` (any shapes) to an optimizer that has made no step. A step with
-    zero gradients creates the state, into which the tensors are copied, because load_state_dict
-    would not preserve its dtypes and paged memory.
+    """Restores `optimizer_tensors` (any shapes) in an optimizer that has made no step. A step with
+    zero gradients creates the state, because load_state_dict would not preserve dtypes and paged
+    memory.
     """
     trained = parameters(optimizer.param_groups)
     others = {str(i) for i, p in enumerate(trained) if not updates(p)}
@@ -150,7 +151,7 @@ def parameters(groups: list[dict]) -> list[nn.Parameter]:
 
 
 def restore_rng(tensors: dict[str, Tensor]) -> None:
-    """Restore the states of torch's generators, each (bytes,), from a checkpoint."""
+    """Restores the states of torch's random generators, each (bytes,), from a checkpoint."""
     torch.set_rng_state(tensors["rng.cpu"])
     for i in range(torch.cuda.device_count()):
         if (state := tensors.get(f"rng.cuda.{i}")) is not None:

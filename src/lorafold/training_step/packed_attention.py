@@ -1,9 +1,9 @@
 """Attention over documents packed into one sequence, each attending only to itself.
 
 A packed batch has ids (1, T) and positions (1, T) that restart at 0 in each document. The mask
-function derives the documents from transformers' predicate (one begins at i if i can't attend to i
-- 1), on the host, and gives the attention function a `Documents` instead of a (T, T) mask. Anything
-else (padding, caches, sinks, position bias, dropout) uses general attention with a mask.
+function finds the documents on the host with transformers' mask predicate (a document begins at i
+if i can't attend to i - 1), and passes a `Documents` to the attention function instead of a (T, T)
+mask. Padding, caches, sinks, position bias and dropout need general attention with a mask.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ FIND, REMAP = "find_packed_sequence_indices", "remap_positions_for_packed_sequen
 
 @contextmanager
 def packed(model: PreTrainedModel) -> Iterator[bool]:
-    """Keep the model's attention inside documents and yield True; or leave the model unchanged and
-    yield False if its documents would influence each other.
+    """Restricts the model's attention to each packed document and yields True. If packed documents
+    would still influence each other, leaves the model unchanged and yields False.
     """
     if not isolates(model):
         yield False
@@ -53,8 +53,8 @@ def packed(model: PreTrainedModel) -> Iterator[bool]:
 
 
 def isolates(model: PreTrainedModel) -> bool:
-    """Whether a packed document has the same outputs as the document alone (tested with two
-    documents).
+    """Whether a document has the same outputs alone and packed with another document, tested with
+    two documents.
     """
     n, m = 11, 13
     first, other, second = random_ids(model, 2 * n + m).split([n, n, m])
@@ -66,7 +66,7 @@ def isolates(model: PreTrainedModel) -> bool:
                 together = packed_logits(model, torch.cat([first, second]), documents)
                 changed = packed_logits(model, torch.cat([other, second]), documents)
     except (AttributeError, TypeError, LorafoldError) as error:
-        # the decoder computes with its masks, or has no head that covers every position
+        # the decoder does arithmetic on its masks, or has no head that covers every position
         reason = f"{type(error).__name__}: {truncate(str(error), 200)}"
         log.warning("this model does not support packed rows (%s)", reason)
         return False
@@ -75,14 +75,14 @@ def isolates(model: PreTrainedModel) -> bool:
 
 
 def random_ids(model: PreTrainedModel, n: int) -> Tensor:
-    """n token ids, (n,), the same at each call, on the model's device."""
+    """n random token ids, (n,), the same at each call, on the model's device."""
     vocab = model.config.get_text_config().vocab_size
     return torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tensor:
-    """The logits (T, V), in fp32, of packed documents, ids (T,); for a model without output
-    embedding, the hidden states (T, d) that enter its head.
+    """The fp32 logits (T, V) of packed documents with token ids (T,). For a model without output
+    embeddings, these are the hidden states (T, d) that enter its head.
     """
     inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
     if model.get_output_embeddings() is None:
@@ -91,8 +91,8 @@ def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tenso
 
 
 def near(model: PreTrainedModel, logits: Tensor, expected: Tensor, units: int) -> bool:
-    """Whether logits (T, V) agree up to `units` of the dtype, by norm, because experts group the
-    tokens of all documents, which changes rounding.
+    """Whether logits (T, V) agree by norm, up to `units` of the dtype's epsilon. They are not
+    bit-identical, because MoE experts group the tokens of all documents.
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
     return bool((logits - expected).norm() <= allowed * expected.norm())
@@ -105,7 +105,6 @@ def attending(
     attention: Callable[..., Any] | None = None,
     name: str = NAME,
 ) -> Iterator[None]:
-    """Context: the model uses this attention function."""
     AttentionInterface.register(name, attention or attend)
     AttentionMaskInterface.register(name, mask)
     implementations = _implementations(model.config)
@@ -119,8 +118,9 @@ def attending(
 
 
 def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[str, Any]:
-    """The argument of set_attn_implementation, with `name` if given, without configurations that
-    have no implementation (MPT, DBRX): transformers can't reset those.
+    """The argument of set_attn_implementation: `name`, or the current implementations.
+    Configurations without an implementation (MPT, DBRX) are omitted, because transformers can't
+    reset them.
     """
     nested = {key: getattr(config, key) for key in config.sub_configs}
     return {"": name or config._attn_implementation} | {
@@ -138,8 +138,8 @@ def document_mask(
     attention_mask: Tensor | None = None,
     **protocol: Any,
 ) -> Documents | Tensor | None:
-    """A `Documents` for causal documents, else a boolean mask (B, 1, Tq, Tk); transformers' mask
-    interface.
+    """transformers' mask interface: returns a `Documents` for causal documents, otherwise a boolean
+    mask (B, 1, Tq, Tk).
     """
     # with a static cache, an offset is a tensor
     offsets = protocol.get("q_offset", 0), protocol.get("kv_offset", 0)
@@ -181,14 +181,14 @@ def attend(
     scaling: float | None = None,
     **protocol: Any,
 ) -> tuple[Tensor, None]:
-    """Attention output (B, Tq, H, Dv): transformers' attention interface. query, key, value (B, H,
-    Tq, D), (B, Hk, Tk, D), (B, Hk, Tk, Dv); attention_mask (B, 1, Tq, Tk).
+    """transformers' attention interface: returns the attention output (B, Tq, H, Dv). query is (B,
+    H, Tq, D), key (B, Hk, Tk, D), value (B, Hk, Tk, Dv) and attention_mask (B, 1, Tq, Tk).
     """
     softcap, s_aux, position_bias = map(protocol.get, ("softcap", "s_aux", "position_bias"))
     dropout = protocol.get("dropout", 0.0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):
-        # virtual tokens in front, which are only keys
+        # virtual tokens of prefix tuning precede the documents; they are only keys
         virtual = attention_mask.without_prefix is not None
         if not virtual and query.shape[2] != key.shape[2]:
             raise LorafoldError(
@@ -222,7 +222,7 @@ def attend(
 
 @dataclass
 class _HostValues:
-    """Values (B, T) known on the host, that can be indexed there and on a device."""
+    """Values (B, T) on the host that tensors on the host or the device can index."""
 
     here: Tensor
     device: torch.device
@@ -233,7 +233,9 @@ class _HostValues:
 
 
 class _HostDocumentSearch:
-    """Replaces transformers' functions that find documents, while any `with` block needs it."""
+    """Replaces transformers' functions that find packed documents by a search on the host, while
+    any `with` block needs it.
+    """
 
     def __init__(self) -> None:
         self.users, self.positions = 0, _HostValues(torch.empty(0), HOST)
@@ -244,7 +246,7 @@ class _HostDocumentSearch:
         }
 
     def use(self, more: int) -> None:
-        """Count a `with` block that begins (1) or ends (-1)."""
+        """Counts a `with` block that begins (1) or ends (-1)."""
         if not self.users:
             self.originals = {name: vars(masking_utils).get(name) for name in self.replacements}
         self.users += more

@@ -1,10 +1,10 @@
-"""The policy gradient algorithms. A token y_t of a sampled completion with reward r has
+"""Policy gradient algorithms. A token y_t of a sampled completion with reward r has
 
-    w_t = pi(y_t | y_<t) / pi_sampled(y_t | y_<t)      its ratio
+    w_t = pi(y_t | y_<t) / pi_sampled(y_t | y_<t)      the importance ratio
     A   = (r - baseline) / scale                       the advantage of its completion
     KL_t = e^d - d - 1,   d = log ref(y_t) - log pi(y_t)       k3, Schulman 2020
 
-The loss is per token, in nats; `average` selects how it is averaged.
+Losses are per token, in nats; `average` selects how they are averaged.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from torch import Tensor
 from lorafold.training_step.preference_algorithms import Positive, Weight, validated_dataclass
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Scale = Literal["group", "batch", "none"]  # advantages are divided by its standard deviation
+Scale = Literal["group", "batch", "none"]  # whose standard deviation divides advantages
 TINY = 1e-4  # added to a standard deviation, which may be 0
 
-# Token losses are averaged over the tokens of the step; over each completion, then completions;
-# summed over each completion, then averaged; the same, divided by the maximum completion length
+# tokens: the mean of the token losses of the step. The others are means over completions: of the
+# mean loss of a completion (per-sequence), of its summed loss (sums), and of its summed loss
+# divided by the maximum completion length (longest).
 Average = Literal["tokens", "per-sequence", "sums", "longest"]
 
 
 class SampledTokens(NamedTuple):
     """The n tokens of k completions: log-probabilities (n,) in nats under the policy, the sampling
-    policy and the reference, the advantage (n,), and the index (n,) of the completion.
+    policy and the reference policy, the advantage (n,), and the index (n,) of the token's
+    completion.
     """
 
     logps: Tensor
@@ -40,18 +42,18 @@ class SampledTokens(NamedTuple):
 
     @property
     def ratios(self) -> Tensor:
-        """w (n,)."""
+        """The importance ratios w, (n,)."""
         return (self.logps - self.sampled).exp()
 
     @property
     def kl(self) -> Tensor:
-        """KL (n,) to the reference, estimated from the sampled token."""
+        """The KL (n,) to the reference policy, estimated from each sampled token."""
         assert self.reference is not None
         d = self.reference - self.logps
         return d.exp() - d - 1
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of x (n,) over the completion of each token, (n,)."""
+        """For each token, the mean (n,) of x (n,) over its completion."""
         k = int(self.of.max()) + 1 if len(self.of) else 0
         sums = x.new_zeros(k).index_add(0, self.of, x)
         counts = x.new_zeros(k).index_add(0, self.of, torch.ones_like(x))
@@ -67,10 +69,10 @@ def deviation(x: Tensor) -> Tensor:
 
 @validated_dataclass
 class PolicyAlgorithm(ABC):
-    """Abstract: one policy gradient algorithm.
+    """Base class of policy gradient algorithms.
 
-    With beta > 0, w_t KL_t is added to the loss of each token. Because of the ratio, its gradient
-    is the KL's, even if the ratio is 1 (DeepSeek-V3.2 2025, arXiv 2512.02556, eq. 7).
+    With beta > 0, beta w_t KL_t is added to the loss of each token. Because of the factor w_t, this
+    term has the gradient of the KL, even if w_t is 1 (DeepSeek-V3.2 2025, arXiv 2512.02556, eq. 7).
     """
 
     pace: ClassVar[float] = 0.25  # factor on a method's learning rates
@@ -88,16 +90,18 @@ class PolicyAlgorithm(ABC):
         return loss + self.beta * tokens.ratios * tokens.kl if self.beta else loss
 
     def clipped(self, tokens: SampledTokens) -> Tensor:
-        """Whether each token has no gradient because its ratio is out of bounds, (n,)."""
+        """Whether each token, (n,), has no gradient because its importance ratio was clipped."""
         return torch.zeros_like(tokens.logps, dtype=torch.bool)
 
     def baseline(self, rewards: Tensor) -> Tensor:
-        """The mean reward of each group, which is subtracted from rewards (groups, k)."""
+        """The baseline that is subtracted from rewards (groups, k): the mean of each group,
+        (groups, 1).
+        """
         return rewards.nanmean(1, keepdim=True)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """The advantages (groups, k) of rewards (groups, k). A NaN reward, and a reward that is
-        alone in its group, gets an advantage of 0.
+        """The advantages (groups, k) of rewards (groups, k). The advantage is 0 if the reward is
+        NaN, or is the only reward of its group.
         """
         advantages = rewards - self.baseline(rewards)
         if self.scale == "group":
@@ -109,8 +113,8 @@ class PolicyAlgorithm(ABC):
 
 @validated_dataclass
 class Reinforce(PolicyAlgorithm):
-    """The policy gradient (Williams 1992, Machine Learning 8, theorem 1), with the mean of the
-    group as the baseline.
+    """The policy gradient (Williams 1992, Machine Learning 8, theorem 1), with the mean reward of
+    the group as the baseline.
 
         loss_t = -A log pi(y_t)
     """
@@ -122,7 +126,7 @@ class Reinforce(PolicyAlgorithm):
 @validated_dataclass
 class Rloo(Reinforce):
     """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, eq. 7): the baseline is the
-    mean of the group's other completions, and a completion is one action.
+    mean reward of the group's other completions, and a completion is one action.
     """
 
     average: Average = "sums"
@@ -134,8 +138,9 @@ class Rloo(Reinforce):
 
 @validated_dataclass
 class Ppo(PolicyAlgorithm):
-    """The clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with the mean of the
-    group instead of a learned value, divided by the standard deviation of the batch.
+    """The clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7). The baseline is the
+    mean reward of the group instead of a learned value, and advantages are divided by the standard
+    deviation of the batch.
 
         loss_t = -min(w_t A, clip(w_t, 1 - clip, 1 + clip_high) A)
 
@@ -148,11 +153,11 @@ class Ppo(PolicyAlgorithm):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest ratio that is not clipped."""
+        """The smallest and the largest importance ratio that are not clipped."""
         return 1 - self.clip, 1 + (self.clip if self.clip_high is None else self.clip_high)
 
     def ratios(self, tokens: SampledTokens) -> Tensor:
-        """The ratio of each token, (n,)."""
+        """The importance ratio of each token, (n,)."""
         return tokens.ratios
 
     def surrogate(self, tokens: SampledTokens) -> Tensor:
@@ -169,7 +174,7 @@ class Ppo(PolicyAlgorithm):
 class Grpo(Ppo):
     """Group relative policy optimization (Shao et al. 2024, arXiv 2402.03300, eq. 3): advantages
     are divided by the standard deviation of the group. All tokens have equal weight, as in DAPO (Yu
-    et al. 2025, arXiv 2503.14476, eq. 8); the paper's mean is `average=per-sequence`, and
+    et al. 2025, arXiv 2503.14476, eq. 8). `average=per-sequence` is the paper's mean;
     `average=longest` with `scale=none` is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
     """
 
@@ -178,8 +183,8 @@ class Grpo(Ppo):
 
 @validated_dataclass
 class Gspo(Grpo):
-    """Group sequence policy optimization (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7): one
-    ratio per completion, the geometric mean of its tokens' ratios.
+    """Group sequence policy optimization (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7): the
+    importance ratio of a completion is the geometric mean of its tokens' ratios.
     """
 
     average: Average = "per-sequence"
@@ -193,7 +198,7 @@ class Gspo(Grpo):
 @validated_dataclass
 class Cispo(PolicyAlgorithm):
     """Clipped importance sampling weights (MiniMax 2025, arXiv 2506.13585, eq. 4 and 5): every
-    token keeps its gradient; its ratio has none and is bounded above.
+    token keeps its gradient, and its importance ratio is detached and bounded above.
 
         loss_t = -min(w_t, 1 + clip_high) A log pi(y_t)
     """

@@ -1,4 +1,4 @@
-"""The loss of policy training on sampled completions."""
+"""The policy gradient loss of sampled completions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from lorafold.training_step.shared_prefixes import PrefixSupport, document_layou
 
 log = logging.getLogger(__name__)
 
-# The largest mean difference of log-probabilities per token, in nats, for the same weights, by the
-# bytes of the dtype: SmolLM2's rounding error is 6e-6 in fp32 and 0.034 in bf16
+# The largest accepted mean difference, in nats per token, between sampling and training
+# log-probabilities, by the bytes of the dtype. For SmolLM2, rounding error causes 6e-6 in fp32 and
+# 0.034 in bf16.
 MAX_LOGPROB_DIFFERENCE = {4: 1e-3, 2: 0.2}
 
 
 @dataclass(frozen=True)
 class Rollout(BranchedRow):
-    """The completions of one prompt; for each, its tokens' sampling `logprobs` (b,), its advantage,
-    and whether it is `counted` in the loss.
+    """The completions of one prompt. Each has the `logprobs` (b,) of its tokens under the sampling
+    policy, an advantage, and whether it is `counted` in the loss.
     """
 
     logprobs: tuple[tuple[float, ...], ...] = ()
@@ -47,7 +48,9 @@ class Rollout(BranchedRow):
         advantages: Sequence[float],
         counted: Sequence[bool],
     ) -> Rollout:
-        """The completions of a prompt, as token ids."""
+        """A rollout from token ids. Each branch begins with the prompt's last token, because this
+        token predicts the first sampled one.
+        """
         branches = tuple(Example((prompt[-1], *ids), (NO_LOSS, *ids)) for ids in completions)
         return cls(
             tuple(prompt[:-1]), branches, logprobs=tuple(map(tuple, logprobs)),
@@ -56,8 +59,8 @@ class Rollout(BranchedRow):
 
 
 class StepRollouts(list[Rollout]):
-    """The completions of one step, with sampling metrics; `no_signal_reason` is empty if a
-    group has a signal.
+    """The completions of one step, with sampling metrics; `no_signal_reason` is empty if any group
+    has a learning signal.
     """
 
     def __init__(
@@ -79,9 +82,9 @@ class StepStatistics:
     """Counts and sums over the tokens of a step."""
 
     tokens: int = 0  # in all updates
-    compared: int = 0  # with the sampled log-probabilities, in the first update
+    compared: int = 0  # the tokens of the first update, which are compared with sampling
     largest: float = 0.0
-    difference: float = 0.0  # between training and sampling log-probabilities
+    difference: float = 0.0  # the sum, between training and sampling log-probabilities
     clipped: int = 0
     kl: float = 0.0
 
@@ -117,7 +120,7 @@ class Policy(BranchedLoss):
         # log-probabilities (n,) of each micro-batch before the step's first update, under the
         # policy and the reference (None if unused)
         self.initial_logps = list[tuple[Tensor, Tensor | None]]()
-        # fp32 factors on a 16-bit base receive rounded activations
+        # a 16-bit base rounds the inputs of fp32 adapters, so the smallest dtype decides
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
         self.max_difference = MAX_LOGPROB_DIFFERENCE.get(size, MAX_LOGPROB_DIFFERENCE[2])
 
@@ -132,8 +135,8 @@ class Policy(BranchedLoss):
         return any(counts and (advantage or self.algorithm.beta > 0) for advantage, counts in pairs)
 
     def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of `layout_tensors`, with `sampled_logps` (n,), the sampling log-probability
-        of each token, and `advantages` and `weights` (k,) of each completion.
+        """The tensors of `layout_tensors`; `sampled_logps` (n,), the sampling log-probability of
+        each token; and `advantages` and `weights` (k,) of the completions.
         """
         inputs = self.layout_tensors(examples)
         logprobs = torch.tensor([p for e in examples for own in e.logprobs for p in own])
@@ -146,13 +149,15 @@ class Policy(BranchedLoss):
         return send_all(inputs, device)
 
     def begin(self, update: int) -> None:
-        """Start update number `update` on a step's examples; ratios are relative to update 0."""
+        """Starts update number `update` of a step; importance ratios are relative to the weights
+        before update 0.
+        """
         self.micro_batch = 0
         if not update:
             self.initial_logps = []
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """The loss in nats, (); arguments from `collate`."""
+        """The loss in nats, (), of the tensors from `collate`."""
         document, lens = inputs.pop("document"), inputs.pop("lens", None)
         sampled, advantages, weights = map(inputs.pop, ("sampled_logps", "advantages", "weights"))
 
@@ -183,8 +188,8 @@ class Policy(BranchedLoss):
         return StepStatistics.of(processes.gather(own)).figures(bool(self.algorithm.beta))
 
     def _compare(self, logps: Tensor, sampled: Tensor, reference: Callable[[], Tensor]) -> None:
-        """Raise if sampling and training log-probabilities differ by more than rounding: the
-        weights differ.
+        """Raises if sampling and training log-probabilities differ by more than rounding error,
+        which means that other weights sampled the completions.
         """
         if not len(logps):
             return

@@ -1,5 +1,5 @@
-"""The preference losses. A row has log p(y | x), in nats and summed over tokens, for the chosen
-completion w (column 0) and the rejected one l (column 1):
+"""Preference losses. A row has log p(y | x), in nats and summed over tokens, for the chosen
+completion w (column 0) and the rejected completion l (column 1).
 
     r(y) = log p(y | x) - log p_ref(y | x)            the implicit reward divided by beta
     |y|                                               the number of tokens of y
@@ -26,15 +26,16 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def validated_dataclass(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose options are validated."""
+    """Class decorator for frozen dataclasses whose options pydantic validates."""
     return dataclass(frozen=True, config=STRICT)(cls)  # type: ignore[return-value]
 
 
 class Scored(NamedTuple):
-    """The n rows that a loss scores: log-probabilities under the model and the reference (n, 2) in
-    nats, tokens of the completions (n, 2), whether single completions are desirable (n,). `logps`
-    are scores if the loss reads a head. `mismatched` holds the step's `ratio_sums`; then those
-    columns may be absent.
+    """The inputs of a preference loss for n rows: log-probabilities (n, 2) in nats under the model
+    and the reference, the number of tokens (n, 2) of each completion, and whether single
+    completions are desirable (n,). For losses that read a head, `logps` are its scores.
+    `mismatched` is the step's `ratio_sums` of mismatched completions; if it is given, column 1,
+    which has these completions, may be absent.
     """
 
     logps: Tensor
@@ -45,17 +46,17 @@ class Scored(NamedTuple):
 
     @property
     def ratios(self) -> Tensor:
-        """r (n, 2), or log p without a reference."""
+        """The log-ratios r (n, 2), or log p without a reference."""
         return self.logps if self.reference is None else self.logps - self.reference
 
     @property
     def margins(self) -> Tensor:
-        """d = r(w) - r(l), (n,)."""
+        """The margins d = r(w) - r(l), (n,)."""
         return self.ratios[:, 0] - self.ratios[:, 1]
 
     @property
     def means(self) -> Tensor:
-        """log p per token, (n, 2)."""
+        """The mean log p per token, (n, 2)."""
         return self.logps / self.tokens
 
     @property
@@ -65,18 +66,21 @@ class Scored(NamedTuple):
 
 
 def ratio_sums(ratios: Tensor) -> Tensor:
-    """The sum of the ratios r, in nats, and their number, (2,); additive over parts of a step."""
+    """The sum of the log-ratios r, in nats, and their number, (2,), which can be added over parts
+    of a step.
+    """
     return torch.stack([ratios.sum(), ratios.new_tensor(float(ratios.numel()))])
 
 
 class Law(ABC):
-    """Abstract: one preference loss."""
+    """Base class of preference losses."""
 
     kind: ClassVar[str] = PAIRS  # the kind of rows
     has_reference: ClassVar[bool] = True
     reads_head: ClassVar[bool] = False  # uses a head's scores instead of log-probabilities
-    trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
-    # factor on a method's learning rates: pairs are separated long before completions are learned
+    trained: ClassVar[int] = 2  # completions of a row with gradients; the others are mismatched
+    # factor on a method's learning rates: a model separates the completions of pairs long before it
+    # learns them
     pace: ClassVar[float] = 0.05
     beta: float  # an option of every loss with implicit rewards
 
@@ -95,9 +99,10 @@ class Dpo(Law):
 
         loss = -(1 - e) log s(beta d) - e log s(-beta d) + a NLL(w),      d = r(w) - r(l)
 
-    s is the logistic function. label_smoothing e > 0 is cDPO (Mitchell 2023), for a share e of
-    wrong labels. sft_weight a > 0 adds the supervised loss of the chosen completion (Pang et al.
-    2024, arXiv 2404.19733, eq. 1), which keeps its probability from falling.
+    s is the logistic function. label_smoothing e > 0 is cDPO (Mitchell 2023), which assumes that a
+    share e of the labels is wrong. sft_weight a > 0 adds the supervised loss of the chosen
+    completion (Pang et al. 2024, arXiv 2404.19733, eq. 1), which keeps its probability from
+    falling.
     """
 
     beta: Positive = 0.1
@@ -116,9 +121,9 @@ class Ipo(Law):
 
         loss = (d - 1 / (2 beta))^2,      d = r(w) / |w| - r(l) / |l|
 
-    The margin has a finite target, so unanimous preferences do not drive it to infinity. Ratios are
-    means over tokens, so that beta does not depend on length (`per_token=False`: sums, as in eq.
-    17).
+    The margin has a finite target, so unanimous preferences do not drive it to infinity. Log-ratios
+    are means over tokens, so that beta does not depend on length; with `per_token=False` they are
+    sums, as in eq. 17.
     """
 
     beta: Positive = 0.1
@@ -131,8 +136,8 @@ class Ipo(Law):
 
 @validated_dataclass
 class Hinge(Law):
-    """The hinge loss of SLiC on DPO's margin (Zhao et al. 2023, arXiv 2305.10425; in this form Liu
-    et al. 2023, arXiv 2309.06657, eq. 13).
+    """The hinge loss of SLiC (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin, as in Liu et al.
+    2023, arXiv 2309.06657, eq. 13.
 
         loss = max(0, 1 - beta d),      d = r(w) - r(l)
     """
@@ -150,7 +155,7 @@ class Orpo(Law):
         loss = NLL(w) - beta log s(log odds(w) - log odds(l)),      odds(y) = p / (1 - p),
                                                                    log p = log p(y | x) / |y|
 
-    It needs no reference, and includes the supervised loss, so it can replace supervised
+    ORPO needs no reference. Its loss includes the supervised loss, so it can replace supervised
     fine-tuning.
     """
 
@@ -169,8 +174,8 @@ class Simpo(Law):
 
         loss = -log s(beta (log p(w | x) / |w| - log p(l | x) / |l|) - gamma) + a NLL(w)
 
-    It needs no reference; means over tokens remove the effect of length. sft_weight a is the
-    variant of the paper's appendix.
+    SimPO needs no reference. Means over tokens remove the effect of length. sft_weight a > 0 is the
+    variant in the paper's appendix.
     """
 
     has_reference = False
@@ -213,19 +218,19 @@ class Kto(Law):
 
 @validated_dataclass
 class BradleyTerry(Law):
-    """A reward model of the preferences (Bradley and Terry 1952; Ouyang et al. 2022, arXiv
-    2203.02155, eq. 1).
+    """The loss of a reward model (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155, eq.
+    1).
 
         loss = -log s(r(w) - r(l) - margin) + centre (r(w) + r(l))^2
 
-    r is the score of the whole text from a head. The margin is a minimum difference (Touvron et al.
-    2023, arXiv 2307.09288, eq. 2). centre > 0 keeps scores near 0 (Eisenstein et al. 2023, arXiv
-    2312.09244), so that scores of different prompts are comparable; TRL recommends 0.01.
+    r is the score of prompt and completion from a head. The margin is a minimum difference (Touvron
+    et al. 2023, arXiv 2307.09288, eq. 2). centre > 0 keeps scores near 0 (Eisenstein et al. 2023,
+    arXiv 2312.09244), so that scores of different prompts are comparable; TRL recommends 0.01.
     """
 
     has_reference = False
     reads_head = True
-    pace = 0.3  # the head is new, and has to be learned
+    pace = 0.3  # the head is randomly initialized
     margin: Weight = 0.0
     centre: Weight = 0.0
 

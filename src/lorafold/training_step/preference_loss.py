@@ -1,4 +1,4 @@
-"""Preference losses as a module, and the KL of a model to its reference."""
+"""Preference losses as an `nn.Module`, and the KL divergence between a model and its reference."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def losses_and_kl(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor],
     other: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The losses of the model, and of the model in the context `other()`, at the n labelled
-    positions of labels (B, T), (n,) each; and the KL of the first to the second, (), summed, in
-    nats.
+    """The token losses (n,) of the model, and of the model in the context `other()`, at the n
+    labelled positions of labels (B, T); and the KL divergence () of the first from the second, in
+    nats, summed over positions.
     """
     h, targets, *_ = run_decoder(model, labels, inputs)
     with other():
@@ -64,11 +64,12 @@ class Preferences(BranchedLoss):
         return 1
 
     def collate(self, examples: Sequence[BranchedRow], device: torch.device) -> dict[str, Tensor]:
-        """The `tensors`, each (B, T) or (n, k), of the completions that have gradients."""
+        """The result of `tensors`, (B, T) or (n, k) each, for the completions that have gradients.
+        """
         return self.tensors([self.trained(example) for example in examples], device)
 
     def tensors(self, examples: Sequence[BranchedRow], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of `layout_tensors`, with `reference` (n, k) and `desirable` (n,)."""
+        """The tensors of `layout_tensors`, and `reference` (n, k) and `desirable` (n,)."""
         tensors = self.layout_tensors(examples)
         tensors["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.algorithm.has_reference and all(e.reference for e in examples):
@@ -76,8 +77,8 @@ class Preferences(BranchedLoss):
         return send_all(tensors, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """The loss in nats, (), summed over the rows; arguments from `collate`. A missing reference
-        is computed.
+        """The loss in nats, (), summed over the rows of the tensors from `collate`. If these lack
+        reference log-probabilities, the forward pass computes them.
         """
         mismatched = inputs.pop("mismatched", None)
         scored = self._scored(True, labels, **inputs)
@@ -89,8 +90,8 @@ class Preferences(BranchedLoss):
         idle: Sequence[BranchedRow] = (),
         passes: Callable[[int], int] = int,
     ) -> dict[str, Tensor]:
-        """`mismatched` (2,) for `Scored`, if rows have completions without gradients; computed
-        without dropout, like the reference.
+        """Returns `mismatched` (2,) for `Scored`, or nothing if all completions have gradients.
+        Dropout is off, as for the reference.
         """
         others = [one.some(slice(self.algorithm.trained, None)) for one in (*examples, *idle)]
         if not all(one.branches for one in others):
@@ -109,8 +110,8 @@ class Preferences(BranchedLoss):
         self, refer: bool, labels: Tensor, desirable: Tensor, reference: Tensor | None = None,
         **inputs: Tensor,
     ) -> Scored:  # fmt: skip
-        """The log-probabilities (n, k) of a batch and its reference (given, or computed if
-        `refer`).
+        """The log-probabilities (n, k) of a batch under the model and the reference; without
+        `reference`, the latter are computed if `refer`.
         """
         logps, tokens = self.logps(labels, len(desirable), **inputs)
         if refer and reference is None and self.algorithm.has_reference:
@@ -121,8 +122,8 @@ class Preferences(BranchedLoss):
     def logps(
         self, labels: Tensor, n: int, document: Tensor, lens: Tensor | None = None, **inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """log p of the completions in nats (or a head's scores), and their numbers of tokens, both
-        (n, k).
+        """The log-probabilities of the completions in nats, or a head's scores, and the numbers of
+        tokens, (n, k) each.
         """
         batch = self.model, labels, inputs, document, int(on_host(document).max()) + 1
         with document_layout(self.support, lens, labels.device):
@@ -134,19 +135,21 @@ class Preferences(BranchedLoss):
         return scores.view(n, -1), counts.view(n, -1)
 
     def references(self, examples: Sequence[BranchedRow]) -> Iterator[tuple[int, list[float]]]:
-        """Yield the index and the reference log-probabilities of each example."""
+        """Yields the index and the reference log-probabilities of each example."""
         for group in self.groups(examples):
             with evaluating(self), self.below():
                 logps = self.scored([examples[i] for i in group]).logps
             yield from zip(group, logps.tolist(), strict=True)
 
     def scored(self, examples: Sequence[BranchedRow]) -> Scored:
-        """The log-probabilities of the examples under the current model, with their references."""
+        """The log-probabilities of the examples under the model, and those under the reference if
+        the examples contain them.
+        """
         return self._scored(False, **self.tensors(examples, self.device))
 
     def against_reference(self, examples: Sequence[BranchedRow]) -> tuple[Scored, float]:
-        """The log-probabilities under the model and its reference, and the summed KL between them
-        in nats.
+        """The log-probabilities of the examples under the model and its reference, and the KL
+        divergence between the two in nats, summed over tokens.
         """
         inputs = self.tensors(examples, self.device)
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)

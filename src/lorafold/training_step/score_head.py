@@ -1,8 +1,8 @@
 """The score of each document from a head on top of the decoder, for reward models.
 
-    r_i = head(h_e),      e the last position of document i whose token is not the padding token
+    r_i = head(h_e),      e the last position of document i that is not a padding token
 
-transformers' classifiers read this position, so packed and padded scores agree with theirs.
+transformers' classifiers read the same position, so they give the same scores, packed or padded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lorafold.models.classifier import head_paths
 
 
 class HeadTensors(NamedTuple):
-    """The input of a model's head at every position, (B, T, d), and its output (B, T, c)."""
+    """The input (B, T, d) and the output (B, T, c) of a model's head at every position."""
 
     hidden: Tensor
     output: Tensor
 
 
 def run_to_head(model: Any, inputs: Mapping[str, Tensor]) -> HeadTensors:
-    """Run the model on inputs (B, T), and return the input and the output of its head."""
+    """Runs the model on inputs (B, T), and returns the input and the output of its head."""
     paths, shape = head_paths(model), inputs["input_ids"].shape
     head = model.get_submodule(paths[0])
     captured = []
@@ -47,8 +47,8 @@ def run_to_head(model: Any, inputs: Mapping[str, Tensor]) -> HeadTensors:
 def document_scores(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:
-    """The score of each document, in fp32, and its labelled positions: (n,) and (n,). labels (B,
-    T); inputs (B, T); document (B, T).
+    """The fp32 score of each of n documents, (n,), and its number of labelled positions, (n,).
+    labels, inputs and document are (B, T).
     """
     of, ids = document.flatten(), inputs["input_ids"].flatten()
     counts = of.new_zeros(n).index_add(0, of, (labels.flatten() != NO_LOSS).to(of.dtype))

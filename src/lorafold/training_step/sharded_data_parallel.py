@@ -1,9 +1,10 @@
-"""A model whose large tensors are sharded over processes (ZeRO stage 3; Rajbhandari et al. 2020,
-arXiv 1910.02054).
+"""Data parallelism with large tensors sharded over processes (ZeRO stage 3; Rajbhandari et al.
+2020, arXiv 1910.02054).
 
-A block is gathered before it runs, and the previous one is freed. A *frozen* tensor is split by
-bytes, so quantized codes are never cast. A *trained* weight has one owner, with its gradient and
-moments. Tensor objects stay; only their storage is emptied and filled. Adapters are replicated.
+Each block is gathered before it runs, and the previous block is freed. A frozen tensor is split by
+bytes, so quantized codes are never cast. A trained weight has one owner process, which also keeps
+its gradient and moments. Tensor objects stay the same; only their storages are emptied and filled.
+Adapters are replicated.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ from lorafold.training_step.tensor_shards import (
 
 
 class Sharded(Replicated):
-    """A sharded model, of which one part is whole at a time."""
+    """Data parallelism with a sharded model, of which one part (a block, the embedding or the head)
+    is gathered at a time.
+    """
 
     is_sharded = True
 
     def __init__(self, processes: Processes) -> None:
         super().__init__(processes)
-        self.shards_by_storage: dict[int, Shard] = {}  # by the identity of the storage
+        self.shards_by_storage: dict[int, Shard] = {}  # by the id of the storage
         self._gathering_mode = ShardedReads(self.shards_by_storage)
         self._parts: list[Sequence[Shard]] = []
         self._current: Sequence[Shard] = ()
@@ -64,14 +67,14 @@ class Sharded(Replicated):
         return (shard for part in self._parts for shard in part)
 
     def sizes(self) -> tuple[int, int, int]:
-        """The bytes of all large tensors, of this process's share, and of the largest part."""
+        """The bytes of all sharded tensors, of this process's shards, and of the largest part."""
         parts = [sum(shard.size for shard in part) for part in self._parts]
         return sum(parts), sum(shard.kept for shard in self._all), max(parts, default=0)
 
     @contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:
         def keep_part(t: Tensor) -> None:
-            if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # it has its values
+            if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # its values are loaded
                 shard_tensor(t, self.shards_by_storage, self.processes, device)
 
         with malloc_policy(RETURN_FREED), sequential_loading(), on_registration(keep_part):
@@ -85,7 +88,7 @@ class Sharded(Replicated):
 
     @contextmanager
     def uncoordinated(self) -> Iterator[None]:
-        self._free_current()  # otherwise others would keep stale copies while the owner writes
+        self._free_current()  # otherwise other processes would keep stale copies
         self._gathering_mode.empty_filled()
         self._gathering_mode.shards = {}
         yield
@@ -93,8 +96,8 @@ class Sharded(Replicated):
 
     @contextmanager
     def sharding(self, model: nn.Module) -> Iterator[None]:
-        """Context: shards all weights that are still whole, and gathers each part while it
-        computes.
+        """Context that shards all weights that are still whole, and gathers each part while it
+        runs.
         """
         parts, anatomy = self._shard_parts(model), Anatomy.of(model)
         with ExitStack() as stack:
@@ -126,7 +129,7 @@ class Sharded(Replicated):
         shards_by_storage = {shard.storage._cdata: shard for shard in self._all}
         storages = storage_ids(model)
         for key, shard in self.shards_by_storage.items():
-            # tensors in no part stay whole; those converted meanwhile no longer exist
+            # tensors outside of parts stay whole; tensors converted after loading are gone
             if key not in shards_by_storage and key in storages and isinstance(shard, ByteShard):
                 shard.restore()
         self.shards_by_storage.clear()
@@ -141,7 +144,7 @@ class Sharded(Replicated):
         return shard
 
     def gather(self, part: Sequence[Shard]) -> None:
-        """Gather a part, and free the previous one."""
+        """Gathers a part, and frees the previous one."""
         backward = torch._C._current_graph_task_id() != -1
         # a forward pass after a backward pass of the same part must not keep its gradients
         if part is not self._current or (self._backward and not backward):
@@ -166,7 +169,7 @@ class Sharded(Replicated):
         return self.owns(p) and self._moments.is_owner(p)
 
     def assign_owners(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Decide which process updates each of the unsharded parameters (any shapes)."""
+        """Decides which process updates each of the unsharded parameters."""
         self._moments.assign_owners(p for p in parameters if p not in self._owned)
 
     @contextmanager
@@ -228,7 +231,7 @@ class Sharded(Replicated):
             if index == self.processes.index and here is not None:
                 if index:
                     dist.send(here.detach().cpu().contiguous(), 0)
-                return here.detach().clone()  # a view as bytes would fix its storage's size
+                return here.detach().clone()  # a byte view makes a storage unresizable
             there = torch.empty(shape if self.processes.first else 0, dtype=dtype)
             if self.processes.first:
                 dist.recv(there, index)

@@ -1,4 +1,4 @@
-"""A loss over rows whose documents share a prefix, such as the completions of one prompt."""
+"""Losses over rows whose documents share a prefix, such as the completions of one prompt."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from lorafold.training_step.shared_prefixes import PrefixSupport
 
 
 class BranchedLoss(Loss):
-    """Abstract: a loss over rows of branches, whose prefix is computed once if the model supports
-    it.
+    """Base class of losses over rows of branches. A row's prefix is computed once if the model
+    supports it.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class BranchedLoss(Loss):
         return micro_batches(rows, n, capacity, sizes.__getitem__)
 
     def shares_across_rows(self, examples: Sequence[BranchedRow]) -> bool:
-        """Whether computing the examples' shared prefixes in one micro-batch saves tokens."""
+        """Whether a micro-batch of these examples needs fewer tokens if different rows share
+        prefixes.
+        """
         if self.support is None or not self.support.across or not self.shares_prefixes(examples):
             return False
         each = sum(map(self._own_size, examples))
@@ -65,16 +67,16 @@ class BranchedLoss(Loss):
         return self.size(self.trained(example))
 
     def trained(self, example: BranchedRow) -> BranchedRow:
-        """The example with the branches that have gradients: all."""
+        """The example with only the branches that have gradients (default: all)."""
         return example
 
     def size(self, example: BranchedRow) -> int:
-        """The tokens that are computed for an example."""
+        """The number of tokens in the forward pass of an example."""
         prompts = 1 if self.shares_prefixes([example]) else len(example.branches)
         return sum(len(branch.ids) for branch in example.branches) + len(example.shared) * prompts
 
     def shares_prefixes(self, examples: Sequence[BranchedRow]) -> bool:
-        """Whether the prompts of a batch of these examples are computed once."""
+        """Whether the prompt of each example is computed only once in a batch of these examples."""
         longest = max(len(e.shared) + len(b.ids) for e in examples for b in e.branches)
         support = self.support
         return support is not None and support.shares and longest <= (support.max_tokens or inf)
@@ -85,9 +87,9 @@ class BranchedLoss(Loss):
         return sum(map(self.size, examples))
 
     def layout_tensors(self, examples: Sequence[BranchedRow]) -> dict[str, Tensor]:
-        """input_ids and labels (B, T) with positions or a mask; `document` (B, T), the branch of
-        each position; with shared prefixes `lens` (n, 2): each document's tokens, and how many it
-        shares with the previous one.
+        """input_ids and labels (B, T), position_ids or an attention mask, and `document` (B, T),
+        the branch of each position. If prefixes are shared, `lens` (n, 2) contains the number of
+        tokens of each document, and how many it shares with the previous document.
         """
         if self.shares_prefixes(examples):
             tensors = self._forest(examples).tensors()
@@ -104,7 +106,7 @@ class BranchedLoss(Loss):
         return tensors
 
     def order(self, examples: Sequence[BranchedRow]) -> Tensor:
-        """The trained tokens (n,) in the order of `layout_tensors`, by index in the documents."""
+        """The indices (n,) of the documents' trained tokens, in the order of `layout_tensors`."""
         if not self.shares_prefixes(examples):
             return torch.arange(sum(label != NO_LOSS for e in examples for label in e.labels))
         return torch.from_numpy(np.concatenate(self._forest(examples).trained)).argsort()
@@ -135,20 +137,22 @@ class BranchedLoss(Loss):
         example, shared, branch = torch.tensor(documents).t()[:, document]
         given = inputs.get("position_ids")
         positions = torch.arange(document.shape[1]) if given is None else on_host(given)
-        # a prompt has the same names whether it is computed once or with each completion
+        # a prompt's tokens have the same names, computed once or with each completion
         branch = branch * (positions >= shared)
         return send(token_names(row_at(rows, example, positions), positions, branch), device)
 
     @contextmanager
     def below(self) -> Iterator[None]:
-        """Context: the model is the reference, without its highest adapter, which is the trained
-        one.
+        """Context in which the model is the reference, without its topmost adapter (which is
+        trained).
         """
         with only(self.model, *selection_of(self.model).names[:-1]):
             yield
 
     def groups(self, examples: Sequence[BranchedRow]) -> list[list[int]]:
-        """Indices of examples in batches of at most `tokens`, by shared prefixes or by length."""
+        """Batches of example indices of at most `tokens` tokens, sorted by shared prefix or by
+        length.
+        """
         batches, unshared = list[list[int]](), list[int]()
         for first in range(0, len(examples), WINDOW):
             window = range(first, min(first + WINDOW, len(examples)))

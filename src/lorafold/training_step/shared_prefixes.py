@@ -1,9 +1,9 @@
 """Packed rows whose documents share their first tokens, such as two completions of one prompt.
 
-A document is the first s tokens of the previous one, followed by its own at positions s, s + 1 ...
-The last shared token can predict only one token, so each branch must begin with the last token of
-the prompt. The backward may follow the `document_layout` block, because masks are arguments of
-checkpointed layers.
+A document consists of the first s tokens of the previous document, and of its own tokens at
+positions s, s + 1, ... The last shared token can predict only one token, so each branch must begin
+with the last token of the prompt. The backward pass may run after the `document_layout` block,
+because masks are arguments of checkpointed layers.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from lorafold.training_step.packed_attention import (
 class PrefixSupport:
     """The model's support for shared prefixes, and the layout of the current batch.
 
-    packs: packed documents do not influence each other.
-    shares: documents of a row may share a prefix.
-    across: so may documents of different rows.
-    max_tokens: the most tokens of a document that shares, or None; a layout can't express the
-        borders of chunked attention.
+    packs: whether packed documents do not influence each other.
+    shares: whether the documents of one row may share a prefix.
+    across: whether the documents of different rows may share a prefix.
+    max_tokens: the maximum number of tokens of a document that shares a prefix, or None. Models
+        with chunked attention have one, because a layout can't express the borders of chunks.
     """
 
     packs: bool
@@ -52,7 +52,7 @@ class PrefixSupport:
 
     @contextmanager
     def document_layout(self, docs: Documents) -> Iterator[None]:
-        """Context: every forward of the model is over these documents."""
+        """Context in which every forward pass of the model is over these documents."""
         self._docs, self._used = docs, False
         try:
             yield
@@ -66,7 +66,7 @@ class PrefixSupport:
             self._docs = None
 
     def mask(self, **protocol: Any) -> Documents | Tensor | None:
-        """The layout set by `document_layout` for a batch of its tokens, else the result of
+        """The layout set by `document_layout`, if the batch has its tokens; otherwise the result of
         `document_mask`, such as a mask (B, 1, Tq, Tk).
         """
         mask, docs = document_mask(**protocol), self._docs
@@ -88,8 +88,8 @@ class PrefixSupport:
 def sharing_prefixes(
     model: PreTrainedModel, name: str = NAME, across: bool = False
 ) -> Iterator[PrefixSupport]:
-    """Keep the model's attention inside documents, as `packed` does, and yield the model's support
-    for shared prefixes.
+    """Restricts the model's attention to each document, as `packed` does, and yields the model's
+    support for shared prefixes.
     """
     if not isolates(model):
         yield PrefixSupport(packs=False, shares=False)
@@ -104,7 +104,9 @@ def sharing_prefixes(
 
 
 def may_share(config: PreTrainedConfig) -> bool:
-    """Whether the model can probably share prefixes: only full and sliding-window attention."""
+    """Whether the model has only full and sliding-window attention, and so can probably share
+    prefixes.
+    """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     attends = getattr(text, "num_attention_heads", None) is not None
@@ -115,7 +117,9 @@ def may_share(config: PreTrainedConfig) -> bool:
 def document_layout(
     support: PrefixSupport | None, lens: Tensor | None, device: torch.device
 ) -> Iterator[None]:
-    """Context: the model's attention uses the documents of a batch. lens (n, 2)."""
+    """Context in which the model's attention uses the documents of a batch. lens (n, 2) contains
+    the tokens of each document, and how many it shares with the previous one.
+    """
     if lens is None or support is None:
         yield
         return
@@ -125,8 +129,8 @@ def document_layout(
 
 
 def shares_prefixes(model: PreTrainedModel) -> bool:
-    """Whether rows with shared prefixes have the same outputs as the rows alone (tested with rows
-    that branch at two depths).
+    """Whether rows have the same outputs with shared prefixes as alone, tested with rows that
+    branch at two depths.
     """
     lens, starts = (16, 17, 17, 9, 11), (0, 9, 13, 0, 5)
     unshared = slice(starts[1], lens[0])  # the part of the first row that no other row shares
@@ -145,7 +149,7 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
                 changed = torch.cat([ids[: unshared.start], replacement, ids[unshared.stop :]])
                 changed = packed_logits(model, changed, docs)
     except (AttributeError, TypeError, LorafoldError):
-        return False  # the decoder computes with its masks, or uses other masks
+        return False  # the decoder does arithmetic on its masks, or uses other masks
     expected = torch.cat([y[start:] for y, start in zip(alone_logits, starts, strict=True)])
     rest = slice(unshared.stop, None)
     unmoved = near(model, changed[rest], logits[rest], units=1)

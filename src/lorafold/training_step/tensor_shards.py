@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from lorafold.core.anatomy import Anatomy
 from lorafold.runtime.processes import Processes
 
-MIN_BYTES = 1 << 14  # bytes; smaller tensors stay whole
-ALIGNMENT = 64  # alignment of parts, in bytes
+MIN_BYTES = 1 << 14  # smaller tensors stay whole
+ALIGNMENT = 64  # of each process's part, in bytes
 ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 class Moments:
-    """The process that updates each replicated parameter and keeps its moments; all processes if
-    none.
+    """The process that updates each replicated parameter and keeps its moments. All processes
+    update a parameter that is not assigned to one.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -32,17 +32,15 @@ class Moments:
         self._of: dict[nn.Parameter, int] = {}
 
     def assign_owners(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Assign each parameter, of any shape, to one process."""
         self._of = balanced(parameters, self.processes.count)
 
     def is_owner(self, p: nn.Parameter) -> bool:
-        """Whether this process updates a parameter of any shape."""
         return self._of.get(p, self.processes.index) == self.processes.index
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Context: an optimizer sees only this process's parameters; then all processes get the
-        updated ones.
+        """Context in which an optimizer sees only this process's parameters. On exit, all processes
+        receive the updated parameters.
         """
         had_gradient = [p for p in self._of if p.grad is not None]
         others = {p: p.grad for p in had_gradient if not self.is_owner(p)}
@@ -56,7 +54,8 @@ class Moments:
 
 
 def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Parameter, int]:
-    """The process of each parameter: the largest first, to the process with the fewest bytes."""
+    """Assigns a process to each parameter: the largest first, to the process with the fewest bytes.
+    """
     loads, owner_of = [0] * count, dict[nn.Parameter, int]()
     for p in sorted(parameters, key=lambda p: -p.nbytes):
         owner_of[p] = loads.index(min(loads))
@@ -65,7 +64,7 @@ def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Paramete
 
 
 class ByteShard:
-    """A storage, of which this process keeps a part of the bytes."""
+    """A storage whose bytes are split over processes."""
 
     def __init__(
         self, storage: torch.UntypedStorage, processes: Processes, content: Tensor | None = None
@@ -84,7 +83,7 @@ class ByteShard:
         self.part[: len(own_bytes)] = own_bytes
 
     def fill(self) -> None:
-        """Gather all bytes, in all processes at once."""
+        """Gathers all bytes; all processes must call this together."""
         self.storage.resize_(self.padded)
         self.whole = True
         all_bytes = _bytes(self.storage)
@@ -98,20 +97,20 @@ class ByteShard:
             dist.broadcast(part, index)
 
     def empty(self) -> None:
-        """Free the storage, except for this process's part."""
+        """Frees the storage; this process keeps its part of the bytes."""
         if self.written:
             self._keep(_bytes(self.storage))
         self.storage.resize_(0)
         self.whole = self.written = False
 
     def restore(self) -> None:
-        """Gather all bytes, and give the storage its original size."""
+        """Gathers all bytes, and removes the padding."""
         if not self.whole:
             self.fill()
         self.storage.resize_(self.size)
 
     def move_to_owner(self, owner: int, processes: Processes) -> None:
-        """Move the whole storage to its owner."""
+        """Moves all bytes to the owner; the storages of the other processes are empty."""
         if self.whole:
             self.empty()
         is_owner = owner == processes.index
@@ -121,11 +120,11 @@ class ByteShard:
         self.storage.resize_(self.size if is_owner else 0)
 
     def reduce_gradient(self) -> None:
-        """Nothing: a frozen tensor has no gradient."""
+        """Does nothing, because a frozen tensor has no gradient."""
 
 
 class OwnedParameter:
-    """A trained parameter, kept by one process."""
+    """A trained parameter that only its owner process keeps."""
 
     def __init__(
         self, p: nn.Parameter, owner: int, processes: Processes, before: ByteShard | None = None
@@ -144,21 +143,21 @@ class OwnedParameter:
         self.whole, self.written = True, False
 
     def fill(self) -> None:
-        """Get it from its owner, in all processes at once."""
+        """Broadcasts the parameter from its owner; all processes must call this together."""
         self.storage.resize_(self.size)
         self.whole = True
         dist.broadcast(_bytes(self.storage), self.owner)
 
     def empty(self) -> None:
-        """Empty another process's storage; the owner already has every write, because all processes
-        make it.
+        """Frees the storage, unless this process is the owner, which already has all writes,
+        because all processes make them.
         """
         if not self.is_owner:
             self.storage.resize_(0)
         self.whole = self.written = False
 
     def reduce_gradient(self) -> None:
-        """Sum the gradients of all processes in the owner."""
+        """Sums the gradients of all processes in the owner."""
         self.had_gradient |= self.p.grad is not None
         if self.p.grad is None:
             self.p.grad = torch.zeros_like(self.p, dtype=self.p.grad_dtype)
@@ -171,9 +170,9 @@ Shard = ByteShard | OwnedParameter
 
 
 class ShardedReads(TorchDispatchMode):
-    """Mode in which operations see full tensors: each is gathered while an operation uses it, in
-    all processes in the same order. ALIASES (state dicts) do not gather: copy tensors before using
-    addresses.
+    """Mode in which operations see full tensors: a sharded tensor is gathered while an operation
+    uses it, so all processes must run the same operations in the same order. The operations in
+    ALIASES, which state dicts use, do not gather: copy a tensor before you use its address.
     """
 
     def __init__(self, shards: Mapping[int, Shard]) -> None:
@@ -206,7 +205,7 @@ class ShardedReads(TorchDispatchMode):
         self.filled += missing
 
     def empty_filled(self, but: Sequence[Shard] = ()) -> None:
-        """Empty the shards that were filled here."""
+        """Empties the shards that this mode filled, except those in `but`."""
         for shard in self.filled:
             if shard not in but:
                 shard.empty()
@@ -215,8 +214,8 @@ class ShardedReads(TorchDispatchMode):
 def shard_tensor(
     t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
 ) -> None:
-    """Shard a large frozen tensor of any shape, and a quantized one's state; the storage moves to
-    `device`.
+    """Shards a large frozen tensor of any shape, and the quantization state of a quantized tensor.
+    The storages move to `device`.
     """
     for one in _with_state(t):
         storage, content = one.untyped_storage(), None
@@ -248,7 +247,8 @@ def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
 
 
 def large_trained_parameters(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
-    """The module's large trained parameters that are not in `taken`, which is updated."""
+    """The module's large trained parameters that are not yet in `taken`, to which they are added.
+    """
     params = (p for _, one in Anatomy.of(module).modules for p in one._parameters.values())
     large = (p for p in params if p is not None and p.requires_grad and p.nbytes >= MIN_BYTES)
     trained = [*dict.fromkeys(p for p in large if p not in taken)]
@@ -259,7 +259,9 @@ def large_trained_parameters(module: nn.Module, taken: set[nn.Parameter]) -> lis
 def frozen_shards(
     module: nn.Module, known: Mapping[int, Shard], taken: set[int], processes: Processes
 ) -> list[Shard]:
-    """The shards of the module's large frozen tensors that are not in `taken`, which is updated."""
+    """The shards of the module's large frozen tensors that are not yet in `taken`, to which their
+    storages are added.
+    """
     shards = list[Shard]()
     copy_mapped(module)
     for t in _frozen(module):
@@ -273,7 +275,7 @@ def frozen_shards(
 
 
 def copy_mapped(module: nn.Module) -> None:
-    """Copy tensors that are mapped from a file, because a mapped storage can't be emptied."""
+    """Copies tensors that are mapped from a file, because a mapped storage can't be emptied."""
     copies = dict[int, torch.UntypedStorage]()
     for t in _frozen(module):
         if not (storage := t.untyped_storage()).resizable():
@@ -284,8 +286,8 @@ def copy_mapped(module: nn.Module) -> None:
 
 
 def gather_around(stack: ExitStack, part: nn.Module, gather_part: Callable[[], None]) -> None:
-    """Gather a part of the model while one of its modules runs, and when its backward begins (which
-    may be inside the part).
+    """Gathers a part of the model before any of its modules runs, and when the backward pass, which
+    may begin inside the part, reaches an output of any of them.
     """
 
     def before(*_: Any) -> None:
@@ -302,7 +304,7 @@ def gather_around(stack: ExitStack, part: nn.Module, gather_part: Callable[[], N
 
 
 def _frozen(part: nn.Module) -> Iterator[Tensor]:
-    """The frozen tensors of a part of a model, with the state of quantized ones."""
+    """The frozen tensors of a part of a model, and the quantization state of quantized ones."""
     for _, module in Anatomy.of(part).modules:
         for t in _of(module):
             if not t.requires_grad:
@@ -310,7 +312,6 @@ def _frozen(part: nn.Module) -> Iterator[Tensor]:
 
 
 def storage_ids(model: nn.Module) -> set[int]:
-    """The identities of all storages of a model and its adapters."""
     tensors = (t for module in model.modules() for t in _of(module))
     return {one.untyped_storage()._cdata for t in tensors for one in _with_state(t)}
 
