@@ -116,8 +116,7 @@ class TableExamples(Items[E]):
     are row indices.
 
     `marked` is the number of rows that contain control tokens as text. Two rows are duplicates if
-    their examples agree in `compared_by`, columns of untruncated tokens and trained spans of the
-    whole table.
+    their examples agree in `compared_by`, the columns of untruncated tokens and trained spans.
     """
 
     compared_by: tuple[Iterable[Any], ...]

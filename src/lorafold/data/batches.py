@@ -169,8 +169,6 @@ class BatchFeed(ABC):
 
 
 class StoredFeed(BatchFeed):
-    """A feed of examples that are stored in memory or in a file."""
-
     num_previewed = 1000
 
     def __init__(

@@ -4,8 +4,9 @@ turn, and the text after it could forge another turn.
 `mark_as_text` marks control tokens as transformers' `sanitize_control_tokens` does, and
 `rendered_ids` tokenizes marked tokens as text. Control tokens are all special tokens, and the added
 tokens that the template renders. The assistant's content may contain non-special tokens, such as
-<tool_call>. A comment at the start of the template lists exceptions: {# control tokens in contents:
-["<|user|>"] #}, or true for all.
+<tool_call>. A comment at the start of the template lists exceptions, or is `true` for all:
+
+    {# control tokens in contents: ["<|user|>"] #}
 """
 
 from __future__ import annotations
@@ -44,9 +45,7 @@ ROWS_REMARK = (
 
 
 def allow_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str] | None = None) -> None:
-    """Allows control tokens in contents, except those that the template renders. None allows all
-    tokens.
-    """
+    """Allows control tokens in contents, except tokens in the template. None allows all."""
     if not tokenizer.chat_template:
         return
     if tokens is not None:
@@ -178,8 +177,8 @@ def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
-    """Returns `tokenizer(text, add_special_tokens=special).input_ids`, but takes 0.3 of the time,
-    because it computes no offsets and masks, and releases the GIL.
+    """Returns `tokenizer(text, add_special_tokens=special).input_ids` in 0.3 of the time, because
+    it computes no offsets and masks. Other threads run meanwhile.
     """
     from transformers import PreTrainedTokenizerFast as Fast
 

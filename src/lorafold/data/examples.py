@@ -64,8 +64,8 @@ class PendingExample:
 class CompletionEncoder(Encoder):
     """Encodes each row to one or more examples. The columns are `row`, `ids` (T,), `spans` (2n,),
     the starts and ends of n trained spans, and, for a row's first example, `left_out` (number of
-    assistant turns that can't be trained), `hidden` (number of trained turns whose reasoning is not
-    rendered), `marked` (contains control tokens as text), `turns` (a line per message: role and
+    assistant turns that can't be trained), `hidden` (number of trained turns of which the template
+    hides a part), `marked` (contains control tokens as text), `turns` (a line per message: role and
     `TRAINED` or `EMPTY`) and `problem`.
     """
 
@@ -144,7 +144,7 @@ class CompletionEncoder(Encoder):
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
             at = first_token(encoding, border, text)
             spans = [span for span in rendered.spans if border <= span[0] < following]
-            # checks that the prompt alone has the same ids as before the turn
+            # checks whether tokenizing the prompt alone gives the same ids
             last = next((i for i in reversed(range(at)) if ids[i] in added), 0)
             start = encoding.token_to_chars(last) if last else None
             ending = text[start[0] if start else 0 : border]

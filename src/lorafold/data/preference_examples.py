@@ -155,8 +155,9 @@ class PreferenceEncoder(Encoder):
 
 
 class BranchedExamples(TableExamples[BranchedRow]):
-    """Examples with branches. `lengths` (n,) are the computed tokens of each example, `tails` (n,
-    k) the tokens of each branch, and `full_lengths` (n, k) the untruncated tokens of each document.
+    """Examples with branches. `lengths` (n,) are the computed tokens of each example, `tails`
+    (n, k) the tokens of each branch, and `full_lengths` (n, k) the untruncated tokens of each
+    document.
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
