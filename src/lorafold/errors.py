@@ -19,7 +19,7 @@ MAX_SINGLE_ITEM = 240  # characters
 
 class LorafoldError(Exception):
     """An error that the user can fix. Its message names the file, row, field or module, the invalid
-    value and the expected one, and a remedy.
+    value, the expected value and a remedy.
     """
 
 

@@ -103,7 +103,7 @@ class LabelledExamples(TableExamples[LabelledExample]):
 
     @cached_property
     def judgements(self) -> Judgements:  # type: ignore[override]
-        """The judgements, in which equal texts with different labels contradict each other."""
+        """A judgement per text, so that equal texts with different labels are contradictions."""
         contradiction = "have the same text as an earlier row, but another label"
         return Judgements(hash_rows(self._ids), self._labels, contradiction, self.counts)
 
@@ -141,7 +141,6 @@ def class_data(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence
 def preview_labelled(
     example: LabelledExample, tokenizer: "PreTrainedTokenizerBase", classes: Sequence[str]
 ) -> "Text":
-    """Returns the text as the model reads it, followed by the class in ⟦ ⟧."""
     from rich.text import Text
 
     text = Text(decode_ids(tokenizer, example.ids), style="dim")

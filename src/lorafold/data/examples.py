@@ -134,7 +134,7 @@ class CompletionEncoder(Encoder):
         return pieces
 
     def _examples(self, piece: PendingExample, encoding: Encoding | Pieces) -> list[PendingExample]:
-        """Makes one example, and another for each turn whose border a token would cross."""
+        """Makes one example, and one for each turn whose border a token would cross."""
         assert piece.rendered is not None
         rendered, text, together = piece.rendered, piece.text, []
         if MARK_START in text:

@@ -42,7 +42,6 @@ def text_problems(name: str, value: Any) -> Iterator[str]:
 
 
 def list_problem(name: str, value: Any, of: str) -> str:
-    """Returns a problem if a field is not a list or is empty, else ""."""
     if value == []:
         return f"field {name}: found an empty list, expected a list of {of}"
     return "" if isinstance(value, list) else type_problem(name, value, f"a list of {of}")
@@ -98,7 +97,6 @@ def _calls(message: Message) -> list[Any]:
 
 
 def _content_problems(name: str, value: Any, optional: bool) -> Iterator[str]:
-    """Yields problems unless the content is text, a list of text parts or, if optional, null."""
     if not isinstance(value, list):
         if value is not None or not optional:
             yield from text_problems(name, value)
@@ -312,6 +310,5 @@ def _own_system(row: Row) -> str | None:
 
 
 def _answers(row: Row) -> list[dict[str, object]]:
-    """Returns the list of calls. Raises ValueError if it is text that is not JSON."""
     answers = row["answers"]
     return parse_json(answers) if isinstance(answers, str) else answers

@@ -47,12 +47,10 @@ class BranchedRow:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The shared ids followed by all branches, (T,)."""
         return sum((branch.ids for branch in self.branches), self.shared)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The labels (T,), with -100 for the shared ids."""
         return sum((branch.labels for branch in self.branches), (NO_LOSS,) * len(self.shared))
 
     @property
@@ -184,7 +182,7 @@ class BranchedExamples(TableExamples[BranchedRow]):
 
     @cached_property
     def judgements(self) -> Judgements:  # type: ignore[override]
-        """The judgements, whose subject is the unordered pair of answers and whose verdict is the
+        """A judgement per pair: the subject is the unordered pair of answers, the verdict the
         chosen answer.
         """
         chosen, rejected = (hash_rows(self._documents(n)) for n in (0, 1))

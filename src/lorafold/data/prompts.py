@@ -153,7 +153,7 @@ PROMPT_KEYS = ("prompt", "messages", "conversations")  # keys that may contain t
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """The tokens `ids` (T,) of a row's prompt. `where` names the row in messages."""
+    """`ids` (T,) are the tokens of the row's prompt. `where` names the row in messages."""
 
     ids: tuple[int, ...]
     row: Mapping[str, Any]
@@ -228,7 +228,7 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
 
 
 def prompt_data(table: pa.Table, rows: Rows, max_tokens: int) -> Encoded:
-    """Returns the prompts in a table. Raises if one has more than `max_tokens` tokens."""
+    """Raises if a prompt has more than `max_tokens` tokens."""
     examples = PromptExamples(table, rows)
     longest = int(examples.lengths.max(initial=0))
     if longest > max_tokens:

@@ -58,7 +58,7 @@ WORD = re.compile(r"\w*[^\x00-\x7f]\w*")
 
 
 class Unreadable(ValueError):
-    """A problem with the whole file. The message has one line."""
+    """A problem with the whole file, as a one-line message."""
 
 
 def as_utf8(file: io.BufferedReader, windows: bool, warn: Warn) -> io.BufferedReader:

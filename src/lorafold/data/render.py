@@ -103,7 +103,6 @@ def check_supported(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
 
 
 def _has_tool(text: str, tool: dict[str, Any]) -> bool:
-    """Whether the text contains a tool's name, and its description or else its first argument."""
     function = tool["function"]
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
@@ -121,7 +120,6 @@ def _has_call(text: str, call: dict[str, Any]) -> bool:
 
 
 def _has_text(text: str, value: Any) -> bool:
-    """Whether the text contains a value, verbatim or escaped as JSON."""
     value = str(value)
     forms = (value, *(json.dumps(value, ensure_ascii=a)[1:-1] for a in (False, True)))
     return any(form in text for form in forms)
@@ -134,8 +132,8 @@ def hidden(message: Message, turn: str) -> bool:
 
 @dataclass(frozen=True)
 class Rendering:
-    """Options of training: the assistant turns to train, whether to exclude reasoning, and whether
-    to add an end token that the template doesn't render.
+    """Options for training on conversations: the assistant turns to train, whether to exclude
+    reasoning, and whether to add an end token that the template doesn't render.
     """
 
     train_on: Literal["all", "last"] = "all"
@@ -237,7 +235,7 @@ class ConversationRenderings:
         return TrainedTurn(text, start, end, text[start:end], marks)
 
     def end(self, i: int, turn: TrainedTurn) -> str:
-        """Returns the end of a turn for templates that don't render it with the turn."""
+        """Returns the end of a turn that the template doesn't render with the turn."""
         ending, text = self.without_tools.ending, turn.text[: turn.end]
         if ending.written == WITH_NEXT:
             follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]

@@ -24,8 +24,6 @@ MAX_IN_MEMORY = 16_000_000  # bytes; larger data is stored in Arrow files
 
 
 class RowPlace(NamedTuple):
-    """The file of a row, or "" for rows passed in Python, and its number from 1."""
-
     file: str
     row: int
 
@@ -67,7 +65,6 @@ class Origins:
         return [*numbers], np.array(of_run)[self._runs(np.arange(n))[0]]
 
     def _runs(self, rows: Array) -> tuple[Array, Array]:
-        """Returns the run of each row, and the row's offset in it."""
         at = rows if self.indices is None else self.indices[rows]
         starts = np.cumsum([0, *(count for *_, count in self.runs)])
         run = np.searchsorted(starts, at, "right") - 1

@@ -30,8 +30,6 @@ NUM_PEEKED = 100  # rows of each source that are checked before a run starts
 
 @dataclass(frozen=True)
 class RowStream:
-    """The sources, renamed columns and kind of data of a stream, as in `read_rows`."""
-
     sources: tuple[DataSource, ...]
     columns: Mapping[str, str]
     content: str = ""

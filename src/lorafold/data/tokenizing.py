@@ -77,7 +77,7 @@ class Report:
 
 
 def tokenize_rows(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
-    """Returns all examples in the order of the rows. Raises if a row has a problem."""
+    """Returns the examples of all rows, in order. Raises if a row has a problem."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -148,7 +148,6 @@ def _encode_texts(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]
 def _chunks(
     rows: Iterable[Any], total: int, console: Console | None
 ) -> Generator[tuple[int, list[Any]]]:
-    """Yields (index of the first row, rows) and shows a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())

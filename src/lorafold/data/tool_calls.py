@@ -30,8 +30,8 @@ NAME_PATTERN = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 class Pairs(NamedTuple):
-    """The texts between key and value, between pairs, after the last pair, and around quoted
-    values.
+    """The syntax of key-value arguments: the texts between key and value, between pairs, after the
+    last pair, and around quoted values.
     """
 
     equals: str
@@ -66,7 +66,6 @@ class Grammar(NamedTuple):
 
 
 def grammar_of(tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
-    """Returns the grammar of calls, or None if the template doesn't render calls."""
     return _grammar_of(template_of(tokenizer))
 
 
@@ -112,7 +111,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _render_calls(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Renders a turn of calls, without the generation prompt and reasoning."""
     calls = list(map(tool_call, PROBE_NAMES, arguments))
     prompt = try_apply([USER], tokenizer, for_generation=True)
     text = try_apply([USER, {"role": "assistant", "tool_calls": calls}], tokenizer)
@@ -121,7 +119,9 @@ def _render_calls(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedToke
 
 
 def _split_arguments(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Returns the texts before keys, between key and value, between pairs, and after the pairs."""
+    """Splits rendered arguments into the texts before keys, between key and value, between pairs,
+    and after the pairs.
+    """
     pieces = [str(part) for pair in arguments.items() for part in pair]
     parts = re.split("({})".format("|".join(map(re.escape, pieces))), text)
     if parts[1::2][-4:] != pieces:
@@ -131,7 +131,9 @@ def _split_arguments(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, An
 
 
 def _json_at(text: str, arguments: dict[str, Any]) -> tuple[int, str] | None:
-    """Returns the position of the arguments as JSON, and the text after them."""
+    """Returns the position at which the text contains the arguments as JSON, and the text after
+    them.
+    """
     for at in (i for i, character in enumerate(text) if character == "{"):
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
@@ -236,7 +238,6 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
 
 
 def _is_balanced(value: str) -> bool:
-    """Whether the brackets of a list or an object are balanced. True for other values."""
     if not value.lstrip().startswith(("[", "{")):
         return True
     return all(value.count(a) == value.count(b) for a, b in ("[]", "{}"))

@@ -140,8 +140,8 @@ class AdapterCache:
         self._on_change()
 
     def check_memory(self) -> None:
-        """Compares the checksum of one idle adapter, the least recently checked, and evicts it if
-        its memory changed.
+        """Compares the checksum of the idle adapter that was checked least recently, and evicts it
+        if its memory changed.
         """
         with self._lock:
             # an adopted adapter has no file to read again
@@ -169,7 +169,7 @@ class AdapterCache:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of adapters in memory, without adopted ones."""
+        """The bytes of adapters in memory that were read from files."""
         with self._lock:
             return sum(e.loaded.nbytes for e in self._entries if e.loaded and e.path)
 

@@ -116,8 +116,8 @@ class LoadedAdapter:
 
 
 def deltas_of(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
-    """Returns the deltas of adapters on the model by module path. Adapters are named from the
-    lowest up, and several deltas of a module are combined.
+    """Returns the combined delta of each adapted module by path. `names` are adapters, the lowest
+    first.
     """
     deltas = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
     return {path: d[0] if len(d) == 1 else Stack(d) for path, d in deltas.items() if d}

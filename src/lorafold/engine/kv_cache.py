@@ -90,14 +90,16 @@ def round_up(tokens: int) -> int:
 
 
 class SlotView(Cache):
-    """A transformers cache over those rows of a `SlotCache` that `select` chooses."""
+    """A transformers cache over the slots of a `SlotCache` that `select` chooses."""
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__(layers=[])
         self.cache = cache
 
     def select(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
-        """Selects the slots of a pass that writes `tokens` tokens to each, starting at start_B."""
+        """Selects the slots for a forward pass, which writes `tokens` tokens to each from start_B
+        on.
+        """
         self.rows, self.start_B = rows, start_B
         self.longest = int(on_host(start_B).max()) + tokens
         self.width = self.cache.width(self.longest)
@@ -119,7 +121,7 @@ class SlotView(Cache):
         return int(self.start_B.max())
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override] # (B,)
-        """Returns each row's number of tokens (B,). In transformers' caches, it is one scalar."""
+        """Returns the cached tokens of each row (B,). transformers' own caches return a scalar."""
         return self.start_B
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -130,7 +132,7 @@ class SlotView(Cache):
 
 
 class CachedSlot(NamedTuple):
-    """The reusable content of a free slot. A larger `age` means more recent."""
+    """The reusable KV cache in a free slot. A larger `age` is more recent."""
 
     prefix: PrefixKey
     tokens: tuple[int, ...]

@@ -42,8 +42,9 @@ BASE_PLACE = 0  # rows without an adapter use this place, whose factors are zero
 
 
 class AdapterRows:
-    """The adapters of the B rows of a pass (None for the base), and the places of their factors.
-    With `invariant`, rows are computed separately, so that shapes don't depend on other rows.
+    """The adapter of each row of a forward pass (None for the base), and the index of its factors
+    in `Stacks`. With `invariant`, rows are computed separately, so that shapes don't depend on
+    other rows.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class AdapterRows:
         self._place_index: int | slice | Tensor | None = None
 
     def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
-        """Returns each delta without factors at a module, with the indices (n,) of its rows."""
+        """Returns a module's deltas that are not low-rank, each with its rows' indices (n,)."""
         if path not in self._by_path:
             rows: dict[Any, tuple[Delta, list[int]]] = {}
             for b, adapter in enumerate(self.adapters):
@@ -78,7 +79,9 @@ class AdapterRows:
         return self._by_path[path]
 
     def at(self, device: torch.device) -> int | slice | Tensor:
-        """Returns the index of the rows' places in a stack (places, ...), a view if possible."""
+        """Returns the index of the rows' adapters in a tensor (places, ...), as a slice if
+        possible.
+        """
         if self._place_index is None:
             first, n = int(self.places[0]), len(self.places)
             if torch.equal(self.places, torch.full_like(self.places, first)):
@@ -159,8 +162,8 @@ class SlotAdapters:
         return plan.matmuls[paths](x.reshape(len(x), -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def apply_deltas(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-        """Applies gains and deltas without factors to a module's output y (B, T, out) for x (B, T,
-        in).
+        """Applies gains, and deltas that are not low-rank, to a module's output y (B, T, out) for
+        its input x (B, T, in).
         """
         if path in self.plan.gains:
             shape, index = self.index_of[path]
@@ -231,7 +234,7 @@ class Stacks:
         self.tensors: dict[str, Tensor] = {}
 
     def place(self, place: int, factors: Factors) -> None:
-        """Copies an adapter's factors to a place that is zero."""
+        """Copies an adapter's factors to index `place`, at which all tensors must be zero."""
         rank, tensors = factors.down.shape[2], self.tensors
         if "down" not in tensors or tensors["down"].shape[2] < rank:
             self._grow(rank, factors.down)
@@ -240,7 +243,7 @@ class Stacks:
         self.ranks[place] = rank
 
     def set_gain(self, place: int, index: int, g: Tensor, c: Tensor | None) -> None:
-        """Copies one matrix's gain and offset (out,) to a place."""
+        """Copies one matrix's gain and offset (out,) to index `place`."""
         shape = len(self.shape.paths), len(self.ranks), self.shape.out
         for name, value in (("gains", g), ("offsets", c)):
             if value is not None:
@@ -285,9 +288,7 @@ class ActiveDeltas:
         self._num_attached: Counter[LoadedAdapter] = Counter()
 
     def attach(self, adapter: LoadedAdapter) -> None:
-        """Attaches deltas for passes with this adapter. Those of a separate adapter stay until
-        `detach`.
-        """
+        """Attaches the deltas that forward passes with this adapter need."""
         if adapter.separate:
             self._num_attached[adapter] += 1
             if self._num_attached[adapter] == 1:

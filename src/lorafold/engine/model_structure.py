@@ -98,7 +98,6 @@ def forward_pass(
 
 
 def probe(model: Any) -> Structure:
-    """Runs a causal language model on short prompts to detect how it can be batched."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (n,), generator=generator) for n in PROBE_LENGTHS]
@@ -129,8 +128,8 @@ def probe(model: Any) -> Structure:
 
 
 def _slot_logits(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
-    """Returns the logits (B, V) after the last token of each prompt. Prompts run in chunks and then
-    token by token; finished rows compute unused tokens, as idle slots do.
+    """Returns the logits (B, V) after each prompt's last token. Prompts run in chunks, then token
+    by token.
     """
     rows, device, logits_B = len(prompts), model.device, dict[int, Tensor]()
     view = SlotView(SlotCache(rows, max(PROBE_LENGTHS), PROBE_CHUNK, Operations()))

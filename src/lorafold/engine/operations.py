@@ -207,7 +207,7 @@ def lacks(device: str) -> str:
 
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
-    """Whether matmuls with matrices (out, in) depend on the batch even with FEW rows."""
+    """Whether matmuls with matrices (out, in) are not batch invariant even with FEW rows."""
     return min_matmul_rows({(min(out, MAX_OUT), size) for out, size in shapes}, dtype) > FEW
 
 

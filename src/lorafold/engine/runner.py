@@ -28,21 +28,19 @@ from lorafold.ops.host_tensors import select_rows, send
 
 
 class Runner(ABC):
-    """Runs forward passes of rows."""
-
     slots: int
     deltas: ActiveDeltas
 
     @abstractmethod
     def admit(self, row: Row) -> None:
-        """Assigns a free slot to a row."""
+        """Assigns a free slot to a request."""
 
     @abstractmethod
     def release(self, row: Row, ended_normally: bool) -> None:
-        """Frees a row's slot. `ended_normally` is False after a failure or a cancellation."""
+        """Frees a request's slot. `ended_normally` is False after a failure or a cancellation."""
 
     def share(self, row: Row, others: Sequence[Row]) -> None:
-        """Copies a row's prefilled prompt to the other rows that wait for it."""
+        """Copies the prefilled prompt of a request to the others that wait for it."""
         return None
 
     @abstractmethod
@@ -52,17 +50,17 @@ class Runner(ABC):
         """
 
     def rebuild(self) -> None:
-        """Replaces the cache by an empty one."""
+        """Replaces the KV cache by an empty one."""
         return None
 
     def compact(self) -> None:
-        """Moves rows to the first slots, so that decoding passes have few idle slots."""
+        """Moves requests to the first slots, so that decoding passes have few idle slots."""
         return None
 
 
 def separate_adapter(row: Row) -> LoadedAdapter | None:
-    """Returns the row's adapter if it can't be mixed with others, else None. Rows with the same
-    result can share a pass.
+    """Returns the request's adapter if it can't be mixed with others, else None. Requests with the
+    same result can share a forward pass.
     """
     return row.adapter if row.adapter is not None and row.adapter.separate else None
 
@@ -254,7 +252,7 @@ class SlotRunner(Runner):
 
 
 class SoloRunner(Runner):
-    """Runs one row at a time with `generate`, for models that can't be batched."""
+    """Runs one request at a time with `generate`, for models that can't be batched."""
 
     slots = 1
 

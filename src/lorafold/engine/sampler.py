@@ -34,7 +34,7 @@ NOT_FINITE = "the model's logits are NaN or infinite"
 
 
 class NotFinite(LorafoldError):
-    """A row of logits contains NaN or infinity."""
+    """The logits of a request contain NaN or infinity."""
 
 
 class GrammarError(LorafoldError):
@@ -74,7 +74,6 @@ class Sampler:
             logits_V.copy_(changed_V)
 
     def _penalize(self, logits_V: Tensor) -> Tensor:
-        """Returns logits (V,) after penalties and biases, clamped to float32's range."""
         sampling = self.sampling
         if (rate := sampling.repetition_penalty) != 1:
             ids = torch.tensor(sorted(self.prompt | set(self.tokens)))
@@ -242,7 +241,7 @@ class Grammars:
 
 
 def guidance(grammar: tuple[str, str]) -> str:
-    """Converts (setting, text) to an uncompiled llguidance grammar."""
+    """Converts a setting of `Sampling` and its text to an uncompiled llguidance grammar."""
     from llguidance import LLMatcher
 
     name, text = grammar
@@ -271,5 +270,4 @@ class _GrammarState:
 
 
 def _error_of(matcher: Any) -> str:
-    """Returns the matcher's error without the dump of its parser's state."""
     return truncate(" ".join(str(matcher.get_error()).partition("<state>")[0].split()), 300)

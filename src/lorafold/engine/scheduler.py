@@ -58,8 +58,8 @@ class WaitingQueue:
         self._used[tenant] = self._used.get(tenant, 0.0) + tokens / self._weights.get(tenant, 1.0)
 
     def next_row(self, unready: Collection[Row], full: Collection[str]) -> Row | None:
-        """Returns the oldest ready row of the tenant with the fewest `unready` rows or, among
-        equals, the smallest counter. Tenants in `full` get no more slots.
+        """Returns the oldest ready request of the tenant with the fewest requests in `unready` or,
+        among equals, the smallest counter. Tenants in `full` get no more slots.
         """
         tenants = [row.request.tenant for row in unready]
         free = [tenant for tenant in self._rows if tenant not in full]
@@ -114,9 +114,7 @@ class Scheduler:
         ]
 
     def decode_batches(self) -> list[Batch]:
-        """Returns one batch of all rows whose adapters can be mixed, and one for each other
-        adapter.
-        """
+        """Returns a batch of requests whose adapters can be mixed, and one per other adapter."""
         decoded = [row for row in self.running if row.prefiller is None and row.num_pending == 1]
         for row in decoded:
             self.waiting.charge(row.request.tenant, COMPLETION_COST)
@@ -136,8 +134,8 @@ class Scheduler:
         return batches
 
     def share_prefill(self, row: Row) -> None:
-        """Lets a row wait for another that prefills the same prompt. Rows that can't be mixed don't
-        share, because their cache may contain more than keys and values.
+        """Lets a request wait for another that prefills the same prompt. Adapters that can't be
+        mixed are excluded, because their requests' cache may contain more than keys and values.
         """
         if separate_adapter(row) is not None:
             return
@@ -148,7 +146,7 @@ class Scheduler:
         return [row for row in self.running if row.prefiller is prefiller]
 
     def remove(self, row: Row) -> None:
-        """Removes a running row. If rows wait for its prefill, the first of them takes over."""
+        """Removes a running request. If others wait for its prefill, one of them takes over."""
         self.running.remove(row)
         waiting = self.waiting_for(row)
         for other in waiting:

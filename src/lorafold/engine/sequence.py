@@ -60,16 +60,15 @@ class Row:
 
     @property
     def num_pending(self) -> int:
-        """The number of tokens that are not in the KV cache."""
         return len(self.tokens) - self.computed
 
     @property
     def prefix(self) -> PrefixKey:
-        """The key under which other rows may reuse the row's KV cache."""
+        """The key under which other requests may reuse this request's KV cache."""
         return self.entry.generation if self.entry else 0, self.request.tenant
 
     def can_prefill_for(self, other: Row) -> bool:
-        """Whether this row prefills a prompt whose KV cache and logits the other row can use."""
+        """Whether this request prefills a prompt whose KV cache and logits the other can use."""
         return (
             self.prefiller is None
             and len(self.tokens) == len(self.request.prompt)
@@ -84,7 +83,9 @@ class Row:
         return max(0, min(n, len(self.request.prompt) - 1 - self.computed)) if wanted else 0
 
     def score(self, logits_TV: Tensor) -> None:
-        """Stores the scores of prompt tokens from logits_TV of the tokens after `computed`."""
+        """Stores the logprobs of prompt tokens from logits_TV, which follow `computed` cached
+        tokens.
+        """
         del self.scores[self.computed :]
         for logits_nV in logits_TV.split(POSITIONS_AT_ONCE):
             first = len(self.scores) + 1

@@ -174,7 +174,7 @@ def sha256(path: Path) -> str:
 
 
 def is_abandoned(name: str) -> bool:
-    """Whether the name is a temporary name by a dead process on this machine."""
+    """Whether a dead process on this machine made this temporary name."""
     found = re.fullmatch(rf"\..+\.{HOST_ID}-(\d+)-[0-9a-f]+\.(partial|old)", name)
     return found is not None and not psutil.pid_exists(int(found[1]))
 
@@ -210,9 +210,7 @@ def _check_creatable(path: str | Path, folder: Path) -> None:
 
 
 def _publish(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
-    """Writes the manifest, flushes and renames. At any moment, `target` is the complete old
-    directory, absent, or the complete new one.
-    """
+    """Writes the manifest, flushes and renames. At any moment, `target` is complete or absent."""
     files = sorted(p for p in tmp.rglob("*") if p.is_file())
     for path in files:  # safetensors creates files that only the owner can read
         if path.stat().st_nlink == 1:
@@ -241,7 +239,6 @@ def _publish(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
 
 
 def _temporary(target: Path, kind: str) -> Path:
-    """Returns a hidden sibling's name that contains this machine and process."""
     return target.with_name(f".{target.name}.{HOST_ID}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
@@ -283,7 +280,7 @@ def check_intact(
     manifest: bytes | bytearray | None = None,
     read: Mapping[str, tuple[int, str]] | None = None,
 ) -> None:
-    """Raises if files differ from lorafold's manifest. Directories without one are accepted."""
+    """Raises if files differ from lorafold's manifest. A directory may have no manifest."""
     if problems := verify(directory, patterns, manifest, read, required=False):
         raise LorafoldError(
             f"{directory}: {join_problems(problems)}: the files were damaged or edited; restore"

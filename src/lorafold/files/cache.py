@@ -81,8 +81,8 @@ def entries() -> list[CacheEntry]:
 
 
 def clear(chosen: Iterable[CacheEntry]) -> list[CacheEntry]:
-    """Removes entries, and returns those that it skips because a process is creating them.
-    Processes that have an entry's files open keep their data.
+    """Removes entries. Skips entries that a process is creating, and returns them. Processes that
+    have an entry's files open keep their data.
     """
     busy = []
     for entry in chosen:

@@ -47,8 +47,8 @@ def share_work(
     say: Callable[[str], object] = silent,
 ) -> None:
     """Makes every path with its function in `work`, here or in another process that shares the
-    work, and calls `done` with each path. `say` receives a message that names the other processes
-    if this one waits.
+    work, and calls `done` with each path. If this process has to wait, `say` receives a message
+    that names the other processes.
     """
     claims = {
         path: SoftFileLease(f"{path}{SUFFIX}", lease_duration=LEASE, on_compromise=_stop)
@@ -133,8 +133,9 @@ def measure_all(
     done: Callable[[Path, Result], object] = lambda file, result: None,
     say: Callable[[str], object] = silent,
 ) -> dict[Path, Result]:
-    """Returns the results of all cells, dataclasses of type `kind`, in order. Missing ones are
-    computed, here or by another process, and stored as JSON. `done` is called with each.
+    """Returns the result of each cell of a study, a dataclass of type `kind`, in order. Missing
+    results are computed, here or by another process, and stored as JSON. `done` is called with
+    each.
     """
     stored, results = TypeAdapter(kind), {}
 

@@ -1,9 +1,8 @@
-"""Files that are read once, so that the verified bytes are also the bytes used; and cached digests
-of large files.
+"""Files that are read once, so that the verified bytes are also the bytes used; and cached digests.
 
-Digests are cached by file stamp in `CACHE/digests/known/DEVICE-INODE`. For a blob in the Hugging
-Face cache, whose name is its SHA-256, the name is used and the file not read. Digests identify
-files and don't protect against corruption.
+Digests are cached by file stamp in `CACHE/digests/known/DEVICE-INODE`. A file in the Hugging Face
+cache whose name is its SHA-256 is not read. Digests identify files and don't protect against
+corruption.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ NUM_THREADS = 4
 
 
 def digest(files: Iterable[tuple[str, int, str]]) -> str:
-    """Hashes the (name, size, SHA-256) of files, in order of their names."""
+    """Hashes the (name, size, SHA-256) of files, sorted by name."""
     lines = (f"{name} {size} {own}\n" for name, size, own in sorted(files))
     return sha256("".join(lines).encode()).hexdigest()
 
@@ -65,8 +64,8 @@ def _bytes(path: Path, most: float) -> bytearray | None:
 
 
 class Contents:
-    """The bytes of those of the named files that exist, and of the manifest, hashed in a thread.
-    Raises if a file can't be read, or before reading more than `most` bytes in total.
+    """The bytes of the named files that exist and of the manifest, hashed in a thread. Raises if a
+    file can't be read, or before reading more than `most` bytes in total.
     """
 
     def __init__(self, directory: str | Path, names: Sequence[str], most: float = math.inf) -> None:

@@ -47,7 +47,6 @@ def html_table(
 
 
 def section(title: str, about: str = "") -> str:
-    """Returns a section's heading and introduction, both escaped."""
     return str(_environment().globals["section"](title, about))
 
 

@@ -27,7 +27,7 @@ EMBEDDED = "smollm2"  # a model inside a package of lorafold; other libraries ca
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """Files to write next to a result's weights. `overwrite` allows to replace an older result."""
+    """Files to write next to a result's weights. `overwrite` allows replacing an older result."""
 
     record: Mapping[str, Any]  # for lorafold.json
     card: str | None = None  # the model card; None for a short one
@@ -44,8 +44,8 @@ def training_card(
     opened_by: str = "AutoModelForCausalLM",
     in_peft: bool = True,
 ) -> str:
-    """Returns Markdown with YAML front matter. `whole` is for full fine-tuning; `opened_by` is the
-    base's auto class; `in_peft` states that PEFT can load the adapter.
+    """Returns Markdown with YAML front matter. `whole` is True for full fine-tuning, `opened_by` is
+    the base's auto class, and `in_peft` is True if PEFT can load the adapter.
     """
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"

@@ -130,7 +130,6 @@ def _figure(title: str, caption: str, svg: str) -> str:
 
 @cache
 def warn_not_drawn() -> None:
-    """Logs, once per process, that pages have no plots."""
     log.warning("matplotlib is missing, so pages have no plots; install lorafold[plots]")
 
 
@@ -197,7 +196,6 @@ def error_bars(values: Sequence[float], intervals: Sequence[Interval | None]) ->
 
 
 def draw_level(axes: Any, name: str, **at: float) -> None:
-    """Draws a labelled reference line at `y=value` or `x=value`."""
     [(way, value)] = at.items()
     down = way == "x"
     (axes.axvline if down else axes.axhline)(value, color=FAINT, linewidth=1, linestyle="--")

@@ -27,8 +27,6 @@ ELEMENT_BYTES = {
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """A tensor's dtype and shape, and its range of bytes in the file."""
-
     dtype: str
     shape: tuple[int, ...]
     start: int

@@ -12,7 +12,6 @@ from lorafold.files.terminal import formatted
 
 @cache
 def environment(escape: bool) -> Any:
-    """Returns Jinja's environment, with or without HTML escaping."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(

@@ -76,7 +76,7 @@ def formatted(value: float | None, form: str) -> str:
 
 
 def values_of(items: Iterable[Any], path: str) -> list[Any]:
-    """Returns each item's value at a dotted path of attributes, or None if an attribute is None."""
+    """Returns each item's value at a dotted path, or None if an attribute is None."""
 
     def inner(value: Any, name: str) -> Any:
         return None if value is None else getattr(value, name)

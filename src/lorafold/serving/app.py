@@ -249,7 +249,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
     trims: list[asyncio.TimerHandle] = []  # at most one is pending
 
     class Bounded(HttpToolsProtocol):
-        """A connection with a time limit for receiving each request, which starts with the
+        """A connection with a time limit for receiving a request. The limit starts with the
         request's first byte or, for the first request, with the connection.
         """
 
@@ -320,8 +320,8 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
                 trims[:] = [self.loop.call_later(1, self.loop.run_in_executor, None, trim_heap)]
 
         def _refuse(self, status: int, code: str, message: str) -> None:
-            """Closes the connection, after an error response if a request has begun and has no
-            response.
+            """Closes the connection. If a request has begun and has no response yet, sends an error
+            first.
             """
             self._stop_timer()
             if self.read and not self._busy and (self.head or not self.cycle.response_started):

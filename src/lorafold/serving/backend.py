@@ -77,8 +77,6 @@ class States:
 
 
 class Backend(ABC):
-    """Generates completions with one base model and its adapters."""
-
     @property
     @abstractmethod
     def length(self) -> int:

@@ -172,8 +172,8 @@ def as_call(
 
 
 def join_text(parts: Sequence[Any], kinds: Collection[str], where: str, message: str) -> str:
-    """Joins the texts of parts. Raises for other parts, with the index in `where` and the type in
-    `message` in place of `{}`.
+    """Joins the texts of text parts. Raises for other parts; `{}` stands for the index in `where`,
+    and for the type in `message`.
     """
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None

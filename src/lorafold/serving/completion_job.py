@@ -66,7 +66,7 @@ class DialectRequest(ABC):
 
 @dataclass(eq=False)
 class CompletionJob:
-    """One completion: its request and its events. Times are from time.monotonic()."""
+    """One completion of a request. Times are from time.monotonic()."""
 
     request: Request
     adapter: str  # the adapter's or the base's name
@@ -129,8 +129,6 @@ class CompletionJob:
 
 @dataclass(frozen=True)
 class Usage:
-    """The token counts of a request. `cached` tokens are part of the prompt."""
-
     prompt: int
     completion: int
     cached: int
@@ -146,8 +144,6 @@ class Usage:
 
 
 class Reply:
-    """The completions of a request, in the order of its choices."""
-
     def __init__(self, id: str) -> None:
         self.id, self.created = id, int(time.time())
         self.arrived = asyncio.Event()

@@ -117,9 +117,7 @@ class Host:
         self.backend.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
-        """Returns the number of requests in admission and completions waiting for a slot, for one
-        tenant or all.
-        """
+        """Returns the number of requests in admission or waiting for a slot, of a tenant or all."""
         thinking = self._in_admission.total() if tenant is None else self._in_admission[tenant]
         return thinking + sum(
             job.admitted and not (job.began or job.refusal) and tenant in (None, job.request.tenant)
@@ -207,7 +205,7 @@ class Admission:
     def _submit(
         self, caller: Caller, received_at: float, request: DialectRequest, reply: Reply
     ) -> Resolved:
-        """Chooses the model, renders the prompts and submits completions. Runs in a thread."""
+        """Runs in a thread, because choosing the model and rendering the prompts are slow."""
         count, max_choices = partial(self.usage.add, caller.tenant), self.limits.choices
         for _ in range(MAX_TRIES):
             chosen = self.registry.choose(caller, request.body.model)

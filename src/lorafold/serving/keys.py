@@ -219,7 +219,7 @@ def _sent_hash(authorization: str | None) -> str:
 
 
 def _hashes_equal(hashed: str, sent: str) -> bool:
-    """Compares two hashes in constant time. An empty `hashed` equals none."""
+    """Compares two hashes in constant time. An empty `hashed` never matches."""
     return hmac.compare_digest(hashed or "-" * 64, sent)
 
 

@@ -161,7 +161,7 @@ class Registry:
         return adapter
 
     def matches(self, adapter: AdapterFiles, digits: str, allow_ambiguous: bool = False) -> bool:
-        """Whether digits are a digest of the adapter's version, or a prefix of one."""
+        """Whether `digits` is a digest of the adapter, or a prefix of one."""
         if adapter.digest.startswith(digits):
             return True
         if not adapter.old.startswith(digits):

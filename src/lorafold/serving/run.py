@@ -95,8 +95,8 @@ def serve(
     open_page: bool = False,
     derived_base: RecordedBase | None = None,
 ) -> None:
-    """Runs the server until a signal. `derived_base` is the base that the adapters name, if no
-    option named one; it is saved for the next start.
+    """Runs the server until a signal. If no option named the base, `derived_base` is the base that
+    the adapters name; it is saved for the next start.
     """
     directory = Directory(adapters)
     keys = Keys(settings.keys, settings.admin_key, settings.metrics_key)

@@ -51,8 +51,6 @@ class RequestRecord:
 
 @dataclass
 class Dialect(ABC):
-    """Formats the response to a completion request for one API."""
-
     body: Any
     request: Any  # a DialectRequest
 
@@ -198,7 +196,7 @@ def record_of(request: Request) -> RequestRecord:
 
 
 def authorization(headers: Headers) -> str | None:
-    """Returns the `Authorization` header, or `x-api-key` of Anthropic's clients in its form."""
+    """Returns the `Authorization` header. Anthropic's `x-api-key` is converted to its form."""
     key = headers.get("x-api-key")
     return headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
@@ -228,7 +226,6 @@ def internal_error(record: RequestRecord, error: BaseException) -> Refusal:
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits work for a client, and cancels it if the client disconnects."""
     work_task = asyncio.create_task(work)
     disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     try:

@@ -241,8 +241,8 @@ class Verifier:
         return words.named
 
     def _with_note(self, adapter: AdapterFiles) -> AdapterFiles:
-        """Adds a note if the adapter was trained on another base or quantization, or if it names
-        another base and has no fingerprint of it.
+        """Adds a note if the adapter was trained on another base or quantization, or names another
+        base without its fingerprint.
         """
         base, note = adapter.base, adapter.other_base
         named, served_name = (Path(name.rstrip("/")).name.lower() for name in (base, self._base))

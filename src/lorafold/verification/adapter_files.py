@@ -160,7 +160,6 @@ def _check_time(field: str, start: float, seconds: float) -> None:
 
 
 def _regexes(field: str, pattern: str) -> tuple[str, ...]:
-    """Returns the regular expressions that loading makes from a pattern."""
     whole = rf"(?:{pattern})\Z"
     return {
         "layers_pattern": (rf"(?:^|.*?\.){pattern}\.(\d+)\.",),

@@ -34,7 +34,6 @@ class VerifiedFiles:
     widest: int  # the largest dimension of a tensor
 
     def digest_of(self, names: Iterable[str]) -> str:
-        """The same digest as `Contents.digest_of`, over the named files that exist."""
         return digest((name, *self.files[name]) for name in names if name in self.files)
 
     def bytes_of(self, names: Iterable[str]) -> int:

@@ -89,7 +89,6 @@ class AdapterTokenizers:
         self, files: TokenizerFiles, messages: list[Any], tools: Any, add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
-        """Renders a conversation. Errors of the template propagate."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self.opened(files)
@@ -171,7 +170,6 @@ def backend_digest(tokenizer: Any) -> str:
 
 
 def settable_variables(tokenizer: Any) -> frozenset[str]:
-    """Returns the variables of the chat template that a client may set."""
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             str(tokenizer.get_chat_template())

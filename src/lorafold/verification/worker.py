@@ -26,7 +26,6 @@ from lorafold.runtime.processor import STACK_BYTES, stack_size
 
 
 def encode_message(message: Any) -> bytes:
-    """Encodes a message as JSON, prefixed with its length."""
     # lone surrogates become question marks
     return framed(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"))
 

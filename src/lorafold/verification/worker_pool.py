@@ -35,8 +35,6 @@ class CheckFailed(LorafoldError):
 
 
 class Process(KillableProcess):
-    """A worker process. `base` is sent with the first message."""
-
     def __init__(self, base: bytes) -> None:
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         super().__init__("lorafold.verification.worker", offline, quiet=True)

@@ -145,8 +145,6 @@ class PlainPrompts(DialectRequest):
 
 
 class Choices(Dialect):
-    """A response with a list of choices, whole or in chunks."""
-
     body: Generation
     whole_kind = chunk_kind = "text_completion"
 

@@ -61,7 +61,7 @@ class CountTokens(Body):
     output_config: dict[str, Any] = Field(default_factory=dict)
 
     def chat(self) -> tuple[ChatBody, dict[str, str]]:
-        """Converts the body to a chat completion. Also returns this API's names of its fields."""
+        """Converts the body to a chat completion. Also returns the fields' names in this API."""
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise invalid("thinking", f"found {kind!r:.80}, expected disabled; or remove the field")
         conversation = list(self._conversation())

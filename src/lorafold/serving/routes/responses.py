@@ -1,5 +1,5 @@
-"""`POST /v1/responses`. Responses are not stored, so fields that refer to an earlier one are
-errors.
+"""`POST /v1/responses`. Responses are not stored, so a field that refers to an earlier response is
+an error.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class InputTokens(Body):
     truncation: Literal["auto", "disabled"] = "disabled"
 
     def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
-        """Converts the body to a chat completion. Also returns this API's names of its fields."""
+        """Converts the body to a chat completion. Also returns the fields' names in this API."""
         conversation = []
         if self.instructions is not None:
             conversation.append(("instructions", {"role": "system", "content": self.instructions}))
@@ -128,8 +128,6 @@ def next_turn(server: Server, body: InputTokens) -> NextTurn:
 
 
 class ResponsesReply(Dialect):
-    """A response that consists of reasoning, message and function-call items."""
-
     body: ResponsesBody
     request: NextTurn
 
@@ -200,7 +198,6 @@ class ResponsesReply(Dialect):
         yield self._end()
 
     def _add_logprobs(self, reply: Reply, part: Item) -> list[Any]:
-        """Moves the logprobs of pending tokens into a part of a message. Returns them."""
         texts, new = reply.resolved.chosen.renderer.texts, list[Any]()
         if self.body.logprobs:
             new = texts.chat_logprobs(self._pending, self.body.top_logprobs)
