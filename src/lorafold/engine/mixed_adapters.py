@@ -234,7 +234,7 @@ class Stacks:
         self.tensors: dict[str, Tensor] = {}
 
     def place(self, place: int, factors: Factors) -> None:
-        """Copies an adapter's factors to index `place`, at which all tensors must be zero."""
+        """Copies an adapter's factors to index `place`, which must be cleared."""
         rank, tensors = factors.down.shape[2], self.tensors
         if "down" not in tensors or tensors["down"].shape[2] < rank:
             self._grow(rank, factors.down)

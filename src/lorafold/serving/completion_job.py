@@ -1,4 +1,4 @@
-"""Completions on the event loop: single ones, all completions of a request, and their parsing.
+"""The completions of a request on the event loop, and the parsing of their text.
 
 `PartReader` withholds text while it may be the start of a tag, and after the start of a tool call,
 so streamed text is never retracted. A call that can't be parsed becomes content.
